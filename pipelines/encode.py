@@ -1,0 +1,47 @@
+"""Knowledge to vectors, and the metadata-only vectors of the control arm, beside memory-mapped copies for training."""
+
+from owlrec import __version__
+from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.encoding.encoder import Encoder, encoder_identity
+from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
+from owlrec.errors import WorkspaceError
+from owlrec.generation.shards import read_knowledge
+from owlrec.ops.console import progress
+from owlrec.recipe import Recipe
+from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from pipelines.stage import Counts, Outputs, execute, main
+
+
+def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+    """Encodes what `generate` wrote; each kind and source is a vectors table and a folder that training maps."""
+    generated = finished_stage(workspace, "generate")
+    if generated is None:
+        raise WorkspaceError(f"{workspace.root}: no knowledge yet. Run `generate` first, with the same recipe.")
+    settings = recipe.encoder.model_dump(include={"max_tokens"})
+    print_ = fingerprint(generated.fingerprint, encoder_identity(recipe.encoder), settings, __version__)
+    folder = f"vectors/{print_[:16]}"
+
+    def body() -> tuple[Counts, Outputs]:
+        knowledge = {kind: read_knowledge(workspace, generated.outputs["knowledge"], kind) for kind in ("user", "item")}
+        users, items, histories = (workspace.read_table(t) for t in ("users", "items", "histories"))
+        metadata = {"user": user_metadata(users, items, histories), "item": item_metadata(items)}
+        total = sum(t.num_rows for t in knowledge.values()) + sum(len(ids) for ids, _ in metadata.values())
+        encoder = Encoder(recipe.encoder)
+        counts: Counts = {"dim": encoder.dimension}
+        with progress("encoding", total, "texts") as advance:
+            for kind in ("user", "item"):
+                tables = {
+                    "knowledge": encode_knowledge(knowledge[kind], encoder, advance),
+                    "metadata": encode_texts(kind, *metadata[kind], encoder, advance),
+                }
+                for source, table in tables.items():
+                    workspace.write_parquet(f"{folder}/{source}-{kind}.parquet", table)
+                    KnowledgeTable.from_table(table, kind).save(workspace.local_path(folder, f"{source}-{kind}"))
+                    counts[f"{source}_{kind}"] = table.num_rows
+        return counts, {"vectors": folder, "knowledge": generated.outputs["knowledge"]}
+
+    return execute(workspace, "encode", print_, f"{recipe.encoder.model}", body)
+
+
+if __name__ == "__main__":
+    main(run, __doc__ or "")

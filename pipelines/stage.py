@@ -1,0 +1,71 @@
+"""What every stage does the same way: read the recipe, skip what is done, time it, write its manifest, report mistakes plainly."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+from owlrec.errors import OwlRecError
+from owlrec.ops.console import note, stage_header
+from owlrec.recipe import Recipe, load_recipe
+from owlrec.workspace import StageManifest, Stopwatch, Workspace, finish_stage, finished_stage
+
+Counts = dict[str, float | int | str]
+Outputs = dict[str, str]
+Stage = Callable[[Recipe, Workspace], StageManifest]
+
+
+def execute(
+    workspace: Workspace, stage: str, fingerprint: str, about: str, body: Callable[[], tuple[Counts, Outputs]]
+) -> StageManifest:
+    """Runs `body`, unless `stage` has finished under this fingerprint already, and records what it returns."""
+    stage_header(stage, about)
+    done = finished_stage(workspace, stage, fingerprint)
+    if done is not None:
+        note("done already, nothing to do")
+        return done
+    watch = Stopwatch()
+    counts, outputs = body()
+    manifest = StageManifest(
+        stage=stage,
+        fingerprint=fingerprint,
+        seconds=round(watch.seconds, 3),
+        finished=time.time(),
+        counts=counts,
+        outputs=outputs,
+    )
+    finish_stage(workspace, manifest)
+    return manifest
+
+
+def open_workspace(recipe: Recipe) -> Workspace:
+    """The recipe's workspace, known to be writable."""
+    workspace = Workspace(recipe.workspace)
+    workspace.check_writable()
+    return workspace
+
+
+def main(stage: Stage, about: str) -> None:
+    """The command line of `python -m pipelines.<stage>`."""
+    parser = argparse.ArgumentParser(prog=f"python -m {stage.__module__}", description=about)
+    parser.add_argument("--recipe", required=True, help="the YAML file that describes the run")
+    parser.add_argument("--workspace", help="where artifacts go, in place of the recipe's own workspace")
+    arguments = parser.parse_args()
+    with plain_errors():
+        recipe = load_recipe(arguments.recipe, workspace=arguments.workspace)
+        stage(recipe, open_workspace(recipe))
+
+
+class plain_errors:
+    """Ends the process with the message of an OwlRecError, also one that crossed Ray, instead of a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        cause = error
+        while cause is not None and not isinstance(cause, OwlRecError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is not None:
+            print(f"error: {cause}", file=sys.stderr)
+            raise SystemExit(1) from None

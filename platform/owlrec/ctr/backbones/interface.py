@@ -1,0 +1,76 @@
+"""What every backbone is given and gives back: one interface for all of them, so that features, adaptor and training know none by name.
+
+A backbone sees embeddings only. Knowledge, where an arm has it, comes as two further fields (user, item) of the same width as all others,
+so that field models (FM, CIN, attention over fields) take it in without a special case, as in KAR (RecSys 2024, sec. 3.4).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """Sizes that a backbone needs to build its layers."""
+
+    item_fields: int  # the item's id and attributes
+    profile_fields: int
+    knowledge_fields: int  # 2, or 0 in the arm without knowledge
+    embed_dim: int
+
+    @property
+    def behaviour_fields(self) -> int:
+        """Fields of one behaviour: those of its item, and its rating."""
+        return self.item_fields + 1
+
+    @property
+    def n_fields(self) -> int:
+        """How many fields `BackboneInputs.fields` gives."""
+        return self.item_fields + self.behaviour_fields + self.profile_fields + self.knowledge_fields
+
+
+@dataclass(frozen=True)
+class BackboneInputs:
+    """One batch, embedded. b: rows, L: history length, e: embed_dim."""
+
+    target: Tensor  # float32 [b, item_fields, e]
+    history: Tensor  # float32 [b, L, behaviour_fields, e], the rating last
+    mask: Tensor  # bool [b, L], True where a behaviour stands
+    profile: Tensor  # float32 [b, profile_fields, e]
+    knowledge: Tensor | None  # float32 [b, 2, e]: user, item
+
+    def mean_history(self) -> Tensor:
+        """float32 [b, behaviour_fields, e]: the mean over the behaviours that stand; zeros for an empty history."""
+        weights = self.mask.to(self.history.dtype)
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
+        return torch.einsum("bl,blfe->bfe", weights, self.history)
+
+    def fields(self, history: Tensor | None = None) -> Tensor:
+        """float32 [b, n_fields, e]: target, history (its mean unless another summary is given), profile, knowledge."""
+        parts = [self.target, self.mean_history() if history is None else history, self.profile]
+        return torch.cat(parts if self.knowledge is None else [*parts, self.knowledge], dim=1)
+
+
+class Backbone(nn.Module, ABC):
+    """A CTR model from embeddings on."""
+
+    def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, inputs: BackboneInputs) -> Tensor:
+        """float32 [b]: the logit of a click (or of the label that the recipe defines)."""
+
+
+def mlp(in_dim: int, hidden_dims: Sequence[int], dropout: float, out_dim: int | None = None) -> nn.Sequential:
+    """Linear, ReLU and dropout for each of `hidden_dims`, then a linear layer to `out_dim` where one is given."""
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers += [nn.Linear(in_dim, width), nn.ReLU(), nn.Dropout(dropout)]
+        in_dim = width
+    if out_dim is not None:
+        layers.append(nn.Linear(in_dim, out_dim))
+    return nn.Sequential(*layers)

@@ -1,0 +1,217 @@
+"""Tables to the dense integer arrays that the CTR models read.
+
+A user is what they did: the last items with their ratings, and, where asked for, profile fields. There is no user id (the split is by user,
+so a test user's id is always unseen; KAR leaves it out too). An item is its id and up to two attributes; its codes stand once in
+`ItemFeatures` and are gathered by row number, never copied into each sample. Code 0 is padding, 1 stands for any value unseen in training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlrec.config import Config
+from owlrec.errors import SchemaError
+
+PADDING, UNKNOWN = 0, 1
+RESERVED = 2  # the first code of a real value, and the first row of a real item
+MAX_ATTRIBUTES = 2
+VALUES_PER_ATTRIBUTE = 4  # an item keeps the first four values of a multi-valued attribute
+RATING_BUCKETS = 10
+SPLITS = ("train", "valid", "test")
+
+
+class FeatureSpec(Config):
+    """The sizes of all embedding tables (padding and unknown included) and the names of what they embed: what a model is built from."""
+
+    n_items: int
+    attributes: dict[str, int]  # name -> size, in the order of ItemFeatures.attributes
+    profile: dict[str, int]  # name -> size, in the order of SampleFeatures.profile
+    history_length: int
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """The known values, sorted: the value at position i has code i + 2."""
+
+    items: pa.Array  # int64: ids that occur in training
+    attributes: dict[str, pa.Array]  # string
+    profile: dict[str, pa.Array]  # string
+    history_length: int
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The sizes that follow from these vocabularies."""
+        return FeatureSpec(
+            n_items=len(self.items) + RESERVED,
+            attributes={name: len(values) + RESERVED for name, values in self.attributes.items()},
+            profile={name: len(values) + RESERVED for name, values in self.profile.items()},
+            history_length=self.history_length,
+        )
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """Codes of all items. Row 0 is padding, row 1 an item that the table lacks, row i + 2 the item `ids[i]`."""
+
+    ids: np.ndarray  # int64 [n], ascending
+    codes: np.ndarray  # int32 [n + 2]
+    attributes: np.ndarray  # int32 [n + 2, n_attributes, VALUES_PER_ATTRIBUTE], padded with 0
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """int32: the row of each id, of any shape; 1 where the item table lacks it."""
+        if len(self.ids) == 0:
+            return np.full(np.shape(ids), UNKNOWN, dtype=np.int32)
+        where = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[where] == ids, where + RESERVED, UNKNOWN).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class SampleFeatures:
+    """One row a sample. `items` and `history` hold row numbers of ItemFeatures."""
+
+    user_ids: np.ndarray  # int64 [n], to look knowledge up and to group by
+    item_ids: np.ndarray  # int64 [n], to look knowledge up
+    items: np.ndarray  # int32 [n]
+    history: np.ndarray  # int32 [n, history_length], oldest first, then padding
+    ratings: np.ndarray  # int32 [n, history_length]: 1 to 10, 0 for padding and for behaviours without a rating
+    profile: np.ndarray  # int32 [n, n_profile]
+    labels: np.ndarray  # float32 [n]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Features:
+    """All that training needs of the tables."""
+
+    spec: FeatureSpec
+    vocabularies: Vocabularies
+    items: ItemFeatures
+    splits: dict[str, SampleFeatures]  # train, valid, test
+
+
+def build_features(
+    users: pa.Table,
+    items: pa.Table,
+    samples: pa.Table,
+    *,
+    attributes: Sequence[str],
+    profile: Sequence[str],
+    history_length: int,
+    min_item_count: int,
+) -> Features:
+    """The arrays of all three splits. Vocabularies come from the training split and the item table, never from valid or test.
+
+    attributes, profile: column names, most important first; those that a table lacks are skipped, two attributes are kept.
+    min_item_count: an item that training shows less often (as target or in a history) shares the code of unknown items, which is thereby trained.
+    Raises SchemaError where a split is empty or holds one class only: neither a loss nor an AUC would mean anything.
+    """
+    by_split = {split: samples.filter(pc.equal(samples["split"], split)) for split in SPLITS}
+    for split, table in by_split.items():
+        labels = pc.unique(table["label"]).to_pylist()
+        if len(labels) < 2:
+            raise SchemaError(
+                f"samples: split '{split}' has {table.num_rows} rows and the labels {labels}; a CTR model needs both classes in each split. "
+                f"Give it more users, or change source.split or the label rule in the recipe."
+            )
+    train = by_split["train"]
+    train_users = users.filter(pc.is_in(users["user_id"], pc.unique(train["user_id"])))
+    vocabularies = Vocabularies(
+        items=_frequent(train["item_id"], pc.list_flatten(train["history"]), at_least=min_item_count),
+        attributes={
+            name: _values(items[name]) for name in [a for a in attributes if a in items.column_names][:MAX_ATTRIBUTES]
+        },
+        profile={name: _values(train_users[name]) for name in profile if name in users.column_names},
+        history_length=history_length,
+    )
+    item_features = encode_items(items, vocabularies)
+    return Features(
+        spec=vocabularies.spec,
+        vocabularies=vocabularies,
+        items=item_features,
+        splits={s: encode_samples(t, users, item_features, vocabularies) for s, t in by_split.items()},
+    )
+
+
+def encode_items(items: pa.Table, vocabularies: Vocabularies) -> ItemFeatures:
+    """The codes of every row of an items table, in ascending order of id."""
+    items = items.sort_by("item_id")
+    n = items.num_rows
+    codes = np.full(n + RESERVED, UNKNOWN, dtype=np.int32)
+    codes[RESERVED:] = _codes(items["item_id"], vocabularies.items)
+    attributes = np.zeros((n + RESERVED, len(vocabularies.attributes), VALUES_PER_ATTRIBUTE), dtype=np.int32)
+    attributes[UNKNOWN, :, 0] = UNKNOWN
+    for i, (name, values) in enumerate(vocabularies.attributes.items()):
+        column = items[name].combine_chunks()
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            flat, lengths = pc.list_flatten(column), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+            attributes[RESERVED:, i] = _padded(_codes(flat, values), lengths, VALUES_PER_ATTRIBUTE, keep="first")
+        else:
+            attributes[RESERVED:, i, 0] = _codes(column, values)
+    codes[PADDING] = PADDING
+    return ItemFeatures(items["item_id"].to_numpy().astype(np.int64), codes, attributes)
+
+
+def encode_samples(
+    samples: pa.Table, users: pa.Table, items: ItemFeatures, vocabularies: Vocabularies
+) -> SampleFeatures:
+    """The arrays of a samples table (schema.SAMPLES): histories are cut to their last `history_length` behaviours."""
+    length = vocabularies.history_length
+    history, ratings = samples["history"].combine_chunks(), samples["history_ratings"].combine_chunks()
+    lengths = pc.list_value_length(history).to_numpy()
+    if not np.array_equal(lengths, pc.list_value_length(ratings).to_numpy()):
+        raise SchemaError("samples: history and history_ratings differ in length. Run `prepare` again.")
+    buckets = pc.fill_null(pc.list_flatten(ratings), np.nan).to_numpy()
+    buckets = np.where(np.isnan(buckets), PADDING, np.clip(np.rint(buckets), 1, RATING_BUCKETS)).astype(np.int32)
+    where = pc.index_in(samples["user_id"], users["user_id"].combine_chunks())
+    profile = [_codes(users[name].take(where), values) for name, values in vocabularies.profile.items()]
+    item_ids = samples["item_id"].to_numpy()
+    n = samples.num_rows
+    return SampleFeatures(
+        user_ids=samples["user_id"].to_numpy(),
+        item_ids=item_ids,
+        items=items.rows(item_ids),
+        history=_padded(items.rows(pc.list_flatten(history).to_numpy()), lengths, length, keep="last"),
+        ratings=_padded(buckets, lengths, length, keep="last"),
+        profile=np.stack(profile, axis=1) if profile else np.zeros((n, 0), dtype=np.int32),
+        labels=samples["label"].to_numpy().astype(np.float32),
+    )
+
+
+def _frequent(*columns: pa.ChunkedArray, at_least: int) -> pa.Array:
+    counts = pc.value_counts(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.int64()))
+    values, n = counts.field("values"), counts.field("counts")
+    values = values.filter(pc.and_(pc.greater_equal(n, at_least), pc.is_valid(values)))
+    return values.take(pc.sort_indices(values))
+
+
+def _values(column: pa.ChunkedArray) -> pa.Array:
+    """The distinct values of a string or list column, sorted; "" means that nothing is known and is no value."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        column = pc.list_flatten(column)
+    values = pc.unique(column)
+    values = values.filter(pc.and_(pc.is_valid(values), pc.not_equal(values, "")))
+    return values.take(pc.sort_indices(values))
+
+
+def _codes(column: pa.ChunkedArray | pa.Array, values: pa.Array) -> np.ndarray:
+    """int32 [n]: the code of each value, UNKNOWN where it is none of `values`, null or empty."""
+    where = pc.index_in(column, values)
+    return (pc.fill_null(where, UNKNOWN - RESERVED).to_numpy() + RESERVED).astype(np.int32)
+
+
+def _padded(flat: np.ndarray, lengths: np.ndarray, width: int, *, keep: str) -> np.ndarray:
+    """Lists of any length, concatenated in `flat`, as a matrix [n, width]: cut to the first or last `width`, 0 after the end."""
+    starts = np.cumsum(lengths) - lengths
+    kept = np.minimum(lengths, width)
+    if keep == "last":
+        starts = starts + lengths - kept
+    column = np.arange(width)
+    used = column < kept[:, None]
+    matrix = np.zeros((len(lengths), width), dtype=np.int32)
+    matrix[used] = flat[(starts[:, None] + column)[used]]
+    return matrix

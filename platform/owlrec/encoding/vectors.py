@@ -1,0 +1,115 @@
+"""Knowledge -> vectors tables, and the texts of the metadata-only control arm.
+
+KAR encodes a user's history together with the answer. We encode the answer alone: an encoder reads a few hundred
+tokens, and a history in front would push the end of the answer, often its conclusion, out of the window. The history
+reaches the CTR model as ids anyway. The metadata texts hold what the prompts held, without an LLM: where they help as
+much as knowledge does, the LLM added nothing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from owlrec.encoding.encoder import Encoder
+from owlrec.errors import SchemaError
+from owlrec.schema import vectors_schema
+
+_NO_ATTRIBUTES = {"user_id", "item_id", "raw_id", "title"}
+
+
+def encode_knowledge(knowledge: pa.Table, encoder: Encoder, on_batch: Callable[[int], None] | None = None) -> pa.Table:
+    """The vectors table (schema.vectors_schema) of a knowledge table (schema.KNOWLEDGE), row by row.
+
+    A row whose text is empty has no vector: downstream it is a miss with its learned default, not a zero that looks
+    like knowledge.
+    """
+    texts = [text or "" for text in knowledge["text"].to_pylist()]
+    vectors = encoder.encode(texts, on_batch)
+    rows = np.array([bool(text.strip()) for text in texts], dtype=bool)
+    kinds = np.array(knowledge["kind"].to_pylist(), dtype=object)
+    return _table(kinds[rows].tolist(), knowledge["id"].to_numpy()[rows], vectors[rows])
+
+
+def encode_texts(
+    kind: str,
+    ids: Sequence[int] | np.ndarray,
+    texts: Sequence[str],
+    encoder: Encoder,
+    on_batch: Callable[[int], None] | None = None,
+) -> pa.Table:
+    """The vectors table of texts aligned with `ids`, all of one kind. Empty texts are left out."""
+    if len(ids) != len(texts):
+        raise ValueError(f"{len(ids)} ids but {len(texts)} texts")
+    rows = np.array([bool(text.strip()) for text in texts], dtype=bool)
+    vectors = encoder.encode(texts, on_batch)[rows]
+    return _table([kind] * len(vectors), np.asarray(ids, dtype=np.int64)[rows], vectors)
+
+
+def item_metadata_text(row: Mapping[str, Any]) -> str:
+    """An item as `title; attribute: value, value; ...` from a row of the items table; empty attributes are left out."""
+    return "; ".join(part for part in (str(row.get("title") or ""), *_attributes(row)) if part)
+
+
+def user_metadata_text(profile: Mapping[str, Any], titles: Sequence[str], ratings: Sequence[float | None]) -> str:
+    """A user as profile fields and rated titles, from a row of the users table and the history that the LLM read.
+
+    titles, ratings: aligned, oldest first, as in schema.HISTORIES. The text lists the most recent first: what an
+    encoder's window cuts off is then the oldest.
+    """
+    liked = [
+        f"{title} ({rating:g})" if rating is not None else title
+        for title, rating in zip(reversed(titles), reversed(ratings), strict=True)
+        if title
+    ]
+    return "; ".join([*_attributes(profile), *([f"history: {', '.join(liked)}"] if liked else [])])
+
+
+def item_metadata(items: pa.Table) -> tuple[np.ndarray, list[str]]:
+    """Ids (int64 [n]) and metadata texts of an items table."""
+    return items["item_id"].to_numpy(), [item_metadata_text(row) for row in items.to_pylist()]
+
+
+def user_metadata(users: pa.Table, items: pa.Table, histories: pa.Table) -> tuple[np.ndarray, list[str]]:
+    """Ids (int64 [n]) and metadata texts of the users who have a history, in the order of `histories`
+    (schema.HISTORIES).
+
+    Raises SchemaError where a history names a user or an item that its table lacks.
+    """
+    titles = dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))
+    profiles = {row["user_id"]: row for row in users.to_pylist()}
+    texts = []
+    for row in histories.to_pylist():
+        try:
+            texts.append(
+                user_metadata_text(profiles[row["user_id"]], [titles[i] or "" for i in row["items"]], row["ratings"])
+            )
+        except KeyError as error:
+            raise SchemaError(
+                f"histories, user {row['user_id']}: {error.args[0]} has no row in the users or items table. "
+                f"Run `prepare` again: the tables are of different runs."
+            ) from None
+    return histories["user_id"].to_numpy(), texts
+
+
+def _attributes(row: Mapping[str, Any]) -> list[str]:
+    parts = []
+    for name, value in row.items():
+        values = value if isinstance(value, list) else [value]
+        text = ", ".join(str(v) for v in values if v not in (None, ""))
+        if name not in _NO_ATTRIBUTES and text:
+            parts.append(f"{name}: {text}")
+    return parts
+
+
+def _table(kinds: list[str], ids: np.ndarray, vectors: np.ndarray) -> pa.Table:
+    n, dim = vectors.shape
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float16).reshape(-1))
+    columns = [
+        pa.array(kinds, pa.string()),
+        pa.array(ids, pa.int64()),
+        pa.FixedSizeListArray.from_arrays(flat, dim),
+        pa.array([[]] * n, pa.list_(pa.uint16())),
+    ]
+    return pa.table(columns, schema=vectors_schema(dim))

@@ -1,0 +1,43 @@
+"""What a user did wrong, said so that they can mend it: every message names the file, row or key and the next step."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class OwlRecError(Exception):
+    """Base of all errors that a user can cause; the CLI prints its message without a traceback."""
+
+
+class RecipeError(OwlRecError):
+    """The recipe file is missing, malformed or asks for something that does not exist."""
+
+
+class SchemaError(OwlRecError):
+    """A table breaks its contract: a missing column, a wrong type, a null or duplicate id, a wrong time unit."""
+
+
+class SourceError(OwlRecError):
+    """Raw data cannot be read: a missing folder, an unknown layout, an unparsable line."""
+
+
+class LeakageError(OwlRecError):
+    """A training sample is not later than the moment up to which its user's knowledge was written."""
+
+
+class WorkspaceError(OwlRecError):
+    """The workspace cannot be written, or an artifact that a stage needs is not there yet."""
+
+
+class EngineError(OwlRecError):
+    """An LLM or encoder cannot be started, or a request to it failed for good."""
+
+
+class ReleaseError(OwlRecError):
+    """A release is missing, incomplete or corrupt."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A hint such as ` Did you mean 'scenario'?` for a mistyped `word`, or the list of valid names."""
+    names = sorted(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else f" Valid names: {', '.join(names)}."

@@ -1,0 +1,30 @@
+"""Prompts to knowledge: the engines, the shards, and the Ray Data job that runs them."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from owlrec.generation.echo_engine import EchoEngine, EchoEngineConfig
+from owlrec.generation.engine import Engine
+from owlrec.generation.http_engine import HttpEngine, HttpEngineConfig
+from owlrec.generation.models import model_identity
+from owlrec.generation.vllm_engine import VllmEngine, VllmEngineConfig
+from owlrec.workspace import fingerprint
+
+EngineConfig = Annotated[VllmEngineConfig | HttpEngineConfig | EchoEngineConfig, Field(discriminator="type")]
+
+
+def build_engine(config: VllmEngineConfig | HttpEngineConfig | EchoEngineConfig) -> Engine:
+    """The engine that `config` describes, started. Raises EngineError where it cannot start."""
+    if isinstance(config, VllmEngineConfig):
+        return VllmEngine(config)
+    return HttpEngine(config) if isinstance(config, HttpEngineConfig) else EchoEngine(config)
+
+
+def engine_fingerprint(config: VllmEngineConfig | HttpEngineConfig | EchoEngineConfig) -> str:
+    """SHA-256 of what an engine's answers depend on: its weights and number formats, not its batch size, threads or time-outs."""
+    if isinstance(config, VllmEngineConfig):
+        model = model_identity(config.model, config.revision)
+    else:
+        model = f"{config.model}@{config.revision}" if isinstance(config, HttpEngineConfig) else "echo"
+    return fingerprint(model, config.model_dump(mode="json", include=set(config.shapes_output)))

@@ -1,0 +1,134 @@
+"""The Ray Data job that runs shards on a pool of engines.
+
+Shards, not rows, flow through Ray Data: a shard is read, asked and written inside one engine actor, so the driver holds nothing but
+manifests however large the input is, and no order or exactly-once promise of the framework is relied on. Each actor keeps several shards
+in flight, so that the engine's batch stays full while one shard's last rows finish.
+"""
+
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from owlrec import __version__
+from owlrec.config import Config
+from owlrec.errors import EngineError
+from owlrec.generation import EngineConfig, VllmEngineConfig, build_engine, engine_fingerprint
+from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, generate_shard
+from owlrec.prompting.rows import ItemCatalog, PromptConfig, template_fingerprint
+from owlrec.quiet import redirect_output
+from owlrec.scenario import Scenario
+from owlrec.workspace import Workspace, fingerprint
+
+
+class GenerateConfig(Config):
+    """How many engines run and what each may use."""
+
+    min_engines: int = Field(1, ge=1)
+    max_engines: int = Field(1, ge=1)
+    # None = all cores of a CPU-only machine for vLLM (an engine with fewer runs that much slower), 1 for other engines and on GPUs.
+    engine_cpus: float | None = None
+    engine_gpus: float = Field(0, ge=0)
+    # More dead rows than this share stop the run before it publishes: something is wrong with the prompts or the server.
+    max_dead_share: float = Field(0.02, ge=0, le=1)
+
+
+def build_job(scenario: Scenario, prompts: PromptConfig, sampling: SamplingConfig, engine: EngineConfig) -> Job:
+    """The job with its fingerprint: scenario and wording, model and revision, decoding settings, owlrec version."""
+    print_ = fingerprint(template_fingerprint(prompts, scenario), engine_fingerprint(engine), sampling, __version__)
+    return Job(scenario, prompts, sampling, print_)
+
+
+class _ShardRunner:
+    """The actor: one engine, several shards in flight. Must not import Ray or vLLM before its log is redirected."""
+
+    def __init__(self, engine: EngineConfig, workspace: Workspace, job: Job, log_path: str) -> None:
+        redirect_output(log_path)
+        self.workspace, self.job = workspace, job
+        self.engine = build_engine(engine)
+        self.catalog = ItemCatalog.load(workspace)
+
+    async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[str]]]:
+        for text in batch["shard"]:
+            shard = Shard.model_validate_json(str(text))
+            manifest = await generate_shard(self.workspace, self.job, shard, self.engine, self.catalog)
+            yield {"manifest": [manifest.model_dump_json()]}
+
+
+def generate(
+    workspace: Workspace,
+    job: Job,
+    engine: EngineConfig,
+    config: GenerateConfig,
+    pending: list[Shard],
+    on_shard: Callable[[ShardManifest], None] | None = None,
+) -> None:
+    """Runs `pending` shards; `on_shard` hears of each as it is done. Ray must be initialised.
+
+    Raises EngineError where an engine cannot start or dies, or a shard is missing at the end; finished shards stay, and the
+    same call with what is still pending goes on from there.
+    """
+    for manifest in _run(workspace, job, engine, config, pending):
+        if on_shard:
+            on_shard(manifest)
+    missing = [s.part for s in pending if finished_shard(workspace, job, s) is None]
+    if missing:
+        raise EngineError(
+            f"{len(missing)} of {len(pending)} shards did not finish, first {missing[0]}. Run the same command again."
+        )
+
+
+def check_dead_share(workspace: Workspace, job: Job, manifests: list[ShardManifest], config: GenerateConfig) -> None:
+    """Raises EngineError, with the commonest reasons, where more rows died than `max_dead_share` allows."""
+    dead, rows = sum(m.rows_dead for m in manifests), sum(m.rows_in for m in manifests)
+    if dead <= config.max_dead_share * rows:
+        return
+    reasons: Counter[tuple[str, str]] = Counter()
+    for manifest in manifests:
+        if manifest.rows_dead:
+            table = workspace.read_parquet(manifest.shard.file(job, "dead"), ["error", "message"])
+            reasons.update(zip(table["error"].to_pylist(), table["message"].to_pylist(), strict=True))
+    lines = "\n".join(f"  {n} x {error}: {message}" for (error, message), n in reasons.most_common(3))
+    raise EngineError(
+        f"{dead} of {rows} rows failed, more than generate.max_dead_share {config.max_dead_share:g} allows. Commonest reasons:\n{lines}\n"
+        f"Mend the cause, delete {workspace.path(job.folder)} and run again, or raise max_dead_share to go on without them."
+    )
+
+
+def _run(
+    workspace: Workspace, job: Job, engine: EngineConfig, config: GenerateConfig, pending: list[Shard]
+) -> Iterator[ShardManifest]:
+    import ray  # here, since the recipe imports this module's Config and Ray takes a second to import
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = False
+    # A large model may load for longer than the default half hour without a finished shard.
+    context.execution_no_progress_timeout_s = 6 * 3600
+    shards = [{"shard": s.model_dump_json()} for s in pending]
+    dataset = ray.data.from_items(shards, override_num_blocks=len(shards)).map_batches(
+        _ShardRunner,
+        fn_constructor_args=(engine, workspace, job, str(workspace.log_path("engine"))),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min(config.min_engines, len(pending)),
+            max_size=config.max_engines,
+            max_tasks_in_flight_per_actor=8,
+            max_concurrent_calls_per_actor=4,
+        ),
+        num_cpus=_engine_cpus(engine, config),
+        num_gpus=config.engine_gpus or None,
+    )
+    for row in dataset.iter_rows():
+        yield ShardManifest.model_validate_json(row["manifest"])
+
+
+def _engine_cpus(engine: EngineConfig, config: GenerateConfig) -> float:
+    if config.engine_cpus is not None:
+        return config.engine_cpus
+    if isinstance(engine, VllmEngineConfig) and not config.engine_gpus:
+        return float(engine.threads or os.cpu_count() or 1)
+    return 1.0

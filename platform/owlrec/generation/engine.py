@@ -1,0 +1,85 @@
+"""The engine interface: what turns one prompt into one text, whatever runs behind it.
+
+An engine takes single requests and batches them itself (vLLM's continuous batching, an HTTP server's), so callers just keep enough of
+them in flight; no caller ever waits for the slowest row of a batch. A failed row raises a `RowError`, which the caller writes to the
+dead-letter table; any other exception means that the engine itself is gone.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from owlrec.config import Config
+from owlrec.errors import EngineError
+
+
+class SamplingConfig(Config):
+    """How tokens are chosen. Greedy by default: knowledge should be repeatable, and drafts from earlier texts accept best."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    # 1.0 = off. A penalty scans all earlier tokens of each row at each step and slows a small model markedly.
+    repetition_penalty: float = 1.0
+
+
+class RowError(EngineError):
+    """One request failed for good; the engine lives on. The class name becomes the dead-letter row's error."""
+
+    attempts = 1
+
+
+class PromptTooLong(RowError):
+    """Prompt and answer do not fit the model's context together."""
+
+
+class EmptyPrompt(RowError):
+    """The row gave nothing to ask about: no title, no behaviour."""
+
+
+class RequestFailed(RowError):
+    """The server refused or failed the request after all attempts."""
+
+    def __init__(self, message: str, attempts: int = 1) -> None:
+        super().__init__(message)
+        self.attempts = attempts
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An engine's answer. Draft counts are 0 where no speculative decoder ran."""
+
+    text: str
+    prompt_tokens: int
+    output_tokens: int
+    finish_reason: str  # "stop" (the model ended) or "length" (max_tokens reached)
+    drafted: int = 0
+    accepted: int = 0
+    relaxed: int = 0
+
+
+class Engine(ABC):
+    """One LLM, ready to answer. Made by `build_engine`, closed by `close`."""
+
+    identity: str  # model id and revision, part of the job's fingerprint
+    context_tokens: int  # prompt and answer together
+    max_in_flight: int  # requests worth keeping in flight; more only queue up
+
+    @abstractmethod
+    async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:
+        """The answer to `prompt` after the system turn `system` ("" for the model's own). Raises RowError where this request fails for good."""
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` alone, by the model's tokenizer or a close upper estimate."""
+
+    def close(self) -> None:
+        """Frees what the engine holds. Safe to call twice."""
+
+
+def check_length(prompt_tokens: int, sampling: SamplingConfig, context_tokens: int) -> None:
+    """Raises PromptTooLong where the prompt leaves no room for `max_tokens` more."""
+    if prompt_tokens + sampling.max_tokens > context_tokens:
+        raise PromptTooLong(
+            f"prompt has {prompt_tokens} tokens, with max_tokens {sampling.max_tokens} that exceeds the context of {context_tokens}. "
+            f"Lower prompts.history_tokens or raise engine.max_model_len."
+        )

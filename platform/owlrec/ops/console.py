@@ -1,0 +1,159 @@
+"""What stages print: a header, a progress bar with rate and time left, a table at the end.
+
+Where the output is no terminal (a Ray job's log, a file, CI) a bar becomes a plain line every ten seconds at most.
+Texts are printed as they are: titles and messages may hold what rich would take for markup.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+LINE_EVERY_S = 10.0
+_PLAIN_WIDTH = 120
+
+
+class Advance(Protocol):
+    """Reports progress: `advance(n)`; further counts (`tokens=512`) are summed and shown with their rates."""
+
+    def __call__(self, n: int = 1, **extra: int) -> None: ...
+
+
+def stage_header(stage: str, about: str = "") -> None:
+    """Prints where a run stands."""
+    console = _console()
+    if console.is_terminal:
+        console.print()
+        console.print(Text.assemble((f"▸ {stage}", "bold cyan"), ("  " + about if about else "", "dim")))
+    else:
+        console.print(Text(f"== {stage}" + (f": {about}" if about else "")), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Prints a line of information."""
+    _console().print(Text(f"  {text}"), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Prints a line that the user should not miss."""
+    _console().print(Text(f"  warning: {text}", "yellow"), soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints rows under a title; columns whose values are all numbers stand to the right.
+
+    Floats get four significant digits.
+    """
+    grid = Table(title=Text(title, "bold"), title_justify="left", header_style="bold")
+    for number, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
+        grid.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(_cell(value)) for value in row))
+    _console().print(grid)
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str = "rows") -> Iterator[Advance]:
+    """Shows progress while its block runs and gives the function to report it with.
+
+    total: how many `unit` will come; None where nobody knows.
+    """
+    counts = _Counts(description, total, unit)
+    console = _console()
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def say(n: int = 1, **extra: int) -> None:
+            nonlocal last
+            counts.add(n, extra)
+            if time.monotonic() - last >= LINE_EVERY_S:
+                last = time.monotonic()
+                console.print(Text(counts.line()), soft_wrap=True)
+
+        try:
+            yield say
+        finally:
+            console.print(Text(counts.line(ended=True)), soft_wrap=True)
+        return
+    columns = (
+        TextColumn("  {task.description}", markup=False),
+        BarColumn(bar_width=24),
+        _CountsColumn(counts),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total)
+
+        def show(n: int = 1, **extra: int) -> None:
+            counts.add(n, extra)
+            bar.advance(task, n)
+
+        yield show
+
+
+class _Counts:
+    """What was done so far, and how fast."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done = 0
+        self.extra: dict[str, int] = {}
+        self._start = time.monotonic()
+
+    def add(self, n: int, extra: dict[str, int]) -> None:
+        self.done += n
+        for name, value in extra.items():
+            self.extra[name] = self.extra.get(name, 0) + value
+
+    def figures(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-6)
+        of = f"/{self.total:,}" if self.total is not None else ""
+        parts = [f"{self.done:,}{of} {self.unit}", f"{_rate(self.done / seconds)} {self.unit}/s"]
+        parts += [f"{value:,} {name} ({_rate(value / seconds)}/s)" for name, value in self.extra.items()]
+        return ", ".join(parts)
+
+    def line(self, ended: bool = False) -> str:
+        seconds = time.monotonic() - self._start
+        if ended:
+            return f"  {self.description}: {self.figures()}, took {_duration(seconds)}"
+        if not self.total or not self.done:
+            return f"  {self.description}: {self.figures()}"
+        left = seconds * max(self.total - self.done, 0) / self.done
+        return f"  {self.description}: {self.figures()}, {_duration(left)} left"
+
+
+class _CountsColumn(ProgressColumn):
+    def __init__(self, counts: _Counts) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._counts = counts
+
+    def render(self, task: Task) -> Text:
+        return Text(self._counts.figures())
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,152 @@
+"""The report of a run: one HTML file that needs nothing beside it, to be kept, mailed and opened years later.
+
+`ReportData` is plain numbers and texts, so that any stage can fill it; whatever it lacks is left out of the page. All
+texts are escaped: titles come from users' data and answers from an LLM.
+"""
+
+from pathlib import Path
+from statistics import fmean
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import BaseModel
+
+from owlrec import __version__
+from owlrec.ops.charts import bar_chart, histogram, points_chart
+
+
+class ArmFigures(BaseModel):
+    """One backbone with one arm: metrics on the test split, one value a seed."""
+
+    backbone: str
+    arm: str
+    auc: list[float]
+    gauc: list[float] = []
+    log_loss: list[float] = []
+    valid_auc: list[float] = []
+
+
+class StageFigures(BaseModel):
+    """What a stage took. Tokens are of the LLM only."""
+
+    stage: str
+    seconds: float
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    rows: int = 0
+    skipped: bool = False  # already there from an earlier run
+
+
+class KnowledgeSample(BaseModel):
+    """What the LLM read of a user or an item, and what it wrote."""
+
+    kind: str
+    title: str  # "user 12", or the item's title
+    inputs: list[str]  # one line each: behaviours, attributes
+    text: str
+
+
+class ReportData(BaseModel):
+    """All that a report may show."""
+
+    run: str
+    finished: str  # date and time, as it should read
+    hardware: str
+    command: str = ""
+    facts: dict[str, str] = {}  # the line of key figures under the title
+    protocol: str = ""  # split, label, negatives, seeds
+    arms: list[ArmFigures] = []
+    stages: list[StageFigures] = []
+    knowledge_tokens: dict[str, list[int]] = {}  # by kind; of a large run a sample is enough
+    samples: list[KnowledgeSample] = []
+    release: dict[str, str] = {}
+    lookup: dict[str, str] = {}
+    notes: list[str] = []  # what a reader must know in order not to misread the figures
+    versions: dict[str, str] = {}
+
+
+class ArmRow(BaseModel):
+    """A row of the table of arms."""
+
+    backbone: str
+    arm: str
+    seeds: int
+    auc: str
+    difference: str  # of the mean AUC to the arm "none" of the same backbone
+    gauc: str
+    log_loss: str
+    valid_auc: str
+
+
+def write_report(path: Path, data: ReportData) -> Path:
+    """Writes the page to `path` (its folder is made) and gives the path back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render_report(data), encoding="utf-8")
+    return path
+
+
+def render_report(data: ReportData) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    auc: dict[str, dict[str, list[float]]] = {}
+    for arm in data.arms:
+        auc.setdefault(arm.backbone, {})[arm.arm] = arm.auc
+    seconds = {s.stage: s.seconds for s in data.stages if not s.skipped}
+    tokens = {
+        f"{s.stage}, {name}": float(count)
+        for s in data.stages
+        for name, count in (("prompts", s.prompt_tokens), ("answers", s.output_tokens))
+        if count
+    }
+    lengths = {
+        kind: histogram(values, f"tokens a text, {kind}s", colour)
+        for colour, (kind, values) in enumerate(data.knowledge_tokens.items())
+        if values
+    }
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        rows=arm_rows(data.arms),
+        auc_chart=points_chart(auc, "AUC on the test split"),
+        seconds_chart=bar_chart(seconds, "s"),
+        tokens_chart=bar_chart(tokens, "tokens"),
+        lengths=lengths,
+        version=__version__,
+    )
+
+
+def arm_rows(arms: list[ArmFigures]) -> list[ArmRow]:
+    """The table of arms:
+
+    means over seeds, with the spread from the lowest to the highest in brackets where there are several.
+    """
+    base = {a.backbone: fmean(a.auc) for a in arms if a.arm == "none" and a.auc}
+    rows = []
+    for arm in arms:
+        difference = ""
+        if arm.arm != "none" and arm.backbone in base and arm.auc:
+            difference = f"{fmean(arm.auc) - base[arm.backbone]:+.4f}"
+        rows.append(
+            ArmRow(
+                backbone=arm.backbone,
+                arm=arm.arm,
+                seeds=len(arm.auc),
+                auc=_spread(arm.auc),
+                difference=difference,
+                gauc=_spread(arm.gauc),
+                log_loss=_spread(arm.log_loss),
+                valid_auc=_spread(arm.valid_auc),
+            )
+        )
+    return rows
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{fmean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.4f}, {max(values):.4f}]"

@@ -1,0 +1,50 @@
+"""Makes untrusted text safe to quote in a prompt, and fits a history into a token budget.
+
+Titles and profile fields come from outside: a title may hold another model's control tokens, bidirectional overrides or a whole page.
+What is removed could otherwise end the user's turn early and let a title give the model orders.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+# Turn, sentence and instruction markers of the chat templates in use (ChatML, Llama 2 and 3, Gemma, Mistral, DeepSeek, GLM).
+_TEMPLATE_TOKEN = re.compile(
+    r"<[|｜][^<>]{0,60}?[|｜]>|</?s>|\[/?INST\]|\[/?SYSTEM_PROMPT\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
+    r"|\[gMASK\]|<sop>|</?think>",
+    re.IGNORECASE,
+)
+
+
+def clean_text(text: str, *, max_chars: int = 200) -> str:
+    """`text` on one line, without control characters or chat-template tokens, at most `max_chars` long.
+
+    Double quotes become single ones, since prompts quote titles in double quotes. A cut is marked by an ellipsis.
+    """
+    text = unicodedata.normalize("NFC", text)
+    # Cc and Cf hold control, zero-width and bidirectional characters; Co and Cs private use and lone surrogates.
+    text = "".join(
+        " " if c in "\t\n\r\v\f" else c
+        for c in text
+        if c in "\t\n\r\v\f" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs")
+    )
+    while True:  # removing one token may join the halves of another
+        stripped = _TEMPLATE_TOKEN.sub("", text)
+        if stripped == text:
+            break
+        text = stripped
+    text = " ".join(text.split()).replace('"', "'")
+    return text if len(text) <= max_chars else text[: max_chars - 1].rstrip() + "…"
+
+
+def fit_recent(entries: Sequence[str], budget_tokens: int, count_tokens: Callable[[str], int]) -> Sequence[str]:
+    """The longest run of the most recent `entries` (last = newest) whose token counts add up to at most `budget_tokens`.
+
+    The oldest go first: what a user did lately tells most about what comes next. May be empty.
+    """
+    spent = 0
+    for kept, entry in enumerate(reversed(entries)):
+        spent += count_tokens(entry)
+        if spent > budget_tokens:
+            return entries[len(entries) - kept :]
+    return entries

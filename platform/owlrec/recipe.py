@@ -1,0 +1,167 @@
+"""The one YAML file that describes a run: each section is the Config of the component that it sets up.
+
+This module gathers the stages' Configs, so it imports the stages; none of them imports it. A stage takes its own Config and nothing else.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from owlrec.config import Config
+from owlrec.ctr.experiment import CTRConfig
+from owlrec.encoding.encoder import EncoderConfig
+from owlrec.errors import RecipeError, did_you_mean
+from owlrec.generation import EngineConfig
+from owlrec.generation.batch import GenerateConfig
+from owlrec.generation.engine import SamplingConfig
+from owlrec.prompting.rows import PromptConfig
+from owlrec.scenario import Scenario, get_scenario
+from owlrec.sources import SourceConfig
+from owlrec.sources.splits import SplitConfig
+
+
+class RayConfig(Config):
+    """Which Ray cluster a run uses. Inside `ray job submit` it is always the job's own cluster."""
+
+    address: str = "local"  # "local" starts a cluster that ends with the run; "auto" or host:port joins one
+    num_cpus: int | None = None  # logical CPUs of a local cluster; None = all cores
+    object_store_mib: int = Field(256, ge=80)  # of a local cluster: shards carry manifests, not data
+
+
+class Recipe(Config):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    scenario: str
+    workspace: str
+    source: SourceConfig
+    split: SplitConfig = SplitConfig()
+    # Overrides the scenario's rule (label 1 where the rating exceeds it).
+    positive_above: float | None = None
+    shard_rows: int = Field(1024, ge=1)  # about this many users or items a shard: the unit of resuming
+    prompts: PromptConfig = PromptConfig()
+    engine: EngineConfig
+    sampling: SamplingConfig = SamplingConfig()
+    generate: GenerateConfig = GenerateConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    ctr: CTRConfig = CTRConfig()
+    ray: RayConfig = RayConfig()
+
+    @field_validator("scenario")
+    @classmethod
+    def _known_scenario(cls, name: str) -> str:
+        try:
+            return get_scenario(name).name
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def domain(self) -> Scenario:
+        """The scenario itself, with this recipe's label rule."""
+        scenario = get_scenario(self.scenario)
+        return (
+            scenario
+            if self.positive_above is None
+            else scenario.model_copy(update={"positive_above": self.positive_above})
+        )
+
+
+def load_recipe(path: str | Path, *, workspace: str | None = None) -> Recipe:
+    """Reads and checks a recipe file.
+
+    workspace: takes the place of the recipe's own, where given. A relative one stands in the current folder.
+    Raises RecipeError, which lists every mistake with its key, and the nearest valid name for an unknown one.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be read ({error.strerror}). Recipes ship under pipelines/recipes/."
+        ) from None
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: is no valid YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: must hold `key: value` lines at the top. See pipelines/recipes/ for an example.")
+    if workspace is not None:
+        values["workspace"] = workspace
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in _explain(error, Recipe))) from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that occurs twice: YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' occurs twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-3 as a string; recipes are full of learning rates.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line a mistake."""
+    lines = []
+    for detail in error.errors():
+        location = [part for part in detail["loc"]]
+        key = ".".join(map(str, location))
+        if detail["type"] == "extra_forbidden":
+            names = _names_at(model, location[:-1])
+            lines.append(f"{key}: unknown key.{did_you_mean(str(location[-1]), names)}")
+        elif detail["type"] == "missing":
+            lines.append(f"{key}: is missing. Add it to the recipe.")
+        elif detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            lines.append(f"{key}.type: {detail['msg'].replace('Input tag', 'the type')}.")
+        else:
+            message = detail["msg"].removeprefix("Value error, ")
+            value = detail.get("input")
+            shown = f" (found {value!r})" if not isinstance(value, dict | list) else ""
+            lines.append(f"{key}: {message}{shown}")
+    return lines
+
+
+def _names_at(model: type[BaseModel], location: list[Any]) -> list[str]:
+    """The valid keys of the section that an error's location points to."""
+    current: Any = model
+    for part in location:
+        choices = (
+            _models_in(current.model_fields[part].annotation) if part in getattr(current, "model_fields", {}) else []
+        )
+        # In a union of sections pydantic puts the chosen section's `type` into the location, after the key.
+        tagged = [c for c in getattr(current, "__owlrec_choices__", []) if _tag(c) == part]
+        if tagged:
+            current = tagged[0]
+        elif len(choices) == 1:
+            current = choices[0]
+        elif choices:
+            current = type("Choices", (), {"__owlrec_choices__": choices})
+        else:
+            return []
+    return list(getattr(current, "model_fields", {}))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for argument in getattr(annotation, "__args__", ()) for m in _models_in(argument)]
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("type")
+    return field.annotation.__args__[0] if field is not None and hasattr(field.annotation, "__args__") else None

@@ -1,0 +1,165 @@
+"""A recommendation domain: its nouns, the factors that an LLM reasons over, its label rule and the text fields of its items.
+
+The factors are KAR's "scenario-specific factors" (RecSys 2024, sec. 3.1): movies and books as published with the paper, music, apps,
+ads and news as its deployments report them. A prompt that names a domain's own factors draws far more relevant knowledge out of an
+LLM than a bare "describe this user". The quality gate reads the nouns too: an answer about books in a movie scenario is flagged.
+"""
+
+from typing import Literal
+
+from owlrec.config import Config
+from owlrec.errors import RecipeError, did_you_mean
+
+ScenarioName = Literal["movies", "books", "music", "apps", "ads", "news"]
+
+
+class Scenario(Config):
+    """One domain. `user_factors` steer preference reasoning about users, `item_factors` factual knowledge about items."""
+
+    name: str
+    item: str  # singular noun
+    items: str  # plural noun
+    consumed: str  # past tense of what a user does with an item
+    history: str  # what the user's list of behaviours is called
+    rating_unit: str  # noun that follows a rating, singular; "" where behaviours carry no graded rating
+    user_factors: tuple[str, ...]
+    item_factors: tuple[str, ...]
+    positive_above: float  # the label is 1 where the rating exceeds this; implicit feedback is written as rating 1
+    text_fields: tuple[str, ...]  # item columns quoted in prompts after the title, where a table has them
+    profile_fields: tuple[str, ...] = ("gender", "age", "occupation")
+
+
+SCENARIOS: dict[str, Scenario] = {
+    s.name: s
+    for s in (
+        Scenario(
+            name="movies",
+            item="movie",
+            items="movies",
+            consumed="watched",
+            history="viewing history",
+            rating_unit="star",
+            user_factors=(
+                "genre",
+                "director and actors",
+                "time period and country",
+                "character",
+                "plot and theme",
+                "mood and tone",
+                "critical acclaim and awards",
+                "production quality",
+                "soundtrack",
+            ),
+            item_factors=(
+                "genre",
+                "director and cast",
+                "country",
+                "character",
+                "plot and theme",
+                "mood and tone",
+                "critical acclaim and awards",
+                "production quality",
+                "soundtrack",
+            ),
+            positive_above=3,
+            text_fields=("genres", "year"),
+        ),
+        Scenario(
+            name="books",
+            item="book",
+            items="books",
+            consumed="read",
+            history="reading history",
+            rating_unit="star",
+            user_factors=(
+                "genre",
+                "author",
+                "writing style",
+                "theme",
+                "setting",
+                "length and complexity",
+                "time period",
+                "literary quality",
+                "critical acclaim",
+            ),
+            item_factors=(
+                "genre",
+                "author",
+                "writing style",
+                "theme",
+                "setting",
+                "length and complexity",
+                "time period",
+                "literary quality",
+                "critical acclaim",
+            ),
+            positive_above=4,
+            text_fields=("brand", "author", "category", "categories"),
+        ),
+        Scenario(
+            name="music",
+            item="song",
+            items="songs",
+            consumed="played",
+            history="listening history",
+            rating_unit="star",
+            user_factors=("style", "mood", "rhythm", "listening preference"),
+            item_factors=("style", "mood", "rhythm", "the listeners it appeals to"),
+            positive_above=3,
+            text_fields=("artist", "album", "genre", "language"),
+        ),
+        Scenario(
+            name="apps",
+            item="app",
+            items="apps",
+            consumed="installed",
+            history="installation history",
+            rating_unit="star",
+            user_factors=("open-domain tags", "usage patterns", "preferences"),
+            item_factors=("open-domain tags", "usage patterns", "the preferences it serves"),
+            positive_above=3,
+            text_fields=("category", "developer", "description"),
+        ),
+        Scenario(
+            name="ads",
+            item="ad",
+            items="ads",
+            consumed="clicked",
+            history="click history",
+            rating_unit="",
+            user_factors=(
+                "target audience",
+                "product features",
+                "competitive advantages",
+                "brand positioning and image",
+            ),
+            item_factors=(
+                "target audience",
+                "product features",
+                "competitive advantages",
+                "brand positioning and image",
+            ),
+            positive_above=0,
+            text_fields=("brand", "category", "description"),
+        ),
+        Scenario(
+            name="news",
+            item="news article",
+            items="news articles",
+            consumed="read",
+            history="reading history",
+            rating_unit="",
+            user_factors=("topic", "region", "people and organisations", "depth", "tone", "timeliness"),
+            item_factors=("topic", "region", "people and organisations", "depth", "tone", "timeliness"),
+            positive_above=0,
+            text_fields=("category", "subcategory", "abstract"),
+        ),
+    )
+}
+
+
+def get_scenario(name: str) -> Scenario:
+    """The scenario called `name`. Raises RecipeError, with the nearest valid name, where there is none."""
+    if name not in SCENARIOS:
+        raise RecipeError(f"scenario: there is no scenario '{name}'.{did_you_mean(name, SCENARIOS)}")
+    return SCENARIOS[name]

@@ -1,0 +1,196 @@
+"""The tables that stages exchange, as Arrow schemas, and the checks that guard them.
+
+Every arrow of the design is one of these tables on disk, never an object in memory. Ids are int64 throughout: 10^8 of them sort and
+join as one 0.8 GB array, where strings cost several times that in each process. Raw string ids are hashed by `stable_id`; the raw id
+stays in the table and a collision is an error at ingest.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlrec.errors import SchemaError
+
+KINDS = ("user", "item", "cohort")
+
+USERS = pa.schema([("user_id", pa.int64()), ("raw_id", pa.string())])  # then one string column a profile field
+ITEMS = pa.schema([("item_id", pa.int64()), ("raw_id", pa.string()), ("title", pa.string())])  # then attributes
+INTERACTIONS = pa.schema(
+    [("user_id", pa.int64()), ("item_id", pa.int64()), ("rating", pa.float32()), ("timestamp", pa.int64())]
+)
+# What the LLM may read of each user, and up to which moment that reaches: written by the sample builder, read by the prompts.
+HISTORIES = pa.schema(
+    [
+        ("user_id", pa.int64()),
+        ("as_of", pa.int64()),
+        ("items", pa.list_(pa.int64())),  # oldest first
+        ("ratings", pa.list_(pa.float32())),  # aligned with items
+    ]
+)
+SAMPLES = pa.schema(
+    [
+        ("user_id", pa.int64()),
+        ("item_id", pa.int64()),
+        ("label", pa.float32()),
+        ("timestamp", pa.int64()),
+        ("history", pa.list_(pa.int64())),  # most recent last, strictly earlier than `timestamp`
+        ("history_ratings", pa.list_(pa.float32())),  # aligned with history
+        ("split", pa.string()),  # train, valid or test
+    ]
+)
+KNOWLEDGE = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("id", pa.int64()),
+        ("as_of", pa.int64()),
+        ("text", pa.string()),
+        ("framework", pa.string()),
+        ("prompt_sha256", pa.string()),
+        ("fingerprint", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("quality", pa.string()),  # "ok", or the names of the quality rules that flagged the text
+        ("drafted", pa.int32()),
+        ("accepted", pa.int32()),
+        ("relaxed", pa.int32()),
+    ]
+)
+DEAD_LETTERS = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("id", pa.int64()),
+        ("as_of", pa.int64()),
+        ("stage", pa.string()),
+        ("error", pa.string()),  # class of the error
+        ("message", pa.string()),
+        ("attempts", pa.int32()),
+    ]
+)
+
+
+def vectors_schema(dim: int) -> pa.Schema:
+    """Arrow schema of a vectors table whose vectors have `dim` components."""
+    return pa.schema(
+        [
+            ("kind", pa.string()),
+            ("id", pa.int64()),
+            ("vector", pa.list_(pa.float16(), dim)),
+            ("codes", pa.list_(pa.uint16())),  # semantic ids; empty where none were computed
+        ]
+    )
+
+
+def stable_id(raw: str) -> int:
+    """The int64 id of a raw id: a canonical decimal integer stays itself, any other text is hashed (BLAKE2b, 63 bits)."""
+    raw = str(raw)
+    if raw.isascii() and raw.isdigit() and len(raw) <= 18 and (raw == "0" or raw[0] != "0"):
+        return int(raw)
+    return int.from_bytes(hashlib.blake2b(raw.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:
+    """Which of `n_shards` shards each id belongs to.
+
+    ids: int64 [n]. Returns int64 [n] in [0, n_shards). A multiplicative hash (splitmix64's finaliser), so that ids which
+    share a stride still spread evenly.
+    """
+    x = np.asarray(ids, dtype=np.int64).astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (x % np.uint64(n_shards)).astype(np.int64)
+
+
+def conform(table: pa.Table, schema: pa.Schema, *, name: str) -> pa.Table:
+    """`table` with the columns of `schema` first, in order and of its types, and its further columns after them.
+
+    name: what to call the table in errors (a file path, usually).
+    Raises SchemaError for a missing column or a value that does not convert.
+    """
+    columns: list[pa.ChunkedArray] = []
+    for field in schema:
+        if field.name not in table.column_names:
+            raise SchemaError(
+                f"{name}: column '{field.name}' is missing; the table has {', '.join(table.column_names) or 'no columns'}. "
+                f"Rename a column, or map one to it under source.columns in the recipe."
+            )
+        columns.append(_cast(table[field.name], field, name))
+    rest = [c for c in table.column_names if c not in schema.names]
+    return pa.table(
+        [*columns, *(table[c] for c in rest)],
+        schema=pa.schema([*schema, *(table.schema.field(c) for c in rest)]),
+    )
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, name: str) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        where, value = _first_bad(column, field.type)
+        raise SchemaError(
+            f"{name}, row {where}: column '{field.name}' holds {value!r}, which is no {field.type} ({error}). "
+            f"Correct the value or drop the row."
+        ) from None
+
+
+def _first_bad(column: pa.ChunkedArray, type_: pa.DataType) -> tuple[int, Any]:
+    for row, value in enumerate(column):
+        try:
+            pa.chunked_array([pa.array([value.as_py()], column.type)]).cast(type_)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            return row, value.as_py()
+    return -1, None
+
+
+def check_rows(table: pa.Table, *, name: str, key: Sequence[str], required: Sequence[str] = ()) -> None:
+    """Refuses an empty table, a null in `key` or `required` columns, and a second row with the same `key`.
+
+    Raises SchemaError naming the first offending row (0-based) and its key.
+    """
+    if table.num_rows == 0:
+        raise SchemaError(
+            f"{name}: the table has no rows. Check the file and the filters in the recipe's source section."
+        )
+    for column in dict.fromkeys([*key, *required]):
+        if table[column].null_count:
+            row = pc.index(pc.is_null(table[column]), True).as_py()
+            raise SchemaError(
+                f"{name}, row {row}: {column} is null. Drop the row or give it a value; rows without one cannot be joined."
+            )
+    if not key:
+        return
+    counts = table.group_by(list(key)).aggregate([([], "count_all")])
+    doubled = counts.filter(pc.greater(counts["count_all"], 1))
+    if doubled.num_rows:
+        first = {k: doubled[k][0].as_py() for k in key}
+        raise SchemaError(
+            f"{name}: {doubled.num_rows} keys occur more than once, first {first} ({doubled['count_all'][0].as_py()} rows). "
+            f"Keep one row a key."
+        )
+
+
+# 10^11 ms is March 1973 and 10^11 s is the year 5138: between the two units there is no overlap for real behaviour logs.
+_SECONDS_BELOW = 100_000_000_000
+
+
+def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str) -> None:
+    """Refuses timestamps that can only be seconds (or smaller) where milliseconds since 1970, UTC, are meant."""
+    if len(timestamps) == 0:
+        return
+    largest = pc.max(timestamps).as_py()
+    if largest is not None and largest < _SECONDS_BELOW:
+        row = pc.index(timestamps, pc.max(timestamps)).as_py()
+        raise SchemaError(
+            f"{name}, row {row}: timestamp {largest} looks like seconds, but milliseconds since 1970 (UTC) are meant. "
+            f"Multiply by 1000, or set source.timestamp_unit: s in the recipe."
+        )
+    if largest is not None and largest > 100 * _SECONDS_BELOW:
+        raise SchemaError(
+            f"{name}: timestamp {largest} looks like micro- or nanoseconds, but milliseconds since 1970 (UTC) are meant. "
+            f"Set source.timestamp_unit: us or ns in the recipe."
+        )

@@ -1,0 +1,155 @@
+"""The embedded store: one LMDB file a release, memory-mapped, so that all processes of a machine share its pages.
+
+Two databases stand in the file: `knowledge` (JSON text) and `vectors` (raw float16). A key is one byte for the kind and
+the id as eight big-endian bytes, so that byte order is numeric order. LMDB's lock file is not used: one process writes
+a file that nobody else sees yet (owlrec.store.lmdb_writer), and afterwards it never changes.
+"""
+
+import json
+import struct
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from owlrec.errors import ReleaseError, did_you_mean
+from owlrec.store.interface import Knowledge, KnowledgeStore
+
+DATABASES = ("knowledge", "vectors")
+_KIND_BYTES = {"user": b"u", "item": b"i", "cohort": b"c"}
+_KINDS = {value: kind for kind, value in _KIND_BYTES.items()}
+_KEY = struct.Struct(">cq")
+
+
+def encode_key(kind: str, id_: int) -> bytes:
+    """The nine bytes under which a row stands. Raises ReleaseError for an unknown kind."""
+    if kind not in _KIND_BYTES:
+        raise ReleaseError(f"kind '{kind}' is none that a release holds.{did_you_mean(kind, _KIND_BYTES)}")
+    return _KEY.pack(_KIND_BYTES[kind], id_)
+
+
+def decode_key(key: bytes) -> tuple[str, int]:
+    """The kind and the id that a key stands for."""
+    kind, id_ = _KEY.unpack(key)
+    return _KINDS[kind], id_
+
+
+class LmdbStore(KnowledgeStore):
+    """Reads one LMDB file. Threads may share a store, and two stores of a process may share a file."""
+
+    def __init__(self, path: Path, *, dim: int, counts: dict[str, int]) -> None:
+        """dim, counts: as the release's manifest states. Raises ReleaseError where the file is no store.
+
+        The file's size must have been checked by the caller: LMDB answers a truncated file with SIGBUS, not with an
+        error.
+        """
+        self._path = str(path.resolve())
+        self._dim = dim
+        self._counts = counts
+        self._closed = False
+        self._env, self._databases = _shared_environments.acquire(self._path)
+
+    def get(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
+        """See KnowledgeStore.get."""
+        with self._env.begin(db=self._databases["knowledge"], buffers=True) as transaction:
+            return [self._knowledge(kind, int(id_), transaction.get(encode_key(kind, int(id_)))) for id_ in ids]
+
+    def vectors(self, kind: str, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See KnowledgeStore.vectors."""
+        found = np.zeros((len(ids), self._dim), dtype=np.float32)
+        mask = np.zeros(len(ids), dtype=bool)
+        with self._env.begin(db=self._databases["vectors"], buffers=True) as transaction:
+            for row, id_ in enumerate(ids):
+                value = transaction.get(encode_key(kind, int(id_)))
+                if value is not None:
+                    found[row] = np.frombuffer(value, dtype=np.float16)
+                    mask[row] = True
+        return found, mask
+
+    def count(self, kind: str) -> int:
+        """See KnowledgeStore.count."""
+        return self._counts.get(kind, 0)
+
+    def ids(self, kind: str, limit: int | None = None) -> np.ndarray:
+        """See KnowledgeStore.ids."""
+        n = self.count(kind) if limit is None else min(limit, self.count(kind))
+        found = np.zeros(n, dtype=np.int64)
+        with self._env.begin(db=self._databases["knowledge"]) as transaction:
+            cursor = transaction.cursor()
+            cursor.set_range(encode_key(kind, 0))
+            for row, key in zip(range(n), cursor.iternext(values=False), strict=False):
+                found[row] = decode_key(key)[1]
+        return found
+
+    def close(self) -> None:
+        """See KnowledgeStore.close."""
+        if not self._closed:
+            self._closed = True
+            _shared_environments.release(self._path)
+
+    def rows(self, database: str) -> int:
+        """How many rows the file itself holds in `knowledge` or `vectors`."""
+        with self._env.begin() as transaction:
+            return int(transaction.stat(self._databases[database])["entries"])
+
+    def raw(self, database: str, key: bytes) -> bytes | None:
+        """The bytes stored under a key, for the verification of a release."""
+        with self._env.begin(db=self._databases[database]) as transaction:
+            value: bytes | None = transaction.get(key)
+        return value
+
+    def _knowledge(self, kind: str, id_: int, value: memoryview | None) -> Knowledge | None:
+        if value is None:
+            return None
+        try:
+            fields = json.loads(bytes(value))
+            return Knowledge(kind, id_, fields["as_of"], fields["text"], fields["framework"], fields["quality"])
+        except (ValueError, KeyError) as error:
+            raise ReleaseError(
+                f"{self._path}: the row of {kind} {id_} is unreadable ({error!r}). The file is corrupt: "
+                f"roll back to the previous release, or publish again."
+            ) from None
+
+
+class _SharedEnvironments:
+    """LMDB refuses to open a file twice in one process, so stores on the same file share one environment and count its
+    users.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[str, tuple[Any, dict[str, Any], int]] = {}
+
+    def acquire(self, path: str) -> tuple[Any, dict[str, Any]]:
+        with self._lock:
+            if path in self._open:
+                env, databases, users = self._open[path]
+            else:
+                (env, databases), users = _open_readonly(path), 0
+            self._open[path] = (env, databases, users + 1)
+            return env, databases
+
+    def release(self, path: str) -> None:
+        with self._lock:
+            env, databases, users = self._open.pop(path)
+            if users > 1:
+                self._open[path] = (env, databases, users - 1)
+            else:
+                env.close()
+
+
+_shared_environments = _SharedEnvironments()
+
+
+def _open_readonly(path: str) -> tuple[Any, dict[str, Any]]:
+    try:
+        # Without read-ahead: lookups are random, and reading 128 kB for each would evict pages that are wanted.
+        env = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, max_dbs=2)
+        return env, {name: env.open_db(name.encode(), create=False) for name in DATABASES}
+    except lmdb.Error as error:
+        raise ReleaseError(
+            f"{path} is no release store ({error}). Roll back to the previous release, or publish again."
+        ) from None

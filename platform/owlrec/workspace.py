@@ -1,0 +1,265 @@
+"""Where a run's artifacts live, on a local path or any URI that Arrow or fsspec opens (s3://, gs://, hdfs://, memory://).
+
+Every write is atomic: a temporary name and a rename on a local disk, one PUT on an object store. A reader therefore never sees half a
+file, and "the manifest exists" means "what it lists exists". Layout, relative to the root:
+
+    tables/<name>/part-00000.parquet      users, items, interactions, histories, samples: shard i holds hash(id) % n == i
+    knowledge/<fingerprint>/<kind>/       shard-00000.parquet, then its manifest shard-00000.json; dead/ beside them
+    vectors/<fingerprint>/<name>.parquet  encoded knowledge and metadata
+    releases/<time>-<fingerprint8>/       immutable; releases/CURRENT names the one in force
+    ctr/<fingerprint>/                    one folder a trial: result.json, model.safetensors
+    reports/, logs/, manifests/<stage>.json
+"""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from owlrec.errors import WorkspaceError
+from owlrec.schema import shard_of
+
+COMPRESSION = "zstd"
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 (hex) over `parts`: pydantic models, paths or anything JSON can hold, independent of key order."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return value.model_dump(mode="json")
+        return str(value)
+
+    text = json.dumps(parts, sort_keys=True, default=plain, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of a local file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Workspace:
+    """Artifacts under one root. Paths given to its methods are relative to the root, with forward slashes."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        """root: a local path (made if absent) or a URI. Raises WorkspaceError where it cannot be opened."""
+        self.root = str(root)
+        try:
+            if "://" in self.root:
+                self.filesystem, self.base = pafs.FileSystem.from_uri(self.root)
+                self.local = isinstance(self.filesystem, pafs.LocalFileSystem)
+            else:
+                self.filesystem, self.base = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.root))
+                self.local = True
+        except (pa.ArrowInvalid, OSError):
+            self.filesystem, self.base, self.local = *_open_fsspec(self.root), False
+
+    def __reduce__(self) -> tuple[type["Workspace"], tuple[str]]:
+        return Workspace, (self.base if self.local else self.root,)
+
+    def path(self, *parts: str) -> str:
+        """The full path, inside `filesystem`, of a path relative to the root."""
+        return "/".join([self.base.rstrip("/"), *parts])
+
+    def local_path(self, *parts: str) -> Path:
+        """The path as a local one. Raises WorkspaceError on an object store."""
+        if not self.local:
+            raise WorkspaceError(
+                f"{self.root} is not a local folder, which {'/'.join(parts)} needs. Use a local workspace."
+            )
+        return Path(self.path(*parts))
+
+    def check_writable(self) -> None:
+        """Writes and removes a probe file. Raises WorkspaceError where that fails, so that no job finds out hours later."""
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.write_bytes(probe, b"")
+            self.filesystem.delete_file(self.path(probe))
+        except (OSError, pa.ArrowException) as error:
+            raise WorkspaceError(
+                f"workspace {self.root} is not writable ({error}). "
+                f"Name a folder you may write to, in the recipe's `workspace` or with --workspace."
+            ) from None
+
+    def exists(self, *parts: str) -> bool:
+        """Whether a file or folder is there."""
+        info = self.filesystem.get_file_info(self.path(*parts))
+        return bool(info.type != pafs.FileType.NotFound)
+
+    def names(self, *parts: str) -> list[str]:
+        """The names in a folder, sorted, without hidden and temporary ones; empty where the folder does not exist."""
+        selector = pafs.FileSelector(self.path(*parts), allow_not_found=True)
+        return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if not i.base_name.startswith("."))
+
+    def delete_dir(self, *parts: str) -> None:
+        """Removes a folder and all it holds, if it is there."""
+        if self.exists(*parts):
+            self.filesystem.delete_dir(self.path(*parts))
+
+    @contextmanager
+    def atomic_path(self, *parts: str) -> Iterator[str]:
+        """Gives a temporary path to write to, and moves it into place when the block ends without an error."""
+        target = self.path(*parts)
+        folder, _, name = target.rpartition("/")
+        self.filesystem.create_dir(folder, recursive=True)
+        temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            yield temporary
+        except BaseException:
+            if self.filesystem.get_file_info(temporary).type == pafs.FileType.File:
+                self.filesystem.delete_file(temporary)
+            raise
+        if self.local:
+            # The rename is atomic, but only durable once the bytes are: a power cut must not leave an empty "finished" file.
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        else:
+            self.filesystem.move(temporary, target)
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Writes a whole file atomically, making its folder."""
+        if not self.local:
+            with self.filesystem.open_output_stream(self.path(path)) as stream:
+                stream.write(data)  # an object appears when its stream is closed: one PUT
+            return
+        with self.atomic_path(path) as temporary, open(temporary, "wb") as file:
+            file.write(data)
+
+    def read_bytes(self, path: str) -> bytes:
+        """A whole file. Raises WorkspaceError where it is missing."""
+        try:
+            with self.filesystem.open_input_stream(self.path(path)) as stream:
+                return bytes(stream.read())
+        except (FileNotFoundError, IsADirectoryError):
+            raise WorkspaceError(f"{self.path(path)} does not exist. Run the stage that writes it first.") from None
+
+    def write_json(self, path: str, value: Any) -> None:
+        """Writes a JSON file atomically."""
+        self.write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+    def read_json(self, path: str) -> Any:
+        """Reads a JSON file. Raises WorkspaceError where it is missing or no JSON."""
+        try:
+            return json.loads(self.read_bytes(path))
+        except json.JSONDecodeError as error:
+            raise WorkspaceError(
+                f"{self.path(path)} is no JSON ({error}). Delete it and run its stage again."
+            ) from None
+
+    def write_parquet(self, path: str, table: pa.Table) -> None:
+        """Writes one Parquet file (Zstandard) atomically."""
+        with self.atomic_path(path) as temporary:
+            pq.write_table(table, temporary, filesystem=self.filesystem, compression=COMPRESSION)
+
+    def read_parquet(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        """Reads one Parquet file. Raises WorkspaceError where it is missing or corrupt."""
+        try:
+            return pq.read_table(self.path(path), filesystem=self.filesystem, columns=columns)
+        except FileNotFoundError:
+            raise WorkspaceError(f"{self.path(path)} does not exist. Run the stage that writes it first.") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise WorkspaceError(
+                f"{self.path(path)} cannot be read ({error}). Delete it and run its stage again."
+            ) from None
+
+    def write_table(self, name: str, table: pa.Table, *, key: str, n_shards: int) -> None:
+        """Writes table `name` as `n_shards` Parquet files, a row's file chosen by the hash of its `key` (an int64 column).
+
+        Rows keep their order within a shard. Shards beyond `n_shards` left by an earlier run are removed.
+        """
+        shards = shard_of(table[key].to_numpy(), n_shards)
+        for shard in range(n_shards):
+            rows = np.flatnonzero(shards == shard)
+            self.write_parquet(f"tables/{name}/{part_name(shard)}", table.take(pa.array(rows)))
+        for stale in self.names("tables", name)[n_shards:]:
+            self.filesystem.delete_file(self.path("tables", name, stale))
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Reads all shards of table `name`, in shard order. Raises WorkspaceError where it was never written."""
+        parts = self.table_parts(name)
+        return pa.concat_tables([self.read_parquet(f"tables/{name}/{part}", columns) for part in parts])
+
+    def table_parts(self, name: str) -> list[str]:
+        """The shard file names of table `name`. Raises WorkspaceError where it was never written."""
+        parts = self.names("tables", name)
+        if not parts:
+            raise WorkspaceError(f"{self.path('tables', name)} is empty. Run `prepare` first, with the same recipe.")
+        return parts
+
+    def count_rows(self, table: str, part: str) -> int:
+        """Rows of one shard of a table, from its footer alone."""
+        return int(pq.read_metadata(self.path("tables", table, part), filesystem=self.filesystem).num_rows)
+
+    def log_path(self, name: str) -> Path:
+        """A local file for third-party logs: in the workspace, or in the temporary folder where that is remote."""
+        base = self.local_path("logs") if self.local else Path("/tmp/owlrec-logs") / fingerprint(self.root)[:8]
+        base.mkdir(parents=True, exist_ok=True)
+        return base / f"{name}.log"
+
+
+def part_name(shard: int) -> str:
+    """The file name of a table's shard."""
+    return f"part-{shard:05d}.parquet"
+
+
+def _open_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
+    import fsspec
+
+    try:
+        filesystem, base = fsspec.core.url_to_fs(uri)
+    except (ImportError, ValueError) as error:
+        raise WorkspaceError(
+            f"workspace {uri} cannot be opened ({error}). Install the fsspec driver for its scheme, or use a local path."
+        ) from None
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), base
+
+
+class StageManifest(BaseModel):
+    """What a finished stage leaves in manifests/<stage>.json: a later run with the same fingerprint skips the stage."""
+
+    stage: str
+    fingerprint: str
+    seconds: float
+    finished: float  # seconds since 1970
+    counts: dict[str, float | int | str] = {}
+    outputs: dict[str, str] = {}  # name -> path relative to the root
+
+
+def finished_stage(workspace: Workspace, stage: str, expected: str | None = None) -> StageManifest | None:
+    """The manifest of `stage` if it has finished, and, where `expected` is given, under exactly that fingerprint."""
+    path = f"manifests/{stage}.json"
+    if not workspace.exists(path):
+        return None
+    manifest = StageManifest.model_validate(workspace.read_json(path))
+    return manifest if expected in (None, manifest.fingerprint) else None
+
+
+def finish_stage(workspace: Workspace, manifest: StageManifest) -> None:
+    """Records that a stage is done. Call it last: what the manifest lists must exist by then."""
+    workspace.write_json(f"manifests/{manifest.stage}.json", manifest.model_dump())
+
+
+class Stopwatch:
+    """Wall-clock seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._start

@@ -1,0 +1,103 @@
+"""Fixtures that several test folders share: one local Ray cluster a test run, a small world of tables, a clean cache."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from owlrec import schema
+from owlrec.workspace import StageManifest, Workspace, finish_stage
+
+# Before anything imports Ray or Hugging Face libraries: they read these once.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_TRAIN_ENABLE_STATE_TRACKING="0",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_left_behind() -> Iterator[None]:
+    """Fails the run if a process that it started outlives it: a test suite on a shared machine must clean up."""
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    yield
+    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=20)
+    alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    names = [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in alive if "resource_tracker" not in " ".join(p.cmdline())]
+    assert not names, f"processes left behind: {names}"
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """The test run's one Ray cluster: logical CPUs enough for an actor pool beside a worker group on two cores."""
+    import ray
+
+    # Short, since Ray puts Unix sockets below it, whose paths are limited to 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="owl", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            _temp_dir=folder,
+            log_to_driver=False,
+            namespace="tests",
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)])}},
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """An empty workspace."""
+    return Workspace(tmp_path / "ws")
+
+
+@pytest.fixture
+def small_world(workspace: Workspace) -> Workspace:
+    """A prepared workspace: 40 users who watched some of 30 films, in 4 shards of users and 3 of items."""
+    users = pa.table(
+        {
+            "user_id": pa.array(range(1, 41), pa.int64()),
+            "raw_id": [str(i) for i in range(1, 41)],
+            "gender": ["male", "female"] * 20,
+            "age": [str(18 + i) for i in range(40)],
+        }
+    )
+    items = pa.table(
+        {
+            "item_id": pa.array(range(100, 130), pa.int64()),
+            "raw_id": [str(i) for i in range(100, 130)],
+            "title": [f"Film {i} (19{70 + i % 30})" for i in range(30)],
+            "genres": [["Drama", "War"] if i % 2 else ["Comedy"] for i in range(30)],
+        }
+    )
+    histories = pa.table(
+        {
+            "user_id": users["user_id"],
+            "as_of": pa.array([1_000_000_000_000 + i for i in range(40)], pa.int64()),
+            "items": pa.array([[100 + (u + k) % 30 for k in range(5)] for u in range(40)], pa.list_(pa.int64())),
+            "ratings": pa.array(
+                [[float(1 + (u + k) % 5) for k in range(5)] for u in range(40)], pa.list_(pa.float32())
+            ),
+        },
+        schema=schema.HISTORIES,
+    )
+    workspace.write_table("users", users, key="user_id", n_shards=4)
+    workspace.write_table("histories", histories, key="user_id", n_shards=4)
+    workspace.write_table("items", items, key="item_id", n_shards=3)
+    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="f" * 64, seconds=0, finished=0))
+    return workspace

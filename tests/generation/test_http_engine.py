@@ -1,0 +1,118 @@
+"""The HTTP engine against a real local server that fails in every way a server can."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from owlrec.errors import EngineError
+from owlrec.generation.engine import PromptTooLong, RequestFailed, SamplingConfig
+from owlrec.generation.http_engine import HttpEngine, HttpEngineConfig
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    replies: list[tuple[int, dict[str, str], object]]
+    bodies: list[dict]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def do_POST(self) -> None:
+        self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        status, headers, body = self.server.replies.pop(0) if self.server.replies else (200, {}, answer("hello"))
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def answer(text: str) -> dict:
+    return {
+        "choices": [{"message": {"content": text}, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 11, "completion_tokens": 4},
+    }
+
+
+@pytest.fixture
+def server() -> Iterator[_Server]:
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.replies, server.bodies = [], []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def ask(port: int, prompt: str = "hi", **options: object) -> object:
+    config = HttpEngineConfig(
+        type="http", base_url=f"http://127.0.0.1:{port}/v1/", model="m", backoff_s=0.01, max_attempts=3, **options
+    )
+    return asyncio.run(HttpEngine(config).complete("be brief", prompt, SamplingConfig(max_tokens=9)))
+
+
+def test_answer_and_request(server: _Server) -> None:
+    done = ask(server.server_port)
+    assert (done.text, done.prompt_tokens, done.output_tokens, done.finish_reason) == ("hello", 11, 4, "length")
+    body = server.bodies[0]
+    assert body["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    assert (body["max_tokens"], body["temperature"]) == (9, 0.0)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_transient_statuses_are_retried(server: _Server, status: int) -> None:
+    server.replies = [(status, {"Retry-After": "0"}, {}), (status, {}, {})]
+    assert ask(server.server_port).text == "hello"
+    assert len(server.bodies) == 3
+
+
+def test_gives_up_after_the_last_attempt_and_counts_them(server: _Server) -> None:
+    server.replies = [(500, {}, {"error": "boom"})] * 5
+    with pytest.raises(RequestFailed, match="HTTP 500.*boom.*gave up after 3 attempts") as error:
+        ask(server.server_port)
+    assert error.value.attempts == 3
+    assert len(server.bodies) == 3
+
+
+def test_client_errors_are_final(server: _Server) -> None:
+    server.replies = [(401, {}, {"error": "no key"})]
+    with pytest.raises(RequestFailed, match="401"):
+        ask(server.server_port)
+    assert len(server.bodies) == 1
+
+
+def test_server_down_is_a_failed_request() -> None:
+    with pytest.raises(RequestFailed, match=r"ConnectError.*gave up after 3 attempts"):
+        ask(1)
+
+
+def test_answer_of_another_shape_is_a_failed_request(server: _Server) -> None:
+    server.replies = [(200, {}, {"choices": []})]
+    with pytest.raises(RequestFailed, match="no chat completion"):
+        ask(server.server_port)
+
+
+def test_too_long_a_prompt_is_never_sent(server: _Server) -> None:
+    with pytest.raises(PromptTooLong, match="context of 50"):
+        ask(server.server_port, "word " * 200, max_model_len=50)
+    assert not server.bodies
+
+
+def test_api_key_travels_and_its_absence_is_an_error(server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OWL_TEST_KEY", raising=False)
+    with pytest.raises(EngineError, match="OWL_TEST_KEY is not set"):
+        ask(server.server_port, api_key_env="OWL_TEST_KEY")
+    monkeypatch.setenv("OWL_TEST_KEY", "secret")
+    assert ask(server.server_port, api_key_env="OWL_TEST_KEY").text == "hello"

@@ -1,0 +1,121 @@
+"""Shards: every row exactly once, as knowledge or as a dead letter; done only when whole."""
+
+import asyncio
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from owlrec.errors import WorkspaceError
+from owlrec.generation import EchoEngineConfig, HttpEngineConfig, build_engine
+from owlrec.generation.batch import build_job
+from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, generate_shard, plan_shards
+from owlrec.prompting.rows import ItemCatalog, PromptConfig
+from owlrec.scenario import get_scenario
+from owlrec.schema import KNOWLEDGE
+from owlrec.workspace import StageManifest, Workspace, finish_stage
+
+ECHO = EchoEngineConfig(type="echo")
+
+
+def job(**changes: object) -> Job:
+    parts = {
+        "scenario": get_scenario("movies"),
+        "prompts": PromptConfig(),
+        "sampling": SamplingConfig(),
+        "engine": ECHO,
+    }
+    return build_job(**(parts | changes))
+
+
+def run(workspace: Workspace, job: Job, shard: Shard, config: object = ECHO) -> ShardManifest:
+    engine = build_engine(config)
+    return asyncio.run(generate_shard(workspace, job, shard, engine, ItemCatalog.load(workspace)))
+
+
+def test_all_shards_together_hold_every_id_once(small_world: Workspace) -> None:
+    shards = plan_shards(small_world)
+    manifests = [run(small_world, job(), shard) for shard in shards]
+    tables = [small_world.read_parquet(s.file(job(), "knowledge")) for s in shards]
+    rows = pa.concat_tables(tables)
+    assert rows.schema == KNOWLEDGE
+    pairs = list(zip(rows["kind"].to_pylist(), rows["id"].to_pylist(), strict=True))
+    expected = {("user", i) for i in range(1, 41)} | {("item", i) for i in range(100, 130)}
+    assert len(pairs) == len(set(pairs))
+    assert set(pairs) == expected
+    assert sum(m.rows_in for m in manifests) == 70
+    assert sum(m.output_tokens for m in manifests) == sum(rows["output_tokens"].to_pylist())
+
+
+def test_shard_is_done_only_under_its_job_and_input(small_world: Workspace) -> None:
+    shard = plan_shards(small_world)[0]
+    assert finished_shard(small_world, job(), shard) is None
+    run(small_world, job(), shard)
+    assert finished_shard(small_world, job(), shard) is not None
+    assert finished_shard(small_world, job(sampling=SamplingConfig(max_tokens=5)), shard) is None
+    finish_stage(small_world, StageManifest(stage="prepare", fingerprint="0" * 64, seconds=0, finished=0))
+    assert finished_shard(small_world, job(), plan_shards(small_world)[0]) is None
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_damaged_knowledge_file_makes_its_shard_undone(small_world: Workspace, damage: str) -> None:
+    shard = plan_shards(small_world)[0]
+    run(small_world, job(), shard)
+    file = Path(small_world.path(shard.file(job(), "knowledge")))
+    if damage == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    assert finished_shard(small_world, job(), shard) is None
+
+
+def test_too_long_prompts_go_to_the_dead_letters_with_a_reason(small_world: Workspace) -> None:
+    shard = next(s for s in plan_shards(small_world) if s.kind == "user")
+    short = EchoEngineConfig(type="echo", max_model_len=140)
+    manifest = run(small_world, job(), shard, short)
+    dead = small_world.read_parquet(shard.file(job(), "dead"))
+    assert manifest.rows_dead == manifest.rows_in == dead.num_rows > 0
+    assert manifest.rows_out == 0
+    assert set(dead["error"].to_pylist()) == {"PromptTooLong"}
+    assert "context of 140" in dead["message"][0].as_py()
+
+
+def test_unreachable_server_fills_the_dead_letters_instead_of_stopping(small_world: Workspace) -> None:
+    shard = plan_shards(small_world)[0]
+    down = HttpEngineConfig(type="http", base_url="http://127.0.0.1:1/v1", model="m", max_attempts=2, backoff_s=0.01)
+    manifest = run(small_world, job(), shard, down)
+    dead = small_world.read_parquet(shard.file(job(), "dead"))
+    assert manifest.rows_dead == manifest.rows_in
+    assert set(dead["error"].to_pylist()) == {"RequestFailed"}
+    assert set(dead["attempts"].to_pylist()) == {2}
+
+
+def test_row_with_nothing_to_ask_about_is_dead_not_lost(small_world: Workspace) -> None:
+    items = small_world.read_table("items")
+    blank = items.set_column(2, "title", pa.array([""] * items.num_rows)).drop_columns(["genres"])
+    small_world.write_table("items", blank, key="item_id", n_shards=3)
+    manifests = [run(small_world, job(), s) for s in plan_shards(small_world) if s.kind == "item"]
+    assert sum(m.rows_dead for m in manifests) == 30
+
+
+def test_unprepared_workspace_says_what_to_run(workspace: Workspace) -> None:
+    with pytest.raises(WorkspaceError, match="Run `prepare` first"):
+        plan_shards(workspace)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scenario": get_scenario("books")},
+        {"prompts": PromptConfig(history_tokens=99)},
+        {"sampling": SamplingConfig(temperature=0.5)},
+        {"engine": HttpEngineConfig(type="http", base_url="http://x", model="m")},
+    ],
+)
+def test_job_fingerprint_sees_all_that_shapes_a_text(change: dict) -> None:
+    assert job(**change).fingerprint != job().fingerprint
+
+
+def test_job_fingerprint_ignores_speed_settings() -> None:
+    assert job(engine=EchoEngineConfig(type="echo", latency_s=1, max_in_flight=3)).fingerprint == job().fingerprint

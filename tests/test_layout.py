@@ -1,0 +1,45 @@
+"""`platform/` is a source root: the standard library's module of that name must win everywhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_platform_is_no_package() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    assert not list((ROOT / "platform").glob("*.py"))
+
+
+def test_standard_library_platform_wins_from_the_root() -> None:
+    code = "import platform; print(platform.system()); import owlrec, pipelines, serve_apps"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "Linux"
+
+
+@pytest.mark.parametrize("package", ["pipelines", "serve_apps"])
+def test_owlrec_imports_neither_pipelines_nor_serve_apps(package: str) -> None:
+    offenders = [
+        f"{path}:{n}"
+        for path in (ROOT / "platform" / "owlrec").rglob("*.py")
+        for n, line in enumerate(path.read_text().splitlines(), 1)
+        if line.strip().startswith((f"import {package}", f"from {package}"))
+    ]
+    assert not offenders
+
+
+def test_loading_a_recipe_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; import owlrec.recipe; "
+        "print([m for m in ('torch','ray','vllm','transformers','sentence_transformers') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_pipeline_modules_stay_thin() -> None:
+    long = {p.name: n for p in (ROOT / "pipelines").glob("*.py") if (n := len(p.read_text().splitlines())) >= 100}
+    assert long.keys() <= {"cli.py"}, f"logic belongs into owlrec: {long}"

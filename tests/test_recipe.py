@@ -1,0 +1,78 @@
+"""A recipe's mistakes are found at once, all of them, with key and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from owlrec.errors import RecipeError
+from owlrec.recipe import load_recipe
+
+GOOD = """
+name: demo
+scenario: movies
+workspace: runs/demo
+source: {type: movielens-100k}
+engine: {type: echo}
+"""
+RECIPES = sorted((Path(__file__).resolve().parent.parent / "pipelines" / "recipes").glob("*.yaml"))
+
+
+def load(tmp_path: Path, text: str) -> object:
+    file = tmp_path / "r.yaml"
+    file.write_text(text)
+    return load_recipe(file)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_shipped_recipes_load_and_never_use_echo(path: Path) -> None:
+    assert load_recipe(path).engine.type != "echo"
+
+
+def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(GOOD)
+    recipe = load_recipe(file)
+    assert recipe.sampling.temperature == 0
+    assert recipe.domain.positive_above == 3
+    assert load_recipe(file, workspace="/elsewhere").workspace == "/elsewhere"
+
+
+def test_label_rule_can_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(GOOD + "positive_above: 4\n")
+    assert load_recipe(file).domain.positive_above == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("samplng: {}", "samplng: unknown key. Did you mean 'sampling'?"),
+        ("sampling: {max_token: 3}", "sampling.max_token: unknown key. Did you mean 'max_tokens'?"),
+        ("split: {method: usr}", "split.method: Input should be 'user' or 'time' (found 'usr')"),
+        ("shard_rows: 0", "shard_rows: Input should be greater than or equal to 1 (found 0)"),
+        ("name: again", "key 'name' occurs twice"),
+        ("ctr: {seeds: abc}", "ctr.seeds:"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, GOOD + change + "\n")
+    assert message in str(error.value)
+    assert "r.yaml" in str(error.value)
+
+
+def test_unknown_scenario_and_engine_key_are_explained_together(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, GOOD.replace("movies", "moovies").replace("type: echo", "type: vllm, modell: x"))
+    assert "Did you mean 'movies'?" in str(error.value)
+    assert "engine.vllm.modell: unknown key. Did you mean 'model'?" in str(error.value)
+    assert "engine.vllm.model: is missing" in str(error.value)
+
+
+def test_missing_file_and_bad_yaml(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match="no valid YAML"):
+        load(tmp_path, "a: [1")
+    with pytest.raises(RecipeError, match="must hold"):
+        load(tmp_path, "- 1")

@@ -1,0 +1,71 @@
+"""The tables' contracts: ids, shards, types, keys and time units."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from owlrec import schema
+from owlrec.errors import SchemaError
+
+
+@given(st.integers(0, 10**18 - 1))
+def test_canonical_integers_keep_their_value(n: int) -> None:
+    assert schema.stable_id(str(n)) == n
+
+
+@given(st.text(min_size=1))
+def test_ids_are_stable_and_fit_63_bits(raw: str) -> None:
+    assert schema.stable_id(raw) == schema.stable_id(raw)
+    assert 0 <= schema.stable_id(raw) < 2**63
+
+
+def test_leading_zeros_and_non_ascii_digits_are_other_ids() -> None:
+    assert len({schema.stable_id(raw) for raw in ("7", "07", "007", "٧")}) == 4
+
+
+def test_shards_cover_all_ids_evenly_even_with_a_stride() -> None:
+    counts = np.bincount(schema.shard_of(np.arange(0, 64_000, 64), 8), minlength=8)
+    assert counts.sum() == 1000
+    assert counts.min() > 80
+    assert counts.max() < 180
+
+
+def _interactions(**columns: list) -> pa.Table:
+    base = {"user_id": [1], "item_id": [2], "rating": [3.0], "timestamp": [1_000_000_000_000]}
+    return pa.table(base | columns)
+
+
+def test_conform_orders_and_types_and_keeps_further_columns() -> None:
+    table = pa.table({"timestamp": [1], "extra": ["x"], "rating": [None], "item_id": [2], "user_id": [1]})
+    conformed = schema.conform(table, schema.INTERACTIONS, name="t")
+    assert conformed.column_names == ["user_id", "item_id", "rating", "timestamp", "extra"]
+    assert conformed.schema.field("rating").type == pa.float32()
+
+
+def test_missing_column_is_named() -> None:
+    with pytest.raises(SchemaError, match=r"data\.csv: column 'rating' is missing; the table has user_id"):
+        schema.conform(_interactions().drop_columns(["rating"]), schema.INTERACTIONS, name="data.csv")
+
+
+def test_wrong_type_names_row_and_value() -> None:
+    with pytest.raises(SchemaError, match=r"data\.csv, row 1: column 'item_id' holds 'abc'"):
+        schema.conform(pa.table({"user_id": [1, 1], "item_id": ["2", "abc"], "rating": [1.0, 1.0], "timestamp": [1, 2]}),
+                       schema.INTERACTIONS, name="data.csv")  # fmt: skip
+
+
+def test_duplicate_key_null_key_and_empty_table_are_refused() -> None:
+    with pytest.raises(SchemaError, match=r"\{'item_id': 5\} \(2 rows\)"):
+        schema.check_rows(pa.table({"item_id": [5, 6, 5]}), name="items", key=["item_id"])
+    with pytest.raises(SchemaError, match="items, row 1: item_id is null"):
+        schema.check_rows(pa.table({"item_id": [5, None]}), name="items", key=["item_id"])
+    with pytest.raises(SchemaError, match="no rows"):
+        schema.check_rows(pa.table({"item_id": pa.array([], pa.int64())}), name="items", key=["item_id"])
+
+
+@pytest.mark.parametrize(("timestamp", "problem"), [(881_250_949, "seconds"), (881_250_949_000_000, "micro")])
+def test_wrong_time_unit_is_detected(timestamp: int, problem: str) -> None:
+    with pytest.raises(SchemaError, match=problem):
+        schema.check_milliseconds(pa.chunked_array([[timestamp]]), name="ratings")
+    schema.check_milliseconds(pa.chunked_array([[881_250_949_000]]), name="ratings")

@@ -1,0 +1,74 @@
+"""Artifacts: atomic, sharded, on a local path or any fsspec URI."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from owlrec.errors import WorkspaceError
+from owlrec.workspace import StageManifest, Workspace, file_digest, fingerprint, finish_stage, finished_stage
+
+
+@pytest.fixture(params=["local", "memory"])
+def any_workspace(request: pytest.FixtureRequest, tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_tables_round_trip_in_shards(any_workspace: Workspace) -> None:
+    table = pa.table({"id": pa.array(range(100), pa.int64()), "x": [str(i) for i in range(100)]})
+    any_workspace.write_table("t", table, key="id", n_shards=7)
+    assert len(any_workspace.table_parts("t")) == 7
+    assert any_workspace.read_table("t").sort_by("id") == table
+
+
+def test_fewer_shards_leave_none_of_the_earlier_ones(any_workspace: Workspace) -> None:
+    table = pa.table({"id": pa.array(range(50), pa.int64())})
+    any_workspace.write_table("t", table, key="id", n_shards=5)
+    any_workspace.write_table("t", table, key="id", n_shards=2)
+    assert any_workspace.read_table("t").num_rows == 50
+
+
+def test_failed_write_leaves_the_old_file_and_no_temporary_one(workspace: Workspace) -> None:
+    workspace.write_bytes("a/b", b"old")
+    with pytest.raises(RuntimeError), workspace.atomic_path("a/b") as temporary:
+        Path(temporary).write_bytes(b"half")
+        raise RuntimeError
+    assert workspace.read_bytes("a/b") == b"old"
+    assert os.listdir(workspace.path("a")) == ["b"]
+
+
+def test_unwritable_workspace_is_refused_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkspaceError, match="file/below is not writable"):
+        Workspace(tmp_path / "file" / "below").check_writable()
+
+
+def test_missing_artifacts_say_which_stage_to_run(workspace: Workspace) -> None:
+    with pytest.raises(WorkspaceError, match="Run `prepare` first"):
+        workspace.read_table("users")
+    with pytest.raises(WorkspaceError, match="does not exist"):
+        workspace.read_json("nothing.json")
+
+
+def test_corrupt_parquet_is_named(workspace: Workspace) -> None:
+    workspace.write_bytes("tables/users/part-00000.parquet", b"no parquet")
+    with pytest.raises(WorkspaceError, match=r"part-00000\.parquet cannot be read"):
+        workspace.read_table("users")
+
+
+def test_fingerprint_ignores_key_order_and_sees_every_value() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert len({fingerprint(x) for x in ({"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, [{"a": 1}])}) == 5
+
+
+def test_file_digest_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    assert file_digest(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_stage_counts_as_finished_only_under_its_fingerprint(workspace: Workspace) -> None:
+    assert finished_stage(workspace, "prepare") is None
+    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="a", seconds=1, finished=2))
+    assert finished_stage(workspace, "prepare", "a") is not None
+    assert finished_stage(workspace, "prepare", "b") is None
