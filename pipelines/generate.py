@@ -23,7 +23,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     if pending:
         note(f"{len(pending)} of {len(shards)} shards to do; engine log: {workspace.log_path('engine')}")
         total = sum(workspace.count_rows(s.table, s.part) for s in pending)
-        with ray_session(recipe.ray), progress("writing knowledge", total) as advance:
+        with ray_session(recipe.ray, workspace.log_path("ray")), progress("writing knowledge", total) as advance:
             generate(
                 workspace,
                 job,

@@ -3,8 +3,10 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from owlrec.quiet import native_errors_to
 from owlrec.recipe import RayConfig
 from pipelines import SOURCE_ROOT
 
@@ -15,13 +17,15 @@ _ENVIRONMENT = {
     "RAY_TQDM": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # any `uv run` ancestor would otherwise start workers through uv
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
 @contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
-    """Connects to Ray for the block, and ends a local cluster after it. Joins a session that is open already."""
+def ray_session(config: RayConfig, log_path: Path) -> Iterator[None]:
+    """Connects to Ray for the block, and ends a local cluster after it. Joins a session that is open already.
+
+    log_path: a file for what Ray's own native code has to say.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
@@ -40,14 +44,13 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             "object_store_memory": config.object_store_mib * 2**20,
             "include_dashboard": False,
         }
-    ray.init(
-        **options, log_to_driver=False, logging_level="ERROR", configure_logging=True, runtime_env=_runtime_env(in_job)
-    )
-    _quiet_ray_data()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with native_errors_to(log_path):
+        ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env=_runtime_env(in_job))
+        _quiet_ray_data()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _runtime_env(in_job: bool) -> dict[str, Any]:

@@ -16,11 +16,17 @@ Stage = Callable[[Recipe, Workspace], StageManifest]
 
 
 def execute(
-    workspace: Workspace, stage: str, fingerprint: str, about: str, body: Callable[[], tuple[Counts, Outputs]]
+    workspace: Workspace,
+    stage: str,
+    fingerprint: str,
+    about: str,
+    body: Callable[[], tuple[Counts, Outputs]],
+    *,
+    always: bool = False,
 ) -> StageManifest:
-    """Runs `body`, unless `stage` has finished under this fingerprint already, and records what it returns."""
+    """Runs `body` and records what it returns; unless `always`, skips a stage that has finished under this fingerprint."""
     stage_header(stage, about)
-    done = finished_stage(workspace, stage, fingerprint)
+    done = None if always else finished_stage(workspace, stage, fingerprint)
     if done is not None:
         note("done already, nothing to do")
         return done

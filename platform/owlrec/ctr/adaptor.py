@@ -1,8 +1,10 @@
-"""The hybrid-expert adaptor of KAR (RecSys 2024, sec. 3.3): knowledge vectors of an encoder to two fields that a backbone understands.
+"""The hybrid-expert adaptor of KAR (RecSys 2024, sec. 3.3): an encoder's vectors to two fields that a backbone reads.
 
-Each tower (user, item) mixes experts by a softmax gate over its input: some are shared between the towers, some its own. An expert is
-d -> 128 -> e with a ReLU after both, so its output is never negative. Missing knowledge is a learned default vector that
-takes the input's place, so that gate and experts treat "unknown" as one more thing to know.
+Each tower (user, item) mixes experts by a softmax gate over its input: some are shared between the towers, some its
+own. An expert is d -> 128 -> e with a ReLU after both, so its output is never negative. Missing knowledge is a
+learned default vector that takes the input's place, so that gate and experts treat "unknown" as one more thing to
+know. Inputs are brought to length one, so that encoders of any scale train alike; LayerNorm instead cost valid AUC
+on MovieLens-100K (DIN .7645 to .7637, DCN-V2 .7641 to .7618; metadata vectors, mean of three user splits).
 """
 
 from dataclasses import dataclass
@@ -12,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from owlrec.ctr.experiment import AdaptorConfig
-
-NORM = "l2"
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,8 @@ class Tower(nn.Module):
         self.experts = Experts(config.dedicated_experts, in_dim, config.hidden_dim, out_dim)
 
     def forward(self, vectors: Tensor, mask: Tensor, shared: Experts) -> Tensor:
-        """vectors: float32 [b, in_dim]; mask: bool [b], False where knowledge is missing. Returns float32 [b, out_dim]."""
-        if NORM == "l2":
-            vectors = F.normalize(vectors, dim=1)
-        elif NORM == "layer":
-            vectors = F.layer_norm(vectors, vectors.shape[1:])
-        x = torch.where(mask.unsqueeze(1), vectors, self.default)
+        """float32 [b, out_dim]. vectors: float32 [b, in_dim]; mask: bool [b], False where knowledge is missing."""
+        x = torch.where(mask.unsqueeze(1), F.normalize(vectors, dim=1), self.default)
         outputs = torch.cat([shared(x), self.experts(x)], dim=1)
         return torch.einsum("bn,bno->bo", torch.softmax(self.gate(x), dim=1), outputs)
 

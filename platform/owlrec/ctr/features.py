@@ -1,8 +1,9 @@
 """Tables to the dense integer arrays that the CTR models read.
 
-A user is what they did: the last items with their ratings, and, where asked for, profile fields. There is no user id (the split is by user,
-so a test user's id is always unseen; KAR leaves it out too). An item is its id and up to two attributes; its codes stand once in
-`ItemFeatures` and are gathered by row number, never copied into each sample. Code 0 is padding, 1 stands for any value unseen in training.
+A user is what they did: the last items with their ratings, and, where asked for, profile fields. There is no user id
+(the split is by user, so a test user's id is always unseen; KAR leaves it out too). An item is its id and up to two
+attributes; its codes stand once in `ItemFeatures` and are gathered by row number, never copied into each sample. Code
+0 is padding, 1 stands for any value unseen in training.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ SPLITS = ("train", "valid", "test")
 
 
 class FeatureSpec(Config):
-    """The sizes of all embedding tables (padding and unknown included) and the names of what they embed: what a model is built from."""
+    """The sizes of all embedding tables, padding and unknown included, and the names of what they embed."""
 
     n_items: int
     attributes: dict[str, int]  # name -> size, in the order of ItemFeatures.attributes
@@ -39,16 +40,14 @@ class Vocabularies:
     items: pa.Array  # int64: ids that occur in training
     attributes: dict[str, pa.Array]  # string
     profile: dict[str, pa.Array]  # string
-    history_length: int
 
-    @property
-    def spec(self) -> FeatureSpec:
+    def spec(self, history_length: int) -> FeatureSpec:
         """The sizes that follow from these vocabularies."""
         return FeatureSpec(
             n_items=len(self.items) + RESERVED,
             attributes={name: len(values) + RESERVED for name, values in self.attributes.items()},
             profile={name: len(values) + RESERVED for name, values in self.profile.items()},
-            history_length=self.history_length,
+            history_length=history_length,
         )
 
 
@@ -101,13 +100,15 @@ def build_features(
     *,
     attributes: Sequence[str],
     profile: Sequence[str],
-    history_length: int,
     min_item_count: int,
 ) -> Features:
-    """The arrays of all three splits. Vocabularies come from the training split and the item table, never from valid or test.
+    """The arrays of all three splits, with vocabularies from the training split and the item table only.
 
-    attributes, profile: column names, most important first; those that a table lacks are skipped, two attributes are kept.
-    min_item_count: an item that training shows less often (as target or in a history) shares the code of unknown items, which is thereby trained.
+    The history length is that of the longest history in training, which the sample builder has cut already.
+    attributes, profile: column names, most important first; those that a table lacks are skipped, two attributes are
+    kept.
+    min_item_count: an item that training shows less often (as target or in a history) shares the code of unknown
+    items, which is thereby trained.
     Raises SchemaError where a split is empty or holds one class only: neither a loss nor an AUC would mean anything.
     """
     by_split = {split: samples.filter(pc.equal(samples["split"], split)) for split in SPLITS}
@@ -115,10 +116,11 @@ def build_features(
         labels = pc.unique(table["label"]).to_pylist()
         if len(labels) < 2:
             raise SchemaError(
-                f"samples: split '{split}' has {table.num_rows} rows and the labels {labels}; a CTR model needs both classes in each split. "
-                f"Give it more users, or change source.split or the label rule in the recipe."
+                f"samples: split '{split}' has {table.num_rows} rows and the labels {labels}; a CTR model needs both "
+                f"classes in each split. Give it more users, or change source.split or the label rule in the recipe."
             )
     train = by_split["train"]
+    history_length = max(1, pc.max(pc.list_value_length(train["history"])).as_py())
     train_users = users.filter(pc.is_in(users["user_id"], pc.unique(train["user_id"])))
     vocabularies = Vocabularies(
         items=_frequent(train["item_id"], pc.list_flatten(train["history"]), at_least=min_item_count),
@@ -126,14 +128,13 @@ def build_features(
             name: _values(items[name]) for name in [a for a in attributes if a in items.column_names][:MAX_ATTRIBUTES]
         },
         profile={name: _values(train_users[name]) for name in profile if name in users.column_names},
-        history_length=history_length,
     )
     item_features = encode_items(items, vocabularies)
     return Features(
-        spec=vocabularies.spec,
+        spec=vocabularies.spec(history_length),
         vocabularies=vocabularies,
         items=item_features,
-        splits={s: encode_samples(t, users, item_features, vocabularies) for s, t in by_split.items()},
+        splits={s: encode_samples(t, users, item_features, vocabularies, history_length) for s, t in by_split.items()},
     )
 
 
@@ -157,10 +158,9 @@ def encode_items(items: pa.Table, vocabularies: Vocabularies) -> ItemFeatures:
 
 
 def encode_samples(
-    samples: pa.Table, users: pa.Table, items: ItemFeatures, vocabularies: Vocabularies
+    samples: pa.Table, users: pa.Table, items: ItemFeatures, vocabularies: Vocabularies, history_length: int
 ) -> SampleFeatures:
     """The arrays of a samples table (schema.SAMPLES): histories are cut to their last `history_length` behaviours."""
-    length = vocabularies.history_length
     history, ratings = samples["history"].combine_chunks(), samples["history_ratings"].combine_chunks()
     lengths = pc.list_value_length(history).to_numpy()
     if not np.array_equal(lengths, pc.list_value_length(ratings).to_numpy()):
@@ -175,8 +175,8 @@ def encode_samples(
         user_ids=samples["user_id"].to_numpy(),
         item_ids=item_ids,
         items=items.rows(item_ids),
-        history=_padded(items.rows(pc.list_flatten(history).to_numpy()), lengths, length, keep="last"),
-        ratings=_padded(buckets, lengths, length, keep="last"),
+        history=_padded(items.rows(pc.list_flatten(history).to_numpy()), lengths, history_length, keep="last"),
+        ratings=_padded(buckets, lengths, history_length, keep="last"),
         profile=np.stack(profile, axis=1) if profile else np.zeros((n, 0), dtype=np.int32),
         labels=samples["label"].to_numpy().astype(np.float32),
     )
@@ -205,7 +205,9 @@ def _codes(column: pa.ChunkedArray | pa.Array, values: pa.Array) -> np.ndarray:
 
 
 def _padded(flat: np.ndarray, lengths: np.ndarray, width: int, *, keep: str) -> np.ndarray:
-    """Lists of any length, concatenated in `flat`, as a matrix [n, width]: cut to the first or last `width`, 0 after the end."""
+    """Lists of any length, concatenated in `flat`, as a matrix [n, width]: cut to the first or last `width`, 0 after
+    the end.
+    """
     starts = np.cumsum(lengths) - lengths
     kept = np.minimum(lengths, width)
     if keep == "last":

@@ -1,7 +1,8 @@
 """Knowledge vectors by id, memory-mapped: what the CTR models read while they train.
 
-A folder holds ids.npy (int64, sorted) and vectors.npy (float16 [n, d]); a batch costs one binary search and one gather, and workers of
-one machine share the page cache. An id without knowledge is normal (a new user): it yields zeros and a mask, never an error.
+A folder holds ids.npy (int64, sorted) and vectors.npy (float16 [n, d]); a batch costs one binary search and one
+gather, and workers of one machine share the page cache. An id without knowledge is normal (a new user): it yields
+zeros and a mask, never an error.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from owlrec.errors import SchemaError, WorkspaceError
 
 @dataclasses.dataclass(frozen=True)
 class KnowledgeTable:
-    """Vectors of one kind (users or items): `vectors[rows[i]]`, or `vectors[i]` where rows is None, belongs to `ids[i]`."""
+    """Vectors of users or of items: `ids[i]` has `vectors[i]`, or `vectors[rows[i]]` where rows is given."""
 
     ids: np.ndarray  # int64 [n], ascending
     vectors: np.ndarray  # float16 [n, d]
@@ -26,7 +27,10 @@ class KnowledgeTable:
 
     @classmethod
     def from_table(cls, table: pa.Table, kind: str) -> "KnowledgeTable":
-        """The rows of `kind` in a vectors table (schema.vectors_schema). Raises SchemaError for a null or an id that occurs twice."""
+        """The rows of `kind` in a vectors table (schema.vectors_schema).
+
+        Raises SchemaError for a null, and for an id that occurs twice.
+        """
         table = table.filter(pc.equal(table["kind"], kind)).sort_by("id")
         ids, column = table["id"], table["vector"]
         flat = pc.list_flatten(column)
@@ -46,7 +50,9 @@ class KnowledgeTable:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "KnowledgeTable":
-        """The table that `save` wrote, its vectors memory-mapped. Raises WorkspaceError where it is missing or damaged."""
+        """The table that `save` wrote, its vectors memory-mapped. Raises WorkspaceError where it is missing or
+        damaged.
+        """
         path = Path(folder)
         try:
             ids = np.load(path / "ids.npy", allow_pickle=False)
@@ -85,7 +91,8 @@ class KnowledgeTable:
     def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The vectors of `ids`, in their order.
 
-        ids: int64 [b], any order, repeats allowed. Returns float32 [b, d], zeros where an id has none, and bool [b], True where it has one.
+        ids: int64 [b], any order, repeats allowed. Returns float32 [b, d], zeros where an id has none, and bool [b],
+        True where it has one.
         """
         found = np.zeros((len(ids), self.dim), dtype=np.float32)
         if len(self.ids) == 0:

@@ -1,8 +1,9 @@
 """AUC, gAUC and log-loss of click predictions, in float64 and without a Python loop over users.
 
-AUC is the Mann-Whitney rank sum, tied scores sharing their mean rank. gAUC (group AUC; Zhu et al., "Optimized Cost per Click in
-Taobao Display Advertising", KDD 2017) averages each user's own AUC weighted by impressions: it leaves out what tells users apart and keeps
-what orders one user's items, which is what a ranking is used for. Both are nan where no group holds the two classes.
+AUC is the Mann-Whitney rank sum, tied scores sharing their mean rank. gAUC (group AUC; Zhu et al., "Optimized Cost
+per Click in Taobao Display Advertising", KDD 2017) averages each user's own AUC weighted by impressions: it leaves
+out what tells users apart and keeps what orders one user's items, which is what a ranking is used for. Both are nan
+where no group holds the two classes.
 """
 
 import numpy as np
@@ -22,7 +23,8 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 def gauc(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float:
     """The mean of the users' AUCs, weighted by impressions, over the users who have both a positive and a negative.
 
-    labels, scores: [n] as in `auc`; users: int [n], whose impression each row is. Returns nan where no user has both classes.
+    labels, scores: [n] as in `auc`; users: int [n], whose impression each row is. Returns nan where no user has both
+    classes.
     """
     labels, scores = _aligned(labels, scores)
     users = np.asarray(users)
@@ -35,7 +37,9 @@ def gauc(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float:
 
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray, *, clip: float = 1e-7) -> float:
-    """Mean negative log-likelihood in nats, probabilities clipped to [clip, 1 - clip]: a float32 sigmoid reaches 0 and 1 exactly."""
+    """Mean negative log-likelihood in nats, probabilities clipped to [clip, 1 - clip]: a float32 sigmoid reaches 0
+    and 1 exactly.
+    """
     labels, probabilities = _aligned(labels, probabilities)
     p = np.clip(probabilities, clip, 1 - clip)
     return float(-np.mean(labels * np.log(p) + (1 - labels) * np.log1p(-p))) if len(p) else float("nan")

@@ -1,27 +1,57 @@
 """A whole CTR model: embeddings, the adaptor where the arm has knowledge, and a backbone.
 
-Items and ids recur within a batch (a popular item stands in hundreds of histories), so each distinct item is embedded once and each
-distinct id goes through the adaptor once; rows then gather the results. The numbers are the same, the work several times less.
+Items and ids recur within a batch (a popular item stands in hundreds of histories), so each distinct item is embedded
+once and each distinct id goes through the adaptor once; rows then gather the results. The numbers are the same, the
+work several times less.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from owlrec.config import Config
 from owlrec.ctr.adaptor import Adaptor, Knowledge
 from owlrec.ctr.backbones import backbone_class
 from owlrec.ctr.backbones.interface import BackboneInputs, InputShape
-from owlrec.ctr.features import PADDING, RATING_BUCKETS, FeatureSpec
+from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
+from owlrec.ctr.features import PADDING, RATING_BUCKETS, FeatureSpec, ItemFeatures
 
-INIT_STD = 0.05
+# Small, so that an item that training hardly saw stays near zero: .01 beats .05 by .002 valid AUC on MovieLens-100K.
+_INIT_STD = 0.01
+
+
+class ModelSpec(Config):
+    """All that a model is built from: with its weights, what a serving process needs."""
+
+    features: FeatureSpec
+    backbone: str
+    knowledge_dim: int  # components of a knowledge vector; 0 builds no adaptor
+    embed_dim: int
+    hidden_dims: tuple[int, ...]
+    dropout: float
+    adaptor: AdaptorConfig
+
+    @classmethod
+    def of(cls, features: FeatureSpec, backbone: str, knowledge_dim: int, config: CTRConfig) -> "ModelSpec":
+        """The model that `config` asks for."""
+        return cls(
+            features=features,
+            backbone=backbone,
+            knowledge_dim=knowledge_dim,
+            embed_dim=config.embed_dim,
+            hidden_dims=config.hidden_dims,
+            dropout=config.dropout,
+            adaptor=config.adaptor,
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of codes, and of knowledge where the arm has it."""
+    """The codes of b rows, and their knowledge where the model has an adaptor. L: history length."""
 
-    items: Tensor  # int64 [b], row numbers of the item table
+    items: Tensor  # int64 [b], row numbers of ItemFeatures
     history: Tensor  # int64 [b, L], row numbers, 0 for padding
     ratings: Tensor  # int64 [b, L]
     profile: Tensor  # int64 [b, n_profile]
@@ -30,63 +60,72 @@ class Batch:
 
 
 class CTRModel(nn.Module):
-    def __init__(
-        self,
-        spec: FeatureSpec,
-        item_codes: Tensor,
-        item_attributes: Tensor,
-        *,
-        backbone,
-        knowledge_dim,
-        embed_dim,
-        hidden_dims,
-        dropout,
-        adaptor,
-        inter=False,
-    ) -> None:
+    """Embeddings, adaptor and backbone.
+
+    The items' codes are buffers that stay out of the weights file: they follow from the item table.
+    """
+
+    item_codes: Tensor
+    item_attributes: Tensor
+
+    def __init__(self, spec: ModelSpec, items: ItemFeatures) -> None:
         super().__init__()
-        self.inter = inter
-        self.register_buffer("item_codes", item_codes, persistent=False)
-        self.register_buffer("item_attributes", item_attributes, persistent=False)
-        self.item = embedding(spec.n_items, embed_dim)
-        self.attributes = nn.ModuleList(embedding(n, embed_dim) for n in spec.attributes.values())
-        self.rating = embedding(RATING_BUCKETS + 1, embed_dim)
-        self.profile = nn.ModuleList(embedding(n, embed_dim) for n in spec.profile.values())
-        shape = InputShape(1 + len(self.attributes), len(self.profile), 2 if knowledge_dim else 0, embed_dim)
-        if inter:
-            shape = InputShape(1 + len(self.attributes), len(self.profile), 2 if knowledge_dim else 0, embed_dim)
-        self.backbone = backbone_class(backbone)(shape, hidden_dims=hidden_dims, dropout=dropout)
-        self.adaptor = Adaptor(knowledge_dim, embed_dim, adaptor) if knowledge_dim else None
+        self.spec = spec
+        self.register_buffer("item_codes", torch.from_numpy(items.codes.astype(np.int64)), persistent=False)
+        self.register_buffer("item_attributes", torch.from_numpy(items.attributes.astype(np.int64)), persistent=False)
+        features, width = spec.features, spec.embed_dim
+        self.item = _embedding(features.n_items, width)
+        self.attributes = nn.ModuleList(_embedding(size, width) for size in features.attributes.values())
+        self.rating = _embedding(RATING_BUCKETS + 1, width)
+        self.profile = nn.ModuleList(_embedding(size, width) for size in features.profile.values())
+        shape = InputShape(
+            item_fields=1 + len(features.attributes),
+            profile_fields=len(features.profile),
+            knowledge_fields=2 if spec.knowledge_dim else 0,
+            embed_dim=width,
+        )
+        self.backbone = backbone_class(spec.backbone)(shape, hidden_dims=spec.hidden_dims, dropout=spec.dropout)
+        self.adaptor = Adaptor(spec.knowledge_dim, width, spec.adaptor) if spec.knowledge_dim else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """float32 [b]: logits. Raises ValueError where the model has an adaptor and the batch no knowledge."""
+        rows, where = torch.unique(torch.cat([batch.items.unsqueeze(1), batch.history], dim=1), return_inverse=True)
+        distinct = self.embed_items(rows)
+        items = distinct.index_select(0, where.flatten()).view(*where.shape, *distinct.shape[1:])
+        profile = [table(batch.profile[:, i]) for i, table in enumerate(self.profile)]
+        return self.backbone(
+            BackboneInputs(
+                target=items[:, 0],
+                history=torch.cat([items[:, 1:], self.rating(batch.ratings).unsqueeze(2)], dim=2),
+                mask=batch.history != PADDING,
+                profile=torch.stack(profile, dim=1) if profile else items[:, 0, :0],
+                knowledge=self._adapted(batch),
+            )
+        )
 
     def embed_items(self, rows: Tensor) -> Tensor:
+        """rows: int64 [u]. Returns float32 [u, 1 + n_attributes, embed_dim]; several values of an attribute are
+        averaged.
+        """
         fields = [self.item(self.item_codes[rows])]
         values = self.item_attributes[rows]
         for i, table in enumerate(self.attributes):
-            codes = values[:, i]
-            n = (codes != PADDING).sum(1, keepdim=True).clamp(min=1)
-            fields.append(table(codes).sum(1) / n)
+            n_values = (values[:, i] != PADDING).sum(1, keepdim=True).clamp(min=1)
+            fields.append(table(values[:, i]).sum(1) / n_values)
         return torch.stack(fields, dim=1)
 
-    def forward(self, batch: Batch) -> Tensor:
-        rows, where = torch.unique(torch.cat([batch.items.unsqueeze(1), batch.history], dim=1), return_inverse=True)
-        items = self.embed_items(rows)
-        fl = items.flatten(1).index_select(0, where.flatten()).view(*where.shape, *items.shape[1:])
-        rating = self.rating(batch.ratings)
-        hist = torch.cat([fl[:, 1:], rating.unsqueeze(2)], 2)
-        if self.inter:
-            hist = torch.cat([fl[:, 1:] * (1 + rating.unsqueeze(2)), rating.unsqueeze(2)], 2)
-        profile = (
-            torch.stack([t(batch.profile[:, i]) for i, t in enumerate(self.profile)], 1)
-            if len(self.profile)
-            else fl[:, 0, :0]
-        )
-        knowledge = self.adaptor(batch.user, batch.item) if self.adaptor is not None else None
-        return self.backbone(BackboneInputs(fl[:, 0], hist, batch.history != PADDING, profile, knowledge))
+    def _adapted(self, batch: Batch) -> Tensor | None:
+        if self.adaptor is None:
+            return None
+        if batch.user is None or batch.item is None:
+            raise ValueError("this model has an adaptor: give its batches the knowledge of users and items.")
+        adapted: Tensor = self.adaptor(batch.user, batch.item)
+        return adapted
 
 
-def embedding(n: int, dim: int) -> nn.Embedding:
-    table = nn.Embedding(n, dim, padding_idx=PADDING)
+def _embedding(size: int, dim: int) -> nn.Embedding:
+    table = nn.Embedding(size, dim, padding_idx=PADDING)
+    nn.init.normal_(table.weight, std=_INIT_STD)
     with torch.no_grad():
-        table.weight.normal_(std=INIT_STD)
         table.weight[PADDING].zero_()
     return table

@@ -16,13 +16,17 @@ _ROW = 26
 
 
 def points_chart(values: Mapping[str, Mapping[str, Sequence[float]]], axis: str) -> Markup:
-    """One row a group and series: each value a small dot, their mean a large one, a whisker of one standard deviation
-    each side.
+    """One row a group and series: values as small dots, their mean as a large one, whiskers of one standard deviation.
 
     values: group (a backbone) -> series (an arm) -> values (one a seed). The axis does not start at zero, which dots
-    allow and bars would not.
+    allow and bars would not. Values that are not finite are left out.
     """
-    rows = [(group, series, list(v)) for group, by_series in values.items() for series, v in by_series.items() if v]
+    rows = [
+        (group, series, finite)
+        for group, by_series in values.items()
+        for series, vs in by_series.items()
+        if (finite := [v for v in vs if math.isfinite(v)])
+    ]
     if not rows:
         return Markup("")
     low, high = _bounds([v for *_, vs in rows for v in (*vs, fmean(vs) - _deviation(vs), fmean(vs) + _deviation(vs))])
@@ -43,9 +47,8 @@ def points_chart(values: Mapping[str, Mapping[str, Sequence[float]]], axis: str)
         parts.append(_line(scale(mean - deviation), middle, scale(mean + deviation), middle, f"whisker {colour}"))
         parts += [f'<circle cx="{scale(v):.1f}" cy="{middle:.1f}" r="2.5" class="seed {colour}"/>' for v in vs]
         tip = escape(f"{group}, {series}: {mean:.4f} ± {deviation:.4f} over {len(vs)} seeds")
-        parts.append(
-            f'<circle cx="{scale(mean):.1f}" cy="{middle:.1f}" r="5.5" class="mean {colour}"><title>{tip}</title></circle>'
-        )
+        circle = f'<circle cx="{scale(mean):.1f}" cy="{middle:.1f}" r="5.5" class="mean {colour}">'
+        parts.append(f"{circle}<title>{tip}</title></circle>")
         parts.append(_text(_WIDTH - 60, middle, f"{mean:.4f}", "start", "figure"))
         y, before = y + _ROW, group
     return _svg(parts, height + 40, axis)
@@ -61,9 +64,8 @@ def bar_chart(values: Mapping[str, float], unit: str) -> Markup:
     for number, (label, value) in enumerate(values.items()):
         y = top + number * _ROW
         parts.append(_text(left - 12, y + _ROW / 2, label, "end"))
-        parts.append(
-            f'<rect x="{left}" y="{y + 5}" width="{max(scale(value) - left, 1):.1f}" height="{_ROW - 10}" rx="2" class="bar s0"/>'
-        )
+        width = max(scale(value) - left, 1)
+        parts.append(f'<rect x="{left}" y="{y + 5}" width="{width:.1f}" height="{_ROW - 10}" rx="2" class="s1"/>')
         parts.append(_text(scale(value) + 8, y + _ROW / 2, f"{_short(value)} {unit}", "start", "figure"))
     return _svg(parts, top + _ROW * len(values) + 6, f"bars in {unit}")
 
@@ -78,7 +80,7 @@ def histogram(values: Sequence[float], axis: str, colour: int = 0, bins: int = 2
     counts = [0] * (math.floor(high / step) - first + 1)
     for value in values:
         counts[math.floor(value / step) - first] += 1
-    left, top, bottom = 56, 12, 182
+    left, top, bottom = 56, 24, 194
     scale = _Scale(first * step, (first + len(counts)) * step, left, _WIDTH - 20)
     rise = (bottom - top) / max(counts)
     parts = [_vertical_axis(scale, top, bottom, axis)]
@@ -87,15 +89,13 @@ def histogram(values: Sequence[float], axis: str, colour: int = 0, bins: int = 2
     width = scale(step) - scale(0)
     for number, count in enumerate(counts):
         x, height = scale((first + number) * step), count * rise
+        place = f'x="{x + 0.5:.1f}" y="{bottom - height:.1f}" width="{max(width - 1, 0.5):.1f}" height="{height:.1f}"'
         tip = f"{(first + number) * step:g} to {(first + number + 1) * step:g}: {count:,}"
-        parts.append(
-            f'<rect x="{x + 0.5:.1f}" y="{bottom - height:.1f}" width="{max(width - 1, 0.5):.1f}" height="{height:.1f}" '
-            f'class="bar s{colour % 4}"><title>{tip}</title></rect>'
-        )
+        parts.append(f'<rect {place} class="s{colour % 4}"><title>{tip}</title></rect>')
     median = sorted(values)[len(values) // 2]
-    parts.append(_line(scale(median), top, scale(median), bottom, "median"))
+    parts.append(_line(scale(median), top - 16, scale(median), bottom, "median"))
     side, shift = ("end", -6) if scale(median) > _WIDTH * 0.7 else ("start", 6)
-    parts.append(_text(scale(median) + shift, top + 2, f"median {_short(median)}", side, "figure"))
+    parts.append(_text(scale(median) + shift, top - 10, f"median {_short(median)}", side, "figure"))
     return _svg(parts, bottom + 40, f"histogram of {axis}")
 
 
@@ -144,10 +144,8 @@ def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
-    kind = f' class="{style}"' if style else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="central"{kind}>{escape(text)}</text>'
-    )
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="central"'
+    return f'<text {place} class="{style}">{escape(text)}</text>'
 
 
 def _short(value: float) -> str:

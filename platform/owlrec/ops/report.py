@@ -5,7 +5,7 @@ texts are escaped: titles come from users' data and answers from an LLM.
 """
 
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel
@@ -105,7 +105,7 @@ def render_report(data: ReportData) -> str:
     }
     lengths = {
         kind: histogram(values, f"tokens a text, {kind}s", colour)
-        for colour, (kind, values) in enumerate(data.knowledge_tokens.items())
+        for colour, (kind, values) in enumerate(data.knowledge_tokens.items(), start=1)
         if values
     }
     return environment.get_template("report.html.j2").render(
@@ -120,10 +120,7 @@ def render_report(data: ReportData) -> str:
 
 
 def arm_rows(arms: list[ArmFigures]) -> list[ArmRow]:
-    """The table of arms:
-
-    means over seeds, with the spread from the lowest to the highest in brackets where there are several.
-    """
+    """The table of arms: means over seeds, with one standard deviation where there are several."""
     base = {a.backbone: fmean(a.auc) for a in arms if a.arm == "none" and a.auc}
     rows = []
     for arm in arms:
@@ -149,4 +146,4 @@ def _spread(values: list[float]) -> str:
     if not values:
         return ""
     mean = f"{fmean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} [{min(values):.4f}, {max(values):.4f}]"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.4f}"

@@ -1,4 +1,7 @@
-"""The CTR backbones, one file each. This registry imports none of them, so that a recipe can be checked without torch."""
+"""The CTR backbones, one file each.
+
+This registry imports none of them, so that a recipe is checked without torch.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -11,9 +14,15 @@ if TYPE_CHECKING:
 BACKBONES: dict[str, str] = {"din": "DIN", "dcnv2": "DCNv2"}  # module of this package -> class in it
 
 
-def backbone_class(name: str) -> type["Backbone"]:
-    """The class of backbone `name`. Raises RecipeError, with the nearest valid name, where there is none."""
+def backbone_class_name(name: str) -> str:
+    """The class name of backbone `name`. Raises RecipeError, with the nearest valid name, where there is none."""
     if name not in BACKBONES:
-        raise RecipeError(f"ctr.backbones: there is no backbone '{name}'.{did_you_mean(name, BACKBONES)}")
-    found: type[Backbone] = getattr(import_module(f"{__name__}.{name}"), BACKBONES[name])
+        raise RecipeError(f"there is no backbone '{name}'.{did_you_mean(name, BACKBONES)}")
+    return BACKBONES[name]
+
+
+def backbone_class(name: str) -> type["Backbone"]:
+    """The class of backbone `name`, imported (with torch) only now. Raises RecipeError where there is none."""
+    class_name = backbone_class_name(name)
+    found: type[Backbone] = getattr(import_module(f"{__name__}.{name}"), class_name)
     return found

@@ -1,7 +1,7 @@
 """DCN-V2 (Wang et al., WWW 2021), parallel form: a cross network and a deep network side by side over all fields.
 
-A cross layer is x_{l+1} = x_0 * (W x_l + b) + x_l with a full-rank W: at the width of our input (some 300) the paper's low-rank form
-saves nothing.
+A cross layer is x_{l+1} = x_0 * (W x_l + b) + x_l with a full-rank W: at the width of our input (some 300) the
+paper's low-rank form saves nothing.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
-"""What every backbone is given and gives back: one interface for all of them, so that features, adaptor and training know none by name.
+"""What every backbone is given and gives back: features, adaptor and training know none of them by name.
 
-A backbone sees embeddings only. Knowledge, where an arm has it, comes as two further fields (user, item) of the same width as all others,
-so that field models (FM, CIN, attention over fields) take it in without a special case, as in KAR (RecSys 2024, sec. 3.4).
+A backbone sees embeddings only. Knowledge, where an arm has it, comes as two further fields (user, item) of the same
+width as all others, so that field models (FM, CIN, attention over fields) take it in without a special case, as in
+KAR (RecSys 2024, sec. 3.4).
 """
 
 from abc import ABC, abstractmethod

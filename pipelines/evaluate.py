@@ -1,0 +1,57 @@
+"""What the run found: samples of knowledge, a timed lookup, the table of arms, and a self-contained HTML report."""
+
+from owlrec.ctr.experiment import finished_trials, trials
+from owlrec.errors import WorkspaceError
+from owlrec.ops.console import note, table
+from owlrec.ops.report import arm_rows, write_report
+from owlrec.ops.run_report import collect
+from owlrec.recipe import Recipe
+from owlrec.store.release import open_release
+from owlrec.workspace import StageManifest, Workspace, finished_stage
+from pipelines.stage import Counts, Outputs, execute, main
+
+
+def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+    """Writes the report and prints its main figures; always anew, since it is cheap and its readers are here."""
+    prepared, trained = finished_stage(workspace, "prepare"), finished_stage(workspace, "train_ctr")
+    if prepared is None or trained is None:
+        raise WorkspaceError(f"{workspace.root}: nothing trained yet. Run `prepare` to `train_ctr` first.")
+
+    def body() -> tuple[Counts, Outputs]:
+        results = finished_trials(workspace, trained.outputs["grid"], trials(recipe.ctr))
+        with open_release(workspace, verify=False) as release:
+            data = collect(
+                workspace,
+                release,
+                results,
+                run=recipe.name,
+                command=f"owlrec run {recipe.name}.yaml",
+                protocol=(
+                    f"{recipe.source.type}, split by {recipe.split.method} {':'.join(map(str, recipe.split.ratios))} "
+                    f"(split seed {recipe.split.seed}), label 1 where rating > {recipe.domain.positive_above:g}, history {recipe.split.history_length}, "
+                    f"the LLM read the first half of each history, at most {recipe.split.llm_history} behaviours, and every sample is later; "
+                    f"no sampled negatives; seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
+                ),
+                facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
+            )
+        path = write_report(workspace.log_path("report").parent.parent / "reports" / f"{recipe.name}.html", data)
+        for kind in ("user", "item"):
+            for sample in [s for s in data.samples if s.kind == kind][:1]:
+                table(
+                    f"{kind} knowledge: {sample.title}",
+                    ["read", "written"],
+                    [("\n".join(sample.inputs[:8]), sample.text)],
+                )
+        table("lookup", ["what", "latency"], list(data.lookup.items()))
+        rows = [(r.backbone, r.arm, r.seeds, r.auc, r.difference, r.gauc, r.log_loss) for r in arm_rows(data.arms)]
+        table("test split, mean over seeds", ["backbone", "arm", "seeds", "AUC", "to none", "gAUC", "log-loss"], rows)
+        for line in data.notes:
+            note(line)
+        note(f"report: {path}")
+        return {"arms": len(data.arms)}, {"report": str(path)}
+
+    return execute(workspace, "evaluate", trained.fingerprint, "figures and report", body, always=True)
+
+
+if __name__ == "__main__":
+    main(run, __doc__ or "")

@@ -1,0 +1,65 @@
+"""The grid of CTR trials on Ray Train: every backbone with every arm and seed, on the same samples."""
+
+from owlrec import __version__
+from owlrec.ctr.experiment import summarise, trials
+from owlrec.ctr.training import train_trials
+from owlrec.errors import WorkspaceError
+from owlrec.ops.console import note, progress, table
+from owlrec.recipe import Recipe
+from owlrec.workspace import StageManifest, Workspace, finished_stage, fingerprint
+from pipelines.session import ray_session
+from pipelines.stage import Counts, Outputs, execute, main
+
+# What the grid holds and how it is spread over machines: growing the grid must not retrain what it has.
+_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures"}
+
+
+def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+    """Trains the trials that have no result yet."""
+    prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
+    if prepared is None or encoded is None:
+        raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
+    settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
+    grid_print = fingerprint(prepared.fingerprint, encoded.fingerprint, settings, __version__)
+    grid = trials(recipe.ctr)
+    columns = workspace.read_parquet(f"tables/items/{workspace.table_parts('items')[0]}").column_names
+
+    def body() -> tuple[Counts, Outputs]:
+        note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
+        with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
+            results = train_trials(
+                workspace,
+                recipe.ctr,
+                grid,
+                knowledge={
+                    source: (
+                        f"{encoded.outputs['vectors']}/{source}-user",
+                        f"{encoded.outputs['vectors']}/{source}-item",
+                    )
+                    for source in ("knowledge", "metadata")
+                },
+                fingerprint=grid_print,
+                attributes=[f for f in recipe.domain.text_fields if f in columns][:2],
+                profile=list(recipe.domain.profile_fields),
+                on_trial=lambda result: advance(1),
+            )
+        rows = [
+            (r.backbone, r.arm, r.seeds, f"{r.auc:.4f}", "" if r.auc_gain is None else f"{r.auc_gain:+.4f}",
+             "" if r.gauc is None else f"{r.gauc:.4f}", f"{r.log_loss:.4f}")
+            for r in summarise(results)
+        ]  # fmt: skip
+        table("test split, mean over seeds", ["backbone", "arm", "seeds", "AUC", "to none", "gAUC", "log-loss"], rows)
+        counts: Counts = {
+            "trials": len(results),
+            "samples_per_s": round(sum(r.samples_per_s for r in results) / len(results)),
+        }
+        return counts, {"grid": grid_print}
+
+    print_ = fingerprint(grid_print, [t.path for t in grid])
+    return execute(
+        workspace, "train_ctr", print_, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
+    )
+
+
+if __name__ == "__main__":
+    main(run, __doc__ or "")

@@ -1,0 +1,232 @@
+"""Trains a grid of trials through Ray Train: the only file of this package that knows Ray.
+
+One worker group trains all pending trials one after another, since starting a group costs about ten seconds, more
+than a small trial takes. Each trial is exported as soon as it is trained, its result.json last, and a trial that has
+one is never trained again: that is what makes a grid resumable, so Ray's own checkpoints are not used.
+"""
+
+import os
+import signal
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from owlrec.config import Config
+from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, finished_trials
+from owlrec.errors import OwlRecError
+from owlrec.quiet import redirect_output
+from owlrec.workspace import Workspace
+
+# Two ranks that stop answering each other for this long will not recover; torch would wait half an hour.
+_COLLECTIVE_TIMEOUT_S = 300
+# A group that finds no resources is asked for once a minute (Ray Train); by default Ray never gives up.
+_START_ATTEMPTS = 15
+_POLL_S = 0.5
+
+
+class GridJob(Config):
+    """What every worker is told: names only, for each worker reads the tables itself."""
+
+    settings: CTRConfig
+    trials: tuple[Trial, ...]
+    knowledge: dict[str, tuple[str, str]]
+    fingerprint: str
+    attributes: tuple[str, ...]
+    profile: tuple[str, ...]
+
+
+def train_trials(
+    workspace: Workspace,
+    config: CTRConfig,
+    trials: Sequence[Trial],
+    *,
+    knowledge: Mapping[str, tuple[str, str]],
+    fingerprint: str,
+    attributes: Sequence[str],
+    profile: Sequence[str],
+    on_trial: Callable[[TrialResult], None] | None = None,
+) -> list[TrialResult]:
+    """Trains those of `trials` that have no result yet, from the tables users, items and samples.
+
+    Ray must be initialised. Worker output goes to the workspace's log file `train_ctr`.
+    knowledge: "knowledge" and "metadata", each with the folders of its user and item vectors (KnowledgeTable.save).
+    fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
+    attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
+    on_trial: called with each new result as it is written, from a second thread of this process.
+    Returns all results in the order of `trials`. Raises what a worker raised, if it is an OwlRecError.
+    """
+    done = {result.trial for result in finished_trials(workspace, fingerprint, trials)}
+    pending = tuple(trial for trial in trials if trial not in done)
+    if pending:
+        job = GridJob(
+            settings=config,
+            trials=pending,
+            knowledge=dict(knowledge),
+            fingerprint=fingerprint,
+            attributes=tuple(attributes),
+            profile=tuple(profile) if config.use_profile else (),
+        )
+        with _announcing(workspace, job, on_trial), _interrupt_handler_restored():
+            _fit(workspace, job)
+    return finished_trials(workspace, fingerprint, trials)
+
+
+def _fit(workspace: Workspace, job: GridJob) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    config = job.settings
+    # Ray resumes a run whose name and storage it has seen, silently; and it insists on a storage that all nodes share.
+    name = f"{job.fingerprint[:8]}-{uuid.uuid4().hex[:8]}"
+    trainer = TorchTrainer(
+        _train_pending,
+        train_loop_config={"workspace": workspace, "job": job.model_dump(mode="json")},
+        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": config.threads or 1, **({"GPU": 1} if config.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=workspace.path("ctr", "ray"),
+            storage_filesystem=None if workspace.local else workspace.filesystem,
+            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=_START_ATTEMPTS),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _user_mistake(error) or error from None
+    finally:
+        workspace.delete_dir("ctr", "ray", name)
+
+
+def _user_mistake(error: Exception) -> OwlRecError | None:
+    """The OwlRecError that made a run fail, if that is what did."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause: Any = failure
+        while cause is not None:
+            if isinstance(cause, OwlRecError):
+                return cause
+            cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
+    return None
+
+
+def _train_pending(loop_config: dict[str, Any]) -> None:
+    """What each worker runs."""
+    workspace: Workspace = loop_config["workspace"]
+    redirect_output(workspace.log_path("train_ctr"))
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from owlrec.ctr.export import export_trial, save_vocabularies
+    from owlrec.ctr.fitting import train_one
+
+    job = GridJob.model_validate(loop_config["job"])
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(job.settings.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
+    # training.
+    done = {result.trial for result in finished_trials(workspace, job.fingerprint, job.trials)}
+    with tempfile.TemporaryDirectory(prefix="owlrec-vectors-") as cache:
+        data = _load(workspace, job, Path(cache))
+        if rank == 0:
+            save_vocabularies(workspace, job.fingerprint, data.features.vocabularies)
+        for trial in job.trials:
+            if trial not in done:
+                trained = train_one(trial, data, job.settings, rank, world_size, str(get_device()))
+                if rank == 0:
+                    export_trial(workspace, job.fingerprint, trained)
+
+
+def _load(workspace: Workspace, job: GridJob, cache: Path) -> Any:
+    from owlrec.ctr.features import build_features
+    from owlrec.ctr.fitting import TrainingData
+    from owlrec.ctr.knowledge import KnowledgeTable
+
+    users, items, samples = (workspace.read_table(name) for name in ("users", "items", "samples"))
+    features = build_features(
+        users,
+        items,
+        samples,
+        attributes=job.attributes,
+        profile=job.profile,
+        min_item_count=job.settings.min_item_count,
+    )
+    needed: set[str] = {"knowledge" if trial.arm == "shuffled" else trial.arm for trial in job.trials}
+    tables = {
+        source: (
+            KnowledgeTable.open(_local(workspace, user, cache)),
+            KnowledgeTable.open(_local(workspace, item, cache)),
+        )
+        for source, (user, item) in job.knowledge.items()
+        if source in needed
+    }
+    return TrainingData(features, tables)
+
+
+def _local(workspace: Workspace, folder: str, cache: Path) -> Path:
+    """A folder as a local one, which memory-mapping needs: fetched into `cache` from an object store."""
+    if workspace.local:
+        return workspace.local_path(folder)
+    target = cache / folder
+    target.mkdir(parents=True)
+    pafs.copy_files(
+        workspace.path(folder),
+        str(target),
+        source_filesystem=workspace.filesystem,
+        destination_filesystem=pafs.LocalFileSystem(),
+    )
+    return target
+
+
+@contextmanager
+def _announcing(workspace: Workspace, job: GridJob, on_trial: Callable[[TrialResult], None] | None) -> Iterator[None]:
+    """Calls `on_trial` for each result that appears while the block runs; `fit` blocks, and Ray's callbacks run
+    elsewhere.
+    """
+    if on_trial is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def watch() -> None:
+        waiting = set(job.trials)
+        last = False
+        while not last:
+            last = stop.wait(_POLL_S)  # one more look after the block has ended
+            for result in finished_trials(workspace, job.fingerprint, [t for t in job.trials if t in waiting]):
+                waiting.discard(result.trial)
+                on_trial(result)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def _interrupt_handler_restored() -> Iterator[None]:
+    """Ray Train (2.60) installs its own SIGINT handler in `fit` and leaves it there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)

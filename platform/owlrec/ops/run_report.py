@@ -1,0 +1,168 @@
+"""Collects what a run left in its workspace into a report: stages, arms, texts, the release and its lookup latency.
+
+Only manifests, results and a few rows are read, so a report of 10^8 users costs no more than one of a hundred.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlrec.ctr.experiment import TrialResult
+from owlrec.ops.report import ArmFigures, KnowledgeSample, ReportData, StageFigures
+from owlrec.prompting.rows import ItemCatalog
+from owlrec.store.latency import measure_lookup
+from owlrec.store.release import Release
+from owlrec.workspace import StageManifest, Workspace, finished_stage
+
+STAGES = ("prepare", "generate", "encode", "publish", "train_ctr")
+_SAMPLES_A_KIND = 3
+_LENGTH_ROWS = 20_000
+_NOTES = (
+    "A gain is the LLM's only where `knowledge` beats both `shuffled` (the same vectors given to other ids: what the adaptor's extra "
+    "parameters are worth) and `metadata` (titles, attributes and history encoded without an LLM: what the text encoder is worth).",
+    "SmolLM2-135M, the model that this machine can run, makes up most facts: with it expect no gain over metadata. "
+    "A stronger model in the recipe's engine section changes the texts, and nothing else of the run.",
+)
+
+
+def collect(
+    workspace: Workspace,
+    release: Release,
+    results: list[TrialResult],
+    *,
+    run: str,
+    command: str,
+    protocol: str,
+    facts: Mapping[str, str],
+) -> ReportData:
+    """All figures of a run. Stages without a manifest are left out."""
+    manifests = [m for stage in STAGES if (m := finished_stage(workspace, stage))]
+    texts = {kind: _some_rows(workspace, manifests, kind) for kind in ("user", "item")}
+    return ReportData(
+        run=run,
+        finished=time.strftime("%Y-%m-%d %H:%M", time.localtime()),
+        hardware=hardware_line(),
+        command=command,
+        facts=dict(facts),
+        protocol=protocol,
+        arms=arm_figures(results),
+        stages=[_stage_figures(m) for m in manifests],
+        knowledge_tokens={kind: table["output_tokens"].to_pylist() for kind, table in texts.items() if table.num_rows},
+        samples=[s for kind, table in texts.items() for s in _samples(workspace, kind, table)],
+        release={
+            "name": release.name,
+            "texts": ", ".join(f"{n:,} {kind}s" for kind, n in release.manifest.knowledge.items()),
+            "dimension": str(release.manifest.dim),
+            "model": release.manifest.model,
+            "encoder": release.manifest.encoder,
+        },
+        lookup=lookup_figures(release, texts["user"]["id"].to_numpy()),
+        notes=list(_NOTES),
+        versions={name: metadata.version(name) for name in ("ray", "pyarrow", "lmdb", "numpy")},
+    )
+
+
+def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
+    """Latency of single lookups, as the report and the console print them."""
+    figures = measure_lookup(release, "user", ids)
+    if not figures["n"]:
+        return {}
+    return {
+        what: f"p50 {figures[f'{what}_p50_us']:.0f} µs, p99 {figures[f'{what}_p99_us']:.0f} µs ({figures['n']:.0f} single gets)"
+        for what in ("knowledge", "vector")
+    }
+
+
+def hardware_line() -> str:
+    """The machine in a line, as every table of figures needs it."""
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, Python {platform.python_version()}"
+
+
+def arm_figures(results: list[TrialResult]) -> list[ArmFigures]:
+    """Results grouped by backbone and arm, one value a seed."""
+    groups: dict[tuple[str, str], list[TrialResult]] = {}
+    for result in results:
+        groups.setdefault((result.backbone, result.arm), []).append(result)
+    return [
+        ArmFigures(
+            backbone=backbone,
+            arm=arm,
+            auc=[r.test.auc for r in group],
+            gauc=[r.test.gauc for r in group if r.test.gauc is not None],
+            log_loss=[r.test.log_loss for r in group],
+            valid_auc=[r.valid.auc for r in group],
+        )
+        for (backbone, arm), group in groups.items()
+    ]
+
+
+def _stage_figures(manifest: StageManifest) -> StageFigures:
+    def total(suffix: str) -> int:
+        return sum(int(v) for k, v in manifest.counts.items() if k.endswith(suffix))
+
+    return StageFigures(
+        stage=manifest.stage,
+        seconds=manifest.seconds,
+        prompt_tokens=total("_prompt_tokens"),
+        output_tokens=total("_output_tokens"),
+        rows=total("_rows_out"),
+    )
+
+
+def _some_rows(workspace: Workspace, manifests: list[StageManifest], kind: str) -> pa.Table:
+    folder = next(m.outputs["knowledge"] for m in manifests if m.stage == "generate")
+    tables: list[pa.Table] = []
+    for name in workspace.names(folder, kind):
+        if name.endswith(".json"):
+            tables.append(workspace.read_parquet(f"{folder}/{kind}/{name.removesuffix('.json')}.parquet"))
+            if sum(t.num_rows for t in tables) >= _LENGTH_ROWS:
+                break
+    return pa.concat_tables(tables)
+
+
+def _samples(workspace: Workspace, kind: str, texts: pa.Table) -> list[KnowledgeSample]:
+    # The longest of the texts that end by themselves show best what the model can do; the histogram shows the rest.
+    order = pc.sort_indices(texts, sort_keys=[("finish_reason", "descending"), ("output_tokens", "descending")])
+    chosen = texts.take(order[:_SAMPLES_A_KIND]).to_pylist()
+    ids = pa.array([row["id"] for row in chosen], pa.int64())
+    return [
+        KnowledgeSample(kind=kind, title=title, inputs=inputs, text=row["text"])
+        for row, (title, inputs) in zip(chosen, _inputs(workspace, kind, ids), strict=True)
+    ]
+
+
+def _inputs(workspace: Workspace, kind: str, ids: pa.Array) -> list[tuple[str, list[str]]]:
+    if kind == "item":
+        items = {row["item_id"]: row for row in _rows(workspace, "items", "item_id", ids)}
+        return [(items[i]["title"], _fields(items[i], {"item_id", "raw_id", "title"})) for i in ids.to_pylist()]
+    users = {row["user_id"]: row for row in _rows(workspace, "users", "user_id", ids)}
+    histories = {row["user_id"]: row for row in _rows(workspace, "histories", "user_id", ids)}
+    catalog = ItemCatalog.load(workspace)
+    found = []
+    for i in ids.to_pylist():
+        history = histories[i]
+        titles = catalog.titles(np.asarray(history["items"], dtype=np.int64))
+        behaviours = [t if r is None else f"{t}: {r:g}" for t, r in zip(titles, history["ratings"], strict=True)]
+        found.append((f"user {i}", [*_fields(users[i], {"user_id", "raw_id"}), *behaviours]))
+    return found
+
+
+def _rows(workspace: Workspace, table: str, key: str, ids: pa.Array) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for part in workspace.table_parts(table):
+        rows = workspace.read_parquet(f"tables/{table}/{part}")
+        found += rows.filter(pc.is_in(rows[key], ids)).to_pylist()
+    return found
+
+
+def _fields(row: Mapping[str, Any], without: set[str]) -> list[str]:
+    return [f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in row.items() if k not in without and v]

@@ -1,0 +1,71 @@
+"""A toy world in which only a user's knowledge vector tells what the user likes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from owlrec import schema
+from owlrec.ctr.features import build_features
+from owlrec.ctr.fitting import TrainingData
+from owlrec.ctr.knowledge import KnowledgeTable
+
+N_USERS, N_ITEMS, DIM = 150, 20, 8
+
+
+@dataclass(frozen=True)
+class ToyWorld:
+    """Users like even or odd items; which, stands in the sign of their vector's first component and nowhere else."""
+
+    users: pa.Table
+    items: pa.Table
+    samples: pa.Table
+    vectors: tuple[KnowledgeTable, KnowledgeTable]
+
+    @property
+    def data(self) -> TrainingData:
+        """Both sources of vectors are the same here."""
+        features = build_features(
+            self.users, self.items, self.samples, attributes=["genres"], profile=["gender"], min_item_count=1
+        )
+        return TrainingData(features, {"knowledge": self.vectors, "metadata": self.vectors})
+
+
+@pytest.fixture(scope="session")
+def toy_world() -> ToyWorld:
+    rng = np.random.default_rng(0)
+    likes_even = rng.integers(0, 2, N_USERS)
+    rows = []
+    for user in range(N_USERS):
+        split = "train" if user < 110 else "valid" if user < 130 else "test"
+        for item in rng.permutation(N_ITEMS):
+            history = rng.integers(0, N_ITEMS, rng.integers(0, 5)).tolist()
+            label = float((item % 2 == 0) == bool(likes_even[user]))
+            rows.append((user, int(item), label, 0, history, [3.0] * len(history), split))
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    user_vectors = rng.normal(scale=0.1, size=(N_USERS, DIM))
+    user_vectors[:, 0] = 2 * likes_even - 1
+    item_vectors = rng.normal(size=(N_ITEMS, DIM))
+    return ToyWorld(
+        users=pa.table(
+            {
+                "user_id": pa.array(range(N_USERS), pa.int64()),
+                "raw_id": [str(u) for u in range(N_USERS)],
+                "gender": ["f", "m"] * (N_USERS // 2),
+            }
+        ),
+        items=pa.table(
+            {
+                "item_id": pa.array(range(N_ITEMS), pa.int64()),
+                "raw_id": [str(i) for i in range(N_ITEMS)],
+                "title": [f"Film {i}" for i in range(N_ITEMS)],
+                "genres": pa.array([["A", "B"][: 1 + i % 3 // 2] for i in range(N_ITEMS)], pa.list_(pa.string())),
+            }
+        ),
+        samples=pa.table(columns, schema=schema.SAMPLES),
+        vectors=(
+            KnowledgeTable(np.arange(N_USERS), user_vectors.astype(np.float16)),
+            KnowledgeTable(np.arange(N_ITEMS), item_vectors.astype(np.float16)),
+        ),
+    )

@@ -1,0 +1,80 @@
+"""The grid, its settings' mistakes, and the summary by hand."""
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from owlrec.ctr.experiment import Arm, ArmSummary, CTRConfig, Metrics, Trial, TrialResult, summarise, trials
+
+
+def result(arm: Arm, seed: int, auc: float, gauc: float | None = 0.6) -> TrialResult:
+    metrics = Metrics(auc=auc, gauc=gauc, log_loss=0.5)
+    numbers = {"epochs": 3, "best_epoch": 1, "seconds": 1.0, "samples_per_s": 10.0, "parameters": 5}
+    return TrialResult(backbone="din", arm=arm, seed=seed, valid=metrics, test=metrics, **numbers)
+
+
+def test_grid_finishes_a_seed_before_it_starts_the_next() -> None:
+    grid = trials(CTRConfig(backbones=("din",), arms=("none", "knowledge"), seeds=(4, 2)))
+    assert [t.path for t in grid] == [
+        "din/none/seed-4",
+        "din/knowledge/seed-4",
+        "din/none/seed-2",
+        "din/knowledge/seed-2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backbones": ["dim"]}, "Did you mean 'din'"),
+        ({"arms": ["none", "magic"]}, "'none', 'knowledge', 'shuffled' or 'metadata'"),
+        ({"seeds": [1, 2, 1]}, "1 stands there more than once"),
+        ({"seeds": []}, "at least 1"),
+        ({"embed_size": 8}, "Extra inputs"),
+    ],
+)
+def test_mistakes_in_the_recipe_are_named(settings: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        CTRConfig(**settings)
+
+
+def test_summary_by_hand() -> None:
+    none, knowledge = summarise(
+        [
+            result("none", 0, 0.70),
+            result("none", 1, 0.74),
+            result("knowledge", 0, 0.71),
+            result("knowledge", 1, 0.77),
+            result(
+                "knowledge", 2, 0.80, gauc=None
+            ),  # its partner is not trained yet: it counts in the mean, not in the gain
+        ]
+    )
+    assert none.auc == pytest.approx(0.72)
+    assert none.auc_std == pytest.approx(0.04 / 2**0.5)
+    assert none.auc_gain is None
+    assert (knowledge.seeds, knowledge.gauc) == (3, 0.6)
+    assert knowledge.auc == pytest.approx(0.76)
+    assert knowledge.auc_gain == pytest.approx(0.02)  # of .01 and .03
+    assert knowledge.auc_gain_std == pytest.approx(0.02 / 2**0.5)
+    assert knowledge.auc_gain_t == pytest.approx(2.0)  # .02 / (.01414 / sqrt 2)
+
+
+def test_one_seed_has_no_spread() -> None:
+    rows = summarise([result("none", 0, 0.7), result("knowledge", 0, 0.71)])
+    assert rows[1].auc_gain == pytest.approx(0.01)
+    assert (rows[1].auc_std, rows[1].auc_gain_std, rows[1].auc_gain_t) == (None, None, None)
+    assert ArmSummary.model_validate_json(rows[1].model_dump_json()) == rows[1]
+
+
+def test_results_survive_json() -> None:
+    given = result("none", 0, 0.7, gauc=None)
+    assert TrialResult.model_validate_json(given.model_dump_json()) == given
+    assert given.trial == Trial(backbone="din", arm="none", seed=0)
+
+
+def test_settings_load_without_torch_and_ray() -> None:
+    code = "import sys, owlrec.ctr.experiment; print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,152 @@
+"""Training on a toy world whose answer is known, early stopping, and two ranks against one."""
+
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from owlrec.ctr import fitting
+from owlrec.ctr.backbones import BACKBONES
+from owlrec.ctr.experiment import Arm, CTRConfig, Trial
+from owlrec.ctr.fitting import SplitTensors, TrainingData, epoch_rows, score, train_one
+from owlrec.ctr.model import CTRModel, ModelSpec
+from owlrec.errors import RecipeError, SchemaError
+
+torch.set_num_threads(1)
+CONFIG = CTRConfig(batch_size=128, learning_rate=0.01, epochs=6, embed_dim=8, hidden_dims=(16, 8))
+
+
+def trial(arm: Arm = "none", backbone: str = "din", seed: int = 0) -> Trial:
+    return Trial(backbone=backbone, arm=arm, seed=seed)
+
+
+@pytest.fixture(scope="session")
+def data(toy_world: Any) -> TrainingData:
+    return toy_world.data
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_only_true_knowledge_finds_what_only_the_vectors_tell(data: TrainingData, backbone: str) -> None:
+    results = {arm: train_one(trial(arm, backbone), data, CONFIG).result for arm in ("none", "knowledge", "shuffled")}
+    assert results["knowledge"].test.auc > 0.95
+    assert results["none"].test.auc < 0.65
+    assert results["shuffled"].test.auc < 0.65
+    assert results["knowledge"].parameters > results["none"].parameters
+    assert results["knowledge"].parameters == results["shuffled"].parameters
+
+
+def test_same_seed_same_result_other_seed_another(data: TrainingData) -> None:
+    first, again, other = (train_one(trial("knowledge", seed=s), data, CONFIG).result for s in (1, 1, 2))
+    assert first.test == again.test
+    assert first.test.log_loss != other.test.log_loss
+
+
+def test_early_stopping_keeps_the_best_epoch(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, given = [], iter([0.6, 0.8, 0.7, 0.75, 0.9])
+    original = fitting._train_epoch
+
+    def spy(model: Any, *rest: Any) -> None:
+        original(model, *rest)
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    real_auc = fitting.metrics.auc
+    monkeypatch.setattr(fitting, "_train_epoch", spy)
+    monkeypatch.setattr(fitting.metrics, "auc", lambda labels, scores: next(given, real_auc(labels, scores)))
+    trained = train_one(trial(), data, CONFIG.model_copy(update={"patience": 2, "epochs": 10}))
+    assert (trained.result.epochs, trained.result.best_epoch) == (4, 2)
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(value, weights[1][name])
+
+
+def test_divergence_is_an_error_that_says_what_to_lower(data: TrainingData) -> None:
+    with pytest.raises(RecipeError, match=r"diverged in epoch 1.*learning_rate"):
+        train_one(trial(), data, CONFIG.model_copy(update={"learning_rate": 1e30}))
+
+
+def test_arm_without_vectors_is_refused(data: TrainingData) -> None:
+    with pytest.raises(RecipeError, match="arm 'shuffled' needs knowledge vectors"):
+        TrainingData(data.features, {}).tables(trial("shuffled"))
+
+
+def test_vectors_of_two_encoders_are_refused(data: TrainingData) -> None:
+    users, items = data.knowledge["knowledge"]
+    narrow = type(items)(items.ids, items.vectors[:, :3])
+    with pytest.raises(SchemaError, match="8 components for users but 3 for items"):
+        TrainingData(data.features, {"knowledge": (users, narrow)}).tables(trial("knowledge"))
+
+
+@pytest.mark.parametrize(("n", "world"), [(10, 1), (10, 2), (11, 3), (2, 4)])
+def test_ranks_share_an_epoch_without_overlap_and_in_equal_parts(n: int, world: int) -> None:
+    parts = [epoch_rows(n, torch.Generator().manual_seed(5), rank, world).tolist() for rank in range(world)]
+    assert {len(p) for p in parts} == {n // world}
+    dealt = [row for part in parts for row in part]
+    assert len(set(dealt)) == len(dealt) == n - n % world
+    shuffle = torch.Generator().manual_seed(5)
+    assert epoch_rows(n, shuffle, 0, 1).tolist() != epoch_rows(n, shuffle, 0, 1).tolist() or n < 3
+
+
+def test_repeated_ids_and_items_score_as_they_do_alone(data: TrainingData) -> None:
+    torch.manual_seed(0)
+    tables = data.tables(trial("knowledge"))
+    assert tables is not None
+    model = CTRModel(ModelSpec.of(data.features.spec, "din", 8, CONFIG), data.features.items).eval()
+    split = SplitTensors(data.features.splits["test"], tables, "cpu")
+    alone = torch.cat([model(split.batch(torch.tensor([row]))) for row in range(40)])
+    torch.testing.assert_close(model(split.batch(torch.arange(40))), alone)
+
+
+def _run_rank(rank: int, port: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    data = pickle.loads((folder / "data.pickle").read_bytes())
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        trained = train_one(trial("knowledge"), data, CONFIG.model_copy(update={"epochs": 2}), rank, 2)
+        split = SplitTensors(data.features.splits["test"], data.tables(trial("knowledge")), "cpu")
+        scores = score(trained.model, _odd(split), rank, 2)
+        weights = {name: value.numpy() for name, value in trained.model.state_dict().items()}
+        np.savez(folder / f"{rank}.npz", scores=scores, auc=trained.result.test.auc, **weights)
+    finally:
+        dist.destroy_process_group()
+
+
+def _odd(split: SplitTensors) -> SplitTensors:
+    """The split without its last row if it has an even number of rows, so that two ranks get unequal shares."""
+    samples = split.samples
+    n = len(samples) - (len(samples) % 2 == 0)
+    cut = type(samples)(*(getattr(samples, f)[:n] for f in samples.__dataclass_fields__))
+    return SplitTensors(cut, split.tables, "cpu")
+
+
+def test_two_ranks_train_and_score_as_one(data: TrainingData, tmp_path: Path) -> None:
+    (tmp_path / "data.pickle").write_bytes(pickle.dumps(data))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    # Plain processes: multiprocessing would leave a resource tracker behind until pytest ends.
+    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(tmp_path)]) for rank in (0, 1)]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    one = train_one(trial("knowledge"), data, CONFIG.model_copy(update={"epochs": 2}))
+    split = SplitTensors(data.features.splits["test"], data.tables(trial("knowledge")), "cpu")
+    first, second = (np.load(tmp_path / f"{rank}.npz") for rank in (0, 1))
+    expected = score(one.model, _odd(split))
+    assert len(first["scores"]) == len(expected)
+    np.testing.assert_array_equal(first["scores"], second["scores"])
+    # Averaged gradients of two half batches are the whole batch's gradient, up to float32 rounding.
+    np.testing.assert_allclose(first["scores"], expected, atol=2e-3)
+    for name in one.model.state_dict():
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+if __name__ == "__main__":
+    _run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

