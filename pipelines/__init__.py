@@ -1,7 +1,7 @@
 """Thin entry points: `python -m pipelines.<stage> --recipe R` runs one stage, `owlrec run R` all of them.
 
-On a cluster that has OwlRec's dependencies but not OwlRec itself, `ray job submit --working-dir .` brings this folder and platform/
-beside it; importing `pipelines` then makes `owlrec` importable.
+On a cluster that has OwlRec's dependencies but not OwlRec itself, `ray job submit --working-dir .` brings this folder
+and platform/ beside it; importing `pipelines` then makes `owlrec` importable.
 """
 
 import importlib.util

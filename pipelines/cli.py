@@ -61,7 +61,7 @@ def lookup(
             raise OwlRecError(f"there is no kind '{kind}'.{did_you_mean(kind, ('user', 'item', 'cohort'))}")
         with open_release(_workspace(workspace, recipe), release) as opened:
             start = time.perf_counter()
-            found = opened.get(kind, ids)
+            found = opened.store.get(kind, ids)
             took_us = (time.perf_counter() - start) * 1e6
             for id_, knowledge in zip(ids, found, strict=True):
                 stage_header(

@@ -26,12 +26,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 results,
                 run=recipe.name,
                 command=f"owlrec run {recipe.name}.yaml",
-                protocol=(
-                    f"{recipe.source.type}, split by {recipe.split.method} {':'.join(map(str, recipe.split.ratios))} "
-                    f"(split seed {recipe.split.seed}), label 1 where rating > {recipe.domain.positive_above:g}, history {recipe.split.history_length}, "
-                    f"the LLM read the first half of each history, at most {recipe.split.llm_history} behaviours, and every sample is later; "
-                    f"no sampled negatives; seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
-                ),
+                protocol=_protocol(recipe),
                 facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
             )
         path = write_report(workspace.log_path("report").parent.parent / "reports" / f"{recipe.name}.html", data)
@@ -51,6 +46,17 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         return {"arms": len(data.arms)}, {"report": str(path)}
 
     return execute(workspace, "evaluate", trained.fingerprint, "figures and report", body, always=True)
+
+
+def _protocol(recipe: Recipe) -> str:
+    """How the figures were made, in a line: an AUC without its split and label rule means nothing."""
+    split = recipe.split
+    return (
+        f"{recipe.source.type}, split by {split.method} {':'.join(map(str, split.ratios))} (split seed {split.seed}), "
+        f"label 1 where rating > {recipe.domain.positive_above:g}, history {split.history_length}; the LLM read the "
+        f"first half of each history, at most {split.llm_history} behaviours, and every sample is later; no sampled "
+        f"negatives; seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
+    )
 
 
 if __name__ == "__main__":

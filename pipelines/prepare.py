@@ -21,7 +21,8 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         for part in ("train", "valid", "test"):
             if split.counts[f"positives_{part}"] in (0, split.counts[f"samples_{part}"]):
                 raise SchemaError(
-                    f"samples: all labels of the {part} split are the same under the rule 'rating > {positive_above:g}'. "
+                    f"samples: all labels of the {part} split are the same under the rule "
+                    f"'rating > {positive_above:g}'. "
                     f"Set positive_above in the recipe to a value that your ratings straddle."
                 )
         user_shards = -(-raw.users.num_rows // recipe.shard_rows)

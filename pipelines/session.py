@@ -57,7 +57,8 @@ def _runtime_env(in_job: bool) -> dict[str, Any]:
     """Workers unpickle owlrec's classes by name, so they need it on their path before any of our code runs there."""
     if not SOURCE_ROOT.is_dir():  # an installed wheel
         return {}
-    # In a job the working directory lies elsewhere on each node; a relative entry resolves to it, since workers start there.
+    # In a job the working directory lies elsewhere on each node; a relative entry resolves to it, since workers start
+    # there.
     root = SOURCE_ROOT.name if in_job else str(SOURCE_ROOT)
     roots = [root] if in_job else [root, str(SOURCE_ROOT.parent)]
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(roots)}}

@@ -1,4 +1,6 @@
-"""What every stage does the same way: read the recipe, skip what is done, time it, write its manifest, report mistakes plainly."""
+"""What every stage does the same way: read the recipe, skip what is done, time it, write its manifest, report
+mistakes plainly.
+"""
 
 import argparse
 import sys
@@ -24,7 +26,9 @@ def execute(
     *,
     always: bool = False,
 ) -> StageManifest:
-    """Runs `body` and records what it returns; unless `always`, skips a stage that has finished under this fingerprint."""
+    """Runs `body` and records what it returns; unless `always`, skips a stage that has finished under this
+    fingerprint.
+    """
     stage_header(stage, about)
     done = None if always else finished_stage(workspace, stage, fingerprint)
     if done is not None:

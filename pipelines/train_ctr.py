@@ -6,7 +6,7 @@ from owlrec.ctr.training import train_trials
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress, table
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, finished_stage, fingerprint
+from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 

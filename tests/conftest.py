@@ -1,4 +1,6 @@
-"""Fixtures that several test folders share: one local Ray cluster a test run, a small world of tables, a clean cache."""
+"""Fixtures that several test folders share: one local Ray cluster a test run, a small world of tables, a clean
+cache.
+"""
 
 import os
 import tempfile

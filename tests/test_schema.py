@@ -51,8 +51,11 @@ def test_missing_column_is_named() -> None:
 
 def test_wrong_type_names_row_and_value() -> None:
     with pytest.raises(SchemaError, match=r"data\.csv, row 1: column 'item_id' holds 'abc'"):
-        schema.conform(pa.table({"user_id": [1, 1], "item_id": ["2", "abc"], "rating": [1.0, 1.0], "timestamp": [1, 2]}),
-                       schema.INTERACTIONS, name="data.csv")  # fmt: skip
+        schema.conform(
+            _interactions(user_id=[1, 1], item_id=["2", "abc"], rating=[1.0, 1.0], timestamp=[1, 2]),
+            schema.INTERACTIONS,
+            name="data.csv",
+        )
 
 
 def test_duplicate_key_null_key_and_empty_table_are_refused() -> None:

@@ -31,9 +31,14 @@ def test_fewer_shards_leave_none_of_the_earlier_ones(any_workspace: Workspace) -
 
 def test_failed_write_leaves_the_old_file_and_no_temporary_one(workspace: Workspace) -> None:
     workspace.write_bytes("a/b", b"old")
-    with pytest.raises(RuntimeError), workspace.atomic_path("a/b") as temporary:
-        Path(temporary).write_bytes(b"half")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with workspace.atomic_path("a/b") as temporary:
+            Path(temporary).write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
     assert workspace.read_bytes("a/b") == b"old"
     assert os.listdir(workspace.path("a")) == ["b"]
 

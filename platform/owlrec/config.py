@@ -1,4 +1,6 @@
-"""The base of every component's Config: frozen, and strict about keys, since a mistyped option must never be ignored silently."""
+"""The base of every component's Config: frozen, and strict about keys, since a mistyped option must never be ignored
+silently.
+"""
 
 from pydantic import BaseModel, ConfigDict
 

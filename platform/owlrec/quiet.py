@@ -20,7 +20,9 @@ def redirect_output(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def native_errors_to(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Sends what native code (Ray's core, OpenMP) writes to standard error to `path` for the block; Python's own stays."""
+    """Sends what native code (Ray's core, OpenMP) writes to standard error to `path` for the block; Python's own
+    stays.
+    """
     sys.stderr.flush()
     original = os.dup(2)
     python_stderr = sys.stderr

@@ -1,6 +1,7 @@
 """The one YAML file that describes a run: each section is the Config of the component that it sets up.
 
-This module gathers the stages' Configs, so it imports the stages; none of them imports it. A stage takes its own Config and nothing else.
+This module gathers the stages' Configs, so it imports the stages; none of them imports it. A stage takes its own
+Config and nothing else.
 """
 
 import re
@@ -164,4 +165,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("type")
-    return field.annotation.__args__[0] if field is not None and hasattr(field.annotation, "__args__") else None
+    choices = getattr(field.annotation, "__args__", ()) if field is not None else ()
+    return str(choices[0]) if choices else None

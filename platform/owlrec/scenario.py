@@ -1,8 +1,10 @@
-"""A recommendation domain: its nouns, the factors that an LLM reasons over, its label rule and the text fields of its items.
+"""A recommendation domain: its nouns, the factors that an LLM reasons over, its label rule and the text fields of its
+items.
 
-The factors are KAR's "scenario-specific factors" (RecSys 2024, sec. 3.1): movies and books as published with the paper, music, apps,
-ads and news as its deployments report them. A prompt that names a domain's own factors draws far more relevant knowledge out of an
-LLM than a bare "describe this user". The quality gate reads the nouns too: an answer about books in a movie scenario is flagged.
+The factors are KAR's "scenario-specific factors" (RecSys 2024, sec. 3.1): movies and books as published with the
+paper, music, apps, ads and news as its deployments report them. A prompt that names a domain's own factors draws far
+more relevant knowledge out of an LLM than a bare "describe this user". The quality gate reads the nouns too: an
+answer about books in a movie scenario is flagged.
 """
 
 from typing import Literal
@@ -14,7 +16,9 @@ ScenarioName = Literal["movies", "books", "music", "apps", "ads", "news"]
 
 
 class Scenario(Config):
-    """One domain. `user_factors` steer preference reasoning about users, `item_factors` factual knowledge about items."""
+    """One domain. `user_factors` steer preference reasoning about users, `item_factors` factual knowledge about
+    items.
+    """
 
     name: str
     item: str  # singular noun

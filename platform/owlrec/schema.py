@@ -1,8 +1,8 @@
 """The tables that stages exchange, as Arrow schemas, and the checks that guard them.
 
-Every arrow of the design is one of these tables on disk, never an object in memory. Ids are int64 throughout: 10^8 of them sort and
-join as one 0.8 GB array, where strings cost several times that in each process. Raw string ids are hashed by `stable_id`; the raw id
-stays in the table and a collision is an error at ingest.
+Every arrow of the design is one of these tables on disk, never an object in memory. Ids are int64 throughout: 10^8 of
+them sort and join as one 0.8 GB array, where strings cost several times that in each process. Raw string ids are
+hashed by `stable_id`; the raw id stays in the table and a collision is an error at ingest.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ ITEMS = pa.schema([("item_id", pa.int64()), ("raw_id", pa.string()), ("title", p
 INTERACTIONS = pa.schema(
     [("user_id", pa.int64()), ("item_id", pa.int64()), ("rating", pa.float32()), ("timestamp", pa.int64())]
 )
-# What the LLM may read of each user, and up to which moment that reaches: written by the sample builder, read by the prompts.
+# What the LLM may read of each user, and up to which moment that reaches: written by the sample builder, read by the
+# prompts.
 HISTORIES = pa.schema(
     [
         ("user_id", pa.int64()),
@@ -86,7 +87,9 @@ def vectors_schema(dim: int) -> pa.Schema:
 
 
 def stable_id(raw: str) -> int:
-    """The int64 id of a raw id: a canonical decimal integer stays itself, any other text is hashed (BLAKE2b, 63 bits)."""
+    """The int64 id of a raw id: a canonical decimal integer stays itself, any other text is hashed (BLAKE2b, 63
+    bits).
+    """
     raw = str(raw)
     if raw.isascii() and raw.isdigit() and len(raw) <= 18 and (raw == "0" or raw[0] != "0"):
         return int(raw)
@@ -96,8 +99,8 @@ def stable_id(raw: str) -> int:
 def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:
     """Which of `n_shards` shards each id belongs to.
 
-    ids: int64 [n]. Returns int64 [n] in [0, n_shards). A multiplicative hash (splitmix64's finaliser), so that ids which
-    share a stride still spread evenly.
+    ids: int64 [n]. Returns int64 [n] in [0, n_shards). A multiplicative hash (splitmix64's finaliser), so that ids
+    which share a stride still spread evenly.
     """
     x = np.asarray(ids, dtype=np.int64).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -116,7 +119,8 @@ def conform(table: pa.Table, schema: pa.Schema, *, name: str) -> pa.Table:
     for field in schema:
         if field.name not in table.column_names:
             raise SchemaError(
-                f"{name}: column '{field.name}' is missing; the table has {', '.join(table.column_names) or 'no columns'}. "
+                f"{name}: column '{field.name}' is missing; the table has "
+                f"{', '.join(table.column_names) or 'no columns'}. "
                 f"Rename a column, or map one to it under source.columns in the recipe."
             )
         columns.append(_cast(table[field.name], field, name))
@@ -160,7 +164,8 @@ def check_rows(table: pa.Table, *, name: str, key: Sequence[str], required: Sequ
         if table[column].null_count:
             row = pc.index(pc.is_null(table[column]), True).as_py()
             raise SchemaError(
-                f"{name}, row {row}: {column} is null. Drop the row or give it a value; rows without one cannot be joined."
+                f"{name}, row {row}: {column} is null. Drop the row or give it a value; rows without one cannot be "
+                "joined."
             )
     if not key:
         return
@@ -169,12 +174,14 @@ def check_rows(table: pa.Table, *, name: str, key: Sequence[str], required: Sequ
     if doubled.num_rows:
         first = {k: doubled[k][0].as_py() for k in key}
         raise SchemaError(
-            f"{name}: {doubled.num_rows} keys occur more than once, first {first} ({doubled['count_all'][0].as_py()} rows). "
+            f"{name}: {doubled.num_rows} keys occur more than once, first {first} "
+            f"({doubled['count_all'][0].as_py()} rows). "
             f"Keep one row a key."
         )
 
 
-# 10^11 ms is March 1973 and 10^11 s is the year 5138: between the two units there is no overlap for real behaviour logs.
+# 10^11 ms is March 1973 and 10^11 s is the year 5138: between the two units there is no overlap for real behaviour
+# logs.
 _SECONDS_BELOW = 100_000_000_000
 
 
@@ -191,6 +198,7 @@ def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str) -> None:
         )
     if largest is not None and largest > 100 * _SECONDS_BELOW:
         raise SchemaError(
-            f"{name}: timestamp {largest} looks like micro- or nanoseconds, but milliseconds since 1970 (UTC) are meant. "
+            f"{name}: timestamp {largest} looks like micro- or nanoseconds, but milliseconds since 1970 (UTC) are "
+            "meant. "
             f"Set source.timestamp_unit: us or ns in the recipe."
         )

@@ -1,11 +1,12 @@
-"""Where a run's artifacts live, on a local path or any URI that Arrow or fsspec opens (s3://, gs://, hdfs://, memory://).
+"""Where a run's artifacts live, on a local path or any URI that Arrow or fsspec opens (s3://, gs://, hdfs://,
+memory://).
 
-Every write is atomic: a temporary name and a rename on a local disk, one PUT on an object store. A reader therefore never sees half a
-file, and "the manifest exists" means "what it lists exists". Layout, relative to the root:
+Every write is atomic: a temporary name and a rename on a local disk, one PUT on an object store. A reader therefore
+never sees half a file, and "the manifest exists" means "what it lists exists". Layout, relative to the root:
 
-    tables/<name>/part-00000.parquet      users, items, interactions, histories, samples: shard i holds hash(id) % n == i
-    knowledge/<fingerprint>/<kind>/       shard-00000.parquet, then its manifest shard-00000.json; dead/ beside them
-    vectors/<fingerprint>/<name>.parquet  encoded knowledge and metadata
+    tables/<name>/part-00000.parquet      users, items, interactions, histories, samples: shard i holds hash(id) % n
+    == i knowledge/<fingerprint>/<kind>/       shard-00000.parquet, then its manifest shard-00000.json; dead/ beside
+    them vectors/<fingerprint>/<name>.parquet  encoded knowledge and metadata
     releases/<time>-<fingerprint8>/       immutable; releases/CURRENT names the one in force
     ctr/<fingerprint>/                    one folder a trial: result.json, model.safetensors
     reports/, logs/, manifests/<stage>.json
@@ -83,7 +84,9 @@ class Workspace:
         return Path(self.path(*parts))
 
     def check_writable(self) -> None:
-        """Writes and removes a probe file. Raises WorkspaceError where that fails, so that no job finds out hours later."""
+        """Writes and removes a probe file. Raises WorkspaceError where that fails, so that no job finds out hours
+        later.
+        """
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.write_bytes(probe, b"")
@@ -123,7 +126,8 @@ class Workspace:
                 self.filesystem.delete_file(temporary)
             raise
         if self.local:
-            # The rename is atomic, but only durable once the bytes are: a power cut must not leave an empty "finished" file.
+            # The rename is atomic, but only durable once the bytes are: a power cut must not leave an empty
+            # "finished" file.
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -177,7 +181,8 @@ class Workspace:
             ) from None
 
     def write_table(self, name: str, table: pa.Table, *, key: str, n_shards: int) -> None:
-        """Writes table `name` as `n_shards` Parquet files, a row's file chosen by the hash of its `key` (an int64 column).
+        """Writes table `name` as `n_shards` Parquet files, a row's file chosen by the hash of its `key` (an int64
+        column).
 
         Rows keep their order within a shard. Shards beyond `n_shards` left by an earlier run are removed.
         """
@@ -223,7 +228,8 @@ def _open_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, base = fsspec.core.url_to_fs(uri)
     except (ImportError, ValueError) as error:
         raise WorkspaceError(
-            f"workspace {uri} cannot be opened ({error}). Install the fsspec driver for its scheme, or use a local path."
+            f"workspace {uri} cannot be opened ({error}). Install the fsspec driver for its scheme, or use a "
+            "local path."
         ) from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), base
 

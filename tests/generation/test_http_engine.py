@@ -80,7 +80,7 @@ def test_transient_statuses_are_retried(server: _Server, status: int) -> None:
 
 def test_gives_up_after_the_last_attempt_and_counts_them(server: _Server) -> None:
     server.replies = [(500, {}, {"error": "boom"})] * 5
-    with pytest.raises(RequestFailed, match="HTTP 500.*boom.*gave up after 3 attempts") as error:
+    with pytest.raises(RequestFailed, match=r"HTTP 500.*boom.*gave up after 3 attempts") as error:
         ask(server.server_port)
     assert error.value.attempts == 3
     assert len(server.bodies) == 3

@@ -22,7 +22,9 @@ def build_engine(config: VllmEngineConfig | HttpEngineConfig | EchoEngineConfig)
 
 
 def engine_fingerprint(config: VllmEngineConfig | HttpEngineConfig | EchoEngineConfig) -> str:
-    """SHA-256 of what an engine's answers depend on: its weights and number formats, not its batch size, threads or time-outs."""
+    """SHA-256 of what an engine's answers depend on: its weights and number formats, not its batch size, threads or
+    time-outs.
+    """
     if isinstance(config, VllmEngineConfig):
         model = model_identity(config.model, config.revision)
     else:

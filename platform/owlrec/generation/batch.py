@@ -1,8 +1,9 @@
 """The Ray Data job that runs shards on a pool of engines.
 
-Shards, not rows, flow through Ray Data: a shard is read, asked and written inside one engine actor, so the driver holds nothing but
-manifests however large the input is, and no order or exactly-once promise of the framework is relied on. Each actor keeps several shards
-in flight, so that the engine's batch stays full while one shard's last rows finish.
+Shards, not rows, flow through Ray Data: a shard is read, asked and written inside one engine actor, so the driver
+holds nothing but manifests however large the input is, and no order or exactly-once promise of the framework is
+relied on. Each actor keeps several shards in flight, so that the engine's batch stays full while one shard's last
+rows finish.
 """
 
 import os
@@ -29,10 +30,12 @@ class GenerateConfig(Config):
 
     min_engines: int = Field(1, ge=1)
     max_engines: int = Field(1, ge=1)
-    # None = all cores of a CPU-only machine for vLLM (an engine with fewer runs that much slower), 1 for other engines and on GPUs.
+    # None = all cores of a CPU-only machine for vLLM (an engine with fewer runs that much slower), 1 for other
+    # engines and on GPUs.
     engine_cpus: float | None = None
     engine_gpus: float = Field(0, ge=0)
-    # More dead rows than this share stop the run before it publishes: something is wrong with the prompts or the server.
+    # More dead rows than this share stop the run before it publishes: something is wrong with the prompts or the
+    # server.
     max_dead_share: float = Field(0.02, ge=0, le=1)
 
 
@@ -68,8 +71,8 @@ def generate(
 ) -> None:
     """Runs `pending` shards; `on_shard` hears of each as it is done. Ray must be initialised.
 
-    Raises EngineError where an engine cannot start or dies, or a shard is missing at the end; finished shards stay, and the
-    same call with what is still pending goes on from there.
+    Raises EngineError where an engine cannot start or dies, or a shard is missing at the end; finished shards stay,
+    and the same call with what is still pending goes on from there.
     """
     for manifest in _run(workspace, job, engine, config, pending):
         if on_shard:
@@ -93,8 +96,10 @@ def check_dead_share(workspace: Workspace, job: Job, manifests: list[ShardManife
             reasons.update(zip(table["error"].to_pylist(), table["message"].to_pylist(), strict=True))
     lines = "\n".join(f"  {n} x {error}: {message}" for (error, message), n in reasons.most_common(3))
     raise EngineError(
-        f"{dead} of {rows} rows failed, more than generate.max_dead_share {config.max_dead_share:g} allows. Commonest reasons:\n{lines}\n"
-        f"Mend the cause, delete {workspace.path(job.folder)} and run again, or raise max_dead_share to go on without them."
+        f"{dead} of {rows} rows failed, more than generate.max_dead_share {config.max_dead_share:g} allows. "
+        f"Commonest reasons:\n{lines}\n"
+        f"Mend the cause, delete {workspace.path(job.folder)} and run again, or raise max_dead_share to go on "
+        "without them."
     )
 
 

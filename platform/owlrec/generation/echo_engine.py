@@ -1,6 +1,8 @@
-"""A deterministic engine without a model: it answers with words of the prompt, for tests and for scale runs of everything around it.
+"""A deterministic engine without a model: it answers with words of the prompt, for tests and for scale runs of
+everything around it.
 
-The answer depends on the prompt alone, so two runs must agree to the byte. It is never the default: knowledge from it is worthless.
+The answer depends on the prompt alone, so two runs must agree to the byte. It is never the default: knowledge from it
+is worthless.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """The engine interface: what turns one prompt into one text, whatever runs behind it.
 
-An engine takes single requests and batches them itself (vLLM's continuous batching, an HTTP server's), so callers just keep enough of
-them in flight; no caller ever waits for the slowest row of a batch. A failed row raises a `RowError`, which the caller writes to the
-dead-letter table; any other exception means that the engine itself is gone.
+An engine takes single requests and batches them itself (vLLM's continuous batching, an HTTP server's), so callers
+just keep enough of them in flight; no caller ever waits for the slowest row of a batch. A failed row raises a
+`RowError`, which the caller writes to the dead-letter table; any other exception means that the engine itself is gone.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,9 @@ from owlrec.errors import EngineError
 
 
 class SamplingConfig(Config):
-    """How tokens are chosen. Greedy by default: knowledge should be repeatable, and drafts from earlier texts accept best."""
+    """How tokens are chosen. Greedy by default: knowledge should be repeatable, and drafts from earlier texts accept
+    best.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -66,13 +68,15 @@ class Engine(ABC):
 
     @abstractmethod
     async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:
-        """The answer to `prompt` after the system turn `system` ("" for the model's own). Raises RowError where this request fails for good."""
+        """The answer to `prompt` after the system turn `system` ("" for the model's own). Raises RowError where this
+        request fails for good.
+        """
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` alone, by the model's tokenizer or a close upper estimate."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Frees what the engine holds. Safe to call twice."""
 
 
@@ -80,6 +84,7 @@ def check_length(prompt_tokens: int, sampling: SamplingConfig, context_tokens: i
     """Raises PromptTooLong where the prompt leaves no room for `max_tokens` more."""
     if prompt_tokens + sampling.max_tokens > context_tokens:
         raise PromptTooLong(
-            f"prompt has {prompt_tokens} tokens, with max_tokens {sampling.max_tokens} that exceeds the context of {context_tokens}. "
+            f"prompt has {prompt_tokens} tokens, with max_tokens {sampling.max_tokens} that exceeds the context "
+            f"of {context_tokens}. "
             f"Lower prompts.history_tokens or raise engine.max_model_len."
         )

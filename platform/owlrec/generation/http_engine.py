@@ -1,7 +1,8 @@
 """Any server that speaks the OpenAI chat-completions protocol: vLLM, SGLang, TGI, llama.cpp or a hosted API.
 
-Retries with exponential back-off and full jitter on 429, 5xx, time-outs and refused connections, honouring Retry-After; other 4xx are
-final, since a repeated bad request stays bad. User histories leave the machine with this engine: the recipe must name the server.
+Retries with exponential back-off and full jitter on 429, 5xx, time-outs and refused connections, honouring
+Retry-After; other 4xx are final, since a repeated bad request stays bad. User histories leave the machine with this
+engine: the recipe must name the server.
 """
 
 import asyncio

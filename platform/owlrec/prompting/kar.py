@@ -1,8 +1,10 @@
-"""KAR's factorisation prompts (RecSys 2024, sec. 3.1) as pure functions: preference reasoning about a user, facts about an item.
+"""KAR's factorisation prompts (RecSys 2024, sec. 3.1) as pure functions: preference reasoning about a user, facts
+about an item.
 
-A bare "describe this user" makes an LLM ramble; naming the domain's factors splits the question into parts it can answer. The structure
-and the factors follow the paper, the wording is ours. What all rows share stands in the system turn, so that a batching engine computes
-and keeps that prefix once; the question ends the user turn, since a small model goes on with whatever it read last.
+A bare "describe this user" makes an LLM ramble; naming the domain's factors splits the question into parts it can
+answer. The structure and the factors follow the paper, the wording is ours. What all rows share stands in the system
+turn, so that a batching engine computes and keeps that prefix once; the question ends the user turn, since a small
+model goes on with whatever it read last.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,8 +47,8 @@ def user_prompt(
     """The preference-reasoning prompt for one user.
 
     profile: the user's profile fields; empty ones and those the scenario does not name are left out.
-    behaviours: (title, rating) oldest first; a rating of None, or a scenario without graded ratings, quotes the title alone.
-    history_tokens: budget for the list of behaviours; the oldest are dropped until it fits.
+    behaviours: (title, rating) oldest first; a rating of None, or a scenario without graded ratings, quotes the title
+    alone. history_tokens: budget for the list of behaviours; the oldest are dropped until it fits.
     Returns "" where no behaviour is left: a user without one has nothing to reason about.
     """
     entries = [_behaviour(scenario, title, rating) for title, rating in behaviours]

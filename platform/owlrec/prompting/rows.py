@@ -1,7 +1,7 @@
 """Turns the shards of the users, histories and items tables into prompts, one a row.
 
-The titles behind a user's history live in the `ItemCatalog`, an Arrow column behind a sorted id array: 10^7 titles take about 0.5 GB a
-process there, and several times that in a Python dict.
+The titles behind a user's history live in the `ItemCatalog`, an Arrow column behind a sorted id array: 10^7 titles
+take about 0.5 GB a process there, and several times that in a Python dict.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,14 +1,15 @@
 """Makes untrusted text safe to quote in a prompt, and fits a history into a token budget.
 
-Titles and profile fields come from outside: a title may hold another model's control tokens, bidirectional overrides or a whole page.
-What is removed could otherwise end the user's turn early and let a title give the model orders.
+Titles and profile fields come from outside: a title may hold another model's control tokens, bidirectional overrides
+or a whole page. What is removed could otherwise end the user's turn early and let a title give the model orders.
 """
 
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-# Turn, sentence and instruction markers of the chat templates in use (ChatML, Llama 2 and 3, Gemma, Mistral, DeepSeek, GLM).
+# Turn, sentence and instruction markers of the chat templates in use (ChatML, Llama 2 and 3, Gemma, Mistral,
+# DeepSeek, GLM).
 _TEMPLATE_TOKEN = re.compile(
     r"<[|｜][^<>]{0,60}?[|｜]>|</?s>|\[/?INST\]|\[/?SYSTEM_PROMPT\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
     r"|\[gMASK\]|<sop>|</?think>",
@@ -38,7 +39,8 @@ def clean_text(text: str, *, max_chars: int = 200) -> str:
 
 
 def fit_recent(entries: Sequence[str], budget_tokens: int, count_tokens: Callable[[str], int]) -> Sequence[str]:
-    """The longest run of the most recent `entries` (last = newest) whose token counts add up to at most `budget_tokens`.
+    """The longest run of the most recent `entries` (last = newest) whose token counts add up to at most
+    `budget_tokens`.
 
     The oldest go first: what a user did lately tells most about what comes next. May be empty.
     """

@@ -1,0 +1,28 @@
+"""A recipe small enough to run whole in a test, on the echo engine."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def echo_recipe(tmp_path: Path) -> Path:
+    """MovieLens-100K's 60 users and 120 items in 9 shards; two trials of CTR."""
+    recipe = tmp_path / "echo.yaml"
+    recipe.write_text(
+        textwrap.dedent(
+            f"""
+            name: echo
+            scenario: movies
+            workspace: {tmp_path / "ws"}
+            source: {{type: movielens-100k, max_users: 60, max_items: 120}}
+            shard_rows: 20
+            engine: {{type: echo, latency_s: 0.3, max_in_flight: 8}}
+            sampling: {{max_tokens: 40}}
+            ctr: {{backbones: [dcnv2], arms: [none, knowledge], seeds: [0], epochs: 1}}
+            ray: {{num_cpus: 2}}
+            """
+        )
+    )
+    return recipe

@@ -1,0 +1,101 @@
+"""The `owlrec` command from raw ratings to report: twice, after a kill -9, and with mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def owlrec(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from pipelines.cli import app; app()", *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def knowledge_rows(workspace: Path) -> list[tuple[str, int, str]]:
+    files = [f for f in workspace.glob("knowledge/*/*/shard-*.parquet") if f.parent.name in ("user", "item")]
+    rows = [r for f in files for r in pq.read_table(f, columns=["kind", "id", "text"]).to_pylist()]
+    return sorted((r["kind"], r["id"], r["text"]) for r in rows)
+
+
+def test_run_writes_everything_and_a_second_run_asks_no_llm(echo_recipe: Path, tmp_path: Path) -> None:
+    first = owlrec("run", str(echo_recipe))
+    assert first.returncode == 0, first.stdout + first.stderr
+    workspace = tmp_path / "ws"
+    rows = knowledge_rows(workspace)
+    assert len(rows) == len({r[:2] for r in rows}) == 180
+    report = next(workspace.glob("reports/*.html")).read_text()
+    assert "AUC" in report
+    before = {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()}
+    second = owlrec("run", str(echo_recipe))
+    assert second.returncode == 0
+    assert "all 9 shards done already" in second.stdout
+    assert {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()} == before
+    looked_up = owlrec("lookup", "user", str(rows[-1][1]), "999999", "--recipe", str(echo_recipe), cwd=tmp_path)
+    assert "echo-" in looked_up.stdout
+    assert "no knowledge" in looked_up.stdout
+
+
+def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from pipelines.cli import app; app()", "run", str(echo_recipe), "--to", "generate"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(workspace.glob("knowledge/*/*/shard-*.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # Ray's reaper ends the cluster of a dead driver; its agents notice only after a minute or two, which nobody here
+    # waits for.
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for left in alive:
+        left.kill()
+    done = {f.name: f.stat().st_mtime_ns for f in workspace.glob("knowledge/*/*/shard-*.json")}
+    assert 0 < len(done) < 9
+    resumed = owlrec("run", str(echo_recipe), "--to", "generate")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    rows = knowledge_rows(workspace)
+    assert len(rows) == len({r[:2] for r in rows}) == 180
+    assert f"{9 - len(done)} of 9 shards to do" in resumed.stdout
+    manifest = json.loads((workspace / "manifests" / "generate.json").read_text())
+    assert manifest["counts"]["user_rows_out"] == 60
+
+
+def test_dry_run_touches_nothing(echo_recipe: Path, tmp_path: Path) -> None:
+    ran = owlrec("run", str(echo_recipe), "--dry-run", "--from", "prepare", "--to", "encode")
+    assert ran.returncode == 0
+    assert "would run" in ran.stdout
+    assert "publish" not in ran.stdout
+    assert not (tmp_path / "ws").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "encode"], "Run `generate` first"),
+        (["--from", "enc"], "there is no stage 'enc'"),
+        (["--from", "publish", "--to", "prepare"], "comes after"),
+        (["--workspace", "/proc/nowhere"], "is not writable"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_no_traceback(echo_recipe: Path, arguments: list[str], message: str) -> None:
+    ran = owlrec("run", str(echo_recipe), *arguments)
+    assert ran.returncode == 1
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
