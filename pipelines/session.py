@@ -17,6 +17,7 @@ _ENVIRONMENT = {
     "RAY_TQDM": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # any `uv run` ancestor would otherwise start workers through uv
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_worker_niceness": "0",  # of a local cluster: its workers are the run, not a guest beside it
 }
 
 

@@ -19,7 +19,7 @@ from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.errors import RecipeError, SchemaError
 
 torch.set_num_threads(1)
-CONFIG = CTRConfig(batch_size=128, learning_rate=0.01, epochs=6, embed_dim=8, hidden_dims=(16, 8))
+CONFIG = CTRConfig(batch_size=64, learning_rate=0.01, epochs=6, embed_dim=8, hidden_dims=(16, 8))
 
 
 def trial(arm: Arm = "none", backbone: str = "din", seed: int = 0) -> Trial:
@@ -62,6 +62,14 @@ def test_early_stopping_keeps_the_best_epoch(data: TrainingData, monkeypatch: py
     assert (trained.result.epochs, trained.result.best_epoch) == (4, 2)
     for name, value in trained.model.state_dict().items():
         assert torch.equal(value, weights[1][name])
+
+
+def test_small_training_set_gets_smaller_batches(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = SplitTensors.batch
+    monkeypatch.setattr(SplitTensors, "batch", lambda self, rows: sizes.append(len(rows)) or original(self, rows))
+    train_one(trial(), data, CONFIG.model_copy(update={"batch_size": 4096, "epochs": 1}))
+    assert sizes[:31] == [73] * 30 + [2200 - 30 * 73]
 
 
 def test_divergence_is_an_error_that_says_what_to_lower(data: TrainingData) -> None:

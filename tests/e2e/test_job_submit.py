@@ -83,8 +83,8 @@ def test_job_writes_the_rows_of_the_local_command(
             str(job),
         ]
         submitted = subprocess.run(
-            [bare_python, "-m", "ray.scripts.scripts", "job", "submit", "--address", address, "--working-dir", ".", "--",
-             *entrypoint],
+            [bare_python, "-m", "ray.scripts.scripts", "job", "submit", "--address", address, "--working-dir", ".",
+             "--", *entrypoint],
             cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr

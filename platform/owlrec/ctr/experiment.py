@@ -36,7 +36,8 @@ class CTRConfig(Config):
     backbones: tuple[str, ...] = Field(default=("din", "dcnv2"), min_length=1)
     arms: tuple[Arm, ...] = Field(default=("none", "knowledge", "shuffled", "metadata"), min_length=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    batch_size: int = Field(default=2048, ge=1)  # rows of all workers together
+    # Rows of all workers together; less where an epoch would have fewer than 30 steps.
+    batch_size: int = Field(default=2048, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     # From 0 to 1 it moved the valid AUC by less than .0005: early stopping does its work.
     weight_decay: float = Field(default=0.0, ge=0)

@@ -1,8 +1,9 @@
 """Trains one trial, on one process or on several that torch.distributed joins; knows nothing of Ray.
 
-Each epoch's shuffle is dealt out to the ranks like cards, so that they take equal numbers of steps and any number of
-workers sees the same global batches. The best epoch is chosen on the valid AUC; the test split is scored once, with
-that epoch's weights (KAR's released code selects on test, which flatters every figure).
+Each epoch's shuffle is dealt out to the ranks like cards, so that they take equal numbers of steps and together
+see the batches that a single one would (up to rounding, where the ranks do not divide a batch). The best epoch is
+chosen on the valid AUC; the test split is scored once, with that epoch's weights (KAR's released code selects on test,
+which flatters every figure).
 """
 
 import time
@@ -25,6 +26,9 @@ from owlrec.errors import RecipeError, SchemaError
 
 Tables = tuple[KnowledgeTable, KnowledgeTable]  # of users and of items
 _SCORING_ROWS = 8192
+# With fewer steps an epoch, early stopping judges a model that has hardly moved: on 9,554 rows of MovieLens-100K,
+# batches of 2048 stopped at epoch 1 in two of eight trials and were still improving after 15 in most others.
+_MIN_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,14 @@ def train_one(
     torch.manual_seed(trial.seed + rank)  # from here on randomness is dropout, which must differ between ranks
     shuffle = torch.Generator().manual_seed(trial.seed)
 
+    n_train = len(splits["train"].labels)
+    batch_size = min(config.batch_size, max(1, n_train // _MIN_STEPS))
     best_auc, best_epoch, best_weights = -1.0, 0, _weights(model)
     epoch, rows_seen, training_s = 0, 0, 0.0
     for epoch in range(1, config.epochs + 1):
         epoch_started = time.perf_counter()
-        rows = epoch_rows(len(splits["train"].labels), shuffle, rank, world_size)
-        _train_epoch(wrapped, optimiser, splits["train"], rows, max(1, config.batch_size // world_size))
+        rows = epoch_rows(n_train, shuffle, rank, world_size)
+        _train_epoch(wrapped, optimiser, splits["train"], rows, max(1, batch_size // world_size))
         training_s += time.perf_counter() - epoch_started
         rows_seen += len(rows) * world_size
         scores = score(model, splits["valid"], rank, world_size)
