@@ -4,7 +4,7 @@ from owlrec import __version__
 from owlrec.ctr.experiment import summarise, trials
 from owlrec.ctr.training import train_trials
 from owlrec.errors import WorkspaceError
-from owlrec.ops.console import note, progress, table
+from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
 from pipelines.session import ray_session
@@ -43,12 +43,9 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 profile=list(recipe.domain.profile_fields),
                 on_trial=lambda result: advance(1),
             )
-        rows = [
-            (r.backbone, r.arm, r.seeds, f"{r.auc:.4f}", "" if r.auc_gain is None else f"{r.auc_gain:+.4f}",
-             "" if r.gauc is None else f"{r.gauc:.4f}", f"{r.log_loss:.4f}")
-            for r in summarise(results)
-        ]  # fmt: skip
-        table("test split, mean over seeds", ["backbone", "arm", "seeds", "AUC", "to none", "gAUC", "log-loss"], rows)
+        for row in summarise(results):
+            gain = "" if row.auc_gain is None else f" ({row.auc_gain:+.4f} to none)"
+            note(f"{row.backbone}, {row.arm}: test AUC {row.auc:.4f}{gain}, {row.seeds} seeds")
         counts: Counts = {
             "trials": len(results),
             "samples_per_s": round(sum(r.samples_per_s for r in results) / len(results)),

@@ -1,5 +1,7 @@
 """The Ray Data job: same rows as without Ray, resumable, and silent where all is done."""
 
+from pathlib import Path
+
 import pytest
 
 from owlrec.errors import EngineError
@@ -11,6 +13,7 @@ from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 ECHO = EchoEngineConfig(type="echo", latency_s=0.01)
 
@@ -57,10 +60,11 @@ def test_standard_library_platform_wins_in_a_task_with_working_dir() -> None:
     """Ray puts the working directory first on the path; see tests/test_layout.py."""
     import ray
 
-    @ray.remote(num_cpus=0)
-    def system() -> str:
+    @ray.remote(num_cpus=0, runtime_env={"working_dir": str(ROOT)})
+    def system() -> tuple[str, bool]:
+        import os
         import platform
 
-        return platform.system()
+        return platform.system(), os.path.isdir("platform/owlrec")
 
-    assert ray.get(system.remote()) == "Linux"
+    assert ray.get(system.remote()) == ("Linux", True)
