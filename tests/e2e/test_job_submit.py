@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -88,6 +89,9 @@ def test_job_writes_the_rows_of_the_local_command(
             cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    # A driver that joined the head has a Ray job id; one that started a cluster of its own inside the job has none.
+    jobs = httpx.get(f"{address}/api/jobs/").json()
+    assert [j["job_id"] for j in jobs if "pipelines.generate" in j["entrypoint"]] != [None]
     rows = _rows(local)
     assert len(rows) == 180
     assert _rows(job) == rows

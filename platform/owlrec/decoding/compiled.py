@@ -1,15 +1,35 @@
 """The one door to numba: kernels of this package are compiled, cached on disk, and run without the GIL.
 
-numba refuses to decorate at all where it finds no writable folder for its cache (a read-only image without a home), so such a
-place compiles afresh at every start instead of failing.
+numba refuses to decorate at all where it finds no writable folder for its cache (a read-only image without a home), so
+such a place compiles afresh at every start instead of failing.
 """
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba  # type: ignore[import-untyped]
+from llvmlite.binding import ffi  # type: ignore[import-untyped]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _answer_without_dict() -> None:
+    """vLLM 0.32 asks every value of every module for its `__dict__` when an engine starts.
+
+    See triton_utils/dispatcher.py:138. llvmlite's library object answers with a foreign function, which ends the start
+    of any engine after numba is imported.
+    """
+    lookup = ffi._lib_wrapper.__getattr__
+
+    def getattr_(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return lookup(self, name)
+
+    ffi._lib_wrapper.__getattr__ = getattr_
+
+
+_answer_without_dict()
 
 
 def compiled(function: F) -> F:
@@ -18,12 +38,6 @@ def compiled(function: F) -> F:
         kernel: F = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
         kernel = numba.njit(nogil=True)(function)
-    return kernel
-
-
-def inlined(function: F) -> F:
-    """A small kernel that others call; compiled into each of them."""
-    kernel: F = numba.njit(nogil=True, inline="never")(function)
     return kernel
 
 

@@ -1,8 +1,9 @@
 """The live tier of a retrieval pool: an n-gram index that grows by one finished text at a time.
 
-For each of the `LEVELS` n, a table holds the latest position after each hash of n tokens, and every position links to the one before it
-with the same hash: inserting a token is a few stores, and the latest texts are found first. Hashes collide without harm, since the
-search compares the tokens themselves. 36 bytes a token when full, 72 just after growing; bounded, oldest texts dropped first.
+For each of the `LEVELS` n, a table holds the latest position after each hash of n tokens, and every position links to
+the one before it with the same hash: inserting a token is a few stores, and the latest texts are found first. Hashes
+collide without harm, since the search compares the tokens themselves. 36 bytes a token when full, 72 just after
+growing; bounded, oldest texts dropped first.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ class LivePool:
         return int(self.tokens.nbytes + self.heads.nbytes + self.earlier.nbytes)
 
     def insert(self, sequence: Sequence[int] | np.ndarray) -> bool:
-        """Adds one text; returns whether the arrays were replaced by larger ones, so that holders of the old ones must fetch them anew.
+        """Adds one text; returns whether the arrays were replaced by larger ones, so that holders of the old ones must
+        fetch them anew.
 
         A text longer than half the pool is cut to its end. Raises ValueError for a negative token id.
         """
@@ -103,7 +105,7 @@ def hash_before(tokens: np.ndarray, end: int, n: int, mask: int) -> int:
     for i in range(end - n, end):
         value = (value ^ np.uint64(tokens[i])) * np.uint64(0xBF58476D1CE4E5B9)
         value ^= value >> np.uint64(29)
-    return np.int64(value & np.uint64(mask))
+    return np.int64(value & np.uint64(mask))  # type: ignore[return-value]  # numba knows no Python integers
 
 
 @compiled

@@ -1,8 +1,9 @@
 """Where a context has occurred before: the longest matches of its end in a sealed pool, a live pool or a single text.
 
-All three give the same thing, so that one drafting rule serves them: up to as many candidates as the caller's arrays hold, each the
-position that follows an earlier occurrence and the number of tokens it shares with the context's end, longest first. Shorter matches
-are included where there is room: a single long match is often worth less than several shorter ones that agree.
+All three give the same thing, so that one drafting rule serves them: up to as many candidates as the caller's arrays
+hold, each the position that follows an earlier occurrence and the number of tokens it shares with the context's end,
+longest first. Shorter matches are included where there is room: a single long match is often worth less than several
+shorter ones that agree.
 """
 
 import numpy as np
@@ -58,19 +59,20 @@ def match_sealed(
     while found < len(positions) and (left_length > 0 or right_length > 0):
         if left_length >= right_length:
             positions[found], lengths[found] = order[left], left_length
-            left_length = min(left_length, np.int64(shared[left]))
+            left_length = min(left_length, int(shared[left]))
             left -= 1
         else:
             positions[found], lengths[found] = order[right], right_length
             right += 1
-            right_length = min(right_length, np.int64(shared[right])) if right < len(order) else 0
+            right_length = min(right_length, int(shared[right])) if right < len(order) else 0
         found += 1
     return found
 
 
 @compiled
 def keep_longest(positions: np.ndarray, lengths: np.ndarray, found: int, position: int, length: int) -> int:
-    """Inserts a candidate into the `found` longest so far, sorted by length; of equal ones the earlier inserted stand first."""
+    """Inserts a candidate into the `found` longest so far, sorted by length; of equal ones the earlier inserted
+    stand first."""
     room = len(positions)
     if found == room and lengths[found - 1] >= length:
         return found
@@ -91,10 +93,11 @@ def match_live(
     positions: np.ndarray,
     lengths: np.ndarray,
 ) -> int:
-    """The longest matches of the end of `context` among the latest texts of a live pool (see LivePool for the first three).
+    """The longest matches of the end of `context` among the latest texts of a live pool (see LivePool for the first
+    three).
 
-    At each level the latest len(positions) occurrences are looked at, so a longer match that is older than those may be missed
-    among texts that repeat themselves much; what is found is then at least as long as that level.
+    At each level the latest len(positions) occurrences are looked at, so a longer match that is older than those may be
+    missed among texts that repeat themselves much; what is found is then at least as long as that level.
     """
     mask, size, found, above = heads.shape[1] - 1, len(context), 0, DEPTH + 1
     for level in range(len(LEVELS) - 1, -1, -1):
@@ -115,7 +118,8 @@ def match_live(
 
 @compiled
 def match_text(text: np.ndarray, end: int, context: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> int:
-    """The longest matches of the end of `context` in one text, at positions before `end`; of equal ones the latest stand first."""
+    """The longest matches of the end of `context` in one text, at positions before `end`; of equal ones the latest
+    stand first."""
     found, size = 0, len(context)
     if size == 0:
         return 0

@@ -1,9 +1,10 @@
 """The sealed tier of a retrieval pool: token sequences and a suffix array over them, memory-mapped and never changed.
 
-The order is that of the texts read *backwards* from each position, because a query starts from the end of a context: one binary search
-then finds where the context would stand, and the longest matches are its neighbours on both sides (REST, NAACL 2024, keeps forward
-order and needs one search for each match length). Keys are compared to `DEPTH` tokens, which bounds building to five sorts: a match of
-32 tokens is as good as a longer one. 9 bytes a token: 4 of text, 4 of order, 1 of shared lengths.
+The order is that of the texts read *backwards* from each position, because a query starts from the end of a context:
+one binary search then finds where the context would stand, and the longest matches are its neighbours on both sides
+(REST, NAACL 2024, keeps forward order and needs one search for each match length). Keys are compared to `DEPTH` tokens,
+which bounds building to five sorts: a match of 32 tokens is as good as a longer one. 9 bytes a token: 4 of text, 4 of
+order, 1 of shared lengths.
 """
 
 import json
@@ -21,6 +22,7 @@ from owlrec.decoding.compiled import compiled
 from owlrec.errors import EngineError
 
 DEPTH = 32
+NAMELESS = -1  # the id of a document that nobody asks for
 BORDER = -1  # stands between documents, so that no match crosses from one to the next
 _FORMAT = 1
 _ARRAYS = ("tokens", "order", "shared", "documents")
@@ -41,7 +43,7 @@ class SealedPool:
     tokens: int32 [n], documents one after another, each followed by BORDER.
     order: int32 [m], the positions p that have a token before and at them, sorted by the text before p read backwards.
     shared: uint8 [m], how many tokens (at most DEPTH) the keys of order[i-1] and order[i] share.
-    documents: int64 [d, 3] of id, start and end in `tokens`, sorted by id; an id of -1 names no one.
+    documents: int64 [d, 3] of id, start and end in `tokens`, sorted by id.
     """
 
     def __init__(self, tokens: np.ndarray, order: np.ndarray, shared: np.ndarray, documents: np.ndarray) -> None:
@@ -55,10 +57,14 @@ class SealedPool:
     def document(self, id_: int) -> np.ndarray:
         """The tokens of document `id_`, int32 [length], empty where the pool has none of that id."""
         at = int(np.searchsorted(self.documents[:, 0], id_))
-        if id_ < 0 or at == len(self.documents) or self.documents[at, 0] != id_:
+        if id_ == NAMELESS or at == len(self.documents) or self.documents[at, 0] != id_:
             return self.tokens[:0]
         start, end = self.documents[at, 1:]
         return self.tokens[start:end]
+
+    def ids(self) -> list[int]:
+        """The id of each document, in the order of `sequences`."""
+        return [int(i) for i in self.documents[np.argsort(self.documents[:, 1], kind="stable"), 0]]
 
     def sequences(self) -> list[np.ndarray]:
         """All documents in the order they were given, each int32 [length]."""
@@ -100,7 +106,7 @@ class SealedPool:
 def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[int] | None = None) -> SealedPool:
     """Sorts token sequences into a sealed pool: about a second a million tokens.
 
-    ids: one a sequence (user or item ids), for `SealedPool.document`; None where nobody asks for a single document.
+    ids: one a sequence (user or item ids), for `SealedPool.document`; None where all are NAMELESS.
     Raises ValueError for a negative token id, doubled ids, or more than 2^31 tokens.
     """
     parts = [np.asarray(s, dtype=np.int32) for s in sequences]
@@ -114,9 +120,12 @@ def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[in
         if len(part) and part.min() < 0:
             raise ValueError(f"token ids are not negative, but a sequence holds {part.min()}")
         tokens[end - len(part) : end] = part
-    names = np.full(len(parts), -1, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
-    if len(names) != len(parts) or (ids is not None and len(np.unique(names)) != len(names)):
-        raise ValueError(f"{len(parts)} sequences need as many distinct ids, not {len(np.unique(names))}")
+    names = np.full(len(parts), NAMELESS, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
+    named = names[names != NAMELESS]
+    if len(names) != len(parts) or len(np.unique(named)) != len(named):
+        raise ValueError(
+            f"{len(parts)} sequences need as many distinct ids, not {len(names)} with {len(np.unique(named))} distinct"
+        )
     documents = np.stack([names, ends - lengths, ends], axis=1) if len(parts) else np.zeros((0, 3), dtype=np.int64)
     order = _sort_backwards(tokens)
     return SealedPool(
@@ -145,7 +154,8 @@ def open_pool(folder: str | os.PathLike[str], identity: str) -> SealedPool:
 
 
 def rebuild_pool(folder: str | os.PathLike[str]) -> SealedPool:
-    """Sorts a damaged pool anew from its tokens, where those and its documents are intact. Raises CorruptPool where they are not."""
+    """Sorts a damaged pool anew from its tokens, where those and its documents are intact. Raises CorruptPool where
+    they are not."""
     folder = Path(folder)
     manifest = _read_manifest(folder)
     tokens = np.array(_map_checked(folder, "tokens", manifest))
@@ -167,7 +177,8 @@ def _map_checked(folder: Path, name: str, manifest: dict[str, Any]) -> np.ndarra
     try:
         if _checksum(file) != manifest["crc32"][name]:
             raise CorruptPool(f"pool {folder}: {file.name} differs from its checksum. Build the pool anew.")
-        # Copy-on-write, though nobody writes: kernels take writable and read-only arrays for two types and compile for each.
+        # Copy-on-write, though nobody writes: kernels take writable and read-only arrays for two types and compile for
+        # each.
         array: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
         return array.view(np.ndarray)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -188,7 +199,8 @@ def _sort_backwards(tokens: np.ndarray) -> np.ndarray:
     before = np.maximum(before, 0)  # tokens between a position and the border before it
     positions = np.flatnonzero((before > 0) & (tokens != BORDER))
     rank = np.zeros(len(tokens), dtype=np.int64)
-    # Positions at a border are keys of nobody's, but the second half of no key either: only p - k with k < before[p] are read.
+    # Positions at a border are keys of nobody's, but the second half of no key either: only p - k with k < before[p]
+    # are read.
     rank[1:] = tokens[:-1].astype(np.int64) + 1
     order = positions
     width = 1

@@ -1,0 +1,135 @@
+"""How many tokens to draft for each row, so that the batch as a whole emits the most tokens a second.
+
+A step over n tokens takes t(n): flat while the machine waits for memory, then linear. One more draft token pays when
+the chance that it is accepted exceeds what it costs, measured in tokens that the time would have given otherwise: q >
+(dt/dn) * (tokens / t). So drafts fall from many at a batch of one to none where t is steep, by themselves. The curve is
+measured once at start and then follows the real steps, with and without drafts apart, since verification adds its own
+cost. (vLLM's own speculation drafts a fixed number at any batch and can be slower than none; SmartSpec, arXiv
+2406.14066, adapts one length for all rows.)
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+_NODES = np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024], dtype=np.float64)
+_LEARNING_RATE = 0.1
+_OUTLIER = 2.0  # a slower or faster step than this many times the estimate counts as that: a hiccup is no trend
+_EXPLORE_AFTER = 256  # steps after which the road not taken is tried once, in case the machine has changed
+_STALE_AFTER = 32  # steps after which the curve of the road not taken follows the other's changes of speed
+_PLAIN_FIRST = 3  # steps without drafts at each new number of rows, which drafts must then beat
+_ASSUMED_VERIFICATION = (
+    1.05  # a step with drafts against one without, of the same number of tokens, before any was seen
+)
+
+
+class StepTimes:
+    """Seconds that a step takes by the number of tokens in it, a line through nodes at fixed numbers of tokens."""
+
+    def __init__(self, tokens: Sequence[float] | np.ndarray, seconds: Sequence[float] | np.ndarray) -> None:
+        """tokens: increasing numbers of tokens at which `seconds` were measured. Raises ValueError for fewer than
+        two points."""
+        n, t = np.asarray(tokens, dtype=np.float64), np.maximum.accumulate(np.asarray(seconds, dtype=np.float64))
+        if len(n) < 2 or np.any(np.diff(n) <= 0) or t[0] <= 0:
+            raise ValueError(
+                f"a step-time curve needs two or more points of increasing tokens, not {n.tolist()} at {t.tolist()}"
+            )
+        slope = (t[-1] - t[-2]) / (n[-1] - n[-2])
+        beyond = t[-1] + slope * (_NODES - n[-1])
+        self._seconds = np.where(n[-1] >= _NODES, np.interp(_NODES, n, t), beyond)
+        self._seen = np.zeros(len(_NODES))
+
+    def __call__(self, tokens: np.ndarray | float) -> np.ndarray:
+        """Seconds for each number of tokens."""
+        return np.interp(tokens, _NODES, self._seconds)
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Moves the nodes on both sides of `tokens` towards one measured step, and those never seen along with them."""
+        right = int(np.clip(np.searchsorted(_NODES, tokens), 1, len(_NODES) - 1))
+        share = float(np.clip((tokens - _NODES[right - 1]) / (_NODES[right] - _NODES[right - 1]), 0, 1))
+        bound = _OUTLIER if self._seen[right - 1] + self._seen[right] else np.inf
+        error = min(max(seconds / float(self(tokens)), 1 / bound), bound) - 1
+        weight = np.zeros(len(_NODES))
+        weight[right - 1], weight[right] = 1 - share, share
+        rate = np.maximum(_LEARNING_RATE, 1 / (1 + self._seen)) * weight
+        # A curve measured while the machine was busy is wrong by one factor everywhere: what was never seen follows
+        # what is.
+        rate[(self._seen == 0) & (weight == 0)] = rate.max()
+        self._seconds = self._seconds * (1 + rate * error)
+        self._seen += weight
+
+    def scaled(self, factor: float) -> "StepTimes":
+        """A copy, `factor` times as slow."""
+        return StepTimes(_NODES, self._seconds * factor)
+
+
+class Controller:
+    """Learns what steps cost and parts the draft tokens of each step among its rows."""
+
+    def __init__(self, curve: StepTimes, *, max_draft: int, max_step_tokens: int) -> None:
+        """curve: of steps without drafts, as measured at start. max_draft: tokens a row. max_step_tokens: bound on
+        rows and drafts."""
+        self.plain = curve
+        self.drafted = curve.scaled(_ASSUMED_VERIFICATION)
+        self.max_draft, self.max_step_tokens = max_draft, max_step_tokens
+        self._last = {
+            False: dict[int, int](),
+            True: dict[int, int](),
+        }  # drafted? -> band of rows -> step it was last taken
+        self._plain_steps: dict[int, int] = {}  # by band of rows
+        self._step = 0
+
+    def observe(self, rows: int, drafts: int, seconds: float) -> None:
+        """Takes in one real step of decoding rows only."""
+        self._step += 1
+        drafted, tokens, band = drafts > 0, rows + drafts, _band(rows)
+        curve, other = (self.drafted, self.plain) if drafted else (self.plain, self.drafted)
+        if self._step - self._last[not drafted].get(band, -_STALE_AFTER) >= _STALE_AFTER:
+            other.observe(tokens, float(other(tokens)) * seconds / float(curve(tokens)))
+        curve.observe(tokens, seconds)
+        self._last[drafted][band] = self._step
+        self._plain_steps[band] = self._plain_steps.get(band, 0) + (not drafted)
+
+    def floor(self, rows: int) -> float:
+        """The chance below which no token can pay in a step of so many rows: its cost at today's plain speed, which
+        drafts only raise."""
+        marginal = float(self.drafted(rows + 2) - self.drafted(rows + 1))
+        return max(0.01, min(1.0, marginal * rows / float(self.plain(rows))))
+
+    def worth_searching(self, rows: int) -> bool:
+        """Whether even drafts that are surely accepted would pay; where not, the search is saved, but for a try now
+        and then."""
+        best = min(self.max_draft * rows, max(0, self.max_step_tokens - rows))
+        tokens = rows + np.arange(1, best + 1, dtype=np.float64)
+        pays = best > 0 and bool(np.any(tokens / self.drafted(tokens) > rows / float(self.plain(rows))))
+        return pays or self._due(True, rows)
+
+    def allocate(self, chance: np.ndarray, count: np.ndarray) -> np.ndarray:
+        """How many of its drafted tokens each row may propose.
+
+        chance: float64 [rows, depth], probability that the token is accepted with all before it. count: int64 [rows],
+        tokens drafted.
+        Returns int64 [rows]. Within a row chances never rise, so that taking the likeliest tokens of all rows takes
+        prefixes.
+        """
+        rows, depth = chance.shape
+        if self._due(False, rows) or self._plain_steps.get(_band(rows), 0) < _PLAIN_FIRST:
+            return np.zeros(rows, dtype=np.int64)
+        live = np.arange(depth) < count[:, None]
+        row, flat = np.nonzero(live)[0], np.minimum.accumulate(chance, axis=1)[live]
+        order = np.argsort(-flat, kind="stable")[: max(0, self.max_step_tokens - rows)]
+        if len(order) == 0:
+            return np.zeros(rows, dtype=np.int64)
+        drafts = np.arange(1, len(order) + 1, dtype=np.float64)
+        speed = (rows + np.cumsum(flat[order])) / self.drafted(rows + drafts)
+        best = int(np.argmax(speed))
+        if speed[best] <= rows / float(self.plain(rows)) and not self._due(True, rows):
+            return np.zeros(rows, dtype=np.int64)
+        return np.bincount(row[order[: best + 1]], minlength=rows)
+
+    def _due(self, drafted: bool, rows: int) -> bool:
+        return self._step - self._last[drafted].setdefault(_band(rows), self._step) >= _EXPLORE_AFTER
+
+
+def _band(rows: int) -> int:
+    return int(np.searchsorted(_NODES, rows))

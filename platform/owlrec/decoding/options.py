@@ -1,0 +1,104 @@
+"""The recipe's `decoding:` section, and what it means to vLLM: the proposer, the worker and the settings that they
+read.
+
+Importable without torch, numba or vLLM, since the CLI reads the recipe at every call. Requests may override the mode
+one by one, through `SamplingParams.extra_args` (over HTTP: `vllm_xargs`), with the keys that `request_arguments`
+writes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from owlrec.config import Config
+from owlrec.errors import RecipeError
+
+SETTINGS_KEY = "owlrec_decoding"  # in vLLM's additional_config
+POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
+    f"owlrec_{name}" for name in ("pools", "document", "mode", "k", "min_prob", "margin")
+)
+
+
+class Relaxation(Config):
+    """The relaxed rule: a token of rank 1, or of rank `k` or better with more than `min_prob` and, if set, within
+    `margin` of the best."""
+
+    k: int = Field(2, ge=1)
+    min_prob: float = Field(0.1, ge=0, lt=1)
+    margin: float | None = Field(None, ge=0, le=1)
+
+
+class DecodingConfig(Config):
+    """How the engine drafts and verifies. The defaults of k and min_prob are the settings that DARE shipped."""
+
+    mode: Literal["off", "strict", "relaxed"] = "off"
+    k: int = Field(2, ge=1)
+    min_prob: float = Field(0.1, ge=0, lt=1)
+    margin: float | None = Field(None, ge=0, le=1)
+    # Tokens a row and step. Replays of SmolLM2-135M's texts gain 20 % from 8 to 16 at batch 1, 3 % beyond; the
+    # controller cuts the rest.
+    max_draft: int = Field(16, ge=1, le=64)
+    pools: str | None = None  # the folder of sealed pools, one subfolder each; None = none
+    default_pool: str = "default"  # for requests that name no pool, or one that is not there
+    max_open_pools: int = Field(256, ge=1)  # mapped at once; the least recently used closes first
+    # Finished texts draft for later ones of the same pool at once. Tokens of live text held a pool (36-72 bytes each);
+    # 0 = none.
+    live_tokens: int = Field(1 << 18, ge=0)
+    max_live_pools: int = Field(64, ge=1)
+    learn_relaxed: bool = (
+        False  # whether texts with relaxed tokens may draft for others: errors would feed on themselves
+    )
+
+    @property
+    def relaxation(self) -> Relaxation:
+        """The rule for relaxed requests."""
+        return Relaxation(k=self.k, min_prob=self.min_prob, margin=self.margin)
+
+
+def engine_arguments(config: DecodingConfig, identity: str, *, cpu: bool) -> dict[str, Any]:
+    """The vllm.EngineArgs that switch the decoder on; empty for mode off.
+
+    identity: names the model and tokenizer; pools of another are refused. cpu: whether vLLM's CPU build runs.
+    Raises RecipeError where the pools' folder does not exist.
+    """
+    if config.mode == "off":
+        return {}
+    if config.pools is not None and not Path(config.pools).is_dir():
+        raise RecipeError(
+            f"decoding.pools: there is no folder {config.pools}. Publish a release with pools first, or leave it out."
+        )
+    return {
+        "speculative_config": {
+            "method": "custom_class",
+            "model": "owlrec.decoding.proposer.RetrievalProposer",
+            "num_speculative_tokens": config.max_draft,
+        },
+        "worker_cls": f"owlrec.decoding.{'cpu_worker.RetrievalCpuWorker' if cpu else 'gpu_worker.RetrievalGpuWorker'}",
+        "additional_config": {SETTINGS_KEY: {"config": config.model_dump(mode="json"), "identity": identity}},
+    }
+
+
+def request_arguments(
+    pools: Sequence[str] = (),
+    document: int | None = None,
+    *,
+    mode: Literal["off", "strict", "relaxed"] | None = None,
+    relaxation: Relaxation | None = None,
+) -> dict[str, Any]:
+    """A request's `extra_args`: the pools to search, first named first, and the id of its own earlier text in one of
+    them.
+
+    mode, relaxation: where this request differs from the engine's `decoding` section.
+    """
+    extra: dict[str, Any] = {POOLS: list(pools)}
+    if document is not None:
+        extra[DOCUMENT] = document
+    if mode is not None:
+        extra[MODE] = mode
+    if relaxation is not None:
+        extra.update({K: relaxation.k, MIN_PROB: relaxation.min_prob})
+        if relaxation.margin is not None:
+            extra[MARGIN] = relaxation.margin
+    return extra

