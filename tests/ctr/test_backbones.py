@@ -100,7 +100,7 @@ def test_dcnv2_crosses_as_written_in_the_paper() -> None:
     for layer in model.cross:
         x = x0 * (layer.weight @ x + layer.bias) + x  # type: ignore[operator, union-attr]
     logit = model.head(torch.cat([x, model.deep(x0)]))
-    assert float(model(given)[row]) == pytest.approx(logit.item(), abs=1e-5)
+    assert model(given)[row].item() == pytest.approx(logit.item(), abs=1e-5)
 
 
 def test_unknown_name_is_answered_with_the_nearest() -> None:

@@ -55,9 +55,10 @@ def head(bare_python: Path) -> Iterator[tuple[str, dict[str, str]]]:
             _await_port(dashboard, process)
             yield f"http://127.0.0.1:{dashboard}", env
         finally:
-            family = psutil.Process(process.pid).children(recursive=True)
+            leader = psutil.Process(process.pid)
+            family = leader.children(recursive=True)
             process.send_signal(signal.SIGTERM)
-            _, alive = psutil.wait_procs([psutil.Process(process.pid), *family], timeout=10)
+            _, alive = psutil.wait_procs([leader, *family], timeout=10)
             for left in alive:
                 left.kill()
             process.wait()
@@ -66,7 +67,7 @@ def head(bare_python: Path) -> Iterator[tuple[str, dict[str, str]]]:
 def test_job_writes_the_rows_of_the_local_command(
     echo_recipe: Path, tmp_path: Path, bare_python: Path, head: tuple[str, dict[str, str]]
 ) -> None:
-    address, env = head
+    address, _ = head
     local, job = tmp_path / "local", tmp_path / "job"
     for stage in ("prepare", "generate"):
         ran = subprocess.run(
@@ -83,11 +84,7 @@ def test_job_writes_the_rows_of_the_local_command(
             "--workspace",
             str(job),
         ]
-        submitted = subprocess.run(
-            [bare_python, "-m", "ray.scripts.scripts", "job", "submit", "--address", address, "--working-dir", ".",
-             "--", *entrypoint],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False,
-        )  # fmt: skip
+        submitted = _submit(bare_python, head, entrypoint)
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     # A driver that joined the head has a Ray job id; one that started a cluster of its own inside the job has none.
     jobs = httpx.get(f"{address}/api/jobs/").json()
@@ -95,6 +92,34 @@ def test_job_writes_the_rows_of_the_local_command(
     rows = _rows(local)
     assert len(rows) == 180
     assert _rows(job) == rows
+
+
+def test_standard_library_platform_wins_in_a_task_with_working_dir(
+    bare_python: Path, head: tuple[str, dict[str, str]]
+) -> None:
+    """Ray puts the working directory, here the repository's root, first on the path; see tests/test_layout.py."""
+    code = (
+        "import ray; ray.init(); f = ray.remote(lambda: __import__('platform').system() + __import__('os').getcwd()); "
+        "print(ray.get(f.remote()))"
+    )
+    submitted = _submit(bare_python, head, [str(bare_python), "-c", code])
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "Linux/" in submitted.stdout
+    assert "working_dir_files" in submitted.stdout
+
+
+def _submit(python: Path, head: tuple[str, dict[str, str]], entrypoint: list[str]) -> subprocess.CompletedProcess[str]:
+    """Submits from the repository's root and waits; tries again while the head has no agent for jobs yet."""
+    address, env = head
+    command = [python, "-m", "ray.scripts.scripts", "job", "submit", "--address", address, "--working-dir", "."]
+    deadline = time.monotonic() + 90
+    while True:
+        submitted = subprocess.run(
+            [*command, "--", *entrypoint], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False
+        )
+        if "No available agent" not in submitted.stderr or time.monotonic() > deadline:
+            return submitted
+        time.sleep(1)
 
 
 def _rows(workspace: Path) -> list[dict]:

@@ -66,7 +66,7 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
     _, alive = psutil.wait_procs(family, timeout=10)
     for left in alive:
         left.kill()
-    done = {f.name: f.stat().st_mtime_ns for f in workspace.glob("knowledge/*/*/shard-*.json")}
+    done = list(workspace.glob("knowledge/*/*/shard-*.json"))
     assert 0 < len(done) < 9
     resumed = owlrec("run", str(echo_recipe), "--to", "generate")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr

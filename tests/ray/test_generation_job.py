@@ -1,7 +1,5 @@
 """The Ray Data job: same rows as without Ray, resumable, and silent where all is done."""
 
-from pathlib import Path
-
 import pytest
 
 from owlrec.errors import EngineError
@@ -13,7 +11,6 @@ from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 ECHO = EchoEngineConfig(type="echo", latency_s=0.01)
 
@@ -54,17 +51,3 @@ def test_dead_server_stops_the_run_with_its_reason(small_world: Workspace) -> No
     manifests = [m for s in shards if (m := finished_shard(small_world, job, s))]
     with pytest.raises(EngineError, match=r"70 of 70 rows failed(.|\n)*RequestFailed: ConnectError"):
         check_dead_share(small_world, job, manifests, GenerateConfig())
-
-
-def test_standard_library_platform_wins_in_a_task_with_working_dir() -> None:
-    """Ray puts the working directory first on the path; see tests/test_layout.py."""
-    import ray
-
-    @ray.remote(num_cpus=0, runtime_env={"working_dir": str(ROOT)})
-    def system() -> tuple[str, bool]:
-        import os
-        import platform
-
-        return platform.system(), os.path.isdir("platform/owlrec")
-
-    assert ray.get(system.remote()) == ("Linux", True)
