@@ -8,6 +8,7 @@ cost. (vLLM's own speculation drafts a fixed number at any batch and can be slow
 2406.14066, adapts one length for all rows.)
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,11 +17,10 @@ _NODES = np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 5
 _LEARNING_RATE = 0.1
 _OUTLIER = 2.0  # a slower or faster step than this many times the estimate counts as that: a hiccup is no trend
 _EXPLORE_AFTER = 256  # steps after which the road not taken is tried once, in case the machine has changed
+_EXPLORE_FIRST = 8  # the same for drafts when none were tried yet; each try makes the wait as much longer
 _STALE_AFTER = 32  # steps after which the curve of the road not taken follows the other's changes of speed
 _PLAIN_FIRST = 3  # steps without drafts at each new number of rows, which drafts must then beat
-_ASSUMED_VERIFICATION = (
-    1.05  # a step with drafts against one without, of the same number of tokens, before any was seen
-)
+_ASSUMED_VERIFICATION = 1.05  # a step with drafts against one without, of as many tokens, before any was seen
 
 
 class StepTimes:
@@ -47,8 +47,7 @@ class StepTimes:
         """Moves the nodes on both sides of `tokens` towards one measured step, and those never seen along with them."""
         right = int(np.clip(np.searchsorted(_NODES, tokens), 1, len(_NODES) - 1))
         share = float(np.clip((tokens - _NODES[right - 1]) / (_NODES[right] - _NODES[right - 1]), 0, 1))
-        bound = _OUTLIER if self._seen[right - 1] + self._seen[right] else np.inf
-        error = min(max(seconds / float(self(tokens)), 1 / bound), bound) - 1
+        error = min(max(seconds / float(self(tokens)), 1 / _OUTLIER), _OUTLIER) - 1
         weight = np.zeros(len(_NODES))
         weight[right - 1], weight[right] = 1 - share, share
         rate = np.maximum(_LEARNING_RATE, 1 / (1 + self._seen)) * weight
@@ -72,11 +71,9 @@ class Controller:
         self.plain = curve
         self.drafted = curve.scaled(_ASSUMED_VERIFICATION)
         self.max_draft, self.max_step_tokens = max_draft, max_step_tokens
-        self._last = {
-            False: dict[int, int](),
-            True: dict[int, int](),
-        }  # drafted? -> band of rows -> step it was last taken
-        self._plain_steps: dict[int, int] = {}  # by band of rows
+        # By band of rows, without and with drafts: steps taken, and when the last was.
+        self._taken: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
+        self._last: tuple[dict[int, int], dict[int, int]] = ({}, {})
         self._step = 0
 
     def observe(self, rows: int, drafts: int, seconds: float) -> None:
@@ -88,7 +85,7 @@ class Controller:
             other.observe(tokens, float(other(tokens)) * seconds / float(curve(tokens)))
         curve.observe(tokens, seconds)
         self._last[drafted][band] = self._step
-        self._plain_steps[band] = self._plain_steps.get(band, 0) + (not drafted)
+        self._taken[drafted][band] += 1
 
     def floor(self, rows: int) -> float:
         """The chance below which no token can pay in a step of so many rows: its cost at today's plain speed, which
@@ -113,7 +110,7 @@ class Controller:
         prefixes.
         """
         rows, depth = chance.shape
-        if self._due(False, rows) or self._plain_steps.get(_band(rows), 0) < _PLAIN_FIRST:
+        if self._due(False, rows) or self._taken[False][_band(rows)] < _PLAIN_FIRST:
             return np.zeros(rows, dtype=np.int64)
         live = np.arange(depth) < count[:, None]
         row, flat = np.nonzero(live)[0], np.minimum.accumulate(chance, axis=1)[live]
@@ -128,7 +125,12 @@ class Controller:
         return np.bincount(row[order[: best + 1]], minlength=rows)
 
     def _due(self, drafted: bool, rows: int) -> bool:
-        return self._step - self._last[drafted].setdefault(_band(rows), self._step) >= _EXPLORE_AFTER
+        """Whether steps of one kind were last taken so long ago that the estimate of them deserves a fresh look."""
+        band = _band(rows)
+        wait = _EXPLORE_AFTER
+        if drafted:  # one slow first step must not silence the drafts of a whole job
+            wait = min(wait, _EXPLORE_FIRST * (1 + self._taken[True][band]))
+        return self._step - self._last[drafted].setdefault(band, self._step) >= wait
 
 
 def _band(rows: int) -> int:

@@ -16,9 +16,7 @@ from owlrec.decoding.sealed import BORDER, SealedPool, build_pool
 LEVELS = (1, 2, 4, 8)
 _NO_POSITION = -1
 _FIRST_CAPACITY = 1 << 10
-_KEPT_SHARE = (
-    0.75  # of max_tokens stay when the pool is full: dropping one text at a time would rebuild at every insertion
-)
+_KEPT_SHARE = 0.75  # of max_tokens stays when the pool is full: dropping text by text would rebuild at every insertion
 
 
 class LivePool:

@@ -17,10 +17,12 @@ import numpy as np
 from owlrec.decoding import options
 from owlrec.decoding.acceptance import AcceptanceRates
 from owlrec.decoding.controller import Controller
+from owlrec.decoding.live import LivePool
 from owlrec.decoding.options import DecodingConfig, Relaxation
 from owlrec.decoding.pools import Pools
 from owlrec.decoding.retrieval import Drafts, draft_rows
-from owlrec.decoding.shelf import CONTEXT, NOTHING, TEXT
+from owlrec.decoding.sealed import build_pool
+from owlrec.decoding.shelf import CONTEXT, LIVE, NOTHING, SEALED, TEXT, Shelf
 
 CLASSES = ("own", "named", "default", "context")  # of sources; acceptance is learnt for each, strict and relaxed apart
 _MAX_NAMED = 4  # pools a request may name
@@ -35,6 +37,7 @@ class RequestState:
 
     rule: Relaxation | None
     drafting: bool
+    min_tokens: int
     pools: list[str]
     document: int | None
     version: int = -1
@@ -66,20 +69,25 @@ class RetrievalProposer:
         self._verifier: Any = None
 
     def load_model(self, target_model: Any) -> None:
-        """vLLM's CPU runner calls this unconditionally; there is no draft model. Compiles the kernels, so that no
+        """vLLM's CPU runner calls this unconditionally. There is no draft model: kernels are compiled, so that no
         request waits."""
+        shelf, live = Shelf(), LivePool(1 << 10)
+        live.insert([1, 2, 3, 1, 2])
+        texts = [(SEALED, shelf.add_sealed(build_pool([[1, 2, 3, 1, 2]])))]
+        texts += [(LIVE, shelf.add_live(live)), (TEXT, shelf.add_text(np.array([1, 2, 3], np.int32))), (CONTEXT, 0)]
         draft_rows(
-            np.zeros((1, 4), np.int32),
+            np.ones((1, 4), np.int32),
             np.zeros(1, np.int64),
             np.full(1, 4),
             np.full(1, 2),
-            np.full((1, 1, 2), (CONTEXT, 0)),
-            np.zeros((1, 1), np.int64),
-            self.pools.shelf,
+            np.array([texts]),
+            np.zeros((1, len(texts)), np.int64),
+            shelf,
             self.rates.rates,
             depth=self.config.max_draft,
             floor=0.5,
         )
+        shelf.renew_live(texts[1][1], live)
 
     def bind(self, runner: Any, verifier: Any, controller: Controller) -> None:
         """Gives access to the runner's requests and the verifier's verdicts, and the controller made from measured
@@ -90,7 +98,8 @@ class RetrievalProposer:
         """The decoder's state of a request that the runner holds, made at its first step."""
         if request_id not in self.requests:
             params = self._runner.requests[request_id].sampling_params
-            self.requests[request_id] = self._new_state(params.extra_args or {} if params is not None else {})
+            extra = (params.extra_args or {}) if params is not None else {}
+            self.requests[request_id] = self._new_state(extra, params.min_tokens if params is not None else 0)
         return self.requests[request_id]
 
     def propose(
@@ -156,7 +165,7 @@ class RetrievalProposer:
         if groups:
             self.rates.observe(np.concatenate(groups), np.concatenate(cells), np.concatenate(fates))
 
-    def _new_state(self, extra: Mapping[str, Any]) -> RequestState:
+    def _new_state(self, extra: Mapping[str, Any], min_tokens: int) -> RequestState:
         mode = extra.get(options.MODE, self.config.mode)
         rule = None
         if mode == "relaxed":
@@ -172,7 +181,7 @@ class RetrievalProposer:
         known = [name for name in named if self.pools.known(name)]
         self.counts["unknown_pools"] += len(named) - len(known)
         document = extra.get(options.DOCUMENT)
-        return RequestState(rule, mode != "off", known, document if isinstance(document, int) else None)
+        return RequestState(rule, mode != "off", min_tokens, known, document if isinstance(document, int) else None)
 
     def _refresh_sources(self, state: RequestState) -> None:
         """Looks up where the request's pools stand; again only after a pool was opened or closed."""
@@ -210,7 +219,12 @@ class RetrievalProposer:
         drafting = np.array([s.drafting for s in states])
         n = lengths[rows].astype(np.int64)
         # vLLM counts the token sampled after the drafts as well: beyond this a row would pass the model's context.
-        limits = np.where(drafting, np.clip(self.max_model_len - n - 1, 0, self.config.max_draft), 0)
+        room = self.max_model_len - n - 1
+        # vLLM 0.32 still bans stop tokens for the token after the drafts if they began before min_tokens was reached
+        # (rejection_sampler.py:144), so no drafts lead beyond it.
+        missing = np.array([s.min_tokens for s in states]) - (n - self._runner.input_batch.num_prompt_tokens[rows])
+        room = np.where(missing > 0, np.minimum(room, missing - 1), room)
+        limits = np.where(drafting, np.clip(room, 0, self.config.max_draft), 0)
         relaxed = np.array([s.rule is not None for s in states], np.int64) * len(CLASSES)
         groups = np.stack([s.classes for s in states]) + relaxed[:, None]
         sources = np.stack([s.sources for s in states])

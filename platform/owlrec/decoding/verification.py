@@ -101,6 +101,10 @@ class Verifier(RejectionSampler):
         counts = np.asarray(metadata.num_draft_tokens, dtype=np.int64)
         if _greedy_only(sampling_metadata) and not self.synthetic_mode:
             output = self._verify_greedy(metadata, logits, counts)
+        elif not counts.any():
+            # vLLM 0.32 comes here in every step, drafts or not; without any, its own way ends in an error for top-k.
+            output = self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+            self.verdict = Verdict(np.zeros_like(counts), np.zeros_like(counts))
         else:
             output = super().forward(metadata, draft_probs, logits, sampling_metadata)
             emitted = (output.sampled_token_ids.cpu().numpy() != _NO_TOKEN).sum(axis=1)
