@@ -42,13 +42,14 @@ def bare_python(tmp_path: Path) -> Path:
 @pytest.fixture
 def head(bare_python: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A local head with a dashboard, ended by the process group that it was started in."""
-    dashboard, port = _free_port(), _free_port()
+    # The agent that starts jobs listens on one fixed port by default, which the test run's own cluster holds already.
+    dashboard, port, agent = _free_port(), _free_port(), _free_port()
     env = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{bare_python.parent}:{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory(prefix="owl", ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
             [bare_python, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
              "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
-             f"--object-store-memory={100 * 2**20}", "--disable-usage-stats"],
+             f"--dashboard-agent-listen-port={agent}", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats"],
             env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
