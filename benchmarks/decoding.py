@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,10 +21,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.table import Figure, show
+from benchmarks.table import Figure, options_parser, show
 from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
+from owlrec.decoding.options import LEAD_TOKENS
 from owlrec.environment import cache_folder
 from owlrec.generation.models import PACKAGED, model_identity, resolve_model
+from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
 from owlrec.prompting.rows import ItemCatalog, Prompt, PromptConfig, item_prompts, user_prompts
 from owlrec.scenario import get_scenario
 from owlrec.sources.movielens import MovieLens100KSource
@@ -34,7 +35,6 @@ from owlrec.workspace import fingerprint
 
 NEW_TOKENS = 200
 POOL_TEXTS = 192  # of users, and as many of items
-LEAD = 8  # prompt tokens kept before each pool text, as the decoder itself keeps them
 REQUESTS = {1: 8, 4: 16, 16: 48, 64: 96}  # measured requests by batch size
 WORKLOADS = ("refresh", "new users", "items")
 PLAIN = "plain vLLM"
@@ -51,11 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Prepares requests and pools once, runs every method, prints medians with their spread."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="one batch size, one workload, small pool: within a minute"
-    )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser = options_parser(__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=None, choices=list(REQUESTS), help="batch sizes")
     parser.add_argument("--workloads", nargs="+", default=None, choices=WORKLOADS)
     parser.add_argument("--methods", nargs="+", default=None, choices=list(METHODS))
@@ -161,19 +157,8 @@ def _prepare(folder: Path, n_pool: int, *, quick: bool) -> dict[str, Any]:
 def _in_process(folder: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     file = folder / "job.json"
     file.write_text(json.dumps(job))
-    cores = sorted(os.sched_getaffinity(0))
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "OMP_NUM_THREADS": str(len(cores)),
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
     command = [sys.executable, "-m", "benchmarks.decoding", "--worker", str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{job['method']} failed:\n{done.stderr[-3000:]}")
     for line in done.stdout.splitlines():
@@ -183,6 +168,7 @@ def _in_process(folder: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _work(job: dict[str, Any]) -> None:
     """One method in its process: each workload at each batch size, after a short warm-up of its own requests."""
+    prepare_environment(VllmEngineConfig(type="vllm", model=PACKAGED), cpu=True)
     method = METHODS[job["method"]]
     engine = _Engine(method, job)
     for name, prompts in job.get("write", {}).items():
@@ -263,7 +249,7 @@ class _Engine:
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 if output.finished:
-                    found[output.request_id] = [*output.prompt_token_ids[-LEAD:], *output.outputs[0].token_ids]
+                    found[output.request_id] = [*output.prompt_token_ids[-LEAD_TOKENS:], *output.outputs[0].token_ids]
         return [found[str(r[0])] for r in requests]
 
     def _add(self, workload: str, request: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.table import Figure, arguments, show
+from benchmarks.table import Figure, options_parser, show
 from owlrec.schema import KNOWLEDGE, vectors_schema
 from owlrec.store import ReleaseInfo, open_release, publish
 from owlrec.workspace import Workspace
@@ -19,7 +19,7 @@ DIM = 384
 
 def main() -> None:
     """Builds both stores from the same rows and times random gets in turns."""
-    options = arguments(__doc__ or "")
+    options = options_parser(__doc__).parse_args()
     n, gets, rounds = (20_000, 2_000, 3) if options.quick else (100_000, 5_000, 5)
     knowledge, vectors = _rows(n)
     ids = np.random.default_rng(1).integers(0, n, gets)

@@ -21,12 +21,12 @@ class Figure(BaseModel):
     ratio: float | None = None
 
 
-def arguments(about: str) -> argparse.Namespace:
-    """--quick and --json, the options of every benchmark."""
+def options_parser(about: str | None) -> argparse.ArgumentParser:
+    """A parser with --quick and --json, the options of every benchmark."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats: ends within a minute, less trustworthy")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats: sooner done, less trustworthy")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    return parser.parse_args()
+    return parser
 
 
 def show(title: str, figures: list[Figure], options: argparse.Namespace) -> None:

@@ -11,10 +11,9 @@ from owlrec.ops.console import note, stage_header, table
 from owlrec.recipe import load_recipe
 from owlrec.store.release import current_release, list_releases, open_release, roll_back
 from owlrec.workspace import StageManifest, Workspace, finished_stage
-from pipelines.stage import Stage, open_workspace, plain_errors
+from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-STAGES = ("prepare", "generate", "encode", "publish", "train_ctr", "evaluate")
 
 RecipePath = Annotated[Path, typer.Argument(help="the YAML file that describes the run")]
 WorkspaceOption = Annotated[str | None, typer.Option("--workspace", help="in place of the recipe's own workspace")]
@@ -33,7 +32,7 @@ def run(
         for name in (first, last):
             if name not in STAGES:
                 raise RecipeError(f"there is no stage '{name}'.{did_you_mean(name, STAGES)}")
-        chosen = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
+        chosen = [s for s in from_stage(first) if s not in from_stage(last)[1:]]
         if not chosen:
             raise RecipeError(f"--from {first} comes after --to {last}. The order is {', '.join(STAGES)}.")
         settings = load_recipe(recipe, workspace=workspace)

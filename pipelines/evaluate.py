@@ -3,7 +3,7 @@
 from owlrec.ctr.experiment import finished_trials, trials
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, table
-from owlrec.ops.report import arm_rows, write_report
+from owlrec.ops.report import arm_rows, render_report
 from owlrec.ops.run_report import collect
 from owlrec.recipe import Recipe
 from owlrec.store.release import open_release
@@ -25,11 +25,11 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 release,
                 results,
                 run=recipe.name,
-                command=f"owlrec run {recipe.name}.yaml",
                 protocol=_protocol(recipe),
                 facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
             )
-        path = write_report(workspace.log_path("report").parent.parent / "reports" / f"{recipe.name}.html", data)
+        report = f"reports/{recipe.name}.html"
+        workspace.write_bytes(report, render_report(data).encode())
         for kind in ("user", "item"):
             for sample in [s for s in data.samples if s.kind == kind][:1]:
                 table(
@@ -42,8 +42,8 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         table("test split, mean over seeds", ["backbone", "arm", "seeds", "AUC", "to none", "gAUC", "log-loss"], rows)
         for line in data.notes:
             note(line)
-        note(f"report: {path}")
-        return {"arms": len(data.arms)}, {"report": str(path)}
+        note(f"report: {workspace.path(report)}")
+        return {"arms": len(data.arms)}, {"report": report}
 
     return execute(workspace, "evaluate", trained.fingerprint, "figures and report", body, always=True)
 

@@ -6,9 +6,17 @@ from owlrec.generation.batch import build_job, check_dead_share, generate
 from owlrec.generation.shards import finished_shard, plan_shards
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Stopwatch, Workspace, fingerprint, finish_stage, finished_stage
+from owlrec.workspace import (
+    StageManifest,
+    Stopwatch,
+    Workspace,
+    fingerprint,
+    finish_stage,
+    finished_stage,
+    forget_stages,
+)
 from pipelines.session import ray_session
-from pipelines.stage import main
+from pipelines.stage import from_stage, main
 
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
@@ -18,13 +26,16 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         "generate", f"{recipe.prompts.framework} prompts, {getattr(recipe.engine, 'model', recipe.engine.type)}"
     )
     shards = plan_shards(workspace)
-    pending = [s for s in shards if finished_shard(workspace, job, s) is None]
+    manifests = [m for s in shards if (m := finished_shard(workspace, job, s)) is not None]
+    done = [m.shard for m in manifests]
+    pending = [s for s in shards if s not in done]
     watch = Stopwatch()
     if pending:
+        forget_stages(workspace, from_stage("generate"))
         note(f"{len(pending)} of {len(shards)} shards to do; engine log: {workspace.log_path('engine')}")
         total = sum(workspace.count_rows(s.table, s.part) for s in pending)
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("writing knowledge", total) as advance:
-            generate(
+            manifests += generate(
                 workspace,
                 job,
                 recipe.engine,
@@ -34,7 +45,6 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
             )
     else:
         note(f"all {len(shards)} shards done already, nothing to do")
-    manifests = [m for s in shards if (m := finished_shard(workspace, job, s)) is not None]
     check_dead_share(workspace, job, manifests, recipe.generate)
     counts = {
         f"{kind}_{name}": sum(getattr(m, name) for m in manifests if m.shard.kind == kind)

@@ -7,14 +7,21 @@ import sys
 import time
 from collections.abc import Callable
 
-from owlrec.errors import OwlRecError
+from owlrec.errors import root_mistake
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.workspace import StageManifest, Stopwatch, Workspace, finish_stage, finished_stage
+from owlrec.workspace import StageManifest, Stopwatch, Workspace, finish_stage, finished_stage, forget_stages
+
+STAGES = ("prepare", "generate", "encode", "publish", "train_ctr", "evaluate")
 
 Counts = dict[str, float | int | str]
 Outputs = dict[str, str]
 Stage = Callable[[Recipe, Workspace], StageManifest]
+
+
+def from_stage(stage: str) -> tuple[str, ...]:
+    """`stage` and all that come after it."""
+    return STAGES[STAGES.index(stage) :]
 
 
 def execute(
@@ -34,6 +41,7 @@ def execute(
     if done is not None:
         note("done already, nothing to do")
         return done
+    forget_stages(workspace, from_stage(stage))
     watch = Stopwatch()
     counts, outputs = body()
     manifest = StageManifest(
@@ -73,9 +81,7 @@ class plain_errors:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        cause = error
-        while cause is not None and not isinstance(cause, OwlRecError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None:
-            print(f"error: {cause}", file=sys.stderr)
+        mistake = root_mistake(error)
+        if mistake is not None:
+            print(f"error: {mistake}", file=sys.stderr)
             raise SystemExit(1) from None

@@ -1,5 +1,6 @@
 """Artifacts: atomic, sharded, on a local path or any fsspec URI."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import pyarrow as pa
 import pytest
 
 from owlrec.errors import WorkspaceError
-from owlrec.workspace import StageManifest, Workspace, file_digest, fingerprint, finish_stage, finished_stage
+from owlrec.workspace import (
+    StageManifest,
+    Workspace,
+    file_digest,
+    fingerprint,
+    finish_stage,
+    finished_stage,
+    forget_stages,
+)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -29,18 +38,23 @@ def test_fewer_shards_leave_none_of_the_earlier_ones(any_workspace: Workspace) -
     assert any_workspace.read_table("t").num_rows == 50
 
 
-def test_failed_write_leaves_the_old_file_and_no_temporary_one(workspace: Workspace) -> None:
+def test_failed_write_leaves_the_old_file_and_no_temporary_one(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_full(file: int) -> None:
+        raise OSError("no space left")
+
     workspace.write_bytes("a/b", b"old")
-
-    def write_half() -> None:
-        with workspace.atomic_path("a/b") as temporary:
-            Path(temporary).write_bytes(b"half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_half()
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        workspace.write_bytes("a/b", b"new")
     assert workspace.read_bytes("a/b") == b"old"
     assert os.listdir(workspace.path("a")) == ["b"]
+
+
+def test_parquet_digest_is_that_of_the_file(any_workspace: Workspace) -> None:
+    digest = any_workspace.write_parquet("t.parquet", pa.table({"x": [1, 2]}))
+    assert digest == hashlib.sha256(any_workspace.read_bytes("t.parquet")).hexdigest()
 
 
 def test_unwritable_workspace_is_refused_with_its_path(tmp_path: Path) -> None:
@@ -77,3 +91,5 @@ def test_stage_counts_as_finished_only_under_its_fingerprint(workspace: Workspac
     finish_stage(workspace, StageManifest(stage="prepare", fingerprint="a", seconds=1, finished=2))
     assert finished_stage(workspace, "prepare", "a") is not None
     assert finished_stage(workspace, "prepare", "b") is None
+    forget_stages(workspace, ["prepare", "generate"])
+    assert finished_stage(workspace, "prepare") is None

@@ -36,6 +36,20 @@ class ReleaseError(OwlRecError):
     """A release is missing, incomplete or corrupt."""
 
 
+def root_mistake(error: BaseException | None) -> OwlRecError | None:
+    """The OwlRecError behind `error`, however Ray wrapped it on its way out of a worker; None where there is none.
+
+    Ray's wrappers may be instances of the error's own class too, with a worker's traceback for a message, so the
+    innermost one is meant.
+    """
+    found = None
+    while error is not None:
+        if isinstance(error, OwlRecError):
+            found = error
+        error = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
+    return found
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint such as ` Did you mean 'scenario'?` for a mistyped `word`, or the list of valid names."""
     names = sorted(choices)

@@ -17,8 +17,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,36 +111,28 @@ class Workspace:
         if self.exists(*parts):
             self.filesystem.delete_dir(self.path(*parts))
 
-    @contextmanager
-    def atomic_path(self, *parts: str) -> Iterator[str]:
-        """Gives a temporary path to write to, and moves it into place when the block ends without an error."""
-        target = self.path(*parts)
-        folder, _, name = target.rpartition("/")
-        self.filesystem.create_dir(folder, recursive=True)
-        temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            yield temporary
-        except BaseException:
-            if self.filesystem.get_file_info(temporary).type == pafs.FileType.File:
-                self.filesystem.delete_file(temporary)
-            raise
-        if self.local:
-            # The rename is atomic, but only durable once the bytes are: a power cut must not leave an empty
-            # "finished" file.
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        else:
-            self.filesystem.move(temporary, target)
-
     def write_bytes(self, path: str, data: bytes) -> None:
         """Writes a whole file atomically, making its folder."""
+        target = self.path(path)
+        folder, _, name = target.rpartition("/")
         if not self.local:
-            with self.filesystem.open_output_stream(self.path(path)) as stream:
+            self.filesystem.create_dir(folder, recursive=True)
+            with self.filesystem.open_output_stream(target) as stream:
                 stream.write(data)  # an object appears when its stream is closed: one PUT
             return
-        with self.atomic_path(path) as temporary, open(temporary, "wb") as file:
-            file.write(data)
+        os.makedirs(folder, exist_ok=True)
+        temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                # The rename is atomic, but only durable once the bytes are: a power cut must not leave an empty
+                # "finished" file.
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
     def read_bytes(self, path: str) -> bytes:
         """A whole file. Raises WorkspaceError where it is missing."""
@@ -164,10 +155,13 @@ class Workspace:
                 f"{self.path(path)} is no JSON ({error}). Delete it and run its stage again."
             ) from None
 
-    def write_parquet(self, path: str, table: pa.Table) -> None:
-        """Writes one Parquet file (Zstandard) atomically."""
-        with self.atomic_path(path) as temporary:
-            pq.write_table(table, temporary, filesystem=self.filesystem, compression=COMPRESSION)
+    def write_parquet(self, path: str, table: pa.Table) -> str:
+        """Writes one Parquet file (Zstandard) atomically. Returns the SHA-256 (hex) of its bytes."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression=COMPRESSION)
+        data = sink.getvalue().to_pybytes()
+        self.write_bytes(path, data)
+        return hashlib.sha256(data).hexdigest()
 
     def read_parquet(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """Reads one Parquet file. Raises WorkspaceError where it is missing or corrupt."""
@@ -252,6 +246,16 @@ def finished_stage(workspace: Workspace, stage: str, expected: str | None = None
         return None
     manifest = StageManifest.model_validate(workspace.read_json(path))
     return manifest if expected in (None, manifest.fingerprint) else None
+
+
+def forget_stages(workspace: Workspace, stages: Sequence[str]) -> None:
+    """Removes manifests. A stage that starts anew forgets its own and those after it: what it leaves if it is
+    interrupted must not pass for finished, nor what was made from its earlier output for up to date.
+    """
+    for stage in stages:
+        path = f"manifests/{stage}.json"
+        if workspace.exists(path):
+            workspace.filesystem.delete_file(workspace.path(path))
 
 
 def finish_stage(workspace: Workspace, manifest: StageManifest) -> None:

@@ -18,7 +18,7 @@ def echo_recipe(tmp_path: Path) -> Path:
             workspace: {tmp_path / "ws"}
             source: {{type: movielens-100k, max_users: 60, max_items: 120}}
             shard_rows: 20
-            engine: {{type: echo, latency_s: 0.3, max_in_flight: 8}}
+            engine: {{type: echo, latency_s: 0.3}}
             sampling: {{max_tokens: 40}}
             ctr: {{backbones: [dcnv2], arms: [none, knowledge], seeds: [0], epochs: 1}}
             ray: {{num_cpus: 2}}

@@ -89,7 +89,8 @@ def test_job_writes_the_rows_of_the_local_command(
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     # A driver that joined the head has a Ray job id; one that started a cluster of its own inside the job has none.
     jobs = httpx.get(f"{address}/api/jobs/").json()
-    assert [j["job_id"] for j in jobs if "pipelines.generate" in j["entrypoint"]] != [None]
+    (generated,) = [j["job_id"] for j in jobs if "pipelines.generate" in j["entrypoint"]]
+    assert generated is not None
     rows = _rows(local)
     assert len(rows) == 180
     assert _rows(job) == rows

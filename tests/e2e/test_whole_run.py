@@ -99,3 +99,17 @@ def test_mistakes_end_with_one_line_and_no_traceback(echo_recipe: Path, argument
     assert ran.returncode == 1
     assert message in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_model_without_tokenizer_is_named_though_it_fails_inside_ray(echo_recipe: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"")
+    text = echo_recipe.read_text()
+    echo_recipe.write_text(text.replace("{type: echo, latency_s: 0.3}", f"{{type: vllm, model: {model}}}"))
+    ran = owlrec("run", str(echo_recipe), "--to", "generate")
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert f"error: model folder {model} has no tokenizer" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not list((tmp_path / "ws").glob("knowledge/**/*.parquet"))

@@ -118,4 +118,4 @@ def test_job_fingerprint_sees_all_that_shapes_a_text(change: dict) -> None:
 
 
 def test_job_fingerprint_ignores_speed_settings() -> None:
-    assert job(engine=EchoEngineConfig(type="echo", latency_s=1, max_in_flight=3)).fingerprint == job().fingerprint
+    assert job(engine=EchoEngineConfig(type="echo", latency_s=1)).fingerprint == job().fingerprint

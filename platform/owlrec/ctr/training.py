@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 
 from owlrec.config import Config
 from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, finished_trials
-from owlrec.errors import OwlRecError
+from owlrec.errors import root_mistake
 from owlrec.quiet import redirect_output
 from owlrec.workspace import Workspace
 
@@ -105,20 +105,10 @@ def _fit(workspace: Workspace, job: GridJob) -> None:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _user_mistake(error) or error from None
+        failures = getattr(error, "worker_failures", {}).values()
+        raise next((m for f in failures if (m := root_mistake(f))), error) from None
     finally:
         workspace.delete_dir("ctr", "ray", name)
-
-
-def _user_mistake(error: Exception) -> OwlRecError | None:
-    """The OwlRecError that made a run fail, if that is what did."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause: Any = failure
-        while cause is not None:
-            if isinstance(cause, OwlRecError):
-                return cause
-            cause = getattr(cause, "_base_exc", None) or getattr(cause, "cause", None) or cause.__cause__
-    return None
 
 
 def _train_pending(loop_config: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field
 from owlrec.config import Config
 from owlrec.errors import RecipeError
 
+LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool: the first tokens of an answer can then be drafted too
 SETTINGS_KEY = "owlrec_decoding"  # in vLLM's additional_config
 POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
     f"owlrec_{name}" for name in ("pools", "document", "mode", "k", "min_prob", "margin")
@@ -30,13 +31,11 @@ class Relaxation(Config):
     margin: float | None = Field(None, ge=0, le=1)
 
 
-class DecodingConfig(Config):
-    """How the engine drafts and verifies. The defaults of k and min_prob are the settings that DARE shipped."""
+class DecodingConfig(Relaxation):
+    """How the engine drafts and verifies: the relaxed rule, whose defaults are the settings that DARE shipped, and
+    more."""
 
     mode: Literal["off", "strict", "relaxed"] = "off"
-    k: int = Field(2, ge=1)
-    min_prob: float = Field(0.1, ge=0, lt=1)
-    margin: float | None = Field(None, ge=0, le=1)
     # Tokens a row and step. Replays of SmolLM2-135M's texts gain 20 % from 8 to 16 at batch 1, 3 % beyond; the
     # controller cuts the rest.
     max_draft: int = Field(16, ge=1, le=64)

@@ -27,7 +27,6 @@ from owlrec.decoding.shelf import CONTEXT, LIVE, NOTHING, SEALED, TEXT, Shelf
 CLASSES = ("own", "named", "default", "context")  # of sources; acceptance is learnt for each, strict and relaxed apart
 _MAX_NAMED = 4  # pools a request may name
 _SOURCES = 2 + 2 * (_MAX_NAMED + 1)
-_LEAD = 8  # prompt tokens kept before a text in a pool, so that the first tokens of an answer can be drafted too
 _log = logging.getLogger(__name__)
 
 
@@ -141,7 +140,7 @@ class RetrievalProposer:
         if output and (self.config.learn_relaxed or not state.relaxed):
             cut = next((i + 1 for i, token in enumerate(output) if token in ends), len(output))
             name = state.pools[0] if state.pools else self.config.default_pool
-            self.pools.insert(name, [*prompt[-_LEAD:], *output[:cut]])
+            self.pools.insert(name, [*prompt[-options.LEAD_TOKENS :], *output[:cut]])
 
     def _settle(self, sampled_token_ids: list[list[int]]) -> None:
         """Takes in the verifier's word on the drafts of the step at hand."""

@@ -15,10 +15,10 @@ from pydantic import Field
 
 from owlrec import __version__
 from owlrec.config import Config
-from owlrec.errors import EngineError
+from owlrec.errors import EngineError, OwlRecError
 from owlrec.generation import EngineConfig, VllmEngineConfig, build_engine, engine_fingerprint
 from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, generate_shard
+from owlrec.generation.shards import Job, Shard, ShardManifest, generate_shard
 from owlrec.prompting.rows import ItemCatalog, PromptConfig, template_fingerprint
 from owlrec.quiet import redirect_output
 from owlrec.scenario import Scenario
@@ -46,19 +46,32 @@ def build_job(scenario: Scenario, prompts: PromptConfig, sampling: SamplingConfi
 
 
 class _ShardRunner:
-    """The actor: one engine, several shards in flight. Must not import Ray or vLLM before its log is redirected."""
+    """The actor: one engine, several shards in flight.
+
+    What a user can mend travels to the driver as a row: raised here, it would arrive under pages of Ray's tracebacks.
+    """
 
     def __init__(self, engine: EngineConfig, workspace: Workspace, job: Job, log_path: str) -> None:
         redirect_output(log_path)
         self.workspace, self.job = workspace, job
-        self.engine = build_engine(engine)
         self.catalog = ItemCatalog.load(workspace)
+        self.mistake: OwlRecError | None = None
+        try:
+            self.engine = build_engine(engine)
+        except OwlRecError as error:
+            self.mistake = error
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[str]]]:
         for text in batch["shard"]:
             shard = Shard.model_validate_json(str(text))
-            manifest = await generate_shard(self.workspace, self.job, shard, self.engine, self.catalog)
-            yield {"manifest": [manifest.model_dump_json()]}
+            try:
+                if self.mistake is not None:
+                    raise self.mistake
+                manifest = await generate_shard(self.workspace, self.job, shard, self.engine, self.catalog)
+            except OwlRecError as error:
+                yield {"manifest": [""], "mistake": [str(error)]}
+                return
+            yield {"manifest": [manifest.model_dump_json()], "mistake": [""]}
 
 
 def generate(
@@ -68,20 +81,23 @@ def generate(
     config: GenerateConfig,
     pending: list[Shard],
     on_shard: Callable[[ShardManifest], None] | None = None,
-) -> None:
-    """Runs `pending` shards; `on_shard` hears of each as it is done. Ray must be initialised.
+) -> list[ShardManifest]:
+    """Runs `pending` shards and returns their manifests, in any order; `on_shard` hears of each as it is done.
 
-    Raises EngineError where an engine cannot start or dies, or a shard is missing at the end; finished shards stay,
-    and the same call with what is still pending goes on from there.
+    Ray must be initialised. Raises EngineError where an engine cannot start or dies, or a shard is missing at the
+    end; finished shards stay, and the same call with what is still pending goes on from there.
     """
+    done: dict[tuple[str, str], ShardManifest] = {}
     for manifest in _run(workspace, job, engine, config, pending):
+        done[manifest.shard.kind, manifest.shard.part] = manifest
         if on_shard:
             on_shard(manifest)
-    missing = [s.part for s in pending if finished_shard(workspace, job, s) is None]
+    missing = [s.part for s in pending if (s.kind, s.part) not in done]
     if missing:
         raise EngineError(
             f"{len(missing)} of {len(pending)} shards did not finish, first {missing[0]}. Run the same command again."
         )
+    return list(done.values())
 
 
 def check_dead_share(workspace: Workspace, job: Job, manifests: list[ShardManifest], config: GenerateConfig) -> None:
@@ -128,6 +144,8 @@ def _run(
         num_gpus=config.engine_gpus or None,
     )
     for row in dataset.iter_rows():
+        if row["mistake"]:
+            raise EngineError(row["mistake"])
         yield ShardManifest.model_validate_json(row["manifest"])
 
 

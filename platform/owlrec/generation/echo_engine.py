@@ -14,14 +14,13 @@ from owlrec.generation.engine import Completion, Engine, SamplingConfig, check_l
 
 
 class EchoEngineConfig(Config):
-    """How long answers take and how many run at once."""
+    """How long answers take."""
 
     shapes_output: ClassVar[tuple[str, ...]] = ("type",)
 
     type: Literal["echo"]
     max_model_len: int = 4096
     latency_s: float = 0.0  # a whole answer's time
-    max_in_flight: int = 256
 
 
 class EchoEngine(Engine):
@@ -31,7 +30,6 @@ class EchoEngine(Engine):
         self.config = config
         self.identity = "echo"
         self.context_tokens = config.max_model_len
-        self.max_in_flight = config.max_in_flight
 
     async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:
         """See Engine.complete."""

@@ -8,6 +8,8 @@ just keep enough of them in flight; no caller ever waits for the slowest row of 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from pydantic import Field
+
 from owlrec.config import Config
 from owlrec.errors import EngineError
 
@@ -17,11 +19,11 @@ class SamplingConfig(Config):
     best.
     """
 
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
+    max_tokens: int = Field(128, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
     # 1.0 = off. A penalty scans all earlier tokens of each row at each step and slows a small model markedly.
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = Field(1.0, gt=0)
 
 
 class RowError(EngineError):
@@ -64,7 +66,6 @@ class Engine(ABC):
 
     identity: str  # model id and revision, part of the job's fingerprint
     context_tokens: int  # prompt and answer together
-    max_in_flight: int  # requests worth keeping in flight; more only queue up
 
     @abstractmethod
     async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:

@@ -43,7 +43,6 @@ class HttpEngine(Engine):
         self.config = config
         self.identity = f"{config.model}@{config.revision}" if config.revision else config.model
         self.context_tokens = config.max_model_len
-        self.max_in_flight = config.concurrency
         key = secret(config.api_key_env)
         if config.api_key_env and not key:
             raise EngineError(

@@ -8,7 +8,7 @@ Names are deterministic, so redoing overwrites and never doubles a row.
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,7 @@ from owlrec.schema import DEAD_LETTERS, KNOWLEDGE
 from owlrec.workspace import Stopwatch, Workspace, fingerprint, finished_stage
 
 Kind = Literal["user", "item"]
+KINDS: tuple[Kind, ...] = ("user", "item")
 _TABLES: dict[Kind, str] = {"user": "users", "item": "items"}
 
 
@@ -78,7 +79,7 @@ class ShardManifest(BaseModel):
     seconds: float
 
 
-def plan_shards(workspace: Workspace, kinds: tuple[Kind, ...] = ("user", "item")) -> list[Shard]:
+def plan_shards(workspace: Workspace, kinds: tuple[Kind, ...] = KINDS) -> list[Shard]:
     """All shards of the prepared tables. Raises WorkspaceError where `prepare` has not finished."""
     prepared = finished_stage(workspace, "prepare")
     if prepared is None:
@@ -115,11 +116,8 @@ async def generate_shard(
     shard: Shard,
     engine: Engine,
     catalog: ItemCatalog,
-    on_row: Callable[[Completion | RowError], None] | None = None,
 ) -> ShardManifest:
-    """Does one shard, wholly; calls `on_row` as each row ends. Any exception but RowError means the engine is gone,
-    and passes through.
-    """
+    """Does one shard, wholly. Any exception but RowError means the engine is gone, and passes through."""
     watch = Stopwatch()
     prompts = read_prompts(workspace, job, shard, engine, catalog)
 
@@ -127,17 +125,13 @@ async def generate_shard(
         try:
             if not prompt.text:
                 raise EmptyPrompt(f"{prompt.kind} {prompt.id} has no title, attribute or behaviour to ask about")
-            outcome: Completion | RowError = await engine.complete(prompt.system, prompt.text, job.sampling)
+            return await engine.complete(prompt.system, prompt.text, job.sampling)
         except RowError as error:
-            outcome = error
-        if on_row:
-            on_row(outcome)
-        return outcome
+            return error
 
     outcomes = await asyncio.gather(*map(ask, prompts))
     knowledge, dead = _tables(job, prompts, outcomes)
-    path = shard.file(job, "knowledge")
-    workspace.write_parquet(path, knowledge)
+    digest = workspace.write_parquet(shard.file(job, "knowledge"), knowledge)
     workspace.write_parquet(shard.file(job, "dead"), dead)
     manifest = ShardManifest(
         shard=shard,
@@ -145,7 +139,7 @@ async def generate_shard(
         rows_in=len(prompts),
         rows_out=knowledge.num_rows,
         rows_dead=dead.num_rows,
-        sha256=hashlib.sha256(workspace.read_bytes(path)).hexdigest(),
+        sha256=digest,
         prompt_tokens=sum(knowledge["prompt_tokens"].to_pylist()),
         output_tokens=sum(knowledge["output_tokens"].to_pylist()),
         seconds=watch.seconds,
@@ -192,9 +186,7 @@ def _tables(job: Job, prompts: list[Prompt], outcomes: list[Completion | RowErro
     return pa.Table.from_pylist(knowledge, schema=KNOWLEDGE), pa.Table.from_pylist(dead, schema=DEAD_LETTERS)
 
 
-def iterate_knowledge(
-    workspace: Workspace, folder: str, kinds: tuple[Kind, ...] = ("user", "item")
-) -> Iterator[pa.Table]:
+def iterate_knowledge(workspace: Workspace, folder: str, kinds: tuple[Kind, ...] = KINDS) -> Iterator[pa.Table]:
     """The knowledge tables of a finished job, one shard at a time.
 
     folder: the job's folder, relative to the workspace. Only shards with a manifest count: a file without one is

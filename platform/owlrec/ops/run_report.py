@@ -16,8 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.ctr.experiment import TrialResult
+from owlrec.generation.shards import KINDS, Kind, iterate_knowledge
 from owlrec.ops.report import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.prompting.rows import ItemCatalog
+from owlrec.schema import KNOWLEDGE
 from owlrec.store.latency import measure_lookup
 from owlrec.store.release import Release
 from owlrec.workspace import StageManifest, Workspace, finished_stage
@@ -41,18 +43,16 @@ def collect(
     results: list[TrialResult],
     *,
     run: str,
-    command: str,
     protocol: str,
     facts: Mapping[str, str],
 ) -> ReportData:
     """All figures of a run. Stages without a manifest are left out."""
     manifests = [m for stage in STAGES if (m := finished_stage(workspace, stage))]
-    texts = {kind: _some_rows(workspace, manifests, kind) for kind in ("user", "item")}
+    texts = {kind: _some_rows(workspace, manifests, kind) for kind in KINDS}
     return ReportData(
         run=run,
         finished=time.strftime("%Y-%m-%d %H:%M", time.localtime()),
         hardware=hardware_line(),
-        command=command,
         facts=dict(facts),
         protocol=protocol,
         arms=arm_figures(results),
@@ -124,15 +124,14 @@ def _stage_figures(manifest: StageManifest) -> StageFigures:
     )
 
 
-def _some_rows(workspace: Workspace, manifests: list[StageManifest], kind: str) -> pa.Table:
+def _some_rows(workspace: Workspace, manifests: list[StageManifest], kind: Kind) -> pa.Table:
     folder = next(m.outputs["knowledge"] for m in manifests if m.stage == "generate")
     tables: list[pa.Table] = []
-    for name in workspace.names(folder, kind):
-        if name.endswith(".json"):
-            tables.append(workspace.read_parquet(f"{folder}/{kind}/{name.removesuffix('.json')}.parquet"))
-            if sum(t.num_rows for t in tables) >= _LENGTH_ROWS:
-                break
-    return pa.concat_tables(tables)
+    for table in iterate_knowledge(workspace, folder, (kind,)):
+        tables.append(table)
+        if sum(t.num_rows for t in tables) >= _LENGTH_ROWS:
+            break
+    return pa.concat_tables([KNOWLEDGE.empty_table(), *tables])
 
 
 def _samples(workspace: Workspace, kind: str, texts: pa.Table) -> list[KnowledgeSample]:

@@ -134,7 +134,7 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
             raise ReleaseError(
                 f"{workspace.path(_POINTER)}: no release was current before "
                 f"{repr(history[-1]) if history else 'this'}, so there is nothing to roll back to. "
-                f"Name a release: owlrec.store.list_releases shows them."
+                f"Name a release: `owlrec releases` shows them."
             )
         to = earlier[-1]
     read_manifest(workspace, to)
@@ -204,7 +204,7 @@ def check_files(folder: Path, manifest: ReleaseManifest, *, checksums: bool) -> 
             raise ReleaseError(f"{path} is corrupt: its SHA-256 is not the one in {MANIFEST}. {_MEND}")
 
 
-_MEND = "Roll back to the previous release (owlrec.store.roll_back), or publish again."
+_MEND = "Roll back to the previous release (`owlrec rollback`), or publish again."
 
 
 def _history(workspace: Workspace) -> list[str]:
@@ -219,7 +219,7 @@ def _history(workspace: Workspace) -> list[str]:
     except (WorkspaceError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise ReleaseError(
             f"{workspace.path(_POINTER)} is unreadable ({error}). Delete it and name a release: "
-            f"owlrec.store.list_releases shows them, owlrec.store.roll_back(to=...) makes one current."
+            f"`owlrec releases` shows them, `owlrec rollback --to` makes one current."
         ) from None
 
 
