@@ -56,6 +56,7 @@ def ray_local() -> Iterator[None]:
             _temp_dir=folder,
             log_to_driver=False,
             namespace="tests",
+            _system_config={"metrics_report_interval_ms": 1000},  # metrics reach their page at once, not after 10 s
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)])}},
         )
         yield

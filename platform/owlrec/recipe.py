@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from owlrec.config import Config
 from owlrec.ctr.experiment import CTRConfig
+from owlrec.decoding import DecodingConfig
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import RecipeError, did_you_mean
 from owlrec.generation import EngineConfig
@@ -46,6 +47,7 @@ class Recipe(Config):
     prompts: PromptConfig = PromptConfig()
     engine: EngineConfig
     sampling: SamplingConfig = SamplingConfig()
+    decoding: DecodingConfig = DecodingConfig()
     generate: GenerateConfig = GenerateConfig()
     encoder: EncoderConfig = EncoderConfig()
     ctr: CTRConfig = CTRConfig()

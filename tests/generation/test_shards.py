@@ -1,15 +1,18 @@
 """Shards: every row exactly once, as knowledge or as a dead letter; done only when whole."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from owlrec.decoding import DecodingConfig
 from owlrec.errors import WorkspaceError
 from owlrec.generation import EchoEngineConfig, HttpEngineConfig, build_engine
 from owlrec.generation.batch import build_job
-from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.engine import Completion, Engine, SamplingConfig
 from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, generate_shard, plan_shards
 from owlrec.prompting.rows import ItemCatalog, PromptConfig
 from owlrec.scenario import get_scenario
@@ -119,3 +122,67 @@ def test_job_fingerprint_sees_all_that_shapes_a_text(change: dict) -> None:
 
 def test_job_fingerprint_ignores_speed_settings() -> None:
     assert job(engine=EchoEngineConfig(type="echo", latency_s=1)).fingerprint == job().fingerprint
+
+
+@pytest.mark.parametrize("framework", ["once", "rlmrec", "trawl"])
+def test_chosen_prompt_family_asks_about_users_and_items_and_names_their_rows(
+    small_world: Workspace, framework: str
+) -> None:
+    for shard in plan_shards(small_world):
+        prompts = {}
+        for name in ("kar", framework):
+            chosen = job(prompts=PromptConfig(framework=name))
+            run(small_world, chosen, shard)
+            table = small_world.read_parquet(shard.file(chosen, "knowledge"))
+            assert set(table["framework"].to_pylist()) == {name}
+            prompts[name] = set(table["prompt_sha256"].to_pylist())
+        assert not prompts["kar"] & prompts[framework]
+
+
+class _Recording(Engine):
+    """Keeps what it is asked with; claims three drafted tokens a row, two accepted, one of them relaxed."""
+
+    context_tokens = 1000
+
+    def __init__(self) -> None:
+        self.extras: list[object] = []
+
+    async def complete(
+        self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
+    ) -> Completion:
+        self.extras.append(extra)
+        return Completion("text", 1, 1, "stop", drafted=3, accepted=2, relaxed=1)
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+
+def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(small_world: Workspace) -> None:
+    shard = plan_shards(small_world)[0]
+    engine, catalog = _Recording(), ItemCatalog.load(small_world)
+    relaxed = job(decoding=DecodingConfig(mode="relaxed", k=3, min_prob=0.2))
+    asyncio.run(generate_shard(small_world, relaxed, shard, engine, catalog))
+    table = small_world.read_parquet(shard.file(relaxed, "knowledge"))
+    assert engine.extras == [
+        {
+            "owlrec_pools": ["user"],
+            "owlrec_document": i,
+            "owlrec_mode": "relaxed",
+            "owlrec_k": 3,
+            "owlrec_min_prob": 0.2,
+        }
+        for i in table["id"].to_pylist()
+    ]
+    counts = [set(table[name].to_pylist()) for name in ("drafted", "accepted", "relaxed")]
+    assert counts == [{3}, {2}, {1}]
+    engine.extras.clear()
+    asyncio.run(generate_shard(small_world, job(), shard, engine, catalog))
+    assert set(engine.extras) == {None}
+
+
+def test_how_tokens_are_chosen_makes_another_job_and_where_drafts_come_from_does_not() -> None:
+    strict = job(decoding=DecodingConfig(mode="strict")).fingerprint
+    assert strict != job().fingerprint
+    assert strict == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", max_draft=3)).fingerprint
+    relaxed = {job(decoding=DecodingConfig(mode="relaxed", min_prob=p)).fingerprint for p in (0.1, 0.2)}
+    assert len(relaxed | {strict}) == 3

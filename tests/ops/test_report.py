@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from owlrec.decoding.counters import DecoderCounters, StepSums
 from owlrec.ops.report import (
     ArmFigures,
     KnowledgeSample,
@@ -93,3 +94,28 @@ def test_a_run_that_ended_early_still_has_a_page():
     page = render_report(ReportData(run="r", finished="now", hardware="2 cores"))
     assert "<h2>" not in page
     assert "None" not in page
+
+
+def test_the_decoder_is_shown_by_its_counts_and_its_speed_up_by_batch_size(data):
+    assert "Speculative decoding" not in render_report(data)
+    counts = {
+        "rows": 100,
+        "tokens": 250,
+        "drafted": 400,
+        "accepted": 150,
+        "relaxed": 5,
+        "hits_own": 7,
+        "retrieval_s": 0.1,
+    }
+    sums = {1: StepSums(steps=9, tokens=20, seconds=2.0, plain_s=6.2), 16: StepSums(steps=3, seconds=1.0, plain_s=1.4)}
+    page = render_report(data.model_copy(update={"decoder": DecoderCounters(counts=counts, by_rows=sums)}))
+    for text in (
+        "2.50 (steps without",
+        "400, 38% accepted",
+        "own 7",
+        "retrieval 3.3%",
+        "up to 16 rows",
+        "3.1 x plain",
+        "1.4 x plain",
+    ):
+        assert text in page, text

@@ -1,9 +1,24 @@
 """Tables to prompts."""
 
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import get_args
+
 import numpy as np
 import pyarrow as pa
+import pytest
 
-from owlrec.prompting.rows import ItemCatalog, PromptConfig, item_prompts, template_fingerprint, user_prompts
+from owlrec.errors import RecipeError
+from owlrec.prompting.framework import Framework, FrameworkName, item_prompt, item_system, user_system
+from owlrec.prompting.rows import (
+    FRAMEWORKS,
+    ItemCatalog,
+    PromptConfig,
+    item_prompts,
+    template_fingerprint,
+    user_prompts,
+)
+from owlrec.recipe import load_recipe
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
 
@@ -34,7 +49,7 @@ def test_user_prompts_carry_the_as_of_of_their_history(small_world: Workspace) -
 
 
 def test_item_prompts_cover_every_row(small_world: Workspace) -> None:
-    prompts = list(item_prompts(small_world.read_table("items"), MOVIES))
+    prompts = list(item_prompts(small_world.read_table("items"), MOVIES, "kar"))
     assert {p.id for p in prompts} == set(range(100, 130))
     assert all(p.as_of == 0 for p in prompts)
 
@@ -46,3 +61,55 @@ def test_template_fingerprint_sees_scenario_and_settings() -> None:
         template_fingerprint(PromptConfig(), get_scenario("books")),
     }
     assert len(prints) == 3
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_rows_are_asked_in_the_chosen_familys_words(small_world: Workspace, name: FrameworkName) -> None:
+    family = FRAMEWORKS[name]
+    users = list(
+        user_prompts(
+            small_world.read_table("users"),
+            small_world.read_table("histories"),
+            ItemCatalog.load(small_world),
+            PromptConfig(framework=name),
+            MOVIES,
+            len,
+        )
+    )
+    assert len(users) == 40
+    question = family.user_template.splitlines()[-1].format(items="movies")
+    for prompt in users:
+        assert prompt.system == user_system(family, MOVIES)
+        assert prompt.text.endswith("\n" + question)
+    for prompt in item_prompts(small_world.read_table("items"), MOVIES, name):
+        assert prompt.system == item_system(family, MOVIES)
+        i = prompt.id - 100
+        genres = ["Drama", "War"] if i % 2 else ["Comedy"]
+        assert prompt.text == item_prompt(family, MOVIES, f"Film {i} (19{70 + i % 30})", {"genres": genres})
+
+
+@pytest.mark.parametrize("part", [f.name for f in fields(Framework)])
+def test_template_fingerprint_moves_with_its_own_family_only(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    def prints() -> dict[str, str]:
+        return {name: template_fingerprint(PromptConfig(framework=name), MOVIES) for name in FRAMEWORKS}
+
+    before = prints()
+    assert len(set(before.values())) == len(FRAMEWORKS)
+    monkeypatch.setitem(FRAMEWORKS, "once", replace(FRAMEWORKS["once"], **{part: "Another wording."}))
+    assert {name for name, value in prints().items() if value != before[name]} == {"once"}
+
+
+def test_recipe_takes_every_family_and_names_an_unknown_one(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    recipe = (
+        "name: x\nscenario: movies\nworkspace: w\nsource: {type: movielens-100k}\nengine: {type: echo}\n"
+        "prompts: {framework: %s}\n"
+    )
+    assert set(get_args(FrameworkName)) == set(FRAMEWORKS)
+    for name in FRAMEWORKS:
+        file.write_text(recipe % name)
+        assert load_recipe(file).prompts.framework == name
+    file.write_text(recipe % "rlmrecs")
+    expected = r"prompts\.framework: Input should be 'kar', 'once', 'rlmrec' or 'trawl' \(found 'rlmrecs'\)"
+    with pytest.raises(RecipeError, match=expected):
+        load_recipe(file)

@@ -4,12 +4,17 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from owlrec.decoding import DecodingConfig, request_arguments
+from owlrec.decoding.release_pools import write_release_pools
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig, build_engine
-from owlrec.generation.engine import PromptTooLong, SamplingConfig
+from owlrec.generation.engine import Completion, PromptTooLong, SamplingConfig
+from owlrec.generation.models import load_tokenizer, model_identity
 from owlrec.generation.vllm_engine import VllmEngine
+from owlrec.schema import KNOWLEDGE
 
 pytestmark = pytest.mark.vllm
 CONFIG = VllmEngineConfig(type="vllm", model="smollm2-135m", max_model_len=256, max_num_seqs=8, kv_cache_gib=1)
@@ -60,3 +65,54 @@ def test_unloadable_model_is_an_engine_error(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(EngineError, match="could not start"):
         build_engine(CONFIG.model_copy(update={"model": str(tmp_path)}))
+
+
+def test_drafts_from_a_release_give_the_same_answers_in_fewer_steps(tmp_path: Path) -> None:
+    """float32, so that batch shapes decide no tie; the pools are made of texts, as `publish` makes them."""
+    model = CONFIG.model_copy(update={"dtype": "float32"})
+    prompts = [f"Tell me about {topic}." for topic in ("owls", "rivers", "bread", "trains")]
+
+    def answers(decoding: DecodingConfig) -> list[Completion]:
+        engine = build_engine(model, decoding)
+        assert isinstance(engine, VllmEngine)
+
+        async def ask() -> list[Completion]:
+            sampling, named = SamplingConfig(max_tokens=60), decoding.mode != "off"
+            extras = [request_arguments(["item"], i) if named else None for i in range(len(prompts))]
+            return await asyncio.gather(
+                *(engine.complete("", p, sampling, extra) for p, extra in zip(prompts, extras, strict=True))
+            )
+
+        found = asyncio.run(ask())
+        if decoding.mode != "off":
+            counters = engine.counters
+            assert counters is not None
+            assert counters.counts["accepted"] == sum(a.accepted for a in found) > 0
+            assert counters.counts["drafted"] == sum(a.drafted for a in found)
+            assert counters.counts["tokens"] + len(prompts) >= sum(a.output_tokens for a in found)
+            assert counters.tokens_per_step > 1.5
+            assert sum(s.tokens for s in counters.by_rows.values()) > 0
+            identity.append(engine.identity)
+        engine.close()
+        return found
+
+    identity: list[str] = []
+    plain = answers(DecodingConfig())
+    rows = [
+        {**dict.fromkeys(KNOWLEDGE.names), "kind": "item", "id": i, "as_of": 0, "text": a.text, "relaxed": 0}
+        | {"finish_reason": a.finish_reason}
+        for i, a in enumerate(plain)
+    ]
+    table = pa.Table.from_pylist(rows, schema=KNOWLEDGE)
+    tokenizer = load_tokenizer(CONFIG.model)
+    write_release_pools(tmp_path, [table], tokenizer, identity=model_identity(CONFIG.model), max_tokens=10**6)
+    drafted = answers(DecodingConfig(mode="strict", pools=str(tmp_path)))
+    assert [a.text for a in drafted] == [a.text for a in plain]
+    assert identity == [model_identity(CONFIG.model)]
+    assert all(a.drafted == 0 for a in plain)
+
+
+def test_two_ways_of_speculating_exclude_each_other() -> None:
+    config = CONFIG.model_copy(update={"engine_args": {"speculative_config": {"method": "ngram"}}})
+    with pytest.raises(EngineError, match=r"engine_args\.speculative_config and decoding\.mode: strict exclude"):
+        build_engine(config, DecodingConfig(mode="strict"))

@@ -135,3 +135,8 @@ class Controller:
 
 def _band(rows: int) -> int:
     return int(np.searchsorted(_NODES, rows))
+
+
+def band_of_rows(rows: int) -> int:
+    """The largest number of rows that a step is told apart from by no estimate: 1, 2, 4, 8, 12, 16 and so on."""
+    return int(_NODES[min(_band(rows), len(_NODES) - 1)])

@@ -8,13 +8,14 @@ writes.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import RecipeError
 
+VLLM_VERSION = "0.32.0"  # the one whose internals the decoder is written against
 LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool: the first tokens of an answer can then be drafted too
 SETTINGS_KEY = "owlrec_decoding"  # in vLLM's additional_config
 POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
@@ -35,11 +36,16 @@ class DecodingConfig(Relaxation):
     """How the engine drafts and verifies: the relaxed rule, whose defaults are the settings that DARE shipped, and
     more."""
 
+    shapes_output: ClassVar[tuple[str, ...]] = ("mode", "k", "min_prob", "margin")  # drafts shape no strict text
+
     mode: Literal["off", "strict", "relaxed"] = "off"
     # Tokens a row and step. Replays of SmolLM2-135M's texts gain 20 % from 8 to 16 at batch 1, 3 % beyond; the
     # controller cuts the rest.
     max_draft: int = Field(16, ge=1, le=64)
-    pools: str | None = None  # the folder of sealed pools, one subfolder each; None = none
+    # The folder of sealed pools, one subfolder each. None = in a run, those published with the current release; else
+    # none.
+    pools: str | None = None
+    pool_tokens: int = Field(10**7, ge=1)  # a published pool, 90 MB: the newest texts stay
     default_pool: str = "default"  # for requests that name no pool, or one that is not there
     max_open_pools: int = Field(256, ge=1)  # mapped at once; the least recently used closes first
     # Finished texts draft for later ones of the same pool at once. Tokens of live text held a pool (36-72 bytes each);

@@ -10,7 +10,7 @@ looks only at tokens that failed it and could still pass.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +87,9 @@ class Verifier(RejectionSampler):
         self.rules: Sequence[Relaxation | None] = ()
         self.verdict = Verdict(np.zeros(0, np.int64), np.zeros(0, np.int64))
         self.seconds = 0.0  # spent here since the start
-        self._only_relaxed = np.zeros(0, dtype=bool)  # [n_draft] of the step at hand, on the long way
+        # Of the step at hand, on the long way, [n_draft]: tokens, and whether only the relaxed rule accepts them.
+        self._draft = np.zeros(0, np.int64)
+        self._only_relaxed = np.zeros(0, dtype=bool)
 
     def forward(
         self,
@@ -106,7 +108,14 @@ class Verifier(RejectionSampler):
             output = self.sampler(logits=logits, sampling_metadata=sampling_metadata)
             self.verdict = Verdict(np.zeros_like(counts), np.zeros_like(counts))
         else:
-            output = super().forward(metadata, draft_probs, logits, sampling_metadata)
+            self._draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
+            # vLLM 0.32's kernel for a CPU reads a probability at -1 and may accept it (vllm#46533 mended the GPU's):
+            # padding is verified as token 0, which is what the model was fed, and what then follows it is dropped.
+            unpadded = replace(metadata, draft_token_ids=metadata.draft_token_ids.clamp(min=0))
+            output = super().forward(unpadded, draft_probs, logits, sampling_metadata)
+            kept = torch.from_numpy(_first_failures(self._draft >= 0, counts)).to(logits.device)
+            column = torch.arange(metadata.max_spec_len + 1, device=logits.device)
+            output.sampled_token_ids[column > kept[:, None]] = _NO_TOKEN
             emitted = (output.sampled_token_ids.cpu().numpy() != _NO_TOKEN).sum(axis=1)
             accepted = np.minimum(np.maximum(emitted - 1, 0), counts)
             self.verdict = Verdict(accepted, _sum_runs(self._only_relaxed, counts, accepted))
@@ -127,7 +136,7 @@ class Verifier(RejectionSampler):
             relaxing &= np.repeat((sampling_metadata.temperature.cpu().numpy() == 0)[: len(counts)], counts)
         at = np.flatnonzero(relaxing)
         if len(at):
-            draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
+            draft = self._draft
             part = logits[torch.from_numpy(at).to(logits.device)]
             passed = rules.accept(part, draft, at) & (part.argmax(dim=-1).cpu().numpy() != draft[at])
             rows, tokens = (torch.from_numpy(a).to(logits.device) for a in (at[passed], draft[at[passed]]))

@@ -9,16 +9,18 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import vllm
 from vllm.v1.sample import rejection_sampler
 
-from owlrec.decoding.controller import Controller, StepTimes
+from owlrec.decoding.controller import Controller, StepTimes, band_of_rows
+from owlrec.decoding.counters import DecoderCounters, StepSums
+from owlrec.decoding.options import VLLM_VERSION
 from owlrec.decoding.proposer import RetrievalProposer
 from owlrec.decoding.verification import Verifier
 from owlrec.errors import EngineError
 
-VLLM_VERSION = "0.32.0"
 _MEASURED_TOKENS = (1, 4, 16, 64, 256)
 _MEASURING_S = 5.0  # a large model on a slow machine stops measuring here; the curve is extended in a line
 _IDLE_S = 0.02  # a longer pause between two steps was spent waiting for requests, not on the step
@@ -77,6 +79,7 @@ class RetrievalWorker(_Base):
         self._finished: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
         self._step: tuple[float, int, int] | None = None  # start, rows and drafts of the last step, if it only decoded
         self._ended = 0.0
+        self._by_rows: dict[int, StepSums] = {}
 
     def compile_or_warm_up_model(self) -> Any:
         """Warms up as vLLM does, then measures the step-time curve and gives the proposer its controller."""
@@ -90,15 +93,14 @@ class RetrievalWorker(_Base):
         """A step's forward pass. The one before it ends here for the controller, so that it counts the scheduler's
         share too."""
         now = time.perf_counter()
-        controller = self.proposer.controller
-        if self._step is not None and controller is not None:
-            began, rows, drafts = self._step
-            controller.observe(rows, drafts, (now if now - self._ended < _IDLE_S else self._ended) - began)
-        scheduled = {i: len(tokens) for i, tokens in scheduler_output.scheduled_spec_decode_tokens.items()}
-        rows, drafts = len(scheduler_output.num_scheduled_tokens), sum(scheduled.values())
+        self._settle_step(now)
+        verified = scheduler_output.scheduled_spec_decode_tokens
+        rows, drafts = len(scheduler_output.num_scheduled_tokens), sum(len(tokens) for tokens in verified.values())
         decoding = rows > 0 and scheduler_output.total_num_scheduled_tokens == rows + drafts
         self._step = (now, rows, drafts) if decoding and not scheduler_output.scheduled_new_reqs else None
-        self.proposer.scheduled = scheduled
+        self._tokens_before = self.proposer.counts["tokens"]
+        # vLLM pads requests that it admits or resumes with -1 (v1/core/sched/scheduler.py:1130): no drafts of ours.
+        self.proposer.scheduled = {i: len(tokens) for i, tokens in verified.items() if tokens[0] >= 0}
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -119,17 +121,17 @@ class RetrievalWorker(_Base):
         running = {_given_id(i): (s.drafted, s.accepted, s.relaxed) for i, s in self.proposer.requests.items()}
         return {i: running.get(i) or self._finished.get(i, (0, 0, 0)) for i in ids}
 
-    def owlrec_counters(self) -> dict[str, float]:
-        """A call: counters since the start. Seconds end in _s; the rest count tokens, rows, steps, requests or
-        pools."""
+    def owlrec_counters(self) -> str:
+        """A call: the DecoderCounters since the start, as JSON."""
         proposer = self.proposer
-        return {
+        counts: dict[str, float] = {
             **proposer.counts,
             **{f"pools_{name}": n for name, n in proposer.pools.counts.items()},
             **{f"tokens_{tier}": n for tier, n in proposer.pools.tokens().items()},
             "retrieval_s": proposer.retrieval_s,
             "verification_s": self.verifier.seconds,
         }
+        return DecoderCounters(counts=counts, by_rows=self._by_rows).model_dump_json()
 
     def owlrec_seal_pools(self, max_tokens: int) -> dict[str, int]:
         """A call: writes what the live pools have learnt to the pools' folder; tokens by pool."""
@@ -146,6 +148,20 @@ class RetrievalWorker(_Base):
         ends = set(params.all_stop_token_ids) if params is not None else set()
         self.proposer.finish(req_id, req_state.prompt_token_ids or [], req_state.output_token_ids, ends)
 
+    def _settle_step(self, now: float) -> None:
+        controller = self.proposer.controller
+        if self._step is None or controller is None:
+            return
+        began, rows, drafts = self._step
+        seconds = (now if now - self._ended < _IDLE_S else self._ended) - began
+        controller.observe(rows, drafts, seconds)
+        tokens = self.proposer.counts["tokens"] - self._tokens_before
+        sums = self._by_rows.setdefault(band_of_rows(rows), StepSums())
+        sums.steps += 1
+        sums.tokens += tokens
+        sums.seconds += seconds
+        sums.plain_s += tokens * float(controller.plain(rows)) / rows
+
     @torch.inference_mode()
     def _measure(self, limit: int) -> StepTimes:
         runner: Any = self.model_runner
@@ -157,7 +173,11 @@ class RetrievalWorker(_Base):
             for _ in range(3):
                 start = time.perf_counter()
                 hidden, _ = runner._dummy_run(n)
-                runner.model.compute_logits(hidden[:n]).max(dim=-1)
+                # With LoRA the run is set up for one logit a row, of which there may be fewer than tokens.
+                with runner.maybe_select_dummy_loras(
+                    runner.lora_config, np.array([n]), num_sampled_tokens=np.array([n])
+                ):
+                    runner.model.compute_logits(hidden[:n]).max(dim=-1)
                 runner._sync_device()
                 best = min(best, time.perf_counter() - start)
             seconds.append(best)

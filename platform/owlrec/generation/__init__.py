@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from owlrec.decoding import DecodingConfig
 from owlrec.generation.echo_engine import EchoEngine, EchoEngineConfig
 from owlrec.generation.engine import Engine
 from owlrec.generation.http_engine import HttpEngine, HttpEngineConfig
@@ -14,10 +15,16 @@ from owlrec.workspace import fingerprint
 EngineConfig = Annotated[VllmEngineConfig | HttpEngineConfig | EchoEngineConfig, Field(discriminator="type")]
 
 
-def build_engine(config: VllmEngineConfig | HttpEngineConfig | EchoEngineConfig) -> Engine:
-    """The engine that `config` describes, started. Raises EngineError where it cannot start."""
+def build_engine(
+    config: VllmEngineConfig | HttpEngineConfig | EchoEngineConfig, decoding: DecodingConfig | None = None
+) -> Engine:
+    """The engine that `config` describes, started.
+
+    decoding: how vLLM drafts and verifies; an HTTP server has its own.
+    Raises EngineError where it cannot start.
+    """
     if isinstance(config, VllmEngineConfig):
-        return VllmEngine(config)
+        return VllmEngine(config, decoding or DecodingConfig())
     return HttpEngine(config) if isinstance(config, HttpEngineConfig) else EchoEngine(config)
 
 

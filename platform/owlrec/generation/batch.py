@@ -7,18 +7,23 @@ rows finish.
 """
 
 import os
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
 from owlrec import __version__
 from owlrec.config import Config
+from owlrec.decoding import DecodingConfig
+from owlrec.decoding.counters import DecoderCounters, add_counters
 from owlrec.errors import EngineError, OwlRecError
 from owlrec.generation import EngineConfig, VllmEngineConfig, build_engine, engine_fingerprint
 from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.shards import Job, Shard, ShardManifest, generate_shard
+from owlrec.ops.decoder_metrics import DecoderMetrics
 from owlrec.prompting.rows import ItemCatalog, PromptConfig, template_fingerprint
 from owlrec.quiet import redirect_output
 from owlrec.scenario import Scenario
@@ -39,10 +44,22 @@ class GenerateConfig(Config):
     max_dead_share: float = Field(0.02, ge=0, le=1)
 
 
-def build_job(scenario: Scenario, prompts: PromptConfig, sampling: SamplingConfig, engine: EngineConfig) -> Job:
-    """The job with its fingerprint: scenario and wording, model and revision, decoding settings, owlrec version."""
-    print_ = fingerprint(template_fingerprint(prompts, scenario), engine_fingerprint(engine), sampling, __version__)
-    return Job(scenario, prompts, sampling, print_)
+def build_job(
+    scenario: Scenario,
+    prompts: PromptConfig,
+    sampling: SamplingConfig,
+    engine: EngineConfig,
+    decoding: DecodingConfig | None = None,
+) -> Job:
+    """The job with its fingerprint: scenario and wording, model and revision, how tokens are chosen, owlrec version.
+
+    Which pools draft is no part of it: a run that publishes must find its own texts again when it is resumed.
+    """
+    decoding = decoding or DecodingConfig()
+    rule = decoding.model_dump(mode="json", include=set(decoding.shapes_output)) if decoding.mode != "off" else None
+    wording = template_fingerprint(prompts, scenario)
+    print_ = fingerprint(wording, engine_fingerprint(engine), sampling, rule, __version__)
+    return Job(scenario, prompts, sampling, decoding, print_)
 
 
 class _ShardRunner:
@@ -56,8 +73,10 @@ class _ShardRunner:
         self.workspace, self.job = workspace, job
         self.catalog = ItemCatalog.load(workspace)
         self.mistake: OwlRecError | None = None
+        self.name = uuid.uuid4().hex[:8]
+        self.metrics: DecoderMetrics | None = None
         try:
-            self.engine = build_engine(engine)
+            self.engine = build_engine(engine, job.decoding)
         except OwlRecError as error:
             self.mistake = error
 
@@ -69,9 +88,27 @@ class _ShardRunner:
                     raise self.mistake
                 manifest = await generate_shard(self.workspace, self.job, shard, self.engine, self.catalog)
             except OwlRecError as error:
-                yield {"manifest": [""], "mistake": [str(error)]}
+                yield {"manifest": [""], "mistake": [str(error)], "engine": [self.name], "counters": [""]}
                 return
-            yield {"manifest": [manifest.model_dump_json()], "mistake": [""]}
+            counters = self._count()
+            row = {"manifest": manifest.model_dump_json(), "mistake": "", "engine": self.name, "counters": counters}
+            yield {name: [value] for name, value in row.items()}
+
+    def _count(self) -> str:
+        if self.engine.counters is None:
+            return ""
+        if self.metrics is None:
+            self.metrics = DecoderMetrics(self.name)
+        self.metrics.update(self.engine.counters)
+        return self.engine.counters.model_dump_json()
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a call of `generate` did: the manifests of its shards, in any order, and what the decoder counted."""
+
+    manifests: list[ShardManifest]
+    counters: DecoderCounters | None
 
 
 def generate(
@@ -81,15 +118,19 @@ def generate(
     config: GenerateConfig,
     pending: list[Shard],
     on_shard: Callable[[ShardManifest], None] | None = None,
-) -> list[ShardManifest]:
-    """Runs `pending` shards and returns their manifests, in any order; `on_shard` hears of each as it is done.
+) -> Generated:
+    """Runs `pending` shards; `on_shard` hears of each as it is done.
 
     Ray must be initialised. Raises EngineError where an engine cannot start or dies, or a shard is missing at the
     end; finished shards stay, and the same call with what is still pending goes on from there.
     """
     done: dict[tuple[str, str], ShardManifest] = {}
-    for manifest in _run(workspace, job, engine, config, pending):
+    counters: dict[str, DecoderCounters] = {}  # by engine, which counts from its start
+    for row in _run(workspace, job, engine, config, pending):
+        manifest = ShardManifest.model_validate_json(row["manifest"])
         done[manifest.shard.kind, manifest.shard.part] = manifest
+        if row["counters"]:
+            counters[row["engine"]] = DecoderCounters.model_validate_json(row["counters"])
         if on_shard:
             on_shard(manifest)
     missing = [s.part for s in pending if (s.kind, s.part) not in done]
@@ -97,7 +138,7 @@ def generate(
         raise EngineError(
             f"{len(missing)} of {len(pending)} shards did not finish, first {missing[0]}. Run the same command again."
         )
-    return list(done.values())
+    return Generated(list(done.values()), add_counters(counters.values()) if counters else None)
 
 
 def check_dead_share(workspace: Workspace, job: Job, manifests: list[ShardManifest], config: GenerateConfig) -> None:
@@ -121,7 +162,7 @@ def check_dead_share(workspace: Workspace, job: Job, manifests: list[ShardManife
 
 def _run(
     workspace: Workspace, job: Job, engine: EngineConfig, config: GenerateConfig, pending: list[Shard]
-) -> Iterator[ShardManifest]:
+) -> Iterator[dict[str, str]]:
     import ray  # here, since the recipe imports this module's Config and Ray takes a second to import
 
     context = ray.data.DataContext.get_current()
@@ -146,7 +187,7 @@ def _run(
     for row in dataset.iter_rows():
         if row["mistake"]:
             raise EngineError(row["mistake"])
-        yield ShardManifest.model_validate_json(row["manifest"])
+        yield row
 
 
 def _engine_cpus(engine: EngineConfig, config: GenerateConfig) -> float:

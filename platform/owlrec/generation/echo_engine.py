@@ -7,7 +7,8 @@ is worthless.
 
 import asyncio
 import hashlib
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from owlrec.config import Config
 from owlrec.generation.engine import Completion, Engine, SamplingConfig, check_length
@@ -31,7 +32,9 @@ class EchoEngine(Engine):
         self.identity = "echo"
         self.context_tokens = config.max_model_len
 
-    async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:
+    async def complete(
+        self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
+    ) -> Completion:
         """See Engine.complete."""
         n_prompt = self.count_tokens(system) + self.count_tokens(prompt)
         check_length(n_prompt, sampling, self.context_tokens)

@@ -6,11 +6,14 @@ just keep enough of them in flight; no caller ever waits for the slowest row of 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field
 
 from owlrec.config import Config
+from owlrec.decoding.counters import DecoderCounters
 from owlrec.errors import EngineError
 
 
@@ -66,11 +69,16 @@ class Engine(ABC):
 
     identity: str  # model id and revision, part of the job's fingerprint
     context_tokens: int  # prompt and answer together
+    counters: DecoderCounters | None = None  # of the speculative decoder since the start; None where none runs
 
     @abstractmethod
-    async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:
-        """The answer to `prompt` after the system turn `system` ("" for the model's own). Raises RowError where this
-        request fails for good.
+    async def complete(
+        self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
+    ) -> Completion:
+        """The answer to `prompt` after the system turn `system` ("" for the model's own).
+
+        extra: vLLM's `extra_args` of this request (see decoding.request_arguments); other engines ignore it.
+        Raises RowError where this request fails for good.
         """
 
     @abstractmethod

@@ -7,6 +7,7 @@ engine: the recipe must name the server.
 
 import asyncio
 import random
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import httpx
@@ -52,11 +53,16 @@ class HttpEngine(Engine):
         self._client: httpx.AsyncClient | None = None
         self._slots = asyncio.Semaphore(config.concurrency)
 
-    async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:
-        """See Engine.complete. Raises RequestFailed after `max_attempts`, naming the last status."""
+    async def complete(
+        self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
+    ) -> Completion:
+        """See Engine.complete; `extra` travels as vLLM's `vllm_xargs`.
+
+        Raises RequestFailed after `max_attempts`, naming the last status.
+        """
         check_length(self.count_tokens(system) + self.count_tokens(prompt), sampling, self.context_tokens)
         messages = [{"role": "system", "content": system}] if system else []
-        body = {
+        body: dict[str, Any] = {
             "model": self.config.model,
             "messages": [*messages, {"role": "user", "content": prompt}],
             "max_tokens": sampling.max_tokens,
@@ -65,6 +71,8 @@ class HttpEngine(Engine):
         }
         if sampling.repetition_penalty != 1.0:  # not in OpenAI's protocol; vLLM and SGLang take it
             body["repetition_penalty"] = sampling.repetition_penalty
+        if extra:
+            body["vllm_xargs"] = dict(extra)
         async with self._slots:
             return await self._with_retries(body)
 

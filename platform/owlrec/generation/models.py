@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from owlrec.environment import cache_folder
 from owlrec.errors import EngineError
@@ -52,6 +53,16 @@ def model_identity(model: str, revision: str | None = None) -> str:
         ]
         return f"{folder.name}:{fingerprint(parts)[:16]}"
     return f"{model}@{revision}" if revision else model
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> Any:
+    """The model's own tokenizer (transformers). Raises EngineError where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(model), revision=revision)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"the tokenizer of {model} cannot be loaded ({error}). Check engine.model.") from None
 
 
 def _packaged_gguf() -> Path:

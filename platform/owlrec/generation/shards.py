@@ -10,11 +10,13 @@ import asyncio
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel
 
+from owlrec.decoding import DecodingConfig, request_arguments
+from owlrec.decoding.counters import DecoderCounters, add_counters
 from owlrec.errors import WorkspaceError
 from owlrec.generation.engine import Completion, EmptyPrompt, Engine, RowError, SamplingConfig
 from owlrec.prompting.rows import ItemCatalog, Prompt, PromptConfig, item_prompts, user_prompts
@@ -23,6 +25,7 @@ from owlrec.schema import DEAD_LETTERS, KNOWLEDGE
 from owlrec.workspace import Stopwatch, Workspace, fingerprint, finished_stage
 
 Kind = Literal["user", "item"]
+COUNTERS = "decoder.json"
 KINDS: tuple[Kind, ...] = ("user", "item")
 _TABLES: dict[Kind, str] = {"user": "users", "item": "items"}
 
@@ -34,12 +37,18 @@ class Job:
     scenario: Scenario
     prompts: PromptConfig
     sampling: SamplingConfig
+    decoding: DecodingConfig
     fingerprint: str
 
     @property
     def folder(self) -> str:
         """The job's folder in the workspace."""
         return f"knowledge/{self.fingerprint[:16]}"
+
+    @property
+    def counters_file(self) -> str:
+        """What the decoder counted over the whole job (DecoderCounters), relative to the workspace."""
+        return f"{self.folder}/{COUNTERS}"
 
 
 class Shard(BaseModel):
@@ -125,7 +134,7 @@ async def generate_shard(
         try:
             if not prompt.text:
                 raise EmptyPrompt(f"{prompt.kind} {prompt.id} has no title, attribute or behaviour to ask about")
-            return await engine.complete(prompt.system, prompt.text, job.sampling)
+            return await engine.complete(prompt.system, prompt.text, job.sampling, _drafting(job, prompt))
         except RowError as error:
             return error
 
@@ -148,11 +157,20 @@ async def generate_shard(
     return manifest
 
 
+def _drafting(job: Job, prompt: Prompt) -> dict[str, Any] | None:
+    """Which pools to draft from: that of the row's kind, in which its own earlier text comes first."""
+    mode = job.decoding.mode
+    if mode == "off":
+        return None
+    rule = job.decoding.relaxation if mode == "relaxed" else None
+    return request_arguments([prompt.kind], prompt.id, mode=mode, relaxation=rule)
+
+
 def read_prompts(workspace: Workspace, job: Job, shard: Shard, engine: Engine, catalog: ItemCatalog) -> list[Prompt]:
     """The shard's prompts, in table order; "" texts included."""
     rows = workspace.read_parquet(f"tables/{shard.table}/{shard.part}")
     if shard.kind == "item":
-        return list(item_prompts(rows, job.scenario))
+        return list(item_prompts(rows, job.scenario, job.prompts.framework))
     histories = workspace.read_parquet(f"tables/histories/{shard.part}")
     return list(user_prompts(rows, histories, catalog, job.prompts, job.scenario, engine.count_tokens))
 
@@ -184,6 +202,14 @@ def _tables(job: Job, prompts: list[Prompt], outcomes: list[Completion | RowErro
             }
         )
     return pa.Table.from_pylist(knowledge, schema=KNOWLEDGE), pa.Table.from_pylist(dead, schema=DEAD_LETTERS)
+
+
+def keep_counters(workspace: Workspace, job: Job, counters: DecoderCounters) -> DecoderCounters:
+    """Adds what the decoder counted to what earlier, interrupted runs of this job did; returns the sum."""
+    if workspace.exists(job.counters_file):
+        counters = add_counters([DecoderCounters.model_validate(workspace.read_json(job.counters_file)), counters])
+    workspace.write_json(job.counters_file, counters.model_dump())
+    return counters
 
 
 def iterate_knowledge(workspace: Workspace, folder: str, kinds: tuple[Kind, ...] = KINDS) -> Iterator[pa.Table]:

@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import queue
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,11 +19,12 @@ from jinja2 import TemplateError
 from pydantic import Field
 
 from owlrec.config import Config
+from owlrec.decoding import DecodingConfig, engine_arguments
+from owlrec.decoding.counters import DecoderCounters
+from owlrec.decoding.options import VLLM_VERSION
 from owlrec.errors import EngineError
 from owlrec.generation.engine import Completion, Engine, RequestFailed, SamplingConfig, check_length
 from owlrec.generation.models import PACKAGED, model_identity, resolve_model
-
-VLLM_VERSION = "0.32.0"
 
 
 class VllmEngineConfig(Config):
@@ -56,18 +58,29 @@ class EngineStopped(EngineError):
 class _Pending:
     prompt_token_ids: list[int]
     params: Any
-    future: "asyncio.Future[Any]"
+    future: "asyncio.Future[_Answer]"
     loop: asyncio.AbstractEventLoop
+
+
+@dataclass
+class _Answer:
+    output: Any  # vLLM's CompletionOutput
+    counts: tuple[int, int, int]  # tokens drafted, accepted, and accepted by the relaxed rule alone
 
 
 class VllmEngine(Engine):
     """One vllm.LLMEngine and the thread that steps it."""
 
-    def __init__(self, config: VllmEngineConfig) -> None:
+    def __init__(self, config: VllmEngineConfig, decoding: DecodingConfig) -> None:
         """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError where it cannot
         start.
         """
-        self.config = config
+        if decoding.mode != "off" and "speculative_config" in config.engine_args:
+            raise EngineError(
+                f"engine.engine_args.speculative_config and decoding.mode: {decoding.mode} exclude each other. "
+                "Remove one."
+            )
+        self.config, self.decoding = config, decoding
         self.cpu = _is_cpu_build()
         self.model = resolve_model(config.model)
         self.identity = model_identity(config.model, config.revision)
@@ -86,22 +99,27 @@ class VllmEngine(Engine):
                 f"vLLM could not start {config.model}: {self._fatal}. See the log for its own messages."
             ) from self._fatal
 
-    async def complete(self, system: str, prompt: str, sampling: SamplingConfig) -> Completion:
+    async def complete(
+        self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
+    ) -> Completion:
         """See Engine.complete. Raises EngineStopped where vLLM itself has failed."""
         token_ids = self._render(system, prompt)
         check_length(len(token_ids), sampling, self.context_tokens)
         if self._fatal is not None:
             raise EngineStopped(f"vLLM has stopped: {self._fatal}")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
-        self._inbox.put(_Pending(token_ids, self._params(sampling), future, loop))
-        output = await future
-        answer = output.outputs[0]
+        future: asyncio.Future[_Answer] = loop.create_future()
+        self._inbox.put(_Pending(token_ids, self._params(sampling, extra), future, loop))
+        answer = await future
+        output = answer.output
         return Completion(
-            text=answer.text.strip(),
+            text=output.text.strip(),
             prompt_tokens=len(token_ids),
-            output_tokens=len(answer.token_ids),
-            finish_reason=answer.finish_reason or "stop",
+            output_tokens=len(output.token_ids),
+            finish_reason=output.finish_reason or "stop",
+            drafted=answer.counts[0],
+            accepted=answer.counts[1],
+            relaxed=answer.counts[2],
         )
 
     def count_tokens(self, text: str) -> int:
@@ -134,7 +152,7 @@ class VllmEngine(Engine):
         )
         return ids
 
-    def _params(self, sampling: SamplingConfig) -> Any:
+    def _params(self, sampling: SamplingConfig, extra: Mapping[str, Any] | None) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -144,6 +162,7 @@ class VllmEngine(Engine):
             top_p=sampling.top_p,
             repetition_penalty=sampling.repetition_penalty,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=dict(extra) if extra else None,
         )
 
     def _build(self) -> Any:
@@ -164,6 +183,7 @@ class VllmEngine(Engine):
             # Prefixes are kept by whole blocks: the CPU default of 128 tokens is longer than the system turn that all
             # rows share.
             args["block_size"] = 32
+        args |= engine_arguments(self.decoding, self.identity, cpu=self.cpu)
         return LLMEngine.from_engine_args(EngineArgs(**{**args, **self.config.engine_args}))
 
     def _run(self, ready: threading.Event) -> None:
@@ -203,9 +223,16 @@ class VllmEngine(Engine):
                     waiting[name] = pending
                 except ValueError as error:  # this request only: a length or an option that vLLM refuses
                     _resolve(pending, RequestFailed(f"vLLM refused the request: {error}"))
-            for output in engine.step():
-                if output.finished:
-                    _resolve(waiting.pop(output.request_id), output)
+            finished = [output for output in engine.step() if output.finished]
+            counts: dict[str, tuple[int, int, int]] = {}
+            if finished and self.decoding.mode != "off":
+                ids = [output.request_id for output in finished]
+                counts = engine.collective_rpc("owlrec_request_counts", args=(ids,))[0]
+                counters = engine.collective_rpc("owlrec_counters")[0]
+                self.counters = DecoderCounters.model_validate_json(counters)
+            for output in finished:
+                answer = _Answer(output.outputs[0], counts.get(output.request_id, (0, 0, 0)))
+                _resolve(waiting.pop(output.request_id), answer)
 
 
 def _resolve(pending: _Pending, result: Any) -> None:

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel
 
 from owlrec import __version__
+from owlrec.decoding.counters import DecoderCounters
 from owlrec.ops.charts import bar_chart, histogram, points_chart
 
 
@@ -60,6 +61,7 @@ class ReportData(BaseModel):
     samples: list[KnowledgeSample] = []
     release: dict[str, str] = {}
     lookup: dict[str, str] = {}
+    decoder: DecoderCounters | None = None  # of the speculative decoder, where one ran
     notes: list[str] = []  # what a reader must know in order not to misread the figures
     versions: dict[str, str] = {}
 
@@ -108,6 +110,8 @@ def render_report(data: ReportData) -> str:
         for colour, (kind, values) in enumerate(data.knowledge_tokens.items(), start=1)
         if values
     }
+    steps = data.decoder.by_rows if data.decoder else {}
+    speed_ups = {f"up to {rows} rows": s.speed_up for rows, s in steps.items() if s.seconds}
     return environment.get_template("report.html.j2").render(
         data=data,
         rows=arm_rows(data.arms),
@@ -115,6 +119,8 @@ def render_report(data: ReportData) -> str:
         seconds_chart=bar_chart(seconds, "s"),
         tokens_chart=bar_chart(tokens, "tokens"),
         lengths=lengths,
+        decoder_rows=decoder_rows(data.decoder) if data.decoder else {},
+        speed_chart=bar_chart(speed_ups, "x plain"),
         version=__version__,
     )
 
@@ -139,6 +145,25 @@ def arm_rows(arms: list[ArmFigures]) -> list[ArmRow]:
                 valid_auc=_spread(arm.valid_auc),
             )
         )
+    return rows
+
+
+def decoder_rows(counters: DecoderCounters) -> dict[str, str]:
+    """What the decoder counted, as the report prints it."""
+    counts = counters.counts
+    drafted, accepted = counts.get("drafted", 0), counts.get("accepted", 0)
+    hits = {name.removeprefix("hits_"): n for name, n in counts.items() if name.startswith("hits_")}
+    steps_s = sum(s.seconds for s in counters.by_rows.values())
+    rows = {
+        "tokens a row and step": f"{counters.tokens_per_step:.2f} (steps without drafts included)",
+        "draft tokens": f"{drafted:,.0f}, {accepted / max(drafted, 1):.0%} accepted",
+        "accepted by the relaxed rule alone": f"{counts.get('relaxed', 0):,.0f}",
+        "drafts by source": ", ".join(f"{name} {n:,.0f}" for name, n in sorted(hits.items())) or "none",
+        "requests for unknown pools": f"{counts.get('unknown_pools', 0):,.0f}",
+    }
+    if steps_s:
+        shares = {name: counts.get(f"{name}_s", 0) / steps_s for name in ("retrieval", "verification")}
+        rows["share of step time"] = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     return rows
 
 

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.ctr.experiment import TrialResult
-from owlrec.generation.shards import KINDS, Kind, iterate_knowledge
+from owlrec.decoding.counters import DecoderCounters
+from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge
 from owlrec.ops.report import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.prompting.rows import ItemCatalog
 from owlrec.schema import KNOWLEDGE
@@ -66,6 +67,7 @@ def collect(
             "model": release.manifest.model,
             "encoder": release.manifest.encoder,
         },
+        decoder=_decoder_counters(workspace, manifests),
         lookup=lookup_figures(release, texts["user"]["id"].to_numpy()),
         notes=list(_NOTES),
         versions={name: metadata.version(name) for name in ("ray", "pyarrow", "lmdb", "numpy")},
@@ -122,6 +124,11 @@ def _stage_figures(manifest: StageManifest) -> StageFigures:
         output_tokens=total("_output_tokens"),
         rows=total("_rows_out"),
     )
+
+
+def _decoder_counters(workspace: Workspace, manifests: list[StageManifest]) -> DecoderCounters | None:
+    file = next(f"{m.outputs['knowledge']}/{COUNTERS}" for m in manifests if m.stage == "generate")
+    return DecoderCounters.model_validate(workspace.read_json(file)) if workspace.exists(file) else None
 
 
 def _some_rows(workspace: Workspace, manifests: list[StageManifest], kind: Kind) -> pa.Table:

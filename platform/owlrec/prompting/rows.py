@@ -5,22 +5,28 @@ take about 0.5 GB a process there, and several times that in a Python dict.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from owlrec.config import Config
-from owlrec.prompting import kar
+from owlrec.prompting.framework import Framework, FrameworkName, item_prompt, item_system, user_prompt, user_system
+from owlrec.prompting.kar import KAR
+from owlrec.prompting.once import ONCE
+from owlrec.prompting.rlmrec import RLMREC
+from owlrec.prompting.trawl import TRAWL
 from owlrec.scenario import Scenario
 from owlrec.workspace import Workspace, fingerprint
+
+FRAMEWORKS: dict[FrameworkName, Framework] = {"kar": KAR, "once": ONCE, "rlmrec": RLMREC, "trawl": TRAWL}
 
 
 class PromptConfig(Config):
     """Which prompts to write. `framework` names the paper whose structure they follow."""
 
-    framework: Literal["kar"] = "kar"
+    framework: FrameworkName = "kar"
     history_tokens: int = (
         256  # about 20 film titles: beyond it a small model loses the thread and prefill dominates the cost
     )
@@ -66,8 +72,11 @@ class ItemCatalog:
 
 
 def template_fingerprint(config: PromptConfig, scenario: Scenario) -> str:
-    """SHA-256 of all that shapes a prompt besides its row: a changed wording is another job."""
-    return fingerprint(config, scenario, kar.USER_SYSTEM, kar.USER_TEMPLATE, kar.ITEM_SYSTEM, kar.ITEM_TEMPLATE)
+    """SHA-256 of all that shapes a prompt besides its row: a changed wording is another job.
+
+    Of the families only the chosen one counts, so that a change to another leaves finished work valid.
+    """
+    return fingerprint(config, scenario, *astuple(FRAMEWORKS[config.framework]))
 
 
 def user_prompts(
@@ -82,21 +91,28 @@ def user_prompts(
 
     users, histories: the same shard of both tables (see schema.py); a user without a history row gets no prompt.
     """
-    system = kar.user_system(scenario)
+    family = FRAMEWORKS[config.framework]
+    system = user_system(family, scenario)
     profiles = {row["user_id"]: row for row in users.to_pylist()}
     for row in histories.to_pylist():
         titles = catalog.titles(np.asarray(row["items"], dtype=np.int64))
         behaviours = [(t, r) for t, r in zip(titles, row["ratings"], strict=True) if t]
         profile = {k: v for k, v in profiles.get(row["user_id"], {}).items() if isinstance(v, str)}
-        text = kar.user_prompt(
-            scenario, profile, behaviours, history_tokens=config.history_tokens, count_tokens=count_tokens
+        text = user_prompt(
+            family,
+            scenario,
+            profile,
+            behaviours,
+            history_tokens=config.history_tokens,
+            count_tokens=count_tokens,
         )
         yield Prompt("user", row["user_id"], row["as_of"], system, text)
 
 
-def item_prompts(items: pa.Table, scenario: Scenario) -> Iterator[Prompt]:
+def item_prompts(items: pa.Table, scenario: Scenario, framework: FrameworkName) -> Iterator[Prompt]:
     """The prompts for a shard of items, in its order."""
-    system = kar.item_system(scenario)
+    family = FRAMEWORKS[framework]
+    system = item_system(family, scenario)
     for row in items.to_pylist():
         attributes: dict[str, Any] = {k: v for k, v in row.items() if k not in ("item_id", "raw_id", "title")}
-        yield Prompt("item", row["item_id"], 0, system, kar.item_prompt(scenario, row["title"] or "", attributes))
+        yield Prompt("item", row["item_id"], 0, system, item_prompt(family, scenario, row["title"] or "", attributes))

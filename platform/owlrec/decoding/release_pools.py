@@ -1,0 +1,110 @@
+"""The retrieval pools of a release: its texts as token sequences, one pool a kind, for the next run to draft from.
+
+A text is tokenised anew, behind the tokens that open an answer in the model's chat template: what the engine will see
+just before it writes. Pools are named after the release but lie outside its folder, since they serve the generation of
+the next release, not readers of this one; losing them costs speed and no text.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from owlrec.decoding.options import LEAD_TOKENS
+from owlrec.workspace import Workspace
+
+FOLDER = "pools"  # of a workspace; one folder a release inside
+
+
+@dataclass
+class _Newest:
+    """Texts of one pool, cut to the newest whenever they take twice the room."""
+
+    max_tokens: int
+    rows: list[tuple[int, int, np.ndarray]]  # as_of, id, tokens
+    tokens: int = 0
+
+    def add(self, as_of: int, id_: int, tokens: np.ndarray) -> None:
+        self.rows.append((as_of, id_, tokens))
+        self.tokens += len(tokens)
+        if self.tokens > 2 * self.max_tokens:
+            self.sort()
+            while self.tokens > self.max_tokens:
+                self.tokens -= len(self.rows.pop(0)[2])
+
+    def sort(self) -> None:
+        self.rows.sort(key=lambda row: (row[0], row[1]))
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that stand before an answer in the tokenizer's chat template, at most LEAD_TOKENS of them."""
+    turn = [{"role": "user", "content": "x"}]
+    closed, opened = (
+        list(tokenizer.apply_chat_template(turn, add_generation_prompt=opened, tokenize=True, return_dict=False))
+        for opened in (False, True)
+    )
+    shared = next((i for i, (a, b) in enumerate(zip(closed, opened, strict=False)) if a != b), len(closed))
+    return opened[shared:][-LEAD_TOKENS:]
+
+
+def answer_tokens(tokenizer: Any, texts: Sequence[str], ended: Sequence[bool]) -> Iterator[np.ndarray]:
+    """Each text as the engine wrote it, int32 [n]: behind its opening and, where it `ended` by itself, with the end
+    token."""
+    opening = opening_tokens(tokenizer)
+    for ids, done in zip(tokenizer(list(texts), add_special_tokens=False)["input_ids"], ended, strict=True):
+        yield np.array([*opening, *ids, *([tokenizer.eos_token_id] if done else [])], np.int32)
+
+
+def write_release_pools(
+    root: Path, knowledge: Iterable[pa.Table], tokenizer: Any, *, identity: str, max_tokens: int
+) -> dict[str, int]:
+    """Writes a pool a kind under `root`; returns tokens by pool.
+
+    knowledge: tables of schema.KNOWLEDGE, each read once. Texts with relaxed tokens are left out: what only a pool
+    made likely must not come back as evidence. max_tokens: of a pool; the newest texts (by as_of) stay.
+    """
+    from owlrec.decoding.pools import write_pool  # here, since numba takes a second to import
+
+    pools: dict[str, _Newest] = {}
+    for table in knowledge:
+        rows = [r for r in table.to_pylist() if r["text"] and not r["relaxed"]]
+        texts, ended = [r["text"] for r in rows], [r["finish_reason"] == "stop" for r in rows]
+        for row, tokens in zip(rows, answer_tokens(tokenizer, texts, ended) if rows else (), strict=True):
+            pools.setdefault(row["kind"], _Newest(max_tokens, [])).add(row["as_of"], row["id"], tokens)
+    written = {}
+    for name, newest in pools.items():
+        newest.sort()
+        sequences, ids = [r[2] for r in newest.rows], [r[1] for r in newest.rows]
+        pool = write_pool(root, name, sequences, ids, identity=identity, max_tokens=max_tokens)
+        written[name] = len(pool.tokens)
+    return written
+
+
+def find_pools(workspace: Workspace, release: str, identity: str) -> tuple[str | None, str]:
+    """The folder of a release's pools, where an engine of `identity` can draft from them, and what there is to say.
+
+    Pools of another model are passed over, not refused: the model of a recipe may change from one release to the next.
+    """
+    if not workspace.local or not workspace.exists(FOLDER, release):
+        return None, f"release {release} has no retrieval pools here: nothing is drafted from it"
+    root = workspace.local_path(FOLDER, release)
+    if (theirs := pools_identity(root)) != identity:
+        return (
+            None,
+            f"the pools of release {release} hold tokens of {theirs}, not of {identity}: nothing is drafted from it",
+        )
+    return str(root), f"drafting from the texts of release {release}"
+
+
+def pools_identity(root: Path) -> str | None:
+    """The model that the pools under `root` were written for; None where there are none that can be read."""
+    for manifest in sorted(root.glob("[!.]*/manifest.json")):
+        try:
+            return str(json.loads(manifest.read_text())["identity"])
+        except (ValueError, KeyError):
+            continue
+    return None

@@ -1,0 +1,113 @@
+"""What the prompt families share: a `Framework` is one paper's four templates, and the functions here fill them.
+
+Each family is a module that holds nothing but its templates; how behaviours, profiles and attributes are quoted,
+cleaned and fitted into their budget is the same for all, so that a comparison of families compares their questions.
+What all rows share stands in the system turn, so that a batching engine computes and keeps that prefix once; the
+question ends the user turn, since a small model goes on with whatever it read last.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from owlrec.prompting.text import clean_text, fit_recent
+from owlrec.scenario import Scenario
+
+FrameworkName = Literal["kar", "once", "rlmrec", "trawl"]
+
+
+@dataclass(frozen=True)
+class Framework:
+    """The templates of one family, for `str.format`.
+
+    Each may name the scenario's words {item}, {items}, {consumed}, {history} and {factors}: the user factors in the
+    user's templates, the item factors in the item's.
+    """
+
+    user_system: str
+    user_template: str  # must name {behaviours}; {profile} is "" or a sentence with a space after it
+    item_system: str
+    item_template: str  # must name {description}: the quoted title and, in brackets, the attributes
+
+
+def user_system(framework: Framework, scenario: Scenario) -> str:
+    """The system turn that all users' prompts of a scenario share."""
+    return framework.user_system.format(**_words(scenario, scenario.user_factors))
+
+
+def item_system(framework: Framework, scenario: Scenario) -> str:
+    """The system turn that all items' prompts of a scenario share."""
+    return framework.item_system.format(**_words(scenario, scenario.item_factors))
+
+
+def user_prompt(
+    framework: Framework,
+    scenario: Scenario,
+    profile: Mapping[str, str],
+    behaviours: Sequence[tuple[str, float | None]],
+    *,
+    history_tokens: int,
+    count_tokens: Callable[[str], int],
+) -> str:
+    """The prompt for one user.
+
+    profile: the user's profile fields; empty ones and those the scenario does not name are left out, and all of them
+    where the family does not ask for them.
+    behaviours: (title, rating) oldest first; a rating of None, or a scenario without graded ratings, quotes the title
+    alone. history_tokens: budget for the list of behaviours; the oldest are dropped until it fits.
+    Returns "" where no behaviour is left: a user without one has nothing to reason about.
+    """
+    entries = [_behaviour(scenario, title, rating) for title, rating in behaviours]
+    kept = fit_recent(entries, history_tokens, count_tokens)
+    if not kept:
+        return ""
+    fields = [f"{f} {clean_text(profile[f], max_chars=60)}" for f in scenario.profile_fields if profile.get(f)]
+    return framework.user_template.format(
+        **_words(scenario, scenario.user_factors),
+        profile=f"User: {', '.join(fields)}. " if fields else "",
+        behaviours="; ".join(kept),
+    )
+
+
+def item_prompt(
+    framework: Framework, scenario: Scenario, title: str, attributes: Mapping[str, str | Sequence[str]]
+) -> str:
+    """The prompt for one item.
+
+    attributes: the item's columns; those that the scenario lists as text fields are quoted, where they have a value.
+    Returns "" where the item has neither a title nor such an attribute.
+    """
+    title = clean_text(title)
+    facts = []
+    for field in scenario.text_fields:
+        value = attributes.get(field) or ""
+        text = value if isinstance(value, str) else ", ".join(value)
+        if text:
+            facts.append(f"{field}: {clean_text(text)}")
+    if not facts and not title:
+        return ""
+    description = " ".join(
+        part for part in (f'"{title}"' if title else "", f"({'; '.join(facts)})" if facts else "") if part
+    )
+    return framework.item_template.format(**_words(scenario, scenario.item_factors), description=description)
+
+
+def _words(scenario: Scenario, factors: Sequence[str]) -> dict[str, str]:
+    return {
+        "item": scenario.item,
+        "items": scenario.items,
+        "consumed": scenario.consumed,
+        "history": scenario.history,
+        "factors": _enumerate(factors),
+    }
+
+
+def _behaviour(scenario: Scenario, title: str, rating: float | None) -> str:
+    quoted = f'"{clean_text(title, max_chars=120)}"'
+    if rating is None or not scenario.rating_unit:
+        return quoted
+    return f"{quoted} {rating:g} {scenario.rating_unit}{'' if rating == 1 else 's'}"
+
+
+def _enumerate(words: Sequence[str]) -> str:
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
