@@ -45,6 +45,18 @@ def tiny_model(folder: Path, family: str, **changes: Any) -> str:
     return str(folder)
 
 
+def write_tokenizer(folder: str) -> None:
+    """One token a printable ASCII character, at its code less 31; 0 ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<eos>", "Ġ", *[chr(code) for code in range(33, 31 + VOCAB)]]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
 class Eager(Controller):
     """Drafts whatever is found: on a shared machine, measured step times would make the tests depend on who else
     computes."""
@@ -122,7 +134,8 @@ class Decoder:
     def run(
         self, prompts: Sequence[Sequence[int]], mode: str = "strict", pools: Sequence[str] = (), **params: Any
     ) -> list[Any]:
-        """Outputs in the order of `prompts`, each with the request's counts as `.counts`."""
+        """Outputs in the order of `prompts`, each with the request's counts as `.counts` and, as `.cached`, how many
+        tokens of its prompt were not computed again."""
         ids = self.ask(prompts, mode, pools, **params)
         while self.engine.has_unfinished_requests():
             self.step()
@@ -153,6 +166,7 @@ class Decoder:
             if output.finished:
                 answer = output.outputs[0]
                 answer.counts = self.call("owlrec_request_counts", [output.request_id])[output.request_id]
+                answer.cached = output.num_cached_tokens
                 self.done[output.request_id] = answer
 
     def learn(self, pool: str, texts: Sequence[Sequence[int]]) -> None:

@@ -1,0 +1,52 @@
+"""Two runs with the real model: what the first publishes drafts for the second, whose prompts differ a little."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from test_whole_run import owlrec
+
+pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
+
+
+def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
+    recipe, workspace = tmp_path / "drafting.yaml", tmp_path / "ws"
+
+    def run(history_tokens: int, *more: str) -> str:
+        recipe.write_text(
+            f"""
+            name: drafting
+            scenario: movies
+            workspace: {workspace}
+            source: {{type: movielens-100k, max_users: 40, max_items: 40}}
+            shard_rows: 60
+            prompts: {{history_tokens: {history_tokens}}}
+            engine: {{type: vllm, model: smollm2-135m, max_model_len: 512, max_num_seqs: 2, kv_cache_gib: 1}}
+            sampling: {{max_tokens: 16}}
+            decoding: {{mode: strict}}
+            """
+        )
+        done = owlrec("run", str(recipe), "--to", "publish", *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    first = run(96)
+    assert "no retrieval pools" not in first
+    (release,) = (workspace / "pools").iterdir()
+    assert sorted(p.name for p in release.iterdir()) == ["item", "user"]
+    manifest = json.loads((workspace / "manifests" / "publish.json").read_text())
+    assert manifest["counts"]["pool_tokens_item"] > 40 * 10
+
+    second = run(97)
+    assert f"drafting from the texts of release {release.name}" in second
+    jobs = sorted((workspace / "knowledge").iterdir(), key=lambda f: f.stat().st_mtime)
+    items = pq.read_table(jobs[-1] / "item" / "shard-00000.parquet")
+    accepted, tokens = sum(items["accepted"].to_pylist()), sum(items["output_tokens"].to_pylist())
+    assert accepted > tokens / 8  # items are asked as before; two rows at a time, so that drafts pay on any machine
+    assert accepted <= sum(items["drafted"].to_pylist())
+    assert set(items["relaxed"].to_pylist()) == {0}
+    counters = json.loads((jobs[-1] / "decoder.json").read_text())["counts"]
+    users = pq.read_table(jobs[-1] / "user" / "shard-00000.parquet")
+    assert counters["accepted"] >= accepted + sum(users["accepted"].to_pylist())
+    assert counters["hits_own"] > 0
