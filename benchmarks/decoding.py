@@ -69,6 +69,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+_NEEDED = sum(REQUESTS.values()) + 2 * len(REQUESTS)  # of each workload, warm-ups included
+
 Cell = tuple[str, str, int]  # framework, workload, batch size
 Runs = dict[tuple[str, Cell], list[dict[str, Any]]]
 
@@ -147,15 +149,16 @@ def _new_tokens(quick: bool) -> int:
     return NEW_TOKENS // 2 if quick else NEW_TOKENS
 
 
-def prepare(folder: Path, frameworks: Sequence[FrameworkName], *, quick: bool) -> dict[str, Any]:
-    """Prompts of every workload, and the texts that the pools hold: written by the plain engine, once a machine."""
+def prepare(
+    folder: Path, frameworks: Sequence[FrameworkName], *, quick: bool, requests: int = _NEEDED
+) -> dict[str, Any]:
+    """Prompts of every workload, `requests` each, and the texts of the pools: written by plain vLLM, once a machine."""
     recipe = load_recipe(RECIPE)
     raw = MovieLens100KSource(type="movielens-100k").load()
     histories = build_samples(raw.interactions, recipe.split, recipe.domain.positive_above).histories
     catalog, tokenizer = ItemCatalog(raw.items), load_tokenizer(PACKAGED)
     n_pool = 24 if quick else POOL_TEXTS
     rows = [r for r in histories.to_pylist() if len(r["items"]) >= 8]
-    needed = sum(REQUESTS.values()) + 2 * len(REQUESTS)
     before = [{**r, "items": r["items"][:-2], "ratings": r["ratings"][:-2]} for r in rows[:n_pool]]
     job: dict[str, Any] = {"quick": quick, "pools": str(folder / "pools"), "requests": {}, "pool_texts": {}}
     for name in frameworks:
@@ -170,9 +173,9 @@ def prepare(folder: Path, frameworks: Sequence[FrameworkName], *, quick: bool) -
         every = [(p.id, p.system, p.text) for p in item_prompts(raw.items, recipe.domain, name)]
         items = [every[i] for i in np.random.default_rng(0).permutation(len(every))]
         job["requests"][name] = {
-            "refresh": users(rows[:needed]),
-            "new users": users(rows[n_pool : n_pool + needed]),
-            "items": items[n_pool : n_pool + needed],
+            "refresh": users(rows[:requests]),
+            "new users": users(rows[n_pool : n_pool + requests]),
+            "items": items[n_pool : n_pool + requests],
         }
         pooled = {"users": users(before), "items": items[:n_pool]}
         digest = fingerprint(pooled, model_identity(PACKAGED), NEW_TOKENS)[:16]

@@ -22,8 +22,8 @@ def main() -> None:
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = prepare(folder, ["kar"], quick=options.quick)
-        requests = job["requests"]["kar"]["refresh"][: 16 if options.quick else TEXTS]
+        job = prepare(folder, ["kar"], quick=options.quick, requests=16 if options.quick else TEXTS)
+        requests = job["requests"]["kar"]["refresh"]
         for dtype in ("float32",) if options.quick else ("float32", "bfloat16"):
             figures += _compare(folder, {**job, "dtype": dtype}, requests)
     show(f"strict decoding against plain, {len(requests)} texts", figures, options)

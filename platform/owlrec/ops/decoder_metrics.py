@@ -1,7 +1,7 @@
 """The decoder's counters as metrics of the Ray cluster, which every node's agent exposes to Prometheus.
 
-Ray's own vLLM metrics know drafts and acceptances only of steps that drafted; these count all. Ray appends `_total` to
-counters and prefixes `ray_`: `ray_owlrec_decoder_accepted_total{engine="…"}`.
+vLLM's own speculation metrics leave out steps without drafts; these count every step. Ray prefixes `ray_` and appends
+`_total`: `ray_owlrec_decoder_accepted_total{engine="…"}`.
 """
 
 from typing import Any
