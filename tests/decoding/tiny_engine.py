@@ -106,9 +106,13 @@ class Decoder:
             VLLM_LOGGING_LEVEL="ERROR",
             VLLM_NO_USAGE_STATS="1",
         )
+        import torch
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        # Threads that wait for each other where others compute too cost these models many times what they save.
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         args: dict[str, Any] = {
             "model": model,
             "dtype": "float32",
@@ -182,8 +186,10 @@ class Decoder:
         return DecoderCounters.model_validate_json(self.call("owlrec_counters")).counts
 
     def close(self) -> None:
+        import torch
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+        torch.set_num_threads(self.threads)
         self.engine.engine_core.shutdown()
         del self.engine
         Decoder.running -= 1
