@@ -242,7 +242,7 @@ class _Engine:
                 model=resolve_model(PACKAGED),
                 dtype=job.get("dtype", "bfloat16"),
                 max_model_len=1024,
-                max_num_seqs=64,
+                max_num_seqs=job.get("rows", 64),
                 enforce_eager=True,
                 block_size=32,
                 disable_log_stats=True,
@@ -280,23 +280,21 @@ class _Engine:
 
     def texts(self, pool: str, requests: list[Any]) -> list[list[int]]:
         """The texts of the requests, drafted from `pool`, as tokens behind the LEAD_TOKENS that end the prompt."""
-        found: dict[str, list[int]] = {}
         for request in requests:
             self._add(pool, request)
-        while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                if output.finished:
-                    found[output.request_id] = [*output.prompt_token_ids[-LEAD_TOKENS:], *output.outputs[0].token_ids]
+        found = {o.request_id: [*o.prompt_token_ids[-LEAD_TOKENS:], *o.outputs[0].token_ids] for o in self._finish()}
         return [found[str(r[0])] for r in requests]
 
     def lead_of_best(self, request: Any, answer: list[int]) -> float:
         """By how much the likeliest next token's logit exceeds the second's, after the prompt and `answer`."""
         self._add("", request, 1, answer, logprobs=2)
-        while self.engine.has_unfinished_requests():
-            for output in self.engine.step():
-                if output.finished:
-                    best, second = sorted((v.logprob for v in output.outputs[0].logprobs[0].values()), reverse=True)[:2]
+        (output,) = self._finish()
+        best, second = sorted((v.logprob for v in output.outputs[0].logprobs[0].values()), reverse=True)[:2]
         return float(best - second)
+
+    def _finish(self) -> Iterator[Any]:
+        while self.engine.has_unfinished_requests():
+            yield from (output for output in self.engine.step() if output.finished)
 
     def _add(
         self, pool: str, request: Any, new_tokens: int | None = None, answer: Sequence[int] = (), **params: Any

@@ -1,6 +1,7 @@
 """Prompts to knowledge: the LLM reads every user's history and every item, shard by shard, on Ray Data."""
 
 import time
+from dataclasses import replace
 
 from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import find_pools
@@ -28,8 +29,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     """Does every shard that is not done under this very job; starts no engine where all are."""
     model = getattr(recipe.engine, "model", recipe.engine.type)
     stage_header("generate", f"{recipe.prompts.framework} prompts, {model}, decoding {recipe.decoding.mode}")
-    decoding = _with_released_pools(recipe, workspace)
-    job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, decoding)
+    job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding)
     shards = plan_shards(workspace)
     manifests = [m for s in shards if (m := finished_shard(workspace, job, s)) is not None]
     done = [m.shard for m in manifests]
@@ -37,6 +37,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     watch = Stopwatch()
     if pending:
         forget_stages(workspace, from_stage("generate"))
+        job = replace(job, decoding=_with_released_pools(recipe, workspace))
         note(f"{len(pending)} of {len(shards)} shards to do; engine log: {workspace.log_path('engine')}")
         total = sum(workspace.count_rows(s.table, s.part) for s in pending)
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("writing knowledge", total) as advance:

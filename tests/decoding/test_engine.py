@@ -121,6 +121,15 @@ def test_a_row_near_the_context_limit_leaves_the_others_their_drafts(llama: Deco
     assert llama.counts()["accepted"] > before
 
 
+def test_nothing_is_drafted_beyond_the_last_token_that_a_request_may_write(llama: Decoder) -> None:
+    plain = llama.run(prompts(), "off", max_tokens=10)
+    strict = llama.run(prompts(), "strict", ["right"], max_tokens=10)
+    assert token_lists(strict) == token_lists(plain)
+    # The prompt's step writes a token, and each verified step one more than it accepts.
+    assert max(o.counts[0] for o in strict) <= 8
+    assert sum(o.counts[1] for o in strict) > 0
+
+
 def test_relaxed_texts_follow_the_pool_where_the_rule_lets_them(llama: Decoder) -> None:
     loose = {"owlrec_k": VOCAB, "owlrec_min_prob": 0.0}
     outputs = llama.run(prompts(), "relaxed", ["half"], extra=loose)

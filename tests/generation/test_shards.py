@@ -183,6 +183,6 @@ def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(
 def test_how_tokens_are_chosen_makes_another_job_and_where_drafts_come_from_does_not() -> None:
     strict = job(decoding=DecodingConfig(mode="strict")).fingerprint
     assert strict != job().fingerprint
-    assert strict == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", max_draft=3)).fingerprint
+    assert strict == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", max_draft=3, k=5)).fingerprint
     relaxed = {job(decoding=DecodingConfig(mode="relaxed", min_prob=p)).fingerprint for p in (0.1, 0.2)}
     assert len(relaxed | {strict}) == 3

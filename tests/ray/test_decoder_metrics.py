@@ -11,7 +11,7 @@ from owlrec.decoding.counters import DecoderCounters
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
 
-def test_counters_of_an_engine_are_exposed_once_each(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_counters_of_an_engine_are_exposed_once_each() -> None:
     import ray
 
     @ray.remote(num_cpus=0)

@@ -138,5 +138,5 @@ def _band(rows: int) -> int:
 
 
 def band_of_rows(rows: int) -> int:
-    """The largest number of rows that a step is told apart from by no estimate: 1, 2, 4, 8, 12, 16 and so on."""
+    """The upper end of the band that steps of so many rows are counted in: 1, 2, 4, 8, 12, 16 and so on."""
     return int(_NODES[min(_band(rows), len(_NODES) - 1)])

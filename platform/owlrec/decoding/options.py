@@ -8,7 +8,7 @@ writes.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -35,8 +35,6 @@ class Relaxation(Config):
 class DecodingConfig(Relaxation):
     """How the engine drafts and verifies: the relaxed rule, whose defaults are the settings that DARE shipped, and
     more."""
-
-    shapes_output: ClassVar[tuple[str, ...]] = ("mode", "k", "min_prob", "margin")  # drafts shape no strict text
 
     mode: Literal["off", "strict", "relaxed"] = "off"
     # Tokens a row and step. Replays of SmolLM2-135M's texts gain 20 % from 8 to 16 at batch 1, 3 % beyond; the

@@ -37,6 +37,7 @@ class RequestState:
     rule: Relaxation | None
     drafting: bool
     min_tokens: int
+    max_tokens: int
     pools: list[str]
     document: int | None
     version: int = -1
@@ -98,7 +99,7 @@ class RetrievalProposer:
         if request_id not in self.requests:
             params = self._runner.requests[request_id].sampling_params
             extra = (params.extra_args or {}) if params is not None else {}
-            self.requests[request_id] = self._new_state(extra, params.min_tokens if params is not None else 0)
+            self.requests[request_id] = self._new_state(extra, params)
         return self.requests[request_id]
 
     def propose(
@@ -164,7 +165,7 @@ class RetrievalProposer:
         if groups:
             self.rates.observe(np.concatenate(groups), np.concatenate(cells), np.concatenate(fates))
 
-    def _new_state(self, extra: Mapping[str, Any], min_tokens: int) -> RequestState:
+    def _new_state(self, extra: Mapping[str, Any], params: Any) -> RequestState:
         mode = extra.get(options.MODE, self.config.mode)
         rule = None
         if mode == "relaxed":
@@ -180,7 +181,11 @@ class RetrievalProposer:
         known = [name for name in named if self.pools.known(name)]
         self.counts["unknown_pools"] += len(named) - len(known)
         document = extra.get(options.DOCUMENT)
-        return RequestState(rule, mode != "off", min_tokens, known, document if isinstance(document, int) else None)
+        if not isinstance(document, int):
+            document = None
+        least = params.min_tokens if params is not None else 0
+        most = params.max_tokens if params is not None and params.max_tokens else self.max_model_len
+        return RequestState(rule, mode != "off", least, most, known, document)
 
     def _refresh_sources(self, state: RequestState) -> None:
         """Looks up where the request's pools stand; again only after a pool was opened or closed."""
@@ -221,8 +226,10 @@ class RetrievalProposer:
         room = self.max_model_len - n - 1
         # vLLM 0.32 still bans stop tokens for the token after the drafts if they began before min_tokens was reached
         # (rejection_sampler.py:144), so no drafts lead beyond it.
-        missing = np.array([s.min_tokens for s in states]) - (n - self._runner.input_batch.num_prompt_tokens[rows])
+        written = n - self._runner.input_batch.num_prompt_tokens[rows]
+        missing = np.array([s.min_tokens for s in states]) - written
         room = np.where(missing > 0, np.minimum(room, missing - 1), room)
+        room = np.minimum(room, np.array([s.max_tokens for s in states]) - written - 1)
         limits = np.where(drafting, np.clip(room, 0, self.config.max_draft), 0)
         relaxed = np.array([s.rule is not None for s in states], np.int64) * len(CLASSES)
         groups = np.stack([s.classes for s in states]) + relaxed[:, None]

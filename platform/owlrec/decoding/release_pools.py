@@ -7,7 +7,6 @@ the next release, not readers of this one; losing them costs speed and no text.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,25 @@ from owlrec.workspace import Workspace
 FOLDER = "pools"  # of a workspace; one folder a release inside
 
 
-@dataclass
 class _Newest:
     """Texts of one pool, cut to the newest whenever they take twice the room."""
 
-    max_tokens: int
-    rows: list[tuple[int, int, np.ndarray]]  # as_of, id, tokens
-    tokens: int = 0
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens, self.tokens = max_tokens, 0
+        self._rows: list[tuple[int, int, np.ndarray]] = []  # as_of, id, tokens
 
     def add(self, as_of: int, id_: int, tokens: np.ndarray) -> None:
-        self.rows.append((as_of, id_, tokens))
+        self._rows.append((as_of, id_, tokens))
         self.tokens += len(tokens)
         if self.tokens > 2 * self.max_tokens:
-            self.sort()
-            while self.tokens > self.max_tokens:
-                self.tokens -= len(self.rows.pop(0)[2])
+            rows, self._rows, self.tokens = self.rows(), [], 0
+            while self.tokens + len(rows[-1][2]) <= self.max_tokens:
+                self._rows.append(rows.pop())
+                self.tokens += len(self._rows[-1][2])
 
-    def sort(self) -> None:
-        self.rows.sort(key=lambda row: (row[0], row[1]))
+    def rows(self) -> list[tuple[int, int, np.ndarray]]:
+        """Oldest first."""
+        return sorted(self._rows, key=lambda row: row[:2])
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:
@@ -71,14 +71,14 @@ def write_release_pools(
 
     pools: dict[str, _Newest] = {}
     for table in knowledge:
-        rows = [r for r in table.to_pylist() if r["text"] and not r["relaxed"]]
-        texts, ended = [r["text"] for r in rows], [r["finish_reason"] == "stop" for r in rows]
-        for row, tokens in zip(rows, answer_tokens(tokenizer, texts, ended) if rows else (), strict=True):
-            pools.setdefault(row["kind"], _Newest(max_tokens, [])).add(row["as_of"], row["id"], tokens)
+        usable = [r for r in table.to_pylist() if r["text"] and not r["relaxed"]]
+        texts, ended = [r["text"] for r in usable], [r["finish_reason"] == "stop" for r in usable]
+        for row, tokens in zip(usable, answer_tokens(tokenizer, texts, ended) if usable else (), strict=True):
+            pools.setdefault(row["kind"], _Newest(max_tokens)).add(row["as_of"], row["id"], tokens)
     written = {}
     for name, newest in pools.items():
-        newest.sort()
-        sequences, ids = [r[2] for r in newest.rows], [r[1] for r in newest.rows]
+        rows = newest.rows()
+        sequences, ids = [r[2] for r in rows], [r[1] for r in rows]
         pool = write_pool(root, name, sequences, ids, identity=identity, max_tokens=max_tokens)
         written[name] = len(pool.tokens)
     return written

@@ -56,9 +56,9 @@ def build_job(
     Which pools draft is no part of it: a run that publishes must find its own texts again when it is resumed.
     """
     decoding = decoding or DecodingConfig()
-    rule = decoding.model_dump(mode="json", include=set(decoding.shapes_output)) if decoding.mode != "off" else None
+    rule = decoding.relaxation if decoding.mode == "relaxed" else None
     wording = template_fingerprint(prompts, scenario)
-    print_ = fingerprint(wording, engine_fingerprint(engine), sampling, rule, __version__)
+    print_ = fingerprint(wording, engine_fingerprint(engine), sampling, decoding.mode, rule, __version__)
     return Job(scenario, prompts, sampling, decoding, print_)
 
 
@@ -130,7 +130,10 @@ def generate(
         manifest = ShardManifest.model_validate_json(row["manifest"])
         done[manifest.shard.kind, manifest.shard.part] = manifest
         if row["counters"]:
-            counters[row["engine"]] = DecoderCounters.model_validate_json(row["counters"])
+            # Shards arrive in any order, so that the latest count of an engine is the largest.
+            found, before = DecoderCounters.model_validate_json(row["counters"]), counters.get(row["engine"])
+            if before is None or found.counts["steps"] > before.counts["steps"]:
+                counters[row["engine"]] = found
         if on_shard:
             on_shard(manifest)
     missing = [s.part for s in pending if (s.kind, s.part) not in done]

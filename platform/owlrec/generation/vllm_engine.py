@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import queue
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -25,6 +26,8 @@ from owlrec.decoding.options import VLLM_VERSION
 from owlrec.errors import EngineError
 from owlrec.generation.engine import Completion, Engine, RequestFailed, SamplingConfig, check_length
 from owlrec.generation.models import PACKAGED, model_identity, resolve_model
+
+_COUNT_EVERY_S = 1.0  # in a full batch some row ends at most steps; asking each time would cost more than it tells
 
 
 class VllmEngineConfig(Config):
@@ -210,7 +213,7 @@ class VllmEngine(Engine):
                     _resolve(late, EngineStopped(f"vLLM has stopped: {error}"))
 
     def _step_until_closed(self, engine: Any, waiting: dict[str, _Pending]) -> None:
-        counter = 0
+        counter, counted = 0, 0.0
         while True:
             while not self._inbox.empty() or not engine.has_unfinished_requests():
                 pending = self._inbox.get()
@@ -228,8 +231,10 @@ class VllmEngine(Engine):
             if finished and self.decoding.mode != "off":
                 ids = [output.request_id for output in finished]
                 counts = engine.collective_rpc("owlrec_request_counts", args=(ids,))[0]
-                counters = engine.collective_rpc("owlrec_counters")[0]
-                self.counters = DecoderCounters.model_validate_json(counters)
+                if len(finished) == len(waiting) or time.monotonic() - counted > _COUNT_EVERY_S:
+                    counters = engine.collective_rpc("owlrec_counters")[0]
+                    self.counters = DecoderCounters.model_validate_json(counters)
+                    counted = time.monotonic()
             for output in finished:
                 answer = _Answer(output.outputs[0], counts.get(output.request_id, (0, 0, 0)))
                 _resolve(waiting.pop(output.request_id), answer)

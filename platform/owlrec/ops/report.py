@@ -52,7 +52,6 @@ class ReportData(BaseModel):
     run: str
     finished: str  # date and time, as it should read
     hardware: str
-    command: str = ""
     facts: dict[str, str] = {}  # the line of key figures under the title
     protocol: str = ""  # split, label, negatives, seeds
     arms: list[ArmFigures] = []
@@ -77,13 +76,6 @@ class ArmRow(BaseModel):
     gauc: str
     log_loss: str
     valid_auc: str
-
-
-def write_report(path: Path, data: ReportData) -> Path:
-    """Writes the page to `path` (its folder is made) and gives the path back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_report(data), encoding="utf-8")
-    return path
 
 
 def render_report(data: ReportData) -> str:
