@@ -9,7 +9,8 @@ rows finish.
 import os
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,16 +127,17 @@ def generate(
     """
     done: dict[tuple[str, str], ShardManifest] = {}
     counters: dict[str, DecoderCounters] = {}  # by engine, which counts from its start
-    for row in _run(workspace, job, engine, config, pending):
-        manifest = ShardManifest.model_validate_json(row["manifest"])
-        done[manifest.shard.kind, manifest.shard.part] = manifest
-        if row["counters"]:
-            # Shards arrive in any order, so that the latest count of an engine is the largest.
-            found, before = DecoderCounters.model_validate_json(row["counters"]), counters.get(row["engine"])
-            if before is None or found.counts["steps"] > before.counts["steps"]:
-                counters[row["engine"]] = found
-        if on_shard:
-            on_shard(manifest)
+    with closing(_run(workspace, job, engine, config, pending)) as rows:
+        for row in rows:
+            manifest = ShardManifest.model_validate_json(row["manifest"])
+            done[manifest.shard.kind, manifest.shard.part] = manifest
+            if row["counters"]:
+                # Shards arrive in any order, so that the latest count of an engine is the largest.
+                found, before = DecoderCounters.model_validate_json(row["counters"]), counters.get(row["engine"])
+                if before is None or found.counts["steps"] > before.counts["steps"]:
+                    counters[row["engine"]] = found
+            if on_shard:
+                on_shard(manifest)
     missing = [s.part for s in pending if (s.kind, s.part) not in done]
     if missing:
         raise EngineError(
@@ -165,7 +167,7 @@ def check_dead_share(workspace: Workspace, job: Job, manifests: list[ShardManife
 
 def _run(
     workspace: Workspace, job: Job, engine: EngineConfig, config: GenerateConfig, pending: list[Shard]
-) -> Iterator[dict[str, str]]:
+) -> Generator[dict[str, str], None, None]:
     import ray  # here, since the recipe imports this module's Config and Ray takes a second to import
 
     context = ray.data.DataContext.get_current()
@@ -187,10 +189,13 @@ def _run(
         num_cpus=_engine_cpus(engine, config),
         num_gpus=config.engine_gpus or None,
     )
-    for row in dataset.iter_rows():
-        if row["mistake"]:
-            raise EngineError(row["mistake"])
-        yield row
+    # An error's traceback keeps the iterator alive, and with it Ray Data's thread, which ends the whole process from
+    # native code when it finds Ray shut down: the message would be lost. Closed here, it stops first.
+    with closing(iter(dataset.iter_rows())) as rows:
+        for row in rows:
+            if row["mistake"]:
+                raise EngineError(row["mistake"])
+            yield row
 
 
 def _engine_cpus(engine: EngineConfig, config: GenerateConfig) -> float:
