@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from owlrec.errors import OwlRecError, RecipeError, did_you_mean
 from owlrec.ops.console import note, stage_header, table
@@ -25,6 +26,12 @@ def run(
     workspace: WorkspaceOption = None,
     first: Annotated[str, typer.Option("--from", help=f"first stage to run: {', '.join(STAGES)}")] = STAGES[0],
     last: Annotated[str, typer.Option("--to", help="last stage to run")] = STAGES[-1],
+    retry_dead: Annotated[
+        bool, typer.Option("--retry-dead", help="generate: ask again for the rows that ended as dead letters")
+    ] = False,
+    max_replicas: Annotated[
+        int | None, typer.Option("--max-replicas", help="generate: in place of the recipe's own")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would run")] = False,
 ) -> None:
     """Run all stages of a recipe, or those from --from to --to; what is done already is skipped."""
@@ -35,15 +42,84 @@ def run(
         chosen = [s for s in from_stage(first) if s not in from_stage(last)[1:]]
         if not chosen:
             raise RecipeError(f"--from {first} comes after --to {last}. The order is {', '.join(STAGES)}.")
-        settings = load_recipe(recipe, workspace=workspace)
+        settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
         if dry_run:
             store = Workspace(settings.workspace)
             rows = [(s, "has run" if finished_stage(store, s) else "would run") for s in chosen]
             table(f"{settings.name} in {settings.workspace}", ["stage", "state"], rows)
             return
         store = open_workspace(settings)
-        manifests = [_stage(name)(settings, store) for name in chosen]
+        switches = {"generate": {"retry_dead": retry_dead}}
+        manifests = [_stage(name)(settings, store, **switches.get(name, {})) for name in chosen]
         _summary(manifests)
+
+
+@app.command("import")
+def import_(
+    recipe: RecipePath,
+    file: Annotated[Path, typer.Argument(help="KAR JSON, OpenAI JSON lines, CSV, TSV, Parquet or an OwlRec export")],
+    kind: Annotated[str, typer.Option("--kind", help="user or item: whom the texts are about")],
+    format_: Annotated[str | None, typer.Option("--format", help="default: by the file's name and first lines")] = None,
+    id_field: Annotated[str | None, typer.Option("--id-field", help="openai: the field with the row's id")] = None,
+    as_of_ms: Annotated[
+        int | None,
+        typer.Option("--as-of-ms", help="the last moment that texts know of their users, where rows do not say"),
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", help="our field = the file's column, such as id=sku; repeatable")
+    ] = None,
+    framework: Annotated[str, typer.Option("--framework", help="how to call the way the texts were made")] = "imported",
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Take in knowledge that was made elsewhere; `owlrec run --from encode` goes on from there."""
+    from owlrec.generation.importing import ImportSource
+    from pipelines.interchange import import_knowledge
+
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace)
+        columns = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in column or [])}
+        values = {"path": str(file), "format": format_, "kind": kind, "id_field": id_field, "columns": columns}
+        try:
+            source = ImportSource.model_validate({**values, "framework": framework, "as_of_ms": as_of_ms})
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise RecipeError(f"import of {file}: {'; '.join(lines)}") from None
+        import_knowledge(settings, open_workspace(settings), source)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="what to write: a name in .jsonl, .jsonl.gz or .parquet")],
+    kind: Annotated[str | None, typer.Option("--kind", help="only user or only item knowledge")] = None,
+    workspace: Annotated[str | None, typer.Option("--workspace")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe")] = None,
+) -> None:
+    """Write all knowledge of a workspace to one file."""
+    from pipelines.interchange import export_knowledge
+
+    with plain_errors():
+        if kind not in (None, "user", "item"):
+            raise OwlRecError(f"there is no kind '{kind}'.{did_you_mean(kind or '', ('user', 'item'))}")
+        if not str(file).endswith((".jsonl", ".jsonl.gz", ".parquet")):
+            raise OwlRecError(f"{file}: name a file in .jsonl, .jsonl.gz or .parquet.")
+        note(f"{export_knowledge(_workspace(workspace, recipe), str(file), kind):,} rows in {file}")  # type: ignore[arg-type]
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    fleet: Annotated[str, typer.Option("--fleet", help="the machines to plan for, as in cluster/fleet-example.yaml")],
+    users: Annotated[str, typer.Option("--users", help="how many, such as 1e8")] = "0",
+    items: Annotated[str, typer.Option("--items", help="how many, such as 1e7")] = "0",
+    workspace: WorkspaceOption = None,
+    json_file: Annotated[str | None, typer.Option("--json", help="a file that every figure is written to")] = None,
+) -> None:
+    """Estimate GPU-hours, time, storage and cost of a large batch from the figures of a small run."""
+    from pipelines.plan import run as print_plan
+
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace)
+        print_plan(settings, Workspace(settings.workspace), fleet, users, items, json_file)
 
 
 @app.command()

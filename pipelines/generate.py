@@ -8,8 +8,9 @@ from owlrec.decoding.release_pools import find_pools
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.batch import build_job, check_dead_share, generate
 from owlrec.generation.models import model_identity
-from owlrec.generation.shards import finished_shard, keep_counters, plan_shards
+from owlrec.generation.shards import add_manifests, finished_shards, keep_counters, plan_shards
 from owlrec.ops.console import note, progress, stage_header
+from owlrec.ops.shard_log import ShardWatch
 from owlrec.recipe import Recipe
 from owlrec.store.release import current_release
 from owlrec.workspace import (
@@ -25,51 +26,53 @@ from pipelines.session import ray_session
 from pipelines.stage import from_stage, main
 
 
-def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
-    """Does every shard that is not done under this very job; starts no engine where all are."""
+def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> StageManifest:
+    """Does every shard that is not done under this very job; starts no engine where all are.
+
+    retry_dead: asks for the dead rows of finished shards once more, too.
+    """
     model = getattr(recipe.engine, "model", recipe.engine.type)
     stage_header("generate", f"{recipe.prompts.framework} prompts, {model}, decoding {recipe.decoding.mode}")
-    job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding)
+    job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding, recipe.quality)
     shards = plan_shards(workspace)
-    manifests = [m for s in shards if (m := finished_shard(workspace, job, s)) is not None]
-    done = [m.shard for m in manifests]
-    pending = [s for s in shards if s not in done]
+    manifests = {m.shard.name: m for m in finished_shards(workspace, job, shards)}
+    pending = [s for s in shards if s.name not in manifests]
+    dead = [m.shard for m in manifests.values() if m.rows_dead] if retry_dead else []
     watch = Stopwatch()
-    if pending:
+    if pending or dead:
         forget_stages(workspace, from_stage("generate"))
         job = replace(job, decoding=_with_released_pools(recipe, workspace))
+        rows = {s.name: workspace.count_rows(s.table, s.part) for s in pending}
+        rows |= {s.name: manifests[s.name].rows_dead for s in dead}
         note(f"{len(pending)} of {len(shards)} shards to do; engine log: {workspace.log_path('engine')}")
-        total = sum(workspace.count_rows(s.table, s.part) for s in pending)
-        with ray_session(recipe.ray, workspace.log_path("ray")), progress("writing knowledge", total) as advance:
+        if dead:
+            note(f"{sum(rows[s.name] for s in dead)} dead rows of {len(dead)} shards to ask for again")
+        log, total, hourly = workspace.log_path("shards"), sum(rows.values()), recipe.generate.hourly_cost
+        with (
+            ray_session(recipe.ray, workspace.log_path("ray")),
+            progress("writing knowledge", total, hourly_cost=hourly) as advance,
+        ):
+            watching = ShardWatch(advance, log, rows, manifests)
             generated = generate(
-                workspace,
-                job,
-                recipe.engine,
-                recipe.generate,
-                pending,
-                on_shard=lambda m: advance(m.rows_in, tokens=m.output_tokens),
+                workspace, job, recipe.engine, recipe.generate, pending, on_shard=watching, retry_dead=dead
             )
-        manifests += generated.manifests
+        manifests |= {m.shard.name: m for m in generated.manifests}
         if generated.counters is not None:
             note(f"decoder: {keep_counters(workspace, job, generated.counters).summary}")
     else:
         note(f"all {len(shards)} shards done already, nothing to do")
-    check_dead_share(workspace, job, manifests, recipe.generate)
-    counts = {
-        f"{kind}_{name}": sum(getattr(m, name) for m in manifests if m.shard.kind == kind)
-        for kind in ("user", "item")
-        for name in ("rows_out", "rows_dead", "prompt_tokens", "output_tokens")
-    }
+    check_dead_share(workspace, job, manifests.values(), recipe.generate)
     print_ = fingerprint(job.fingerprint, [s.input_fingerprint for s in shards])
     before = finished_stage(workspace, "generate", print_)
-    if before is not None and not pending:
+    if before is not None and not pending and not dead:
         return before
+    counts = add_manifests(manifests.values())
     manifest = StageManifest(
         stage="generate",
         fingerprint=print_,
         seconds=round(watch.seconds, 3),
         finished=time.time(),
-        counts={**counts, "shards": len(shards), "shards_this_run": len(pending)},
+        counts={**counts, "shards": len(shards), "shards_this_run": len(pending) + len(dead)},
         outputs={"knowledge": job.folder},
     )
     finish_stage(workspace, manifest)
@@ -87,4 +90,4 @@ def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig
 
 
 if __name__ == "__main__":
-    main(run, __doc__ or "")
+    main(run, __doc__ or "", retry_dead="ask again for the rows that ended as dead letters")

@@ -16,7 +16,7 @@ STAGES = ("prepare", "generate", "encode", "publish", "train_ctr", "evaluate")
 
 Counts = dict[str, float | int | str]
 Outputs = dict[str, str]
-Stage = Callable[[Recipe, Workspace], StageManifest]
+Stage = Callable[..., StageManifest]  # of a recipe, its workspace and the stage's own switches
 
 
 def from_stage(stage: str) -> tuple[str, ...]:
@@ -63,15 +63,21 @@ def open_workspace(recipe: Recipe) -> Workspace:
     return workspace
 
 
-def main(stage: Stage, about: str) -> None:
-    """The command line of `python -m pipelines.<stage>`."""
+def main(stage: Stage, about: str, **switches: str) -> None:
+    """The command line of `python -m pipelines.<stage>`.
+
+    switches: further flags that `stage` takes by name, with their help.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {stage.__module__}", description=about)
     parser.add_argument("--recipe", required=True, help="the YAML file that describes the run")
     parser.add_argument("--workspace", help="where artifacts go, in place of the recipe's own workspace")
+    parser.add_argument("--max-replicas", type=int, help="in place of generate.max_replicas")
+    for name, help_ in switches.items():
+        parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=help_)
     arguments = parser.parse_args()
     with plain_errors():
-        recipe = load_recipe(arguments.recipe, workspace=arguments.workspace)
-        stage(recipe, open_workspace(recipe))
+        recipe = load_recipe(arguments.recipe, workspace=arguments.workspace, max_replicas=arguments.max_replicas)
+        stage(recipe, open_workspace(recipe), **{name: getattr(arguments, name) for name in switches})
 
 
 class plain_errors:

@@ -1,5 +1,6 @@
 """Artifacts: atomic, sharded, on a local path or any fsspec URI."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -42,11 +43,11 @@ def test_failed_write_leaves_the_old_file_and_no_temporary_one(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def disk_full(file: int) -> None:
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     workspace.write_bytes("a/b", b"old")
     monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(WorkspaceError, match=r"cannot be written \(.*no space left\). Free some space"):
         workspace.write_bytes("a/b", b"new")
     assert workspace.read_bytes("a/b") == b"old"
     assert os.listdir(workspace.path("a")) == ["b"]

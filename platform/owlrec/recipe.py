@@ -19,6 +19,7 @@ from owlrec.errors import RecipeError, did_you_mean
 from owlrec.generation import EngineConfig
 from owlrec.generation.batch import GenerateConfig
 from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import Scenario, get_scenario
 from owlrec.sources import SourceConfig
@@ -48,6 +49,7 @@ class Recipe(Config):
     engine: EngineConfig
     sampling: SamplingConfig = SamplingConfig()
     decoding: DecodingConfig = DecodingConfig()
+    quality: QualityConfig = QualityConfig()
     generate: GenerateConfig = GenerateConfig()
     encoder: EncoderConfig = EncoderConfig()
     ctr: CTRConfig = CTRConfig()
@@ -72,10 +74,11 @@ class Recipe(Config):
         )
 
 
-def load_recipe(path: str | Path, *, workspace: str | None = None) -> Recipe:
+def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas: int | None = None) -> Recipe:
     """Reads and checks a recipe file.
 
-    workspace: takes the place of the recipe's own, where given. A relative one stands in the current folder.
+    workspace, max_replicas: take the place of the recipe's own, where given. A relative workspace stands in the
+    current folder.
     Raises RecipeError, which lists every mistake with its key, and the nearest valid name for an unknown one.
     """
     path = Path(path)
@@ -93,6 +96,9 @@ def load_recipe(path: str | Path, *, workspace: str | None = None) -> Recipe:
         raise RecipeError(f"{path}: must hold `key: value` lines at the top. See pipelines/recipes/ for an example.")
     if workspace is not None:
         values["workspace"] = workspace
+    if max_replicas is not None:
+        generate = values.get("generate")
+        values["generate"] = {**(generate if isinstance(generate, dict) else {}), "max_replicas": max_replicas}
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

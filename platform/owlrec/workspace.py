@@ -14,12 +14,14 @@ never sees half a file, and "the manifest exists" means "what it lists exists". 
     reports/, logs/, manifests/<stage>.json
 """
 
+import errno
 import hashlib
 import json
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.schema import shard_of
 
 COMPRESSION = "zstd"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -91,10 +94,10 @@ class Workspace:
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.write_bytes(probe, b"")
-            self.filesystem.delete_file(self.path(probe))
-        except (OSError, pa.ArrowException) as error:
+            self.delete_file(probe)
+        except (OSError, pa.ArrowException, WorkspaceError) as error:
             raise WorkspaceError(
-                f"workspace {self.root} is not writable ({error}). "
+                f"workspace {self.root} is not writable ({error.__cause__ or error}). "
                 f"Name a folder you may write to, in the recipe's `workspace` or with --workspace."
             ) from None
 
@@ -108,20 +111,57 @@ class Workspace:
         selector = pafs.FileSelector(self.path(*parts), allow_not_found=True)
         return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if not i.base_name.startswith("."))
 
+    def delete_file(self, path: str) -> None:
+        """Removes a file; one that is gone already is no error."""
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.path(path))
+
     def delete_dir(self, *parts: str) -> None:
         """Removes a folder and all it holds, if it is there."""
         if self.exists(*parts):
             self.filesystem.delete_dir(self.path(*parts))
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Writes a whole file atomically, making its folder."""
+        """Writes a whole file atomically, making its folder. Raises WorkspaceError where that fails (a full disk, say):
+        what stood there before still does.
+        """
         target = self.path(path)
-        folder, _, name = target.rpartition("/")
-        if not self.local:
-            self.filesystem.create_dir(folder, recursive=True)
+        try:
+            if self.local:
+                self._write_local(target, data, os.replace)
+                return
+            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             with self.filesystem.open_output_stream(target) as stream:
                 stream.write(data)  # an object appears when its stream is closed: one PUT
-            return
+        except (OSError, pa.ArrowException) as error:
+            raise _not_written(target, error) from error
+
+    def create_bytes(self, path: str, data: bytes) -> bool:
+        """Writes a whole file unless there is one already; whether it did. Of several callers one succeeds: always on a
+        local disk, and on an object store where fsspec's driver knows put-if-absent (else two may in a rare race).
+        Raises WorkspaceError as write_bytes does.
+        """
+        target = self.path(path)
+        try:
+            if self.local:
+                self._write_local(target, data, _link_new)
+                return True
+            if isinstance(self.filesystem, pafs.PyFileSystem):
+                self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+                self.filesystem.handler.fs.pipe_file(target, data, mode="create")
+                return True
+        except FileExistsError:
+            return False
+        except (OSError, pa.ArrowException) as error:
+            raise _not_written(target, error) from error
+        if self.exists(path):
+            return False
+        self.write_bytes(path, data)
+        return True
+
+    @staticmethod
+    def _write_local(target: str, data: bytes, install: Callable[[str, str], None]) -> None:
+        folder, _, name = target.rpartition("/")
         os.makedirs(folder, exist_ok=True)
         temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -131,7 +171,7 @@ class Workspace:
                 # "finished" file.
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, target)
+            install(temporary, target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -152,7 +192,7 @@ class Workspace:
         """Reads a JSON file. Raises WorkspaceError where it is missing or no JSON."""
         try:
             return json.loads(self.read_bytes(path))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or bytes that are no text
             raise WorkspaceError(
                 f"{self.path(path)} is no JSON ({error}). Delete it and run its stage again."
             ) from None
@@ -212,6 +252,18 @@ class Workspace:
         return base / f"{name}.log"
 
 
+def _link_new(temporary: str, target: str) -> None:
+    os.link(temporary, target)  # unlike a rename, refuses an existing target
+    os.unlink(temporary)
+
+
+def _not_written(target: str, error: Exception) -> WorkspaceError:
+    remedy = "Free some space there" if getattr(error, "errno", None) in _FULL else "Make it writable"
+    return WorkspaceError(
+        f"{target} cannot be written ({error}). {remedy} and run the same command again: what is finished stays."
+    )
+
+
 def part_name(shard: int) -> str:
     """The file name of a table's shard."""
     return f"part-{shard:05d}.parquet"
@@ -255,9 +307,7 @@ def forget_stages(workspace: Workspace, stages: Sequence[str]) -> None:
     interrupted must not pass for finished, nor what was made from its earlier output for up to date.
     """
     for stage in stages:
-        path = f"manifests/{stage}.json"
-        if workspace.exists(path):
-            workspace.filesystem.delete_file(workspace.path(path))
+        workspace.delete_file(f"manifests/{stage}.json")
 
 
 def finish_stage(workspace: Workspace, manifest: StageManifest) -> None:

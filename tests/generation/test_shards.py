@@ -13,7 +13,8 @@ from owlrec.errors import WorkspaceError
 from owlrec.generation import EchoEngineConfig, HttpEngineConfig, build_engine
 from owlrec.generation.batch import build_job
 from owlrec.generation.engine import Completion, Engine, SamplingConfig
-from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, generate_shard, plan_shards
+from owlrec.generation.shard_work import generate_shard
+from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, plan_shards
 from owlrec.prompting.rows import ItemCatalog, PromptConfig
 from owlrec.scenario import get_scenario
 from owlrec.schema import KNOWLEDGE

@@ -22,7 +22,7 @@ def ask_user(
     family: Framework, scenario: Scenario, behaviours: list[tuple[str, float | None]], budget: int = 100
 ) -> str:
     profile = {"gender": "female", "zip": "12345"}
-    return user_prompt(family, scenario, profile, behaviours, history_tokens=budget, count_tokens=words)
+    return user_prompt(family, scenario, profile, behaviours, history_tokens=budget, count_tokens=words)[0]
 
 
 def all_turns(family: Framework, scenario: Scenario, title: str = "X") -> list[str]:
@@ -30,7 +30,7 @@ def all_turns(family: Framework, scenario: Scenario, title: str = "X") -> list[s
         user_system(family, scenario),
         ask_user(family, scenario, [(title, 4.0)]),
         item_system(family, scenario),
-        item_prompt(family, scenario, title, {scenario.text_fields[0]: "Y"}),
+        item_prompt(family, scenario, title, {scenario.text_fields[0]: "Y"})[0],
     ]
 
 
@@ -86,14 +86,14 @@ def test_history_keeps_the_most_recent_within_the_budget(family: Framework, scen
 def test_nothing_to_ask_about_gives_an_empty_prompt(family: Framework, scenario: Scenario) -> None:
     assert ask_user(family, scenario, []) == ""
     assert ask_user(family, scenario, [("A long title", None)], budget=2) == ""
-    assert item_prompt(family, scenario, "", {}) == ""
-    assert item_prompt(family, scenario, " \n", {scenario.text_fields[0]: "", "other": "Y"}) == ""
+    assert item_prompt(family, scenario, "", {}) == ("", "")
+    assert item_prompt(family, scenario, " \n", {scenario.text_fields[0]: "", "other": "Y"}) == ("", "")
 
 
 @pytest.mark.parametrize(("name", "asks"), [("kar", True), ("once", False), ("rlmrec", False), ("trawl", True)])
 def test_profile_is_quoted_where_the_family_asks_for_it(name: str, asks: bool) -> None:
     profile = {"gender": "female", "age": "25", "zip": "12345", "occupation": ""}
-    prompt = user_prompt(FRAMEWORKS[name], MOVIES, profile, [("X", 3.0)], history_tokens=9, count_tokens=words)
+    prompt = user_prompt(FRAMEWORKS[name], MOVIES, profile, [("X", 3.0)], history_tokens=9, count_tokens=words)[0]
     assert prompt.startswith("User: gender female, age 25. The user ") == asks
     assert "12345" not in prompt  # not among the scenario's profile fields
 
@@ -101,10 +101,10 @@ def test_profile_is_quoted_where_the_family_asks_for_it(name: str, asks: bool) -
 @every_family
 def test_items_quote_the_scenarios_text_fields_only(family: Framework) -> None:
     attributes = {"genres": ["Horror", "Sci-Fi"], "year": "1979", "url": "http://x"}
-    prompt = item_prompt(family, MOVIES, "Alien (1979)", attributes)
+    prompt = item_prompt(family, MOVIES, "Alien (1979)", attributes)[0]
     assert 'movie "Alien (1979)" (genres: Horror, Sci-Fi; year: 1979)' in prompt
     assert "http" not in prompt
-    assert "movie (genres: Horror, Sci-Fi; year: 1979)" in item_prompt(family, MOVIES, "", attributes)
+    assert "movie (genres: Horror, Sci-Fi; year: 1979)" in item_prompt(family, MOVIES, "", attributes)[0]
 
 
 @every_scenario

@@ -16,7 +16,7 @@ def test_user_prompt_of_movies() -> None:
         "quality and soundtrack. You give a reason from the viewing history for each point, in a few clear and brief "
         "sentences."
     )
-    prompt = user_prompt(
+    prompt, facts = user_prompt(
         KAR,
         MOVIES,
         {"gender": "female", "age": "25-34", "occupation": ""},
@@ -29,6 +29,10 @@ def test_user_prompt_of_movies() -> None:
         '"Big (1988)" 1 star; "Heat (1995)".\n'
         "Analyse the user's preferences on movies and explain them."
     )
+    assert facts == (
+        'User: gender female, age 25-34. The user watched these movies: "Alien (1979)" 5 stars; "Big (1988)" 1 star; '
+        '"Heat (1995)".'
+    )
 
 
 def test_item_prompt_of_books() -> None:
@@ -37,9 +41,11 @@ def test_item_prompt_of_books() -> None:
         "You introduce books and describe their genre, author, writing style, theme, setting, length and complexity, "
         "time period, literary quality and critical acclaim. You state facts, in a few clear and brief sentences."
     )
-    assert item_prompt(KAR, books, "Emma", {"author": "Jane Austen", "categories": ["Classics", "Romance"]}) == (
+    prompt, facts = item_prompt(KAR, books, "Emma", {"author": "Jane Austen", "categories": ["Classics", "Romance"]})
+    assert prompt == (
         'Introduce the book "Emma" (author: Jane Austen; categories: Classics, Romance) and describe its attributes.'
     )
+    assert facts == 'The book "Emma" (author: Jane Austen; categories: Classics, Romance).'
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda s: s.name)

@@ -85,7 +85,8 @@ def test_rows_are_asked_in_the_chosen_familys_words(small_world: Workspace, name
         assert prompt.system == item_system(family, MOVIES)
         i = prompt.id - 100
         genres = ["Drama", "War"] if i % 2 else ["Comedy"]
-        assert prompt.text == item_prompt(family, MOVIES, f"Film {i} (19{70 + i % 30})", {"genres": genres})
+        asked = item_prompt(family, MOVIES, f"Film {i} (19{70 + i % 30})", {"genres": genres})
+        assert (prompt.text, prompt.facts) == asked
 
 
 @pytest.mark.parametrize("part", [f.name for f in fields(Framework)])

@@ -23,7 +23,7 @@ def test_two_engines_write_every_row_once(small_world: Workspace) -> None:
     job = job_for(ECHO)
     seen: list[int] = []
     generate(
-        small_world, job, ECHO, GenerateConfig(min_engines=2, max_engines=2), plan_shards(small_world),
+        small_world, job, ECHO, GenerateConfig(min_replicas=2, max_replicas=2), plan_shards(small_world),
         on_shard=lambda m: seen.append(m.rows_in),
     )  # fmt: skip
     assert sum(seen) == 70

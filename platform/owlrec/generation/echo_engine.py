@@ -1,31 +1,48 @@
-"""A deterministic engine without a model: it answers with words of the prompt, for tests and for scale runs of
-everything around it.
+"""A deterministic engine without a model: it answers a digest of the prompt and words that the digest chooses.
 
-The answer depends on the prompt alone, so two runs must agree to the byte. It is never the default: knowledge from it
-is worthless.
+It is for tests, and for scale runs of everything around an engine.
+The answer depends on the prompt alone, so two runs must agree to the byte, and it passes the quality gate as a good
+text of its length does. It is never the default: knowledge from it is worthless.
 """
 
 import asyncio
 import hashlib
+import random
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from owlrec.config import Config
 from owlrec.generation.engine import Completion, Engine, SamplingConfig, check_length
 
+_VOCABULARY = """
+amber bright calm daring early faint gentle humble icy jolly keen light mellow noble odd plain quiet rapid sober
+tender urban vivid warm young ancient blunt crisp dense eager frank grave harsh idle just kind loose modest narrow
+open proud queer rough sharp thin usual vast wild zealous above across along around before behind beneath beside
+between beyond during inside near outside over past since through toward under until upon within without anchor basket
+candle desert engine forest garden harbour island jacket kitchen ladder mirror needle orchard pillar quarry river
+shelter tunnel valley window bridge cabin door echo field gate hill lamp meadow night ocean path rain stone tower wave
+bends carries drifts enters follows gathers holds invites joins keeps leads mends needs offers passes questions
+returns settles turns unites visits waits yields answers builds climbs divides expects finds grows
+"""
+_PHRASE = 5  # words; texts of phrases drawn at random repeat themselves as little as good texts do
+_DRAW = random.Random(0)
+_PHRASES = [" ".join(_DRAW.sample(_VOCABULARY.split(), _PHRASE)) for _ in range(1 << 12)]
+_CLAUSES = 3  # phrases in a sentence
+
 
 class EchoEngineConfig(Config):
-    """How long answers take."""
+    """How long answers are and take."""
 
-    shapes_output: ClassVar[tuple[str, ...]] = ("type",)
+    shapes_output: ClassVar[tuple[str, ...]] = ("type", "answer_tokens")
 
     type: Literal["echo"]
     max_model_len: int = 4096
     latency_s: float = 0.0  # a whole answer's time
+    answer_tokens: int = 60  # about; never more than sampling.max_tokens
 
 
 class EchoEngine(Engine):
-    """Answers with a digest and the first words of the prompt; a token is a blank-separated word."""
+    """A token is a blank-separated word."""
 
     def __init__(self, config: EchoEngineConfig) -> None:
         self.config = config
@@ -40,10 +57,13 @@ class EchoEngine(Engine):
         check_length(n_prompt, sampling, self.context_tokens)
         if self.config.latency_s:
             await asyncio.sleep(self.config.latency_s)
-        digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
-        words = [f"echo-{digest}", *prompt.split()]
-        cut = words[: sampling.max_tokens]
-        return Completion(" ".join(cut), n_prompt, len(cut), "length" if len(words) > len(cut) else "stop")
+        digest = hashlib.sha256(prompt.encode()).digest()
+        phrases = max(0, min(self.config.answer_tokens, sampling.max_tokens) - 1) // _PHRASE
+        first, stride = int.from_bytes(digest[:4]), int.from_bytes(digest[4:8]) | 1
+        drawn = [_PHRASES[(first + i * stride) % len(_PHRASES)] for i in range(phrases)]
+        sentences = [", ".join(drawn[i : i + _CLAUSES]) for i in range(0, phrases, _CLAUSES)]
+        text = f"echo-{digest.hex()[:8]}: {'. '.join(sentences)}."
+        return Completion(text, n_prompt, phrases * _PHRASE + 1, "stop")
 
     def count_tokens(self, text: str) -> int:
         """Blank-separated words."""

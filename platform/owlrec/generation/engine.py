@@ -7,7 +7,7 @@ just keep enough of them in flight; no caller ever waits for the slowest row of 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field
@@ -29,10 +29,19 @@ class SamplingConfig(Config):
     repetition_penalty: float = Field(1.0, gt=0)
 
 
+class EngineStopped(EngineError):
+    """The engine itself has failed: every request in flight is lost and it must be built anew."""
+
+
 class RowError(EngineError):
-    """One request failed for good; the engine lives on. The class name becomes the dead-letter row's error."""
+    """One request failed for good; the engine lives on. `name` becomes the dead-letter row's error."""
 
     attempts = 1
+
+    @property
+    def name(self) -> str:
+        """The kind of failure."""
+        return type(self).__name__
 
 
 class PromptTooLong(RowError):
@@ -43,12 +52,37 @@ class EmptyPrompt(RowError):
     """The row gave nothing to ask about: no title, no behaviour."""
 
 
+class BadRow(RowError):
+    """The row itself cannot be read: a wrong type, text that is no text, a page in place of a title."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """What is wrong with the row."""
+        return self._name
+
+
 class RequestFailed(RowError):
-    """The server refused or failed the request after all attempts."""
+    """The server failed the request after all attempts."""
 
     def __init__(self, message: str, attempts: int = 1) -> None:
         super().__init__(message)
         self.attempts = attempts
+
+
+class RequestRefused(RequestFailed):
+    """The server or vLLM will not take the request, however often it is sent."""
+
+
+class RequestTimedOut(RequestFailed):
+    """No answer came in time, in any attempt."""
+
+
+class FailedQuality(RequestFailed):
+    """The quality gate dropped the answer."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +96,11 @@ class Completion:
     drafted: int = 0
     accepted: int = 0
     relaxed: int = 0
+
+    def after(self, discarded: "Completion") -> "Completion":
+        """This answer, with the tokens of an earlier one that was thrown away counted in."""
+        counts = ("prompt_tokens", "output_tokens", "drafted", "accepted", "relaxed")
+        return replace(self, **{name: getattr(self, name) + getattr(discarded, name) for name in counts})
 
 
 class Engine(ABC):

@@ -16,7 +16,16 @@ from pydantic import Field
 from owlrec.config import Config
 from owlrec.environment import secret
 from owlrec.errors import EngineError
-from owlrec.generation.engine import Completion, Engine, PromptTooLong, RequestFailed, SamplingConfig, check_length
+from owlrec.generation.engine import (
+    Completion,
+    Engine,
+    PromptTooLong,
+    RequestFailed,
+    RequestRefused,
+    RequestTimedOut,
+    SamplingConfig,
+    check_length,
+)
 
 
 class HttpEngineConfig(Config):
@@ -81,24 +90,27 @@ class HttpEngine(Engine):
             limits = httpx.Limits(max_connections=self.config.concurrency)
             self._client = httpx.AsyncClient(timeout=self.config.timeout_s, headers=self._headers, limits=limits)
         url = self.config.base_url.rstrip("/") + "/chat/completions"
+        failure = RequestFailed
         for attempt in range(1, self.config.max_attempts + 1):
             wait = random.uniform(0, min(60.0, self.config.backoff_s * 2 ** (attempt - 1)))
             try:
                 response = await self._client.post(url, json=body)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__} at {url}: {error}"
+                failure = RequestTimedOut if isinstance(error, httpx.TimeoutException) else RequestFailed
             else:
+                failure = RequestFailed
                 if response.status_code == 200:
                     return _completion(response, url, attempt)
                 problem = f"HTTP {response.status_code} from {url}: {response.text[:200]}"
                 if response.status_code == 400 and "context" in response.text.lower():
                     raise PromptTooLong(problem)
                 if response.status_code != 429 and response.status_code < 500:
-                    raise RequestFailed(problem, attempt)
+                    raise RequestRefused(problem, attempt)
                 wait = max(wait, _retry_after_s(response))
             if attempt < self.config.max_attempts:
                 await asyncio.sleep(wait)
-        raise RequestFailed(f"{problem} (gave up after {self.config.max_attempts} attempts)", self.config.max_attempts)
+        raise failure(f"{problem} (gave up after {self.config.max_attempts} attempts)", self.config.max_attempts)
 
     def count_tokens(self, text: str) -> int:
         """An upper estimate for any tokenizer of western text: a token per three bytes of UTF-8."""

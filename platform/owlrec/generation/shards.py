@@ -1,33 +1,35 @@
-"""One shard of work: read its rows, ask the engine, write knowledge and dead letters, then the manifest that says it
-is done.
+"""What a shard of a generation job is, and how one knows that it is done.
 
-A shard is one part file of the users or items table. Its manifest is written last and atomically, so it is the only
-thing a resumed job needs to look at: no manifest means do it (again), a manifest of another input means do it again.
-Names are deterministic, so redoing overwrites and never doubles a row.
+A shard is one part file of the users or items table, and its manifest, written last and atomically, is the only thing
+a resumed job looks at: no manifest means do it, one of another input, of another job, cut off or beside a file whose
+checksum differs means do it again. Names are deterministic, so redoing overwrites and never doubles a row.
 """
 
-import asyncio
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from owlrec.decoding import DecodingConfig, request_arguments
+from owlrec.decoding import DecodingConfig
 from owlrec.decoding.counters import DecoderCounters, add_counters
 from owlrec.errors import WorkspaceError
-from owlrec.generation.engine import Completion, EmptyPrompt, Engine, RowError, SamplingConfig
-from owlrec.prompting.rows import ItemCatalog, Prompt, PromptConfig, item_prompts, user_prompts
+from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.quality import QualityConfig
+from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import Scenario
-from owlrec.schema import DEAD_LETTERS, KNOWLEDGE
-from owlrec.workspace import Stopwatch, Workspace, fingerprint, finished_stage
+from owlrec.schema import KNOWLEDGE
+from owlrec.workspace import Workspace, fingerprint, finished_stage
 
 Kind = Literal["user", "item"]
 COUNTERS = "decoder.json"
 KINDS: tuple[Kind, ...] = ("user", "item")
 _TABLES: dict[Kind, str] = {"user": "users", "item": "items"}
+_READERS = 16  # threads that check shards: on an object store each waits for its answer most of the time
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Job:
     prompts: PromptConfig
     sampling: SamplingConfig
     decoding: DecodingConfig
+    quality: QualityConfig
     fingerprint: str
 
     @property
@@ -59,18 +62,24 @@ class Shard(BaseModel):
     input_fingerprint: str
 
     @property
+    def name(self) -> tuple[str, str]:
+        """What tells the shard from the others of its job."""
+        return self.kind, self.part
+
+    @property
     def table(self) -> str:
         """The table that the shard is a part of."""
         return _TABLES[self.kind]
 
-    def file(self, job: Job, what: Literal["knowledge", "dead", "manifest"]) -> str:
-        """Path of one of the shard's outputs, relative to the workspace."""
+    def file(self, job: Job, what: Literal["knowledge", "dead", "manifest", "claim"]) -> str:
+        """Path of one of the shard's files, relative to the workspace."""
         stem = self.part.removesuffix(".parquet").replace("part", "shard")
         folder = f"{job.folder}/{self.kind}"
         return {
             "knowledge": f"{folder}/{stem}.parquet",
             "dead": f"{folder}/dead/{stem}.parquet",
             "manifest": f"{folder}/{stem}.json",
+            "claim": f"{folder}/claims/{stem}",
         }[what]
 
 
@@ -83,9 +92,15 @@ class ShardManifest(BaseModel):
     rows_out: int
     rows_dead: int
     sha256: str  # of the knowledge file
+    dead_sha256: str
     prompt_tokens: int
     output_tokens: int
+    accepted: int  # of them, tokens that the speculative decoder drafted: each saved a step of the model
     seconds: float
+    finished: float  # seconds since 1970
+    engine: str  # which engine of the run wrote it
+    flags: dict[str, int] = {}  # texts by quality flag, as first written
+    actions: dict[str, int] = {}  # what the quality gate did: retried, mended, fallen_back, dropped
 
 
 def plan_shards(workspace: Workspace, kinds: tuple[Kind, ...] = KINDS) -> list[Shard]:
@@ -103,105 +118,27 @@ def plan_shards(workspace: Workspace, kinds: tuple[Kind, ...] = KINDS) -> list[S
 
 
 def finished_shard(workspace: Workspace, job: Job, shard: Shard) -> ShardManifest | None:
-    """The shard's manifest, if it is done for this very input and its knowledge file is there and whole."""
-    path = shard.file(job, "manifest")
-    if not workspace.exists(path):
+    """The shard's manifest, if it is done for this very input and its files are there and whole."""
+    try:
+        manifest = ShardManifest.model_validate(workspace.read_json(shard.file(job, "manifest")))
+        if manifest.shard != shard or manifest.job_fingerprint != job.fingerprint:
+            return None
+        whole = _digest(workspace, shard.file(job, "knowledge")) == manifest.sha256
+        whole &= _digest(workspace, shard.file(job, "dead")) == manifest.dead_sha256
+    except (WorkspaceError, ValidationError):  # absent, or cut off in the middle
         return None
-    manifest = ShardManifest.model_validate(workspace.read_json(path))
-    if manifest.shard != shard or manifest.job_fingerprint != job.fingerprint:
-        return None
-    knowledge = shard.file(job, "knowledge")
-    if (
-        not workspace.exists(knowledge)
-        or hashlib.sha256(workspace.read_bytes(knowledge)).hexdigest() != manifest.sha256
-    ):
-        return None
-    return manifest
+    return manifest if whole else None
 
 
-async def generate_shard(
-    workspace: Workspace,
-    job: Job,
-    shard: Shard,
-    engine: Engine,
-    catalog: ItemCatalog,
-) -> ShardManifest:
-    """Does one shard, wholly. Any exception but RowError means the engine is gone, and passes through."""
-    watch = Stopwatch()
-    prompts = read_prompts(workspace, job, shard, engine, catalog)
-
-    async def ask(prompt: Prompt) -> Completion | RowError:
-        try:
-            if not prompt.text:
-                raise EmptyPrompt(f"{prompt.kind} {prompt.id} has no title, attribute or behaviour to ask about")
-            return await engine.complete(prompt.system, prompt.text, job.sampling, _drafting(job, prompt))
-        except RowError as error:
-            return error
-
-    outcomes = await asyncio.gather(*map(ask, prompts))
-    knowledge, dead = _tables(job, prompts, outcomes)
-    digest = workspace.write_parquet(shard.file(job, "knowledge"), knowledge)
-    workspace.write_parquet(shard.file(job, "dead"), dead)
-    manifest = ShardManifest(
-        shard=shard,
-        job_fingerprint=job.fingerprint,
-        rows_in=len(prompts),
-        rows_out=knowledge.num_rows,
-        rows_dead=dead.num_rows,
-        sha256=digest,
-        prompt_tokens=sum(knowledge["prompt_tokens"].to_pylist()),
-        output_tokens=sum(knowledge["output_tokens"].to_pylist()),
-        seconds=watch.seconds,
-    )
-    workspace.write_json(shard.file(job, "manifest"), manifest.model_dump())
-    return manifest
+def finished_shards(workspace: Workspace, job: Job, shards: Iterable[Shard]) -> list[ShardManifest]:
+    """The manifests of those among `shards` that are done, in their order; several files are checked at once."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda shard: finished_shard(workspace, job, shard), shards)
+        return [manifest for manifest in found if manifest is not None]
 
 
-def _drafting(job: Job, prompt: Prompt) -> dict[str, Any] | None:
-    """Which pools to draft from: that of the row's kind, in which its own earlier text comes first."""
-    mode = job.decoding.mode
-    if mode == "off":
-        return None
-    rule = job.decoding.relaxation if mode == "relaxed" else None
-    return request_arguments([prompt.kind], prompt.id, mode=mode, relaxation=rule)
-
-
-def read_prompts(workspace: Workspace, job: Job, shard: Shard, engine: Engine, catalog: ItemCatalog) -> list[Prompt]:
-    """The shard's prompts, in table order; "" texts included."""
-    rows = workspace.read_parquet(f"tables/{shard.table}/{shard.part}")
-    if shard.kind == "item":
-        return list(item_prompts(rows, job.scenario, job.prompts.framework))
-    histories = workspace.read_parquet(f"tables/histories/{shard.part}")
-    return list(user_prompts(rows, histories, catalog, job.prompts, job.scenario, engine.count_tokens))
-
-
-def _tables(job: Job, prompts: list[Prompt], outcomes: list[Completion | RowError]) -> tuple[pa.Table, pa.Table]:
-    knowledge, dead = [], []
-    for prompt, outcome in zip(prompts, outcomes, strict=True):
-        row = {"kind": prompt.kind, "id": prompt.id, "as_of": prompt.as_of}
-        if isinstance(outcome, RowError):
-            error = type(outcome).__name__
-            dead.append(
-                {**row, "stage": "generate", "error": error, "message": str(outcome), "attempts": outcome.attempts}
-            )
-            continue
-        knowledge.append(
-            {
-                **row,
-                "text": outcome.text,
-                "framework": job.prompts.framework,
-                "prompt_sha256": hashlib.sha256(f"{prompt.system}\x00{prompt.text}".encode()).hexdigest(),
-                "fingerprint": job.fingerprint,
-                "prompt_tokens": outcome.prompt_tokens,
-                "output_tokens": outcome.output_tokens,
-                "finish_reason": outcome.finish_reason,
-                "quality": "ok" if outcome.text else "empty",
-                "drafted": outcome.drafted,
-                "accepted": outcome.accepted,
-                "relaxed": outcome.relaxed,
-            }
-        )
-    return pa.Table.from_pylist(knowledge, schema=KNOWLEDGE), pa.Table.from_pylist(dead, schema=DEAD_LETTERS)
+def _digest(workspace: Workspace, path: str) -> str:
+    return hashlib.sha256(workspace.read_bytes(path)).hexdigest()
 
 
 def keep_counters(workspace: Workspace, job: Job, counters: DecoderCounters) -> DecoderCounters:
@@ -222,6 +159,25 @@ def iterate_knowledge(workspace: Workspace, folder: str, kinds: tuple[Kind, ...]
         for name in workspace.names(folder, kind):
             if name.endswith(".json"):
                 yield workspace.read_parquet(f"{folder}/{kind}/{name.removesuffix('.json')}.parquet")
+
+
+def add_manifests(manifests: Iterable[ShardManifest]) -> Counter[str]:
+    """Rows and tokens by kind, texts by flag, and what the quality gate did, summed over shards."""
+    counts = Counter({f"{kind}_{name}": 0 for kind in KINDS for name in ("rows_out", "rows_dead")})
+    for manifest in manifests:
+        for name in ("rows_out", "rows_dead", "prompt_tokens", "output_tokens"):
+            counts[f"{manifest.shard.kind}_{name}"] += getattr(manifest, name)
+        counts.update({f"flag_{flag}": n for flag, n in manifest.flags.items()})
+        counts.update({f"quality_{action}": n for action, n in manifest.actions.items()})
+    return counts
+
+
+def iterate_manifests(workspace: Workspace, folder: str, kinds: tuple[Kind, ...] = KINDS) -> Iterator[ShardManifest]:
+    """The shard manifests of a finished job, read one at a time."""
+    for kind in kinds:
+        for name in workspace.names(folder, kind):
+            if name.endswith(".json"):
+                yield ShardManifest.model_validate(workspace.read_json(f"{folder}/{kind}/{name}"))
 
 
 def read_knowledge(workspace: Workspace, folder: str, kind: Kind) -> pa.Table:

@@ -60,12 +60,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 
 @contextmanager
-def progress(description: str, total: int | None, unit: str = "rows") -> Iterator[Advance]:
+def progress(
+    description: str, total: int | None, unit: str = "rows", hourly_cost: float | None = None
+) -> Iterator[Advance]:
     """Shows progress while its block runs and gives the function to report it with.
 
-    total: how many `unit` will come; None where nobody knows.
+    total: how many `unit` will come; None where nobody knows. hourly_cost: what the block costs an hour, shown as cost
+    so far. Of the further counts, `steps` is shown as tokens a step.
     """
-    counts = _Counts(description, total, unit)
+    counts = _Counts(description, total, unit, hourly_cost)
     console = _console()
     if not console.is_terminal:
         last = time.monotonic()
@@ -101,8 +104,8 @@ def progress(description: str, total: int | None, unit: str = "rows") -> Iterato
 class _Counts:
     """What was done so far, and how fast."""
 
-    def __init__(self, description: str, total: int | None, unit: str) -> None:
-        self.description, self.total, self.unit = description, total, unit
+    def __init__(self, description: str, total: int | None, unit: str, hourly_cost: float | None = None) -> None:
+        self.description, self.total, self.unit, self.hourly_cost = description, total, unit, hourly_cost
         self.done = 0
         self.extra: dict[str, int] = {}
         self._start = time.monotonic()
@@ -116,7 +119,12 @@ class _Counts:
         seconds = max(time.monotonic() - self._start, 1e-6)
         of = f"/{self.total:,}" if self.total is not None else ""
         parts = [f"{self.done:,}{of} {self.unit}", f"{_rate(self.done / seconds)} {self.unit}/s"]
-        parts += [f"{value:,} {name} ({_rate(value / seconds)}/s)" for name, value in self.extra.items()]
+        extra = {name: value for name, value in self.extra.items() if name != "steps"}
+        parts += [f"{value:,} {name} ({_rate(value / seconds)}/s)" for name, value in extra.items()]
+        if self.extra.get("steps", 0) > 0 and self.extra["steps"] < extra.get("tokens", 0):
+            parts.append(f"{extra['tokens'] / self.extra['steps']:.2f} tokens a step")
+        if self.hourly_cost is not None:
+            parts.append(f"cost {self.hourly_cost * seconds / 3600:,.2f}")
         return ", ".join(parts)
 
     def line(self, ended: bool = False) -> str:

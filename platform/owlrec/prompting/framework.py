@@ -48,34 +48,33 @@ def user_prompt(
     *,
     history_tokens: int,
     count_tokens: Callable[[str], int],
-) -> str:
-    """The prompt for one user.
+) -> tuple[str, str]:
+    """The prompt for one user, and the same facts as a sentence of their own.
 
     profile: the user's profile fields; empty ones and those the scenario does not name are left out, and all of them
     where the family does not ask for them.
     behaviours: (title, rating) oldest first; a rating of None, or a scenario without graded ratings, quotes the title
     alone. history_tokens: budget for the list of behaviours; the oldest are dropped until it fits.
-    Returns "" where no behaviour is left: a user without one has nothing to reason about.
+    Returns two "" where no behaviour is left: a user without one has nothing to reason about.
     """
     entries = [_behaviour(scenario, title, rating) for title, rating in behaviours]
     kept = fit_recent(entries, history_tokens, count_tokens)
     if not kept:
-        return ""
+        return "", ""
     fields = [f"{f} {clean_text(profile[f], max_chars=60)}" for f in scenario.profile_fields if profile.get(f)]
-    return framework.user_template.format(
-        **_words(scenario, scenario.user_factors),
-        profile=f"User: {', '.join(fields)}. " if fields else "",
-        behaviours="; ".join(kept),
-    )
+    behaved, about = "; ".join(kept), f"User: {', '.join(fields)}. " if fields else ""
+    words = _words(scenario, scenario.user_factors)
+    text = framework.user_template.format(**words, profile=about, behaviours=behaved)
+    return text, f"{about}The user {scenario.consumed} these {scenario.items}: {behaved}."
 
 
 def item_prompt(
     framework: Framework, scenario: Scenario, title: str, attributes: Mapping[str, str | Sequence[str]]
-) -> str:
-    """The prompt for one item.
+) -> tuple[str, str]:
+    """The prompt for one item, and the same facts as a sentence of their own.
 
     attributes: the item's columns; those that the scenario lists as text fields are quoted, where they have a value.
-    Returns "" where the item has neither a title nor such an attribute.
+    Returns two "" where the item has neither a title nor such an attribute.
     """
     title = clean_text(title)
     facts = []
@@ -85,11 +84,12 @@ def item_prompt(
         if text:
             facts.append(f"{field}: {clean_text(text)}")
     if not facts and not title:
-        return ""
+        return "", ""
     description = " ".join(
         part for part in (f'"{title}"' if title else "", f"({'; '.join(facts)})" if facts else "") if part
     )
-    return framework.item_template.format(**_words(scenario, scenario.item_factors), description=description)
+    text = framework.item_template.format(**_words(scenario, scenario.item_factors), description=description)
+    return text, f"The {scenario.item} {description}."
 
 
 def _words(scenario: Scenario, factors: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ The titles behind a user's history live in the `ItemCatalog`, an Arrow column be
 take about 0.5 GB a process there, and several times that in a Python dict.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from owlrec.prompting.trawl import TRAWL
 from owlrec.scenario import Scenario
 from owlrec.workspace import Workspace, fingerprint
 
+# A prompt quotes a few hundred characters of a field; a field of this length is no title or description but a mistake.
+_MAX_FIELD_CHARS = 100_000
+
 FRAMEWORKS: dict[FrameworkName, Framework] = {"kar": KAR, "once": ONCE, "rlmrec": RLMREC, "trawl": TRAWL}
 
 
@@ -32,7 +35,7 @@ class PromptConfig(Config):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """What to ask about one user or item. `text` is "" where there is nothing to ask about."""
 
@@ -41,6 +44,18 @@ class Prompt:
     as_of: int  # ms; 0 for items, whose facts do not depend on anybody's history
     system: str  # the same for all rows of a kind
     text: str
+    facts: str  # the row's own facts in a sentence: what stands in for an answer that cannot be used
+
+
+@dataclass(frozen=True, slots=True)
+class UnusableRow:
+    """A row of a table that no prompt can be made of, and why."""
+
+    kind: str
+    id: int
+    as_of: int
+    error: str  # WrongType, OversizedText or UndecodableText
+    message: str
 
 
 class ItemCatalog:
@@ -55,11 +70,17 @@ class ItemCatalog:
 
     @classmethod
     def load(cls, workspace: Workspace) -> "ItemCatalog":
-        """Reads the workspace's items table."""
-        return cls(workspace.read_table("items", ["item_id", "title"]))
+        """Reads the workspace's items table; a title that is no text is none."""
+        parts = []
+        for part in workspace.table_parts("items"):
+            table = workspace.read_parquet(f"tables/items/{part}", ["item_id", "title"])
+            if table.schema.field("title").type != pa.string():
+                table = table.set_column(1, "title", pa.nulls(table.num_rows, pa.string()))
+            parts.append(table)
+        return cls(pa.concat_tables(parts))
 
     def titles(self, ids: np.ndarray) -> list[str]:
-        """The title of each id, in order; "" for an unknown id or a null title.
+        """The title of each id, in order; "" for an unknown id, a null title or one that is no valid text.
 
         ids: int64 [n].
         """
@@ -67,8 +88,19 @@ class ItemCatalog:
             return [""] * len(ids)
         at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
         known = self._ids[at] == ids
-        texts = self._titles.take(pa.array(at)).to_pylist()
-        return [(t or "") if k else "" for t, k in zip(texts, known, strict=True)]
+        found = self._titles.take(pa.array(at, mask=~known))
+        try:
+            texts = found.to_pylist()
+        except UnicodeDecodeError:
+            texts = [_text_or_none(value) for value in found]
+        return [text or "" for text in texts]
+
+
+def _text_or_none(value: pa.Scalar) -> str | None:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def template_fingerprint(config: PromptConfig, scenario: Scenario) -> str:
@@ -86,19 +118,32 @@ def user_prompts(
     config: PromptConfig,
     scenario: Scenario,
     count_tokens: Callable[[str], int],
-) -> Iterator[Prompt]:
+) -> Iterator[Prompt | UnusableRow]:
     """The prompts for a shard of users, in the order of `histories`.
 
     users, histories: the same shard of both tables (see schema.py); a user without a history row gets no prompt.
     """
     family = FRAMEWORKS[config.framework]
     system = user_system(family, scenario)
-    profiles = {row["user_id"]: row for row in users.to_pylist()}
-    for row in histories.to_pylist():
-        titles = catalog.titles(np.asarray(row["items"], dtype=np.int64))
-        behaviours = [(t, r) for t, r in zip(titles, row["ratings"], strict=True) if t]
-        profile = {k: v for k, v in profiles.get(row["user_id"], {}).items() if isinstance(v, str)}
-        text = user_prompt(
+    ids = users["user_id"].to_numpy()
+    order = np.argsort(ids, kind="stable")
+    profiles = _rows(users)
+    items = histories["items"].combine_chunks()
+    titles = catalog.titles(items.flatten().to_numpy(zero_copy_only=False))
+    bounds = np.r_[0, np.cumsum(items.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))].tolist()
+    places = np.searchsorted(ids, histories["user_id"].to_numpy(), sorter=order)
+    for row, place, start, end in zip(
+        histories.drop_columns(["items"]).to_pylist(), places.tolist(), bounds[:-1], bounds[1:], strict=True
+    ):
+        id_, as_of = row["user_id"], row["as_of"]
+        at = order[place] if place < len(order) else -1
+        profile = profiles[at] if at >= 0 and ids[at] == id_ else {}
+        if isinstance(profile, str) or (wrong := _wrong(profile, scenario.profile_fields)):
+            yield _unusable("user", id_, as_of, profile if isinstance(profile, str) else wrong)
+            continue
+        ratings = row["ratings"] or [None] * (end - start)
+        behaviours = [(t, r) for t, r in zip(titles[start:end], ratings, strict=True) if t]
+        text, facts = user_prompt(
             family,
             scenario,
             profile,
@@ -106,13 +151,47 @@ def user_prompts(
             history_tokens=config.history_tokens,
             count_tokens=count_tokens,
         )
-        yield Prompt("user", row["user_id"], row["as_of"], system, text)
+        yield Prompt("user", id_, as_of, system, text, facts)
 
 
-def item_prompts(items: pa.Table, scenario: Scenario, framework: FrameworkName) -> Iterator[Prompt]:
+def item_prompts(items: pa.Table, scenario: Scenario, framework: FrameworkName) -> Iterator[Prompt | UnusableRow]:
     """The prompts for a shard of items, in its order."""
     family = FRAMEWORKS[framework]
     system = item_system(family, scenario)
-    for row in items.to_pylist():
-        attributes: dict[str, Any] = {k: v for k, v in row.items() if k not in ("item_id", "raw_id", "title")}
-        yield Prompt("item", row["item_id"], 0, system, item_prompt(family, scenario, row["title"] or "", attributes))
+    fields = ("title", *scenario.text_fields)
+    for id_, row in zip(items["item_id"].to_pylist(), _rows(items), strict=True):
+        if isinstance(row, str) or (wrong := _wrong(row, fields)):
+            yield _unusable("item", id_, 0, row if isinstance(row, str) else wrong)
+            continue
+        text, facts = item_prompt(family, scenario, row["title"] or "", row)
+        yield Prompt("item", id_, 0, system, text, facts)
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any] | str]:
+    """The rows of a table; for one whose text is not valid, what is wrong with it (see _unusable)."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        if table.num_rows > 1:
+            half = table.num_rows // 2
+            return _rows(table.slice(0, half)) + _rows(table.slice(half))
+        return ["UndecodableText: a text field is not valid UTF-8"]
+
+
+def _wrong(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """What makes a row's fields unusable, or ""."""
+    for name in fields:
+        value = row.get(name)
+        for text in value if isinstance(value, list) else (value,):
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                return f"WrongType: {name} holds {text!r:.60} ({type(text).__name__}), but text is meant"
+            if len(text) > _MAX_FIELD_CHARS:
+                return f"OversizedText: {name} has {len(text):,} characters, more than {_MAX_FIELD_CHARS:,}"
+    return ""
+
+
+def _unusable(kind: str, id_: int, as_of: int, wrong: str) -> UnusableRow:
+    error, _, message = wrong.partition(": ")
+    return UnusableRow(kind, id_, as_of, error, f"{kind} {id_}: {message}. Mend the row in its source.")

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 
 # Turn, sentence and instruction markers of the chat templates in use (ChatML, Llama 2 and 3, Gemma, Mistral,
 # DeepSeek, GLM).
-_TEMPLATE_TOKEN = re.compile(
+TEMPLATE_TOKEN = re.compile(
     r"<[|｜][^<>]{0,60}?[|｜]>|</?s>|\[/?INST\]|\[/?SYSTEM_PROMPT\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
     r"|\[gMASK\]|<sop>|</?think>",
     re.IGNORECASE,
 )
+_MARKUP = re.compile(r"[<\[]")
+_ROOM = 50  # times the wanted length that are read at all: a page of controls in place of a title costs no seconds
 
 
 def clean_text(text: str, *, max_chars: int = 200) -> str:
@@ -22,7 +24,9 @@ def clean_text(text: str, *, max_chars: int = 200) -> str:
 
     Double quotes become single ones, since prompts quote titles in double quotes. A cut is marked by an ellipsis.
     """
-    text = unicodedata.normalize("NFC", text)
+    if text.isascii() and text.isprintable() and not _MARKUP.search(text):  # nearly every title: nothing to remove
+        return _on_one_line(text, max_chars)
+    text = unicodedata.normalize("NFC", text[: max_chars * _ROOM])
     # Cc and Cf hold control, zero-width and bidirectional characters; Co and Cs private use and lone surrogates.
     text = "".join(
         " " if c in "\t\n\r\v\f" else c
@@ -30,10 +34,14 @@ def clean_text(text: str, *, max_chars: int = 200) -> str:
         if c in "\t\n\r\v\f" or unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs")
     )
     while True:  # removing one token may join the halves of another
-        stripped = _TEMPLATE_TOKEN.sub("", text)
+        stripped = TEMPLATE_TOKEN.sub("", text)
         if stripped == text:
             break
         text = stripped
+    return _on_one_line(text, max_chars)
+
+
+def _on_one_line(text: str, max_chars: int) -> str:
     text = " ".join(text.split()).replace('"', "'")
     return text if len(text) <= max_chars else text[: max_chars - 1].rstrip() + "…"
 

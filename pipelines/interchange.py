@@ -1,0 +1,56 @@
+"""Knowledge in and out: a file made elsewhere stands in for `generate`; what was generated goes out as one file."""
+
+import time
+from typing import Literal
+
+from owlrec.errors import WorkspaceError
+from owlrec.generation.adoption import adopt
+from owlrec.generation.exporting import export_jsonl, export_parquet
+from owlrec.generation.importing import ImportSource
+from owlrec.generation.shards import KINDS, add_manifests, iterate_knowledge
+from owlrec.ops.console import note, stage_header
+from owlrec.recipe import Recipe
+from owlrec.workspace import (
+    StageManifest,
+    Stopwatch,
+    Workspace,
+    fingerprint,
+    finish_stage,
+    finished_stage,
+    forget_stages,
+)
+from pipelines.stage import from_stage
+
+
+def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource) -> StageManifest:
+    """Reads `source` into the workspace; `encode` and what follows then work on imported knowledge."""
+    stage_header("import", f"{source.kind} knowledge from {source.path}")
+    if finished_stage(workspace, "prepare") is None:
+        raise WorkspaceError(f"{workspace.root}: the tables are not prepared. Run `prepare` first.")
+    watch = Stopwatch()
+    forget_stages(workspace, from_stage("generate"))
+    adopted = adopt(workspace, recipe.domain, recipe.quality, source, shard_rows=recipe.shard_rows)
+    counts = add_manifests(adopted.manifests)
+    for kind in KINDS:
+        if counts[f"{kind}_rows_out"] or counts[f"{kind}_rows_dead"]:
+            note(f"{kind}: {counts[f'{kind}_rows_out']:,} texts, {counts[f'{kind}_rows_dead']:,} dead rows")
+    manifest = StageManifest(
+        stage="generate",
+        fingerprint=fingerprint(adopted.job.fingerprint, [m.shard for m in adopted.manifests]),
+        seconds=round(watch.seconds, 3),
+        finished=time.time(),
+        counts={**counts, "shards": len(adopted.manifests)},
+        outputs={"knowledge": adopted.job.folder},
+    )
+    finish_stage(workspace, manifest)
+    return manifest
+
+
+def export_knowledge(workspace: Workspace, path: str, kind: Literal["user", "item"] | None = None) -> int:
+    """Writes what `generate` made to one file, JSON lines or Parquet by its name; the number of rows."""
+    generated = finished_stage(workspace, "generate")
+    if generated is None:
+        raise WorkspaceError(f"{workspace.root}: no knowledge yet. Run `generate` first, or import some.")
+    tables = iterate_knowledge(workspace, generated.outputs["knowledge"], (kind,) if kind else KINDS)
+    write = export_parquet if path.endswith(".parquet") else export_jsonl
+    return write(tables, path)

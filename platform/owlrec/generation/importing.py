@@ -1,0 +1,295 @@
+"""Knowledge that was made elsewhere, row by row: KAR's files, OpenAI batches, REKI's answers, tables, our own exports.
+
+Every row of the file comes out once, as an `ImportedRow` or as a `BadRow` that says why it cannot be used. The one
+thing nobody can guess is up to which moment a text knows its user: where the file does not say, the caller must, since
+samples that are not later would leak.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import field_validator
+
+from owlrec.config import Config
+from owlrec.errors import SourceError
+from owlrec.generation import knowledge_files as files
+from owlrec.generation.knowledge_files import Format, NoText, Record, Undecodable, Unusable
+from owlrec.schema import KINDS, stable_id
+
+Field = Literal["id", "text", "prompt", "as_of", "finish_reason", "prompt_tokens", "output_tokens"]
+# Behaviour logs lie between 1973 and 2286 in milliseconds; seconds and microseconds lie outside (see
+# schema.check_milliseconds). A row's as_of in seconds would look older than any sample and hide every leak.
+_MILLISECONDS = range(10**11, 10**13)
+_SHOWN_CHARACTERS = 300
+_LINES_SNIFFED = 100
+_INT64 = range(-(2**63), 2**63)
+
+
+class NoId(Unusable):
+    """There is no id, or it is neither text nor a whole number."""
+
+
+class DuplicateId(Unusable):
+    """An earlier row has this id; that one was taken."""
+
+
+class NoAsOf(Unusable):
+    """Neither the row nor the source says up to which moment the text knows its user."""
+
+
+class BadAsOf(Unusable):
+    """The row's as_of is no whole number of milliseconds since 1970."""
+
+
+class WrongKind(Unusable):
+    """The row of an OwlRec export is of no known kind."""
+
+
+class ImportSource(Config):
+    """One file of knowledge made elsewhere, all of one kind."""
+
+    path: str
+    format: Format | None = None  # by the file's name, and for .json and .jsonl its first lines
+    kind: Literal["user", "item", "cohort"]
+    id_field: str | None = None  # openai: the top-level field with the row's id; custom_id unless given
+    columns: dict[Field, str] = {}  # our field name -> the file's: {id: sku, text: summary}
+    framework: str = "imported"  # what the knowledge table shall call the way these texts were made
+    as_of_ms: int | None = None  # for rows that say nothing themselves; items and cohorts are 0 then
+
+    @field_validator("as_of_ms")
+    @classmethod
+    def _in_milliseconds(cls, value: int | None) -> int | None:
+        if value is not None and value != 0 and value not in _MILLISECONDS:
+            raise ValueError(f"{value} is no time in milliseconds since 1970, UTC")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedRow:
+    """One text. Finish reason "stop" and 0 tokens where the file does not say; prompt "" likewise."""
+
+    id: int
+    as_of: int  # ms since 1970, UTC: the text knows nothing later
+    text: str  # exactly as in the file; may be empty
+    prompt: str
+    finish_reason: str
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used."""
+
+    row: int  # from 1: the line where it starts (text formats), or the entry (KAR) or row (Parquet)
+    raw_id: str  # "" where none could be read
+    error: str  # class name
+    message: str
+
+
+def read_knowledge_file(source: ImportSource) -> Iterator[ImportedRow | BadRow]:
+    """The rows of a file, in order; memory holds a batch of them and 8 bytes an id, KAR's JSON excepted.
+
+    Ids are `schema.stable_id` of the file's, except in OwlRec's own exports (known by their columns), whose ids are
+    taken as they are, and of which rows of other kinds are passed over. Raises SourceError at once for a missing file,
+    an unknown format, options that the format does not have, and user texts of no known moment; while reading, for a
+    file that is no JSON, CSV or Parquet, lacks a column, or is an export without a row of this kind.
+    """
+    path = Path(source.path).expanduser()
+    if not path.is_file():
+        raise SourceError(f"{source.path}: there is no such file. Correct the path.")
+    format_ = source.format or _guess_format(path, source)
+    _check_options(source, format_)
+    return _rows(source, path, _records(source, path, format_))
+
+
+def _guess_format(path: Path, source: ImportSource) -> Format:
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    by_name: dict[str, Format] = {".klg": "kar", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+    if suffix in by_name:
+        return by_name[suffix]
+    if suffix in (".json", ".jsonl", ".ndjson"):
+        records = (record for _, record in itertools.islice(files.json_lines(path), _LINES_SNIFFED))
+        first = next((record for record in records if isinstance(record, dict) and record), None)
+        if first is None or all(isinstance(value, dict) for value in first.values()):
+            if suffix == ".json":
+                return "kar"
+        elif first.keys() & {"choices", "custom_id"} or isinstance(first.get("response"), dict):
+            return "openai"
+        elif source.columns.get("id", "id") in first:
+            return "jsonl"
+    raise SourceError(
+        f"{path}: neither its name nor its first lines tell the format. Set format: kar, openai, jsonl, csv or parquet."
+    )
+
+
+def _check_options(source: ImportSource, format_: Format) -> None:
+    if source.id_field is not None and format_ != "openai":
+        raise SourceError(
+            f"{source.path}: id_field is for openai files, this one is {format_}. Use columns: {{id: ...}}."
+        )
+    allowed = {"kar": set[str](), "openai": {"prompt", "as_of"}}.get(format_)
+    wrong = sorted(source.columns.keys() - allowed) if allowed is not None else []
+    if wrong:
+        hint = "Use id_field for the id." if format_ == "openai" else "Remove it: the format has no columns."
+        raise SourceError(f"{source.path}: columns.{wrong[0]} has no meaning for a file in format {format_}. {hint}")
+    says_as_of = format_ not in ("kar", "openai") or "as_of" in source.columns
+    if source.kind == "user" and source.as_of_ms is None and not says_as_of:
+        raise SourceError(
+            f"{source.path}: the format does not say up to which moment its texts know their users. Set as_of_ms to "
+            "the time of the last behaviour that any prompt held (ms since 1970, UTC): samples must be later."
+        )
+
+
+def _records(source: ImportSource, path: Path, format_: Format) -> Iterator[Record]:
+    columns = {str(field): name for field, name in source.columns.items()}
+    match format_:
+        case "kar":
+            return files.read_kar(path)
+        case "openai":
+            return files.read_openai(path, source.id_field or "custom_id", columns)
+        case "jsonl":
+            return files.read_jsonl(path, columns)
+    required = ("id", "text", "as_of") if source.kind == "user" and source.as_of_ms is None else ("id", "text")
+    return (files.read_csv if format_ == "csv" else files.read_parquet)(path, columns, required)
+
+
+def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterator[ImportedRow | BadRow]:
+    seen, of_other_kinds, of_this_kind, no_json = _SeenIds(), 0, 0, 0
+    for number, record in records:
+        raw_id = ""
+        try:
+            if isinstance(record, Unusable):
+                raise record
+            ours = "kind" in record
+            if ours and _text(record, "kind") != source.kind:
+                if _text(record, "kind") not in KINDS:
+                    raise WrongKind(f"'{_text(record, 'kind')}' is none of {', '.join(KINDS)}")
+                of_other_kinds += 1
+                continue
+            raw_id = _raw_id(record)
+            row = _row(record, raw_id, source, ours)
+            if not seen.add(row.id):
+                raise DuplicateId(f"an earlier row has id {row.id} too; keep one row an id")
+        except Unusable as problem:
+            message = str(problem).encode(errors="replace").decode()[:_SHOWN_CHARACTERS]
+            yield BadRow(number, raw_id, type(problem).__name__, message)
+            no_json += isinstance(problem, files.NotJson)
+        else:
+            yield row
+        of_this_kind += 1
+    if of_this_kind and no_json == of_this_kind:
+        raise SourceError(f"{path}: none of its {no_json} lines is a JSON object. Set another format.")
+    if of_other_kinds and not of_this_kind:
+        raise SourceError(f"{path}: none of its {of_other_kinds} rows is of kind '{source.kind}'. Set another kind.")
+
+
+def _row(record: dict[str, Any], raw_id: str, source: ImportSource, ours: bool) -> ImportedRow:
+    text = _text(record, "text")
+    if text is None:
+        found = record.get("text")
+        raise NoText("the row has no text" if found is None else f"the text is of type {type(found).__name__}")
+    return ImportedRow(
+        id=_own_id(raw_id) if ours else stable_id(raw_id),
+        as_of=_as_of(record, source, ours),
+        text=text,
+        prompt=_text(record, "prompt") or "",
+        finish_reason=_text(record, "finish_reason") or "stop",
+        prompt_tokens=_count(record.get("prompt_tokens")),
+        output_tokens=_count(record.get("output_tokens")),
+    )
+
+
+def _text(record: dict[str, Any], field: str) -> str | None:
+    """A text field, checked to be UTF-8; None where it is missing or no text. Raises the Unusable in its place."""
+    value = record.get(field)
+    if isinstance(value, Unusable):
+        raise value
+    try:
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, str):
+            value.encode()
+            return value
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise Undecodable(f"{field} is no UTF-8 ({error.reason} at {error.start})") from None
+    return None
+
+
+def _raw_id(record: dict[str, Any]) -> str:
+    value = record.get("id")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    text = _text(record, "id")
+    if text:
+        return text
+    found = "is empty" if value in (None, "", b"") else f"is of type {type(value).__name__}"
+    raise NoId(f"the id {found}; set id_field or columns if the file calls it differently")
+
+
+def _own_id(raw_id: str) -> int:
+    try:
+        id_ = int(raw_id)
+    except ValueError:
+        id_ = 2**63
+    if id_ not in _INT64:
+        raise NoId("an OwlRec export has int64 ids; for other ids leave out one of its columns, or map columns")
+    return id_
+
+
+def _as_of(record: dict[str, Any], source: ImportSource, ours: bool) -> int:
+    value = record.get("as_of")
+    if isinstance(value, bytes | str):
+        value = _text(record, "as_of") or None
+    if value is None or value != value:  # NaN is how pandas writes a missing number
+        if source.as_of_ms is None and source.kind == "user":
+            raise NoAsOf("the row has no as_of; give it one, or set as_of_ms for all rows without")
+        return source.as_of_ms or 0
+    try:
+        moment = int(value)
+        exact = isinstance(value, str) or (moment == value and not isinstance(value, bool))
+    except (ValueError, OverflowError, TypeError):
+        moment, exact = 0, False
+    # 0 is right for what knows no behaviour; in a foreign row of a user it is far more often a filler.
+    likely = moment in _INT64 if ours else moment in _MILLISECONDS or (moment == 0 and source.kind != "user")
+    if not (exact and likely):
+        raise BadAsOf(f"as_of {str(value)[:40]} is no time in milliseconds since 1970, UTC")
+    return moment
+
+
+def _count(value: object) -> int:
+    """A number of tokens; 0 for what is none, since a missing count is no reason to lose a text."""
+    try:
+        count = int(value) if isinstance(value, int | float | str | bytes) else 0
+    except (ValueError, OverflowError):
+        return 0
+    return count if 0 <= count < 2**31 else 0
+
+
+class _SeenIds:
+    """A set of int64 ids at 8 bytes each, where Python's own takes about 80: a sorted array, and a small set of the
+    newest.
+    """
+
+    _NEWEST = 1 << 18
+
+    def __init__(self) -> None:
+        self._newest: set[int] = set()
+        self._sorted = np.zeros(0, np.int64)
+
+    def add(self, id_: int) -> bool:
+        """Adds an id; False where it was there already."""
+        place = self._sorted.searchsorted(id_)
+        if id_ in self._newest or (place < len(self._sorted) and self._sorted[place] == id_):
+            return False
+        self._newest.add(id_)
+        if len(self._newest) == self._NEWEST:
+            newest = np.fromiter(self._newest, np.int64, self._NEWEST)
+            # "stable" is a merge sort: it makes one pass over what is sorted already.
+            self._sorted = np.sort(np.concatenate([self._sorted, np.sort(newest)]), kind="stable")
+            self._newest.clear()
+        return True

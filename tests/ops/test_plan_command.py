@@ -1,0 +1,125 @@
+"""The command: what it prints, what it writes, and how it refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from owlrec.errors import RecipeError
+from owlrec.generation.shards import ShardManifest
+from owlrec.ops.planning import load_fleet
+from owlrec.workspace import StageManifest, Workspace, finish_stage
+from pipelines.plan import main, row_count
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "cluster" / "fleet-example.yaml"
+FLEET = """
+groups:
+  - {name: spot, accelerator: x, gpus: 2, price_per_gpu_hour: 3, tokens_per_s: 100, preemption_rate_per_hour: 0.5}
+"""
+
+# What a manifest must hold besides the figures that are read here, as zeros and empty texts.
+REQUIRED = {
+    name: field.annotation()
+    for name, field in ShardManifest.model_fields.items()
+    if field.is_required() and name != "shard"
+}
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Runs the command over a finished run of 40 users, in 2 shards of 20 rows and 4000 tokens each."""
+    workspace = Workspace(tmp_path / "ws")
+    for number in range(2):
+        manifest = REQUIRED | {
+            "shard": {"kind": "user", "part": f"part-{number:05d}.parquet", "input_fingerprint": "f"},
+            "rows_in": 20,
+            "rows_out": 20,
+            "prompt_tokens": 2000,
+            "output_tokens": 4000,
+            "seconds": 40.0,
+        }
+        workspace.write_json(f"knowledge/f/user/shard-{number:05d}.json", manifest)
+        workspace.write_bytes(f"knowledge/f/user/shard-{number:05d}.parquet", b"x" * 2048)
+    outputs = {"knowledge": "knowledge/f"}
+    finish_stage(workspace, StageManifest(stage="generate", fingerprint="f", seconds=80, finished=0, outputs=outputs))
+    (tmp_path / "recipe.yaml").write_text(
+        "{name: demo, scenario: movies, workspace: elsewhere, shard_rows: 36, source: {type: movielens-100k}, "
+        "engine: {type: echo}}"
+    )
+    (tmp_path / "fleet.yaml").write_text(FLEET)
+
+    def run(**changes):
+        given = {"recipe": tmp_path / "recipe.yaml", "workspace": workspace.root, "fleet": tmp_path / "fleet.yaml"}
+        options = [f"--{name}={value}" for name, value in (given | {"users": "3.6e3"} | changes).items()]
+        monkeypatch.setattr(sys, "argv", ["plan", *options])
+        main()
+
+    return run
+
+
+def test_the_first_line_says_that_all_is_estimated_and_from_what(command, capsys):
+    command()
+    out = capsys.readouterr().out
+    first = out.splitlines()[0]
+    assert first.startswith("== plan: estimates, extrapolated from 40 users (finished 19")
+    assert first.endswith("ws/knowledge/f")
+    assert "if this machine made it: " in out
+    assert "3,600 users, 0 items" in out
+    assert "wall time, h" in out
+    assert "spot: 1.0 preemptions" in out
+    assert "release: not estimated" in out
+    assert "shard plan of users: 100 shards, rows a shard: min " in out
+    assert "shard plan of items" not in out
+
+
+def test_every_figure_goes_to_the_json_file(command, tmp_path):
+    command(json=tmp_path / "plan.json")
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    # 7200 s of an engine, in shards of 72 s; each preemption loses half of four shards, 144 s.
+    expected_s = 72 + 3600 / (1 - 0.5 * 144 / 3600)
+    assert figures["plan"]["wall_hours"]["expected"] * 3600 == pytest.approx(expected_s)
+    assert figures["plan"]["groups"][0]["cost"]["expected"] == pytest.approx(6 * expected_s / 3600)
+    assert figures["workload"]["tokens_per_s"] == {"low": 100.0, "expected": 100.0, "high": 100.0}
+    assert figures["shard_plan"]["users"]["shards"] == 100
+
+
+def test_more_engines_than_shards_are_warned_of(command, capsys):
+    command(users="36")
+    assert "1 shards for 2 engines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"users": "many"}, "'many' is no number of rows"),
+        ({"users": "0"}, "0 users and 0 items cannot be planned"),
+        ({"items": "5"}, "3600 users and 5 items cannot be planned from a run that measured 40 users"),
+        ({"fleet": "missing.yaml"}, "missing.yaml: cannot be read"),
+        ({"recipe": "missing.yaml"}, "missing.yaml: cannot be read"),
+        ({"workspace": "/nowhere/at/all"}, "Run a small recipe first"),
+        ({"json": "/nowhere/at/all.json"}, "/nowhere/at/all.json: cannot be written"),
+    ],
+)
+def test_mistakes_end_in_one_plain_line(command, capsys, changes, message):
+    with pytest.raises(SystemExit) as ended:
+        command(**changes)
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
+
+
+@pytest.mark.parametrize(("text", "rows"), [("1e8", 10**8), ("1.5e3", 1500), ("12", 12), ("1_000", 1000)])
+def test_row_counts_are_read_as_people_write_them(text, rows):
+    assert row_count(text) == rows
+
+
+@pytest.mark.parametrize("text", ["", "1.5", "-1", "nan", "inf", "1e400", "ten"])
+def test_what_is_no_row_count_is_refused(text):
+    with pytest.raises(RecipeError, match=r"is no number of rows\. Write a whole number"):
+        row_count(text)
+
+
+def test_the_example_fleet_loads():
+    assert len(load_fleet(EXAMPLE).groups) == 1

@@ -1,0 +1,292 @@
+"""Plans against numbers worked out by hand, shard plans against a brute force."""
+
+import numpy as np
+import pytest
+
+from owlrec.decoding.counters import DecoderCounters, StepSums
+from owlrec.errors import RecipeError, WorkspaceError
+from owlrec.generation.shards import ShardManifest
+from owlrec.ops.planning import FleetConfig, engine_speed, load_fleet, plan
+from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures, measured_workload, per_row
+from owlrec.workspace import StageManifest, finish_stage
+
+# What a manifest must hold besides the figures that are read here, as zeros and empty texts.
+REQUIRED = {
+    name: field.annotation()
+    for name, field in ShardManifest.model_fields.items()
+    if field.is_required() and name != "shard"
+}
+
+
+def exactly(value):
+    return Estimate(low=value, expected=value, high=value)
+
+
+def kind_figures(output=200.0, **changes):
+    figures = {
+        "rows": 100,
+        "shards": 4,
+        "prompt_tokens": exactly(100.0),
+        "output_tokens": exactly(output),
+        "knowledge_bytes": exactly(1024.0),
+        "vector_bytes": None,
+    }
+    return KindFigures(**(figures | changes))
+
+
+def workload(**changes):
+    figures = {"run": "knowledge/f", "finished": 0, "kinds": {"user": kind_figures()}, "tokens_per_s": exactly(50.0)}
+    return WorkloadFigures(**(figures | changes))
+
+
+def group(name="a", **changes):
+    return {"name": name, "accelerator": "x", "gpus": 2, "price_per_gpu_hour": 3.0, "tokens_per_s": 100} | changes
+
+
+def fleet(*groups, **changes):
+    return FleetConfig(groups=list(groups), **changes)
+
+
+def planned(*groups, users=3600, shard_rows=36, **changes):
+    """3600 users of 200 tokens, 720,000 in all: 7200 s of an engine that writes 100 a second, in shards of 72 s."""
+    return plan(workload(), fleet(*groups), users=users, items=0, shard_rows=shard_rows, **changes)
+
+
+def test_two_gpus_take_half_the_engine_time_and_one_shard():
+    found = planned(group())
+    assert (found.shards, found.output_tokens.expected, found.prompt_tokens.expected) == (100, 720_000, 360_000)
+    assert found.wall_hours.expected * 3600 == pytest.approx(3600 + 72)
+    assert found.gpu_hours.expected == pytest.approx(2.04)
+    assert found.cost.expected == pytest.approx(6.12)
+    assert found.wall_hours == exactly(found.wall_hours.expected)  # nothing measured varied
+
+
+def test_prompts_are_read_at_their_own_speed_where_one_is_given():
+    found = planned(group(prefill_tokens_per_s=1000))
+    engine_s = 7200 + 360
+    assert found.wall_hours.expected * 3600 == pytest.approx(engine_s / 2 + engine_s / 100)
+
+
+def test_unequal_groups_end_together():
+    found = planned(group(gpus=1), group("b", gpus=6, gpus_per_engine=2, tokens_per_s=200))
+    wall_s = (7200 + 72 + 6 * 36) / 7  # speeds 1 : 6, tails of 72 s and 36 s
+    assert found.wall_hours.expected * 3600 == pytest.approx(wall_s)
+    shares = [g.work_share for g in found.groups]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] * 7200 + 72 == pytest.approx(wall_s)
+    assert shares[1] * 3600 / 3 + 36 == pytest.approx(wall_s)
+    assert [g.engines for g in found.groups] == [1, 3]
+    assert found.gpu_hours.expected * 3600 == pytest.approx(7 * wall_s)
+
+
+def test_a_group_that_starts_too_late_gets_no_work_and_costs_nothing():
+    found = planned(group(), group("late", startup_s=4000))
+    assert [g.work_share for g in found.groups] == [pytest.approx(1), 0]
+    assert found.groups[1].cost.expected == 0
+    assert found.wall_hours == planned(group()).wall_hours
+
+
+def test_twice_the_gpus_halve_the_wall_time_and_cost_the_same():
+    one, two = (planned(group(gpus=n), shard_rows=1) for n in (2, 4))
+    assert two.wall_hours.expected == pytest.approx(one.wall_hours.expected / 2, rel=0.01)
+    assert two.cost.expected == pytest.approx(one.cost.expected, rel=0.01)
+
+
+def test_start_up_is_paid_by_every_gpu():
+    assert planned(group(startup_s=360)).gpu_hours.expected == pytest.approx(2.04 + 2 * 0.1)
+
+
+def test_preemptions_add_work():
+    found = planned(group(preemption_rate_per_hour=1, startup_s=36), in_flight=4)
+    lost = (4 * 36 + 36) / 3600  # a preemption an hour: half of each of four shards, and a start
+    assert found.groups[0].repeated_share == pytest.approx(lost)
+    assert found.wall_hours.expected * 3600 == pytest.approx(36 + 72 + 3600 / (1 - lost))
+    assert found.groups[0].preemptions == pytest.approx(2 * found.wall_hours.expected)
+    half_a_shard = planned(group(preemption_rate_per_hour=1), in_flight=1)
+    assert half_a_shard.groups[0].repeated_share == pytest.approx(36 / 3600)
+
+
+def test_preemptions_faster_than_work_are_refused():
+    with pytest.raises(RecipeError, match=r"group 'a': at 50 preemptions an hour .* Make shard_rows smaller"):
+        planned(group(preemption_rate_per_hour=50))
+
+
+def test_ranges_push_tokens_and_speed_one_way_at_once():
+    uncertain = Estimate(low=100, expected=200, high=400)
+    figures = workload(
+        kinds={"user": kind_figures(output_tokens=uncertain)}, tokens_per_s=Estimate(low=50, expected=100, high=200)
+    )
+    machines = fleet(group(tokens_per_s=None))
+    found = plan(figures, machines, users=3600, items=0, shard_rows=36)
+    assert found.groups[0].speed_from == "measured run"
+    walls = [found.wall_hours.low, found.wall_hours.expected, found.wall_hours.high]
+    assert walls == pytest.approx([1.02 / 4, 1.02, 1.02 * 4])
+    assert found.cost.high == pytest.approx(4 * found.cost.expected)
+
+
+def test_users_and_items_add_up():
+    figures = workload(kinds={"user": kind_figures(), "item": kind_figures(output=50.0)})
+    found = plan(figures, fleet(group()), users=1000, items=1001, shard_rows=100)
+    assert found.output_tokens.expected == 1000 * 200 + 1001 * 50
+    assert found.shards == 10 + 11
+
+
+def test_storage_by_artifact_and_its_price():
+    kinds = {"user": kind_figures(vector_bytes=768.0), "item": kind_figures(vector_bytes=768.0)}
+    figures = workload(kinds=kinds, release_bytes=2048.0)
+    machines = fleet(group(), storage_price_per_gib_month=0.5)
+    million = 2**20
+    found = plan(figures, machines, users=million, items=million, shard_rows=1024, pool_tokens=10**7)
+    storage = {name: e.expected for name, e in found.storage_gib.items()}
+    assert storage == pytest.approx({"knowledge": 2, "vectors": 1.5, "release": 4, "pools": 2 * 9.1e7 / 2**30})
+    assert found.storage_cost_per_month.expected == pytest.approx(0.5 * sum(storage.values()))
+    assert planned(group()).storage_gib.keys() == {"knowledge"}  # the rest was not measured, and is not made up
+
+
+@pytest.mark.parametrize(("users", "items"), [(0, 0), (-1, 0), (10, 5)])
+def test_rows_that_cannot_be_planned_are_refused(users, items):
+    with pytest.raises(RecipeError, match=f"{users} users and {items} items cannot be planned .* 100 users"):
+        plan(workload(), fleet(group()), users=users, items=items, shard_rows=10)
+
+
+def test_the_range_is_of_two_standard_errors_of_a_ratio():
+    # Ratio 15, residuals -50 and 50: their deviation 70.7 / (sqrt(2) * 10 rows) = 5, so that f = 1 + 2 * 5 / 15.
+    found = per_row(np.array([100.0, 200.0]), np.array([10.0, 10.0]))
+    assert found.array == pytest.approx([9, 15, 25])
+    assert per_row(np.array([20.0, 40.0]), np.array([1.0, 2.0])) == exactly(20.0)
+    assert per_row(np.array([100.0]), np.array([10.0])).array.tolist() == [5, 10, 20]
+
+
+def test_a_curve_is_taken_at_its_best_batch_with_and_without_the_decoder():
+    machine = fleet(group(tokens_per_s=None, curve=[[1, 0.01], [10, 0.05]], prefill_tokens_per_s=1000)).groups[0]
+
+    def speed(speed_up):
+        found, source = engine_speed(machine, workload(speed_up=speed_up))
+        return [*found.array, source]
+
+    assert speed({}) == [200, 200, 200, "curve"]
+    assert speed({1: 3.0, 16: 1.1}) == pytest.approx([200, 300, 300, "curve"])
+    assert speed({16: 0.5}) == [100, 100, 200, "curve"]
+    assert speed({4: 1.5}) == [200, 200, 200, "curve"]  # 150 at one row; nothing is known of ten
+
+
+def write_run(workspace, *, seconds=(10.0, 10.0), stage_seconds=100.0, counts=None):
+    """Two shards of 10 users and 100 and 200 tokens, one of 5 items and 50."""
+    shards = [("user", 0, 10, 100, seconds[0]), ("user", 1, 10, 200, seconds[1]), ("item", 0, 5, 50, 5.0)]
+    for kind, number, rows, tokens, took in shards:
+        stem = f"knowledge/f/{kind}/shard-{number:05d}"
+        manifest = REQUIRED | {
+            "shard": {"kind": kind, "part": f"part-{number:05d}.parquet", "input_fingerprint": "f"},
+            "rows_in": rows,
+            "rows_out": rows - 1,
+            "prompt_tokens": 30 * rows,
+            "output_tokens": tokens,
+            "seconds": took,
+        }
+        workspace.write_json(f"{stem}.json", manifest)
+        workspace.write_bytes(f"{stem}.parquet", b"x" * 40 * rows)
+        workspace.write_bytes(f"knowledge/f/{kind}/dead/shard-{number:05d}.parquet", b"x")
+    finish(workspace, "generate", counts or {}, {"knowledge": "knowledge/f"}, stage_seconds)
+
+
+def finish(workspace, stage, counts, outputs, seconds=1.0):
+    manifest = StageManifest(
+        stage=stage, fingerprint="f", seconds=seconds, finished=1000, counts=counts, outputs=outputs
+    )
+    finish_stage(workspace, manifest)
+
+
+def test_a_run_is_measured_from_its_shards(workspace):
+    write_run(workspace)
+    found = measured_workload(workspace)
+    user, item = found.kinds["user"], found.kinds["item"]
+    assert (user.rows, user.shards, item.rows, item.shards) == (20, 2, 5, 1)
+    assert user.output_tokens.array == pytest.approx([9, 15, 25])
+    assert item.output_tokens.array == pytest.approx([5, 10, 20])
+    assert user.prompt_tokens == exactly(30.0)
+    assert user.knowledge_bytes == exactly(40.0)
+    assert found.tokens_per_s.expected == pytest.approx(350 / 25)
+    assert (user.vector_bytes, found.release_bytes, found.tokens_per_step, found.speed_up) == (None, None, None, {})
+
+
+def test_the_speed_of_overlapping_shards_is_read_off_the_stage(workspace):
+    write_run(workspace, stage_seconds=10.0, counts={"shards": 3, "shards_this_run": 3})
+    assert measured_workload(workspace).tokens_per_s.expected == pytest.approx(35)
+    assert measured_workload(workspace, engines=2).tokens_per_s.expected == pytest.approx(17.5)
+    assert measured_workload(workspace, engines=5).tokens_per_s.expected == pytest.approx(350 / 25)
+    assert measured_workload(workspace, in_flight=2).tokens_per_s.expected == pytest.approx(2 * 350 / 25)
+    write_run(workspace, stage_seconds=10.0, counts={"shards": 3, "shards_this_run": 1})  # resumed
+    assert measured_workload(workspace).tokens_per_s.expected == pytest.approx(350 / 25)
+
+
+def test_vectors_release_and_decoder_are_measured_where_they_are(workspace):
+    write_run(workspace)
+    for name, size in {
+        "knowledge-user.parquet": 300,
+        "knowledge-user/v.npy": 500,
+        "metadata-user.parquet": 100,
+    }.items():
+        workspace.write_bytes(f"vectors/v/{name}", b"x" * size)
+    workspace.write_bytes("vectors/v/knowledge-item.parquet", b"x" * 70)
+    workspace.write_bytes("releases/r/store/data.mdb", b"x" * 1000)
+    finish(workspace, "encode", {"knowledge_user": 18, "knowledge_item": 7}, {"vectors": "vectors/v"})
+    finish(workspace, "publish", {"knowledge_user": 18, "knowledge_item": 7}, {"release": "r"})
+    counters = DecoderCounters(
+        counts={"rows": 10, "tokens": 25}, by_rows={4: StepSums(steps=5, tokens=25, seconds=2, plain_s=3)}
+    )
+    workspace.write_json("knowledge/f/decoder.json", counters.model_dump())
+    found = measured_workload(workspace)
+    assert (found.kinds["user"].vector_bytes, found.kinds["item"].vector_bytes) == (50, 10)
+    assert found.release_bytes == 40
+    assert found.tokens_per_step == 2.5
+    assert found.speed_up == {4: 1.5}
+
+
+def test_a_workspace_without_a_finished_run_says_what_to_do(workspace):
+    with pytest.raises(WorkspaceError, match=r"no finished generation run .* Run a small recipe first"):
+        measured_workload(workspace)
+    finish(workspace, "generate", {}, {"knowledge": "knowledge/f"})
+    with pytest.raises(WorkspaceError, match="wrote no tokens"):
+        measured_workload(workspace)
+    workspace.write_json("knowledge/f/user/shard-00000.json", {"rows": 3})
+    with pytest.raises(WorkspaceError, match=r"shard-00000\.json is no shard manifest of this version"):
+        measured_workload(workspace)
+
+
+GOOD_FLEET = """
+groups:
+  - {name: a, accelerator: x, gpus: 2, price_per_gpu_hour: 1.5, tokens_per_s: 1e3}
+"""
+
+
+def test_fleet_files_load(tmp_path):
+    file = tmp_path / "fleet.yaml"
+    file.write_text(GOOD_FLEET)
+    assert load_fleet(file).groups[0].tokens_per_s == 1000
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("gpus:", "gpu:", r"groups\.0\.gpu: unknown key\. Did you mean 'gpus'\?"),
+        ("groups:", "group:", r"group: unknown key\. Did you mean 'groups'\?"),
+        ("gpus: 2", "gpus: none", r"groups\.0\.gpus: Input should be a valid integer"),
+        ("gpus: 2", "gpus: 2, gpus_per_engine: 4", r"groups\.0: 2 gpus cannot be shared out in engines of 4"),
+        ("tokens_per_s: 1e3", "curve: [[1, 0.01]]", r"groups\.0: a curve .* needs prefill_tokens_per_s"),
+        ("tokens_per_s: 1e3", "prefill_tokens_per_s: 1", r"groups\.0: prefill_tokens_per_s without tokens_per_s"),
+        ("groups:", "groups: [", "is no valid YAML"),
+    ],
+)
+def test_mistakes_in_a_fleet_file_name_the_key(tmp_path, old, new, message):
+    file = tmp_path / "fleet.yaml"
+    file.write_text(GOOD_FLEET.replace(old, new, 1))
+    with pytest.raises(RecipeError, match=message):
+        load_fleet(file)
+
+
+def test_an_empty_or_missing_fleet_file_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"cannot be read .*fleet-example"):
+        load_fleet(tmp_path / "none.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(RecipeError, match="valid dictionary"):
+        load_fleet(tmp_path / "empty.yaml")
