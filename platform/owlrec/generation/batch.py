@@ -7,6 +7,7 @@ rows finish.
 """
 
 import os
+import threading
 import time
 import uuid
 from collections import Counter
@@ -176,6 +177,7 @@ def _run_shards(
     run: Run, config: GenerateConfig, pending: Sequence[Shard], again: Collection[tuple[str, str]]
 ) -> Generator[dict[str, str], None, None]:
     import ray  # here, since the recipe imports this module's Config and Ray takes a second to import
+    from ray.data.block import BlockAccessor
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
@@ -199,13 +201,31 @@ def _run_shards(
         num_cpus=_engine_cpus(run.engine, config),
         num_gpus=config.engine_gpus or None,
     )
-    # An error's traceback keeps the iterator alive, and with it Ray Data's thread, which ends the whole process from
-    # native code when it finds Ray shut down: the message would be lost. Closed here, it stops first.
-    with closing(iter(dataset.iter_rows())) as rows:
-        for row in rows:
-            if row["mistake"]:
-                raise EngineError(row["mistake"])
-            yield row
+    mistake = ""
+    # Blocks, not `iter_rows`: that reads ahead in threads which outlive its iterator, find Ray shut down after an error
+    # and end the whole process from native code (Ray 2.60), so that the error's message is lost.
+    bundles = dataset.iter_internal_ref_bundles()
+    try:
+        for block in (ray.get(ref) for bundle in bundles for ref in bundle.block_refs):
+            for row in BlockAccessor.for_block(block).iter_rows(public_row_format=True):
+                mistake = row["mistake"]
+                if mistake:
+                    break
+                yield row
+            if mistake:
+                break
+    finally:
+        del bundles
+        _await_ray_data()
+    if mistake:
+        raise EngineError(mistake)
+
+
+def _await_ray_data() -> None:
+    """Waits for Ray Data's scheduling thread; Ray 2.60 itself gives it two seconds (streaming_executor.py:338)."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("StreamingExecutor-"):
+            thread.join(timeout=60)
 
 
 def _engine_cpus(engine: EngineConfig, config: GenerateConfig) -> float:
