@@ -29,6 +29,11 @@ os.environ.pop("RAY_ADDRESS", None)
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the chaos test goes on."""
+    parser.addoption("--chaos-seeds", type=int, default=3, help="seeded runs of tests/e2e/test_chaos.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_left_behind() -> Iterator[None]:
     """Fails the run if a process that it started outlives it: a test suite on a shared machine must clean up."""

@@ -5,6 +5,7 @@ JSON, which `tail -f` shows of a batch that runs for days.
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from owlrec.generation.shards import ShardManifest
@@ -40,5 +41,5 @@ class ShardWatch:
             "flags": manifest.flags,
             "actions": manifest.actions,
         }
-        with self._log.open("a", encoding="utf-8") as file:
+        with suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # a full disk ends the job elsewhere
             file.write(json.dumps(line) + "\n")

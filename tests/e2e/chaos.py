@@ -1,0 +1,218 @@
+"""A generation job on a cluster of several nodes that is harmed in every way that a seed picks, and the audit after it.
+
+The LLM is an HTTP server in the test's own process: it counts what it is asked, so that work done twice is seen, and
+the job under test is the real command with nothing added.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+
+from owlrec import schema
+from owlrec.generation.batch import build_job
+from owlrec.generation.shards import finished_shards, iterate_manifests, plan_shards, read_knowledge
+from owlrec.recipe import load_recipe
+from owlrec.workspace import StageManifest, Workspace, finish_stage
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+USERS, ITEMS, SHARDS = 240, 120, 12
+SHARD_ROWS = USERS // SHARDS
+REPLICAS, CONCURRENCY = 2, 5
+ANSWER_S = 0.08
+HARMS = ("kill replica", "kill node", "kill driver", "fill disk", "truncate file", "corrupt manifest", "second job")
+POISON = "never answers"  # in a title: the server refuses it, and its row must end as a dead letter
+
+
+class Oracle(ThreadingHTTPServer):
+    """An OpenAI-compatible server that answers slowly and remembers every question."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        super().__init__(("127.0.0.1", 0), _Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no news here."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][-1]["content"]
+        time.sleep(ANSWER_S)
+        self.server.asked[prompt] += 1  # type: ignore[attr-defined]
+        if POISON in prompt:
+            self._reply(400, {"error": "no"})
+            return
+        text = "The viewer enjoys slow stories with wry humour, since most of what was rated highly is told that way."
+        choice = {"message": {"content": text}, "finish_reason": "stop"}
+        self._reply(200, {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 20}})
+
+    def _reply(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def prepare(workspace: Workspace) -> None:
+    """Tables of USERS users and ITEMS items, one of which no server will answer."""
+    items = pa.table(
+        {
+            "item_id": pa.array(range(1000, 1000 + ITEMS), pa.int64()),
+            "raw_id": [str(i) for i in range(ITEMS)],
+            "title": [f"Film {i}" if i != 7 else f"Film that {POISON}" for i in range(ITEMS)],
+        }
+    )
+    users = pa.table(
+        {"user_id": pa.array(range(USERS), pa.int64()), "raw_id": [str(i) for i in range(USERS)], "age": ["30"] * USERS}
+    )
+    histories = pa.table(
+        {
+            "user_id": users["user_id"],
+            "as_of": pa.array([1_000_000_000_000] * USERS, pa.int64()),
+            # Two titles and a rating tell every user's prompt from all others.
+            "items": pa.array([[1008 + u % 100, 1008 + u % 97] for u in range(USERS)], pa.list_(pa.int64())),
+            "ratings": pa.array([[1.0 + u % 5, 1.0 + u % 3] for u in range(USERS)], pa.list_(pa.float32())),
+        },
+        schema=schema.HISTORIES,
+    )
+    workspace.write_table("users", users, key="user_id", n_shards=SHARDS)
+    workspace.write_table("histories", histories, key="user_id", n_shards=SHARDS)
+    workspace.write_table("items", items, key="item_id", n_shards=SHARDS // 2)
+    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="c" * 64, seconds=0, finished=0))
+
+
+def write_recipe(path: Path, workspace: Path, server: Oracle, address: str) -> None:
+    """A job of REPLICAS replicas on the cluster at `address`."""
+    host, port = server.server_address[:2]
+    path.write_text(
+        f"""
+name: chaos
+scenario: movies
+workspace: {workspace}
+source: {{type: movielens-100k}}
+engine: {{type: http, base_url: "http://{host}:{port}/v1", model: oracle, concurrency: {CONCURRENCY}, max_attempts: 2}}
+generate: {{min_replicas: {REPLICAS}, max_replicas: {REPLICAS}, engine_cpus: 1, lease_s: 20, max_dead_share: 0.1}}
+ray: {{address: "{address}"}}
+"""
+    )
+
+
+def submit(recipe: Path, log: Path) -> subprocess.Popen[bytes]:
+    """The command that a user would type, again and again."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.generate", "--recipe", str(recipe)],
+            cwd=ROOT, stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+
+
+def kill_driver(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 for a driver. Its workers belong to the cluster, which notices."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def replica_pids() -> list[int]:
+    """The engine actors of the cluster that this process started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "ray::" in " ".join(process.cmdline()) and "Replica" in " ".join(process.cmdline()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own, so that it can be filled; raises OSError where mounting is not allowed."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        raise PermissionError("mounting is not allowed here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def wait_for_shards(workspace: Path, number: int, process: subprocess.Popen[bytes], timeout_s: float = 60) -> bool:
+    """Waits until so many shards are done; False where the command ended before."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if len(list(workspace.glob("knowledge/*/*/shard-*.json"))) >= number:
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.02)
+    raise AssertionError(f"{number} shards were not done within {timeout_s} s")
+
+
+def damage(rng: random.Random, workspace: Path, how: str) -> int:
+    """Harms the files of one finished shard; how many shards that undoes."""
+    manifests = sorted(workspace.glob("knowledge/*/*/shard-*.json"))
+    if not manifests:
+        return 0
+    manifest = rng.choice(manifests)
+    if how == "corrupt manifest":
+        data = bytearray(manifest.read_bytes())
+        data[: len(data) // 2] = os.urandom(len(data) // 2)
+        manifest.write_bytes(data)
+    else:
+        file = manifest.with_suffix(".parquet")
+        with file.open("r+b") as opened:
+            opened.truncate(rng.randrange(file.stat().st_size))
+    return 1
+
+
+def audit(recipe: Path, server: Oracle) -> None:
+    """Every id once, as knowledge or as a dead letter; every checksum right; no claim left."""
+    settings = load_recipe(recipe)
+    workspace = Workspace(settings.workspace)
+    job = build_job(
+        settings.domain, settings.prompts, settings.sampling, settings.engine, settings.decoding, settings.quality
+    )
+    shards = plan_shards(workspace)
+    done = finished_shards(workspace, job, shards)
+    assert [m.shard for m in done] == shards, "a shard is missing or its checksum is wrong"
+    assert len(list(iterate_manifests(workspace, job.folder))) == len(shards)
+    dead = [r for m in done for r in workspace.read_parquet(m.shard.file(job, "dead")).to_pylist()]
+    for kind, expected in (("user", range(USERS)), ("item", range(1000, 1000 + ITEMS))):
+        ids = read_knowledge(workspace, job.folder, kind)["id"].to_pylist()
+        ids += [r["id"] for r in dead if r["kind"] == kind]
+        assert sorted(ids) == list(expected), f"{kind}: a row is lost or doubled"
+    assert [(r["kind"], r["id"], r["error"]) for r in dead] == [("item", 1007, "RequestRefused")]
+    assert len(server.asked) == USERS + ITEMS
+
+
+def fill(filler: Path) -> None:
+    """Writes until the disk is full."""
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))

@@ -1,0 +1,99 @@
+"""Exactly once, whatever dies: seeded runs of a real job on a cluster of several nodes, each harmed in its own way.
+
+`pytest tests/e2e/test_chaos.py --chaos-seeds 20` runs as many as the project's claim rests on; by default a few do.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import chaos  # type: ignore[import-not-found]
+import psutil
+import pytest
+
+from owlrec.workspace import Workspace
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+HARMS_A_RUN = 3
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(metafunc.config.getoption("--chaos-seeds")))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head and two worker nodes on this machine, which jobs join by address."""
+    from ray.cluster_utils import Cluster
+
+    node = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+    started = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0}, shutdown_at_exit=False)
+    for _ in range(2):
+        started.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    started.wait_for_nodes()
+    yield started
+    started.shutdown()
+
+
+def test_every_row_once_after_any_harm(cluster: Any, seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    # Every harm gets its turn, and so does every pair of them, over enough seeds.
+    harms = [chaos.HARMS[seed % len(chaos.HARMS)], *rng.sample(chaos.HARMS, HARMS_A_RUN - 1)]
+    server, folder, log = chaos.Oracle(), tmp_path / "ws", tmp_path / "log"
+    recipe = tmp_path / "recipe.yaml"
+    try:
+        with chaos.small_disk(folder, "24m"):
+            chaos.prepare(Workspace(folder))
+            chaos.write_recipe(recipe, folder, server, cluster.address)
+            lost_shards = harm(rng, cluster, harms, folder, recipe, log)
+            assert chaos.submit(recipe, log).wait(timeout=120) == 0
+            chaos.audit(recipe, server)
+    except PermissionError as error:
+        pytest.skip(str(error))
+    finally:
+        server.shutdown()
+        server.server_close()
+    # What was begun and not finished is asked again: a replica asks shard after shard, so that one shard a replica and
+    # the rows of the next that fill up its queue bound what a death can cost.
+    repeated = sum(server.asked.values()) - len(server.asked)
+    bound = lost_shards * (chaos.SHARD_ROWS + chaos.CONCURRENCY)
+    print(f"seed {seed}: {', '.join(harms)}: {repeated} of {len(server.asked)} rows asked again, at most {bound}")
+    assert repeated <= bound, f"{harms}: {repeated} rows were asked again, at most {bound} should be"
+
+
+def harm(rng: random.Random, cluster: Any, harms: list[str], folder: Path, recipe: Path, log: Path) -> int:
+    """Does each harm in the middle of a job, which is submitted again where one ends it; how many shards they may
+    cost.
+    """
+    cost, job = 0, chaos.submit(recipe, log)
+    for number, kind in enumerate(harms):
+        running = chaos.wait_for_shards(folder, 2 + 5 * number + rng.randrange(3), job)
+        time.sleep(rng.random() / 4)
+        if kind == "kill replica":
+            for pid in rng.sample(pids := chaos.replica_pids(), min(1, len(pids))):
+                psutil.Process(pid).kill()
+                cost += 1
+        elif kind == "kill node":
+            node = rng.choice(sorted(cluster.worker_nodes, key=lambda n: n.node_ip_address + n.unique_id))
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+            cost += chaos.REPLICAS
+        elif kind == "second job":
+            second = chaos.submit(recipe, log)
+            assert second.wait(timeout=120) == 0, log.read_text()[-3000:]
+        elif kind == "fill disk":
+            chaos.fill(folder / "filler")
+            if job.wait(timeout=120) and running:
+                assert "Free some space" in log.read_text(), log.read_text()[-3000:]
+            (folder / "filler").unlink()
+            cost += chaos.REPLICAS
+        else:
+            chaos.kill_driver(job)
+            cost += chaos.REPLICAS + (chaos.damage(rng, folder, kind) if kind != "kill driver" else 0)
+        if job.poll() is not None:
+            job = chaos.submit(recipe, log)
+    assert job.wait(timeout=120) == 0, f"{harms}: the last job must end well: {log.read_text()[-3000:]}"
+    return cost
