@@ -34,6 +34,7 @@ SHARD_ROWS = USERS // SHARDS
 REPLICAS, CONCURRENCY = 2, 5
 ANSWER_S = 0.08
 HARMS = ("kill replica", "kill node", "kill driver", "fill disk", "truncate file", "corrupt manifest", "second job")
+SLOW, SLOW_S = "takes long", 25.0  # in a title
 POISON = "never answers"  # in a title: the server refuses it, and its row must end as a dead letter
 
 
@@ -58,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = body["messages"][-1]["content"]
-        time.sleep(ANSWER_S)
+        time.sleep(SLOW_S if SLOW in prompt else ANSWER_S)
         self.server.asked[prompt] += 1  # type: ignore[attr-defined]
         if POISON in prompt:
             self._reply(400, {"error": "no"})
@@ -78,13 +79,17 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def prepare(workspace: Workspace) -> None:
-    """Tables of USERS users and ITEMS items, one of which no server will answer."""
+def prepare(workspace: Workspace, *, slow_item: bool = False) -> None:
+    """Tables of USERS users and ITEMS items, one of which no server will answer.
+
+    slow_item: one more takes as long as nearly all others together, so that a replica works alone at the end.
+    """
+    strange = {7: f"Film that {POISON}"} | ({3: f"Film that {SLOW}"} if slow_item else {})
     items = pa.table(
         {
             "item_id": pa.array(range(1000, 1000 + ITEMS), pa.int64()),
             "raw_id": [str(i) for i in range(ITEMS)],
-            "title": [f"Film {i}" if i != 7 else f"Film that {POISON}" for i in range(ITEMS)],
+            "title": [strange.get(i, f"Film {i}") for i in range(ITEMS)],
         }
     )
     users = pa.table(
@@ -106,8 +111,10 @@ def prepare(workspace: Workspace) -> None:
     finish_stage(workspace, StageManifest(stage="prepare", fingerprint="c" * 64, seconds=0, finished=0))
 
 
-def write_recipe(path: Path, workspace: Path, server: Oracle, address: str) -> None:
-    """A job of REPLICAS replicas on the cluster at `address`."""
+def write_recipe(
+    path: Path, workspace: Path, server: Oracle, address: str, replicas: tuple[int, int] = (REPLICAS, REPLICAS)
+) -> None:
+    """A job of at least and at most so many replicas on the cluster at `address`."""
     host, port = server.server_address[:2]
     path.write_text(
         f"""
@@ -116,7 +123,7 @@ scenario: movies
 workspace: {workspace}
 source: {{type: movielens-100k}}
 engine: {{type: http, base_url: "http://{host}:{port}/v1", model: oracle, concurrency: {CONCURRENCY}, max_attempts: 2}}
-generate: {{min_replicas: {REPLICAS}, max_replicas: {REPLICAS}, engine_cpus: 1, lease_s: 20, max_dead_share: 0.1}}
+generate: {{min_replicas: {replicas[0]}, max_replicas: {replicas[1]}, engine_cpus: 1, lease_s: 20, max_dead_share: 0.1}}
 ray: {{address: "{address}"}}
 """
     )
@@ -216,3 +223,10 @@ def fill(filler: Path) -> None:
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 16))
+
+
+def drain(address: str, node_id: str, seconds: int) -> None:
+    """What a cloud's notice of preemption comes to: the node ends in so many seconds."""
+    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address, "--node-id", node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "preempted"]
+    subprocess.run([*command, "--deadline-remaining-seconds", str(seconds)], check=True, capture_output=True)

@@ -97,3 +97,41 @@ def harm(rng: random.Random, cluster: Any, harms: list[str], folder: Path, recip
             job = chaos.submit(recipe, log)
     assert job.wait(timeout=120) == 0, f"{harms}: the last job must end well: {log.read_text()[-3000:]}"
     return cost
+
+
+def test_pool_grows_under_load_and_shrinks_when_little_is_left(cluster: Any, tmp_path: Path) -> None:
+    server, folder, log, recipe = chaos.Oracle(), tmp_path / "ws", tmp_path / "log", tmp_path / "recipe.yaml"
+    chaos.prepare(Workspace(folder), slow_item=True)
+    chaos.write_recipe(recipe, folder, server, cluster.address, replicas=(1, 3))
+    job, replicas = chaos.submit(recipe, log), []
+    deadline = time.monotonic() + 150
+    while job.poll() is None and time.monotonic() < deadline:
+        replicas.append(len(chaos.replica_pids()))
+        time.sleep(0.25)
+    assert job.returncode == 0, log.read_text()[-3000:]
+    chaos.audit(recipe, server)
+    server.shutdown()
+    server.server_close()
+    seen = [n for n, before in zip(replicas, [0, *replicas], strict=False) if n != before]
+    print(f"replicas over time: {seen}")
+    most = replicas.index(max(replicas))
+    assert max(replicas) >= 2, f"the pool never grew: {seen}"
+    assert min(replicas[most:]) < max(replicas), f"the pool never shrank: {seen}"
+    assert sum(server.asked.values()) == len(server.asked), "growing and shrinking must repeat nothing"
+
+
+def test_draining_node_gets_no_new_work_and_loses_no_row(cluster: Any, tmp_path: Path) -> None:
+    server, folder, log, recipe = chaos.Oracle(), tmp_path / "ws", tmp_path / "log", tmp_path / "recipe.yaml"
+    chaos.prepare(Workspace(folder))
+    chaos.write_recipe(recipe, folder, server, cluster.address)
+    job = chaos.submit(recipe, log)
+    assert chaos.wait_for_shards(folder, 3, job)
+    node = cluster.worker_nodes.copy().pop()
+    chaos.drain(cluster.address, node.node_id, seconds=2)
+    time.sleep(2)
+    cluster.remove_node(node, allow_graceful=False)
+    cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    assert job.wait(timeout=120) == 0, log.read_text()[-3000:]
+    chaos.audit(recipe, server)
+    server.shutdown()
+    server.server_close()

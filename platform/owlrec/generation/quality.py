@@ -189,9 +189,14 @@ def _repeats(text: str, words: Sequence[bytes], config: QualityConfig) -> bool:
     if len(set(words)) > _MAX_DISTINCT_SHARE * len(words):
         return False
     runs = _runs(words)
-    often = {run for run, count in Counter(runs).items() if count >= config.min_repeats}
-    if _covered_share(words, runs, often) >= config.max_repeated_share:
-        return True
+    # So many runs, each of them said min_repeats times, are the fewest that cover the share; most texts have none.
+    fewest = config.max_repeated_share * len(words) / _RUN_WORDS
+    if len(set(runs)) <= len(runs) - fewest * (1 - 1 / config.min_repeats):
+        often = {run for run, count in Counter(runs).items() if count >= config.min_repeats}
+        if _covered_share(words, runs, often) >= config.max_repeated_share:
+            return True
+    if text.count("\n") < _MIN_LIST_LINES - 1:
+        return False
     lines = [line.translate(_NO_DIGITS).strip(" .-*•)") for line in text.split("\n") if line.strip()]
     return len(lines) >= _MIN_LIST_LINES and 1 - len(set(lines)) / len(lines) >= config.max_duplicate_lines_share
 

@@ -53,6 +53,8 @@ class Tally:
 
     def add(self, outcome: Outcome) -> None:
         """Counts one row."""
+        if not outcome.first_flags:
+            return
         self.flags.update(outcome.first_flags)
         counts = {
             "retried": outcome.retries > 0,

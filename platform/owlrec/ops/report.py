@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from owlrec import __version__
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.ops.charts import bar_chart, histogram, points_chart
+from owlrec.ops.throughput import Throughput
 
 
 class ArmFigures(BaseModel):
@@ -60,6 +61,7 @@ class ReportData(BaseModel):
     samples: list[KnowledgeSample] = []
     release: dict[str, str] = {}
     lookup: dict[str, str] = {}
+    throughput: Throughput = Throughput()  # of the generation job
     decoder: DecoderCounters | None = None  # of the speculative decoder, where one ran
     notes: list[str] = []  # what a reader must know in order not to misread the figures
     versions: dict[str, str] = {}
@@ -113,6 +115,8 @@ def render_report(data: ReportData) -> str:
         lengths=lengths,
         decoder_rows=decoder_rows(data.decoder) if data.decoder else {},
         speed_chart=bar_chart(speed_ups, "x plain"),
+        time_chart=bar_chart(data.throughput.over_time, "tokens/s"),
+        replica_chart=bar_chart(data.throughput.by_replica, "tokens/s"),
         version=__version__,
     )
 

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 
 from owlrec.ctr.experiment import TrialResult
 from owlrec.decoding.counters import DecoderCounters
-from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge
+from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge, iterate_manifests
 from owlrec.ops.report import ArmFigures, KnowledgeSample, ReportData, StageFigures
+from owlrec.ops.throughput import throughput
 from owlrec.prompting.rows import ItemCatalog
 from owlrec.schema import KNOWLEDGE
 from owlrec.store.latency import measure_lookup
@@ -67,6 +68,7 @@ def collect(
             "model": release.manifest.model,
             "encoder": release.manifest.encoder,
         },
+        throughput=throughput(iterate_manifests(workspace, _knowledge_folder(manifests))),
         decoder=_decoder_counters(workspace, manifests),
         lookup=lookup_figures(release, texts["user"]["id"].to_numpy()),
         notes=list(_NOTES),
@@ -127,12 +129,16 @@ def _stage_figures(manifest: StageManifest) -> StageFigures:
 
 
 def _decoder_counters(workspace: Workspace, manifests: list[StageManifest]) -> DecoderCounters | None:
-    file = next(f"{m.outputs['knowledge']}/{COUNTERS}" for m in manifests if m.stage == "generate")
+    file = f"{_knowledge_folder(manifests)}/{COUNTERS}"
     return DecoderCounters.model_validate(workspace.read_json(file)) if workspace.exists(file) else None
 
 
+def _knowledge_folder(manifests: list[StageManifest]) -> str:
+    return next(m.outputs["knowledge"] for m in manifests if m.stage == "generate")
+
+
 def _some_rows(workspace: Workspace, manifests: list[StageManifest], kind: Kind) -> pa.Table:
-    folder = next(m.outputs["knowledge"] for m in manifests if m.stage == "generate")
+    folder = _knowledge_folder(manifests)
     tables: list[pa.Table] = []
     for table in iterate_knowledge(workspace, folder, (kind,)):
         tables.append(table)
@@ -155,16 +161,18 @@ def _samples(workspace: Workspace, kind: str, texts: pa.Table) -> list[Knowledge
 def _inputs(workspace: Workspace, kind: str, ids: pa.Array) -> list[tuple[str, list[str]]]:
     if kind == "item":
         items = {row["item_id"]: row for row in _rows(workspace, "items", "item_id", ids)}
-        return [(items[i]["title"], _fields(items[i], {"item_id", "raw_id", "title"})) for i in ids.to_pylist()]
+        unknown = {"title": "not in the items table"}  # imported knowledge may be of anybody
+        rows = [items.get(i, unknown) for i in ids.to_pylist()]
+        return [(row["title"], _fields(row, {"item_id", "raw_id", "title"})) for row in rows]
     users = {row["user_id"]: row for row in _rows(workspace, "users", "user_id", ids)}
     histories = {row["user_id"]: row for row in _rows(workspace, "histories", "user_id", ids)}
     catalog = ItemCatalog.load(workspace)
     found = []
     for i in ids.to_pylist():
-        history = histories[i]
+        history = histories.get(i, {"items": [], "ratings": []})
         titles = catalog.titles(np.asarray(history["items"], dtype=np.int64))
         behaviours = [t if r is None else f"{t}: {r:g}" for t, r in zip(titles, history["ratings"], strict=True)]
-        found.append((f"user {i}", [*_fields(users[i], {"user_id", "raw_id"}), *behaviours]))
+        found.append((f"user {i}", [*_fields(users.get(i, {}), {"user_id", "raw_id"}), *behaviours]))
     return found
 
 

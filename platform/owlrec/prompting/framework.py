@@ -8,11 +8,13 @@ question ends the user turn, since a small model goes on with whatever it read l
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from owlrec.prompting.text import clean_text, fit_recent
 from owlrec.scenario import Scenario
 
+_USUAL_CHARS = 300  # of a title; longer ones are not remembered
 FrameworkName = Literal["kar", "once", "rlmrec", "trawl"]
 
 
@@ -92,7 +94,7 @@ def item_prompt(
     return text, f"The {scenario.item} {description}."
 
 
-def _words(scenario: Scenario, factors: Sequence[str]) -> dict[str, str]:
+def _words(scenario: Scenario, factors: tuple[str, ...]) -> dict[str, str]:
     return {
         "item": scenario.item,
         "items": scenario.items,
@@ -103,11 +105,18 @@ def _words(scenario: Scenario, factors: Sequence[str]) -> dict[str, str]:
 
 
 def _behaviour(scenario: Scenario, title: str, rating: float | None) -> str:
-    quoted = f'"{clean_text(title, max_chars=120)}"'
+    quoted = _quoted(title) if len(title) <= _USUAL_CHARS else _quoted.__wrapped__(title)
     if rating is None or not scenario.rating_unit:
         return quoted
     return f"{quoted} {rating:g} {scenario.rating_unit}{'' if rating == 1 else 's'}"
 
 
-def _enumerate(words: Sequence[str]) -> str:
+@lru_cache(maxsize=1 << 16)
+def _quoted(title: str) -> str:
+    """Remembered, since most titles stand in many histories."""
+    return f'"{clean_text(title, max_chars=120)}"'
+
+
+@lru_cache(maxsize=64)
+def _enumerate(words: tuple[str, ...]) -> str:
     return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]

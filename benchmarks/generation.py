@@ -1,0 +1,297 @@
+"""Batch generation beside its peers, and how it scales.
+
+Speed: 1,000 real prompts (KAR's, MovieLens-100K users), SmolLM2-135M, one engine, decoder off: raw `vllm.LLM.generate`,
+`ray.data.llm` and OwlRec, from prompts to texts. Each runs in a process of its own, in turns; loading the model is not
+counted, Ray's own start-up of a job is. Scale: the echo engine, 200-token answers, from Parquet to Parquet with the
+quality gate on, 10^6 and 10^7 users on two replicas: everything but the model.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from benchmarks.table import Figure, options_parser, show
+from owlrec.generation import EchoEngineConfig, VllmEngineConfig
+from owlrec.generation.batch import GenerateConfig, build_job, generate
+from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.generation.quality import QualityConfig
+from owlrec.generation.shards import Job, finished_shards, plan_shards
+from owlrec.generation.vllm_engine import prepare_environment
+from owlrec.prompting.rows import ItemCatalog, PromptConfig, user_prompts
+from owlrec.recipe import RayConfig
+from owlrec.scenario import get_scenario
+from owlrec.schema import HISTORIES
+from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.workspace import StageManifest, Workspace, finish_stage, part_name
+from pipelines.session import ray_session
+
+PROMPTS, NEW_TOKENS, ROWS_AT_ONCE = 1000, 64, 128
+SHARD_ROWS = 8192
+ITEMS, HISTORY = 20_000, 10
+RAW, RAY, OURS = "vllm.LLM.generate", "ray.data.llm", "owlrec"
+
+
+def main() -> None:
+    """Runs what is asked for; each measurement in a fresh process."""
+    parser = options_parser(__doc__)
+    parser.add_argument("--only", choices=("speed", "scale"))
+    parser.add_argument("--rows", type=float, nargs="+", help="of the scale run")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        _work(json.loads(options.worker))
+        return
+    quick = options.quick
+    figures: list[Figure] = []
+    if options.only != "scale":
+        figures += _speed(64 if quick else PROMPTS, options.rounds or (1 if quick else 3))
+    if options.only != "speed":
+        figures += _scale([int(n) for n in options.rows or ([100_000] if quick else [1e6, 1e7])])
+    show("batch generation", figures, options)
+
+
+def _in_process(**job: Any) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.generation", "--worker", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{job} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _speed(prompts: int, rounds: int) -> list[Figure]:
+    speeds: dict[str, list[float]] = {RAW: [], RAY: [], OURS: []}
+    with tempfile.TemporaryDirectory() as folder:
+        _movielens(Workspace(folder), prompts)
+        for round_ in range(rounds):
+            for method, found in speeds.items():
+                found.append(_in_process(method=method, folder=folder)["speed"])
+                print(f"round {round_ + 1} of {rounds}: {method} {found[-1]:.1f} tokens/s", file=sys.stderr, flush=True)
+    raw = float(np.median(speeds[RAW]))
+    peer = float(np.median(speeds[RAY]))
+    figures = []
+    for method, found in speeds.items():
+        speed = float(np.median(found))
+        unit = f"tokens/s (±{(max(found) - min(found)) / 2 / speed:.0%})"
+        measure = f"{prompts} prompts, one engine"
+        figures.append(
+            Figure(measure=measure, method=method, value=round(speed, 1), unit=unit, ratio_to=RAW, ratio=speed / raw)
+        )
+    figures.append(
+        Figure(measure=measure, method=OURS, value=round(speed, 1), unit="tokens/s", ratio_to=RAY, ratio=speed / peer)
+    )
+    return figures
+
+
+def _scale(sizes: list[int]) -> list[Figure]:
+    figures, first = [], None
+    for n in sizes:
+        with tempfile.TemporaryDirectory(dir=os.environ.get("OWLREC_BENCH_TMP")) as folder:
+            _world(Workspace(folder), n)
+            found = _in_process(method="echo", folder=folder)
+        speed = n / found["seconds"]
+        first = first or speed
+        measure = f"echo engine, {n:,} users of 200 tokens"
+        rows = [
+            ("rows/s", round(speed), speed / first),
+            ("rows/s but for the start", round(n / found["steady_s"]), None),
+            ("MB that the driver grew by", round(found["driver_mb"]), None),
+            ("MB of objects at most", round(found["objects_mb"]), None),
+        ]
+        to = f"{sizes[0]:,} users"
+        figures += [
+            Figure(measure=measure, method=OURS, value=value, unit=unit, ratio_to=to if ratio else None, ratio=ratio)
+            for unit, value, ratio in rows
+        ]
+    return figures
+
+
+def _movielens(workspace: Workspace, prompts: int) -> None:
+    """Users of MovieLens-100K, some of them twice under another id where more are asked for than there are."""
+    raw = MovieLens100KSource(type="movielens-100k").load()
+    histories = build_samples(raw.interactions, SplitConfig(), 3).histories
+    users, catalog = raw.users, raw.items
+    more = max(0, prompts - histories.num_rows)
+    if more:  # the same user one behaviour earlier is another prompt
+        rows = [
+            {**r, "user_id": r["user_id"] + 10**6, "items": r["items"][:-1], "ratings": r["ratings"][:-1]}
+            for r in histories.slice(0, more).to_pylist()
+        ]
+        histories = pa.concat_tables([histories, pa.Table.from_pylist(rows, histories.schema)])
+    histories = histories.slice(0, prompts)
+    n_shards = max(2, prompts // 250)
+    workspace.write_table("users", users, key="user_id", n_shards=n_shards)
+    workspace.write_table("histories", histories, key="user_id", n_shards=n_shards)
+    workspace.write_table("items", catalog, key="item_id", n_shards=1)
+    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="b" * 64, seconds=0, finished=0))
+
+
+def _world(workspace: Workspace, n: int) -> None:
+    """n users with HISTORY behaviours each, written part by part."""
+    rng = np.random.default_rng(0)
+    titles = [f"The {a} of {b} {i}" for i, (a, b) in enumerate(rng.choice(_TITLE_WORDS, (ITEMS, 2)))]
+    items = pa.table({"item_id": np.arange(ITEMS), "raw_id": [str(i) for i in range(ITEMS)], "title": titles})
+    workspace.write_table("items", items, key="item_id", n_shards=1)
+    n_shards = max(2, n // SHARD_ROWS)
+    for shard in range(n_shards):
+        ids = np.arange(shard, n, n_shards)
+        users = pa.table({"user_id": ids, "raw_id": ids.astype(str), "age": ["35"] * len(ids)})
+        flat = (rng.random(len(ids) * HISTORY) ** 3 * ITEMS).astype(np.int64)
+        offsets = pa.array(np.arange(len(ids) + 1) * HISTORY, pa.int32())
+        ratings = rng.integers(1, 6, len(flat)).astype(np.float32)
+        columns = [ids, np.full(len(ids), 10**12)]
+        columns += [pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (flat, ratings)]
+        workspace.write_parquet(f"tables/users/{part_name(shard)}", users)
+        workspace.write_parquet(f"tables/histories/{part_name(shard)}", pa.table(columns, schema=HISTORIES))
+    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="e" * 64, seconds=0, finished=0))
+
+
+_TITLE_WORDS = ("River", "Winter", "Garden", "Harbour", "Silence", "Machine", "Empire", "Letter", "Summer", "Shadow")
+
+
+def _work(task: dict[str, Any]) -> None:
+    """One measurement, in its own process; prints it as a line of JSON."""
+    workspace = Workspace(task["folder"])
+    found = {RAW: _raw, RAY: _ray_data_llm, OURS: _ours, "echo": _echo}[task["method"]](workspace, task)
+    print(json.dumps(found))
+
+
+def _engine() -> VllmEngineConfig:
+    return VllmEngineConfig(type="vllm", model=PACKAGED, max_model_len=1024, max_num_seqs=ROWS_AT_ONCE)
+
+
+def _job(engine: Any, quality: QualityConfig) -> Job:
+    sampling = SamplingConfig(max_tokens=NEW_TOKENS if engine.type == "vllm" else 256)
+    prompts = PromptConfig(history_tokens=128)
+    return build_job(get_scenario("movies"), prompts, sampling, engine, quality=quality)
+
+
+def _prompts(workspace: Workspace) -> list[list[dict[str, str]]]:
+    """The conversations that OwlRec would ask about."""
+    from owlrec.generation.models import load_tokenizer
+
+    tokenizer, job = load_tokenizer(PACKAGED), _job(_engine(), QualityConfig())
+    rows = user_prompts(
+        workspace.read_table("users"), workspace.read_table("histories"), ItemCatalog.load(workspace),
+        job.prompts, job.scenario, lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+    )  # fmt: skip
+    return [[{"role": "system", "content": r.system}, {"role": "user", "content": r.text}] for r in rows]  # type: ignore[union-attr]
+
+
+def _raw(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
+    conversations = _prompts(workspace)
+    prepare_environment(_engine(), cpu=True)
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**_engine_arguments(), disable_log_stats=True)
+    start = time.perf_counter()
+    outputs = llm.chat(conversations, SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0), use_tqdm=False)  # type: ignore[arg-type]
+    tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
+    return {"speed": tokens / (time.perf_counter() - start)}
+
+
+def _engine_arguments() -> dict[str, Any]:
+    return {
+        "model": resolve_model(PACKAGED), "max_model_len": 1024, "max_num_seqs": ROWS_AT_ONCE,
+        "enforce_eager": True, "block_size": 32, "dtype": "auto",
+    }  # fmt: skip
+
+
+def _ray_data_llm(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
+    """Its actors live as long as one data set, so that what loading takes is found by a second, small one."""
+    conversations = _prompts(workspace)
+    prepare_environment(_engine(), cpu=True)
+    with ray_session(RayConfig(), workspace.log_path("ray")):
+        small, all_ = (_ask_ray_data_llm(c) for c in (conversations[: len(conversations) // 16], conversations))
+    return {"speed": (all_[0] - small[0]) / (all_[1] - small[1])}
+
+
+def _ask_ray_data_llm(conversations: list[list[dict[str, str]]]) -> tuple[int, float]:
+    import ray
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    names = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+    config = vLLMEngineProcessorConfig(
+        model_source=resolve_model(PACKAGED),
+        engine_kwargs={**_engine_arguments(), "distributed_executor_backend": "mp"},
+        placement_group_config={"bundles": [{"CPU": 1}]},
+        concurrency=(1, 1),
+        batch_size=ROWS_AT_ONCE,
+        runtime_env={"env_vars": {name: os.environ[name] for name in names if name in os.environ}},
+    )
+    sampling = {"max_tokens": NEW_TOKENS, "temperature": 0.0}
+    processor = build_processor(
+        config,
+        preprocess=lambda row: {"messages": json.loads(row["messages"]), "sampling_params": sampling},
+        postprocess=lambda row: {"tokens": row["num_generated_tokens"]},
+    )
+    rows = [{"messages": json.dumps(c)} for c in conversations]
+    start = time.perf_counter()
+    tokens = sum(row["tokens"] for row in processor(ray.data.from_items(rows, override_num_blocks=8)).iter_rows())
+    return tokens, time.perf_counter() - start
+
+
+def _ours(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
+    engine = _engine()
+    job = _job(engine, QualityConfig(enabled=False))
+    workspace.delete_dir(job.folder)
+    with ray_session(RayConfig(), workspace.log_path("ray")):
+        start = time.perf_counter()
+        done = generate(workspace, job, engine, GenerateConfig(), plan_shards(workspace, ("user",)))
+        seconds = time.perf_counter() - start
+    tokens = sum(m.output_tokens for m in done.manifests)
+    began = min(m.finished - m.seconds for m in done.manifests)
+    ended = max(m.finished for m in done.manifests)
+    return {"speed": tokens / (ended - began), "with_loading": tokens / seconds}
+
+
+def _echo(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
+    engine = EchoEngineConfig(type="echo", answer_tokens=200)
+    job, shards = _job(engine, QualityConfig()), plan_shards(workspace, ("user",))
+    config = GenerateConfig(min_replicas=2, max_replicas=2, engine_cpus=1)
+    peak = {"objects": 0.0, "driver": 0.0}
+    with ray_session(RayConfig(num_cpus=2), workspace.log_path("ray")):
+        before = psutil.Process().memory_info().rss
+        stop = threading.Event()
+
+        def watch() -> None:
+            store = Path("/dev/shm")
+            while not stop.wait(0.5):
+                used = sum(f.stat().st_blocks * 512 for f in store.glob("plasma*"))
+                peak["objects"] = max(peak["objects"], used)
+                peak["driver"] = max(peak["driver"], psutil.Process().memory_info().rss - before)
+
+        threading.Thread(target=watch, daemon=True).start()
+        start = time.perf_counter()
+        done = generate(workspace, job, engine, config, shards)
+        seconds = time.perf_counter() - start
+        stop.set()
+    assert sum(m.rows_out for m in done.manifests) == sum(workspace.count_rows(s.table, s.part) for s in shards)
+    assert len(finished_shards(workspace, job, shards)) == len(shards)
+    began = min(m.finished - m.seconds for m in done.manifests)
+    return {
+        "seconds": seconds,
+        "steady_s": max(m.finished for m in done.manifests) - began,
+        "driver_mb": peak["driver"] / 1e6,
+        "objects_mb": peak["objects"] / 1e6,
+        "max_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+    }
+
+
+if __name__ == "__main__":
+    main()
