@@ -17,7 +17,7 @@ def shard(engine: str, began: float, seconds: float, tokens: int, **more: object
 def test_tokens_are_spread_over_the_time_that_they_took() -> None:
     found = throughput([shard("a", 0, 120, 1200), shard("b", 60, 60, 600)])
     assert list(found.over_time.values()) == pytest.approx([10.0] * 6 + [20.0] * 6)
-    assert list(found.over_time)[0] == "0.0 to 0.2 min"
+    assert next(iter(found.over_time)) == "0.0 to 0.2 min"
     assert found.by_replica == pytest.approx({"a": 10.0, "b": 10.0})
 
 
@@ -27,9 +27,8 @@ def test_replicas_speed_counts_the_gap_between_its_shards() -> None:
 
 
 def test_flags_and_actions_add_up_and_a_job_without_tokens_has_no_speed() -> None:
-    found = throughput(
-        [shard("a", 0, 0, 0, flags={"empty": 2}), shard("a", 0, 1, 0, flags={"empty": 1}, actions={"dropped": 1})]
-    )
+    shards = [shard("a", 0, 0, 0, flags={"empty": 2}), shard("a", 0, 1, 0, flags={"empty": 1}, actions={"dropped": 1})]
+    found = throughput(shards)
     assert (found.texts_by_flag, found.actions) == ({"empty": 3}, {"dropped": 1})
     assert not found.over_time
     assert throughput([]).by_replica == {}
