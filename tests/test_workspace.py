@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -94,3 +95,22 @@ def test_stage_counts_as_finished_only_under_its_fingerprint(workspace: Workspac
     assert finished_stage(workspace, "prepare", "b") is None
     forget_stages(workspace, ["prepare", "generate"])
     assert finished_stage(workspace, "prepare") is None
+
+
+def test_store_that_gives_no_access_is_named_with_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(uri: str) -> None:
+        raise OSError(f"AWS Error ACCESS_DENIED for {uri}")
+
+    monkeypatch.setattr("owlrec.workspace.pafs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=refuse)))
+    with pytest.raises(WorkspaceError, match=r"s3://bucket/x cannot be opened \(AWS Error ACCESS_DENIED.*credentials"):
+        Workspace("s3://bucket/x")
+
+
+def test_only_one_of_two_creates_a_file(workspace: Workspace) -> None:
+    for store in (workspace, Workspace("memory://create-once")):
+        assert store.create_bytes("a/b", b"first")
+        assert not store.create_bytes("a/b", b"second")
+        assert store.read_bytes("a/b") == b"first"
+        assert store.names("a") == ["b"]
+        store.delete_file("a/b")
+        store.delete_file("a/b")

@@ -35,6 +35,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.schema import shard_of
 
 COMPRESSION = "zstd"
+_CLOUDS = ("s3://", "gs://", "gcs://", "abfs://", "abfss://")  # that Arrow opens itself
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,12 +65,17 @@ class Workspace:
         self.root = str(root)
         try:
             if "://" in self.root:
-                self.filesystem, self.base = pafs.FileSystem.from_uri(self.root)
+                self.filesystem, self.base = pafs.FileSystem.from_uri(_impatient(self.root))
                 self.local = isinstance(self.filesystem, pafs.LocalFileSystem)
             else:
                 self.filesystem, self.base = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.root))
                 self.local = True
-        except (pa.ArrowInvalid, OSError):
+        except (pa.ArrowInvalid, OSError) as error:
+            if self.root.startswith(_CLOUDS):
+                raise WorkspaceError(
+                    f"workspace {self.root} cannot be opened ({error}). Check the bucket's name and region, and that "
+                    "this machine has credentials for it."
+                ) from None
             self.filesystem, self.base, self.local = *_open_fsspec(self.root), False
 
     def __reduce__(self) -> tuple[type["Workspace"], tuple[str]]:
@@ -250,6 +256,11 @@ class Workspace:
         base = self.local_path("logs") if self.local else Path("/tmp/owlrec-logs") / fingerprint(self.root)[:8]
         base.mkdir(parents=True, exist_ok=True)
         return base / f"{name}.log"
+
+
+def _impatient(uri: str) -> str:
+    """Arrow asks Google's storage for credentials for a quarter of an hour unless told otherwise."""
+    return f"{uri}?retry_limit_seconds=60" if uri.startswith(("gs://", "gcs://")) and "?" not in uri else uri
 
 
 def _link_new(temporary: str, target: str) -> None:

@@ -24,10 +24,9 @@ shelter tunnel valley window bridge cabin door echo field gate hill lamp meadow 
 bends carries drifts enters follows gathers holds invites joins keeps leads mends needs offers passes questions
 returns settles turns unites visits waits yields answers builds climbs divides expects finds grows
 """
-_PHRASE = 5  # words; texts of phrases drawn at random repeat themselves as little as good texts do
+_SENTENCE = 15  # words; sentences drawn at random repeat themselves as little as good texts do
 _DRAW = random.Random(0)
-_PHRASES = [" ".join(_DRAW.sample(_VOCABULARY.split(), _PHRASE)) for _ in range(1 << 12)]
-_CLAUSES = 3  # phrases in a sentence
+_SENTENCES = [" ".join(_DRAW.sample(_VOCABULARY.split(), _SENTENCE)) + "." for _ in range(1 << 12)]
 
 
 class EchoEngineConfig(Config):
@@ -53,17 +52,16 @@ class EchoEngine(Engine):
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
     ) -> Completion:
         """See Engine.complete."""
-        n_prompt = self.count_tokens(system) + self.count_tokens(prompt)
+        n_prompt = len(system.split()) + len(prompt.split())
         check_length(n_prompt, sampling, self.context_tokens)
         if self.config.latency_s:
             await asyncio.sleep(self.config.latency_s)
         digest = hashlib.sha256(prompt.encode()).digest()
-        phrases = max(0, min(self.config.answer_tokens, sampling.max_tokens) - 1) // _PHRASE
+        sentences = max(0, min(self.config.answer_tokens, sampling.max_tokens) - 1) // _SENTENCE
         first, stride = int.from_bytes(digest[:4]), int.from_bytes(digest[4:8]) | 1
-        drawn = [_PHRASES[(first + i * stride) % len(_PHRASES)] for i in range(phrases)]
-        sentences = [", ".join(drawn[i : i + _CLAUSES]) for i in range(0, phrases, _CLAUSES)]
-        text = f"echo-{digest.hex()[:8]}: {'. '.join(sentences)}."
-        return Completion(text, n_prompt, phrases * _PHRASE + 1, "stop")
+        drawn = [_SENTENCES[(first + i * stride) % len(_SENTENCES)] for i in range(sentences)]
+        text = " ".join([f"echo-{digest.hex()[:8]}:", *drawn])
+        return Completion(text, n_prompt, sentences * _SENTENCE + 1, "stop")
 
     def count_tokens(self, text: str) -> int:
         """Blank-separated words."""

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -100,7 +101,9 @@ async def generate_shard(
     if not still_mine():
         raise ShardLost(f"{shard.kind} shard {shard.part} was taken over by another run")
     seconds = watch.seconds + (retry_dead.seconds if retry_dead else 0)
-    return write_shard(workspace, job, shard, knowledge, dead, tally, seconds=seconds, engine_name=engine_name)
+    # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for.
+    write = partial(write_shard, workspace, job, shard, knowledge, dead, tally)
+    return await asyncio.to_thread(write, seconds=seconds, engine_name=engine_name)
 
 
 def write_shard(
