@@ -215,7 +215,8 @@ def _ray_data_llm(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
     """Its actors live as long as one data set, so that what loading takes is found by a second, small one."""
     conversations = _prompts(workspace)
     prepare_environment(_engine(), cpu=True)
-    with ray_session(RayConfig(), workspace.log_path("ray")):
+    # Its chat-template and tokenizer stages hold a logical CPU each, for which the engine would wait for ever on two.
+    with ray_session(RayConfig(num_cpus=8), workspace.log_path("ray")):
         small, all_ = (_ask_ray_data_llm(c) for c in (conversations[: len(conversations) // 16], conversations))
     return {"speed": (all_[0] - small[0]) / (all_[1] - small[1])}
 

@@ -8,6 +8,7 @@ import typer
 from pydantic import ValidationError
 
 from owlrec.errors import OwlRecError, RecipeError, did_you_mean
+from owlrec.generation.shards import KINDS, Kind
 from owlrec.ops.console import note, stage_header, table
 from owlrec.recipe import load_recipe
 from owlrec.store.release import current_release, list_releases, open_release, roll_back
@@ -87,6 +88,22 @@ def import_(
         import_knowledge(settings, open_workspace(settings), source)
 
 
+@app.command("import-vectors")
+def import_vectors_(
+    recipe: RecipePath,
+    vectors: Annotated[Path, typer.Argument(help="a .npy file: float [n, dim]")],
+    ids: Annotated[Path, typer.Argument(help="the ids, aligned: int64 .npy, or a text file with one raw id a line")],
+    kind: Annotated[str, typer.Option("--kind", help="user or item: whom the vectors are about")],
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Take in vectors that another encoder made; `owlrec run --from encode` uses them in place of its own."""
+    from pipelines.interchange import import_vectors
+
+    with plain_errors():
+        store = open_workspace(load_recipe(recipe, workspace=workspace))
+        note(f"{import_vectors(store, _known(kind), str(vectors), str(ids)):,} vectors")
+
+
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(help="what to write: a name in .jsonl, .jsonl.gz or .parquet")],
@@ -98,11 +115,10 @@ def export(
     from pipelines.interchange import export_knowledge
 
     with plain_errors():
-        if kind not in (None, "user", "item"):
-            raise OwlRecError(f"there is no kind '{kind}'.{did_you_mean(kind or '', ('user', 'item'))}")
         if not str(file).endswith((".jsonl", ".jsonl.gz", ".parquet")):
             raise OwlRecError(f"{file}: name a file in .jsonl, .jsonl.gz or .parquet.")
-        note(f"{export_knowledge(_workspace(workspace, recipe), str(file), kind):,} rows in {file}")  # type: ignore[arg-type]
+        rows = export_knowledge(_workspace(workspace, recipe), str(file), _known(kind) if kind else None)
+        note(f"{rows:,} rows in {file}")
 
 
 @app.command()
@@ -191,6 +207,13 @@ def doctor(
     table("owlrec doctor", ["check", "state", "found", "to mend"], [(c.name, c.ok, c.found, c.mend) for c in checks])
     if any(c.ok == "fail" for c in checks):
         raise typer.Exit(1)
+
+
+def _known(kind: str) -> Kind:
+    for known in KINDS:
+        if kind == known:
+            return known
+    raise OwlRecError(f"there is no kind '{kind}'.{did_you_mean(kind, KINDS)}")
 
 
 def _stage(name: str) -> Stage:

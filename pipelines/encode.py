@@ -1,8 +1,11 @@
 """Knowledge to vectors, and the metadata-only vectors of the control arm, beside memory-mapped copies for training."""
 
+import hashlib
+
 from owlrec import __version__
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.encoding.encoder import Encoder, encoder_identity
+from owlrec.encoding.importing_vectors import imported_vectors, take_imported
 from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
 from owlrec.errors import WorkspaceError
 from owlrec.generation.shards import read_knowledge
@@ -18,6 +21,8 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     if generated is None:
         raise WorkspaceError(f"{workspace.root}: no knowledge yet. Run `generate` first, with the same recipe.")
     settings = recipe.encoder.model_dump(include={"max_tokens"})
+    files = [p for p in map(imported_vectors, ("user", "item")) if workspace.exists(p)]
+    settings |= {path: hashlib.sha256(workspace.read_bytes(path)).hexdigest() for path in files}
     print_ = fingerprint(generated.fingerprint, encoder_identity(recipe.encoder), settings, __version__)
     folder = f"vectors/{print_[:16]}"
 
@@ -28,10 +33,12 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         total = sum(t.num_rows for t in knowledge.values()) + sum(len(ids) for ids, _ in metadata.values())
         encoder = Encoder(recipe.encoder)
         counts: Counts = {"dim": encoder.dimension}
+        imported = {kind: take_imported(workspace, kind, encoder.dimension) for kind in ("user", "item")}
         with progress("encoding", total, "texts") as advance:
             for kind in ("user", "item"):
+                ready = imported[kind]
                 tables = {
-                    "knowledge": encode_knowledge(knowledge[kind], encoder, advance),
+                    "knowledge": encode_knowledge(knowledge[kind], encoder, advance) if ready is None else ready,
                     "metadata": encode_texts(kind, *metadata[kind], encoder, advance),
                 }
                 for source, table in tables.items():

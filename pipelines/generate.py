@@ -62,7 +62,8 @@ def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> St
     else:
         note(f"all {len(shards)} shards done already, nothing to do")
     check_dead_share(workspace, job, manifests.values(), recipe.generate)
-    print_ = fingerprint(job.fingerprint, [s.input_fingerprint for s in shards])
+    # Of contents too: asking again for dead rows adds texts under the same job.
+    print_ = fingerprint(job.fingerprint, [(s.input_fingerprint, manifests[s.name].sha256) for s in shards])
     before = finished_stage(workspace, "generate", print_)
     if before is not None and not pending and not dead:
         return before

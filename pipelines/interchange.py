@@ -3,6 +3,7 @@
 import time
 from typing import Literal
 
+from owlrec.encoding.importing_vectors import imported_vectors, read_vectors
 from owlrec.errors import WorkspaceError
 from owlrec.generation.adoption import adopt
 from owlrec.generation.exporting import export_jsonl, export_parquet
@@ -36,7 +37,7 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
             note(f"{kind}: {counts[f'{kind}_rows_out']:,} texts, {counts[f'{kind}_rows_dead']:,} dead rows")
     manifest = StageManifest(
         stage="generate",
-        fingerprint=fingerprint(adopted.job.fingerprint, [m.shard for m in adopted.manifests]),
+        fingerprint=fingerprint(adopted.job.fingerprint, [(m.shard, m.sha256) for m in adopted.manifests]),
         seconds=round(watch.seconds, 3),
         finished=time.time(),
         counts={**counts, "shards": len(adopted.manifests)},
@@ -44,6 +45,15 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
     )
     finish_stage(workspace, manifest)
     return manifest
+
+
+def import_vectors(workspace: Workspace, kind: Literal["user", "item"], vectors: str, ids: str) -> int:
+    """Keeps vectors made elsewhere, which `encode` then takes in place of its own of that kind; how many there are."""
+    stage_header("import", f"{kind} vectors from {vectors}")
+    table = read_vectors(vectors, ids, kind)
+    forget_stages(workspace, from_stage("encode"))
+    workspace.write_parquet(imported_vectors(kind), table)
+    return int(table.num_rows)
 
 
 def export_knowledge(workspace: Workspace, path: str, kind: Literal["user", "item"] | None = None) -> int:

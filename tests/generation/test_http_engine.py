@@ -3,14 +3,17 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from owlrec.errors import EngineError
-from owlrec.generation.engine import PromptTooLong, RequestFailed, SamplingConfig
+from owlrec.generation.engine import PromptTooLong, RequestFailed, RequestRefused, RequestTimedOut, SamplingConfig
 from owlrec.generation.http_engine import HttpEngine, HttpEngineConfig
+
+NO_ANSWER = 202  # the server falls asleep first
 
 
 class _Server(ThreadingHTTPServer):
@@ -25,6 +28,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.server.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         status, headers, body = self.server.replies.pop(0) if self.server.replies else (200, {}, answer("hello"))
+        if status == NO_ANSWER:
+            time.sleep(0.5)
         data = json.dumps(body).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -86,9 +91,15 @@ def test_gives_up_after_the_last_attempt_and_counts_them(server: _Server) -> Non
     assert len(server.bodies) == 3
 
 
+def test_no_answer_in_time_is_told_from_other_failures(server: _Server) -> None:
+    server.replies = [(NO_ANSWER, {}, {})] * 3
+    with pytest.raises(RequestTimedOut, match=r"ReadTimeout.*gave up after 3 attempts"):
+        ask(server.server_port, timeout_s=0.1)
+
+
 def test_client_errors_are_final(server: _Server) -> None:
     server.replies = [(401, {}, {"error": "no key"})]
-    with pytest.raises(RequestFailed, match="401"):
+    with pytest.raises(RequestRefused, match="401"):
         ask(server.server_port)
     assert len(server.bodies) == 1
 

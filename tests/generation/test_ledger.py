@@ -11,7 +11,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.generation import EchoEngineConfig
 from owlrec.generation.batch import build_job
 from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.ledger import Claim, Ledger, claimed_elsewhere, open_job
+from owlrec.generation.ledger import Claim, Ledger, open_job, unclaimed
 from owlrec.generation.shards import Job, Shard
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
@@ -56,8 +56,8 @@ def test_shard_given_back_is_free_and_leaves_no_file(workspace: Workspace, job: 
     first, second = Ledger(workspace, job, "a"), Ledger(workspace, job, "b")
     assert first.claim(SHARD)
     assert second.claim(SHARD) is None
-    assert claimed_elsewhere(workspace, job, SHARD, "b")
-    assert not claimed_elsewhere(workspace, job, SHARD, "a")
+    assert unclaimed(workspace, job, [SHARD], "b") == []
+    assert unclaimed(workspace, job, [SHARD], "a") == [SHARD]
     first.release(SHARD)
     assert not first.holds(SHARD)
     assert second.claim(SHARD)
@@ -81,7 +81,7 @@ def test_claim_is_taken_over_only_from_the_dead(workspace: Workspace, job: Job, 
     rewrite(workspace, job, nonce="another's", **changes)
     second = Ledger(workspace, job, "b")
     assert (second.claim(SHARD) is not None) == free
-    assert claimed_elsewhere(workspace, job, SHARD, "c") == (not free or second.holds(SHARD))
+    assert unclaimed(workspace, job, [SHARD], "c") == []
     first.close()  # must not remove what is no longer its own
     assert Path(workspace.path(SHARD.file(job, "claim"))).exists()
     second.close()

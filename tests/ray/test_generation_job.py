@@ -1,13 +1,19 @@
 """The Ray Data job: same rows as without Ray, resumable, and silent where all is done."""
 
+import asyncio
+import threading
+import time
+
 import pytest
 
 from owlrec.errors import EngineError
-from owlrec.generation import EchoEngineConfig, HttpEngineConfig
+from owlrec.generation import EchoEngineConfig, HttpEngineConfig, build_engine
 from owlrec.generation.batch import GenerateConfig, build_job, check_dead_share, generate
 from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.shards import finished_shard, plan_shards, read_knowledge
-from owlrec.prompting.rows import PromptConfig
+from owlrec.generation.ledger import Ledger
+from owlrec.generation.shard_work import generate_shard
+from owlrec.generation.shards import finished_shard, finished_shards, plan_shards, read_knowledge
+from owlrec.prompting.rows import ItemCatalog, PromptConfig
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
 
@@ -41,6 +47,43 @@ def test_only_pending_shards_are_touched(small_world: Workspace) -> None:
     )
     assert [finished_shard(small_world, job, s) for s in shards[:3]] == before
     assert len(read_knowledge(small_world, job.folder, "user")) == 40
+
+
+def test_retry_of_the_dead_runs_beside_what_is_pending_and_asks_for_no_other_row(small_world: Workspace) -> None:
+    short = EchoEngineConfig(type="echo", max_model_len=150)  # too short a context for some prompts, by their length
+    job, shards = job_for(ECHO), plan_shards(small_world)
+    first = generate(small_world, job, short, GenerateConfig(), shards[:5])
+    dead = [m.shard for m in first.manifests if m.rows_dead]
+    assert dead
+    before = {m.shard.part: m for m in first.manifests}
+    second = generate(small_world, job, ECHO, GenerateConfig(), shards[5:], retry_dead=dead)
+    assert {m.shard.name for m in second.manifests} == {s.name for s in [*shards[5:], *dead]}
+    assert sum(m.rows_dead for m in second.manifests) == 0
+    assert len(finished_shards(small_world, job, shards)) == len(shards)
+    users = read_knowledge(small_world, job.folder, "user")
+    assert sorted(users["id"].to_pylist()) == list(range(1, 41))
+    again = next(m for m in second.manifests if m.shard in dead)
+    assert again.rows_in == before[again.shard.part].rows_in
+
+
+def test_shards_that_another_run_holds_are_waited_for_not_done_twice(small_world: Workspace) -> None:
+    job, shards = job_for(ECHO), plan_shards(small_world)
+    other = Ledger(small_world, job, "another run")
+    assert other.claim(shards[0])
+
+    def finish_there() -> None:
+        time.sleep(4)
+        engine = build_engine(ECHO)
+        asyncio.run(
+            generate_shard(small_world, job, shards[0], engine, ItemCatalog.load(small_world), engine_name="there")
+        )
+        other.close()
+
+    thread = threading.Thread(target=finish_there)
+    thread.start()
+    done = generate(small_world, job, ECHO, GenerateConfig(), shards)
+    thread.join()
+    assert {m.shard.name: m.engine == "there" for m in done.manifests} == {s.name: s == shards[0] for s in shards}
 
 
 def test_dead_server_stops_the_run_with_its_reason(small_world: Workspace) -> None:

@@ -24,7 +24,7 @@ from owlrec.decoding.counters import DecoderCounters, add_counters
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, VllmEngineConfig, engine_fingerprint
 from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.ledger import LEASE_S, claimed_elsewhere, open_job
+from owlrec.generation.ledger import LEASE_S, open_job, unclaimed
 from owlrec.generation.quality import QualityConfig
 from owlrec.generation.replica import Replica, Run
 from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shards
@@ -136,7 +136,7 @@ def generate(
     again = {s.name for s in retry_dead}
     while left:
         # Engines start only for shards that nobody is at: what another run holds is waited for without them.
-        free = [s for s in left if not claimed_elsewhere(workspace, job, s, run.name)]
+        free = unclaimed(workspace, job, left, run.name)
         if free:
             run_pass(free)
             idle = idle + 1 if not any(s.name in done for s in free) else 0

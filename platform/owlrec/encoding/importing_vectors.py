@@ -13,9 +13,33 @@ import pyarrow as pa
 from owlrec.errors import SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
 from owlrec.schema import stable_id, vectors_schema
+from owlrec.workspace import Workspace
 
 _SLICE_VALUES = 1 << 22  # 32 MB as float64
 _LARGEST = float(np.finfo(np.float16).max)
+
+
+def imported_vectors(kind: str) -> str:
+    """Where a workspace keeps imported vectors of a kind, relative to its root."""
+    return f"vectors/imported/{kind}.parquet"
+
+
+def take_imported(workspace: Workspace, kind: str, dimension: int) -> pa.Table | None:
+    """The imported vectors of a kind, or None where there are none.
+
+    Raises SourceError where they have another dimension than `dimension`, the encoder's: a release has one, and so have
+    the arms of an experiment.
+    """
+    if not workspace.exists(imported_vectors(kind)):
+        return None
+    table = workspace.read_parquet(imported_vectors(kind))
+    found = table.schema.field("vector").type.list_size
+    if found != dimension:
+        raise SourceError(
+            f"{workspace.path(imported_vectors(kind))} has vectors of {found} components, but the recipe's encoder "
+            f"gives {dimension}. Name an encoder of the same dimension, or remove the file."
+        )
+    return table
 
 
 def read_vectors(npy_path: str | Path, ids_path: str | Path, kind: Literal["user", "item", "cohort"]) -> pa.Table:
