@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from owlrec.encoding import importing_vectors
 from owlrec.encoding.importing_vectors import read_vectors
 from owlrec.errors import SourceError
-from owlrec.encoding import importing_vectors
 from owlrec.schema import stable_id, vectors_schema
 
 
