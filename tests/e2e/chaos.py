@@ -44,7 +44,8 @@ class Oracle(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
+    def __init__(self, answer_s: float = ANSWER_S) -> None:
+        self.answer_s = answer_s
         self.asked: Counter[str] = Counter()
         super().__init__(("127.0.0.1", 0), _Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -59,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = body["messages"][-1]["content"]
-        time.sleep(SLOW_S if SLOW in prompt else ANSWER_S)
+        time.sleep(SLOW_S if SLOW in prompt else self.server.answer_s)  # type: ignore[attr-defined]
         self.server.asked[prompt] += 1  # type: ignore[attr-defined]
         if POISON in prompt:
             self._reply(400, {"error": "no"})

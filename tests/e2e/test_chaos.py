@@ -100,7 +100,12 @@ def harm(rng: random.Random, cluster: Any, harms: list[str], folder: Path, recip
 
 
 def test_pool_grows_under_load_and_shrinks_when_little_is_left(cluster: Any, tmp_path: Path) -> None:
-    server, folder, log, recipe = chaos.Oracle(), tmp_path / "ws", tmp_path / "log", tmp_path / "recipe.yaml"
+    server, folder, log, recipe = (
+        chaos.Oracle(answer_s=0.4),
+        tmp_path / "ws",
+        tmp_path / "log",
+        tmp_path / "recipe.yaml",
+    )
     chaos.prepare(Workspace(folder), slow_item=True)
     chaos.write_recipe(recipe, folder, server, cluster.address, replicas=(1, 3))
     job, replicas = chaos.submit(recipe, log), []

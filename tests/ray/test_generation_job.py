@@ -55,7 +55,7 @@ def test_retry_of_the_dead_runs_beside_what_is_pending_and_asks_for_no_other_row
     first = generate(small_world, job, short, GenerateConfig(), shards[:5])
     dead = [m.shard for m in first.manifests if m.rows_dead]
     assert dead
-    before = {m.shard.part: m for m in first.manifests}
+    before = {m.shard.name: m for m in first.manifests}
     second = generate(small_world, job, ECHO, GenerateConfig(), shards[5:], retry_dead=dead)
     assert {m.shard.name for m in second.manifests} == {s.name for s in [*shards[5:], *dead]}
     assert sum(m.rows_dead for m in second.manifests) == 0
@@ -63,7 +63,7 @@ def test_retry_of_the_dead_runs_beside_what_is_pending_and_asks_for_no_other_row
     users = read_knowledge(small_world, job.folder, "user")
     assert sorted(users["id"].to_pylist()) == list(range(1, 41))
     again = next(m for m in second.manifests if m.shard in dead)
-    assert again.rows_in == before[again.shard.part].rows_in
+    assert again.rows_in == before[again.shard.name].rows_in
 
 
 def test_shards_that_another_run_holds_are_waited_for_not_done_twice(small_world: Workspace) -> None:
