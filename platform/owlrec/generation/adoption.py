@@ -56,7 +56,7 @@ def adopt(
     print_ = fingerprint("imported", scenario, quality, __version__)
     job = Job(scenario, PromptConfig(), SamplingConfig(), DecodingConfig(), quality, print_)
     open_job(workspace, job)
-    gate = QualityGate(quality, scenario) if quality.enabled else None
+    gate = QualityGate(quality, scenario)
     workspace.delete_dir(job.folder, source.kind)
     digest = fingerprint(file_digest(source.path), source)
     for number in itertools.count():
@@ -93,7 +93,7 @@ def _histories(workspace: Workspace) -> _ReadUntil:
 
 
 def _judge(
-    kind: Kind, row: importing.ImportedRow | importing.BadRow, read_until: _ReadUntil | None, gate: QualityGate | None
+    kind: Kind, row: importing.ImportedRow | importing.BadRow, read_until: _ReadUntil | None, gate: QualityGate
 ) -> tuple[Prompt | UnusableRow, Outcome]:
     if isinstance(row, importing.BadRow):
         message = f"row {row.row}, id {row.raw_id!r}: {row.message}"
@@ -108,8 +108,8 @@ def _judge(
         )
         return prompt, Outcome(BadRow(message, "LeaksTheFuture"))
     answer = Completion(row.text, row.prompt_tokens, row.output_tokens, row.finish_reason)
-    flags = gate.flags(row.text, prompt=row.prompt, finish_reason=row.finish_reason) if gate is not None else ()
-    if gate is not None and flags and gate.action(flags) != "keep":
+    flags = gate.flags(row.text, prompt=row.prompt, finish_reason=row.finish_reason)
+    if gate.action(flags) != "keep":
         failed = FailedQuality(f"flagged {', '.join(flags)}: {row.text[:120]!r}")
         return prompt, Outcome(failed, flags, flags)
     return prompt, Outcome(answer, flags, flags)

@@ -89,7 +89,7 @@ async def generate_shard(
         kept = workspace.read_parquet(shard.file(job, "knowledge"))
         only = set(workspace.read_parquet(shard.file(job, "dead"), ["id"])["id"].to_pylist())
     rows = read_prompts(workspace, job, shard, engine, catalog, only)
-    gate = QualityGate(job.quality, job.scenario) if job.quality.enabled else None
+    gate = QualityGate(job.quality, job.scenario)
     outcomes = await asyncio.gather(*(_author(job, row, engine, gate) for row in rows))
     knowledge, dead = to_tables(job, job.prompts.framework, rows, outcomes)
     knowledge = pa.concat_tables([kept, knowledge])
@@ -160,7 +160,7 @@ def read_prompts(
     return [p for p in prompts if only is None or p.id in only]
 
 
-async def _author(job: Job, row: Prompt | UnusableRow, engine: Engine, gate: QualityGate | None) -> Outcome:
+async def _author(job: Job, row: Prompt | UnusableRow, engine: Engine, gate: QualityGate) -> Outcome:
     """Asks for one row's text, as often as the gate wants."""
     try:
         if isinstance(row, UnusableRow):
@@ -169,8 +169,6 @@ async def _author(job: Job, row: Prompt | UnusableRow, engine: Engine, gate: Qua
             raise EmptyPrompt(f"{row.kind} {row.id} has no title, attribute or behaviour to ask about")
         extra = _drafting(job, row)
         answer = await engine.complete(row.system, row.text, job.sampling, extra)
-        if gate is None:
-            return Outcome(answer)
         first = flags = gate.flags(answer.text, prompt=row.text, finish_reason=answer.finish_reason)
         if not flags:
             return Outcome(answer)
