@@ -43,6 +43,19 @@ SAMPLES = pa.schema(
         ("split", pa.string()),  # train, valid or test
     ]
 )
+# Who is like whom. A user may stand in two rows: one by what they liked, one by what they disliked.
+COHORTS = pa.schema(
+    [
+        ("kind", pa.string()),  # user or item
+        ("id", pa.int64()),
+        ("cohort", pa.string()),  # its name; `stable_id` of it is the id of its knowledge
+        ("facet", pa.string()),  # of users: liked or disliked; of items: ""
+        ("source", pa.string()),  # collaborative, attribute or global
+        ("distance", pa.float32()),  # 1 - cosine to the cohort's centre; null where it has none
+    ]
+)
+# Whose texts stand in for an id that has none of its own, as a release holds it: the cohort that tells most first.
+MEMBERSHIPS = pa.schema([("kind", pa.string()), ("id", pa.int64()), ("cohorts", pa.list_(pa.int64()))])
 KNOWLEDGE = pa.schema(
     [
         ("kind", pa.string()),
