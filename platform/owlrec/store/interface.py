@@ -1,8 +1,9 @@
 """What a store of knowledge answers, whichever database stands behind it: texts and vectors, aligned with their ids.
 
 A miss is an answer, never an error, because new users and items are normal: `get` gives None in its place, `vectors` a
-zero row with a False in the mask. Stores are read-only: what they hold was written and verified once, by
-`owlrec.store.publishing`.
+zero row with a False in the mask. Before that the cohorts of an id stand in for it (REKI's collective knowledge): that
+rule is written here once, and a database only says what it holds under an id itself. Stores are read-only: what they
+hold was written and verified once, by `owlrec.store.publishing`.
 """
 
 from abc import ABC, abstractmethod
@@ -22,28 +23,100 @@ class Knowledge:
     id: int
     as_of: int  # ms since 1970, UTC: the text knows nothing later
     text: str
-    framework: str
+    framework: str  # "collective": the texts of the id's cohorts, which has none of its own
     quality: str  # "ok", or the names of the quality rules that flagged the text
 
 
 class KnowledgeStore(ABC):
     """Read access to one release; a context manager that closes itself."""
 
-    @abstractmethod
     def get(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
-        """Knowledge aligned with `ids`, None where an id has none. Raises ReleaseError for an unknown kind."""
+        """Knowledge aligned with `ids`: an id's own, else what its cohorts say, None where there is neither.
+
+        The texts of several cohorts are joined by a line break, in the order of the memberships; the moment is the
+        latest of theirs, the quality that of the first. Raises ReleaseError for an unknown kind.
+        """
+        found = self.own_knowledge(kind, ids)
+        missing = [row for row, knowledge in enumerate(found) if knowledge is None]
+        groups, cohorts = self._stand_ins(kind, [int(ids[row]) for row in missing])
+        texts = dict(zip(cohorts, self.own_knowledge("cohort", cohorts), strict=True)) if cohorts else {}
+        for row, group in zip(missing, groups, strict=True):
+            known = [knowledge for cohort in group if (knowledge := texts[cohort])]
+            if known:
+                found[row] = Knowledge(
+                    kind=kind,
+                    id=int(ids[row]),
+                    as_of=max(k.as_of for k in known),
+                    text="\n".join(k.text for k in known),
+                    framework="collective",
+                    quality=known[0].quality,
+                )
+        return found
+
+    def vectors(self, kind: str, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors aligned with `ids`: (float32 [n, d], mask bool [n]).
+
+        An id's own newest vector; else the mean of its cohorts' vectors, scaled to length 1; else zeros and False.
+        """
+        rows, mask = self.partitions(kind, ids, 1)
+        return rows[:, 0], mask[:, 0]
+
+    def partitions(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors of the newest `n` interest partitions of each id: (float32 [m, n, d], mask bool [m, n]).
+
+        Newest first. An id without a vector of its own has in slot 0 what `vectors` gives for it. n: at least 1.
+        """
+        rows, mask = self.own_vectors(kind, ids, n)
+        missing = np.flatnonzero(~mask[:, 0]).tolist()
+        groups, cohorts = self._stand_ins(kind, [int(ids[row]) for row in missing])
+        if not cohorts:
+            return rows, mask
+        of_cohorts, known = self.own_vectors("cohort", cohorts, 1)
+        place = {cohort: at for at, cohort in enumerate(cohorts) if known[at, 0]}
+        for row, group in zip(missing, groups, strict=True):
+            at = [place[cohort] for cohort in group if cohort in place]
+            if not at:
+                continue
+            mean = of_cohorts[at, 0].mean(axis=0)
+            length = np.linalg.norm(mean)
+            if length > 0:  # vectors that cancel each other out point nowhere: a miss
+                rows[row, 0], mask[row, 0] = mean / length, True
+        return rows, mask
+
+    def cohorts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...]]:
+        """The cohorts of each id, the one that tells most first; an empty tuple where it has none."""
+        return [group or () for group in self.memberships(kind, ids)]
+
+    def _stand_ins(self, kind: str, ids: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
+        """The cohorts of each id, and all of them, each once."""
+        groups = self.cohorts(kind, ids) if ids else []
+        return groups, sorted({cohort for group in groups for cohort in group})
 
     @abstractmethod
-    def vectors(self, kind: str, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors aligned with `ids`: (float32 [n, d], mask bool [n]); zeros and False where an id has none."""
+    def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
+        """Knowledge that stands under the ids themselves, aligned, None where there is none.
+
+        Raises ReleaseError for an unknown kind.
+        """
+
+    @abstractmethod
+    def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors of partitions 0 to n - 1 that stand under the ids themselves: (float32 [m, n, d], mask bool [m, n]).
+
+        An id without partition 0 has none at all.
+        """
+
+    @abstractmethod
+    def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """The cohorts of each id; None where nothing is said of it, () where it is said that it has none."""
 
     @abstractmethod
     def count(self, kind: str) -> int:
-        """How many ids of this kind have knowledge."""
+        """How many ids of this kind have knowledge of their own."""
 
     @abstractmethod
     def ids(self, kind: str, limit: int | None = None) -> np.ndarray:
-        """The ids of this kind that have knowledge: int64, ascending, at most `limit`."""
+        """The ids of this kind that have knowledge of their own: int64, ascending, at most `limit`."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,14 +1,17 @@
 """The embedded store: one LMDB file a release, memory-mapped, so that all processes of a machine share its pages.
 
-Two databases stand in the file: `knowledge` (JSON text) and `vectors` (raw float16). A key is one byte for the kind and
-the id as eight big-endian bytes, so that byte order is numeric order. LMDB's lock file is not used: one process writes
-a file that nobody else sees yet (owlrec.store.lmdb_writer), and afterwards it never changes.
+Three databases stand in the file: `knowledge` (JSON text), `vectors` (raw float16) and `memberships` (cohort ids, each
+as eight big-endian bytes). A key is one byte for the kind and the id as eight big-endian bytes, so that byte order is
+numeric order; vectors of older interest partitions follow their id's newest one, under its key and one byte more.
+LMDB's lock file is not used: one process writes a file that nobody else sees yet (owlrec.store.lmdb_writer), and
+afterwards it never changes.
 """
 
 import json
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +21,33 @@ import numpy as np
 from owlrec.errors import ReleaseError, did_you_mean
 from owlrec.store.interface import Knowledge, KnowledgeStore
 
-DATABASES = ("knowledge", "vectors")
+DATABASES = ("knowledge", "vectors", "memberships")
+_ADDED_LATER = ("memberships",)  # files of the first releases lack it
+KEY_BYTES = 9
+LAST_PARTITION = 255  # one byte of a key
 _KIND_BYTES = {"user": b"u", "item": b"i", "cohort": b"c"}
 _KINDS = {value: kind for kind, value in _KIND_BYTES.items()}
 _KEY = struct.Struct(">cq")
+_ROWS_A_READ = 1000  # about 1 MB of texts
 
 
-def encode_key(kind: str, id_: int) -> bytes:
-    """The nine bytes under which a row stands. Raises ReleaseError for an unknown kind."""
+def encode_key(kind: str, id_: int, partition: int = 0) -> bytes:
+    """The nine bytes under which a row stands, ten for an older partition. Raises ReleaseError for an unknown kind."""
     if kind not in _KIND_BYTES:
         raise ReleaseError(f"kind '{kind}' is none that a release holds.{did_you_mean(kind, _KIND_BYTES)}")
-    return _KEY.pack(_KIND_BYTES[kind], id_)
+    key = _KEY.pack(_KIND_BYTES[kind], id_)
+    return key + bytes([partition]) if partition else key
 
 
 def decode_key(key: bytes) -> tuple[str, int]:
     """The kind and the id that a key stands for."""
-    kind, id_ = _KEY.unpack(key)
+    kind, id_ = _KEY.unpack(key[:KEY_BYTES])
     return _KINDS[kind], id_
+
+
+def encode_cohorts(cohorts: Sequence[int]) -> bytes:
+    """The value of a membership."""
+    return struct.pack(f">{len(cohorts)}q", *cohorts)
 
 
 class LmdbStore(KnowledgeStore):
@@ -46,28 +59,41 @@ class LmdbStore(KnowledgeStore):
         The file's size must have been checked by the caller: LMDB answers a truncated file with SIGBUS, not with an
         error.
         """
-        self._path = str(path.resolve())
+        self.path = path
+        self._file = str(path.resolve())
         self._dim = dim
         self._counts = counts
         self._closed = False
-        self._env, self._databases = _shared_environments.acquire(self._path)
+        self._env, self._databases = _shared_environments.acquire(self._file)
 
-    def get(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
-        """See KnowledgeStore.get."""
+    def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
+        """See KnowledgeStore.own_knowledge."""
         with self._env.begin(db=self._databases["knowledge"], buffers=True) as transaction:
             return [self._knowledge(kind, int(id_), transaction.get(encode_key(kind, int(id_)))) for id_ in ids]
 
-    def vectors(self, kind: str, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See KnowledgeStore.vectors."""
-        found = np.zeros((len(ids), self._dim), dtype=np.float32)
-        mask = np.zeros(len(ids), dtype=bool)
+    def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """See KnowledgeStore.own_vectors."""
+        found = np.zeros((len(ids), n, self._dim), dtype=np.float32)
+        mask = np.zeros((len(ids), n), dtype=bool)
         with self._env.begin(db=self._databases["vectors"], buffers=True) as transaction:
             for row, id_ in enumerate(ids):
-                value = transaction.get(encode_key(kind, int(id_)))
-                if value is not None:
-                    found[row] = np.frombuffer(value, dtype=np.float16)
-                    mask[row] = True
+                for partition in range(min(n, LAST_PARTITION + 1)):
+                    value = transaction.get(encode_key(kind, int(id_), partition))
+                    if value is not None:
+                        found[row, partition] = np.frombuffer(value, dtype=np.float16)
+                        mask[row, partition] = True
+                    elif partition == 0:
+                        break
         return found, mask
+
+    def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """See KnowledgeStore.memberships."""
+        keys = [encode_key(kind, int(id_)) for id_ in ids]
+        if "memberships" not in self._databases:
+            return [None] * len(keys)
+        with self._env.begin(db=self._databases["memberships"], buffers=True) as transaction:
+            values = (transaction.get(key) for key in keys)
+            return [None if v is None else struct.unpack(f">{len(v) // 8}q", v) for v in values]
 
     def count(self, kind: str) -> int:
         """See KnowledgeStore.count."""
@@ -88,10 +114,12 @@ class LmdbStore(KnowledgeStore):
         """See KnowledgeStore.close."""
         if not self._closed:
             self._closed = True
-            _shared_environments.release(self._path)
+            _shared_environments.release(self._file)
 
     def rows(self, database: str) -> int:
-        """How many rows the file itself holds in `knowledge` or `vectors`."""
+        """How many rows the file itself holds in one of its databases."""
+        if database not in self._databases:
+            return 0
         with self._env.begin() as transaction:
             return int(transaction.stat(self._databases[database])["entries"])
 
@@ -101,6 +129,24 @@ class LmdbStore(KnowledgeStore):
             value: bytes | None = transaction.get(key)
         return value
 
+    def items(self, database: str) -> Iterator[tuple[bytes, bytes]]:
+        """All keys and values of a database as they stand in the file, ascending by key."""
+        after = b""
+        while database in self._databases:
+            # No transaction outlives a batch, so that the store may be closed while an iterator is still around.
+            with self._env.begin(db=self._databases[database]) as transaction:
+                cursor = transaction.cursor()
+                if not cursor.set_range(after):
+                    return
+                batch = list(islice(cursor.iternext(), _ROWS_A_READ))
+            yield from batch
+            after = batch[-1][0] + b"\0"  # the least key above it
+
+    def missing(self, database: str, keys: Iterable[bytes]) -> list[bytes]:
+        """Those of `keys` that a database does not hold."""
+        with self._env.begin(db=self._databases[database], buffers=True) as transaction:
+            return [key for key in keys if transaction.get(key) is None]
+
     def _knowledge(self, kind: str, id_: int, value: memoryview | None) -> Knowledge | None:
         if value is None:
             return None
@@ -109,7 +155,7 @@ class LmdbStore(KnowledgeStore):
             return Knowledge(kind, id_, fields["as_of"], fields["text"], fields["framework"], fields["quality"])
         except (ValueError, KeyError) as error:
             raise ReleaseError(
-                f"{self._path}: the row of {kind} {id_} is unreadable ({error!r}). The file is corrupt: "
+                f"{self._file}: the row of {kind} {id_} is unreadable ({error!r}). The file is corrupt: "
                 f"roll back to the previous release, or publish again."
             ) from None
 
@@ -147,8 +193,16 @@ _shared_environments = _SharedEnvironments()
 def _open_readonly(path: str) -> tuple[Any, dict[str, Any]]:
     try:
         # Without read-ahead: lookups are random, and reading 128 kB for each would evict pages that are wanted.
-        env = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, max_dbs=2)
-        return env, {name: env.open_db(name.encode(), create=False) for name in DATABASES}
+        env = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, max_dbs=len(DATABASES))
+        databases = {}
+        for name in DATABASES:
+            try:
+                databases[name] = env.open_db(name.encode(), create=False)
+            except lmdb.NotFoundError:
+                if name not in _ADDED_LATER:
+                    env.close()
+                    raise
+        return env, databases
     except lmdb.Error as error:
         raise ReleaseError(
             f"{path} is no release store ({error}). Roll back to the previous release, or publish again."

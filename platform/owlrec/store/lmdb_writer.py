@@ -6,7 +6,7 @@ Tables that arrive in shards by hash therefore give pages that are about two thi
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import lmdb
@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
-from owlrec.schema import KNOWLEDGE, conform
-from owlrec.store.lmdb_store import DATABASES, decode_key, encode_key
+from owlrec.schema import KNOWLEDGE, MEMBERSHIPS, conform
+from owlrec.store.lmdb_store import DATABASES, KEY_BYTES, LAST_PARTITION, decode_key, encode_cohorts, encode_key
 
 _ROWS_A_TRANSACTION = 20_000  # bounds the dirty pages LMDB holds in memory: about 20 MB of texts
 _FIRST_MAP_BYTES = 64 << 20
@@ -30,13 +30,20 @@ class LmdbWriter:
         """path: the file to make; its folder exists, the file does not."""
         self.path = path
         self._env = lmdb.open(
-            str(path), subdir=False, lock=False, max_dbs=2, map_size=_FIRST_MAP_BYTES, sync=False, metasync=False
+            str(path),
+            subdir=False,
+            lock=False,
+            max_dbs=len(DATABASES),
+            map_size=_FIRST_MAP_BYTES,
+            sync=False,
+            metasync=False,
         )
         self._databases = {name: self._env.open_db(name.encode()) for name in DATABASES}
         self._last: dict[str, bytes] = {}  # the greatest key so far, by database
-        self.counts: dict[str, dict[str, int]] = {"knowledge": {}, "vectors": {}}
-        self.samples: dict[str, _Sample] = {"knowledge": _Sample(), "vectors": _Sample()}
-        self.dim = 0
+        # Rows by kind; `vectors` are the newest ones of their ids, `partitions` those of older interest partitions.
+        self.counts: dict[str, dict[str, int]] = {name: {} for name in (*DATABASES, "partitions")}
+        self.samples: dict[str, _Sample] = {name: _Sample() for name in DATABASES}
+        self.dim = 0  # that vectors must have; 0: the first one decides
         self.as_of_min: int | None = None
         self.as_of_max: int | None = None
 
@@ -60,18 +67,21 @@ class LmdbWriter:
                 ).encode()
                 for t, a, f, q in zip(texts, as_ofs, frameworks, qualities, strict=True)
             )
-            self._put("knowledge", kinds, ids, values, name)
+            keys = map(encode_key, kinds, ids)
+            self.add_rows("knowledge", list(zip(keys, values, strict=True)), name=name)
 
     def add_vectors(self, table: pa.Table, *, name: str) -> None:
-        """Writes the rows of a vectors table (schema.vectors_schema).
+        """Writes the rows of a vectors table (schema.vectors_schema), which may have a column `partition`: 0 for the
+        newest or only vector of an id, 1 for the one before, at most 255.
 
         Raises SchemaError where vectors differ in length.
         """
         for column in ("kind", "id", "vector"):
             if column not in table.column_names:
                 raise SchemaError(f"{name}: column '{column}' is missing. Run the encode stage again.")
-        _refuse_nulls(table, ("kind", "id", "vector"), name)
-        for batch in _sorted_batches(table.select(["kind", "id", "vector"])):
+        table = _with_partitions(table, name)
+        _refuse_nulls(table, table.column_names, name)
+        for batch in _sorted_batches(table):
             vectors = batch["vector"].combine_chunks()
             rows = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float16).reshape(batch.num_rows, -1)
             if self.dim not in (0, rows.shape[1]):
@@ -80,20 +90,30 @@ class LmdbWriter:
                     f"One release holds the vectors of one encoder: encode all of them again."
                 )
             self.dim = rows.shape[1]
+            keys = map(encode_key, *(batch[c].to_pylist() for c in ("kind", "id", "partition")))
             values = (row.tobytes() for row in rows)
-            self._put("vectors", batch["kind"].to_pylist(), batch["id"].to_pylist(), values, name)
+            self.add_rows("vectors", list(zip(keys, values, strict=True)), name=name)
 
-    def close(self) -> None:
-        """Writes everything to the disk and closes the file."""
-        self._env.sync(True)
-        self._env.close()
+    def add_memberships(self, table: pa.Table, *, name: str) -> None:
+        """Writes the rows of a memberships table (schema.MEMBERSHIPS); an empty list says that an id has no cohort.
 
-    def abort(self) -> None:
-        """Closes the file without making it durable."""
-        self._env.close()
+        Raises SchemaError for a null or a key that is there already.
+        """
+        table = conform(table, MEMBERSHIPS, name=name)
+        _refuse_nulls(table, MEMBERSHIPS.names, name)
+        for batch in _sorted_batches(table.select(MEMBERSHIPS.names)):
+            pairs = []
+            for kind, id_, cohorts in zip(*(batch[c].to_pylist() for c in MEMBERSHIPS.names), strict=True):
+                if None in cohorts:
+                    raise SchemaError(f"{name}: the cohorts of {kind} {id_} hold a null. Leave that cohort out.")
+                pairs.append((encode_key(kind, id_), encode_cohorts(cohorts)))
+            self.add_rows("memberships", pairs, name=name)
 
-    def _put(self, database: str, kinds: list[str], ids: list[int], values: Iterable[bytes], name: str) -> None:
-        pairs = [(encode_key(kind, id_), value) for kind, id_, value in zip(kinds, ids, values, strict=True)]
+    def add_rows(self, database: str, pairs: list[tuple[bytes, bytes]], *, name: str) -> None:
+        """Writes rows as they stand in a file, at least one and ascending by key, in one transaction.
+
+        Raises SchemaError for a key that is there already.
+        """
         # MDB_APPEND below the greatest key drops rows silently when overwrite is off, so it is asked for only where it
         # holds.
         append = pairs[0][0] > self._last.get(database, b"")
@@ -111,9 +131,35 @@ class LmdbWriter:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
         self._last[database] = max(self._last.get(database, b""), pairs[-1][0])
         self.samples[database].add(pairs)
-        counts = self.counts[database]
-        for kind in set(kinds):
-            counts[kind] = counts.get(kind, 0) + kinds.count(kind)
+        for key, _ in pairs:
+            counts = self.counts[database if len(key) == KEY_BYTES else "partitions"]
+            kind = decode_key(key)[0]
+            counts[kind] = counts.get(kind, 0) + 1
+
+    def check_partitions(self) -> None:
+        """Refuses older partitions of an id without partition 0, which no lookup would reach (SchemaError)."""
+        if not self.counts["partitions"]:
+            return
+        newest = b""
+        with self._env.begin(db=self._databases["vectors"]) as transaction:
+            for key in transaction.cursor().iternext(values=False):
+                if len(key) == KEY_BYTES:
+                    newest = key
+                elif key[:KEY_BYTES] != newest:
+                    kind, id_ = decode_key(key)
+                    raise SchemaError(
+                        f"{kind} {id_} has a vector of partition {key[-1]}, but none of partition 0. "
+                        f"Publish all partitions of an id together."
+                    )
+
+    def close(self) -> None:
+        """Writes everything to the disk and closes the file."""
+        self._env.sync(True)
+        self._env.close()
+
+    def abort(self) -> None:
+        """Closes the file without making it durable."""
+        self._env.close()
 
     def _refuse_double(self, database: str, pairs: list[tuple[bytes, bytes]], name: str) -> None:
         seen: set[bytes] = set()
@@ -144,12 +190,31 @@ class _Sample:
 
 
 def _sorted_batches(table: pa.Table) -> Iterator[pa.Table]:
-    order = pc.sort_indices(table, sort_keys=[("kind", "ascending"), ("id", "ascending")])
+    by = [(column, "ascending") for column in ("kind", "id", "partition") if column in table.column_names]
+    order = pc.sort_indices(table, sort_keys=by)
     for start in range(0, table.num_rows, _ROWS_A_TRANSACTION):
         yield table.take(order.slice(start, _ROWS_A_TRANSACTION))
 
 
-def _refuse_nulls(table: pa.Table, columns: Sequence[str], name: str) -> None:
+def _with_partitions(table: pa.Table, name: str) -> pa.Table:
+    """kind, id, vector and partition of a vectors table, 0 where it has no such column."""
+    if "partition" not in table.column_names:
+        zeros = pa.array(np.zeros(table.num_rows, dtype=np.int32))
+        return table.select(["kind", "id", "vector"]).append_column("partition", zeros)
+    table = conform(
+        table.select(["kind", "id", "vector", "partition"]), pa.schema([("partition", pa.int32())]), name=name
+    )
+    outside = pc.or_(pc.less(table["partition"], 0), pc.greater(table["partition"], LAST_PARTITION))
+    if pc.any(outside).as_py():
+        row = pc.index(outside, True).as_py()
+        raise SchemaError(
+            f"{name}, row {row}: partition {table['partition'][row]} is outside 0..{LAST_PARTITION}. "
+            f"Keep fewer partitions an id."
+        )
+    return table
+
+
+def _refuse_nulls(table: pa.Table, columns: Iterable[str], name: str) -> None:
     for column in columns:
         if table[column].null_count:
             row = pc.index(pc.is_null(table[column]), True).as_py()

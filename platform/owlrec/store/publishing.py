@@ -2,8 +2,8 @@
 
 An interruption at any point leaves what was current in force, and at worst a hidden folder that the next publish
 removes. Publishing what is there already (the same fingerprint) verifies it and makes it current again instead of
-building a twin. Publish to one workspace from one process at a time: two at once both leave whole releases, but the
-pointer's history may miss one swap.
+building a twin. A delta holds only what is new or changed, and is read on top of its parent. Publish to one workspace
+from one process at a time: two at once both leave whole releases, but the pointer's history may miss one swap.
 """
 
 import os
@@ -13,7 +13,9 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,17 +25,11 @@ import pyarrow.fs as pafs
 
 from owlrec.config import Config
 from owlrec.errors import ReleaseError
+from owlrec.store.chain import count_new_ids
+from owlrec.store.lmdb_store import LmdbStore
 from owlrec.store.lmdb_writer import LmdbWriter
-from owlrec.store.release import (
-    MANIFEST,
-    STORE,
-    FileEntry,
-    ReleaseManifest,
-    check_files,
-    make_current,
-    open_store,
-    read_manifest,
-)
+from owlrec.store.manifest import FORMAT, MANIFEST, STORE, FileEntry, ReleaseManifest, check_files, read_manifest
+from owlrec.store.release import chain, make_current, open_parts, open_store
 from owlrec.workspace import Workspace, file_digest
 
 _BUILDING = re.compile(r"\.building-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
@@ -48,6 +44,7 @@ class ReleaseInfo(Config):
     model: str
     encoder: str
     parent: str | None = None
+    delta: bool = False  # only rows that are new or changed; what it lacks is read from `parent`
 
 
 def publish(
@@ -56,28 +53,64 @@ def publish(
     knowledge: Iterable[pa.Table],
     vectors: Iterable[pa.Table],
     info: ReleaseInfo,
+    memberships: Iterable[pa.Table] = (),
     on_rows: Callable[[int], None] | None = None,
+    cache: Path | None = None,
 ) -> ReleaseManifest:
     """Publishes knowledge and vectors as a release and makes it current.
 
-    knowledge: tables of schema.KNOWLEDGE; vectors: tables of schema.vectors_schema. Both are read once, one table at a
-    time, and not at all where a whole release of this fingerprint exists.
+    knowledge: tables of schema.KNOWLEDGE; vectors: tables of schema.vectors_schema, with a column `partition` where ids
+    have several; memberships: tables of schema.MEMBERSHIPS. All are read once, one table at a time, and not at all
+    where a whole release of this fingerprint exists (and, for a delta, of this parent).
     on_rows: called with the number of rows just written.
-    Raises SchemaError for a broken table or a key that occurs twice, ReleaseError where there is nothing to publish or
-    what was written does not read back. Nothing becomes visible in either case.
+    cache: see open_release; the parents of a delta are read, to count which ids are new.
+    Raises SchemaError for a broken table, a key that occurs twice or vectors of another length than a delta's parent
+    has; ReleaseError where there is nothing to publish, a delta has no complete parent, or what was written does not
+    read back. Nothing becomes visible in either case.
+    """
+
+    def fill(writer: LmdbWriter) -> None:
+        for what, tables, add in (
+            ("knowledge", knowledge, writer.add_knowledge),
+            ("vectors", vectors, writer.add_vectors),
+            ("memberships", memberships, writer.add_memberships),
+        ):
+            for number, table in enumerate(tables):
+                add(table, name=f"{what} table {number}")
+                if on_rows:
+                    on_rows(table.num_rows)
+        writer.check_partitions()
+
+    manifest = build_release(workspace, info, fill, base=_parents(workspace, info), cache=cache)
+    make_current(workspace, manifest.name)
+    return manifest
+
+
+def build_release(
+    workspace: Workspace,
+    info: ReleaseInfo,
+    fill: Callable[[LmdbWriter], None],
+    *,
+    base: Sequence[ReleaseManifest] = (),
+    cache: Path | None = None,
+) -> ReleaseManifest:
+    """Builds a release, verified and in its place but not current, unless a whole one is there; gives its manifest.
+
+    fill: writes all rows.
+    base: the chain, newest first, that a delta is read on top of or whose rows a full release takes over; vectors must
+    be as long as its own.
+    Raises as publish does.
     """
     remove_leftovers(workspace)
-    existing = _whole_release(workspace, info.fingerprint)
+    existing = _whole_release(workspace, info)
     if existing:
-        make_current(workspace, existing.name)
         return existing
     building = _building_folder(workspace)
     try:
-        manifest = _build(workspace, building, knowledge, vectors, info, on_rows or (lambda n: None))
+        manifest = _build(workspace, building, info, fill, base, cache)
         _place(workspace, building, manifest)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    make_current(workspace, manifest.name)
     return manifest
 
 
@@ -103,13 +136,31 @@ def _idle_s(workspace: Workspace, folder: pafs.FileInfo) -> float:
     return time.time() - max(changes) if changes else 0.0
 
 
-def _whole_release(workspace: Workspace, fingerprint: str) -> ReleaseManifest | None:
+def _parents(workspace: Workspace, info: ReleaseInfo) -> list[ReleaseManifest]:
+    if not info.delta:
+        return []
+    if info.parent is None:
+        raise ReleaseError(
+            f"{workspace.root}: a delta release needs a parent. Name the release that it changes, or publish in full."
+        )
+    try:
+        return chain(workspace, info.parent)
+    except ReleaseError as error:
+        raise ReleaseError(
+            f"release '{info.parent}' cannot be the parent of a delta: {error} "
+            f"Name a complete release, or publish in full."
+        ) from None
+
+
+def _whole_release(workspace: Workspace, info: ReleaseInfo) -> ReleaseManifest | None:
     for name in reversed(workspace.names("releases")):
-        if not name.endswith(fingerprint[:8]) or not workspace.exists("releases", name, MANIFEST):
+        if not name.endswith(info.fingerprint[:8]) or not workspace.exists("releases", name, MANIFEST):
             continue
         try:
             manifest = read_manifest(workspace, name)
-            if manifest.fingerprint != fingerprint:
+            if (manifest.fingerprint, manifest.delta) != (info.fingerprint, info.delta):
+                continue
+            if info.delta and manifest.parent != info.parent:
                 continue
             if workspace.local:  # a remote one was checked when it was uploaded, and each reader checks its copy
                 folder = workspace.local_path("releases", name)
@@ -133,29 +184,38 @@ def _building_folder(workspace: Workspace) -> Path:
 def _build(
     workspace: Workspace,
     folder: Path,
-    knowledge: Iterable[pa.Table],
-    vectors: Iterable[pa.Table],
     info: ReleaseInfo,
-    on_rows: Callable[[int], None],
+    fill: Callable[[LmdbWriter], None],
+    base: Sequence[ReleaseManifest],
+    cache: Path | None,
 ) -> ReleaseManifest:
     writer = LmdbWriter(folder / STORE)
+    if base:
+        writer.dim, writer.as_of_min, writer.as_of_max = base[0].dim, base[0].as_of_min, base[0].as_of_max
     try:
-        for number, table in enumerate(knowledge):
-            writer.add_knowledge(table, name=f"knowledge table {number}")
-            on_rows(table.num_rows)
-        for number, table in enumerate(vectors):
-            writer.add_vectors(table, name=f"vectors table {number}")
-            on_rows(table.num_rows)
-    finally:
-        writer.close()
+        fill(writer)
+    except BaseException:
+        writer.abort()
+        raise
+    writer.close()
+    if info.delta and not any(writer.counts.values()):
+        raise ReleaseError(
+            f"{workspace.root}: the delta of release '{info.parent}' has no row. Nothing is new or changed, so there "
+            f"is nothing to publish."
+        )
     if writer.as_of_min is None or writer.as_of_max is None:
         raise ReleaseError(f"{workspace.root}: there is no knowledge to publish. Run the generate stage first.")
     name, created = _free_name(workspace, info.fingerprint)
     manifest = ReleaseManifest(
+        # A full release that an older owlrec can read says so.
+        format=FORMAT if info.delta or writer.counts["partitions"] else 1,
         name=name,
         created=created.isoformat(),
         knowledge=writer.counts["knowledge"],
         vectors=writer.counts["vectors"],
+        partitions=writer.counts["partitions"],
+        memberships=writer.counts["memberships"],
+        totals=_totals(workspace, writer, base if info.delta else (), cache),
         dim=writer.dim,
         as_of_min=writer.as_of_min,
         as_of_max=writer.as_of_max,
@@ -164,6 +224,18 @@ def _build(
     )
     _read_back(folder, manifest, writer)
     return manifest
+
+
+def _totals(
+    workspace: Workspace, writer: LmdbWriter, parents: Sequence[ReleaseManifest], cache: Path | None
+) -> dict[str, int]:
+    own = writer.counts["knowledge"]
+    if not parents:
+        return own
+    with ExitStack() as opened:
+        parts = [opened.enter_context(part) for part in open_parts(workspace, parents, verify=False, cache=cache)]
+        added = opened.enter_context(LmdbStore(writer.path, dim=writer.dim, counts=own))
+        return dict(count_new_ids(added, parts) + Counter(parents[0].totals))
 
 
 def _read_back(folder: Path, manifest: ReleaseManifest, writer: LmdbWriter) -> None:

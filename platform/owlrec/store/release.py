@@ -5,64 +5,43 @@
 
 The pointer carries its own history, so that one atomic write changes both: a roll-back goes to what was current before,
 even where a later release was never current or two were published out of order. A folder without release.json is no
-release. Readers hold the release they opened, whatever the pointer says afterwards.
+release. A delta is read on top of its parent, whose folder it needs, and so on to a full release. Readers hold what
+they opened, whatever the pointer says afterwards.
 """
 
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import lmdb
 import pyarrow.fs as pafs
-from pydantic import BaseModel, ValidationError
 
-from owlrec.errors import ReleaseError, WorkspaceError, did_you_mean
+from owlrec.errors import ReleaseError, WorkspaceError
+from owlrec.store.chain import ChainedStore
 from owlrec.store.interface import KnowledgeStore
-from owlrec.store.lmdb_store import DATABASES, LmdbStore
-from owlrec.workspace import Workspace, file_digest, fingerprint
+from owlrec.store.lmdb_store import LmdbStore
+from owlrec.store.manifest import MANIFEST, MEND, STORE, ReleaseManifest, check_files, read_manifest
+from owlrec.workspace import Workspace, fingerprint
 
-FORMAT = 1
-MANIFEST = "release.json"
-STORE = "store.lmdb"
 _POINTER = "releases/CURRENT"
 _HISTORY = 100  # swaps remembered
-
-
-class FileEntry(BaseModel):
-    """A data file of a release."""
-
-    sha256: str
-    bytes: int
-
-
-class ReleaseManifest(BaseModel):
-    """What release.json says. Counts are rows by kind."""
-
-    format: int = FORMAT
-    name: str
-    created: str  # ISO 8601, UTC
-    fingerprint: str
-    model: str
-    encoder: str
-    parent: str | None = None
-    knowledge: dict[str, int]
-    vectors: dict[str, int]
-    dim: int
-    as_of_min: int  # ms since 1970, UTC
-    as_of_max: int
-    files: dict[str, FileEntry]
+_TRIES = 10  # to open what is current: each fails only where the pointer moved and the old release went meanwhile
 
 
 class Release:
-    """One release, open for reading; a context manager."""
+    """One release, open for reading together with all that it is read on top of; a context manager."""
 
-    def __init__(self, manifest: ReleaseManifest, store: KnowledgeStore, folder: Path) -> None:
+    def __init__(
+        self, manifest: ReleaseManifest, store: KnowledgeStore, folder: Path, chain: Sequence[ReleaseManifest] = ()
+    ) -> None:
         self.manifest = manifest
         self.store = store
         self.folder = folder  # local: the cached copy where the workspace is remote
+        self.chain = tuple(chain) or (manifest,)  # newest first, itself included
 
     @property
     def name(self) -> str:
@@ -88,34 +67,41 @@ def list_releases(workspace: Workspace) -> list[ReleaseManifest]:
     return [read_manifest(workspace, name) for name in names]
 
 
+def chain(workspace: Workspace, name: str) -> list[ReleaseManifest]:
+    """The manifests of release `name` and of what it is read on top of: newest first, the last of them full.
+
+    Raises ReleaseError where one is missing or cannot be read.
+    """
+    manifests = [read_manifest(workspace, name)]
+    while (delta := manifests[-1]).delta:
+        parent = delta.parent or ""
+        if not workspace.exists("releases", parent, MANIFEST):
+            raise ReleaseError(
+                f"{workspace.path('releases', delta.name)} is a delta of release '{parent}', which is gone. "
+                f"{_way_back(workspace)}"
+            )
+        manifests.append(read_manifest(workspace, parent))
+    return manifests
+
+
+def _way_back(workspace: Workspace) -> str:
+    for name in reversed(workspace.names("releases")):
+        with suppress(ReleaseError):
+            if not read_manifest(workspace, name).delta:
+                return f"Roll back to a full release (`owlrec rollback --to {name}`), or publish in full."
+    return "Publish in full: no full release is left."
+
+
 def current_release(workspace: Workspace) -> str | None:
     """The name of the release in force, None where nothing was published yet."""
-    history = _history(workspace)
+    history = pointer_history(workspace)
     return history[-1] if history else None
 
 
-def read_manifest(workspace: Workspace, name: str) -> ReleaseManifest:
-    """release.json of release `name`. Raises ReleaseError where there is none, or one that this version cannot read."""
-    path = f"releases/{name}/{MANIFEST}"
-    if not workspace.exists(path):
-        have = [n for n in workspace.names("releases") if workspace.exists("releases", n, MANIFEST)]
-        hint = did_you_mean(name, have) if have else " Nothing was published yet: run the publish stage."
-        raise ReleaseError(f"{workspace.path('releases')} holds no release '{name}'.{hint}")
-    try:
-        manifest = ReleaseManifest.model_validate(workspace.read_json(path))
-    except (ValidationError, WorkspaceError, UnicodeDecodeError) as error:
-        raise ReleaseError(f"{workspace.path(path)} is unreadable ({error}). {_MEND}") from None
-    if manifest.format > FORMAT:
-        raise ReleaseError(
-            f"{workspace.path(path)} has format {manifest.format}; this owlrec reads up to {FORMAT}. Upgrade owlrec."
-        )
-    return manifest
-
-
 def make_current(workspace: Workspace, name: str) -> None:
-    """Swaps the pointer to release `name`. Raises ReleaseError where there is no such release."""
-    read_manifest(workspace, name)
-    history = _history(workspace)
+    """Swaps the pointer to release `name`. Raises ReleaseError where there is no such release, or no parent of it."""
+    chain(workspace, name)
+    history = pointer_history(workspace)
     if not history or history[-1] != name:
         _write_pointer(workspace, [*history, name])
 
@@ -124,20 +110,20 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
     """Makes the release that was current before the current one current again, or release `to`; gives its name.
 
     What was current after the target is forgotten by the pointer (the folders stay), so that rolling back again goes
-    further back; `roll_back(to=...)` also leads forward again. Raises ReleaseError where there is nothing to go back
-    to.
+    further back; `roll_back(to=...)` also leads forward again. Releases that were removed, or whose parents were, are
+    passed over. Raises ReleaseError where there is nothing to go back to.
     """
-    history = _history(workspace)
+    history = pointer_history(workspace)
     if to is None:
-        earlier = [n for n in history[:-1] if workspace.exists("releases", n, MANIFEST)]
-        if not earlier:
+        earlier = (n for n in reversed(history) if n != history[-1] and _is_whole(workspace, n))
+        to = next(earlier, None)
+        if to is None:
             raise ReleaseError(
                 f"{workspace.path(_POINTER)}: no release was current before "
                 f"{repr(history[-1]) if history else 'this'}, so there is nothing to roll back to. "
                 f"Name a release: `owlrec releases` shows them."
             )
-        to = earlier[-1]
-    read_manifest(workspace, to)
+    chain(workspace, to)
     if to in history:
         while history[-1] != to:
             history.pop()
@@ -147,67 +133,99 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
     return to
 
 
+def _is_whole(workspace: Workspace, name: str) -> bool:
+    try:
+        return bool(chain(workspace, name))
+    except ReleaseError:
+        return False
+
+
 def open_release(
     workspace: Workspace, name: str | None = None, *, verify: bool = True, cache: Path | None = None
 ) -> Release:
-    """Opens release `name`, or the current one.
+    """Opens release `name`, or the current one, with all that it is read on top of.
 
     verify: compare the SHA-256 of its files as well as their sizes; a large release is opened faster without (about 1 s
     a GB).
     cache: where a remote workspace's releases are copied to, by default ~/.cache/owlrec/releases; copies are always
     verified.
-    Raises ReleaseError where there is none, or where a file is missing, cut short or changed.
+    Raises ReleaseError where there is none, or where a file or a parent is missing, cut short or changed. Without a
+    name, a release that is replaced and pruned while it is being opened is no error: the one in its place is opened.
     """
-    name = name or current_release(workspace)
-    if name is None:
-        raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
-    manifest = read_manifest(workspace, name)
-    if workspace.local:
-        folder = workspace.local_path("releases", name)
-        check_files(folder, manifest, checksums=verify)
-    else:
-        folder = _cached_copy(workspace, manifest, cache or Path.home() / ".cache" / "owlrec" / "releases", verify)
-    return Release(manifest, open_store(folder, manifest), folder)
+    if name:
+        return _open(workspace, name, verify, cache)
+    for _ in range(_TRIES):
+        name = current_release(workspace)
+        if name is None:
+            raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
+        try:
+            return _open(workspace, name, verify, cache)
+        except (ReleaseError, OSError) as error:
+            if current_release(workspace) == name:
+                raise
+            last = error
+    raise ReleaseError(
+        f"{workspace.path(_POINTER)} moved {_TRIES} times while what it named was being opened (last: {last}). "
+        f"Prune less often, or with a greater minimum age."
+    )
+
+
+def _open(workspace: Workspace, name: str, verify: bool, cache: Path | None) -> Release:
+    manifests = chain(workspace, name)
+    parts = open_parts(workspace, manifests, verify=verify, cache=cache)
+    newest = manifests[0]
+    store = ChainedStore(parts, dim=newest.dim, totals=newest.totals) if newest.delta else parts[0]
+    return Release(newest, store, parts[0].path.parent, manifests)
+
+
+def open_parts(
+    workspace: Workspace, manifests: Sequence[ReleaseManifest], *, verify: bool = True, cache: Path | None = None
+) -> list[LmdbStore]:
+    """The store of each release, its files checked as open_release says. One that fails leaves none open."""
+    with ExitStack() as opened:
+        parts = []
+        for manifest in manifests:
+            if workspace.local:
+                folder = workspace.local_path("releases", manifest.name)
+                check_files(folder, manifest, checksums=verify)
+            else:
+                folder = _cached_copy(
+                    workspace, manifest, cache or Path.home() / ".cache" / "owlrec" / "releases", verify
+                )
+            parts.append(opened.enter_context(open_store(folder, manifest)))
+        opened.pop_all()
+    return parts
 
 
 def open_store(folder: Path, manifest: ReleaseManifest) -> LmdbStore:
     """The store in a release's local folder. Raises ReleaseError where its row counts are not the manifest's."""
     store = LmdbStore(folder / STORE, dim=manifest.dim, counts=manifest.knowledge)
+    expected = {
+        "knowledge": sum(manifest.knowledge.values()),
+        "vectors": sum(manifest.vectors.values()) + sum(manifest.partitions.values()),
+        "memberships": sum(manifest.memberships.values()),
+    }
     try:
-        for database, counts in zip(DATABASES, (manifest.knowledge, manifest.vectors), strict=True):
-            if store.rows(database) != sum(counts.values()):
+        for database, rows in expected.items():
+            if store.rows(database) != rows:
                 raise ReleaseError(
-                    f"{folder / STORE} holds {store.rows(database)} rows of {database}, "
-                    f"but {MANIFEST} says {sum(counts.values())}. {_MEND}"
+                    f"{folder / STORE} holds {store.rows(database)} rows of {database}, but {MANIFEST} says {rows}. "
+                    f"{MEND}"
                 )
     except lmdb.Error as error:
         store.close()
-        raise ReleaseError(f"{folder / STORE} cannot be read ({error}). {_MEND}") from None
+        raise ReleaseError(f"{folder / STORE} cannot be read ({error}). {MEND}") from None
     except ReleaseError:
         store.close()
         raise
     return store
 
 
-def check_files(folder: Path, manifest: ReleaseManifest, *, checksums: bool) -> None:
-    """Refuses a release whose files are missing, of another size or, with `checksums`, of other content (ReleaseError).
+def pointer_history(workspace: Workspace) -> list[str]:
+    """What was current, oldest first, the current one last; empty where nothing was published yet.
 
-    The size is always compared: LMDB answers a truncated file with SIGBUS, which no caller can catch.
+    Raises ReleaseError where the pointer cannot be read.
     """
-    for file, entry in manifest.files.items():
-        path = folder / file
-        if not path.is_file():
-            raise ReleaseError(f"{path} is missing. {_MEND}")
-        if path.stat().st_size != entry.bytes:
-            raise ReleaseError(f"{path} has {path.stat().st_size} bytes, but {MANIFEST} says {entry.bytes}. {_MEND}")
-        if checksums and file_digest(path) != entry.sha256:
-            raise ReleaseError(f"{path} is corrupt: its SHA-256 is not the one in {MANIFEST}. {_MEND}")
-
-
-_MEND = "Roll back to the previous release (`owlrec rollback`), or publish again."
-
-
-def _history(workspace: Workspace) -> list[str]:
     if not workspace.exists(_POINTER):
         return []
     try:

@@ -1,0 +1,104 @@
+"""Small tables to publish, and an independent answer to what a chain of releases holds: dicts, updated in order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from owlrec.schema import KNOWLEDGE, MEMBERSHIPS, vectors_schema
+from owlrec.store import KnowledgeStore, ReleaseInfo, ReleaseManifest, publish
+from owlrec.workspace import Workspace, fingerprint
+
+Key = tuple[str, int]  # kind, id
+KINDS = ("user", "item", "cohort")
+
+
+@dataclass
+class Rows:
+    """What one release holds, or what a chain of them answers with after `update`."""
+
+    texts: dict[Key, tuple[int, str, str]] = field(default_factory=dict)  # as_of, text, quality
+    vectors: dict[Key, list[list[float]]] = field(default_factory=dict)  # a partition each, newest first
+    cohorts: dict[Key, tuple[int, ...]] = field(default_factory=dict)
+
+    def update(self, newer: "Rows") -> None:
+        self.texts |= newer.texts
+        self.vectors |= newer.vectors
+        self.cohorts |= newer.cohorts
+
+    def knowledge(self, kind: str, id_: int) -> tuple[int, str, str, str] | None:
+        """as_of, text, framework, quality that `get` must give."""
+        if (kind, id_) in self.texts:
+            as_of, text, quality = self.texts[kind, id_]
+            return as_of, text, "kar", quality
+        known = [self.texts["cohort", c] for c in self.cohorts.get((kind, id_), ()) if ("cohort", c) in self.texts]
+        if not known:
+            return None
+        return max(k[0] for k in known), "\n".join(k[1] for k in known), "collective", known[0][2]
+
+    def partition(self, kind: str, id_: int, number: int) -> np.ndarray | None:
+        """The vector that `partitions` must give in slot `number`."""
+        own = self.vectors.get((kind, id_))
+        if own:
+            return np.array(own[number]) if number < len(own) else None
+        groups = self.cohorts.get((kind, id_), ())
+        known = [self.vectors["cohort", c][0] for c in groups if ("cohort", c) in self.vectors]
+        if number or not known:
+            return None
+        mean = np.mean(np.array(known), axis=0)
+        return mean / np.linalg.norm(mean) if np.any(mean) else None
+
+
+def tables(rows: Rows, dim: int = 2) -> dict[str, list[pa.Table]]:
+    """The arguments of `publish` for these rows."""
+    defaults = {f.name: "kar" if pa.types.is_string(f.type) else 1 for f in KNOWLEDGE}
+    texts = [
+        {**defaults, "kind": kind, "id": id_, "as_of": as_of, "text": text, "quality": quality}
+        for (kind, id_), (as_of, text, quality) in rows.texts.items()
+    ]
+    vectors = [
+        {"kind": kind, "id": id_, "vector": np.array(vector, dtype=np.float16), "codes": [], "partition": number}
+        for (kind, id_), partitions in rows.vectors.items()
+        for number, vector in enumerate(partitions)
+    ]
+    members = [{"kind": kind, "id": id_, "cohorts": cohorts} for (kind, id_), cohorts in rows.cohorts.items()]
+    with_partition = vectors_schema(dim).append(pa.field("partition", pa.int8()))
+    return {
+        "knowledge": [pa.Table.from_pylist(texts, KNOWLEDGE)],
+        "vectors": [pa.Table.from_pylist(vectors, with_partition)],
+        "memberships": [pa.Table.from_pylist(members, MEMBERSHIPS)],
+    }
+
+
+def texts(values: Mapping[Key, str]) -> Rows:
+    """Rows that hold texts alone, all as of 1000."""
+    return Rows(texts={key: (1000, text, "ok") for key, text in values.items()})
+
+
+def publish_rows(workspace: Workspace, label: str, rows: Rows, delta_of: str | None = None) -> ReleaseManifest:
+    """Publishes rows, in full or as a delta; the fingerprint is that of `label`."""
+    info = ReleaseInfo(
+        fingerprint=fingerprint(label), model="m", encoder="e", parent=delta_of, delta=delta_of is not None
+    )
+    return publish(workspace, **tables(rows), info=info)
+
+
+def check(store: KnowledgeStore, rows: Rows, ids: range) -> None:
+    """Every answer of a store is what the dicts say."""
+    for kind in KINDS:
+        found = [k and (k.as_of, k.text, k.framework, k.quality) for k in store.get(kind, ids)]
+        assert found == [rows.knowledge(kind, i) for i in ids]
+        assert store.cohorts(kind, ids) == [rows.cohorts.get((kind, i), ()) for i in ids]
+        own = sorted(i for k, i in rows.texts if k == kind)
+        assert (store.count(kind), store.ids(kind).tolist(), store.ids(kind, 2).tolist()) == (len(own), own, own[:2])
+        for n in (1, 3):
+            vectors, mask = store.partitions(kind, np.array(ids), n)
+            expected = [[rows.partition(kind, i, p) for p in range(n)] for i in ids]
+            assert mask.tolist() == [[v is not None for v in slots] for slots in expected]
+            for row, slots in enumerate(expected):
+                for slot, vector in enumerate(slots):
+                    np.testing.assert_allclose(vectors[row, slot], 0 if vector is None else vector, atol=1e-6)
+        newest, has = store.vectors(kind, ids)
+        assert newest.tobytes() == vectors[:, 0].tobytes()
+        assert has.tolist() == mask[:, 0].tolist()
