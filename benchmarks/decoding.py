@@ -30,8 +30,9 @@ from owlrec.environment import cache_folder
 from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, resolve_model
 from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
 from owlrec.prompting.framework import FrameworkName
-from owlrec.prompting.rows import FRAMEWORKS, ItemCatalog, PromptConfig, item_prompts, user_prompts
+from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, item_prompts, user_prompts
 from owlrec.recipe import load_recipe
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import build_samples
 from owlrec.workspace import fingerprint

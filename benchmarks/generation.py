@@ -29,10 +29,11 @@ from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.generation.quality import QualityConfig
 from owlrec.generation.shards import Job, finished_shards, plan_shards
 from owlrec.generation.vllm_engine import prepare_environment
-from owlrec.prompting.rows import ItemCatalog, PromptConfig, user_prompts
+from owlrec.prompting.rows import PromptConfig, user_prompts
 from owlrec.recipe import RayConfig
 from owlrec.scenario import get_scenario
 from owlrec.schema import HISTORIES
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import SplitConfig, build_samples
 from owlrec.workspace import StageManifest, Workspace, finish_stage, part_name
@@ -280,7 +281,7 @@ def _echo(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
         done = generate(workspace, job, engine, config, shards)
         seconds = time.perf_counter() - start
         stop.set()
-    assert sum(m.rows_out for m in done.manifests) == sum(workspace.count_rows(s.table, s.part) for s in shards)
+    assert sum(m.rows_out for m in done.manifests) == sum(workspace.count_rows(s.input_file) for s in shards)
     assert len(finished_shards(workspace, job, shards)) == len(shards)
     began = min(m.finished - m.seconds for m in done.manifests)
     return {

@@ -56,6 +56,17 @@ COHORTS = pa.schema(
 )
 # Whose texts stand in for an id that has none of its own, as a release holds it: the cohort that tells most first.
 MEMBERSHIPS = pa.schema([("kind", pa.string()), ("id", pa.int64()), ("cohorts", pa.list_(pa.int64()))])
+# Prompts that were made before the shard that asks them: of cohorts, and of a refresh.
+PROMPTS = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("id", pa.int64()),
+        ("as_of", pa.int64()),
+        ("system", pa.string()),
+        ("text", pa.string()),
+        ("facts", pa.string()),  # in a sentence: what stands in for an answer that cannot be used
+    ]
+)
 KNOWLEDGE = pa.schema(
     [
         ("kind", pa.string()),
@@ -97,6 +108,22 @@ def vectors_schema(dim: int) -> pa.Schema:
             ("codes", pa.list_(pa.uint16())),  # semantic ids; empty where none were computed
         ]
     )
+
+
+def vectors_table(kind: str | Sequence[str], ids: np.ndarray, vectors: np.ndarray) -> pa.Table:
+    """A vectors table (vectors_schema) without codes.
+
+    kind: of all rows, or of each; ids: int64 [n]; vectors: float [n, dim].
+    """
+    n, dim = vectors.shape
+    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float16).reshape(-1))
+    columns = [
+        pa.repeat(pa.scalar(kind), n) if isinstance(kind, str) else pa.array(kind, pa.string()),
+        pa.array(ids, pa.int64()),
+        pa.FixedSizeListArray.from_arrays(flat, dim),
+        pa.array([[]] * n, pa.list_(pa.uint16())),
+    ]
+    return pa.table(columns, schema=vectors_schema(dim))
 
 
 def stable_id(raw: str) -> int:

@@ -247,9 +247,9 @@ class Workspace:
             raise WorkspaceError(f"{self.path('tables', name)} is empty. Run `prepare` first, with the same recipe.")
         return parts
 
-    def count_rows(self, table: str, part: str) -> int:
-        """Rows of one shard of a table, from its footer alone."""
-        return int(pq.read_metadata(self.path("tables", table, part), filesystem=self.filesystem).num_rows)
+    def count_rows(self, path: str) -> int:
+        """Rows of one Parquet file, from its footer alone."""
+        return int(pq.read_metadata(self.path(path), filesystem=self.filesystem).num_rows)
 
     def log_path(self, name: str) -> Path:
         """A local file for third-party logs: in the workspace, or in the temporary folder where that is remote."""

@@ -12,9 +12,18 @@ from owlrec.generation.batch import build_job
 from owlrec.generation.engine import Completion, Engine, RequestFailed, SamplingConfig
 from owlrec.generation.quality import QualityConfig
 from owlrec.generation.shard_work import ShardLost, generate_shard
-from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, finished_shards, plan_shards
-from owlrec.prompting.rows import ItemCatalog, PromptConfig
+from owlrec.generation.shards import (
+    Job,
+    Shard,
+    ShardManifest,
+    finished_shard,
+    finished_shards,
+    plan_prompt_shards,
+    plan_shards,
+)
+from owlrec.prompting.rows import Prompt, PromptConfig, prompts_table
 from owlrec.scenario import get_scenario
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
 GOOD = "The film follows a stubborn sheriff through one long winter, and its slow, wry tone suits patient viewers."
@@ -223,3 +232,65 @@ def test_unusable_titles_and_profiles_cost_users_no_more_than_themselves(small_w
     assert sum(m.rows_out for m in manifests) == 39
     lost = items["title"][0].as_py()
     assert not [prompt for prompt, _ in engine.asked if f'"{lost}"' in prompt]
+
+
+def changed(shard: Shard) -> Shard:
+    return shard.model_copy(update={"input_fingerprint": "d" * 64})
+
+
+def test_rows_that_ask_the_same_after_a_change_of_the_table_keep_their_text(small_world: Workspace) -> None:
+    shard, job = item_shard(small_world), job_with()
+    run(small_world, job, shard, Scripted(lambda *_: GOOD))
+    table = small_world.read_parquet(shard.input_file)
+    titles = table["title"].to_pylist()
+    moved, new = table["item_id"][0].as_py(), "Another film"
+    column = table.column_names.index("title")
+    small_world.write_parquet(shard.input_file, table.set_column(column, "title", pa.array([new, *titles[1:]])))
+    engine = Scripted(lambda *_: GOOD.replace("sheriff", "painter"))
+    manifest = run(small_world, job, changed(shard), engine)
+    assert [new in prompt for prompt, _ in engine.asked] == [True]
+    assert (manifest.rows_in, manifest.rows_kept) == (table.num_rows, table.num_rows - 1)
+    assert (manifest.prompt_tokens, manifest.output_tokens) == (10, 5)
+    knowledge = small_world.read_parquet(shard.file(job, "knowledge"))
+    texts = dict(zip(knowledge["id"].to_pylist(), knowledge["text"].to_pylist(), strict=True))
+    assert {i for i, text in texts.items() if "painter" in text} == {moved}
+    assert len(texts) == table.num_rows
+
+
+def test_a_row_that_is_gone_from_the_table_is_gone_from_the_knowledge(small_world: Workspace) -> None:
+    shard, job = item_shard(small_world), job_with()
+    run(small_world, job, shard, Scripted(lambda *_: GOOD))
+    table = small_world.read_parquet(shard.input_file)
+    small_world.write_parquet(shard.input_file, table.slice(1))
+    engine = Scripted(lambda *_: GOOD)
+    manifest = run(small_world, job, changed(shard), engine)
+    assert not engine.asked
+    assert manifest.rows_in == manifest.rows_kept == table.num_rows - 1
+    assert table["item_id"][0].as_py() not in small_world.read_parquet(shard.file(job, "knowledge"))["id"].to_pylist()
+
+
+def test_damaged_earlier_texts_are_asked_for_again(small_world: Workspace) -> None:
+    shard, job = item_shard(small_world), job_with()
+    run(small_world, job, shard, Scripted(lambda *_: GOOD))
+    path = shard.file(job, "knowledge")
+    small_world.write_bytes(path, small_world.read_bytes(path)[:-9])
+    engine = Scripted(lambda *_: GOOD)
+    manifest = run(small_world, job, changed(shard), engine)
+    assert len(engine.asked) == manifest.rows_in
+    assert manifest.rows_kept == 0
+
+
+def test_prompts_from_a_file_are_asked_as_they_stand(small_world: Workspace) -> None:
+    prompts = [Prompt("cohort", 7, 30, "system", "What do they share?", "facts"), Prompt("cohort", 8, 40, "s", "", "")]
+    small_world.write_parquet("c/part-00000.parquet", prompts_table(prompts))
+    (shard,) = plan_prompt_shards(small_world, "cohort", "c")
+    engine = Scripted(lambda *_: GOOD)
+    job = job_with()
+    manifest = run(small_world, job, shard, engine)
+    assert [prompt for prompt, _ in engine.asked] == ["What do they share?"]
+    row = small_world.read_parquet(shard.file(job, "knowledge")).to_pylist()[0]
+    assert (row["kind"], row["id"], row["as_of"], row["framework"]) == ("cohort", 7, 30, "collective")
+    assert small_world.read_parquet(shard.file(job, "dead"))["error"].to_pylist() == ["EmptyPrompt"]
+    assert finished_shards(small_world, job, [shard]) == [manifest]
+    small_world.write_parquet("c/part-00000.parquet", prompts_table(prompts[:1]))
+    assert finished_shards(small_world, job, plan_prompt_shards(small_world, "cohort", "c")) == []

@@ -15,9 +15,10 @@ from owlrec.generation.batch import build_job
 from owlrec.generation.engine import Completion, Engine, SamplingConfig
 from owlrec.generation.shard_work import generate_shard
 from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, plan_shards
-from owlrec.prompting.rows import ItemCatalog, PromptConfig
+from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
 from owlrec.schema import KNOWLEDGE
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import StageManifest, Workspace, finish_stage
 
 ECHO = EchoEngineConfig(type="echo")

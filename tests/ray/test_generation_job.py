@@ -13,8 +13,9 @@ from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.ledger import Ledger
 from owlrec.generation.shard_work import generate_shard
 from owlrec.generation.shards import finished_shard, finished_shards, plan_shards, read_knowledge
-from owlrec.prompting.rows import ItemCatalog, PromptConfig
+from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from owlrec.encoding.encoder import Encoder
 from owlrec.errors import SchemaError
-from owlrec.schema import vectors_schema
+from owlrec.schema import vectors_table
 
 _NO_ATTRIBUTES = {"user_id", "item_id", "raw_id", "title"}
 
@@ -29,7 +29,7 @@ def encode_knowledge(knowledge: pa.Table, encoder: Encoder, on_batch: Callable[[
     vectors = encoder.encode(texts, on_batch)
     rows = np.array([bool(text.strip()) for text in texts], dtype=bool)
     kinds = np.array(knowledge["kind"].to_pylist(), dtype=object)
-    return _table(kinds[rows].tolist(), knowledge["id"].to_numpy()[rows], vectors[rows])
+    return vectors_table(kinds[rows].tolist(), knowledge["id"].to_numpy()[rows], vectors[rows])
 
 
 def encode_texts(
@@ -44,7 +44,7 @@ def encode_texts(
         raise ValueError(f"{len(ids)} ids but {len(texts)} texts")
     rows = np.array([bool(text.strip()) for text in texts], dtype=bool)
     vectors = encoder.encode(texts, on_batch)[rows]
-    return _table([kind] * len(vectors), np.asarray(ids, dtype=np.int64)[rows], vectors)
+    return vectors_table(kind, np.asarray(ids, dtype=np.int64)[rows], vectors)
 
 
 def item_metadata_text(row: Mapping[str, Any]) -> str:
@@ -101,15 +101,3 @@ def _attributes(row: Mapping[str, Any]) -> list[str]:
         if name not in _NO_ATTRIBUTES and text:
             parts.append(f"{name}: {text}")
     return parts
-
-
-def _table(kinds: list[str], ids: np.ndarray, vectors: np.ndarray) -> pa.Table:
-    n, dim = vectors.shape
-    flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float16).reshape(-1))
-    columns = [
-        pa.array(kinds, pa.string()),
-        pa.array(ids, pa.int64()),
-        pa.FixedSizeListArray.from_arrays(flat, dim),
-        pa.array([[]] * n, pa.list_(pa.uint16())),
-    ]
-    return pa.table(columns, schema=vectors_schema(dim))

@@ -19,7 +19,7 @@ from owlrec.generation.engine import BadRow, Completion, FailedQuality, Sampling
 from owlrec.generation.ledger import open_job
 from owlrec.generation.quality import QualityConfig, QualityGate
 from owlrec.generation.shard_work import Outcome, Tally, to_tables, write_shard
-from owlrec.generation.shards import KINDS, Job, Kind, Shard, ShardManifest, iterate_manifests
+from owlrec.generation.shards import Job, Kind, Shard, ShardManifest, iterate_manifests
 from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
 from owlrec.scenario import Scenario
 from owlrec.schema import stable_id
@@ -47,7 +47,7 @@ def adopt(
     Raises SourceError for a file that cannot be read as a whole, and for a kind that no table of the workspace has;
     WorkspaceError where `prepare` has not run. A bad row goes to the dead letters.
     """
-    if source.kind not in KINDS:
+    if source.kind == "cohort":
         raise SourceError(
             f"{source.path}: knowledge of kind '{source.kind}' cannot be imported yet, only user and item."
         )

@@ -7,7 +7,6 @@ rows finish.
 """
 
 import os
-import threading
 import time
 import uuid
 from collections import Counter
@@ -29,6 +28,7 @@ from owlrec.generation.quality import QualityConfig
 from owlrec.generation.replica import Replica, Run
 from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shards
 from owlrec.prompting.rows import PromptConfig, template_fingerprint
+from owlrec.ray_data import dataset_rows
 from owlrec.scenario import Scenario
 from owlrec.workspace import Workspace, fingerprint
 
@@ -177,7 +177,6 @@ def _run_shards(
     run: Run, config: GenerateConfig, pending: Sequence[Shard], again: Collection[tuple[str, str]]
 ) -> Generator[dict[str, str], None, None]:
     import ray  # here, since the recipe imports this module's Config and Ray takes a second to import
-    from ray.data.block import BlockAccessor
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
@@ -202,30 +201,14 @@ def _run_shards(
         num_gpus=config.engine_gpus or None,
     )
     mistake = ""
-    # Blocks, not `iter_rows`: that reads ahead in threads which outlive its iterator, find Ray shut down after an error
-    # and end the whole process from native code (Ray 2.60), so that the error's message is lost.
-    bundles = dataset.iter_internal_ref_bundles()
-    try:
-        for block in (ray.get(ref) for bundle in bundles for ref in bundle.block_refs):
-            for row in BlockAccessor.for_block(block).iter_rows(public_row_format=True):
-                mistake = row["mistake"]
-                if mistake:
-                    break
-                yield row
+    with closing(dataset_rows(dataset)) as rows:
+        for row in rows:
+            mistake = row["mistake"]
             if mistake:
                 break
-    finally:
-        del bundles
-        _await_ray_data()
+            yield row
     if mistake:
         raise EngineError(mistake)
-
-
-def _await_ray_data() -> None:
-    """Waits for Ray Data's scheduling thread; Ray 2.60 itself gives it two seconds (streaming_executor.py:338)."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("StreamingExecutor-"):
-            thread.join(timeout=60)
 
 
 def _engine_cpus(engine: EngineConfig, config: GenerateConfig) -> float:

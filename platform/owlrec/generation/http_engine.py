@@ -113,8 +113,13 @@ class HttpEngine(Engine):
         raise failure(f"{problem} (gave up after {self.config.max_attempts} attempts)", self.config.max_attempts)
 
     def count_tokens(self, text: str) -> int:
-        """An upper estimate for any tokenizer of western text: a token per three bytes of UTF-8."""
-        return -(-len(text.encode()) // 3)
+        """See estimate_tokens."""
+        return estimate_tokens(text)
+
+
+def estimate_tokens(text: str) -> int:
+    """An upper estimate for any tokenizer of western text: a token per three bytes of UTF-8."""
+    return -(-len(text.encode()) // 3)
 
 
 def _retry_after_s(response: httpx.Response) -> float:

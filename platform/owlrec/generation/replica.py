@@ -19,8 +19,8 @@ from owlrec.generation.shard_work import ShardLost, generate_shard
 from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard
 from owlrec.ops.decoder_metrics import DecoderMetrics
 from owlrec.ops.generation_metrics import GenerationMetrics
-from owlrec.prompting.rows import ItemCatalog
 from owlrec.quiet import redirect_output
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
 _GC_THRESHOLD = (200_000, 20, 20)

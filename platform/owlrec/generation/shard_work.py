@@ -3,18 +3,20 @@ manifest.
 
 Every row of the shard ends in exactly one of the two tables. A text that the quality gate flags is kept with its flag,
 asked for again with other sampling, replaced by a sentence of the row's own facts, or sent to the dead letters, as
-the recipe's `quality.policy` says.
+the recipe's `quality.policy` says. Where the shard's input has changed since the job last wrote it, rows whose prompt
+is still the same keep their text.
 """
 
 import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,12 +24,14 @@ from owlrec.decoding import request_arguments
 from owlrec.errors import OwlRecError
 from owlrec.generation.engine import BadRow, Completion, EmptyPrompt, Engine, FailedQuality, RowError
 from owlrec.generation.quality import Flag, QualityGate
-from owlrec.generation.shards import Job, Shard, ShardManifest
-from owlrec.prompting.rows import ItemCatalog, Prompt, UnusableRow, item_prompts, user_prompts
+from owlrec.generation.shards import Job, Shard, ShardManifest, earlier_texts
+from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
 from owlrec.schema import DEAD_LETTERS, KNOWLEDGE
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Stopwatch, Workspace
 
 METADATA = "metadata"  # the framework of a text that no LLM wrote
+READY_MADE = {"cohort": "collective", "user": "streaming"}  # the framework of prompts from a file, by kind
 
 
 class ShardLost(OwlRecError):
@@ -84,14 +88,21 @@ async def generate_shard(
     means the engine is gone, and passes through.
     """
     watch = Stopwatch()
-    kept, only = KNOWLEDGE.empty_table(), None
+    kept, n_unasked = KNOWLEDGE.empty_table(), 0
     if retry_dead is not None:
-        kept = workspace.read_parquet(shard.file(job, "knowledge"))
+        kept, n_unasked = workspace.read_parquet(shard.file(job, "knowledge")), retry_dead.rows_kept
         only = set(workspace.read_parquet(shard.file(job, "dead"), ["id"])["id"].to_pylist())
-    rows = read_prompts(workspace, job, shard, engine, catalog, only)
-    gate = QualityGate(job.quality, job.scenario)
-    outcomes = await asyncio.gather(*(_author(job, row, engine, gate) for row in rows))
-    knowledge, dead = to_tables(job, job.prompts.framework, rows, outcomes)
+        rows = read_prompts(workspace, job, shard, engine, catalog, only)
+    else:
+        rows = read_prompts(workspace, job, shard, engine, catalog)
+        earlier = earlier_texts(workspace, job, shard)
+        if earlier is not None:
+            kept, rows = _keep_unchanged(earlier, rows)
+            n_unasked = kept.num_rows
+    gate, cohorts = QualityGate(job.quality, job.scenario), _cohorts(workspace, job, shard)
+    outcomes = await asyncio.gather(*(_author(job, row, engine, gate, cohorts.get(row.id, ())) for row in rows))
+    framework = READY_MADE[shard.kind] if shard.prompts else job.prompts.framework
+    knowledge, dead = to_tables(job, framework, rows, outcomes)
     knowledge = pa.concat_tables([kept, knowledge])
     tally = Tally()
     if retry_dead is not None:
@@ -103,7 +114,7 @@ async def generate_shard(
     seconds = watch.seconds + (retry_dead.seconds if retry_dead else 0)
     # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for.
     write = partial(write_shard, workspace, job, shard, knowledge, dead, tally)
-    return await asyncio.to_thread(write, seconds=seconds, engine_name=engine_name)
+    return await asyncio.to_thread(write, seconds=seconds, engine_name=engine_name, n_unasked=n_unasked)
 
 
 def write_shard(
@@ -116,19 +127,25 @@ def write_shard(
     *,
     seconds: float,
     engine_name: str,
+    n_unasked: int = 0,
 ) -> ShardManifest:
-    """Writes a shard's tables and then the manifest that makes it done."""
+    """Writes a shard's tables and then the manifest that makes it done.
+
+    n_unasked: how many rows, the first of `knowledge`, cost nothing this time.
+    """
+    asked = knowledge.slice(n_unasked)
     manifest = ShardManifest(
         shard=shard,
         job_fingerprint=job.fingerprint,
         rows_in=knowledge.num_rows + dead.num_rows,
         rows_out=knowledge.num_rows,
         rows_dead=dead.num_rows,
+        rows_kept=n_unasked,
         sha256=workspace.write_parquet(shard.file(job, "knowledge"), knowledge),
         dead_sha256=workspace.write_parquet(shard.file(job, "dead"), dead),
-        prompt_tokens=_total(knowledge, "prompt_tokens"),
-        output_tokens=_total(knowledge, "output_tokens"),
-        accepted=_total(knowledge, "accepted"),
+        prompt_tokens=_total(asked, "prompt_tokens"),
+        output_tokens=_total(asked, "output_tokens"),
+        accepted=_total(asked, "accepted"),
         seconds=round(seconds, 3),
         finished=time.time(),
         engine=engine_name,
@@ -151,8 +168,11 @@ def read_prompts(
 
     only: the ids to return, where not all are wanted.
     """
-    rows = workspace.read_parquet(f"tables/{shard.table}/{shard.part}")
-    if shard.kind == "item":
+    rows = workspace.read_parquet(shard.input_file)
+    prompts: Iterable[Prompt | UnusableRow]
+    if shard.prompts:
+        prompts = prompts_from_table(rows)
+    elif shard.kind == "item":
         prompts = item_prompts(rows, job.scenario, job.prompts.framework)
     else:
         histories = workspace.read_parquet(f"tables/histories/{shard.part}")
@@ -160,14 +180,16 @@ def read_prompts(
     return [p for p in prompts if only is None or p.id in only]
 
 
-async def _author(job: Job, row: Prompt | UnusableRow, engine: Engine, gate: QualityGate) -> Outcome:
+async def _author(
+    job: Job, row: Prompt | UnusableRow, engine: Engine, gate: QualityGate, cohorts: Sequence[str]
+) -> Outcome:
     """Asks for one row's text, as often as the gate wants."""
     try:
         if isinstance(row, UnusableRow):
             return Outcome(BadRow(row.message, row.error))
         if not row.text:
             raise EmptyPrompt(f"{row.kind} {row.id} has no title, attribute or behaviour to ask about")
-        extra = _drafting(job, row)
+        extra = _drafting(job, row, cohorts)
         answer = await engine.complete(row.system, row.text, job.sampling, extra)
         first = flags = gate.flags(answer.text, prompt=row.text, finish_reason=answer.finish_reason)
         if not flags:
@@ -191,13 +213,49 @@ async def _author(job: Job, row: Prompt | UnusableRow, engine: Engine, gate: Qua
     return Outcome(answer, flags, first, retries, fallback)
 
 
-def _drafting(job: Job, prompt: Prompt) -> dict[str, Any] | None:
-    """Which pools to draft from: that of the row's kind, in which its own earlier text comes first."""
+def _cohorts(workspace: Workspace, job: Job, shard: Shard) -> dict[int, list[str]]:
+    """The cohorts of a shard's rows, by id, where their retrieval pools are of use."""
+    path = f"{job.cohorts}/{shard.kind}/{shard.part}"
+    if job.cohorts is None or job.decoding.mode == "off" or shard.prompts or not workspace.exists(path):
+        return {}
+    found: dict[int, list[str]] = {}
+    table = workspace.read_parquet(path, ["id", "cohort"])
+    for id_, cohort in zip(table["id"].to_pylist(), table["cohort"].to_pylist(), strict=True):
+        found.setdefault(id_, []).append(cohort)
+    return found
+
+
+def _drafting(job: Job, prompt: Prompt, cohorts: Sequence[str]) -> dict[str, Any] | None:
+    """Which pools to draft from: its own earlier text, its cohorts' texts, then those of its kind."""
     mode = job.decoding.mode
     if mode == "off":
         return None
     rule = job.decoding.relaxation if mode == "relaxed" else None
-    return request_arguments([prompt.kind], prompt.id, mode=mode, relaxation=rule)
+    return request_arguments([*cohorts, prompt.kind], prompt.id, mode=mode, relaxation=rule)
+
+
+def _digest(row: Prompt) -> str:
+    return hashlib.sha256(f"{row.system}\x00{row.text}".encode()).hexdigest()
+
+
+def _keep_unchanged(
+    earlier: pa.Table, rows: Sequence[Prompt | UnusableRow]
+) -> tuple[pa.Table, list[Prompt | UnusableRow]]:
+    """Knowledge for those rows that ask what an earlier text answered, and the rows that are still to be asked."""
+    place = {
+        key: i for i, key in enumerate(zip(*(earlier[c].to_pylist() for c in ("id", "prompt_sha256")), strict=True))
+    }
+    found, moments, asked = [], [], []
+    for row in rows:
+        at = place.get((row.id, _digest(row))) if isinstance(row, Prompt) else None
+        if at is None:
+            asked.append(row)
+        else:
+            found.append(at)
+            moments.append(row.as_of)
+    kept = earlier.take(np.array(found, dtype=np.int64))
+    as_of = KNOWLEDGE.get_field_index("as_of")
+    return kept.set_column(as_of, KNOWLEDGE.field(as_of), pa.array(moments, pa.int64())), asked
 
 
 def _total(table: pa.Table, column: str) -> int:
@@ -227,7 +285,7 @@ def to_tables(
         [row.as_of for row, _, _ in good],
         [outcome.fallback or answer.text for _, outcome, answer in good],
         [METADATA if outcome.fallback else framework for _, outcome, _ in good],
-        [hashlib.sha256(f"{row.system}\x00{row.text}".encode()).hexdigest() for row, _, _ in good],
+        [_digest(row) for row, _, _ in good],
         [job.fingerprint] * n,
         [answer.prompt_tokens for _, _, answer in good],
         [answer.output_tokens for _, _, answer in good],

@@ -1,8 +1,9 @@
 """What a shard of a generation job is, and how one knows that it is done.
 
-A shard is one part file of the users or items table, and its manifest, written last and atomically, is the only thing
-a resumed job looks at: no manifest means do it, one of another input, of another job, cut off or beside a file whose
-checksum differs means do it again. Names are deterministic, so redoing overwrites and never doubles a row.
+A shard is one part file of the users or items table, or a file of prompts, and its manifest, written last and
+atomically, is the only thing a resumed job looks at: no manifest means do it, one of another input, of another job, cut
+off or beside a file whose checksum differs means do it again. Names are deterministic, so redoing overwrites and never
+doubles a row.
 """
 
 import hashlib
@@ -25,9 +26,9 @@ from owlrec.scenario import Scenario
 from owlrec.schema import KNOWLEDGE
 from owlrec.workspace import Workspace, fingerprint, finished_stage
 
-Kind = Literal["user", "item"]
+Kind = Literal["user", "item", "cohort"]
 COUNTERS = "decoder.json"
-KINDS: tuple[Kind, ...] = ("user", "item")
+KINDS: tuple[Kind, ...] = ("user", "item", "cohort")
 _TABLES: dict[Kind, str] = {"user": "users", "item": "items"}
 _READERS = 16  # threads that check shards: on an object store each waits for its answer most of the time
 
@@ -42,6 +43,7 @@ class Job:
     decoding: DecodingConfig
     quality: QualityConfig
     fingerprint: str
+    cohorts: str | None = None  # the folder of cohorts whose pools rows draft from; shapes no text
 
     @property
     def folder(self) -> str:
@@ -60,6 +62,7 @@ class Shard(BaseModel):
     kind: Kind
     part: str  # file name in the table's folder
     input_fingerprint: str
+    prompts: str | None = None  # a file of ready-made prompts in the place of a table (schema.PROMPTS)
 
     @property
     def name(self) -> tuple[str, str]:
@@ -67,9 +70,9 @@ class Shard(BaseModel):
         return self.kind, self.part
 
     @property
-    def table(self) -> str:
-        """The table that the shard is a part of."""
-        return _TABLES[self.kind]
+    def input_file(self) -> str:
+        """What is read, relative to the workspace."""
+        return self.prompts or f"tables/{_TABLES[self.kind]}/{self.part}"
 
     def file(self, job: Job, what: Literal["knowledge", "dead", "manifest", "claim"]) -> str:
         """Path of one of the shard's files, relative to the workspace."""
@@ -91,6 +94,7 @@ class ShardManifest(BaseModel):
     rows_in: int
     rows_out: int
     rows_dead: int
+    rows_kept: int = 0  # of rows_out, texts of an earlier input that asks the same: they cost no call and no token
     sha256: str  # of the knowledge file
     dead_sha256: str
     prompt_tokens: int
@@ -103,7 +107,7 @@ class ShardManifest(BaseModel):
     actions: dict[str, int] = {}  # what the quality gate did: retried, mended, fallen_back, dropped
 
 
-def plan_shards(workspace: Workspace, kinds: tuple[Kind, ...] = KINDS) -> list[Shard]:
+def plan_shards(workspace: Workspace, kinds: Iterable[Literal["user", "item"]] = ("user", "item")) -> list[Shard]:
     """All shards of the prepared tables. Raises WorkspaceError where `prepare` has not finished."""
     prepared = finished_stage(workspace, "prepare")
     if prepared is None:
@@ -114,6 +118,15 @@ def plan_shards(workspace: Workspace, kinds: tuple[Kind, ...] = KINDS) -> list[S
         Shard(kind=kind, part=part, input_fingerprint=fingerprint(prepared.fingerprint, kind, part))
         for kind in kinds
         for part in workspace.table_parts(_TABLES[kind])
+    ]
+
+
+def plan_prompt_shards(workspace: Workspace, kind: Kind, folder: str) -> list[Shard]:
+    """A shard for each file of ready-made prompts (schema.PROMPTS) in `folder`; its content is its fingerprint."""
+    files = {name: f"{folder}/{name}" for name in workspace.names(folder) if name.endswith(".parquet")}
+    return [
+        Shard(kind=kind, part=name, input_fingerprint=_digest(workspace, path), prompts=path)
+        for name, path in files.items()
     ]
 
 
@@ -128,6 +141,17 @@ def finished_shard(workspace: Workspace, job: Job, shard: Shard) -> ShardManifes
     except (WorkspaceError, ValidationError):  # absent, or cut off in the middle
         return None
     return manifest if whole else None
+
+
+def earlier_texts(workspace: Workspace, job: Job, shard: Shard) -> pa.Table | None:
+    """The knowledge that this job wrote for the shard when its input was another one; None where there is none that
+    is whole."""
+    try:
+        manifest = ShardManifest.model_validate(workspace.read_json(shard.file(job, "manifest")))
+    except (WorkspaceError, ValidationError):
+        return None
+    whole = manifest.shard != shard and finished_shard(workspace, job, manifest.shard) is not None
+    return workspace.read_parquet(shard.file(job, "knowledge")) if whole else None
 
 
 def finished_shards(workspace: Workspace, job: Job, shards: Iterable[Shard]) -> list[ShardManifest]:

@@ -59,7 +59,7 @@ def user_prompt(
     alone. history_tokens: budget for the list of behaviours; the oldest are dropped until it fits.
     Returns two "" where no behaviour is left: a user without one has nothing to reason about.
     """
-    entries = [_behaviour(scenario, title, rating) for title, rating in behaviours]
+    entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviours]
     kept = fit_recent(entries, history_tokens, count_tokens)
     if not kept:
         return "", ""
@@ -100,15 +100,21 @@ def _words(scenario: Scenario, factors: tuple[str, ...]) -> dict[str, str]:
         "items": scenario.items,
         "consumed": scenario.consumed,
         "history": scenario.history,
-        "factors": _enumerate(factors),
+        "factors": enumerate_words(factors),
     }
 
 
-def _behaviour(scenario: Scenario, title: str, rating: float | None) -> str:
-    quoted = _quoted(title) if len(title) <= _USUAL_CHARS else _quoted.__wrapped__(title)
+def quoted_behaviour(scenario: Scenario, title: str, rating: float | None) -> str:
+    """A title in quotes, and its rating where there is one and the scenario grades."""
+    quoted = quoted_title(title)
     if rating is None or not scenario.rating_unit:
         return quoted
     return f"{quoted} {rating:g} {scenario.rating_unit}{'' if rating == 1 else 's'}"
+
+
+def quoted_title(title: str) -> str:
+    """A title, cleaned and in quotes."""
+    return _quoted(title) if len(title) <= _USUAL_CHARS else _quoted.__wrapped__(title)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -118,5 +124,6 @@ def _quoted(title: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _enumerate(words: tuple[str, ...]) -> str:
+def enumerate_words(words: tuple[str, ...]) -> str:
+    """"a, b and c"."""
     return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]

@@ -1,12 +1,8 @@
-"""Turns the shards of the users, histories and items tables into prompts, one a row.
+"""Turns the shards of the users, histories and items tables into prompts, one a row."""
 
-The titles behind a user's history live in the `ItemCatalog`, an Arrow column behind a sorted id array: 10^7 titles
-take about 0.5 GB a process there, and several times that in a Python dict.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +14,9 @@ from owlrec.prompting.once import ONCE
 from owlrec.prompting.rlmrec import RLMREC
 from owlrec.prompting.trawl import TRAWL
 from owlrec.scenario import Scenario
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.schema import PROMPTS
+from owlrec.sources.catalog import ItemCatalog
+from owlrec.workspace import fingerprint
 
 # A prompt quotes a few hundred characters of a field; a field of this length is no title or description but a mistake.
 _MAX_FIELD_CHARS = 100_000
@@ -27,8 +25,12 @@ FRAMEWORKS: dict[FrameworkName, Framework] = {"kar": KAR, "once": ONCE, "rlmrec"
 
 
 class PromptConfig(Config):
-    """Which prompts to write. `framework` names the paper whose structure they follow."""
+    """Which prompts to write. `framework` names the paper whose structure they follow.
 
+    mode: a text for every user and item (individual), one for each cohort that its members share (collective), or both.
+    """
+
+    mode: Literal["individual", "collective", "both"] = "individual"
     framework: FrameworkName = "kar"
     history_tokens: int = (
         256  # about 20 film titles: beyond it a small model loses the thread and prefill dominates the cost
@@ -58,57 +60,13 @@ class UnusableRow:
     message: str
 
 
-class ItemCatalog:
-    """Titles by item id."""
-
-    def __init__(self, items: pa.Table) -> None:
-        """items: a table with `item_id` and `title`, in any order."""
-        ids = items["item_id"].to_numpy()
-        order = np.argsort(ids, kind="stable")
-        self._ids = ids[order]
-        self._titles = items["title"].combine_chunks().take(pa.array(order))
-
-    @classmethod
-    def load(cls, workspace: Workspace) -> "ItemCatalog":
-        """Reads the workspace's items table; a title that is no text is none."""
-        parts = []
-        for part in workspace.table_parts("items"):
-            table = workspace.read_parquet(f"tables/items/{part}", ["item_id", "title"])
-            if table.schema.field("title").type != pa.string():
-                table = table.set_column(1, "title", pa.nulls(table.num_rows, pa.string()))
-            parts.append(table)
-        return cls(pa.concat_tables(parts))
-
-    def titles(self, ids: np.ndarray) -> list[str]:
-        """The title of each id, in order; "" for an unknown id, a null title or one that is no valid text.
-
-        ids: int64 [n].
-        """
-        if len(self._ids) == 0:
-            return [""] * len(ids)
-        at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
-        known = self._ids[at] == ids
-        found = self._titles.take(pa.array(at, mask=~known))
-        try:
-            texts = found.to_pylist()
-        except UnicodeDecodeError:
-            texts = [_text_or_none(value) for value in found]
-        return [text or "" for text in texts]
-
-
-def _text_or_none(value: pa.Scalar) -> str | None:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return None
-
-
 def template_fingerprint(config: PromptConfig, scenario: Scenario) -> str:
     """SHA-256 of all that shapes a prompt besides its row: a changed wording is another job.
 
-    Of the families only the chosen one counts, so that a change to another leaves finished work valid.
+    Of the families only the chosen one counts, so that a change to another leaves finished work valid; nor does the
+    mode, which decides what is asked about and not how.
     """
-    return fingerprint(config, scenario, *astuple(FRAMEWORKS[config.framework]))
+    return fingerprint(config.model_dump(exclude={"mode"}), scenario, *astuple(FRAMEWORKS[config.framework]))
 
 
 def user_prompts(
@@ -165,6 +123,17 @@ def item_prompts(items: pa.Table, scenario: Scenario, framework: FrameworkName) 
             continue
         text, facts = item_prompt(family, scenario, row["title"] or "", row)
         yield Prompt("item", id_, 0, system, text, facts)
+
+
+def prompts_table(prompts: Iterable[Prompt]) -> pa.Table:
+    """Prompts as a table (schema.PROMPTS), to be asked later."""
+    columns = [list(column) for column in zip(*map(astuple, prompts), strict=True)] or [[] for _ in PROMPTS]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, PROMPTS, strict=True)], schema=PROMPTS)
+
+
+def prompts_from_table(table: pa.Table) -> list[Prompt]:
+    """What `prompts_table` was made of."""
+    return [Prompt(**row) for row in table.select(PROMPTS.names).to_pylist()]
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any] | str]:

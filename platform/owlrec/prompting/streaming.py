@@ -1,0 +1,93 @@
+"""LIBER's cascading prompts (arXiv 2411.14713): what the LLM wrote of a user before, and what the user did since.
+
+From the paper: a long history is read one partition at a time, each beside the text of those before it, so that a
+prompt stays short however long the history is. Ours: the wording and the budgets. The earlier text stands in quotes,
+because the quality gate counts nothing quoted as an echo, and it opens the facts too, so that a fallback forgets
+nothing. No profile is quoted: the earlier text speaks of it.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from pydantic import Field
+
+from owlrec.config import Config
+from owlrec.prompting.framework import enumerate_words, quoted_behaviour
+from owlrec.prompting.text import clean_text, fit_recent
+from owlrec.scenario import Scenario
+from owlrec.workspace import fingerprint
+
+_SYSTEM = "You keep a brief summary of a user's preferences on {items}, with reasons."
+_NEXT = (
+    'Summary so far: "{earlier}"\n'
+    "Since then the user {consumed}, oldest first: {behaviours}.\n"
+    "Write the summary anew: what still holds, what is new, and why."
+)
+_FIRST = (
+    "The user {consumed} these {items}, oldest first: {behaviours}.\n"
+    "Summarise the user's preferences on {items}, considering {factors}."
+)
+_CHARS_A_TOKEN = 12  # more than any tokenizer packs into one
+
+
+class StreamingPromptConfig(Config):
+    """Budgets of a refresh's prompts: with these a whole prompt about films has 150 to 215 tokens (SmolLM2's)."""
+
+    previous_tokens: int = Field(64, ge=0)  # of the earlier text; 0 asks as if there were none
+    partition_tokens: int = Field(96, ge=1)  # of the new behaviours: 7 or 8 film titles with their ratings
+
+
+def streaming_fingerprint(config: StreamingPromptConfig, scenario: Scenario) -> str:
+    """SHA-256 of all that shapes a prompt besides its user."""
+    return fingerprint(config.previous_tokens, config.partition_tokens, scenario, _SYSTEM, _NEXT, _FIRST)
+
+
+def streaming_system(scenario: Scenario) -> str:
+    """The system turn that all prompts of a scenario share."""
+    return _SYSTEM.format(items=scenario.items)
+
+
+def streaming_prompt(
+    scenario: Scenario,
+    previous: str,
+    behaviours: Sequence[tuple[str, float | None]],
+    config: StreamingPromptConfig,
+    count_tokens: Callable[[str], int],
+) -> tuple[str, str]:
+    """The prompt for one user, and the same facts as sentences of their own.
+
+    previous: what the LLM wrote of the user before, "" for nothing.
+    behaviours: (title, rating) of the new partition, oldest first, all with a title; the oldest are dropped until the
+    list fits its budget.
+    Returns two "" where no behaviour is left.
+    """
+    entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviours]
+    kept = fit_recent(entries, config.partition_tokens, count_tokens)
+    if not kept:
+        return "", ""
+    earlier = first_tokens(previous, config.previous_tokens, count_tokens)
+    words = {
+        "items": scenario.items,
+        "consumed": scenario.consumed,
+        "behaviours": "; ".join(kept),
+        "earlier": earlier,
+        "factors": enumerate_words(scenario.user_factors),
+    }
+    template, opening = (_NEXT, f"{earlier} Since then the user") if earlier else (_FIRST, "The user")
+    return template.format(**words), f"{opening} {scenario.consumed} these {scenario.items}: {'; '.join(kept)}."
+
+
+def first_tokens(text: str, budget_tokens: int, count_tokens: Callable[[str], int]) -> str:
+    """The beginning of `text`, cleaned, in whole words that make at most `budget_tokens`.
+
+    Where not even the first word fits, as in a script that puts no blanks between words, it is cut inside.
+    """
+    if budget_tokens < 1:
+        return ""
+    text = clean_text(text, max_chars=_CHARS_A_TOKEN * budget_tokens)
+    return _longest(text.split(), " ", budget_tokens, count_tokens) or _longest(text, "", budget_tokens, count_tokens)
+
+
+def _longest(pieces: Sequence[str], glue: str, budget_tokens: int, count_tokens: Callable[[str], int]) -> str:
+    ends = range(1, len(pieces) + 1)
+    return glue.join(pieces[: bisect_right(ends, budget_tokens, key=lambda end: count_tokens(glue.join(pieces[:end])))])

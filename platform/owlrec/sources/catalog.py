@@ -1,0 +1,54 @@
+"""Titles by item id: an Arrow column behind a sorted id array.
+
+10^7 titles take about 0.5 GB a process there, and several times that in a Python dict.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from owlrec.workspace import Workspace
+
+
+class ItemCatalog:
+    """Titles by item id."""
+
+    def __init__(self, items: pa.Table) -> None:
+        """items: a table with `item_id` and `title`, in any order."""
+        ids = items["item_id"].to_numpy()
+        order = np.argsort(ids, kind="stable")
+        self._ids = ids[order]
+        self._titles = items["title"].combine_chunks().take(pa.array(order))
+
+    @classmethod
+    def load(cls, workspace: Workspace) -> "ItemCatalog":
+        """Reads the workspace's items table; a title that is no text is none."""
+        parts = []
+        for part in workspace.table_parts("items"):
+            table = workspace.read_parquet(f"tables/items/{part}", ["item_id", "title"])
+            if table.schema.field("title").type != pa.string():
+                table = table.set_column(1, "title", pa.nulls(table.num_rows, pa.string()))
+            parts.append(table)
+        return cls(pa.concat_tables(parts))
+
+    def titles(self, ids: np.ndarray) -> list[str]:
+        """The title of each id, in order; "" for an unknown id, a null title or one that is no valid text.
+
+        ids: int64 [n].
+        """
+        if len(self._ids) == 0:
+            return [""] * len(ids)
+        at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        known = self._ids[at] == ids
+        found = self._titles.take(pa.array(at, mask=~known))
+        try:
+            texts = found.to_pylist()
+        except UnicodeDecodeError:
+            texts = [_text_or_none(value) for value in found]
+        return [text or "" for text in texts]
+
+
+def _text_or_none(value: pa.Scalar) -> str | None:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
