@@ -9,8 +9,9 @@ from pydantic import ValidationError
 
 from owlrec.errors import OwlRecError, RecipeError, did_you_mean
 from owlrec.generation.shards import KINDS, Kind
-from owlrec.ops.console import note, stage_header, table
+from owlrec.ops.console import note, progress, stage_header, table
 from owlrec.recipe import load_recipe
+from owlrec.store import compaction
 from owlrec.store.release import current_release, list_releases, open_release, roll_back
 from owlrec.workspace import StageManifest, Workspace, finished_stage
 from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors
@@ -53,6 +54,22 @@ def run(
         switches = {"generate": {"retry_dead": retry_dead}}
         manifests = [_stage(name)(settings, store, **switches.get(name, {})) for name in chosen]
         _summary(manifests)
+
+
+@app.command()
+def refresh(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    watch: Annotated[float | None, typer.Option("--watch", help="seconds between refreshes; default: one")] = None,
+    max_replicas: Annotated[int | None, typer.Option("--max-replicas", help="in place of the recipe's own")] = None,
+) -> None:
+    """Take in the log's new interactions and renew the texts of users who have moved on, as a delta release."""
+    from owlrec.streaming.watching import repeat
+    from pipelines.refresh import run as run_refresh
+
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+        repeat(lambda signals: run_refresh(settings, open_workspace(settings), signals=signals), watch)
 
 
 @app.command("import")
@@ -100,14 +117,16 @@ def import_vectors_(
     from pipelines.interchange import import_vectors
 
     with plain_errors():
-        store = open_workspace(load_recipe(recipe, workspace=workspace))
-        note(f"{import_vectors(store, _known(kind), str(vectors), str(ids)):,} vectors")
+        store, of = open_workspace(load_recipe(recipe, workspace=workspace)), _known(kind)
+        if of == "cohort":
+            raise OwlRecError("vectors of cohorts cannot be imported, only those of kind user or item.")
+        note(f"{import_vectors(store, of, str(vectors), str(ids)):,} vectors")
 
 
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(help="what to write: a name in .jsonl, .jsonl.gz or .parquet")],
-    kind: Annotated[str | None, typer.Option("--kind", help="only user or only item knowledge")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="only user, item or cohort knowledge")] = None,
     workspace: Annotated[str | None, typer.Option("--workspace")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe")] = None,
 ) -> None:
@@ -175,6 +194,7 @@ def releases(
             (
                 "*" if m.name == current else "",
                 m.name,
+                (m.parent or "") if m.delta else "",
                 m.model,
                 m.encoder,
                 sum(m.knowledge.values()),
@@ -182,7 +202,7 @@ def releases(
             )
             for m in list_releases(store)
         ]
-        table(f"releases of {store.root}", ["", "release", "model", "encoder", "texts", "vectors"], rows)
+        table(f"releases of {store.root}", ["", "release", "delta of", "model", "encoder", "texts", "vectors"], rows)
 
 
 @app.command()
@@ -194,6 +214,33 @@ def rollback(
     """Make an earlier release current again."""
     with plain_errors():
         note(f"release {roll_back(_workspace(workspace, recipe), to)} is current")
+
+
+@app.command()
+def compact(
+    workspace: Annotated[str | None, typer.Option("--workspace")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe")] = None,
+) -> None:
+    """Merge the current release and what it is a delta of into one full release."""
+    with plain_errors():
+        store = _workspace(workspace, recipe)
+        before = current_release(store)
+        with progress("compacting", None) as advance:
+            name = compaction.compact(store, on_rows=advance).name
+        note(f"release {name} is current" + (": it is full already" if name == before else f", in place of {before}"))
+
+
+@app.command()
+def prune(
+    workspace: Annotated[str | None, typer.Option("--workspace")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe")] = None,
+    keep: Annotated[int, typer.Option("--keep", min=0, help="how many that were current last stay")] = 3,
+    min_age_hours: Annotated[float, typer.Option("--min-age-hours", min=0.0, help="younger ones stay")] = 1.0,
+) -> None:
+    """Remove old releases and their retrieval pools; the current one, and what it is a delta of, stay."""
+    with plain_errors():
+        removed = compaction.prune(_workspace(workspace, recipe), keep=keep, min_age_s=3600 * min_age_hours)
+        note(f"removed {', '.join(removed)}" if removed else "nothing to remove")
 
 
 @app.command()

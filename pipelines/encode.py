@@ -2,16 +2,20 @@
 
 import hashlib
 
+import pyarrow as pa
+
 from owlrec import __version__
+from owlrec.cohorts.memberships import iterate_memberships, member_vectors
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.encoding.encoder import Encoder, encoder_identity
 from owlrec.encoding.importing_vectors import imported_vectors, take_imported
 from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
 from owlrec.errors import WorkspaceError
-from owlrec.generation.shards import read_knowledge
+from owlrec.generation.shards import KINDS, read_knowledge
 from owlrec.ops.console import progress
 from owlrec.recipe import Recipe
 from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main
 
 
@@ -23,28 +27,35 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     settings = recipe.encoder.model_dump(include={"max_tokens"})
     files = [p for p in map(imported_vectors, ("user", "item")) if workspace.exists(p)]
     settings |= {path: hashlib.sha256(workspace.read_bytes(path)).hexdigest() for path in files}
-    print_ = fingerprint(generated.fingerprint, encoder_identity(recipe.encoder), settings, __version__)
+    cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
+    print_ = fingerprint(generated.fingerprint, encoder_identity(recipe.encoder), settings, cohorts, __version__)
     folder = f"vectors/{print_[:16]}"
 
     def body() -> tuple[Counts, Outputs]:
-        knowledge = {kind: read_knowledge(workspace, generated.outputs["knowledge"], kind) for kind in ("user", "item")}
+        knowledge = {kind: read_knowledge(workspace, generated.outputs["knowledge"], kind) for kind in KINDS}
         users, items, histories = (workspace.read_table(t) for t in ("users", "items", "histories"))
         metadata = {"user": user_metadata(users, items, histories), "item": item_metadata(items)}
         total = sum(t.num_rows for t in knowledge.values()) + sum(len(ids) for ids, _ in metadata.values())
         encoder = Encoder(recipe.encoder)
         counts: Counts = {"dim": encoder.dimension}
-        imported = {kind: take_imported(workspace, kind, encoder.dimension) for kind in ("user", "item")}
+
+        def keep(source: str, kind: str, table: pa.Table) -> None:
+            workspace.write_parquet(f"{folder}/{source}-{kind}.parquet", table)
+            KnowledgeTable.from_table(table, kind).save(workspace.local_path(folder, f"{source}-{kind}"))
+            counts[f"{source}_{kind}"] = table.num_rows
+
         with progress("encoding", total, "texts") as advance:
-            for kind in ("user", "item"):
-                ready = imported[kind]
-                tables = {
-                    "knowledge": encode_knowledge(knowledge[kind], encoder, advance) if ready is None else ready,
-                    "metadata": encode_texts(kind, *metadata[kind], encoder, advance),
-                }
-                for source, table in tables.items():
-                    workspace.write_parquet(f"{folder}/{source}-{kind}.parquet", table)
-                    KnowledgeTable.from_table(table, kind).save(workspace.local_path(folder, f"{source}-{kind}"))
-                    counts[f"{source}_{kind}"] = table.num_rows
+            for kind in KINDS:
+                ready = take_imported(workspace, kind, encoder.dimension) if kind in metadata else None
+                table = encode_knowledge(knowledge[kind], encoder, advance) if ready is None else ready
+                if table.num_rows:
+                    keep("knowledge", kind, table)
+                if kind in metadata:
+                    keep("metadata", kind, encode_texts(kind, *metadata[kind], encoder, advance))
+                if kind == "cohort" and cohorts is not None:
+                    for of in ("user", "item"):
+                        members = pa.concat_tables(iterate_memberships(workspace, cohorts, (of,)))
+                        keep("collective", of, member_vectors(members, table))
         return counts, {"vectors": folder, "knowledge": generated.outputs["knowledge"]}
 
     return execute(workspace, "encode", print_, f"{recipe.encoder.model}", body)

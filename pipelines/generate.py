@@ -1,4 +1,4 @@
-"""Prompts to knowledge: the LLM reads every user's history and every item, shard by shard, on Ray Data."""
+"""Prompts to knowledge: the LLM reads users' histories and items, or cohorts of them, shard by shard, on Ray Data."""
 
 import time
 from dataclasses import replace
@@ -8,7 +8,7 @@ from owlrec.decoding.release_pools import find_pools
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.batch import build_job, check_dead_share, generate
 from owlrec.generation.models import model_identity
-from owlrec.generation.shards import add_manifests, finished_shards, keep_counters, plan_shards
+from owlrec.generation.shards import add_manifests, finished_shards, keep_counters, plan_prompt_shards, plan_shards
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
 from owlrec.recipe import Recipe
@@ -22,6 +22,7 @@ from owlrec.workspace import (
     finished_stage,
     forget_stages,
 )
+from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session
 from pipelines.stage import from_stage, main
 
@@ -34,15 +35,18 @@ def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> St
     model = getattr(recipe.engine, "model", recipe.engine.type)
     stage_header("generate", f"{recipe.prompts.framework} prompts, {model}, decoding {recipe.decoding.mode}")
     job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding, recipe.quality)
-    shards = plan_shards(workspace)
+    cohorts = cohorts_folder(recipe, workspace)
+    shards = plan_shards(workspace) if recipe.prompts.mode != "collective" else []
+    if recipe.prompts.mode != "individual":
+        shards += plan_prompt_shards(workspace, "cohort", f"{cohorts}/prompts")
     manifests = {m.shard.name: m for m in finished_shards(workspace, job, shards)}
     pending = [s for s in shards if s.name not in manifests]
     dead = [m.shard for m in manifests.values() if m.rows_dead] if retry_dead else []
     watch = Stopwatch()
     if pending or dead:
         forget_stages(workspace, from_stage("generate"))
-        job = replace(job, decoding=_with_released_pools(recipe, workspace))
-        rows = {s.name: workspace.count_rows(s.table, s.part) for s in pending}
+        job = replace(job, decoding=_with_released_pools(recipe, workspace), cohorts=cohorts)
+        rows = {s.name: workspace.count_rows(s.input_file) for s in pending}
         rows |= {s.name: manifests[s.name].rows_dead for s in dead}
         note(f"{len(pending)} of {len(shards)} shards to do; engine log: {workspace.log_path('engine')}")
         if dead:

@@ -8,7 +8,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.generation.adoption import adopt
 from owlrec.generation.exporting import export_jsonl, export_parquet
 from owlrec.generation.importing import ImportSource
-from owlrec.generation.shards import KINDS, add_manifests, iterate_knowledge
+from owlrec.generation.shards import KINDS, Kind, add_manifests, iterate_knowledge
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe
 from owlrec.workspace import (
@@ -56,7 +56,7 @@ def import_vectors(workspace: Workspace, kind: Literal["user", "item"], vectors:
     return int(table.num_rows)
 
 
-def export_knowledge(workspace: Workspace, path: str, kind: Literal["user", "item"] | None = None) -> int:
+def export_knowledge(workspace: Workspace, path: str, kind: Kind | None = None) -> int:
     """Writes what `generate` made to one file, JSON lines or Parquet by its name; the number of rows."""
     generated = finished_stage(workspace, "generate")
     if generated is None:

@@ -1,15 +1,17 @@
 """Knowledge and vectors to an immutable release, current the moment one pointer file is swapped."""
 
+from owlrec.cohorts.memberships import CohortNames, iterate_memberships
 from owlrec.decoding.release_pools import FOLDER, write_release_pools
 from owlrec.errors import WorkspaceError
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer, model_identity
-from owlrec.generation.shards import iterate_knowledge
+from owlrec.generation.shards import KINDS, iterate_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.store.publishing import ReleaseInfo, publish
 from owlrec.store.release import current_release
 from owlrec.workspace import StageManifest, Workspace, finished_stage
+from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main
 
 
@@ -20,9 +22,9 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         raise WorkspaceError(f"{workspace.root}: no vectors yet. Run `encode` first, with the same recipe.")
 
     def body() -> tuple[Counts, Outputs]:
-        vectors = (
-            workspace.read_parquet(f"{encoded.outputs['vectors']}/knowledge-{k}.parquet") for k in ("user", "item")
-        )
+        files = [f"{encoded.outputs['vectors']}/knowledge-{kind}.parquet" for kind in KINDS]
+        vectors = (workspace.read_parquet(file) for file in files if workspace.exists(file))
+        cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
         info = ReleaseInfo(
             fingerprint=encoded.fingerprint,
             model=getattr(recipe.engine, "model", recipe.engine.type),
@@ -34,12 +36,15 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 workspace,
                 knowledge=iterate_knowledge(workspace, encoded.outputs["knowledge"]),
                 vectors=vectors,
+                memberships=iterate_memberships(workspace, cohorts) if cohorts else (),
                 info=info,
                 on_rows=advance,
             )
         note(f"release {manifest.name} is current: {workspace.path('releases', manifest.name)}")
         counts: Counts = {f"knowledge_{k}": n for k, n in manifest.knowledge.items()}
-        counts |= {f"pool_tokens_{k}": n for k, n in _write_pools(recipe, workspace, encoded, manifest.name).items()}
+        pools = _write_pools(recipe, workspace, encoded, manifest.name)
+        counts |= {f"pool_tokens_{kind}": pools[kind] for kind in KINDS if kind in pools}
+        counts |= {"pools": len(pools)} if pools else {}
         return counts, {"release": manifest.name}
 
     return execute(workspace, "publish", encoded.fingerprint, "an immutable release", body)
@@ -53,15 +58,17 @@ def _write_pools(recipe: Recipe, workspace: Workspace, encoded: StageManifest, r
     if not workspace.local:
         note("no retrieval pools: engines map them into memory, which needs a local or mounted workspace")
         return {}
-    root = workspace.local_path(FOLDER, release)
+    root, cohorts = workspace.local_path(FOLDER, release), cohorts_folder(recipe, workspace)
     written = write_release_pools(
         root,
         iterate_knowledge(workspace, encoded.outputs["knowledge"]),
         load_tokenizer(engine.model, engine.revision),
         identity=model_identity(engine.model, engine.revision),
         max_tokens=recipe.decoding.pool_tokens,
+        cohorts_of=CohortNames(workspace, cohorts) if cohorts else None,
     )
-    note(f"retrieval pools: {', '.join(f'{name} {n:,} tokens' for name, n in written.items()) or 'none'}: {root}")
+    kinds = ", ".join(f"{name} {n:,} tokens" for name, n in written.items() if name in KINDS)
+    note(f"retrieval pools: {len(written)} ({kinds or 'no texts'}): {root}")
     return written
 
 

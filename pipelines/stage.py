@@ -12,7 +12,7 @@ from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.workspace import StageManifest, Stopwatch, Workspace, finish_stage, finished_stage, forget_stages
 
-STAGES = ("prepare", "generate", "encode", "publish", "train_ctr", "evaluate")
+STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr", "evaluate")
 
 Counts = dict[str, float | int | str]
 Outputs = dict[str, str]
@@ -68,16 +68,22 @@ def main(stage: Stage, about: str, **switches: str) -> None:
 
     switches: further flags that `stage` takes by name, with their help.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {stage.__module__}", description=about)
-    parser.add_argument("--recipe", required=True, help="the YAML file that describes the run")
-    parser.add_argument("--workspace", help="where artifacts go, in place of the recipe's own workspace")
-    parser.add_argument("--max-replicas", type=int, help="in place of generate.max_replicas")
+    parser = recipe_parser(stage.__module__, about)
     for name, help_ in switches.items():
         parser.add_argument("--" + name.replace("_", "-"), action="store_true", help=help_)
     arguments = parser.parse_args()
     with plain_errors():
         recipe = load_recipe(arguments.recipe, workspace=arguments.workspace, max_replicas=arguments.max_replicas)
         stage(recipe, open_workspace(recipe), **{name: getattr(arguments, name) for name in switches})
+
+
+def recipe_parser(module: str, about: str) -> argparse.ArgumentParser:
+    """The options that all commands with a recipe share."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    parser.add_argument("--recipe", required=True, help="the YAML file that describes the run")
+    parser.add_argument("--workspace", help="where artifacts go, in place of the recipe's own workspace")
+    parser.add_argument("--max-replicas", type=int, help="in place of generate.max_replicas")
+    return parser
 
 
 class plain_errors:

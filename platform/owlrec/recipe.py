@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from owlrec.cohorts.model import CohortsConfig
 from owlrec.config import Config
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.decoding import DecodingConfig
@@ -24,6 +25,7 @@ from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import Scenario, get_scenario
 from owlrec.sources import SourceConfig
 from owlrec.sources.splits import SplitConfig
+from owlrec.streaming.config import StreamingConfig
 
 
 class RayConfig(Config):
@@ -45,6 +47,7 @@ class Recipe(Config):
     # Overrides the scenario's rule (label 1 where the rating exceeds it).
     positive_above: float | None = None
     shard_rows: int = Field(1024, ge=1)  # about this many users or items a shard: the unit of resuming
+    cohorts: CohortsConfig | None = None  # None = no cohorts are built; `cohorts: {}` builds them by the defaults
     prompts: PromptConfig = PromptConfig()
     engine: EngineConfig
     sampling: SamplingConfig = SamplingConfig()
@@ -53,6 +56,7 @@ class Recipe(Config):
     generate: GenerateConfig = GenerateConfig()
     encoder: EncoderConfig = EncoderConfig()
     ctr: CTRConfig = CTRConfig()
+    streaming: StreamingConfig = StreamingConfig()
     ray: RayConfig = RayConfig()
 
     @field_validator("scenario")
@@ -62,6 +66,12 @@ class Recipe(Config):
             return get_scenario(name).name
         except RecipeError as error:
             raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _collective_needs_cohorts(self) -> "Recipe":
+        if self.prompts.mode != "individual" and self.cohorts is None:
+            raise ValueError(f"prompts.mode {self.prompts.mode} needs cohorts: add `cohorts: {{}}` to the recipe")
+        return self
 
     @property
     def domain(self) -> Scenario:

@@ -1,4 +1,5 @@
-"""The retrieval pools of a release: its texts as token sequences, one pool a kind, for the next run to draft from.
+"""The retrieval pools of a release: its texts as token sequences, one pool a kind and one a cohort, for the next run to
+draft from.
 
 A text is tokenised anew, behind the tokens that open an answer in the model's chat template: what the engine will see
 just before it writes. Pools are named after the release but lie outside its folder, since they serve the generation of
@@ -6,7 +7,7 @@ the next release, not readers of this one; losing them costs speed and no text.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,19 @@ def answer_tokens(tokenizer: Any, texts: Sequence[str], ended: Sequence[bool]) -
 
 
 def write_release_pools(
-    root: Path, knowledge: Iterable[pa.Table], tokenizer: Any, *, identity: str, max_tokens: int
+    root: Path,
+    knowledge: Iterable[pa.Table],
+    tokenizer: Any,
+    *,
+    identity: str,
+    max_tokens: int,
+    cohorts_of: Callable[[str, Sequence[int]], Sequence[Sequence[str]]] | None = None,
 ) -> dict[str, int]:
-    """Writes a pool a kind under `root`; returns tokens by pool.
+    """Writes a pool a kind under `root`, and one a cohort where cohorts are known; returns tokens by pool.
 
     knowledge: tables of schema.KNOWLEDGE, each read once. Texts with relaxed tokens are left out: what only a pool
-    made likely must not come back as evidence. max_tokens: of a pool; the newest texts (by as_of) stay.
+    made likely must not come back as evidence. max_tokens: of a pool; the newest texts (by as_of) stay. cohorts_of:
+    the names of cohorts of each of some ids of a kind.
     """
     from owlrec.decoding.pools import write_pool  # here, since numba takes a second to import
 
@@ -73,8 +81,16 @@ def write_release_pools(
     for table in knowledge:
         usable = [r for r in table.to_pylist() if r["text"] and not r["relaxed"]]
         texts, ended = [r["text"] for r in usable], [r["finish_reason"] == "stop" for r in usable]
-        for row, tokens in zip(usable, answer_tokens(tokenizer, texts, ended) if usable else (), strict=True):
-            pools.setdefault(row["kind"], _Newest(max_tokens)).add(row["as_of"], row["id"], tokens)
+        names = [[row["kind"]] for row in usable]
+        if cohorts_of is not None:
+            for kind in {row["kind"] for row in usable}:
+                at = [i for i, row in enumerate(usable) if row["kind"] == kind]
+                for i, cohorts in zip(at, cohorts_of(kind, [usable[i]["id"] for i in at]), strict=True):
+                    names[i] += cohorts
+        tokenised = answer_tokens(tokenizer, texts, ended) if usable else ()
+        for row, pools_of_row, tokens in zip(usable, names, tokenised, strict=True):
+            for name in pools_of_row:
+                pools.setdefault(name, _Newest(max_tokens)).add(row["as_of"], row["id"], tokens)
     written = {}
     for name, newest in pools.items():
         rows = newest.rows()

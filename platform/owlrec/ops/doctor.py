@@ -61,6 +61,7 @@ PINS = (
     Pin(("torch",), "2.13.*", extra=True),
     Pin(("transformers",), ">=5", extra=True),
     Pin(("faiss-cpu", "faiss-gpu"), "1.15.*", extra=True),
+    Pin(("implicit",), ">=0.7.2", extra=True),
     Pin(("sentence-transformers",), ">=5", extra=True),
 )
 # Packages whose data the demo uses: import name, file inside, what it is, requirement.

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from owlrec.config import Config
 from owlrec.errors import RecipeError, did_you_mean
-from owlrec.generation.shards import KINDS, Kind
+from owlrec.generation.shards import Kind
 from owlrec.ops.workload import Estimate, WorkloadFigures
 
 _POOL_BYTES_A_TOKEN = 9.1
@@ -132,7 +132,8 @@ def plan(
     average. pool_tokens: bound of the retrieval pool of a kind, 0 for no pools.
     Raises RecipeError where nothing is asked for, a kind was not measured, or preemptions outrun the work.
     """
-    rows: dict[Kind, int] = {kind: n for kind, n in zip(KINDS, (users, items), strict=True) if n}
+    asked: dict[Kind, int] = {"user": users, "item": items}
+    rows = {kind: n for kind, n in asked.items() if n}
     if not rows or min(rows.values()) < 0 or rows.keys() - workload.kinds.keys():
         raise RecipeError(
             f"{users} users and {items} items cannot be planned from a run that measured "

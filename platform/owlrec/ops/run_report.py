@@ -15,18 +15,19 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.cohorts.building import read_profiles
 from owlrec.ctr.experiment import TrialResult
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge, iterate_manifests
 from owlrec.ops.report import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.throughput import throughput
-from owlrec.prompting.rows import ItemCatalog
 from owlrec.schema import KNOWLEDGE
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.store.latency import measure_lookup
 from owlrec.store.release import Release
 from owlrec.workspace import StageManifest, Workspace, finished_stage
 
-STAGES = ("prepare", "generate", "encode", "publish", "train_ctr")
+STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")
 _SAMPLES_A_KIND = 3
 _LENGTH_ROWS = 20_000
 _NOTES = (
@@ -70,10 +71,15 @@ def collect(
         },
         throughput=throughput(iterate_manifests(workspace, _knowledge_folder(manifests))),
         decoder=_decoder_counters(workspace, manifests),
-        lookup=lookup_figures(release, texts["user"]["id"].to_numpy()),
+        lookup=lookup_figures(release, _some_users(workspace)),
         notes=list(_NOTES),
         versions={name: metadata.version(name) for name in ("ray", "pyarrow", "lmdb", "numpy")},
     )
+
+
+def _some_users(workspace: Workspace) -> np.ndarray:
+    part = workspace.table_parts("users")[0]
+    return workspace.read_parquet(f"tables/users/{part}", ["user_id"])["user_id"].to_numpy()
 
 
 def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
@@ -159,6 +165,12 @@ def _samples(workspace: Workspace, kind: str, texts: pa.Table) -> list[Knowledge
 
 
 def _inputs(workspace: Workspace, kind: str, ids: pa.Array) -> list[tuple[str, list[str]]]:
+    if kind == "cohort":
+        built = finished_stage(workspace, "cohorts")
+        profiles = read_profiles(workspace, built.outputs["cohorts"]).to_pylist() if built and ids else []
+        cohorts = {row["id"]: row for row in profiles}
+        chosen = [cohorts.get(i, {"cohort": str(i), "size": 0, "attributes": [], "titles": []}) for i in ids.to_pylist()]
+        return [(f"{row['cohort']}, {row['size']} members", [*row["attributes"], *row["titles"]]) for row in chosen]
     if kind == "item":
         items = {row["item_id"]: row for row in _rows(workspace, "items", "item_id", ids)}
         unknown = {"title": "not in the items table"}  # imported knowledge may be of anybody

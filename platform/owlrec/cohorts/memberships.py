@@ -1,0 +1,87 @@
+"""Whose texts stand in for a user or item: its cohorts, as a release and as training want them.
+
+A user's own cohort by what they liked comes first, that by what they disliked second. Their vectors count alike.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from owlrec.cohorts.collaborative import unit
+from owlrec.schema import MEMBERSHIPS, stable_id, vectors_table
+from owlrec.workspace import Workspace
+
+
+def iterate_memberships(
+    workspace: Workspace, folder: str, kinds: tuple[str, ...] = ("user", "item")
+) -> Iterator[pa.Table]:
+    """The memberships (schema.MEMBERSHIPS) of all users and items, a part at a time."""
+    for kind in kinds:
+        for part in workspace.names(folder, kind):
+            yield memberships(workspace.read_parquet(f"{folder}/{kind}/{part}"))
+
+
+def memberships(cohorts: pa.Table) -> pa.Table:
+    """The memberships of the ids in a table of cohorts (schema.COHORTS), in ascending order of kind and id."""
+    names = cohorts["cohort"].combine_chunks().dictionary_encode()
+    number = np.array([stable_id(name) for name in names.dictionary.to_pylist()], dtype=np.int64)
+    later = np.array([facet == "disliked" for facet in cohorts["facet"].to_pylist()], dtype=bool)
+    ids, kinds = cohorts["id"].to_numpy(), np.array(cohorts["kind"].to_pylist(), dtype=str)
+    order = np.lexsort((later, ids, kinds))
+    of = number[names.indices.to_numpy()][order] if len(order) else np.zeros(0, dtype=np.int64)
+    ids, kinds = ids[order], kinds[order]
+    new = np.r_[True, (ids[1:] != ids[:-1]) | (kinds[1:] != kinds[:-1])] if len(ids) else np.zeros(0, dtype=bool)
+    start = np.flatnonzero(new)
+    lists = pa.ListArray.from_arrays(pa.array(np.r_[start, len(ids)], pa.int32()), pa.array(of, pa.int64()))
+    return pa.table([pa.array(kinds[start], pa.string()), pa.array(ids[start]), lists], schema=MEMBERSHIPS)
+
+
+def member_vectors(table: pa.Table, cohort_vectors: pa.Table) -> pa.Table:
+    """The vectors table of members: of each, the mean of its cohorts' vectors, of length 1.
+
+    table: schema.MEMBERSHIPS; cohort_vectors: the cohorts' own (schema.vectors_schema). Who belongs to no cohort with a
+    vector is left out.
+    """
+    column = cohort_vectors["vector"].combine_chunks()
+    dim = column.type.list_size
+    vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
+    of = cohort_vectors["id"].to_numpy()
+    order = np.argsort(of)
+    lists = table["cohorts"].combine_chunks()
+    wanted, member = lists.flatten().to_numpy(), np.repeat(np.arange(len(table)), lists.value_lengths().to_numpy())
+    at = order[np.minimum(np.searchsorted(of, wanted, sorter=order), max(len(of) - 1, 0))] if len(of) else wanted * 0
+    known = of[at] == wanted if len(of) else np.zeros(len(wanted), dtype=bool)
+    total = np.zeros((len(table), dim), dtype=np.float32)
+    np.add.at(total, member[known], vectors[at[known]])
+    rows = np.flatnonzero(np.bincount(member[known], minlength=len(table)))
+    kept = table.take(pa.array(rows))
+    return vectors_table(kept["kind"].to_pylist(), kept["id"].to_numpy(), unit(total[rows]))
+
+
+class CohortNames:
+    """The names of everybody's cohorts, in memory: 12 bytes a membership."""
+
+    def __init__(self, workspace: Workspace, folder: str) -> None:
+        self._names: list[str] = []
+        self._of: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by kind: ids ascending, and numbers of names
+        for kind in ("user", "item"):
+            parts = [
+                workspace.read_parquet(f"{folder}/{kind}/{p}", ["id", "cohort"]) for p in workspace.names(folder, kind)
+            ]
+            table = pa.concat_tables(parts)
+            names = table["cohort"].combine_chunks().dictionary_encode()
+            numbers = names.indices.to_numpy().astype(np.int32) + len(self._names)
+            self._names += names.dictionary.to_pylist()
+            ids = table["id"].to_numpy()
+            order = np.argsort(ids, kind="stable")
+            self._of[kind] = ids[order], numbers[order]
+
+    def __call__(self, kind: str, ids: Sequence[int]) -> list[list[str]]:
+        """The names of each id's cohorts; none for an unknown id or another kind."""
+        if kind not in self._of:
+            return [[] for _ in ids]
+        known, numbers = self._of[kind]
+        wanted = np.asarray(ids, dtype=np.int64)
+        low, high = np.searchsorted(known, wanted, "left"), np.searchsorted(known, wanted, "right")
+        return [[self._names[n] for n in numbers[a:b]] for a, b in zip(low, high, strict=True)]

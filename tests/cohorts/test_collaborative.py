@@ -1,0 +1,78 @@
+"""Item factors and fold-in, against the normal equations and against planted tastes."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from owlrec.cohorts.collaborative import CollaborativeConfig, FoldIn, ItemFactors, train_item_factors, unit
+from owlrec.errors import SchemaError
+from owlrec.schema import HISTORIES
+
+
+def histories(lists: list[list[int]]) -> pa.Table:
+    rows = [{"user_id": u, "as_of": 1, "items": i, "ratings": [5.0] * len(i)} for u, i in enumerate(lists)]
+    return pa.Table.from_pylist(rows, schema=HISTORIES)
+
+
+def planted(n_users: int = 120, n_groups: int = 3, seed: int = 0) -> tuple[pa.Table, np.ndarray]:
+    """Users of group g choose 8 of the 20 items 100 g to 100 g + 19."""
+    rng = np.random.default_rng(seed)
+    group = np.arange(n_users) % n_groups
+    return histories([(100 * g + rng.choice(20, 8, replace=False)).tolist() for g in group]), group
+
+
+CONFIG = CollaborativeConfig(factors=3, iterations=10)
+
+
+def test_items_of_one_taste_are_nearer_than_items_of_two() -> None:
+    factors = train_item_factors(planted()[0], CONFIG)
+    vectors, taste = unit(factors.vectors), factors.ids // 100
+    cosine = vectors @ vectors.T
+    same = taste[:, None] == taste[None, :]
+    assert cosine[same].min() > cosine[~same].max()
+
+
+def test_fold_in_solves_the_normal_equations() -> None:
+    factors = train_item_factors(planted()[0], CONFIG)
+    chosen = [0, 3, 7, 101]
+    y = factors.vectors[factors.rows(np.array(chosen))].astype(np.float64)
+    all_y = factors.vectors.astype(np.float64)
+    left = all_y.T @ all_y + CONFIG.alpha * y.T @ y + CONFIG.regularization * np.eye(3)
+    expected = np.linalg.solve(left, (1 + CONFIG.alpha) * y.sum(axis=0))
+    found, known = FoldIn(factors, CONFIG).vectors(pa.array([chosen], pa.list_(pa.int64())))
+    assert known.tolist() == [True]
+    np.testing.assert_allclose(found[0], expected / np.linalg.norm(expected), atol=1e-4)
+
+
+def test_doubled_and_unknown_items_add_nothing() -> None:
+    fold_in = FoldIn(train_item_factors(planted()[0], CONFIG), CONFIG)
+    lists = pa.array([[0, 1, 2], [0, 0, 1, 2, 2, 99999], [0, 1], []], pa.list_(pa.int64()))
+    found, known = fold_in.vectors(lists)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    assert known.tolist() == [True, True, False, False]
+    assert not found[2:].any()
+
+
+def test_only_the_chosen_behaviours_count() -> None:
+    fold_in = FoldIn(train_item_factors(planted()[0], CONFIG), CONFIG)
+    whole = pa.array([[0, 1, 2, 100, 101, 102]], pa.list_(pa.int64()))
+    liked, _ = fold_in.vectors(whole, np.array([1, 1, 1, 0, 0, 0], bool))
+    np.testing.assert_allclose(liked, fold_in.vectors(pa.array([[0, 1, 2]], pa.list_(pa.int64())))[0], atol=1e-6)
+
+
+def test_a_later_training_keeps_the_axes() -> None:
+    first = train_item_factors(planted(seed=0)[0], CONFIG)
+    table = planted(seed=1)[0]
+    later = train_item_factors(table, CONFIG, previous=first)
+    fresh = train_item_factors(table, CONFIG.model_copy(update={"seed": 5}))
+
+    def agreement(other: ItemFactors) -> float:
+        vectors, known = other.gather(first.ids)
+        return float((unit(vectors) * unit(first.vectors)).sum(axis=1)[known].mean())
+
+    assert agreement(later) > 0.9 > agreement(fresh)
+
+
+def test_no_item_that_several_users_chose_is_a_clear_error() -> None:
+    with pytest.raises(SchemaError, match="none of 4 items was chosen by 3 users"):
+        train_item_factors(histories([[1, 2], [3, 4]]), CONFIG)

@@ -1,0 +1,93 @@
+"""Cohorts to release: one call a cohort, every user and item resolves, and a second run asks only what has moved."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from test_whole_run import owlrec
+
+from owlrec.generation.shards import iterate_manifests
+from owlrec.store.release import open_release
+from owlrec.workspace import Workspace
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+
+
+def write_recipe(path: Path, workspace: Path, users: int) -> Path:
+    path.write_text(
+        f"""
+        name: collective
+        scenario: movies
+        workspace: {workspace}
+        source: {{type: movielens-100k, max_users: {users}, max_items: 200}}
+        shard_rows: 50
+        cohorts:
+          collaborative: {{factors: 16}}
+          users: {{mean_size: 12, min_size: 3, max_size: 30}}
+          items: {{mean_size: 12, min_size: 3, max_size: 30}}
+          profiles: {{settled_share: 0.5}}
+        prompts: {{mode: collective}}
+        engine: {{type: echo}}
+        sampling: {{max_tokens: 40}}
+        ctr: {{backbones: [dcnv2], arms: [none, collective, shuffled], seeds: [0], epochs: 1}}
+        ray: {{num_cpus: 2}}
+        """
+    )
+    return path
+
+
+def calls(workspace: Path) -> tuple[int, int]:
+    """Rows of the last job, and how many of them were asked for."""
+    folder = json.loads((workspace / "manifests" / "generate.json").read_text())["outputs"]["knowledge"]
+    manifests = list(iterate_manifests(Workspace(workspace), folder))
+    assert {m.shard.kind for m in manifests} == {"cohort"}
+    return sum(m.rows_in for m in manifests), sum(m.rows_in - m.rows_kept for m in manifests)
+
+
+def test_a_cohort_s_text_serves_its_members(tmp_path: Path) -> None:
+    folder = tmp_path / "ws"
+    recipe = write_recipe(tmp_path / "recipe.yaml", folder, 120)
+    done = owlrec("run", str(recipe))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows, asked = calls(folder)
+    assert rows == asked
+    workspace = Workspace(folder)
+    users = workspace.read_table("users")["user_id"].to_numpy()
+    items = workspace.read_table("items")["item_id"].to_numpy()
+    assert rows * 5 < len(users) + len(items)
+    with open_release(workspace) as release:
+        for kind, ids in (("user", users), ("item", items)):
+            found = release.store.get(kind, ids)
+            assert all(k is not None and k.framework == "collective" and "echo-" in k.text for k in found)
+            assert release.store.vectors(kind, ids)[1].all()
+        assert any(len(c) == 2 for c in release.store.cohorts("user", users))  # liked and disliked
+        assert release.store.get("user", [10**9]) == [None]
+    looked_up = owlrec("lookup", "user", str(users[0]), "--recipe", str(recipe))
+    assert "echo-" in looked_up.stdout
+
+    again = owlrec("run", str(recipe))
+    assert again.returncode == 0
+    assert "shards done already" in again.stdout
+
+    # A few more users: cohorts that have hardly moved keep their prompt, and so their text.
+    grown = owlrec("run", str(write_recipe(recipe, folder, 126)), "--to", "generate")
+    assert grown.returncode == 0, grown.stdout + grown.stderr
+    rows, asked = calls(folder)
+    assert 0 < asked < rows
+    newest = json.loads((folder / "cohorts" / "LATEST").read_text())
+    before, after = (
+        set(pq.read_table(folder / newest[which] / "profiles.parquet")["cohort"].to_pylist())
+        for which in ("previous", "folder")
+    )
+    assert len(before & after) > len(before) / 2  # names outlive the run
+
+
+def test_collective_prompts_without_cohorts_are_a_recipe_error(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "ws", 60)
+    text = recipe.read_text()
+    start, end = text.index("        cohorts:"), text.index("        prompts:")
+    recipe.write_text(text[:start] + text[end:])
+    done = owlrec("run", str(recipe), "--dry-run")
+    assert done.returncode == 1
+    assert "needs cohorts" in done.stderr
