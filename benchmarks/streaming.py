@@ -1,0 +1,331 @@
+"""Streaming refresh of user knowledge, on a replay of MovieLens-100K in the order of time.
+
+`cost`: a full run on the first 60 % of all behaviours, then a refresh a day, with an engine that answers at once: calls
+of each day beside the share of users who acted that day. `worth`: the same with SmolLM2-135M and a refresh a week over
+the next fifth: tokens of a refresh's prompts beside those of whole histories, whether drift predicts how far a user's
+vector moves, and AUC on the days after: CTR models trained on what came between, which then read, for the same
+samples, the texts of the first run (fixed), of the refreshes (streaming) and of a second full run.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.table import Figure, options_parser, show
+from owlrec.ctr.experiment import CTRConfig, Trial
+from owlrec.ctr.features import build_features
+from owlrec.ctr.fitting import SplitTensors, Tables, TrainingData, score, train_one
+from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.metrics import auc
+from owlrec.generation import VllmEngineConfig, token_counter
+from owlrec.generation.models import PACKAGED
+from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
+from owlrec.recipe import Recipe
+from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES, vectors_table
+from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.raw import RawTables
+from owlrec.store.release import open_release
+from owlrec.streaming.journal import Plan
+from owlrec.workspace import StageManifest, Workspace, finish_stage
+
+DAY_MS = 86_400_000
+READ = 1000  # behaviours that a full run may read: all that anybody has
+HISTORY = 10  # behaviours that a CTR model sees before a sample
+BACKBONES, SEEDS = ("din", "dcnv2"), (0, 1, 2)
+
+
+def main() -> None:
+    """Runs what is asked for."""
+    parser = options_parser(__doc__)
+    parser.add_argument("--only", choices=("cost", "worth"))
+    parser.add_argument("--days", type=int, help="of the cost replay; default: 30, 5 with --quick")
+    options = parser.parse_args()
+    raw = MovieLens100KSource(type="movielens-100k").load()
+    figures: list[Figure] = []
+    if options.only in (None, "cost"):
+        figures += _cost(raw, options.days or (5 if options.quick else 30))
+    if options.only == "worth" or (options.only is None and not options.quick):
+        figures += _worth(raw)
+    show("streaming refresh", figures, options)
+
+
+def _recipe(workspace: str, engine: dict[str, Any]) -> Recipe:
+    values = {
+        "name": "replay",
+        "scenario": "movies",
+        "workspace": workspace,
+        "source": {"type": "movielens-100k"},
+        "shard_rows": 256,
+        "prompts": {"history_tokens": 256},
+        "engine": engine,
+        "sampling": {"max_tokens": 64},
+        "quality": {"policy": {"repetition": "keep"}},
+        "streaming": {"unknown_users": "create"},
+    }
+    return Recipe.model_validate(values)
+
+
+def _until(raw: RawTables, share: float) -> int:
+    """The moment up to which this share of all behaviours has happened."""
+    return int(np.quantile(raw.interactions["timestamp"].to_numpy(), share, method="lower"))
+
+
+def _between(raw: RawTables, after: int, until: int) -> pa.Table:
+    time_ = raw.interactions["timestamp"].to_numpy()
+    return raw.interactions.filter(pa.array((time_ > after) & (time_ <= until)))
+
+
+def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
+    """Tables that end at `until`, whose histories hold all there is, and all stages up to a release."""
+    import importlib
+
+    workspace = Workspace(recipe.workspace)
+    interactions = _between(raw, -1, until)
+    histories = _histories(interactions)
+    tables = {"users": raw.users, "interactions": interactions, "histories": histories}
+    for name, table in tables.items():
+        workspace.write_table(name, table, key="user_id", n_shards=4)
+    workspace.write_table("items", raw.items, key="item_id", n_shards=8)
+    finish_stage(workspace, StageManifest(stage="prepare", fingerprint=f"{until:064d}", seconds=0, finished=0))
+    for stage in ("generate", "encode", "publish"):
+        importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
+    return workspace
+
+
+def _histories(interactions: pa.Table) -> pa.Table:
+    rows = []
+    for user, of_user in interactions.to_pandas().sort_values(["timestamp", "item_id"]).groupby("user_id"):
+        last = of_user.tail(READ)
+        rows.append(
+            {
+                "user_id": int(user),
+                "as_of": int(last["timestamp"].iloc[-1]),
+                "items": last["item_id"].tolist(),
+                "ratings": last["rating"].tolist(),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=HISTORIES)
+
+
+def _refreshes(
+    raw: RawTables, recipe: Recipe, workspace: Workspace, start: int, days: int, step: int
+) -> Iterator[tuple[int, pa.Table, Plan | None]]:
+    """Adds the events of `step` days to the log and refreshes, again and again; the moment, the events, the plan."""
+    from pipelines.refresh import run
+
+    for day in range(0, days, step):
+        low, high = start + day * DAY_MS, start + min(day + step, days) * DAY_MS
+        events = _between(raw, low, high)
+        if events.num_rows:
+            workspace.write_parquet(f"events/{day:04d}.parquet", events.select(INTERACTIONS.names).cast(INTERACTIONS))
+        print(f"day {day} of {days}: {events.num_rows} events", file=sys.stderr, flush=True)
+        if workspace.exists("events"):
+            plans = run(recipe, workspace, now=high)
+            yield high, events, plans[-1] if plans else None
+
+
+def _cost(raw: RawTables, days: int) -> list[Figure]:
+    start = _until(raw, 0.6)
+    over, acting, calls, worst = 0, [], [], 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = _recipe(folder, {"type": "echo"})
+        workspace = _full_run(raw, recipe, start)
+        for moment, events, plan in _refreshes(raw, recipe, workspace, start, days, 1):
+            users = len(set(_between(raw, -1, moment)["user_id"].to_pylist()))
+            acting.append(len(set(events["user_id"].to_pylist())) / users)
+            calls.append((plan.calls if plan else 0) / users)
+            worst = max(worst, calls[-1] - acting[-1])
+            over += calls[-1] > acting[-1] + 0.01
+        from pipelines.refresh import run
+
+        again = run(recipe, workspace, now=start + days * DAY_MS)
+    measure = f"{len(calls)} days, a refresh a day"
+    return [
+        Figure(
+            measure=measure, method="owlrec", value=round(100 * float(np.mean(acting)), 2), unit="% of users act, mean"
+        ),
+        Figure(
+            measure=measure,
+            method="owlrec",
+            value=round(100 * float(np.mean(calls)), 2),
+            unit="% of a full run's calls, mean",
+            ratio_to="acting users",
+            ratio=float(np.sum(calls) / np.sum(acting)),
+        ),
+        Figure(
+            measure=measure, method="owlrec", value=round(100 * worst, 2), unit="% calls beyond acting users, worst day"
+        ),
+        Figure(measure=measure, method="owlrec", value=over, unit="days above acting + 1 %"),
+        Figure(measure="refresh once more", method="owlrec", value=sum(p.calls for p in again), unit="calls"),
+    ]
+
+
+def _worth(raw: RawTables) -> list[Figure]:
+    start, end = _until(raw, 0.6), _until(raw, 0.8)
+    engine = VllmEngineConfig(type="vllm", model=PACKAGED, max_model_len=1024)
+    count = token_counter(engine)
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        recipe = _recipe(first, engine.model_dump())
+        workspace = _full_run(raw, recipe, start)
+        with open_release(workspace) as release:
+            everyone = raw.users["user_id"].to_numpy()
+            fixed = _user_vectors(release, everyone)
+            items = raw.items["item_id"].to_numpy()
+            item_vectors = _table("item", items, *release.store.vectors("item", items))
+        tokens: list[tuple[int, int, int]] = []
+        moved: list[tuple[float, float]] = []
+        calls, seconds, before = 0, time.perf_counter(), fixed
+        days = -(-(end - start) // DAY_MS)
+        for moment, _, plan in _refreshes(raw, recipe, workspace, start, days, 7):
+            if plan is None or not plan.calls:
+                continue
+            calls += plan.calls
+            tokens += list(_tokens(raw, recipe, workspace, plan, moment, count))
+            with open_release(workspace) as release:
+                after = _user_vectors(release, everyone)
+            moved += list(_moves(workspace, plan, before, after))
+            before = after
+        seconds = time.perf_counter() - seconds
+        full = _recipe(second, engine.model_dump())
+        shutil.copytree(Path(first) / "knowledge", Path(second) / "knowledge")  # prompts that stay the same are kept
+        with open_release(_full_run(raw, full, end)) as release:
+            anew = _user_vectors(release, everyone)
+        arms = {"fixed": fixed, "full run again": anew, "streaming": before}
+        figures = [*_token_figures(tokens), *_move_figures(moved)]
+        measure = f"{days} days, a refresh a week"
+        figures.append(Figure(measure=measure, method="streaming", value=calls, unit=f"calls ({seconds:.0f} s)"))
+        return [*figures, *_aucs(raw, start, end, arms, item_vectors)]
+
+
+def _user_vectors(release: Any, users: np.ndarray) -> KnowledgeTable:
+    return _table("user", users, *release.store.vectors("user", users))
+
+
+def _table(kind: str, ids: np.ndarray, vectors: np.ndarray, mask: np.ndarray) -> KnowledgeTable:
+    return KnowledgeTable.from_table(vectors_table(kind, ids[mask], vectors[mask]), kind)
+
+
+def _tokens(
+    raw: RawTables, recipe: Recipe, workspace: Workspace, plan: Plan, moment: int, count: Any
+) -> Iterator[tuple[int, int, int]]:
+    """Of each user who is asked about: tokens of the refresh's prompt, of a full run's, and of one that quotes all."""
+    asked = {}
+    for name in workspace.names(plan.prompts):
+        for row in workspace.read_parquet(f"{plan.prompts}/{name}").to_pylist():
+            asked[row["id"]] = count(row["system"]) + count(row["text"])
+    histories = _histories(_between(raw, -1, moment))
+    histories = histories.filter(pa.array(np.isin(histories["user_id"].to_numpy(), list(asked))))
+    catalog = ItemCatalog(raw.items)
+    lengths: list[dict[int, int]] = []
+    for budget in (recipe.prompts.history_tokens, 1 << 20):
+        config = PromptConfig(history_tokens=budget)
+        prompts = user_prompts(raw.users, histories, catalog, config, recipe.domain, count)
+        lengths.append({p.id: count(p.system) + count(p.text) for p in prompts if isinstance(p, Prompt)})
+    for user, mine in asked.items():
+        yield mine, lengths[0][user], lengths[1][user]
+
+
+def _token_figures(tokens: list[tuple[int, int, int]]) -> Iterator[Figure]:
+    mine, cut, whole = np.array(tokens, dtype=float).T
+    for method, found in (
+        ("a full run's prompts, 256 tokens of history", cut),
+        ("prompts that quote the whole history", whole),
+    ):
+        yield Figure(measure="tokens a prompt, mean", method=method, value=round(float(found.mean()), 1), unit="tokens")
+        yield Figure(
+            measure="tokens a prompt, mean",
+            method="refresh",
+            value=round(float(mine.mean()), 1),
+            unit="tokens",
+            ratio_to=method,
+            ratio=float(mine.mean() / found.mean()),
+        )
+
+
+def _moves(
+    workspace: Workspace, plan: Plan, before: KnowledgeTable, after: KnowledgeTable
+) -> Iterator[tuple[float, float]]:
+    """Of each user renewed who had a text before: drift, and one minus the cosine of the two vectors."""
+    for shard in plan.asked:
+        table = workspace.read_parquet(plan.partition_file(shard))
+        ids = table["user_id"].to_numpy()
+        (old, had), (new, has) = before.gather(ids), after.gather(ids)
+        cosine = (old * new).sum(axis=1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1), 1e-9)
+        for drift, change in zip(table["drift"].to_numpy()[had & has], 1 - cosine[had & has], strict=True):
+            yield float(drift), float(change)
+
+
+def _move_figures(moved: list[tuple[float, float]]) -> Iterator[Figure]:
+    from scipy.stats import spearmanr
+
+    drift, change = np.array(moved).T
+    found = spearmanr(drift, change)
+    unit = f"rank correlation (p {found.pvalue:.2g}, {len(moved)} renewals)"
+    yield Figure(
+        measure="drift against the vector's change",
+        method="streaming",
+        value=round(float(found.statistic), 3),
+        unit=unit,
+    )
+
+
+def _samples(raw: RawTables, start: int, end: int) -> pa.Table:
+    """Every behaviour after `start` with the ten before it; the last quarter up to `end` is valid, the rest test."""
+    late = _until(raw, 0.75)
+    rows: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
+    table = raw.interactions.to_pandas().sort_values(["user_id", "timestamp", "item_id"])
+    for user, of_user in table.groupby("user_id"):
+        moments, items, ratings = (of_user[c].to_numpy() for c in ("timestamp", "item_id", "rating"))
+        for i in np.flatnonzero(moments > start):
+            first = int(np.searchsorted(moments, moments[i]))  # what happened in the same moment is not its past
+            past = slice(max(0, first - HISTORY), first)
+            split = "train" if moments[i] <= late else "valid" if moments[i] <= end else "test"
+            values = (
+                user,
+                items[i],
+                float(ratings[i] > 3),
+                moments[i],
+                items[past].tolist(),
+                ratings[past].tolist(),
+                split,
+            )
+            for name, value in zip(rows, values, strict=True):
+                rows[name].append(value)
+    return pa.table([pa.array(rows[f.name], f.type) for f in SAMPLES], schema=SAMPLES)
+
+
+def _aucs(
+    raw: RawTables, start: int, end: int, arms: dict[str, KnowledgeTable], items: KnowledgeTable
+) -> Iterator[Figure]:
+    samples = _samples(raw, start, end)
+    features = build_features(raw.users, raw.items, samples, attributes=["genres"], profile=[], min_item_count=2)
+    data = TrainingData(features, {"knowledge": {"user": arms["fixed"], "item": items}})
+    test = features.splits["test"]
+    for backbone in BACKBONES:
+        found: dict[str, list[float]] = {}
+        for seed in SEEDS:
+            none = train_one(Trial(backbone=backbone, arm="none", seed=seed), data, CTRConfig())
+            found.setdefault("no knowledge", []).append(none.result.test.auc)
+            model = train_one(Trial(backbone=backbone, arm="knowledge", seed=seed), data, CTRConfig()).model
+            for name, users in arms.items():
+                scores = score(model, SplitTensors(test, Tables((users,), (items,)), "cpu"))
+                found.setdefault(name, []).append(auc(test.labels, scores))
+        for name, aucs in found.items():
+            has = arms[name].gather(test.user_ids)[1].mean() if name in arms else 0.0
+            difference = float(np.mean(aucs)) - float(np.mean(found["fixed"]))
+            unit = (
+                f"AUC (±{np.std(aucs, ddof=1):.4f}, {difference:+.4f} to fixed; {has:.0%} of samples have a user text)"
+            )
+            yield Figure(
+                measure=f"days after, {backbone}", method=name, value=round(float(np.mean(aucs)), 4), unit=unit
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Streaming refresh on a published MovieLens: once, twice, killed at every step, with bad events, and watching."""
+
+import importlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import killed_refresh  # type: ignore[import-not-found]
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from owlrec.recipe import Recipe, load_recipe
+from owlrec.schema import INTERACTIONS
+from owlrec.store import current_release, open_release
+from owlrec.store.manifest import read_manifest
+from owlrec.streaming.journal import read_position
+from owlrec.workspace import Workspace
+from pipelines.refresh import run
+from pipelines.stage import STAGES
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+ROOT = Path(__file__).resolve().parent.parent.parent
+HOUR = 3_600_000
+N_MOVED = 10
+Row = tuple[int | None, int, float | None, int]
+
+
+@pytest.fixture(scope="module")
+def published(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose whole run on the echo engine stands beside it as `whole`; its refreshes have small shards."""
+    folder = tmp_path_factory.mktemp("refresh")
+    recipe = folder / "echo.yaml"
+    recipe.write_text(
+        textwrap.dedent(
+            f"""
+            name: echo
+            scenario: movies
+            workspace: {folder / "whole"}
+            source: {{type: movielens-100k, max_users: 60, max_items: 120}}
+            shard_rows: 20
+            engine: {{type: echo}}
+            sampling: {{max_tokens: 40}}
+            streaming: {{partitions: 3}}
+            ray: {{address: "{ray.get_runtime_context().gcs_address}"}}
+            """
+        )
+    )
+    settings = load_recipe(recipe)
+    for stage in STAGES[: STAGES.index("publish") + 1]:
+        importlib.import_module(f"pipelines.{stage}").run(settings, Workspace(settings.workspace))
+    recipe.write_text(recipe.read_text().replace("shard_rows: 20", "shard_rows: 4"))
+    return recipe
+
+
+@pytest.fixture
+def copies(published: Path, tmp_path: Path) -> Callable[[str], tuple[Recipe, Workspace]]:
+    """Makes a copy of the published workspace under a name."""
+
+    def copy(name: str) -> tuple[Recipe, Workspace]:
+        shutil.copytree(published.parent / "whole", tmp_path / name)
+        return load_recipe(published, workspace=str(tmp_path / name)), Workspace(tmp_path / name)
+
+    return copy
+
+
+def write_log(workspace: Workspace, name: str, rows: list[Row]) -> None:
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, INTERACTIONS, strict=True)], schema=INTERACTIONS)
+    Path(workspace.path("events")).mkdir(exist_ok=True)
+    pq.write_table(table, workspace.path("events", f"{name}.parquet"))
+
+
+def moved(workspace: Workspace, days: float, each: int = 1) -> list[Row]:
+    """Events of users, so long after all that the tables hold: with what the tables say they did, a partition."""
+    interactions = workspace.read_table("interactions")
+    newest = max(interactions["timestamp"].to_pylist()) + round(days * 24 * HOUR)
+    done = Counter(interactions["user_id"].to_pylist())
+    users = sorted(user for user, n in done.items() if n >= 20)[:N_MOVED]
+    items = interactions["item_id"].to_pylist()
+    rows: list[Row] = []
+    for number, user in enumerate(users):
+        rows += [(user, items[k], 4.0, newest + number * HOUR // 100 + k) for k in range(each)]
+    return rows
+
+
+def contents(workspace: Workspace) -> dict[int, tuple[str, int, list[list[float]]]]:
+    """Text, as_of and all kept vectors of every user."""
+    with open_release(workspace) as release:
+        ids = release.store.ids("user")
+        rows, there = release.store.partitions("user", ids, 8)
+        found = release.store.get("user", ids)
+    return {
+        k.id: (k.text, k.as_of, vectors[mask].tolist())
+        for k, vectors, mask in zip(found, rows, there, strict=True)
+        if k is not None
+    }
+
+
+def refresh_command(recipe: Path, workspace: Workspace, *more: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines.refresh", "--recipe", str(recipe), "--workspace", workspace.root, *more]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the watch ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_refresh_renews_who_moved_on_and_a_second_one_asks_nobody(copies: Callable) -> None:
+    recipe, workspace = copies("ws")
+    before, full = contents(workspace), current_release(workspace)
+    events = moved(workspace, 1)
+    write_log(workspace, "one", events)
+    (plan,) = run(recipe, workspace)
+    assert plan.calls == plan.counts["events_new"] == N_MOVED
+    after, delta = contents(workspace), read_manifest(workspace, current_release(workspace) or "")
+    assert (delta.delta, delta.parent, delta.knowledge) == (True, full, {"user": N_MOVED})
+    for user, _, _, moment in events:
+        text, as_of, vectors = after[user]
+        assert text.startswith("echo-")
+        assert text != before[user][0]
+        assert as_of == moment
+        assert vectors[1:] == before[user][2]
+    renewed = {user for user, *_ in events}
+    assert {u: row for u, row in after.items() if u not in renewed} == {
+        u: row for u, row in before.items() if u not in renewed
+    }
+    files = {f: f.stat().st_mtime_ns for f in Path(workspace.root).rglob("*") if f.is_file()}
+    assert run(recipe, workspace) == []
+    assert {f: f.stat().st_mtime_ns for f in Path(workspace.root).rglob("*") if f.is_file()} == files
+
+
+def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: Path, copies: Callable) -> None:
+    recipe, workspace = copies("killed")
+    undisturbed, twin = copies("twin")
+    for days, name, each in ((1, "one", 1), (2, "two", 8)):
+        write_log(twin, name, moved(twin, days, each))
+        assert [plan.calls for plan in run(undisturbed, twin)] == [N_MOVED]
+    write_log(workspace, "one", moved(workspace, 1))
+    for step in ("planning", "planned", "asking", "encoded", "published", "settled", "committed", "sweeping"):
+        command = [sys.executable, killed_refresh.__file__, str(published), workspace.root, step]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert ran.returncode == -signal.SIGKILL, f"{step}: {ran.stdout}{ran.stderr}"
+        if step == "planned":  # newer events, which the plan in hand knows nothing of
+            write_log(workspace, "two", moved(workspace, 2, 8))
+    assert run(recipe, workspace) == []
+    assert contents(workspace) == contents(twin)
+    one, other = (read_manifest(w, current_release(w) or "") for w in (workspace, twin))
+    assert one.fingerprint == other.fingerprint
+    positions = read_position(workspace), read_position(twin)
+    assert positions[0] is not None
+    assert positions[1] is not None
+    assert (positions[0].watermark, positions[0].state) == (positions[1].watermark, positions[1].state)
+
+
+def test_bad_events_are_refused_and_counted_and_the_others_taken(copies: Callable) -> None:
+    recipe, workspace = copies("ws")
+    good = moved(workspace, 1)
+    user, item, rating, moment = good[0]
+    now = moment + HOUR
+    future = (user, item, rating, now + HOUR)
+    write_log(
+        workspace, "one",
+        [*good, good[0], (10**9, item, 4.0, moment), (user, 10**9, 4.0, moment), (None, item, 4.0, moment), future,
+         (user, item, 4.0, moment // 1000)],
+    )  # fmt: skip
+    (plan,) = run(recipe, workspace, now=now)
+    errors = ("UnknownUser", "UnknownItem", "NullField", "FromTheFuture", "NotMilliseconds")
+    assert {name: plan.counts[f"refused_{name}"] for name in errors} == dict.fromkeys(errors, 1)
+    assert (plan.counts["events_new"], plan.counts["events_twice"], plan.counts["refused"]) == (N_MOVED, 1, 5)
+    (file,) = workspace.names("streaming", "dead")
+    dead = workspace.read_parquet(f"streaming/dead/{file}")
+    assert sorted(dead["error"].to_pylist()) == sorted(errors)
+    assert run(recipe, workspace, now=now) == []
+
+
+def test_mistakes_end_with_one_line_and_no_traceback(published: Path, copies: Callable) -> None:
+    _, workspace = copies("ws")
+    command = refresh_command(published, workspace)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, "Traceback" in ran.stderr) == (1, False)
+    assert f"{workspace.root}/events: no events are there. Put Parquet files" in ran.stderr
+
+
+def test_watch_goes_on_until_it_is_told_to_stop(published: Path, copies: Callable, tmp_path: Path) -> None:
+    _, workspace = copies("ws")
+    recipe = tmp_path / "no-calls.yaml"
+    recipe.write_text(published.read_text().replace("streaming: {", "streaming: {budget_calls: 0, "))
+    write_log(workspace, "one", moved(workspace, 1))
+    process = subprocess.Popen(
+        refresh_command(recipe, workspace, "--watch", "0.2"), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    positions = []
+    for name, days in (("two", 2), (None, 3)):
+        wait_for(lambda: (found := read_position(workspace)) is not None and found not in positions, process)
+        positions.append(read_position(workspace))
+        if name:
+            write_log(workspace, name, moved(workspace, days))
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "stopped; the next refresh goes on from here" in output
+    assert output.count("events_new") == 2

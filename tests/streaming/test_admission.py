@@ -1,0 +1,75 @@
+"""Which events are taken in, and that a refusal is said once."""
+
+import numpy as np
+import pytest
+from streaming_world import START, interactions  # type: ignore[import-not-found]
+
+from owlrec.schema import DEAD_LETTERS
+from owlrec.streaming.admission import admit, dead_letters, new_refusals, part_future
+from owlrec.streaming.events import REFUSED, Events, EventsConfig
+
+USERS, ITEMS = np.array([1, 2]), np.array([10, 11])
+
+
+def events(*keys: tuple[int, int, int]) -> Events:
+    return Events.from_table(interactions([(u, i, 4.0, t) for u, i, t in keys]))
+
+
+def keys(found: Events) -> list[tuple[int, int, int]]:
+    return list(zip(found.user.tolist(), found.item.tolist(), found.time.tolist(), strict=True))
+
+
+def test_future_begins_after_the_allowance() -> None:
+    now, later = part_future(events((1, 10, START + 5000), (1, 11, START + 5001)), START, EventsConfig(max_future_s=5))
+    assert keys(now) == [(1, 10, START + 5000)]
+    assert later.to_pylist() == [{"user_id": 1, "item_id": 11, "timestamp": START + 5001, "error": "FromTheFuture"}]
+
+
+@pytest.mark.parametrize(
+    ("rules", "taken", "errors"),
+    [
+        ({}, [(1, 10, 5)], ["UnknownUser", "UnknownUser", "UnknownItem"]),
+        ({"unknown_users": "create"}, [(1, 10, 5), (3, 10, 5)], ["UnknownItem", "UnknownItem"]),
+        ({"unknown_items": "create"}, [(1, 10, 5), (2, 12, 5)], ["UnknownUser", "UnknownUser"]),
+        (
+            {"unknown_users": "create", "unknown_items": "create"},
+            [(1, 10, 5), (2, 12, 5), (3, 10, 5), (3, 12, 5)],
+            [],
+        ),
+    ],
+)
+def test_unknown_ids(rules: dict[str, str], taken: list[tuple[int, int, int]], errors: list[str]) -> None:
+    given = events((1, 10, 5), (1, 11, 6), (2, 12, 5), (3, 10, 5), (3, 12, 5))
+    new, refused = admit(given, events((1, 11, 6)), USERS, ITEMS, EventsConfig.model_validate(rules))
+    assert keys(new) == taken
+    assert refused["error"].to_pylist() == errors
+
+
+def test_what_was_taken_in_before_is_never_refused() -> None:
+    new, refused = admit(events((3, 12, 5)), events((3, 12, 5)), USERS, ITEMS, EventsConfig())
+    assert (len(new), refused.num_rows) == (0, 0)
+
+
+def test_a_refusal_is_news_once_and_again_for_another_reason() -> None:
+    before = events((3, 10, 5), (4, 10, 5)).refused("UnknownUser")
+    now = events((5, 10, 5), (3, 10, 5)).refused("UnknownUser")
+    assert new_refusals(now, before).to_pylist() == events((5, 10, 5)).refused("UnknownUser").to_pylist()
+    assert new_refusals(events((3, 10, 5)).refused("UnknownItem"), before).num_rows == 1
+    assert new_refusals(REFUSED.empty_table(), before).num_rows == 0
+
+
+def test_dead_letters_name_the_reason_and_the_remedy() -> None:
+    letters = dead_letters(events((3, 12, 5)).refused("UnknownItem"))
+    assert letters.schema == DEAD_LETTERS
+    assert letters.to_pylist() == [
+        {
+            "kind": "user",
+            "id": 3,
+            "as_of": 5,
+            "stage": "refresh",
+            "error": "UnknownItem",
+            "message": "event of user 3 with item 12: the items table has no item 12: run `prepare` with it, or set "
+            "streaming.unknown_items.",
+            "attempts": 1,
+        }
+    ]

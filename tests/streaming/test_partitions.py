@@ -1,0 +1,146 @@
+"""The rules of one user's state, by hand and as a law: no behaviour is lost or doubled, however events are split."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from owlrec.streaming.partitions import (
+    Behaviour,
+    FreezeConfig,
+    UserState,
+    as_of_after,
+    bootstrap,
+    due_at,
+    freeze,
+    hold,
+    take_in,
+    why_due,
+)
+
+DAY = 86_400_000
+NOTHING = np.zeros(0, dtype=np.float32)
+
+
+def behaviours(*times: int) -> tuple[Behaviour, ...]:
+    return tuple(Behaviour(time, 100 + time % 7, 4.0) for time in times)
+
+
+def state(*times: int, **fields: object) -> UserState:
+    return UserState(1, short=behaviours(*times), **fields)  # type: ignore[arg-type]
+
+
+def test_bootstrap_parts_what_was_read_from_what_came_later() -> None:
+    user = bootstrap(7, 20, [Behaviour(30, 3, None), Behaviour(10, 1, 5.0), Behaviour(20, 2, 4.0)], horizon=15)
+    assert user.short == (Behaviour(30, 3, None),)
+    assert user.seen == ((20, 2),)  # (10, 1) can never be considered again
+    assert (user.text_as_of, user.n_partitions, user.held) == (20, 0, 0)
+
+
+def test_user_whom_nobody_has_read_is_all_short_term() -> None:
+    user = bootstrap(7, None, [Behaviour(10, 1, 5.0)], horizon=None)
+    assert (user.short, user.seen, user.text_as_of) == ((Behaviour(10, 1, 5.0),), (), 0)
+
+
+def test_new_behaviours_are_sorted_in_and_known_ones_left_out() -> None:
+    user = UserState(1, short=(Behaviour(20, 2, 1.0),), seen=((10, 9), (30, 9)))
+    new = [Behaviour(20, 1, 3.0), Behaviour(20, 2, 5.0), Behaviour(30, 9, 5.0), Behaviour(5, 5, None)]
+    moved = take_in(user, new, horizon=20)
+    assert moved.short == (Behaviour(5, 5, None), Behaviour(20, 1, 3.0), Behaviour(20, 2, 1.0))
+    assert moved.seen == ((30, 9),)
+
+
+@pytest.mark.parametrize(
+    ("user", "drift", "clock", "reason"),
+    [
+        (state(), 2.0, 10 * DAY, ""),
+        (state(*range(8)), 0.0, 8, "length"),
+        (state(*range(7)), 0.0, 8, ""),
+        (state(*range(7)), 0.6, 8, "drift"),
+        (state(*range(7)), 0.59, 8, ""),
+        (state(1, 2, 3), 0.6, 8, "drift"),
+        (state(1, 2), 2.0, 8, ""),  # two behaviours are no drift
+        (state(1), 0.0, 1 + 7 * DAY, "age"),
+        (state(1), 0.0, 7 * DAY, ""),
+        (state(*range(8), held=8), 2.0, 9 * DAY, ""),  # the answer about these failed
+        (state(*range(10), held=8), 2.0, 9 * DAY, ""),
+        (state(*range(11), held=8), 0.0, 11, "length"),
+    ],
+)
+def test_when_a_short_term_is_due(user: UserState, drift: float, clock: int, reason: str) -> None:
+    assert why_due(user, drift, clock, FreezeConfig()) == reason
+
+
+def test_due_by_age_is_known_beforehand() -> None:
+    config = FreezeConfig(freeze_days=2)
+    assert due_at(state(5, 9), config) == 5 + 2 * DAY
+    assert due_at(state(), config) is None
+    assert due_at(state(5, held=1), config) is None
+    assert why_due(state(5, 9), 0.0, 5 + 2 * DAY, config) == "age"
+
+
+def test_freezing_reads_all_of_the_short_term() -> None:
+    user = state(10, 20, text_as_of=5, interest=np.array([1.0, 0.0], np.float32), weight=2.0, held=1)
+    frozen = freeze(user, np.array([0.5, 1.0], np.float32), 3.0, horizon=15)
+    assert frozen.short == ()
+    assert frozen.seen == ((20, behaviours(20)[0].item),)
+    assert (frozen.text_as_of, frozen.n_partitions, frozen.held, frozen.weight) == (20, 1, 0, 5.0)
+    assert frozen.interest.tolist() == [1.5, 1.0]
+
+
+def test_late_behaviours_do_not_move_a_texts_moment_back() -> None:
+    assert as_of_after(state(10, text_as_of=50)) == 50
+    assert freeze(state(10, text_as_of=50), NOTHING, 0.0, None).text_as_of == 50
+
+
+def test_interest_begins_with_the_first_vectors() -> None:
+    assert freeze(state(1), np.array([1.0], np.float32), 1.0, None).interest.tolist() == [1.0]
+    kept = freeze(state(1, interest=np.array([2.0], np.float32)), NOTHING, 0.0, None)
+    assert kept.interest.tolist() == [2.0]
+
+
+def test_failed_answer_keeps_everything() -> None:
+    held = hold(state(1, 2, 3))
+    assert (held.short, held.held) == (behaviours(1, 2, 3), 3)
+
+
+LATENESS = 50
+Key = tuple[int, int]  # time, item
+
+
+@settings(max_examples=200)
+@given(
+    rounds=st.lists(
+        st.tuples(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 3)), max_size=8), st.sampled_from("-fh")),
+        max_size=8,
+    ),
+    read=st.sets(st.tuples(st.integers(0, 20), st.integers(0, 3)), max_size=4),
+    unread=st.sets(st.tuples(st.integers(21, 40), st.integers(0, 3)), max_size=4),
+)
+def test_no_behaviour_is_lost_or_doubled(rounds: list[tuple[list[Key], str]], read: set[Key], unread: set[Key]) -> None:
+    """Rounds bring events in any split, late and repeated; some freeze the short term, in some an answer fails."""
+    watermark = max((time for time, _ in read | unread), default=0)
+    user = bootstrap(1, 20, [Behaviour(t, i, None) for t, i in read | unread], watermark - LATENESS)
+    accepted, frozen = set(read | unread), list(read)
+    for offered, outcome in rounds:
+        in_time = {key for key in offered if key[0] >= watermark - LATENESS}
+        # What a refresh before has taken in and forgotten lies before the horizon, so it is not offered again.
+        accepted |= in_time
+        watermark = max([watermark, *(time for time, _ in in_time)])
+        user = take_in(user, [Behaviour(t, i, None) for t, i in sorted(in_time)], watermark - LATENESS)
+        if outcome == "f" and user.short:
+            frozen += [b.key for b in user.short]
+            user = freeze(user, NOTHING, 0.0, watermark - LATENESS)
+        elif outcome == "h":
+            user = hold(user)
+    everything = sorted(frozen + [b.key for b in user.short])
+    assert everything == sorted(accepted)
+    assert list(user.short) == sorted(user.short)
+    assert all(time >= watermark - LATENESS for time, _ in user.seen)
+
+
+@given(st.permutations([Behaviour(t, i, None) for t in range(3) for i in range(3)]), st.integers(0, 9))
+def test_order_and_split_of_events_do_not_matter_to_the_short_term(events: list[Behaviour], cut: int) -> None:
+    whole = take_in(UserState(1), events, None)
+    parts = take_in(take_in(UserState(1), events[:cut], None), events[cut:], None)
+    assert whole == parts == take_in(UserState(1), sorted(events), None)

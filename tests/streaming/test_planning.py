@@ -1,0 +1,274 @@
+"""What a refresh decides: whose events are taken in, who is due, who is asked, and that order changes nothing."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming_world import (  # type: ignore[import-not-found]
+    DAY,
+    HOUR,
+    MOVIES,
+    START,
+    carry_out,
+    log_events,
+    plan_refresh,
+    prompts_of,
+    publish_world,
+    watched,
+    write_interactions,
+)
+
+from owlrec.errors import ReleaseError, SourceError
+from owlrec.schema import shard_of
+from owlrec.store import current_release, roll_back
+from owlrec.store.compaction import compact
+from owlrec.streaming.config import StreamingConfig
+from owlrec.streaming.journal import read_position
+from owlrec.streaming.planning import make_plan
+from owlrec.streaming.state import State, read_users
+from owlrec.workspace import Workspace
+
+AWAY = [115, 116, 117]  # films at a right angle to all that users 1 to 11 have read
+
+
+def user_of(workspace: Workspace, state: State, user: int) -> object:
+    shard = int(shard_of(np.array([user]), state.n_shards)[0])
+    return next(u for u in read_users(workspace, state, shard, "minilm") if u.user_id == user)
+
+
+def in_another_shard(user: int) -> int:
+    shards = shard_of(np.arange(41), 4)
+    return next(u for u in range(2, 41) if shards[u] != shards[user])
+
+
+def test_drifting_user_is_asked_about_and_a_steady_one_is_not(world: Workspace) -> None:
+    log_events(world, [*watched(1, AWAY), *watched(2, [106, 107, 108])])
+    plan = plan_refresh(world)
+    assert (plan.calls, plan.counts["frozen_by_drift"], plan.counts["events_new"]) == (1, 1, 6)
+    assert plan.watermark == START + DAY + 2 * HOUR
+    (prompt,) = prompts_of(world, plan).values()
+    assert (prompt["kind"], prompt["id"], prompt["as_of"]) == ("user", 1, START + DAY + 2 * HOUR)
+    assert 'Summary so far: "User 1 likes what is told slowly."' in prompt["text"]
+    assert '"Film 15 (1985)" 4 stars; "Film 16 (1986)" 4 stars; "Film 17 (1987)" 4 stars' in prompt["text"]
+    assert len(user_of(world, plan.state, 2).short) == 3
+
+
+def test_long_short_term_is_read_without_drift(world: Workspace) -> None:
+    log_events(world, [*watched(1, range(105, 113)), *watched(2, range(106, 113))])
+    plan = plan_refresh(world)
+    assert (list(prompts_of(world, plan)), plan.counts["frozen_by_length"]) == ([1], 1)
+
+
+def test_old_short_term_is_read_when_the_newest_event_of_all_says_so(world: Workspace) -> None:
+    other = in_another_shard(1)
+    log_events(world, watched(1, [105]), "one")
+    carry_out(world, plan_refresh(world))
+    log_events(world, watched(other, [other + 5 + 99], START + 8 * DAY - 1), "two")
+    plan = plan_refresh(world)
+    assert plan.calls == 0
+    carry_out(world, plan)
+    log_events(world, watched(other, [other + 6 + 99], START + 8 * DAY), "three")
+    plan = plan_refresh(world)
+    assert (list(prompts_of(world, plan)), plan.counts["frozen_by_age"]) == ([1], 1)
+
+
+def test_budget_asks_about_the_most_active_and_the_others_wait_their_turn(world: Workspace) -> None:
+    log_events(world, [*watched(1, AWAY), *watched(2, [*AWAY, 118]), *watched(3, [*AWAY, 118])], "one")
+    asked = []
+    for number, film in enumerate((124, 125, 126, 127)):  # what user 20 has read lies that way
+        plan = plan_refresh(world, budget_calls=1)
+        asked += list(prompts_of(world, plan))
+        assert plan.counts["left_waiting"] == max(2 - number, 0)
+        carry_out(world, plan)
+        log_events(world, watched(20, [film], START + 2 * DAY + number * DAY // 2), f"later-{number}")
+    assert asked == [2, 3, 1]
+
+
+def test_events_in_any_order_are_the_same_plan_to_the_byte(world: Workspace, tmp_path: Path) -> None:
+    events = [*watched(1, AWAY), *watched(2, range(106, 116)), *watched(30, [100, 101]), *watched(99, [100])]
+    shutil.copytree(world.root, tmp_path / "twin")
+    twin = Workspace(tmp_path / "twin")
+    log_events(world, events)
+    log_events(twin, [*events[::-1][5:], *events[::-1][:5]])
+    one, other = plan_refresh(world), plan_refresh(twin)
+    assert one == other
+    assert one.calls == 2
+    files = sorted(p.relative_to(world.root) for p in Path(world.root, "streaming").rglob("*") if p.is_file())
+    assert len(files) >= 6
+    for file in files:
+        assert Path(world.root, file).read_bytes() == Path(twin.root, file).read_bytes(), file
+
+
+def test_nothing_new_is_no_plan(world: Workspace) -> None:
+    log_events(world, watched(1, AWAY), "one")
+    carry_out(world, plan_refresh(world))
+    release = current_release(world)
+    assert plan_refresh(world) is None
+    log_events(world, watched(1, AWAY), "sent-twice")
+    assert plan_refresh(world) is None
+    assert current_release(world) == release
+
+
+def test_events_that_the_tables_hold_are_known(world: Workspace) -> None:
+    held = world.read_table("interactions").to_pylist()
+    log_events(world, [(r["user_id"], r["item_id"], r["rating"], r["timestamp"]) for r in held])
+    assert plan_refresh(world) is None
+
+
+def test_what_the_tables_hold_after_the_history_is_unread(world: Workspace) -> None:
+    write_interactions(world, watched(1, range(105, 112), START + HOUR))
+    log_events(world, watched(1, [112]))
+    plan = plan_refresh(world)
+    assert (plan.counts["events_new"], plan.counts["frozen_by_length"]) == (1, 1)
+    assert '"Film 5 (1975)"' in prompts_of(world, plan)[1]["text"]
+    assert '"Film 12 (1982)"' in prompts_of(world, plan)[1]["text"]
+
+
+def test_late_event_finds_its_place_and_one_too_late_is_refused_once(world: Workspace) -> None:
+    log_events(world, watched(1, [105], START + 10 * DAY), "one")
+    carry_out(world, plan_refresh(world, freeze_days=30))
+    log_events(world, [*watched(1, [106], START + 7 * DAY), *watched(1, [107], START + 7 * DAY - 1)], "two")
+    plan = plan_refresh(world, freeze_days=30)
+    assert (plan.counts["events_new"], plan.counts["refused_TooLate"]) == (1, 1)
+    assert plan.watermark == START + 10 * DAY
+    assert [b.item for b in user_of(world, plan.state, 1).short] == [106, 105]
+    carry_out(world, plan)
+    assert plan_refresh(world, freeze_days=30) is None
+    (file,) = world.names("streaming", "dead")
+    assert world.read_parquet(f"streaming/dead/{file}")["error"].to_pylist() == ["TooLate"]
+
+
+def test_refused_events_are_reported_once_and_taken_in_when_they_may_be(world: Workspace) -> None:
+    log_events(world, watched(99, [105, 106, 107]), "one")
+    plan = plan_refresh(world)
+    assert (plan.calls, plan.watermark, plan.counts["refused_UnknownUser"]) == (0, None, 3)
+    carry_out(world, plan)
+    assert plan_refresh(world) is None
+    plan = plan_refresh(world, unknown_users="create")
+    assert (plan.counts["refused"], plan.counts["events_new"]) == (0, 3)
+    prompt = prompts_of(world, plan)[99]  # all of it is new: nothing was read of this user
+    assert "Summary so far" not in prompt["text"]
+    carry_out(world, plan)
+    log_events(world, watched(99, [108], START + 2 * DAY), "two")
+    assert plan_refresh(world).counts["events_new"] == 1  # known now, by the state
+
+
+def test_event_from_the_future_is_taken_in_once_its_moment_has_come(world: Workspace) -> None:
+    log_events(world, [*watched(1, [105], START + DAY), *watched(1, [106], START + 2 * DAY)])
+    plan = plan_refresh(world, now=START + DAY)
+    assert (plan.counts["events_new"], plan.counts["refused_FromTheFuture"]) == (1, 1)
+    assert plan.watermark == START + DAY
+    carry_out(world, plan)
+    assert plan_refresh(world, now=START + DAY) is None
+    plan = plan_refresh(world, now=START + 2 * DAY)
+    assert (plan.counts["events_new"], plan.counts["refused"]) == (1, 0)
+
+
+def test_unknown_item_counts_as_behaviour_but_is_not_quoted(world: Workspace) -> None:
+    log_events(world, [*watched(1, [*range(105, 112), 999]), *watched(2, range(900, 910))])
+    plan = plan_refresh(world, unknown_items="create")
+    assert list(prompts_of(world, plan)) == [1]  # of user 2 there would be nothing to quote
+    assert prompts_of(world, plan)[1]["text"].count('"Film') == 7
+    assert len(user_of(world, plan.state, 2).short) == 10
+
+
+def test_user_without_an_earlier_text_is_asked_about_without_one(world: Workspace) -> None:
+    publish_world(world, "second", without_text=[1])
+    log_events(world, watched(1, AWAY))
+    assert "Summary so far" not in prompts_of(world, plan_refresh(world))[1]["text"]
+
+
+def test_only_shards_with_news_are_written_anew(world: Workspace) -> None:
+    other = in_another_shard(1)
+    log_events(world, [*watched(1, [105]), *watched(other, [110])], "one")
+    first = carry_out(world, plan_refresh(world))
+    log_events(world, watched(1, [106], START + 2 * DAY), "two")
+    plan = plan_refresh(world)
+    mine, theirs = (int(s) for s in shard_of(np.array([1, other]), 4))
+    assert plan.state.shards[theirs].file.startswith(first.state)
+    assert plan.state.shards[mine].file.startswith(plan.states)
+    second = carry_out(world, plan)
+    assert world.exists(plan.state.shards[theirs].file)
+    assert len(world.names("streaming", "states")) == 2
+    assert second.state == plan.states
+
+
+def test_state_outlives_tables_of_another_number_of_parts(world: Workspace) -> None:
+    log_events(world, watched(1, [105]), "one")
+    carry_out(world, plan_refresh(world))
+    for name in ("users", "interactions", "histories"):
+        world.write_table(name, world.read_table(name), key="user_id", n_shards=2)
+    log_events(world, [*watched(1, [106], START + 2 * DAY), *watched(5, [110], START + 2 * DAY)], "two")
+    plan = plan_refresh(world)
+    assert len(user_of(world, plan.state, 1).short) == 2
+    assert user_of(world, plan.state, 5).text_as_of == START + 4
+
+
+def test_prompts_are_split_into_files(world: Workspace) -> None:
+    log_events(world, [row for user in range(1, 6) for row in watched(user, AWAY)])
+    plan = plan_refresh(world, shard_rows=2)
+    assert world.names(plan.prompts) == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    assert sorted(prompts_of(world, plan)) == [1, 2, 3, 4, 5]
+
+
+def test_log_that_lost_its_events_is_an_error(world: Workspace) -> None:
+    log_events(world, watched(1, AWAY))
+    carry_out(world, plan_refresh(world))
+    Path(world.path("events", "one.parquet")).unlink()
+    with pytest.raises(SourceError, match=r"the log is empty, but events up to 2001-09-10 .* delete .*streaming"):
+        plan_refresh(world)
+
+
+def test_without_a_whole_run_there_is_nothing_to_build_on(small_world: Workspace) -> None:
+    write_interactions(small_world)
+    log_events(small_world, watched(1, AWAY))
+    with pytest.raises(ReleaseError, match="Run `owlrec run` with the same recipe first"):
+        plan_refresh(small_world)
+
+
+def test_parent_that_is_gone_is_named(world: Workspace) -> None:
+    first = current_release(world)
+    log_events(world, watched(1, AWAY), "one")
+    delta = carry_out(world, plan_refresh(world)).release
+    log_events(world, watched(1, [118], START + 2 * DAY), "two")
+    shutil.move(world.path("releases", first), world.path("aside"))
+    with pytest.raises(ReleaseError, match=f"delta of release '{first}', which is gone"):
+        plan_refresh(world)
+    shutil.move(world.path("releases", delta), world.path("aside-too"))
+    with pytest.raises(ReleaseError, match=f"release {delta}, which a refresh would build on, is gone"):
+        plan_refresh(world)
+
+
+def test_rolled_back_release_is_not_built_around(world: Workspace) -> None:
+    log_events(world, watched(1, AWAY), "one")
+    delta = carry_out(world, plan_refresh(world)).release
+    roll_back(world)
+    log_events(world, watched(1, [118], START + 2 * DAY), "two")
+    with pytest.raises(ReleaseError, match=f"does not come after {delta}.*`owlrec rollback --to {delta}`.*delete"):
+        plan_refresh(world)
+    roll_back(world, delta)
+    assert plan_refresh(world).parent == delta
+
+
+def test_compaction_and_a_new_full_release_are_built_upon(world: Workspace) -> None:
+    log_events(world, watched(1, AWAY), "one")
+    carry_out(world, plan_refresh(world))
+    compacted = compact(world).name
+    log_events(world, watched(1, AWAY, START + 2 * DAY), "two")
+    plan = plan_refresh(world, freeze_drift=0.3)
+    assert plan.parent == compacted
+    assert "Renewed text of user 1" in prompts_of(world, plan)[1]["text"]
+    carry_out(world, plan)
+    full = publish_world(world, "second")
+    log_events(world, watched(2, AWAY, START + 3 * DAY), "three")
+    assert plan_refresh(world).parent == full
+
+
+def test_release_of_another_encoder_is_refused(world: Workspace) -> None:
+    log_events(world, watched(1, AWAY))
+    with pytest.raises(ReleaseError, match="encoder 'minilm', but the recipe names 'other'"):
+        make_plan(
+            world, StreamingConfig(), MOVIES, encoder="other", shard_rows=9, now=START + DAY, count_tokens=lambda: len
+        )
+    assert read_position(world) is None

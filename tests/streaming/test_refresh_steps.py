@@ -1,0 +1,128 @@
+"""The pipeline's steps without Ray: answers that fail in numbers, and a wish to stop between two steps."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from streaming_world import log_events, watched  # type: ignore[import-not-found]
+
+from owlrec.errors import EngineError
+from owlrec.generation import EchoEngineConfig
+from owlrec.generation.batch import Generated
+from owlrec.generation.echo_engine import EchoEngine
+from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
+from owlrec.generation.shard_work import generate_shard
+from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard
+from owlrec.prompting.rows import ItemCatalog
+from owlrec.recipe import Recipe
+from owlrec.store import open_release
+from owlrec.streaming.journal import pending_plan, read_position
+from owlrec.streaming.watching import Stopped, StopSignals
+from owlrec.workspace import Workspace
+from pipelines import refresh
+
+AWAY = [115, 116, 117]
+
+
+class Server(EchoEngine):
+    """Fails all that it is asked while it is away; counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(EchoEngineConfig(type="echo"))
+        self.away, self.asked = False, 0
+
+    async def complete(
+        self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
+    ) -> Completion:
+        self.asked += 1
+        if self.away and "Film 15" in prompt:
+            raise RequestFailed("the server is away")
+        return await super().complete(system, prompt, sampling, extra)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    """What answers in the place of the engines that Ray would start."""
+    engine = Server()
+
+    def generate(
+        workspace: Workspace, job: Job, config: object, how: object, pending: Sequence[Shard],
+        on_shard: Callable[[ShardManifest], None], *, retry_dead: Sequence[Shard],
+    ) -> Generated:  # fmt: skip
+        catalog, manifests = ItemCatalog.load(workspace), []
+        for shard in [*pending, *retry_dead]:
+            done = finished_shard(workspace, job, shard) if shard in retry_dead else None
+            manifests.append(asyncio.run(generate_shard(workspace, job, shard, engine, catalog, retry_dead=done)))
+            on_shard(manifests[-1])
+        return Generated(manifests, None)
+
+    @contextmanager
+    def no_session(*_: object) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(refresh, "generate", generate)
+    monkeypatch.setattr(refresh, "ray_session", no_session)
+    return engine
+
+
+def recipe_for(workspace: Workspace) -> Recipe:
+    values = {"name": "t", "scenario": "movies", "workspace": workspace.root, "engine": {"type": "echo"}}
+    return Recipe.model_validate({**values, "source": {"type": "movielens-100k"}, "shard_rows": 8})
+
+
+def test_failures_in_numbers_end_the_run_and_the_next_one_asks_for_them_again(world: Workspace, server: Server) -> None:
+    log_events(world, [r for user in range(1, 12) for r in watched(user, AWAY)] + watched(20, range(105, 113)))
+    server.away = True
+    with pytest.raises(EngineError, match="11 of 12 rows failed"):
+        refresh.run(recipe_for(world), world)
+    assert (server.asked, read_position(world)) == (12, None)
+    plan = pending_plan(world)
+    assert plan is not None
+    with pytest.raises(EngineError, match="11 of 12 rows failed"):
+        refresh.run(recipe_for(world), world)
+    assert server.asked == 12 + 11  # the one that was answered stays
+    server.away = False
+    assert refresh.run(recipe_for(world), world) == [plan]
+    assert server.asked == 12 + 11 + 11
+    with open_release(world) as release:
+        found = release.store.get("user", [1, 11, 20])
+    assert [k is not None and k.framework for k in found] == ["streaming"] * 3
+    assert refresh.run(recipe_for(world), world) == []
+
+
+def test_a_few_failures_hold_nobody_up(world: Workspace, server: Server) -> None:
+    log_events(world, [*watched(1, AWAY), *watched(20, range(105, 113))])
+    server.away = True
+    (plan,) = refresh.run(recipe_for(world), world)
+    assert (plan.calls, server.asked) == (2, 2)
+    with open_release(world) as release:
+        held, renewed = release.store.get("user", [1, 20])
+    assert held is not None
+    assert held.text == "User 1 likes what is told slowly."
+    assert renewed is not None
+    assert renewed.text.startswith("echo-")
+    server.away = False
+    assert refresh.run(recipe_for(world), world) == []
+
+
+def test_wish_to_stop_is_honoured_after_the_step_and_the_next_run_goes_on(
+    world: Workspace, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_events(world, watched(1, AWAY))
+    shard_watch = refresh.ShardWatch
+
+    def told_to_stop(*arguments: Any) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return shard_watch(*arguments)
+
+    with monkeypatch.context() as patch, StopSignals() as signals:
+        patch.setattr(refresh, "ShardWatch", told_to_stop)
+        with pytest.raises(Stopped):
+            refresh.run(recipe_for(world), world, signals=signals)
+    assert (server.asked, pending_plan(world) is not None) == (1, True)
+    assert len(refresh.run(recipe_for(world), world)) == 1
+    assert server.asked == 1
