@@ -31,13 +31,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 workspace,
                 recipe.ctr,
                 grid,
-                knowledge={
-                    source: (
-                        f"{encoded.outputs['vectors']}/{source}-user",
-                        f"{encoded.outputs['vectors']}/{source}-item",
-                    )
-                    for source in ("knowledge", "metadata")
-                },
+                knowledge=_vector_folders(workspace, encoded.outputs["vectors"]),
                 fingerprint=grid_print,
                 attributes=[f for f in recipe.domain.text_fields if f in columns][:2],
                 profile=list(recipe.domain.profile_fields),
@@ -56,6 +50,16 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     return execute(
         workspace, "train_ctr", print_, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
     )
+
+
+def _vector_folders(workspace: Workspace, folder: str) -> dict[str, dict[str, str]]:
+    """Source -> side -> folder, of all vectors that `encode` wrote as <source>-<side>."""
+    found: dict[str, dict[str, str]] = {}
+    for name in workspace.names(folder):
+        source, _, side = name.rpartition("-")
+        if side in ("user", "item"):  # beside each folder stands its Parquet file
+            found.setdefault(source, {})[side] = f"{folder}/{name}"
+    return found
 
 
 if __name__ == "__main__":

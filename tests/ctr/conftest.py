@@ -25,11 +25,13 @@ class ToyWorld:
 
     @property
     def data(self) -> TrainingData:
-        """Both sources of vectors are the same here."""
+        """All sources hold the same vectors here; of older interest partitions there is one."""
         features = build_features(
             self.users, self.items, self.samples, attributes=["genres"], profile=["gender"], min_item_count=1
         )
-        return TrainingData(features, {"knowledge": self.vectors, "metadata": self.vectors})
+        sides = dict(zip(("user", "item"), self.vectors, strict=True))
+        sources = {source: sides for source in ("knowledge", "collective", "metadata")}
+        return TrainingData(features, {**sources, "partition-1": {"user": self.vectors[0]}})
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,52 @@
-"""The batched adaptor against a loop over samples and experts, and what it makes of missing knowledge."""
+"""The batched adaptor against a loop over samples, sources and experts; laws of fusion and of missing knowledge."""
 
+import math
+
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from owlrec.ctr.adaptor import Adaptor, Knowledge, Tower
+from owlrec.ctr.adaptor import FUSION_DIM, Adaptor, Knowledge, Tower
 from owlrec.ctr.experiment import AdaptorConfig
 
 D, OUT = 6, 3
+CONFIG = AdaptorConfig(shared_experts=2, dedicated_experts=3, hidden_dim=4)
+SOURCES = [(1, 1), (3, 2), (4, 1)]  # of users, of items
 
 
-def adaptor() -> Adaptor:
+def adaptor(user_sources: int = 1, item_sources: int = 1) -> Adaptor:
     torch.manual_seed(0)
-    return Adaptor(D, OUT, AdaptorConfig(shared_experts=2, dedicated_experts=3, hidden_dim=4))
+    return Adaptor(D, OUT, CONFIG, user_sources, item_sources)
 
 
-def side(n: int, seed: int) -> Knowledge:
+def side(n: int, seed: int, sources: int = 1) -> Knowledge:
+    """Seven rows; the first id, which the first row is of, has no knowledge of any source."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, n, (7,), generator=generator)
-    return Knowledge(torch.randn(n, D, generator=generator), torch.rand(n, generator=generator) > 0.4, rows)
+    rows[0] = 0
+    vectors = torch.randn(n, sources, D, generator=generator)
+    mask = torch.rand(n, sources, generator=generator) > 0.4
+    mask[0] = False
+    return Knowledge(vectors, mask, rows)
+
+
+def fused_by_hand(tower: Tower, vectors: Tensor, mask: Tensor) -> Tensor:
+    units = {i: vectors[i] / vectors[i].norm() for i in range(len(mask)) if mask[i]}
+    if not units:
+        return tower.default
+    if tower.fusion is None:
+        return units[0]
+    fusion, weights = tower.fusion, {}
+    for i, unit in units.items():
+        hidden = torch.tanh(fusion.key.weight @ unit + fusion.slots[i])
+        weights[i] = math.exp(fusion.query @ hidden)
+    return sum((w / sum(weights.values()) * units[i] for i, w in weights.items()), torch.zeros(D))
 
 
 def by_hand(model: Adaptor, tower: Tower, knowledge: Knowledge, row: int) -> Tensor:
     u = knowledge.rows[row]
-    z = knowledge.vectors[u] / knowledge.vectors[u].norm() if knowledge.mask[u] else tower.default
+    z = fused_by_hand(tower, knowledge.vectors[u], knowledge.mask[u])
     scores = [float(tower.gate.weight[i] @ z + tower.gate.bias[i]) for i in range(5)]
     gates = torch.tensor(scores).exp() / torch.tensor(scores).exp().sum()
     total = torch.zeros(OUT)
@@ -33,9 +57,10 @@ def by_hand(model: Adaptor, tower: Tower, knowledge: Knowledge, row: int) -> Ten
     return total
 
 
-def test_equals_a_loop_over_samples_and_experts() -> None:
-    model, user, item = adaptor(), side(5, 1), side(4, 2)
-    assert not user.mask.all()
+@pytest.mark.parametrize("sources", SOURCES)
+def test_equals_a_loop_over_samples_sources_and_experts(sources: tuple[int, int]) -> None:
+    model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
+    assert user.mask.any()
     with torch.no_grad():
         out = model(user, item)
         expected = [
@@ -45,29 +70,133 @@ def test_equals_a_loop_over_samples_and_experts() -> None:
     torch.testing.assert_close(out, torch.stack(expected))
 
 
-def test_missing_knowledge_is_the_default_whatever_the_vector_holds() -> None:
+def drawn_by_hand() -> dict[str, Tensor]:
+    """The parameters of the adaptor of the paper, drawn in the order shared, user, item."""
+
+    def experts(name: str, n: int) -> dict[str, Tensor]:
+        first = nn.Linear(D, n * 4)
+        return {
+            f"{name}.first.weight": first.weight,
+            f"{name}.first.bias": first.bias,
+            f"{name}.weight": torch.empty(n, 4, OUT).uniform_(-0.5, 0.5),
+            f"{name}.bias": torch.empty(n, OUT).uniform_(-0.5, 0.5),
+        }
+
+    def tower(name: str) -> dict[str, Tensor]:
+        default, gate = torch.randn(D) * D**-0.5, nn.Linear(D, 5)
+        parts = {f"{name}.default": default, f"{name}.gate.weight": gate.weight, f"{name}.gate.bias": gate.bias}
+        return {**parts, **experts(f"{name}.experts", 3)}
+
+    return {**experts("shared", 2), **tower("user"), **tower("item")}
+
+
+def test_one_source_draws_the_numbers_of_an_adaptor_without_fusion() -> None:
+    parameters = dict(adaptor().named_parameters())
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    expected = drawn_by_hand()
+    assert torch.equal(torch.rand(3), after)
+    assert parameters.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(parameters[name], value), name
+
+
+def test_one_source_is_computed_to_the_bit_as_without_fusion() -> None:
     model, user, item = adaptor(), side(5, 1), side(4, 2)
-    other = Knowledge(torch.where(user.mask[:, None], user.vectors, 99.0), user.mask, user.rows)
-    assert torch.equal(model(user, item), model(other, item))
-    missing = ~user.mask[user.rows]
+    fields = []
+    for tower, knowledge in ((model.user, user), (model.item, item)):
+        x = torch.where(knowledge.mask, F.normalize(knowledge.vectors[:, 0], dim=1), tower.default)
+        outputs = torch.cat([model.shared(x), tower.experts(x)], dim=1)
+        mixed = torch.einsum("bn,bno->bo", torch.softmax(tower.gate(x), dim=1), outputs)
+        fields.append(mixed[knowledge.rows])
+    assert torch.equal(model(user, item), torch.stack(fields, dim=1))
+
+
+@pytest.mark.parametrize("garbage", [99.0, -math.inf, math.nan])
+@pytest.mark.parametrize("sources", SOURCES)
+def test_a_missing_source_contributes_nothing_whatever_its_vector_holds(
+    sources: tuple[int, int], garbage: float
+) -> None:
+    model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
+    others = [Knowledge(k.vectors.masked_fill(~k.mask.unsqueeze(2), garbage), k.mask, k.rows) for k in (user, item)]
+    assert torch.equal(model(*others), model(user, item))
+    model(*others).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("sources", [1, 3])
+def test_only_ids_without_any_source_read_the_default(sources: int) -> None:
+    model, user, item = adaptor(sources), side(5, 1, sources), side(4, 2)
+    missing = ~user.mask.any(dim=1)
+    assert torch.equal(model.user.fused(user.vectors, user.mask)[missing], model.user.default.expand(missing.sum(), D))
     before = model(user, item)[:, 0]
     with torch.no_grad():
         model.user.default += 1
     changed = (model(user, item)[:, 0] != before).any(dim=1)
-    assert torch.equal(changed, missing)
+    assert torch.equal(changed, missing[user.rows])
+    assert not changed.all()
 
 
-def test_default_vector_is_learned() -> None:
-    model, user, item = adaptor(), side(5, 1), side(4, 2)
+@pytest.mark.parametrize("present", [0, 1, 2])
+def test_an_id_with_one_source_reads_just_that_vector(present: int) -> None:
+    tower, vectors = adaptor(3).user, side(5, 1, 3).vectors
+    mask = (torch.arange(3) == present).expand(5, 3)
+    torch.testing.assert_close(tower.fused(vectors, mask), F.normalize(vectors[:, present], dim=1))
+
+
+def test_nothing_known_of_a_whole_batch_trains_without_nan() -> None:
+    model, user, item = adaptor(3, 2), side(5, 1, 3), side(4, 2, 2)
+    user, item = (Knowledge(k.vectors, torch.zeros_like(k.mask), k.rows) for k in (user, item))
+    out = model(user, item)
+    out.sum().backward()
+    assert model.user.fusion is not None
+    assert torch.equal(model.user.fusion(user.vectors, user.mask), torch.zeros(5, D))
+    assert out.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("sources", SOURCES)
+def test_ids_permuted_with_their_vectors_leave_the_outputs(sources: tuple[int, int]) -> None:
+    model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
+    order = torch.tensor([3, 0, 4, 2, 1])
+    moved = Knowledge(user.vectors[order], user.mask[order], torch.argsort(order)[user.rows])
+    torch.testing.assert_close(model(moved, item), model(user, item))
+
+
+def test_sources_are_told_apart_by_their_slots_alone() -> None:
+    tower, vectors = adaptor(3).user, side(5, 1, 3).vectors
+    mask, order = torch.ones(5, 3, dtype=torch.bool), torch.tensor([2, 0, 1])
+    assert tower.fusion is not None
+    before, swapped = tower.fused(vectors, mask), tower.fused(vectors[:, order], mask)
+    assert ((swapped - before).abs().amax(dim=1) > 1e-4).all()
+    with torch.no_grad():
+        tower.fusion.slots.copy_(tower.fusion.slots[order])
+    torch.testing.assert_close(tower.fused(vectors[:, order], mask), before)
+
+
+def test_default_query_keys_and_slots_are_learned() -> None:
+    model, user, item = adaptor(3, 2), side(5, 1, 3), side(4, 2, 2)
+    for knowledge in (user, item):
+        knowledge.mask[1:] = True
     model(user, item).sum().backward()
-    assert model.user.default.grad is not None
-    assert model.user.default.grad.abs().sum() > 0
+    for tower in (model.user, model.item):
+        assert tower.fusion is not None
+        for parameter in (tower.default, tower.fusion.query, tower.fusion.key.weight):
+            assert parameter.grad is not None
+            assert parameter.grad.abs().sum() > 0
+        assert tower.fusion.slots.grad is not None
+        assert (tower.fusion.slots.grad != 0).any(dim=1).all()
 
 
-def test_size_is_that_of_the_paper() -> None:
+def test_another_number_of_sources_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 vectors an id.*built for 3"):
+        adaptor(3, 1)(side(5, 1, 2), side(4, 2))
+
+
+def test_size_is_that_of_the_paper_and_of_two_fusions() -> None:
     # 12 experts of 384 x 128 + 128 + 128 x 32 + 32, two gates of 384 x 7 + 7, two default vectors.
-    model = Adaptor(384, 32, AdaptorConfig())
-    assert (
-        sum(p.numel() for p in model.parameters())
-        == 12 * (384 * 128 + 128 + 128 * 32 + 32) + 2 * (384 * 7 + 7) + 2 * 384
-    )
+    paper = 12 * (384 * 128 + 128 + 128 * 32 + 32) + 2 * (384 * 7 + 7) + 2 * 384
+    one, several = (Adaptor(384, 32, AdaptorConfig(), *sources) for sources in ((1, 1), (4, 2)))
+    assert sum(p.numel() for p in one.parameters()) == paper
+    fusions = 2 * (384 * FUSION_DIM + FUSION_DIM) + (4 + 2) * FUSION_DIM
+    assert sum(p.numel() for p in several.parameters()) == paper + fusions

@@ -6,7 +6,29 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from owlrec.ctr.experiment import Arm, ArmSummary, CTRConfig, Metrics, Trial, TrialResult, summarise, trials
+from owlrec.ctr.experiment import (
+    Arm,
+    ArmSources,
+    ArmSummary,
+    CTRConfig,
+    Metrics,
+    Trial,
+    TrialResult,
+    arm_sources,
+    summarise,
+    trials,
+)
+from owlrec.errors import RecipeError
+
+BOTH = ("user", "item")
+ALL = {
+    "knowledge": BOTH,
+    "collective": BOTH,
+    "metadata": BOTH,
+    "partition-1": ("user",),
+    "partition-2": ("user",),
+    "partition-3": ("user",),
+}
 
 
 def result(arm: Arm, seed: int, auc: float, gauc: float | None = 0.6) -> TrialResult:
@@ -29,7 +51,10 @@ def test_grid_finishes_a_seed_before_it_starts_the_next() -> None:
     ("settings", "message"),
     [
         ({"backbones": ["dim"]}, "Did you mean 'din'"),
-        ({"arms": ["none", "magic"]}, "'none', 'knowledge', 'shuffled' or 'metadata'"),
+        (
+            {"arms": ["none", "magic"]},
+            "'none', 'knowledge', 'collective', 'both', 'streaming', 'shuffled' or 'metadata'",
+        ),
         ({"seeds": [1, 2, 1]}, "1 stands there more than once"),
         ({"seeds": []}, "at least 1"),
         ({"embed_size": 8}, "Extra inputs"),
@@ -38,6 +63,51 @@ def test_grid_finishes_a_seed_before_it_starts_the_next() -> None:
 def test_mistakes_in_the_recipe_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         CTRConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("arm", "user", "item"),
+    [
+        ("none", (), ()),
+        ("knowledge", ("knowledge",), ("knowledge",)),
+        ("collective", ("collective",), ("collective",)),
+        ("both", ("knowledge", "collective"), ("knowledge", "collective")),
+        ("streaming", ("knowledge", "partition-1", "partition-2", "partition-3"), ("knowledge",)),
+        ("shuffled", ("knowledge",), ("knowledge",)),
+        ("metadata", ("metadata",), ("metadata",)),
+    ],
+)
+def test_what_each_arm_reads(arm: Arm, user: tuple[str, ...], item: tuple[str, ...]) -> None:
+    assert arm_sources(arm, ALL) == ArmSources(user, item)
+
+
+def test_default_grid_holds_the_four_arms_that_every_run_has_vectors_for() -> None:
+    assert CTRConfig().arms == ("none", "knowledge", "shuffled", "metadata")
+
+
+def test_streaming_reads_the_older_partitions_that_exist() -> None:
+    assert arm_sources("streaming", {"knowledge": BOTH, "partition-2": ("user",)}).user == ("knowledge", "partition-2")
+    assert arm_sources("streaming", {"knowledge": BOTH, "partition-1": ("item",)}).user == ("knowledge",)
+
+
+def test_shuffled_reads_collective_knowledge_where_there_is_no_other() -> None:
+    assert arm_sources("shuffled", {"collective": BOTH}) == ArmSources(("collective",), ("collective",))
+
+
+@pytest.mark.parametrize(
+    ("arm", "given", "message"),
+    [
+        ("both", {"knowledge": BOTH}, r"arm 'both' needs collective vectors\. `encode` wrote none of users and items"),
+        ("both", {"collective": BOTH}, r"arm 'both' needs knowledge vectors\."),
+        ("collective", {"collective": ("user",)}, r"arm 'collective' needs collective vectors\. .* none of items"),
+        ("streaming", {"partition-1": ("user",)}, r"arm 'streaming' needs knowledge vectors\."),
+        ("shuffled", {"metadata": BOTH}, r"arm 'shuffled' needs knowledge vectors\."),
+        ("metadata", {}, r"arm 'metadata' needs metadata vectors\. .*leave the arm out"),
+    ],
+)
+def test_an_arm_without_its_source_is_refused(arm: Arm, given: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        arm_sources(arm, given)
 
 
 def test_summary_by_hand() -> None:

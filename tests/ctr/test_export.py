@@ -18,7 +18,7 @@ FINGERPRINT = "0123456789abcdef" * 4
 
 
 @pytest.mark.parametrize("backbone", ["din", "dcnv2"])
-@pytest.mark.parametrize("arm", ["none", "knowledge"])
+@pytest.mark.parametrize("arm", ["none", "knowledge", "both", "streaming"])
 def test_reloaded_model_gives_the_same_scores(workspace: Workspace, toy_world: Any, backbone: str, arm: Any) -> None:
     data, trial = toy_world.data, Trial(backbone=backbone, arm=arm, seed=0)
     trained = train_one(trial, data, CONFIG)
@@ -34,6 +34,18 @@ def test_reloaded_model_gives_the_same_scores(workspace: Workspace, toy_world: A
     samples = encode_samples(test, toy_world.users, items, vocabularies, model.spec.features.history_length)
     before = score(trained.model, SplitTensors(data.features.splits["test"], data.tables(trial), "cpu"))
     np.testing.assert_array_equal(score(model, SplitTensors(samples, data.tables(trial), "cpu")), before)
+
+
+def test_spec_written_before_there_were_several_sources_still_loads(workspace: Workspace, toy_world: Any) -> None:
+    data, trial = toy_world.data, Trial(backbone="din", arm="knowledge", seed=0)
+    trained = train_one(trial, data, CONFIG)
+    folder = export_trial(workspace, FINGERPRINT, trained)
+    spec = workspace.read_json(f"{folder}/spec.json")
+    assert (spec.pop("user_sources"), spec.pop("item_sources")) == (1, 1)
+    workspace.write_json(f"{folder}/spec.json", spec)
+    split = SplitTensors(data.features.splits["test"], data.tables(trial), "cpu")
+    model = load_trial(workspace, folder, data.features.items)
+    np.testing.assert_array_equal(score(model, split), score(trained.model, split))
 
 
 def test_result_is_read_back_only_for_finished_trials(workspace: Workspace, toy_world: Any) -> None:

@@ -1,5 +1,6 @@
 """Training on a toy world whose answer is known, early stopping, and two ranks against one."""
 
+import dataclasses
 import pickle
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from owlrec.ctr import fitting
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial
 from owlrec.ctr.fitting import SplitTensors, TrainingData, epoch_rows, score, train_one
+from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.errors import RecipeError, SchemaError
 
@@ -82,11 +85,72 @@ def test_arm_without_vectors_is_refused(data: TrainingData) -> None:
         TrainingData(data.features, {}).tables(trial("shuffled"))
 
 
-def test_vectors_of_two_encoders_are_refused(data: TrainingData) -> None:
-    users, items = data.knowledge["knowledge"]
-    narrow = type(items)(items.ids, items.vectors[:, :3])
-    with pytest.raises(SchemaError, match="8 components for users but 3 for items"):
-        TrainingData(data.features, {"knowledge": (users, narrow)}).tables(trial("knowledge"))
+@pytest.mark.parametrize(
+    ("arm", "source", "side", "message"),
+    [
+        ("knowledge", "knowledge", "item", "users have 8 .* knowledge vectors of items have 3"),
+        ("both", "collective", "user", "users have 8 .* collective vectors of users have 3"),
+        ("streaming", "partition-1", "user", "users have 8 .* partition-1 vectors of users have 3"),
+    ],
+)
+def test_vectors_of_two_encoders_are_refused(
+    data: TrainingData, arm: Arm, source: str, side: str, message: str
+) -> None:
+    table = data.knowledge[source][side]
+    narrow = {**data.knowledge[source], side: KnowledgeTable(table.ids, table.vectors[:, :3])}
+    with pytest.raises(SchemaError, match=message):
+        TrainingData(data.features, {**data.knowledge, source: narrow}).tables(trial(arm))
+
+
+def test_a_batch_holds_the_sources_of_each_id_in_their_order(data: TrainingData) -> None:
+    sides = data.knowledge["knowledge"]
+    users, items = sides["user"], sides["item"]
+    cohort = KnowledgeTable(users.ids[::2], users.vectors[1::2])  # of every other user
+    given = {"knowledge": sides, "collective": {"user": cohort, "item": items}}
+    tables = TrainingData(data.features, given).tables(trial("both"))
+    rows = torch.arange(0, 400, 7)
+    batch = SplitTensors(data.features.splits["test"], tables, "cpu").batch(rows)
+    assert batch.user is not None
+    assert batch.item is not None
+    assert (batch.user.vectors.shape[1:], batch.item.vectors.shape[1:]) == ((2, 8), (2, 8))
+    assert batch.item.mask.all()
+    assert torch.equal(batch.item.vectors[:, 0], batch.item.vectors[:, 1])
+    for row, user in enumerate(data.features.splits["test"].user_ids[rows.numpy()]):
+        vectors, mask = batch.user.vectors[batch.user.rows[row]], batch.user.mask[batch.user.rows[row]]
+        assert mask.tolist() == [True, user % 2 == 0]
+        np.testing.assert_array_equal(vectors[0], users.vectors[user])
+        np.testing.assert_array_equal(vectors[1], users.vectors[user + 1] if user % 2 == 0 else np.zeros(8))
+
+
+@pytest.mark.parametrize("source", ["knowledge", "collective"])
+def test_shuffled_permutes_the_vectors_of_each_side_by_the_trials_seed(data: TrainingData, source: str) -> None:
+    given = {source: data.knowledge[source]}
+    for seed in (0, 3):
+        tables = TrainingData(data.features, given).tables(trial("shuffled", seed=seed))
+        assert tables is not None
+        for side, (table,) in (("user", tables.users), ("item", tables.items)):
+            own = given[source][side]
+            np.testing.assert_array_equal(table.gather(own.ids)[0], own.shuffled(seed).gather(own.ids)[0])
+
+
+def test_two_sources_tell_together_what_neither_tells_alone(toy_world: Any) -> None:
+    """A user likes even items where the sum of two signals is positive; each source holds one of the signals."""
+    rng = np.random.default_rng(1)
+    n_users, dim = len(toy_world.users), 8
+    signals = rng.uniform(-1, 1, size=(2, n_users))
+    noise = rng.normal(size=(2, n_users, dim - 1))
+    noise *= np.sqrt(1 - signals**2)[..., None] / np.linalg.norm(noise, axis=2, keepdims=True)
+    vectors = np.concatenate([signals[..., None], noise], axis=2).astype(np.float16)  # of length one
+    user, item = (toy_world.samples[name].to_numpy() for name in ("user_id", "item_id"))
+    label = (item % 2 == 0) == (signals.sum(axis=0) > 0)[user]
+    column = toy_world.samples.column_names.index("label")
+    samples = toy_world.samples.set_column(column, "label", pa.array(label).cast(toy_world.samples["label"].type))
+    sides = [{"user": KnowledgeTable(np.arange(n_users), v), "item": toy_world.vectors[1]} for v in vectors]
+    features = dataclasses.replace(toy_world, samples=samples).data.features
+    data = TrainingData(features, {"knowledge": sides[0], "collective": sides[1]})
+    arms: tuple[Arm, ...] = ("knowledge", "collective", "both")
+    auc = {arm: train_one(trial(arm), data, CONFIG).result.test.auc for arm in arms}
+    assert auc["both"] > max(auc["knowledge"], auc["collective"]) + 0.05
 
 
 @pytest.mark.parametrize(("n", "world"), [(10, 1), (10, 2), (11, 3), (2, 4)])
@@ -99,11 +163,13 @@ def test_ranks_share_an_epoch_without_overlap_and_in_equal_parts(n: int, world: 
     assert epoch_rows(n, shuffle, 0, 1).tolist() != epoch_rows(n, shuffle, 0, 1).tolist() or n < 3
 
 
-def test_repeated_ids_and_items_score_as_they_do_alone(data: TrainingData) -> None:
+@pytest.mark.parametrize("arm", ["knowledge", "streaming"])
+def test_repeated_ids_and_items_score_as_they_do_alone(data: TrainingData, arm: Arm) -> None:
     torch.manual_seed(0)
-    tables = data.tables(trial("knowledge"))
+    tables = data.tables(trial(arm))
     assert tables is not None
-    model = CTRModel(ModelSpec.of(data.features.spec, "din", 8, CONFIG), data.features.items).eval()
+    spec = ModelSpec.of(data.features.spec, "din", 8, CONFIG, user_sources=len(tables.users))
+    model = CTRModel(spec, data.features.items).eval()
     split = SplitTensors(data.features.splits["test"], tables, "cpu")
     alone = torch.cat([model(split.batch(torch.tensor([row]))) for row in range(40)])
     torch.testing.assert_close(model(split.batch(torch.arange(40))), alone)

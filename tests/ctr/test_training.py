@@ -9,21 +9,24 @@ import pytest
 from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult
 from owlrec.ctr.export import load_vocabularies
 from owlrec.ctr.training import train_trials
-from owlrec.errors import WorkspaceError
+from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.workspace import Workspace
+from pipelines.train_ctr import _vector_folders
 
 pytestmark = pytest.mark.ray
 CONFIG = CTRConfig(
     batch_size=256, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8), num_workers=2, threads=1
 )
 FINGERPRINT = "c0ffee" * 10
+SIDES = ("user", "item")
+SOURCES = ("knowledge", "metadata")  # no vectors of the second are there: no arm of the grid reads them
 GRID = [Trial(backbone=b, arm=a, seed=0) for b, a in (("dcnv2", "knowledge"), ("din", "none"), ("din", "shuffled"))]
 
 
 def prepare(workspace: Workspace, world: Any) -> None:
     for name, key in (("users", "user_id"), ("items", "item_id"), ("samples", "user_id")):
         workspace.write_table(name, getattr(world, name), key=key, n_shards=2)
-    for table, kind in zip(world.vectors, ("user", "item"), strict=True):
+    for table, kind in zip(world.vectors, SIDES, strict=True):
         table.save(workspace.local_path("vectors", "abc", f"knowledge-{kind}"))
 
 
@@ -32,7 +35,7 @@ def train(workspace: Workspace, grid: list[Trial], seen: list[TrialResult]) -> l
         workspace,
         CONFIG,
         grid,
-        knowledge={"knowledge": ("vectors/abc/knowledge-user", "vectors/abc/knowledge-item")},
+        knowledge={source: {side: f"vectors/abc/{source}-{side}" for side in SIDES} for source in SOURCES},
         fingerprint=FINGERPRINT,
         attributes=("genres",),
         profile=("gender",),
@@ -78,3 +81,23 @@ def test_a_workers_complaint_arrives_as_it_was_raised(ray_local: None, workspace
     workspace.delete_dir("vectors")
     with pytest.raises(WorkspaceError, match=r"knowledge-user holds no readable knowledge vectors.*Run `encode` again"):
         train(workspace, GRID[:1], [])
+
+
+def test_a_source_that_was_not_given_is_missed_before_anything_is_trained(workspace: Workspace) -> None:
+    grid = [GRID[1], Trial(backbone="din", arm="both", seed=0)]
+    with pytest.raises(RecipeError, match="arm 'both' needs collective vectors"):
+        train(workspace, grid, [])
+    assert workspace.names("ctr") == []
+
+
+def test_every_source_that_encode_wrote_is_offered(workspace: Workspace, toy_world: Any) -> None:
+    table = toy_world.vectors[0]
+    for name in ("knowledge-user", "knowledge-item", "collective-user", "partition-1-user"):
+        table.save(workspace.local_path("vectors", "abc", name))
+        workspace.write_bytes(f"vectors/abc/{name}.parquet", b"")
+    assert _vector_folders(workspace, "vectors/abc") == {
+        "knowledge": {"user": "vectors/abc/knowledge-user", "item": "vectors/abc/knowledge-item"},
+        "collective": {"user": "vectors/abc/collective-user"},
+        "partition-1": {"user": "vectors/abc/partition-1-user"},
+    }
+    assert _vector_folders(workspace, "vectors/other") == {}

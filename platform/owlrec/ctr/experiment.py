@@ -1,13 +1,14 @@
-"""The grid of trials (backbone x arm x seed), its settings, and what its results add up to.
+"""The grid of trials (backbone x arm x seed), its settings, what each arm reads, and what its results add up to.
 
-A gain from an LLM is believable only beside its controls, so four arms are trained alike: no knowledge; the LLM's
-knowledge; the same vectors handed to the wrong ids (`shuffled`: what the adaptor's extra parameters alone are worth);
-and vectors of the title and attributes that the LLM was given (`metadata`: what the text encoder alone is worth). No
-torch here: the recipe loads this module at every call.
+A gain from an LLM is believable only beside its controls, so all arms are trained alike. By default there are four: no
+knowledge; the LLM's knowledge; the same vectors handed to the wrong ids (`shuffled`: what the adaptor's extra
+parameters alone are worth); and vectors of the title and attributes that the LLM was given (`metadata`: what the text
+encoder alone is worth). No torch here: the recipe loads this module at every call.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
@@ -19,7 +20,49 @@ from owlrec.ctr.backbones import backbone_class_name
 from owlrec.errors import RecipeError
 from owlrec.workspace import Workspace
 
-Arm = Literal["none", "knowledge", "shuffled", "metadata"]
+Arm = Literal["none", "knowledge", "collective", "both", "streaming", "shuffled", "metadata"]
+# Of a user's interests, before the one that "knowledge" holds (LIBER, arXiv 2411.14713); the newest first.
+OLDER_PARTITIONS = ("partition-1", "partition-2", "partition-3")
+
+
+@dataclass(frozen=True)
+class ArmSources:
+    """The sources of the vectors that an arm reads, a side; their order is that of the adaptor's slots."""
+
+    user: tuple[str, ...] = ()
+    item: tuple[str, ...] = ()
+
+
+def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
+    """Which of the vectors that were given an arm reads.
+
+    `collective` reads the knowledge of cohorts, `both` that and the individual knowledge, `streaming` a user's older
+    interest partitions too, as many as were given. `shuffled` reads individual knowledge, or collective knowledge where
+    there is no other.
+    given: source -> the sides ("user", "item") of which it has vectors.
+    Raises RecipeError where a source that the arm needs was not given.
+    """
+    needed: tuple[str, ...]
+    match arm:
+        case "none":
+            needed = ()
+        case "both":
+            needed = ("knowledge", "collective")
+        case "streaming":
+            needed = ("knowledge",)
+        case "shuffled":
+            needed = ("collective",) if "knowledge" not in given and "collective" in given else ("knowledge",)
+        case _:
+            needed = (arm,)
+    for source in needed:
+        missing = [f"{side}s" for side in ("user", "item") if side not in given.get(source, ())]
+        if missing:
+            raise RecipeError(
+                f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
+                f"run it with a recipe that yields them, or leave the arm out."
+            )
+    older = tuple(p for p in OLDER_PARTITIONS if arm == "streaming" and "user" in given.get(p, ()))
+    return ArmSources(user=needed + older, item=needed)
 
 
 class AdaptorConfig(Config):

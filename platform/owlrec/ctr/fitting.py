@@ -7,7 +7,7 @@ which flatters every figure).
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,12 @@ from torch.nn import functional as F
 
 from owlrec.ctr import metrics
 from owlrec.ctr.adaptor import Knowledge
-from owlrec.ctr.experiment import CTRConfig, Metrics, Trial, TrialResult
+from owlrec.ctr.experiment import CTRConfig, Metrics, Trial, TrialResult, arm_sources
 from owlrec.ctr.features import Features, SampleFeatures
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import Batch, CTRModel, ModelSpec
 from owlrec.errors import RecipeError, SchemaError
 
-Tables = tuple[KnowledgeTable, KnowledgeTable]  # of users and of items
 _SCORING_ROWS = 8192
 # With fewer steps an epoch, early stopping judges a model that has hardly moved: on 9,554 rows of MovieLens-100K,
 # batches of 2048 stopped at epoch 1 in two of eight trials and were still improving after 15 in most others.
@@ -32,31 +31,52 @@ _MIN_STEPS = 30
 
 
 @dataclass(frozen=True)
+class Tables:
+    """The vectors that a trial reads, a table a source; all of one dimension."""
+
+    users: tuple[KnowledgeTable, ...]
+    items: tuple[KnowledgeTable, ...]
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector."""
+        return self.users[0].dim
+
+    def shuffled(self, seed: int) -> "Tables":
+        """Each table with its vectors handed to the wrong ids (KnowledgeTable.shuffled)."""
+        return Tables(tuple(t.shuffled(seed) for t in self.users), tuple(t.shuffled(seed) for t in self.items))
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """What all trials of a grid share."""
 
     features: Features
-    knowledge: Mapping[str, Tables]  # "knowledge" and "metadata", where an arm needs them
+    knowledge: Mapping[str, Mapping[str, KnowledgeTable]]  # source -> side ("user", "item"), as the arms need them
 
     def tables(self, trial: Trial) -> Tables | None:
         """The vectors that a trial reads, None for arm "none".
 
-        Raises RecipeError where they were not given, SchemaError where users' and items' differ in size.
+        Raises RecipeError where they were not given, SchemaError where two tables differ in size.
         """
         if trial.arm == "none":
             return None
-        source = "knowledge" if trial.arm == "shuffled" else trial.arm
-        if source not in self.knowledge:
-            raise RecipeError(
-                f"ctr.arms: arm '{trial.arm}' needs {source} vectors. Run `encode` first, or leave the arm out."
-            )
-        users, items = self.knowledge[source]
-        if users.dim != items.dim:
+        sources = arm_sources(trial.arm, self.knowledge)
+        users = {f"{source} vectors of users": self.knowledge[source]["user"] for source in sources.user}
+        items = {f"{source} vectors of items": self.knowledge[source]["item"] for source in sources.item}
+        _refuse_two_sizes({**users, **items})
+        tables = Tables(tuple(users.values()), tuple(items.values()))
+        return tables.shuffled(trial.seed) if trial.arm == "shuffled" else tables
+
+
+def _refuse_two_sizes(tables: Mapping[str, KnowledgeTable]) -> None:
+    (first, table), *others = tables.items()
+    for name, other in others:
+        if other.dim != table.dim:
             raise SchemaError(
-                f"{source} vectors: {users.dim} components for users but {items.dim} for items; the adaptor's shared "
-                f"experts read both. Encode both with one encoder."
+                f"{first} have {table.dim} components but {name} have {other.dim}; the adaptor's shared experts read "
+                f"both. Encode both with one encoder."
             )
-        return (users.shuffled(trial.seed), items.shuffled(trial.seed)) if trial.arm == "shuffled" else (users, items)
 
 
 class SplitTensors:
@@ -75,13 +95,14 @@ class SplitTensors:
         user: Knowledge | None = None
         item: Knowledge | None = None
         if self.tables is not None:
-            user = self._knowledge(self.tables[0], self.samples.user_ids[rows.numpy()])
-            item = self._knowledge(self.tables[1], self.samples.item_ids[rows.numpy()])
+            user = self._knowledge(self.tables.users, self.samples.user_ids[rows.numpy()])
+            item = self._knowledge(self.tables.items, self.samples.item_ids[rows.numpy()])
         return Batch(items, history, ratings, profile, user, item)
 
-    def _knowledge(self, table: KnowledgeTable, ids: np.ndarray) -> Knowledge:
+    def _knowledge(self, tables: Sequence[KnowledgeTable], ids: np.ndarray) -> Knowledge:
         distinct, rows = np.unique(ids, return_inverse=True)
-        vectors, mask = table.gather(distinct)
+        gathered = zip(*(table.gather(distinct) for table in tables), strict=True)
+        vectors, mask = (np.stack(arrays, axis=1) for arrays in gathered)
         return Knowledge(*(torch.from_numpy(array).to(self.device) for array in (vectors, mask, rows)))
 
 
@@ -105,7 +126,14 @@ def train_one(
     tables = data.tables(trial)
     splits = {name: SplitTensors(samples, tables, device) for name, samples in data.features.splits.items()}
     torch.manual_seed(trial.seed)
-    spec = ModelSpec.of(data.features.spec, trial.backbone, tables[0].dim if tables else 0, config)
+    spec = ModelSpec.of(
+        data.features.spec,
+        trial.backbone,
+        tables.dim if tables else 0,
+        config,
+        user_sources=len(tables.users) if tables else 1,
+        item_sources=len(tables.items) if tables else 1,
+    )
     model = CTRModel(spec, data.features.items).to(device)
     wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)

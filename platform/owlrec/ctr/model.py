@@ -32,9 +32,21 @@ class ModelSpec(Config):
     hidden_dims: tuple[int, ...]
     dropout: float
     adaptor: AdaptorConfig
+    # Vectors an id; a spec.json from before there were several says nothing of them.
+    user_sources: int = 1
+    item_sources: int = 1
 
     @classmethod
-    def of(cls, features: FeatureSpec, backbone: str, knowledge_dim: int, config: CTRConfig) -> "ModelSpec":
+    def of(
+        cls,
+        features: FeatureSpec,
+        backbone: str,
+        knowledge_dim: int,
+        config: CTRConfig,
+        *,
+        user_sources: int = 1,
+        item_sources: int = 1,
+    ) -> "ModelSpec":
         """The model that `config` asks for."""
         return cls(
             features=features,
@@ -44,6 +56,8 @@ class ModelSpec(Config):
             hidden_dims=config.hidden_dims,
             dropout=config.dropout,
             adaptor=config.adaptor,
+            user_sources=user_sources,
+            item_sources=item_sources,
         )
 
 
@@ -85,10 +99,17 @@ class CTRModel(nn.Module):
             embed_dim=width,
         )
         self.backbone = backbone_class(spec.backbone)(shape, hidden_dims=spec.hidden_dims, dropout=spec.dropout)
-        self.adaptor = Adaptor(spec.knowledge_dim, width, spec.adaptor) if spec.knowledge_dim else None
+        self.adaptor = (
+            Adaptor(spec.knowledge_dim, width, spec.adaptor, spec.user_sources, spec.item_sources)
+            if spec.knowledge_dim
+            else None
+        )
 
     def forward(self, batch: Batch) -> Tensor:
-        """float32 [b]: logits. Raises ValueError where the model has an adaptor and the batch no knowledge."""
+        """float32 [b]: logits.
+
+        Raises ValueError where the model has an adaptor and the batch no knowledge, or of another number of sources.
+        """
         rows, where = torch.unique(torch.cat([batch.items.unsqueeze(1), batch.history], dim=1), return_inverse=True)
         distinct = self.embed_items(rows)
         items = distinct.index_select(0, where.flatten()).view(*where.shape, *distinct.shape[1:])

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from owlrec.config import Config
-from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, finished_trials
+from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, arm_sources, finished_trials
 from owlrec.errors import root_mistake
 from owlrec.quiet import redirect_output
 from owlrec.workspace import Workspace
@@ -35,7 +35,7 @@ class GridJob(Config):
 
     settings: CTRConfig
     trials: tuple[Trial, ...]
-    knowledge: dict[str, tuple[str, str]]
+    knowledge: dict[str, dict[str, str]]  # source -> side -> folder, of those that the trials read
     fingerprint: str
     attributes: tuple[str, ...]
     profile: tuple[str, ...]
@@ -46,7 +46,7 @@ def train_trials(
     config: CTRConfig,
     trials: Sequence[Trial],
     *,
-    knowledge: Mapping[str, tuple[str, str]],
+    knowledge: Mapping[str, Mapping[str, str]],
     fingerprint: str,
     attributes: Sequence[str],
     profile: Sequence[str],
@@ -55,19 +55,23 @@ def train_trials(
     """Trains those of `trials` that have no result yet, from the tables users, items and samples.
 
     Ray must be initialised. Worker output goes to the workspace's log file `train_ctr`.
-    knowledge: "knowledge" and "metadata", each with the folders of its user and item vectors (KnowledgeTable.save).
+    knowledge: source ("knowledge", "collective", ...; see `arm_sources`) -> side ("user", "item") -> the folder of its
+        vectors (KnowledgeTable.save). Those that the trials do not need are left alone.
     fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
     attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
     on_trial: called with each new result as it is written, from a second thread of this process.
-    Returns all results in the order of `trials`. Raises what a worker raised, if it is an OwlRecError.
+    Returns all results in the order of `trials`. Raises RecipeError, before any training, where an arm's vectors were
+    not given; and what a worker raised, if it is an OwlRecError.
     """
     done = {result.trial for result in finished_trials(workspace, fingerprint, trials)}
     pending = tuple(trial for trial in trials if trial not in done)
     if pending:
+        read = [arm_sources(trial.arm, knowledge) for trial in pending]
+        needed = {source for sources in read for source in (*sources.user, *sources.item)}
         job = GridJob(
             settings=config,
             trials=pending,
-            knowledge=dict(knowledge),
+            knowledge={source: dict(folders) for source, folders in knowledge.items() if source in needed},
             fingerprint=fingerprint,
             attributes=tuple(attributes),
             profile=tuple(profile) if config.use_profile else (),
@@ -154,14 +158,9 @@ def _load(workspace: Workspace, job: GridJob, cache: Path) -> Any:
         profile=job.profile,
         min_item_count=job.settings.min_item_count,
     )
-    needed: set[str] = {"knowledge" if trial.arm == "shuffled" else trial.arm for trial in job.trials}
     tables = {
-        source: (
-            KnowledgeTable.open(_local(workspace, user, cache)),
-            KnowledgeTable.open(_local(workspace, item, cache)),
-        )
-        for source, (user, item) in job.knowledge.items()
-        if source in needed
+        source: {side: KnowledgeTable.open(_local(workspace, folder, cache)) for side, folder in folders.items()}
+        for source, folders in job.knowledge.items()
     }
     return TrainingData(features, tables)
 
