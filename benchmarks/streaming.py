@@ -7,10 +7,12 @@ vector moves, and AUC on the days after: CTR models trained on what came between
 samples, the texts of the first run (fixed), of the refreshes (streaming) and of a second full run.
 """
 
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,7 @@ def main() -> None:
     """Runs what is asked for."""
     parser = options_parser(__doc__)
     parser.add_argument("--only", choices=("cost", "worth"))
+    parser.add_argument("--knowledge", type=Path, help="knowledge folder of a run whose texts are kept, of like prompts")
     parser.add_argument("--days", type=int, help="of the cost replay; default: 30, 5 with --quick")
     options = parser.parse_args()
     raw = MovieLens100KSource(type="movielens-100k").load()
@@ -51,7 +54,7 @@ def main() -> None:
     if options.only in (None, "cost"):
         figures += _cost(raw, options.days or (5 if options.quick else 30))
     if options.only == "worth" or (options.only is None and not options.quick):
-        figures += _worth(raw)
+        figures += _worth(raw, options.knowledge)
     show("streaming refresh", figures, options)
 
 
@@ -61,11 +64,12 @@ def _recipe(workspace: str, engine: dict[str, Any]) -> Recipe:
         "scenario": "movies",
         "workspace": workspace,
         "source": {"type": "movielens-100k"},
-        "shard_rows": 256,
-        "prompts": {"history_tokens": 256},
+        "shard_rows": 128,
+        "prompts": {"history_tokens": 128},
         "engine": engine,
         "sampling": {"max_tokens": 64},
         "quality": {"policy": {"repetition": "keep"}},
+        "decoding": {"mode": "strict"},
         "streaming": {"unknown_users": "create"},
     }
     return Recipe.model_validate(values)
@@ -90,8 +94,8 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     histories = _histories(interactions)
     tables = {"users": raw.users, "interactions": interactions, "histories": histories}
     for name, table in tables.items():
-        workspace.write_table(name, table, key="user_id", n_shards=4)
-    workspace.write_table("items", raw.items, key="item_id", n_shards=8)
+        workspace.write_table(name, table, key="user_id", n_shards=-(-raw.users.num_rows // recipe.shard_rows))
+    workspace.write_table("items", raw.items, key="item_id", n_shards=-(-raw.items.num_rows // recipe.shard_rows))
     finish_stage(workspace, StageManifest(stage="prepare", fingerprint=f"{until:064d}", seconds=0, finished=0))
     for stage in ("generate", "encode", "publish"):
         importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
@@ -166,12 +170,14 @@ def _cost(raw: RawTables, days: int) -> list[Figure]:
     ]
 
 
-def _worth(raw: RawTables) -> list[Figure]:
+def _worth(raw: RawTables, knowledge: Path | None) -> list[Figure]:
     start, end = _until(raw, 0.6), _until(raw, 0.8)
-    engine = VllmEngineConfig(type="vllm", model=PACKAGED, max_model_len=1024)
+    engine = VllmEngineConfig(type="vllm", model=PACKAGED, max_model_len=1024, max_num_seqs=8)
     count = token_counter(engine)
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         recipe = _recipe(first, engine.model_dump())
+        if knowledge is not None:
+            shutil.copytree(knowledge, Path(first) / "knowledge")
         workspace = _full_run(raw, recipe, start)
         with open_release(workspace) as release:
             everyone = raw.users["user_id"].to_numpy()
@@ -223,7 +229,7 @@ def _tokens(
     histories = histories.filter(pa.array(np.isin(histories["user_id"].to_numpy(), list(asked))))
     catalog = ItemCatalog(raw.items)
     lengths: list[dict[int, int]] = []
-    for budget in (recipe.prompts.history_tokens, 1 << 20):
+    for budget in (256, 1 << 20):
         config = PromptConfig(history_tokens=budget)
         prompts = user_prompts(raw.users, histories, catalog, config, recipe.domain, count)
         lengths.append({p.id: count(p.system) + count(p.text) for p in prompts if isinstance(p, Prompt)})
