@@ -102,3 +102,31 @@ def check(store: KnowledgeStore, rows: Rows, ids: range) -> None:
         newest, has = store.vectors(kind, ids)
         assert newest.tobytes() == vectors[:, 0].tobytes()
         assert has.tolist() == mask[:, 0].tolist()
+
+
+# A full release and two deltas on top of it.
+FULL = Rows(
+    texts={("user", 1): (1000, "one", "ok"), ("user", 3): (1000, "three", "ok"), ("cohort", 8): (2000, "war", "ok")},
+    vectors={("user", 1): [[1, 0], [2, 0]], ("cohort", 8): [[3, 4]]},
+    cohorts={("user", 2): (8,)},
+)
+DELTAS = [
+    Rows(texts={("user", 1): (3000, "uno", "ok"), ("item", 5): (0, "film", "short")}, vectors={("user", 1): [[5, 5]]}),
+    Rows(texts={("cohort", 8): (4000, "peace", "ok")}, cohorts={("user", 4): (8,), ("user", 2): ()}),
+]
+
+
+def publish_chain(workspace: Workspace) -> list[str]:
+    """A full release and two deltas, the last one current: their names, oldest first."""
+    names = [publish_rows(workspace, "full", FULL).name]
+    for number, rows in enumerate(DELTAS):
+        names.append(publish_rows(workspace, f"delta {number}", rows, delta_of=names[-1]).name)
+    return names
+
+
+def answers() -> Rows:
+    """What the chain of `publish_chain` answers with."""
+    rows = Rows()
+    for newer in (FULL, *DELTAS):
+        rows.update(newer)
+    return rows

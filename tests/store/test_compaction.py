@@ -1,57 +1,24 @@
-"""Compaction changes no answer, pruning takes nothing that is needed, and readers notice neither."""
+"""Compaction changes no answer, and readers notice neither it nor pruning."""
 
 import json
 import threading
 import uuid
-from datetime import UTC, datetime, timedelta
 
 import pytest
-from release_rows import Rows, check, publish_rows, texts
+from release_rows import FULL, Rows, answers, check, publish_chain, publish_rows, texts
 from typer.testing import CliRunner
 
 from owlrec.errors import ReleaseError
-from owlrec.store import compact, compaction, current_release, list_releases, open_release, prune, roll_back
+from owlrec.store import compact, compaction, current_release, list_releases, open_release, prune
 from owlrec.store.lmdb_writer import LmdbWriter
 from owlrec.store.manifest import read_manifest
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.workspace import Workspace
 from pipelines.cli import app
-
-FULL = Rows(
-    texts={("user", 1): (1000, "one", "ok"), ("user", 3): (1000, "three", "ok"), ("cohort", 8): (2000, "war", "ok")},
-    vectors={("user", 1): [[1, 0], [2, 0]], ("cohort", 8): [[3, 4]]},
-    cohorts={("user", 2): (8,)},
-)
-DELTAS = [
-    Rows(texts={("user", 1): (3000, "uno", "ok"), ("item", 5): (0, "film", "short")}, vectors={("user", 1): [[5, 5]]}),
-    Rows(texts={("cohort", 8): (4000, "peace", "ok")}, cohorts={("user", 4): (8,), ("user", 2): ()}),
-]
 
 
 @pytest.fixture
 def workspace(tmp_path):
     return Workspace(tmp_path / "ws")
-
-
-def publish_chain(workspace):
-    """A full release and two deltas, the last one current: their names, oldest first."""
-    names = [publish_rows(workspace, "full", FULL).name]
-    for number, rows in enumerate(DELTAS):
-        names.append(publish_rows(workspace, f"delta {number}", rows, delta_of=names[-1]).name)
-    return names
-
-
-def answers():
-    rows = Rows()
-    for newer in (FULL, *DELTAS):
-        rows.update(newer)
-    return rows
-
-
-def age(workspace, name, seconds):
-    path = f"releases/{name}/release.json"
-    manifest = workspace.read_json(path)
-    manifest["created"] = (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
-    workspace.write_json(path, manifest)
 
 
 def test_compaction_gives_one_full_release_with_the_same_answers(workspace):
@@ -114,43 +81,6 @@ def test_a_pointer_that_moves_meanwhile_is_left_alone(workspace):
         assert opened.store.get("user", [1])[0].text == "newest"
 
 
-STEPS = [
-    "owlrec.store.compaction.open_release",
-    "owlrec.store.compaction.merged_rows",
-    "owlrec.store.lmdb_store.LmdbStore.items",
-    "owlrec.store.lmdb_writer.LmdbWriter.add_rows",
-    "owlrec.store.lmdb_writer.LmdbWriter.close",
-    "owlrec.store.publishing._building_folder",
-    "owlrec.store.publishing.file_digest",
-    "owlrec.store.publishing.open_store",
-    "owlrec.store.publishing._place",
-    "owlrec.store.publishing._sync",
-    "owlrec.store.compaction.current_release",
-    "owlrec.store.compaction.make_current",
-    "owlrec.store.release._write_pointer",
-]
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_a_compaction_killed_at_any_step_changes_nothing_and_runs_again(workspace, monkeypatch, step):
-    names = publish_chain(workspace)
-    expected = fingerprint("compaction", [read_manifest(workspace, name).fingerprint for name in reversed(names)])
-
-    def killed(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(step, killed)
-        with pytest.raises(KeyboardInterrupt):
-            compact(workspace)
-    assert current_release(workspace) == names[-1]
-    with open_release(workspace) as opened:
-        check(opened.store, answers(), range(10))
-    manifest = compact(workspace)
-    assert manifest.fingerprint == expected
-    assert sorted(workspace.names("releases")) == sorted([*names, manifest.name, "CURRENT"])
-
-
 def test_damage_is_not_copied(workspace):
     names = publish_chain(workspace)
     file = workspace.local_path("releases", names[0], "store.lmdb")
@@ -159,94 +89,6 @@ def test_damage_is_not_copied(workspace):
     with pytest.raises(ReleaseError, match="SHA-256"):
         compact(workspace)
     assert current_release(workspace) == names[-1]
-
-
-def test_prune_keeps_what_is_current_recent_young_or_needed(workspace):
-    names = publish_chain(workspace)
-    old = [publish_rows(workspace, text, FULL).name for text in "abc"]
-    delta = publish_rows(workspace, "on c", texts({("user", 1): "x"}), delta_of=old[2]).name
-    publish_rows(workspace, "d", FULL)
-    for manifest in list_releases(workspace):
-        age(workspace, manifest.name, 7200)
-    young = publish_rows(workspace, "young", FULL).name
-    current = roll_back(workspace)  # a reader of `young` may still be around
-    for release in (*names, old[0], old[1]):
-        workspace.write_bytes(f"pools/{release}/user/tokens", b"")
-    workspace.write_bytes(f"pools/{old[2]}/user/tokens", b"")
-    history = workspace.read_json("releases/CURRENT")
-    assert prune(workspace, keep=2) == sorted([*names, old[0], old[1]])
-    left = [m.name for m in list_releases(workspace)]
-    assert sorted(left) == sorted([old[2], delta, current, young])  # c, since the delta is read on top of it
-    assert workspace.names("pools") == [old[2]]
-    assert workspace.read_json("releases/CURRENT") == history
-    assert prune(workspace, keep=1, min_age_s=7000) == sorted([old[2], delta])
-    assert prune(workspace, keep=0, min_age_s=0) == [young]
-    assert [m.name for m in list_releases(workspace)] == [current]
-
-
-def test_rolling_back_passes_over_what_was_pruned(workspace):
-    a = publish_rows(workspace, "a", FULL).name
-    b = publish_rows(workspace, "b", FULL).name
-    for release in (a, b):
-        age(workspace, release, 7200)
-    for label in "abab":  # so that the history ends a, b, a, b
-        publish_rows(workspace, label, FULL)
-    c = publish_rows(workspace, "c", FULL).name
-    assert prune(workspace, keep=2) == [a]
-    assert roll_back(workspace) == b
-    with pytest.raises(ReleaseError, match="nothing to roll back to"):
-        roll_back(workspace)
-    assert roll_back(workspace, to=c) == c
-
-
-def test_prune_refuses_where_it_cannot_know_what_is_needed(workspace):
-    assert prune(workspace) == []
-    name = publish_rows(workspace, "a", FULL).name
-    workspace.delete_file("releases/CURRENT")
-    with pytest.raises(ReleaseError, match="no release is current"):
-        prune(workspace, min_age_s=0)
-    roll_back(workspace, to=name)
-    other = publish_rows(workspace, "b", FULL).name
-    workspace.write_bytes(f"releases/{name}/release.json", b"{")
-    with pytest.raises(ReleaseError, match="unreadable"):
-        prune(workspace, min_age_s=0)
-    assert workspace.names("releases") == sorted([name, other, "CURRENT"])
-
-
-def test_prune_spares_what_a_roll_back_makes_current_meanwhile(workspace, monkeypatch):
-    names = [publish_rows(workspace, "full", FULL).name]
-    names.append(publish_rows(workspace, "delta", DELTAS[0], delta_of=names[0]).name)
-    gone, current = (publish_rows(workspace, label, FULL).name for label in ("gone", "current"))
-    real = Workspace.delete_dir
-
-    def rolled_back(self, *parts):
-        real(self, *parts)
-        if parts[0] == "releases" and current_release(workspace) == current:
-            roll_back(workspace, to=names[-1])
-
-    monkeypatch.setattr(Workspace, "delete_dir", rolled_back)
-    monkeypatch.setattr(compaction, "sorted", lambda doomed: [gone, *names], raising=False)
-    assert prune(workspace, keep=1, min_age_s=0) == [gone]
-    with open_release(workspace) as opened:
-        assert opened.name == names[-1]
-
-
-def test_a_prune_that_is_interrupted_leaves_no_half_release(workspace, monkeypatch):
-    old = publish_rows(workspace, "a", FULL).name
-    publish_rows(workspace, "b", FULL)
-    real = Workspace.delete_dir
-
-    def killed(self, *parts):
-        if parts[0] == "releases":
-            raise KeyboardInterrupt
-        real(self, *parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "delete_dir", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prune(workspace, keep=1, min_age_s=0)
-    assert workspace.exists("releases", old, "store.lmdb")
-    assert [m.name for m in list_releases(workspace)] == [current_release(workspace)]
 
 
 def test_a_reader_goes_on_reading_what_was_pruned(workspace):

@@ -38,6 +38,8 @@ class KnowledgeStore(ABC):
         """
         found = self.own_knowledge(kind, ids)
         missing = [row for row, knowledge in enumerate(found) if knowledge is None]
+        if not missing:
+            return found
         groups, cohorts = self._stand_ins(kind, [int(ids[row]) for row in missing])
         texts = dict(zip(cohorts, self.own_knowledge("cohort", cohorts), strict=True)) if cohorts else {}
         for row, group in zip(missing, groups, strict=True):
@@ -67,7 +69,9 @@ class KnowledgeStore(ABC):
         Newest first. An id without a vector of its own has in slot 0 what `vectors` gives for it. n: at least 1.
         """
         rows, mask = self.own_vectors(kind, ids, n)
-        missing = np.flatnonzero(~mask[:, 0]).tolist()
+        missing = [row for row, there in enumerate(mask[:, 0].tolist()) if not there]
+        if not missing:
+            return rows, mask
         groups, cohorts = self._stand_ins(kind, [int(ids[row]) for row in missing])
         if not cohorts:
             return rows, mask
@@ -89,7 +93,7 @@ class KnowledgeStore(ABC):
 
     def _stand_ins(self, kind: str, ids: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
         """The cohorts of each id, and all of them, each once."""
-        groups = self.cohorts(kind, ids) if ids else []
+        groups = self.cohorts(kind, ids)
         return groups, sorted({cohort for group in groups for cohort in group})
 
     @abstractmethod

@@ -75,15 +75,19 @@ class LmdbStore(KnowledgeStore):
         """See KnowledgeStore.own_vectors."""
         found = np.zeros((len(ids), n, self._dim), dtype=np.float32)
         mask = np.zeros((len(ids), n), dtype=bool)
+        older = range(1, min(n, LAST_PARTITION + 1))
         with self._env.begin(db=self._databases["vectors"], buffers=True) as transaction:
             for row, id_ in enumerate(ids):
-                for partition in range(min(n, LAST_PARTITION + 1)):
+                value = transaction.get(encode_key(kind, int(id_)))
+                if value is None:
+                    continue
+                found[row, 0] = np.frombuffer(value, dtype=np.float16)
+                mask[row, 0] = True
+                for partition in older:
                     value = transaction.get(encode_key(kind, int(id_), partition))
                     if value is not None:
                         found[row, partition] = np.frombuffer(value, dtype=np.float16)
                         mask[row, partition] = True
-                    elif partition == 0:
-                        break
         return found, mask
 
     def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
