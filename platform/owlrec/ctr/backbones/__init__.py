@@ -11,7 +11,17 @@ from owlrec.errors import RecipeError, did_you_mean
 if TYPE_CHECKING:
     from owlrec.ctr.backbones.interface import Backbone
 
-BACKBONES: dict[str, str] = {"din": "DIN", "dcnv2": "DCNv2"}  # module of this package -> class in it
+BACKBONES: dict[str, str] = {  # module of this package -> class in it
+    "din": "DIN",
+    "dien": "DIEN",
+    "dcnv1": "DCNv1",
+    "dcnv2": "DCNv2",
+    "deepfm": "DeepFM",
+    "xdeepfm": "XDeepFM",
+    "autoint": "AutoInt",
+    "fibinet": "FiBiNET",
+    "fignn": "FiGNN",
+}
 
 
 def backbone_class_name(name: str) -> str:
