@@ -1,9 +1,10 @@
 """What the run found: samples of knowledge, a timed lookup, the table of arms, and a self-contained HTML report."""
 
 from owlrec.ctr.experiment import finished_trials, trials
+from owlrec.ctr.scores import read_grid_scores
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, table
-from owlrec.ops.report import arm_rows, render_report
+from owlrec.ops.report import arm_rows, comparison_rows, render_report
 from owlrec.ops.run_report import collect
 from owlrec.recipe import Recipe
 from owlrec.store.release import open_release
@@ -18,12 +19,14 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         raise WorkspaceError(f"{workspace.root}: nothing trained yet. Run `prepare` to `train_ctr` first.")
 
     def body() -> tuple[Counts, Outputs]:
-        results = finished_trials(workspace, trained.outputs["grid"], trials(recipe.ctr))
+        grid, grid_print = trials(recipe.ctr), trained.outputs["grid"]
+        results = finished_trials(workspace, grid_print, grid)
         with open_release(workspace, verify=False) as release:
             data = collect(
                 workspace,
                 release,
                 results,
+                scores=read_grid_scores(workspace, grid_print, grid),
                 run=recipe.name,
                 protocol=_protocol(recipe),
                 facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
@@ -38,8 +41,20 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                     [("\n".join(sample.inputs[:8]), sample.text)],
                 )
         table("lookup", ["what", "latency"], list(data.lookup.items()))
-        rows = [(r.backbone, r.arm, r.seeds, r.auc, r.difference, r.gauc, r.log_loss) for r in arm_rows(data.arms)]
-        table("test split, mean over seeds", ["backbone", "arm", "seeds", "AUC", "to none", "gAUC", "log-loss"], rows)
+        table(
+            "test split, mean over seeds",
+            ["backbone", "arm", "seeds", "AUC", "to none", "95 % interval", "gAUC", "log-loss"],
+            [
+                (r.backbone, r.arm, r.seeds, r.auc, r.difference, r.interval, r.gauc, r.log_loss)
+                for r in arm_rows(data.arms)
+            ],
+        )
+        if compared := comparison_rows(data.arms):
+            table(
+                "difference in AUC, paired by seed and row; intervals by users drawn anew",
+                ["backbone", "arm", "compared with", "difference", "95 % interval", "RelaImp", "DeLong p"],
+                [(r.backbone, r.arm, r.base, r.difference, r.interval, r.rela_imp, r.delong_p) for r in compared],
+            )
         for line in data.notes:
             note(line)
         note(f"report: {workspace.path(report)}")

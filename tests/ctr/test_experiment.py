@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from owlrec.ctr.comparison import GridScores
 from owlrec.ctr.experiment import (
     Arm,
     ArmSources,
@@ -18,6 +20,8 @@ from owlrec.ctr.experiment import (
     summarise,
     trials,
 )
+from owlrec.ctr.metrics import auc
+from owlrec.ctr.slices import SliceMetrics
 from owlrec.errors import RecipeError
 
 BOTH = ("user", "item")
@@ -137,6 +141,64 @@ def test_one_seed_has_no_spread() -> None:
     assert rows[1].auc_gain == pytest.approx(0.01)
     assert (rows[1].auc_std, rows[1].auc_gain_std, rows[1].auc_gain_t) == (None, None, None)
     assert ArmSummary.model_validate_json(rows[1].model_dump_json()) == rows[1]
+
+
+def test_arms_are_compared_with_none_and_with_shuffled_over_the_seeds_of_both() -> None:
+    none, shuffled, knowledge = summarise(
+        [
+            result("none", 0, 0.70),
+            result("none", 1, 0.72),
+            result("shuffled", 1, 0.69),
+            result("knowledge", 0, 0.71),
+            result("knowledge", 1, 0.75),
+        ]
+    )
+    assert none.differences == {}
+    assert shuffled.differences.keys() == {"none"}
+    assert shuffled.differences["none"].auc == pytest.approx(-0.03)
+    to_none, to_shuffled = knowledge.differences["none"], knowledge.differences["shuffled"]
+    assert (to_none.seeds, to_none.auc) == (2, pytest.approx(0.02))
+    assert to_none.rela_imp == pytest.approx(0.23 / 0.21 - 1)
+    assert (to_shuffled.seeds, to_shuffled.auc) == (1, pytest.approx(0.06))
+    assert to_shuffled.evidence is None  # no test scores
+    [_, worse] = summarise([result("none", 0, 0.4), result("knowledge", 0, 0.45)])
+    assert worse.differences["none"].rela_imp is None
+
+
+def test_test_scores_give_a_difference_its_interval() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 400)
+    noise = rng.normal(size=400)
+    scores = {"din/none/seed-0": noise, "din/knowledge/seed-0": labels + noise}
+    results = [result(arm, 0, auc(labels, scores[f"din/{arm}/seed-0"])) for arm in ("none", "knowledge")]
+    rows = summarise(results, GridScores(np.arange(400) // 8, labels, scores))
+    difference = rows[1].differences["none"]
+    assert difference.evidence is not None
+    assert difference.evidence.interval is not None
+    assert 0 < difference.evidence.interval.low < difference.auc < difference.evidence.interval.high
+    results.append(result("knowledge", 1, 0.7))
+    assert summarise(results, GridScores(np.arange(400) // 8, labels, scores))[1] != rows[1]
+    results.append(result("none", 1, 0.7))  # the second pair left no scores: half of the seeds would speak for both
+    assert summarise(results, GridScores(np.arange(400) // 8, labels, scores))[1].differences["none"].evidence is None
+
+
+def test_slices_and_calibration_are_means_over_seeds() -> None:
+    results = [result("none", seed, 0.7) for seed in (0, 1)]
+    assert (summarise(results)[0].slices, summarise(results)[0].calibration_error) == ({}, None)
+    for seed, found in enumerate(results):
+        found.slices = {"cold items": SliceMetrics(rows=4, auc=0.6 + 0.1 * seed, log_loss=0.5)}
+        found.test = found.test.model_copy(update={"calibration_error": 0.02 + 0.02 * seed})
+    [row] = summarise(results)
+    assert row.calibration_error == pytest.approx(0.03)
+    assert row.slices["cold items"].auc == pytest.approx(0.65)
+    assert ArmSummary.model_validate_json(row.model_dump_json()) == row
+
+
+def test_results_of_older_versions_still_load() -> None:
+    metrics = {"auc": 0.7, "gauc": None, "log_loss": 0.5}
+    numbers = {"epochs": 3, "best_epoch": 1, "seconds": 1.0, "samples_per_s": 10.0, "parameters": 5}
+    old = {"backbone": "din", "arm": "none", "seed": 0, "valid": metrics, "test": metrics, **numbers}
+    assert TrialResult.model_validate(old) == result("none", 0, 0.7, gauc=None)
 
 
 def test_results_survive_json() -> None:

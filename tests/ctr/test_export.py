@@ -10,6 +10,8 @@ from owlrec.ctr.experiment import CTRConfig, Trial, finished_trials
 from owlrec.ctr.export import export_trial, load_trial, load_vocabularies, save_vocabularies
 from owlrec.ctr.features import encode_items, encode_samples
 from owlrec.ctr.fitting import SplitTensors, score, train_one
+from owlrec.ctr.metrics import auc, gauc
+from owlrec.ctr.scores import read_grid_scores
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -25,7 +27,12 @@ def test_reloaded_model_gives_the_same_scores(workspace: Workspace, toy_world: A
     folder = export_trial(workspace, FINGERPRINT, trained)
     save_vocabularies(workspace, FINGERPRINT, data.features.vocabularies)
     assert folder == f"ctr/0123456789abcdef/{backbone}/{arm}/seed-0"
-    assert workspace.names(*folder.split("/")) == ["model.safetensors", "result.json", "spec.json"]
+    assert workspace.names(*folder.split("/")) == [
+        "model.safetensors",
+        "result.json",
+        "spec.json",
+        "test_scores.parquet",
+    ]
 
     vocabularies = load_vocabularies(workspace, FINGERPRINT)
     items = encode_items(toy_world.items, vocabularies)
@@ -54,6 +61,19 @@ def test_result_is_read_back_only_for_finished_trials(workspace: Workspace, toy_
     export_trial(workspace, FINGERPRINT, trained)
     assert finished_trials(workspace, FINGERPRINT, wanted) == [trained.result]
     assert finished_trials(workspace, "f" * 64, wanted) == []
+
+
+def test_test_scores_are_those_that_the_result_is_of(workspace: Workspace, toy_world: Any) -> None:
+    data, trial = toy_world.data, Trial(backbone="dcnv2", arm="knowledge", seed=0)
+    trained = train_one(trial, data, CONFIG)
+    export_trial(workspace, FINGERPRINT, trained)
+    grid = read_grid_scores(workspace, FINGERPRINT, [trial])
+    assert grid is not None
+    test = toy_world.samples.filter(pc.equal(toy_world.samples["split"], "test"))
+    assert grid.user_ids.tolist() == test["user_id"].to_pylist()
+    assert grid.labels.tolist() == test["label"].to_pylist()
+    assert auc(grid.labels, grid.scores[trial.path]) == trained.result.test.auc
+    assert gauc(grid.labels, grid.scores[trial.path], grid.user_ids) == trained.result.test.gauc
 
 
 def test_weights_of_another_model_are_refused(workspace: Workspace, toy_world: Any) -> None:

@@ -50,6 +50,19 @@ def test_same_seed_same_result_other_seed_another(data: TrainingData) -> None:
     assert first.test.log_loss != other.test.log_loss
 
 
+def test_slices_part_the_test_rows_and_calibration_is_measured(data: TrainingData) -> None:
+    result = train_one(trial("knowledge"), data, CONFIG).result
+    rows = len(data.features.splits["test"])
+    # The toy world's histories have 0 to 4 behaviours, and every item occurs in training more than a hundred times.
+    assert result.slices.keys() == {"cold users", "warm items", "history 0", "history 1-2", "history 3-5"}
+    assert result.slices["cold users"].rows == result.slices["warm items"].rows == rows
+    assert result.slices["warm items"].auc == result.test.auc
+    assert result.slices["warm items"].log_loss == result.test.log_loss
+    assert sum(result.slices[f"history {lengths}"].rows for lengths in ("0", "1-2", "3-5")) == rows
+    assert result.test.calibration_error is not None
+    assert 0 <= result.test.calibration_error < 0.2
+
+
 def test_early_stopping_keeps_the_best_epoch(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, given = [], iter([0.6, 0.8, 0.7, 0.75, 0.9])
     original = fitting._train_epoch

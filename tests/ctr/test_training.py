@@ -55,7 +55,12 @@ def test_grid_is_trained_once_announced_and_resumed(
     assert results[0].test.auc > 0.95
     assert results[1].test.auc < 0.65
     folder = f"ctr/{FINGERPRINT[:16]}"
-    assert workspace.names(folder, "din", "none", "seed-0") == ["model.safetensors", "result.json", "spec.json"]
+    assert workspace.names(folder, "din", "none", "seed-0") == [
+        "model.safetensors",
+        "result.json",
+        "spec.json",
+        "test_scores.parquet",
+    ]
     assert load_vocabularies(workspace, FINGERPRINT).items.to_pylist() == list(range(20))
 
     weights = workspace.read_bytes(f"{folder}/dcnv2/knowledge/seed-0/model.safetensors")

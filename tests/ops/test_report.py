@@ -3,8 +3,13 @@
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
+from owlrec.ctr.comparison import Evidence, GridScores
+from owlrec.ctr.experiment import Metrics, PairedDifference, TrialResult
+from owlrec.ctr.intervals import Interval
+from owlrec.ctr.slices import SliceMetrics
 from owlrec.decoding.counters import DecoderCounters, StepSums
 from owlrec.ops.report import (
     ArmFigures,
@@ -12,8 +17,11 @@ from owlrec.ops.report import (
     ReportData,
     StageFigures,
     arm_rows,
+    comparison_rows,
     render_report,
+    slice_rows,
 )
+from owlrec.ops.run_report import arm_figures
 
 EVIL = "<script>alert('x')</script>"
 
@@ -87,6 +95,79 @@ def test_arms_are_compared_with_none_of_their_backbone(data):
     assert (knowledge.auc, knowledge.difference) == ("0.7250 ± 0.0071", "+0.0150")
     [alone] = arm_rows([ArmFigures(backbone="din", arm="knowledge", auc=[0.7])])
     assert (alone.auc, alone.difference, alone.seeds) == ("0.7000", "", 1)
+
+
+def evidence(low, high, p):
+    return Evidence(interval=Interval(low=low, high=high), delong_p=p)
+
+
+@pytest.fixture
+def compared():
+    """Two arms, one of which was compared with two others, and a slice of which one was measured."""
+    differences = {
+        "none": PairedDifference(seeds=2, auc=0.0112, rela_imp=0.051, evidence=evidence(-0.0021, 0.0251, 0.0312)),
+        "shuffled": PairedDifference(seeds=1, auc=-0.002, rela_imp=None, evidence=None),
+    }
+    slices = {
+        "cold items": SliceMetrics(rows=1234, auc=0.61, log_loss=0.65),
+        "history 0": SliceMetrics(rows=2, auc=None, log_loss=0.7),
+    }
+    knowledge = ArmFigures(
+        backbone="din",
+        arm="knowledge",
+        auc=[0.72, 0.73],
+        calibration_error=[0.02, 0.04],
+        differences=differences,
+        slices=slices,
+    )
+    return [ArmFigures(backbone="din", arm="none", auc=[0.70, 0.72]), knowledge]
+
+
+def test_a_difference_is_shown_with_its_interval(compared):
+    none, knowledge = arm_rows(compared)
+    assert (none.difference, none.interval, none.calibration_error) == ("", "", "")
+    assert (knowledge.difference, knowledge.interval) == ("+0.0112", "[-0.0021, +0.0251]")
+    assert knowledge.calibration_error == "0.0300 ± 0.0141"
+    to_none, to_shuffled = comparison_rows(compared)
+    assert (to_none.arm, to_none.base, to_none.seeds) == ("knowledge", "none", 2)
+    assert (to_none.interval, to_none.rela_imp, to_none.delong_p) == ("[-0.0021, +0.0251]", "+5.1%", "0.031")
+    assert (to_shuffled.base, to_shuffled.difference) == ("shuffled", "-0.0020")
+    assert (to_shuffled.interval, to_shuffled.rela_imp, to_shuffled.delong_p) == ("", "", "")
+
+
+def test_slices_stand_side_by_side_for_the_arms(compared):
+    cold, short = slice_rows(compared)
+    assert (cold.backbone, cold.slice, cold.rows) == ("din", "cold items", 1234)
+    assert cold.figures == [("", ""), ("0.6100", "0.6500")]
+    assert short.figures[1] == ("one class", "0.7000")
+
+
+def test_the_page_shows_intervals_and_slices_where_there_are_any(data, compared):
+    plain = render_report(data)
+    assert "Are the differences more than chance?" not in plain
+    assert "Where does knowledge help?" not in plain
+    page = render_report(data.model_copy(update={"arms": compared}))
+    for text in ("95&nbsp;% interval", "[-0.0021, +0.0251]", "+5.1%", "0.031", "cold items", "1,234", "one class"):
+        assert text in page, text
+    assert "fewer than 5 behaviours" in page
+    assert "None" not in page
+
+
+def test_results_and_test_scores_become_the_figures_of_the_arms():
+    rng = np.random.default_rng(0)
+    labels, noise = rng.integers(0, 2, 200), rng.normal(size=200)
+    numbers = {"epochs": 3, "best_epoch": 1, "seconds": 1.0, "samples_per_s": 10.0, "parameters": 5}
+    results = [
+        TrialResult(backbone="din", arm=arm, seed=0, valid=metrics, test=metrics, **numbers)
+        for arm, auc in (("none", 0.6), ("knowledge", 0.7))
+        for metrics in [Metrics(auc=auc, gauc=None, log_loss=0.5, calibration_error=0.1)]
+    ]
+    scores = {"din/none/seed-0": noise, "din/knowledge/seed-0": noise + labels}
+    none, knowledge = arm_figures(results, GridScores(np.arange(200) // 5, labels, scores))
+    assert (none.auc, none.gauc, none.differences) == ([0.6], [], {})
+    assert (knowledge.auc, knowledge.calibration_error) == ([0.7], [0.1])
+    assert knowledge.differences["none"].evidence.interval.low > 0
+    assert arm_figures(results)[1].differences["none"].evidence is None
 
 
 def test_a_run_that_ended_early_still_has_a_page():

@@ -1,4 +1,4 @@
-"""A trained trial on disk: model.safetensors, spec.json and, last, result.json.
+"""A trained trial on disk: model.safetensors, spec.json, test_scores.parquet and, last, result.json.
 
 Beside the trials stand the vocabularies that encode their input, one file a grid. No pickle: weights that came from
 elsewhere must not be able to run code.
@@ -13,6 +13,7 @@ from owlrec.ctr.experiment import grid_folder
 from owlrec.ctr.features import ItemFeatures, Vocabularies
 from owlrec.ctr.fitting import Trained
 from owlrec.ctr.model import CTRModel, ModelSpec
+from owlrec.ctr.scores import FILE as SCORES_FILE
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -25,6 +26,7 @@ def export_trial(workspace: Workspace, fingerprint: str, trained: Trained) -> st
     weights = {name: value.cpu().contiguous() for name, value in trained.model.state_dict().items()}
     workspace.write_bytes(f"{folder}/model.safetensors", safetensors.torch.save(weights))
     workspace.write_json(f"{folder}/spec.json", trained.model.spec.model_dump(mode="json"))
+    workspace.write_parquet(f"{folder}/{SCORES_FILE}", trained.test.to_table())
     workspace.write_json(f"{folder}/result.json", trained.result.model_dump(mode="json"))
     return folder
 

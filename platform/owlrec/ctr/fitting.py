@@ -22,6 +22,8 @@ from owlrec.ctr.experiment import CTRConfig, Metrics, Trial, TrialResult, arm_so
 from owlrec.ctr.features import Features, SampleFeatures
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import Batch, CTRModel, ModelSpec
+from owlrec.ctr.scores import ScoredRows
+from owlrec.ctr.slices import slice_metrics, slices_of
 from owlrec.errors import RecipeError, SchemaError
 
 _SCORING_ROWS = 8192
@@ -108,10 +110,11 @@ class SplitTensors:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trial's result and its model, with the best epoch's weights."""
+    """A trial's result, its model with the best epoch's weights, and how that scored the test split."""
 
     result: TrialResult
     model: CTRModel
+    test: ScoredRows
 
 
 def train_one(
@@ -162,17 +165,20 @@ def train_one(
         elif epoch - best_epoch >= config.patience:
             break
     model.load_state_dict(best_weights)
+    valid, test = (_scored(model, splits[name], rank, world_size) for name in ("valid", "test"))
+    slices = slices_of(splits["test"].samples, splits["train"].samples)
     result = TrialResult(
         **trial.model_dump(),
-        valid=_evaluate(model, splits["valid"], rank, world_size),
-        test=_evaluate(model, splits["test"], rank, world_size),
+        valid=_evaluate(valid),
+        test=_evaluate(test),
         epochs=epoch,
         best_epoch=best_epoch,
         seconds=round(time.perf_counter() - started, 3),
         samples_per_s=round(rows_seen / max(training_s, 1e-9), 1),
         parameters=sum(p.numel() for p in model.parameters()),
+        slices=slice_metrics(test.labels, test.scores, slices),
     )
-    return Trained(result, model.eval())
+    return Trained(result, model.eval(), test)
 
 
 def epoch_rows(n: int, shuffle: torch.Generator, rank: int, world_size: int) -> Tensor:
@@ -208,13 +214,18 @@ def _train_epoch(
         optimiser.step()
 
 
-def _evaluate(model: CTRModel, split: SplitTensors, rank: int, world_size: int) -> Metrics:
-    scores, samples = score(model, split, rank, world_size), split.samples
-    gauc = metrics.gauc(samples.labels, scores, samples.user_ids)
+def _scored(model: CTRModel, split: SplitTensors, rank: int, world_size: int) -> ScoredRows:
+    samples = split.samples
+    return ScoredRows(samples.user_ids, samples.item_ids, samples.labels, score(model, split, rank, world_size))
+
+
+def _evaluate(rows: ScoredRows) -> Metrics:
+    gauc = metrics.gauc(rows.labels, rows.scores, rows.user_ids)
     return Metrics(
-        auc=metrics.auc(samples.labels, scores),
+        auc=metrics.auc(rows.labels, rows.scores),
         gauc=None if np.isnan(gauc) else gauc,
-        log_loss=metrics.log_loss(samples.labels, scores),
+        log_loss=metrics.log_loss(rows.labels, rows.scores),
+        calibration_error=metrics.equal_mass_calibration_error(rows.labels, rows.scores),
     )
 
 

@@ -11,6 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel
 
 from owlrec import __version__
+from owlrec.ctr.experiment import PairedDifference
+from owlrec.ctr.slices import COLD_ITEM_BELOW, COLD_USER_BELOW, SliceMetrics
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.ops.charts import bar_chart, histogram, points_chart
 from owlrec.ops.throughput import Throughput
@@ -25,6 +27,9 @@ class ArmFigures(BaseModel):
     gauc: list[float] = []
     log_loss: list[float] = []
     valid_auc: list[float] = []
+    calibration_error: list[float] = []
+    differences: dict[str, PairedDifference] = {}  # arm that this one is compared with -> over the seeds of both
+    slices: dict[str, SliceMetrics] = {}  # parts of the test split, means over seeds
 
 
 class StageFigures(BaseModel):
@@ -75,9 +80,33 @@ class ArmRow(BaseModel):
     seeds: int
     auc: str
     difference: str  # of the mean AUC to the arm "none" of the same backbone
+    interval: str  # of that difference
     gauc: str
     log_loss: str
+    calibration_error: str
     valid_auc: str
+
+
+class ComparisonRow(BaseModel):
+    """A row of the table of paired comparisons: AUC of an arm minus that of `base`, of the same backbone."""
+
+    backbone: str
+    arm: str
+    base: str
+    difference: str
+    interval: str
+    rela_imp: str
+    delong_p: str
+    seeds: int
+
+
+class SliceRow(BaseModel):
+    """A row of the table of slices; one (AUC, log-loss) an arm, in the order of the table's arms."""
+
+    backbone: str
+    slice: str
+    rows: int
+    figures: list[tuple[str, str]]
 
 
 def render_report(data: ReportData) -> str:
@@ -109,6 +138,11 @@ def render_report(data: ReportData) -> str:
     return environment.get_template("report.html.j2").render(
         data=data,
         rows=arm_rows(data.arms),
+        comparisons=comparison_rows(data.arms),
+        arm_names=_arm_names(data.arms),
+        slice_rows=slice_rows(data.arms),
+        cold_user_below=COLD_USER_BELOW,
+        cold_item_below=COLD_ITEM_BELOW,
         auc_chart=points_chart(auc, "AUC on the test split"),
         seconds_chart=bar_chart(seconds, "s"),
         tokens_chart=bar_chart(tokens, "tokens"),
@@ -122,12 +156,17 @@ def render_report(data: ReportData) -> str:
 
 
 def arm_rows(arms: list[ArmFigures]) -> list[ArmRow]:
-    """The table of arms: means over seeds, with one standard deviation where there are several."""
+    """The table of arms: means over seeds, with one standard deviation where there are several.
+
+    The difference is that of the seeds which both arms have, where it was taken.
+    """
     base = {a.backbone: fmean(a.auc) for a in arms if a.arm == "none" and a.auc}
     rows = []
     for arm in arms:
-        difference = ""
-        if arm.arm != "none" and arm.backbone in base and arm.auc:
+        difference, paired = "", arm.differences.get("none")
+        if paired:
+            difference = f"{paired.auc:+.4f}"
+        elif arm.arm != "none" and arm.backbone in base and arm.auc:
             difference = f"{fmean(arm.auc) - base[arm.backbone]:+.4f}"
         rows.append(
             ArmRow(
@@ -136,11 +175,44 @@ def arm_rows(arms: list[ArmFigures]) -> list[ArmRow]:
                 seeds=len(arm.auc),
                 auc=_spread(arm.auc),
                 difference=difference,
+                interval=_interval(paired) if paired else "",
                 gauc=_spread(arm.gauc),
                 log_loss=_spread(arm.log_loss),
+                calibration_error=_spread(arm.calibration_error),
                 valid_auc=_spread(arm.valid_auc),
             )
         )
+    return rows
+
+
+def comparison_rows(arms: list[ArmFigures]) -> list[ComparisonRow]:
+    """The table of paired comparisons; what is not known of one is left blank."""
+    return [
+        ComparisonRow(
+            backbone=arm.backbone,
+            arm=arm.arm,
+            base=base,
+            difference=f"{paired.auc:+.4f}",
+            interval=_interval(paired),
+            rela_imp="" if paired.rela_imp is None else f"{paired.rela_imp:+.1%}",
+            delong_p=_p(paired.evidence.delong_p if paired.evidence else None),
+            seeds=paired.seeds,
+        )
+        for arm in arms
+        for base, paired in arm.differences.items()
+    ]
+
+
+def slice_rows(arms: list[ArmFigures]) -> list[SliceRow]:
+    """The table of slices, an arm a column; blank where an arm was not measured."""
+    names = _arm_names(arms)
+    rows = []
+    for backbone in dict.fromkeys(arm.backbone for arm in arms):
+        of_arm = {arm.arm: arm.slices for arm in arms if arm.backbone == backbone}
+        sizes = {name: metrics.rows for slices in of_arm.values() for name, metrics in slices.items()}
+        for name, size in sizes.items():
+            figures = [_slice_figures(of_arm.get(arm, {}).get(name)) for arm in names]
+            rows.append(SliceRow(backbone=backbone, slice=name, rows=size, figures=figures))
     return rows
 
 
@@ -161,6 +233,27 @@ def decoder_rows(counters: DecoderCounters) -> dict[str, str]:
         shares = {name: counts.get(f"{name}_s", 0) / steps_s for name in ("retrieval", "verification")}
         rows["share of step time"] = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     return rows
+
+
+def _arm_names(arms: list[ArmFigures]) -> list[str]:
+    return list(dict.fromkeys(arm.arm for arm in arms))
+
+
+def _interval(paired: PairedDifference) -> str:
+    interval = paired.evidence.interval if paired.evidence else None
+    return f"[{interval.low:+.4f}, {interval.high:+.4f}]" if interval else ""
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _slice_figures(metrics: SliceMetrics | None) -> tuple[str, str]:
+    if metrics is None:
+        return "", ""
+    return "one class" if metrics.auc is None else f"{metrics.auc:.4f}", f"{metrics.log_loss:.4f}"
 
 
 def _spread(values: list[float]) -> str:

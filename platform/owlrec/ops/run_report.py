@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.cohorts.building import read_profiles
-from owlrec.ctr.experiment import TrialResult
+from owlrec.ctr.comparison import GridScores
+from owlrec.ctr.experiment import TrialResult, summarise
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge, iterate_manifests
 from owlrec.ops.report import ArmFigures, KnowledgeSample, ReportData, StageFigures
@@ -45,11 +46,15 @@ def collect(
     release: Release,
     results: list[TrialResult],
     *,
+    scores: GridScores | None,
     run: str,
     protocol: str,
     facts: Mapping[str, str],
 ) -> ReportData:
-    """All figures of a run. Stages without a manifest are left out."""
+    """All figures of a run. Stages without a manifest are left out.
+
+    scores: the test scores of the trials, where they left any: without them differences have no interval.
+    """
     manifests = [m for stage in STAGES if (m := finished_stage(workspace, stage))]
     texts = {kind: _some_rows(workspace, manifests, kind) for kind in KINDS}
     return ReportData(
@@ -58,7 +63,7 @@ def collect(
         hardware=hardware_line(),
         facts=dict(facts),
         protocol=protocol,
-        arms=arm_figures(results),
+        arms=arm_figures(results, scores),
         stages=[_stage_figures(m) for m in manifests],
         knowledge_tokens={kind: table["output_tokens"].to_pylist() for kind, table in texts.items() if table.num_rows},
         samples=[s for kind, table in texts.items() for s in _samples(workspace, kind, table)],
@@ -103,21 +108,24 @@ def hardware_line() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, Python {python}"
 
 
-def arm_figures(results: list[TrialResult]) -> list[ArmFigures]:
-    """Results grouped by backbone and arm, one value a seed."""
+def arm_figures(results: list[TrialResult], scores: GridScores | None = None) -> list[ArmFigures]:
+    """Results grouped by backbone and arm, one value a seed; differences and slices as `summarise` finds them."""
     groups: dict[tuple[str, str], list[TrialResult]] = {}
     for result in results:
         groups.setdefault((result.backbone, result.arm), []).append(result)
     return [
         ArmFigures(
-            backbone=backbone,
-            arm=arm,
+            backbone=summary.backbone,
+            arm=summary.arm,
             auc=[r.test.auc for r in group],
             gauc=[r.test.gauc for r in group if r.test.gauc is not None],
             log_loss=[r.test.log_loss for r in group],
             valid_auc=[r.valid.auc for r in group],
+            calibration_error=[e for r in group if (e := r.test.calibration_error) is not None],
+            differences=dict(summary.differences),
+            slices=summary.slices,
         )
-        for (backbone, arm), group in groups.items()
+        for summary, group in zip(summarise(results, scores), groups.values(), strict=True)
     ]
 
 
@@ -169,7 +177,9 @@ def _inputs(workspace: Workspace, kind: str, ids: pa.Array) -> list[tuple[str, l
         built = finished_stage(workspace, "cohorts")
         profiles = read_profiles(workspace, built.outputs["cohorts"]).to_pylist() if built and ids else []
         cohorts = {row["id"]: row for row in profiles}
-        chosen = [cohorts.get(i, {"cohort": str(i), "size": 0, "attributes": [], "titles": []}) for i in ids.to_pylist()]
+        chosen = [
+            cohorts.get(i, {"cohort": str(i), "size": 0, "attributes": [], "titles": []}) for i in ids.to_pylist()
+        ]
         return [(f"{row['cohort']}, {row['size']} members", [*row["attributes"], *row["titles"]]) for row in chosen]
     if kind == "item":
         items = {row["item_id"]: row for row in _rows(workspace, "items", "item_id", ids)}

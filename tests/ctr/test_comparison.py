@@ -1,0 +1,58 @@
+"""Arms weighed on rows where it is known which of them knows more."""
+
+import numpy as np
+import pytest
+
+from owlrec.ctr.comparison import GridScores, weigh
+from owlrec.ctr.delong import delong_test
+from owlrec.ctr.intervals import bootstrap_aucs, percentile_interval
+
+
+def grid(draw: int = 0, users: int = 40, rows: int = 10) -> GridScores:
+    """Two seeds of an arm that knows more than its base, and one of an arm that knows as much."""
+    rng = np.random.default_rng(draw)
+    n = users * rows
+    labels = rng.integers(0, 2, n)
+    noise = rng.normal(size=n)
+    scores = {f"base/{seed}": labels + noise + 0.3 * rng.normal(size=n) for seed in (0, 1)}
+    scores |= {f"arm/{seed}": 1.8 * labels + noise + 0.3 * rng.normal(size=n) for seed in (0, 1)}
+    scores["same/0"] = labels + noise + 0.3 * rng.normal(size=n)
+    return GridScores(np.repeat(np.arange(users), rows), labels.astype(np.float32), scores)
+
+
+def test_interval_is_that_of_the_mean_over_seeds_of_paired_differences() -> None:
+    given = grid()
+    pairs = [("arm/0", "base/0"), ("arm/1", "base/1")]
+    evidence = weigh(given, {"gain": pairs, "other": [("same/0", "base/0")]}, resamples=200, seed=3)
+    vectors = [given.scores[path] for pair in pairs for path in pair]
+    a0, b0, a1, b1 = bootstrap_aucs(given.labels, vectors, given.user_ids, resamples=200, seed=3).T
+    assert evidence["gain"].interval == percentile_interval(((a0 - b0) + (a1 - b1)) / 2)
+    arms, bases = (np.stack([given.scores[f"{arm}/{seed}"] for seed in (0, 1)]) for arm in ("arm", "base"))
+    assert evidence["gain"].delong_p == delong_test(given.labels, arms, bases).p < 1e-4
+    assert evidence["gain"].interval is not None
+    assert evidence["gain"].interval.low > 0
+
+
+def test_equal_arms_are_told_apart_about_as_rarely_as_promised() -> None:
+    missed, small = 0, 0
+    for draw in range(200):
+        evidence = weigh(grid(draw), {"nothing": [("same/0", "base/0")]}, resamples=200, seed=draw)["nothing"]
+        assert evidence.interval is not None
+        assert evidence.delong_p is not None
+        missed += not evidence.interval.low <= 0 <= evidence.interval.high
+        small += evidence.delong_p < 0.05
+    assert 3 <= missed <= 22
+    assert 3 <= small <= 22
+
+
+def test_a_comparison_without_all_of_its_scores_is_left_out() -> None:
+    pairs = {"whole": [("arm/0", "base/0")], "half": [("arm/0", "base/0"), ("arm/2", "base/2")], "none": []}
+    assert weigh(grid(), pairs, resamples=2).keys() == {"whole"}
+
+
+@pytest.mark.parametrize("labels", [[1, 0, 1, 0], [1, 0, 0, 0]])
+def test_too_little_to_tell_is_told_by_none(labels: list[int]) -> None:
+    rows = GridScores(np.zeros(4), np.array(labels), {"arm": np.arange(4.0), "base": -np.arange(4.0)})
+    evidence = weigh(rows, {"gain": [("arm", "base")]})["gain"]
+    assert evidence.interval is None  # one user
+    assert (evidence.delong_p is None) == (sum(labels) < 2)

@@ -1,0 +1,65 @@
+"""Slices by hand: who and what counts as cold, by the training split alone."""
+
+import numpy as np
+import pytest
+
+from owlrec.ctr.features import SampleFeatures
+from owlrec.ctr.slices import SliceMetrics, mean_slices, slice_metrics, slices_of
+
+
+def samples(items: list[int], lengths: list[int], history_item: int = 9) -> SampleFeatures:
+    """Rows of the item table as targets; histories of one item, padded to 12."""
+    n = len(items)
+    history = np.where(np.arange(12) < np.array(lengths)[:, None], history_item, 0).astype(np.int32)
+    return SampleFeatures(
+        user_ids=np.arange(n),
+        item_ids=np.array(items),
+        items=np.array(items, dtype=np.int32),
+        history=history,
+        ratings=np.zeros_like(history),
+        profile=np.zeros((n, 0), dtype=np.int32),
+        labels=np.zeros(n, dtype=np.float32),
+    )
+
+
+# Item 3 is a target five times; 4 is one four times and stands once in a history; 5 four times in all; 1 is no item.
+TRAIN = samples([3] * 5 + [4] * 4 + [5] * 4 + [1] * 9, [0] * 22)
+TRAIN.history[0, 0] = 4
+
+
+def test_cold_users_and_items_by_hand() -> None:
+    slices = slices_of(samples([3, 4, 5, 1, 30], [4, 5, 0, 12, 5]), TRAIN)
+    assert slices["cold items"].tolist() == [False, False, True, True, True]
+    assert slices["warm items"].tolist() == [True, True, False, False, False]
+    assert slices["cold users"].tolist() == [True, False, True, False, False]
+    assert slices["warm users"].tolist() == [False, True, False, True, True]
+
+
+def test_history_buckets_part_the_rows_and_empty_ones_are_left_out() -> None:
+    slices = slices_of(samples([3] * 6, [0, 1, 2, 3, 5, 12]), TRAIN)
+    buckets = {name: rows.nonzero()[0].tolist() for name, rows in slices.items() if name.startswith("history")}
+    assert buckets == {"history 0": [0], "history 1-2": [1, 2], "history 3-5": [3, 4], "history 11-20": [5]}
+    assert "cold items" not in slices
+
+
+def test_what_only_the_test_split_shows_warms_nothing() -> None:
+    assert slices_of(samples([5] * 50, [9] * 50, history_item=5), TRAIN)["cold items"].all()
+
+
+def test_metrics_of_a_slice_are_those_of_its_rows() -> None:
+    labels, scores = np.array([1, 0, 1, 1]), np.array([0.6, 0.7, 0.8, 0.9])
+    slices = {"mixed": np.array([True, True, True, False]), "one class": np.array([True, False, False, False])}
+    found = slice_metrics(labels, scores, slices)
+    assert found["mixed"].rows == 3
+    assert found["mixed"].auc == pytest.approx(0.5)
+    assert found["mixed"].log_loss == pytest.approx(-np.log([0.6, 0.3, 0.8]).mean())
+    alone = found["one class"]
+    assert (alone.rows, alone.auc, alone.log_loss) == (1, None, pytest.approx(-np.log(0.6)))
+
+
+def test_means_over_seeds() -> None:
+    seeds = [{"a": SliceMetrics(rows=9, auc=auc, log_loss=loss)} for auc, loss in ((0.6, 0.5), (0.8, 0.7))]
+    [mean] = mean_slices([*seeds, {}]).values()
+    assert (mean.rows, mean.auc, mean.log_loss) == (9, pytest.approx(0.7), pytest.approx(0.6))
+    blind = {"b": SliceMetrics(rows=1, auc=None, log_loss=0.5)}
+    assert mean_slices([blind, blind]) == blind
