@@ -1,0 +1,264 @@
+"""Planted clusters come back as codes, errors fall, digits tell duplicates apart, and bad input is named."""
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from owlrec.encoding.semantic_ids import (
+    Quantiser,
+    SemanticIdConfig,
+    measure_quantiser,
+    train_quantiser,
+    with_duplicate_digit,
+)
+from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.workspace import Workspace
+
+METHODS = ("faiss", "kmeans")
+
+
+def small(method: Any, **changes: Any) -> SemanticIdConfig:
+    return SemanticIdConfig(**{"method": method, "codes_per_level": 16, **changes})
+
+
+def gaussian(n: int, d: int = 12, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+
+
+def planted() -> tuple[np.ndarray, np.ndarray]:
+    """8 coarse places, 8 finer ones around each, 8 still finer around those; with noise. Vectors and their places."""
+    levels = [100 * gaussian(8, seed=1), gaussian(8, seed=2), 0.01 * gaussian(8, seed=3)]
+    places = np.array(list(product(range(8), repeat=3)) * 2)
+    centres = sum(level[places[:, i]] for i, level in enumerate(levels))
+    return (centres + 1e-5 * gaussian(len(places), seed=4)).astype(np.float32), places
+
+
+def pairs(*columns: np.ndarray) -> int:
+    return len(np.unique(np.column_stack(columns), axis=0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestQuantiser:
+    def test_planted_clusters_come_back_as_prefixes(self, method: Any) -> None:
+        vectors, places = planted()
+        codes = train_quantiser(vectors, small(method, codes_per_level=8)).encode(vectors)
+        assert codes.dtype == np.uint16
+        # As many combinations as there are places: each coarse place has a first code of its own, and the other way.
+        assert len(np.unique(codes[:, 0])) == pairs(codes[:, 0], places[:, 0]) == 8
+        assert pairs(codes[:, :2]) == pairs(codes[:, :2], places[:, :2]) == 64
+        assert pairs(codes) == pairs(codes, places) == 512
+
+    def test_error_falls_with_levels(self, method: Any) -> None:
+        vectors, ids = gaussian(600), np.arange(600)
+        errors = [
+            measure_quantiser(train_quantiser(vectors, small(method, levels=n)), vectors, ids).relative_error
+            for n in (1, 2, 3, 4)
+        ]
+        assert all(after < before for before, after in zip([1.0, *errors], errors, strict=False))
+
+    def test_each_code_takes_something_off_the_error(self, method: Any) -> None:
+        vectors = gaussian(600)
+        quantiser = train_quantiser(vectors, small(method))
+        codes = quantiser.encode(vectors)
+        partial = np.zeros_like(vectors)
+        errors = [float(np.square(vectors).mean())]
+        for level, book in enumerate(quantiser.codebooks):
+            partial += book[codes[:, level]]
+            errors.append(float(np.square(vectors - partial).mean()))
+        assert errors == sorted(errors, reverse=True)
+        np.testing.assert_allclose(quantiser.decode(codes), partial, atol=1e-6)
+
+    def test_decoded_vectors_code_to_themselves(self, method: Any) -> None:
+        vectors, _ = planted()
+        quantiser = train_quantiser(vectors, small(method, codes_per_level=8))
+        codes = quantiser.encode(vectors)
+        np.testing.assert_array_equal(quantiser.encode(quantiser.decode(codes)), codes)
+
+    def test_same_seed_same_codes(self, method: Any) -> None:
+        vectors = gaussian(800)
+        first, second = (train_quantiser(vectors, small(method, train_sample=300)) for _ in range(2))
+        for a, b in zip(first.codebooks, second.codebooks, strict=True):
+            np.testing.assert_array_equal(a, b)
+        other = train_quantiser(vectors, small(method, train_sample=300, seed=1))
+        assert not np.array_equal(first.codebooks[0], other.codebooks[0])
+
+    def test_many_rows_code_as_each_alone(self, method: Any) -> None:
+        vectors = gaussian(9000)  # more than are coded at once
+        quantiser = train_quantiser(vectors, small(method, codes_per_level=4, levels=2))
+        codes = quantiser.encode(vectors)
+        for row in (0, 8191, 8192, 8999):
+            np.testing.assert_array_equal(quantiser.encode(vectors[row : row + 1])[0], codes[row])
+
+    def test_reloaded_quantiser_codes_the_same(self, method: Any, workspace: Workspace) -> None:
+        vectors = gaussian(200)
+        quantiser = train_quantiser(vectors, small(method))
+        quantiser.save(workspace, "semantic_ids/item")
+        assert workspace.names("semantic_ids", "item") == ["codebooks.safetensors", "quantiser.json"]
+        loaded = Quantiser.load(workspace, "semantic_ids/item")
+        assert loaded.config == quantiser.config
+        np.testing.assert_array_equal(loaded.encode(gaussian(50, seed=9)), quantiser.encode(gaussian(50, seed=9)))
+        np.testing.assert_array_equal(loaded.decode(loaded.encode(vectors)), quantiser.decode(loaded.encode(vectors)))
+
+    @pytest.mark.parametrize("n", [1, 2, 3, 5, 17])
+    def test_few_vectors_give_few_codes(self, method: Any, n: int) -> None:
+        vectors = gaussian(n)
+        quantiser = train_quantiser(vectors, SemanticIdConfig(method=method))
+        assert all(len(book) <= max(2, n) for book in quantiser.codebooks)
+        report = measure_quantiser(quantiser, vectors, np.arange(n))
+        assert report.relative_error < (1e-10 if n in (1, 2) or method == "kmeans" else 0.5)
+
+    @settings(max_examples=25, deadline=None)
+    @given(data=st.data())
+    def test_any_finite_vectors_can_be_coded(self, method: Any, data: st.DataObject) -> None:
+        n, d = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 5))
+        values = st.sampled_from([0.0, 1.0, -1.0, 1e-20, 3.5, 1e4])
+        vectors = np.array([[data.draw(values) for _ in range(d)] for _ in range(n)], dtype=np.float32)
+        quantiser = train_quantiser(vectors, small(method, codes_per_level=8))
+        report = measure_quantiser(quantiser, vectors, np.arange(n))
+        assert report.unique_rate_with_digit == 1
+        assert np.isfinite(report.relative_error)
+
+
+def test_beam_search_codes_at_least_as_well_as_the_nearest_code() -> None:
+    vectors, ids = gaussian(1000), np.arange(1000)
+    errors = {
+        beam: measure_quantiser(train_quantiser(vectors, small("faiss", beam=beam)), vectors, ids).relative_error
+        for beam in (1, 8)
+    }
+    assert errors[8] < errors[1]
+
+
+def test_quantiser_counts_its_worth() -> None:
+    config = SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans")
+    book = np.array([[0, 0], [4, 0], [0, 4], [4, 4]], dtype=np.float32)
+    quantiser = Quantiser(config, (book, book / 4))
+    # (4, 0) twice; (5, 1) is (4, 0) + (1, 1); (0, 5) is (0, 4) + (0, 1); (0, 3.5) is half a step from (0, 4) + 0.
+    vectors = np.array([[4, 0], [4, 0], [5, 1], [0, 5], [0, 3.5]], dtype=np.float32)
+    np.testing.assert_array_equal(quantiser.encode(vectors), [[1, 0], [1, 0], [1, 3], [2, 2], [2, 0]])
+    report = measure_quantiser(quantiser, vectors, np.array([9, 3, 5, 6, 7]))
+    assert report.vectors == 5
+    assert report.unique_rate == 4 / 5
+    assert report.unique_rate_with_digit == 1
+    assert report.code_usage == (2 / 4, 3 / 4)
+    assert report.relative_error == pytest.approx(0.25 / (16 + 16 + 26 + 25 + 12.25))
+    assert report.bytes_per_entity == 6
+
+
+def test_float16_vectors_are_taken() -> None:
+    vectors = gaussian(50).astype(np.float16)
+    assert train_quantiser(vectors, small("faiss")).encode(vectors).shape == (50, 3)
+
+
+def test_nothing_to_code_is_no_error() -> None:
+    quantiser = train_quantiser(gaussian(20), small("faiss"))
+    assert quantiser.encode(np.zeros((0, 12), np.float32)).shape == (0, 3)
+    assert quantiser.decode(np.zeros((0, 3), np.uint16)).shape == (0, 12)
+
+
+def test_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(SchemaError, match="no vectors to train on"):
+        train_quantiser(np.zeros((0, 8), np.float32), SemanticIdConfig())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_vector_that_is_not_finite_is_named(value: float) -> None:
+    vectors = gaussian(10)
+    quantiser = train_quantiser(vectors, small("faiss"))
+    vectors[7, 2] = value
+    for use in (quantiser.encode, lambda v: train_quantiser(v, small("kmeans"))):
+        with pytest.raises(SchemaError, match="row 7: the vector is not finite"):
+            use(vectors)
+
+
+def test_vectors_of_several_sizes_are_refused() -> None:
+    with pytest.raises(SchemaError, match=r"row 2: the vector's shape is \(6,\), but \(8,\) is meant"):
+        train_quantiser([*gaussian(2, 8), *gaussian(1, 6)], SemanticIdConfig())
+    quantiser = train_quantiser(gaussian(20), small("faiss"))
+    with pytest.raises(SchemaError, match=r"row 0: the vector's shape is \(6,\), but \(12,\) is meant"):
+        quantiser.encode(gaussian(3, 6))
+
+
+@pytest.mark.parametrize("vectors", [np.ones(5, np.float32), np.ones((5, 0), np.float32), np.ones((5, 2, 2))])
+def test_arrays_that_are_no_table_are_refused(vectors: np.ndarray) -> None:
+    with pytest.raises(SchemaError, match="row 0: the vector's shape"):
+        train_quantiser(vectors, SemanticIdConfig())
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.zeros((4, 4), np.uint16), r"codes are \[4, 4\], but this quantiser's are \[n, 3\]"),
+        (np.zeros(3, np.uint16), r"codes are \[3\]"),
+        (np.array([[0, 0, 0], [0, 16, 0]]), "row 1: code 16 of level 1, which has 16 codes"),
+        (np.array([[-1, 0, 0]]), "row 0: code -1 of level 0"),
+    ],
+)
+def test_codes_of_another_quantiser_are_refused(codes: np.ndarray, message: str) -> None:
+    quantiser = train_quantiser(gaussian(100), small("kmeans"))
+    with pytest.raises(SchemaError, match=message):
+        quantiser.decode(codes)
+
+
+def test_beam_search_needs_whole_bits() -> None:
+    with pytest.raises(ValidationError, match="codes_per_level is 100, but method 'faiss' needs a power of two: 64 or"):
+        SemanticIdConfig(codes_per_level=100)
+    assert SemanticIdConfig(codes_per_level=100, method="kmeans").codes_per_level == 100
+
+
+def test_damaged_quantiser_is_refused(workspace: Workspace) -> None:
+    with pytest.raises(WorkspaceError, match="does not exist"):
+        Quantiser.load(workspace, "a")
+    for folder, levels in (("a", 3), ("b", 2)):
+        train_quantiser(gaussian(40), small("faiss", levels=levels)).save(workspace, folder)
+    good = workspace.read_bytes("a/codebooks.safetensors")
+    for data in (workspace.read_bytes("b/codebooks.safetensors"), good[:50]):
+        workspace.write_bytes("a/codebooks.safetensors", data)
+        with pytest.raises(WorkspaceError, match="Delete the folder and train it again"):
+            Quantiser.load(workspace, "a")
+
+
+class TestDuplicateDigit:
+    def test_equal_codes_are_counted_by_ascending_id(self) -> None:
+        codes = np.array([[1, 2], [0, 5], [1, 2], [1, 2], [2, 1]], np.uint16)
+        full = with_duplicate_digit(codes, np.array([30, 7, 10, 20, 1]))
+        assert full.dtype == np.uint16
+        assert full.tolist() == [[1, 2, 2], [0, 5, 0], [1, 2, 0], [1, 2, 1], [2, 1, 0]]
+
+    @given(
+        st.dictionaries(
+            st.integers(-(2**63), 2**63 - 1),
+            st.tuples(st.integers(0, 2), st.integers(0, 1), st.sampled_from([0, 65_535])),
+        ),
+        st.randoms(use_true_random=False),
+    )
+    def test_every_id_has_codes_of_its_own_whatever_the_order(self, by_id: dict[int, Any], random: Any) -> None:
+        ids = list(by_id)
+        full = with_duplicate_digit(np.array([by_id[i] for i in ids], np.uint16).reshape(-1, 3), np.array(ids))
+        assert full.shape == (len(ids), 4)
+        assert len({tuple(row) for row in full.tolist()}) == len(ids)
+        assert all(tuple(row[:3]) == by_id[i] for i, row in zip(ids, full.tolist(), strict=True))
+        shuffled = random.sample(ids, len(ids))
+        again = with_duplicate_digit(
+            np.array([by_id[i] for i in shuffled], np.uint16).reshape(-1, 3), np.array(shuffled)
+        )
+        assert dict(zip(shuffled, again.tolist(), strict=True)) == dict(zip(ids, full.tolist(), strict=True))
+
+    def test_a_digit_tells_65536_apart_and_no_more(self) -> None:
+        codes = np.full((65_537, 2), 3, np.uint16)
+        full = with_duplicate_digit(codes[1:], np.arange(65_536))
+        assert full[:, 2].tolist() == list(range(65_536))
+        with pytest.raises(SchemaError, match=r"65,537 ids share the codes \[3, 3\]"):
+            with_duplicate_digit(codes, np.arange(65_537))
+
+    def test_doubled_id_is_refused(self) -> None:
+        with pytest.raises(SchemaError, match="id 4 stands there more than once"):
+            with_duplicate_digit(np.zeros((3, 2), np.uint16), np.array([4, 1, 4]))
+
+    def test_codes_without_ids_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="3 codes but 2 ids"):
+            with_duplicate_digit(np.zeros((3, 2), np.uint16), np.array([4, 1]))
