@@ -125,5 +125,5 @@ def _quoted(title: str) -> str:
 
 @lru_cache(maxsize=64)
 def enumerate_words(words: tuple[str, ...]) -> str:
-    """"a, b and c"."""
+    """ "a, b and c"."""
     return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]

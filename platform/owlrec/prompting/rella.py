@@ -42,7 +42,8 @@ class RankPromptConfig(Config):
     """Where the candidate stands, and how much of a history is quoted."""
 
     layout: Literal["target_last", "shared_first"] = "target_last"
-    history_tokens: int = Field(512, ge=0)  # for each list: about 40 film titles; the paper gains nothing beyond 700
+    # For each list: about 28 film titles; the paper gains nothing beyond prompts of 700.
+    history_tokens: int = Field(512, ge=0)
 
 
 def rank_fingerprint(config: RankPromptConfig, scenario: Scenario) -> str:

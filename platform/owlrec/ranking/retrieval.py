@@ -1,0 +1,142 @@
+"""Semantic user behaviour retrieval (SUBR; ReLLa, WWW 2024): the behaviours of a history that are most like a
+candidate, in the order in which they happened.
+
+An LLM loses the thread of a long history; the K behaviours that bear on the candidate tell more than the K latest in as
+few tokens. The released code ranks by inner product on two of three data sets, and on the third takes row numbers for
+ids that start at 1, so that it shows the neighbours of what it found. Here ids are looked up, and all vectors have
+length 1.
+
+Exact at any length: one matrix product over the distinct items of a history, of whose behaviours only those of the
+items that may be among the nearest are looked at. A product in float32 rounds differently from one batch of candidates
+to the next, so these few are computed again in float64: equal items tie, and a candidate's company changes nothing.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlrec.errors import SchemaError
+from owlrec.ranking.projection import Projection, unit_rows
+
+_PRODUCT_ERROR = 1e-5  # of a float32 cosine at most; 5e-7 was seen with 128 and with 512 dimensions
+_SCORES_AT_ONCE = 1 << 24  # cosines held at a time: 64 MB
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """One user's behaviours, looked up once for many requests: `BehaviourRetriever.look_up` makes it."""
+
+    n_behaviours: int
+    vectors: np.ndarray  # float32 [u, d], of length 1: the distinct items that have one
+    positions: np.ndarray  # int64 [v]: the behaviours whose item has a vector, item by item, each item's ascending
+    starts: np.ndarray  # int64 [u + 1]: where each item's begin in `positions`, and the end
+
+
+class BehaviourRetriever:
+    """Finds behaviours by the vectors of their items."""
+
+    def __init__(self, ids: np.ndarray, vectors: np.ndarray) -> None:
+        """ids: int64 [n], ascending, each once; vectors: float [n, d], of any length.
+
+        A vector that is zero or not finite counts as none. Raises SchemaError for ids out of order or doubled, and for
+        another number of vectors.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if vectors.ndim != 2 or len(ids) != len(vectors):
+            raise SchemaError(
+                f"item vectors: {len(ids)} ids, but vectors of shape {vectors.shape}. Give one row an id."
+            )
+        descents = np.flatnonzero(ids[1:] <= ids[:-1])
+        if len(descents):
+            row = int(descents[0]) + 1
+            raise SchemaError(
+                f"item vectors, row {row}: id {ids[row]} follows {ids[row - 1]}. Sort the rows by id, and keep one row "
+                "an id."
+            )
+        unit = unit_rows(vectors)
+        usable = unit.any(axis=1)
+        self._ids, self._vectors = (ids, unit) if usable.all() else (ids[usable], unit[usable])
+
+    @classmethod
+    def from_table(cls, table: pa.Table, projection: Projection | None = None) -> "BehaviourRetriever":
+        """From the item rows of a vectors table (schema.vectors_schema), in any order; projected where told how.
+
+        Raises SchemaError as the constructor and the projection do.
+        """
+        table = table.filter(pc.and_(pc.equal(table["kind"], "item"), pc.is_valid(table["vector"])))
+        ids = table["id"].to_numpy()
+        order = np.argsort(ids, kind="stable")
+        column = table["vector"].combine_chunks()
+        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), column.type.list_size)[order]
+        return cls(ids[order], projection.apply(vectors) if projection else vectors)
+
+    def look_up(self, history: np.ndarray) -> History:
+        """A history to ask about again and again. Its vectors are copied: 512 bytes a distinct item of 128 components.
+
+        history: int64 [h], item ids, oldest first.
+        """
+        rows = self._rows(history)
+        positions = np.argsort(rows, kind="stable")
+        positions = positions[np.count_nonzero(rows < 0) :]
+        grouped = rows[positions]
+        starts = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]]) if len(grouped) else positions
+        return History(len(rows), self._vectors[grouped[starts]], positions, np.r_[starts, len(positions)])
+
+    def retrieve(self, history: np.ndarray | History, candidates: np.ndarray, k: int) -> np.ndarray:
+        """For each candidate the `k` behaviours nearest to it by cosine, in the order in which they happened.
+
+        history: int64 [h], item ids, oldest first, or what `look_up` made of them; candidates: int64 [m], item ids.
+        Returns int64 [m, k]: ascending positions in the history, then -1 where it has fewer than k behaviours.
+
+        Of equally near ones the newer is taken. Behaviours whose item has no vector come after all that have one, the
+        newest first; a candidate without a vector gets the k newest of all. So a history of k behaviours always shows
+        k. An earlier occurrence of the candidate itself is allowed, and is nearest: that a user comes back to an item
+        is part of the history. Raises ValueError where k < 1.
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}, but at least one behaviour must be asked for")
+        opened = history if isinstance(history, History) else self.look_up(history)
+        rows = self._rows(candidates)
+        newest = np.arange(max(0, opened.n_behaviours - k), opened.n_behaviours)
+        found = np.full((len(rows), k), -1, dtype=np.int64)
+        found[:, : len(newest)] = newest
+        known = np.flatnonzero(rows >= 0) if 0 < len(newest) < opened.n_behaviours else rows[:0]
+        at_once = max(1, _SCORES_AT_ONCE // max(1, len(opened.vectors)))
+        for start in range(0, len(known), at_once):
+            places = known[start : start + at_once]
+            queries = self._vectors[rows[places]]
+            for place, query, cosines in zip(places, queries, queries @ opened.vectors.T, strict=True):
+                found[place] = _nearest(opened, query, cosines, k)
+        return found
+
+    def _rows(self, ids: np.ndarray) -> np.ndarray:
+        """int64 [n]: the row of each id's vector, -1 where it has none."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(self._ids) == 0:
+            return np.full(len(ids), -1, dtype=np.int64)
+        at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        return np.where(self._ids[at] == ids, at, -1)
+
+
+def _nearest(history: History, query: np.ndarray, cosines: np.ndarray, k: int) -> np.ndarray:
+    """int64 [k], ascending: the positions to take from a history of more than k behaviours.
+
+    query: float32 [d]; cosines: float32 [u], its rounded products with the history's items.
+    """
+    items = np.arange(len(cosines))
+    if len(items) > k:  # k items have at least k behaviours: an item that is farther than all of these shows none
+        kth = np.partition(cosines, len(cosines) - k)[len(cosines) - k]
+        items = np.flatnonzero(cosines >= kth - 2 * _PRODUCT_ERROR)
+    exact = (history.vectors[items].astype(np.float64) * query).sum(axis=1)
+    exact = np.round(exact, 12)  # below that the order of a float64 sum shows
+    ends = history.starts[items + 1]
+    newest = [history.positions[max(a, b - k) : b] for a, b in zip(history.starts[items], ends, strict=True)]
+    positions = np.concatenate([ends[:0], *newest])
+    cosine = np.repeat(exact, [len(own) for own in newest])
+    chosen = positions[np.lexsort((-positions, -cosine))[:k]]
+    if len(chosen) < k:
+        without = np.setdiff1d(np.arange(history.n_behaviours), history.positions, assume_unique=True)
+        chosen = np.r_[chosen, without[len(chosen) - k :]]
+    return np.sort(chosen)
