@@ -284,8 +284,7 @@ def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
         if user in cohort:
             members.setdefault(cohort[user], []).append(user)
     others = {
-        name: rng.choice([c for c in sorted(members) if c not in ("all", name)])
-        for name in sorted({*cohort.values()})
+        name: rng.choice([c for c in sorted(members) if c not in ("all", name)]) for name in sorted({*cohort.values()})
     }
     count = token_counter(recipe.engine)
     prompts = user_prompts(

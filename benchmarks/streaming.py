@@ -46,7 +46,7 @@ def main() -> None:
     """Runs what is asked for."""
     parser = options_parser(__doc__)
     parser.add_argument("--only", choices=("cost", "worth"))
-    parser.add_argument("--knowledge", type=Path, help="knowledge folder of a run whose texts are kept, of like prompts")
+    parser.add_argument("--knowledge", type=Path, help="of an earlier run: texts of equal prompts are kept")
     parser.add_argument("--days", type=int, help="of the cost replay; default: 30, 5 with --quick")
     options = parser.parse_args()
     raw = MovieLens100KSource(type="movielens-100k").load()
