@@ -24,9 +24,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("seed", range(metafunc.config.getoption("--chaos-seeds")))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[Any]:
-    """A head and two worker nodes on this machine, which jobs join by address."""
+    """A head and two worker nodes on this machine, which jobs join by address.
+
+    A new one for each test: Ray Data sets resources aside for a killed driver's dataset for minutes, so that the next
+    job's pool would not grow meanwhile.
+    """
     from ray.cluster_utils import Cluster
 
     node = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
