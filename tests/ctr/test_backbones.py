@@ -96,6 +96,13 @@ class TestEveryBackbone:
         order = torch.tensor([4, 0, 5, 2, 1, 3])
         torch.testing.assert_close(model(rows_of(given, order)), model(given)[order])
 
+    @pytest.mark.parametrize("row", [0, 3])
+    def test_one_users_history_stands_for_all_candidates(self, name: str, row: int) -> None:
+        given, model = inputs(), build(name)
+        once = {part: getattr(given, part)[row : row + 1] for part in ("history", "mask", "profile")}
+        repeated = {part: value.repeat_interleave(B, 0) for part, value in once.items()}
+        torch.testing.assert_close(model(inputs(**once)), model(inputs(**repeated)))
+
     def test_nobody_with_a_history_is_no_trouble(self, name: str) -> None:
         model = build(name).train()
         logits = model(inputs(mask=torch.zeros(B, L, dtype=torch.bool)))

@@ -63,14 +63,18 @@ class ModelSpec(Config):
 
 @dataclass(frozen=True)
 class Batch:
-    """The codes of b rows, and their knowledge where the model has an adaptor. L: history length."""
+    """The codes of b rows, and their knowledge where the model has an adaptor. L: history length.
+
+    history, ratings and profile have one row where all rows are of one user's request.
+    """
 
     items: Tensor  # int64 [b], row numbers of ItemFeatures
-    history: Tensor  # int64 [b, L], row numbers, 0 for padding
-    ratings: Tensor  # int64 [b, L]
-    profile: Tensor  # int64 [b, n_profile]
+    history: Tensor  # int64 [b or 1, L], row numbers, 0 for padding
+    ratings: Tensor  # int64 [b or 1, L]
+    profile: Tensor  # int64 [b or 1, n_profile]
     user: Knowledge | None = None
     item: Knowledge | None = None
+    adapted: Tensor | None = None  # float32 [b, 2, e]: what the adaptor made of user and item, in their place
 
 
 class CTRModel(nn.Module):
@@ -110,19 +114,28 @@ class CTRModel(nn.Module):
 
         Raises ValueError where the model has an adaptor and the batch no knowledge, or of another number of sources.
         """
-        rows, where = torch.unique(torch.cat([batch.items.unsqueeze(1), batch.history], dim=1), return_inverse=True)
-        distinct = self.embed_items(rows)
-        items = distinct.index_select(0, where.flatten()).view(*where.shape, *distinct.shape[1:])
+        target, history = self._embedded(batch)
         profile = [table(batch.profile[:, i]) for i, table in enumerate(self.profile)]
         return self.backbone(
             BackboneInputs(
-                target=items[:, 0],
-                history=torch.cat([items[:, 1:], self.rating(batch.ratings).unsqueeze(2)], dim=2),
+                target=target,
+                history=torch.cat([history, self.rating(batch.ratings).unsqueeze(2)], dim=2),
                 mask=batch.history != PADDING,
-                profile=torch.stack(profile, dim=1) if profile else items[:, 0, :0],
+                profile=torch.stack(profile, dim=1) if profile else target[:, :0],
                 knowledge=self._adapted(batch),
             )
         )
+
+    def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Targets and behaviours: float32 [b, 1 + n_attributes, e] and [b or 1, L, 1 + n_attributes, e]."""
+        rows = torch.cat([batch.items, batch.history.flatten()])
+        if len(batch.history) == 1:  # a request: its items hardly recur
+            found = self.embed_items(rows)
+        else:
+            rows, where = torch.unique(rows, return_inverse=True)
+            found = self.embed_items(rows).index_select(0, where)
+        target, history = found.split([len(batch.items), batch.history.numel()])
+        return target, history.unflatten(0, batch.history.shape)
 
     def embed_items(self, rows: Tensor) -> Tensor:
         """rows: int64 [u]. Returns float32 [u, 1 + n_attributes, embed_dim]; several values of an attribute are
@@ -136,8 +149,8 @@ class CTRModel(nn.Module):
         return torch.stack(fields, dim=1)
 
     def _adapted(self, batch: Batch) -> Tensor | None:
-        if self.adaptor is None:
-            return None
+        if self.adaptor is None or batch.adapted is not None:
+            return batch.adapted
         if batch.user is None or batch.item is None:
             raise ValueError("this model has an adaptor: give its batches the knowledge of users and items.")
         adapted: Tensor = self.adaptor(batch.user, batch.item)

@@ -27,10 +27,10 @@ class AttentionalGRU(nn.Module):
     def forward(self, steps: Tensor, weights: Tensor) -> Tensor:
         """The state after the last step, zeros before the first.
 
-        steps: float32 [L, b, in_dim]; weights: float32 [L, b]. Returns float32 [b, dim].
+        steps: float32 [L, b or 1, in_dim]; weights: float32 [L, b]. Returns float32 [b, dim].
         """
         read_gates, read_candidate = self.read(steps).split([2 * self.dim, self.dim], dim=2)
-        state = steps.new_zeros(steps.shape[1], self.dim)
+        state = steps.new_zeros(weights.shape[1], self.dim)
         # unbind, not an index a step: the gradient of an index is a tensor of all steps.
         for gates, candidate, weight in zip(
             read_gates.unbind(), read_candidate.unbind(), weights.unsqueeze(2).unbind(), strict=True
@@ -59,7 +59,7 @@ class DIEN(Backbone):
     def attention(self, interests: Tensor, inputs: BackboneInputs) -> Tensor:
         """float32 [L, b]: the softmax over a history of h_t W e, e the target; 0 on padding, and for an empty history.
 
-        interests: float32 [L, b, item_dim], the extractor's states.
+        interests: float32 [L, b or 1, item_dim], the extractor's states.
         """
         mask = inputs.mask.T
         scores = torch.einsum("lbd,bd->lb", interests, self.key(inputs.target.flatten(1)))

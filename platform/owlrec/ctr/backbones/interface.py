@@ -35,23 +35,30 @@ class InputShape:
 
 @dataclass(frozen=True)
 class BackboneInputs:
-    """One batch, embedded. b: rows, L: history length, e: embed_dim."""
+    """One batch, embedded. b: rows, L: history length, e: embed_dim.
+
+    history, mask and profile may have one row for all b: those of the user whose candidates a request scores. What a
+    backbone makes of them alone is then made once.
+    """
 
     target: Tensor  # float32 [b, item_fields, e]
-    history: Tensor  # float32 [b, L, behaviour_fields, e], the rating last
-    mask: Tensor  # bool [b, L], True where a behaviour stands
-    profile: Tensor  # float32 [b, profile_fields, e]
+    history: Tensor  # float32 [b or 1, L, behaviour_fields, e], the rating last
+    mask: Tensor  # bool [b or 1, L], True where a behaviour stands
+    profile: Tensor  # float32 [b or 1, profile_fields, e]
     knowledge: Tensor | None  # float32 [b, 2, e]: user, item
 
     def mean_history(self) -> Tensor:
-        """float32 [b, behaviour_fields, e]: the mean over the behaviours that stand; zeros for an empty history."""
+        """float32 [b or 1, behaviour_fields, e]: the mean over the behaviours that stand; zeros for an empty
+        history.
+        """
         weights = self.mask.to(self.history.dtype)
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("bl,blfe->bfe", weights, self.history)
 
     def fields(self, history: Tensor | None = None) -> Tensor:
         """float32 [b, n_fields, e]: target, history (its mean unless another summary is given), profile, knowledge."""
-        parts = [self.target, self.mean_history() if history is None else history, self.profile]
+        of_user = [self.mean_history() if history is None else history, self.profile]
+        parts = [self.target, *(part.expand(len(self.target), -1, -1) for part in of_user)]
         return torch.cat(parts if self.knowledge is None else [*parts, self.knowledge], dim=1)
 
 
