@@ -7,6 +7,7 @@ import pyarrow as pa
 from owlrec import __version__
 from owlrec.cohorts.memberships import iterate_memberships, member_vectors
 from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.encoding.coded_vectors import CODED_KINDS, code_vectors
 from owlrec.encoding.encoder import Encoder, encoder_identity
 from owlrec.encoding.importing_vectors import imported_vectors, take_imported
 from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
@@ -24,7 +25,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     generated = finished_stage(workspace, "generate")
     if generated is None:
         raise WorkspaceError(f"{workspace.root}: no knowledge yet. Run `generate` first, with the same recipe.")
-    settings = recipe.encoder.model_dump(include={"max_tokens"})
+    settings = recipe.encoder.model_dump(include={"max_tokens", "semantic_ids"})
     files = [p for p in map(imported_vectors, ("user", "item")) if workspace.exists(p)]
     settings |= {path: hashlib.sha256(workspace.read_bytes(path)).hexdigest() for path in files}
     cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
@@ -40,9 +41,15 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         counts: Counts = {"dim": encoder.dimension}
 
         def keep(source: str, kind: str, table: pa.Table) -> None:
-            workspace.write_parquet(f"{folder}/{source}-{kind}.parquet", table)
-            KnowledgeTable.from_table(table, kind).save(workspace.local_path(folder, f"{source}-{kind}"))
+            name = f"{source}-{kind}"
             counts[f"{source}_{kind}"] = table.num_rows
+            if recipe.encoder.semantic_ids and kind in CODED_KINDS and table.num_rows:
+                coded = code_vectors(table, recipe.encoder.semantic_ids)
+                coded.save(workspace, folder, name)
+                counts.update({f"{source}_{kind}_{figure}": n for figure, n in coded.report.counts().items()})
+                table = coded.table
+            workspace.write_parquet(f"{folder}/{name}.parquet", table)
+            KnowledgeTable.from_table(table, kind).save(workspace.local_path(folder, name))
 
         with progress("encoding", total, "texts") as advance:
             for kind in KINDS:

@@ -2,6 +2,7 @@
 
 from owlrec.cohorts.memberships import CohortNames, iterate_memberships
 from owlrec.decoding.release_pools import FOLDER, write_release_pools
+from owlrec.encoding.coded_vectors import read_quantisers
 from owlrec.errors import WorkspaceError
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer, model_identity
@@ -37,6 +38,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 knowledge=iterate_knowledge(workspace, encoded.outputs["knowledge"]),
                 vectors=vectors,
                 memberships=iterate_memberships(workspace, cohorts) if cohorts else (),
+                quantisers=read_quantisers(workspace, encoded.outputs["vectors"], "knowledge"),
                 info=info,
                 on_rows=advance,
             )

@@ -44,6 +44,8 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(echo_recipe: Path, t
     assert {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()} == before
     looked_up = owlrec("lookup", "user", str(rows[-1][1]), "999999", "--recipe", str(echo_recipe), cwd=tmp_path)
     assert "echo-" in looked_up.stdout
+    assert "semantic id " in looked_up.stdout
+    assert "<td>knowledge-item</td>" in report
     assert "no knowledge" in looked_up.stdout
 
 

@@ -9,13 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from owlrec.encoding.semantic_ids import (
-    Quantiser,
-    SemanticIdConfig,
-    measure_quantiser,
-    train_quantiser,
-    with_duplicate_digit,
-)
+from owlrec.encoding.code_quality import QuantisationReport, measure_codes
+from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, train_quantiser, with_duplicate_digit
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -24,6 +19,10 @@ METHODS = ("faiss", "kmeans")
 
 def small(method: Any, **changes: Any) -> SemanticIdConfig:
     return SemanticIdConfig(**{"method": method, "codes_per_level": 16, **changes})
+
+
+def measured(quantiser: Quantiser, vectors: np.ndarray, ids: np.ndarray) -> QuantisationReport:
+    return measure_codes(quantiser, with_duplicate_digit(quantiser.encode(vectors), ids), vectors)
 
 
 def gaussian(n: int, d: int = 12, seed: int = 0) -> np.ndarray:
@@ -56,7 +55,7 @@ class TestQuantiser:
     def test_error_falls_with_levels(self, method: Any) -> None:
         vectors, ids = gaussian(600), np.arange(600)
         errors = [
-            measure_quantiser(train_quantiser(vectors, small(method, levels=n)), vectors, ids).relative_error
+            measured(train_quantiser(vectors, small(method, levels=n)), vectors, ids).relative_error
             for n in (1, 2, 3, 4)
         ]
         assert all(after < before for before, after in zip([1.0, *errors], errors, strict=False))
@@ -109,7 +108,7 @@ class TestQuantiser:
         vectors = gaussian(n)
         quantiser = train_quantiser(vectors, SemanticIdConfig(method=method))
         assert all(len(book) <= max(2, n) for book in quantiser.codebooks)
-        report = measure_quantiser(quantiser, vectors, np.arange(n))
+        report = measured(quantiser, vectors, np.arange(n))
         assert report.relative_error < (1e-10 if n in (1, 2) or method == "kmeans" else 0.5)
 
     @settings(max_examples=25, deadline=None)
@@ -119,7 +118,7 @@ class TestQuantiser:
         values = st.sampled_from([0.0, 1.0, -1.0, 1e-20, 3.5, 1e4])
         vectors = np.array([[data.draw(values) for _ in range(d)] for _ in range(n)], dtype=np.float32)
         quantiser = train_quantiser(vectors, small(method, codes_per_level=8))
-        report = measure_quantiser(quantiser, vectors, np.arange(n))
+        report = measured(quantiser, vectors, np.arange(n))
         assert report.unique_rate_with_digit == 1
         assert np.isfinite(report.relative_error)
 
@@ -127,7 +126,7 @@ class TestQuantiser:
 def test_beam_search_codes_at_least_as_well_as_the_nearest_code() -> None:
     vectors, ids = gaussian(1000), np.arange(1000)
     errors = {
-        beam: measure_quantiser(train_quantiser(vectors, small("faiss", beam=beam)), vectors, ids).relative_error
+        beam: measured(train_quantiser(vectors, small("faiss", beam=beam)), vectors, ids).relative_error
         for beam in (1, 8)
     }
     assert errors[8] < errors[1]
@@ -140,13 +139,14 @@ def test_quantiser_counts_its_worth() -> None:
     # (4, 0) twice; (5, 1) is (4, 0) + (1, 1); (0, 5) is (0, 4) + (0, 1); (0, 3.5) is half a step from (0, 4) + 0.
     vectors = np.array([[4, 0], [4, 0], [5, 1], [0, 5], [0, 3.5]], dtype=np.float32)
     np.testing.assert_array_equal(quantiser.encode(vectors), [[1, 0], [1, 0], [1, 3], [2, 2], [2, 0]])
-    report = measure_quantiser(quantiser, vectors, np.array([9, 3, 5, 6, 7]))
+    report = measured(quantiser, vectors, np.array([9, 3, 5, 6, 7]))
     assert report.vectors == 5
     assert report.unique_rate == 4 / 5
     assert report.unique_rate_with_digit == 1
     assert report.code_usage == (2 / 4, 3 / 4)
     assert report.relative_error == pytest.approx(0.25 / (16 + 16 + 26 + 25 + 12.25))
-    assert report.bytes_per_entity == 6
+    assert report.mean_code_usage == 5 / 8
+    assert report.bytes_per_entity == (4 * 2 + 3) / 5  # a byte a level, and one for the only digit that is not 0
 
 
 def test_float16_vectors_are_taken() -> None:

@@ -11,6 +11,7 @@ from owlrec.ctr.experiment import Metrics, PairedDifference, TrialResult
 from owlrec.ctr.intervals import Interval
 from owlrec.ctr.slices import SliceMetrics
 from owlrec.decoding.counters import DecoderCounters, StepSums
+from owlrec.encoding.code_quality import QuantisationReport
 from owlrec.ops.report import (
     ArmFigures,
     KnowledgeSample,
@@ -45,6 +46,16 @@ def data():
         knowledge_tokens={"user": [100, 120, 180], "item": []},
         samples=[KnowledgeSample(kind="item", title=EVIL, inputs=[f"genres: {EVIL}"], text=f"{EVIL} & more")],
         release={"name": "20260102T030400Z-0123abcd"},
+        semantic_ids={
+            "knowledge-user": QuantisationReport(
+                vectors=943,
+                unique_rate=0.9876,
+                unique_rate_with_digit=1,
+                code_usage=(1.0, 0.875),
+                relative_error=0.1239,
+                bytes_per_entity=3.0124,
+            )
+        },
         lookup={"knowledge, p99": "9 µs"},
         notes=["a small model"],
     )
@@ -168,6 +179,14 @@ def test_results_and_test_scores_become_the_figures_of_the_arms():
     assert (knowledge.auc, knowledge.calibration_error) == ([0.7], [0.1])
     assert knowledge.differences["none"].evidence.interval.low > 0
     assert arm_figures(results)[1].differences["none"].evidence is None
+
+
+def test_semantic_ids_are_shown_with_what_they_are_worth(data):
+    page = render_report(data)
+    row = page[page.index("<td>knowledge-user</td>") :].split("</tr>")[0]
+    cells = [cell.split("<")[0] for cell in row.split('<td class="n">')[1:]]
+    assert cells == ["943", "98.8%", "100.0%", "100%, 88%", "0.124", "3.01"]
+    assert "Semantic ids" not in render_report(data.model_copy(update={"semantic_ids": {}}))
 
 
 def test_a_run_that_ended_early_still_has_a_page():

@@ -6,12 +6,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
+from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
 from owlrec.schema import KNOWLEDGE, MEMBERSHIPS, vectors_schema
 from owlrec.store import KnowledgeStore, ReleaseInfo, ReleaseManifest, publish
 from owlrec.workspace import Workspace, fingerprint
 
 Key = tuple[str, int]  # kind, id
 KINDS = ("user", "item", "cohort")
+# A byte tells the codes of the first level apart, but not those of the second.
+CODE_SIZES = (4, 300)
+QUANTISERS = {
+    kind: Quantiser(
+        SemanticIdConfig(levels=2, codes_per_level=300, method="kmeans"),
+        tuple(np.full((size, 2), number, dtype=np.float32) for size in CODE_SIZES),
+    )
+    for number, kind in enumerate(("user", "item"))
+}
 
 
 @dataclass
@@ -21,9 +31,12 @@ class Rows:
     texts: dict[Key, tuple[int, str, str]] = field(default_factory=dict)  # as_of, text, quality
     vectors: dict[Key, list[list[float]]] = field(default_factory=dict)  # a partition each, newest first
     cohorts: dict[Key, tuple[int, ...]] = field(default_factory=dict)
+    codes: dict[Key, tuple[int, ...]] = field(default_factory=dict)  # of users and items with a vector, digit last
 
     def update(self, newer: "Rows") -> None:
         self.texts |= newer.texts
+        # A new vector takes the old one's codes away, whether or not it has codes itself.
+        self.codes = {k: c for k, c in self.codes.items() if k not in newer.vectors} | newer.codes
         self.vectors |= newer.vectors
         self.cohorts |= newer.cohorts
 
@@ -58,7 +71,13 @@ def tables(rows: Rows, dim: int = 2) -> dict[str, list[pa.Table]]:
         for (kind, id_), (as_of, text, quality) in rows.texts.items()
     ]
     vectors = [
-        {"kind": kind, "id": id_, "vector": np.array(vector, dtype=np.float16), "codes": [], "partition": number}
+        {
+            "kind": kind,
+            "id": id_,
+            "vector": np.array(vector, dtype=np.float16),
+            "codes": [] if number else rows.codes.get((kind, id_), ()),
+            "partition": number,
+        }
         for (kind, id_), partitions in rows.vectors.items()
         for number, vector in enumerate(partitions)
     ]
@@ -81,7 +100,7 @@ def publish_rows(workspace: Workspace, label: str, rows: Rows, delta_of: str | N
     info = ReleaseInfo(
         fingerprint=fingerprint(label), model="m", encoder="e", parent=delta_of, delta=delta_of is not None
     )
-    return publish(workspace, **tables(rows), info=info)
+    return publish(workspace, **tables(rows), quantisers=None if delta_of else QUANTISERS, info=info)
 
 
 def check(store: KnowledgeStore, rows: Rows, ids: range) -> None:
@@ -90,6 +109,11 @@ def check(store: KnowledgeStore, rows: Rows, ids: range) -> None:
         found = [k and (k.as_of, k.text, k.framework, k.quality) for k in store.get(kind, ids)]
         assert found == [rows.knowledge(kind, i) for i in ids]
         assert store.cohorts(kind, ids) == [rows.cohorts.get((kind, i), ()) for i in ids]
+        codes, coded = store.codes(kind, np.array(ids))
+        assert codes.dtype == np.uint16
+        expected_codes = [rows.codes.get((kind, i)) for i in ids]
+        assert [tuple(c) if there else None for c, there in zip(codes.tolist(), coded, strict=True)] == expected_codes
+        assert not codes[~coded].any()
         own = sorted(i for k, i in rows.texts if k == kind)
         assert (store.count(kind), store.ids(kind).tolist(), store.ids(kind, 2).tolist()) == (len(own), own, own[:2])
         for n in (1, 3):
@@ -109,9 +133,14 @@ FULL = Rows(
     texts={("user", 1): (1000, "one", "ok"), ("user", 3): (1000, "three", "ok"), ("cohort", 8): (2000, "war", "ok")},
     vectors={("user", 1): [[1, 0], [2, 0]], ("cohort", 8): [[3, 4]]},
     cohorts={("user", 2): (8,)},
+    codes={("user", 1): (3, 299, 0)},
 )
 DELTAS = [
-    Rows(texts={("user", 1): (3000, "uno", "ok"), ("item", 5): (0, "film", "short")}, vectors={("user", 1): [[5, 5]]}),
+    Rows(
+        texts={("user", 1): (3000, "uno", "ok"), ("item", 5): (0, "film", "short")},
+        vectors={("user", 1): [[5, 5]], ("item", 5): [[0, 1]]},
+        codes={("item", 5): (1, 256, 300)},
+    ),
     Rows(texts={("cohort", 8): (4000, "peace", "ok")}, cohorts={("user", 4): (8,), ("user", 2): ()}),
 ]
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from release_rows import KINDS, Rows, check, publish_rows, tables, texts
+from release_rows import CODE_SIZES, KINDS, QUANTISERS, Rows, check, publish_rows, tables, texts
 
 from owlrec.errors import ReleaseError, SchemaError
 from owlrec.schema import MEMBERSHIPS
@@ -41,19 +41,24 @@ def keys(kinds):
     return st.tuples(st.sampled_from(kinds), st.integers(0, IDS[-1]))
 
 
+def coded(texts, vectors, cohorts):
+    codes = {key: codes for key, (_, codes) in vectors.items() if codes and key[0] != "cohort"}
+    return Rows(texts, {key: rows for key, (rows, _) in vectors.items()}, cohorts, codes)
+
+
 def changes(min_texts=0):
     numbers = st.integers(-3, 3)
+    codes = st.tuples(*(st.integers(0, size - 1) for size in CODE_SIZES), st.integers(0, 65_535))
+    vectors = st.lists(st.lists(numbers, min_size=2, max_size=2), min_size=1, max_size=3)
     return st.builds(
-        Rows,
+        coded,
         texts=st.dictionaries(
             keys(KINDS),
             st.tuples(st.integers(0, 9), st.text(max_size=3), st.sampled_from(["ok", "short"])),
             min_size=min_texts,
             max_size=6,
         ),
-        vectors=st.dictionaries(
-            keys(KINDS), st.lists(st.lists(numbers, min_size=2, max_size=2), min_size=1, max_size=3), max_size=6
-        ),
+        vectors=st.dictionaries(keys(KINDS), st.tuples(vectors, st.none() | codes), max_size=6),
         cohorts=st.dictionaries(
             keys(KINDS[:2]), st.lists(st.integers(0, IDS[-1] + 1), max_size=3).map(tuple), max_size=6
         ),
@@ -111,6 +116,49 @@ def test_a_member_in_a_delta_reads_its_cohort_in_the_parent(workspace, full):
 
 
 BASE_TOTALS = {"user": 1, "cohort": 1, "item": 1}
+
+
+def test_a_chain_codes_by_the_codebooks_of_its_full_release(workspace, full):
+    rows = Rows(vectors={("user", 7): [[1, 1]], ("user", 1): [[2, 2]]}, codes={("user", 7): (1, 2, 9)})
+    delta = publish_rows(workspace, "d", rows, delta_of=full)
+    assert (delta.codes, delta.files.keys()) == ({"user": 2}, {"store.lmdb"})
+    assert {k: (e.sizes, e.last_digit) for k, e in delta.semantic_ids.items()} == {
+        "user": (CODE_SIZES, 9),
+        "item": (CODE_SIZES, 0),
+    }
+    later = publish_rows(workspace, "dd", Rows(vectors={("user", 3): [[0, 0]]}), delta_of=delta.name)
+    assert later.semantic_ids["user"].last_digit == 9
+    for manifest in (later, compact(workspace)):
+        with open_release(workspace, manifest.name) as opened:
+            found = opened.quantisers()
+            assert found.keys() == QUANTISERS.keys()
+            for kind, quantiser in found.items():
+                assert quantiser.config == QUANTISERS[kind].config
+                np.testing.assert_array_equal(quantiser.codebooks[1], QUANTISERS[kind].codebooks[1])
+        assert manifest.semantic_ids["user"].last_digit == 9
+
+
+def test_codes_that_no_codebook_explains_are_refused(workspace, full):
+    odd = Rows(vectors={("user", 1): [[1, 1]]}, codes={("user", 1): (4, 0, 0)})
+    with pytest.raises(SchemaError, match="code 4 of level 0, which has 4 codes"):
+        publish_rows(workspace, "d", odd, delta_of=full)
+    with pytest.raises(SchemaError, match=r"\[1, 3\] is meant|\[n, 3\] is meant"):
+        publish_rows(workspace, "d", Rows(odd.texts, odd.vectors, codes={("user", 1): (1, 0)}), delta_of=full)
+    info = ReleaseInfo(fingerprint=fingerprint("other"), model="m", encoder="e")
+    rows = Rows(texts={("user", 1): (1, "a", "ok")}, vectors=odd.vectors, codes={("user", 1): (1, 0, 0)})
+    with pytest.raises(SchemaError, match="kind 'user' have codes, but the release has no codebooks"):
+        publish(workspace, **tables(rows), info=info)
+    delta = info.model_copy(update={"parent": full, "delta": True})
+    with pytest.raises(ValueError, match="give it none"):
+        publish(workspace, **tables(rows), quantisers=QUANTISERS, info=delta)
+    assert current_release(workspace) == full
+
+
+def test_damaged_codebooks_are_found(workspace, full):
+    file = workspace.local_path("releases", full, "semantic_ids", "user", "codebooks.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ReleaseError, match=r"codebooks\.safetensors is corrupt"):
+        open_release(workspace)
 
 
 def test_the_newest_release_with_an_id_answers_for_all_its_partitions(workspace, full):

@@ -28,10 +28,12 @@ def test_compaction_gives_one_full_release_with_the_same_answers(workspace):
     assert (manifest.delta, manifest.parent, manifest.dim) == (False, names[-1], 2)
     assert manifest.knowledge == manifest.totals == read_manifest(workspace, names[-1]).totals
     assert manifest.knowledge == {"user": 2, "item": 1, "cohort": 1}
-    assert (manifest.vectors, manifest.partitions) == ({"user": 1, "cohort": 1}, {})  # the delta has one partition
+    # The delta has one partition, and no codes for user 1.
+    assert (manifest.vectors, manifest.partitions) == ({"user": 1, "cohort": 1, "item": 1}, {})
+    assert manifest.codes == {"user": 1, "item": 1}
     assert manifest.memberships == {"user": 2}
     assert (manifest.as_of_min, manifest.as_of_max) == (0, 4000)
-    assert sum(written) == 4 + 2 + 2
+    assert sum(written) == 4 + 3 + 2 + 2
     assert current_release(workspace) == manifest.name
     with open_release(workspace) as opened:
         check(opened.store, answers(), range(10))
@@ -59,7 +61,7 @@ def test_rows_are_copied_in_bounded_batches(workspace, monkeypatch):
     monkeypatch.setattr(compaction, "_ROWS_AT_ONCE", 3)
     monkeypatch.setattr("owlrec.store.lmdb_store._ROWS_A_READ", 1)
     compact(workspace)
-    assert sizes == [3, 1, 2, 2]
+    assert sizes == [3, 1, 3, 2, 2]
     with open_release(workspace) as opened:
         check(opened.store, answers(), range(10))
 
@@ -107,6 +109,9 @@ def test_a_remote_workspace_is_compacted_and_pruned(tmp_path):
     name = publish_rows(remote, "full", FULL).name
     compacted = compact(remote, cache=tmp_path)
     assert compacted.name == name
+    with open_release(remote, cache=tmp_path) as opened:
+        assert opened.quantisers().keys() == {"user", "item"}
+        assert opened.store.own_codes("user", [1]) == [(3, 299, 0)]
     other = publish_rows(remote, "other", FULL).name
     assert prune(remote, keep=1, min_age_s=0) == [name]
     assert remote.names("releases") == sorted([other, "CURRENT"])
@@ -177,6 +182,8 @@ def test_the_commands_say_what_they_did(workspace):
     shown = run(app, ["lookup", "user", "4", *root])
     assert "peace" in shown.output
     assert "peace" in run(app, ["lookup", "cohort", "8", *root]).output
+    assert "semantic id 1-256, duplicate digit 300" in run(app, ["lookup", "item", "5", *root]).output
+    assert "semantic id" not in run(app, ["lookup", "user", "1", *root]).output  # a new vector without codes
     compacted = run(app, ["compact", *root])
     assert f"release {current_release(workspace)} is current, in place of {names[-1]}" in compacted.output
     assert "full already" in run(app, ["compact", *root]).output

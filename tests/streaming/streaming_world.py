@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from owlrec.encoding.coded_vectors import code_vectors
 from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.generation import EchoEngineConfig
 from owlrec.generation.batch import build_job
 from owlrec.generation.engine import SamplingConfig
@@ -68,8 +70,10 @@ def vectors(kind: str, rows: dict[int, np.ndarray]) -> pa.Table:
     return pa.table(columns, schema=vectors_schema(DIM))
 
 
-def publish_world(workspace: Workspace, name: str = "first", without_text: Collection[int] = ()) -> str:
-    """A full release of the world's users and films."""
+def publish_world(
+    workspace: Workspace, name: str = "first", without_text: Collection[int] = (), ids: SemanticIdConfig | None = None
+) -> str:
+    """A full release of the world's users and films, with semantic ids where asked for."""
     users = [u for u in range(1, 41) if u not in without_text]
     items = range(100, 130)
     texts = [
@@ -79,11 +83,14 @@ def publish_world(workspace: Workspace, name: str = "first", without_text: Colle
         knowledge("item", {i: f"Film {i} is slow." for i in items}, dict.fromkeys(items, 0)),
     ]
     of_users = {u: np.full(DIM, u / 64, dtype=np.float32) for u in users}
+    tables = {"user": vectors("user", of_users), "item": vectors("item", {i: direction(i) for i in items})}
+    coded = {kind: code_vectors(table, ids) for kind, table in tables.items()} if ids else {}
     info = ReleaseInfo(fingerprint=fingerprint(name), model="echo", encoder="minilm")
     return publish(
         workspace,
         knowledge=texts,
-        vectors=[vectors("user", of_users), vectors("item", {i: direction(i) for i in items})],
+        vectors=[coded[kind].table if ids else table for kind, table in tables.items()],
+        quantisers={kind: c.quantiser for kind, c in coded.items()},
         info=info,
     ).name
 

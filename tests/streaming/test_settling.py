@@ -22,6 +22,7 @@ from streaming_world import (  # type: ignore[import-not-found]
     watched,
 )
 
+from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.errors import ReleaseError
 from owlrec.store import current_release, list_releases, open_release, roll_back
 from owlrec.store.manifest import read_manifest
@@ -74,6 +75,27 @@ def test_one_partition_is_only_the_newest(world: Workspace) -> None:
     log_events(world, watched(1, AWAY))
     carry_out(world, plan_refresh(world), partitions=1)
     assert partitions_of(world, 1) == [vector_of(text_of(world, 1))]
+
+
+def test_new_vectors_are_coded_by_the_releases_own_quantiser(world: Workspace) -> None:
+    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans"))
+    with open_release(world) as release:
+        before, _ = release.store.codes("user", range(1, 41))
+        quantiser = release.quantisers()["user"]
+    assert before[:, -1].max() > 0  # 40 users on 16 codes: some share them
+    for day in (1, 2):  # the text of the second day is as long as that of the first, and so is its vector the same
+        log_events(world, [*watched(1, AWAY, START + day * DAY), *watched(2, AWAY, START + day * DAY)], str(day))
+        carry_out(world, plan_refresh(world, freeze_drift=0))
+        with open_release(world) as release:
+            assert release.manifest.delta
+            assert release.manifest.codes == {"user": 2}
+            after, coded = release.store.codes("user", range(1, 41))
+            newest = release.store.vectors("user", [1, 2])[0]
+        assert coded.all()
+        np.testing.assert_array_equal(after[:2, :-1], quantiser.encode(newest))
+        np.testing.assert_array_equal(after[2:], before[2:])
+        assert len(np.unique(after, axis=0)) == 40
+        assert after[:2, -1].tolist() == [before[:, -1].max() + 1, before[:, -1].max() + 2]
 
 
 def test_user_without_earlier_vectors_has_one_partition(world: Workspace) -> None:

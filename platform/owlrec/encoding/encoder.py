@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from owlrec.config import Config
+from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.errors import EngineError
 from owlrec.workspace import file_digest, fingerprint
 
@@ -31,6 +32,8 @@ class EncoderConfig(Config):
     max_tokens: int = Field(default=256, ge=1)  # longer texts are cut; all-MiniLM-L6-v2 was trained on at most 256
     threads: int | None = Field(default=None, ge=1)  # None: what torch decides
     device: str = "auto"  # auto, cpu, cuda, cuda:1
+    # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 4 bytes an id.
+    semantic_ids: SemanticIdConfig | None = SemanticIdConfig()
 
 
 class Encoder:

@@ -139,18 +139,6 @@ class Quantiser:
         return np.stack(codes, axis=1)
 
 
-@dataclass(frozen=True)
-class QuantisationReport:
-    """What semantic ids are worth on some vectors."""
-
-    vectors: int
-    unique_rate: float  # distinct ids a vector, without the duplicate digit; TorchEasyRec asks for more than .7
-    unique_rate_with_digit: float  # 1: no two vectors share one
-    code_usage: tuple[float, ...]  # of each level: the share of its codes that occur
-    relative_error: float  # mean squared error by the vectors' mean square: 0 is exact, 1 no better than zeros
-    bytes_per_entity: int  # the codes and the digit, as uint16
-
-
 def train_quantiser(vectors: np.ndarray | Sequence[np.ndarray], config: SemanticIdConfig) -> Quantiser:
     """Codebooks for vectors (float [n, d]), the same for the same seed.
 
@@ -195,23 +183,6 @@ def with_duplicate_digit(codes: np.ndarray, ids: np.ndarray) -> np.ndarray:
             "Raise levels or codes_per_level, and look whether so many vectors should be the same."
         )
     return np.column_stack([codes, digits]).astype(np.uint16)
-
-
-def measure_quantiser(quantiser: Quantiser, vectors: np.ndarray, ids: np.ndarray) -> QuantisationReport:
-    """What a quantiser makes of vectors: float [n, d] of ids, int64 [n]; n >= 1."""
-    codes = quantiser.encode(vectors)
-    full = with_duplicate_digit(codes, ids)
-    exact = np.asarray(vectors, dtype=np.float64)
-    error, energy = np.square(exact - quantiser.decode(codes)).sum(), np.square(exact).sum()
-    usage = [len(np.unique(column)) / len(book) for column, book in zip(codes.T, quantiser.codebooks, strict=True)]
-    return QuantisationReport(
-        vectors=len(codes),
-        unique_rate=len(np.unique(codes, axis=0)) / len(codes),
-        unique_rate_with_digit=len(np.unique(full, axis=0)) / len(codes),
-        code_usage=tuple(usage),
-        relative_error=float(error / max(energy, np.finfo(np.float64).tiny)),
-        bytes_per_entity=full.shape[1] * full.itemsize,
-    )
 
 
 def _checked(vectors: np.ndarray | Sequence[np.ndarray], dim: int | None = None) -> np.ndarray:

@@ -14,6 +14,7 @@ from owlrec import __version__
 from owlrec.ctr.experiment import PairedDifference
 from owlrec.ctr.slices import COLD_ITEM_BELOW, COLD_USER_BELOW, SliceMetrics
 from owlrec.decoding.counters import DecoderCounters
+from owlrec.encoding.code_quality import QuantisationReport
 from owlrec.ops.charts import bar_chart, histogram, points_chart
 from owlrec.ops.throughput import Throughput
 
@@ -68,6 +69,7 @@ class ReportData(BaseModel):
     lookup: dict[str, str] = {}
     throughput: Throughput = Throughput()  # of the generation job
     decoder: DecoderCounters | None = None  # of the speculative decoder, where one ran
+    semantic_ids: dict[str, QuantisationReport] = {}  # by the name of their vectors: knowledge-user, metadata-item, ...
     notes: list[str] = []  # what a reader must know in order not to misread the figures
     versions: dict[str, str] = {}
 

@@ -19,6 +19,8 @@ from owlrec.cohorts.building import read_profiles
 from owlrec.ctr.comparison import GridScores
 from owlrec.ctr.experiment import TrialResult, summarise
 from owlrec.decoding.counters import DecoderCounters
+from owlrec.encoding.code_quality import QuantisationReport
+from owlrec.encoding.coded_vectors import read_reports
 from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge, iterate_manifests
 from owlrec.ops.report import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.throughput import throughput
@@ -76,6 +78,7 @@ def collect(
         },
         throughput=throughput(iterate_manifests(workspace, _knowledge_folder(manifests))),
         decoder=_decoder_counters(workspace, manifests),
+        semantic_ids=_semantic_ids(workspace, manifests),
         lookup=lookup_figures(release, _some_users(workspace)),
         notes=list(_NOTES),
         versions={name: metadata.version(name) for name in ("ray", "pyarrow", "lmdb", "numpy")},
@@ -145,6 +148,10 @@ def _stage_figures(manifest: StageManifest) -> StageFigures:
 def _decoder_counters(workspace: Workspace, manifests: list[StageManifest]) -> DecoderCounters | None:
     file = f"{_knowledge_folder(manifests)}/{COUNTERS}"
     return DecoderCounters.model_validate(workspace.read_json(file)) if workspace.exists(file) else None
+
+
+def _semantic_ids(workspace: Workspace, manifests: list[StageManifest]) -> dict[str, QuantisationReport]:
+    return next((read_reports(workspace, m.outputs["vectors"]) for m in manifests if m.stage == "encode"), {})
 
 
 def _knowledge_folder(manifests: list[StageManifest]) -> str:

@@ -177,4 +177,5 @@ def _release_bytes(workspace: Workspace) -> float | None:
     rows = sum(int(published.counts.get(f"knowledge_{kind}", 0)) for kind in KINDS) if published else 0
     if not published or not rows:
         return None
-    return sum(_sizes(workspace, f"releases/{published.outputs['release']}").values()) / rows
+    sizes = _sizes(workspace, f"releases/{published.outputs['release']}")
+    return sum(n for path, n in sizes.items() if not path.startswith("semantic_ids/")) / rows  # codebooks do not grow

@@ -49,6 +49,10 @@ class ChainedStore(KnowledgeStore):
                 break
         return found, mask
 
+    def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """See KnowledgeStore.own_codes."""
+        return self._first_found(lambda part, asked: part.own_codes(kind, asked), ids)
+
     def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
         """See KnowledgeStore.memberships."""
         return self._first_found(lambda part, asked: part.memberships(kind, asked), ids)

@@ -56,7 +56,8 @@ def compact(
                     if on_rows:
                         on_rows(len(batch))
 
-        compacted = build_release(workspace, info, fill, base=release.chain, cache=cache)
+        quantisers = release.quantisers()
+        compacted = build_release(workspace, info, fill, base=release.chain, quantisers=quantisers, cache=cache)
     if (now := current_release(workspace)) != newest.name:
         raise ReleaseError(
             f"release {now} became current while {newest.name} was being compacted, and stays so. "

@@ -30,6 +30,8 @@ class Knowledge:
 class KnowledgeStore(ABC):
     """Read access to one release; a context manager that closes itself."""
 
+    remote = False  # whether a question waits for a network: servers then ask from a thread
+
     def get(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
         """Knowledge aligned with `ids`: an id's own, else what its cohorts say, None where there is neither.
 
@@ -87,6 +89,19 @@ class KnowledgeStore(ABC):
                 rows[row, 0], mask[row, 0] = mean / length, True
         return rows, mask
 
+    def codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The semantic ids of the newest vectors of `ids`: (uint16 [n, levels + 1], mask bool [n]).
+
+        Coarse to fine, the duplicate digit last; zeros and False where an id has none of its own, for cohorts do not
+        stand in: what several share tells nobody apart. [n, 0] where none of them has any.
+        """
+        found = self.own_codes(kind, ids)
+        width = max((len(codes) for codes in found if codes), default=0)
+        rows, mask = np.zeros((len(found), width), dtype=np.uint16), np.array([bool(codes) for codes in found], bool)
+        if mask.any():
+            rows[mask] = [codes for codes in found if codes]
+        return rows, mask
+
     def cohorts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...]]:
         """The cohorts of each id, the one that tells most first; an empty tuple where it has none."""
         return [group or () for group in self.memberships(kind, ids)]
@@ -108,6 +123,12 @@ class KnowledgeStore(ABC):
         """Vectors of partitions 0 to n - 1 that stand under the ids themselves: (float32 [m, n, d], mask bool [m, n]).
 
         An id without partition 0 has none at all.
+        """
+
+    @abstractmethod
+    def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """The codes of each id, its duplicate digit last; None where nothing is said of it, () where its newest vector
+        is said to have none.
         """
 
     @abstractmethod

@@ -1,16 +1,16 @@
 """The embedded store: one LMDB file a release, memory-mapped, so that all processes of a machine share its pages.
 
-Three databases stand in the file: `knowledge` (JSON text), `vectors` (raw float16) and `memberships` (cohort ids, each
-as eight big-endian bytes). A key is one byte for the kind and the id as eight big-endian bytes, so that byte order is
-numeric order; vectors of older interest partitions follow their id's newest one, under its key and one byte more.
-LMDB's lock file is not used: one process writes a file that nobody else sees yet (owlrec.store.lmdb_writer), and
-afterwards it never changes.
+Four databases stand in the file: `knowledge` (JSON text), `vectors` (raw float16), `memberships` (cohort ids, each as
+eight big-endian bytes) and `codes` (semantic ids as owlrec.encoding.packed_codes writes them; empty: none). A key is
+one byte for the kind and the id as eight big-endian bytes, so that byte order is numeric order; vectors of older
+interest partitions follow their id's newest one, under its key and one byte more. LMDB's lock file is not used: one
+process writes a file that nobody else sees yet (owlrec.store.lmdb_writer), and afterwards it never changes.
 """
 
 import json
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from typing import Any
 import lmdb
 import numpy as np
 
+from owlrec.encoding.packed_codes import unpack_codes
 from owlrec.errors import ReleaseError, did_you_mean
 from owlrec.store.interface import Knowledge, KnowledgeStore
 
-DATABASES = ("knowledge", "vectors", "memberships")
-_ADDED_LATER = ("memberships",)  # files of the first releases lack it
+DATABASES = ("knowledge", "vectors", "memberships", "codes")
+_ADDED_LATER = ("memberships", "codes")  # files of the first releases lack them
 KEY_BYTES = 9
 LAST_PARTITION = 255  # one byte of a key
 _KIND_BYTES = {"user": b"u", "item": b"i", "cohort": b"c"}
@@ -53,8 +54,15 @@ def encode_cohorts(cohorts: Sequence[int]) -> bytes:
 class LmdbStore(KnowledgeStore):
     """Reads one LMDB file. Threads may share a store, and two stores of a process may share a file."""
 
-    def __init__(self, path: Path, *, dim: int, counts: dict[str, int]) -> None:
-        """dim, counts: as the release's manifest states. Raises ReleaseError where the file is no store.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dim: int,
+        counts: dict[str, int],
+        code_sizes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """dim, counts, code_sizes: as the release's manifest states. Raises ReleaseError where the file is no store.
 
         The file's size must have been checked by the caller: LMDB answers a truncated file with SIGBUS, not with an
         error.
@@ -63,6 +71,7 @@ class LmdbStore(KnowledgeStore):
         self._file = str(path.resolve())
         self._dim = dim
         self._counts = counts
+        self._code_sizes = code_sizes or {}
         self._closed = False
         self._env, self._databases = _shared_environments.acquire(self._file)
 
@@ -90,14 +99,16 @@ class LmdbStore(KnowledgeStore):
                         mask[row, partition] = True
         return found, mask
 
+    def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """See KnowledgeStore.own_codes."""
+        sizes = self._code_sizes.get(kind, ())
+        values = self._values("codes", kind, ids)
+        return [None if v is None else unpack_codes(v, sizes) if v else () for v in values]
+
     def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
         """See KnowledgeStore.memberships."""
-        keys = [encode_key(kind, int(id_)) for id_ in ids]
-        if "memberships" not in self._databases:
-            return [None] * len(keys)
-        with self._env.begin(db=self._databases["memberships"], buffers=True) as transaction:
-            values = (transaction.get(key) for key in keys)
-            return [None if v is None else struct.unpack(f">{len(v) // 8}q", v) for v in values]
+        values = self._values("memberships", kind, ids)
+        return [None if v is None else struct.unpack(f">{len(v) // 8}q", v) for v in values]
 
     def count(self, kind: str) -> int:
         """See KnowledgeStore.count."""
@@ -150,6 +161,14 @@ class LmdbStore(KnowledgeStore):
         """Those of `keys` that a database does not hold."""
         with self._env.begin(db=self._databases[database], buffers=True) as transaction:
             return [key for key in keys if transaction.get(key) is None]
+
+    def _values(self, database: str, kind: str, ids: Sequence[int] | np.ndarray) -> list[bytes | None]:
+        """The bytes under each id in a database that older files lack."""
+        keys = [encode_key(kind, int(id_)) for id_ in ids]
+        if database not in self._databases:
+            return [None] * len(keys)
+        with self._env.begin(db=self._databases[database]) as transaction:
+            return [transaction.get(key) for key in keys]
 
     def _knowledge(self, kind: str, id_: int, value: memoryview | None) -> Knowledge | None:
         if value is None:

@@ -14,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.encoding.coded_vectors import codes_of
+from owlrec.encoding.packed_codes import pack_codes
 from owlrec.errors import SchemaError
 from owlrec.schema import KNOWLEDGE, MEMBERSHIPS, conform
 from owlrec.store.lmdb_store import DATABASES, KEY_BYTES, LAST_PARTITION, decode_key, encode_cohorts, encode_key
+from owlrec.store.manifest import SemanticIdEntry
 
 _ROWS_A_TRANSACTION = 20_000  # bounds the dirty pages LMDB holds in memory: about 20 MB of texts
 _FIRST_MAP_BYTES = 64 << 20
@@ -44,6 +47,7 @@ class LmdbWriter:
         self.counts: dict[str, dict[str, int]] = {name: {} for name in (*DATABASES, "partitions")}
         self.samples: dict[str, _Sample] = {name: _Sample() for name in DATABASES}
         self.dim = 0  # that vectors must have; 0: the first one decides
+        self.semantic_ids: dict[str, SemanticIdEntry] = {}  # of the kinds whose vectors have codes
         self.as_of_min: int | None = None
         self.as_of_max: int | None = None
 
@@ -74,13 +78,14 @@ class LmdbWriter:
         """Writes the rows of a vectors table (schema.vectors_schema), which may have a column `partition`: 0 for the
         newest or only vector of an id, 1 for the one before, at most 255.
 
-        Raises SchemaError where vectors differ in length.
+        The codes of partition 0 are the id's semantic id; a row without them says that it has none.
+        Raises SchemaError where vectors differ in length, or codes are not those of `semantic_ids`.
         """
         for column in ("kind", "id", "vector"):
             if column not in table.column_names:
                 raise SchemaError(f"{name}: column '{column}' is missing. Run the encode stage again.")
         table = _with_partitions(table, name)
-        _refuse_nulls(table, table.column_names, name)
+        _refuse_nulls(table, ("kind", "id", "vector", "partition"), name)
         for batch in _sorted_batches(table):
             vectors = batch["vector"].combine_chunks()
             rows = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float16).reshape(batch.num_rows, -1)
@@ -93,6 +98,8 @@ class LmdbWriter:
             keys = map(encode_key, *(batch[c].to_pylist() for c in ("kind", "id", "partition")))
             values = (row.tobytes() for row in rows)
             self.add_rows("vectors", list(zip(keys, values, strict=True)), name=name)
+            if "codes" in batch.column_names:
+                self._add_codes(batch.filter(pc.equal(batch["partition"], 0)), name)
 
     def add_memberships(self, table: pa.Table, *, name: str) -> None:
         """Writes the rows of a memberships table (schema.MEMBERSHIPS); an empty list says that an id has no cohort.
@@ -161,6 +168,28 @@ class LmdbWriter:
         """Closes the file without making it durable."""
         self._env.close()
 
+    def _add_codes(self, batch: pa.Table, name: str) -> None:
+        """Writes the semantic ids of vectors in ascending order of kind and id."""
+        for kind in pc.unique(batch["kind"]).to_pylist():
+            rows = batch.filter(pc.equal(batch["kind"], kind))
+            codes, coded = codes_of(rows)
+            entry = self.semantic_ids.get(kind)
+            if entry is None:
+                if coded.any():
+                    raise SchemaError(
+                        f"{name}: vectors of kind '{kind}' have codes, but the release has no codebooks for them. "
+                        "Publish them with their quantiser, or without codes."
+                    )
+                continue
+            values = [b""] * len(rows)
+            if coded.any():
+                for row, value in zip(np.flatnonzero(coded), pack_codes(codes[coded], entry.sizes), strict=True):
+                    values[row] = value
+                last = max(entry.last_digit, int(codes[coded, -1].max()))
+                self.semantic_ids[kind] = entry.model_copy(update={"last_digit": last})
+            keys = (encode_key(kind, id_) for id_ in rows["id"].to_pylist())
+            self.add_rows("codes", list(zip(keys, values, strict=True)), name=name)
+
     def _refuse_double(self, database: str, pairs: list[tuple[bytes, bytes]], name: str) -> None:
         seen: set[bytes] = set()
         with self._env.begin(db=self._databases[database]) as transaction:
@@ -197,13 +226,12 @@ def _sorted_batches(table: pa.Table) -> Iterator[pa.Table]:
 
 
 def _with_partitions(table: pa.Table, name: str) -> pa.Table:
-    """kind, id, vector and partition of a vectors table, 0 where it has no such column."""
+    """kind, id, vector, codes where there are any, and partition of a vectors table, 0 where it has no such column."""
+    columns = [c for c in ("kind", "id", "vector", "codes") if c in table.column_names]
     if "partition" not in table.column_names:
         zeros = pa.array(np.zeros(table.num_rows, dtype=np.int32))
-        return table.select(["kind", "id", "vector"]).append_column("partition", zeros)
-    table = conform(
-        table.select(["kind", "id", "vector", "partition"]), pa.schema([("partition", pa.int32())]), name=name
-    )
+        return table.select(columns).append_column("partition", zeros)
+    table = conform(table.select([*columns, "partition"]), pa.schema([("partition", pa.int32())]), name=name)
     outside = pc.or_(pc.less(table["partition"], 0), pc.greater(table["partition"], LAST_PARTITION))
     if pc.any(outside).as_py():
         row = pc.index(outside, True).as_py()

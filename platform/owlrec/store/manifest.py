@@ -25,6 +25,13 @@ class FileEntry(BaseModel):
     bytes: int
 
 
+class SemanticIdEntry(BaseModel):
+    """How the semantic ids of one kind are written."""
+
+    sizes: tuple[int, ...]  # codes of each level
+    last_digit: int = 0  # the greatest duplicate digit of the release or its parents
+
+
 class ReleaseManifest(BaseModel):
     """What release.json says. Counts are the release's own rows by kind; a delta has those of its parent besides."""
 
@@ -40,6 +47,8 @@ class ReleaseManifest(BaseModel):
     vectors: dict[str, int]  # the newest of each id
     partitions: dict[str, int] = {}  # vectors of older interest partitions
     memberships: dict[str, int] = {}
+    codes: dict[str, int] = {}  # newest vectors whose semantic ids are known, or known to be none
+    semantic_ids: dict[str, SemanticIdEntry] = {}  # by kind; the codebooks stand with the oldest release of a chain
     totals: dict[str, int] = {}  # ids with knowledge of their own, its parents' included
     dim: int
     as_of_min: int  # ms since 1970, UTC; no text of it or its parents is earlier

@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,12 +24,23 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from owlrec.config import Config
+from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import ReleaseError
 from owlrec.store.chain import count_new_ids
 from owlrec.store.lmdb_store import LmdbStore
 from owlrec.store.lmdb_writer import LmdbWriter
-from owlrec.store.manifest import FORMAT, MANIFEST, STORE, FileEntry, ReleaseManifest, check_files, read_manifest
-from owlrec.store.release import chain, make_current, open_parts, open_store
+from owlrec.store.manifest import (
+    FORMAT,
+    MANIFEST,
+    STORE,
+    FileEntry,
+    ReleaseManifest,
+    SemanticIdEntry,
+    check_files,
+    read_manifest,
+)
+from owlrec.store.placing import place
+from owlrec.store.release import chain, make_current, open_parts, open_store, quantiser_folder
 from owlrec.workspace import Workspace, file_digest
 
 _BUILDING = re.compile(r"\.building-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
@@ -54,6 +65,7 @@ def publish(
     vectors: Iterable[pa.Table],
     info: ReleaseInfo,
     memberships: Iterable[pa.Table] = (),
+    quantisers: Mapping[str, Quantiser] | None = None,
     on_rows: Callable[[int], None] | None = None,
     cache: Path | None = None,
 ) -> ReleaseManifest:
@@ -62,6 +74,7 @@ def publish(
     knowledge: tables of schema.KNOWLEDGE; vectors: tables of schema.vectors_schema, with a column `partition` where ids
     have several; memberships: tables of schema.MEMBERSHIPS. All are read once, one table at a time, and not at all
     where a whole release of this fingerprint exists (and, for a delta, of this parent).
+    quantisers: by kind, whose codes the vectors have; a full release keeps them, and a delta's codes are its parent's.
     on_rows: called with the number of rows just written.
     cache: see open_release; the parents of a delta are read, to count which ids are new.
     Raises SchemaError for a broken table, a key that occurs twice or vectors of another length than a delta's parent
@@ -81,7 +94,7 @@ def publish(
                     on_rows(table.num_rows)
         writer.check_partitions()
 
-    manifest = build_release(workspace, info, fill, base=_parents(workspace, info), cache=cache)
+    manifest = build_release(workspace, info, fill, base=_parents(workspace, info), quantisers=quantisers, cache=cache)
     make_current(workspace, manifest.name)
     return manifest
 
@@ -92,23 +105,27 @@ def build_release(
     fill: Callable[[LmdbWriter], None],
     *,
     base: Sequence[ReleaseManifest] = (),
+    quantisers: Mapping[str, Quantiser] | None = None,
     cache: Path | None = None,
 ) -> ReleaseManifest:
     """Builds a release, verified and in its place but not current, unless a whole one is there; gives its manifest.
 
     fill: writes all rows.
     base: the chain, newest first, that a delta is read on top of or whose rows a full release takes over; vectors must
-    be as long as its own.
+    be as long as its own, and their codes its own.
+    quantisers: see publish; a delta needs none.
     Raises as publish does.
     """
+    if info.delta and quantisers:
+        raise ValueError("a delta's vectors have the codes of its parent's quantisers: give it none.")
     remove_leftovers(workspace)
     existing = _whole_release(workspace, info)
     if existing:
         return existing
     building = _building_folder(workspace)
     try:
-        manifest = _build(workspace, building, info, fill, base, cache)
-        _place(workspace, building, manifest)
+        manifest = _build(workspace, building, info, fill, base, quantisers or {}, cache)
+        place(workspace, building, manifest)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return manifest
@@ -187,11 +204,16 @@ def _build(
     info: ReleaseInfo,
     fill: Callable[[LmdbWriter], None],
     base: Sequence[ReleaseManifest],
+    quantisers: Mapping[str, Quantiser],
     cache: Path | None,
 ) -> ReleaseManifest:
     writer = LmdbWriter(folder / STORE)
+    for kind, quantiser in quantisers.items():
+        writer.semantic_ids[kind] = SemanticIdEntry(sizes=tuple(len(book) for book in quantiser.codebooks))
+        quantiser.save(Workspace(folder), quantiser_folder(kind))
     if base:
         writer.dim, writer.as_of_min, writer.as_of_max = base[0].dim, base[0].as_of_min, base[0].as_of_max
+        writer.semantic_ids = dict(base[0].semantic_ids)
     try:
         fill(writer)
     except BaseException:
@@ -215,15 +237,24 @@ def _build(
         vectors=writer.counts["vectors"],
         partitions=writer.counts["partitions"],
         memberships=writer.counts["memberships"],
+        codes=writer.counts["codes"],
+        semantic_ids=writer.semantic_ids,
         totals=_totals(workspace, writer, base if info.delta else (), cache),
         dim=writer.dim,
         as_of_min=writer.as_of_min,
         as_of_max=writer.as_of_max,
-        files={STORE: FileEntry(sha256=file_digest(folder / STORE), bytes=(folder / STORE).stat().st_size)},
+        files=_entries(folder),
         **info.model_dump(),
     )
     _read_back(folder, manifest, writer)
     return manifest
+
+
+def _entries(folder: Path) -> dict[str, FileEntry]:
+    """All files in a folder, by their path in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {p.relative_to(folder).as_posix(): p for p in paths}
+    return {name: FileEntry(sha256=file_digest(p), bytes=p.stat().st_size) for name, p in entries.items()}
 
 
 def _totals(
@@ -258,38 +289,3 @@ def _free_name(workspace: Workspace, fingerprint: str) -> tuple[str, datetime]:
     while workspace.exists("releases", name := f"{now:%Y%m%dT%H%M%SZ}-{fingerprint[:8]}"):
         now += timedelta(seconds=1)  # a damaged twin of this very second
     return name, now
-
-
-def _place(workspace: Workspace, building: Path, manifest: ReleaseManifest) -> None:
-    document = manifest.model_dump_json(indent=2).encode()
-    if workspace.local:
-        (building / MANIFEST).write_bytes(document)
-        for path in (building / MANIFEST, building):
-            _sync(path)
-        target = workspace.local_path("releases", manifest.name)
-        building.rename(target)
-        _sync(target.parent)
-        return
-    # An object store has no rename: the folder is no release until its manifest, uploaded last, is there.
-    pafs.copy_files(
-        str(building),
-        workspace.path("releases", manifest.name),
-        source_filesystem=pafs.LocalFileSystem(),
-        destination_filesystem=workspace.filesystem,
-    )
-    for file, entry in manifest.files.items():
-        uploaded = workspace.filesystem.get_file_info(workspace.path("releases", manifest.name, file)).size
-        if uploaded != entry.bytes:
-            raise ReleaseError(
-                f"{workspace.path('releases', manifest.name, file)} has {uploaded} bytes after its upload, "
-                f"not {entry.bytes}. Publish again; nothing was made visible."
-            )
-    workspace.write_bytes(f"releases/{manifest.name}/{MANIFEST}", document)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,6 @@
 """Releases: immutable folders of verified knowledge, and the one small file that says which of them is in force.
 
-    releases/<UTC time>-<fingerprint8>/   store.lmdb and release.json
+    releases/<UTC time>-<fingerprint8>/   store.lmdb and release.json; semantic_ids/<kind>/ where vectors have codes
     releases/CURRENT                      JSON: {"release": name, "history": [oldest, ..., name]}
 
 The pointer carries its own history, so that one atomic write changes both: a roll-back goes to what was current before,
@@ -20,6 +20,7 @@ from typing import Self
 import lmdb
 import pyarrow.fs as pafs
 
+from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.store.chain import ChainedStore
 from owlrec.store.interface import KnowledgeStore
@@ -35,18 +36,23 @@ _TRIES = 10  # to open what is current: each fails only where the pointer moved 
 class Release:
     """One release, open for reading together with all that it is read on top of; a context manager."""
 
-    def __init__(
-        self, manifest: ReleaseManifest, store: KnowledgeStore, folder: Path, chain: Sequence[ReleaseManifest] = ()
-    ) -> None:
-        self.manifest = manifest
+    def __init__(self, store: KnowledgeStore, chain: Sequence[ReleaseManifest], folders: Sequence[Path]) -> None:
+        """chain: newest first; folders: theirs, local: the cached copies where the workspace is remote."""
+        self.manifest = chain[0]
         self.store = store
-        self.folder = folder  # local: the cached copy where the workspace is remote
-        self.chain = tuple(chain) or (manifest,)  # newest first, itself included
+        self.folder = folders[0]
+        self.chain = tuple(chain)
+        self._full_folder = folders[-1]
 
     @property
     def name(self) -> str:
         """The name of its folder."""
         return self.manifest.name
+
+    def quantisers(self) -> dict[str, Quantiser]:
+        """By kind, what its vectors' semantic ids are made with; none for a kind without."""
+        books = Workspace(self._full_folder)
+        return {kind: Quantiser.load(books, quantiser_folder(kind)) for kind in self.chain[-1].semantic_ids}
 
     def close(self) -> None:
         """Closes its store."""
@@ -59,6 +65,11 @@ class Release:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def quantiser_folder(kind: str) -> str:
+    """Where a full release keeps the codebooks of a kind, relative to its folder."""
+    return f"semantic_ids/{kind}"
 
 
 def list_releases(workspace: Workspace) -> list[ReleaseManifest]:
@@ -175,7 +186,7 @@ def _open(workspace: Workspace, name: str, verify: bool, cache: Path | None) -> 
     parts = open_parts(workspace, manifests, verify=verify, cache=cache)
     newest = manifests[0]
     store = ChainedStore(parts, dim=newest.dim, totals=newest.totals) if newest.delta else parts[0]
-    return Release(newest, store, parts[0].path.parent, manifests)
+    return Release(store, manifests, [part.path.parent for part in parts])
 
 
 def open_parts(
@@ -199,11 +210,13 @@ def open_parts(
 
 def open_store(folder: Path, manifest: ReleaseManifest) -> LmdbStore:
     """The store in a release's local folder. Raises ReleaseError where its row counts are not the manifest's."""
-    store = LmdbStore(folder / STORE, dim=manifest.dim, counts=manifest.knowledge)
+    sizes = {kind: entry.sizes for kind, entry in manifest.semantic_ids.items()}
+    store = LmdbStore(folder / STORE, dim=manifest.dim, counts=manifest.knowledge, code_sizes=sizes)
     expected = {
         "knowledge": sum(manifest.knowledge.values()),
         "vectors": sum(manifest.vectors.values()) + sum(manifest.partitions.values()),
         "memberships": sum(manifest.memberships.values()),
+        "codes": sum(manifest.codes.values()),
     }
     try:
         for database, rows in expected.items():

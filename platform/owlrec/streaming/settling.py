@@ -1,8 +1,9 @@
 """The end of a refresh: the renewed texts as a delta release, then every user's state as the answers left it.
 
 A new text's vector becomes the user's partition 0 and the vectors before it move on by one (LIBER fuses several), as
-far as they are kept. A user whose answer failed keeps the text of the parent release and the short term (see
-streaming.partitions).
+far as they are kept. Its semantic id comes from the codebooks of the release that the delta stands on: new ones would
+leave the ids of all other users without a meaning. A user whose answer failed keeps the text of the parent release and
+the short term (see streaming.partitions).
 """
 
 from collections.abc import Collection
@@ -10,6 +11,7 @@ from collections.abc import Collection
 import numpy as np
 import pyarrow as pa
 
+from owlrec.encoding.coded_vectors import code_new_vectors
 from owlrec.encoding.encoder import Encoder, EncoderConfig, encoder_identity
 from owlrec.encoding.vectors import encode_knowledge
 from owlrec.generation import EngineConfig
@@ -17,7 +19,7 @@ from owlrec.generation.shards import Job
 from owlrec.schema import vectors_schema
 from owlrec.store.interface import KnowledgeStore
 from owlrec.store.publishing import ReleaseInfo, publish
-from owlrec.store.release import open_release
+from owlrec.store.release import Release, open_release
 from owlrec.streaming.journal import ROOT, Plan, Position, commit, sweep
 from owlrec.streaming.lineage import parent_release, published_as
 from owlrec.streaming.partitions import UserState, freeze, hold
@@ -47,7 +49,7 @@ def publish_delta(
     parent = parent_release(workspace, plan.parent, encoder.model)
     vectors = _encode(workspace, knowledge, encoder, f"vectors/{print_[:16]}/knowledge-user.parquet")
     with open_release(workspace, parent.name, verify=False) as release:
-        stacked = stack_partitions(vectors, release.store, partitions)
+        stacked = stack_partitions(_coded(vectors, release), release.store, partitions)
     info = ReleaseInfo(
         fingerprint=print_,
         model=getattr(engine, "model", engine.type),
@@ -65,10 +67,21 @@ def _encode(workspace: Workspace, knowledge: pa.Table, encoder: EncoderConfig, f
     return workspace.read_parquet(file)
 
 
+def _coded(vectors: pa.Table, release: Release) -> pa.Table:
+    """The users' vectors with the semantic ids that a release's own quantiser gives them, where it has one."""
+    quantiser = release.quantisers().get("user")
+    if quantiser is None or not vectors.num_rows:
+        return vectors
+    earlier = release.store.codes("user", vectors["id"].to_numpy())
+    last_digit = release.manifest.semantic_ids["user"].last_digit
+    return code_new_vectors(vectors, quantiser, earlier, last_digit=last_digit)
+
+
 def stack_partitions(vectors: pa.Table, store: KnowledgeStore, partitions: int) -> pa.Table:
     """The vectors of users with those of their earlier partitions behind them; a column `partition` counts from 0.
 
-    vectors: schema.vectors_schema, one new vector a user. store: the parent release's.
+    vectors: schema.vectors_schema, one new vector a user, whose codes it keeps; earlier ones have none. store: the
+    parent release's.
     """
     ids, dim = vectors["id"].to_numpy(), vectors.schema.field("vector").type.list_size
     new = vectors["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(ids), dim)
@@ -80,12 +93,13 @@ def stack_partitions(vectors: pa.Table, store: KnowledgeStore, partitions: int) 
         owners.append(ids[rows])
         numbers.append((at + 1).astype(np.int32))
     owner = np.concatenate(owners)
+    codes = vectors["codes"].to_pylist() + [[]] * (len(owner) - len(ids))
     values = pa.array(np.concatenate(parts).reshape(-1), pa.float16())
     columns = [
         pa.array(["user"] * len(owner), pa.string()),
         pa.array(owner, pa.int64()),
         pa.FixedSizeListArray.from_arrays(values, dim),
-        pa.array([[]] * len(owner), pa.list_(pa.uint16())),
+        pa.array(codes, pa.list_(pa.uint16())),
     ]
     table = pa.table(columns, schema=vectors_schema(dim))
     return table.append_column("partition", pa.array(np.concatenate(numbers)))
