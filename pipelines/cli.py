@@ -173,11 +173,13 @@ def lookup(
             start = time.perf_counter()
             found = opened.store.get(kind, ids)
             took_us = (time.perf_counter() - start) * 1e6
-            for id_, knowledge in zip(ids, found, strict=True):
+            for id_, knowledge, codes in zip(ids, found, opened.store.own_codes(kind, ids), strict=True):
                 stage_header(
                     f"{kind} {id_}", f"as of {_date(knowledge.as_of)}" if knowledge and knowledge.as_of else ""
                 )
                 note(knowledge.text if knowledge else "no knowledge: the model uses its learned default")
+                if codes:
+                    note(f"semantic id {'-'.join(map(str, codes[:-1]))}, duplicate digit {codes[-1]}")
             note(f"release {opened.manifest.name}: {len(ids)} ids in {took_us:.0f} µs")
 
 
