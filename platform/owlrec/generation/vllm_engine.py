@@ -12,12 +12,11 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-from jinja2 import TemplateError
 from pydantic import Field
 
 from owlrec.config import Config
@@ -25,6 +24,7 @@ from owlrec.decoding import DecodingConfig, engine_arguments
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.decoding.options import VLLM_VERSION
 from owlrec.errors import EngineError
+from owlrec.generation.chat import render_chat
 from owlrec.generation.engine import Completion, Engine, EngineStopped, RequestRefused, SamplingConfig, check_length
 from owlrec.generation.models import PACKAGED, model_identity, resolve_model
 
@@ -55,10 +55,20 @@ class VllmEngineConfig(Config):
     engine_args: dict[str, Any] = {}
 
 
+@dataclass(frozen=True)
+class NextTokenScores:
+    """scores: logits where the engine's logprobs_mode is raw_logits, log-probabilities where it is vLLM's default."""
+
+    scores: tuple[float, ...]
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, that were not computed again
+
+
 @dataclass
 class _Pending:
     prompt_token_ids: list[int]
     params: Any
+    adapter: str | None
     future: "asyncio.Future[_Answer]"
     loop: asyncio.AbstractEventLoop
 
@@ -67,6 +77,7 @@ class _Pending:
 class _Answer:
     output: Any  # vLLM's CompletionOutput
     counts: tuple[int, int, int]  # tokens drafted, accepted, and accepted by the relaxed rule alone
+    cached_tokens: int
 
 
 class VllmEngine(Engine):
@@ -104,14 +115,9 @@ class VllmEngine(Engine):
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
     ) -> Completion:
         """See Engine.complete. Raises EngineStopped where vLLM itself has failed."""
-        token_ids = self._render(system, prompt)
+        token_ids = render_chat(self._tokenizer, system, prompt)
         check_length(len(token_ids), sampling, self.context_tokens)
-        if self._fatal is not None:
-            raise EngineStopped(f"vLLM has stopped: {self._fatal}")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[_Answer] = loop.create_future()
-        self._inbox.put(_Pending(token_ids, self._params(sampling, extra), future, loop))
-        answer = await future
+        answer = await self._ask(token_ids, self._params(sampling, extra))
         output = answer.output
         return Completion(
             text=output.text.strip(),
@@ -122,6 +128,30 @@ class VllmEngine(Engine):
             accepted=answer.counts[1],
             relaxed=answer.counts[2],
         )
+
+    async def next_token_scores(
+        self, token_ids: Sequence[int], wanted: Sequence[int], adapter: str | None = None
+    ) -> NextTokenScores:
+        """What the model makes of each of the tokens `wanted` as the next one, however unlikely it is.
+
+        token_ids: a whole prompt. adapter: a LoRA folder, which the engine reads once: a changed one needs another
+        name. Engines whose decoder drafts know no such scores. Raises RowError where this request fails for good,
+        EngineStopped where vLLM itself has failed.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        check_length(len(token_ids), SamplingConfig(max_tokens=1), self.context_tokens)
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprob_token_ids=list(wanted),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        answer = await self._ask(token_ids, params, adapter)
+        found = answer.output.logprobs[0]
+        return NextTokenScores(tuple(found[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
 
     def count_tokens(self, text: str) -> int:
         """Exact, without special tokens. Remembered: most titles stand in many histories."""
@@ -134,24 +164,13 @@ class VllmEngine(Engine):
             self._inbox.put(None)
             self._thread.join(timeout=60)
 
-    def _render(self, system: str, prompt: str) -> list[int]:
-        user = {"role": "user", "content": prompt}
-        turns = [{"role": "system", "content": system}, user] if system else [user]
-        try:
-            return self._apply_template(turns)
-        except TemplateError:
-            # Gemma's template and others know no system turn: its text then opens the user's.
-            merged = [{"role": "user", "content": f"{system}\n\n{prompt}".strip()}]
-        try:
-            return self._apply_template(merged)
-        except TemplateError as error:
-            raise RequestRefused(f"the model's chat template refuses the prompt: {error}") from error
-
-    def _apply_template(self, turns: list[dict[str, str]]) -> list[int]:
-        ids: list[int] = self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return ids
+    async def _ask(self, token_ids: Sequence[int], params: Any, adapter: str | None = None) -> _Answer:
+        if self._fatal is not None:
+            raise EngineStopped(f"vLLM has stopped: {self._fatal}")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_Answer] = loop.create_future()
+        self._inbox.put(_Pending(list(token_ids), params, adapter, future, loop))
+        return await future
 
     def _params(self, sampling: SamplingConfig, extra: Mapping[str, Any] | None) -> Any:
         from vllm import SamplingParams
@@ -184,8 +203,12 @@ class VllmEngine(Engine):
             # Prefixes are kept by whole blocks: the CPU default of 128 tokens is longer than the system turn that all
             # rows share.
             args["block_size"] = 32
-        args |= engine_arguments(self.decoding, self.identity, cpu=self.cpu)
-        return LLMEngine.from_engine_args(EngineArgs(**{**args, **self.config.engine_args}))
+        args |= engine_arguments(self.decoding, self.identity, cpu=self.cpu) | self.config.engine_args
+        if self.cpu and args.get("enable_lora"):
+            from vllm.platforms.cpu import CpuPlatform
+
+            CpuPlatform.get_punica_wrapper = classmethod(lambda cls: "owlrec.generation.cpu_lora.RunwiseLora")
+        return LLMEngine.from_engine_args(EngineArgs(**args))
 
     def _run(self, ready: threading.Event) -> None:
         try:
@@ -214,6 +237,7 @@ class VllmEngine(Engine):
 
     def _step_until_closed(self, engine: Any, waiting: dict[str, _Pending]) -> None:
         counter, counted = 0, 0.0
+        adapters: dict[str, Any] = {}
         while True:
             while not self._inbox.empty() or not engine.has_unfinished_requests():
                 pending = self._inbox.get()
@@ -222,7 +246,8 @@ class VllmEngine(Engine):
                 counter += 1
                 try:
                     prompt = {"prompt_token_ids": pending.prompt_token_ids}
-                    engine.add_request(name := str(counter), prompt, pending.params)
+                    lora = _lora_request(pending.adapter, adapters)
+                    engine.add_request(name := str(counter), prompt, pending.params, lora_request=lora)
                     waiting[name] = pending
                 except ValueError as error:  # this request only: a length or an option that vLLM refuses
                     _resolve(pending, RequestRefused(f"vLLM refused the request: {error}"))
@@ -236,8 +261,18 @@ class VllmEngine(Engine):
                     self.counters = DecoderCounters.model_validate_json(counters)
                     counted = time.monotonic()
             for output in finished:
-                answer = _Answer(output.outputs[0], counts.get(output.request_id, (0, 0, 0)))
+                counted_tokens = counts.get(output.request_id, (0, 0, 0))
+                answer = _Answer(output.outputs[0], counted_tokens, output.num_cached_tokens or 0)
                 _resolve(waiting.pop(output.request_id), answer)
+
+
+def _lora_request(folder: str | None, known: dict[str, Any]) -> Any:
+    """vLLM's name of an adapter: the same for the same folder, since prefixes are kept by it."""
+    if folder is None:
+        return None
+    from vllm.lora.request import LoRARequest
+
+    return known.setdefault(folder, LoRARequest(folder, len(known) + 1, folder))
 
 
 def _resolve(pending: _Pending, result: Any) -> None:
