@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from owlrec.errors import RecipeError, SchemaError
 from owlrec.prompting.rella import RankPromptConfig
 from owlrec.ranking.retrieval import BehaviourRetriever
-from owlrec.ranking.samples import TUNING_ROWS, TuningData, TuningDataConfig, build_tuning_data, draw_shots
+from owlrec.ranking.samples import TUNING_ROWS, TuningData, TuningDataConfig, ask_about, build_tuning_data, draw_shots
 from owlrec.scenario import get_scenario
 from owlrec.schema import SAMPLES
 from owlrec.sources.catalog import ItemCatalog
@@ -91,6 +91,42 @@ def test_rows_are_interleaved_in_the_configured_ways(ways: tuple[str, ...]) -> N
     keys = rows.select(["user_id", "item_id", "timestamp"]).to_pylist()
     for start in range(0, len(keys), len(ways)):
         assert keys[start : start + len(ways)] == [keys[start]] * len(ways)
+
+
+def test_a_mixed_prompt_shows_recent_and_older_ones_like_the_candidate_and_none_twice() -> None:
+    (row,) = built(table(sample()), shown=("mixed",)).rows.to_pylist()
+    assert row["shown"] == "mixed"
+    alike, _, lately = row["text"].partition("The user watched these movies last")
+    # Of three, the two newest; of those before them the newest that is even, as the candidate is.
+    assert (shown(alike), shown(lately)) == ([(2, "3 stars")], [(5, "5 stars"), (7, "1 star")])
+
+
+@given(st.lists(st.integers(0, N_ITEMS + 1), max_size=9), st.integers(1, 6))
+def test_a_mixed_prompt_has_as_many_behaviours_as_any_other(history: list[int], k: int) -> None:
+    one = table(sample(history=history, history_ratings=None))
+    ways = ("recent", "retrieved", "mixed")
+    counts = [len(shown(row["text"])) for row in built(one, shown=ways, behaviours=k).rows.to_pylist()]
+    assert counts == [min(k, sum(item < UNTITLED for item in history))] * 3
+
+
+def test_any_split_can_be_asked_about() -> None:
+    samples = many(200)
+    for split in ("valid", "test"):
+        rows = draw_shots(samples, None, 0, split)
+        asked = ask_about(
+            samples.take(pa.array(rows)),
+            USERS,
+            CATALOG,
+            RETRIEVER,
+            get_scenario("movies"),
+            RankPromptConfig(),
+            len,
+            k=3,
+            ways=("recent",),
+        )
+        expected = [row for row in samples.to_pylist() if row["split"] == split]
+        assert asked.counts["samples"] == len(expected)
+        assert {row["timestamp"] for row in asked.rows.to_pylist()} <= {row["timestamp"] for row in expected}
 
 
 def test_fewer_shots_are_the_beginning_of_more() -> None:

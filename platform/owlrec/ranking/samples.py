@@ -25,14 +25,14 @@ from owlrec.scenario import Scenario
 from owlrec.schema import SAMPLES, conform, shard_of
 from owlrec.sources.catalog import ItemCatalog
 
-Shown = Literal["recent", "retrieved"]
+Shown = Literal["recent", "retrieved", "mixed"]  # mixed: one prompt with both, half of the behaviours each
 Behaviours = list[tuple[str, float | None]]  # title and rating, oldest first
 TUNING_ROWS = pa.schema(
     [
         ("user_id", pa.int64()),
         ("item_id", pa.int64()),
         ("timestamp", pa.int64()),
-        ("shown", pa.string()),  # recent or retrieved
+        ("shown", pa.string()),  # see Shown
         ("system", pa.string()),
         ("text", pa.string()),
         ("answer", pa.string()),  # Yes or No
@@ -73,30 +73,51 @@ def build_tuning_data(
 ) -> TuningData:
     """The tuning rows of a samples table (schema.SAMPLES): of the first `shots` of its train split.
 
-    users: user_id and profile fields; a user without a row has no profile. A behaviour without a title is passed over
-    before any are chosen; a sample whose candidate has none is skipped and counted, not made up for, so that shots stay
-    nested. Raises RecipeError where the train split has fewer samples than `shots`, and SchemaError for a label other
-    than 0 and 1, or ratings that do not match their history.
+    users: user_id and profile fields; a user without a row has no profile. A sample whose candidate has no title is
+    skipped and counted, not made up for, so that shots stay nested. Raises RecipeError where the train split has fewer
+    samples than `shots`, and SchemaError as `ask_about` does.
     """
     samples = conform(samples, SAMPLES, name="samples").select(SAMPLES.names)
     drawn = samples.take(pa.array(draw_shots(samples, config.shots, config.seed)))
-    profiles = _profiles(users, drawn["user_id"], scenario)
+    return ask_about(
+        drawn, users, catalog, retriever, scenario, prompt, count_tokens, k=config.behaviours, ways=config.shown
+    )
+
+
+def ask_about(
+    samples: pa.Table,
+    users: pa.Table,
+    catalog: ItemCatalog,
+    retriever: BehaviourRetriever,
+    scenario: Scenario,
+    prompt: RankPromptConfig,
+    count_tokens: Callable[[str], int],
+    *,
+    k: int,
+    ways: Sequence[Shown],
+) -> TuningData:
+    """Rows of all `samples` (schema.SAMPLES), of whatever split, each asked in all `ways` with at most `k` behaviours.
+
+    A behaviour without a title is passed over before any are chosen. Raises SchemaError for a label other than 0 and 1,
+    or ratings that do not match their history.
+    """
+    profiles = _profiles(users, samples["user_id"], scenario)
     rows: list[dict[str, Any]] = []
     skipped = 0
-    for sample in drawn.to_pylist():
+    for sample in samples.to_pylist():
         answer = _answer(sample)
         target, *titles = catalog.titles(np.array([sample["item_id"], *(sample["history"] or [])], dtype=np.int64))
         if not is_quotable(target):
             skipped += 1
             continue
-        lists = behaviours_shown(sample, titles, retriever, config.behaviours)
         profile = profiles.get(sample["user_id"], {})
-        for shown in config.shown:
-            system, text = rank_prompt(scenario, profile, target, prompt, count_tokens, **{shown: lists[shown]})
+        for shown in ways:
+            lists = behaviours_shown(sample, titles, retriever, k, shown)
+            system, text = rank_prompt(scenario, profile, target, prompt, count_tokens, **lists)
             keys = {name: sample[name] for name in _ORDER}
             rows.append({**keys, "shown": shown, "system": system, "text": text, "answer": answer})
     counts = {
-        "samples": drawn.num_rows,
+        "samples": samples.num_rows,
         "skipped_without_title": skipped,
         "rows": len(rows),
         "answered_yes": sum(row["answer"] == YES for row in rows),
@@ -104,15 +125,15 @@ def build_tuning_data(
     return TuningData(pa.Table.from_pylist(rows, schema=TUNING_ROWS), counts)
 
 
-def draw_shots(samples: pa.Table, shots: int | None, seed: int) -> np.ndarray:
-    """The rows of the first `shots` train samples in the seed's order: int64 [shots]; all of them for None.
+def draw_shots(samples: pa.Table, shots: int | None, seed: int, split: str = "train") -> np.ndarray:
+    """The rows of the first `shots` samples of a split in the seed's order: int64 [shots]; all of them for None.
 
     Raises RecipeError where there are fewer.
     """
-    rows = np.flatnonzero(pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
+    rows = np.flatnonzero(pc.equal(samples["split"], split).to_numpy(zero_copy_only=False))
     if shots is not None and shots > len(rows):
         raise RecipeError(
-            f"tuning shots: {shots} are asked for, but the train split has {len(rows)} samples. Lower the number, or "
+            f"tuning shots: {shots} are asked for, but the {split} split has {len(rows)} samples. Lower the number, or "
             "set it to null for all."
         )
     keys = [samples[name].to_numpy()[rows] for name in _ORDER]
@@ -123,12 +144,13 @@ def draw_shots(samples: pa.Table, shots: int | None, seed: int) -> np.ndarray:
 
 
 def behaviours_shown(
-    sample: Mapping[str, Any], titles: Sequence[str], retriever: BehaviourRetriever, k: int
-) -> dict[Shown, Behaviours]:
-    """The at most `k` recent and the at most `k` retrieved behaviours of a sample.
+    sample: Mapping[str, Any], titles: Sequence[str], retriever: BehaviourRetriever, k: int, shown: Shown
+) -> dict[Literal["recent", "retrieved"], Behaviours]:
+    """The at most `k` behaviours that a sample's prompt quotes, as the lists that `rank_prompt` takes.
 
     sample: user_id, item_id, history and history_ratings, the last null or aligned with history; titles: aligned with
-    history, "" for none. Raises SchemaError where the ratings do not match.
+    history, "" for none. A mixed prompt retrieves from what is older than its recent half, so that none stands twice.
+    Raises SchemaError where the ratings do not match.
     """
     history = sample["history"] or []
     ratings = sample["history_ratings"] or [None] * len(history)
@@ -139,9 +161,16 @@ def behaviours_shown(
         )
     titled = [i for i, title in enumerate(titles) if is_quotable(title)]
     behaviours = [(titles[i], ratings[i]) for i in titled]
-    items = np.array([history[i] for i in titled], dtype=np.int64)
-    found = retriever.retrieve(items, np.array([sample["item_id"]], dtype=np.int64), k)[0]
-    return {"recent": behaviours[-k:], "retrieved": [behaviours[i] for i in found if i >= 0]}
+    lately = {"recent": k, "retrieved": 0, "mixed": (k + 1) // 2}[shown]
+    n_older = max(0, len(behaviours) - lately)
+    lists: dict[Literal["recent", "retrieved"], Behaviours] = {}
+    if lately:
+        lists["recent"] = behaviours[n_older:]
+    if k > lately:
+        older = np.array([history[i] for i in titled[:n_older]], dtype=np.int64)
+        found = retriever.retrieve(older, np.array([sample["item_id"]], dtype=np.int64), k - lately)[0]
+        lists["retrieved"] = [behaviours[i] for i in found if i >= 0]
+    return lists
 
 
 def _answer(sample: Mapping[str, Any]) -> str:
