@@ -19,6 +19,7 @@ from owlrec.ops.report import (
     StageFigures,
     arm_rows,
     comparison_rows,
+    heat_rows,
     render_report,
     slice_rows,
 )
@@ -144,6 +145,34 @@ def test_a_difference_is_shown_with_its_interval(compared):
     assert (to_none.interval, to_none.rela_imp, to_none.delong_p) == ("[-0.0021, +0.0251]", "+5.1%", "0.031")
     assert (to_shuffled.base, to_shuffled.difference) == ("shuffled", "-0.0020")
     assert (to_shuffled.interval, to_shuffled.rela_imp, to_shuffled.delong_p) == ("", "", "")
+
+
+def test_heat_follows_the_gain_and_fades_where_it_may_be_chance(data):
+    def figures(backbone, arm, gain, low, high):
+        interval = Interval(low=low, high=high)
+        paired = PairedDifference(seeds=2, auc=gain, rela_imp=None, evidence=Evidence(interval=interval, delong_p=None))
+        return ArmFigures(backbone=backbone, arm=arm, auc=[0.7], differences={"none": paired})
+
+    arms = [
+        ArmFigures(backbone="din", arm="none", auc=[0.7]),
+        figures("din", "knowledge", 0.02, 0.01, 0.03),
+        figures("din", "shuffled", -0.01, -0.02, -0.005),
+        figures("dcnv2", "knowledge", 0.01, -0.01, 0.03),
+    ]
+    rows = heat_rows(arms)
+    assert {backbone: [cell.gain for cell in cells] for backbone, cells in rows.items()} == {
+        "din": ["+0.0200", "-0.0100"],
+        "dcnv2": ["+0.0100", ""],
+    }
+    (true, shuffled), (uncertain, missing) = rows.values()
+    assert "var(--s3) 70%" in true.style
+    assert "var(--s2) 35%" in shuffled.style
+    assert "var(--s3) 12%" in uncertain.style  # a third of 35
+    assert missing.style == ""
+    page = render_report(data.model_copy(update={"arms": arms}))
+    assert "Which backbone gains by which arm?" in page
+    assert true.style in page
+    assert "Which backbone gains" not in render_report(data)  # no paired differences, no map
 
 
 def test_slices_stand_side_by_side_for_the_arms(compared):

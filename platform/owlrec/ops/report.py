@@ -111,6 +111,14 @@ class SliceRow(BaseModel):
     figures: list[tuple[str, str]]
 
 
+class HeatCell(BaseModel):
+    """One backbone with one arm in the heat map of gains."""
+
+    gain: str  # in AUC, to the arm "none"; blank where it was not taken
+    interval: str
+    style: str  # what colours the cell
+
+
 def render_report(data: ReportData) -> str:
     """The page as HTML."""
     environment = Environment(
@@ -143,6 +151,8 @@ def render_report(data: ReportData) -> str:
         comparisons=comparison_rows(data.arms),
         arm_names=_arm_names(data.arms),
         slice_rows=slice_rows(data.arms),
+        heat_arms=[arm for arm in _arm_names(data.arms) if arm != "none"],
+        heat_rows=heat_rows(data.arms),
         cold_user_below=COLD_USER_BELOW,
         cold_item_below=COLD_ITEM_BELOW,
         auc_chart=points_chart(auc, "AUC on the test split"),
@@ -203,6 +213,34 @@ def comparison_rows(arms: list[ArmFigures]) -> list[ComparisonRow]:
         for arm in arms
         for base, paired in arm.differences.items()
     ]
+
+
+def heat_rows(arms: list[ArmFigures]) -> dict[str, list[HeatCell]]:
+    """The heat map of gains to "none": backbone -> a cell an arm, in their order; empty where no gain was taken.
+
+    Colours are as strong as the gain is beside the largest one, and fade where its interval holds 0.
+    """
+    paired = {(a.backbone, a.arm): a.differences["none"] for a in arms if "none" in a.differences}
+    largest = max((abs(difference.auc) for difference in paired.values()), default=0.0)
+    names = [name for name in _arm_names(arms) if name != "none"]
+    rows = {}
+    for backbone in dict.fromkeys(arm.backbone for arm in arms):
+        of_backbone = [paired.get((backbone, name)) for name in names]
+        if any(of_backbone):
+            rows[backbone] = [_heat_cell(difference, largest) for difference in of_backbone]
+    return rows
+
+
+def _heat_cell(paired: PairedDifference | None, largest: float) -> HeatCell:
+    if paired is None:
+        return HeatCell(gain="", interval="", style="")
+    share = 70 * abs(paired.auc) / largest if largest else 0.0
+    interval = paired.evidence.interval if paired.evidence else None
+    if interval and interval.low <= 0 <= interval.high:
+        share /= 3
+    colour = "--s3" if paired.auc >= 0 else "--s2"
+    style = f"background: color-mix(in srgb, var({colour}) {share:.0f}%, transparent)"
+    return HeatCell(gain=f"{paired.auc:+.4f}", interval=_interval(paired), style=style)
 
 
 def slice_rows(arms: list[ArmFigures]) -> list[SliceRow]:
