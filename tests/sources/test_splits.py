@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from owlrec.errors import LeakageError, SchemaError
 from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES
 from owlrec.sources import MovieLens100KSource
-from owlrec.sources.splits import SPLITS, SplitConfig, SplitTables, build_samples, refuse_leaks
+from owlrec.sources.splits import SPLITS, SplitConfig, SplitTables, build_samples, last_behaviours, refuse_leaks
 
 Row = tuple[int, int, Any, int]  # user, item, rating, timestamp
 
@@ -327,3 +327,13 @@ def test_movielens_100k_samples() -> None:
     assert counts["read_by_llm"] == sum(len(h["items"]) for h in histories) == 22_723
     assert counts["ties_dropped"] == 100_000 - 76_329 - 22_723
     assert sum(counts[f"positives_{name}"] for name in SPLITS) == sum(s["label"] for s in samples)
+
+
+def test_last_behaviours_are_those_of_a_sample_that_would_come_next() -> None:
+    rows = [(2, 7, 4.0, 30), (1, 5, 1.0, 10), (1, 9, 2.0, 30), (1, 8, 3.0, 30), (1, 6, 5.0, 20)]
+    found = last_behaviours(table(rows), 3)
+    assert found.to_pylist() == [
+        {"user_id": 1, "history": [6, 8, 9], "history_ratings": [5.0, 3.0, 2.0]},
+        {"user_id": 2, "history": [7], "history_ratings": [4.0]},
+    ]
+    assert last_behaviours(table([]), 3).num_rows == 0

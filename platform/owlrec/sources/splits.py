@@ -113,6 +113,22 @@ def build_samples(interactions: pa.Table, config: SplitConfig, positive_above: f
     return SplitTables(samples=samples, histories=histories, counts=counts)
 
 
+def last_behaviours(interactions: pa.Table, history_length: int) -> pa.Table:
+    """What a CTR model reads of each user from now on: one row a user, ascending, with their last behaviours.
+
+    Columns user_id, history and history_ratings, as in schema.SAMPLES. Errors: as of `build_samples`.
+    """
+    interactions = conform(interactions, INTERACTIONS, name="interactions")
+    rating = _ratings(interactions)
+    user, item, time = (interactions[c].to_numpy() for c in ("user_id", "item_id", "timestamp"))
+    order = np.lexsort((item, time, user))
+    ids, start = np.unique(user[order], return_index=True)
+    end = np.r_[start[1:], len(order)]
+    start = np.maximum(start, end - history_length)
+    columns = {"history": item[order], "history_ratings": rating[order]}
+    return pa.table({"user_id": ids, **{name: _lists(values, start, end) for name, values in columns.items()}})
+
+
 def refuse_leaks(samples: pa.Table, histories: pa.Table) -> None:
     """Raises LeakageError, naming the first user, where a sample is not later than its user's `as_of` or has none."""
     if samples.num_rows == 0:
