@@ -22,6 +22,7 @@ from owlrec.generation.batch import GenerateConfig
 from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
+from owlrec.ranking.experiment import RankingConfig
 from owlrec.scenario import Scenario, get_scenario
 from owlrec.sources import SourceConfig
 from owlrec.sources.splits import SplitConfig
@@ -56,6 +57,7 @@ class Recipe(Config):
     generate: GenerateConfig = GenerateConfig()
     encoder: EncoderConfig = EncoderConfig()
     ctr: CTRConfig = CTRConfig()
+    ranking: RankingConfig | None = None  # None = no LLM ranker; `ranking: {}` tunes one by the defaults
     streaming: StreamingConfig = StreamingConfig()
     ray: RayConfig = RayConfig()
 

@@ -1,0 +1,129 @@
+"""What a ranker's scores are worth: AUC, gAUC, log loss, accuracy and calibration error on test, before and after a
+calibration that was fitted on valid.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel
+
+from owlrec.ctr import metrics
+from owlrec.ctr.intervals import Interval, bootstrap_aucs, percentile_interval
+from owlrec.prompting.rella import YES
+from owlrec.ranking.calibration import (
+    CalibrationMethod,
+    IsotonicScaling,
+    PlattScaling,
+    expected_calibration_error,
+    fit_calibration,
+    save_calibration,
+)
+from owlrec.workspace import Workspace
+
+_RESAMPLES = 500
+JUDGEMENT_COLUMNS = ("model", "shown", "AUC", "95 % interval", "gAUC", "accuracy", "log-loss", "calibration error")
+
+
+class Judgement(BaseModel):
+    """Of one model, asked in one way."""
+
+    model: str  # "zero-shot" or "tuned"
+    shown: str  # samples.Shown
+    rows: int
+    unscored: int  # rows whose question could not be asked; they count nowhere
+    auc: float
+    interval: Interval | None  # 95 %, users drawn anew; None with fewer than two users
+    gauc: float | None  # None where no user has both classes
+    accuracy: float  # calibrated, at one half
+    log_loss: float  # calibrated
+    raw_log_loss: float
+    calibration_error: float  # calibrated
+    raw_calibration_error: float
+
+
+def judge_models(
+    workspace: Workspace,
+    folder: str,
+    valid: pa.Table,
+    test: pa.Table,
+    scores: Mapping[str, np.ndarray],
+    method: CalibrationMethod,
+) -> list[Judgement]:
+    """The judgements of all models; writes them, the calibrations and the test rows with their scores into `folder`.
+
+    scores: of each model, those of the valid rows and then those of the test rows.
+    """
+    judgements = []
+    for model, found in scores.items():
+        on_valid, on_test = found[: valid.num_rows], found[valid.num_rows :]
+        judged, calibrations = judge(model, valid, on_valid, test, on_test, method)
+        workspace.write_parquet(f"{folder}/scores-{model}.parquet", test.append_column("score", pa.array(on_test)))
+        for shown, calibration in calibrations.items():
+            save_calibration(workspace, f"{folder}/calibration-{model}-{shown}.json", calibration)
+        judgements += judged
+    workspace.write_json(f"{folder}/judgements.json", [j.model_dump() for j in judgements])
+    return judgements
+
+
+def judge(
+    model: str,
+    valid: pa.Table,
+    valid_scores: np.ndarray,
+    test: pa.Table,
+    test_scores: np.ndarray,
+    method: CalibrationMethod,
+) -> tuple[list[Judgement], dict[str, PlattScaling | IsotonicScaling]]:
+    """A judgement and a calibration for each way of asking that both tables hold, in the order of `test`.
+
+    valid, test: samples.TUNING_ROWS; scores: float64, aligned, nan for none. Raises SchemaError where the valid rows of
+    a way hold one class only.
+    """
+    judgements, calibrations = [], {}
+    for shown in dict.fromkeys(test["shown"].to_pylist()):
+        _, valid_labels, on_valid, _ = _rows(valid, valid_scores, shown)
+        users, labels, raw, unscored = _rows(test, test_scores, shown)
+        calibration = fit_calibration(method, on_valid, valid_labels)
+        probabilities = calibration.apply(raw)
+        gauc = metrics.gauc(labels, raw, users)
+        judgements.append(
+            Judgement(
+                model=model,
+                shown=shown,
+                rows=len(labels),
+                unscored=unscored,
+                auc=metrics.auc(labels, raw),
+                interval=_interval(labels, raw, users),
+                gauc=None if np.isnan(gauc) else gauc,
+                accuracy=float(((probabilities > 0.5) == (labels == 1)).mean()),
+                log_loss=metrics.log_loss(labels, probabilities),
+                raw_log_loss=metrics.log_loss(labels, raw),
+                calibration_error=expected_calibration_error(labels, probabilities),
+                raw_calibration_error=expected_calibration_error(labels, raw),
+            )
+        )
+        calibrations[shown] = calibration
+    return judgements, calibrations
+
+
+def judgement_row(j: Judgement) -> tuple[object, ...]:
+    """The cells under JUDGEMENT_COLUMNS."""
+    interval = f"[{j.interval.low:.4f}, {j.interval.high:.4f}]" if j.interval else ""
+    gauc = f"{j.gauc:.4f}" if j.gauc is not None else ""
+    error = f"{j.calibration_error:.3f} (raw {j.raw_calibration_error:.3f})"
+    loss = f"{j.log_loss:.4f} (raw {j.raw_log_loss:.4f})"
+    return j.model, j.shown, f"{j.auc:.4f}", interval, gauc, f"{j.accuracy:.4f}", loss, error
+
+
+def _rows(table: pa.Table, scores: np.ndarray, shown: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Users, labels and scores of the rows that were asked in one way and scored; how many were not."""
+    asked = np.array(table["shown"].to_pylist(), dtype=object) == shown
+    kept = asked & ~np.isnan(scores)
+    labels = np.array([answer == YES for answer in table["answer"].to_pylist()], dtype=np.float64)
+    return table["user_id"].to_numpy()[kept], labels[kept], scores[kept], int((asked & ~kept).sum())
+
+
+def _interval(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> Interval | None:
+    if len(np.unique(users)) < 2 or labels.min() == labels.max():
+        return None
+    return percentile_interval(bootstrap_aucs(labels, [scores], users, resamples=_RESAMPLES)[:, 0])
