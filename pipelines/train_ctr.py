@@ -11,16 +11,16 @@ from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
 # What the grid holds and how it is spread over machines: growing the grid must not retrain what it has.
-_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures"}
+_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures", "checkpoint_steps"}
 
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
-    """Trains the trials that have no result yet."""
+    """Trains the trials that have no result yet; of arm "none" alone without vectors too."""
     prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
-    if prepared is None or encoded is None:
+    if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
     settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
-    grid_print = fingerprint(prepared.fingerprint, encoded.fingerprint, settings, __version__)
+    grid_print = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, settings, __version__)
     grid = trials(recipe.ctr)
     columns = workspace.read_parquet(f"tables/items/{workspace.table_parts('items')[0]}").column_names
 
@@ -31,7 +31,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 workspace,
                 recipe.ctr,
                 grid,
-                knowledge=_vector_folders(workspace, encoded.outputs["vectors"]),
+                knowledge=vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {},
                 fingerprint=grid_print,
                 attributes=[f for f in recipe.domain.text_fields if f in columns][:2],
                 profile=list(recipe.domain.profile_fields),
@@ -52,7 +52,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     )
 
 
-def _vector_folders(workspace: Workspace, folder: str) -> dict[str, dict[str, str]]:
+def vector_folders(workspace: Workspace, folder: str) -> dict[str, dict[str, str]]:
     """Source -> side -> folder, of all vectors that `encode` wrote as <source>-<side>."""
     found: dict[str, dict[str, str]] = {}
     for name in workspace.names(folder):

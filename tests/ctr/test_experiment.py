@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from owlrec.ctr.arms import Arm, ArmSources, arm_parts, arm_sources, bases
 from owlrec.ctr.comparison import GridScores
 from owlrec.ctr.experiment import (
-    Arm,
-    ArmSources,
     ArmSummary,
     CTRConfig,
     Metrics,
     Trial,
     TrialResult,
-    arm_sources,
     summarise,
     trials,
 )
@@ -57,7 +55,7 @@ def test_grid_finishes_a_seed_before_it_starts_the_next() -> None:
         ({"backbones": ["dim"]}, "Did you mean 'din'"),
         (
             {"arms": ["none", "magic"]},
-            "'none', 'knowledge', 'collective', 'both', 'streaming', 'shuffled' or 'metadata'",
+            "'none', 'knowledge', 'knowledge-codes', 'knowledge.codes', 'collective', 'both', 'streaming', ",
         ),
         ({"seeds": [1, 2, 1]}, "1 stands there more than once"),
         ({"seeds": []}, "at least 1"),
@@ -79,10 +77,35 @@ def test_mistakes_in_the_recipe_are_named(settings: dict, message: str) -> None:
         ("streaming", ("knowledge", "partition-1", "partition-2", "partition-3"), ("knowledge",)),
         ("shuffled", ("knowledge",), ("knowledge",)),
         ("metadata", ("metadata",), ("metadata",)),
+        ("knowledge-codes", ("knowledge",), ("knowledge",)),
+        ("metadata+codes", ("metadata",), ("metadata",)),
+        ("shuffled-codes", ("knowledge",), ("knowledge",)),
     ],
 )
 def test_what_each_arm_reads(arm: Arm, user: tuple[str, ...], item: tuple[str, ...]) -> None:
     assert arm_sources(arm, ALL) == ArmSources(user, item)
+
+
+@pytest.mark.parametrize(
+    ("arm", "reads", "form", "compared"),
+    [
+        ("none", "none", "vectors", ()),
+        ("knowledge", "knowledge", "vectors", ("none", "shuffled")),
+        ("shuffled", "shuffled", "vectors", ("none",)),
+        ("knowledge-codes", "knowledge", "codes", ("none", "shuffled-codes", "knowledge")),
+        ("metadata+codes", "metadata", "both", ("none", "shuffled+codes", "metadata")),
+        ("shuffled-codes", "shuffled", "codes", ("none", "shuffled")),
+    ],
+)
+def test_an_arm_is_compared_with_its_like(arm: Arm, reads: str, form: str, compared: tuple[str, ...]) -> None:
+    assert arm_parts(arm) == (reads, form)
+    assert bases(arm) == compared
+
+
+def test_codes_are_weighed_against_vectors_of_the_same_seed() -> None:
+    rows = summarise([result("knowledge", 0, 0.70), result("knowledge", 1, 0.9), result("knowledge-codes", 0, 0.72)])
+    assert {base: d.auc for base, d in rows[1].differences.items()} == {"knowledge": pytest.approx(0.02)}
+    assert rows[0].differences == {}
 
 
 def test_default_grid_holds_the_four_arms_that_every_run_has_vectors_for() -> None:

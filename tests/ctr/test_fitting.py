@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from owlrec.ctr import fitting
+from owlrec.ctr.arms import Arm
 from owlrec.ctr.backbones import BACKBONES
-from owlrec.ctr.experiment import Arm, CTRConfig, Trial
-from owlrec.ctr.fitting import SplitTensors, TrainingData, epoch_rows, score, train_one
+from owlrec.ctr.epochs import Epochs
+from owlrec.ctr.experiment import CTRConfig, Trial
+from owlrec.ctr.fitting import SplitTensors, TrainingData, score, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.errors import RecipeError, SchemaError
@@ -65,14 +67,14 @@ def test_slices_part_the_test_rows_and_calibration_is_measured(data: TrainingDat
 
 def test_early_stopping_keeps_the_best_epoch(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, given = [], iter([0.6, 0.8, 0.7, 0.75, 0.9])
-    original = fitting._train_epoch
+    original = Epochs._train_epoch
 
-    def spy(model: Any, *rest: Any) -> None:
-        original(model, *rest)
-        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+    def spy(self: Epochs, split: Any) -> None:
+        original(self, split)
+        weights.append({k: v.clone() for k, v in self.model.state_dict().items()})
 
     real_auc = fitting.metrics.auc
-    monkeypatch.setattr(fitting, "_train_epoch", spy)
+    monkeypatch.setattr(Epochs, "_train_epoch", spy)
     monkeypatch.setattr(fitting.metrics, "auc", lambda labels, scores: next(given, real_auc(labels, scores)))
     trained = train_one(trial(), data, CONFIG.model_copy(update={"patience": 2, "epochs": 10}))
     assert (trained.result.epochs, trained.result.best_epoch) == (4, 2)
@@ -135,6 +137,22 @@ def test_a_batch_holds_the_sources_of_each_id_in_their_order(data: TrainingData)
         np.testing.assert_array_equal(vectors[1], users.vectors[user + 1] if user % 2 == 0 else np.zeros(8))
 
 
+def test_a_vector_that_is_no_number_is_refused_with_its_id(data: TrainingData) -> None:
+    sides = data.knowledge["knowledge"]
+    vectors = sides["user"].vectors.copy()
+    vectors[7, 3] = np.nan
+    broken = {"knowledge": {**sides, "user": KnowledgeTable(sides["user"].ids, vectors)}}
+    with pytest.raises(SchemaError, match="vector of id 7 has a component that is no finite number"):
+        train_one(trial("knowledge"), TrainingData(data.features, broken), CONFIG)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_bfloat16_learns_what_float32_learns(data: TrainingData, backbone: str) -> None:
+    config = CONFIG.model_copy(update={"precision": "bfloat16", "epochs": 4})
+    result = train_one(trial("knowledge", backbone), data, config).result
+    assert result.test.auc > 0.95
+
+
 @pytest.mark.parametrize("source", ["knowledge", "collective"])
 def test_shuffled_permutes_the_vectors_of_each_side_by_the_trials_seed(data: TrainingData, source: str) -> None:
     given = {source: data.knowledge[source]}
@@ -147,8 +165,11 @@ def test_shuffled_permutes_the_vectors_of_each_side_by_the_trials_seed(data: Tra
 
 
 def test_two_sources_tell_together_what_neither_tells_alone(toy_world: Any) -> None:
-    """A user likes even items where the sum of two signals is positive; each source holds one of the signals."""
-    rng = np.random.default_rng(1)
+    """A user likes even items where the sum of two signals is positive; each source holds one of the signals.
+
+    In the world of this seed each signal alone, perfectly read, would rank the test rows with an AUC of .84 and .69.
+    """
+    rng = np.random.default_rng(2)
     n_users, dim = len(toy_world.users), 8
     signals = rng.uniform(-1, 1, size=(2, n_users))
     noise = rng.normal(size=(2, n_users, dim - 1))
@@ -162,18 +183,9 @@ def test_two_sources_tell_together_what_neither_tells_alone(toy_world: Any) -> N
     features = dataclasses.replace(toy_world, samples=samples).data.features
     data = TrainingData(features, {"knowledge": sides[0], "collective": sides[1]})
     arms: tuple[Arm, ...] = ("knowledge", "collective", "both")
-    auc = {arm: train_one(trial(arm), data, CONFIG).result.test.auc for arm in arms}
+    config = CONFIG.model_copy(update={"epochs": 10, "patience": 10})  # like an exclusive or, it is learnt late
+    auc = {arm: train_one(trial(arm), data, config).result.test.auc for arm in arms}
     assert auc["both"] > max(auc["knowledge"], auc["collective"]) + 0.05
-
-
-@pytest.mark.parametrize(("n", "world"), [(10, 1), (10, 2), (11, 3), (2, 4)])
-def test_ranks_share_an_epoch_without_overlap_and_in_equal_parts(n: int, world: int) -> None:
-    parts = [epoch_rows(n, torch.Generator().manual_seed(5), rank, world).tolist() for rank in range(world)]
-    assert {len(p) for p in parts} == {n // world}
-    dealt = [row for part in parts for row in part]
-    assert len(set(dealt)) == len(dealt) == n - n % world
-    shuffle = torch.Generator().manual_seed(5)
-    assert epoch_rows(n, shuffle, 0, 1).tolist() != epoch_rows(n, shuffle, 0, 1).tolist() or n < 3
 
 
 @pytest.mark.parametrize("arm", ["knowledge", "streaming"])

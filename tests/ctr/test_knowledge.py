@@ -13,14 +13,14 @@ from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.schema import vectors_schema
 
 
-def vectors_table(rows: list[tuple[str, int, list[float]]]) -> pa.Table:
+def vectors_table(rows: list[tuple[str, int, list[float]]], codes: list[list[int]] | None = None) -> pa.Table:
     schema = vectors_schema(2)
     vectors = pa.FixedSizeListArray.from_arrays(
         pa.array(np.array([v for _, _, v in rows], dtype=np.float16).ravel(), pa.float16()), 2
     )
     kinds, ids = pa.array([k for k, _, _ in rows], pa.string()), pa.array([i for _, i, _ in rows], pa.int64())
-    codes = pa.array([[] for _ in rows], pa.list_(pa.uint16()))
-    return pa.table([kinds, ids, vectors, codes], schema=schema)
+    ids_of = pa.array(codes or [[]] * len(rows), pa.list_(pa.uint16()))
+    return pa.table([kinds, ids, vectors, ids_of], schema=schema)
 
 
 ROWS: list[tuple[str, int, list[float]]] = [
@@ -40,6 +40,37 @@ def test_saved_table_gathers_in_the_order_asked_with_zeros_and_mask_for_misses(t
     assert vectors.dtype == np.float32
     assert vectors.tolist() == [[4, 4.5], [0, 0], [1, 1.5], [3, 3.5], [1, 1.5], [0, 0], [0, 0]]
     assert mask.tolist() == [True, False, True, True, True, False, False]
+
+
+CODES = [[0, 299, 5], [9, 9, 9], [3, 0, 0], [1, 1, 0]]  # of ROWS, the duplicate digit last
+
+
+def test_saved_codes_are_gathered_one_up_with_zeros_for_misses(tmp_path: Path) -> None:
+    KnowledgeTable.from_table(vectors_table(ROWS, CODES), "user", (4, 300)).save(tmp_path)
+    table = KnowledgeTable.open(tmp_path)
+    assert isinstance(table.codes, np.memmap)
+    assert table.code_sizes == (4, 300)
+    codes = table.gather_codes(np.array([2**62, 11, 10, 30]))
+    assert codes.dtype == np.int64
+    assert codes.tolist() == [[2, 2], [0, 0], [4, 1], [1, 300]]
+    shuffled = table.shuffled(2)
+    shuffled.save(tmp_path / "shuffled")
+    again = KnowledgeTable.open(tmp_path / "shuffled").gather_codes(table.ids)
+    assert again.tolist() == shuffled.gather_codes(table.ids).tolist() != table.gather_codes(table.ids).tolist()
+
+
+def test_codes_are_left_out_or_missed_or_refused(tmp_path: Path) -> None:
+    without = KnowledgeTable.from_table(vectors_table(ROWS, CODES), "user")
+    with pytest.raises(SchemaError, match="no semantic ids"):
+        without.gather_codes(np.array([1]))
+    with pytest.raises(SchemaError, match="1 rows have no codes"):
+        KnowledgeTable.from_table(vectors_table(ROWS, [[], *CODES[1:]]), "user", (4, 300))
+    with pytest.raises(SchemaError, match="3 and a duplicate digit are meant"):
+        KnowledgeTable.from_table(vectors_table(ROWS, CODES), "user", (4, 300, 4))
+    KnowledgeTable.from_table(vectors_table(ROWS, CODES), "user", (4, 300)).save(tmp_path)
+    np.save(tmp_path / "codes.npy", np.zeros((2, 2), np.uint16))
+    with pytest.raises(WorkspaceError, match="2 levels, but codes of shape"):
+        KnowledgeTable.open(tmp_path)
 
 
 def test_empty_table_round_trips_and_misses_everything(tmp_path: Path) -> None:

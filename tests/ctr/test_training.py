@@ -11,7 +11,7 @@ from owlrec.ctr.export import load_vocabularies
 from owlrec.ctr.training import train_trials
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.workspace import Workspace
-from pipelines.train_ctr import _vector_folders
+from pipelines.train_ctr import vector_folders
 
 pytestmark = pytest.mark.ray
 CONFIG = CTRConfig(
@@ -100,9 +100,9 @@ def test_every_source_that_encode_wrote_is_offered(workspace: Workspace, toy_wor
     for name in ("knowledge-user", "knowledge-item", "collective-user", "partition-1-user"):
         table.save(workspace.local_path("vectors", "abc", name))
         workspace.write_bytes(f"vectors/abc/{name}.parquet", b"")
-    assert _vector_folders(workspace, "vectors/abc") == {
+    assert vector_folders(workspace, "vectors/abc") == {
         "knowledge": {"user": "vectors/abc/knowledge-user", "item": "vectors/abc/knowledge-item"},
         "collective": {"user": "vectors/abc/collective-user"},
         "partition-1": {"user": "vectors/abc/partition-1-user"},
     }
-    assert _vector_folders(workspace, "vectors/other") == {}
+    assert vector_folders(workspace, "vectors/other") == {}

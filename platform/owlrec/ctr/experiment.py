@@ -3,12 +3,12 @@
 A gain from an LLM is believable only beside its controls, so all arms are trained alike. By default there are four: no
 knowledge; the LLM's knowledge; the same vectors handed to the wrong ids (`shuffled`: what the adaptor's extra
 parameters alone are worth); and vectors of the title and attributes that the LLM was given (`metadata`: what the text
-encoder alone is worth). No torch here: the recipe loads this module at every call.
+encoder alone is worth). Each may read semantic ids in place of vectors or beside them, so that one grid tells what form
+serves best. No torch here: the recipe loads this module at every call.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Literal
 
@@ -16,56 +16,13 @@ import numpy as np
 from pydantic import BaseModel, Field, field_validator
 
 from owlrec.config import Config
+from owlrec.ctr.arms import Arm, bases
 from owlrec.ctr.backbones import backbone_class_name
 from owlrec.ctr.comparison import Evidence, GridScores, weigh
 from owlrec.ctr.metrics import relative_improvement
 from owlrec.ctr.slices import SliceMetrics, mean_slices
 from owlrec.errors import RecipeError
 from owlrec.workspace import Workspace
-
-Arm = Literal["none", "knowledge", "collective", "both", "streaming", "shuffled", "metadata"]
-# Of a user's interests, before the one that "knowledge" holds (LIBER, arXiv 2411.14713); the newest first.
-OLDER_PARTITIONS = ("partition-1", "partition-2", "partition-3")
-
-
-@dataclass(frozen=True)
-class ArmSources:
-    """The sources of the vectors that an arm reads, a side; their order is that of the adaptor's slots."""
-
-    user: tuple[str, ...] = ()
-    item: tuple[str, ...] = ()
-
-
-def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
-    """Which of the vectors that were given an arm reads.
-
-    `collective` reads the knowledge of cohorts, `both` that and the individual knowledge, `streaming` a user's older
-    interest partitions too, as many as were given. `shuffled` reads individual knowledge, or collective knowledge where
-    there is no other.
-    given: source -> the sides ("user", "item") of which it has vectors.
-    Raises RecipeError where a source that the arm needs was not given.
-    """
-    needed: tuple[str, ...]
-    match arm:
-        case "none":
-            needed = ()
-        case "both":
-            needed = ("knowledge", "collective")
-        case "streaming":
-            needed = ("knowledge",)
-        case "shuffled":
-            needed = ("collective",) if "knowledge" not in given and "collective" in given else ("knowledge",)
-        case _:
-            needed = (arm,)
-    for source in needed:
-        missing = [f"{side}s" for side in ("user", "item") if side not in given.get(source, ())]
-        if missing:
-            raise RecipeError(
-                f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
-                f"run it with a recipe that yields them, or leave the arm out."
-            )
-    older = tuple(p for p in OLDER_PARTITIONS if arm == "streaming" and "user" in given.get(p, ()))
-    return ArmSources(user=needed + older, item=needed)
 
 
 class AdaptorConfig(Config):
@@ -85,6 +42,15 @@ class CTRConfig(Config):
     # Rows of all workers together; less where an epoch would have fewer than 30 steps.
     batch_size: int = Field(default=2048, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine would reach 0 after `epochs`
+    warmup_steps: int = Field(default=0, ge=0)
+    # Tables of more rows (items, say) get sparse gradients and row-wise Adagrad. In smaller ones most rows are in every
+    # batch, and a dense step costs less.
+    sparse_above_rows: int = Field(default=50_000, ge=0)
+    table_learning_rate: float = Field(default=0.02, gt=0)  # of row-wise Adagrad
+    # bfloat16: the products of training in half the width; scores are always computed in float32. It pays on GPUs, and
+    # on CPUs with AMX.
+    precision: Literal["float32", "bfloat16"] = "float32"
     # From 0 to 1 it moved the valid AUC by less than .0005: early stopping does its work.
     weight_decay: float = Field(default=0.0, ge=0)
     epochs: int = Field(default=15, ge=1)  # at most
@@ -103,6 +69,8 @@ class CTRConfig(Config):
     threads: int | None = Field(default=None, ge=1)
     # Restarts after a lost worker, for spot machines; finished trials are kept.
     max_failures: int = Field(default=0, ge=0)
+    # Between two checkpoints of a trial; a restart goes on from the last, at the very next sample.
+    checkpoint_steps: int = Field(default=1000, ge=1)
 
     @field_validator("backbones")
     @classmethod
@@ -163,6 +131,7 @@ class TrialResult(BaseModel):
     seconds: float
     samples_per_s: float  # training rows of all workers together, evaluation left out
     parameters: int
+    resumed: int = 0  # times that it went on from a checkpoint
     slices: dict[str, SliceMetrics] = {}  # of the test split; older results lack them
 
     @property
@@ -181,10 +150,6 @@ def finished_trials(workspace: Workspace, fingerprint: str, wanted: Iterable[Tri
     folder = grid_folder(fingerprint)
     paths = [f"{folder}/{trial.path}/result.json" for trial in wanted]
     return [TrialResult.model_validate(workspace.read_json(path)) for path in paths if workspace.exists(path)]
-
-
-# What an arm is compared with: no knowledge, and as many parameters reading the wrong ids' knowledge.
-_BASES: tuple[Arm, ...] = ("none", "shuffled")
 
 
 class PairedDifference(BaseModel):
@@ -214,7 +179,7 @@ class ArmSummary(BaseModel):
     auc_gain_std: float | None
     auc_gain_t: float | None  # mean over its standard error; with 3 seeds, beyond 4.3 is significant at 5 %
     calibration_error: float | None = None
-    differences: dict[Arm, PairedDifference] = {}  # to "none" and to "shuffled", where a seed has both
+    differences: dict[Arm, PairedDifference] = {}  # to each of `bases`, where a seed has both
     slices: dict[str, SliceMetrics] = {}  # means over seeds
 
 
@@ -249,7 +214,7 @@ def summarise(results: Sequence[TrialResult], scores: GridScores | None = None) 
                 auc_gain_std=gain_std,
                 auc_gain_t=gain / (gain_std / math.sqrt(len(paired))) if gain is not None and gain_std else None,
                 calibration_error=_mean([e for r in group if (e := r.test.calibration_error) is not None]),
-                differences={b: d for b in _BASES if (d := differences.get((backbone, arm, b)))},
+                differences={b: d for b in bases(arm) if (d := differences.get((backbone, arm, b)))},
                 slices=mean_slices([r.slices for r in group]),
             )
         )
@@ -262,10 +227,10 @@ def _differences(
     """(backbone, arm, base) -> the difference of the two arms."""
     by_trial = {result.trial: result for result in results}
     pairs: dict[tuple[str, Arm, Arm], list[tuple[TrialResult, TrialResult]]] = {}
-    for result, base in product(results, _BASES):
-        partner = by_trial.get(Trial(backbone=result.backbone, arm=base, seed=result.seed))
-        if partner and result.arm not in ("none", base):
-            pairs.setdefault((result.backbone, result.arm, base), []).append((result, partner))
+    for result in results:
+        for base in bases(result.arm):
+            if partner := by_trial.get(Trial(backbone=result.backbone, arm=base, seed=result.seed)):
+                pairs.setdefault((result.backbone, result.arm, base), []).append((result, partner))
     paths = {key: [(arm.trial.path, base.trial.path) for arm, base in seeds] for key, seeds in pairs.items()}
     evidence = weigh(scores, paths) if scores else {}
     found = {}

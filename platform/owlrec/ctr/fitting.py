@@ -1,9 +1,7 @@
 """Trains one trial, on one process or on several that torch.distributed joins; knows nothing of Ray.
 
-Each epoch's shuffle is dealt out to the ranks like cards, so that they take equal numbers of steps and together
-see the batches that a single one would (up to rounding, where the ranks do not divide a batch). The best epoch is
-chosen on the valid AUC; the test split is scored once, with that epoch's weights (KAR's released code selects on test,
-which flatters every figure).
+The best epoch is chosen on the valid AUC; the test split is scored once, with that epoch's weights (KAR's released code
+selects on test, which flatters every figure). Vectors are gathered by id, from a memory-mapped table, batch by batch.
 """
 
 import time
@@ -13,12 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from owlrec.ctr import metrics
 from owlrec.ctr.adaptor import Knowledge
-from owlrec.ctr.experiment import CTRConfig, Metrics, Trial, TrialResult, arm_sources
+from owlrec.ctr.arms import Form, arm_parts, arm_sources
+from owlrec.ctr.checkpoint import CheckpointFile
+from owlrec.ctr.codes import Codes, code_sizes
+from owlrec.ctr.epochs import Epochs
+from owlrec.ctr.experiment import CTRConfig, Metrics, Trial, TrialResult
 from owlrec.ctr.features import Features, SampleFeatures
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import Batch, CTRModel, ModelSpec
@@ -27,26 +29,27 @@ from owlrec.ctr.slices import slice_metrics, slices_of
 from owlrec.errors import RecipeError, SchemaError
 
 _SCORING_ROWS = 8192
-# With fewer steps an epoch, early stopping judges a model that has hardly moved: on 9,554 rows of MovieLens-100K,
-# batches of 2048 stopped at epoch 1 in two of eight trials and were still improving after 15 in most others.
-_MIN_STEPS = 30
+# Settings that may change while a trial is interrupted.
+_BESIDE_A_TRIAL = {"backbones", "arms", "seeds", "patience", "threads", "max_failures", "checkpoint_steps"}
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The vectors that a trial reads, a table a source; all of one dimension."""
+    """The vectors and semantic ids that a trial reads, a table a source; vectors of one dimension."""
 
     users: tuple[KnowledgeTable, ...]
     items: tuple[KnowledgeTable, ...]
+    form: Form = "vectors"
 
     @property
     def dim(self) -> int:
-        """Components of a vector."""
-        return self.users[0].dim
+        """Components of a vector; 0 where vectors are not read."""
+        return 0 if self.form == "codes" else self.users[0].dim
 
     def shuffled(self, seed: int) -> "Tables":
-        """Each table with its vectors handed to the wrong ids (KnowledgeTable.shuffled)."""
-        return Tables(tuple(t.shuffled(seed) for t in self.users), tuple(t.shuffled(seed) for t in self.items))
+        """Each table with its vectors and codes handed to the wrong ids (KnowledgeTable.shuffled)."""
+        users, items = (tuple(t.shuffled(seed) for t in tables) for tables in (self.users, self.items))
+        return Tables(users, items, self.form)
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,26 @@ class TrainingData:
     knowledge: Mapping[str, Mapping[str, KnowledgeTable]]  # source -> side ("user", "item"), as the arms need them
 
     def tables(self, trial: Trial) -> Tables | None:
-        """The vectors that a trial reads, None for arm "none".
+        """What `tables_of` gives."""
+        return tables_of(trial, self.knowledge)
 
-        Raises RecipeError where they were not given, SchemaError where two tables differ in size.
-        """
-        if trial.arm == "none":
-            return None
-        sources = arm_sources(trial.arm, self.knowledge)
-        users = {f"{source} vectors of users": self.knowledge[source]["user"] for source in sources.user}
-        items = {f"{source} vectors of items": self.knowledge[source]["item"] for source in sources.item}
+
+def tables_of(trial: Trial, knowledge: Mapping[str, Mapping[str, KnowledgeTable]]) -> Tables | None:
+    """The vectors that a trial reads, None for arm "none".
+
+    knowledge: as TrainingData holds it. Raises RecipeError where they were not given, SchemaError where two tables
+    differ in size or codes are missing.
+    """
+    if trial.arm == "none":
+        return None
+    sources = arm_sources(trial.arm, knowledge)
+    users = {f"{source} vectors of users": knowledge[source]["user"] for source in sources.user}
+    items = {f"{source} vectors of items": knowledge[source]["item"] for source in sources.item}
+    reads, form = arm_parts(trial.arm)
+    if form != "codes":
         _refuse_two_sizes({**users, **items})
-        tables = Tables(tuple(users.values()), tuple(items.values()))
-        return tables.shuffled(trial.seed) if trial.arm == "shuffled" else tables
+    tables = Tables(tuple(users.values()), tuple(items.values()), form)
+    return tables.shuffled(trial.seed) if reads == "shuffled" else tables
 
 
 def _refuse_two_sizes(tables: Mapping[str, KnowledgeTable]) -> None:
@@ -79,6 +90,16 @@ def _refuse_two_sizes(tables: Mapping[str, KnowledgeTable]) -> None:
                 f"{first} have {table.dim} components but {name} have {other.dim}; the adaptor's shared experts read "
                 f"both. Encode both with one encoder."
             )
+
+
+def _refuse_non_finite(vectors: Tensor, ids: np.ndarray) -> None:
+    finite = torch.isfinite(vectors.sum(dim=(1, 2)))
+    if not finite.all():
+        bad = int(ids[int(finite.logical_not().nonzero()[0, 0])])
+        raise SchemaError(
+            f"the knowledge vector of id {bad} has a component that is no finite number. Encode it again, or leave the "
+            f"id out: a missing vector is no error."
+        )
 
 
 class SplitTensors:
@@ -94,18 +115,31 @@ class SplitTensors:
         """rows: int64 [b], on the CPU: which samples."""
         on_device = rows.to(self.device)
         items, history, ratings, profile = (array.index_select(0, on_device).long() for array in self.codes)
-        user: Knowledge | None = None
-        item: Knowledge | None = None
-        if self.tables is not None:
-            user = self._knowledge(self.tables.users, self.samples.user_ids[rows.numpy()])
-            item = self._knowledge(self.tables.items, self.samples.item_ids[rows.numpy()])
-        return Batch(items, history, ratings, profile, user, item)
+        if self.tables is None:
+            return Batch(items, history, ratings, profile)
+        user, user_codes = self._known(self.tables.users, self.samples.user_ids[rows.numpy()], self.tables.form)
+        item, item_codes = self._known(self.tables.items, self.samples.item_ids[rows.numpy()], self.tables.form)
+        return Batch(items, history, ratings, profile, user, item, user_codes, item_codes)
 
-    def _knowledge(self, tables: Sequence[KnowledgeTable], ids: np.ndarray) -> Knowledge:
-        distinct, rows = np.unique(ids, return_inverse=True)
-        gathered = zip(*(table.gather(distinct) for table in tables), strict=True)
-        vectors, mask = (np.stack(arrays, axis=1) for arrays in gathered)
-        return Knowledge(*(torch.from_numpy(array).to(self.device) for array in (vectors, mask, rows)))
+    def labels_of(self, rows: Tensor) -> Tensor:
+        """float32 [b], on the device. rows: as `batch` takes them."""
+        return self.labels[rows.to(self.device)]
+
+    def _known(
+        self, tables: Sequence[KnowledgeTable], ids: np.ndarray, form: Form
+    ) -> tuple[Knowledge | None, Codes | None]:
+        """Vectors and semantic ids of one side, as far as the form asks for them."""
+        distinct, inverse = np.unique(ids, return_inverse=True)
+        rows = torch.from_numpy(inverse).to(self.device)
+        knowledge, codes = None, None
+        if form != "codes":
+            gathered = zip(*(table.gather(distinct) for table in tables), strict=True)
+            vectors, mask = (torch.from_numpy(np.stack(arrays, axis=1)).to(self.device) for arrays in gathered)
+            _refuse_non_finite(vectors, distinct)
+            knowledge = Knowledge(vectors, mask, rows)
+        if form != "vectors":
+            codes = Codes(torch.from_numpy(tables[0].gather_codes(distinct)).to(self.device), rows)
+        return knowledge, codes
 
 
 @dataclass(frozen=True)
@@ -118,12 +152,20 @@ class Trained:
 
 
 def train_one(
-    trial: Trial, data: TrainingData, config: CTRConfig, rank: int = 0, world_size: int = 1, device: str = "cpu"
+    trial: Trial,
+    data: TrainingData,
+    config: CTRConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    checkpoint: CheckpointFile | None = None,
 ) -> Trained:
     """Trains a trial to its best valid AUC, and scores valid and test with that epoch's weights.
 
     Where world_size exceeds 1, every rank of the process group must call it; all return the same metrics and weights.
-    Raises RecipeError where training diverges, or where the arm's vectors are missing.
+    checkpoint: the trial goes on from it where it exists, and writes it. Whoever has stored the result deletes it.
+    Raises RecipeError where training diverges, or where the arm's vectors are missing; WorkspaceError for a checkpoint
+    of another model.
     """
     started = time.perf_counter()
     tables = data.tables(trial)
@@ -136,55 +178,42 @@ def train_one(
         config,
         user_sources=len(tables.users) if tables else 1,
         item_sources=len(tables.items) if tables else 1,
+        user_codes=code_sizes(tables.users) if tables and tables.form != "vectors" else (),
+        item_codes=code_sizes(tables.items) if tables and tables.form != "vectors" else (),
     )
     model = CTRModel(spec, data.features.items).to(device)
-    wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    torch.manual_seed(trial.seed + rank)  # from here on randomness is dropout, which must differ between ranks
-    shuffle = torch.Generator().manual_seed(trial.seed)
+    n_train, labels = len(splits["train"].labels), splits["valid"].samples.labels
+    if checkpoint is not None:
+        checkpoint = checkpoint.of(spec, trial, config.model_dump(exclude=_BESIDE_A_TRIAL), world_size, n_train)
 
-    n_train = len(splits["train"].labels)
-    batch_size = min(config.batch_size, max(1, n_train // _MIN_STEPS))
-    best_auc, best_epoch, best_weights = -1.0, 0, _weights(model)
-    epoch, rows_seen, training_s = 0, 0, 0.0
-    for epoch in range(1, config.epochs + 1):
-        epoch_started = time.perf_counter()
-        rows = epoch_rows(n_train, shuffle, rank, world_size)
-        _train_epoch(wrapped, optimiser, splits["train"], rows, max(1, batch_size // world_size))
-        training_s += time.perf_counter() - epoch_started
-        rows_seen += len(rows) * world_size
+    def valid_auc(epoch: int) -> float:
         scores = score(model, splits["valid"], rank, world_size)
         if not np.isfinite(scores).all():
             raise RecipeError(
                 f"ctr: {trial.path} diverged in epoch {epoch} (a score is not finite). "
                 f"Lower ctr.learning_rate (now {config.learning_rate})."
             )
-        auc = metrics.auc(splits["valid"].samples.labels, scores)
-        if auc > best_auc:
-            best_auc, best_epoch, best_weights = auc, epoch, _weights(model)
-        elif epoch - best_epoch >= config.patience:
-            break
-    model.load_state_dict(best_weights)
+        return metrics.auc(labels, scores)
+
+    epochs = Epochs(
+        model, config, trial.seed, n_train, rank=rank, world_size=world_size, device=device, checkpoint=checkpoint
+    )
+    progress = epochs.train(splits["train"], valid_auc)
     valid, test = (_scored(model, splits[name], rank, world_size) for name in ("valid", "test"))
     slices = slices_of(splits["test"].samples, splits["train"].samples)
     result = TrialResult(
         **trial.model_dump(),
         valid=_evaluate(valid),
         test=_evaluate(test),
-        epochs=epoch,
-        best_epoch=best_epoch,
+        epochs=progress.epoch,
+        best_epoch=progress.best_epoch,
         seconds=round(time.perf_counter() - started, 3),
-        samples_per_s=round(rows_seen / max(training_s, 1e-9), 1),
+        samples_per_s=round(progress.epoch * n_train / max(progress.training_s, 1e-9), 1),
         parameters=sum(p.numel() for p in model.parameters()),
+        resumed=progress.resumed,
         slices=slice_metrics(test.labels, test.scores, slices),
     )
     return Trained(result, model.eval(), test)
-
-
-def epoch_rows(n: int, shuffle: torch.Generator, rank: int, world_size: int) -> Tensor:
-    """int64 [n // world_size]: the rank's rows of the next epoch; up to world_size - 1 rows of it sit out."""
-    order = torch.randperm(n, generator=shuffle)
-    return order[: n - n % world_size][rank::world_size]
 
 
 def score(model: CTRModel, split: SplitTensors, rank: int = 0, world_size: int = 1) -> np.ndarray:
@@ -203,17 +232,6 @@ def score(model: CTRModel, split: SplitTensors, rank: int = 0, world_size: int =
     return logits.double().sigmoid().cpu().numpy()
 
 
-def _train_epoch(
-    model: nn.Module, optimiser: torch.optim.Optimizer, split: SplitTensors, rows: Tensor, batch_size: int
-) -> None:
-    model.train()
-    for batch in rows.split(batch_size):
-        loss = F.binary_cross_entropy_with_logits(model(split.batch(batch)), split.labels[batch.to(split.device)])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-
-
 def _scored(model: CTRModel, split: SplitTensors, rank: int, world_size: int) -> ScoredRows:
     samples = split.samples
     return ScoredRows(samples.user_ids, samples.item_ids, samples.labels, score(model, split, rank, world_size))
@@ -227,7 +245,3 @@ def _evaluate(rows: ScoredRows) -> Metrics:
         log_loss=metrics.log_loss(rows.labels, rows.scores),
         calibration_error=metrics.equal_mass_calibration_error(rows.labels, rows.scores),
     )
-
-
-def _weights(model: CTRModel) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -1,35 +1,43 @@
-"""Knowledge vectors by id, memory-mapped: what the CTR models read while they train.
+"""Knowledge vectors and semantic ids by id, memory-mapped: what the CTR models read while they train.
 
-A folder holds ids.npy (int64, sorted) and vectors.npy (float16 [n, d]); a batch costs one binary search and one
-gather, and workers of one machine share the page cache. An id without knowledge is normal (a new user): it yields
-zeros and a mask, never an error.
+A folder holds ids.npy (int64, sorted), vectors.npy (float16 [n, d]) and, where vectors were coded, codes.npy (uint16
+[n, levels]) with code_sizes.npy; a batch costs one binary search and one gather, and workers of one machine share the
+page cache. An id without knowledge is normal (a new user): it yields zeros and a mask, never an error.
 """
 
 import dataclasses
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.encoding.coded_vectors import codes_of
 from owlrec.errors import SchemaError, WorkspaceError
 
 
 @dataclasses.dataclass(frozen=True)
 class KnowledgeTable:
-    """Vectors of users or of items: `ids[i]` has `vectors[i]`, or `vectors[rows[i]]` where rows is given."""
+    """Vectors of users or of items: `ids[i]` has `vectors[i]`, or `vectors[rows[i]]` where rows is given.
+
+    Semantic ids likewise, where the vectors were coded.
+    """
 
     ids: np.ndarray  # int64 [n], ascending
     vectors: np.ndarray  # float16 [n, d]
     rows: np.ndarray | None = None  # int64 [n]: a permutation, so that a shuffled table copies no vector
+    codes: np.ndarray | None = None  # uint16 [n, levels]; the duplicate digit, which says nothing of an id, is left out
+    code_sizes: tuple[int, ...] = ()  # how many codes each level has
 
     @classmethod
-    def from_table(cls, table: pa.Table, kind: str) -> "KnowledgeTable":
+    def from_table(cls, table: pa.Table, kind: str, code_sizes: Sequence[int] = ()) -> "KnowledgeTable":
         """The rows of `kind` in a vectors table (schema.vectors_schema).
 
-        Raises SchemaError for a null, and for an id that occurs twice.
+        code_sizes: how many codes each level of its quantiser has; without them semantic ids are left out.
+        Raises SchemaError for a null, for an id that occurs twice, and for a row without codes where there should be.
         """
         table = table.filter(pc.equal(table["kind"], kind)).sort_by("id")
         ids, column = table["id"], table["vector"]
@@ -46,7 +54,16 @@ class KnowledgeTable:
                 f"vectors of kind '{kind}': id {keys[doubled[0]]} occurs more than once ({len(doubled)} such rows). "
                 f"Keep one vector an id, the newest."
             )
-        return cls(keys.astype(np.int64), flat.to_numpy().astype(np.float16).reshape(len(keys), dim))
+        vectors = flat.to_numpy().astype(np.float16).reshape(len(keys), dim)
+        if not code_sizes:
+            return cls(keys.astype(np.int64), vectors)
+        codes, coded = codes_of(table)
+        if not coded.all() or codes.shape[1] != len(code_sizes) + 1:
+            raise SchemaError(
+                f"vectors of kind '{kind}': {len(coded) - coded.sum()} rows have no codes, the others "
+                f"{codes.shape[1]}; {len(code_sizes)} and a duplicate digit are meant. Run `encode` again."
+            )
+        return cls(keys.astype(np.int64), vectors, codes=codes[:, :-1], code_sizes=tuple(code_sizes))
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "KnowledgeTable":
@@ -58,21 +75,34 @@ class KnowledgeTable:
             ids = np.load(path / "ids.npy", allow_pickle=False)
             # numpy cannot map an array without elements
             vectors = np.load(path / "vectors.npy", mmap_mode="r" if len(ids) else None, allow_pickle=False)
+            codes: np.ndarray | None = None
+            sizes: tuple[int, ...] = ()
+            if (path / "codes.npy").exists():
+                codes = np.load(path / "codes.npy", mmap_mode="r" if len(ids) else None, allow_pickle=False)
+                sizes = tuple(np.load(path / "code_sizes.npy", allow_pickle=False).tolist())
         except (OSError, ValueError, EOFError) as error:
             raise WorkspaceError(f"{path} holds no readable knowledge vectors ({error}). Run `encode` again.") from None
+        if codes is not None and codes.shape != (len(ids), len(sizes)):
+            raise WorkspaceError(
+                f"{path}: {len(ids)} ids and {len(sizes)} levels, but codes of shape {codes.shape}; the files are of "
+                f"different runs. Delete the folder and run `encode` again."
+            )
         if vectors.ndim != 2 or len(vectors) != len(ids):
             raise WorkspaceError(
                 f"{path}: {len(ids)} ids but vectors of shape {vectors.shape}; the two files are of different runs. "
                 f"Delete the folder and run `encode` again."
             )
-        return cls(ids, vectors)
+        return cls(ids, vectors, codes=codes, code_sizes=sizes)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ids.npy and vectors.npy to a local folder, each atomically, the ids last."""
+        """Writes the arrays to a local folder, each atomically, the ids last."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        vectors = self.vectors if self.rows is None else self.vectors[self.rows]
-        for name, array in (("vectors.npy", vectors), ("ids.npy", self.ids)):
+        arrays = {"vectors": self.vectors if self.rows is None else self.vectors[self.rows]}
+        if self.codes is not None:
+            arrays["code_sizes"] = np.array(self.code_sizes, dtype=np.int64)
+            arrays["codes"] = self.codes if self.rows is None else self.codes[self.rows]
+        for name, array in [(f"{name}.npy", array) for name, array in {**arrays, "ids": self.ids}.items()]:
             temporary = path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
             with open(temporary, "wb") as file:
                 np.save(file, array, allow_pickle=False)
@@ -88,6 +118,18 @@ class KnowledgeTable:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def gather_codes(self, ids: np.ndarray) -> np.ndarray:
+        """The semantic ids of `ids`, in their order: int64 [b, levels], each code plus one, zeros where an id has none.
+
+        Raises SchemaError where the table has no codes.
+        """
+        if self.codes is None:
+            raise SchemaError("these vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again.")
+        found = np.zeros((len(ids), len(self.code_sizes)), dtype=np.int64)
+        rows, mask = self._find(ids)
+        found[mask] = self.codes[rows[mask]].astype(np.int64) + 1
+        return found
+
     def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The vectors of `ids`, in their order.
 
@@ -95,16 +137,19 @@ class KnowledgeTable:
         True where it has one.
         """
         found = np.zeros((len(ids), self.dim), dtype=np.float32)
-        if len(self.ids) == 0:
-            return found, np.zeros(len(ids), dtype=bool)
-        where = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        mask = self.ids[where] == ids
-        rows = where if self.rows is None else self.rows[where]
+        rows, mask = self._find(ids)
         found[mask] = self.vectors[rows[mask]]
         return found, mask
 
+    def _find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which row of vectors and codes each id has, and whether it has one."""
+        if len(self.ids) == 0:
+            return np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
+        where = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return where if self.rows is None else self.rows[where], self.ids[where] == ids
+
     def shuffled(self, seed: int) -> "KnowledgeTable":
-        """The control arm: the same ids and vectors, but no id keeps its own vector (for n > 1).
+        """The control arm: the same ids, vectors and codes, but no id keeps its own (for n > 1).
 
         The permutation is one random cycle through all rows, so it has no fixed point by construction.
         """

@@ -5,16 +5,18 @@ once and each distinct id goes through the adaptor once; rows then gather the re
 work several times less.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from owlrec.config import Config
 from owlrec.ctr.adaptor import Adaptor, Knowledge
 from owlrec.ctr.backbones import backbone_class
-from owlrec.ctr.backbones.interface import BackboneInputs, InputShape
+from owlrec.ctr.backbones.interface import BackboneInputs, InputShape, TableRows
+from owlrec.ctr.codes import CodeFields, Codes
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
 from owlrec.ctr.features import PADDING, RATING_BUCKETS, FeatureSpec, ItemFeatures
 
@@ -35,6 +37,9 @@ class ModelSpec(Config):
     # Vectors an id; a spec.json from before there were several says nothing of them.
     user_sources: int = 1
     item_sources: int = 1
+    # How many codes each level of the semantic ids has; empty where they are not read.
+    user_codes: tuple[int, ...] = ()
+    item_codes: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -46,6 +51,8 @@ class ModelSpec(Config):
         *,
         user_sources: int = 1,
         item_sources: int = 1,
+        user_codes: tuple[int, ...] = (),
+        item_codes: tuple[int, ...] = (),
     ) -> "ModelSpec":
         """The model that `config` asks for."""
         return cls(
@@ -58,7 +65,14 @@ class ModelSpec(Config):
             adaptor=config.adaptor,
             user_sources=user_sources,
             item_sources=item_sources,
+            user_codes=user_codes,
+            item_codes=item_codes,
         )
+
+    @property
+    def knowledge_fields(self) -> int:
+        """The adaptor's two fields and the semantic ids', as far as there are any."""
+        return 2 * bool(self.knowledge_dim) + 2 * bool(self.user_codes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,14 @@ class Batch:
     profile: Tensor  # int64 [b or 1, n_profile]
     user: Knowledge | None = None
     item: Knowledge | None = None
-    adapted: Tensor | None = None  # float32 [b, 2, e]: what the adaptor made of user and item, in their place
+    user_codes: Codes | None = None  # where the model reads semantic ids
+    item_codes: Codes | None = None
+    # float32 [b, knowledge_fields, e]: what the model made of all these, the user's fields first, in their place
+    adapted: Tensor | None = None
+
+    def of_one_user(self) -> "Batch":
+        """The same rows where all are of one user: the user's part once."""
+        return replace(self, history=self.history[:1], ratings=self.ratings[:1], profile=self.profile[:1])
 
 
 class CTRModel(nn.Module):
@@ -99,7 +120,7 @@ class CTRModel(nn.Module):
         shape = InputShape(
             item_fields=1 + len(features.attributes),
             profile_fields=len(features.profile),
-            knowledge_fields=2 if spec.knowledge_dim else 0,
+            knowledge_fields=spec.knowledge_fields,
             embed_dim=width,
         )
         self.backbone = backbone_class(spec.backbone)(shape, hidden_dims=spec.hidden_dims, dropout=spec.dropout)
@@ -108,34 +129,49 @@ class CTRModel(nn.Module):
             if spec.knowledge_dim
             else None
         )
+        self.code_fields = (
+            CodeFields(spec.user_codes, spec.item_codes, width, init_std=_INIT_STD) if spec.user_codes else None
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 [b]: logits.
 
         Raises ValueError where the model has an adaptor and the batch no knowledge, or of another number of sources.
         """
-        target, history = self._embedded(batch)
+        target, history, behaviours = self._embedded(batch)
         profile = [table(batch.profile[:, i]) for i, table in enumerate(self.profile)]
         return self.backbone(
             BackboneInputs(
                 target=target,
-                history=torch.cat([history, self.rating(batch.ratings).unsqueeze(2)], dim=2),
+                history=history,
                 mask=batch.history != PADDING,
                 profile=torch.stack(profile, dim=1) if profile else target[:, :0],
-                knowledge=self._adapted(batch),
+                knowledge=self.adapted(batch),
+                behaviours=behaviours,
             )
         )
 
-    def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Targets and behaviours: float32 [b, 1 + n_attributes, e] and [b or 1, L, 1 + n_attributes, e]."""
+    def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor, TableRows | None]:
+        """Targets, behaviours, and these as rows of tables: what BackboneInputs says of target, history, behaviours."""
         rows = torch.cat([batch.items, batch.history.flatten()])
+        sizes = [batch.items.shape[0], batch.history.numel()]
         if len(batch.history) == 1:  # a request: its items hardly recur
-            found = self.embed_items(rows)
-        else:
-            rows, where = torch.unique(rows, return_inverse=True)
-            found = self.embed_items(rows).index_select(0, where)
-        target, history = found.split([len(batch.items), batch.history.numel()])
-        return target, history.unflatten(0, batch.history.shape)
+            target, history = self.embed_items(rows).split(sizes)
+            return target, self._with_ratings(history, batch), None
+        rows, where = torch.unique(rows, return_inverse=True)
+        of_target, of_history = where.split(sizes)
+        distinct = self.embed_items(rows)
+        flat = distinct.flatten(1)
+        behaviours = TableRows((flat, self.rating.weight), (of_history.view_as(batch.history), batch.ratings))
+        target = F.embedding(of_target, flat).unflatten(1, distinct.shape[1:])
+        if not self.backbone.reads_behaviours:
+            return target, target.new_empty(len(target), 0, distinct.shape[1] + 1, distinct.shape[2]), behaviours
+        history = F.embedding(of_history, flat).unflatten(1, distinct.shape[1:])
+        return target, self._with_ratings(history, batch), behaviours
+
+    def _with_ratings(self, history: Tensor, batch: Batch) -> Tensor:
+        ratings = self.rating(batch.ratings).unsqueeze(2)
+        return torch.cat([history.unflatten(0, batch.history.shape), ratings], dim=2)
 
     def embed_items(self, rows: Tensor) -> Tensor:
         """rows: int64 [u]. Returns float32 [u, 1 + n_attributes, embed_dim]; several values of an attribute are
@@ -148,13 +184,20 @@ class CTRModel(nn.Module):
             fields.append(table(values[:, i]).sum(1) / n_values)
         return torch.stack(fields, dim=1)
 
-    def _adapted(self, batch: Batch) -> Tensor | None:
-        if self.adaptor is None or batch.adapted is not None:
+    def adapted(self, batch: Batch) -> Tensor | None:
+        """float32 [b, knowledge_fields, e]: the user's fields, then the item's; None for an arm without knowledge."""
+        if batch.adapted is not None:
             return batch.adapted
-        if batch.user is None or batch.item is None:
-            raise ValueError("this model has an adaptor: give its batches the knowledge of users and items.")
-        adapted: Tensor = self.adaptor(batch.user, batch.item)
-        return adapted
+        forms: list[Tensor] = []
+        if self.adaptor is not None:
+            if batch.user is None or batch.item is None:
+                raise ValueError("this model has an adaptor: give its batches the knowledge of users and items.")
+            forms.append(self.adaptor(batch.user, batch.item))
+        if self.code_fields is not None:
+            if batch.user_codes is None or batch.item_codes is None:
+                raise ValueError("this model reads semantic ids: give its batches the codes of users and items.")
+            forms.append(self.code_fields(batch.user_codes, batch.item_codes))
+        return torch.stack(forms, dim=2).flatten(1, 2) if forms else None
 
 
 def _embedding(size: int, dim: int) -> nn.Embedding:

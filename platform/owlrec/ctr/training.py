@@ -1,8 +1,10 @@
-"""Trains a grid of trials through Ray Train: the only file of this package that knows Ray.
+"""Trains a grid of trials through Ray Train: the only file of this package that knows Ray. `fit_workers` serves LoRA
+tuning (`ranking.lora`) too.
 
 One worker group trains all pending trials one after another, since starting a group costs about ten seconds, more
 than a small trial takes. Each trial is exported as soon as it is trained, its result.json last, and a trial that has
-one is never trained again: that is what makes a grid resumable, so Ray's own checkpoints are not used.
+one is never trained again: that is what makes a grid resumable. Within a trial a restarted group goes on from the
+trial's own checkpoint (checkpoint.py); Ray's are not used, for they are pickled and belong to a run, not to a grid.
 """
 
 import os
@@ -18,7 +20,8 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from owlrec.config import Config
-from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, arm_sources, finished_trials
+from owlrec.ctr.arms import arm_sources
+from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, finished_trials, grid_folder
 from owlrec.errors import root_mistake
 from owlrec.quiet import redirect_output
 from owlrec.workspace import Workspace
@@ -76,43 +79,68 @@ def train_trials(
             attributes=tuple(attributes),
             profile=tuple(profile) if config.use_profile else (),
         )
-        with _announcing(workspace, job, on_trial), _interrupt_handler_restored():
-            _fit(workspace, job)
+        with _announcing(workspace, job, on_trial):
+            fit_workers(
+                workspace,
+                _train_pending,
+                {"workspace": workspace, "job": job.model_dump(mode="json")},
+                name=f"ctr/ray/{fingerprint[:8]}",
+                num_workers=config.num_workers,
+                use_gpu=config.use_gpu,
+                threads=config.threads,
+                max_failures=config.max_failures,
+            )
     return finished_trials(workspace, fingerprint, trials)
 
 
-def _fit(workspace: Workspace, job: GridJob) -> None:
+def fit_workers(
+    workspace: Workspace,
+    loop: Callable[[dict[str, Any]], None],
+    loop_config: dict[str, Any],
+    *,
+    name: str,
+    num_workers: int,
+    use_gpu: bool,
+    threads: int | None,
+    max_failures: int,
+) -> None:
+    """Runs `loop` on a group of workers that torch.distributed joins, until it has returned on all of them.
+
+    Ray must be initialised. name: a path in the workspace for what Ray writes meanwhile. threads: CPUs that each worker
+    asks for, 1 for None. Raises what a worker raised, if it is an OwlRecError.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    config = job.settings
     # Ray resumes a run whose name and storage it has seen, silently; and it insists on a storage that all nodes share.
-    name = f"{job.fingerprint[:8]}-{uuid.uuid4().hex[:8]}"
+    storage, _, prefix = name.rpartition("/")
+    run = f"{prefix}-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
-        _train_pending,
-        train_loop_config={"workspace": workspace, "job": job.model_dump(mode="json")},
+        loop,
+        train_loop_config=loop_config,
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": config.threads or 1, **({"GPU": 1} if config.use_gpu else {})},
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": threads or 1, **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=workspace.path("ctr", "ray"),
+            name=run,
+            storage_path=workspace.path(storage),
             storage_filesystem=None if workspace.local else workspace.filesystem,
-            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=_START_ATTEMPTS),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=_START_ATTEMPTS),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
-        trainer.fit()
+        with _interrupt_handler_restored():
+            trainer.fit()
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {}).values()
         raise next((m for f in failures if (m := root_mistake(f))), error) from None
     finally:
-        workspace.delete_dir("ctr", "ray", name)
+        workspace.delete_dir(storage, run)
 
 
 def _train_pending(loop_config: dict[str, Any]) -> None:
@@ -123,6 +151,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from owlrec.ctr.checkpoint import CheckpointFile
     from owlrec.ctr.export import export_trial, save_vocabularies
     from owlrec.ctr.fitting import train_one
 
@@ -139,9 +168,12 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
             save_vocabularies(workspace, job.fingerprint, data.features.vocabularies)
         for trial in job.trials:
             if trial not in done:
-                trained = train_one(trial, data, job.settings, rank, world_size, str(get_device()))
+                path = f"{grid_folder(job.fingerprint)}/{trial.path}/checkpoint.safetensors"
+                checkpoint = CheckpointFile(workspace, path, job.settings.checkpoint_steps)
+                trained = train_one(trial, data, job.settings, rank, world_size, str(get_device()), checkpoint)
                 if rank == 0:
                     export_trial(workspace, job.fingerprint, trained)
+                    checkpoint.delete()
 
 
 def _load(workspace: Workspace, job: GridJob, cache: Path) -> Any:

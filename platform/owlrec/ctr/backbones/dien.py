@@ -48,6 +48,8 @@ class DIEN(Backbone):
     has them: the extractor reads them in their order.
     """
 
+    reads_behaviours = True
+
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
         item_dim, behaviour_dim = shape.item_fields * shape.embed_dim, shape.behaviour_fields * shape.embed_dim

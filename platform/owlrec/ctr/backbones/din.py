@@ -19,6 +19,8 @@ ATTENTION_DIMS = (32, 16)
 class DIN(Backbone):
     """Target attention over the history; an empty history gives zeros."""
 
+    reads_behaviours = True
+
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
         self.item_fields = shape.item_fields
@@ -33,12 +35,12 @@ class DIN(Backbone):
         """float32 [b, L]: the behaviours' weights, 0 on padding. They sum to 1, or to 0 for an empty history."""
         target = inputs.target.flatten(1).unsqueeze(1)
         item = inputs.history[:, :, : self.item_fields].flatten(2)
-        hidden = self.query(target) + self.key(inputs.history.flatten(2)) + self.product(target * item)
+        hidden = self.query(target) + inputs.project_history(self.key.weight) + self.product(target * item)
         scores = self.score(hidden).squeeze(-1)
         scores = scores.masked_fill(~inputs.mask, torch.finfo(scores.dtype).min)
         return torch.softmax(scores, dim=1) * inputs.mask
 
     def forward(self, inputs: BackboneInputs) -> Tensor:
         """float32 [b]: logits."""
-        interest = torch.einsum("bl,blfe->bfe", self.attention(inputs), inputs.history)
+        interest = inputs.sum_history(self.attention(inputs))
         return self.head(inputs.fields(interest).flatten(1)).squeeze(-1)

@@ -1,0 +1,91 @@
+"""The arms of an experiment: what each reads of users and items, in which form, and what it is compared with.
+
+An arm's name is what it reads ("knowledge"), followed by nothing where it reads vectors, by "-codes" where it reads
+their semantic ids alone, and by "+codes" where it reads both. Vectors of cohorts and of older interest partitions have
+no semantic ids.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from owlrec.errors import RecipeError
+
+Arm = Literal[
+    "none",
+    "knowledge",
+    "knowledge-codes",
+    "knowledge+codes",
+    "collective",
+    "both",
+    "streaming",
+    "shuffled",
+    "shuffled-codes",
+    "shuffled+codes",
+    "metadata",
+    "metadata-codes",
+    "metadata+codes",
+]
+Form = Literal["vectors", "codes", "both"]
+# Of a user's interests, before the one that "knowledge" holds (LIBER, arXiv 2411.14713); the newest first.
+OLDER_PARTITIONS = ("partition-1", "partition-2", "partition-3")
+
+
+def arm_parts(arm: Arm) -> tuple[str, Form]:
+    """What an arm reads (an arm without a form), and in which form."""
+    forms: dict[str, Form] = {"-codes": "codes", "+codes": "both"}
+    for suffix, form in forms.items():
+        if arm.endswith(suffix):
+            return arm.removesuffix(suffix), form
+    return arm, "vectors"
+
+
+@dataclass(frozen=True)
+class ArmSources:
+    """The sources of the vectors that an arm reads, a side; their order is that of the adaptor's slots."""
+
+    user: tuple[str, ...] = ()
+    item: tuple[str, ...] = ()
+
+
+def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
+    """Which of the vectors that were given an arm reads.
+
+    `collective` reads the knowledge of cohorts, `both` that and the individual knowledge, `streaming` a user's older
+    interest partitions too, as many as were given. `shuffled` reads individual knowledge, or collective knowledge where
+    there is no other.
+    given: source -> the sides ("user", "item") of which it has vectors.
+    Raises RecipeError where a source that the arm needs was not given.
+    """
+    needed: tuple[str, ...]
+    reads, _ = arm_parts(arm)
+    match reads:
+        case "none":
+            needed = ()
+        case "both":
+            needed = ("knowledge", "collective")
+        case "streaming":
+            needed = ("knowledge",)
+        case "shuffled":
+            needed = ("collective",) if "knowledge" not in given and "collective" in given else ("knowledge",)
+        case _:
+            needed = (reads,)
+    for source in needed:
+        missing = [f"{side}s" for side in ("user", "item") if side not in given.get(source, ())]
+        if missing:
+            raise RecipeError(
+                f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
+                f"run it with a recipe that yields them, or leave the arm out."
+            )
+    older = tuple(p for p in OLDER_PARTITIONS if reads == "streaming" and "user" in given.get(p, ()))
+    return ArmSources(user=needed + older, item=needed)
+
+
+def bases(arm: Arm) -> tuple[Arm, ...]:
+    """What an arm is compared with: no knowledge, as many parameters reading the wrong ids' knowledge, and, where it
+    reads semantic ids, the vectors alone.
+    """
+    reads, form = arm_parts(arm)
+    shuffled: dict[Form, Arm] = {"vectors": "shuffled", "codes": "shuffled-codes", "both": "shuffled+codes"}
+    found: list[Arm] = ["none", shuffled[form], *([] if form == "vectors" else [cast(Arm, reads)])]
+    return tuple(base for base in found if arm not in ("none", base))
