@@ -36,6 +36,14 @@ class ReleaseError(OwlRecError):
     """A release is missing, incomplete or corrupt."""
 
 
+class StoreUnavailableError(OwlRecError):
+    """The database behind a store does not answer; the same question may be answered a little later."""
+
+
+class ServingError(OwlRecError):
+    """An endpoint must not start as it is configured: no API key off loopback, an unreadable key file."""
+
+
 def root_mistake(error: BaseException | None) -> OwlRecError | None:
     """The OwlRecError behind `error`, however Ray wrapped it on its way out of a worker; None where there is none.
 

@@ -8,7 +8,7 @@ stored in any other part resolves to.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -17,14 +17,16 @@ from owlrec.store.lmdb_store import LmdbStore, decode_key
 
 _KEYS_AT_ONCE = 20_000
 _Found = TypeVar("_Found")
+_Part = TypeVar("_Part", bound=KnowledgeStore)
 
 
-class ChainedStore(KnowledgeStore):
+class ChainedStore(KnowledgeStore, Generic[_Part]):
     """Reads the stores of a chain, newest first; closes all of them."""
 
-    def __init__(self, parts: Sequence[LmdbStore], *, dim: int, totals: dict[str, int]) -> None:
+    def __init__(self, parts: Sequence[_Part], *, dim: int, totals: dict[str, int]) -> None:
         """parts: newest first, the last of them a full release. dim, totals: as the newest manifest states."""
         self.parts = tuple(parts)
+        self.remote = self.parts[0].remote
         self._dim = dim
         self._totals = totals
 
@@ -72,7 +74,7 @@ class ChainedStore(KnowledgeStore):
             part.close()
 
     def _first_found(
-        self, look_up: Callable[[LmdbStore, Sequence[int]], list[_Found | None]], ids: Sequence[int] | np.ndarray
+        self, look_up: Callable[[_Part, Sequence[int]], list[_Found | None]], ids: Sequence[int] | np.ndarray
     ) -> list[_Found | None]:
         found: list[_Found | None] = [None] * len(ids)
         missing = list(range(len(ids)))

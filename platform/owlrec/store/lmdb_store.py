@@ -51,6 +51,23 @@ def encode_cohorts(cohorts: Sequence[int]) -> bytes:
     return struct.pack(f">{len(cohorts)}q", *cohorts)
 
 
+def decode_knowledge(kind: str, id_: int, value: bytes | memoryview | None, where: str) -> Knowledge | None:
+    """The knowledge in a row of the database `knowledge`; None for None.
+
+    Raises ReleaseError for a row that cannot be read, of the file or server `where`.
+    """
+    if value is None:
+        return None
+    try:
+        fields = json.loads(bytes(value))
+        return Knowledge(kind, id_, fields["as_of"], fields["text"], fields["framework"], fields["quality"])
+    except (ValueError, KeyError) as error:
+        raise ReleaseError(
+            f"{where}: the row of {kind} {id_} is unreadable ({error!r}). The store is corrupt: "
+            f"roll back to the previous release, or publish again."
+        ) from None
+
+
 class LmdbStore(KnowledgeStore):
     """Reads one LMDB file. Threads may share a store, and two stores of a process may share a file."""
 
@@ -78,7 +95,8 @@ class LmdbStore(KnowledgeStore):
     def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
         """See KnowledgeStore.own_knowledge."""
         with self._env.begin(db=self._databases["knowledge"], buffers=True) as transaction:
-            return [self._knowledge(kind, int(id_), transaction.get(encode_key(kind, int(id_)))) for id_ in ids]
+            values = ((int(id_), transaction.get(encode_key(kind, int(id_)))) for id_ in ids)
+            return [decode_knowledge(kind, id_, value, self._file) for id_, value in values]
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """See KnowledgeStore.own_vectors."""
@@ -169,18 +187,6 @@ class LmdbStore(KnowledgeStore):
             return [None] * len(keys)
         with self._env.begin(db=self._databases[database]) as transaction:
             return [transaction.get(key) for key in keys]
-
-    def _knowledge(self, kind: str, id_: int, value: memoryview | None) -> Knowledge | None:
-        if value is None:
-            return None
-        try:
-            fields = json.loads(bytes(value))
-            return Knowledge(kind, id_, fields["as_of"], fields["text"], fields["framework"], fields["quality"])
-        except (ValueError, KeyError) as error:
-            raise ReleaseError(
-                f"{self._file}: the row of {kind} {id_} is unreadable ({error!r}). The file is corrupt: "
-                f"roll back to the previous release, or publish again."
-            ) from None
 
 
 class _SharedEnvironments:
