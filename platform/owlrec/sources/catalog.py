@@ -5,6 +5,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from owlrec.workspace import Workspace
 
@@ -45,6 +46,11 @@ class ItemCatalog:
         except UnicodeDecodeError:
             texts = [_text_or_none(value) for value in found]
         return [text or "" for text in texts]
+
+    def find(self, words: str, limit: int) -> list[tuple[int, str]]:
+        """Items whose title holds `words`, whatever the case: at most `limit` (id, title), by id."""
+        rows = np.flatnonzero(pc.match_substring(self._titles, words, ignore_case=True).fill_null(False))[:limit]
+        return list(zip(self._ids[rows].tolist(), self._titles.take(pa.array(rows)).to_pylist(), strict=True))
 
 
 def _text_or_none(value: pa.Scalar) -> str | None:

@@ -1,0 +1,5 @@
+"""What the Serve applications share, as plain Python: request schemas, API keys, limits, errors, the release in force.
+
+`knowledge_api` and its kin are complete ASGI applications, which unit tests call without Ray; serve_apps/ wraps them in
+deployments.
+"""

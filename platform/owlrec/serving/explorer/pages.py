@@ -1,0 +1,197 @@
+"""The explorer's pages: an ASGI application that renders templates over the release in force.
+
+All text from outside is escaped by Jinja, and a content security policy without scripts holds even where that failed.
+A page is made of one leased release, so that nothing on it mixes two.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import jinja2
+from fastapi import FastAPI, Query, Request
+from starlette.responses import Response
+
+from owlrec import __version__
+from owlrec.serving.explorer.text import paragraphs
+from owlrec.serving.guard import Guard
+from owlrec.serving.keys import KeyRing
+from owlrec.serving.knowledge_api import KnowledgeConfig
+from owlrec.serving.problems import Problem, install_problem_handlers
+from owlrec.serving.schemas import Health, Kind, PathId, Similar
+from owlrec.serving.served import ServedReleases, following
+from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.tables import WorkspaceTables
+from owlrec.serving.telemetry import NoTelemetry, Telemetry
+from owlrec.store.release import Release
+
+_FOLDER = Path(__file__).parent
+_POLICY = "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+_HEADERS = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer", "cache-control": "no-store"}
+_FOUND = 50  # search results at most
+_NEIGHBOURS = 8
+_SAMPLED = 2000  # texts that the release's quality is judged by
+_LARGEST_ID = 2**63 - 1
+_SHOWN_APART = ("raw_id", "title")
+
+
+def build_explorer(
+    served: ServedReleases,
+    similar: SimilarEntities,
+    tables: WorkspaceTables,
+    keys: KeyRing,
+    config: KnowledgeConfig,
+    telemetry: Telemetry | None = None,
+) -> FastAPI:
+    """The application; its caller closes `served` and `similar`."""
+    telemetry = telemetry or NoTelemetry()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with following(served, config.refresh_s, telemetry, on_swap=similar.forget_all_but):
+            yield
+
+    app = FastAPI(title="OwlRec explorer", version=__version__, lifespan=lifespan, openapi_url=None)
+    install_problem_handlers(app)
+    views = _Views(similar, tables)
+
+    async def page(request: Request, make: Callable[[Release], tuple[str, dict[str, Any]]]) -> Response:
+        def work() -> Response:
+            with served.lease() as release:
+                template, values = make(release)
+                root = request.scope.get("root_path", "").rstrip("/")
+                html = views.render(template, root=root, release=release.manifest, **values)
+                return Response(html, 200, _HEADERS, "text/html; charset=utf-8")
+
+        return await asyncio.to_thread(work)
+
+    @app.get("/")
+    async def home(request: Request) -> Response:
+        return await page(request, lambda release: ("home.html.j2", views.health(release)))
+
+    @app.get("/search")
+    async def search(request: Request, q: Annotated[str, Query(max_length=200)] = "", kind: Kind = "user") -> Response:
+        return await page(request, lambda release: ("search.html.j2", views.search(release, kind, q.strip())))
+
+    @app.get("/style.css")
+    async def style() -> Response:
+        return Response((_FOLDER / "style.css").read_text(), 200, {"cache-control": "max-age=600"}, "text/css")
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        health = Health(status="ready" if served.name else "not ready", release=served.name, problem=served.error)
+        return Response(health.model_dump_json(), 200 if served.name else 503, media_type="application/json")
+
+    @app.get("/{kind}/{id}")
+    async def entity(request: Request, kind: Kind, id: PathId) -> Response:
+        number = int(id)
+        if number > _LARGEST_ID:
+            raise Problem(422, "is no 64-bit integer", field="id")
+        return await page(request, lambda release: ("entity.html.j2", views.entity(release, kind, number)))
+
+    app.add_middleware(Guard, keys=keys, limits=config.limits, telemetry=telemetry, browser=True)
+    return app
+
+
+class _Views:
+    """What the templates are filled with."""
+
+    def __init__(self, similar: SimilarEntities, tables: WorkspaceTables) -> None:
+        self._similar = similar
+        self._tables = tables
+        self._judged: dict[str, list[dict[str, Any]]] = {}  # by release
+        self._environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        )
+        self._environment.filters["date"] = lambda ms: (
+            f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d}" if ms else "–"
+        )
+
+    def render(self, template: str, **values: Any) -> str:
+        return self._environment.get_template(template).render(**values)
+
+    def health(self, release: Release) -> dict[str, Any]:
+        """Coverage, age and quality of the release."""
+        if release.name not in self._judged:
+            self._judged = {release.name: [self._judge(release, kind) for kind in ("user", "item", "cohort")]}
+        age = time.time() - datetime.fromisoformat(release.manifest.created).timestamp()
+        return {"kinds": self._judged[release.name], "age_hours": age / 3600, "chain": release.chain}
+
+    def search(self, release: Release, kind: Kind, words: str) -> dict[str, Any]:
+        """Entities by id, and items by title."""
+        found: dict[int, str] = {}
+        if words.isascii() and words.isdigit() and len(words) <= 19 and int(words) <= _LARGEST_ID:
+            id_ = int(words)
+            known = release.store.get(kind, [id_])[0] is not None
+            if known or (kind != "cohort" and self._tables.row(kind, id_)):
+                found[id_] = self._name(kind, id_)
+        if kind == "item" and words:
+            found |= dict(self._tables.find_items(words, _FOUND))
+        return {"kind": kind, "words": words, "found": list(found.items())[:_FOUND]}
+
+    def entity(self, release: Release, kind: Kind, id_: int) -> dict[str, Any]:
+        """One entity. Raises Problem (404) where neither the release nor the tables know it."""
+        store = release.store
+        known = store.get(kind, [id_])[0]
+        row = self._tables.row(kind, id_) if kind != "cohort" else None
+        if known is None and row is None:
+            raise Problem(404, f"nothing is known of {kind} {id_}")
+        codes = store.own_codes(kind, [id_])[0]
+        cohorts = store.cohorts(kind, [id_])[0]
+        return {
+            "kind": kind,
+            "id": id_,
+            "name": self._name(kind, id_),
+            "profile": {
+                k: _plain(v) for k, v in (row or {}).items() if k not in (f"{kind}_id", "raw_id", "title") and v
+            },
+            "knowledge": known,
+            "borrowed": known is not None and kind != "cohort" and known.framework == "collective",
+            "paragraphs": paragraphs(known.text) if known else [],
+            "codes": "-".join(map(str, codes)) if codes else "",
+            "cohorts": [(c, k.text if k else "") for c, k in zip(cohorts, store.get("cohort", cohorts), strict=True)],
+            "history": self._tables.history(id_) if kind == "user" else [],
+            "neighbours": self._neighbours(release, kind, id_),
+        }
+
+    def _neighbours(self, release: Release, kind: Kind, id_: int) -> list[tuple[int, str, float]]:
+        try:
+            near = self._similar.find(release, Similar(kind=kind, id=id_, limit=_NEIGHBOURS))
+        except Problem:  # no vector, no faiss, or the index is being built: the page stands without
+            return []
+        return [(n.id, self._name(kind, n.id), n.score) for n in near]
+
+    def _name(self, kind: Kind, id_: int) -> str:
+        title = self._tables.titles([id_])[0] if kind == "item" else ""
+        return title or f"{kind} {id_}"
+
+    def _judge(self, release: Release, kind: Kind) -> dict[str, Any]:
+        store = release.store
+        ids = store.ids(kind, _SAMPLED)
+        known = [k for k in store.get(kind, ids) if k]
+        flags = Counter(flag for k in known if k.quality != "ok" for flag in k.quality.replace(",", " ").split())
+        as_ofs = sorted(k.as_of for k in known)
+        return {
+            "kind": kind,
+            "texts": store.count(kind),
+            "sampled": len(known),
+            "ok": sum(k.quality == "ok" for k in known),
+            "flags": flags.most_common(6),
+            "as_of": as_ofs[len(as_ofs) // 2] if as_ofs else 0,
+        }
+
+
+def _date(milliseconds: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%d}" if milliseconds else "–"
+    except (ValueError, OverflowError, OSError):  # beyond the calendar
+        return str(milliseconds)
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,211 @@
+"""What stands before every application: request ids, API keys, limits, load shedding, time-outs, one line of log.
+
+An ASGI middleware without Ray, so that it holds whatever carries the requests: Serve's proxy, HAProxy, a test. Each
+replica counts for itself; Serve's own queue limit, before it, refuses what does not even reach a replica.
+"""
+
+import asyncio
+import base64
+import logging
+import re
+import time
+import uuid
+from contextlib import suppress
+from typing import Any
+
+from pydantic import Field
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from owlrec.config import Config
+from owlrec.serving.keys import KeyRing
+from owlrec.serving.problems import MEDIA_TYPE, Problem, problem_bytes
+from owlrec.serving.telemetry import NoTelemetry, Telemetry, log_request
+
+OPEN_PATHS = ("/healthz", "/readyz")  # what a load balancer asks, without a key
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_LOOPBACK_NAMES = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+_METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
+
+_log = logging.getLogger("owlrec.serving")
+
+
+class Limits(Config):
+    """How much one replica takes on."""
+
+    max_active: int = Field(64, ge=1)  # requests at work at once; one more is refused with 503
+    max_body_bytes: int = Field(256 * 1024, ge=1)  # a batch of 1,000 ids takes 20 kB
+    timeout_s: float = Field(5.0, gt=0)
+    retry_after_s: int = Field(1, ge=1)
+
+
+class Guard:
+    """The outermost middleware of an application."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing,
+        limits: Limits,
+        telemetry: Telemetry | None = None,
+        browser: bool = False,
+    ) -> None:
+        """browser: keys may also come as the password of HTTP's basic authentication, which browsers ask people for."""
+        self._app = app
+        self._keys = keys
+        self._limits = limits
+        self._telemetry = telemetry or NoTelemetry()
+        self._browser = browser
+        self._active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1000})  # a refused handshake: nothing here speaks it
+            return
+        await _Exchange(self, scope, send).run(receive)
+
+    def admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+        """The name of the key that a request comes with, "" where none is needed. Raises Problem to keep it out."""
+        if _path(scope) in OPEN_PATHS:
+            return ""
+        if not self._keys.required:
+            # Keyless means loopback, but a web page that renames its own host to 127.0.0.1 would reach that as well.
+            if not _LOOPBACK_NAMES.fullmatch(headers.get(b"host", b"localhost").decode("latin-1")):
+                raise Problem(403, "without API keys only requests to localhost are answered", field="Host")
+            return ""
+        name = self._keys.name_of(_presented_key(headers, self._browser))
+        if name is None:
+            scheme = 'Basic realm="OwlRec: the password is an API key", charset="UTF-8"' if self._browser else "Bearer"
+            raise Problem(
+                401, "a valid API key is needed: Authorization: Bearer <key>", headers={"WWW-Authenticate": scheme}
+            )
+        return name
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, guard: Guard, scope: Scope, send: Send) -> None:
+        self._guard = guard
+        self._scope = scope
+        self._send = send
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        asked = self._headers.get(b"x-request-id", b"").decode("latin-1")
+        self._id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        self._status = 0  # 0 until the answer has begun
+
+    async def run(self, receive: Receive) -> None:
+        guard, limits, start, key = self._guard, self._guard._limits, time.perf_counter(), ""
+        guard._active += 1
+        try:
+            key = guard.admit(self._scope, self._headers)
+            if guard._active > limits.max_active and _path(self._scope) not in OPEN_PATHS:
+                raise Problem(
+                    503, "too many requests at once; try again", headers={"Retry-After": str(limits.retry_after_s)}
+                )
+            async with asyncio.timeout(limits.timeout_s):
+                body = await _read_body(self._headers, receive, limits.max_body_bytes)
+                await guard._app(self._scope, _replay(body, receive), self._forward)
+        except Problem as problem:
+            await self._refuse(problem)
+        except TimeoutError:
+            await self._refuse(Problem(504, f"not answered within {limits.timeout_s:g} s"))
+        except _ClientGoneError:
+            self._status = 499
+        except Exception:
+            _log.exception("request %s failed", self._id)
+            await self._refuse(Problem(500, "an error on our side; the server's log has it under this request id"))
+        finally:
+            guard._active -= 1
+            self._record(key, time.perf_counter() - start)
+
+    async def _forward(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            message["headers"] = [*message.get("headers", ()), *self._own_headers()]
+        await self._send(message)
+
+    async def _refuse(self, problem: Problem) -> None:
+        if self._status:  # the answer has begun: it can only be cut off
+            return
+        self._status = problem.status
+        body = problem_bytes(problem.status, str(problem), problem.errors)
+        headers = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), **problem.headers}
+        raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
+        await self._send(
+            {"type": "http.response.start", "status": problem.status, "headers": raw + self._own_headers()}
+        )
+        body = b"" if self._scope["method"] == "HEAD" else body
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _own_headers(self) -> list[tuple[bytes, bytes]]:
+        return [(b"x-owlrec-request-id", self._id.encode()), (b"x-content-type-options", b"nosniff")]
+
+    def _record(self, key: str, seconds: float) -> None:
+        route = getattr(self._scope.get("route"), "path", "") or "unknown"
+        method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
+        self._guard._telemetry.count("requests", tags={"route": route, "status": str(self._status)})
+        self._guard._telemetry.time("request", seconds)
+        log_request(request_id=self._id, key=key, method=method, route=route, status=self._status, seconds=seconds)
+
+
+class _ClientGoneError(Exception):
+    pass
+
+
+def _presented_key(headers: dict[bytes, bytes], browser: bool) -> str:
+    scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if browser and scheme.lower() == "basic":
+        with suppress(ValueError):
+            return base64.b64decode(key, validate=True).decode("latin-1").partition(":")[2]
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def _path(scope: Scope) -> str:
+    """The path within the application, wherever that is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "").rstrip("/"))
+
+
+async def _read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
+    """The whole body, which is small by contract: what is too large is refused before it is held."""
+    too_large = Problem(413, f"the body has more than {limit:,} bytes", field="body")
+    declared = headers.get(b"content-length", b"0").decode("latin-1")
+    if not declared.isdigit() or int(declared[:20]) > limit:
+        raise too_large if declared.isdigit() else Problem(400, "is no number", field="Content-Length")
+    parts, size = [], 0
+    while True:
+        message: dict[str, Any] = dict(await receive())
+        if message["type"] == "http.disconnect":
+            raise _ClientGoneError
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise too_large
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    waiting = [body]
+
+    async def once() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return once
+
+
+def check_binding(host: str | None, keys: KeyRing) -> str | None:
+    """What is wrong with serving on `host`, None where nothing is: off loopback an API key is needed."""
+    if keys.required or host is None or _LOOPBACK_NAMES.fullmatch(host) or host == "::1":
+        return None
+    return (
+        f"the HTTP server listens on {host}, beyond this machine, but no API key is asked for. Make one with `owlrec "
+        f"keys NAME >> keys.txt` and name the file (keys_file=keys.txt), or listen on 127.0.0.1."
+    )

@@ -1,0 +1,269 @@
+"""Knowledge over HTTP: an ASGI application over the release in force.
+
+Each request leases one release and answers from it alone, names it in the header `x-owlrec-release`, and carries an
+ETag: a release never changes, so its name and what was asked for say whether a client's copy still holds.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI, Header, Query
+from fastapi.openapi.utils import get_openapi
+from pydantic import Field
+from starlette.responses import Response
+
+from owlrec import __version__
+from owlrec.config import Config
+from owlrec.serving.guard import Guard, Limits
+from owlrec.serving.keys import KeyRing
+from owlrec.serving.problems import Problem, ProblemDocument, install_problem_handlers
+from owlrec.serving.schemas import (
+    DEFAULT_FIELDS,
+    BatchAnswer,
+    BatchGet,
+    Health,
+    Kind,
+    PathId,
+    ReleaseAnswer,
+    Similar,
+    SimilarAnswer,
+    SingleAnswer,
+    What,
+)
+from owlrec.serving.served import ServedReleases, following
+from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.telemetry import NoTelemetry, Telemetry
+from owlrec.serving.vector_text import BYTES_TYPE, vectors_as_bytes, vectors_as_json
+from owlrec.store.interface import Knowledge
+from owlrec.store.release import Release
+
+RELEASE_HEADER = "x-owlrec-release"
+_LARGEST_ID = 2**63 - 1
+_T = TypeVar("_T")
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ProblemDocument, "description": about}
+    for status, about in {
+        401: "no valid API key",
+        403: "not a request of this machine, where no key is asked for",
+        404: "nothing is known of this id",
+        413: "the body is too large",
+        422: "a field is wrong; the message names it",
+        503: "overloaded, or no release or store at hand: try again",
+        504: "not answered in time",
+    }.items()
+}
+_BATCH_PROBLEMS = {status: about for status, about in _PROBLEMS.items() if status != 404}
+
+
+class KnowledgeConfig(Config):
+    """How knowledge is served."""
+
+    limits: Limits = Limits()
+    refresh_s: float = Field(1.0, gt=0)  # how often the pointer is asked for: how long a swap takes to be seen
+
+
+def build_knowledge_api(
+    served: ServedReleases,
+    similar: SimilarEntities,
+    keys: KeyRing,
+    config: KnowledgeConfig,
+    telemetry: Telemetry | None = None,
+) -> FastAPI:
+    """The application. It follows the pointer as long as it runs; its caller closes `served` and `similar`."""
+    telemetry = telemetry or NoTelemetry()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with following(served, config.refresh_s, telemetry, on_swap=similar.forget_all_but):
+            yield
+
+    app = FastAPI(title="OwlRec knowledge", version=__version__, lifespan=lifespan, redoc_url=None)
+    install_problem_handlers(app)
+    answers = _Answers(telemetry)
+    vectors_as_json(np.zeros((0, 1)))  # makes its table now, not under the first request
+
+    @app.get("/healthz", response_model=Health)
+    async def healthz() -> Health:
+        """Whether the process runs."""
+        return Health(status="ok", release=served.name, problem=served.error)
+
+    @app.get("/readyz", response_model=Health, responses={503: {"model": Health}})
+    async def readyz() -> Response:
+        """Whether lookups can be answered: a release is loaded."""
+        ready = served.name is not None
+        health = Health(status="ready" if ready else "not ready", release=served.name, problem=served.error)
+        return Response(health.model_dump_json(), 200 if ready else 503, media_type="application/json")
+
+    @app.get("/v1/releases/current", response_model=ReleaseAnswer, responses=_BATCH_PROBLEMS)
+    async def current_release() -> Response:
+        """The release that lookups are answered from."""
+        with served.lease() as release:
+            return _json(release, _describe(release).model_dump_json())
+
+    @app.get("/v1/knowledge/{kind}/{id}", response_model=SingleAnswer, responses=_PROBLEMS)
+    async def get_one(
+        kind: Kind,
+        id: PathId,
+        fields: Annotated[list[What], Query(max_length=4)] = list(DEFAULT_FIELDS),  # noqa: B006
+        accept: Annotated[str, Header(max_length=1000)] = "",
+        if_none_match: Annotated[str, Header(max_length=1000)] = "",
+    ) -> Response:
+        """What is known of one user, item or cohort; where it has no text of its own, what its cohorts say."""
+        wanted, number = int(id), list(dict.fromkeys(fields))
+        if wanted > _LARGEST_ID:
+            raise Problem(422, "is no 64-bit integer", field="id")
+        as_bytes = BYTES_TYPE in accept
+        with served.lease() as release:
+            tag = f'"{release.name}.{"f2" if as_bytes else "json"}"'
+            headers = {"etag": tag, "vary": "accept", "cache-control": "no-cache"}
+            if tag in [t.strip().removeprefix("W/") for t in if_none_match.split(",")]:
+                return Response(None, 304, {**headers, RELEASE_HEADER: release.name})
+            if as_bytes:
+                return await answers.as_bytes(release, kind, [wanted], headers, single=True)
+            [entity] = await answers.entities(release, kind, [wanted], number)
+            if not entity.found:
+                raise Problem(404, "nothing is known of this id", field="id", headers={RELEASE_HEADER: release.name})
+            head = f'{{"release":{json.dumps(release.name)},"kind":"{kind}",'
+            return _json(release, head + entity.json[1:], headers)
+
+    @app.post("/v1/knowledge:batchGet", response_model=BatchAnswer, responses=_BATCH_PROBLEMS)
+    async def get_many(asked: BatchGet, accept: Annotated[str, Header(max_length=1000)] = "") -> Response:
+        """What is known of up to 1,000 ids, aligned with them. With `Accept: application/octet-stream`, their vectors
+        as rows of little-endian float16; a missing one is all NaN.
+        """
+        with served.lease() as release:
+            if BYTES_TYPE in accept:
+                return await answers.as_bytes(release, asked.kind, asked.ids, {})
+            entities = await answers.entities(release, asked.kind, asked.ids, asked.fields)
+            head = f'{{"release":{json.dumps(release.name)},"kind":"{asked.kind}","results":['
+            return _json(release, head + ",".join(e.json for e in entities) + "]}")
+
+    @app.post("/v1/knowledge:similar", response_model=SimilarAnswer, responses=_PROBLEMS)
+    async def find_similar(asked: Similar) -> Response:
+        """The entities whose vectors lie nearest, by cosine."""
+
+        def find() -> Response:
+            with served.lease() as release:  # by the thread, which outlives a request that is given up
+                found = similar.find(release, asked)
+                answer = SimilarAnswer(release=release.name, kind=asked.kind, results=found)
+                return _json(release, answer.model_dump_json())
+
+        return await asyncio.to_thread(find)
+
+    app.add_middleware(Guard, keys=keys, limits=config.limits, telemetry=telemetry)
+    app.openapi = lambda: _document(app, keys.required)  # type: ignore[method-assign]
+    return app
+
+
+class _Piece:
+    """One entity of an answer: its JSON, and whether anything was found."""
+
+    __slots__ = ("found", "json")
+
+    def __init__(self, found: bool, text: str) -> None:
+        self.found = found
+        self.json = text
+
+
+class _Answers:
+    """Reads a release's store and writes what it says."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    async def entities(self, release: Release, kind: Kind, ids: Sequence[int], fields: Sequence[What]) -> list[_Piece]:
+        return await self._timed(release, lambda: self._entities(release, kind, ids, fields))
+
+    async def as_bytes(
+        self, release: Release, kind: Kind, ids: Sequence[int], headers: dict[str, str], *, single: bool = False
+    ) -> Response:
+        rows, mask = await self._timed(release, lambda: release.store.vectors(kind, ids))
+        self._count(kind, int(mask.sum()), len(ids))
+        headers = {**headers, RELEASE_HEADER: release.name, "x-owlrec-dim": str(rows.shape[1])}
+        if single and not mask[0]:
+            raise Problem(404, "no vector is known of this id", field="id", headers={RELEASE_HEADER: release.name})
+        return Response(vectors_as_bytes(rows, mask), 200, headers, BYTES_TYPE)
+
+    async def _timed(self, release: Release, look_up: Callable[[], _T]) -> _T:
+        start = time.perf_counter()
+        try:
+            # A memory-mapped store answers within microseconds: a thread would cost more than it saves.
+            return await asyncio.to_thread(look_up) if release.store.remote else look_up()
+        finally:
+            self._telemetry.time("lookup", time.perf_counter() - start)
+
+    def _entities(self, release: Release, kind: Kind, ids: Sequence[int], fields: Sequence[What]) -> list[_Piece]:
+        store, n = release.store, len(ids)
+        about_text = "text" in fields or "provenance" in fields
+        knowledge: list[Knowledge | None] = store.get(kind, ids) if about_text else [None] * n
+        found = np.array([k is not None for k in knowledge], dtype=bool)
+        vectors: list[str] = []
+        if "vector" in fields:
+            rows, mask = store.vectors(kind, ids)
+            vectors = [v if there else "null" for v, there in zip(vectors_as_json(rows), mask.tolist(), strict=True)]
+            found |= mask
+        codes = store.own_codes(kind, ids) if "codes" in fields else None
+        self._count(kind, int(found.sum()), n)
+        pieces = []
+        for row, id_ in enumerate(ids):
+            known = knowledge[row]
+            parts = [f'{{"id":{id_},"found":{"true" if found[row] else "false"}']
+            if "text" in fields:
+                parts.append(f'"text":{json.dumps(known.text, ensure_ascii=False) if known else "null"}')
+            if vectors:
+                parts.append(f'"vector":{vectors[row]}')
+            if codes is not None:
+                parts.append(f'"codes":{json.dumps(codes[row] or None)}')
+            if "provenance" in fields:
+                parts.append(f'"provenance":{json.dumps(_provenance(release, known)) if known else "null"}')
+            pieces.append(_Piece(bool(found[row]), ",".join(parts) + "}"))
+        return pieces
+
+    def _count(self, kind: Kind, hits: int, asked: int) -> None:
+        for name, n in (("hits", hits), ("misses", asked - hits)):
+            if n:
+                self._telemetry.count(name, n, {"kind": kind})
+
+
+def _provenance(release: Release, known: Knowledge) -> dict[str, Any]:
+    return {
+        "as_of": known.as_of,
+        "framework": known.framework,
+        "quality": known.quality,
+        "model": release.manifest.model,
+        "encoder": release.manifest.encoder,
+        "from_cohorts": known.kind != "cohort" and known.framework == "collective",
+    }
+
+
+def _describe(release: Release) -> ReleaseAnswer:
+    manifest = release.manifest
+    return ReleaseAnswer(
+        release=manifest.name,
+        chain=[m.name for m in release.chain],
+        knowledge=manifest.totals,
+        **manifest.model_dump(
+            include={"created", "model", "encoder", "parent", "delta", "dim", "as_of_min", "as_of_max"}
+        ),
+    )
+
+
+def _json(release: Release, body: str, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        body.encode("utf-8", "replace"), 200, {**(headers or {}), RELEASE_HEADER: release.name}, "application/json"
+    )
+
+
+def _document(app: FastAPI, with_keys: bool) -> dict[str, Any]:
+    if not app.openapi_schema:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        if with_keys:
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}]
+        app.openapi_schema = document
+    return app.openapi_schema

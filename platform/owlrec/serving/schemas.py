@@ -1,0 +1,133 @@
+"""What requests may hold and what answers look like; FastAPI makes the OpenAPI document of them.
+
+Strict throughout: an id is a JSON integer, never a string, a float or a boolean, and an unknown key is a mistake.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+
+Kind = Literal["user", "item", "cohort"]
+What = Literal["text", "vector", "codes", "provenance"]
+Id = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
+PathId = Annotated[str, Field(pattern=r"^[0-9]{1,19}$", description="a non-negative 64-bit integer")]
+
+MAX_IDS = 1000
+DEFAULT_FIELDS: tuple[What, ...] = ("text", "provenance")
+
+
+class Request(BaseModel):
+    """Base of request bodies."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BatchGet(Request):
+    """Knowledge of many ids of one kind."""
+
+    kind: Kind
+    ids: list[Id] = Field(min_length=1, max_length=MAX_IDS)
+    fields: list[What] = Field(list(DEFAULT_FIELDS), min_length=1, max_length=4)
+
+    @field_validator("ids", "fields")
+    @classmethod
+    def _each_once(cls, values: list[int | str]) -> list[int | str]:
+        if len(set(values)) < len(values):
+            raise ValueError("holds a value twice; name each once")
+        return values
+
+
+class Similar(Request):
+    """Which entities of a kind lie nearest to one of them, or to a vector."""
+
+    kind: Kind
+    id: Id | None = None
+    vector: list[Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]] | None = Field(
+        None, min_length=1, max_length=8192
+    )
+    limit: StrictInt = Field(10, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if (self.id is None) == (self.vector is None):
+            raise ValueError("give either `id` or `vector`, not both")
+        return self
+
+
+class Provenance(BaseModel):
+    """Where a text comes from."""
+
+    as_of: int  # ms since 1970, UTC: the text knows nothing later
+    framework: str
+    quality: str
+    model: str
+    encoder: str
+    from_cohorts: bool  # the text is that of the id's cohorts, since it has none of its own
+
+
+class Entity(BaseModel):
+    """What is known of one id. `found` is false where there is neither text nor vector: a miss is no error in a batch.
+
+    A field that was not asked for is absent; one that is not there is null.
+    """
+
+    id: int
+    found: bool
+    text: str | None = None
+    vector: list[float] | None = None
+    codes: list[int] | None = None
+    provenance: Provenance | None = None
+
+
+class SingleAnswer(Entity):
+    """Answer of GET /v1/knowledge/{kind}/{id}."""
+
+    release: str
+    kind: Kind
+
+
+class BatchAnswer(BaseModel):
+    """Answer of POST /v1/knowledge:batchGet: `results` are aligned with `ids`."""
+
+    release: str
+    kind: Kind
+    results: list[Entity]
+
+
+class Neighbour(BaseModel):
+    """One entity that is near."""
+
+    id: int
+    score: float  # cosine
+
+
+class SimilarAnswer(BaseModel):
+    """Answer of POST /v1/knowledge:similar, nearest first."""
+
+    release: str
+    kind: Kind
+    results: list[Neighbour]
+
+
+class ReleaseAnswer(BaseModel):
+    """Answer of GET /v1/releases/current."""
+
+    release: str
+    created: str
+    model: str
+    encoder: str
+    parent: str | None
+    delta: bool
+    chain: list[str]  # what it is read on top of, newest first, itself included
+    dim: int
+    knowledge: dict[str, int]  # ids with a text of their own, by kind
+    as_of_min: int
+    as_of_max: int
+
+
+class Health(BaseModel):
+    """Answer of /healthz and /readyz."""
+
+    status: str
+    release: str | None = None
+    problem: str | None = None

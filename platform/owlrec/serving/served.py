@@ -1,0 +1,162 @@
+"""The release in force, held open for requests: swapped between two requests, never under one.
+
+A request leases the release it starts with and keeps it to its end, whatever becomes current meanwhile, so that no
+answer mixes two. A watcher asks for the pointer every second; a roll-back is thus seen like any other swap. A new
+release that cannot be opened changes nothing but what `error` says: the old one goes on.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from owlrec.errors import OwlRecError
+from owlrec.serving.problems import Problem
+from owlrec.serving.telemetry import Telemetry
+from owlrec.store.release import Release, current_release, open_release
+from owlrec.workspace import Workspace
+
+_log = logging.getLogger("owlrec.serving")
+
+
+class ReleaseSource(Protocol):
+    """Where releases come from."""
+
+    def current(self) -> str | None:
+        """The name of the release in force; None where nothing was published yet."""
+
+    def open(self, name: str) -> Release:
+        """Opens a release. Raises ReleaseError or StoreUnavailableError."""
+
+
+class WorkspaceReleases:
+    """The releases of a workspace: LMDB files on this machine, mapped into memory and shared by its replicas."""
+
+    def __init__(self, workspace: Workspace, *, verify: bool = False, cache: Path | None = None) -> None:
+        """verify: compare checksums whenever a release is opened, about 1 s a GB; sizes always are, and copies of
+        remote releases always are verified. cache: see open_release.
+        """
+        self._workspace = workspace
+        self._verify = verify
+        self._cache = cache
+
+    def current(self) -> str | None:
+        """See ReleaseSource.current."""
+        return current_release(self._workspace)
+
+    def open(self, name: str) -> Release:
+        """See ReleaseSource.open."""
+        return open_release(self._workspace, name, verify=self._verify, cache=self._cache)
+
+
+class _Held:
+    def __init__(self, release: Release) -> None:
+        self.release = release
+        self.leases = 0
+        self.retired = False
+
+
+class ServedReleases:
+    """Thread-safe. Call `refresh` now and then; close it at the end."""
+
+    def __init__(self, source: ReleaseSource) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self._refreshing = threading.Lock()
+        self._held: _Held | None = None
+        self.error: str | None = None  # why the pointer could not be followed, last time
+
+    @property
+    def name(self) -> str | None:
+        """The name of the release that the next request gets."""
+        held = self._held
+        return held.release.name if held else None
+
+    def refresh(self) -> bool:
+        """Opens what is current now, if it is another release; whether it swapped. Never raises an OwlRecError: where
+        something is wrong, `error` says so and the release of before stays.
+        """
+        with self._refreshing:
+            try:
+                name = self._source.current()
+                if name is None:
+                    self.error = None if self._held else "nothing was published yet"
+                    return False
+                if name == self.name:
+                    self.error = None
+                    return False
+                release = self._source.open(name)
+            except (OwlRecError, OSError) as error:
+                if self.error != str(error):
+                    _log.error("the current release cannot be served: %s", error)
+                self.error = str(error)
+                return False
+            with self._lock:
+                before, self._held = self._held, _Held(release)
+                self._retire(before)
+            self.error = None
+            _log.info("serving release %s", name)
+            return True
+
+    @contextmanager
+    def lease(self) -> Iterator[Release]:
+        """The release in force, open until the end of the block. Raises Problem (503) where there is none."""
+        with self._lock:
+            held = self._held
+            if held is None:
+                raise Problem(503, "no release is loaded yet", headers={"Retry-After": "5"})
+            held.leases += 1
+        try:
+            yield held.release
+        finally:
+            with self._lock:
+                held.leases -= 1
+                if held.retired and not held.leases:
+                    held.release.close()
+
+    def close(self) -> None:
+        """Closes the release once its last request has ended."""
+        with self._lock:
+            before, self._held = self._held, None
+            self._retire(before)
+
+    @staticmethod
+    def _retire(held: _Held | None) -> None:
+        if held is not None:
+            held.retired = True
+            if not held.leases:
+                held.release.close()
+
+
+@asynccontextmanager
+async def following(
+    served: ServedReleases, every_s: float, telemetry: Telemetry, *, on_swap: Callable[[str | None], None]
+) -> AsyncIterator[None]:
+    """Follows the pointer for the block: an application's lifespan.
+
+    on_swap: called, from a thread, with the name of the release that took another's place.
+    """
+    await asyncio.to_thread(served.refresh)
+
+    async def follow() -> None:
+        while True:
+            await asyncio.sleep(every_s)
+            if await asyncio.to_thread(served.refresh):
+                telemetry.count("swaps")
+                await asyncio.to_thread(on_swap, served.name)
+            with suppress(Problem), served.lease() as release:
+                age = datetime.now(UTC) - datetime.fromisoformat(release.manifest.created)
+                telemetry.gauge("release_age_s", age.total_seconds())
+            telemetry.gauge("release_error", 1.0 if served.error else 0.0)
+
+    task = asyncio.create_task(follow())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,190 @@
+"""Similar entities by vector: one faiss index a release and kind, built once a machine and shared by memory map.
+
+Cosine is the inner product of vectors of length 1. Up to 50,000 vectors are compared one by one, which is exact; more
+go into inverted lists of float16 (as the release stores them), of which the nearest 32 are searched. The file is made
+at the first question, in the cache folder beside copies of releases, and replicas of a machine map the same pages; who
+asks meanwhile is told to try again.
+"""
+
+import logging
+import math
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from owlrec.environment import cache_folder
+from owlrec.serving.problems import Problem
+from owlrec.serving.schemas import Kind, Neighbour, Similar
+from owlrec.store.release import Release
+from owlrec.workspace import fingerprint
+
+_EXACT_UP_TO = 50_000
+_ROWS_AT_ONCE = 20_000
+_LISTS_SEARCHED = 32
+_TRAINED_ON = 64  # vectors a list, from the whole of them
+
+_log = logging.getLogger("owlrec.serving")
+
+
+class SimilarEntities:
+    """The indexes of the releases that are served; thread-safe."""
+
+    def __init__(self, root: str, folder: Path | None = None) -> None:
+        """root: of the releases' workspace, which tells its indexes from another's. folder: where they are kept, by
+        default OwlRec's cache.
+        """
+        self._folder = folder or cache_folder("similar", fingerprint(root)[:8])
+        self._lock = threading.Lock()
+        self._open: dict[tuple[str, Kind], Any] = {}
+        self._building: set[tuple[str, Kind]] = set()
+
+    def find(self, release: Release, asked: Similar) -> list[Neighbour]:
+        """The nearest entities, most similar first, without the one asked about.
+
+        Raises Problem: 404 where the entity has no vector, 422 for a vector of the wrong length or of zeros, 501
+        without faiss, 503 while the index is being built.
+        """
+        question = self._question(release, asked)
+        index = self._index(release, asked.kind)
+        if index is None:
+            return []
+        scores, ids = index.search(question[None], asked.limit + 1)
+        near = [
+            Neighbour(id=id_, score=round(min(1.0, score), 6))
+            for id_, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True)
+            if id_ >= 0 and id_ != asked.id
+        ]
+        return near[: asked.limit]
+
+    def forget_all_but(self, name: str | None) -> None:
+        """Closes the indexes of other releases than `name` and removes their files, so that disks do not fill up.
+        A roll-back builds its index again.
+        """
+        with self._lock:
+            self._open = {key: index for key, index in self._open.items() if key[0] == name}
+        for path in self._folder.glob("*"):
+            if name is not None and not path.name.startswith((name, ".")):
+                path.unlink(missing_ok=True)  # those who have it mapped keep it
+
+    def close(self) -> None:
+        """Closes all indexes; their files stay for the next start."""
+        with self._lock:
+            self._open.clear()
+
+    @staticmethod
+    def _question(release: Release, asked: Similar) -> np.ndarray:
+        if asked.id is not None:
+            rows, mask = release.store.vectors(asked.kind, [asked.id])
+            if not mask[0]:
+                raise Problem(404, "no vector is known of this id", field="id")
+            vector = rows[0]
+        else:
+            vector = np.array(asked.vector, dtype=np.float32)
+            if len(vector) != release.manifest.dim:
+                raise Problem(
+                    422, f"has {len(vector)} components; the release's have {release.manifest.dim}", field="vector"
+                )
+        length = float(np.linalg.norm(vector))
+        if not length > 0:
+            raise Problem(422, "is all zeros, which points nowhere", field="vector")
+        return vector / length
+
+    def _index(self, release: Release, kind: Kind) -> Any:
+        key = (release.name, kind)
+        path = self._folder / f"{release.name}-{kind}.faiss"
+        with self._lock:
+            if key in self._open:
+                return self._open[key]
+            if key in self._building:
+                raise Problem(503, "the index of this release is being built", headers={"Retry-After": "5"})
+            self._building.add(key)
+        try:
+            if not path.exists():
+                _build(release, kind, path)
+            index = _read(path)
+            with self._lock:
+                self._open[key] = index
+            return index
+        finally:
+            with self._lock:
+                self._building.discard(key)
+
+
+def _read(path: Path) -> Any:
+    if path.stat().st_size == 0:
+        return None  # no entity of the kind has a vector
+    faiss = _faiss()
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    with suppress(RuntimeError):  # an exact index has no lists
+        faiss.extract_index_ivf(index).nprobe = _LISTS_SEARCHED
+    return index
+
+
+def _build(release: Release, kind: Kind, path: Path) -> None:
+    faiss = _faiss()
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        index = None
+        for ids, rows in _unit_vectors(release, kind):
+            if index is None:
+                index = _empty_index(faiss, release, kind, rows)
+            index.add_with_ids(rows, ids)
+        if index is None:
+            temporary.touch()
+        else:
+            faiss.write_index(index, str(temporary))
+        os.replace(temporary, path)  # of two that build it at once, the later one's stays
+        _log.info("built the index of %s vectors of release %s", kind, release.name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _empty_index(faiss: Any, release: Release, kind: Kind, first: np.ndarray) -> Any:
+    n, dim = release.store.count(kind), first.shape[1]
+    if n <= _EXACT_UP_TO:
+        return faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+    lists = int(4 * math.sqrt(n))
+    flat = faiss.IndexFlatIP(dim)
+    index = faiss.IndexIVFScalarQuantizer(
+        flat, dim, lists, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT, False
+    )
+    index.own_fields, _ = True, flat.this.disown()
+    index.train(_training_rows(release, kind, lists * _TRAINED_ON))
+    return index
+
+
+def _training_rows(release: Release, kind: Kind, n: int) -> np.ndarray:
+    ids = release.store.ids(kind)
+    drawn = np.sort(np.random.default_rng(0).choice(ids, size=min(n, len(ids)), replace=False))
+    rows, mask = release.store.vectors(kind, drawn)
+    return _scaled(rows[mask])[1]
+
+
+def _unit_vectors(release: Release, kind: Kind) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    all_ids = release.store.ids(kind)
+    for start in range(0, len(all_ids), _ROWS_AT_ONCE):
+        ids = all_ids[start : start + _ROWS_AT_ONCE]
+        rows, mask = release.store.vectors(kind, ids)
+        usable, unit = _scaled(rows[mask])
+        if len(unit):
+            yield ids[mask][usable], unit
+
+
+def _scaled(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.linalg.norm(rows, axis=1)
+    usable = np.isfinite(lengths) & (lengths > 0)
+    return usable, np.ascontiguousarray(rows[usable] / lengths[usable, None], dtype=np.float32)
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise Problem(501, "this server has no faiss, which similar entities need: pip install faiss-cpu") from None
+    return faiss

@@ -1,0 +1,73 @@
+"""The tables of a prepared workspace, one row at a time: who a user is, what they did, what an item is.
+
+Rows are found by the shard that their id's hash names, of about a thousand rows, so that one page of the explorer
+reads a file or two however many users there are. Titles alone are held whole, for the search.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlrec.errors import OwlRecError
+from owlrec.schema import shard_of
+from owlrec.sources.catalog import ItemCatalog
+from owlrec.workspace import Workspace
+
+_SHARDS_HELD = 64
+
+
+class WorkspaceTables:
+    """Read access to users, items and histories; whatever a workspace lacks is simply not found."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        """workspace: prepared, or not."""
+        self._workspace = workspace
+        self._shard = lru_cache(maxsize=_SHARDS_HELD)(self._read_shard)
+        self._catalog: ItemCatalog | None = None
+
+    def row(self, kind: str, id_: int) -> dict[str, Any] | None:
+        """A user's or an item's columns; None where there is no such row."""
+        return self._find(f"{kind}s", f"{kind}_id", id_)
+
+    def history(self, user: int) -> list[tuple[int, str, float | None]]:
+        """What a user did before the moment up to which the LLM read: (item, its title, rating), latest first."""
+        found = self._find("histories", "user_id", user)
+        if found is None:
+            return []
+        items = found["items"] or []
+        ratings = found["ratings"] or [None] * len(items)
+        return list(zip(items, self.titles(items), ratings, strict=True))[::-1]
+
+    def titles(self, items: list[int]) -> list[str]:
+        """The title of each item, "" where it has none."""
+        catalog = self._titles()
+        return catalog.titles(np.array(items, dtype=np.int64)) if catalog and items else [""] * len(items)
+
+    def find_items(self, words: str, limit: int) -> list[tuple[int, str]]:
+        """Items whose title holds `words`, whatever the case: (id, title), by id."""
+        catalog = self._titles()
+        return catalog.find(words, limit) if catalog else []
+
+    def _titles(self) -> ItemCatalog | None:
+        if self._catalog is None:
+            try:
+                self._catalog = ItemCatalog.load(self._workspace)
+            except OwlRecError:
+                return None
+        return self._catalog
+
+    def _find(self, table: str, key: str, id_: int) -> dict[str, Any] | None:
+        parts = self._workspace.names("tables", table)
+        if not parts:
+            return None
+        shard = int(shard_of(np.array([id_]), len(parts))[0])
+        rows = self._shard(f"tables/{table}/{parts[shard]}")
+        at = pc.index(rows[key], pa.scalar(id_, pa.int64())).as_py()
+        found: dict[str, Any] | None = None if at < 0 else rows.slice(at, 1).to_pylist()[0]
+        return found
+
+    def _read_shard(self, path: str) -> pa.Table:
+        return self._workspace.read_parquet(path)

@@ -1,0 +1,6 @@
+"""Serving is tested on the small releases of tests/store."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "store"))

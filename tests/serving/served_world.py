@@ -1,0 +1,47 @@
+"""A small release to serve: vectors of two components, a user whom only a cohort knows, one who is known to nobody."""
+
+import os
+from pathlib import Path
+
+from release_rows import Rows, publish_rows
+
+from owlrec.serving.keys import KeyRing
+from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
+from owlrec.serving.served import ServedReleases, WorkspaceReleases
+from owlrec.serving.similar import SimilarEntities
+from owlrec.workspace import Workspace
+
+SCRIPT = '<script>alert(1)</script> \u2028 it\'s "war" ☃'
+
+
+def world(label: str) -> Rows:
+    """Every text names the release it belongs to."""
+    return Rows(
+        texts={
+            ("user", 1): (1000, f"{label} likes films", "ok"),
+            ("user", 2): (2000, SCRIPT, "short"),
+            ("item", 7): (0, f"{label} a film", "ok"),
+            ("cohort", 8): (3000, f"{label} war films", "ok"),
+        },
+        vectors={
+            ("user", 1): [[1, 0]],
+            ("user", 2): [[0, 2]],
+            ("user", 3): [[3, 1]],
+            ("item", 7): [[0.1, -2]],
+            ("cohort", 8): [[3, 4]],
+        },
+        cohorts={("user", 5): (8,)},
+    )
+
+
+def publish_world(workspace: Workspace, label: str) -> str:
+    """Publishes `world(label)`, current from then on; its name."""
+    return publish_rows(workspace, label, world(label)).name
+
+
+def knowledge_app(workspace: Workspace, folder: Path, keys: KeyRing | None = None, **config):
+    """The application, and the releases it serves."""
+    served = ServedReleases(WorkspaceReleases(workspace))
+    os.makedirs(folder, exist_ok=True)
+    similar = SimilarEntities(workspace.root, folder)
+    return build_knowledge_api(served, similar, keys or KeyRing(), KnowledgeConfig(**config)), served
