@@ -1,0 +1,67 @@
+"""The explorer as a Ray Serve application: `serve run serve_apps.explorer:app workspace=runs/movielens-demo`.
+
+Pages for people, over the same release as lookups; off loopback a browser asks for a key (any name, the key as the
+password). It reads a workspace's tables as well, for names and histories.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import Field
+from ray import serve
+
+from owlrec.config import Config
+from owlrec.environment import api_keys
+from owlrec.serving.explorer.pages import build_explorer
+from owlrec.serving.guard import Limits
+from owlrec.serving.keys import KeyRing
+from owlrec.serving.knowledge_api import KnowledgeConfig
+from owlrec.serving.served import ServedReleases, WorkspaceReleases
+from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.tables import WorkspaceTables
+from owlrec.workspace import Workspace
+from serve_apps.binding import refuse_open_binding
+from serve_apps.telemetry import RayTelemetry
+
+
+class ExplorerArgs(Config):
+    """The arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
+
+    workspace: str
+    keys_file: str | None = None
+    timeout_s: float = Field(10.0, gt=0)
+    num_cpus: float = Field(0.1, ge=0)  # people click seldom
+
+
+@serve.ingress()
+class ExplorerReplica:
+    """The one replica."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        """args: of ExplorerArgs."""
+        settings = ExplorerArgs.model_validate(args)
+        self._keys = KeyRing(settings.keys_file, api_keys())
+        refuse_open_binding(self._keys)
+        self._config = KnowledgeConfig(limits=Limits(max_active=16, timeout_s=settings.timeout_s))
+        workspace = Workspace(settings.workspace)
+        self._served = ServedReleases(WorkspaceReleases(workspace))
+        self._similar = SimilarEntities(settings.workspace)
+        self._tables = WorkspaceTables(workspace)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        telemetry = RayTelemetry("explorer")
+        return build_explorer(self._served, self._similar, self._tables, self._keys, self._config, telemetry)
+
+
+def app(args: ExplorerArgs) -> serve.Application:
+    """Builds the application."""
+    deployment = serve.deployment(
+        ExplorerReplica,
+        name="Explorer",
+        ray_actor_options={"num_cpus": args.num_cpus},
+        max_ongoing_requests=16,
+        max_queued_requests=64,
+        logging_config={"encoding": "JSON", "enable_access_log": False},
+    )
+    application: serve.Application = deployment.bind(args.model_dump())
+    return application
