@@ -96,6 +96,19 @@ def test_one_class_split_is_refused() -> None:
         build_features(USERS, ITEMS, TABLE.slice(0, 3), attributes=[], profile=[], min_item_count=1)
 
 
+def test_an_empty_valid_split_is_refused() -> None:
+    table = TABLE.filter([row != "valid" for row in TABLE["split"].to_pylist()])
+    with pytest.raises(SchemaError, match=r"split 'valid' has 0 rows and the labels \[\].*source.split"):
+        build_features(USERS, ITEMS, table, attributes=[], profile=[], min_item_count=1)
+
+
+@pytest.mark.parametrize("label", [2.0, 0.5, -1.0, float("nan"), None])
+def test_a_label_beside_zero_and_one_is_refused(label: float | None) -> None:
+    table = pa.concat_tables([TABLE, samples((1, 10, label, [], [], "train"))])  # type: ignore[arg-type]
+    with pytest.raises(SchemaError, match=f"split 'train' has the label {label}; .* 0 and 1"):
+        build_features(USERS, ITEMS, table, attributes=[], profile=[], min_item_count=1)
+
+
 def test_misaligned_ratings_are_refused() -> None:
     features = build()
     bad = samples((1, 10, 1, [10, 20], [1], "train"))

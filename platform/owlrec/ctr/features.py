@@ -109,11 +109,17 @@ def build_features(
     kept.
     min_item_count: an item that training shows less often (as target or in a history) shares the code of unknown
     items, which is thereby trained.
-    Raises SchemaError where a split is empty or holds one class only: neither a loss nor an AUC would mean anything.
+    Raises SchemaError where a split is empty or holds one class only, since neither a loss nor an AUC would mean
+    anything, and for a label that is neither 0 nor 1.
     """
     by_split = {split: samples.filter(pc.equal(samples["split"], split)) for split in SPLITS}
     for split, table in by_split.items():
         labels = pc.unique(table["label"]).to_pylist()
+        if odd := [label for label in labels if label not in (0, 1)]:
+            raise SchemaError(
+                f"samples: split '{split}' has the label {odd[0]}; a CTR model's labels are 0 and 1. Run `prepare` "
+                f"again, or mend the rows of samples whose label is neither."
+            )
         if len(labels) < 2:
             raise SchemaError(
                 f"samples: split '{split}' has {table.num_rows} rows and the labels {labels}; a CTR model needs both "

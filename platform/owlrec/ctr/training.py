@@ -154,7 +154,9 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     from owlrec.ctr.checkpoint import CheckpointFile
     from owlrec.ctr.export import export_trial, save_vocabularies
     from owlrec.ctr.fitting import train_one
+    from owlrec.ctr.memory import keep_freed_memory
 
+    keep_freed_memory()
     job = GridJob.model_validate(loop_config["job"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
