@@ -20,8 +20,8 @@ Stage = Callable[..., StageManifest]  # of a recipe, its workspace and the stage
 
 
 def from_stage(stage: str) -> tuple[str, ...]:
-    """`stage` and all that come after it."""
-    return STAGES[STAGES.index(stage) :]
+    """`stage` and all that come after it; one that `owlrec run` leaves out stands alone."""
+    return STAGES[STAGES.index(stage) :] if stage in STAGES else (stage,)
 
 
 def execute(

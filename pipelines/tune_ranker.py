@@ -1,0 +1,89 @@
+"""The LLM ranker: shots from the samples table, LoRA on Ray Train, calibrated on valid, judged on test beside the model
+as it is.
+"""
+
+from owlrec import __version__
+from owlrec.encoding.encoder import encoder_identity
+from owlrec.errors import RecipeError, WorkspaceError
+from owlrec.generation import VllmEngineConfig, token_counter
+from owlrec.generation.models import model_identity
+from owlrec.ops.console import note, progress, table, warn
+from owlrec.prompting.rella import rank_fingerprint
+from owlrec.ranking.adapters import Adapter
+from owlrec.ranking.experiment import RankingConfig
+from owlrec.ranking.items import item_retriever
+from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row
+from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
+from owlrec.ranking.questions import write_questions
+from owlrec.recipe import Recipe
+from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from pipelines.session import ray_session
+from pipelines.stage import Counts, Outputs, execute, main
+
+
+def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+    """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on."""
+    prepared, config = finished_stage(workspace, "prepare"), recipe.ranking
+    if prepared is None:
+        raise WorkspaceError(f"{workspace.root}: no tables yet. Run `prepare` first, with the same recipe.")
+    if config is None:
+        raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
+    engine, wording = _engine(recipe, config), rank_fingerprint(config.prompt, recipe.domain)
+    model, encoder = model_identity(engine.model, engine.revision), encoder_identity(recipe.encoder)
+    tuned_print = fingerprint(prepared.fingerprint, model, wording, config.decides_adapter, encoder, __version__)
+    job = TuningJob(
+        folder=f"ranking/{tuned_print[:16]}",
+        model=engine.model,
+        revision=engine.revision,
+        wording=wording,
+        settings=config.tuning,
+        template_options=config.template_options,
+    )
+
+    def body() -> tuple[Counts, Outputs]:
+        if recipe.split.history_length <= config.data.behaviours:
+            warn(
+                f"split.history_length is {recipe.split.history_length}, and a prompt shows {config.data.behaviours} "
+                "behaviours: retrieved ones are the recent ones. Raise split.history_length and prepare again."
+            )
+        retriever = item_retriever(workspace, recipe.encoder, config.projection)
+        counts: Counts = {}
+        counts |= write_questions(workspace, job.folder, config, recipe.domain, retriever, token_counter(engine))
+        note(f"{counts['train_rows']:,} rows to tune on, from {counts['train_samples']:,} samples")
+        with ray_session(recipe.ray, workspace.log_path("ray")):
+            with progress("tuning", None, "steps") as advance:
+                adapter = tune_adapter(workspace, job, advance)
+            best = adapter.manifest.progress
+            note(f"best valid AUC {best.best_auc:.4f}, after {best.best_step} of {best.step} steps")
+            valid, test = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("valid", "test"))
+            questions = [(row["system"], row["text"]) for rows in (valid, test) for row in rows.to_pylist()]
+            models: dict[str, Adapter | None] = {"zero-shot": None} if config.judging.zero_shot else {}
+            models["tuned"] = adapter
+            with progress("scoring", len(models) * len(questions), "questions") as advance:
+                scores = score_questions(
+                    engine,
+                    questions,
+                    models,
+                    log_path=str(workspace.log_path("score")),
+                    use_gpu=config.tuning.use_gpu,
+                    template_options=config.template_options,
+                    on_scored=advance,
+                )
+        judgements = judge_models(workspace, job.folder, valid, test, scores, config.calibration)
+        table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
+        counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}
+        return counts, {"adapter": job.adapter, "judgements": f"{job.folder}/judgements.json"}
+
+    print_ = fingerprint(tuned_print, config, engine)
+    return execute(workspace, "tune_ranker", print_, f"{engine.model}, {config.data.shots or 'all'} shots", body)
+
+
+def _engine(recipe: Recipe, config: RankingConfig) -> VllmEngineConfig:
+    engine = config.engine or recipe.engine
+    if not isinstance(engine, VllmEngineConfig):
+        raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
+    return engine
+
+
+if __name__ == "__main__":
+    main(run, __doc__ or "")

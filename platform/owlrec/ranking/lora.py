@@ -1,0 +1,215 @@
+"""Tunes the ranker's adapter on Ray Train workers, and scores with it in an engine actor: the only file of this package
+that knows Ray.
+
+Checkpoints go to the workspace, not to Ray: a run then goes on where it stood after a lost worker (Ray restarts the
+group) and after a lost driver (the same command again) alike.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from owlrec.config import Config
+from owlrec.ctr.training import fit_workers
+from owlrec.errors import EngineError, root_mistake
+from owlrec.generation import VllmEngineConfig
+from owlrec.generation.models import load_tokenizer, model_identity, resolve_model
+from owlrec.quiet import redirect_output
+from owlrec.ranking.adapters import Adapter, open_adapter, save_adapter
+from owlrec.ranking.experiment import TuningConfig
+from owlrec.workspace import Workspace
+
+_POLL_S = 0.5
+_AT_ONCE = 256  # questions of a call of the actor: how often progress shows
+
+
+class TuningJob(Config):
+    """What every worker is told: names only, for each reads rows and model itself."""
+
+    folder: str  # of the run, in the workspace: it holds train.parquet and valid.parquet (samples.TUNING_ROWS)
+    model: str
+    revision: str | None
+    wording: str  # prompting.rella.rank_fingerprint
+    settings: TuningConfig
+    template_options: dict[str, Any] = {}
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's folder."""
+        return f"{self.folder}/adapter"
+
+    @property
+    def checkpoint(self) -> str:
+        """Where the run stands; gone once the adapter is there."""
+        return f"{self.folder}/checkpoint.safetensors"
+
+
+def tune_adapter(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None] | None = None) -> Adapter:
+    """The adapter of a job: tuned, or tuned on from its checkpoint, or found finished.
+
+    Ray must be initialised. Worker output goes to the workspace's log file `tune_ranker`. on_steps: called with
+    how many more steps are done, from a second thread of this process. Raises what a worker raised, if it is an
+    OwlRecError.
+    """
+    if not workspace.exists(job.adapter, "ranker.json"):
+        with _announcing(workspace, job, on_steps):
+            fit_workers(
+                workspace,
+                _tune,
+                {"workspace": workspace, "job": job.model_dump(mode="json")},
+                name=f"{job.folder}/ray/tune",
+                num_workers=job.settings.num_workers,
+                use_gpu=job.settings.use_gpu,
+                threads=job.settings.threads,
+                max_failures=job.settings.max_failures,
+            )
+        workspace.delete_file(job.checkpoint)
+        workspace.delete_file(_progress_file(job))
+    return open_adapter(workspace, job.adapter, model=model_identity(job.model, job.revision), wording=job.wording)
+
+
+def score_questions(
+    engine: VllmEngineConfig,
+    questions: Sequence[tuple[str, str]],
+    adapters: Mapping[str, Adapter | None],
+    *,
+    log_path: str,
+    use_gpu: bool = False,
+    template_options: Mapping[str, Any] | None = None,
+    on_scored: Callable[[int], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Of each adapter, by its name, the probabilities of Yes: float64 [n], nan where a question cannot be asked.
+
+    None stands for the model as it is. One actor holds the one engine, which ends with the call. Ray must be
+    initialised. Raises EngineError where it cannot start or dies.
+    """
+    import ray
+
+    ranks = [adapter.manifest.rank for adapter in adapters.values() if adapter is not None]
+    # On a CPU an engine with fewer cores than the machine has runs that much slower.
+    cpus = 1 if use_gpu else engine.threads or os.cpu_count() or 1
+    actor = ray.remote(_Scoring).options(num_cpus=cpus, num_gpus=int(use_gpu)).remote(log_path)
+    try:
+        ray.get(actor.start.remote(engine, max(ranks, default=None), template_options))
+        found = {}
+        for name, adapter in adapters.items():
+            parts = []
+            for start in range(0, len(questions), _AT_ONCE):
+                asked = list(questions[start : start + _AT_ONCE])
+                parts.append(ray.get(actor.score.remote(asked, adapter.folder if adapter else None)))
+                if on_scored:
+                    on_scored(len(asked))
+            found[name] = np.concatenate([np.empty(0), *parts])
+        return found
+    except ray.exceptions.RayError as error:
+        mistake = root_mistake(error) or EngineError(f"the scoring engine has died ({error}). See {log_path}.")
+        raise mistake from None
+    finally:
+        ray.kill(actor)
+
+
+class _Scoring:
+    """The actor. What is wrong with an engine is raised by `start`: raised here, Ray would keep a traceback of it."""
+
+    def __init__(self, log_path: str) -> None:
+        redirect_output(log_path)
+
+    def start(
+        self, engine: VllmEngineConfig, lora_rank: int | None, template_options: Mapping[str, Any] | None
+    ) -> None:
+        from owlrec.ranking.scorer import Scorer
+
+        self._scorer = Scorer(engine, lora_rank=lora_rank, template_options=template_options)
+
+    async def score(self, questions: list[tuple[str, str]], adapter: str | None) -> np.ndarray:
+        return (await self._scorer.score(questions, adapter)).probabilities
+
+
+def _tune(loop_config: dict[str, Any]) -> None:
+    """What each worker runs."""
+    workspace: Workspace = loop_config["workspace"]
+    redirect_output(workspace.log_path("tune_ranker"))
+    import pyarrow.compute as pc
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+    from safetensors.torch import save
+
+    from owlrec.ranking.checkpoints import Checkpoint, Progress
+    from owlrec.ranking.examples import tokenise
+    from owlrec.ranking.tuning import Schedule, Worker, load_model, tune
+
+    job = TuningJob.model_validate(loop_config["job"])
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    torch.set_num_threads(job.settings.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    tokenizer = load_tokenizer(job.model, job.revision)
+    train, valid = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("train", "valid"))
+    valid = valid.filter(pc.is_in(valid["shown"], pc.unique(train["shown"])))  # stopped by what is tuned on
+    to_tune, to_stop = (
+        tokenise(rows, tokenizer, max_tokens=job.settings.max_tokens, template_options=job.template_options)
+        for rows in (train, valid)
+    )
+    model = load_model(resolve_model(job.model), job.revision, job.settings)
+    steps = Schedule(len(to_tune), job.settings).steps
+    # All ranks read the same one: none is written before every rank takes part in a step.
+    start = Checkpoint.from_bytes(workspace.read_bytes(job.checkpoint)) if workspace.exists(job.checkpoint) else None
+
+    def tell(progress: Progress) -> None:
+        about = {"step": progress.step, "steps": steps, "loss": progress.losses[-1], "pid": os.getpid()}
+        workspace.write_json(_progress_file(job), about)
+
+    tuned = tune(
+        model,
+        to_tune,
+        to_stop,
+        job.settings,
+        worker,
+        resume=start,
+        on_step=tell,
+        keep=lambda checkpoint: workspace.write_bytes(job.checkpoint, checkpoint.to_bytes()),
+    )
+    if worker.rank == 0:
+        save_adapter(
+            workspace,
+            job.adapter,
+            save(tuned.weights, {"format": "pt"}),
+            tuned.settings | {"base_model_name_or_path": job.model, "revision": job.revision},
+            model=model_identity(job.model, job.revision),
+            wording=job.wording,
+            progress=tuned.progress,
+        )
+
+
+def _progress_file(job: TuningJob) -> str:
+    return f"{job.folder}/progress.json"
+
+
+@contextmanager
+def _announcing(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None] | None) -> Iterator[None]:
+    """Calls `on_steps` while the block runs; `fit` blocks, and Ray's callbacks run elsewhere."""
+    if on_steps is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def watch() -> None:
+        last, told = False, 0
+        while not last:
+            last = stop.wait(_POLL_S)  # one more look after the block has ended
+            done = workspace.read_json(_progress_file(job))["step"] if workspace.exists(_progress_file(job)) else 0
+            if done > told:  # after a restart steps are done again
+                on_steps(done - told)
+                told = done
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,87 @@
+"""Tuning on Ray Train workers, one of which is killed; what a worker complains of; the adapter that is left."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
+from toy_taste import toy_examples, toy_rows, toy_texts  # type: ignore[import-not-found]
+
+from owlrec.errors import RecipeError
+from owlrec.generation.models import model_identity
+from owlrec.ranking.experiment import TuningConfig
+from owlrec.ranking.lora import TuningJob, tune_adapter
+from owlrec.ranking.tuning import load_model, tune
+from owlrec.workspace import Workspace
+
+pytestmark = pytest.mark.ray
+FAST: dict[str, Any] = {
+    "dtype": "float32",
+    "learning_rate": 0.02,
+    "dropout": 0.0,  # it differs between one worker and two
+    "batch_rows": 8,
+    "epochs": 4,
+    "patience": 9,
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_ranker(tmp_path_factory.mktemp("ranker"), toy_texts())
+
+
+def a_job(workspace: Workspace, model: str, **settings: Any) -> TuningJob:
+    for split, n, seed in (("train", 48, 0), ("valid", 20, 1)):
+        workspace.write_parquet(f"ranking/abc/{split}.parquet", toy_rows(n, seed))
+    config = TuningConfig(**FAST | settings)
+    return TuningJob(folder="ranking/abc", model=model, revision=None, wording="w" * 64, settings=config)
+
+
+def test_two_workers_of_which_one_is_killed_tune_as_one_does(
+    ray_local: None, workspace: Workspace, model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = a_job(workspace, model, num_workers=2, max_failures=2, checkpoint_steps=1)
+    killed: list[int] = []
+
+    def kill() -> None:
+        progress = Path(workspace.path("ranking/abc/progress.json"))
+        while not killed:
+            time.sleep(0.02)
+            if progress.exists():
+                about = workspace.read_json("ranking/abc/progress.json")
+                if about["step"] >= 3:
+                    os.kill(about["pid"], signal.SIGKILL)
+                    killed.append(about["step"])
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    told: list[int] = []
+    adapter = tune_adapter(workspace, job, told.append)
+    killer.join(5)
+    assert killed
+    assert 3 <= killed[0] < 24
+    alone = tune(
+        load_model(model, None, job.settings), toy_examples(model, 48), toy_examples(model, 20, 1), job.settings
+    )
+    found, expected = adapter.manifest.progress, alone.progress
+    assert found.step == expected.step == sum(told) == 24
+    assert found.losses == pytest.approx(expected.losses, abs=2e-3)
+    assert found.best_step == expected.best_step
+    assert adapter.manifest.model == model_identity(model)
+
+    assert sorted(workspace.names("ranking/abc")) == ["adapter", "ray", "train.parquet", "valid.parquet"]
+    assert workspace.names("ranking/abc/ray") == []
+    before = workspace.read_bytes("ranking/abc/adapter/adapter_model.safetensors")
+    assert tune_adapter(workspace, job) == adapter  # tuned already: no worker starts
+    assert workspace.read_bytes("ranking/abc/adapter/adapter_model.safetensors") == before
+    assert capfd.readouterr().err == ""
+
+
+def test_a_workers_complaint_arrives_as_it_was_raised(ray_local: None, workspace: Workspace, model: str) -> None:
+    with pytest.raises(RecipeError, match=r"has \d+ tokens, but 20 are allowed"):
+        tune_adapter(workspace, a_job(workspace, model, max_tokens=20, max_failures=0))

@@ -1,0 +1,115 @@
+"""The whole stage on a prepared workspace, with a tiny model: tuned on one word of the title, it ranks by that word."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
+from toy_taste import NOUNS, toy_texts  # type: ignore[import-not-found]
+
+from owlrec import schema
+from owlrec.errors import EngineError, RecipeError, WorkspaceError
+from owlrec.recipe import Recipe
+from owlrec.workspace import StageManifest, Workspace, finish_stage, finished_stage
+from pipelines.tune_ranker import run
+
+
+def prepare(workspace: Workspace) -> None:
+    """60 users who watched old films so far; of new ones they like the bright."""
+    rng = np.random.default_rng(0)
+    titles = [f"{shade} {noun}" for shade in ("Bright", "Dark", "Old") for noun in NOUNS]
+    ids = pa.array(range(len(titles)), pa.int64())
+    items = pa.table({"item_id": ids, "raw_id": ids.cast(pa.string()), "title": titles})
+    people = pa.array(range(60), pa.int64())
+    users = pa.table({"user_id": people, "raw_id": people.cast(pa.string()), "gender": ["female", "male"] * 30})
+    rows: list[dict[str, Any]] = []
+    for user in range(60):
+        split = "train" if user < 30 else "valid" if user < 42 else "test"
+        for moment in range(6):
+            item = int(rng.integers(2 * len(NOUNS)))
+            history = rng.integers(2 * len(NOUNS), len(titles), 6).tolist()
+            ratings = rng.integers(1, 6, 6).astype(float).tolist()
+            row = {"user_id": user, "item_id": item, "label": float(item < len(NOUNS)), "timestamp": moment}
+            rows.append({**row, "history": history, "history_ratings": ratings, "split": split})
+    workspace.write_table("users", users, key="user_id", n_shards=2)
+    workspace.write_table("items", items, key="item_id", n_shards=2)
+    workspace.write_table("samples", pa.Table.from_pylist(rows, schema=schema.SAMPLES), key="user_id", n_shards=2)
+    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="f" * 64, seconds=0, finished=0))
+
+
+def recipe_for(workspace: Workspace, model: str = "nowhere", **ranking: Any) -> Recipe:
+    engine = {"type": "vllm", "model": model, "dtype": "float32", "max_model_len": 512, "threads": 1, "kv_cache_gib": 1}
+    values: dict[str, Any] = {"name": "t", "scenario": "movies", "workspace": workspace.root, "engine": engine}
+    values["ranking"] = {
+        "data": {"shots": 120, "behaviours": 4},
+        "tuning": {"dtype": "float32", "learning_rate": 0.02, "batch_rows": 16, "epochs": 3, "threads": 1},
+        "judging": {"valid_samples": 40, "test_samples": 60, "shown": ["recent", "mixed"]},
+        **ranking,
+    }
+    return Recipe.model_validate({**values, "source": {"type": "movielens-100k"}})
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+def test_the_stage_tunes_calibrates_and_judges(
+    ray_local: None, workspace: Workspace, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(workspace)
+    recipe = recipe_for(workspace, write_tiny_ranker(tmp_path / "model", toy_texts()))
+    manifest = run(recipe, workspace)
+    assert finished_stage(workspace, "tune_ranker") == manifest
+    counts = manifest.counts
+    assert (counts["train_rows"], counts["valid_rows"], counts["test_rows"]) == (240, 120, 120)
+    judged = {(j["model"], j["shown"]): j for j in workspace.read_json(manifest.outputs["judgements"])}
+    assert list(judged) == [(m, s) for m in ("zero-shot", "tuned") for s in ("recent", "mixed")]
+    for shown in ("recent", "mixed"):
+        tuned, plain = judged["tuned", shown], judged["zero-shot", shown]
+        assert tuned["rows"] == 60
+        assert tuned["auc"] > max(0.9, plain["auc"] + 0.1)
+        assert tuned["log_loss"] < 0.5
+    assert {"adapter_config.json", "adapter_model.safetensors", "ranker.json"} == set(
+        workspace.names(manifest.outputs["adapter"])
+    )
+    assert "test split" in capsys.readouterr().out
+
+    assert run(recipe, workspace) == manifest
+    assert "done already" in capsys.readouterr().out
+
+
+def test_what_the_stage_lacks_is_named(workspace: Workspace) -> None:
+    with pytest.raises(WorkspaceError, match="no tables yet"):
+        run(recipe_for(workspace), workspace)
+    prepare(workspace)
+    with pytest.raises(RecipeError, match=r"Add `ranking: \{\}`"):
+        run(recipe_for(workspace).model_copy(update={"ranking": None}), workspace)
+    echo = Recipe.model_validate({**recipe_for(workspace).model_dump(exclude={"engine"}), "engine": {"type": "echo"}})
+    with pytest.raises(RecipeError, match="engine is echo, but vLLM must rank"):
+        run(echo, workspace)
+
+
+@pytest.mark.ray
+def test_a_model_that_cannot_be_asked_is_named_by_the_scoring_actor(ray_local: None, tmp_path: Any) -> None:
+    from owlrec.generation import VllmEngineConfig
+    from owlrec.ranking.lora import score_questions
+
+    engine = VllmEngineConfig(type="vllm", model=write_tiny_ranker(tmp_path, ["text"], template=None), threads=1)
+    with pytest.raises(EngineError, match="no chat template") as found:
+        score_questions(engine, [("s", "t")], {"zero-shot": None}, log_path=str(tmp_path / "log"))
+    assert "ray" not in str(found.value)
+
+
+def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged() -> None:
+    def decided(**ranking: Any) -> dict[str, Any]:
+        section = recipe_for(Workspace("/tmp"), **ranking).ranking
+        assert section is not None
+        return section.decides_adapter
+
+    usual = decided(tuning={})
+    for same in ({"threads": 2}, {"num_workers": 4}, {"use_gpu": True}, {"max_failures": 3}, {"micro_tokens": 9}):
+        assert decided(tuning=same) == usual
+    assert decided(tuning={}, calibration="isotonic") == usual
+    for other in ({"rank": 4}, {"learning_rate": 1e-4}, {"seed": 1}, {"batch_rows": 8}, {"dtype": "float32"}):
+        assert decided(tuning=other) != usual
+    assert decided(tuning={}, judging={"valid_samples": 41}) != decided(tuning={}, judging={"valid_samples": 40})
+    assert decided(tuning={}, data={"shots": 121}) != usual
