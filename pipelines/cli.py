@@ -72,6 +72,14 @@ def refresh(
         repeat(lambda signals: run_refresh(settings, open_workspace(settings), signals=signals), watch)
 
 
+@app.command("tune-ranker")
+def tune_ranker(recipe: RecipePath, workspace: WorkspaceOption = None) -> None:
+    """Tune the LLM ranker of a prepared run, and judge it beside the model as it is."""
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace)
+        _stage("tune_ranker")(settings, open_workspace(settings))
+
+
 @app.command("import")
 def import_(
     recipe: RecipePath,
