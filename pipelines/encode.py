@@ -11,9 +11,9 @@ from owlrec.encoding.coded_vectors import CODED_KINDS, code_vectors
 from owlrec.encoding.encoder import Encoder, encoder_identity
 from owlrec.encoding.importing_vectors import imported_vectors, take_imported
 from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
-from owlrec.errors import WorkspaceError
+from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.generation.shards import KINDS, read_knowledge
-from owlrec.ops.console import progress
+from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
 from pipelines.cohorts import cohorts_folder
@@ -42,14 +42,19 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
 
         def keep(source: str, kind: str, table: pa.Table) -> None:
             name = f"{source}-{kind}"
+            sizes: tuple[int, ...] = ()
             counts[f"{source}_{kind}"] = table.num_rows
-            if recipe.encoder.semantic_ids and kind in CODED_KINDS and table.num_rows:
-                coded = code_vectors(table, recipe.encoder.semantic_ids)
-                coded.save(workspace, folder, name)
-                counts.update({f"{source}_{kind}_{figure}": n for figure, n in coded.report.counts().items()})
-                table = coded.table
+            # Members of a cohort share its vector, and have its name for a category.
+            if recipe.encoder.semantic_ids and kind in CODED_KINDS and source != "collective" and table.num_rows:
+                try:
+                    coded = code_vectors(table, recipe.encoder.semantic_ids)
+                    coded.save(workspace, folder, name)
+                    counts.update({f"{source}_{kind}_{figure}": n for figure, n in coded.report.counts().items()})
+                    table, sizes = coded.table, coded.quantiser.sizes
+                except SchemaError as error:  # too many equal vectors, say: what was encoded is worth more than its ids
+                    note(f"{name} has no semantic ids: {error}")
             workspace.write_parquet(f"{folder}/{name}.parquet", table)
-            KnowledgeTable.from_table(table, kind).save(workspace.local_path(folder, name))
+            KnowledgeTable.from_table(table, kind, sizes).save(workspace.local_path(folder, name))
 
         with progress("encoding", total, "texts") as advance:
             for kind in KINDS:

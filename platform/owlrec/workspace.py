@@ -7,7 +7,7 @@ never sees half a file, and "the manifest exists" means "what it lists exists". 
     tables/<name>/part-00000.parquet      users, items, interactions, histories, samples; part i holds hash(id) % n == i
     knowledge/<fingerprint>/<kind>/       shard-00000.parquet, then its manifest shard-00000.json; dead/ beside them
     knowledge/<fingerprint>/decoder.json  what the speculative decoder counted
-    vectors/<fingerprint>/<name>.parquet  encoded knowledge and metadata
+    vectors/<fingerprint>/<name>.parquet  encoded knowledge and metadata; quantisers/<name>/ beside them
     releases/<time>-<fingerprint8>/       immutable; releases/CURRENT names the one in force
     ctr/<fingerprint>/                    one folder a trial: result.json, model.safetensors
     pools/<release>/<pool>/               retrieval pools of a release's texts

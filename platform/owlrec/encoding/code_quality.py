@@ -43,7 +43,7 @@ def measure_codes(quantiser: "Quantiser", codes: np.ndarray, vectors: np.ndarray
 
     codes: uint16 [n, levels + 1], the duplicate digit last; vectors: float [n, d], aligned; n >= 1.
     """
-    levels, sizes = codes[:, :-1], [len(book) for book in quantiser.codebooks]
+    levels, sizes = codes[:, :-1], quantiser.sizes
     error = energy = 0.0
     for start in range(0, len(codes), _ROWS_AT_ONCE):
         exact = np.asarray(vectors[start : start + _ROWS_AT_ONCE], dtype=np.float64)

@@ -63,6 +63,11 @@ class Quantiser:
         """Components of a vector."""
         return int(self.codebooks[0].shape[1])
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many codes each level has."""
+        return tuple(len(book) for book in self.codebooks)
+
     def encode(self, vectors: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         """The codes of vectors: float [n, d] to uint16 [n, levels].
 
@@ -81,7 +86,7 @@ class Quantiser:
         Coding these again may give other codes, of a sum of centroids that lies as near.
         Raises SchemaError for codes of another shape, or one that its level does not have.
         """
-        codes, sizes = np.asarray(codes), np.array([len(book) for book in self.codebooks])
+        codes, sizes = np.asarray(codes), np.array(self.sizes)
         if codes.ndim != 2 or codes.shape[1] != len(sizes):
             raise SchemaError(
                 f"semantic ids: the codes are {list(codes.shape)}, but this quantiser's are [n, {len(sizes)}]. "

@@ -209,7 +209,7 @@ def _build(
 ) -> ReleaseManifest:
     writer = LmdbWriter(folder / STORE)
     for kind, quantiser in quantisers.items():
-        writer.semantic_ids[kind] = SemanticIdEntry(sizes=tuple(len(book) for book in quantiser.codebooks))
+        writer.semantic_ids[kind] = SemanticIdEntry(sizes=quantiser.sizes)
         quantiser.save(Workspace(folder), quantiser_folder(kind))
     if base:
         writer.dim, writer.as_of_min, writer.as_of_max = base[0].dim, base[0].as_of_min, base[0].as_of_max
