@@ -17,6 +17,7 @@ from owlrec.ctr.scores import FILE as SCORES_FILE
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
+VOCABULARIES = "vocabularies.parquet"
 _SEPARATOR = "/"
 
 
@@ -59,12 +60,17 @@ def save_vocabularies(workspace: Workspace, fingerprint: str, vocabularies: Voca
     values = [pa.concat_arrays([pa.array([None], pa.string()), v.cast(pa.string())]) for v in fields.values()]
     names = [pa.array([name] * len(v), pa.string()) for name, v in zip(fields, values, strict=True)]
     table = pa.table({"field": pa.concat_arrays(names), "value": pa.concat_arrays(values)})
-    workspace.write_parquet(f"{grid_folder(fingerprint)}/vocabularies.parquet", table)
+    workspace.write_parquet(f"{grid_folder(fingerprint)}/{VOCABULARIES}", table)
 
 
 def load_vocabularies(workspace: Workspace, fingerprint: str) -> Vocabularies:
     """What `save_vocabularies` wrote. Raises WorkspaceError where it is missing."""
-    table = workspace.read_parquet(f"{grid_folder(fingerprint)}/vocabularies.parquet")
+    return read_vocabularies(workspace, f"{grid_folder(fingerprint)}/{VOCABULARIES}")
+
+
+def read_vocabularies(workspace: Workspace, path: str) -> Vocabularies:
+    """Vocabularies from a file that `save_vocabularies` wrote, or a copy of it."""
+    table = workspace.read_parquet(path)
     fields = {
         name: table.filter(pc.equal(table["field"], name))["value"].drop_null().combine_chunks()
         for name in pc.unique(table["field"]).to_pylist()

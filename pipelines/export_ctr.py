@@ -1,0 +1,86 @@
+"""The trial with the best valid AUC as an artifact that a serving process opens, checked against the trainer."""
+
+from owlrec import __version__
+from owlrec.ctr.arms import arm_parts, arm_sources
+from owlrec.ctr.artifact import PROGRAM, ModelCard, Precision, finish_artifact, write_artifact
+from owlrec.ctr.experiment import TrialResult, finished_trials, trials
+from owlrec.ctr.export import load_vocabularies
+from owlrec.ctr.features import encode_items
+from owlrec.ctr.fitting import tables_of
+from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.parity import TOLERANCE, largest_difference
+from owlrec.ctr.program import export_program
+from owlrec.ctr.scoring import Scorer
+from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
+from owlrec.ops.console import note
+from owlrec.recipe import Recipe
+from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from pipelines.stage import Counts, Outputs, execute, main
+from pipelines.train_ctr import vector_folders
+
+
+def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half: bool = False) -> StageManifest:
+    """Writes the artifact; its folder is the manifest's output `model`.
+
+    trial: its path (din/knowledge/seed-0), in place of the best one. half: fields of knowledge as float16.
+    """
+    trained, encoded = finished_stage(workspace, "train_ctr"), finished_stage(workspace, "encode")
+    if trained is None:
+        raise WorkspaceError(f"{workspace.root}: nothing trained yet. Run `prepare` to `train_ctr` first.")
+    grid = trained.outputs["grid"]
+    best = _chosen(finished_trials(workspace, grid, trials(recipe.ctr)), trial)
+    precision: Precision = "float16" if half else "float32"
+
+    def body() -> tuple[Counts, Outputs]:
+        folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
+        sources = arm_sources(best.arm, folders)
+        knowledge = {
+            source: {side: KnowledgeTable.open(workspace.local_path(path)) for side, path in folders[source].items()}
+            for source in {*sources.user, *sources.item}
+        }
+        tables = tables_of(best.trial, knowledge)
+        items = encode_items(workspace.read_table("items"), load_vocabularies(workspace, grid))
+        folder = write_artifact(workspace, grid, best, items, tables, precision=precision)
+        scorer = Scorer.load(workspace, folder)
+        example = scorer.batch(int(scorer.users.ids[0]), items.ids[:3].tolist() or [0, 0, 0])
+        workspace.write_bytes(f"{folder}/{PROGRAM}", export_program(scorer.model, example))
+        differences = {}
+        for name, path in (("model", scorer), ("program", Scorer.load(workspace, folder, program=True))):
+            differences[name] = largest_difference(path, workspace, grid, best.trial)
+            if not differences[name] <= TOLERANCE[precision]:
+                raise WorkspaceError(
+                    f"{workspace.path(folder)}: the exported {name} scores up to {differences[name]:.1e} off the "
+                    f"trainer's test scores. Were tables or vectors rewritten since? Run `train_ctr` again."
+                )
+        note(f"{best.trial.path}, valid AUC {best.valid.auc:.4f}; largest difference {max(differences.values()):.1e}")
+        card = ModelCard(
+            trial=best.trial,
+            grid=grid,
+            precision=precision,
+            users=len(scorer.users),
+            items=len(items.ids),
+            adapted={side: len(fields.table) for side, fields in scorer.adapted.items()},
+            valid=best.valid,
+            test=best.test,
+        )
+        finish_artifact(workspace, folder, card)
+        counts: Counts = {"users": card.users, "items": card.items}
+        counts |= {f"{name}_difference": difference for name, difference in differences.items()}
+        return counts, {"model": folder}
+
+    print_ = fingerprint(grid, best.trial, precision, __version__)
+    return execute(workspace, "export_ctr", print_, f"{best.trial.path} as an artifact", body)
+
+
+def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
+    """The best on valid among trials that could be served: shuffled knowledge is a control, not a model."""
+    servable = {r.trial.path: r for r in results if arm_parts(r.arm)[0] != "shuffled"}
+    if path is not None and path not in servable:
+        raise RecipeError(f"there is no trained trial '{path}' to export.{did_you_mean(path, servable)}")
+    if not servable:
+        raise WorkspaceError("no trial of the recipe's arms has finished, or only shuffled ones. Run `train_ctr`.")
+    return servable[path] if path else max(servable.values(), key=lambda r: r.valid.auc)
+
+
+if __name__ == "__main__":
+    main(run, __doc__ or "", half="fields of knowledge as float16: half the size")

@@ -1,0 +1,39 @@
+"""Whether an artifact scores as the trainer did: the trainer's own test scores, asked for again one request at a time.
+
+Each row becomes a request of its user, who brings the history that the sample had. Everything between the two is
+thereby compared: the encoding of features, prestored fields, the model's one-user path, the program.
+"""
+
+import numpy as np
+import pyarrow.compute as pc
+
+from owlrec.ctr.artifact import Precision
+from owlrec.ctr.experiment import Trial
+from owlrec.ctr.scores import read_grid_scores
+from owlrec.ctr.scoring import Scorer, User
+from owlrec.errors import WorkspaceError
+from owlrec.workspace import Workspace
+
+# In probability. float32 sums in another order differ by some 1e-7; half precision keeps eleven bits of each field.
+TOLERANCE: dict[Precision, float] = {"float32": 1e-5, "float16": 2e-3}
+
+
+def largest_difference(scorer: Scorer, workspace: Workspace, grid: str, trial: Trial, *, rows: int = 200) -> float:
+    """Over `rows` test samples, evenly spaced: the largest difference in probability from what the trial scored.
+
+    Raises WorkspaceError where the trial left no test scores, or of other samples than the workspace has.
+    """
+    samples = workspace.read_table("samples")
+    samples = samples.filter(pc.equal(samples["split"], "test"))
+    scored = read_grid_scores(workspace, grid, [trial])
+    if scored is None or not np.array_equal(scored.user_ids, samples["user_id"].to_numpy()):
+        raise WorkspaceError(
+            f"{workspace.root}: the test scores of {trial.path} are missing, or of other samples than `prepare` wrote "
+            f"last. Run `train_ctr` again."
+        )
+    chosen = np.unique(np.linspace(0, samples.num_rows - 1, rows).astype(np.int64))
+    found = [
+        scorer.score(User(row["user_id"], row["history"], row["history_ratings"]), [row["item_id"]])[0]
+        for row in samples.take(chosen).to_pylist()
+    ]
+    return float(np.abs(np.array(found) - scored.scores[trial.path][chosen]).max())

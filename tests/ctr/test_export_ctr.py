@@ -1,0 +1,124 @@
+"""The export stage: which trial it takes, that it checks what it wrote, and what it says where it cannot."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from owlrec import schema
+from owlrec.ctr.artifact import read_card
+from owlrec.ctr.experiment import CTRConfig, Trial
+from owlrec.ctr.export import export_trial, save_vocabularies
+from owlrec.ctr.fitting import train_one
+from owlrec.ctr.scoring import Scorer
+from owlrec.errors import RecipeError, WorkspaceError
+from owlrec.recipe import Recipe
+from owlrec.workspace import StageManifest, Workspace, finish_stage
+from pipelines.export_ctr import run
+
+torch.set_num_threads(1)
+GRID = "beef" * 16
+# The shuffled trial has the best valid AUC by far: it must not be taken all the same.
+VALID = {("din", "none"): 0.6, ("dcnv2", "knowledge"): 0.8, ("din", "knowledge"): 0.7, ("din", "shuffled"): 0.9}
+
+
+def recipe(workspace: Workspace) -> Recipe:
+    ctr = CTRConfig(
+        backbones=("din", "dcnv2"),
+        arms=("none", "knowledge", "shuffled"),
+        seeds=(0,),
+        batch_size=256,
+        epochs=1,
+        embed_dim=8,
+        hidden_dims=(16, 8),
+    )
+    parts = {"source": {"type": "movielens-100k"}, "engine": {"type": "echo"}}
+    return Recipe.model_validate(
+        {"name": "toy", "scenario": "movies", "workspace": workspace.root, "ctr": ctr.model_dump(), **parts}
+    )
+
+
+@pytest.fixture
+def trained(workspace: Workspace, toy_world: Any) -> Workspace:
+    """What `prepare`, `encode` and `train_ctr` leave, with valid AUCs as VALID has them."""
+    samples = toy_world.samples
+    events = {name: samples[name] for name in ("user_id", "item_id", "timestamp")}
+    ratings = pa.array([3.0] * samples.num_rows, pa.float32())
+    interactions = pa.table({**events, "rating": ratings}).select(schema.INTERACTIONS.names)
+    for name, table, key in (
+        ("users", toy_world.users, "user_id"),
+        ("items", toy_world.items, "item_id"),
+        ("samples", samples, "user_id"),
+        ("interactions", interactions.cast(schema.INTERACTIONS), "user_id"),
+    ):
+        workspace.write_table(name, table, key=key, n_shards=1)
+    for table, kind in zip(toy_world.vectors, ("user", "item"), strict=True):
+        table.save(workspace.local_path("vectors", "abc", f"knowledge-{kind}"))
+    data = dataclasses.replace(toy_world, samples=workspace.read_table("samples")).data
+    for (backbone, arm), auc in VALID.items():
+        done = train_one(Trial(backbone=backbone, arm=arm, seed=0), data, recipe(workspace).ctr)  # type: ignore[arg-type]
+        valid = done.result.valid.model_copy(update={"auc": auc})
+        export_trial(workspace, GRID, dataclasses.replace(done, result=done.result.model_copy(update={"valid": valid})))
+    save_vocabularies(workspace, GRID, data.features.vocabularies)
+    for stage, outputs in (("encode", {"vectors": "vectors/abc"}), ("train_ctr", {"grid": GRID})):
+        finish_stage(workspace, StageManifest(stage=stage, fingerprint=stage, seconds=1, finished=1, outputs=outputs))
+    return workspace
+
+
+def test_the_best_trial_on_valid_is_exported_and_checked(trained: Workspace) -> None:
+    manifest = run(recipe(trained), trained)
+    assert manifest.outputs["model"] == f"models/{GRID[:16]}-dcnv2-knowledge-seed-0"
+    assert trained.names(manifest.outputs["model"]) == [
+        "adapted-item",
+        "adapted-user",
+        "items.safetensors",
+        "model.json",
+        "model.safetensors",
+        "program.pt2",
+        "spec.json",
+        "users",
+        "vocabularies.parquet",
+    ]
+    card = read_card(trained, manifest.outputs["model"])
+    assert (card.users, card.items, card.adapted) == (150, 20, {"user": 150, "item": 20})
+    assert card.valid.auc == 0.8
+    for path in ("model", "program"):
+        assert float(manifest.counts[f"{path}_difference"]) < 1e-5
+    scores = Scorer.open(trained, manifest.outputs["model"], program=True).score(3, range(20))
+    np.testing.assert_allclose(scores, Scorer.open(trained, manifest.outputs["model"]).score(3, range(20)), atol=1e-6)
+    assert run(recipe(trained), trained) == manifest  # done already
+
+
+def test_a_trial_may_be_named(trained: Workspace) -> None:
+    manifest = run(recipe(trained), trained, trial="din/none/seed-0", half=True)
+    assert manifest.outputs["model"].endswith("din-none-seed-0")
+    assert read_card(trained, manifest.outputs["model"]).adapted == {}
+    with pytest.raises(RecipeError, match=r"no trained trial 'din/nono/seed-0'.*Did you mean 'din/none/seed-0'"):
+        run(recipe(trained), trained, trial="din/nono/seed-0")
+    with pytest.raises(RecipeError, match="no trained trial"):
+        run(recipe(trained), trained, trial="din/shuffled/seed-0")
+
+
+def test_scores_off_the_trainers_are_refused(trained: Workspace) -> None:
+    path = f"ctr/{GRID[:16]}/dcnv2/knowledge/seed-0/test_scores.parquet"
+    table = trained.read_parquet(path)
+    moved = table.set_column(3, "score", pa.array(table["score"].to_numpy() * 0.9))
+    trained.write_parquet(path, moved)
+    with pytest.raises(WorkspaceError, match=r"scores up to .* off the trainer's.*train_ctr"):
+        run(recipe(trained), trained)
+    with pytest.raises(WorkspaceError, match=r"model\.json does not exist"):
+        Scorer.open(trained, f"models/{GRID[:16]}-dcnv2-knowledge-seed-0")
+
+
+def test_other_samples_than_were_scored_are_refused(trained: Workspace) -> None:
+    trained.write_table("samples", trained.read_table("samples").slice(0, 2990), key="user_id", n_shards=1)
+    with pytest.raises(WorkspaceError, match="of other samples than `prepare` wrote"):
+        run(recipe(trained), trained)
+
+
+def test_nothing_trained_is_said(workspace: Workspace) -> None:
+    with pytest.raises(WorkspaceError, match="nothing trained yet"):
+        run(recipe(workspace), workspace)

@@ -1,0 +1,208 @@
+"""An exported artifact scores as the trainer did, by the model and by the program, whoever asks."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+
+from owlrec import schema
+from owlrec.ctr.artifact import (
+    ModelCard,
+    artifact_folder,
+    finish_artifact,
+    read_card,
+    write_artifact,
+)
+from owlrec.ctr.backbones import BACKBONES
+from owlrec.ctr.experiment import Arm, CTRConfig, Trial
+from owlrec.ctr.export import export_trial, save_vocabularies
+from owlrec.ctr.fitting import SplitTensors, Trained, TrainingData, score, train_one
+from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.program import export_program
+from owlrec.ctr.scoring import Scorer, User
+from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.workspace import Workspace
+
+torch.set_num_threads(1)
+CONFIG = CTRConfig(batch_size=256, epochs=1, embed_dim=8, hidden_dims=(16, 8), use_profile=True)
+GRID = "0123456789abcdef" * 4
+NOBODY, NOTHING = 10**12, 10**13  # ids that no table has
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A workspace with an artifact, and the trial that it was made of."""
+
+    workspace: Workspace
+    folder: str
+    trained: Trained
+    data: TrainingData
+
+
+def interactions() -> pa.Table:
+    """Of users 0 to 99, 1 to 15 each; at one moment several, so that order by item decides too."""
+    rng = np.random.default_rng(5)
+    user = np.repeat(np.arange(100), rng.integers(1, 16, 100))
+    columns = [user, rng.integers(0, 20, len(user)), rng.integers(1, 6, len(user)), rng.integers(0, 9, len(user))]
+    return pa.table(
+        [pa.array(c).cast(f.type) for c, f in zip(columns, schema.INTERACTIONS, strict=True)],
+        schema=schema.INTERACTIONS,
+    )
+
+
+def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exported:
+    for name, table, key in (
+        ("users", world.users, "user_id"),
+        ("items", world.items, "item_id"),
+        ("interactions", interactions(), "user_id"),
+    ):
+        workspace.write_table(name, table, key=key, n_shards=3)
+    users, items = world.vectors
+    # Some ids have no knowledge: the first tenth of users and the odd items.
+    tables = {"user": KnowledgeTable(users.ids[15:], users.vectors[15:]), "item": every_other(items)}
+    data = TrainingData(world.data.features, {**world.data.knowledge, "knowledge": tables})
+    trial = Trial(backbone=backbone, arm=arm, seed=0)
+    trained = train_one(trial, data, CONFIG)
+    export_trial(workspace, GRID, trained)
+    save_vocabularies(workspace, GRID, data.features.vocabularies)
+    folder = write_artifact(workspace, GRID, trained.result, data.features.items, data.tables(trial))
+    scorer = Scorer.load(workspace, folder)
+    workspace.write_bytes(f"{folder}/program.pt2", export_program(scorer.model, scorer.batch(3, [1, 2, 3])))
+    figures = {"valid": trained.result.valid, "test": trained.result.test}
+    card = ModelCard(trial=trial, grid=GRID, precision="float32", users=0, items=0, adapted={}, **figures)
+    finish_artifact(workspace, folder, card)
+    return Exported(workspace, folder, trained, data)
+
+
+def every_other(table: KnowledgeTable) -> KnowledgeTable:
+    return KnowledgeTable(table.ids[::2], table.vectors[::2])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, toy_world: Any) -> Exported:
+    return export(Workspace(tmp_path_factory.mktemp("exported")), toy_world, "din", "knowledge")
+
+
+def requests(world: Any, n: int) -> list[tuple[User, int]]:
+    """The first test samples, each as a user who brings their own history."""
+    test = world.samples.filter(pc.equal(world.samples["split"], "test")).slice(0, n)
+    return [(User(r["user_id"], r["history"], r["history_ratings"]), r["item_id"]) for r in test.to_pylist()]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("arm", ["none", "knowledge"])
+def test_both_paths_score_as_the_trainer_did(workspace: Workspace, toy_world: Any, backbone: str, arm: Arm) -> None:
+    made = export(workspace, toy_world, backbone, arm)
+    by_model, by_program = (Scorer.open(workspace, made.folder, program=p) for p in (False, True))
+    asked = requests(toy_world, 25)
+    expected = made.trained.test.scores[:25]
+    for scorer in (by_model, by_program):
+        alone = np.concatenate([scorer.score(user, [item]) for user, item in asked])
+        np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-5)
+    # A request of many: as the trainer scores the same user's rows one beside the other.
+    user, candidates = asked[4][0], np.r_[np.arange(20), 7, 7]
+    test = made.data.features.splits["test"]
+    rows = np.full(len(candidates), 4)
+    samples = dataclasses.replace(
+        type(test)(*(getattr(test, f.name)[rows] for f in dataclasses.fields(test))),
+        item_ids=candidates,
+        items=made.data.features.items.rows(candidates),
+    )
+    expected = score(made.trained.model, SplitTensors(samples, made.data.tables(made.trained.result.trial), "cpu"))
+    for scorer in (by_model, by_program):
+        found = scorer.score(user, candidates)
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("arm", ["both", "streaming"])
+def test_several_vectors_an_id_are_adapted_beforehand(workspace: Workspace, toy_world: Any, arm: Arm) -> None:
+    made = export(workspace, toy_world, "dcnv2", arm)
+    scorer = Scorer.open(workspace, made.folder)
+    found = np.concatenate([scorer.score(user, [item]) for user, item in requests(toy_world, 25)])
+    np.testing.assert_allclose(found, made.trained.test.scores[:25], rtol=0, atol=1e-5)
+
+
+def test_a_user_comes_by_id_with_their_last_behaviours(exported: Exported) -> None:
+    scorer = Scorer.open(exported.workspace, exported.folder)
+    table = interactions().sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("item_id", "ascending")])
+    length = exported.data.features.spec.history_length
+    for user_id in (0, 42, 99):
+        rows = table.filter(pc.equal(table["user_id"], user_id)).to_pylist()[-length:]
+        brought = User(user_id, [r["item_id"] for r in rows], [r["rating"] for r in rows])
+        assert scorer.score(user_id, range(20)).tolist() == scorer.score(brought, range(20)).tolist()
+    # Of user 120 there is a profile and knowledge, but no behaviour.
+    assert scorer.score(120, [1, 2]).tolist() == scorer.score(User(120, []), [1, 2]).tolist()
+    longer = scorer.score(User(5, [9, 9, *range(length)]), [3])
+    assert longer.tolist() == scorer.score(User(5, range(length)), [3]).tolist()
+
+
+def test_whom_and_what_nobody_knows_gets_defaults(exported: Exported) -> None:
+    scorer = Scorer.open(exported.workspace, exported.folder)
+    scores = scorer.score(NOBODY, [3, NOTHING, NOTHING + 1])
+    assert np.isfinite(scores).all()
+    assert scores[1] == scores[2]
+    assert scores.tolist() == scorer.score(User(), [3, NOTHING, NOTHING]).tolist()
+    assert scores.tolist() == scorer.score(User(history=[]), [3, NOTHING, NOTHING]).tolist()
+    assert np.isfinite(scorer.score(User(history=[NOTHING, 3], ratings=[None, 99.0]), [3])).all()
+    assert scorer.score(3, []).tolist() == []
+
+
+def test_an_id_without_knowledge_gets_the_learned_default(exported: Exported, toy_world: Any) -> None:
+    scorer, adaptor = Scorer.open(exported.workspace, exported.folder), exported.trained.model.adaptor
+    assert adaptor is not None
+    with torch.no_grad():
+        for side, tower, known in (("user", adaptor.user, 20), ("item", adaptor.item, 4)):
+            index = ("user", "item").index(side)
+            vector = torch.from_numpy(toy_world.vectors[index].gather(np.array([known]))[0])[:, None]
+            of_known = tower(vector, torch.ones(1, 1, dtype=torch.bool), adaptor.shared)
+            missing = tower(torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool), adaptor.shared)
+            found = scorer.adapted[side].gather(np.array([known, 3, NOBODY]))
+            np.testing.assert_allclose(found, torch.cat([of_known, missing, missing]).numpy(), atol=1e-6)
+
+
+def test_profile_is_taken_from_the_request_where_it_names_a_field(exported: Exported, toy_world: Any) -> None:
+    scorer = Scorer.open(exported.workspace, exported.folder)
+    known = toy_world.users["gender"].to_pylist()[7]
+    other = {"f": "m", "m": "f"}[known]
+    assert scorer.score(User(7, profile={"gender": known}), [3]) == scorer.score(7, [3])
+    assert scorer.score(User(7, profile={"gender": other}), [3]) != scorer.score(7, [3])
+    assert scorer.score(User(7, profile={"gender": "?"}), [3]) != scorer.score(7, [3])
+    assert scorer.score(User(7, profile={"shoes": "44"}), [3]) == scorer.score(7, [3])
+
+
+def test_a_history_and_ratings_of_two_lengths_are_refused(exported: Exported) -> None:
+    scorer = Scorer.open(exported.workspace, exported.folder)
+    with pytest.raises(SchemaError, match="2 behaviours and 1 ratings"):
+        scorer.score(User(1, [1, 2], [3.0]), [3])
+
+
+def test_half_precision_moves_scores_a_little(workspace: Workspace, toy_world: Any) -> None:
+    made = export(workspace, toy_world, "dcnv2", "knowledge")
+    full = Scorer.open(workspace, made.folder).score(20, range(20))
+    tables = made.data.tables(made.trained.result.trial)
+    write_artifact(workspace, GRID, made.trained.result, made.data.features.items, tables, precision="float16")
+    half = Scorer.load(workspace, made.folder)
+    assert half.adapted["user"].table.vectors.dtype == np.float16
+    np.testing.assert_allclose(half.score(20, range(20)), full, atol=1e-3)
+
+
+def test_unfinished_and_damaged_artifacts_are_refused(workspace: Workspace, toy_world: Any) -> None:
+    made = export(workspace, toy_world, "dcnv2", "knowledge")
+    folder = made.folder
+    assert folder == artifact_folder(GRID, made.trained.result.trial)
+    assert read_card(workspace, folder).trial == made.trained.result.trial
+    users = workspace.local_path(folder, "users", "history.npy")
+    users.write_bytes(users.read_bytes()[:-5])
+    with pytest.raises(WorkspaceError, match=r"no readable users.*export"):
+        Scorer.open(workspace, folder)
+    workspace.write_bytes(f"{folder}/items.safetensors", b"no tensors")
+    with pytest.raises(WorkspaceError, match=r"items.safetensors is damaged.*export"):
+        Scorer.open(workspace, folder)
+    workspace.delete_file(f"{folder}/model.json")
+    with pytest.raises(WorkspaceError, match=r"model\.json does not exist"):
+        Scorer.open(workspace, folder)
