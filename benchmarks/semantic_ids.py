@@ -1,0 +1,177 @@
+"""Semantic ids: are they unique, are all codes used, what do they lose, beside other quantisers of as many bytes.
+
+`--vectors FOLDER` judges the ids of an encoded run (vectors/<fingerprint> of its workspace): of its knowledge, or of
+its metadata with `--source metadata`; vectors without ids get them here, by the defaults. Without a folder, the
+metadata of MovieLens-100K is encoded first. Code usage is, of each level, the share of its codes that occur; its mean
+and least are over all levels of both kinds.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.table import Figure, options_parser, show
+from owlrec.encoding.code_quality import QuantisationReport, measure_codes
+from owlrec.encoding.coded_vectors import CODED_KINDS, code_vectors, codes_of, read_quantisers
+from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
+from owlrec.encoding.vectors import encode_texts, item_metadata, user_metadata
+from owlrec.errors import SourceError
+from owlrec.scenario import get_scenario
+from owlrec.schema import vectors_table
+from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.workspace import Workspace
+
+OURS = "owlrec (beam search)"
+GREEDY = "residual k-means, level by level"
+PRODUCT = "product quantisation, 3 bytes"
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The vectors of one kind, float32 [n, d], and their semantic ids, the duplicate digit last."""
+
+    vectors: np.ndarray
+    codes: np.ndarray
+    quantiser: Quantiser
+
+
+def main() -> None:
+    """Prints the figures of each kind, of both together, and of the peers."""
+    parser = options_parser(__doc__)
+    parser.add_argument("--vectors", type=Path, help="a folder that `encode` wrote")
+    parser.add_argument("--source", default="knowledge", help="with --vectors: whose ids; default: %(default)s")
+    options = parser.parse_args()
+    coded = _of_run(options) if options.vectors else _of_metadata(options)
+    reports = {kind: measure_codes(c.quantiser, c.codes, c.vectors) for kind, c in coded.items()}
+    figures = [f for kind, report in reports.items() for f in _figures(kind, report)]
+    figures += _together(coded, reports)
+    for kind, c in coded.items():
+        figures += _peers(kind, c.vectors, reports[kind])
+    source = f"{options.source} of {options.vectors}" if options.vectors else "metadata of MovieLens-100K"
+    sizes = ", ".join(f"{len(c.codes):,} {kind}s" for kind, c in coded.items())
+    show(f"semantic ids of {sizes}: {source}", figures, options)
+
+
+def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
+    workspace, folder = Workspace(options.vectors.resolve().parent), options.vectors.resolve().name
+    quantisers = read_quantisers(workspace, folder, options.source)
+    files = {kind: f"{folder}/{options.source}-{kind}.parquet" for kind in CODED_KINDS}
+    tables = {kind: workspace.read_parquet(file) for kind, file in files.items() if workspace.exists(file)}
+    if not tables:
+        raise SourceError(
+            f"{options.vectors} holds no {options.source} vectors. Name a folder that `encode` wrote, or another "
+            "--source."
+        )
+    coded = {}
+    for kind, table in tables.items():
+        if kind in quantisers:
+            codes, mask = codes_of(table)
+            coded[kind] = Coded(_matrix(table)[mask], codes[mask], quantisers[kind])
+        else:
+            coded[kind] = _code(table)
+    return coded
+
+
+def _of_metadata(options: argparse.Namespace) -> dict[str, Coded]:
+    most = 300 if options.quick else None
+    raw = MovieLens100KSource(type="movielens-100k", max_users=most, max_items=most).load()
+    split = build_samples(raw.interactions, SplitConfig(), get_scenario("movies").positive_above)
+    texts = {"user": user_metadata(raw.users, raw.items, split.histories), "item": item_metadata(raw.items)}
+    encoder = Encoder(EncoderConfig())
+    return {kind: _code(encode_texts(kind, ids, lines, encoder)) for kind, (ids, lines) in texts.items()}
+
+
+def _code(table: pa.Table) -> Coded:
+    found = code_vectors(table, SemanticIdConfig())
+    return Coded(_matrix(found.table), codes_of(found.table)[0], found.quantiser)
+
+
+def _figures(kind: str, report: QuantisationReport, method: str = OURS) -> list[Figure]:
+    values = {
+        "unique ids": (100 * report.unique_rate, "%"),
+        "unique ids with duplicate digit": (100 * report.unique_rate_with_digit, "%"),
+        "code usage, mean of levels": (100 * report.mean_code_usage, "%"),
+        "code usage, least of levels": (100 * min(report.code_usage), "%"),
+        "relative error": (report.relative_error, ""),
+        "bytes an id": (report.bytes_per_entity, "B"),
+    }
+    return [
+        Figure(measure=f"{kind}s: {what}", method=method, value=round(value, 4), unit=unit)
+        for what, (value, unit) in values.items()
+    ]
+
+
+def _together(coded: dict[str, Coded], reports: dict[str, QuantisationReport]) -> list[Figure]:
+    """Over all kinds: the key tells a user from an item, so a rate is the mean over their vectors."""
+    weights = [r.vectors for r in reports.values()]
+
+    def mean(name: str) -> float:
+        return float(np.average([getattr(r, name) for r in reports.values()], weights=weights))
+
+    usage = [share for report in reports.values() for share in report.code_usage]
+    raw_bytes = float(np.average([2 * c.vectors.shape[1] for c in coded.values()], weights=weights))
+    packed = mean("bytes_per_entity")
+    values = [
+        ("unique ids", 100 * mean("unique_rate"), "%"),
+        ("unique ids with duplicate digit", 100 * mean("unique_rate_with_digit"), "%"),
+        ("code usage, mean of levels", 100 * float(np.mean(usage)), "%"),
+        ("code usage, least of levels", 100 * min(usage), "%"),
+    ]
+    figures = [Figure(measure=f"all: {w}", method=OURS, value=round(v, 4), unit=u) for w, v, u in values]
+    return [
+        *figures,
+        Figure(
+            measure="all: bytes an id",
+            method=OURS,
+            value=round(packed, 4),
+            unit="B",
+            ratio_to="less than float16",
+            ratio=raw_bytes / packed,
+        ),
+    ]
+
+
+def _peers(kind: str, vectors: np.ndarray, ours: QuantisationReport) -> list[Figure]:
+    """Relative error and unique ids of other quantisers of 3 x 256 codes, trained on the same vectors."""
+    table = vectors_table(kind, np.arange(len(vectors)), vectors)
+    greedy = code_vectors(table, SemanticIdConfig(method="kmeans")).report
+    errors = {OURS: ours.relative_error, GREEDY: greedy.relative_error}
+    unique = {OURS: ours.unique_rate, GREEDY: greedy.unique_rate}
+    if vectors.shape[1] % 3 == 0 and len(vectors) >= 256:
+        product = faiss.ProductQuantizer(vectors.shape[1], 3, 8)
+        product.cp.min_points_per_centroid = 1  # no warning
+        product.train(vectors)
+        codes = product.compute_codes(vectors)
+        errors[PRODUCT] = float(np.square(vectors - product.decode(codes)).sum() / np.square(vectors).sum())
+        unique[PRODUCT] = len(np.unique(codes, axis=0)) / len(codes)
+    figures = []
+    for what, unit, scale, values in (("relative error", "", 1, errors), ("unique ids", "%", 100, unique)):
+        for method, value in values.items():
+            ratio = value / values[GREEDY] if values[GREEDY] else None
+            figures.append(
+                Figure(
+                    measure=f"{kind}s: {what}, peers",
+                    method=method,
+                    value=round(scale * value, 4),
+                    unit=unit,
+                    ratio_to=GREEDY,
+                    ratio=ratio,
+                )
+            )
+    return figures
+
+
+def _matrix(table: pa.Table) -> np.ndarray:
+    column = table["vector"].combine_chunks()
+    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    return flat.reshape(len(table), column.type.list_size)
+
+
+if __name__ == "__main__":
+    main()
