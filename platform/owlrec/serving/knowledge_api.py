@@ -13,7 +13,6 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Header, Query
-from fastapi.openapi.utils import get_openapi
 from pydantic import Field
 from starlette.responses import Response
 
@@ -21,7 +20,8 @@ from owlrec import __version__
 from owlrec.config import Config
 from owlrec.serving.guard import Guard, Limits
 from owlrec.serving.keys import KeyRing
-from owlrec.serving.problems import Problem, ProblemDocument, install_problem_handlers
+from owlrec.serving.openapi import PROBLEMS, PROBLEMS_OF_ONE, add_keys
+from owlrec.serving.problems import Problem, install_problem_handlers
 from owlrec.serving.schemas import (
     DEFAULT_FIELDS,
     BatchAnswer,
@@ -45,19 +45,6 @@ from owlrec.store.release import Release
 RELEASE_HEADER = "x-owlrec-release"
 _LARGEST_ID = 2**63 - 1
 _T = TypeVar("_T")
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ProblemDocument, "description": about}
-    for status, about in {
-        401: "no valid API key",
-        403: "not a request of this machine, where no key is asked for",
-        404: "nothing is known of this id",
-        413: "the body is too large",
-        422: "a field is wrong; the message names it",
-        503: "overloaded, or no release or store at hand: try again",
-        504: "not answered in time",
-    }.items()
-}
-_BATCH_PROBLEMS = {status: about for status, about in _PROBLEMS.items() if status != 404}
 
 
 class KnowledgeConfig(Config):
@@ -99,13 +86,13 @@ def build_knowledge_api(
         health = Health(status="ready" if ready else "not ready", release=served.name, problem=served.error)
         return Response(health.model_dump_json(), 200 if ready else 503, media_type="application/json")
 
-    @app.get("/v1/releases/current", response_model=ReleaseAnswer, responses=_BATCH_PROBLEMS)
+    @app.get("/v1/releases/current", response_model=ReleaseAnswer, responses=PROBLEMS)
     async def current_release() -> Response:
         """The release that lookups are answered from."""
         with served.lease() as release:
             return _json(release, _describe(release).model_dump_json())
 
-    @app.get("/v1/knowledge/{kind}/{id}", response_model=SingleAnswer, responses=_PROBLEMS)
+    @app.get("/v1/knowledge/{kind}/{id}", response_model=SingleAnswer, responses=PROBLEMS_OF_ONE)
     async def get_one(
         kind: Kind,
         id: PathId,
@@ -131,7 +118,7 @@ def build_knowledge_api(
             head = f'{{"release":{json.dumps(release.name)},"kind":"{kind}",'
             return _json(release, head + entity.json[1:], headers)
 
-    @app.post("/v1/knowledge:batchGet", response_model=BatchAnswer, responses=_BATCH_PROBLEMS)
+    @app.post("/v1/knowledge:batchGet", response_model=BatchAnswer, responses=PROBLEMS)
     async def get_many(asked: BatchGet, accept: Annotated[str, Header(max_length=1000)] = "") -> Response:
         """What is known of up to 1,000 ids, aligned with them. With `Accept: application/octet-stream`, their vectors
         as rows of little-endian float16; a missing one is all NaN.
@@ -143,7 +130,7 @@ def build_knowledge_api(
             head = f'{{"release":{json.dumps(release.name)},"kind":"{asked.kind}","results":['
             return _json(release, head + ",".join(e.json for e in entities) + "]}")
 
-    @app.post("/v1/knowledge:similar", response_model=SimilarAnswer, responses=_PROBLEMS)
+    @app.post("/v1/knowledge:similar", response_model=SimilarAnswer, responses=PROBLEMS_OF_ONE)
     async def find_similar(asked: Similar) -> Response:
         """The entities whose vectors lie nearest, by cosine."""
 
@@ -156,7 +143,7 @@ def build_knowledge_api(
         return await asyncio.to_thread(find)
 
     app.add_middleware(Guard, keys=keys, limits=config.limits, telemetry=telemetry)
-    app.openapi = lambda: _document(app, keys.required)  # type: ignore[method-assign]
+    add_keys(app, keys.required)
     return app
 
 
@@ -257,13 +244,3 @@ def _json(release: Release, body: str, headers: dict[str, str] | None = None) ->
     return Response(
         body.encode("utf-8", "replace"), 200, {**(headers or {}), RELEASE_HEADER: release.name}, "application/json"
     )
-
-
-def _document(app: FastAPI, with_keys: bool) -> dict[str, Any]:
-    if not app.openapi_schema:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        if with_keys:
-            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            document["security"] = [{"key": []}]
-        app.openapi_schema = document
-    return app.openapi_schema

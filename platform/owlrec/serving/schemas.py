@@ -131,3 +131,72 @@ class Health(BaseModel):
     status: str
     release: str | None = None
     problem: str | None = None
+
+
+Mode = Literal["ctr", "llm", "cascade"]
+Score = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
+MAX_LLM_CANDIDATES = 100
+
+
+class Behaviour(Request):
+    """One thing that a user did."""
+
+    item_id: Id
+    rating: Score | None = None
+
+
+class Rank(Request):
+    """Candidates to put in order for a user: one that is known by id, one that brings a history, or both."""
+
+    user_id: Id | None = None
+    history: list[Behaviour] | None = Field(None, max_length=500)  # latest last; in place of what is known
+    profile: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=200)]] = Field(
+        default_factory=dict, max_length=32
+    )
+    candidates: list[Id] = Field(min_length=1, max_length=MAX_IDS)
+    mode: Mode = "ctr"
+    top_k: StrictInt = Field(10, ge=1, le=MAX_IDS)
+    rerank: StrictInt = Field(10, ge=1, le=MAX_LLM_CANDIDATES)  # how many of the CTR order a cascade asks the LLM about
+    deadline_ms: StrictInt = Field(1000, ge=10, le=30_000)
+    explain: bool = False
+
+    @field_validator("candidates")
+    @classmethod
+    def _each_once(cls, values: list[int]) -> list[int]:
+        if len(set(values)) < len(values):
+            raise ValueError("holds a value twice; name each once")
+        return values
+
+    @model_validator(mode="after")
+    def _somebody(self) -> Self:
+        if self.user_id is None and self.history is None:
+            raise ValueError("give `user_id`, `history`, or both")
+        if self.mode == "llm" and len(self.candidates) > MAX_LLM_CANDIDATES:
+            raise ValueError(f"mode llm takes at most {MAX_LLM_CANDIDATES} candidates; use cascade for more")
+        return self
+
+
+class Why(BaseModel):
+    """How a place came about."""
+
+    ctr_score: float
+    ctr_place: int  # counted from 1, among all candidates
+    llm_score: float | None
+
+
+class Ranked(BaseModel):
+    """One candidate in its place. score: the probability of a click or a Yes; only those of one `by` compare."""
+
+    id: int
+    score: float
+    by: Literal["ctr", "llm"]
+    why: Why | None = None  # where `explain` asked for it
+
+
+class RankAnswer(BaseModel):
+    """Answer of POST /v1/rank, the best first."""
+
+    mode: Mode
+    degraded: bool  # the LLM did not have its say (about all that it was asked); `reason` says why
+    reason: str | None = None
+    results: list[Ranked]

@@ -32,14 +32,18 @@ class WorkspaceTables:
         """A user's or an item's columns; None where there is no such row."""
         return self._find(f"{kind}s", f"{kind}_id", id_)
 
-    def history(self, user: int) -> list[tuple[int, str, float | None]]:
-        """What a user did before the moment up to which the LLM read: (item, its title, rating), latest first."""
+    def behaviours(self, user: int) -> list[tuple[int, float | None]]:
+        """What a user did before the moment up to which the LLM read: (item, rating), oldest first."""
         found = self._find("histories", "user_id", user)
-        if found is None:
-            return []
-        items = found["items"] or []
-        ratings = found["ratings"] or [None] * len(items)
-        return list(zip(items, self.titles(items), ratings, strict=True))[::-1]
+        items = (found or {}).get("items") or []
+        ratings = (found or {}).get("ratings") or [None] * len(items)
+        return list(zip(items, ratings, strict=True))
+
+    def history(self, user: int) -> list[tuple[int, str, float | None]]:
+        """The same for people: (item, its title, rating), latest first."""
+        behaviours = self.behaviours(user)
+        titles = self.titles([item for item, _ in behaviours])
+        return [(item, title, rating) for (item, rating), title in zip(behaviours, titles, strict=True)][::-1]
 
     def titles(self, items: list[int]) -> list[str]:
         """The title of each item, "" where it has none."""

@@ -1,0 +1,62 @@
+"""What the LLM is asked about a request's candidates: the user's behaviours that bear on each of them (SUBR, ReLLa), in
+the words that the ranker was tuned on.
+
+A history that comes with the request stands in the place of the one that the workspace knows; nothing is kept of it.
+"""
+
+from collections.abc import Callable, Sequence
+
+from owlrec.prompting.rella import rank_prompt
+from owlrec.ranking.experiment import RankingConfig
+from owlrec.ranking.retrieval import BehaviourRetriever
+from owlrec.ranking.samples import Shown, behaviours_shown
+from owlrec.scenario import Scenario
+from owlrec.serving.schemas import Rank
+from owlrec.serving.tables import WorkspaceTables
+
+
+class QuestionWriter:
+    """Writes the questions of `ranking.scorer.Scorer`."""
+
+    def __init__(
+        self,
+        tables: WorkspaceTables,
+        retriever: BehaviourRetriever,
+        scenario: Scenario,
+        config: RankingConfig,
+        count_tokens: Callable[[str], int],
+    ) -> None:
+        """config: that the ranker was tuned with; the last of its ways of showing behaviours is asked in."""
+        self._tables = tables
+        self._retriever = retriever
+        self._scenario = scenario
+        self._config = config
+        self._count_tokens = count_tokens
+        self._shown: Shown = config.data.shown[-1]
+
+    def write(self, asked: Rank, candidates: Sequence[int]) -> list[tuple[str, str]]:
+        """System turn and user turn about each candidate, in their order; two "" for one without a title."""
+        if asked.history is None:
+            behaviours = [] if asked.user_id is None else self._tables.behaviours(asked.user_id)
+        else:
+            behaviours = [(b.item_id, b.rating) for b in asked.history]
+        items = [item for item, _ in behaviours]
+        titles, targets = self._tables.titles(items), self._tables.titles(list(candidates))
+        profile = self._profile(asked)
+        questions = []
+        for item, target in zip(candidates, targets, strict=True):
+            sample = {
+                "user_id": asked.user_id,
+                "item_id": item,
+                "history": items,
+                "history_ratings": [rating for _, rating in behaviours],
+            }
+            lists = behaviours_shown(sample, titles, self._retriever, self._config.data.behaviours, self._shown)
+            prompt = self._config.prompt
+            questions.append(rank_prompt(self._scenario, profile, target, prompt, self._count_tokens, **lists))
+        return questions
+
+    def _profile(self, asked: Rank) -> dict[str, str]:
+        row = self._tables.row("user", asked.user_id) if asked.user_id is not None else None
+        known = {f: str(row[f]) for f in self._scenario.profile_fields if row and row.get(f) is not None}
+        return known | {f: v for f, v in asked.profile.items() if f in self._scenario.profile_fields}

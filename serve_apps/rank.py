@@ -1,0 +1,147 @@
+"""Ranking as a Ray Serve application: `serve run serve_apps.rank:app workspace=runs/shop artifact=models/…`.
+
+Deployments that are scaled each for itself: the ingress, which holds the deadline; the CTR scorer, which opens an
+artifact that `owlrec export-ctr` wrote; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank_llm). A
+new artifact or adapter is taken in by `reconfigure`: change `user_config` in the Serve configuration and deploy; no
+replica restarts.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import Field
+from ray import serve
+from ray.serve.config import BackpressureConfig
+from ray.serve.handle import DeploymentHandle
+
+from owlrec.config import Config
+from owlrec.environment import api_keys
+from owlrec.serving.guard import Limits
+from owlrec.serving.keys import KeyRing
+from owlrec.serving.rank_api import build_rank_api
+from owlrec.serving.ranking import Cascade
+from owlrec.serving.schemas import Rank
+from owlrec.workspace import Workspace
+from serve_apps.binding import refuse_open_binding
+from serve_apps.telemetry import RayTelemetry
+
+_JSON_LOGS = {"encoding": "JSON", "enable_access_log": False}
+_READY_WITHIN_S = 2.0
+
+
+class RankArgs(Config):
+    """The arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
+
+    workspace: str
+    artifact: str  # relative to the workspace
+    recipe: str | None = None  # with a `ranking:` section: its LLM re-ranks; None = no LLM
+    adapter: str | None = None  # that `owlrec tune-ranker` wrote, relative to the workspace; None = the model as it is
+    keys_file: str | None = None
+    max_active: int = Field(64, ge=1)
+    max_ctr_replicas: int = Field(2, ge=1)
+    ctr_threads: int = Field(1, ge=1)  # of torch, in each replica
+    num_cpus: float = Field(0.5, ge=0)  # of each deployment's replicas
+
+
+class CtrReplica:
+    """Scores candidates with an exported CTR model."""
+
+    def __init__(self, workspace: str, threads: int) -> None:
+        """workspace: that holds the artifacts."""
+        import torch
+
+        torch.set_num_threads(threads)
+        self._workspace = Workspace(workspace)
+        self._scorer: Any = None
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        """Opens {"artifact": folder}; requests at work keep the scorer that they began with."""
+        from owlrec.ctr.scoring import Scorer
+
+        self._scorer = Scorer.open(self._workspace, config["artifact"])
+
+    async def score(self, asked: dict[str, Any], candidates: Sequence[int]) -> list[float]:
+        """See owlrec.serving.ranking.Backend."""
+        from owlrec.ctr.scoring import User
+
+        history = asked["history"]
+        user = User(
+            user_id=asked["user_id"],
+            history=None if history is None else [b["item_id"] for b in history],
+            ratings=None if history is None else [b["rating"] for b in history],
+            profile=asked["profile"],
+        )
+        # A thread: torch lets go of the interpreter, and the replica goes on taking requests.
+        scores = await asyncio.to_thread(self._scorer.score, user, candidates)
+        return [float(score) for score in scores]
+
+
+class _Remote:
+    """A deployment as the cascade's backend. Giving up on an answer cancels it in the replica as well."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def score(self, asked: Rank, candidates: Sequence[int]) -> Sequence[float]:
+        scores: Sequence[float] = await self._handle.score.remote(
+            asked.model_dump(include={"user_id", "history", "profile"}), list(candidates)
+        )
+        return scores
+
+
+@serve.ingress()
+class RankReplica:
+    """Takes requests, and holds their deadline."""
+
+    def __init__(self, args: dict[str, Any], ctr: DeploymentHandle, llm: DeploymentHandle | None = None) -> None:
+        """args: of RankArgs. llm: a deployment with a method `score` like CtrReplica's; None where none ranks."""
+        settings = RankArgs.model_validate(args)
+        self._keys = KeyRing(settings.keys_file, api_keys())
+        refuse_open_binding(self._keys)
+        self._limits = Limits(max_active=settings.max_active, timeout_s=35.0)  # above the longest deadline
+        self._telemetry = RayTelemetry("rank")
+        self._ctr = _Remote(ctr)
+        self._cascade = Cascade(self._ctr, _Remote(llm) if llm else None, self._telemetry)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready)
+
+    async def _ready(self) -> str | None:
+        try:
+            async with asyncio.timeout(_READY_WITHIN_S):
+                await self._ctr.score(Rank(history=[], candidates=[0]), [0])
+        except Exception as error:
+            return f"the CTR model does not answer ({type(error).__name__})"
+        return None
+
+
+def app(args: RankArgs, llm: serve.Application | None = None) -> serve.Application:
+    """Builds the application. llm: what re-ranks, in place of the recipe's."""
+    busy = BackpressureConfig(status_code=503, retry_after_s=1)
+    ctr = serve.deployment(
+        CtrReplica,
+        name="CtrScorer",
+        ray_actor_options={"num_cpus": args.num_cpus},
+        user_config={"artifact": args.artifact},
+        autoscaling_config={"min_replicas": 1, "max_replicas": args.max_ctr_replicas, "target_ongoing_requests": 4},
+        max_ongoing_requests=16,
+        max_queued_requests=args.max_active,
+        logging_config=_JSON_LOGS,
+    ).bind(args.workspace, args.ctr_threads)
+    ingress = serve.deployment(
+        RankReplica,
+        name="Rank",
+        ray_actor_options={"num_cpus": args.num_cpus},
+        max_ongoing_requests=args.max_active,
+        max_queued_requests=args.max_active,
+        backpressure_config=busy,
+        logging_config=_JSON_LOGS,
+    )
+    if args.recipe and llm is None:
+        from serve_apps.rank_llm import llm_scorer
+
+        llm = llm_scorer(args.workspace, args.recipe, args.adapter)
+    application: serve.Application = ingress.bind(args.model_dump(), ctr, llm)
+    return application

@@ -1,0 +1,92 @@
+"""The LLM of the ranking application: one vLLM engine a replica, which answers Yes or No about each candidate."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+
+from owlrec.errors import RecipeError
+from owlrec.generation import VllmEngineConfig
+from owlrec.recipe import Recipe, load_recipe
+from owlrec.serving.schemas import Rank
+from owlrec.serving.tables import WorkspaceTables
+from owlrec.workspace import Workspace
+
+_REQUESTS = 4  # at once: more share the engine's steps and all miss their deadlines
+_ADAPTER_RANK = 64  # of the largest adapter that may be swapped in
+
+
+class LlmReplica:
+    """Scores candidates with a recipe's ranker."""
+
+    def __init__(self, workspace: str, recipe: dict[str, Any]) -> None:
+        """workspace: prepared; recipe: of Recipe. Starts the engine, which takes from seconds to minutes."""
+        from owlrec.generation import token_counter
+        from owlrec.ranking.experiment import RankingConfig
+        from owlrec.ranking.items import item_retriever
+        from owlrec.ranking.scorer import Scorer
+        from owlrec.serving.questions import QuestionWriter
+
+        settings = Recipe.model_validate(recipe)
+        config, engine = settings.ranking or RankingConfig(), ranking_engine(settings)
+        self._workspace = Workspace(workspace)
+        self._writer = QuestionWriter(
+            WorkspaceTables(self._workspace),
+            item_retriever(self._workspace, settings.encoder, config.projection),
+            settings.domain,
+            config,
+            token_counter(engine),
+        )
+        self._adapter: str | None = None
+        self._scorer = Scorer(engine, lora_rank=_ADAPTER_RANK, template_options=config.template_options)
+        self._identity = (engine, settings)
+
+    def reconfigure(self, config: dict[str, Any]) -> None:
+        """Takes in {"adapter": folder or null}; requests at work keep the one that they began with."""
+        from owlrec.generation.models import model_identity
+        from owlrec.prompting.rella import rank_fingerprint
+        from owlrec.ranking.adapters import open_adapter
+
+        folder, (engine, settings) = config.get("adapter"), self._identity
+        if folder is None:
+            self._adapter = None
+            return
+        assert settings.ranking is not None
+        wording = rank_fingerprint(settings.ranking.prompt, settings.domain)
+        model = model_identity(engine.model, engine.revision)
+        self._adapter = open_adapter(self._workspace, folder, model=model, wording=wording).folder
+
+    async def score(self, asked: dict[str, Any], candidates: Sequence[int]) -> list[float]:
+        """See owlrec.serving.ranking.Backend."""
+        questions = self._writer.write(Rank(**asked, candidates=list(candidates)), candidates)
+        found = await self._scorer.score(questions, self._adapter)
+        return [float(p) for p in found.probabilities]
+
+
+def llm_scorer(workspace: str, recipe: str, adapter: str | None) -> serve.Application:
+    """The deployment. recipe: a file, read here, so that replicas on other machines need not have it.
+
+    Raises RecipeError where the recipe has no vLLM engine to rank with.
+    """
+    settings = load_recipe(recipe)
+    ranking_engine(settings)
+    deployment = serve.deployment(
+        LlmReplica,
+        name="LlmScorer",
+        ray_actor_options={"num_cpus": 1, "num_gpus": settings.generate.engine_gpus},
+        user_config={"adapter": adapter},
+        max_ongoing_requests=_REQUESTS,
+        max_queued_requests=_REQUESTS,
+        health_check_timeout_s=60,
+        logging_config={"encoding": "JSON", "enable_access_log": False},
+    )
+    application: serve.Application = deployment.bind(workspace, settings.model_dump(mode="json"))
+    return application
+
+
+def ranking_engine(recipe: Recipe) -> VllmEngineConfig:
+    """The engine that ranks. Raises RecipeError where it is not vLLM."""
+    engine = (recipe.ranking.engine if recipe.ranking else None) or recipe.engine
+    if not isinstance(engine, VllmEngineConfig):
+        raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
+    return engine
