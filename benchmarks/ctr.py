@@ -1,0 +1,263 @@
+"""CTR models: what knowledge is worth to each backbone, how fast gAUC is taken, and how fast a request is scored.
+
+`planted`: a world whose answer is known (benchmarks.planted): what each backbone gains by knowledge that is true, as
+vectors and as sentences, and by the same knowledge shuffled, which must be nothing. `leaderboard`: all backbones and
+arms on the workspace of a finished run (--recipe), through the real stage, with 95 % intervals over users and the
+slice of cold items. `gauc`: 385,000 rows in 192,000 groups beside the definition as a loop. `export`: a request of one
+user and 200 items, on models of MovieLens-100K's size, and how far both paths are from the trainer's.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+import pipelines
+from benchmarks.planted import PlantedWorld, plant, sentence_vectors, trait_vectors
+from benchmarks.table import Figure, options_parser, show
+from owlrec.ctr.arms import Arm
+from owlrec.ctr.artifact import Adapted
+from owlrec.ctr.backbones import BACKBONES
+from owlrec.ctr.comparison import Evidence, GridScores, weigh
+from owlrec.ctr.experiment import CTRConfig, Trial, finished_trials, summarise, trials
+from owlrec.ctr.features import build_features
+from owlrec.ctr.fitting import SplitTensors, TrainingData, train_one
+from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.metrics import auc, gauc
+from owlrec.ctr.model import CTRModel, ModelSpec
+from owlrec.ctr.program import export_program, load_program
+from owlrec.ctr.scores import read_grid_scores
+from owlrec.ctr.scoring import Scorer, User
+from owlrec.ctr.slices import COLD_ITEM_BELOW, slices_of
+from owlrec.ctr.user_states import UserStates
+from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.ops.console import note
+from owlrec.recipe import Recipe, load_recipe
+from owlrec.workspace import Workspace, finished_stage
+
+RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k.yaml"
+ARMS: tuple[Arm, ...] = ("none", "knowledge", "shuffled", "metadata")
+# Large enough that what is not there is measured as nothing: a test split of 32,000 rows, three seeds.
+PLANTED_USERS, PLANTED_ITEMS, SEEDS = 4000, 200, (0, 1, 2)
+PLANTED = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=512, learning_rate=5e-3, epochs=10)
+GAUC_ROWS, GAUC_GROUPS = 385_000, 192_000
+CANDIDATES, REQUESTS = 200, 200
+
+
+def main() -> None:
+    """Runs what is asked for."""
+    parser = options_parser(__doc__)
+    parser.add_argument("--only", choices=("planted", "leaderboard", "gauc", "export"))
+    parser.add_argument("--backbones", nargs="+", choices=tuple(BACKBONES), default=list(BACKBONES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--recipe", default=str(RECIPE), help="of a finished run, for the leaderboard")
+    parser.add_argument("--workspace", help="in place of the recipe's own")
+    parser.add_argument("--forms", nargs="+", choices=("vectors", "sentences"), default=["vectors", "sentences"])
+    options = parser.parse_args()
+    if options.quick:
+        options.backbones, options.seeds, options.forms = options.backbones[:2], options.seeds[:1], ["vectors"]
+    parts = {"planted": _planted, "gauc": _gauc, "export": _export, "leaderboard": _leaderboard}
+    figures = [f for name, part in parts.items() if options.only in (None, name) for f in part(options)]
+    show("CTR models", figures, options)
+
+
+def _planted(options: argparse.Namespace) -> Iterator[Figure]:
+    users = PLANTED_USERS // 4 if options.quick else PLANTED_USERS
+    world = plant(users, PLANTED_ITEMS)
+    for form in options.forms:
+        data = _planted_data(world, form)
+        for backbone in options.backbones:
+            of_arm: dict[str, list[float]] = {}
+            for trial in [Trial(backbone=backbone, arm=a, seed=s) for s in options.seeds for a in ARMS[:3]]:
+                of_arm.setdefault(trial.arm, []).append(train_one(trial, data, PLANTED).result.test.auc)
+            for arm in ("knowledge", "shuffled"):
+                gains = [a - b for a, b in zip(of_arm[arm], of_arm["none"], strict=True)]
+                each = ", ".join(f"{g:+.4f}" for g in gains)
+                note(f"{backbone}, {form}, {arm}: {each}")
+                yield Figure(
+                    measure=f"planted traits as {form}, {users:,} users: {arm} to none",
+                    method=backbone,
+                    value=round(statistics.fmean(gains), 4),
+                    unit=f"test AUC (seeds {each}; none {statistics.fmean(of_arm['none']):.4f})",
+                )
+
+
+def _planted_data(world: PlantedWorld, form: str) -> TrainingData:
+    if form == "vectors":
+        return world.data(trait_vectors(world.user_traits, seed=1), trait_vectors(world.item_traits, seed=2))
+    encoder = Encoder(EncoderConfig())
+    sides = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
+    return world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in sides))
+
+
+def _gauc(options: argparse.Namespace) -> Iterator[Figure]:
+    rng = np.random.default_rng(0)
+    groups = rng.permutation(np.r_[np.arange(GAUC_GROUPS), rng.integers(GAUC_GROUPS, size=GAUC_ROWS - GAUC_GROUPS)])
+    labels, scores = rng.integers(0, 2, GAUC_ROWS).astype(float), np.round(rng.random(GAUC_ROWS), 2)
+    seconds = []
+    for _ in range(3 if options.quick else 7):
+        start = time.perf_counter()
+        fast = gauc(labels, scores, groups)
+        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    plain = _gauc_by_definition(labels, scores, groups)
+    measure = f"gAUC of {GAUC_ROWS:,} rows in {GAUC_GROUPS:,} groups"
+    took = time.perf_counter() - start
+    yield Figure(measure=measure, method="a loop over groups", value=round(took, 3), unit=f"s ({plain:.12f})")
+    middle = statistics.median(seconds)
+    unit = f"s ({fast:.12f}, {abs(fast - plain):.1e} off the loop)"
+    yield Figure(
+        measure=measure, method="owlrec", value=round(middle, 3), unit=unit, ratio_to="the loop", ratio=took / middle
+    )
+
+
+def _gauc_by_definition(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
+    """Each group's share of (positive, negative) pairs in order, ties half, weighted by the group's rows."""
+    order = np.argsort(groups, kind="stable")
+    ends = np.flatnonzero(np.diff(groups[order])) + 1
+    total = weight = 0.0
+    for rows in np.split(order, ends):
+        positives, negatives = scores[rows][labels[rows] == 1], scores[rows][labels[rows] == 0]
+        if len(positives) and len(negatives):
+            above = (positives[:, None] > negatives).sum() + 0.5 * (positives[:, None] == negatives).sum()
+            total += len(rows) * above / (len(positives) * len(negatives))
+            weight += len(rows)
+    return total / weight
+
+
+def _export(options: argparse.Namespace) -> Iterator[Figure]:
+    """Random weights: a score costs the same whatever the weights are."""
+    from pipelines.prepare import run as prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe, workspace = load_recipe(RECIPE, workspace=folder), Workspace(folder)
+        prepare(recipe, workspace)
+        users, items, samples = (workspace.read_table(name) for name in ("users", "items", "samples"))
+        attributes = [f for f in recipe.domain.text_fields if f in items.column_names]
+        features = build_features(users, items, samples, attributes=attributes, profile=[], min_item_count=2)
+        rng = np.random.default_rng(0)
+        sides = {
+            side: KnowledgeTable(np.sort(ids), rng.normal(size=(len(ids), 384)).astype(np.float16))
+            for side, ids in (("user", users["user_id"].to_numpy()), ("item", items["item_id"].to_numpy()))
+        }
+        data = TrainingData(features, {"knowledge": sides})
+        tables = data.tables(Trial(backbone="din", arm="knowledge", seed=0))
+        assert tables is not None
+        length = features.spec.history_length
+        states = UserStates.build(workspace, features.items, features.vocabularies, length)
+        for backbone in options.backbones:
+            torch.manual_seed(0)
+            model = CTRModel(ModelSpec.of(features.spec, backbone, 384, recipe.ctr), features.items).eval()
+            adapted = {side: Adapted.of(model, tables, side, "float32") for side in ("user", "item")}
+            scorer = Scorer(model, features.items, features.vocabularies, states, adapted)
+            example = scorer.batch(int(states.ids[0]), features.items.ids[:3])
+            program = load_program(export_program(model, example))
+            by_program = Scorer(model, features.items, features.vocabularies, states, adapted, program)
+            trainer = SplitTensors(features.splits["test"], tables, "cpu")
+            for method, path in (("model", scorer), ("program", by_program)):
+                off = _off_the_trainer(path, model, trainer, samples)
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    yield _latency(path, f"{backbone}, {method}", threads, off, 50 if options.quick else REQUESTS)
+
+
+def _latency(scorer: Scorer, method: str, threads: int, off: float, requests: int) -> Figure:
+    rng, took = np.random.default_rng(1), []
+    for number in range(requests + 20):
+        user, candidates = int(rng.choice(scorer.users.ids)), rng.choice(scorer.items.ids, CANDIDATES)
+        start = time.perf_counter()
+        scorer.score(user, candidates)
+        if number >= 20:  # the first ones warm caches
+            took.append((time.perf_counter() - start) * 1e3)
+    p50, p99 = np.percentile(took, [50, 99])
+    return Figure(
+        measure=f"request of 1 user x {CANDIDATES} items, {threads} threads",
+        method=method,
+        value=round(float(p50), 2),
+        unit=f"ms, p50 (p99 {p99:.2f}; scores {off:.0e} off the trainer's)",
+    )
+
+
+def _off_the_trainer(
+    scorer: Scorer, model: CTRModel, trainer: SplitTensors, samples: pa.Table, rows: int = 50
+) -> float:
+    """The largest difference over the first test samples, each asked for as a request of its own."""
+    test = samples.filter(pc.equal(samples["split"], "test")).slice(0, rows).to_pylist()
+    asked = [scorer.score(User(r["user_id"], r["history"], r["history_ratings"]), [r["item_id"]])[0] for r in test]
+    with torch.inference_mode():
+        trained = model(trainer.batch(torch.arange(len(test)))).double().sigmoid().numpy()
+    return float(np.abs(np.array(asked) - trained).max())
+
+
+def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
+    """Trains through the stage itself, so that what a run has trained already is not trained again."""
+    from pipelines.train_ctr import run as train
+
+    recipe = load_recipe(options.recipe, workspace=options.workspace)
+    workspace = Workspace(recipe.workspace)
+    if finished_stage(workspace, "encode") is None:
+        note(f"leaderboard skipped: {recipe.workspace} holds no finished run. First `owlrec run {options.recipe}`.")
+        return
+    changes = {"backbones": tuple(options.backbones), "arms": ARMS, "seeds": tuple(options.seeds)}
+    recipe = recipe.model_copy(update={"ctr": recipe.ctr.model_copy(update=changes)})
+    grid = train(recipe, workspace).outputs["grid"]
+    wanted = trials(recipe.ctr)
+    scores = read_grid_scores(workspace, grid, wanted)
+    for row in summarise(finished_trials(workspace, grid, wanted), scores):
+        unit = f"test AUC (±{row.auc_std or 0:.4f}, {row.seeds} seeds; gAUC {row.gauc or float('nan'):.4f})"
+        yield Figure(measure=f"{row.backbone}, all test rows", method=row.arm, value=round(row.auc, 4), unit=unit)
+        for base, paired in row.differences.items():
+            yield _gain(f"{row.backbone}, all test rows", f"{row.arm} to {base}", paired.auc, paired.evidence)
+    if scores is not None:
+        yield from _cold_items(recipe, workspace, scores, options)
+
+
+def _cold_items(
+    recipe: Recipe, workspace: Workspace, scores: GridScores, options: argparse.Namespace
+) -> Iterator[Figure]:
+    """Knowledge against shuffled knowledge where ids tell least."""
+    users, items, samples = (workspace.read_table(name) for name in ("users", "items", "samples"))
+    features = build_features(
+        users, items, samples, attributes=[], profile=[], min_item_count=recipe.ctr.min_item_count
+    )
+    cold = slices_of(features.splits["test"], features.splits["train"]).get("cold items")
+    if cold is None:
+        note(f"no test row is of an item with fewer than {COLD_ITEM_BELOW} training interactions")
+        return
+    part = GridScores(scores.user_ids[cold], scores.labels[cold], {p: s[cold] for p, s in scores.scores.items()})
+    paths = {
+        (backbone, arm): [Trial(backbone=backbone, arm=arm, seed=s).path for s in options.seeds]
+        for backbone in options.backbones
+        for arm in ARMS
+    }
+    pairs = {
+        (b, base): list(zip(paths[b, "knowledge"], paths[b, base], strict=True))
+        for b in options.backbones
+        for base in ("shuffled", "none")
+    }
+    evidence = weigh(part, pairs)
+    measure = f"items with fewer than {COLD_ITEM_BELOW} training interactions, {int(cold.sum())} test rows"
+    for (backbone, base), trial_pairs in pairs.items():
+        gain = statistics.fmean(_auc(part, arm) - _auc(part, other) for arm, other in trial_pairs)
+        yield _gain(f"{backbone}, {measure}", f"knowledge to {base}", gain, evidence.get((backbone, base)))
+
+
+def _auc(part: GridScores, path: str) -> float:
+    return auc(part.labels, part.scores[path])
+
+
+def _gain(measure: str, method: str, gain: float, evidence: Evidence | None) -> Figure:
+    interval = evidence.interval if evidence else None
+    unit = f"AUC (95 % [{interval.low:+.4f}, {interval.high:+.4f}])" if interval else "AUC"
+    return Figure(measure=measure, method=method, value=round(gain, 4), unit=unit)
+
+
+if __name__ == "__main__":
+    main()
