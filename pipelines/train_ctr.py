@@ -11,7 +11,7 @@ from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
 # What the grid holds and how it is spread over machines: growing the grid must not retrain what it has.
-_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures", "checkpoint_steps"}
+_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures", "checkpoint_steps", "sweep"}
 
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:

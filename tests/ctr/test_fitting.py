@@ -153,6 +153,12 @@ def test_bfloat16_learns_what_float32_learns(data: TrainingData, backbone: str) 
     assert result.test.auc > 0.95
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_table_may_be_a_large_one(data: TrainingData, backbone: str) -> None:
+    config = CONFIG.model_copy(update={"sparse_above_rows": 0, "epochs": 4, "table_learning_rate": 0.05})
+    assert train_one(trial("knowledge", backbone), data, config).result.test.auc > 0.95
+
+
 @pytest.mark.parametrize("source", ["knowledge", "collective"])
 def test_shuffled_permutes_the_vectors_of_each_side_by_the_trials_seed(data: TrainingData, source: str) -> None:
     given = {source: data.knowledge[source]}

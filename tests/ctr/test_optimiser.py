@@ -30,7 +30,7 @@ CONFIG = CTRConfig(learning_rate=0.1, table_learning_rate=0.5, sparse_above_rows
 
 
 def test_two_steps_by_hand() -> None:
-    table = nn.Parameter(torch.zeros(3, 2), check_invariants=False)
+    table = nn.Parameter(torch.zeros(3, 2))
     optimiser = RowwiseAdagrad([table], lr=0.5)
     for rows, values in (([1, 1], [[1.0, 0.0], [2.0, 4.0]]), ([2, 1], [[1.0, 1.0], [0.0, 2.0]])):
         table.grad = torch.sparse_coo_tensor([rows], values, (3, 2), check_invariants=False)

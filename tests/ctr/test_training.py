@@ -2,12 +2,15 @@
 
 import signal
 import threading
+import time
 from typing import Any
 
+import psutil
 import pytest
 
 from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult
 from owlrec.ctr.export import load_vocabularies
+from owlrec.ctr.fitting import train_one
 from owlrec.ctr.training import train_trials
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.workspace import Workspace
@@ -30,10 +33,12 @@ def prepare(workspace: Workspace, world: Any) -> None:
         table.save(workspace.local_path("vectors", "abc", f"knowledge-{kind}"))
 
 
-def train(workspace: Workspace, grid: list[Trial], seen: list[TrialResult]) -> list[TrialResult]:
+def train(
+    workspace: Workspace, grid: list[Trial], seen: list[TrialResult], config: CTRConfig = CONFIG
+) -> list[TrialResult]:
     return train_trials(
         workspace,
-        CONFIG,
+        config,
         grid,
         knowledge={source: {side: f"vectors/abc/{source}-{side}" for side in SIDES} for source in SOURCES},
         fingerprint=FINGERPRINT,
@@ -79,6 +84,42 @@ def test_grid_is_trained_once_announced_and_resumed(
     assert threading.active_count() <= threads
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
+
+
+def _kill_a_worker_after(path: str, workspace: Workspace, killed: list[int]) -> threading.Thread:
+    """Kills one of the two Train workers, as a spot machine's end does, once the checkpoint `path` is there."""
+
+    def watch() -> None:
+        while not workspace.exists(path):
+            time.sleep(0.01)
+        workers = [p for p in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
+        worker = max(workers, key=lambda p: p.create_time())
+        killed.append(worker.pid)
+        worker.kill()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_killed_workers_group_goes_on_at_the_next_sample(
+    ray_local: None, workspace: Workspace, toy_world: Any
+) -> None:
+    """Two workers and one see the same batches; a kill changes nothing of what the two find."""
+    prepare(workspace, toy_world)
+    trial, config = GRID[0], CONFIG.model_copy(update={"batch_size": 8, "epochs": 2, "checkpoint_steps": 100})
+    config = config.model_copy(update={"max_failures": 1, "sparse_above_rows": 15, "learning_rate": 0.002})
+    one = train_one(trial, toy_world.data, config)
+    killed: list[int] = []
+    path = f"ctr/{FINGERPRINT[:16]}/{trial.path}/checkpoint.safetensors"
+    thread = _kill_a_worker_after(path, workspace, killed)
+    (found,) = train(workspace, [trial], [], config)
+    thread.join(timeout=10)
+    assert killed
+    assert found.resumed == 1
+    assert found.epochs == one.result.epochs
+    assert found.test.auc == pytest.approx(one.result.test.auc, abs=0.003)
+    assert not workspace.exists(path)
 
 
 def test_a_workers_complaint_arrives_as_it_was_raised(ray_local: None, workspace: Workspace, toy_world: Any) -> None:

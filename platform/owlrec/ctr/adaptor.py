@@ -45,7 +45,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float32 [b, in_dim]. Returns float32 [b, n, out_dim], not negative."""
-        hidden = self.first(x).relu().view(len(x), self.n, -1)
+        return self.finish(self.first(x))
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """float32 [b, n, out_dim]: `forward` from the first layer's output on. hidden: float32 [b, n * hidden_dim]."""
+        hidden = hidden.relu().unflatten(1, (self.n, -1))
         return (torch.einsum("bnh,nho->bno", hidden, self.weight) + self.bias).relu()
 
 
@@ -90,20 +94,35 @@ class Tower(nn.Module):
 
         Arguments and errors: see `forward`.
         """
-        if vectors.shape[1] != self.sources:
-            raise ValueError(f"{vectors.shape[1]} vectors an id, but this tower was built for {self.sources}.")
-        x = F.normalize(vectors, dim=2)
+        x = self._checked(vectors)
         one = x[:, 0] if self.fusion is None else self.fusion(x, mask)
         return torch.where(mask.any(dim=1, keepdim=True), one, self.default)
+
+    def _checked(self, vectors: Tensor) -> Tensor:
+        if vectors.shape[1] != self.sources:
+            raise ValueError(f"{vectors.shape[1]} vectors an id, but this tower was built for {self.sources}.")
+        return F.normalize(vectors, dim=2)
 
     def forward(self, vectors: Tensor, mask: Tensor, shared: Experts) -> Tensor:
         """float32 [b, out_dim]. vectors: float32 [b, sources, in_dim]; mask: bool [b, sources], False where missing.
 
         Raises ValueError for another number of sources.
         """
-        x = self.fused(vectors, mask)
-        outputs = torch.cat([shared(x), self.experts(x)], dim=1)
-        return torch.einsum("bn,bno->bo", torch.softmax(self.gate(x), dim=1), outputs)
+        if self.fusion is not None:
+            x = self.fused(vectors, mask)
+            hidden, gate = [experts.first(x) for experts in (shared, self.experts)], self.gate(x)
+        else:
+            # The default vector takes its place after each linear layer instead of before: the same numbers, but the
+            # vectors, which nobody trains, need no gradient. That is a third of the adaptor's work.
+            # Whatever stands where none is known must not reach a gradient.
+            x = self._checked(vectors.masked_fill(~mask.unsqueeze(2), 0.0))[:, 0]
+            first, dedicated, gate = (
+                torch.where(mask, layer(x), layer(self.default))
+                for layer in (shared.first, self.experts.first, self.gate)
+            )
+            hidden = [first, dedicated]
+        outputs = torch.cat([e.finish(h) for e, h in zip((shared, self.experts), hidden, strict=True)], dim=1)
+        return torch.einsum("bn,bno->bo", torch.softmax(gate, dim=1), outputs)
 
 
 class Adaptor(nn.Module):

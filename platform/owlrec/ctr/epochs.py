@@ -30,8 +30,6 @@ _MIN_STEPS = 30
 class TrainingSplit(Protocol):
     """What is trained on (fitting.SplitTensors)."""
 
-    labels: Tensor  # float32 [n]
-
     def batch(self, rows: Tensor) -> Batch:
         """The samples `rows`, int64 [b] on the CPU."""
 

@@ -21,6 +21,7 @@ from owlrec.ctr.backbones import backbone_class_name
 from owlrec.ctr.comparison import Evidence, GridScores, weigh
 from owlrec.ctr.metrics import relative_improvement
 from owlrec.ctr.slices import SliceMetrics, mean_slices
+from owlrec.ctr.sweep import SweepConfig
 from owlrec.errors import RecipeError
 from owlrec.workspace import Workspace
 
@@ -59,6 +60,7 @@ class CTRConfig(Config):
     embed_dim: int = Field(default=32, ge=1)
     hidden_dims: tuple[int, ...] = Field(default=(200, 80), min_length=1)
     adaptor: AdaptorConfig = AdaptorConfig()
+    sweep: SweepConfig = SweepConfig()  # what `pipelines.sweep_ctr` tries
     # Off, as in KAR: with few training users, demographics overfit (MovieLens-100K: valid AUC -.002 to -.004).
     use_profile: bool = False
     # Rarer items share one embedding, which is thereby trained for new items.

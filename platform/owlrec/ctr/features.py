@@ -6,7 +6,7 @@ attributes; its codes stand once in `ItemFeatures` and are gathered by row numbe
 0 is padding, 1 stands for any value unseen in training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,36 +112,77 @@ def build_features(
     Raises SchemaError where a split is empty or holds one class only, since neither a loss nor an AUC would mean
     anything, and for a label that is neither 0 nor 1.
     """
-    by_split = {split: samples.filter(pc.equal(samples["split"], split)) for split in SPLITS}
-    for split, table in by_split.items():
-        labels = pc.unique(table["label"]).to_pylist()
-        if odd := [label for label in labels if label not in (0, 1)]:
-            raise SchemaError(
-                f"samples: split '{split}' has the label {odd[0]}; a CTR model's labels are 0 and 1. Run `prepare` "
-                f"again, or mend the rows of samples whose label is neither."
-            )
-        if len(labels) < 2:
-            raise SchemaError(
-                f"samples: split '{split}' has {table.num_rows} rows and the labels {labels}; a CTR model needs both "
-                f"classes in each split. Give it more users, or change source.split or the label rule in the recipe."
-            )
-    train = by_split["train"]
-    history_length = max(1, pc.max(pc.list_value_length(train["history"])).as_py())
-    train_users = users.filter(pc.is_in(users["user_id"], pc.unique(train["user_id"])))
-    vocabularies = Vocabularies(
-        items=_frequent(train["item_id"], pc.list_flatten(train["history"]), at_least=min_item_count),
-        attributes={
-            name: _values(items[name]) for name in [a for a in attributes if a in items.column_names][:MAX_ATTRIBUTES]
-        },
-        profile={name: _values(train_users[name]) for name in profile if name in users.column_names},
-    )
-    item_features = encode_items(items, vocabularies)
-    return Features(
-        spec=vocabularies.spec(history_length),
-        vocabularies=vocabularies,
-        items=item_features,
-        splits={s: encode_samples(t, users, item_features, vocabularies, history_length) for s, t in by_split.items()},
-    )
+    found = survey([samples])
+    vocabularies = found.vocabularies(users, items, attributes, profile, min_item_count)
+    item_features, length = encode_items(items, vocabularies), found.history_length
+    splits = {
+        split: encode_samples(of_split(samples, split), users, item_features, vocabularies, length) for split in SPLITS
+    }
+    return Features(vocabularies.spec(length), vocabularies, item_features, splits)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a first pass over the samples finds: all that the vocabularies and the arrays' sizes follow from."""
+
+    rows: dict[str, int]  # of each split
+    item_ids: np.ndarray  # int64: of the training split, as target or in a history, ascending
+    item_counts: np.ndarray  # int64
+    train_users: pa.Array  # int64
+    history_length: int
+
+    def vocabularies(
+        self, users: pa.Table, items: pa.Table, attributes: Sequence[str], profile: Sequence[str], min_item_count: int
+    ) -> Vocabularies:
+        """Arguments: see `build_features`."""
+        train_users = users.filter(pc.is_in(users["user_id"], self.train_users))
+        kept = [name for name in attributes if name in items.column_names][:MAX_ATTRIBUTES]
+        return Vocabularies(
+            items=pa.array(self.item_ids[self.item_counts >= min_item_count], pa.int64()),
+            attributes={name: _values(items[name]) for name in kept},
+            profile={name: _values(train_users[name]) for name in profile if name in users.column_names},
+        )
+
+
+def survey(parts: Iterable[pa.Table]) -> Survey:
+    """One pass over a samples table that comes in parts. Raises SchemaError as `build_features` does."""
+    rows, labels = dict.fromkeys(SPLITS, 0), {split: set[float]() for split in SPLITS}
+    counted: list[tuple[np.ndarray, np.ndarray]] = []
+    train_users: list[pa.Array] = []
+    length = 1
+    for part in parts:
+        for split in SPLITS:
+            of_part = of_split(part, split)
+            rows[split] += of_part.num_rows
+            labels[split].update(pc.unique(of_part["label"]).to_pylist())
+        train = of_split(part, "train")
+        train_users.append(pc.unique(train["user_id"]))
+        length = max(length, pc.max(pc.list_value_length(train["history"])).as_py() or 0)
+        seen = [train["item_id"].to_numpy(), pc.list_flatten(train["history"]).to_numpy()]
+        counted.append(np.unique(np.concatenate(seen), return_counts=True))
+    for split in SPLITS:
+        _refuse_labels(split, rows[split], labels[split])
+    ids, where = np.unique(np.concatenate([ids for ids, _ in counted]), return_inverse=True)
+    counts = np.bincount(where, weights=np.concatenate([n for _, n in counted]))
+    return Survey(rows, ids, counts.astype(np.int64), pc.unique(pa.concat_arrays(train_users)), length)
+
+
+def _refuse_labels(split: str, rows: int, labels: set[float]) -> None:
+    if odd := [label for label in labels if label not in (0, 1)]:
+        raise SchemaError(
+            f"samples: split '{split}' has the label {odd[0]}; a CTR model's labels are 0 and 1. Run `prepare` again, "
+            f"or mend the rows of samples whose label is neither."
+        )
+    if len(labels) < 2:
+        raise SchemaError(
+            f"samples: split '{split}' has {rows} rows and the labels {sorted(labels)}; a CTR model needs both classes "
+            f"in each split. Give it more users, or change source.split or the label rule in the recipe."
+        )
+
+
+def of_split(samples: pa.Table, split: str) -> pa.Table:
+    """The rows of one split."""
+    return samples.filter(pc.equal(samples["split"], split))
 
 
 def encode_items(items: pa.Table, vocabularies: Vocabularies) -> ItemFeatures:
@@ -186,13 +227,6 @@ def encode_samples(
         profile=np.stack(profile, axis=1) if profile else np.zeros((n, 0), dtype=np.int32),
         labels=samples["label"].to_numpy().astype(np.float32),
     )
-
-
-def _frequent(*columns: pa.ChunkedArray, at_least: int) -> pa.Array:
-    counts = pc.value_counts(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.int64()))
-    values, n = counts.field("values"), counts.field("counts")
-    values = values.filter(pc.and_(pc.greater_equal(n, at_least), pc.is_valid(values)))
-    return values.take(pc.sort_indices(values))
 
 
 def _values(column: pa.ChunkedArray) -> pa.Array:

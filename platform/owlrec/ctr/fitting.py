@@ -30,7 +30,7 @@ from owlrec.errors import RecipeError, SchemaError
 
 _SCORING_ROWS = 8192
 # Settings that may change while a trial is interrupted.
-_BESIDE_A_TRIAL = {"backbones", "arms", "seeds", "patience", "threads", "max_failures", "checkpoint_steps"}
+_BESIDE_A_TRIAL = {"backbones", "arms", "seeds", "sweep", "patience", "threads", "max_failures", "checkpoint_steps"}
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,19 @@ def _refuse_non_finite(vectors: Tensor, ids: np.ndarray) -> None:
 
 
 class SplitTensors:
-    """A split on a device, and the batches that can be drawn from it."""
+    """A split, which stays where it is (mapped from disk, perhaps), and the batches on a device that it gives."""
 
     def __init__(self, samples: SampleFeatures, tables: Tables | None, device: str) -> None:
         self.samples, self.tables, self.device = samples, tables, device
         codes = (samples.items, samples.history, samples.ratings, samples.profile)
-        self.codes = [torch.from_numpy(array).to(device) for array in codes]
-        self.labels = torch.from_numpy(samples.labels).to(device)
+        self.codes = [torch.from_numpy(array) for array in codes]
+        self.labels = torch.from_numpy(samples.labels)
 
     def batch(self, rows: Tensor) -> Batch:
         """rows: int64 [b], on the CPU: which samples."""
-        on_device = rows.to(self.device)
-        items, history, ratings, profile = (array.index_select(0, on_device).long() for array in self.codes)
+        items, history, ratings, profile = (
+            array.index_select(0, rows).to(self.device, non_blocking=True).long() for array in self.codes
+        )
         if self.tables is None:
             return Batch(items, history, ratings, profile)
         user, user_codes = self._known(self.tables.users, self.samples.user_ids[rows.numpy()], self.tables.form)
@@ -123,7 +124,7 @@ class SplitTensors:
 
     def labels_of(self, rows: Tensor) -> Tensor:
         """float32 [b], on the device. rows: as `batch` takes them."""
-        return self.labels[rows.to(self.device)]
+        return self.labels[rows].to(self.device)
 
     def _known(
         self, tables: Sequence[KnowledgeTable], ids: np.ndarray, form: Form

@@ -106,6 +106,7 @@ class CTRModel(nn.Module):
 
     item_codes: Tensor
     item_attributes: Tensor
+    all_ratings: Tensor
 
     def __init__(self, spec: ModelSpec, items: ItemFeatures) -> None:
         super().__init__()
@@ -116,6 +117,7 @@ class CTRModel(nn.Module):
         self.item = _embedding(features.n_items, width)
         self.attributes = nn.ModuleList(_embedding(size, width) for size in features.attributes.values())
         self.rating = _embedding(RATING_BUCKETS + 1, width)
+        self.register_buffer("all_ratings", torch.arange(RATING_BUCKETS + 1), persistent=False)
         self.profile = nn.ModuleList(_embedding(size, width) for size in features.profile.values())
         shape = InputShape(
             item_fields=1 + len(features.attributes),
@@ -162,7 +164,9 @@ class CTRModel(nn.Module):
         of_target, of_history = where.split(sizes)
         distinct = self.embed_items(rows)
         flat = distinct.flatten(1)
-        behaviours = TableRows((flat, self.rating.weight), (of_history.view_as(batch.history), batch.ratings))
+        behaviours = TableRows(
+            (flat, self.rating(self.all_ratings)), (of_history.view_as(batch.history), batch.ratings)
+        )
         target = F.embedding(of_target, flat).unflatten(1, distinct.shape[1:])
         if not self.backbone.reads_behaviours:
             return target, target.new_empty(len(target), 0, distinct.shape[1] + 1, distinct.shape[2]), behaviours

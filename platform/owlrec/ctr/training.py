@@ -31,6 +31,7 @@ _COLLECTIVE_TIMEOUT_S = 300
 # A group that finds no resources is asked for once a minute (Ray Train); by default Ray never gives up.
 _START_ATTEMPTS = 15
 _POLL_S = 0.5
+_ENCODED = "samples"  # the folder, inside the grid's
 
 
 class GridJob(Config):
@@ -79,6 +80,7 @@ def train_trials(
             attributes=tuple(attributes),
             profile=tuple(profile) if config.use_profile else (),
         )
+        encode_once(workspace, job)
         with _announcing(workspace, job, on_trial):
             fit_workers(
                 workspace,
@@ -90,6 +92,7 @@ def train_trials(
                 threads=config.threads,
                 max_failures=config.max_failures,
             )
+        workspace.delete_dir(grid_folder(fingerprint), _ENCODED)
     return finished_trials(workspace, fingerprint, trials)
 
 
@@ -152,7 +155,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from owlrec.ctr.checkpoint import CheckpointFile
-    from owlrec.ctr.export import export_trial, save_vocabularies
+    from owlrec.ctr.export import export_trial
     from owlrec.ctr.fitting import train_one
     from owlrec.ctr.memory import keep_freed_memory
 
@@ -165,9 +168,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     # training.
     done = {result.trial for result in finished_trials(workspace, job.fingerprint, job.trials)}
     with tempfile.TemporaryDirectory(prefix="owlrec-vectors-") as cache:
-        data = _load(workspace, job, Path(cache))
-        if rank == 0:
-            save_vocabularies(workspace, job.fingerprint, data.features.vocabularies)
+        data = load_data(workspace, job, Path(cache))
         for trial in job.trials:
             if trial not in done:
                 path = f"{grid_folder(job.fingerprint)}/{trial.path}/checkpoint.safetensors"
@@ -178,20 +179,39 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
                     checkpoint.delete()
 
 
-def _load(workspace: Workspace, job: GridJob, cache: Path) -> Any:
-    from owlrec.ctr.features import build_features
+def encode_once(workspace: Workspace, job: GridJob) -> None:
+    """Encodes the samples once for all workers, into the grid's folder; an interrupted grid finds them there."""
+    from owlrec.ctr.encoded import DONE, encode_to_folder
+    from owlrec.ctr.export import VOCABULARIES, save_vocabularies
+
+    folder = f"{grid_folder(job.fingerprint)}/{_ENCODED}"
+    if workspace.exists(f"{folder}/{DONE}") and workspace.exists(f"{grid_folder(job.fingerprint)}/{VOCABULARIES}"):
+        return
+    with tempfile.TemporaryDirectory(prefix="owlrec-samples-") as cache:
+        target = workspace.local_path(folder) if workspace.local else Path(cache)
+        vocabularies = encode_to_folder(
+            workspace.read_table("users"),
+            workspace.read_table("items"),
+            lambda: (workspace.read_parquet(f"tables/samples/{part}") for part in workspace.table_parts("samples")),
+            target,
+            attributes=job.attributes,
+            profile=job.profile,
+            min_item_count=job.settings.min_item_count,
+        )
+        save_vocabularies(workspace, job.fingerprint, vocabularies)
+        if not workspace.local:
+            for file in sorted(target.iterdir(), key=lambda file: file.name == DONE):  # that which completes it last
+                workspace.write_bytes(f"{folder}/{file.name}", file.read_bytes())
+
+
+def load_data(workspace: Workspace, job: GridJob, cache: Path) -> Any:
+    from owlrec.ctr.encoded import open_features
+    from owlrec.ctr.export import load_vocabularies
     from owlrec.ctr.fitting import TrainingData
     from owlrec.ctr.knowledge import KnowledgeTable
 
-    users, items, samples = (workspace.read_table(name) for name in ("users", "items", "samples"))
-    features = build_features(
-        users,
-        items,
-        samples,
-        attributes=job.attributes,
-        profile=job.profile,
-        min_item_count=job.settings.min_item_count,
-    )
+    encoded = _local(workspace, f"{grid_folder(job.fingerprint)}/{_ENCODED}", cache)
+    features = open_features(encoded, load_vocabularies(workspace, job.fingerprint))
     tables = {
         source: {side: KnowledgeTable.open(_local(workspace, folder, cache)) for side, folder in folders.items()}
         for source, folders in job.knowledge.items()

@@ -29,5 +29,5 @@ class DCNv2(Backbone):
         first = inputs.fields().flatten(1)
         crossed = first
         for layer in self.cross:
-            crossed = first * layer(crossed) + crossed
+            crossed = torch.addcmul(crossed, first, layer(crossed))
         return self.head(torch.cat([crossed, self.deep(first)], dim=1)).squeeze(-1)
