@@ -1,0 +1,97 @@
+"""Learning rate and adaptor of the CTR models, chosen on valid by Ray Tune: `python -m pipelines.sweep_ctr --recipe R`.
+
+Tries every candidate of `ctr.sweep` with each backbone of the recipe, its second arm (the first is "none" as a rule)
+and its first seed. Only valid figures are reported: who chooses must not see the test split's.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from owlrec import __version__
+from owlrec.ctr.arms import arm_parts, arm_sources
+from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
+from owlrec.ctr.training import GridJob, encode_once, load_data
+from owlrec.errors import WorkspaceError
+from owlrec.ops.console import note, table
+from owlrec.recipe import Recipe
+from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from pipelines.session import ray_session
+from pipelines.stage import Counts, Outputs, execute, main
+from pipelines.train_ctr import vector_folders
+
+
+def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+    """Writes ctr/<fingerprint>/sweep.json, best first, and prints it."""
+    prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
+    config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
+    if prepared is None or (encoded is None and arm != "none"):
+        raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
+    print_ = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep", __version__)
+    folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
+    sources = arm_sources(arm, folders)
+    columns = workspace.read_parquet(f"tables/items/{workspace.table_parts('items')[0]}").column_names
+    trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
+    job = GridJob(
+        settings=config,
+        trials=tuple(trials),
+        knowledge={source: folders[source] for source in {*sources.user, *sources.item}},
+        fingerprint=print_,
+        attributes=tuple(f for f in recipe.domain.text_fields if f in columns)[:2],
+        profile=tuple(recipe.domain.profile_fields) if config.use_profile else (),
+    )
+    candidates = config.sweep.candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
+    path = f"{grid_folder(print_)}/sweep.json"
+
+    def body() -> tuple[Counts, Outputs]:
+        encode_once(workspace, job)
+        with ray_session(recipe.ray, workspace.log_path("ray")):
+            found = tried(workspace, job, candidates)
+        workspace.write_json(path, found)
+        workspace.delete_dir(grid_folder(print_), "samples")
+        rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in found]
+        table(f"sweep, arm {arm}", ["backbone", "valid AUC", "epochs", "settings"], rows)
+        note(f"best: {found[0]['backbone']} with {found[0]['changes']}; put its settings below `ctr:` in the recipe")
+        return {"candidates": len(found), "best_valid_auc": found[0]["valid_auc"]}, {"sweep": path}
+
+    return execute(workspace, "sweep_ctr", print_, f"{len(candidates)} settings, {len(trials)} backbones", body)
+
+
+def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trains each backbone of the job with each candidate; best valid AUC first. Ray must be initialised."""
+    from ray import tune
+
+    plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in job.trials]
+    cpus = {"cpu": job.settings.threads or 1, "gpu": int(job.settings.use_gpu)}
+    name = f"sweep-{job.fingerprint[:8]}"
+    workspace.delete_dir("ctr", "ray", name)  # of an interrupted sweep
+    trainable = tune.with_parameters(_try, workspace=workspace, job=job.model_dump(mode="json"))
+    results = tune.Tuner(
+        tune.with_resources(trainable, cpus),
+        param_space={"candidate": tune.grid_search(plain)},
+        run_config=tune.RunConfig(storage_path=workspace.path("ctr", "ray"), name=name, verbose=0),
+    ).fit()
+    for error in results.errors:
+        raise error
+    workspace.delete_dir("ctr", "ray", name)
+    found = [
+        {**r.config["candidate"], "valid_auc": r.metrics["valid_auc"], "epochs": r.metrics["epochs"]} for r in results
+    ]
+    return sorted(found, key=lambda f: -f["valid_auc"])
+
+
+def _try(candidate: dict[str, Any], workspace: Workspace, job: dict[str, Any]) -> None:
+    from ray import tune
+
+    from owlrec.ctr.fitting import train_one
+
+    tried_, parsed = candidate["candidate"], GridJob.model_validate(job)
+    settings = CTRConfig.model_validate({**parsed.settings.model_dump(), **tried_["changes"]})
+    trial = next(t for t in parsed.trials if t.backbone == tried_["backbone"])
+    with tempfile.TemporaryDirectory(prefix="owlrec-vectors-") as cache:
+        result = train_one(trial, load_data(workspace, parsed, Path(cache)), settings).result
+    tune.report({"valid_auc": result.valid.auc, "epochs": result.epochs})
+
+
+if __name__ == "__main__":
+    main(run, __doc__ or "")
