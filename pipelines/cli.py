@@ -14,6 +14,7 @@ from owlrec.recipe import load_recipe
 from owlrec.store import compaction
 from owlrec.store.release import current_release, list_releases, open_release, roll_back
 from owlrec.workspace import StageManifest, Workspace, finished_stage
+from pipelines import push, serving
 from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -78,6 +79,21 @@ def tune_ranker(recipe: RecipePath, workspace: WorkspaceOption = None) -> None:
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace)
         _stage("tune_ranker")(settings, open_workspace(settings))
+
+
+@app.command("export-ctr")
+def export_ctr(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    trial: Annotated[
+        str | None, typer.Option("--trial", help="such as din/knowledge/seed-0; default: the best on valid")
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="what is stored of each id in half precision")] = False,
+) -> None:
+    """Write a trained CTR model as an artifact that a serving process opens."""
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace)
+        _stage("export_ctr")(settings, open_workspace(settings), trial=trial, half=half)
 
 
 @app.command("import")
@@ -264,6 +280,11 @@ def doctor(
     table("owlrec doctor", ["check", "state", "found", "to mend"], [(c.name, c.ok, c.found, c.mend) for c in checks])
     if any(c.ok == "fail" for c in checks):
         raise typer.Exit(1)
+
+
+app.command()(serving.serve)
+app.command()(serving.keys)
+app.command()(push.push)
 
 
 def _known(kind: str) -> Kind:

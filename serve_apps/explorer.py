@@ -21,7 +21,7 @@ from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.tables import WorkspaceTables
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
-from serve_apps.telemetry import RayTelemetry
+from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 
 class ExplorerArgs(Config):
@@ -42,6 +42,7 @@ class ExplorerReplica:
         settings = ExplorerArgs.model_validate(args)
         self._keys = KeyRing(settings.keys_file, api_keys())
         refuse_open_binding(self._keys)
+        log_with_serve()
         self._config = KnowledgeConfig(limits=Limits(max_active=16, timeout_s=settings.timeout_s))
         workspace = Workspace(settings.workspace)
         self._served = ServedReleases(WorkspaceReleases(workspace))

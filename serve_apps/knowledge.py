@@ -21,7 +21,7 @@ from owlrec.serving.served import ReleaseSource, ServedReleases, WorkspaceReleas
 from owlrec.serving.similar import SimilarEntities
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
-from serve_apps.telemetry import RayTelemetry
+from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 
 class KnowledgeArgs(Config):
@@ -49,6 +49,7 @@ class KnowledgeReplica:
         settings = KnowledgeArgs.model_validate(args)
         self._keys = KeyRing(settings.keys_file, api_keys())
         refuse_open_binding(self._keys)
+        log_with_serve()
         self._config = KnowledgeConfig(
             limits=Limits(
                 max_active=settings.max_active, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s

@@ -25,7 +25,7 @@ from owlrec.serving.ranking import Cascade
 from owlrec.serving.schemas import Rank
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
-from serve_apps.telemetry import RayTelemetry
+from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 _JSON_LOGS = {"encoding": "JSON", "enable_access_log": False}
 _READY_WITHIN_S = 2.0
@@ -100,6 +100,7 @@ class RankReplica:
         settings = RankArgs.model_validate(args)
         self._keys = KeyRing(settings.keys_file, api_keys())
         refuse_open_binding(self._keys)
+        log_with_serve()
         self._limits = Limits(max_active=settings.max_active, timeout_s=35.0)  # above the longest deadline
         self._telemetry = RayTelemetry("rank")
         self._ctr = _Remote(ctr)

@@ -4,6 +4,7 @@
 `…_seconds_bucket{stage}` (request, lookup, …), `…_release_age_s` and their kin.
 """
 
+import logging
 from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -45,3 +46,11 @@ class RayTelemetry:
     def gauge(self, name: str, value: float) -> None:
         """What something stands at."""
         self._gauges[name].set(value, self._app)
+
+
+def log_with_serve() -> None:
+    """Sends the lines of owlrec.serving where Serve's own go: JSON, a file a replica. For replicas."""
+    ours = logging.getLogger("owlrec.serving")
+    ours.handlers = logging.getLogger("ray.serve").handlers
+    ours.setLevel(logging.INFO)
+    ours.propagate = False

