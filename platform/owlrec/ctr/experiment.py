@@ -46,9 +46,10 @@ class CTRConfig(Config):
     schedule: Literal["constant", "cosine"] = "constant"  # cosine would reach 0 after `epochs`
     warmup_steps: int = Field(default=0, ge=0)
     # Tables of more rows (items, say) get sparse gradients and row-wise Adagrad. In smaller ones most rows are in every
-    # batch, and a dense step costs less.
+    # batch, and AdamW is as good (MovieLens-100K, DCN-V2, one split: valid AUC .7545, row-wise .7539 at best).
     sparse_above_rows: int = Field(default=50_000, ge=0)
-    table_learning_rate: float = Field(default=0.02, gt=0)  # of row-wise Adagrad
+    # Of row-wise Adagrad. Same trial: .005 gave .7539, .01 .7530, .02 .7525, .05 .7496, .1 .7458.
+    table_learning_rate: float = Field(default=0.005, gt=0)
     # bfloat16: the products of training in half the width; scores are always computed in float32. It pays on GPUs, and
     # on CPUs with AMX.
     precision: Literal["float32", "bfloat16"] = "float32"

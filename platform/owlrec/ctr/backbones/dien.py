@@ -37,7 +37,8 @@ class AttentionalGRU(nn.Module):
         ):
             recalled_gates, recalled = self.recall(state).split([2 * self.dim, self.dim], dim=1)
             reset, update = torch.sigmoid(gates + recalled_gates).chunk(2, dim=1)
-            state = torch.lerp(state, torch.tanh(candidate + reset * recalled), weight * update)
+            found = torch.tanh(candidate + reset * recalled)
+            state = torch.lerp(state, found.to(state.dtype), (weight * update).to(state.dtype))
         return state
 
 

@@ -48,7 +48,7 @@ class TableRows:
         """float32 [b, sum of the widths]. weights: float32 [b, L]."""
         return torch.cat(
             [
-                F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+                F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights.to(table.dtype))
                 for rows, table in zip(self.rows, self.tables, strict=True)
             ],
             dim=1,
