@@ -1,0 +1,183 @@
+"""Ranking on Ray Serve, over real HTTP, with a trained CTR model: orders, a killed LLM, a model swapped in place."""
+
+import asyncio
+import time
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from redis_server import free_port
+
+from owlrec import schema
+from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
+from owlrec.ctr.experiment import CTRConfig, Trial
+from owlrec.ctr.export import export_trial, save_vocabularies
+from owlrec.ctr.features import build_features
+from owlrec.ctr.fitting import TrainingData, train_one
+from owlrec.ctr.scoring import Scorer
+from owlrec.workspace import Workspace
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_local"),
+    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray Serve 2.60 itself
+]
+USERS, ITEMS = 60, 20
+
+
+def write_artifacts(workspace):
+    """Two trained models over a small world in which everybody likes even items; their folders."""
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    rows = [
+        (user, item, float(item % 2 == 0), 1000, rng.integers(0, ITEMS, 4).tolist(), [3.0] * 4, split)
+        for user in range(USERS)
+        for item in range(ITEMS)
+        for split in ["train" if user < 40 else "valid" if user < 50 else "test"]
+    ]
+    samples = pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema.SAMPLES)
+    ids, titles = pa.array(range(ITEMS), pa.int64()), [f"Film {i}" for i in range(ITEMS)]
+    items = pa.table({"item_id": ids, "raw_id": titles, "title": titles, "genres": [["A"]] * ITEMS})
+    users = pa.table({"user_id": pa.array(range(USERS), pa.int64()), "raw_id": [str(u) for u in range(USERS)]})
+    events = pa.table(
+        {"user_id": samples["user_id"], "item_id": samples["item_id"],
+         "rating": pa.array([3.0] * samples.num_rows, pa.float32()), "timestamp": samples["timestamp"]}
+    )  # fmt: skip
+    for name, table, key in (
+        ("users", users, "user_id"),
+        ("items", items, "item_id"),
+        ("interactions", events, "user_id"),
+    ):
+        workspace.write_table(name, table, key=key, n_shards=1)
+    features = build_features(users, items, samples, attributes=["genres"], profile=[], min_item_count=1)
+    config = CTRConfig(batch_size=128, epochs=3, embed_dim=8, hidden_dims=(16, 8), learning_rate=1e-2)
+    folders = []
+    for backbone in ("din", "dcnv2"):
+        trial, grid = Trial(backbone=backbone, arm="none", seed=0), "ab" * 32
+        data = TrainingData(features, {})
+        trained = train_one(trial, data, config)
+        export_trial(workspace, grid, trained)
+        save_vocabularies(workspace, grid, features.vocabularies)
+        folder = write_artifact(workspace, grid, trained.result, features.items, None)
+        figures = {"valid": trained.result.valid, "test": trained.result.test}
+        card = ModelCard(trial=trial, grid=grid, precision="float32", users=USERS, items=ITEMS, adapted={}, **figures)
+        finish_artifact(workspace, folder, card)
+        folders.append(folder)
+    return folders
+
+
+def contrarian():
+    """In the place of an LLM: likes odd items, the greatest most. Made here, since workers cannot import tests."""
+
+    class Contrarian:
+        def score(self, asked, candidates):
+            if asked["profile"].get("mood") == "slow":
+                time.sleep(30)
+            return [c / 100 if c % 2 else 0.0 for c in candidates]
+
+    return Contrarian
+
+
+@pytest.fixture(scope="module")
+def served(ray_local, tmp_path_factory):
+    """The address, the workspace, the artifacts, and a function that deploys with one of them."""
+    from ray import serve
+
+    from serve_apps.rank import RankArgs, app
+
+    workspace = Workspace(tmp_path_factory.mktemp("rank") / "ws")
+    folders = write_artifacts(workspace)
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    llm = serve.deployment(contrarian(), name="Llm", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=4)
+
+    def deploy(artifact):
+        args = RankArgs(workspace=workspace.path(), artifact=artifact, num_cpus=0.1, max_ctr_replicas=1)
+        serve.run(app(args, llm.bind()), name="rank", route_prefix="/")
+
+    deploy(folders[0])
+    yield f"http://127.0.0.1:{port}", workspace, folders, deploy
+    serve.shutdown()
+
+
+def ask(address, **asked):
+    body = {"user_id": 55, "candidates": list(range(ITEMS)), "top_k": ITEMS, "deadline_ms": 5000, **asked}
+    response = httpx.post(f"{address}/v1/rank", json=body, timeout=40)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def order(answer):
+    return [r["id"] for r in answer["results"]]
+
+
+def test_the_ctr_order_is_the_scorers_own(served):
+    address, workspace, folders, _ = served
+    assert httpx.get(f"{address}/readyz").status_code == 200
+    scores = Scorer.open(workspace, folders[0]).score(55, range(ITEMS))
+    answer = ask(address)
+    assert order(answer) == np.argsort(-scores, kind="stable").tolist()
+    assert {i % 2 for i in order(answer)[:10]} == {0}
+    np.testing.assert_allclose([r["score"] for r in answer["results"]], np.sort(scores)[::-1], atol=1e-6)
+    inline = ask(
+        address, user_id=None, history=[{"item_id": 3, "rating": 4}, {"item_id": 10**12}], candidates=[1, 2, 99]
+    )
+    assert order(inline)[0] == 2
+
+
+def test_a_cascade_re_ranks_the_head(served):
+    answer = ask(served[0], mode="cascade", rerank=12, explain=True)
+    head, tail = answer["results"][:12], answer["results"][12:]
+    assert {r["by"] for r in head} == {"llm"}
+    assert {r["by"] for r in tail} == {"ctr"}
+    assert [r["id"] % 2 for r in head] == [1] * 2 + [0] * 10  # the two odd items of the head lead it
+    assert not answer["degraded"]
+
+
+def test_a_slow_llm_is_not_waited_for(served):
+    start = time.monotonic()
+    answer = ask(served[0], mode="cascade", deadline_ms=300, profile={"mood": "slow"})
+    assert time.monotonic() - start < 3
+    assert (answer["degraded"], answer["reason"]) == (True, "the LLM did not answer within the deadline")
+    assert order(answer) == order(ask(served[0]))
+
+
+def test_without_the_llm_the_ctr_order_goes_out_and_it_comes_back(served):
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    killed = next(a for a in actors if a["name"].startswith("SERVE_REPLICA::rank#Llm"))
+    ray.kill(ray.get_actor(killed["name"], namespace=killed["namespace"]), no_restart=True)
+    start = time.monotonic()
+    answers = [ask(served[0], mode="llm", deadline_ms=500)]
+    assert time.monotonic() - start < 5
+    by_ctr = order(ask(served[0]))
+    while answers[-1]["degraded"]:
+        assert order(answers[-1]) == by_ctr
+        assert time.monotonic() - start < 60
+        answers.append(ask(served[0], mode="llm", deadline_ms=500))
+    assert order(answers[-1])[:2] == [19, 17]
+
+
+def test_another_model_is_deployed_in_its_place(served):
+    address, workspace, folders, deploy = served
+    deploy(folders[1])
+    expected = Scorer.open(workspace, folders[1]).score(55, range(ITEMS))
+    end = time.monotonic() + 30
+    while order(ask(address)) != np.argsort(-expected, kind="stable").tolist():
+        assert time.monotonic() < end
+
+
+def test_a_replica_takes_in_another_model_without_a_restart(served):
+    """What Serve calls where only `user_config` of its configuration has changed."""
+    from serve_apps.rank import CtrReplica
+
+    _, workspace, folders, _ = served
+    replica = CtrReplica(workspace.path(), 1)
+    asked = {"user_id": 55, "history": None, "profile": {}}
+    for folder in folders:
+        replica.reconfigure({"artifact": folder})
+        scores = asyncio.run(replica.score(asked, list(range(ITEMS))))
+        np.testing.assert_allclose(scores, Scorer.open(workspace, folder).score(55, range(ITEMS)), atol=1e-6)
