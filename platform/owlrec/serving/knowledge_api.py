@@ -20,7 +20,7 @@ from owlrec import __version__
 from owlrec.config import Config
 from owlrec.serving.guard import Guard, Limits
 from owlrec.serving.keys import KeyRing
-from owlrec.serving.openapi import PROBLEMS, PROBLEMS_OF_ONE, add_keys
+from owlrec.serving.openapi import BYTES, PROBLEMS, PROBLEMS_OF_ONE, complete_document
 from owlrec.serving.problems import Problem, install_problem_handlers
 from owlrec.serving.schemas import (
     DEFAULT_FIELDS,
@@ -92,7 +92,7 @@ def build_knowledge_api(
         with served.lease() as release:
             return _json(release, _describe(release).model_dump_json())
 
-    @app.get("/v1/knowledge/{kind}/{id}", response_model=SingleAnswer, responses=PROBLEMS_OF_ONE)
+    @app.get("/v1/knowledge/{kind}/{id}", response_model=SingleAnswer, responses=PROBLEMS_OF_ONE | BYTES)
     async def get_one(
         kind: Kind,
         id: PathId,
@@ -118,7 +118,7 @@ def build_knowledge_api(
             head = f'{{"release":{json.dumps(release.name)},"kind":"{kind}",'
             return _json(release, head + entity.json[1:], headers)
 
-    @app.post("/v1/knowledge:batchGet", response_model=BatchAnswer, responses=PROBLEMS)
+    @app.post("/v1/knowledge:batchGet", response_model=BatchAnswer, responses=PROBLEMS | BYTES)
     async def get_many(asked: BatchGet, accept: Annotated[str, Header(max_length=1000)] = "") -> Response:
         """What is known of up to 1,000 ids, aligned with them. With `Accept: application/octet-stream`, their vectors
         as rows of little-endian float16; a missing one is all NaN.
@@ -143,7 +143,7 @@ def build_knowledge_api(
         return await asyncio.to_thread(find)
 
     app.add_middleware(Guard, keys=keys, limits=config.limits, telemetry=telemetry)
-    add_keys(app, keys.required)
+    complete_document(app, keys=keys.required)
     return app
 
 

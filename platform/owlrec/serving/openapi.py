@@ -5,7 +5,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from owlrec.serving.problems import ProblemDocument
+from owlrec.serving.problems import MEDIA_TYPE, ProblemDocument
+from owlrec.serving.vector_text import BYTES_TYPE
+
+_PROBLEM = "#/components/schemas/ProblemDocument"
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": ProblemDocument, "description": about}
@@ -25,13 +28,23 @@ PROBLEMS_OF_ONE: dict[int | str, dict[str, Any]] = {
 }
 
 
-def add_keys(app: FastAPI, required: bool) -> None:
-    """Makes the document of `app` say that requests need an API key, where they do."""
+BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {BYTES_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+def complete_document(app: FastAPI, *, keys: bool) -> None:
+    """Makes the document of `app` say of what type errors are and, with `keys`, that requests need one."""
 
     def document() -> dict[str, Any]:
         if not app.openapi_schema:
             made = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            if required:
+            for operation in (o for path in made["paths"].values() for o in path.values()):
+                for response in operation["responses"].values():
+                    content = response.get("content", {})
+                    if _PROBLEM in str(content.get("application/json")):  # FastAPI knows one type for all models
+                        content[MEDIA_TYPE] = content.pop("application/json")
+            if keys:
                 made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
                 made["security"] = [{"key": []}]
             app.openapi_schema = made

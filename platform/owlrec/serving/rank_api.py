@@ -8,7 +8,7 @@ from starlette.responses import Response
 from owlrec import __version__
 from owlrec.serving.guard import Guard, Limits
 from owlrec.serving.keys import KeyRing
-from owlrec.serving.openapi import PROBLEMS, add_keys
+from owlrec.serving.openapi import PROBLEMS, complete_document
 from owlrec.serving.problems import install_problem_handlers
 from owlrec.serving.ranking import Cascade
 from owlrec.serving.schemas import Health, Rank, RankAnswer
@@ -44,5 +44,5 @@ def build_rank_api(
         return await cascade.rank(asked)
 
     app.add_middleware(Guard, keys=keys, limits=limits, telemetry=telemetry)
-    add_keys(app, keys.required)
+    complete_document(app, keys=keys.required)
     return app

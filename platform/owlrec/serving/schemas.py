@@ -181,7 +181,7 @@ class Why(BaseModel):
 
     ctr_score: float
     ctr_place: int  # counted from 1, among all candidates
-    llm_score: float | None
+    llm_score: float | None = None
 
 
 class Ranked(BaseModel):
