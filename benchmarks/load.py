@@ -1,0 +1,156 @@
+"""A load generator over HTTP/1.1, as a process of its own: open loop (arrivals come when they come, and wait is
+counted) or closed loop (as fast as answers arrive).
+
+`python -m benchmarks.load JOB`, with JOB a LoadJob as JSON, prints a LoadResult as JSON. It speaks just enough HTTP to
+cost the measured machine little: one request a time on each of its connections, answers with a Content-Length.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections import Counter
+from urllib.parse import urlsplit
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+
+class LoadJob(BaseModel):
+    """What to ask, and how often."""
+
+    url: str
+    bodies: list[str] = []  # of POST requests, in turns; none: GET of `paths`
+    paths: list[str] = []
+    headers: dict[str, str] = {}
+    rate: float | None = None  # requests/s, as a Poisson process; None = closed loop
+    seconds: float
+    connections: int = 16  # at most, where `rate` is given
+    check_labels: bool = False  # every text of an answer begins with one and the same word, a release's own
+
+
+class LoadResult(BaseModel):
+    """What came back. Times are nan where there is nothing to measure."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    seconds: float
+    asked: int
+    statuses: dict[str, int]  # "lost" for an answer that never came
+    ok_per_s: float
+    ok_p50_ms: float
+    ok_p99_ms: float
+    refused_p99_ms: float  # of every answer but 200
+    labels: dict[str, list[str]] = {}  # by release: what its texts began with
+    mixed: int = 0  # answers whose texts began with different words
+
+
+def main() -> None:
+    """Runs the job of the command line."""
+    print(asyncio.run(_Load(LoadJob.model_validate_json(sys.argv[1])).run()).model_dump_json())
+
+
+class _Load:
+    def __init__(self, job: LoadJob) -> None:
+        self.job = job
+        parts = urlsplit(job.url)
+        self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
+        self.requests = _requests(job, parts.path)
+        self.free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.slots = asyncio.Semaphore(job.connections)
+        self.times: list[tuple[int, float]] = []  # status (0: lost), seconds
+        self.labels: dict[str, set[str]] = {}
+        self.mixed = 0
+
+    async def run(self) -> LoadResult:
+        start = time.perf_counter()
+        if self.job.rate is None:
+            end = start + self.job.seconds
+            await asyncio.gather(*[self._closed(worker, end) for worker in range(self.job.connections)])
+        else:
+            gaps = np.random.default_rng(0).exponential(1 / self.job.rate, int(self.job.rate * self.job.seconds * 2))
+            due = start + np.cumsum(gaps)
+            due = due[due < start + self.job.seconds]
+            tasks = []
+            for number, at in enumerate(due.tolist()):
+                if (wait := at - time.perf_counter()) > 0:
+                    await asyncio.sleep(wait)
+                tasks.append(asyncio.create_task(self._one(number, at)))
+            await asyncio.gather(*tasks)
+        return self._result(time.perf_counter() - start)
+
+    async def _closed(self, worker: int, end: float) -> None:
+        number = worker
+        while (now := time.perf_counter()) < end:
+            await self._one(number, now)
+            number += self.job.connections
+
+    async def _one(self, number: int, due: float) -> None:
+        async with self.slots:
+            status = 0
+            try:
+                reader, writer = self.free.pop() if self.free else await asyncio.open_connection(self.host, self.port)
+                writer.write(self.requests[number % len(self.requests)])
+                status, body, keep = await asyncio.wait_for(_answer(reader), 30)
+                if keep:
+                    self.free.append((reader, writer))
+                else:
+                    writer.close()
+                if status == 200 and self.job.check_labels:
+                    self._check(body)
+            except (OSError, asyncio.IncompleteReadError, TimeoutError):
+                status = 0
+            self.times.append((status, time.perf_counter() - due))
+
+    def _check(self, body: bytes) -> None:
+        answer = json.loads(body)
+        labels = {result["text"].split(" ", 1)[0] for result in answer["results"]}
+        self.mixed += len(labels) > 1
+        self.labels.setdefault(answer["release"], set()).update(labels)
+
+    def _result(self, seconds: float) -> LoadResult:
+        ok = [t for status, t in self.times if status == 200]
+        refused = [t for status, t in self.times if status not in (0, 200)]
+        counts = Counter(str(status) if status else "lost" for status, _ in self.times)
+
+        def percentile(values: list[float], p: int) -> float:
+            return float(np.percentile(values, p)) * 1e3 if values else float("nan")
+
+        return LoadResult(
+            seconds=seconds,
+            asked=len(self.times),
+            statuses=dict(counts),
+            ok_per_s=len(ok) / seconds,
+            ok_p50_ms=percentile(ok, 50),
+            ok_p99_ms=percentile(ok, 99),
+            refused_p99_ms=percentile(refused, 99),
+            labels={release: sorted(found) for release, found in self.labels.items()},
+            mixed=self.mixed,
+        )
+
+
+def _requests(job: LoadJob, path: str) -> list[bytes]:
+    headers = {"Host": urlsplit(job.url).netloc, **job.headers}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    if not job.bodies:
+        return [f"GET {one} HTTP/1.1\r\n{lines}\r\n".encode() for one in job.paths]
+    kind = "Content-Type: application/json\r\n"
+    return [
+        f"POST {path} HTTP/1.1\r\n{lines}{kind}Content-Length: {len(body.encode())}\r\n\r\n{body}".encode()
+        for body in job.bodies
+    ]
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
+    """Status, body, and whether the connection can be used again: not after a body of unknown length, as proxies'
+    refusals have.
+    """
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    status, length = int(head[9:12]), head.partition(b"content-length:")[2].split(b"\r\n", 1)[0].strip()
+    if not length:
+        return status, b"", False
+    return status, await reader.readexactly(int(length)), b"connection: close" not in head
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""Knowledge lookup: the stores, then HTTP beside Feast's online server and a plain FastAPI + SQLite server, on the same
+texts and vectors, each server alone on the machine with the load generator.
+
+Parts (--only): `store`, `http` (latency at 200 requests/s, greatest rate for 1 and for 256 ids), `swaps` (publish, swap
+and roll back under load), `overload` (five times what it can take), `memory` (what further replicas add). Feast runs
+from an environment of its own: `--feast DIR/bin/python`, made by `python -m venv DIR; DIR/bin/pip install feast`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+
+from benchmarks.load import LoadJob, LoadResult
+from benchmarks.table import Figure, options_parser, show
+from owlrec.schema import KNOWLEDGE, vectors_table
+from owlrec.store import KnowledgeStore, ReleaseInfo, open_release, publish, roll_back
+from owlrec.workspace import Workspace, fingerprint
+
+DIM, BATCH = 384, 256
+PARTS = ("store", "http", "swaps", "overload", "memory")
+PEERS = Path(__file__).parent / "serving_peers"
+OURS, PLAIN, FEAST = "owlrec", "FastAPI + SQLite", "Feast"
+BATCH_PATH = "/v1/knowledge:batchGet"
+
+
+def main() -> None:
+    """Builds the data and runs the parts that are asked for."""
+    parser = options_parser(__doc__)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--feast", help="a Python that has feast; without it Feast is skipped")
+    options = parser.parse_args()
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory(prefix="owlrec-serving-") as name:
+        folder = Path(name)
+        parts = {"store": _store, "http": _http, "swaps": _swaps, "overload": _overload, "memory": _memory}
+        for part in options.only:
+            figures += parts[part](folder / part, options)
+    show("serving", figures, options)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def _release(workspace: Workspace, n: int, label: str = "release") -> str:
+    """A release of `n` users; every text begins with `label`."""
+
+    def texts() -> Iterator[pa.Table]:
+        row = {f.name: "x" if pa.types.is_string(f.type) else 1 for f in KNOWLEDGE}
+        text = f"{label} " + "The user prefers thoughtful dramas of the nineties with strong casts. " * 6
+        for ids in np.array_split(np.arange(n), max(1, n // 50_000)):
+            same = {name: [value] * len(ids) for name, value in row.items()}
+            yield pa.table(same | {"kind": ["user"] * len(ids), "id": ids, "text": [text] * len(ids)}, schema=KNOWLEDGE)
+
+    def vectors() -> Iterator[pa.Table]:
+        random = np.random.default_rng(0)
+        for ids in np.array_split(np.arange(n), max(1, n // 50_000)):
+            yield vectors_table("user", ids, random.standard_normal((len(ids), DIM), dtype=np.float32))
+
+    info = ReleaseInfo(fingerprint=fingerprint(label, n), model="synthetic", encoder="synthetic")
+    return publish(workspace, knowledge=texts(), vectors=vectors(), info=info).name
+
+
+# --------------------------------------------------------------------------------------------------------------- store
+
+
+def _store(folder: Path, options: argparse.Namespace) -> list[Figure]:
+    n = 50_000 if options.quick else 1_000_000
+    workspace = Workspace(folder / "ws")
+    _release(workspace, n)
+    with open_release(workspace, verify=False) as release:
+        figures = _batches(f"{n:,} entities", "LMDB", release.store, n, 300 if options.quick else 2000)
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    if program is None:
+        return [*figures, _skipped("store", "Redis (not installed)")]
+    from owlrec.store.redis_publishing import push
+    from owlrec.store.redis_store import RedisReleases
+
+    port = _free_port()
+    with _process([program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]):
+        _wait_for_port(port)
+        releases = RedisReleases(f"redis://127.0.0.1:{port}/0", timeout_s=60)
+        with releases.open(push(workspace, releases)) as release:
+            name = "Redis over loopback"
+            return figures + _batches(f"{n:,} entities", name, release.store, n, 300 if options.quick else 2000)
+
+
+def _batches(what: str, method: str, store: KnowledgeStore, n: int, repeats: int) -> list[Figure]:
+    batches = np.random.default_rng(1).integers(0, n, (repeats, BATCH))
+    figures = []
+    for name, look_up in (
+        ("vectors", lambda ids: store.vectors("user", ids)),
+        ("vectors and text", lambda ids: (store.vectors("user", ids), store.get("user", ids))),
+    ):
+        for ids in batches:  # warm: the very pages that are read again
+            look_up(ids)
+        times = np.empty(repeats)
+        for row, ids in enumerate(batches):
+            start = time.perf_counter()
+            look_up(ids)
+            times[row] = time.perf_counter() - start
+        for p in (50, 99):
+            value = float(np.percentile(times, p)) * 1e3
+            figures.append(_figure(f"{what}, {BATCH} ids, {name}, p{p}", method, value, "ms"))
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------------------------- http
+
+
+def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
+    n = 5_000 if options.quick else 100_000
+    seconds = 5.0 if options.quick else 20.0
+    workspace = Workspace(folder / "ws")
+    _release(workspace, n)
+    figures = []
+    with _serving(workspace) as url:
+        ours = _our_load(url, n, 1)
+        _load(ours, seconds=3, connections=4)
+        result = _load(ours, rate=200, seconds=10 if options.quick else 60, connections=200)
+        bad = result.asked - result.statuses.get("200", 0)
+        for what, value, unit in (
+            ("p50", result.ok_p50_ms, "ms"),
+            ("p99", result.ok_p99_ms, "ms"),
+            ("errors", bad, f"of {result.asked:,}"),
+        ):
+            figures.append(_figure(f"one id, 200 requests/s, {what}", OURS, value, unit))
+        rates = {OURS: {ids: _greatest(_our_load(url, n, ids), seconds) for ids in (1, BATCH)}}
+    with _peer("plain_server.py", sys.executable, workspace, folder, n) as url:
+        rates[PLAIN] = {ids: _greatest(_plain_load(url, n, ids), seconds) for ids in (1, BATCH)}
+    if options.feast:
+        with _peer("feast_server.py", options.feast, workspace, folder, n) as url:
+            rates[FEAST] = {ids: _greatest(_feast_load(url, n, ids), seconds) for ids in (1, BATCH)}
+    else:
+        figures.append(_skipped("greatest rate", "Feast (see --feast)"))
+    for ids in (1, BATCH):
+        for method, found in rates.items():
+            figure = _figure(f"greatest rate, {ids} ids, text and vector", method, found[ids], "requests/s")
+            if method != OURS:
+                figure = figure.model_copy(update={"ratio_to": OURS, "ratio": found[ids] / rates[OURS][ids]})
+            figures.append(figure)
+    return figures
+
+
+def _greatest(job: LoadJob, seconds: float) -> float:
+    """Requests/s with every connection busy: the best of three numbers of them."""
+    _load(job, seconds=2, connections=4)
+    return max(_load(job, seconds=seconds / 2, connections=c).ok_per_s for c in (4, 16, 64))
+
+
+def _our_load(url: str, n: int, ids: int, fields: tuple[str, ...] = ("text", "vector"), **more: object) -> LoadJob:
+    if ids == 1:
+        query = "&".join(f"fields={field}" for field in fields)
+        paths = [f"/v1/knowledge/user/{one}?{query}" for one in _drawn(n, 1)[:, 0].tolist()]
+        return LoadJob(url=url, paths=paths, seconds=1, **more)
+    bodies = [json.dumps({"kind": "user", "ids": row, "fields": fields}) for row in _drawn(n, ids).tolist()]
+    return LoadJob(url=url + BATCH_PATH, bodies=bodies, seconds=1, **more)
+
+
+def _plain_load(url: str, n: int, ids: int) -> LoadJob:
+    if ids == 1:
+        return LoadJob(url=url, paths=[f"/user/{one}" for one in _drawn(n, 1)[:, 0].tolist()], seconds=1)
+    return LoadJob(url=f"{url}/users", bodies=[json.dumps({"ids": row}) for row in _drawn(n, ids).tolist()], seconds=1)
+
+
+def _feast_load(url: str, n: int, ids: int) -> LoadJob:
+    features = ["knowledge:text", "knowledge:vector"]
+    bodies = [json.dumps({"features": features, "entities": {"user_id": row}}) for row in _drawn(n, ids).tolist()]
+    return LoadJob(url=f"{url}/get-online-features", bodies=bodies, seconds=1)
+
+
+def _drawn(n: int, ids: int) -> np.ndarray:
+    random = np.random.default_rng(2)
+    return np.stack([random.choice(n, ids, replace=False) for _ in range(500 if ids == 1 else 60)])
+
+
+# --------------------------------------------------------------------------------------------------------------- swaps
+
+
+def _swaps(folder: Path, options: argparse.Namespace) -> list[Figure]:
+    rounds, n = (4 if options.quick else 50), 1000
+    workspace = Workspace(folder / "ws")
+    _release(workspace, n, "r0")
+    with _serving(workspace) as url:
+        job = _our_load(url, n, 8, ("text",), check_labels=True).model_copy(
+            update={"rate": 200.0, "seconds": rounds * 3.2, "connections": 200}
+        )
+        command = [sys.executable, "-m", "benchmarks.load", job.model_dump_json()]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
+            for number in range(1, rounds + 1):
+                _release(workspace, n, f"r{number}")
+                time.sleep(1.2)
+                roll_back(workspace)
+                time.sleep(1.2)
+            output, _ = load.communicate()
+    result = LoadResult.model_validate_json(output)
+    failed = result.asked - result.statuses.get("200", 0)
+    mixed = result.mixed + sum(len(labels) > 1 for labels in result.labels.values())
+    what = f"{rounds} publications, swaps and roll-backs, 200 requests/s"
+    return [
+        _figure(f"{what}, releases seen", OURS, len(result.labels), "releases"),
+        _figure(f"{what}, failed", OURS, failed, f"of {result.asked:,}"),
+        _figure(f"{what}, mixed", OURS, mixed, f"of {result.asked:,}"),
+        _figure(f"{what}, p99", OURS, result.ok_p99_ms, "ms"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ overload
+
+
+def _overload(folder: Path, options: argparse.Namespace) -> list[Figure]:
+    n, seconds = 20_000, 8.0 if options.quick else 30.0
+    workspace = Workspace(folder / "ws")
+    _release(workspace, n)
+    with _serving(workspace) as url:
+        job = _our_load(url, n, BATCH, ("text",))
+        capacity = _greatest(job, 6 if options.quick else 20)
+        before = _replica_bytes("rss")
+        result = _load(job, rate=5 * capacity, seconds=seconds, connections=1000)
+        after = _replica_bytes("rss")
+        recovered = _load(job, seconds=3, connections=16)
+    unanswered = result.asked - sum(result.statuses.get(s, 0) for s in ("200", "503"))
+    return [
+        _figure("capacity, 256 texts a request", OURS, capacity, "requests/s"),
+        _figure("goodput at 5x", OURS, result.ok_per_s / capacity * 100, "% of capacity"),
+        _figure("503 at 5x, p99", OURS, result.refused_p99_ms, "ms"),
+        _figure("neither 200 nor 503", OURS, unanswered, f"of {result.asked:,}"),
+        _figure("growth of the replica", OURS, (after - before) / 2**20, "MB"),
+        _figure("rate right after", OURS, recovered.ok_per_s / capacity * 100, "% of capacity"),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def _memory(folder: Path, options: argparse.Namespace) -> list[Figure]:
+    n = 20_000 if options.quick else 500_000
+    workspace = Workspace(folder / "ws")
+    _release(workspace, n)
+    totals = {}
+    for replicas in (1, 3):
+        with _serving(workspace, replicas) as url:
+            _load(_our_load(url, n, BATCH), seconds=5 if options.quick else 20, connections=16)
+            totals[replicas] = _replica_bytes("pss")
+    size = sum(p.stat().st_size for p in workspace.local_path("releases").rglob("*.lmdb"))
+    return [
+        _figure("size of the release", OURS, size / 2**20, "MB"),
+        _figure("memory of one replica (PSS)", OURS, totals[1] / 2**20, "MB"),
+        _figure("memory that each further replica adds", OURS, (totals[3] - totals[1]) / 2 / 2**20, "MB"),
+    ]
+
+
+def _replica_bytes(field: str) -> float:
+    total = 0.0
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if "ServeReplica:knowledge" in " ".join(process.info["cmdline"] or ()):
+            total += getattr(process.memory_full_info(), field)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------- servers
+
+
+@contextmanager
+def _serving(workspace: Workspace, replicas: int = 1) -> Iterator[str]:
+    """`owlrec serve` on the workspace; its address."""
+    port = _free_port()
+    owlrec = Path(sys.executable).parent / "owlrec"
+    options = {"--workspace": workspace.path(), "--port": port, "--replicas": replicas, "--max-replicas": replicas}
+    with _process([str(owlrec), "serve", *(str(word) for option in options.items() for word in option)]):
+        for path in ("readyz", "explorer/readyz"):  # the latter comes last: nothing is started any more under load
+            _wait_for_answer(f"http://127.0.0.1:{port}/{path}")
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def _peer(script: str, python: str, workspace: Workspace, folder: Path, n: int) -> Iterator[str]:
+    """A peer's server on the same rows; its address. The rows travel as one Parquet file."""
+    import pyarrow.parquet as pq
+
+    rows = folder / "rows.parquet"
+    if not rows.exists():
+        with open_release(workspace, verify=False) as release:
+            ids = np.arange(n)
+            texts = [k.text for k in release.store.get("user", ids) if k]
+            vectors, _ = release.store.vectors("user", ids)
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIM)
+        pq.write_table(pa.table({"user_id": ids, "text": texts, "vector": flat}), rows)
+    port = _free_port()
+    with _process([python, str(PEERS / script), str(rows), str(port)], cwd=folder):
+        _wait_for_port(port, 1800)
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def _process(command: list[str], cwd: Path | None = None) -> Iterator[None]:
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _load(job: LoadJob, **changes: object) -> LoadResult:
+    command = [sys.executable, "-m", "benchmarks.load", job.model_copy(update=changes).model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the load generator failed:\n{done.stderr[-2000:]}")
+    return LoadResult.model_validate_json(done.stdout)
+
+
+def _wait_for_answer(url: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def _wait_for_port(port: int, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _figure(measure: str, method: str, value: float, unit: str) -> Figure:
+    return Figure(measure=measure, method=method, value=round(float(value), 3), unit=unit)
+
+
+def _skipped(measure: str, method: str) -> Figure:
+    return Figure(measure=measure, method=method, value=float("nan"), unit="skipped")
+
+
+if __name__ == "__main__":
+    main()
