@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from pydantic import Field, model_validator
 
 from owlrec.config import Config
@@ -106,20 +104,25 @@ class Quantiser:
 
     def save(self, workspace: Workspace, folder: str) -> None:
         """Writes the codebooks and, last, quantiser.json into a folder of the workspace."""
+        from safetensors.numpy import save  # here, since the recipe imports this module and the base install lacks it
+
         books = {str(level): np.ascontiguousarray(book) for level, book in enumerate(self.codebooks)}
         shapes = {name: list(book.shape) for name, book in books.items()}
-        workspace.write_bytes(f"{folder}/{_TENSORS}", safetensors.numpy.save(books))
+        workspace.write_bytes(f"{folder}/{_TENSORS}", save(books))
         workspace.write_json(f"{folder}/{_SPEC}", {"config": self.config.model_dump(mode="json"), "shapes": shapes})
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str) -> "Quantiser":
         """What `save` wrote. Raises WorkspaceError where files are missing, damaged or of two quantisers."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
         spec, data = workspace.read_json(f"{folder}/{_SPEC}"), workspace.read_bytes(f"{folder}/{_TENSORS}")
         try:
-            books = safetensors.numpy.load(data)
+            books = load(data)
             found = {name: list(book.shape) for name, book in books.items()}
             damage = f"codebooks {found}, but {_SPEC} says {spec['shapes']}" if found != spec["shapes"] else ""
-        except safetensors.SafetensorError as error:
+        except SafetensorError as error:
             damage = str(error)
         if damage:
             raise WorkspaceError(
