@@ -42,8 +42,8 @@ def recipe_for(workspace: Workspace, model: str = "nowhere", **ranking: Any) -> 
     engine = {"type": "vllm", "model": model, "dtype": "float32", "max_model_len": 512, "threads": 1, "kv_cache_gib": 1}
     values: dict[str, Any] = {"name": "t", "scenario": "movies", "workspace": workspace.root, "engine": engine}
     values["ranking"] = {
-        "data": {"shots": 120, "behaviours": 4},
-        "tuning": {"dtype": "float32", "learning_rate": 0.02, "batch_rows": 16, "epochs": 3, "threads": 1},
+        "data": {"shots": 120, "behaviours": 4, "shown": ["recent", "mixed"]},
+        "tuning": {"dtype": "float32", "learning_rate": 0.02, "batch_rows": 16, "epochs": 4, "threads": 1},
         "judging": {"valid_samples": 40, "test_samples": 60, "shown": ["recent", "mixed"]},
         **ranking,
     }
@@ -60,7 +60,7 @@ def test_the_stage_tunes_calibrates_and_judges(
     manifest = run(recipe, workspace)
     assert finished_stage(workspace, "tune_ranker") == manifest
     counts = manifest.counts
-    assert (counts["train_rows"], counts["valid_rows"], counts["test_rows"]) == (240, 120, 120)
+    assert (counts["train_rows"], counts["valid_rows"], counts["test_rows"]) == (240, 80, 120)
     judged = {(j["model"], j["shown"]): j for j in workspace.read_json(manifest.outputs["judgements"])}
     assert list(judged) == [(m, s) for m in ("zero-shot", "tuned") for s in ("recent", "mixed")]
     for shown in ("recent", "mixed"):
