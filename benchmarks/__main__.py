@@ -11,7 +11,7 @@ import benchmarks
 from benchmarks.table import Figure
 from owlrec.ops.run_report import hardware_line
 
-_NOT_A_BENCHMARK = {"__main__", "table", "planted"}
+_NOT_A_BENCHMARK = {"__main__", "load", "planted", "table"}
 
 
 def main() -> None:
