@@ -5,12 +5,11 @@ as it is.
 from owlrec import __version__
 from owlrec.encoding.encoder import encoder_identity
 from owlrec.errors import RecipeError, WorkspaceError
-from owlrec.generation import VllmEngineConfig, token_counter
+from owlrec.generation import token_counter
 from owlrec.generation.models import model_identity
 from owlrec.ops.console import note, progress, table, warn
 from owlrec.prompting.rella import rank_fingerprint
 from owlrec.ranking.adapters import Adapter
-from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.items import item_retriever
 from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
@@ -28,7 +27,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         raise WorkspaceError(f"{workspace.root}: no tables yet. Run `prepare` first, with the same recipe.")
     if config is None:
         raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
-    engine, wording = _engine(recipe, config), rank_fingerprint(config.prompt, recipe.domain)
+    engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
     model, encoder = model_identity(engine.model, engine.revision), encoder_identity(recipe.encoder)
     tuned_print = fingerprint(prepared.fingerprint, model, wording, config.decides_adapter, encoder, __version__)
     job = TuningJob(
@@ -76,13 +75,6 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
 
     print_ = fingerprint(tuned_print, config, engine)
     return execute(workspace, "tune_ranker", print_, f"{engine.model}, {config.data.shots or 'all'} shots", body)
-
-
-def _engine(recipe: Recipe, config: RankingConfig) -> VllmEngineConfig:
-    engine = config.engine or recipe.engine
-    if not isinstance(engine, VllmEngineConfig):
-        raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
-    return engine
 
 
 if __name__ == "__main__":

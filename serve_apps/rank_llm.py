@@ -5,8 +5,7 @@ from typing import Any
 
 from ray import serve
 
-from owlrec.errors import RecipeError
-from owlrec.generation import VllmEngineConfig
+from owlrec.ranking.experiment import RankingConfig
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.serving.schemas import Rank
 from owlrec.serving.tables import WorkspaceTables
@@ -22,13 +21,15 @@ class LlmReplica:
     def __init__(self, workspace: str, recipe: dict[str, Any]) -> None:
         """workspace: prepared; recipe: of Recipe. Starts the engine, which takes from seconds to minutes."""
         from owlrec.generation import token_counter
-        from owlrec.ranking.experiment import RankingConfig
+        from owlrec.generation.models import model_identity
+        from owlrec.prompting.rella import rank_fingerprint
         from owlrec.ranking.items import item_retriever
         from owlrec.ranking.scorer import Scorer
         from owlrec.serving.questions import QuestionWriter
 
         settings = Recipe.model_validate(recipe)
-        config, engine = settings.ranking or RankingConfig(), ranking_engine(settings)
+        config = settings.ranking or RankingConfig()
+        engine = config.ranking_engine(settings.engine)
         self._workspace = Workspace(workspace)
         self._writer = QuestionWriter(
             WorkspaceTables(self._workspace),
@@ -39,22 +40,17 @@ class LlmReplica:
         )
         self._adapter: str | None = None
         self._scorer = Scorer(engine, lora_rank=_ADAPTER_RANK, template_options=config.template_options)
-        self._identity = (engine, settings)
+        self._model = model_identity(engine.model, engine.revision)
+        self._wording = rank_fingerprint(config.prompt, settings.domain)
 
     def reconfigure(self, config: dict[str, Any]) -> None:
         """Takes in {"adapter": folder or null}; requests at work keep the one that they began with."""
-        from owlrec.generation.models import model_identity
-        from owlrec.prompting.rella import rank_fingerprint
         from owlrec.ranking.adapters import open_adapter
 
-        folder, (engine, settings) = config.get("adapter"), self._identity
-        if folder is None:
-            self._adapter = None
-            return
-        assert settings.ranking is not None
-        wording = rank_fingerprint(settings.ranking.prompt, settings.domain)
-        model = model_identity(engine.model, engine.revision)
-        self._adapter = open_adapter(self._workspace, folder, model=model, wording=wording).folder
+        folder = config.get("adapter")
+        if folder is not None:
+            folder = open_adapter(self._workspace, folder, model=self._model, wording=self._wording).folder
+        self._adapter = folder
 
     async def score(self, asked: dict[str, Any], candidates: Sequence[int]) -> list[float]:
         """See owlrec.serving.ranking.Backend."""
@@ -69,7 +65,7 @@ def llm_scorer(workspace: str, recipe: str, adapter: str | None) -> serve.Applic
     Raises RecipeError where the recipe has no vLLM engine to rank with.
     """
     settings = load_recipe(recipe)
-    ranking_engine(settings)
+    (settings.ranking or RankingConfig()).ranking_engine(settings.engine)
     deployment = serve.deployment(
         LlmReplica,
         name="LlmScorer",
@@ -82,11 +78,3 @@ def llm_scorer(workspace: str, recipe: str, adapter: str | None) -> serve.Applic
     )
     application: serve.Application = deployment.bind(workspace, settings.model_dump(mode="json"))
     return application
-
-
-def ranking_engine(recipe: Recipe) -> VllmEngineConfig:
-    """The engine that ranks. Raises RecipeError where it is not vLLM."""
-    engine = (recipe.ranking.engine if recipe.ranking else None) or recipe.engine
-    if not isinstance(engine, VllmEngineConfig):
-        raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
-    return engine

@@ -2,8 +2,6 @@
 
 import dataclasses
 import pickle
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from two_ranks import run_two_ranks  # type: ignore[import-not-found]
 
 from owlrec.ctr import fitting
 from owlrec.ctr.arms import Arm
@@ -231,16 +230,7 @@ def _odd(split: SplitTensors) -> SplitTensors:
 
 def test_two_ranks_train_and_score_as_one(data: TrainingData, tmp_path: Path) -> None:
     (tmp_path / "data.pickle").write_bytes(pickle.dumps(data))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    # Plain processes: multiprocessing would leave a resource tracker behind until pytest ends.
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(tmp_path)]) for rank in (0, 1)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_two_ranks(__file__, tmp_path)
     one = train_one(trial("knowledge"), data, CONFIG.model_copy(update={"epochs": 2}))
     split = SplitTensors(data.features.splits["test"], data.tables(trial("knowledge")), "cpu")
     first, second = (np.load(tmp_path / f"{rank}.npz") for rank in (0, 1))

@@ -1,7 +1,5 @@
 """Row-wise Adagrad by hand, what a step touches, two ranks' rows, the learning rate's schedule."""
 
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from two_ranks import run_two_ranks  # type: ignore[import-not-found]
 
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.ctr.optimiser import Optimisers, RowwiseAdagrad, large_tables, learning_rate_factor, mean_over_ranks
@@ -137,15 +136,7 @@ def _run_rank(rank: int, port: int, folder: Path) -> None:
 
 
 def test_ranks_agree_on_the_mean_of_their_rows(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(tmp_path)]) for rank in (0, 1)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_two_ranks(__file__, tmp_path)
     for rank in (0, 1):
         found = np.load(tmp_path / f"{rank}.npz")
         assert found["rows"].tolist() == [0, 2, 5]

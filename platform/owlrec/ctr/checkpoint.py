@@ -61,8 +61,7 @@ class CheckpointFile:
         data = self.workspace.read_bytes(self.path)
         try:
             tensors = safetensors.torch.load(data)
-            length = int.from_bytes(data[:8], "little")  # of the JSON header: safetensors reads it from files only
-            metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+            metadata = metadata_of(data)
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise WorkspaceError(
                 f"{self.workspace.path(self.path)} is no readable checkpoint ({error}). Delete it, and the trial "
@@ -80,6 +79,16 @@ class CheckpointFile:
     def delete(self) -> None:
         """Removes the file, if there is one."""
         self.workspace.delete_file(self.path)
+
+
+def metadata_of(data: bytes) -> dict[str, str]:
+    """What stands beside the tensors of a safetensors file, which safetensors itself reads from files only.
+
+    Raises KeyError or ValueError where there is none.
+    """
+    length = int.from_bytes(data[:8], "little")  # of the JSON header
+    found: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return found
 
 
 def random_states(rank: int, world_size: int, device: str) -> dict[str, Tensor]:

@@ -236,22 +236,33 @@ def _local(workspace: Workspace, folder: str, cache: Path) -> Path:
 
 @contextmanager
 def _announcing(workspace: Workspace, job: GridJob, on_trial: Callable[[TrialResult], None] | None) -> Iterator[None]:
-    """Calls `on_trial` for each result that appears while the block runs; `fit` blocks, and Ray's callbacks run
-    elsewhere.
-    """
+    """Calls `on_trial` for each result that appears while the block runs."""
     if on_trial is None:
         yield
         return
+    waiting = set(job.trials)
+
+    def look() -> None:
+        for result in finished_trials(workspace, job.fingerprint, [t for t in job.trials if t in waiting]):
+            waiting.discard(result.trial)
+            on_trial(result)
+
+    with looking_meanwhile(look):
+        yield
+
+
+@contextmanager
+def looking_meanwhile(look: Callable[[], None]) -> Iterator[None]:
+    """Calls `look` from a second thread as long as the block runs, and once more after it has ended; Ray Train's `fit`
+    blocks, and its callbacks run elsewhere.
+    """
     stop = threading.Event()
 
     def watch() -> None:
-        waiting = set(job.trials)
         last = False
         while not last:
-            last = stop.wait(_POLL_S)  # one more look after the block has ended
-            for result in finished_trials(workspace, job.fingerprint, [t for t in job.trials if t in waiting]):
-                waiting.discard(result.trial)
-                on_trial(result)
+            last = stop.wait(_POLL_S)
+            look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

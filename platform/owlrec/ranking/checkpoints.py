@@ -4,7 +4,6 @@ One file, so that a reader never sees the adapter of one step with the optimiser
 follows from its seed and its step (see `tuning`).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from owlrec.config import Config
+from owlrec.ctr.checkpoint import metadata_of
 from owlrec.errors import WorkspaceError
 
 _VERSION = "1"
@@ -87,7 +87,7 @@ class Checkpoint:
     def from_bytes(cls, data: bytes) -> "Checkpoint":
         """What `to_bytes` wrote. Raises WorkspaceError where it is damaged or of another version."""
         try:
-            about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            about = metadata_of(data)
             if about["version"] != _VERSION:
                 raise ValueError(f"it is of version {about['version']}")
             groups: dict[str, dict[str, Tensor]] = {g: {} for g in ("weights", "best", "exp_avg", "exp_avg_sq")}

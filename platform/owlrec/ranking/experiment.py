@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from owlrec.config import Config
-from owlrec.generation import VllmEngineConfig
+from owlrec.errors import RecipeError
+from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.prompting.rella import RankPromptConfig
 from owlrec.ranking.calibration import CalibrationMethod
 from owlrec.ranking.projection import ProjectionConfig
@@ -76,6 +77,13 @@ class RankingConfig(Config):
     tuning: TuningConfig = TuningConfig()
     calibration: CalibrationMethod = "platt"
     judging: JudgingConfig = JudgingConfig()
+
+    def ranking_engine(self, of_recipe: EngineConfig) -> VllmEngineConfig:
+        """The engine that ranks: this section's own, else the recipe's. Raises RecipeError where that is not vLLM."""
+        engine = self.engine or of_recipe
+        if not isinstance(engine, VllmEngineConfig):
+            raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
+        return engine
 
     @property
     def decides_adapter(self) -> dict[str, Any]:

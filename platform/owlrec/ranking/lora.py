@@ -6,7 +6,6 @@ group) and after a lost driver (the same command again) alike.
 """
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from owlrec.config import Config
-from owlrec.ctr.training import fit_workers
+from owlrec.ctr.training import fit_workers, looking_meanwhile
 from owlrec.errors import EngineError, root_mistake
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer, model_identity, resolve_model
@@ -23,7 +22,6 @@ from owlrec.ranking.adapters import Adapter, open_adapter, save_adapter
 from owlrec.ranking.experiment import TuningConfig
 from owlrec.workspace import Workspace
 
-_POLL_S = 0.5
 _AT_ONCE = 256  # questions of a call of the actor: how often progress shows
 
 
@@ -191,25 +189,18 @@ def _progress_file(job: TuningJob) -> str:
 
 @contextmanager
 def _announcing(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None] | None) -> Iterator[None]:
-    """Calls `on_steps` while the block runs; `fit` blocks, and Ray's callbacks run elsewhere."""
+    """Calls `on_steps` while the block runs."""
     if on_steps is None:
         yield
         return
-    stop = threading.Event()
+    told = 0
 
-    def watch() -> None:
-        last, told = False, 0
-        while not last:
-            last = stop.wait(_POLL_S)  # one more look after the block has ended
-            done = workspace.read_json(_progress_file(job))["step"] if workspace.exists(_progress_file(job)) else 0
-            if done > told:  # after a restart steps are done again
-                on_steps(done - told)
-                told = done
+    def look() -> None:
+        nonlocal told
+        done = workspace.read_json(_progress_file(job))["step"] if workspace.exists(_progress_file(job)) else 0
+        if done > told:  # after a restart steps are done again
+            on_steps(done - told)
+            told = done
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with looking_meanwhile(look):
         yield
-    finally:
-        stop.set()
-        thread.join()

@@ -24,6 +24,7 @@ from owlrec.serving.openapi import BYTES, PROBLEMS, PROBLEMS_OF_ONE, complete_do
 from owlrec.serving.problems import Problem, install_problem_handlers
 from owlrec.serving.schemas import (
     DEFAULT_FIELDS,
+    LARGEST_ID,
     BatchAnswer,
     BatchGet,
     Health,
@@ -43,7 +44,6 @@ from owlrec.store.interface import Knowledge
 from owlrec.store.release import Release
 
 RELEASE_HEADER = "x-owlrec-release"
-_LARGEST_ID = 2**63 - 1
 _T = TypeVar("_T")
 
 
@@ -102,7 +102,7 @@ def build_knowledge_api(
     ) -> Response:
         """What is known of one user, item or cohort; where it has no text of its own, what its cohorts say."""
         wanted, number = int(id), list(dict.fromkeys(fields))
-        if wanted > _LARGEST_ID:
+        if wanted > LARGEST_ID:
             raise Problem(422, "is no 64-bit integer", field="id")
         as_bytes = BYTES_TYPE in accept
         with served.lease() as release:

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, m
 
 Kind = Literal["user", "item", "cohort"]
 What = Literal["text", "vector", "codes", "provenance"]
-Id = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
+LARGEST_ID = 2**63 - 1
+Id = Annotated[StrictInt, Field(ge=0, le=LARGEST_ID)]
 PathId = Annotated[str, Field(pattern=r"^[0-9]{1,19}$", description="a non-negative 64-bit integer")]
 
 MAX_IDS = 1000

@@ -23,7 +23,7 @@ from owlrec.serving.guard import Guard
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.problems import Problem, install_problem_handlers
-from owlrec.serving.schemas import Health, Kind, PathId, Similar
+from owlrec.serving.schemas import LARGEST_ID, Health, Kind, PathId, Similar
 from owlrec.serving.served import ServedReleases, following
 from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.tables import WorkspaceTables
@@ -36,7 +36,6 @@ _HEADERS = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer"
 _FOUND = 50  # search results at most
 _NEIGHBOURS = 8
 _SAMPLED = 2000  # texts that the release's quality is judged by
-_LARGEST_ID = 2**63 - 1
 _SHOWN_APART = ("raw_id", "title")
 
 
@@ -90,7 +89,7 @@ def build_explorer(
     @app.get("/{kind}/{id}")
     async def entity(request: Request, kind: Kind, id: PathId) -> Response:
         number = int(id)
-        if number > _LARGEST_ID:
+        if number > LARGEST_ID:
             raise Problem(422, "is no 64-bit integer", field="id")
         return await page(request, lambda release: ("entity.html.j2", views.entity(release, kind, number)))
 
@@ -125,7 +124,7 @@ class _Views:
     def search(self, release: Release, kind: Kind, words: str) -> dict[str, Any]:
         """Entities by id, and items by title."""
         found: dict[int, str] = {}
-        if words.isascii() and words.isdigit() and len(words) <= 19 and int(words) <= _LARGEST_ID:
+        if words.isascii() and words.isdigit() and len(words) <= 19 and int(words) <= LARGEST_ID:
             id_ = int(words)
             known = release.store.get(kind, [id_])[0] is not None
             if known or (kind != "cohort" and self._tables.row(kind, id_)):
