@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from owlrec.config import Config
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.problems import MEDIA_TYPE, Problem, problem_bytes
+from owlrec.serving.schemas import REQUEST_ID_HEADER
 from owlrec.serving.telemetry import NoTelemetry, Telemetry, log_request
 
 OPEN_PATHS = ("/healthz", "/readyz")  # what a load balancer asks, without a key
@@ -143,7 +144,7 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": body})
 
     def _own_headers(self) -> list[tuple[bytes, bytes]]:
-        return [(b"x-owlrec-request-id", self._id.encode()), (b"x-content-type-options", b"nosniff")]
+        return [(REQUEST_ID_HEADER.encode(), self._id.encode()), (b"x-content-type-options", b"nosniff")]
 
     def _record(self, key: str, seconds: float) -> None:
         route = getattr(self._scope.get("route"), "path", "") or "unknown"

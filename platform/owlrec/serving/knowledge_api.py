@@ -23,8 +23,11 @@ from owlrec.serving.keys import KeyRing
 from owlrec.serving.openapi import BYTES, PROBLEMS, PROBLEMS_OF_ONE, complete_document
 from owlrec.serving.problems import Problem, install_problem_handlers
 from owlrec.serving.schemas import (
+    BYTES_TYPE,
     DEFAULT_FIELDS,
+    DIM_HEADER,
     LARGEST_ID,
+    RELEASE_HEADER,
     BatchAnswer,
     BatchGet,
     Health,
@@ -39,11 +42,10 @@ from owlrec.serving.schemas import (
 from owlrec.serving.served import ServedReleases, following
 from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.telemetry import NoTelemetry, Telemetry
-from owlrec.serving.vector_text import BYTES_TYPE, vectors_as_bytes, vectors_as_json
+from owlrec.serving.vector_text import vectors_as_bytes, vectors_as_json
 from owlrec.store.interface import Knowledge
 from owlrec.store.release import Release
 
-RELEASE_HEADER = "x-owlrec-release"
 _T = TypeVar("_T")
 
 
@@ -171,7 +173,7 @@ class _Answers:
     ) -> Response:
         rows, mask = await self._timed(release, lambda: release.store.vectors(kind, ids))
         self._count(kind, int(mask.sum()), len(ids))
-        headers = {**headers, RELEASE_HEADER: release.name, "x-owlrec-dim": str(rows.shape[1])}
+        headers = {**headers, RELEASE_HEADER: release.name, DIM_HEADER: str(rows.shape[1])}
         if single and not mask[0]:
             raise Problem(404, "no vector is known of this id", field="id", headers={RELEASE_HEADER: release.name})
         return Response(vectors_as_bytes(rows, mask), 200, headers, BYTES_TYPE)

@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from owlrec.serving.problems import MEDIA_TYPE, ProblemDocument
-from owlrec.serving.vector_text import BYTES_TYPE
+from owlrec.serving.problems import MEDIA_TYPE
+from owlrec.serving.schemas import BYTES_TYPE, ProblemDocument
 
 _PROBLEM = "#/components/schemas/ProblemDocument"
 

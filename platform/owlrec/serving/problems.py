@@ -11,32 +11,15 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from owlrec.errors import OwlRecError, StoreUnavailableError
+from owlrec.serving.schemas import FieldError, ProblemDocument
 
 MEDIA_TYPE = "application/problem+json"
 
 _log = logging.getLogger("owlrec.serving")
-
-
-class FieldError(BaseModel):
-    """One mistake in a request."""
-
-    field: str
-    message: str
-
-
-class ProblemDocument(BaseModel):
-    """The body of every error."""
-
-    type: str = "about:blank"
-    title: str
-    status: int
-    detail: str
-    errors: list[FieldError] = []
 
 
 class Problem(OwlRecError):

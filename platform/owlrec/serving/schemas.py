@@ -7,6 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
+BYTES_TYPE = "application/octet-stream"  # vectors as they are, in place of JSON
+RELEASE_HEADER = "x-owlrec-release"
+DIM_HEADER = "x-owlrec-dim"
+REQUEST_ID_HEADER = "x-owlrec-request-id"
+
 Kind = Literal["user", "item", "cohort"]
 What = Literal["text", "vector", "codes", "provenance"]
 LARGEST_ID = 2**63 - 1
@@ -21,6 +26,23 @@ class Request(BaseModel):
     """Base of request bodies."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FieldError(BaseModel):
+    """One mistake in a request."""
+
+    field: str
+    message: str
+
+
+class ProblemDocument(BaseModel):
+    """The body of every error (RFC 9457)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldError] = []
 
 
 class BatchGet(Request):

@@ -8,8 +8,6 @@ from functools import cache
 
 import numpy as np
 
-BYTES_TYPE = "application/octet-stream"
-
 
 def vectors_as_json(rows: np.ndarray) -> list[str]:
     """Each row as a JSON list of numbers.
