@@ -27,6 +27,7 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED, load_tokenizer, resolve_model
 from owlrec.prompting.rella import NO, YES, RankPromptConfig, rank_prompt
+from owlrec.ranking.projection import unit_rows
 from owlrec.scenario import get_scenario
 from owlrec.sources.movielens import MovieLens100KSource
 
@@ -149,29 +150,45 @@ def measure_tuning(folder: Path, quick: bool) -> list[Figure]:
 
 
 def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
-    """Milliseconds for the 15 behaviours nearest to one candidate, exactly; the history is looked up once."""
+    """Milliseconds for the 15 behaviours nearest to one candidate, exactly, beside faiss's exact search.
+
+    Items are drawn from 10^6, so that few repeat: the fewer do, the more there is to compare with.
+    """
+    import faiss
+
     from owlrec.ranking.retrieval import BehaviourRetriever
 
-    rng = np.random.default_rng(0)
-    n_items = 200_000
-    retriever = BehaviourRetriever(np.arange(n_items), rng.normal(size=(n_items, 128)).astype(np.float32))
+    rng, n_items, dim, k = np.random.default_rng(0), 10**6, 128, 15
+    vectors = rng.standard_normal((n_items, dim), dtype=np.float32)
+    ids = np.sort(rng.choice(2**62, n_items, replace=False))
+    retriever = BehaviourRetriever(ids, vectors)
     figures = []
     for length in (10**5, 10**6):
-        history = retriever.look_up(rng.integers(0, n_items, length))
-        took = []
-        for item in rng.integers(0, n_items, 5 if quick else 30):
-            start = time.perf_counter()
-            retriever.retrieve(history, np.array([item]), 15)
-            took.append(1000 * (time.perf_counter() - start))
-        distinct = f"{len(history.vectors):,} distinct items"
-        figures.append(
-            Figure(
-                measure=f"retrieval from {length:,} behaviours",
-                method=f"exact, {distinct}",
-                value=statistics.median(took),
-                unit=f"ms (p95 {np.percentile(took, 95):.1f})",
+        history = rng.choice(ids, length)
+        opened = retriever.look_up(history)
+        flat = faiss.IndexFlatIP(dim)
+        flat.add(unit_rows(vectors[opened.rows]))
+        candidates = rng.choice(ids, (5 if quick else 30, 1))
+        queries = unit_rows(vectors[np.searchsorted(ids, candidates[:, 0])])
+        ways: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]]]] = {
+            "exact, history looked up before": (retriever.retrieve, [(opened, c, k) for c in candidates]),
+            "exact, from the history's ids": (retriever.retrieve, [(history, c, k) for c in candidates]),
+            "faiss IndexFlatIP of the items": (flat.search, [(query[None], k) for query in queries]),
+        }
+        for method, (search, asked) in ways.items():
+            took = []
+            for arguments in asked:
+                start = time.perf_counter()
+                search(*arguments)
+                took.append(1000 * (time.perf_counter() - start))
+            figures.append(
+                Figure(
+                    measure=f"retrieval, {length:,} behaviours, {len(opened.rows):,} distinct items",
+                    method=method,
+                    value=statistics.median(took),
+                    unit=f"ms (p95 {np.percentile(took, 95):.1f})",
+                )
             )
-        )
     return figures
 
 

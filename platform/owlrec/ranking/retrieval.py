@@ -6,9 +6,11 @@ few tokens. The released code ranks by inner product on two of three data sets, 
 ids that start at 1, so that it shows the neighbours of what it found. Here ids are looked up, and all vectors have
 length 1.
 
-Exact at any length: one matrix product over the distinct items of a history, of whose behaviours only those of the
-items that may be among the nearest are looked at. A product in float32 rounds differently from one batch of candidates
-to the next, so these few are computed again in float64: equal items tie, and a candidate's company changes nothing.
+Exact at any length: one pass over the vectors of a history's distinct items, of whose behaviours only those of the
+items that may be among the nearest are looked at. The pass gathers vectors a block at a time and multiplies them while
+they are in cache: a copy of them all would take twice as long as the product. A product in float32 rounds differently
+from one batch of candidates to the next, so the few that count are computed again in float64: equal items tie, and a
+candidate's company changes nothing.
 """
 
 from dataclasses import dataclass
@@ -22,14 +24,15 @@ from owlrec.ranking.projection import Projection, unit_rows
 
 _PRODUCT_ERROR = 1e-5  # of a float32 cosine at most; 5e-7 was seen with 128 and with 512 dimensions
 _SCORES_AT_ONCE = 1 << 24  # cosines held at a time: 64 MB
+_BLOCK_BYTES = 1 << 20  # of vectors gathered at a time: within a core's L2, and too small for BLAS to start threads on
 
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """One user's behaviours, looked up once for many requests: `BehaviourRetriever.look_up` makes it."""
+    """One user's behaviours, looked up once for many requests; of use to the retriever whose `look_up` made it alone."""
 
     n_behaviours: int
-    vectors: np.ndarray  # float32 [u, d], of length 1: the distinct items that have one
+    rows: np.ndarray  # int64 [u], ascending: where the retriever holds the vectors of the distinct items that have one
     positions: np.ndarray  # int64 [v]: the behaviours whose item has a vector, item by item, each item's ascending
     starts: np.ndarray  # int64 [u + 1]: where each item's begin in `positions`, and the end
 
@@ -73,16 +76,17 @@ class BehaviourRetriever:
         return cls(ids[order], projection.apply(vectors) if projection else vectors)
 
     def look_up(self, history: np.ndarray) -> History:
-        """A history to ask about again and again. Its vectors are copied: 512 bytes a distinct item of 128 components.
+        """A history to ask about again and again.
 
         history: int64 [h], item ids, oldest first.
         """
         rows = self._rows(history)
-        positions = np.argsort(rows, kind="stable")
-        positions = positions[np.count_nonzero(rows < 0) :]
-        grouped = rows[positions]
-        starts = np.flatnonzero(np.r_[True, grouped[1:] != grouped[:-1]]) if len(grouped) else positions
-        return History(len(rows), self._vectors[grouped[starts]], positions, np.r_[starts, len(positions)])
+        bits = len(rows).bit_length()
+        keys = np.sort(rows << bits | np.arange(len(rows)))  # by row and position: faster than a stable argsort
+        keys = keys[np.searchsorted(keys, 0) :]  # a behaviour without a vector has row -1
+        positions, grouped = keys & ((1 << bits) - 1), keys >> bits
+        starts = np.flatnonzero(np.diff(grouped, prepend=-1))
+        return History(len(rows), grouped[starts], positions, np.r_[starts, len(positions)])
 
     def retrieve(self, history: np.ndarray | History, candidates: np.ndarray, k: int) -> np.ndarray:
         """For each candidate the `k` behaviours nearest to it by cosine, in the order in which they happened.
@@ -103,40 +107,53 @@ class BehaviourRetriever:
         found = np.full((len(rows), k), -1, dtype=np.int64)
         found[:, : len(newest)] = newest
         known = np.flatnonzero(rows >= 0) if 0 < len(newest) < opened.n_behaviours else rows[:0]
-        at_once = max(1, _SCORES_AT_ONCE // max(1, len(opened.vectors)))
+        at_once = max(1, _SCORES_AT_ONCE // max(1, len(opened.rows)))
         for start in range(0, len(known), at_once):
             places = known[start : start + at_once]
             queries = self._vectors[rows[places]]
-            for place, query, cosines in zip(places, queries, queries @ opened.vectors.T, strict=True):
-                found[place] = _nearest(opened, query, cosines, k)
+            for place, query, cosines in zip(places, queries, self._cosines(queries, opened.rows), strict=True):
+                found[place] = self._nearest(opened, query, cosines, k)
         return found
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
         """int64 [n]: the row of each id's vector, -1 where it has none."""
         ids = np.asarray(ids, dtype=np.int64)
-        if len(self._ids) == 0:
-            return np.full(len(ids), -1, dtype=np.int64)
-        at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
-        return np.where(self._ids[at] == ids, at, -1)
+        rows = np.full(len(ids), -1, dtype=np.int64)
+        if len(self._ids):
+            order = np.argsort(ids)  # ids in order walk through the table, others jump about in it
+            ascending = ids[order]
+            at = np.minimum(np.searchsorted(self._ids, ascending), len(self._ids) - 1)
+            rows[order] = np.where(self._ids[at] == ascending, at, -1)
+        return rows
 
+    def _cosines(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """float32 [m, u]: the rounded products of queries [m, d] with the vectors in `rows` [u]."""
+        dim = self._vectors.shape[1]
+        block = np.empty((max(1, _BLOCK_BYTES // (4 * max(1, dim))), dim), dtype=np.float32)
+        cosines = np.empty((len(queries), len(rows)), dtype=np.float32)
+        for start in range(0, len(rows), len(block)):
+            of_block = rows[start : start + len(block)]
+            vectors = np.take(self._vectors, of_block, axis=0, out=block[: len(of_block)], mode="clip")
+            cosines[:, start : start + len(of_block)] = queries @ vectors.T
+        return cosines
 
-def _nearest(history: History, query: np.ndarray, cosines: np.ndarray, k: int) -> np.ndarray:
-    """int64 [k], ascending: the positions to take from a history of more than k behaviours.
+    def _nearest(self, history: History, query: np.ndarray, cosines: np.ndarray, k: int) -> np.ndarray:
+        """int64 [k], ascending: the positions to take from a history of more than k behaviours.
 
-    query: float32 [d]; cosines: float32 [u], its rounded products with the history's items.
-    """
-    items = np.arange(len(cosines))
-    if len(items) > k:  # k items have at least k behaviours: an item that is farther than all of these shows none
-        kth = np.partition(cosines, len(cosines) - k)[len(cosines) - k]
-        items = np.flatnonzero(cosines >= kth - 2 * _PRODUCT_ERROR)
-    exact = (history.vectors[items].astype(np.float64) * query).sum(axis=1)
-    exact = np.round(exact, 12)  # below that the order of a float64 sum shows
-    ends = history.starts[items + 1]
-    newest = [history.positions[max(a, b - k) : b] for a, b in zip(history.starts[items], ends, strict=True)]
-    positions = np.concatenate([ends[:0], *newest])
-    cosine = np.repeat(exact, [len(own) for own in newest])
-    chosen = positions[np.lexsort((-positions, -cosine))[:k]]
-    if len(chosen) < k:
-        without = np.setdiff1d(np.arange(history.n_behaviours), history.positions, assume_unique=True)
-        chosen = np.r_[chosen, without[len(chosen) - k :]]
-    return np.sort(chosen)
+        query: float32 [d]; cosines: float32 [u], its rounded products with the history's items.
+        """
+        items = np.arange(len(cosines))
+        if len(items) > k:  # k items have at least k behaviours: an item that is farther than all of these shows none
+            kth = np.partition(cosines, len(cosines) - k)[len(cosines) - k]
+            items = np.flatnonzero(cosines >= kth - 2 * _PRODUCT_ERROR)
+        exact = (self._vectors[history.rows[items]].astype(np.float64) * query).sum(axis=1)
+        exact = np.round(exact, 12)  # below that the order of a float64 sum shows
+        ends = history.starts[items + 1]
+        newest = [history.positions[max(a, b - k) : b] for a, b in zip(history.starts[items], ends, strict=True)]
+        positions = np.concatenate([ends[:0], *newest])
+        cosine = np.repeat(exact, [len(own) for own in newest])
+        chosen = positions[np.lexsort((-positions, -cosine))[:k]]
+        if len(chosen) < k:
+            without = np.setdiff1d(np.arange(history.n_behaviours), history.positions, assume_unique=True)
+            chosen = np.r_[chosen, without[len(chosen) - k :]]
+        return np.sort(chosen)
