@@ -38,6 +38,7 @@ class RankArgs(Config):
     artifact: str  # relative to the workspace
     recipe: str | None = None  # with a `ranking:` section: its LLM re-ranks; None = no LLM
     adapter: str | None = None  # that `owlrec tune-ranker` wrote, relative to the workspace; None = the model as it is
+    calibration: str | None = None  # of the LLM's scores; None = what was fitted with the adapter, if there is one
     keys_file: str | None = None
     max_active: int = Field(64, ge=1)
     max_ctr_replicas: int = Field(2, ge=1)
@@ -141,8 +142,10 @@ def app(args: RankArgs, llm: serve.Application | None = None) -> serve.Applicati
         logging_config=_JSON_LOGS,
     )
     if args.recipe and llm is None:
+        from owlrec.serving.rankers import RankerChoice
         from serve_apps.rank_llm import llm_scorer
 
-        llm = llm_scorer(args.workspace, args.recipe, args.adapter)
+        choice = RankerChoice(adapter=args.adapter, calibration=args.calibration)
+        llm = llm_scorer(args.workspace, args.recipe, choice)
     application: serve.Application = ingress.bind(args.model_dump(), ctr, llm)
     return application

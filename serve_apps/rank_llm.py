@@ -7,6 +7,7 @@ from ray import serve
 
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.serving.rankers import RankerChoice, RankerInForce, open_ranker
 from owlrec.serving.schemas import Rank
 from owlrec.serving.tables import WorkspaceTables
 from owlrec.workspace import Workspace
@@ -38,28 +39,27 @@ class LlmReplica:
             config,
             token_counter(engine),
         )
-        self._adapter: str | None = None
         self._scorer = Scorer(engine, lora_rank=_ADAPTER_RANK, template_options=config.template_options)
-        self._model = model_identity(engine.model, engine.revision)
-        self._wording = rank_fingerprint(config.prompt, settings.domain)
+        self._made_for = {
+            "model": model_identity(engine.model, engine.revision),
+            "wording": rank_fingerprint(config.prompt, settings.domain),
+            "shown": config.data.shown[-1],
+        }
+        self._ranker = RankerInForce(None, None)
 
-    def reconfigure(self, config: dict[str, Any]) -> None:
-        """Takes in {"adapter": folder or null}; requests at work keep the one that they began with."""
-        from owlrec.ranking.adapters import open_adapter
-
-        folder = config.get("adapter")
-        if folder is not None:
-            folder = open_adapter(self._workspace, folder, model=self._model, wording=self._wording).folder
-        self._adapter = folder
+    def reconfigure(self, choice: dict[str, Any]) -> None:
+        """Takes in a RankerChoice; requests at work keep the one that they began with."""
+        self._ranker = open_ranker(self._workspace, choice, **self._made_for)
 
     async def score(self, asked: dict[str, Any], candidates: Sequence[int]) -> list[float]:
         """See owlrec.serving.ranking.Backend."""
         questions = self._writer.write(Rank(**asked, candidates=list(candidates)), candidates)
-        found = await self._scorer.score(questions, self._adapter)
-        return [float(p) for p in found.probabilities]
+        ranker = self._ranker
+        found = await self._scorer.score(questions, ranker.adapter)
+        return ranker.probabilities(found.probabilities)
 
 
-def llm_scorer(workspace: str, recipe: str, adapter: str | None) -> serve.Application:
+def llm_scorer(workspace: str, recipe: str, choice: RankerChoice) -> serve.Application:
     """The deployment. recipe: a file, read here, so that replicas on other machines need not have it.
 
     Raises RecipeError where the recipe has no vLLM engine to rank with.
@@ -70,7 +70,7 @@ def llm_scorer(workspace: str, recipe: str, adapter: str | None) -> serve.Applic
         LlmReplica,
         name="LlmScorer",
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.generate.engine_gpus},
-        user_config={"adapter": adapter},
+        user_config=choice.model_dump(),
         max_ongoing_requests=_REQUESTS,
         max_queued_requests=_REQUESTS,
         health_check_timeout_s=60,

@@ -74,6 +74,17 @@ def test_the_llm_alone_is_asked_about_all():
     assert ids(ranked(Table(CTR), Table(LLM), mode="llm")) == [1, 3, 4, 2, 5]
 
 
+def test_the_llm_may_share_the_say_with_the_ctr_model():
+    answer = ranked(Table(CTR), Table(LLM), mode="cascade", rerank=3, llm_weight=0.25, explain=True)
+    # 0.25 * 0.3 + 0.75 * 0.9 = 0.75; 0.25 * 0.8 + 0.75 * 0.5 = 0.575; 0.25 * 0.6 + 0.75 * 0.5 = 0.525
+    assert [(r.id, r.by, round(r.score, 6)) for r in answer.results[:3]] == [
+        (2, "llm", 0.75), (3, "llm", 0.575), (4, "llm", 0.525),
+    ]  # fmt: skip
+    assert [r.why.llm_score for r in answer.results[:3]] == [0.3, 0.8, 0.6]
+    without = ranked(Table({2: 0.5}), Table({2: 0.4, 3: 0.9}), mode="llm", llm_weight=0.5)
+    assert [(r.id, r.score) for r in without.results[:2]] == [(3, 0.9), (2, 0.45)]  # 3 has no CTR score to mix in
+
+
 @pytest.mark.parametrize(
     ("llm", "reason"),
     [
@@ -151,6 +162,9 @@ def test_over_http(web):
         (GOOD | {"mode": "magic"}, "mode"),
         (GOOD | {"top_k": 0}, "top_k"),
         (GOOD | {"rerank": 101}, "rerank"),
+        (GOOD | {"llm_weight": 0}, "llm_weight"),
+        (GOOD | {"llm_weight": 1.01}, "llm_weight"),
+        (GOOD | {"llm_weight": "much"}, "llm_weight"),
         (GOOD | {"deadline_ms": 9}, "deadline_ms"),
         (GOOD | {"deadline_ms": 1e9}, "deadline_ms"),
         (GOOD | {"explain": "maybe"}, "explain"),

@@ -57,6 +57,7 @@ class RankOptions(TypedDict, total=False):
     mode: Mode
     top_k: int
     rerank: int
+    llm_weight: float
     deadline_ms: int
     explain: bool
 

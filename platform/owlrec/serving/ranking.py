@@ -51,12 +51,17 @@ class Cascade:
         if reason:
             self._telemetry.count("degraded", tags={"reason": reason.partition(" of ")[0][:60]})
         places = {row: place for place, row in enumerate(order, 1)}
-        by_llm = sorted(llm, key=lambda row: (-llm[row], places[row]))
+        weight = asked.llm_weight
+        mixed = {
+            row: weight * score + (1 - weight) * (ctr[row] if not math.isnan(ctr[row]) else score)
+            for row, score in llm.items()
+        }
+        by_llm = sorted(llm, key=lambda row: (-mixed[row], places[row]))
         final = [*by_llm, *(row for row in order if row not in llm)][: asked.top_k]
         results = [
             Ranked(
                 id=asked.candidates[row],
-                score=llm.get(row, ctr[row]),
+                score=mixed.get(row, ctr[row]),
                 by="llm" if row in llm else "ctr",
                 why=Why(ctr_score=ctr[row], ctr_place=places[row], llm_score=llm.get(row)) if asked.explain else None,
             )

@@ -180,6 +180,7 @@ class Rank(Request):
     mode: Mode = "ctr"
     top_k: StrictInt = Field(10, ge=1, le=MAX_IDS)
     rerank: StrictInt = Field(10, ge=1, le=MAX_LLM_CANDIDATES)  # how many of the CTR order a cascade asks the LLM about
+    llm_weight: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)  # in a re-ranked score; the CTR model has the rest
     deadline_ms: StrictInt = Field(1000, ge=10, le=30_000)
     explain: bool = False
 
@@ -208,7 +209,9 @@ class Why(BaseModel):
 
 
 class Ranked(BaseModel):
-    """One candidate in its place. score: the probability of a click or a Yes; only those of one `by` compare."""
+    """One candidate in its place. score: the probability of a click or a Yes, or their weighted mean; only those of one
+    `by` compare, unless the LLM's are calibrated.
+    """
 
     id: int
     score: float
