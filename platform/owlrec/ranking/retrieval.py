@@ -29,7 +29,7 @@ _BLOCK_BYTES = 1 << 20  # of vectors gathered at a time: within a core's L2, and
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """One user's behaviours, looked up once for many requests; of use to the retriever whose `look_up` made it alone."""
+    """One user's behaviours, looked up once for many requests of the retriever whose `look_up` made it."""
 
     n_behaviours: int
     rows: np.ndarray  # int64 [u], ascending: where the retriever holds the vectors of the distinct items that have one
