@@ -14,7 +14,7 @@ from owlrec.recipe import load_recipe
 from owlrec.store import compaction
 from owlrec.store.release import current_release, list_releases, open_release, roll_back
 from owlrec.workspace import StageManifest, Workspace, finished_stage
-from pipelines import push, serving
+from pipelines import plan, push, serving, submit
 from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -165,23 +165,6 @@ def export(
 
 
 @app.command()
-def plan(
-    recipe: RecipePath,
-    fleet: Annotated[str, typer.Option("--fleet", help="the machines to plan for, as in cluster/fleet-example.yaml")],
-    users: Annotated[str, typer.Option("--users", help="how many, such as 1e8")] = "0",
-    items: Annotated[str, typer.Option("--items", help="how many, such as 1e7")] = "0",
-    workspace: WorkspaceOption = None,
-    json_file: Annotated[str | None, typer.Option("--json", help="a file that every figure is written to")] = None,
-) -> None:
-    """Estimate GPU-hours, time, storage and cost of a large batch from the figures of a small run."""
-    from pipelines.plan import run as print_plan
-
-    with plain_errors():
-        settings = load_recipe(recipe, workspace=workspace)
-        print_plan(settings, Workspace(settings.workspace), fleet, users, items, json_file)
-
-
-@app.command()
 def lookup(
     kind: Annotated[str, typer.Argument(help="user or item")],
     ids: Annotated[list[int], typer.Argument(help="one or more ids")],
@@ -272,11 +255,12 @@ def prune(
 @app.command()
 def doctor(
     workspace: Annotated[str | None, typer.Option("--workspace", help="also check that it is writable")] = None,
+    cluster: Annotated[str | None, typer.Option("--cluster", help="a Ray head's dashboard: check that cluster")] = None,
 ) -> None:
-    """Check versions, cores, memory and packaged assets; say how to mend what is missing."""
+    """Check versions, cores, memory and packaged assets, or a cluster; say how to mend what is missing."""
     from owlrec.ops.doctor import run_checks
 
-    checks = run_checks(workspace)
+    checks = submit.check_cluster(cluster, workspace) if cluster else run_checks(workspace)
     table("owlrec doctor", ["check", "state", "found", "to mend"], [(c.name, c.ok, c.found, c.mend) for c in checks])
     if any(c.ok == "fail" for c in checks):
         raise typer.Exit(1)
@@ -285,6 +269,8 @@ def doctor(
 app.command()(serving.serve)
 app.command()(serving.keys)
 app.command()(push.push)
+app.command()(submit.submit)
+app.command()(plan.plan)
 
 
 def _known(kind: str) -> Kind:

@@ -3,12 +3,13 @@
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from owlrec.errors import RecipeError
 from owlrec.generation.shards import ShardManifest
-from owlrec.ops.planning import load_fleet
+from owlrec.ops.fleet import load_fleet
 from owlrec.workspace import StageManifest, Workspace, finish_stage
 from pipelines.plan import main, row_count
 
@@ -38,6 +39,7 @@ def command(tmp_path, monkeypatch):
             "prompt_tokens": 2000,
             "output_tokens": 4000,
             "seconds": 40.0,
+            "finished": 40.0 * (number + 1),
         }
         workspace.write_json(f"knowledge/f/user/shard-{number:05d}.json", manifest)
         workspace.write_bytes(f"knowledge/f/user/shard-{number:05d}.parquet", b"x" * 2048)
@@ -53,21 +55,25 @@ def command(tmp_path, monkeypatch):
         given = {"recipe": tmp_path / "recipe.yaml", "workspace": workspace.root, "fleet": tmp_path / "fleet.yaml"}
         options = [f"--{name}={value}" for name, value in (given | {"users": "3.6e3"} | changes).items()]
         monkeypatch.setattr(sys, "argv", ["plan", *options])
-        main()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
 
     return run
 
 
 def test_the_first_line_says_that_all_is_estimated_and_from_what(command, capsys):
-    command()
+    assert command() == 0
     out = capsys.readouterr().out
     first = out.splitlines()[0]
     assert first.startswith("== plan: estimates, extrapolated from 40 users (finished 19")
     assert first.endswith("ws/knowledge/f")
     assert "if this machine made it: " in out
-    assert "3,600 users, 0 items" in out
+    assert "3,600 users, 0 items, individual, 0 refreshes" in out
     assert "wall time, h" in out
     assert "spot: 1.0 preemptions" in out
+    assert "not planned: collective: the measured run asked about no cohorts" in out
+    assert "played as a simulation: " in out
     assert "release: not estimated" in out
     assert "shard plan of users: 100 shards, rows a shard: min " in out
     assert "shard plan of items" not in out
@@ -76,12 +82,20 @@ def test_the_first_line_says_that_all_is_estimated_and_from_what(command, capsys
 def test_every_figure_goes_to_the_json_file(command, tmp_path):
     command(json=tmp_path / "plan.json")
     figures = json.loads((tmp_path / "plan.json").read_text())
-    # 7200 s of an engine, in shards of 72 s; each preemption loses half of four shards, 144 s.
-    expected_s = 72 + 3600 / (1 - 0.5 * 144 / 3600)
-    assert figures["plan"]["wall_hours"]["expected"] * 3600 == pytest.approx(expected_s)
+    # 7200 s of an engine, in shards of 72 s; each preemption loses half of one, 36 s.
+    expected_s = 3600 / (1 - 0.5 * 36 / 3600)
+    assert figures["plan"]["wall_hours"]["expected"] * 3600 == pytest.approx(expected_s + 18)
     assert figures["plan"]["groups"][0]["cost"]["expected"] == pytest.approx(6 * expected_s / 3600)
     assert figures["workload"]["tokens_per_s"] == {"low": 100.0, "expected": 100.0, "high": 100.0}
-    assert figures["shard_plan"]["users"]["shards"] == 100
+    assert figures["shard_plan"]["user"]["shards"] == 100
+
+
+def test_the_waterfall_is_a_file_of_its_own(command, tmp_path):
+    command(plot=tmp_path / "plan.svg", refreshes="2", **{"acting-share": "0.5"})
+    picture = (tmp_path / "plan.svg").read_text()
+    assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+    for name in ("everything anew each time", "texts with the same prompt kept", "in all"):
+        assert f">{name}<" in picture
 
 
 def test_more_engines_than_shards_are_warned_of(command, capsys):
@@ -93,8 +107,12 @@ def test_more_engines_than_shards_are_warned_of(command, capsys):
     ("changes", "message"),
     [
         ({"users": "many"}, "'many' is no number of rows"),
-        ({"users": "0"}, "0 users and 0 items cannot be planned"),
-        ({"items": "5"}, "3600 users and 5 items cannot be planned from a run that measured 40 users"),
+        ({"users": "0"}, "calls (0 of user and 0 of item) cannot be planned"),
+        ({"items": "5"}, "calls (3600 of user and 5 of item) cannot be planned from a run that measured 40 users"),
+        ({"policy": "colective"}, "there is no policy 'colective'. Did you mean 'collective'?"),
+        ({"policy": "collective"}, "the measured run asked about no cohorts. Add `cohorts: {}`"),
+        ({"refreshes": "3"}, "what share of the users acts between two refreshes?"),
+        ({"policy": "streaming", "refreshes": "3", "acting-share": "0.1"}, "the measured run was never refreshed"),
         ({"fleet": "missing.yaml"}, "missing.yaml: cannot be read"),
         ({"recipe": "missing.yaml"}, "missing.yaml: cannot be read"),
         ({"workspace": "/nowhere/at/all"}, "Run a small recipe first"),
@@ -102,9 +120,7 @@ def test_more_engines_than_shards_are_warned_of(command, capsys):
     ],
 )
 def test_mistakes_end_in_one_plain_line(command, capsys, changes, message):
-    with pytest.raises(SystemExit) as ended:
-        command(**changes)
-    assert ended.value.code == 1
+    assert command(**changes) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err

@@ -1,4 +1,4 @@
-"""Plans against numbers worked out by hand, shard plans against a brute force."""
+"""Plans against numbers worked out by hand."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,12 @@ import pytest
 from owlrec.decoding.counters import DecoderCounters, StepSums
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.generation.shards import ShardManifest
-from owlrec.ops.planning import FleetConfig, engine_speed, load_fleet, plan
+from owlrec.ops.fleet import FleetConfig, load_fleet
+from owlrec.ops.planning import Work, engine_seconds, plan
 from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures, measured_workload, per_row
+from owlrec.streaming.journal import Plan as RefreshPlan
+from owlrec.streaming.journal import begin, commit
+from owlrec.streaming.state import State
 from owlrec.workspace import StageManifest, finish_stage
 
 # What a manifest must hold besides the figures that are read here, as zeros and empty texts.
@@ -28,6 +32,7 @@ def kind_figures(output=200.0, **changes):
         "shards": 4,
         "prompt_tokens": exactly(100.0),
         "output_tokens": exactly(output),
+        "seconds": exactly(output / 50),
         "knowledge_bytes": exactly(1024.0),
         "vector_bytes": None,
     }
@@ -49,41 +54,44 @@ def fleet(*groups, **changes):
 
 def planned(*groups, users=3600, shard_rows=36, **changes):
     """3600 users of 200 tokens, 720,000 in all: 7200 s of an engine that writes 100 a second, in shards of 72 s."""
-    return plan(workload(), fleet(*groups), users=users, items=0, shard_rows=shard_rows, **changes)
+    return plan(workload(), fleet(*groups), {"user": users}, Work(shard_rows, **changes))
 
 
-def test_two_gpus_take_half_the_engine_time_and_one_shard():
+def test_two_gpus_take_half_the_engine_time_and_wait_for_each_other():
     found = planned(group())
     assert (found.shards, found.output_tokens.expected, found.prompt_tokens.expected) == (100, 720_000, 360_000)
-    assert found.wall_hours.expected * 3600 == pytest.approx(3600 + 72)
-    assert found.gpu_hours.expected == pytest.approx(2.04)
-    assert found.cost.expected == pytest.approx(6.12)
+    waits = 72 / 2 * (1 - 1 / 2)  # one of the two is done first: by half a shard of 72 s, or not at all
+    assert found.wall_hours.expected * 3600 == pytest.approx(3600 + waits)
+    assert found.gpu_hours.expected == pytest.approx(2)  # and is then given back
+    assert found.cost.expected == pytest.approx(6)
     assert found.wall_hours == exactly(found.wall_hours.expected)  # nothing measured varied
 
 
+def test_a_single_engine_waits_for_nobody():
+    assert planned(group(gpus=1)).wall_hours.expected * 3600 == pytest.approx(7200)
+
+
 def test_prompts_are_read_at_their_own_speed_where_one_is_given():
-    found = planned(group(prefill_tokens_per_s=1000))
-    engine_s = 7200 + 360
-    assert found.wall_hours.expected * 3600 == pytest.approx(engine_s / 2 + engine_s / 100)
+    found = planned(group(gpus=1, prefill_tokens_per_s=1000))
+    assert found.wall_hours.expected * 3600 == pytest.approx(7200 + 360)
 
 
-def test_unequal_groups_end_together():
+def test_unequal_groups_share_the_work_by_their_speed():
     found = planned(group(gpus=1), group("b", gpus=6, gpus_per_engine=2, tokens_per_s=200))
-    wall_s = (7200 + 72 + 6 * 36) / 7  # speeds 1 : 6, tails of 72 s and 36 s
-    assert found.wall_hours.expected * 3600 == pytest.approx(wall_s)
+    begun_s = (7200 - 36 - 6 * 18) / 7  # speeds 1 : 6; then all have half a shard left, of 72 and 36 s
+    assert found.wall_hours.expected * 3600 == pytest.approx(begun_s + 36)  # the slow one's, rather than 36 * 5 / 6
     shares = [g.work_share for g in found.groups]
     assert sum(shares) == pytest.approx(1)
-    assert shares[0] * 7200 + 72 == pytest.approx(wall_s)
-    assert shares[1] * 3600 / 3 + 36 == pytest.approx(wall_s)
+    assert shares[0] * 7200 == pytest.approx(begun_s + 36)
+    assert shares[1] * 3600 / 3 == pytest.approx(begun_s + 18)
     assert [g.engines for g in found.groups] == [1, 3]
-    assert found.gpu_hours.expected * 3600 == pytest.approx(7 * wall_s)
+    assert found.gpu_hours.expected * 3600 == pytest.approx(begun_s + 36 + 6 * (begun_s + 18))
 
 
 def test_a_group_that_starts_too_late_gets_no_work_and_costs_nothing():
     found = planned(group(), group("late", startup_s=4000))
     assert [g.work_share for g in found.groups] == [pytest.approx(1), 0]
     assert found.groups[1].cost.expected == 0
-    assert found.wall_hours == planned(group()).wall_hours
 
 
 def test_twice_the_gpus_halve_the_wall_time_and_cost_the_same():
@@ -92,61 +100,112 @@ def test_twice_the_gpus_halve_the_wall_time_and_cost_the_same():
     assert two.cost.expected == pytest.approx(one.cost.expected, rel=0.01)
 
 
-def test_start_up_is_paid_by_every_gpu():
-    assert planned(group(startup_s=360)).gpu_hours.expected == pytest.approx(2.04 + 2 * 0.1)
+def test_start_up_and_idleness_are_paid_by_every_gpu_and_a_machine_that_is_waited_for_is_not():
+    assert planned(group(startup_s=360)).gpu_hours.expected == pytest.approx(2 + 2 * 0.1)
+    assert planned(group(idle_timeout_s=720)).gpu_hours.expected == pytest.approx(2 + 2 * 0.2)
+    waiting = planned(group(provision_s=360))
+    assert waiting.gpu_hours.expected == pytest.approx(2)
+    assert waiting.wall_hours.expected == pytest.approx(planned(group()).wall_hours.expected + 0.1)
+
+
+def test_the_measured_start_up_holds_for_engines_as_measured_alone():
+    figures, calls = workload(startup_s=50.0), {"user": 3600}
+
+    def wall_s(**changes):
+        machines = fleet(group(gpus=1, **changes))
+        return plan(figures, machines, calls, Work(36)).wall_hours.expected * 3600
+
+    assert wall_s(tokens_per_s=None) == pytest.approx(14400 + 50)
+    assert wall_s(tokens_per_s=None, startup_s=7) == pytest.approx(14400 + 7)
+    assert wall_s() == pytest.approx(7200)
 
 
 def test_preemptions_add_work():
-    found = planned(group(preemption_rate_per_hour=1, startup_s=36), in_flight=4)
-    lost = (4 * 36 + 36) / 3600  # a preemption an hour: half of each of four shards, and a start
+    found = planned(group(gpus=1, preemption_rate_per_hour=1, startup_s=36))
+    lost = (36 + 36) / 3600  # a preemption an hour: half of a shard, and a start
     assert found.groups[0].repeated_share == pytest.approx(lost)
-    assert found.wall_hours.expected * 3600 == pytest.approx(36 + 72 + 3600 / (1 - lost))
-    assert found.groups[0].preemptions == pytest.approx(2 * found.wall_hours.expected)
-    half_a_shard = planned(group(preemption_rate_per_hour=1), in_flight=1)
-    assert half_a_shard.groups[0].repeated_share == pytest.approx(36 / 3600)
+    assert found.wall_hours.expected * 3600 == pytest.approx(36 + 7200 / (1 - lost))
+    assert found.groups[0].preemptions == pytest.approx(found.wall_hours.expected)
+    four_at_once = planned(group(preemption_rate_per_hour=1), shards_at_once=4)
+    assert four_at_once.groups[0].repeated_share == pytest.approx(4 * 36 / 3600)
 
 
 def test_preemptions_faster_than_work_are_refused():
-    with pytest.raises(RecipeError, match=r"group 'a': at 50 preemptions an hour .* Make shard_rows smaller"):
-        planned(group(preemption_rate_per_hour=50))
+    with pytest.raises(RecipeError, match=r"group 'a': at 100 preemptions an hour .* Make shard_rows smaller"):
+        planned(group(preemption_rate_per_hour=100))
 
 
 def test_ranges_push_tokens_and_speed_one_way_at_once():
     uncertain = Estimate(low=100, expected=200, high=400)
     figures = workload(
-        kinds={"user": kind_figures(output_tokens=uncertain)}, tokens_per_s=Estimate(low=50, expected=100, high=200)
+        kinds={"user": kind_figures(output_tokens=uncertain, seconds=Estimate(low=0.5, expected=2, high=8))}
     )
-    machines = fleet(group(tokens_per_s=None))
-    found = plan(figures, machines, users=3600, items=0, shard_rows=36)
+    found = plan(figures, fleet(group(gpus=1, tokens_per_s=None)), {"user": 3600}, Work(36))
     assert found.groups[0].speed_from == "measured run"
     walls = [found.wall_hours.low, found.wall_hours.expected, found.wall_hours.high]
-    assert walls == pytest.approx([1.02 / 4, 1.02, 1.02 * 4])
+    assert walls == pytest.approx([0.5, 2, 8])
     assert found.cost.high == pytest.approx(4 * found.cost.expected)
+    assert found.groups[0].tokens_per_s.array.tolist() == [50, 100, 200]
+
+
+def test_each_kind_takes_its_own_time():
+    figures = workload(kinds={"user": kind_figures(seconds=exactly(2.0)), "cohort": kind_figures(seconds=exactly(5.0))})
+    found = plan(figures, fleet(group(gpus=1, tokens_per_s=None)), {"user": 100, "cohort": 10}, Work(50))
+    assert found.wall_hours.expected * 3600 == pytest.approx(250)
+    assert found.shards == 3
+
+
+def test_without_the_decoder_engines_take_as_much_longer_as_it_saved():
+    figures = workload(plain_factor=1.5)
+    machines = fleet(group(gpus=1, tokens_per_s=None))
+    times = [
+        plan(figures, machines, {"user": 100}, Work(50, decoder=on)).wall_hours.expected * 3600 for on in (True, False)
+    ]
+    assert times == pytest.approx([400, 600])
 
 
 def test_users_and_items_add_up():
     figures = workload(kinds={"user": kind_figures(), "item": kind_figures(output=50.0)})
-    found = plan(figures, fleet(group()), users=1000, items=1001, shard_rows=100)
+    found = plan(figures, fleet(group()), {"user": 1000, "item": 1001}, Work(100))
     assert found.output_tokens.expected == 1000 * 200 + 1001 * 50
     assert found.shards == 10 + 11
 
 
 def test_storage_by_artifact_and_its_price():
-    kinds = {"user": kind_figures(vector_bytes=768.0), "item": kind_figures(vector_bytes=768.0)}
+    kinds = {
+        "user": kind_figures(vector_bytes=768.0),
+        "refresh": kind_figures(),
+        "item": kind_figures(vector_bytes=768.0),
+    }
     figures = workload(kinds=kinds, release_bytes=2048.0)
     machines = fleet(group(), storage_price_per_gib_month=0.5)
     million = 2**20
-    found = plan(figures, machines, users=million, items=million, shard_rows=1024, pool_tokens=10**7)
+    calls = {"user": million, "item": million, "refresh": 3 * million}  # in the place of texts that are there
+    found = plan(figures, machines, calls, Work(1024, pool_tokens=10**7))
     storage = {name: e.expected for name, e in found.storage_gib.items()}
     assert storage == pytest.approx({"knowledge": 2, "vectors": 1.5, "release": 4, "pools": 2 * 9.1e7 / 2**30})
     assert found.storage_cost_per_month.expected == pytest.approx(0.5 * sum(storage.values()))
     assert planned(group()).storage_gib.keys() == {"knowledge"}  # the rest was not measured, and is not made up
+    members = plan(figures, machines, {"user": million}, Work(1024), members=2**30)
+    assert members.storage_gib["release"].expected == pytest.approx(2 + 40)
+
+
+def test_what_is_assumed_takes_the_place_of_what_was_measured():
+    def with_(**assumed):
+        machines = fleet(group(gpus=1, tokens_per_s=None), assume=assumed)
+        return plan(workload(), machines, {"user": 100}, Work(50))
+
+    longer = with_(prompt_tokens={"user": 7}, output_tokens={"user": 400})
+    assert (longer.prompt_tokens.expected, longer.output_tokens.expected) == (700, 40_000)
+    assert longer.wall_hours.expected == pytest.approx(2 * with_().wall_hours.expected)
+    with pytest.raises(RecipeError, match=r"assume: tokens of a cohort, but 100 users .* Leave it out"):
+        with_(output_tokens={"cohort": 3})
 
 
 @pytest.mark.parametrize(("users", "items"), [(0, 0), (-1, 0), (10, 5)])
 def test_rows_that_cannot_be_planned_are_refused(users, items):
-    with pytest.raises(RecipeError, match=f"{users} users and {items} items cannot be planned .* 100 users"):
-        plan(workload(), fleet(group()), users=users, items=items, shard_rows=10)
+    with pytest.raises(RecipeError, match=f"{users} of user.* cannot be planned .* 100 users"):
+        plan(workload(), fleet(group()), {"user": users, "item": items}, Work(10))
 
 
 def test_the_range_is_of_two_standard_errors_of_a_ratio():
@@ -160,38 +219,43 @@ def test_the_range_is_of_two_standard_errors_of_a_ratio():
 def test_a_curve_is_taken_at_its_best_batch_with_and_without_the_decoder():
     machine = fleet(group(tokens_per_s=None, curve=[[1, 0.01], [10, 0.05]], prefill_tokens_per_s=1000)).groups[0]
 
-    def speed(speed_up):
-        found, source = engine_speed(machine, workload(speed_up=speed_up))
-        return [*found.array, source]
+    def speed(speed_up, **changes):
+        rows = {"user": 100}  # 20,000 tokens, after prompts that take 10 s
+        seconds, source = engine_seconds(machine, workload(speed_up=speed_up), rows, Work(10, **changes))
+        return [*(20_000 / (seconds[::-1] - 10)), source]
 
-    assert speed({}) == [200, 200, 200, "curve"]
+    assert speed({}) == pytest.approx([200, 200, 200, "curve"])
     assert speed({1: 3.0, 16: 1.1}) == pytest.approx([200, 300, 300, "curve"])
-    assert speed({16: 0.5}) == [100, 100, 200, "curve"]
-    assert speed({4: 1.5}) == [200, 200, 200, "curve"]  # 150 at one row; nothing is known of ten
+    assert speed({16: 0.5}) == pytest.approx([100, 100, 200, "curve"])
+    assert speed({4: 1.5}) == pytest.approx([200, 200, 200, "curve"])  # 150 at one row; nothing is known of ten
+    assert speed({1: 3.0}, decoder=False) == pytest.approx([200, 200, 200, "curve"])
 
 
-def write_run(workspace, *, seconds=(10.0, 10.0), stage_seconds=100.0, counts=None):
-    """Two shards of 10 users and 100 and 200 tokens, one of 5 items and 50."""
-    shards = [("user", 0, 10, 100, seconds[0]), ("user", 1, 10, 200, seconds[1]), ("item", 0, 5, 50, 5.0)]
-    for kind, number, rows, tokens, took in shards:
-        stem = f"knowledge/f/{kind}/shard-{number:05d}"
+def write_run(workspace, *, ends=(110.0, 120.0, 125.0), seconds=(10.0, 20.0, 15.0), counts=None, folder="f", **shard):
+    """Two shards of 10 users and 100 and 200 tokens, then one of 5 items and 50: done 10 s, 10 s and 5 s one after
+    another, though an engine had two of them at hand at a time."""
+    shards = [("user", 0, 10, 100), ("user", 1, 10, 200), ("item", 0, 5, 50)]
+    for (kind, number, rows, tokens), end, took in zip(shards, ends, seconds, strict=False):
+        stem = f"knowledge/{folder}/{kind}/shard-{number:05d}"
         manifest = REQUIRED | {
-            "shard": {"kind": kind, "part": f"part-{number:05d}.parquet", "input_fingerprint": "f"},
+            "shard": {"kind": kind, "part": f"part-{number:05d}.parquet", "input_fingerprint": "f", **shard},
             "rows_in": rows,
             "rows_out": rows - 1,
             "prompt_tokens": 30 * rows,
             "output_tokens": tokens,
             "seconds": took,
+            "finished": end,
         }
         workspace.write_json(f"{stem}.json", manifest)
         workspace.write_bytes(f"{stem}.parquet", b"x" * 40 * rows)
-        workspace.write_bytes(f"knowledge/f/{kind}/dead/shard-{number:05d}.parquet", b"x")
-    finish(workspace, "generate", counts or {}, {"knowledge": "knowledge/f"}, stage_seconds)
+        workspace.write_bytes(f"knowledge/{folder}/{kind}/dead/shard-{number:05d}.parquet", b"x")
+    if folder == "f":
+        finish(workspace, "generate", counts or {"shards": 3, "shards_this_run": 3}, {"knowledge": "knowledge/f"}, 40.0)
 
 
 def finish(workspace, stage, counts, outputs, seconds=1.0):
     manifest = StageManifest(
-        stage=stage, fingerprint="f", seconds=seconds, finished=1000, counts=counts, outputs=outputs
+        stage=stage, fingerprint="f", seconds=seconds, finished=130, counts=counts, outputs=outputs
     )
     finish_stage(workspace, manifest)
 
@@ -205,18 +269,41 @@ def test_a_run_is_measured_from_its_shards(workspace):
     assert item.output_tokens.array == pytest.approx([5, 10, 20])
     assert user.prompt_tokens == exactly(30.0)
     assert user.knowledge_bytes == exactly(40.0)
+    assert user.seconds == exactly(1.0)
+    assert item.seconds.expected == 1.0
     assert found.tokens_per_s.expected == pytest.approx(350 / 25)
+    assert found.startup_s == 10  # the stage began at 90, its first shard at 100
     assert (user.vector_bytes, found.release_bytes, found.tokens_per_step, found.speed_up) == (None, None, None, {})
+    assert (found.plain_factor, found.cohorts_per_user, found.acting_share) == (1.0, None, None)
+    assert found.measured.startswith("20 users and 5 items (finished ")
 
 
-def test_the_speed_of_overlapping_shards_is_read_off_the_stage(workspace):
-    write_run(workspace, stage_seconds=10.0, counts={"shards": 3, "shards_this_run": 3})
-    assert measured_workload(workspace).tokens_per_s.expected == pytest.approx(35)
-    assert measured_workload(workspace, engines=2).tokens_per_s.expected == pytest.approx(17.5)
-    assert measured_workload(workspace, engines=5).tokens_per_s.expected == pytest.approx(350 / 25)
-    assert measured_workload(workspace, in_flight=2).tokens_per_s.expected == pytest.approx(2 * 350 / 25)
-    write_run(workspace, stage_seconds=10.0, counts={"shards": 3, "shards_this_run": 1})  # resumed
-    assert measured_workload(workspace).tokens_per_s.expected == pytest.approx(350 / 25)
+def test_a_pause_between_two_runs_is_nobodys_time(workspace):
+    write_run(workspace, ends=(110, 120, 5000), seconds=(10, 20, 5), counts={"shards": 3, "shards_this_run": 1})
+    found = measured_workload(workspace)
+    assert found.tokens_per_s.expected == pytest.approx(350 / 25)
+    assert found.startup_s is None
+
+
+def test_refreshes_and_cohorts_are_measured_where_they_are(workspace):
+    write_run(workspace)
+    write_run(workspace, folder="r", ends=(210, 220), prompts="streaming/plans/p/prompts/part-00000.parquet")
+    write_run(workspace, folder="old", ends=(20, 30), prompts="streaming/plans/o/prompts/part-00000.parquet")
+    write_run(workspace, folder="other", ends=(220, 230))  # a job of another recipe
+    finish(workspace, "prepare", {"users": 20, "items": 40}, {})
+    finish(workspace, "cohorts", {"user_cohorts": 4, "item_cohorts": 5}, {"cohorts": "cohorts/c"})
+    refresh = RefreshPlan(
+        fingerprint="p" * 64, base=None, parent="r", encoder="e", watermark=1, horizon=1, state=State(n_shards=1),
+        calls=3, counts={"users_with_news": 5},
+    )  # fmt: skip
+    begin(workspace, refresh)
+    commit(workspace, refresh, refresh.state, "r")
+    found = measured_workload(workspace)
+    assert found.kinds["refresh"].rows == 20
+    assert found.kinds["refresh"].seconds == exactly(1.0)
+    assert found.kinds["user"].rows == 20
+    assert (found.cohorts_per_user, found.cohorts_per_item) == (0.2, 0.125)
+    assert (found.acting_share, found.calls_per_acting) == (0.25, 0.6)
 
 
 def test_vectors_release_and_decoder_are_measured_where_they_are(workspace):
@@ -240,6 +327,7 @@ def test_vectors_release_and_decoder_are_measured_where_they_are(workspace):
     assert found.release_bytes == 40
     assert found.tokens_per_step == 2.5
     assert found.speed_up == {4: 1.5}
+    assert found.plain_factor == pytest.approx(26 / 25)  # one second of 25 was saved
 
 
 def test_a_workspace_without_a_finished_run_says_what_to_do(workspace):
@@ -274,6 +362,7 @@ def test_fleet_files_load(tmp_path):
         ("gpus: 2", "gpus: 2, gpus_per_engine: 4", r"groups\.0: 2 gpus cannot be shared out in engines of 4"),
         ("tokens_per_s: 1e3", "curve: [[1, 0.01]]", r"groups\.0: a curve .* needs prefill_tokens_per_s"),
         ("tokens_per_s: 1e3", "prefill_tokens_per_s: 1", r"groups\.0: prefill_tokens_per_s without tokens_per_s"),
+        ("groups:", "assume: {speed: 2}\ngroups:", r"assume\.speed: unknown key\. Did you mean 'speed_up'\?"),
         ("groups:", "groups: [", "is no valid YAML"),
     ],
 )

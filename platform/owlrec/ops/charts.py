@@ -1,4 +1,4 @@
-"""Three charts as inline SVG: points with whiskers, bars, histograms.
+"""Charts as inline SVG: points with whiskers, bars, histograms, waterfalls.
 
 They are drawn by hand because a report must be readable in light and in dark: colours are CSS classes that the page's
 style sheet defines for both, text stays text, and a chart is a few kilobytes. Every label is escaped: labels may come
@@ -12,6 +12,15 @@ from statistics import fmean, stdev
 from markupsafe import Markup, escape
 
 _WIDTH = 720
+_STYLE = """<style>
+svg { background: #ffffff; font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; }
+text { fill: #5b6675; } .figure, .strong { fill: #1b2430; } .grid { stroke: #8a94a3; }
+.s0 { fill: #8a94a3; } .s1 { fill: #1f6fd6; } .s2 { fill: #c77c11; } .s3 { fill: #1d8a5c; }
+@media (prefers-color-scheme: dark) {
+  svg { background: #12161c; } text { fill: #9aa6b4; } .figure, .strong { fill: #e6eaf0; }
+  .s0 { fill: #8d99a8; } .s1 { fill: #5aa2f5; } .s2 { fill: #e5a54a; } .s3 { fill: #4bbd8a; }
+}
+</style>"""
 _ROW = 26
 
 
@@ -68,6 +77,41 @@ def bar_chart(values: Mapping[str, float], unit: str) -> Markup:
         parts.append(f'<rect x="{left}" y="{y + 5}" width="{width:.1f}" height="{_ROW - 10}" rx="2" class="s1"/>')
         parts.append(_text(scale(value) + 8, y + _ROW / 2, f"{_short(value)} {unit}", "start", "figure"))
     return _svg(parts, top + _ROW * len(values) + 6, f"bars in {unit}")
+
+
+def waterfall_chart(first: str, begin: float, changes: Mapping[str, float], unit: str) -> Markup:
+    """How a value came to be: a bar of what it was, one floating bar a change, and a bar of what is left.
+
+    changes: by label, in order; below 0 for what was saved.
+    """
+    left, top, right = 230, 6, _WIDTH - 110
+    ends = [begin]
+    for change in changes.values():
+        ends.append(ends[-1] + change)
+    scale = _Scale(min(0.0, *ends), max(*ends, 0.0) or 1.0, left, right)
+    bars = [(first, 0.0, begin, "s0", begin)]
+    bars += [
+        (label, start, end, "s3" if change <= 0 else "s2", change)
+        for (label, change), start, end in zip(changes.items(), ends, ends[1:], strict=False)
+    ]
+    bars.append(("in all", 0.0, ends[-1], "s1", ends[-1]))
+    parts = []
+    for number, (label, start, end, colour, value) in enumerate(bars):
+        y, low, high = top + number * _ROW, scale(min(start, end)), scale(max(start, end))
+        parts.append(_text(left - 12, y + _ROW / 2, label, "end"))
+        place = f'x="{low:.1f}" y="{y + 5}" width="{max(high - low, 1):.1f}" height="{_ROW - 10}" rx="2"'
+        parts.append(f'<rect {place} class="{colour}"/>')
+        sign = "+" if label in changes and value > 0 else "-" if value < 0 else ""
+        parts.append(_text(high + 8, y + _ROW / 2, f"{sign}{_short(abs(value))}", "start", "figure"))
+        if number < len(bars) - 1:
+            parts.append(_line(scale(end), y + _ROW - 5, scale(end), y + _ROW + 5, "grid"))
+    return _svg(parts, top + _ROW * len(bars) + 6, f"waterfall in {unit}")
+
+
+def standalone(chart: Markup) -> str:
+    """A chart as a file of its own: with colours that a page would give it, for light and dark."""
+    head, rest = chart.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{_STYLE}{rest}'
 
 
 def histogram(values: Sequence[float], axis: str, colour: int = 0, bins: int = 24) -> Markup:

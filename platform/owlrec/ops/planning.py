@@ -1,89 +1,22 @@
 """What a knowledge generation job would cost on a fleet that is not rented yet, extrapolated from a small finished run.
 
-Tokens and bytes a row come from the run (see workload.py), speeds from the user's own measurements; no figure of any
-machine is built in.
+Tokens, bytes and engine time a row come from the run (see workload.py), speeds of other machines from the user's own
+measurements; no figure of any machine is built in. simulation.py plays the same fleet event by event, to check the
+formula that stands here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
-from pydantic import Field, ValidationError, model_validator
 
 from owlrec.config import Config
-from owlrec.errors import RecipeError, did_you_mean
-from owlrec.generation.shards import Kind
-from owlrec.ops.workload import Estimate, WorkloadFigures
+from owlrec.errors import RecipeError
+from owlrec.ops.fleet import FleetConfig, FleetGroup
+from owlrec.ops.workload import Call, Estimate, WorkloadFigures
 
 _POOL_BYTES_A_TOKEN = 9.1
-
-
-class FleetGroup(Config):
-    """Machines of one sort. For engines that run on no GPU, read `gpu` as machine."""
-
-    name: str
-    accelerator: str  # free text
-    gpus: int = Field(ge=1)
-    gpus_per_engine: int = Field(1, ge=1)
-    price_per_gpu_hour: float = Field(ge=0)  # in the user's own currency
-    # How fast one engine is, in one of three ways: output tokens/s at full batch (without prefill_tokens_per_s if
-    # prompts were included); or [rows in a step, its seconds] of plain decoding, which the decoder's measured speed-up
-    # multiplies; or neither, which means as fast as an engine of the measured run.
-    tokens_per_s: float | None = Field(None, gt=0)
-    curve: list[tuple[float, float]] | None = Field(None, min_length=1)
-    prefill_tokens_per_s: float | None = Field(None, gt=0)
-    preemption_rate_per_hour: float = Field(0, ge=0)  # of one engine
-    startup_s: float = Field(0, ge=0)  # until an engine has loaded its model
-
-    @property
-    def engines(self) -> int:
-        """How many engines the group runs."""
-        return self.gpus // self.gpus_per_engine
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "FleetGroup":
-        if self.gpus % self.gpus_per_engine:
-            raise ValueError(f"{self.gpus} gpus cannot be shared out in engines of {self.gpus_per_engine}; change one")
-        if self.curve and (self.tokens_per_s or not self.prefill_tokens_per_s or min(map(min, self.curve)) <= 0):
-            raise ValueError(
-                "a curve holds rows and seconds above 0, takes the place of tokens_per_s, and needs "
-                "prefill_tokens_per_s, since its steps read no prompts"
-            )
-        if self.prefill_tokens_per_s and not (self.curve or self.tokens_per_s):
-            raise ValueError(
-                "prefill_tokens_per_s without tokens_per_s or curve; the measured run's speed has prompts in"
-            )
-        return self
-
-
-class FleetConfig(Config):
-    """The machines to plan for; all groups work on the job together."""
-
-    groups: list[FleetGroup] = Field(min_length=1)
-    storage_price_per_gib_month: float = Field(0, ge=0)
-
-
-def load_fleet(path: str | Path) -> FleetConfig:
-    """Reads a fleet file. Raises RecipeError, which lists every mistake with its key."""
-    try:
-        return FleetConfig.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}). cluster/fleet-example.yaml shows one.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is no valid YAML ({' '.join(str(error).split())}).") from None
-    except ValidationError as error:
-        raise RecipeError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in error.errors())) from None
-
-
-def _explain(detail: Any) -> str:
-    key, message = ".".join(map(str, detail["loc"])), detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        names = (FleetGroup if len(detail["loc"]) > 1 else FleetConfig).model_fields
-        message = f"unknown key.{did_you_mean(str(detail['loc'][-1]), names)}"
-    return f"{key}: {message}" if key else message
+_MEMBERSHIP_BYTES = 40  # of an id in a release: key, two cohorts of 8 bytes, LMDB's header and slack
 
 
 class GroupPlan(Config):
@@ -103,8 +36,7 @@ class GroupPlan(Config):
 class Plan(Config):
     """Estimates of a whole job."""
 
-    users: int
-    items: int
+    calls: dict[Call, int]
     shards: int
     prompt_tokens: Estimate
     output_tokens: Estimate
@@ -116,62 +48,68 @@ class Plan(Config):
     storage_cost_per_month: Estimate
 
 
+@dataclass(frozen=True)
+class Work:
+    """How a job is cut up."""
+
+    shard_rows: int
+    shards_at_once: int = 1  # of an engine: as many as fill its batch; a preemption loses half of each, on average
+    pool_tokens: int = 0  # bound of the retrieval pool of a kind, 0 for no pools
+    decoder: bool = True  # whether engines draft as they did in the measured run
+
+
 def plan(
     workload: WorkloadFigures,
     fleet: FleetConfig,
+    calls: Mapping[Call, int],
+    work: Work,
     *,
-    users: int,
-    items: int,
-    shard_rows: int,
-    in_flight: int = 4,
-    pool_tokens: int = 0,
+    stored: Mapping[Call, int] | None = None,
+    members: int = 0,
 ) -> Plan:
-    """What knowledge for so many users and items takes; low and high push all uncertain figures one way at once.
+    """What so many calls of each sort take; low and high push all uncertain figures one way at once.
 
-    in_flight: shards that an engine has at hand at a time, as in GenerateConfig: a preemption loses half of each, on
-    average. pool_tokens: bound of the retrieval pool of a kind, 0 for no pools.
+    stored: texts that are kept, by sort; None = one a call, refreshes apart. members: users and items that only cohorts
+    know, of which a release holds their memberships.
     Raises RecipeError where nothing is asked for, a kind was not measured, or preemptions outrun the work.
     """
-    asked: dict[Kind, int] = {"user": users, "item": items}
-    rows = {kind: n for kind, n in asked.items() if n}
+    workload = fleet.assume.applied(workload)
+    rows = {call: n for call, n in calls.items() if n}
     if not rows or min(rows.values()) < 0 or rows.keys() - workload.kinds.keys():
+        asked = " and ".join(f"{n} of {call}" for call, n in (rows or dict(calls)).items())
         raise RecipeError(
-            f"{users} users and {items} items cannot be planned from a run that measured "
-            f"{workload.measured}. Ask for rows of measured kinds."
+            f"calls ({asked}) cannot be planned from a run that measured {workload.measured}. Ask for rows of measured "
+            "kinds, or run what is missing on a small scale first."
         )
-    of = {kind: workload.kinds[kind] for kind in rows}
-    shards = sum(-(-n // shard_rows) for n in rows.values())
-    prompt = np.sum([n * of[k].prompt_tokens.array for k, n in rows.items()], axis=0)
-    output = np.sum([n * of[k].output_tokens.array for k, n in rows.items()], axis=0)
-    speeds, sources = zip(*(engine_speed(group, workload) for group in fleet.groups), strict=True)
-    seconds = np.array(  # [groups, 3], of one engine for all rows; fast is low
-        [
-            output / speed.array[::-1] + (prompt / group.prefill_tokens_per_s if group.prefill_tokens_per_s else 0)
-            for group, speed in zip(fleet.groups, speeds, strict=True)
-        ]
+    shards = sum(-(-n // work.shard_rows) for n in rows.values())
+    prompt, output = _tokens(workload, rows)
+    seconds, sources = zip(*(engine_seconds(g, workload, rows, work) for g in fleet.groups), strict=True)
+    startup = [group.starts_in(workload) for group in fleet.groups]
+    low, expected, high = (
+        _schedule(fleet.groups, startup, column, shards, work.shards_at_once) for column in np.array(seconds).T
     )
-    low, expected, high = (_schedule(fleet.groups, column, shards, in_flight) for column in seconds.T)
     wall = np.array([low.wall_s, expected.wall_s, high.wall_s]) / 3600
     groups = []
     for i, group in enumerate(fleet.groups):
-        gpu_hours = group.gpus * wall * [s.shares[i] > 0 for s in (low, expected, high)]
+        paid = np.array([s.paid_s[i] for s in (low, expected, high)]) / 3600
+        gpu_hours = group.gpus * paid
         groups.append(
             GroupPlan(
                 name=group.name,
                 engines=group.engines,
                 speed_from=sources[i],
-                tokens_per_s=speeds[i],
+                tokens_per_s=Estimate.of(np.sort(output / seconds[i])),
                 work_share=expected.shares[i],
-                preemptions=float(gpu_hours[1]) / group.gpus_per_engine * group.preemption_rate_per_hour,
+                preemptions=group.engines * float(paid[1]) * group.preemption_rate_per_hour,
                 repeated_share=expected.repeated[i],
                 gpu_hours=Estimate.of(gpu_hours),
                 cost=Estimate.of(gpu_hours * group.price_per_gpu_hour),
             )
         )
-    storage = _storage(workload, rows, pool_tokens)
+    kept: dict[Call, int] = {call: n for call, n in (stored or rows).items() if n and call != "refresh"}
+    storage = _storage(workload, kept, work.pool_tokens, members)
     return Plan(
-        users=users,
-        items=items,
+        calls=rows,
         shards=shards,
         prompt_tokens=Estimate.of(prompt),
         output_tokens=Estimate.of(output),
@@ -184,21 +122,37 @@ def plan(
     )
 
 
-def engine_speed(group: FleetGroup, workload: WorkloadFigures) -> tuple[Estimate, str]:
-    """Output tokens a second of one engine at its best batch, and where the figure is from.
+def _tokens(workload: WorkloadFigures, rows: Mapping[Call, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of prompts and of answers, [3] each."""
+    prompt = np.sum([n * workload.kinds[k].prompt_tokens.array for k, n in rows.items()], axis=0)
+    return prompt, np.sum([n * workload.kinds[k].output_tokens.array for k, n in rows.items()], axis=0)
 
-    A curve's low end is without the decoder's speed-up, which was measured on another machine; batches larger than any
+
+def engine_seconds(
+    group: FleetGroup, workload: WorkloadFigures, rows: Mapping[Call, int], work: Work
+) -> tuple[np.ndarray, str]:
+    """Time of one engine of the group for all the rows, float64 [3] (fast is low), and where its speed is from.
+
+    A curve's high end is without the decoder's speed-up, which was measured on another machine; batches larger than any
     it was measured at have none.
     """
+    prompt, output = _tokens(workload, rows)
+    reading = prompt / group.prefill_tokens_per_s if group.prefill_tokens_per_s else 0
     if group.tokens_per_s:
-        return Estimate.of([group.tokens_per_s] * 3), "tokens_per_s"
-    if not group.curve:
-        return workload.tokens_per_s, "measured run"
-    bands = sorted(workload.speed_up)
-    up = [next((workload.speed_up[band] for band in bands if rows <= band), 1.0) for rows, _ in group.curve]
-    plain = max(rows / seconds for rows, seconds in group.curve)
-    drafted = max(rows / seconds * u for (rows, seconds), u in zip(group.curve, up, strict=True))
-    return Estimate.of([min(plain, drafted), drafted, max(plain, drafted)]), "curve"
+        return output / group.tokens_per_s + reading, "tokens_per_s"
+    if group.curve:
+        return output / _curve_speed(group.curve, workload.speed_up if work.decoder else {})[::-1] + reading, "curve"
+    seconds = np.sum([n * workload.kinds[k].seconds.array for k, n in rows.items()], axis=0)
+    return seconds * (1.0 if work.decoder else workload.plain_factor), "measured run"
+
+
+def _curve_speed(curve: Sequence[tuple[float, float]], speed_up: Mapping[int, float]) -> np.ndarray:
+    """Output tokens a second at the best batch, float64 [3], ascending."""
+    bands = sorted(speed_up)
+    up = [next((speed_up[band] for band in bands if rows <= band), 1.0) for rows, _ in curve]
+    plain = max(rows / seconds for rows, seconds in curve)
+    drafted = max(rows / seconds * u for (rows, seconds), u in zip(curve, up, strict=True))
+    return np.array([min(plain, drafted), drafted, max(plain, drafted)])
 
 
 @dataclass(frozen=True)
@@ -206,46 +160,62 @@ class _Schedule:
     wall_s: float
     shares: list[float]  # of the work, by group
     repeated: list[float]  # share of a group's time that goes to work lost and done again
+    paid_s: list[float]  # by group, of each of its engines
 
 
-def _schedule(groups: Sequence[FleetGroup], seconds: np.ndarray, shards: int, in_flight: int) -> _Schedule:
-    """Shares the work out so that all groups end together.
+def _schedule(
+    groups: Sequence[FleetGroup], startup: Sequence[float], seconds: np.ndarray, shards: int, at_once: int
+) -> _Schedule:
+    """Hands the shards out one after another to whoever is free, as Ray Data does.
 
-    seconds: float64 [groups], of one engine of the group for all the work. Each engine first starts, and at the end
-    waits for the time of one shard; a group that would end later than the others before it did any work gets none.
+    startup: seconds, by group. seconds: float64 [groups], of one engine of the group for all the work. Each engine
+    first waits for its machine and starts. When no shard is left to begin, every engine has half a shard to do in the
+    mean, and the last one is done when a shard of the slowest group is. A group that would start later than that gets
+    no work.
     """
-    shard_s = seconds / shards
-    startup, rate = (np.array([getattr(g, n) for g in groups]) for n in ("startup_s", "preemption_rate_per_hour"))
-    repeated = rate / 3600 * (in_flight * shard_s / 2 + startup)
+    shard_s = at_once * seconds / shards  # from a shard's beginning to its end
+    provision, rate, idle = (
+        np.array([getattr(g, n) for g in groups]) for n in ("provision_s", "preemption_rate_per_hour", "idle_timeout_s")
+    )
+    delay = np.array(startup) + provision
+    repeated = rate / 3600 * (shard_s / 2 + delay)
     if repeated.max() >= 1:
         worst = groups[int(repeated.argmax())]
         raise RecipeError(
             f"group '{worst.name}': at {worst.preemption_rate_per_hour:g} preemptions an hour its engines lose work "
             f"faster than they do it (a shard takes {shard_s[repeated.argmax()]:,.0f} s). Make shard_rows smaller."
         )
-    speed = np.array([g.engines for g in groups]) * (1 - repeated) / seconds  # of the whole work a second
-    delay = startup + shard_s
+    engines = np.array([g.engines for g in groups])
+    speed = engines * (1 - repeated) / seconds  # of the whole work a second
     at_work = np.ones(len(groups), dtype=bool)
     while True:
-        wall_s = float((1 + (speed * delay)[at_work].sum()) / speed[at_work].sum())
-        late = at_work & (delay >= wall_s)
+        begun_s = float((1 + (speed * (delay - shard_s / 2))[at_work].sum()) / speed[at_work].sum())
+        begun_s = max(begun_s, float(delay.min()))  # when the last shard is begun
+        late = at_work & (delay > begun_s)
         if not late.any():
             break
         at_work &= ~late
-    shares = np.where(at_work, speed * (wall_s - delay), 0.0)
-    return _Schedule(wall_s, shares.tolist(), repeated.tolist())
+    wall_s = begun_s + float((shard_s * (1 - 1 / (2 * at_once * engines)))[at_work].max())
+    shares = np.where(at_work, speed * (begun_s - delay + shard_s / 2), 0.0)
+    # A machine that is being replaced is not paid for until it is there.
+    there = (begun_s + shard_s / 2 - provision) * (1 - rate / 3600 * provision)
+    paid = np.where(at_work, there + idle, 0.0)
+    return _Schedule(wall_s, (shares / shares.sum()).tolist(), repeated.tolist(), paid.tolist())
 
 
-def _storage(workload: WorkloadFigures, rows: dict[Kind, int], pool_tokens: int) -> dict[str, np.ndarray]:
-    """GiB by artifact, [3] each."""
-    of = {kind: workload.kinds[kind] for kind in rows}
-    found = {"knowledge": np.sum([n * of[k].knowledge_bytes.array for k, n in rows.items()], axis=0)}
-    vectors = [(n, of[k].vector_bytes) for k, n in rows.items()]
-    if all(size is not None for _, size in vectors):
-        found["vectors"] = np.full(3, sum(n * (size or 0.0) for n, size in vectors))
+def _storage(
+    workload: WorkloadFigures, rows: Mapping[Call, int], pool_tokens: int, members: int
+) -> dict[str, np.ndarray]:
+    """GiB by artifact, [3] each, once all is compacted."""
+    of = {call: workload.kinds[call] for call in rows}
+    found = {"knowledge": sum((rows[k] * of[k].knowledge_bytes.array for k in of), np.zeros(3))}
+    if all(figures.vector_bytes is not None for figures in of.values()):
+        found["vectors"] = np.full(3, sum(rows[k] * (of[k].vector_bytes or 0.0) for k in of))
     if workload.release_bytes is not None:
-        found["release"] = np.full(3, sum(rows.values()) * workload.release_bytes)
+        found["release"] = np.full(
+            3, sum(rows[k] for k in of) * workload.release_bytes + members * float(_MEMBERSHIP_BYTES)
+        )
     if pool_tokens:
-        tokens = [np.minimum(n * of[k].output_tokens.array, pool_tokens) for k, n in rows.items()]
-        found["pools"] = np.sum(tokens, axis=0) * _POOL_BYTES_A_TOKEN
+        tokens = [np.minimum(rows[k] * of[k].output_tokens.array, pool_tokens) for k in of]
+        found["pools"] = sum(tokens, np.zeros(3)) * _POOL_BYTES_A_TOKEN
     return {name: size / 2**30 for name, size in found.items()}

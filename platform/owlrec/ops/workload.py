@@ -1,12 +1,15 @@
-"""What a finished run says of the work that a row takes: tokens, bytes and speed, each with the range that its shards
-span.
+"""What a finished run says of the work that a row takes: tokens, bytes and engine time, each with the range that its
+shards span.
 
 The range covers the spread between the measured shards (`per_row` says how) and nothing else: that the millions of rows
-to come are like those measured is the user's assumption.
+to come are like those measured is the user's assumption. An engine answers in the order of asking, so that the time
+between the ends of two of its shards is what the later one cost, however many it has at hand.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -16,8 +19,12 @@ from owlrec.config import Config
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.errors import WorkspaceError
 from owlrec.generation.shards import COUNTERS, KINDS, Kind, ShardManifest
+from owlrec.streaming.journal import ROOT as STREAMING
+from owlrec.streaming.journal import Plan as RefreshPlan
+from owlrec.streaming.journal import read_position
 from owlrec.workspace import StageManifest, Workspace, finished_stage
 
+Call = Literal["user", "item", "cohort", "refresh"]  # what the LLM is asked about; refresh: a user who has moved on
 _ONE_SHARD_FACTOR = 2.0  # a single shard shows no spread: from half to double is a guess, and looks like one
 
 
@@ -46,6 +53,7 @@ class KindFigures(Config):
     shards: int
     prompt_tokens: Estimate
     output_tokens: Estimate
+    seconds: Estimate  # of one engine that does nothing else
     knowledge_bytes: Estimate
     vector_bytes: float | None  # all that `encode` leaves: fp16 tables and their mapped copies; None before it ran
 
@@ -55,17 +63,24 @@ class WorkloadFigures(Config):
 
     run: str  # the job's folder in the workspace
     finished: float  # seconds since 1970
-    kinds: dict[Kind, KindFigures]
+    kinds: dict[Call, KindFigures]
     tokens_per_s: Estimate  # output of one engine, prompts included
+    startup_s: float | None = None  # until an engine had its first shard; None where the run was interrupted
     release_bytes: float | None = None  # a row; None before `publish` ran
     tokens_per_step: float | None = None  # of a row; None where no decoder counted
     speed_up: dict[int, float] = {}  # by the decoder, by rows in a step: up to and including the key
+    plain_factor: float = 1.0  # an engine's time without the decoder, over what it was
+    cohorts_per_user: float | None = None  # None where the run built no cohorts
+    cohorts_per_item: float | None = None
+    acting_share: float | None = None  # of the users, in the last refresh; None before any
+    calls_per_acting: float | None = None  # of the LLM, in that refresh
 
     @property
     def measured(self) -> str:
         """How many rows are behind the figures, and of when, in words."""
-        rows = " and ".join(f"{figures.rows:,} {kind}s" for kind, figures in self.kinds.items())
-        return f"{rows} (finished {time.strftime('%Y-%m-%d %H:%M', time.localtime(self.finished))})"
+        rows = [f"{f.rows:,} {'renewals' if call == 'refresh' else f'{call}s'}" for call, f in self.kinds.items()]
+        listed = " and ".join([", ".join(rows[:-1]), rows[-1]]) if len(rows) > 1 else rows[0]
+        return f"{listed} (finished {time.strftime('%Y-%m-%d %H:%M', time.localtime(self.finished))})"
 
 
 def per_row(sums: np.ndarray, rows: np.ndarray) -> Estimate:
@@ -82,10 +97,23 @@ def per_row(sums: np.ndarray, rows: np.ndarray) -> Estimate:
     return Estimate.of([ratio / factor, ratio, ratio * factor])
 
 
-def measured_workload(workspace: Workspace, *, engines: int = 1, in_flight: int = 4) -> WorkloadFigures:
-    """Figures of the workspace's finished generation run.
+def engine_seconds(manifests: Sequence[ShardManifest]) -> np.ndarray:
+    """Time of its engine that each shard took, float64 [n shards]; the sum over an engine is the time it was at work.
 
-    engines: how many the run used at most. in_flight: shards that each had at hand at a time, at most.
+    That is the time since the engine's shard before it was done, but never more than the shard's own: an interrupted
+    run's pause is nobody's.
+    """
+    found, before = np.zeros(len(manifests)), defaultdict[str, float](lambda: -np.inf)
+    for i in sorted(range(len(manifests)), key=lambda i: manifests[i].finished):
+        shard = manifests[i]
+        found[i] = min(shard.finished - before[shard.engine], shard.seconds)
+        before[shard.engine] = shard.finished
+    return found
+
+
+def measured_workload(workspace: Workspace) -> WorkloadFigures:
+    """Figures of the workspace's finished generation run, and of the refreshes after it.
+
     Raises WorkspaceError where none has finished, or it wrote no tokens.
     """
     stage = finished_stage(workspace, "generate")
@@ -95,37 +123,54 @@ def measured_workload(workspace: Workspace, *, engines: int = 1, in_flight: int 
             "of users and items, with the model and the prompts to plan for."
         )
     folder = stage.outputs["knowledge"]
-    shards: list[ShardManifest] = []
-    kinds: dict[Kind, KindFigures] = {}
-    for kind in KINDS:
-        found = _manifests(workspace, f"{folder}/{kind}")
-        if any(s.output_tokens for s, _ in found):
-            rows, prompt, output, size = np.array(
-                [(s.rows_in, s.prompt_tokens, s.output_tokens, size) for s, size in found], dtype=np.float64
-            ).T
-            kinds[kind] = KindFigures(
-                rows=int(rows.sum()),
-                shards=len(found),
-                prompt_tokens=per_row(prompt, rows),
-                output_tokens=per_row(output, rows),
-                knowledge_bytes=per_row(size, rows),
-                vector_bytes=_vector_bytes(workspace, kind),
-            )
-            shards += [s for s, _ in found if s.output_tokens and s.seconds > 0]
-    if not shards:
+    of_kind: dict[Call, list[tuple[ShardManifest, int]]] = {k: _manifests(workspace, f"{folder}/{k}") for k in KINDS}
+    run = [shard for shards in of_kind.values() for shard, _ in shards]
+    of_kind["refresh"] = _refreshed(workspace, folder, stage.finished)
+    every = [(call, shard, size) for call, shards in of_kind.items() for shard, size in shards]
+    at_work = engine_seconds([shard for _, shard, _ in every])
+    kinds: dict[Call, KindFigures] = {}
+    for call in of_kind:
+        mine = [(shard, size, t) for (c, shard, size), t in zip(every, at_work, strict=True) if c == call]
+        if any(shard.output_tokens for shard, *_ in mine):
+            kinds[call] = _figures(mine, _vector_bytes(workspace, "user" if call == "refresh" else call))
+    output, seconds = np.array([s.output_tokens for s in run], dtype=np.float64), at_work[: len(run)]
+    if not output.any():
         raise WorkspaceError(
             f"{workspace.path(folder)}: the finished run wrote no tokens. Run a small recipe with a real model first."
         )
     file = f"{folder}/{COUNTERS}"
     decoder = DecoderCounters.model_validate(workspace.read_json(file)) if workspace.exists(file) else DecoderCounters()
+    drafting = [steps for steps in decoder.by_rows.values() if steps.seconds]
+    saved = sum(steps.plain_s - steps.seconds for steps in drafting)
     return WorkloadFigures(
         run=folder,
         finished=stage.finished,
         kinds=kinds,
-        tokens_per_s=_measured_speed(stage, shards, engines, in_flight),
+        tokens_per_s=per_row(output[seconds > 0], seconds[seconds > 0]),
+        startup_s=_startup(stage, run),
         release_bytes=_release_bytes(workspace),
         tokens_per_step=decoder.tokens_per_step if decoder.counts.get("rows") else None,
         speed_up={rows: steps.speed_up for rows, steps in decoder.by_rows.items() if steps.seconds},
+        plain_factor=1 + saved / float(seconds.sum()),
+        **_cohorts(workspace),
+        **_last_refresh(workspace),
+    )
+
+
+def _figures(found: Sequence[tuple[ShardManifest, int, float]], vector_bytes: float | None) -> KindFigures:
+    """Of one kind's shards, with the bytes of their knowledge files and the time of their engines."""
+    rows, asked, prompt, output, size, seconds = np.array(
+        [(s.rows_in, s.rows_in - s.rows_kept, s.prompt_tokens, s.output_tokens, *more) for s, *more in found],
+        dtype=np.float64,
+    ).T
+    return KindFigures(
+        rows=int(rows.sum()),
+        shards=len(found),
+        prompt_tokens=per_row(prompt, asked),
+        output_tokens=per_row(output, asked),
+        seconds=per_row(seconds, asked),
+        knowledge_bytes=per_row(size, rows),
+        vector_bytes=vector_bytes,
     )
 
 
@@ -144,14 +189,43 @@ def _manifests(workspace: Workspace, folder: str) -> list[tuple[ShardManifest, i
     return found
 
 
-def _measured_speed(stage: StageManifest, shards: list[ShardManifest], engines: int, in_flight: int) -> Estimate:
-    """Tokens over the shards' seconds, or over the stage's, whichever is more: both fall short of an engine's speed,
-    since shards overlap in time and the stage's seconds hold the engine's start.
-    """
-    tokens, seconds = np.array([(s.output_tokens, s.seconds) for s in shards], dtype=np.float64).T
-    at_once = "shards" in stage.counts and stage.counts["shards"] == stage.counts.get("shards_this_run")
-    overlap = float(seconds.sum()) / (stage.seconds * engines) if at_once and stage.seconds else 1.0
-    return Estimate.of(per_row(tokens, seconds).array * min(max(overlap, 1.0), in_flight))
+def _refreshed(workspace: Workspace, folder: str, after: float) -> list[tuple[ShardManifest, int]]:
+    """Shards of the refreshes that came after a run: jobs of their own, whose prompts are a refresh's."""
+    jobs = (f"knowledge/{name}/user" for name in workspace.names("knowledge") if not folder.endswith(f"/{name}"))
+    found = [shard for job in jobs for shard in _manifests(workspace, job)]
+    return [(s, size) for s, size in found if s.finished > after and (s.shard.prompts or "").startswith(STREAMING)]
+
+
+def _startup(stage: StageManifest, shards: Sequence[ShardManifest]) -> float | None:
+    if not stage.seconds or stage.counts.get("shards") != stage.counts.get("shards_this_run", 0):
+        return None
+    first = defaultdict[str, float](lambda: np.inf)
+    for shard in shards:
+        first[shard.engine] = min(first[shard.engine], shard.finished - shard.seconds)
+    return max(0.0, float(np.mean(list(first.values()))) - (stage.finished - stage.seconds))
+
+
+def _cohorts(workspace: Workspace) -> dict[str, float]:
+    built, prepared = finished_stage(workspace, "cohorts"), finished_stage(workspace, "prepare")
+    counts = {**(prepared.counts if prepared else {}), **(built.counts if built else {})}
+    return {
+        f"cohorts_per_{kind}": float(counts[f"{kind}_cohorts"]) / float(counts[f"{kind}s"])
+        for kind in ("user", "item")
+        if counts.get(f"{kind}_cohorts") and counts.get(f"{kind}s")
+    }
+
+
+def _last_refresh(workspace: Workspace) -> dict[str, float]:
+    position, prepared = read_position(workspace), finished_stage(workspace, "prepare")
+    if position is None:
+        return {}
+    file = f"{STREAMING}/plans/{position.state.rpartition('/')[2]}/plan.json"
+    plan = RefreshPlan.model_validate(workspace.read_json(file)) if workspace.exists(file) else None
+    acting = plan.counts.get("users_with_news", 0) if plan else 0
+    if not plan or not acting:
+        return {}
+    users = float(prepared.counts.get("users", 0)) if prepared else 0.0
+    return {"calls_per_acting": plan.calls / acting} | ({"acting_share": acting / users} if users else {})
 
 
 def _sizes(workspace: Workspace, folder: str) -> dict[str, int]:
