@@ -9,13 +9,16 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import Field
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from owlrec.config import Config
 from owlrec.environment import api_keys
+from owlrec.errors import ServingError
 from owlrec.serving.explorer.pages import build_explorer
 from owlrec.serving.guard import Limits
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig
+from owlrec.serving.schemas import Rank, RankAnswer
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.tables import WorkspaceTables
@@ -28,6 +31,7 @@ class ExplorerArgs(Config):
     """The arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
 
     workspace: str
+    rank_app: str = "rank"  # the name of the ranking application; without one, the page says so
     keys_file: str | None = None
     timeout_s: float = Field(10.0, gt=0)
     num_cpus: float = Field(0.1, ge=0)  # people click seldom
@@ -44,6 +48,7 @@ class ExplorerReplica:
         refuse_open_binding(self._keys)
         log_with_serve()
         self._config = KnowledgeConfig(limits=Limits(max_active=16, timeout_s=settings.timeout_s))
+        self._rank_app = settings.rank_app
         workspace = Workspace(settings.workspace)
         self._served = ServedReleases(WorkspaceReleases(workspace))
         self._similar = SimilarEntities(settings.workspace)
@@ -51,7 +56,16 @@ class ExplorerReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         telemetry = RayTelemetry("explorer")
-        return build_explorer(self._served, self._similar, self._tables, self._keys, self._config, telemetry)
+        return build_explorer(
+            self._served, self._similar, self._tables, self._keys, self._config, telemetry, self._rank
+        )
+
+    async def _rank(self, asked: Rank) -> RankAnswer:
+        try:
+            handle = serve.get_app_handle(self._rank_app)
+        except RayServeException:
+            raise ServingError("no ranking application is deployed beside this page") from None
+        return RankAnswer.model_validate(await handle.rank.remote(asked.model_dump()))
 
 
 def app(args: ExplorerArgs) -> serve.Application:

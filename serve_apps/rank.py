@@ -3,7 +3,7 @@
 Deployments that are scaled each for itself: the ingress, which holds the deadline; the CTR scorer, which opens an
 artifact that `owlrec export-ctr` wrote; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank_llm). A
 new artifact or adapter is taken in by `reconfigure`: change `user_config` in the Serve configuration and deploy; no
-replica restarts.
+replica restarts. (A change of `args` builds the application anew.)
 """
 
 import asyncio
@@ -18,8 +18,10 @@ from ray.serve.handle import DeploymentHandle
 
 from owlrec.config import Config
 from owlrec.environment import api_keys
+from owlrec.errors import ServingError
 from owlrec.serving.guard import Limits
 from owlrec.serving.keys import KeyRing
+from owlrec.serving.problems import Problem
 from owlrec.serving.rank_api import build_rank_api
 from owlrec.serving.ranking import Cascade
 from owlrec.serving.schemas import Rank
@@ -27,7 +29,13 @@ from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
 from serve_apps.telemetry import RayTelemetry, log_with_serve
 
-_JSON_LOGS = {"encoding": "JSON", "enable_access_log": False}
+_SCALING = {"min_replicas": 1, "upscale_delay_s": 5, "downscale_delay_s": 120}
+# A replica that is stuck, or whose machine is gone, is noticed within 10 s.
+_WATCHED: dict[str, Any] = {
+    "health_check_period_s": 5,
+    "health_check_timeout_s": 10,
+    "logging_config": {"encoding": "JSON", "enable_access_log": False},
+}
 _READY_WITHIN_S = 2.0
 
 
@@ -40,8 +48,10 @@ class RankArgs(Config):
     adapter: str | None = None  # that `owlrec tune-ranker` wrote, relative to the workspace; None = the model as it is
     calibration: str | None = None  # of the LLM's scores; None = what was fitted with the adapter, if there is one
     keys_file: str | None = None
-    max_active: int = Field(64, ge=1)
+    max_active: int = Field(64, ge=1)  # of one replica of the ingress; beyond it and Serve's queue, requests get 503
+    max_replicas: int = Field(1, ge=1)  # of the ingress
     max_ctr_replicas: int = Field(2, ge=1)
+    max_llm_replicas: int = Field(1, ge=1)
     ctr_threads: int = Field(1, ge=1)  # of torch, in each replica
     num_cpus: float = Field(0.5, ge=0)  # of each deployment's replicas
 
@@ -110,6 +120,13 @@ class RankReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready)
 
+    async def rank(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """What POST /v1/rank answers, for other applications of the cluster. Raises ServingError where it is 503."""
+        try:
+            return (await self._cascade.rank(Rank.model_validate(asked))).model_dump()
+        except Problem as problem:  # which cannot travel between processes
+            raise ServingError(str(problem)) from None
+
     async def _ready(self) -> str | None:
         try:
             async with asyncio.timeout(_READY_WITHIN_S):
@@ -119,33 +136,47 @@ class RankReplica:
         return None
 
 
-def app(args: RankArgs, llm: serve.Application | None = None) -> serve.Application:
-    """Builds the application. llm: what re-ranks, in place of the recipe's."""
+def app(args: RankArgs) -> serve.Application:
+    """Builds the application: what `serve run` and `serve deploy` call, with one argument."""
+    if args.recipe is None:
+        return rank_application(args, None)
+    from owlrec.serving.rankers import RankerChoice
+    from serve_apps.rank_llm import llm_scorer
+
+    choice = RankerChoice(adapter=args.adapter, calibration=args.calibration)
+    return rank_application(args, llm_scorer(args.workspace, args.recipe, choice, args.max_llm_replicas))
+
+
+def rank_application(args: RankArgs, llm: serve.Application | None) -> serve.Application:
+    """The ingress and the CTR scorer around a deployment that re-ranks. llm: has a method `score` like CtrReplica's;
+    None where none ranks.
+    """
     busy = BackpressureConfig(status_code=503, retry_after_s=1)
     ctr = serve.deployment(
         CtrReplica,
         name="CtrScorer",
         ray_actor_options={"num_cpus": args.num_cpus},
         user_config={"artifact": args.artifact},
-        autoscaling_config={"min_replicas": 1, "max_replicas": args.max_ctr_replicas, "target_ongoing_requests": 4},
+        autoscaling_config={**_SCALING, "max_replicas": args.max_ctr_replicas, "target_ongoing_requests": 4},
         max_ongoing_requests=16,
         max_queued_requests=args.max_active,
-        logging_config=_JSON_LOGS,
+        **_WATCHED,
     ).bind(args.workspace, args.ctr_threads)
     ingress = serve.deployment(
         RankReplica,
         name="Rank",
         ray_actor_options={"num_cpus": args.num_cpus},
+        autoscaling_config={
+            **_SCALING,
+            "max_replicas": args.max_replicas,
+            "target_ongoing_requests": max(1.0, args.max_active / 4),
+        },
         max_ongoing_requests=args.max_active,
         max_queued_requests=args.max_active,
         backpressure_config=busy,
-        logging_config=_JSON_LOGS,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=40,  # above the longest deadline
+        **_WATCHED,
     )
-    if args.recipe and llm is None:
-        from owlrec.serving.rankers import RankerChoice
-        from serve_apps.rank_llm import llm_scorer
-
-        choice = RankerChoice(adapter=args.adapter, calibration=args.calibration)
-        llm = llm_scorer(args.workspace, args.recipe, choice)
     application: serve.Application = ingress.bind(args.model_dump(), ctr, llm)
     return application

@@ -59,7 +59,7 @@ class LlmReplica:
         return ranker.probabilities(found.probabilities)
 
 
-def llm_scorer(workspace: str, recipe: str, choice: RankerChoice) -> serve.Application:
+def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: int) -> serve.Application:
     """The deployment. recipe: a file, read here, so that replicas on other machines need not have it.
 
     Raises RecipeError where the recipe has no vLLM engine to rank with.
@@ -71,6 +71,13 @@ def llm_scorer(workspace: str, recipe: str, choice: RankerChoice) -> serve.Appli
         name="LlmScorer",
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.generate.engine_gpus},
         user_config=choice.model_dump(),
+        autoscaling_config={
+            "min_replicas": 1,
+            "max_replicas": max_replicas,
+            "target_ongoing_requests": _REQUESTS / 2,
+            "upscale_delay_s": 10,
+            "downscale_delay_s": 600,  # an engine that was stopped too soon takes minutes to come back
+        },
         max_ongoing_requests=_REQUESTS,
         max_queued_requests=_REQUESTS,
         health_check_timeout_s=60,

@@ -19,6 +19,7 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 _GAUGES = {
     "release_age_s": "Age of the release in force",
+    "release_texts": "Users, items and cohorts that the release in force has a text of",
     "release_error": "1 where the current release cannot be served",
 }
 

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from redis_server import free_port
 from served_world import publish_world
-from test_explorer_pages import explorer, write_tables
+from test_explorer_pages import by_ctr_alone, by_ctr_and_llm, explorer, write_tables
 
 from owlrec.store import roll_back
 from owlrec.workspace import Workspace
@@ -30,10 +30,15 @@ def workspace(tmp_path_factory):
     return workspace
 
 
+def rank(asked):
+    """An LLM that answers about every user but the second."""
+    return by_ctr_alone(asked) if asked.user_id == 2 else by_ctr_and_llm(asked)
+
+
 @pytest.fixture(scope="module")
 def address(workspace, tmp_path_factory):
     port = free_port()
-    app = explorer(workspace, tmp_path_factory.mktemp("indexes"))
+    app = explorer(workspace, tmp_path_factory.mktemp("indexes"), rank=rank)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -82,6 +87,35 @@ def test_search_and_open_a_user_and_an_item(page):
     assert page.get_by_text("Drama, War").is_visible()
 
 
+def test_rankings_side_by_side_by_the_keyboard(page):
+    page.goto("/user/1")
+    page.get_by_label("Candidates").focus()
+    page.keyboard.type("7, 9, 11, 12")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/rank?user=1&**")
+    assert page.get_by_text("4 of 4 candidates moved").is_visible()
+    columns = [page.get_by_role("region", name=f"By the {name}").locator("li") for name in ("CTR model", "LLM")]
+    assert [one.count() for one in columns] == [4, 4]
+    assert columns[0].first.inner_text().startswith("War & Peace (1966)")
+    assert "▲ up 3" in columns[1].first.inner_text()
+    left, right = (one.first.bounding_box() for one in columns)
+    assert right["x"] > left["x"] + left["width"] / 2
+    assert abs(right["y"] - left["y"]) < 2
+    shot(page, "ranking")
+    page.keyboard.press("Tab")  # from wherever the page begins
+    page.get_by_label("Candidates").fill("")
+    page.get_by_role("button", name="Rank by CTR and by LLM").press("Enter")
+    page.wait_for_url("**candidates=")
+    assert page.get_by_role("status").inner_text().startswith("No ranking: there are no candidates")
+
+
+def test_without_the_llm_the_page_says_so(page):
+    page.goto("/rank?user=2&candidates=7,9")
+    assert page.get_by_role("status").inner_text() == "The LLM did not have its say: the LLM is not available."
+    assert page.get_by_role("region", name="By the LLM").get_by_text("It ranked nothing").is_visible()
+    shot(page, "ranking-without-llm")
+
+
 def test_a_swap_and_a_roll_back_are_seen(page, workspace):
     page.goto("/user/1")
     first = page.locator("#release").inner_text()
@@ -120,7 +154,8 @@ def test_the_keyboard_is_enough(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_it_without_sideways_scrolling(browser, address, scheme):
     page = browser.new_page(base_url=address, viewport={"width": 360, "height": 740}, color_scheme=scheme)
-    for name, path in (("home", "/"), ("user", "/user/1"), ("cohorts", "/user/5"), ("search", "/search?kind=item&q=a")):
+    pages = {"home": "/", "user": "/user/1", "cohorts": "/user/5", "search": "/search?kind=item&q=a"}
+    for name, path in {**pages, "ranking": "/rank?user=1&candidates=7,9,11"}.items():
         page.goto(path)
         shot(page, f"phone-{scheme}-{name}")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360

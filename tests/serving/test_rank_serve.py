@@ -85,7 +85,7 @@ def served(ray_local, tmp_path_factory):
     """The address, the workspace, the artifacts, and a function that deploys with one of them."""
     from ray import serve
 
-    from serve_apps.rank import RankArgs, app
+    from serve_apps.rank import RankArgs, rank_application
 
     workspace = Workspace(tmp_path_factory.mktemp("rank") / "ws")
     folders = write_artifacts(workspace)
@@ -95,7 +95,7 @@ def served(ray_local, tmp_path_factory):
 
     def deploy(artifact):
         args = RankArgs(workspace=workspace.path(), artifact=artifact, num_cpus=0.1, max_ctr_replicas=1)
-        serve.run(app(args, llm.bind()), name="rank", route_prefix="/")
+        serve.run(rank_application(args, llm.bind()), name="rank", route_prefix="/")
 
     deploy(folders[0])
     yield f"http://127.0.0.1:{port}", workspace, folders, deploy

@@ -16,7 +16,8 @@ Kind = Literal["user", "item", "cohort"]
 What = Literal["text", "vector", "codes", "provenance"]
 LARGEST_ID = 2**63 - 1
 Id = Annotated[StrictInt, Field(ge=0, le=LARGEST_ID)]
-PathId = Annotated[str, Field(pattern=r"^[0-9]{1,19}$", description="a non-negative 64-bit integer")]
+ID_PATTERN = r"^[0-9]{1,19}$"
+PathId = Annotated[str, Field(pattern=ID_PATTERN, description="a non-negative 64-bit integer")]
 
 MAX_IDS = 1000
 DEFAULT_FIELDS: tuple[What, ...] = ("text", "provenance")

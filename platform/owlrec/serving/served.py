@@ -151,6 +151,7 @@ async def following(
             with suppress(Problem), served.lease() as release:
                 age = datetime.now(UTC) - datetime.fromisoformat(release.manifest.created)
                 telemetry.gauge("release_age_s", age.total_seconds())
+                telemetry.gauge("release_texts", float(sum(release.manifest.totals.values())))
             telemetry.gauge("release_error", 1.0 if served.error else 0.0)
 
     task = asyncio.create_task(follow())

@@ -55,6 +55,12 @@ class WorkspaceTables:
         catalog = self._titles()
         return catalog.find(words, limit) if catalog else []
 
+    def draw_candidates(self, user: int, n: int) -> list[int]:
+        """At most `n` items that a user has no behaviour towards, drawn from the catalogue, the same each time."""
+        catalog, seen = self._titles(), {item for item, _ in self.behaviours(user)}
+        drawn = catalog.draw(n + len(seen), user) if catalog else []
+        return [item for item in drawn if item not in seen][:n]
+
     def _titles(self) -> ItemCatalog | None:
         if self._catalog is None:
             try:

@@ -47,6 +47,12 @@ class ItemCatalog:
             texts = [_text_or_none(value) for value in found]
         return [text or "" for text in texts]
 
+    def draw(self, n: int, seed: int) -> list[int]:
+        """At most `n` items, drawn at random and always the same ones for a seed, in the order drawn."""
+        chosen = np.random.default_rng(seed).permutation(len(self._ids))[:n]
+        found: list[int] = self._ids[chosen].tolist()
+        return found
+
     def find(self, words: str, limit: int) -> list[tuple[int, str]]:
         """Items whose title holds `words`, whatever the case: at most `limit` (id, title), by id."""
         rows = np.flatnonzero(pc.match_substring(self._titles, words, ignore_case=True).fill_null(False))[:limit]

@@ -18,12 +18,13 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from owlrec import __version__
+from owlrec.serving.explorer.ranking import MOST_CHARACTERS, Ranker, compare_rankings
 from owlrec.serving.explorer.text import paragraphs
 from owlrec.serving.guard import Guard
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.problems import Problem, install_problem_handlers
-from owlrec.serving.schemas import LARGEST_ID, Health, Kind, PathId, Similar
+from owlrec.serving.schemas import ID_PATTERN, LARGEST_ID, Health, Kind, PathId, Similar
 from owlrec.serving.served import ServedReleases, following
 from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.tables import WorkspaceTables
@@ -36,7 +37,6 @@ _HEADERS = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer"
 _FOUND = 50  # search results at most
 _NEIGHBOURS = 8
 _SAMPLED = 2000  # texts that the release's quality is judged by
-_SHOWN_APART = ("raw_id", "title")
 
 
 def build_explorer(
@@ -46,8 +46,9 @@ def build_explorer(
     keys: KeyRing,
     config: KnowledgeConfig,
     telemetry: Telemetry | None = None,
+    ranker: Ranker | None = None,
 ) -> FastAPI:
-    """The application; its caller closes `served` and `similar`."""
+    """The application; its caller closes `served` and `similar`. ranker: None where nothing ranks."""
     telemetry = telemetry or NoTelemetry()
 
     @asynccontextmanager
@@ -77,6 +78,15 @@ def build_explorer(
     async def search(request: Request, q: Annotated[str, Query(max_length=200)] = "", kind: Kind = "user") -> Response:
         return await page(request, lambda release: ("search.html.j2", views.search(release, kind, q.strip())))
 
+    @app.get("/rank")
+    async def rank(
+        request: Request,
+        user: Annotated[str, Query(pattern=ID_PATTERN)],
+        candidates: Annotated[str, Query(max_length=MOST_CHARACTERS)] = "",
+    ) -> Response:
+        view = await compare_rankings(ranker, tables, _id_of(user, "user"), candidates)
+        return await page(request, lambda release: ("rank.html.j2", view))
+
     @app.get("/style.css")
     async def style() -> Response:
         return Response((_FOLDER / "style.css").read_text(), 200, {"cache-control": "max-age=600"}, "text/css")
@@ -88,13 +98,17 @@ def build_explorer(
 
     @app.get("/{kind}/{id}")
     async def entity(request: Request, kind: Kind, id: PathId) -> Response:
-        number = int(id)
-        if number > LARGEST_ID:
-            raise Problem(422, "is no 64-bit integer", field="id")
+        number = _id_of(id, "id")
         return await page(request, lambda release: ("entity.html.j2", views.entity(release, kind, number)))
 
     app.add_middleware(Guard, keys=keys, limits=config.limits, telemetry=telemetry, browser=True)
     return app
+
+
+def _id_of(text: str, field: str) -> int:
+    if int(text) > LARGEST_ID:
+        raise Problem(422, "is no 64-bit integer", field=field)
+    return int(text)
 
 
 class _Views:
@@ -107,9 +121,7 @@ class _Views:
         self._environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
         )
-        self._environment.filters["date"] = lambda ms: (
-            f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d}" if ms else "–"
-        )
+        self._environment.filters["date"] = _date
 
     def render(self, template: str, **values: Any) -> str:
         return self._environment.get_template(template).render(**values)
