@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from manifests import CLUSTER, ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 images = pytest.mark.parametrize("kind", ["cpu", "gpu"])
 PYTHON = "3.11"
@@ -47,8 +49,20 @@ def test_everything_is_pinned(kind: str) -> None:
     for name, rest in instructions(kind):
         for installed in re.findall(r"pip install ([^&]*)", rest) if name == "RUN" else []:
             words = [w for w in installed.split() if not w.startswith("-") and w not in ("requirements.txt", ".")]
-            words = [w for w in words if not w.startswith("${TORCH_INDEX")]
+            words = [w for w in words if not w.startswith(("${TORCH_INDEX", "constraints-"))]
             assert all("==" in w or w in ("${TORCH}", "${ASSETS}") for w in words), installed
+
+
+@images
+def test_constraints_are_exact_and_agree_with_the_project(kind: str) -> None:
+    lines = (CLUSTER / f"constraints-{kind}.txt").read_text().splitlines()
+    exact = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for wanted in map(Requirement, [*project["dependencies"], *extras[kind], *extras["redis"]]):
+        assert wanted.specifier.contains(exact[canonicalize_name(wanted.name)]), wanted
+    (run,) = [rest for name, rest in instructions(kind) if name == "RUN" and "tomllib" in rest]
+    assert f"pip install -r requirements.txt -c constraints-{kind}.txt" in run
 
 
 @images
@@ -88,6 +102,7 @@ def test_the_build_sees_what_it_copies_and_no_secret_run_or_history(kind: str) -
 def test_a_wheel_can_be_built_from_what_the_build_sees(tmp_path: Path) -> None:
     ignore = (CLUSTER / "Dockerfile.cpu.dockerignore").read_text().splitlines()
     for name in (line.removeprefix("!") for line in ignore if line.startswith("!")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", tmp_path]
