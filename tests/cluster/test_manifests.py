@@ -249,6 +249,15 @@ def test_every_placeholder_is_documented_and_every_documented_one_is_used() -> N
     assert used == {name for name in documented_inputs() if name.startswith("YOUR_")}
 
 
+def test_the_readmes_commands_name_files_that_exist() -> None:
+    text = (CLUSTER / "README.md").read_text()
+    named = set(re.findall(r"cluster/[A-Za-z][A-Za-z./-]*[A-Za-z]", text)) | set(
+        re.findall(r"kubernetes/[a-z./-]+yaml", text)
+    )
+    missing = [n for n in named if not (ROOT / n).exists() and not (CLUSTER / n).exists()]
+    assert not missing
+
+
 def test_the_operators_values_name_the_features_that_are_used() -> None:
     values = yaml.safe_load((CLUSTER / "kubernetes" / "kuberay-values.yaml").read_text())
     on = {f["name"] for f in values["featureGates"] if f["enabled"]}
