@@ -136,11 +136,18 @@ def draw_shots(samples: pa.Table, shots: int | None, seed: int, split: str = "tr
             f"tuning shots: {shots} are asked for, but the {split} split has {len(rows)} samples. Lower the number, or "
             "set it to null for all."
         )
-    keys = [samples[name].to_numpy()[rows] for name in _ORDER]
+    return rows[in_hash_order([samples[name].to_numpy()[rows] for name in _ORDER], seed)][:shots]
+
+
+def in_hash_order(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
+    """Rows in an order that follows from the seed and each row's own keys, whoever else is there: int64 [n] positions.
+
+    keys: int64 [n] each, together different for every row.
+    """
     rank = shard_of(np.array([seed + 1]), _HASH_RANGE)
     for key in keys:
         rank = shard_of(rank ^ key, _HASH_RANGE)
-    return rows[np.lexsort((*keys, rank))][:shots]
+    return np.lexsort((*keys, rank))
 
 
 def behaviours_shown(
