@@ -58,6 +58,8 @@ def _runtime_env(in_job: bool) -> dict[str, Any]:
     """Workers unpickle owlrec's classes by name, so they need it on their path before any of our code runs there."""
     if not SOURCE_ROOT.is_dir():  # an installed wheel
         return {}
+    if in_job and SOURCE_ROOT.name in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        return {}  # the job brings it, as `owlrec submit` has it; Ray refuses the same variable twice
     # In a job the working directory lies elsewhere on each node; a relative entry resolves to it, since workers start
     # there.
     root = SOURCE_ROOT.name if in_job else str(SOURCE_ROOT)

@@ -44,6 +44,10 @@ class ServingError(OwlRecError):
     """An endpoint must not start as it is configured: no API key off loopback, an unreadable key file."""
 
 
+class ClusterError(OwlRecError):
+    """A Ray cluster cannot be reached, refuses its caller, or cannot run the job as it is configured."""
+
+
 def root_mistake(error: BaseException | None) -> OwlRecError | None:
     """The OwlRecError behind `error`, however Ray wrapped it on its way out of a worker; None where there is none.
 

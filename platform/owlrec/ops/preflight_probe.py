@@ -1,0 +1,118 @@
+"""What a cluster is like from the inside: a short job that `owlrec submit` runs before the real one, without a GPU.
+
+On the head it looks at nodes and at what an autoscaler could bring, and writes a file in the workspace; on every node a
+task without CPU or GPU reads that file and writes one of its own, which the head must see. The last line that it
+prints is the report, JSON after MARK. It reads no recipe and imports nothing but the standard library until Python's
+version is known, so that an old Python can still report itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+MARK = "OWLREC-PROBE "
+NODE_TIMEOUT_S = 90
+
+
+def main(workspace: str | None = None) -> None:
+    """Prints the report. workspace: a path or URI to try from every node."""
+    report: dict[str, Any] = {"python": _python(), "nodes": [], "groups": None, "problem": ""}
+    if sys.version_info >= (3, 11):  # noqa: UP036
+        try:
+            report.update(_look(workspace))
+        except Exception as error:  # whatever it is, the caller prints it
+            report["problem"] = f"{type(error).__name__}: {error}"
+    print(MARK + json.dumps(report))
+
+
+def _look(workspace: str | None) -> dict[str, Any]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    mark = ".probe-" + uuid.uuid4().hex
+    problem = _try(lambda store: store.write_bytes(mark, mark.encode()), workspace)
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    task = ray.remote(num_cpus=0, max_retries=0)(_visit)
+    visits = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(
+            None if problem else workspace, mark, mark + "-" + n["NodeID"]
+        )
+        for n in nodes
+    ]
+    ray.wait(visits, num_returns=len(visits), timeout=NODE_TIMEOUT_S)
+    found = []
+    for node, visit in zip(nodes, visits, strict=True):
+        try:
+            seen = ray.get(visit, timeout=0.1)
+        except Exception as error:
+            seen = {"python": "", "problem": "a task did not run there: " + (str(error).strip() or "no answer")[-500:]}
+        if not problem and not seen["problem"]:
+            seen["problem"] = _try(partial(_take, own=mark + "-" + node["NodeID"]), workspace)
+        resources = {k: node["Resources"].get(k, 0) for k in ("CPU", "GPU")}
+        found.append({"address": node["NodeManagerAddress"], "resources": resources, **seen})
+    if not problem:
+        _try(lambda store: store.delete_file(mark), workspace)
+    return {"nodes": found, "groups": _groups(), "problem": problem}
+
+
+def _visit(workspace: str | None, theirs: str, own: str) -> dict[str, str]:
+    def exchange(store: Any) -> None:
+        if store.read_bytes(theirs) != theirs.encode():
+            raise OSError(f"the head's file {theirs} has other contents here")
+        store.write_bytes(own, own.encode())
+
+    return {"python": _python(), "problem": _try(exchange, workspace)}
+
+
+def _take(store: Any, own: str) -> None:
+    if store.read_bytes(own) != own.encode():
+        raise OSError("what this node wrote there has other contents on the head")
+    store.delete_file(own)
+
+
+def _try(action: Callable[[Any], None], workspace: str | None) -> str:
+    """What went wrong with `action` on the workspace; "" where nothing did, or there is no workspace."""
+    if workspace is None:
+        return ""
+    try:
+        from owlrec.workspace import Workspace
+
+        action(Workspace(workspace))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _groups() -> list[dict[str, Any]] | None:
+    """Node groups that the head's autoscaler may start, [] without one, None where they cannot be seen from here."""
+    import psutil
+    import yaml
+
+    if "KUBERAY_GEN_RAY_START_CMD" in os.environ:
+        return None  # the operator's autoscaler stands in a container of its own
+    option = "--autoscaling-config="
+    for process in psutil.process_iter(["cmdline"]):
+        for word in process.info["cmdline"] or ():
+            if word.startswith(option) and os.path.exists(word[len(option) :]):
+                with open(word[len(option) :], encoding="utf-8") as file:
+                    types = yaml.safe_load(file).get("available_node_types", {})
+                return [
+                    {"name": n, "resources": t.get("resources") or {}, "most": t.get("max_workers")}
+                    for n, t in types.items()
+                ]
+    return []
+
+
+def _python() -> str:
+    return ".".join(map(str, sys.version_info[:3]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else None)
