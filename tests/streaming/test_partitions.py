@@ -54,10 +54,10 @@ def test_new_behaviours_are_sorted_in_and_known_ones_left_out() -> None:
     ("user", "drift", "clock", "reason"),
     [
         (state(), 2.0, 10 * DAY, ""),
-        (state(*range(7)), 0.0, 7, "length"),
-        (state(*range(6)), 0.0, 7, ""),
-        (state(*range(6)), 0.6, 7, "drift"),
-        (state(*range(6)), 0.59, 7, ""),
+        (state(*range(6)), 0.0, 6, "length"),
+        (state(*range(5)), 0.0, 6, ""),
+        (state(*range(5)), 0.6, 6, "drift"),
+        (state(*range(5)), 0.59, 6, ""),
         (state(1, 2, 3), 0.6, 8, "drift"),
         (state(1, 2), 2.0, 8, ""),  # two behaviours are no drift
         (state(1), 0.0, 1 + 7 * DAY, "age"),

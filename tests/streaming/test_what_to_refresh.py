@@ -55,7 +55,7 @@ def test_drifting_user_is_asked_about_and_a_steady_one_is_not(world: Workspace) 
 
 
 def test_long_short_term_is_read_without_drift(world: Workspace) -> None:
-    log_events(world, [*watched(1, range(106, 113)), *watched(2, range(107, 113))])
+    log_events(world, [*watched(1, range(107, 113)), *watched(2, range(108, 113))])
     plan = plan_refresh(world)
     assert (list(prompts_of(world, plan)), plan.counts["frozen_by_length"]) == ([1], 1)
 

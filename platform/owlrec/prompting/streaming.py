@@ -31,10 +31,10 @@ _CHARS_A_TOKEN = 12  # more than any tokenizer packs into one
 
 
 class StreamingPromptConfig(Config):
-    """Budgets of a refresh's prompts: with these a whole prompt about films has 120 to 185 tokens (SmolLM2's)."""
+    """Budgets of a refresh's prompts: with these a whole prompt about films has 115 to 170 tokens (SmolLM2's)."""
 
-    previous_tokens: int = Field(48, ge=0)  # of the earlier text; 0 asks as if there were none
-    partition_tokens: int = Field(80, ge=1)  # of the new behaviours: 6 or 7 film titles with their ratings
+    previous_tokens: int = Field(44, ge=0)  # of the earlier text; 0 asks as if there were none
+    partition_tokens: int = Field(72, ge=1)  # of the new behaviours: about 6 film titles with their ratings
 
 
 def streaming_fingerprint(config: StreamingPromptConfig, scenario: Scenario) -> str:

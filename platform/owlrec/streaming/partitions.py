@@ -23,7 +23,7 @@ Reason = Literal["", "length", "age", "drift"]
 class FreezeConfig(Config):
     """When a user's short term becomes a partition, and how many partitions' vectors are kept."""
 
-    freeze_behaviours: int = Field(7, ge=1)  # about what streaming.partition_tokens holds
+    freeze_behaviours: int = Field(6, ge=1)  # about what streaming.partition_tokens holds
     freeze_days: float = Field(7.0, gt=0)  # between the oldest unread behaviour and the newest event of all
     freeze_drift: float = Field(0.6, ge=0, le=2)  # cosine distance between what is unread and what was read
     freeze_min_behaviours: int = Field(3, ge=1)  # fewer are an accident, not a drift
