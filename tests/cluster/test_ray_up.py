@@ -12,6 +12,7 @@ import ray.autoscaler
 import yaml
 from manifests import CLUSTER
 from ray.autoscaler._private.util import fillout_defaults, prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 import owlrec
 
@@ -80,14 +81,11 @@ def test_workers_scale_from_nothing_and_gpus_are_spot(cloud: str) -> None:
 
 
 @clouds
-def test_images_are_ours_of_this_version(cloud: str) -> None:
-    def ours(kind: str) -> str:
-        return f"YOUR_REGISTRY/owlrec-{kind}:{owlrec.__version__}"
-
-    assert config(cloud)["docker"]["image"] == ours("cpu")
-    for name, node_type in workers(cloud).items():
-        expected = ours("gpu") if node_type["resources"].get("GPU") else None
-        assert node_type.get("docker", {}).get("worker_image") == expected, name
+def test_ray_runs_the_image_of_this_version_that_each_machine_needs(cloud: str) -> None:
+    read = AutoscalingConfig(config(cloud), skip_content_hash=True)
+    for name, node_type in config(cloud)["available_node_types"].items():
+        kind = "gpu" if node_type["resources"].get("GPU") else "cpu"
+        assert read.get_docker_config(name)["image"] == f"YOUR_REGISTRY/owlrec-{kind}:{owlrec.__version__}"
 
 
 @clouds
