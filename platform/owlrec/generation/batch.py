@@ -111,7 +111,8 @@ def generate(
     the same call with what is still pending goes on from there.
     """
     open_job(workspace, job)
-    run = Run(workspace, job, engine, uuid.uuid4().hex[:12], config.lease_s, str(workspace.log_path("engine")))
+    log = str(workspace.log_path("engine"))
+    run = Run(workspace, job, engine, uuid.uuid4().hex[:12], config.lease_s, log, config.price_per_replica_hour)
     done: dict[tuple[str, str], ShardManifest] = {}
     counters: dict[str, DecoderCounters] = {}  # by engine, which counts from its start
 

@@ -37,6 +37,7 @@ class Run:
     name: str
     lease_s: float
     log_path: str
+    price_per_hour: float | None = None  # of one replica
 
 
 class Replica:
@@ -47,7 +48,7 @@ class Replica:
         self.run = run
         self.name = uuid.uuid4().hex[:8]
         self.ledger = Ledger(run.workspace, run.job, run.name, run.lease_s)
-        self.metrics = GenerationMetrics(self.name)
+        self.metrics = GenerationMetrics(self.name, run.price_per_hour)
         self.decoder_metrics: DecoderMetrics | None = None
         self.mistake: OwlRecError | None = None
         try:
@@ -81,6 +82,7 @@ class Replica:
         claim = self.ledger.claim(shard)
         if claim is None:
             return None
+        self.metrics.begin()
         try:
             return await self._claimed(shard, again, claim)
         except ShardLost:
@@ -90,6 +92,7 @@ class Replica:
             self.ledger.blame()
             os._exit(1)
         finally:
+            self.metrics.end()
             self.ledger.release(shard)
 
     async def _claimed(self, shard: Shard, again: bool, claim: Claim) -> ShardManifest:

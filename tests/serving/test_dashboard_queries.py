@@ -1,0 +1,167 @@
+"""Every metric that a dashboard or an alert reads stands on the page that Prometheus reads, while the applications
+that export it run: a generation job with the echo engine, the decoder's counters, the knowledge application, and the
+cascade whose LLM is gone.
+"""
+
+import re
+import threading
+import time
+import urllib.request
+
+import httpx
+import pytest
+from redis_server import free_port
+from served_world import publish_world
+
+from owlrec.decoding.counters import DecoderCounters
+from owlrec.generation import EchoEngineConfig
+from owlrec.generation.batch import GenerateConfig, build_job, generate
+from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.quality import QualityConfig
+from owlrec.generation.shards import plan_shards
+from owlrec.ops.alerts import alerts
+from owlrec.ops.dashboards import DASHBOARDS, metrics_in
+from owlrec.prompting.rows import PromptConfig
+from owlrec.scenario import get_scenario
+from owlrec.store import roll_back
+from owlrec.workspace import Workspace
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_local"),
+    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray Serve 2.60 itself
+]
+WITHIN_S = 30.0
+
+
+def expressions():
+    """Each dashboard's or alert's name, its expressions, and the labels that they and their legends read."""
+    found = [
+        (name, expr, set(re.findall(r"\{\{(\w+)\}\}", legend)))
+        for name, (_, panels) in DASHBOARDS.items()
+        for panel in panels
+        for legend, expr in panel.queries.items()
+    ]
+    found += [(alert.name, alert.expr, set()) for alert in alerts()]
+    for name, expr, labels in found:
+        grouped = {label for group in re.findall(r"by \(([\w, ]+)\)", expr) for label in group.split(", ")}
+        yield name, expr, labels | grouped | set(re.findall(r'(\w+)[=!]~?"', expr))
+
+
+def labels_of(page):
+    """The metrics on a page, and the labels of each."""
+    found = {}
+    for metric, labels in re.findall(r"^(\w+)(?:\{(.*)\})? \S+$", page, re.MULTILINE):
+        found.setdefault(metric, set()).update(re.findall(r'(\w+)="', labels))
+    return found
+
+
+class Pages(threading.Thread):
+    """Reads the node's page again and again and remembers what stood there, while requests come and releases swap."""
+
+    def __init__(self, url, workspace):
+        super().__init__(daemon=True)
+        import ray
+
+        node = ray.nodes()[0]
+        self._page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        self._url, self._workspace = url, workspace
+        self._ended = threading.Event()
+        self.seen = {}
+
+    def run(self):
+        names = sorted(n for n in self._workspace.names("releases") if n != "CURRENT")
+        while not self._ended.wait(0.5):
+            names.reverse()
+            roll_back(self._workspace, to=names[0])
+            for user in (1, 9):
+                httpx.get(f"{self._url}/v1/knowledge/user/{user}")
+            page = urllib.request.urlopen(self._page, timeout=5).read().decode()
+            for metric, labels in labels_of(page).items():
+                self.seen.setdefault(metric, set()).update(labels)
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self.join()
+
+
+def run_job(workspace):
+    """An engine that needs its time; prompts about users are too long, and no text is as long as it should be."""
+    engine = EchoEngineConfig(type="echo", latency_s=2.0, max_model_len=200)
+    quality = QualityConfig(min_bytes=1000)
+    job = build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), engine, quality=quality)
+    config = GenerateConfig(shards_in_flight=1, max_dead_share=1.0, price_per_replica_hour=3600.0)
+    generate(workspace, job, engine, config, plan_shards(workspace))
+
+
+@pytest.fixture
+def knowledge(ray_local, tmp_path_factory):
+    """The knowledge application's address and its workspace, with two releases."""
+    from ray import serve
+
+    from serve_apps.knowledge import KnowledgeArgs, app
+
+    workspace, port = Workspace(tmp_path_factory.mktemp("served") / "ws"), free_port()
+    for label in ("first", "second"):
+        publish_world(workspace, label)
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
+    serve.run(app(KnowledgeArgs(workspace=workspace.path(), num_cpus=0.1, refresh_s=0.1)), route_prefix="/k")
+    yield f"http://127.0.0.1:{port}/k", workspace
+    serve.shutdown()
+
+
+def count_elsewhere():
+    """Actors that count what no application here does: the decoder's, whose engine needs a model, and a cascade's."""
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Engine:
+        def count(self):
+            from owlrec.ops.decoder_metrics import _COUNTS, DecoderMetrics
+
+            counters = DecoderCounters(counts={**dict.fromkeys(_COUNTS, 1.0), "hits_own": 1.0})
+            DecoderMetrics("engine").update(counters)
+
+    @ray.remote(num_cpus=0)
+    class Ranker:
+        async def rank(self):
+            from owlrec.serving.ranking import Cascade
+            from owlrec.serving.schemas import Rank
+            from serve_apps.telemetry import RayTelemetry
+
+            class Ctr:
+                async def score(self, asked, candidates):
+                    return [0.0 for _ in candidates]
+
+            class Gone:
+                async def score(self, asked, candidates):
+                    raise RuntimeError("gone")
+
+            cascade = Cascade(Ctr(), Gone(), RayTelemetry("rank"))
+            answer = await cascade.rank(Rank(history=[], candidates=[1, 2], mode="cascade"))
+            return answer.degraded
+
+    engine, ranker = Engine.remote(), Ranker.remote()
+    ray.get(engine.count.remote())
+    assert ray.get(ranker.rank.remote())
+    return engine, ranker  # their metrics end with them
+
+
+def test_every_metric_that_is_read_is_exported(small_world, knowledge):
+    kept = count_elsewhere()
+    wanted = {metric: where for where, expr, _ in expressions() for metric in metrics_in(expr)}
+    assert len(wanted) > 35
+    with Pages(*knowledge) as pages:
+        run_job(small_world)
+        end = time.monotonic() + WITHIN_S
+        while wanted.keys() - pages.seen.keys() and time.monotonic() < end:
+            time.sleep(0.5)
+    del kept
+    assert not {metric: wanted[metric] for metric in wanted.keys() - pages.seen.keys()}
+    for where, expr, labels in expressions():
+        known = set().union(*(pages.seen[metric] for metric in metrics_in(expr)))
+        assert labels <= known, (where, expr, labels - known)
