@@ -47,6 +47,7 @@ def submit(
             raise RecipeError(f"there is no pipeline '{pipeline}'.{did_you_mean(name, PIPELINES)}")
         root = workspace_root(workspace or load_recipe(recipe).workspace)
         settings = load_recipe(recipe, workspace=root, max_replicas=max_replicas)
+        submission_files.refuse_local_paths(settings)
         jobs, words = submission_client.connect(address), [f"--{f}" for f in flag or []]
         id_ = submission_name(settings, name, words)
         attempt = existing(jobs, id_, again=again)
@@ -63,7 +64,8 @@ def submit(
                         if check.ok == "warn":
                             warn(f"{check.found}. If they never come, {check.mend}.")
                 command = shlex.join(["python", "-m", f"pipelines.{name}", *words])
-                attempt = start(jobs, Submission(id_, command, environment, driver_cpus, driver_gpus))
+                job = Submission(id_, command, environment, driver_cpus, driver_gpus)
+                attempt = start(jobs, job, again=again)
         if attempt.state == "finished":
             note(f"job {attempt.id} has succeeded before, nothing to do; --again runs it once more")
             return

@@ -13,7 +13,7 @@ import yaml
 from owlrec.errors import ClusterError, RecipeError
 from owlrec.ops import submission
 from owlrec.ops.submission import Attempt, Submission, existing, exit_code, follow, start, submission_name
-from owlrec.ops.submission_files import RECIPE, job_folder, runtime_env
+from owlrec.ops.submission_files import RECIPE, job_folder, refuse_local_paths, runtime_env
 from owlrec.recipe import Recipe, load_recipe
 
 JOB = Submission("generate-shop-0123", "python -m pipelines.generate", {"working_dir": "/x"})
@@ -99,7 +99,8 @@ def test_a_finished_job_is_reported_unless_asked_for_again():
     jobs = FakeJobs([Details(JOB.name, "SUCCEEDED")])
     assert existing(jobs, JOB.name) == Attempt(JOB.name, "finished")
     assert existing(jobs, JOB.name, again=True) is None
-    assert start(jobs, JOB) == Attempt(f"{JOB.name}-2", "started")
+    assert start(jobs, JOB) == Attempt(JOB.name, "finished")
+    assert start(jobs, JOB, again=True) == Attempt(f"{JOB.name}-2", "started")
 
 
 @pytest.mark.parametrize("status", ["FAILED", "STOPPED"])
@@ -116,6 +117,14 @@ def test_names_that_only_begin_alike_are_others():
     jobs = FakeJobs([Details(f"{JOB.name}-more", "RUNNING"), Details("generate-shop", "RUNNING")])
     assert existing(jobs, JOB.name) is None
     assert start(jobs, JOB) == Attempt(JOB.name, "started")
+
+
+def test_what_was_started_while_the_cluster_was_looked_at_is_followed():
+    jobs = FakeJobs([Details(JOB.name, "FAILED")])
+    assert existing(jobs, JOB.name) is None
+    jobs.jobs.append(Details(f"{JOB.name}-2", "RUNNING"))
+    assert start(jobs, JOB) == Attempt(f"{JOB.name}-2", "running")
+    assert jobs.submitted == []
 
 
 def test_of_two_at_the_same_moment_one_starts_the_job():
@@ -196,3 +205,16 @@ def test_further_fields_are_added_and_the_working_directory_stays_ours(tmp_path)
         extra.write_text(wrong)
         with pytest.raises(RecipeError, match=r"env\.yaml"):
             runtime_env(tmp_path, installed=False, extra=extra)
+
+
+def test_paths_that_only_hold_here_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "clicks").mkdir()
+    (tmp_path / "clicks" / "1.parquet").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    here = {"type": "table", "items": "/mnt/items.csv", "interactions": "clicks/*.parquet"}
+    with pytest.raises(RecipeError, match=r"source\.interactions: clicks/\*\.parquet is a file or folder here"):
+        refuse_local_paths(recipe(tmp_path, source=here))
+    refuse_local_paths(recipe(tmp_path, source={**here, "interactions": str(tmp_path / "clicks")}))
+    refuse_local_paths(recipe(tmp_path, engine={"type": "vllm", "model": "Qwen/Qwen3-4B"}))
+    with pytest.raises(RecipeError, match=r"engine\.model: clicks is"):
+        refuse_local_paths(recipe(tmp_path, engine={"type": "vllm", "model": "clicks"}))

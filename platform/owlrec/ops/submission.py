@@ -80,21 +80,18 @@ def existing(jobs: Jobs, name: str, *, again: bool = False) -> Attempt | None:
 
     again: a finished one does not count. A refresh, for one, finds new events each time.
     """
-    last = latest_attempt(jobs, name)
-    if last is None:
-        return None
-    _, job = last
-    if job.status not in ENDED:
-        return Attempt(job.submission_id, "running")
-    return Attempt(job.submission_id, "finished") if job.status == "SUCCEEDED" and not again else None
+    return _standing(latest_attempt(jobs, name), again)
 
 
-def start(jobs: Jobs, submission: Submission) -> Attempt:
-    """Starts the next attempt, or finds the one that somebody else has just started.
+def start(jobs: Jobs, submission: Submission, *, again: bool = False) -> Attempt:
+    """Starts the next attempt, or finds the one that somebody else has started since we looked.
 
     Raises ClusterError where the head does not take it.
     """
     last = latest_attempt(jobs, submission.name)
+    standing = _standing(last, again)
+    if standing is not None:
+        return standing
     id_ = submission.name if last is None else f"{submission.name}-{last[0] + 1}"
     deadline = time.monotonic() + _AGENT_PATIENCE_S
     while True:
@@ -143,6 +140,15 @@ async def follow(jobs: Jobs, id_: str, write: Callable[[str], None]) -> Any:
                     "followed, a lost one starts anew and skips what is finished."
                 ) from None
         time.sleep(1)
+
+
+def _standing(last: tuple[int, Any] | None, again: bool) -> Attempt | None:
+    if last is None:
+        return None
+    job = last[1]
+    if job.status not in ENDED:
+        return Attempt(job.submission_id, "running")
+    return Attempt(job.submission_id, "finished") if job.status == "SUCCEEDED" and not again else None
 
 
 def exit_code(job: Any) -> int:

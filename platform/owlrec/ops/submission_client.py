@@ -34,7 +34,7 @@ def examine(address: str) -> tuple[Jobs | None, list[Check]]:
     except ClusterError as error:
         return None, [Check("head", "fail", str(error), preflight.NAME_DASHBOARD)]
     except AuthenticationError as error:
-        return None, [Check("token", "fail", f"no token: {str(error).splitlines()[0]}", preflight.SET_TOKEN)]
+        return None, [Check("token", "fail", f"no token: {str(error).split('. ')[0]}", preflight.SET_TOKEN)]
     checks = preflight.check_head(url, headers)
     return (None if checks[-1].ok == "fail" else JobSubmissionClient(url)), checks
 

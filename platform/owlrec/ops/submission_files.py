@@ -5,6 +5,8 @@ submitted from, nor carries the data and environments that lie there. Ray names 
 and recipe go over the wire once.
 """
 
+import glob
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Any
 import yaml
 
 from owlrec.errors import RecipeError
+from owlrec.recipe import Recipe
 
 RECIPE = "recipe.yaml"
 CODE_ROOT = "platform"  # of owlrec in the folder, as in the repository: relative, since it lies elsewhere on each node
@@ -34,6 +37,19 @@ def job_folder(recipe: Path | None, packages: Mapping[str, Path]) -> Iterator[Pa
         for place, package in packages.items():
             shutil.copytree(package, folder / place, ignore=_FOR_PACKAGES)
         yield folder
+
+
+def refuse_local_paths(recipe: Recipe) -> None:
+    """Raises RecipeError for data or a model by a path that only holds in the folder where the job is submitted."""
+    values = recipe.model_dump(mode="json")
+    named = [(f"source.{key}", value) for key, value in values["source"].items()]
+    named += [(f"{key}.model", (values[key] or {}).get("model")) for key in ("engine", "encoder")]
+    for setting, path in named:
+        if isinstance(path, str) and path and "://" not in path and not os.path.isabs(path) and glob.glob(path):
+            raise RecipeError(
+                f"{setting}: {path} is a file or folder here, which a job's machines do not have. Give the absolute "
+                "path of one that all of them mount, or a URI."
+            )
 
 
 def runtime_env(folder: Path, *, installed: bool, extra: Path | None = None) -> dict[str, Any]:
