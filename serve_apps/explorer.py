@@ -24,6 +24,7 @@ from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.tables import WorkspaceTables
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
+from serve_apps.stopping import asked_to_stop
 from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 
@@ -57,7 +58,7 @@ class ExplorerReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         telemetry = RayTelemetry("explorer")
         return build_explorer(
-            self._served, self._similar, self._tables, self._keys, self._config, telemetry, self._rank
+            self._served, self._similar, self._tables, self._keys, self._config, telemetry, self._rank, asked_to_stop
         )
 
     async def _rank(self, asked: Rank) -> RankAnswer:

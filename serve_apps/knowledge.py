@@ -21,7 +21,11 @@ from owlrec.serving.served import ReleaseSource, ServedReleases, WorkspaceReleas
 from owlrec.serving.similar import SimilarEntities
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
+from serve_apps.stopping import asked_to_stop
 from serve_apps.telemetry import RayTelemetry, log_with_serve
+
+_AT_ONCE_LOCAL = 4  # a lookup in a mapped file computes: more at once only wait for each other
+_AT_ONCE_REMOTE = 32  # one in a database waits
 
 
 class KnowledgeArgs(Config):
@@ -52,7 +56,10 @@ class KnowledgeReplica:
         log_with_serve()
         self._config = KnowledgeConfig(
             limits=Limits(
-                max_active=settings.max_active, max_body_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s
+                max_active=settings.max_active,
+                at_once=_AT_ONCE_REMOTE if settings.redis else _AT_ONCE_LOCAL,
+                max_body_bytes=settings.max_body_bytes,
+                timeout_s=settings.timeout_s,
             ),
             refresh_s=settings.refresh_s,
         )
@@ -60,7 +67,12 @@ class KnowledgeReplica:
         self._similar = SimilarEntities(settings.redis or settings.workspace)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_knowledge_api(self._served, self._similar, self._keys, self._config, RayTelemetry("knowledge"))
+        from serve_apps.gate import GATE  # here: this class travels to its process by value, and the gate must not
+
+        telemetry, limits = RayTelemetry("knowledge"), self._config.limits
+        refused = {"route": "unknown", "status": "503"}
+        GATE.narrow(limits.max_active, limits.retry_after_s, lambda: telemetry.count("requests", tags=refused))
+        return build_knowledge_api(self._served, self._similar, self._keys, self._config, telemetry, asked_to_stop)
 
 
 def app(args: KnowledgeArgs) -> serve.Application:

@@ -27,6 +27,7 @@ from owlrec.serving.ranking import Cascade
 from owlrec.serving.schemas import Rank
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
+from serve_apps.stopping import asked_to_stop
 from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 _SCALING = {"min_replicas": 1, "upscale_delay_s": 5, "downscale_delay_s": 120}
@@ -52,12 +53,17 @@ class RankArgs(Config):
     max_replicas: int = Field(1, ge=1)  # of the ingress
     max_ctr_replicas: int = Field(2, ge=1)
     max_llm_replicas: int = Field(1, ge=1)
+    llm_cpus: float = Field(1.0, gt=0)  # of each LLM replica: the cores that its engine may use
     ctr_threads: int = Field(1, ge=1)  # of torch, in each replica
     num_cpus: float = Field(0.5, ge=0)  # of each deployment's replicas
 
 
 class CtrReplica:
-    """Scores candidates with an exported CTR model."""
+    """Scores candidates with an exported CTR model.
+
+    Without @serve.batch: a request is a batch already, of one user whose side is computed once, and waiting for the
+    requests of others would cost each of them that wait.
+    """
 
     def __init__(self, workspace: str, threads: int) -> None:
         """workspace: that holds the artifacts."""
@@ -118,7 +124,7 @@ class RankReplica:
         self._cascade = Cascade(self._ctr, _Remote(llm) if llm else None, self._telemetry)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready)
+        return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready, asked_to_stop)
 
     async def rank(self, asked: dict[str, Any]) -> dict[str, Any]:
         """What POST /v1/rank answers, for other applications of the cluster. Raises ServingError where it is 503."""
@@ -144,7 +150,7 @@ def app(args: RankArgs) -> serve.Application:
     from serve_apps.rank_llm import llm_scorer
 
     choice = RankerChoice(adapter=args.adapter, calibration=args.calibration)
-    return rank_application(args, llm_scorer(args.workspace, args.recipe, choice, args.max_llm_replicas))
+    return rank_application(args, llm_scorer(args.workspace, args.recipe, choice, args.max_llm_replicas, args.llm_cpus))
 
 
 def rank_application(args: RankArgs, llm: serve.Application | None) -> serve.Application:

@@ -59,8 +59,9 @@ class LlmReplica:
         return ranker.probabilities(found.probabilities)
 
 
-def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: int) -> serve.Application:
-    """The deployment. recipe: a file, read here, so that replicas on other machines need not have it.
+def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: int, cpus: float) -> serve.Application:
+    """The deployment. recipe: a file, read here, so that replicas on other machines need not have it. cpus: of a
+    replica, to which Ray gives as many threads.
 
     Raises RecipeError where the recipe has no vLLM engine to rank with.
     """
@@ -69,7 +70,7 @@ def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: 
     deployment = serve.deployment(
         LlmReplica,
         name="LlmScorer",
-        ray_actor_options={"num_cpus": 1, "num_gpus": settings.generate.engine_gpus},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": settings.generate.engine_gpus},
         user_config=choice.model_dump(),
         autoscaling_config={
             "min_replicas": 1,

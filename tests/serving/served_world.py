@@ -7,6 +7,7 @@ from release_rows import Rows, publish_rows
 
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
+from owlrec.serving.readiness import Stopping, never_stopping
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
 from owlrec.workspace import Workspace
@@ -39,9 +40,12 @@ def publish_world(workspace: Workspace, label: str) -> str:
     return publish_rows(workspace, label, world(label)).name
 
 
-def knowledge_app(workspace: Workspace, folder: Path, keys: KeyRing | None = None, **config):
+def knowledge_app(
+    workspace: Workspace, folder: Path, keys: KeyRing | None = None, stopping: Stopping = never_stopping, **config
+):
     """The application, and the releases it serves."""
     served = ServedReleases(WorkspaceReleases(workspace))
     os.makedirs(folder, exist_ok=True)
     similar = SimilarEntities(workspace.root, folder)
-    return build_knowledge_api(served, similar, keys or KeyRing(), KnowledgeConfig(**config)), served
+    settings = KnowledgeConfig(**config)
+    return build_knowledge_api(served, similar, keys or KeyRing(), settings, stopping=stopping), served

@@ -177,6 +177,34 @@ def test_too_many_at_once_are_shed_and_it_recovers():
     run(scenario())
 
 
+def test_what_runs_at_once_is_bounded_while_the_rest_waits_in_line():
+    async def scenario():
+        app = guarded(max_active=4, at_once=2, timeout_s=5)
+        async with client(app) as web:
+            waiting = [asyncio.create_task(web.get(f"/wait/{i}")) for i in range(2)]
+            await asyncio.sleep(0.05)
+            queued = asyncio.create_task(web.get("/problem"))
+            sender_is_open = asyncio.Event()
+
+            async def slow_body():
+                yield b"x"
+                await sender_is_open.wait()
+                yield b"x"
+
+            slow = asyncio.create_task(web.post("/echo", content=slow_body()))
+            await asyncio.sleep(0.05)
+            assert not queued.done()
+            assert (await web.get("/readyz")).status_code == 200
+            app.state.open.set()
+            check_problem(await queued, 418)  # though a body is still being sent
+            check_problem(await web.get("/problem"), 418)
+            sender_is_open.set()
+            assert (await slow).json() == 2
+            assert [(await task).json() for task in waiting] == ["0", "1"]
+
+    run(scenario())
+
+
 def test_a_request_that_takes_too_long_ends_and_frees_its_place():
     async def scenario():
         async with client(guarded(max_active=1, timeout_s=0.1)) as web:

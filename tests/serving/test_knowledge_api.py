@@ -216,6 +216,18 @@ def test_no_release_is_not_ready_and_becomes_so(tmp_path):
         assert web.get("/readyz").json() == {"status": "ready", "release": name, "problem": None}
 
 
+def test_a_process_that_was_asked_to_stop_is_not_ready_and_finishes_what_it_has(workspace, tmp_path):
+    asked = threading.Event()
+    app, _ = knowledge_app(workspace, tmp_path / "indexes", stopping=asked.is_set)
+    with TestClient(app, base_url=LOCAL) as web:
+        assert web.get("/readyz").status_code == 200
+        asked.set()
+        answer = web.get("/readyz")
+        assert (answer.status_code, answer.json()["problem"]) == (503, "stopping")
+        assert web.get("/healthz").status_code == 200
+        assert web.get("/v1/knowledge/user/1").status_code == 200
+
+
 def test_swaps_and_roll_backs_are_seen_and_never_mixed(tmp_path):
     workspace = Workspace(tmp_path / "ws")
     names = {publish_world(workspace, label): label for label in ("first", "second")}

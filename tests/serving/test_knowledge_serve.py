@@ -167,6 +167,21 @@ def test_redis_that_stops_is_503_and_comes_back(deploy, workspace, tmp_path):
             assert web.post(url + BATCH, json=ASKED).json()["results"][0]["text"] == "first likes films"
 
 
+@needs_redis
+def test_redis_that_hangs_holds_nobody_past_the_timeout(deploy, workspace, tmp_path):
+    import redis
+
+    with redis_server(tmp_path) as server, httpx.Client(timeout=20) as web:
+        push(workspace, RedisReleases(server))
+        url = deploy(redis=server, timeout_s=2.0)
+        assert web.post(url + BATCH, json=ASKED).status_code == 200
+        redis.Redis.from_url(server).client_pause(4000, all=True)
+        start = time.monotonic()
+        assert web.post(url + BATCH, json=ASKED).status_code in (503, 504)
+        assert time.monotonic() - start < 3.5
+        wait_for(lambda: web.post(url + BATCH, json=ASKED).status_code == 200, 15)
+
+
 def test_overload_is_refused_with_503_and_retry_after(deploy):
     url = deploy(max_active=2)
 

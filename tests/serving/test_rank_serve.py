@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -109,6 +110,15 @@ def ask(address, **asked):
     return response.json()
 
 
+def kill(deployment):
+    """Kills a replica as a lost process is lost: nobody asks it to stop."""
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    found = next(a for a in actors if a["name"].startswith(f"SERVE_REPLICA::rank#{deployment}#"))
+    ray.kill(ray.get_actor(found["name"], namespace=found["namespace"]), no_restart=True)
+
+
 def order(answer):
     return [r["id"] for r in answer["results"]]
 
@@ -145,11 +155,7 @@ def test_a_slow_llm_is_not_waited_for(served):
 
 
 def test_without_the_llm_the_ctr_order_goes_out_and_it_comes_back(served):
-    import ray
-
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    killed = next(a for a in actors if a["name"].startswith("SERVE_REPLICA::rank#Llm"))
-    ray.kill(ray.get_actor(killed["name"], namespace=killed["namespace"]), no_restart=True)
+    kill("Llm")
     start = time.monotonic()
     answers = [ask(served[0], mode="llm", deadline_ms=500)]
     assert time.monotonic() - start < 5
@@ -159,6 +165,47 @@ def test_without_the_llm_the_ctr_order_goes_out_and_it_comes_back(served):
         assert time.monotonic() - start < 60
         answers.append(ask(served[0], mode="llm", deadline_ms=500))
     assert order(answers[-1])[:2] == [19, 17]
+
+
+@pytest.mark.parametrize(
+    ("deployment", "at_most_s"),
+    [
+        ("CtrScorer", 5),  # the ingress holds the deadline, of half a second: the rest is what this machine has to do
+        ("Rank", 30),  # the only one: Serve's proxy holds a request until there is another, or `request_timeout_s`
+    ],
+)
+def test_a_killed_replica_is_503_in_time_and_replaced(served, deployment, at_most_s):
+    kill(deployment)
+    body = {"user_id": 55, "candidates": [1, 2, 3], "mode": "ctr", "deadline_ms": 500}
+    statuses, slowest, end = [], 0.0, time.monotonic() + 60
+    while statuses[-5:] != [200] * 5:
+        assert time.monotonic() < end, statuses
+        start = time.monotonic()
+        statuses.append(httpx.post(f"{served[0]}/v1/rank", json=body, timeout=20).status_code)
+        slowest = max(slowest, time.monotonic() - start)
+        time.sleep(0.1)
+    assert set(statuses) <= {200, 500, 503}
+    assert slowest < at_most_s
+
+
+def test_what_is_at_work_is_finished_when_replicas_are_asked_to_stop(served):
+    from ray import serve
+
+    address, _, folders, deploy = served
+    asked = {"mode": "llm", "deadline_ms": 8000, "profile": {"mood": "slow"}}
+    with ThreadPoolExecutor(1) as pool:
+        at_work = pool.submit(ask, address, **asked)
+        time.sleep(1)
+        serve.delete("rank", _blocking=False)
+        end = time.monotonic() + 7
+        while httpx.get(f"{address}/readyz").status_code == 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert not at_work.done()  # not ready comes first
+        answer = at_work.result()
+    assert answer["reason"] == "the LLM did not answer within the deadline"
+    assert len(answer["results"]) == ITEMS
+    deploy(folders[0])
 
 
 def test_another_model_is_deployed_in_its_place(served):

@@ -80,10 +80,29 @@ def test_it_serves_through_haproxy_and_ends_cleanly(workspace):
         running = psutil.Process(server.pid).children(recursive=True)
     finally:
         server.send_signal(signal.SIGTERM)
+        said = readiness_to_the_end(url, server)
         server.wait(120)
     assert server.returncode == 0
+    assert said[0] == 200
+    assert said[1] in (404, 503)  # not ready, before connections are refused
     _, alive = psutil.wait_procs(running, timeout=20)
     assert [p.name() for p in alive] == []
+
+
+def readiness_to_the_end(url, server):
+    """What /readyz answered until the process ended, each status once; None for a refused connection."""
+    said = []
+    end = time.monotonic() + 120
+    with httpx.Client(base_url=url, timeout=5) as web:
+        while server.poll() is None and None not in said and time.monotonic() < end:
+            try:
+                status = web.get("/readyz").status_code
+            except httpx.HTTPError:
+                status = None
+            if status not in said:
+                said.append(status)
+            time.sleep(0.02)
+    return said
 
 
 def wait_for_answer(url, server, seconds=120):

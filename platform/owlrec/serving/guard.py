@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import uuid
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from pydantic import Field
@@ -34,6 +34,9 @@ class Limits(Config):
     """How much one replica takes on."""
 
     max_active: int = Field(64, ge=1)  # requests at work at once; one more is refused with 503
+    # Of these, how many run at once while the rest wait in line; None = all. Handlers that compute rather than wait
+    # gain nothing by taking turns, and a few turns are all that a refusal then has to wait for.
+    at_once: int | None = Field(None, ge=1)
     max_body_bytes: int = Field(256 * 1024, ge=1)  # a batch of 1,000 ids takes 20 kB
     timeout_s: float = Field(5.0, gt=0)
     retry_after_s: int = Field(1, ge=1)
@@ -58,6 +61,7 @@ class Guard:
         self._telemetry = telemetry or NoTelemetry()
         self._browser = browser
         self._active = 0
+        self._turns = asyncio.Semaphore(limits.at_once or limits.max_active)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -110,7 +114,9 @@ class _Exchange:
                 )
             async with asyncio.timeout(limits.timeout_s):
                 body = await _read_body(self._headers, receive, limits.max_body_bytes)
-                await guard._app(self._scope, _replay(body, receive), self._forward)
+                # A turn begins after the body is here: who sends slowly holds up nobody.
+                async with nullcontext() if _path(self._scope) in OPEN_PATHS else guard._turns:
+                    await guard._app(self._scope, _replay(body, receive), self._forward)
         except Problem as problem:
             await self._refuse(problem)
         except TimeoutError:

@@ -22,6 +22,7 @@ from owlrec.serving.guard import Guard, Limits
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.openapi import BYTES, PROBLEMS, PROBLEMS_OF_ONE, complete_document
 from owlrec.serving.problems import Problem, install_problem_handlers
+from owlrec.serving.readiness import Stopping, never_stopping, readiness
 from owlrec.serving.schemas import (
     BYTES_TYPE,
     DEFAULT_FIELDS,
@@ -62,6 +63,7 @@ def build_knowledge_api(
     keys: KeyRing,
     config: KnowledgeConfig,
     telemetry: Telemetry | None = None,
+    stopping: Stopping = never_stopping,
 ) -> FastAPI:
     """The application. It follows the pointer as long as it runs; its caller closes `served` and `similar`."""
     telemetry = telemetry or NoTelemetry()
@@ -84,9 +86,8 @@ def build_knowledge_api(
     @app.get("/readyz", response_model=Health, responses={503: {"model": Health}})
     async def readyz() -> Response:
         """Whether lookups can be answered: a release is loaded."""
-        ready = served.name is not None
-        health = Health(status="ready" if ready else "not ready", release=served.name, problem=served.error)
-        return Response(health.model_dump_json(), 200 if ready else 503, media_type="application/json")
+        missing = None if served.name else served.error or "no release is loaded yet"
+        return readiness(missing, stopping, release=served.name, note=served.error)
 
     @app.get("/v1/releases/current", response_model=ReleaseAnswer, responses=PROBLEMS)
     async def current_release() -> Response:

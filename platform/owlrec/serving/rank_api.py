@@ -11,6 +11,7 @@ from owlrec.serving.keys import KeyRing
 from owlrec.serving.openapi import PROBLEMS, complete_document
 from owlrec.serving.problems import install_problem_handlers
 from owlrec.serving.ranking import Cascade
+from owlrec.serving.readiness import Stopping, never_stopping, readiness
 from owlrec.serving.schemas import Health, Rank, RankAnswer
 from owlrec.serving.telemetry import Telemetry
 
@@ -21,6 +22,7 @@ def build_rank_api(
     limits: Limits,
     telemetry: Telemetry,
     ready: Callable[[], Awaitable[str | None]],
+    stopping: Stopping = never_stopping,
 ) -> FastAPI:
     """The application. ready: what keeps it from ranking now; None where nothing does."""
     app = FastAPI(title="OwlRec ranking", version=__version__, redoc_url=None)
@@ -34,9 +36,7 @@ def build_rank_api(
     @app.get("/readyz", response_model=Health, responses={503: {"model": Health}})
     async def readyz() -> Response:
         """Whether requests can be ranked: the CTR model answers."""
-        problem = await ready()
-        health = Health(status="not ready" if problem else "ready", problem=problem)
-        return Response(health.model_dump_json(), 503 if problem else 200, media_type="application/json")
+        return readiness(await ready(), stopping)
 
     @app.post("/v1/rank", response_model=RankAnswer, response_model_exclude_none=True, responses=PROBLEMS)
     async def rank(asked: Rank) -> RankAnswer:

@@ -24,7 +24,8 @@ from owlrec.serving.guard import Guard
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.problems import Problem, install_problem_handlers
-from owlrec.serving.schemas import ID_PATTERN, LARGEST_ID, Health, Kind, PathId, Similar
+from owlrec.serving.readiness import Stopping, never_stopping, readiness
+from owlrec.serving.schemas import ID_PATTERN, LARGEST_ID, Kind, PathId, Similar
 from owlrec.serving.served import ServedReleases, following
 from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.tables import WorkspaceTables
@@ -47,6 +48,7 @@ def build_explorer(
     config: KnowledgeConfig,
     telemetry: Telemetry | None = None,
     ranker: Ranker | None = None,
+    stopping: Stopping = never_stopping,
 ) -> FastAPI:
     """The application; its caller closes `served` and `similar`. ranker: None where nothing ranks."""
     telemetry = telemetry or NoTelemetry()
@@ -93,8 +95,8 @@ def build_explorer(
 
     @app.get("/readyz")
     async def readyz() -> Response:
-        health = Health(status="ready" if served.name else "not ready", release=served.name, problem=served.error)
-        return Response(health.model_dump_json(), 200 if served.name else 503, media_type="application/json")
+        missing = None if served.name else served.error or "no release is loaded yet"
+        return readiness(missing, stopping, release=served.name, note=served.error)
 
     @app.get("/{kind}/{id}")
     async def entity(request: Request, kind: Kind, id: PathId) -> Response:
