@@ -108,6 +108,13 @@ def test_start_up_and_idleness_are_paid_by_every_gpu_and_a_machine_that_is_waite
     assert waiting.wall_hours.expected == pytest.approx(planned(group()).wall_hours.expected + 0.1)
 
 
+def test_each_run_starts_anew():
+    once, thrice = planned(group(startup_s=360)), planned(group(startup_s=360), runs=3)
+    late = 360 + 18  # a start, and half a shard's wait for each other
+    assert thrice.wall_hours.expected - once.wall_hours.expected == pytest.approx(2 * late / 3600)
+    assert thrice.gpu_hours.expected == pytest.approx(2 + 2 * 3 * 0.1)
+
+
 def test_the_measured_start_up_holds_for_engines_as_measured_alone():
     figures, calls = workload(startup_s=50.0), {"user": 3600}
 

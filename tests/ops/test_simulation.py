@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from owlrec.ops.fleet import FleetConfig
-from owlrec.ops.plan_report import simulated_groups
+from owlrec.ops.plan_report import check_by_simulation, simulated_groups
 from owlrec.ops.planning import Work, plan
 from owlrec.ops.simulation import SimulatedGroup, simulate
 from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures
@@ -76,15 +76,28 @@ FLEETS = {
 }
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-@pytest.mark.parametrize("groups", FLEETS.values(), ids=FLEETS)
-def test_formula_and_simulation_agree_within_ten_percent(groups, at_once):
-    one = Estimate(low=1, expected=1, high=1)
-    tokens = Estimate(low=200, expected=200, high=200)
+def measured():
+    one, tokens = Estimate(low=1, expected=1, high=1), Estimate(low=200, expected=200, high=200)
     kind = KindFigures(
         rows=1, shards=1, prompt_tokens=one, output_tokens=tokens, seconds=one, knowledge_bytes=one, vector_bytes=None
     )
-    workload = WorkloadFigures(run="r", finished=0, kinds={"user": kind}, tokens_per_s=one)
+    return WorkloadFigures(run="r", finished=0, kinds={"user": kind}, tokens_per_s=one)
+
+
+def test_of_a_large_plan_a_part_is_played():
+    fleet, work = FleetConfig(groups=[group("a", gpus=1000)]), Work(10)
+    said = [
+        check_by_simulation(plan(measured(), fleet, {"user": rows}, work), measured(), fleet, work)
+        for rows in (1_000_000, 30_000_000)
+    ]
+    assert said[0].startswith("played as a simulation: ")
+    assert said[1].startswith("a run of 200,000 shards played as a simulation: ")
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("groups", FLEETS.values(), ids=FLEETS)
+def test_formula_and_simulation_agree_within_ten_percent(groups, at_once):
+    workload = measured()
     fleet, work = FleetConfig(groups=groups), Work(64, shards_at_once=at_once)
     planned = plan(workload, fleet, {"user": 100_000}, work)
     players = simulated_groups(planned, workload, fleet, work)
@@ -93,7 +106,8 @@ def test_formula_and_simulation_agree_within_ten_percent(groups, at_once):
     gpus_each = [g.gpus_per_engine for g in fleet.groups]
     gpu_hours = np.mean([np.dot(p.paid_s, gpus_each) for p in played]) / 3600
     losses = np.mean([sum(p.losses) for p in played])
-    print({"wall": planned.wall_hours.expected / hours - 1, "GPU-hours": planned.gpu_hours.expected / gpu_hours - 1})
+    off = [planned.wall_hours.expected / hours - 1, planned.gpu_hours.expected / gpu_hours - 1]
+    print("formula to simulation: wall {:+.1%}, GPU-hours {:+.1%}".format(*off))
     assert planned.wall_hours.expected == pytest.approx(hours, rel=0.1)
     assert planned.gpu_hours.expected == pytest.approx(gpu_hours, rel=0.1)
     assert sum(g.preemptions for g in planned.groups) == pytest.approx(losses, rel=0.25, abs=2)

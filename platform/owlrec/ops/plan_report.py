@@ -1,7 +1,7 @@
 """What a plan looks like: tables for a terminal, a waterfall of what saves what, and a check by simulation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from owlrec.errors import RecipeError
@@ -30,6 +30,7 @@ class Report:
 
 def report(workload: WorkloadFigures, fleet: FleetConfig, horizon: Horizon, policy: Policy, work: Work) -> Report:
     """Prints a plan, the policies beside it, what saves what, and how a simulation of it went."""
+    work = replace(work, runs=1 + horizon.refreshes)
     ways, planned = levers(workload, fleet, horizon, policy, work)
     note(
         f"{horizon.users:,} users, {horizon.items:,} items, {policy}, {horizon.refreshes:,} refreshes after a full run"
@@ -133,14 +134,17 @@ def levers_svg(found: Sequence[Lever]) -> str:
 
 
 def check_by_simulation(planned: Plan, workload: WorkloadFigures, fleet: FleetConfig, work: Work) -> str:
-    """Plays the expected plan once, loss by loss; what came out beside the formula, in words."""
-    if planned.shards > _MOST_SIMULATED:
-        return f"not played as a simulation: {planned.shards:,} shards take too long. Make shard_rows larger."
-    played = simulate(simulated_groups(planned, workload, fleet, work), planned.shards, spread=work.shard_rows**-0.5)
+    """Plays the expected plan once, loss by loss, or as much of it as can be played in a moment; what came out beside
+    the formula, in words."""
+    shards = min(_MOST_SIMULATED, round(planned.shards / work.runs) or 1)
+    part = {call: -(-n * shards // planned.shards) for call, n in planned.calls.items()}
+    one = plan(workload, fleet, part, replace(work, runs=1))
+    played = simulate(simulated_groups(one, workload, fleet, work), one.shards, spread=work.shard_rows**-0.5)
     hours = sum(s * g.gpus_per_engine for s, g in zip(played.paid_s, fleet.groups, strict=True)) / 3600
+    what = "played" if one.shards == planned.shards else f"a run of {one.shards:,} shards played"
     return (
-        f"played as a simulation: {played.wall_s / 3600:,.4g} h, {hours:,.4g} GPU-hours, {sum(played.losses):,} "
-        f"preemptions (formula: {planned.wall_hours.expected:,.4g} h, {planned.gpu_hours.expected:,.4g} GPU-hours)"
+        f"{what} as a simulation: {played.wall_s / 3600:,.4g} h, {hours:,.4g} GPU-hours, {sum(played.losses):,} "
+        f"preemptions (formula: {one.wall_hours.expected:,.4g} h, {one.gpu_hours.expected:,.4g} GPU-hours)"
     )
 
 

@@ -56,6 +56,7 @@ class Work:
     shards_at_once: int = 1  # of an engine: as many as fill its batch; a preemption loses half of each, on average
     pool_tokens: int = 0  # bound of the retrieval pool of a kind, 0 for no pools
     decoder: bool = True  # whether engines draft as they did in the measured run
+    runs: int = 1  # one after another, on machines that come and go with each: taken for equally large
 
 
 def plan(
@@ -86,12 +87,13 @@ def plan(
     seconds, sources = zip(*(engine_seconds(g, workload, rows, work) for g in fleet.groups), strict=True)
     startup = [group.starts_in(workload) for group in fleet.groups]
     low, expected, high = (
-        _schedule(fleet.groups, startup, column, shards, work.shards_at_once) for column in np.array(seconds).T
+        _schedule(fleet.groups, startup, column / work.runs, max(1, shards / work.runs), work.shards_at_once)
+        for column in np.array(seconds).T
     )
-    wall = np.array([low.wall_s, expected.wall_s, high.wall_s]) / 3600
+    wall = work.runs * np.array([low.wall_s, expected.wall_s, high.wall_s]) / 3600
     groups = []
     for i, group in enumerate(fleet.groups):
-        paid = np.array([s.paid_s[i] for s in (low, expected, high)]) / 3600
+        paid = work.runs * np.array([s.paid_s[i] for s in (low, expected, high)]) / 3600
         gpu_hours = group.gpus * paid
         groups.append(
             GroupPlan(
@@ -164,7 +166,7 @@ class _Schedule:
 
 
 def _schedule(
-    groups: Sequence[FleetGroup], startup: Sequence[float], seconds: np.ndarray, shards: int, at_once: int
+    groups: Sequence[FleetGroup], startup: Sequence[float], seconds: np.ndarray, shards: float, at_once: int
 ) -> _Schedule:
     """Hands the shards out one after another to whoever is free, as Ray Data does.
 

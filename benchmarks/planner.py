@@ -1,0 +1,176 @@
+"""The planner against measurement: a small run of MovieLens-100K, plans made from it, and the whole of it as it went.
+
+Of every user the first 60 % of behaviours are in the tables, the next 20 % come as events. A small world of 200 users
+is asked about individually and by cohorts, then refreshed; its figures plan three policies for all 943 users and 1,682
+items: a text for each (individual), for each cohort (collective), and a refresh of who has acted (streaming). Then
+these three are run and the errors printed: calls, tokens, and time, which is that of the stage with its start, for the
+refresh that of its calls. Finished runs stay in --workspace and are not run again; about 20 minutes on two cores.
+
+`--measured A --against B C` prints the errors of plans from a finished run A for finished runs B and C, and runs none.
+"""
+
+import argparse
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.table import Figure, options_parser, show
+from owlrec.generation.models import PACKAGED
+from owlrec.ops.fleet import FleetConfig, FleetGroup
+from owlrec.ops.planning import Work, plan
+from owlrec.ops.policies import Horizon, Policy, calls_of
+from owlrec.ops.workload import Call, WorkloadFigures, measured_workload
+from owlrec.recipe import Recipe
+from owlrec.schema import HISTORIES, INTERACTIONS
+from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.streaming.journal import read_position
+from owlrec.workspace import StageManifest, Workspace, finish_stage, finished_stage
+
+READ, NEWS = 0.6, 0.2  # shares of a user's behaviours: in the tables, and then as events
+SIZES = {"small": (200, 320), "whole": (None, None)}
+QUICK = {"small": (60, 100), "whole": (150, 250)}
+MACHINE = {"name": "this machine", "accelerator": "CPU", "gpus": 1, "price_per_gpu_hour": 0.0}
+SHARD_ROWS = 128
+Taken = dict[str, float]  # calls, tokens and seconds, by name
+
+
+def main() -> None:
+    """Runs what is not finished yet, and compares."""
+    parser = options_parser(__doc__)
+    parser.add_argument("--workspace", type=Path, default=Path("runs/planner"), help="holds the runs")
+    parser.add_argument("--measured", help="a workspace to plan from, in place of the small run")
+    parser.add_argument("--against", nargs="+", default=[], help="workspaces whose generation run is planned")
+    options = parser.parse_args()
+    figures = list(_of_finished(options) if options.measured else _of_three_policies(options))
+    errors = [abs(f.ratio - 1) for f in figures if f.ratio is not None]
+    figures.append(Figure(measure="largest error", method="planner", value=round(100 * max(errors), 1), unit="%"))
+    show("planner against measurement", figures, options)
+
+
+def _of_three_policies(options: argparse.Namespace) -> Iterator[Figure]:
+    folder = options.workspace / ("quick" if options.quick else "full")
+    sizes, tokens = (QUICK, 16) if options.quick else (SIZES, 64)
+    small = _run(folder / "small", sizes["small"], tokens, "both", refresh=True)
+    individual = _run(folder / "individual", sizes["whole"], tokens, "individual", refresh=True)
+    collective = _run(folder / "collective", sizes["whole"], tokens, "collective")
+    workload = measured_workload(small)
+    prepared = finished_stage(individual, "prepare")
+    assert prepared is not None
+    horizon = Horizon(users=int(prepared.counts["users"]), items=int(prepared.counts["items"]), refreshes=1)
+    policies: dict[Policy, tuple[dict[Call, int], Workspace]] = {
+        "individual": (calls_of("individual", horizon.model_copy(update={"refreshes": 0}), workload), individual),
+        "collective": (calls_of("collective", horizon.model_copy(update={"refreshes": 0}), workload), collective),
+        "streaming": ({"refresh": calls_of("streaming", horizon, workload)["refresh"]}, individual),
+    }
+    for policy, (calls, workspace) in policies.items():
+        yield from _compared(policy, _planned(workload, calls), _taken(workspace, streaming=policy == "streaming"))
+
+
+def _of_finished(options: argparse.Namespace) -> Iterator[Figure]:
+    workload = measured_workload(Workspace(options.measured))
+    for name in options.against:
+        workspace = Workspace(name)
+        measured = measured_workload(workspace)
+        calls = {call: f.rows for call, f in measured.kinds.items() if call in workload.kinds and call != "refresh"}
+        taken = _taken(workspace, streaming=False)
+        yield from _compared(Path(name).name, _planned(workload, calls), taken)
+
+
+def _planned(workload: WorkloadFigures, calls: dict[Call, int]) -> Taken:
+    started = {} if "refresh" not in calls else {"startup_s": 0.0}
+    fleet = FleetConfig(groups=[FleetGroup.model_validate({**MACHINE, **started})])
+    found = plan(workload, fleet, calls, Work(SHARD_ROWS))
+    return {
+        "calls": float(sum(calls.values())),
+        "prompt tokens": found.prompt_tokens.expected,
+        "output tokens": found.output_tokens.expected,
+        "seconds": 3600 * found.wall_hours.expected,
+    }
+
+
+def _taken(workspace: Workspace, *, streaming: bool) -> Taken:
+    """What a finished run took, by its manifests."""
+    stage, kinds = finished_stage(workspace, "generate"), measured_workload(workspace).kinds
+    assert stage is not None
+    rows = {call: figures for call, figures in kinds.items() if (call == "refresh") == streaming}
+    return {
+        "calls": float(sum(f.rows for f in rows.values())),
+        "prompt tokens": sum(f.rows * f.prompt_tokens.expected for f in rows.values()),
+        "output tokens": sum(f.rows * f.output_tokens.expected for f in rows.values()),
+        "seconds": sum(f.rows * f.seconds.expected for f in rows.values()) if streaming else stage.seconds,
+    }
+
+
+def _compared(name: str, planned: Taken, taken: Taken) -> Iterator[Figure]:
+    for unit, value in taken.items():
+        yield Figure(measure=name, method="measured", value=round(value, 1), unit=unit)
+        yield Figure(
+            measure=name, method="planned", value=round(planned[unit], 1), unit=unit,
+            ratio_to="measured", ratio=planned[unit] / value,
+        )  # fmt: skip
+
+
+def _recipe(folder: Path, tokens: int, mode: str) -> Recipe:
+    values: dict[str, Any] = {
+        "name": folder.name,
+        "scenario": "movies",
+        "workspace": str(folder),
+        "source": {"type": "movielens-100k"},
+        "shard_rows": SHARD_ROWS,
+        "cohorts": None if mode == "individual" else {},
+        "prompts": {"history_tokens": 128, "mode": mode},
+        "engine": {"type": "vllm", "model": PACKAGED, "max_model_len": 1024, "max_num_seqs": 8},
+        "decoding": {"mode": "strict"},
+        "sampling": {"max_tokens": tokens},
+        "quality": {"policy": {"repetition": "keep"}},
+    }
+    return Recipe.model_validate(values)
+
+
+def _run(
+    folder: Path, size: tuple[int | None, int | None], tokens: int, mode: str, *, refresh: bool = False
+) -> Workspace:
+    """A world of so many users and items, asked about, and refreshed once where that is asked for."""
+    recipe, workspace = _recipe(folder, tokens, mode), Workspace(folder)
+    if finished_stage(workspace, "prepare") is None:
+        _prepare(workspace, size)
+    stages = ["generate", *(["encode", "publish"] if refresh else [])]
+    for stage in stages if recipe.cohorts is None else ["cohorts", *stages]:
+        importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
+    if refresh and read_position(workspace) is None:
+        importlib.import_module("pipelines.refresh").run(recipe, workspace)
+    return workspace
+
+
+def _prepare(workspace: Workspace, size: tuple[int | None, int | None]) -> None:
+    raw = MovieLens100KSource(type="movielens-100k", max_users=size[0], max_items=size[1]).load()
+    order = raw.interactions.sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("item_id", "ascending")])
+    users, first, count = np.unique(order["user_id"].to_numpy(), return_index=True, return_counts=True)
+    place = (np.arange(order.num_rows) - np.repeat(first, count)) / np.repeat(count, count)
+    read, news = order.filter(pa.array(place < READ)), order.filter(pa.array((place >= READ) & (place < READ + NEWS)))
+    tables = {"users": raw.users, "interactions": read, "histories": _histories(read)}
+    for name, table in tables.items():
+        workspace.write_table(name, table, key="user_id", n_shards=-(-len(users) // SHARD_ROWS))
+    workspace.write_table("items", raw.items, key="item_id", n_shards=-(-raw.items.num_rows // SHARD_ROWS))
+    workspace.write_parquet("events/news.parquet", news.select(INTERACTIONS.names).cast(INTERACTIONS))
+    counts: dict[str, float | int | str] = {"users": raw.users.num_rows, "items": raw.items.num_rows}
+    finish_stage(
+        workspace, StageManifest(stage="prepare", fingerprint="planner" * 8, seconds=0, finished=0, counts=counts)
+    )
+
+
+def _histories(read: pa.Table) -> pa.Table:
+    rows = [
+        {"user_id": int(user), "as_of": int(of["timestamp"].iloc[-1]), "items": of["item_id"].tolist(),
+         "ratings": of["rating"].tolist()}
+        for user, of in read.to_pandas().groupby("user_id")
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=HISTORIES)
+
+
+if __name__ == "__main__":
+    main()
