@@ -48,7 +48,11 @@ def by_ctr_and_llm(asked):
     places = {id_: place for place, id_ in enumerate(sorted(asked.candidates), 1)}
 
     def ranked(id_, by):
-        why = {"ctr_score": 1 - places[id_] / 10, "ctr_place": places[id_], "llm_score": 0.5 if by == "llm" else None}
+        why = {
+            "ctr_score": None if id_ > 100 else 1 - places[id_] / 10,
+            "ctr_place": places[id_],
+            "llm_score": 0.5 if by == "llm" else None,
+        }
         return {"id": id_, "score": 0.5, "by": by, "why": why}
 
     results = [ranked(id_, "ctr" if id_ > 100 else "llm") for id_ in ids]
@@ -206,7 +210,7 @@ def test_what_the_llm_could_not_score_is_said(web):
     page = web.get("/rank?user=1&candidates=7,9,101").text
     assert sides(page)[:2] == [[7, 9, 101], [9, 7, 101]]
     assert "the LLM could not score 1 of 3 candidates" in page
-    assert page.count("not scored") == 1
+    assert page.count("not scored") == 2  # by neither
 
 
 def test_without_ids_unseen_items_are_drawn(web):

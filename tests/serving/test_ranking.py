@@ -110,8 +110,11 @@ def test_what_the_llm_cannot_score_keeps_its_ctr_place_behind_the_scored():
     assert ids(ranked(Table(CTR), Table({}), mode="cascade")) == [2, 3, 4, 5, 1]
 
 
-def test_what_the_ctr_model_cannot_score_comes_last():
-    assert ids(ranked(Table({2: 0.5, 5: 0.6}))) == [5, 2, 1, 3, 4]
+def test_what_the_ctr_model_cannot_score_comes_last_and_without_a_score():
+    answer = ranked(Table({2: 0.5, 5: 0.6}), explain=True)
+    assert ids(answer) == [5, 2, 1, 3, 4]
+    assert [r.score for r in answer.results] == [0.6, 0.5, None, None, None]
+    assert answer.results[2].why.ctr_score is None
 
 
 @pytest.mark.parametrize("ctr", [Table(CTR, seconds=60), Table(CTR, error=RuntimeError("secret"))])

@@ -61,9 +61,11 @@ class Cascade:
         results = [
             Ranked(
                 id=asked.candidates[row],
-                score=mixed.get(row, ctr[row]),
+                score=_number(mixed.get(row, ctr[row])),
                 by="llm" if row in llm else "ctr",
-                why=Why(ctr_score=ctr[row], ctr_place=places[row], llm_score=llm.get(row)) if asked.explain else None,
+                why=Why(ctr_score=_number(ctr[row]), ctr_place=places[row], llm_score=llm.get(row))
+                if asked.explain
+                else None,
             )
             for row in final
         ]
@@ -106,3 +108,8 @@ class Cascade:
                 return await backend.score(asked, candidates)
         finally:
             self._telemetry.time(stage, time.monotonic() - start)
+
+
+def _number(score: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(score) else score

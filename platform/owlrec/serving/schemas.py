@@ -204,18 +204,18 @@ class Rank(Request):
 class Why(BaseModel):
     """How a place came about."""
 
-    ctr_score: float
+    ctr_score: float | None = None  # absent where the CTR model could not score it
     ctr_place: int  # counted from 1, among all candidates
     llm_score: float | None = None
 
 
 class Ranked(BaseModel):
-    """One candidate in its place. score: the probability of a click or a Yes, or their weighted mean; only those of one
-    `by` compare, unless the LLM's are calibrated.
+    """One candidate in its place. score: the probability of a click or a Yes, or their weighted mean, absent where
+    nobody could score it; only those of one `by` compare, unless the LLM's are calibrated.
     """
 
     id: int
-    score: float
+    score: float | None = None
     by: Literal["ctr", "llm"]
     why: Why | None = None  # where `explain` asked for it
 
