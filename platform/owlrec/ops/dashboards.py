@@ -60,7 +60,7 @@ _GENERATION = [
         "Cost so far",
         {"cost": "sum(ray_owlrec_generation_cost_total)"},
         stat=True,
-        about="Of engines that still run, in the currency of generate.price_per_replica_hour, if the recipe has one.",
+        about="On nodes that are there, in the currency of generate.price_per_replica_hour, if the recipe has one.",
     ),
     Panel(
         "Rows a second",
