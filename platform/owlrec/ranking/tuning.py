@@ -101,11 +101,16 @@ def load_model(folder: str, revision: str | None, config: TuningConfig) -> Any:
 
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=getattr(torch, config.dtype))
+        model = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError, KeyError) as error:
         raise EngineError(
             f"{folder} cannot be tuned: {error}. Name a causal LM that transformers loads, unquantised."
         ) from None
+    if config.dtype == "bfloat16" and not config.use_gpu and model.config._attn_implementation == "sdpa":
+        from owlrec.ranking import attention
+
+        model.set_attn_implementation(attention.NAME)
+    return model
 
 
 class Schedule:
