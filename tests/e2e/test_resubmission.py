@@ -1,0 +1,118 @@
+"""A job that is submitted twice is one, and what a lost driver or a lost head leaves is taken up by submitting again.
+
+The heads ask for a token, which their jobs and their users' commands must pass on.
+"""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from heads import (
+    Head,
+    kill_head,
+    knowledge_rows,
+    local_head,
+    make_bare_python,
+    owlrec,
+    owlrec_command,
+    wait_until,
+)
+
+from owlrec.recipe import load_recipe
+from owlrec.workspace import Workspace
+from pipelines.prepare import run as prepare
+
+pytestmark = pytest.mark.e2e
+SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+Started = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def started() -> Iterator[Started]:
+    """Starts `owlrec` commands that go on while the test does something else."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(head: Head, *arguments: str) -> subprocess.Popen[str]:
+        command = owlrec_command(*arguments)
+        running.append(
+            subprocess.Popen(
+                command, cwd="/", env=head.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
+    echo_recipe: Path, tmp_path: Path, started: Started
+) -> None:
+    slow = "generate: {engine_cpus: 1, lease_s: 5, shards_in_flight: 1}\n"
+    echo_recipe.write_text(echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 3") + slow)
+    settings, workspace = load_recipe(echo_recipe), tmp_path / "ws"
+    prepare(settings, Workspace(settings.workspace))
+    python = make_bare_python(tmp_path / "venv")
+
+    def new_head() -> AbstractContextManager[Head]:
+        return local_head(python, env=SECRET)
+
+    with new_head() as head:
+        submit = ("submit", "generate", "--recipe", str(echo_recipe), "--address", head.address)
+        refused_without_its_token(head, *submit)
+        first = started(head, *submit)
+        wait_until(lambda: len(generate_jobs(head)) > 0, 120, "the job")
+        second = started(head, *submit)
+        wait_until(lambda: "is running already" in (second.stdout.readline() if second.stdout else ""), 60, "the job")
+        wait_until(lambda: shards(workspace) > 0, 120, "a shard")
+        [job] = generate_jobs(head)
+        head.kill_where(lambda p: p.cmdline()[1:3] == ["-m", "pipelines.generate"])
+        assert [first.wait(), second.wait()] == [137, 137]
+        done = shards(workspace)
+        assert 0 < done < 9
+
+        resumed = started(head, *submit, "--no-preflight")
+        wait_until(lambda: shards(workspace) > done, 120, "a further shard")
+        kill_head(head)
+        resumed.kill()
+        output = resumed.stdout.read() if resumed.stdout else ""
+        assert f"job {job['submission_id']}-2 started" in output
+        assert f"{9 - done} of 9 shards to do" in output
+    done = shards(workspace)
+    assert done < 9
+
+    with new_head() as head:
+        submit = (*submit[:-1], head.address, "--no-preflight")
+        again = owlrec(head, *submit)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert f"job {job['submission_id']} started" in again.stdout  # a new head has heard of none
+        assert f"{9 - done} of 9 shards to do" in again.stdout
+        finished = owlrec(head, *submit)
+        assert finished.returncode == 0
+        assert "has succeeded before, nothing to do" in finished.stdout
+    rows = [(row["kind"], row["id"]) for row in knowledge_rows(workspace)]
+    assert len(rows) == len(set(rows)) == 180
+
+
+def refused_without_its_token(head: Head, *submit: str) -> None:
+    plain = {name: value for name, value in head.env.items() if name not in SECRET}
+    for env, said in (
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token"),
+        ({"RAY_AUTH_TOKEN": "b" * 64}, "has expired"),
+    ):
+        command, shell = owlrec_command(*submit), {**plain, **env}
+        refused = subprocess.run(command, cwd="/", env=shell, capture_output=True, text=True, check=False)
+        assert refused.returncode == 1
+        assert said in refused.stderr
+
+
+def generate_jobs(head: Head) -> list[dict]:
+    return [job for job in head.jobs() if "pipelines.generate" in job["entrypoint"]]
+
+
+def shards(workspace: Path) -> int:
+    return len(list(workspace.glob("knowledge/*/*/shard-*.json")))
