@@ -11,7 +11,7 @@ refresh that of its calls. Finished runs stay in --workspace and are not run aga
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import pyarrow as pa
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation.models import PACKAGED
 from owlrec.ops.fleet import FleetConfig, FleetGroup
-from owlrec.ops.planning import Work, plan
-from owlrec.ops.policies import Horizon, Policy, calls_of
+from owlrec.ops.planning import Runs, Work, plan
+from owlrec.ops.policies import Horizon, Policy, runs_of
 from owlrec.ops.workload import Call, WorkloadFigures, measured_workload
 from owlrec.recipe import Recipe
 from owlrec.schema import HISTORIES, INTERACTIONS
@@ -61,10 +61,10 @@ def _of_three_policies(options: argparse.Namespace) -> Iterator[Figure]:
     prepared = finished_stage(individual, "prepare")
     assert prepared is not None
     horizon = Horizon(users=int(prepared.counts["users"]), items=int(prepared.counts["items"]), refreshes=1)
-    policies: dict[Policy, tuple[dict[Call, int], Workspace]] = {
-        "individual": (calls_of("individual", horizon.model_copy(update={"refreshes": 0}), workload), individual),
-        "collective": (calls_of("collective", horizon.model_copy(update={"refreshes": 0}), workload), collective),
-        "streaming": ({"refresh": calls_of("streaming", horizon, workload)["refresh"]}, individual),
+    policies: dict[Policy, tuple[Mapping[Call, int], Workspace]] = {
+        "individual": (runs_of("individual", horizon, workload).first, individual),
+        "collective": (runs_of("collective", horizon, workload).first, collective),
+        "streaming": (runs_of("streaming", horizon, workload).each, individual),
     }
     for policy, (calls, workspace) in policies.items():
         yield from _compared(policy, _planned(workload, calls), _taken(workspace, streaming=policy == "streaming"))
@@ -80,10 +80,10 @@ def _of_finished(options: argparse.Namespace) -> Iterator[Figure]:
         yield from _compared(Path(name).name, _planned(workload, calls), taken)
 
 
-def _planned(workload: WorkloadFigures, calls: dict[Call, int]) -> Taken:
+def _planned(workload: WorkloadFigures, calls: Mapping[Call, int]) -> Taken:
     started = {} if "refresh" not in calls else {"startup_s": 0.0}
     fleet = FleetConfig(groups=[FleetGroup.model_validate({**MACHINE, **started})])
-    found = plan(workload, fleet, calls, Work(SHARD_ROWS))
+    found = plan(workload, fleet, Runs(calls), Work(SHARD_ROWS))
     return {
         "calls": float(sum(calls.values())),
         "prompt tokens": found.prompt_tokens.expected,

@@ -6,7 +6,7 @@ from owlrec.errors import RecipeError
 from owlrec.ops.fleet import FleetConfig
 from owlrec.ops.levers import levers
 from owlrec.ops.planning import Work
-from owlrec.ops.policies import Horizon, calls_of, stored_of
+from owlrec.ops.policies import Horizon, runs_of, stored_of
 from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures
 
 
@@ -37,23 +37,26 @@ HORIZON = Horizon(users=1000, items=100, refreshes=10)
 
 
 def test_calls_by_policy():
-    assert calls_of("individual", HORIZON, measured()) == {"user": 1000 + 10 * 200, "item": 100}
-    assert calls_of("collective", HORIZON, measured()) == {"cohort": 11 * (50 + 1)}
-    assert calls_of("streaming", HORIZON, measured()) == {"user": 1000, "item": 100, "refresh": 10 * 100}
+    assert runs_of("individual", HORIZON, measured()).total == {"user": 1000 + 10 * 200, "item": 100}
+    assert runs_of("collective", HORIZON, measured()).total == {"cohort": 11 * (50 + 1)}
+    assert runs_of("streaming", HORIZON, measured()).total == {"user": 1000, "item": 100, "refresh": 10 * 100}
 
 
 def test_what_is_said_goes_before_what_was_measured():
     asked = HORIZON.model_copy(
         update={"acting_share": 0.01, "cohorts": 7, "renewed_share": 0.5, "calls_per_acting": 1.0}
     )
-    assert calls_of("individual", asked, measured()) == {"user": 1000 + 10 * 10, "item": 100}
-    assert calls_of("collective", asked, measured()) == {"cohort": 7 + 10 * 4}
-    assert calls_of("streaming", asked, measured())["refresh"] == 100
+    assert runs_of("individual", asked, measured()).total == {"user": 1000 + 10 * 10, "item": 100}
+    assert runs_of("collective", asked, measured()).total == {"cohort": 7 + 10 * 4}
+    assert runs_of("streaming", asked, measured()).total["refresh"] == 100
 
 
 def test_a_single_run_needs_no_share_of_acting_users():
     once = Horizon(users=10, items=5)
-    assert calls_of("streaming", once, measured(acting_share=None, calls_per_acting=None)) == {"user": 10, "item": 5}
+    assert runs_of("streaming", once, measured(acting_share=None, calls_per_acting=None)).total == {
+        "user": 10,
+        "item": 5,
+    }
 
 
 def test_what_is_kept():
@@ -71,7 +74,7 @@ def test_what_is_kept():
 )
 def test_what_was_not_measured_is_asked_for(policy, missing, message):
     with pytest.raises(RecipeError, match=message):
-        calls_of(policy, HORIZON, measured(**missing))
+        runs_of(policy, HORIZON, measured(**missing))
 
 
 def saved(policy, machines, **changes):
@@ -104,7 +107,7 @@ def test_the_decoder_saves_what_it_saved_in_the_measured_run():
 
 def test_spot_machines_save_the_price_less_what_is_lost():
     spot = {"price_per_gpu_hour": 1800.0, "on_demand_price_per_gpu_hour": 3600.0, "preemption_rate_per_hour": 9.0}
-    seconds, shard_s = 11 * 51 * 8, 80 * 561 / 570  # 57 shards of at most ten rows
+    seconds, shard_s = 11 * 51 * 8, 51 * 8 / 6  # of each of eleven runs, shards of at most ten rows
     lost = 9 / 3600 * shard_s / 2
     assert saved("collective", fleet(**spot))["spot machines"] == pytest.approx(
         seconds - seconds / (1 - lost) / 2, rel=1e-3

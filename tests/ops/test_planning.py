@@ -7,7 +7,7 @@ from owlrec.decoding.counters import DecoderCounters, StepSums
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.generation.shards import ShardManifest
 from owlrec.ops.fleet import FleetConfig, load_fleet
-from owlrec.ops.planning import Work, engine_seconds, plan
+from owlrec.ops.planning import Runs, Work, engine_seconds, plan
 from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures, measured_workload, per_row
 from owlrec.streaming.journal import Plan as RefreshPlan
 from owlrec.streaming.journal import begin, commit
@@ -54,7 +54,7 @@ def fleet(*groups, **changes):
 
 def planned(*groups, users=3600, shard_rows=36, **changes):
     """3600 users of 200 tokens, 720,000 in all: 7200 s of an engine that writes 100 a second, in shards of 72 s."""
-    return plan(workload(), fleet(*groups), {"user": users}, Work(shard_rows, **changes))
+    return plan(workload(), fleet(*groups), Runs({"user": users}), Work(shard_rows, **changes))
 
 
 def test_two_gpus_take_half_the_engine_time_and_wait_for_each_other():
@@ -109,10 +109,18 @@ def test_start_up_and_idleness_are_paid_by_every_gpu_and_a_machine_that_is_waite
 
 
 def test_each_run_starts_anew():
-    once, thrice = planned(group(startup_s=360)), planned(group(startup_s=360), runs=3)
-    late = 360 + 18  # a start, and half a shard's wait for each other
-    assert thrice.wall_hours.expected - once.wall_hours.expected == pytest.approx(2 * late / 3600)
-    assert thrice.gpu_hours.expected == pytest.approx(2 + 2 * 3 * 0.1)
+    machines = fleet(group(startup_s=360), group("late", startup_s=3900))
+    runs = Runs({"user": 36_000}, {"user": 360}, refreshes=3)
+    found = plan(workload(), machines, runs, Work(36))
+    first, each = (plan(workload(), machines, Runs(calls), Work(36)) for calls in (runs.first, runs.each))
+    assert found.calls == {"user": 36_000 + 3 * 360}
+    assert found.shards == first.shards + 3 * each.shards
+    assert found.wall_hours.expected == pytest.approx(first.wall_hours.expected + 3 * each.wall_hours.expected)
+    assert found.gpu_hours.expected == pytest.approx(first.gpu_hours.expected + 3 * each.gpu_hours.expected)
+    assert first.groups[1].work_share > 0 == each.groups[1].work_share  # a refresh is over before that one has started
+    assert sum(g.work_share for g in found.groups) == pytest.approx(1)
+    expected = first.groups[1].work_share * 36_000 / 37_080
+    assert found.groups[1].work_share == pytest.approx(expected)
 
 
 def test_the_measured_start_up_holds_for_engines_as_measured_alone():
@@ -120,7 +128,7 @@ def test_the_measured_start_up_holds_for_engines_as_measured_alone():
 
     def wall_s(**changes):
         machines = fleet(group(gpus=1, **changes))
-        return plan(figures, machines, calls, Work(36)).wall_hours.expected * 3600
+        return plan(figures, machines, Runs(calls), Work(36)).wall_hours.expected * 3600
 
     assert wall_s(tokens_per_s=None) == pytest.approx(14400 + 50)
     assert wall_s(tokens_per_s=None, startup_s=7) == pytest.approx(14400 + 7)
@@ -147,7 +155,7 @@ def test_ranges_push_tokens_and_speed_one_way_at_once():
     figures = workload(
         kinds={"user": kind_figures(output_tokens=uncertain, seconds=Estimate(low=0.5, expected=2, high=8))}
     )
-    found = plan(figures, fleet(group(gpus=1, tokens_per_s=None)), {"user": 3600}, Work(36))
+    found = plan(figures, fleet(group(gpus=1, tokens_per_s=None)), Runs({"user": 3600}), Work(36))
     assert found.groups[0].speed_from == "measured run"
     walls = [found.wall_hours.low, found.wall_hours.expected, found.wall_hours.high]
     assert walls == pytest.approx([0.5, 2, 8])
@@ -157,7 +165,7 @@ def test_ranges_push_tokens_and_speed_one_way_at_once():
 
 def test_each_kind_takes_its_own_time():
     figures = workload(kinds={"user": kind_figures(seconds=exactly(2.0)), "cohort": kind_figures(seconds=exactly(5.0))})
-    found = plan(figures, fleet(group(gpus=1, tokens_per_s=None)), {"user": 100, "cohort": 10}, Work(50))
+    found = plan(figures, fleet(group(gpus=1, tokens_per_s=None)), Runs({"user": 100, "cohort": 10}), Work(50))
     assert found.wall_hours.expected * 3600 == pytest.approx(250)
     assert found.shards == 3
 
@@ -166,14 +174,15 @@ def test_without_the_decoder_engines_take_as_much_longer_as_it_saved():
     figures = workload(plain_factor=1.5)
     machines = fleet(group(gpus=1, tokens_per_s=None))
     times = [
-        plan(figures, machines, {"user": 100}, Work(50, decoder=on)).wall_hours.expected * 3600 for on in (True, False)
+        plan(figures, machines, Runs({"user": 100}), Work(50, decoder=on)).wall_hours.expected * 3600
+        for on in (True, False)
     ]
     assert times == pytest.approx([400, 600])
 
 
 def test_users_and_items_add_up():
     figures = workload(kinds={"user": kind_figures(), "item": kind_figures(output=50.0)})
-    found = plan(figures, fleet(group()), {"user": 1000, "item": 1001}, Work(100))
+    found = plan(figures, fleet(group()), Runs({"user": 1000, "item": 1001}), Work(100))
     assert found.output_tokens.expected == 1000 * 200 + 1001 * 50
     assert found.shards == 10 + 11
 
@@ -188,19 +197,19 @@ def test_storage_by_artifact_and_its_price():
     machines = fleet(group(), storage_price_per_gib_month=0.5)
     million = 2**20
     calls = {"user": million, "item": million, "refresh": 3 * million}  # in the place of texts that are there
-    found = plan(figures, machines, calls, Work(1024, pool_tokens=10**7))
+    found = plan(figures, machines, Runs(calls), Work(1024, pool_tokens=10**7))
     storage = {name: e.expected for name, e in found.storage_gib.items()}
     assert storage == pytest.approx({"knowledge": 2, "vectors": 1.5, "release": 4, "pools": 2 * 9.1e7 / 2**30})
     assert found.storage_cost_per_month.expected == pytest.approx(0.5 * sum(storage.values()))
     assert planned(group()).storage_gib.keys() == {"knowledge"}  # the rest was not measured, and is not made up
-    members = plan(figures, machines, {"user": million}, Work(1024), members=2**30)
+    members = plan(figures, machines, Runs({"user": million}), Work(1024), members=2**30)
     assert members.storage_gib["release"].expected == pytest.approx(2 + 40)
 
 
 def test_what_is_assumed_takes_the_place_of_what_was_measured():
     def with_(**assumed):
         machines = fleet(group(gpus=1, tokens_per_s=None), assume=assumed)
-        return plan(workload(), machines, {"user": 100}, Work(50))
+        return plan(workload(), machines, Runs({"user": 100}), Work(50))
 
     longer = with_(prompt_tokens={"user": 7}, output_tokens={"user": 400})
     assert (longer.prompt_tokens.expected, longer.output_tokens.expected) == (700, 40_000)
@@ -212,7 +221,7 @@ def test_what_is_assumed_takes_the_place_of_what_was_measured():
 @pytest.mark.parametrize(("users", "items"), [(0, 0), (-1, 0), (10, 5)])
 def test_rows_that_cannot_be_planned_are_refused(users, items):
     with pytest.raises(RecipeError, match=f"{users} of user.* cannot be planned .* 100 users"):
-        plan(workload(), fleet(group()), {"user": users, "item": items}, Work(10))
+        plan(workload(), fleet(group()), Runs({"user": users, "item": items}), Work(10))
 
 
 def test_the_range_is_of_two_standard_errors_of_a_ratio():
@@ -228,14 +237,14 @@ def test_a_curve_is_taken_at_its_best_batch_with_and_without_the_decoder():
 
     def speed(speed_up, **changes):
         rows = {"user": 100}  # 20,000 tokens, after prompts that take 10 s
-        seconds, source = engine_seconds(machine, workload(speed_up=speed_up), rows, Work(10, **changes))
-        return [*(20_000 / (seconds[::-1] - 10)), source]
+        seconds = engine_seconds(machine, workload(speed_up=speed_up), rows, Work(10, **changes))
+        return (20_000 / (seconds[::-1] - 10)).tolist()
 
-    assert speed({}) == pytest.approx([200, 200, 200, "curve"])
-    assert speed({1: 3.0, 16: 1.1}) == pytest.approx([200, 300, 300, "curve"])
-    assert speed({16: 0.5}) == pytest.approx([100, 100, 200, "curve"])
-    assert speed({4: 1.5}) == pytest.approx([200, 200, 200, "curve"])  # 150 at one row; nothing is known of ten
-    assert speed({1: 3.0}, decoder=False) == pytest.approx([200, 200, 200, "curve"])
+    assert speed({}) == pytest.approx([200, 200, 200])
+    assert speed({1: 3.0, 16: 1.1}) == pytest.approx([200, 300, 300])
+    assert speed({16: 0.5}) == pytest.approx([100, 100, 200])
+    assert speed({4: 1.5}) == pytest.approx([200, 200, 200])  # 150 at one row; nothing is known of ten
+    assert speed({1: 3.0}, decoder=False) == pytest.approx([200, 200, 200])
 
 
 def write_run(workspace, *, ends=(110.0, 120.0, 125.0), seconds=(10.0, 20.0, 15.0), counts=None, folder="f", **shard):

@@ -5,7 +5,7 @@ import pytest
 
 from owlrec.ops.fleet import FleetConfig
 from owlrec.ops.plan_report import check_by_simulation, simulated_groups
-from owlrec.ops.planning import Work, plan
+from owlrec.ops.planning import Runs, Work, plan
 from owlrec.ops.simulation import SimulatedGroup, simulate
 from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures
 
@@ -86,12 +86,9 @@ def measured():
 
 def test_of_a_large_plan_a_part_is_played():
     fleet, work = FleetConfig(groups=[group("a", gpus=1000)]), Work(10)
-    said = [
-        check_by_simulation(plan(measured(), fleet, {"user": rows}, work), measured(), fleet, work)
-        for rows in (1_000_000, 30_000_000)
-    ]
-    assert said[0].startswith("played as a simulation: ")
-    assert said[1].startswith("a run of 200,000 shards played as a simulation: ")
+    said = [check_by_simulation({"user": rows}, measured(), fleet, work) for rows in (1_000_000, 30_000_000)]
+    assert said[0].startswith("the full run played as a simulation: ")
+    assert said[1].startswith("200,000 shards of the full run played as a simulation: ")
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -99,7 +96,7 @@ def test_of_a_large_plan_a_part_is_played():
 def test_formula_and_simulation_agree_within_ten_percent(groups, at_once):
     workload = measured()
     fleet, work = FleetConfig(groups=groups), Work(64, shards_at_once=at_once)
-    planned = plan(workload, fleet, {"user": 100_000}, work)
+    planned = plan(workload, fleet, Runs({"user": 100_000}), work)
     players = simulated_groups(planned, workload, fleet, work)
     played = [simulate(players, planned.shards, spread=64**-0.5, seed=seed) for seed in range(SEEDS)]
     hours = np.mean([p.wall_s for p in played]) / 3600

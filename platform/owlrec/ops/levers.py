@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from owlrec.config import Config
 from owlrec.ops.fleet import FleetConfig
-from owlrec.ops.planning import Plan, Work, plan
-from owlrec.ops.policies import Horizon, Policy, calls_of, stored_of
-from owlrec.ops.workload import Call, WorkloadFigures
+from owlrec.ops.planning import Plan, Runs, Work, plan
+from owlrec.ops.policies import Horizon, Policy, runs_of, stored_of
+from owlrec.ops.workload import WorkloadFigures
 
 
 class Lever(Config):
@@ -29,31 +29,28 @@ def levers(
     """The ways and what they save, expected values, and the plan that they end in.
 
     Begins with all users and items asked about at every refresh, no drafts, on-demand machines. A way that changes
-    nothing is left out. Raises RecipeError as `plan` and `calls_of` do.
+    nothing is left out. Raises RecipeError as `plan` and `runs_of` do.
     """
-    everything: dict[Call, int] = {
-        "user": horizon.users * (1 + horizon.refreshes),
-        "item": horizon.items * (1 + horizon.refreshes),
-    }
-    ours, plain, steady = calls_of(policy, horizon, workload), replace(work, decoder=False), on_demand(fleet)
-    steps: list[tuple[str, dict[Call, int], Work, FleetConfig]] = [
-        ("everything anew each time", everything, plain, steady)
+    full = runs_of("individual", horizon.model_copy(update={"refreshes": 0}), workload).first
+    ours, plain, steady = runs_of(policy, horizon, workload), replace(work, decoder=False), on_demand(fleet)
+    steps: list[tuple[str, Runs, Work, FleetConfig]] = [
+        ("everything anew each time", Runs(full, full, horizon.refreshes), plain, steady)
     ]
     if policy != "collective" and horizon.refreshes:
-        kept = calls_of("individual", horizon, workload)
+        kept = runs_of("individual", horizon, workload)
         steps.append(("texts with the same prompt kept", kept, plain, steady))
     steps += [
         (f"{policy} calls", ours, plain, steady),
         ("retrieval decoder", ours, work, steady),
         ("spot machines", ours, work, fleet),
     ]
+    stored, members = stored_of(policy, horizon, workload)
     found: list[Lever] = []
-    for number, (name, calls, cut, machines) in enumerate(steps):
-        stored, members = stored_of(policy, horizon, workload)
-        planned = plan(workload, machines, calls, cut, stored=stored, members=members)
+    for number, (name, runs, cut, machines) in enumerate(steps):
+        planned = plan(workload, machines, runs, cut, stored=stored, members=members)
         cost = planned.cost.expected
         before = found[-1].cost if found else cost
-        if not number or calls != steps[number - 1][1] or cost != before:
+        if not number or cost != before:
             total = sum(planned.calls.values())
             found.append(
                 Lever(name=name, calls=total, gpu_hours=planned.gpu_hours.expected, cost=cost, saved=before - cost)

@@ -1,7 +1,7 @@
 """What a plan looks like: tables for a terminal, a waterfall of what saves what, and a check by simulation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from owlrec.errors import RecipeError
@@ -10,8 +10,8 @@ from owlrec.ops.charts import standalone, waterfall_chart
 from owlrec.ops.console import note, table, warn
 from owlrec.ops.fleet import FleetConfig
 from owlrec.ops.levers import Lever, levers
-from owlrec.ops.planning import Plan, Work, engine_seconds, plan
-from owlrec.ops.policies import POLICIES, Horizon, Policy, calls_of, stored_of
+from owlrec.ops.planning import Plan, Runs, Work, engine_seconds, plan
+from owlrec.ops.policies import POLICIES, Horizon, Policy, runs_of, stored_of
 from owlrec.ops.simulation import SimulatedGroup, simulate
 from owlrec.ops.workload import Call, WorkloadFigures
 from owlrec.workspace import Stopwatch
@@ -30,7 +30,6 @@ class Report:
 
 def report(workload: WorkloadFigures, fleet: FleetConfig, horizon: Horizon, policy: Policy, work: Work) -> Report:
     """Prints a plan, the policies beside it, what saves what, and how a simulation of it went."""
-    work = replace(work, runs=1 + horizon.refreshes)
     ways, planned = levers(workload, fleet, horizon, policy, work)
     note(
         f"{horizon.users:,} users, {horizon.items:,} items, {policy}, {horizon.refreshes:,} refreshes after a full run"
@@ -39,7 +38,7 @@ def report(workload: WorkloadFigures, fleet: FleetConfig, horizon: Horizon, poli
     policies, lacking = plans_by_policy(workload, fleet, horizon, work)
     print_policies(policies, lacking)
     print_levers(ways)
-    note(check_by_simulation(planned, workload, fleet, work))
+    note(check_by_simulation(runs_of(policy, horizon, workload).first, workload, fleet, work))
     if planned.shards < (wanted := sum(group.engines for group in planned.groups)):
         warn(f"{planned.shards} shards for {wanted} engines: some would stand idle. Make shard_rows smaller.")
     first_run = stored_of(policy, horizon, workload)[0]
@@ -62,8 +61,8 @@ def plans_by_policy(
     for policy in POLICIES:
         try:
             stored, members = stored_of(policy, horizon, workload)
-            calls = calls_of(policy, horizon, workload)
-            found[policy] = plan(workload, fleet, calls, work, stored=stored, members=members)
+            runs = runs_of(policy, horizon, workload)
+            found[policy] = plan(workload, fleet, runs, work, stored=stored, members=members)
         except RecipeError as error:
             lacking[policy] = str(error)
     return found, lacking
@@ -133,18 +132,19 @@ def levers_svg(found: Sequence[Lever]) -> str:
     return standalone(waterfall_chart(first.name, first.cost, {lever.name: -lever.saved for lever in rest}, "cost"))
 
 
-def check_by_simulation(planned: Plan, workload: WorkloadFigures, fleet: FleetConfig, work: Work) -> str:
-    """Plays the expected plan once, loss by loss, or as much of it as can be played in a moment; what came out beside
-    the formula, in words."""
-    shards = min(_MOST_SIMULATED, round(planned.shards / work.runs) or 1)
-    part = {call: -(-n * shards // planned.shards) for call, n in planned.calls.items()}
-    one = plan(workload, fleet, part, replace(work, runs=1))
+def check_by_simulation(calls: Mapping[Call, int], workload: WorkloadFigures, fleet: FleetConfig, work: Work) -> str:
+    """Plays a run once, loss by loss, or as much of it as can be played in a moment; what came out beside the formula,
+    in words."""
+    shards = sum(-(-n // work.shard_rows) for n in calls.values())
+    part = {call: -(-n * min(shards, _MOST_SIMULATED) // shards) for call, n in calls.items()}
+    one = plan(workload, fleet, Runs(part), work)
     played = simulate(simulated_groups(one, workload, fleet, work), one.shards, spread=work.shard_rows**-0.5)
     hours = sum(s * g.gpus_per_engine for s, g in zip(played.paid_s, fleet.groups, strict=True)) / 3600
-    what = "played" if one.shards == planned.shards else f"a run of {one.shards:,} shards played"
+    what = "the full run" if one.shards == shards else f"{one.shards:,} shards of the full run"
     return (
-        f"{what} as a simulation: {played.wall_s / 3600:,.4g} h, {hours:,.4g} GPU-hours, {sum(played.losses):,} "
-        f"preemptions (formula: {one.wall_hours.expected:,.4g} h, {one.gpu_hours.expected:,.4g} GPU-hours)"
+        f"{what} played as a simulation: {played.wall_s / 3600:,.4g} h, {hours:,.4g} GPU-hours, "
+        f"{sum(played.losses):,} preemptions "
+        f"(formula: {one.wall_hours.expected:,.4g} h, {one.gpu_hours.expected:,.4g} GPU-hours)"
     )
 
 
@@ -154,7 +154,7 @@ def simulated_groups(planned: Plan, workload: WorkloadFigures, fleet: FleetConfi
     return [
         SimulatedGroup(
             engines=group.engines if plan_.work_share else 0,
-            shard_s=float(engine_seconds(group, workload, planned.calls, work)[0][1]) / planned.shards,
+            shard_s=float(engine_seconds(group, workload, planned.calls, work)[1]) / planned.shards,
             shards_at_once=work.shards_at_once,
             provision_s=group.provision_s,
             startup_s=group.starts_in(workload),

@@ -6,7 +6,7 @@ formula that stands here.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -56,13 +56,27 @@ class Work:
     shards_at_once: int = 1  # of an engine: as many as fill its batch; a preemption loses half of each, on average
     pool_tokens: int = 0  # bound of the retrieval pool of a kind, 0 for no pools
     decoder: bool = True  # whether engines draft as they did in the measured run
-    runs: int = 1  # one after another, on machines that come and go with each: taken for equally large
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Calls of a first run, and of each of those that come after it, on machines that start anew."""
+
+    first: Mapping[Call, int]
+    each: Mapping[Call, int] = field(default_factory=dict)
+    refreshes: int = 0
+
+    @property
+    def total(self) -> dict[Call, int]:
+        """Calls of all runs."""
+        calls = {call: n + self.refreshes * self.each.get(call, 0) for call, n in self.first.items()}
+        return calls | {call: self.refreshes * n for call, n in self.each.items() if call not in calls}
 
 
 def plan(
     workload: WorkloadFigures,
     fleet: FleetConfig,
-    calls: Mapping[Call, int],
+    runs: Runs,
     work: Work,
     *,
     stored: Mapping[Call, int] | None = None,
@@ -75,35 +89,30 @@ def plan(
     Raises RecipeError where nothing is asked for, a kind was not measured, or preemptions outrun the work.
     """
     workload = fleet.assume.applied(workload)
-    rows = {call: n for call, n in calls.items() if n}
+    rows = {call: n for call, n in runs.total.items() if n}
     if not rows or min(rows.values()) < 0 or rows.keys() - workload.kinds.keys():
-        asked = " and ".join(f"{n} of {call}" for call, n in (rows or dict(calls)).items())
+        asked = " and ".join(f"{n} of {call}" for call, n in (rows or runs.total).items())
         raise RecipeError(
             f"calls ({asked}) cannot be planned from a run that measured {workload.measured}. Ask for rows of measured "
             "kinds, or run what is missing on a small scale first."
         )
-    shards = sum(-(-n // work.shard_rows) for n in rows.values())
+    first = _run(workload, fleet, runs.first, work)
+    each = _run(workload, fleet, runs.each, work)
+    wall, paid, seconds = (getattr(first, n) + runs.refreshes * getattr(each, n) for n in ("wall", "paid", "seconds"))
+    done = first.done + runs.refreshes * each.done
     prompt, output = _tokens(workload, rows)
-    seconds, sources = zip(*(engine_seconds(g, workload, rows, work) for g in fleet.groups), strict=True)
-    startup = [group.starts_in(workload) for group in fleet.groups]
-    low, expected, high = (
-        _schedule(fleet.groups, startup, column / work.runs, max(1, shards / work.runs), work.shards_at_once)
-        for column in np.array(seconds).T
-    )
-    wall = work.runs * np.array([low.wall_s, expected.wall_s, high.wall_s]) / 3600
     groups = []
     for i, group in enumerate(fleet.groups):
-        paid = work.runs * np.array([s.paid_s[i] for s in (low, expected, high)]) / 3600
-        gpu_hours = group.gpus * paid
+        gpu_hours = group.gpus * paid[i]
         groups.append(
             GroupPlan(
                 name=group.name,
                 engines=group.engines,
-                speed_from=sources[i],
+                speed_from=_source(group),
                 tokens_per_s=Estimate.of(np.sort(output / seconds[i])),
-                work_share=expected.shares[i],
-                preemptions=group.engines * float(paid[1]) * group.preemption_rate_per_hour,
-                repeated_share=expected.repeated[i],
+                work_share=float(done[i] / done.sum()),
+                preemptions=group.engines * float(paid[i][1]) * group.preemption_rate_per_hour,
+                repeated_share=first.repeated[i] if first.done[i] else each.repeated[i],
                 gpu_hours=Estimate.of(gpu_hours),
                 cost=Estimate.of(gpu_hours * group.price_per_gpu_hour),
             )
@@ -112,7 +121,7 @@ def plan(
     storage = _storage(workload, kept, work.pool_tokens, members)
     return Plan(
         calls=rows,
-        shards=shards,
+        shards=first.shards + runs.refreshes * each.shards,
         prompt_tokens=Estimate.of(prompt),
         output_tokens=Estimate.of(output),
         wall_hours=Estimate.of(wall),
@@ -124,16 +133,45 @@ def plan(
     )
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One run: low, expected and high, [3] each."""
+
+    shards: int
+    wall: np.ndarray  # hours [3]
+    paid: np.ndarray  # hours of each engine [groups, 3]
+    seconds: np.ndarray  # of one engine for all the work [groups, 3]
+    done: np.ndarray  # output tokens [groups], expected
+    repeated: list[float]  # by group, expected
+
+
+def _run(workload: WorkloadFigures, fleet: FleetConfig, calls: Mapping[Call, int], work: Work) -> _Run:
+    groups, rows = fleet.groups, {call: n for call, n in calls.items() if n}
+    if not rows:
+        nothing = np.zeros((len(groups), 3))
+        return _Run(0, np.zeros(3), nothing, nothing, np.zeros(len(groups)), [0.0] * len(groups))
+    shards = sum(-(-n // work.shard_rows) for n in rows.values())
+    seconds = np.array([engine_seconds(group, workload, rows, work) for group in groups])
+    startup = [group.starts_in(workload) for group in groups]
+    found = [_schedule(groups, startup, column, shards, work.shards_at_once) for column in seconds.T]
+    return _Run(
+        shards,
+        np.array([s.wall_s for s in found]) / 3600,
+        np.array([s.paid_s for s in found]).T / 3600,
+        seconds,
+        np.array(found[1].shares) * _tokens(workload, rows)[1][1],
+        found[1].repeated,
+    )
+
+
 def _tokens(workload: WorkloadFigures, rows: Mapping[Call, int]) -> tuple[np.ndarray, np.ndarray]:
     """Of prompts and of answers, [3] each."""
     prompt = np.sum([n * workload.kinds[k].prompt_tokens.array for k, n in rows.items()], axis=0)
     return prompt, np.sum([n * workload.kinds[k].output_tokens.array for k, n in rows.items()], axis=0)
 
 
-def engine_seconds(
-    group: FleetGroup, workload: WorkloadFigures, rows: Mapping[Call, int], work: Work
-) -> tuple[np.ndarray, str]:
-    """Time of one engine of the group for all the rows, float64 [3] (fast is low), and where its speed is from.
+def engine_seconds(group: FleetGroup, workload: WorkloadFigures, rows: Mapping[Call, int], work: Work) -> np.ndarray:
+    """Time of one engine of the group for all the rows, float64 [3]; fast is low.
 
     A curve's high end is without the decoder's speed-up, which was measured on another machine; batches larger than any
     it was measured at have none.
@@ -141,11 +179,16 @@ def engine_seconds(
     prompt, output = _tokens(workload, rows)
     reading = prompt / group.prefill_tokens_per_s if group.prefill_tokens_per_s else 0
     if group.tokens_per_s:
-        return output / group.tokens_per_s + reading, "tokens_per_s"
+        return np.asarray(output / group.tokens_per_s + reading)
     if group.curve:
-        return output / _curve_speed(group.curve, workload.speed_up if work.decoder else {})[::-1] + reading, "curve"
+        speed = _curve_speed(group.curve, workload.speed_up if work.decoder else {})
+        return np.asarray(output / speed[::-1] + reading)
     seconds = np.sum([n * workload.kinds[k].seconds.array for k, n in rows.items()], axis=0)
-    return seconds * (1.0 if work.decoder else workload.plain_factor), "measured run"
+    return np.asarray(seconds * (1.0 if work.decoder else workload.plain_factor))
+
+
+def _source(group: FleetGroup) -> str:
+    return "tokens_per_s" if group.tokens_per_s else "curve" if group.curve else "measured run"
 
 
 def _curve_speed(curve: Sequence[tuple[float, float]], speed_up: Mapping[int, float]) -> np.ndarray:
@@ -166,7 +209,7 @@ class _Schedule:
 
 
 def _schedule(
-    groups: Sequence[FleetGroup], startup: Sequence[float], seconds: np.ndarray, shards: float, at_once: int
+    groups: Sequence[FleetGroup], startup: Sequence[float], seconds: np.ndarray, shards: int, at_once: int
 ) -> _Schedule:
     """Hands the shards out one after another to whoever is free, as Ray Data does.
 

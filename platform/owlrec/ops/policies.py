@@ -12,6 +12,7 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import RecipeError
+from owlrec.ops.planning import Runs
 from owlrec.ops.workload import Call, WorkloadFigures
 
 Policy = Literal["individual", "collective", "streaming"]
@@ -40,23 +41,26 @@ class Horizon(Config):
         return round(share * self.users)
 
 
-def calls_of(policy: Policy, horizon: Horizon, workload: WorkloadFigures) -> dict[Call, int]:
-    """Calls of each sort, refreshes included.
+def runs_of(policy: Policy, horizon: Horizon, workload: WorkloadFigures) -> Runs:
+    """Calls of each sort, of the full run and of each refresh.
 
     Raises RecipeError where the measured run lacks what the policy needs.
     """
     if policy == "collective":
         cohorts = _cohorts(horizon, workload)
-        return {"cohort": cohorts + round(cohorts * horizon.renewed_share) * horizon.refreshes}
-    acting = horizon.acting(workload) * horizon.refreshes if horizon.refreshes else 0
-    if policy == "individual" or not acting:
-        return {"user": horizon.users + acting, "item": horizon.items}
+        return Runs({"cohort": cohorts}, {"cohort": round(cohorts * horizon.renewed_share)}, horizon.refreshes)
+    full: dict[Call, int] = {"user": horizon.users, "item": horizon.items}
+    if not horizon.refreshes:
+        return Runs(full)
+    acting = horizon.acting(workload)
+    if policy == "individual":
+        return Runs(full, {"user": acting}, horizon.refreshes)
     asked = horizon.calls_per_acting if horizon.calls_per_acting is not None else workload.calls_per_acting
     if asked is None or "refresh" not in workload.kinds:
         raise RecipeError(
             "streaming: the measured run was never refreshed. Run `owlrec refresh` on it once, with some new events."
         )
-    return {"user": horizon.users, "item": horizon.items, "refresh": round(acting * asked)}
+    return Runs(full, {"refresh": round(acting * asked)}, horizon.refreshes)
 
 
 def stored_of(policy: Policy, horizon: Horizon, workload: WorkloadFigures) -> tuple[dict[Call, int], int]:
