@@ -11,7 +11,16 @@ import benchmarks
 from benchmarks.table import Figure
 from owlrec.ops.run_report import hardware_line
 
-_NOT_A_BENCHMARK = {"__main__", "load", "planted", "table"}
+_NOT_A_BENCHMARK = {
+    "__main__",
+    "load",
+    "planted",
+    "ranking_cascade",
+    "ranking_peers",
+    "serving_processes",
+    "serving_rank",
+    "table",
+}
 
 
 def main() -> None:

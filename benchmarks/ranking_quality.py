@@ -1,12 +1,19 @@
 """How well the LLM ranker ranks: test AUC by shots, by how many behaviours it is shown and which, beside CTR models.
 
-MovieLens-100K, the recipe `movielens-100k-ranker`, SmolLM2-135M; the `tune_ranker` stage with other settings each time,
-so that a run that was interrupted goes on where it stood. `shots`: tuned on few samples, beside DIN and DCN-V2 trained
-on the very same ones. `lengths`: K behaviours, recent, retrieved or mixed, as the model is and tuned. `mixture`: tuned
-on recent or retrieved prompts alone, or on both. Differences are paired by row, with 95 % intervals by users drawn
-anew. All of it takes half a day on two cores; --quick shows one column.
+MovieLens-100K, the recipe `movielens-100k-ranker`, SmolLM2-135M; the `tune_ranker` stage with other settings each time.
+`shots`: tuned on few samples, beside DIN and DCN-V2 trained on the very same ones. `lengths`: K behaviours, recent,
+retrieved or mixed, as the model is and tuned. `mixture`: tuned on recent or retrieved prompts alone, or on both.
+`cascade`: DIN, trained on the whole train split, orders held-out lists, and the ranker of the most shots re-orders
+their heads. Differences are paired by row, with 95 % intervals by users drawn anew.
+
+What is done stays in the workspace, to the tuning step, so the same command goes on where it was interrupted. Before it
+begins it says what is left to do and how long that should take here. --quick fills the same tables from a few samples:
+it shows that all of it works, and its figures mean nothing.
 """
 
+import time
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,158 +22,238 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import pipelines
+from benchmarks.ranking_cascade import cascade_figures
+from benchmarks.ranking_peers import ctr_aucs
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr import metrics
-from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.features import build_features
-from owlrec.ctr.fitting import TrainingData, train_one
 from owlrec.ctr.intervals import bootstrap_aucs, percentile_interval
+from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.ops.console import note
 from owlrec.prompting.rella import YES
-from owlrec.ranking.samples import draw_shots
+from owlrec.ranking.experiment import RankingConfig
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.workspace import Workspace, fingerprint, finished_stage
 from pipelines.prepare import run as prepare
 from pipelines.tune_ranker import run as tune_ranker
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k-ranker.yaml"
-PARTS = ("shots", "lengths", "mixture")
-BACKBONES = ("din", "dcnv2")
-_QUICK: dict[str, Any] = {
-    "data": {"shots": 16, "behaviours": 5, "shown": ["recent"]},
-    "tuning": {"epochs": 1},
-    "judging": {"valid_samples": 24, "test_samples": 40},
+PARTS = ("shots", "lengths", "mixture", "cascade")
+WAYS = ("recent", "retrieved", "mixed")
+_FIXED_TOKENS, _BEHAVIOUR_TOKENS = 115, 17.5  # of a prompt, about: without behaviours, and for each
+_START_S = 60  # of Ray, an engine and their models, for each run
+_QUICK = {
+    "shots": [16],
+    "behaviours": [5],
+    "shown": 5,
+    "length_shots": 16,
+    "seeds": [0],
+    "epochs": 1,
+    "valid_samples": 24,
+    "test_samples": 40,
+    "lists": 4,
 }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A ranker that is tuned, and how it is judged."""
+
+    seed: int
+    shots: int
+    behaviours: int
+    judged: tuple[str, ...]
+    zero_shot: bool = False
+    asked: tuple[str, ...] = ("recent", "retrieved")  # how its samples are asked while it is tuned
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share."""
+
+    recipe: Recipe
+    workspace: Workspace
+    options: Namespace
+
+    def recipe_of(self, run: Run) -> Recipe:
+        """The recipe with a run's settings."""
+        o, values = self.options, self.recipe.model_dump(mode="json")
+        changed: dict[str, dict[str, Any]] = {
+            "data": {"seed": run.seed, "shots": run.shots, "behaviours": run.behaviours, "shown": run.asked},
+            "tuning": {"seed": run.seed, "epochs": o.epochs},
+            "judging": {
+                "shown": run.judged,
+                "zero_shot": run.zero_shot,
+                "valid_samples": o.valid_samples,
+                "test_samples": o.test_samples,
+            },
+        }
+        for section, changes in changed.items():
+            values["ranking"][section] |= changes
+        return Recipe.model_validate(values)
+
+    def kept(self, run: Run) -> str:
+        """Where a run's scored test rows stay."""
+        return f"ranking/benchmark-{fingerprint(self.recipe_of(run))[:16]}"
+
+    def is_done(self, run: Run) -> bool:
+        """Whether nothing of a run is left to do."""
+        return self.workspace.exists(self.kept(run), "run.json")
+
+    def tuned(self, run: Run) -> tuple[dict[str, pa.Table], str]:
+        """The test rows with their scores, of each model, and the folder of the run's ranker."""
+        kept, models = self.kept(run), ["zero-shot", "tuned"] if run.zero_shot else ["tuned"]
+        if not self.is_done(run):
+            folder = tune_ranker(self.recipe_of(run), self.workspace).outputs["judgements"].rpartition("/")[0]
+            for model in models:
+                rows = self.workspace.read_parquet(f"{folder}/scores-{model}.parquet")
+                self.workspace.write_parquet(f"{kept}/{model}.parquet", rows)
+            name = f"calibration-tuned-{run.judged[0]}.json"
+            self.workspace.write_json(f"{kept}/calibration.json", self.workspace.read_json(f"{folder}/{name}"))
+            self.workspace.write_json(f"{kept}/run.json", {"folder": folder})
+        tables = {model: self.workspace.read_parquet(f"{kept}/{model}.parquet") for model in models}
+        return tables, self.workspace.read_json(f"{kept}/run.json")["folder"]
 
 
 def main() -> None:
     """Runs what is not in the workspace yet, and prints all of it."""
     parser = options_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--shots", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--behaviours", type=int, nargs="+", default=[5, 10, 15, 20, 30])
-    parser.add_argument("--length-shots", type=int, default=256, help="that the models of `lengths` are tuned on")
+    parser.add_argument("--shots", type=int, nargs="+", default=[64, 256, 1024], help="any number: 4096 takes hours")
+    parser.add_argument("--shown", type=int, default=10, help="behaviours that a prompt of `shots` and `cascade` shows")
+    parser.add_argument("--behaviours", type=int, nargs="+", default=[5, 10, 15, 20, 30], help="the K of `lengths`")
+    parser.add_argument("--length-shots", type=int, default=256, help="that `lengths` and `mixture` tune on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--test-samples", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--valid-samples", type=int, default=200)
+    parser.add_argument("--test-samples", type=int, default=1000, help="drawn at random, the same for all")
+    parser.add_argument("--lists", type=int, default=60, help="of `cascade`, 20 candidates each")
+    parser.add_argument("--estimate", action="store_true", help="say what is left to do, and end")
     options = parser.parse_args()
-    recipe = load_recipe(RECIPE)
-    workspace = Workspace(recipe.workspace)
-    if finished_stage(workspace, "prepare") is None:
-        prepare(recipe, workspace)
-    figures: list[Figure] = []
     if options.quick:
-        found = tuned(recipe, workspace, options, 0, shown=["recent"], zero_shot=False, **_QUICK)
-        figures = _of_run(found, "16 shots, K = 5")
-        show("LLM ranker, test AUC", figures, options)
+        vars(options).update(_QUICK)
+    recipe = load_recipe(RECIPE)
+    bench = Bench(recipe, Workspace(recipe.workspace), options)
+    if finished_stage(bench.workspace, "prepare") is None:
+        prepare(recipe, bench.workspace)
+    announce(bench)
+    if options.estimate:
         return
-    if "shots" in options.only:
-        figures += by_shots(recipe, workspace, options)
-    if "lengths" in options.only:
-        figures += by_lengths(recipe, workspace, options)
-    if "mixture" in options.only:
-        figures += by_mixture(recipe, workspace, options)
+    figures = [figure for part in options.only for figure in FIGURES[part](bench)]
     show("LLM ranker, test AUC", figures, options)
 
 
-def by_shots(recipe: Recipe, workspace: Workspace, options: Any) -> list[Figure]:
+def runs_of(part: str, o: Namespace) -> list[Run]:
+    """The runs that a part compares."""
+    few = [
+        Run(seed, shots, o.shown, ("retrieved",), zero_shot=(shots, seed) == (o.shots[-1], o.seeds[0]))
+        for shots in o.shots
+        for seed in o.seeds
+    ]
+    by_part = {
+        "shots": few,
+        "cascade": [run for run in few if run.zero_shot],
+        "lengths": [Run(o.seeds[0], o.length_shots, k, WAYS, zero_shot=True) for k in o.behaviours],
+        "mixture": [
+            Run(seed, o.length_shots, o.shown, ("retrieved",), asked=asked)
+            for seed in o.seeds
+            for asked in (("recent", "retrieved"), ("recent",), ("retrieved",))
+        ],
+    }
+    return by_part[part]
+
+
+def announce(bench: Bench) -> None:
+    """Says what is left to do, and about how long it takes at the speed that this machine tunes and scores with now."""
+    o = bench.options
+    left = [run for run in dict.fromkeys(r for part in o.only for r in runs_of(part, o)) if not bench.is_done(run)]
+    if not left:
+        note("nothing is left to tune: all of it is in the workspace")
+        return
+    read, tuned = 0.0, 0.0
+    for run in left:
+        prompt = _FIXED_TOKENS + _BEHAVIOUR_TOKENS * run.behaviours
+        tuned += prompt * o.epochs * run.shots * len(run.asked)
+        stops = o.epochs * o.valid_samples * len(run.asked)
+        judged = (1 + run.zero_shot) * (o.valid_samples + o.test_samples) * len(run.judged)
+        read += prompt * (stops + judged)
+    if "cascade" in o.only:
+        read += 20 * o.lists * (_FIXED_TOKENS + _BEHAVIOUR_TOKENS * o.shown)
+    tuning, reading = tokens_per_s(bench.recipe.ranking or RankingConfig())
+    seconds = tuned / tuning + read / reading + _START_S * len(left)
+    note(
+        f"{len(left)} rankers to tune: {tuned / 1e6:.2f} million tokens at {tuning:,.0f}/s, and {read / 1e6:.2f} "
+        f"million to read at {reading:,.0f}/s: about {seconds / 60:.0f} minutes"
+    )
+
+
+def tokens_per_s(config: RankingConfig) -> tuple[float, float]:
+    """Of a gradient and of a forward pass of the packaged model, as fast as it is right now."""
+    import torch
+
+    from owlrec.ranking.tuning import answer_logits, load_model
+
+    model = load_model(resolve_model(PACKAGED), None, config.tuning)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("q_proj" in name)  # a gradient goes all the way down, as an adapter's does
+    prompts = [np.arange(100, 400, dtype=np.int32)] * 3
+    answer_logits(model, prompts, "cpu").sum().backward()
+    start = time.perf_counter()
+    answer_logits(model, prompts, "cpu").sum().backward()
+    tuned = time.perf_counter()
+    with torch.no_grad():
+        answer_logits(model, prompts, "cpu")
+    return 900 / (tuned - start), 900 / (time.perf_counter() - tuned)
+
+
+def by_shots(bench: Bench) -> list[Figure]:
     """Zero-shot and tuned, and CTR models on the same samples."""
     figures: list[Figure] = []
-    for shots in options.shots:
-        for seed in options.seeds:
-            first = (shots, seed) == (options.shots[0], options.seeds[0])
-            rows = tuned(recipe, workspace, options, seed, shown=["retrieved"], zero_shot=first, data={"shots": shots})
-            figures += _of_run(rows, f"{shots} shots, seed {seed}")
-            for name, auc in ctr_aucs(workspace, recipe, shots, seed, options.test_samples).items():
-                figures.append(Figure(measure=f"{shots} shots, seed {seed}", method=name, value=auc, unit="AUC"))
+    for run in runs_of("shots", bench.options):
+        measure = f"{run.shots} shots, seed {run.seed}"
+        rows, _ = bench.tuned(run)
+        figures += _of_run(rows, measure)
+        judged = bench.recipe_of(run).ranking
+        assert judged is not None
+        for name, auc in ctr_aucs(bench.workspace, bench.recipe.domain, judged).items():
+            figures.append(Figure(measure=measure, method=name, value=auc, unit="AUC"))
     return figures
 
 
-def by_lengths(recipe: Recipe, workspace: Workspace, options: Any) -> list[Figure]:
+def by_lengths(bench: Bench) -> list[Figure]:
     """Each K with its own adapter."""
     figures: list[Figure] = []
-    for k in options.behaviours:
-        data = {"shots": options.length_shots, "behaviours": k}
-        ways = ["recent", "retrieved", "mixed"]
-        rows = tuned(recipe, workspace, options, options.seeds[0], shown=ways, data=data)
-        figures += _of_run(rows, f"K = {k}, {options.length_shots} shots")
+    for run in runs_of("lengths", bench.options):
+        rows, _ = bench.tuned(run)
+        figures += _of_run(rows, f"K = {run.behaviours}, {run.shots} shots")
         for model in ("zero-shot", "tuned"):
-            for way in ways[1:]:
+            for way in WAYS[1:]:
                 pair = [_of(rows[model], of) for of in (way, "recent")]
-                figures.append(_difference(f"K = {k}", f"{model}: {way} - recent", *pair))
+                figures.append(_difference(f"K = {run.behaviours}", f"{model}: {way} - recent", *pair))
     return figures
 
 
-def by_mixture(recipe: Recipe, workspace: Workspace, options: Any) -> list[Figure]:
+def by_mixture(bench: Bench) -> list[Figure]:
     """As many samples, asked in one way or in both; judged on retrieved behaviours, as ReLLa does."""
     figures: list[Figure] = []
-    for seed in options.seeds:
-        found = {}
-        for name in (["recent", "retrieved"], ["recent"], ["retrieved"]):
-            data = {"shots": options.length_shots, "shown": name}
-            rows = tuned(recipe, workspace, options, seed, shown=["retrieved"], zero_shot=False, data=data)
-            found[" + ".join(name)] = _of(rows["tuned"], "retrieved")
+    of_seed: dict[int, dict[str, Any]] = {}
+    for run in runs_of("mixture", bench.options):
+        rows, _ = bench.tuned(run)
+        of_seed.setdefault(run.seed, {})[" + ".join(run.asked)] = _of(rows["tuned"], "retrieved")
+    for seed, found in of_seed.items():
         (_, both), *single = found.items()
-        measure = f"tuned on both ways, seed {seed}"
         for name, one in single:
-            figures.append(_difference(measure, f"mixture - {name} alone", both, one))
+            figures.append(_difference(f"tuned on both ways, seed {seed}", f"mixture - {name} alone", both, one))
     return figures
 
 
-def tuned(
-    recipe: Recipe,
-    workspace: Workspace,
-    options: Any,
-    seed: int,
-    *,
-    shown: list[str],
-    zero_shot: bool = True,
-    **changes: dict[str, Any],
-) -> dict[str, pa.Table]:
-    """The test rows with their scores, of each model; kept in the workspace, so that nothing is scored twice."""
-    values = recipe.model_dump(mode="json")
-    usual: dict[str, dict[str, Any]] = {
-        "judging": {"shown": shown, "zero_shot": zero_shot, "test_samples": options.test_samples},
-        "data": {"seed": seed},
-        "tuning": {"seed": seed},
-    }
-    for section in usual:
-        values["ranking"][section] |= {**usual[section], **changes.get(section, {})}
-    kept = f"ranking/benchmark-{fingerprint(values)[:16]}"
-    models = ["zero-shot", "tuned"] if zero_shot else ["tuned"]
-    if not workspace.exists(kept, f"{models[-1]}.parquet"):
-        manifest = tune_ranker(Recipe.model_validate(values), workspace)
-        folder = manifest.outputs["judgements"].rpartition("/")[0]
-        for model in models:
-            workspace.write_parquet(
-                f"{kept}/{model}.parquet", workspace.read_parquet(f"{folder}/scores-{model}.parquet")
-            )
-    return {model: workspace.read_parquet(f"{kept}/{model}.parquet") for model in models}
+def by_cascade(bench: Bench) -> list[Figure]:
+    """Blends of DIN and the ranker of the most shots."""
+    run = runs_of("cascade", bench.options)[0]
+    _, folder = bench.tuned(run)
+    return cascade_figures(bench.recipe_of(run), bench.workspace, folder, bench.kept(run), bench.options.lists)
 
 
-def ctr_aucs(workspace: Workspace, recipe: Recipe, shots: int, seed: int, test_samples: int) -> dict[str, float]:
-    """Test AUCs of CTR models on the shots, valid and test samples that the ranker has."""
-    samples = workspace.read_table("samples")
-    assert recipe.ranking is not None
-    limits = {"train": shots, "valid": recipe.ranking.judging.valid_samples, "test": test_samples}
-    judged = recipe.ranking.judging.seed
-    rows = [
-        draw_shots(samples, None, seed if split == "train" else judged, split)[:limit]
-        for split, limit in limits.items()
-    ]
-    items = workspace.read_table("items")
-    features = build_features(
-        workspace.read_table("users"),
-        items,
-        samples.take(pa.array(np.concatenate(rows))),
-        attributes=[name for name in recipe.domain.text_fields if name in items.column_names],
-        profile=recipe.domain.profile_fields,
-        min_item_count=2,
-    )
-    config = CTRConfig(batch_size=64, epochs=60, patience=5, use_profile=True)
-    found = {}
-    for backbone in BACKBONES:
-        trial = Trial(backbone=backbone, arm="none", seed=seed)
-        found[backbone] = train_one(trial, TrainingData(features, {}), config).result.test.auc
-    return found
+FIGURES = {"shots": by_shots, "lengths": by_lengths, "mixture": by_mixture, "cascade": by_cascade}
 
 
 def _of_run(rows: dict[str, pa.Table], measure: str) -> list[Figure]:

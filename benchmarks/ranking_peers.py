@@ -1,0 +1,44 @@
+"""CTR models on exactly the samples that an LLM ranker was tuned, stopped and judged on."""
+
+import numpy as np
+import pyarrow as pa
+
+from owlrec.ctr.experiment import CTRConfig, Trial
+from owlrec.ctr.features import Features, build_features
+from owlrec.ctr.fitting import Trained, TrainingData, train_one
+from owlrec.ranking.experiment import RankingConfig
+from owlrec.ranking.samples import draw_shots
+from owlrec.scenario import Scenario
+from owlrec.workspace import Workspace
+
+BACKBONES = ("din", "dcnv2")
+
+
+def ctr_aucs(workspace: Workspace, scenario: Scenario, ranking: RankingConfig) -> dict[str, float]:
+    """Test AUCs, each model stopped on valid."""
+    samples, judging = workspace.read_table("samples"), ranking.judging
+    limits = {"train": ranking.data.shots, "valid": judging.valid_samples, "test": judging.test_samples}
+    seeds = {"train": ranking.data.seed, "valid": judging.seed, "test": judging.seed}
+    rows = [draw_shots(samples, None, seeds[split], split)[:limit] for split, limit in limits.items()]
+    features = features_of(workspace, scenario, samples.take(pa.array(np.concatenate(rows))))
+    few = CTRConfig(batch_size=64, epochs=60, patience=5, use_profile=True)
+    return {name: train(name, features, few, ranking.data.seed).result.test.auc for name in BACKBONES}
+
+
+def features_of(workspace: Workspace, scenario: Scenario, samples: pa.Table) -> Features:
+    """Of samples of all three splits; vocabularies are those of their train rows."""
+    items = workspace.read_table("items")
+    return build_features(
+        workspace.read_table("users"),
+        items,
+        samples,
+        attributes=[name for name in scenario.text_fields if name in items.column_names],
+        profile=scenario.profile_fields,
+        min_item_count=2,
+    )
+
+
+def train(backbone: str, features: Features, config: CTRConfig, seed: int) -> Trained:
+    """Without knowledge."""
+    trial = Trial(backbone=backbone, arm="none", seed=seed)
+    return train_one(trial, TrainingData(features, {}), config)
