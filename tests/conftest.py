@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the chaos test goes on."""
+    """How long the chaos test and the fuzzer go on."""
     parser.addoption("--chaos-seeds", type=int, default=3, help="seeded runs of tests/e2e/test_chaos.py")
+    parser.addoption("--fuzz-cases", type=int, default=200, help="requests of tests/serving/test_fuzz.py, at least")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -57,6 +57,10 @@ def test_by_the_ctr_model_alone():
     assert ids(ranked(Table(CTR), top_k=2)) == [2, 3]
 
 
+def test_the_shortest_deadline_leaves_the_ctr_model_some_time():
+    assert ids(ranked(Table(CTR), deadline_ms=10)) == [2, 3, 4, 5, 1]
+
+
 def test_a_cascade_asks_the_llm_about_the_head_alone():
     llm = Table(LLM)
     answer = ranked(Table(CTR), llm, mode="cascade", rerank=3, explain=True)

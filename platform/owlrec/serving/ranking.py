@@ -15,7 +15,7 @@ from owlrec.serving.problems import Problem
 from owlrec.serving.schemas import Rank, RankAnswer, Ranked, Why
 from owlrec.serving.telemetry import NoTelemetry, Telemetry
 
-_MARGIN_S = 0.01  # kept for writing the answer
+_MARGIN_S = 0.01  # kept for writing the answer, but no more than a tenth of what there is
 _log = logging.getLogger("owlrec.serving")
 
 
@@ -39,7 +39,8 @@ class Cascade:
 
         Raises Problem (503) where not even the CTR model answers in time.
         """
-        due = time.monotonic() + asked.deadline_ms / 1000 - _MARGIN_S
+        whole_s = asked.deadline_ms / 1000
+        due = time.monotonic() + whole_s - min(_MARGIN_S, whole_s / 10)
         ctr = await self._ctr_scores(asked, due)
         # Ties, and what is no number, keep the order in which the candidates came.
         order = sorted(range(len(ctr)), key=lambda row: -ctr[row] if not math.isnan(ctr[row]) else math.inf)
