@@ -7,6 +7,7 @@ from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Features, build_features
 from owlrec.ctr.fitting import Trained, TrainingData, train_one
 from owlrec.ranking.experiment import RankingConfig
+from owlrec.ranking.results import RankerResult, write_results
 from owlrec.ranking.samples import draw_shots
 from owlrec.scenario import Scenario
 from owlrec.workspace import Workspace
@@ -14,15 +15,21 @@ from owlrec.workspace import Workspace
 BACKBONES = ("din", "dcnv2")
 
 
-def ctr_aucs(workspace: Workspace, scenario: Scenario, ranking: RankingConfig) -> dict[str, float]:
-    """Test AUCs, each model stopped on valid."""
+def ctr_results(workspace: Workspace, scenario: Scenario, ranking: RankingConfig) -> list[RankerResult]:
+    """Each model's, stopped on valid; the report shows them beside the ranker's."""
     samples, judging = workspace.read_table("samples"), ranking.judging
     limits = {"train": ranking.data.shots, "valid": judging.valid_samples, "test": judging.test_samples}
     seeds = {"train": ranking.data.seed, "valid": judging.seed, "test": judging.seed}
     rows = [draw_shots(samples, None, seeds[split], split)[:limit] for split, limit in limits.items()]
     features = features_of(workspace, scenario, samples.take(pa.array(np.concatenate(rows))))
     few = CTRConfig(batch_size=64, epochs=60, patience=5, use_profile=True)
-    return {name: train(name, features, few, ranking.data.seed).result.test.auc for name in BACKBONES}
+    shots, seed = ranking.data.shots, ranking.data.seed
+    results = []
+    for name in BACKBONES:
+        auc = train(name, features, few, seed).result.test.auc
+        results.append(RankerResult(model=name, shots=shots, behaviours=None, shown="", seed=seed, auc=auc))
+    write_results(workspace, f"ctr-{shots}-{seed}", results)
+    return results
 
 
 def features_of(workspace: Workspace, scenario: Scenario, samples: pa.Table) -> Features:

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 import pipelines
 from benchmarks.ranking_cascade import cascade_figures
-from benchmarks.ranking_peers import ctr_aucs
+from benchmarks.ranking_peers import ctr_results
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr import metrics
 from owlrec.ctr.intervals import bootstrap_aucs, percentile_interval
@@ -132,7 +132,7 @@ def main() -> None:
     if options.quick:
         vars(options).update(_QUICK)
     recipe = load_recipe(RECIPE)
-    bench = Bench(recipe, Workspace(recipe.workspace), options)
+    bench = Bench(recipe, Workspace(recipe.workspace + ("-quick" if options.quick else "")), options)
     if finished_stage(bench.workspace, "prepare") is None:
         prepare(recipe, bench.workspace)
     announce(bench)
@@ -214,8 +214,8 @@ def by_shots(bench: Bench) -> list[Figure]:
         figures += _of_run(rows, measure)
         judged = bench.recipe_of(run).ranking
         assert judged is not None
-        for name, auc in ctr_aucs(bench.workspace, bench.recipe.domain, judged).items():
-            figures.append(Figure(measure=measure, method=name, value=auc, unit="AUC"))
+        for result in ctr_results(bench.workspace, bench.recipe.domain, judged):
+            figures.append(Figure(measure=measure, method=result.model, value=result.auc, unit="AUC"))
     return figures
 
 

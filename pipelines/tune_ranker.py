@@ -14,6 +14,7 @@ from owlrec.ranking.items import item_retriever
 from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import write_questions
+from owlrec.ranking.results import results_of, write_results
 from owlrec.recipe import Recipe
 from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
 from pipelines.session import ray_session
@@ -38,6 +39,8 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         settings=config.tuning,
         template_options=config.template_options,
     )
+
+    print_ = fingerprint(tuned_print, config, engine)
 
     def body() -> tuple[Counts, Outputs]:
         if recipe.split.history_length <= config.data.behaviours:
@@ -69,11 +72,11 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                     on_scored=advance,
                 )
         judgements = judge_models(workspace, job.folder, valid, test, scores, config.calibration)
+        write_results(workspace, print_[:16], results_of(config, judgements))
         table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
         counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}
         return counts, {"adapter": job.adapter, "judgements": f"{job.folder}/judgements.json"}
 
-    print_ = fingerprint(tuned_print, config, engine)
     return execute(workspace, "tune_ranker", print_, f"{engine.model}, {config.data.shots or 'all'} shots", body)
 
 

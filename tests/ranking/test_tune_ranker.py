@@ -10,6 +10,7 @@ from toy_taste import NOUNS, toy_texts  # type: ignore[import-not-found]
 
 from owlrec import schema
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
+from owlrec.ranking.results import read_results
 from owlrec.recipe import Recipe
 from owlrec.workspace import StageManifest, Workspace, finish_stage, finished_stage
 from pipelines.tune_ranker import run
@@ -72,6 +73,11 @@ def test_the_stage_tunes_calibrates_and_judges(
         workspace.names(manifest.outputs["adapter"])
     )
     assert "test split" in capsys.readouterr().out
+    results = read_results(workspace)
+    assert {(r.model, r.shots, r.behaviours, r.shown) for r in results} == {
+        (model, shots, 4, shown) for model, shots in (("zero-shot", 0), ("tuned", 120)) for shown in ("recent", "mixed")
+    }
+    assert [r.auc for r in results if r.model == "tuned"] == [judged["tuned", s]["auc"] for s in ("mixed", "recent")]
 
     assert run(recipe, workspace) == manifest
     assert "done already" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from owlrec.decoding.counters import DecoderCounters
 from owlrec.encoding.code_quality import QuantisationReport
 from owlrec.ops.charts import bar_chart, histogram, points_chart
 from owlrec.ops.throughput import Throughput
+from owlrec.ranking.results import RankerResult
 
 
 class ArmFigures(BaseModel):
@@ -70,6 +71,7 @@ class ReportData(BaseModel):
     throughput: Throughput = Throughput()  # of the generation job
     decoder: DecoderCounters | None = None  # of the speculative decoder, where one ran
     semantic_ids: dict[str, QuantisationReport] = {}  # by the name of their vectors: knowledge-user, metadata-item, ...
+    ranker: list[RankerResult] = []  # of all runs of the LLM ranker, and of CTR models on the same samples
     notes: list[str] = []  # what a reader must know in order not to misread the figures
     versions: dict[str, str] = {}
 
@@ -100,6 +102,16 @@ class ComparisonRow(BaseModel):
     rela_imp: str
     delong_p: str
     seeds: int
+
+
+class RankerRow(BaseModel):
+    """A row of the table of the LLM ranker: one way of asking, one model, all its seeds."""
+
+    asked: str
+    model: str
+    seeds: int
+    auc: str
+    interval: str  # of the first seed
 
 
 class SliceRow(BaseModel):
@@ -163,6 +175,8 @@ def render_report(data: ReportData) -> str:
         speed_chart=bar_chart(speed_ups, "x plain"),
         time_chart=bar_chart(data.throughput.over_time, "tokens/s"),
         replica_chart=bar_chart(data.throughput.by_replica, "tokens/s"),
+        ranker_rows=ranker_rows(data.ranker),
+        ranker_chart=points_chart(_ranker_aucs(data.ranker), "AUC on the test split"),
         version=__version__,
     )
 
@@ -256,6 +270,23 @@ def slice_rows(arms: list[ArmFigures]) -> list[SliceRow]:
     return rows
 
 
+def ranker_rows(results: list[RankerResult]) -> list[RankerRow]:
+    """The table of the LLM ranker, in the order of `results`."""
+    groups: dict[tuple[str, str], list[RankerResult]] = {}
+    for result in results:
+        groups.setdefault(_ranker_names(result), []).append(result)
+    return [
+        RankerRow(
+            asked=asked,
+            model=model,
+            seeds=len(of),
+            auc=_spread([r.auc for r in of]),
+            interval=f"[{i.low:.4f}, {i.high:.4f}]" if (i := of[0].interval) else "",
+        )
+        for (asked, model), of in groups.items()
+    ]
+
+
 def decoder_rows(counters: DecoderCounters) -> dict[str, str]:
     """What the decoder counted, as the report prints it."""
     counts = counters.counts
@@ -273,6 +304,21 @@ def decoder_rows(counters: DecoderCounters) -> dict[str, str]:
         shares = {name: counts.get(f"{name}_s", 0) / steps_s for name in ("retrieval", "verification")}
         rows["share of step time"] = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     return rows
+
+
+def _ranker_aucs(results: list[RankerResult]) -> dict[str, dict[str, list[float]]]:
+    aucs: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        asked, model = _ranker_names(result)
+        aucs.setdefault(asked, {}).setdefault(model, []).append(result.auc)
+    return aucs
+
+
+def _ranker_names(result: RankerResult) -> tuple[str, str]:
+    """What a prompt shows, and who answers."""
+    shots = "all samples" if result.shots is None else f"{result.shots:,} shots"
+    model = "zero-shot" if result.model == "zero-shot" else f"{result.model}, {shots}"
+    return (f"{result.shown}, K = {result.behaviours}" if result.behaviours else "CTR models"), model
 
 
 def _arm_names(arms: list[ArmFigures]) -> list[str]:

@@ -24,6 +24,7 @@ from owlrec.encoding.coded_vectors import read_reports
 from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge, iterate_manifests
 from owlrec.ops.report import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.throughput import throughput
+from owlrec.ranking.results import read_results
 from owlrec.schema import KNOWLEDGE
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.store.latency import measure_lookup
@@ -79,6 +80,7 @@ def collect(
         throughput=throughput(iterate_manifests(workspace, _knowledge_folder(manifests))),
         decoder=_decoder_counters(workspace, manifests),
         semantic_ids=_semantic_ids(workspace, manifests),
+        ranker=read_results(workspace),
         lookup=lookup_figures(release, _some_users(workspace)),
         notes=list(_NOTES),
         versions={name: metadata.version(name) for name in ("ray", "pyarrow", "lmdb", "numpy")},
