@@ -1,8 +1,9 @@
 """A load generator over HTTP/1.1, as a process of its own: open loop (arrivals come when they come, and wait is
 counted) or closed loop (as fast as answers arrive).
 
-`python -m benchmarks.load JOB`, with JOB a LoadJob as JSON, prints a LoadResult as JSON. It speaks just enough HTTP to
-cost the measured machine little: one request a time on each of its connections, answers with a Content-Length.
+`python -m benchmarks.load` reads a LoadJob as JSON from its standard input and prints a LoadResult as JSON. It speaks
+just enough HTTP to cost the measured machine little: one request a time on each of its connections, answers with a
+Content-Length.
 """
 
 import asyncio
@@ -19,6 +20,8 @@ from pydantic import BaseModel, ConfigDict
 class LoadJob(BaseModel):
     """What to ask, and how often."""
 
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
     url: str
     bodies: list[str] = []  # of POST requests, in turns; none: GET of `paths`
     paths: list[str] = []
@@ -26,6 +29,8 @@ class LoadJob(BaseModel):
     rate: float | None = None  # requests/s, as a Poisson process; None = closed loop
     seconds: float
     connections: int = 16  # at most, where `rate` is given
+    count: str = ""  # a word to look for in answers
+    count_within_s: float = float("inf")  # of the answers that came so soon
     check_labels: bool = False  # every text of an answer begins with one and the same word, a release's own
 
 
@@ -41,13 +46,14 @@ class LoadResult(BaseModel):
     ok_p50_ms: float
     ok_p99_ms: float
     refused_p99_ms: float  # of every answer but 200
+    counted: int = 0  # answers with 200 that held the word to count, and came soon enough
     labels: dict[str, list[str]] = {}  # by release: what its texts began with
     mixed: int = 0  # answers whose texts began with different words
 
 
 def main() -> None:
-    """Runs the job of the command line."""
-    print(asyncio.run(_Load(LoadJob.model_validate_json(sys.argv[1])).run()).model_dump_json())
+    """Runs the job that standard input holds."""
+    print(asyncio.run(_Load(LoadJob.model_validate_json(sys.stdin.read())).run()).model_dump_json())
 
 
 class _Load:
@@ -61,6 +67,7 @@ class _Load:
         self.times: list[tuple[int, float]] = []  # status (0: lost), seconds
         self.labels: dict[str, set[str]] = {}
         self.mixed = 0
+        self.counted = 0
 
     async def run(self) -> LoadResult:
         start = time.perf_counter()
@@ -98,6 +105,8 @@ class _Load:
                     writer.close()
                 if status == 200 and self.job.check_labels:
                     self._check(body)
+                if status == 200 and self.job.count and time.perf_counter() - due <= self.job.count_within_s:
+                    self.counted += self.job.count.encode() in body
             except (OSError, asyncio.IncompleteReadError, TimeoutError):
                 status = 0
             self.times.append((status, time.perf_counter() - due))
@@ -124,6 +133,7 @@ class _Load:
             ok_p50_ms=percentile(ok, 50),
             ok_p99_ms=percentile(ok, 99),
             refused_p99_ms=percentile(refused, 99),
+            counted=self.counted,
             labels={release: sorted(found) for release, found in self.labels.items()},
             mixed=self.mixed,
         )

@@ -1,39 +1,36 @@
 """Knowledge lookup: the stores, then HTTP beside Feast's online server and a plain FastAPI + SQLite server, on the same
 texts and vectors, each server alone on the machine with the load generator.
 
-Parts (--only): `store`, `http` (latency at 200 requests/s, greatest rate for 1 and for 256 ids), `swaps` (publish, swap
-and roll back under load), `overload` (five times what it can take), `memory` (what further replicas add). Feast runs
-from an environment of its own: `--feast DIR/bin/python`, made by `python -m venv DIR; DIR/bin/pip install feast`.
+Parts (--only): `store`, `http` (latency at 200 requests/s, greatest rate for 1 and for 256 ids), `swaps` (publish,
+swap and roll back under load), `overload` (five times what it can take), `memory` (what further replicas add), `rank`
+(by CTR alone and re-ranked by SmolLM2, see benchmarks.serving_rank). Feast runs from an environment of its own:
+`--feast DIR/bin/python`, made by `python -m venv DIR; DIR/bin/pip install feast`.
 """
 
 import argparse
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pyarrow as pa
 
-from benchmarks.load import LoadJob, LoadResult
+from benchmarks.load import LoadJob
+from benchmarks.serving_processes import free_port, load, peer, process, serving, wait_for_port
+from benchmarks.serving_rank import measure_rank
 from benchmarks.table import Figure, options_parser, show
 from owlrec.schema import KNOWLEDGE, vectors_table
 from owlrec.store import KnowledgeStore, ReleaseInfo, open_release, publish, roll_back
 from owlrec.workspace import Workspace, fingerprint
 
 DIM, BATCH = 384, 256
-PARTS = ("store", "http", "swaps", "overload", "memory")
-PEERS = Path(__file__).parent / "serving_peers"
+PARTS = ("store", "http", "swaps", "overload", "memory", "rank")
 OURS, PLAIN, FEAST = "owlrec", "FastAPI + SQLite", "Feast"
 BATCH_PATH = "/v1/knowledge:batchGet"
 
@@ -48,6 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="owlrec-serving-") as name:
         folder = Path(name)
         parts = {"store": _store, "http": _http, "swaps": _swaps, "overload": _overload, "memory": _memory}
+        parts["rank"] = measure_rank
         for part in options.only:
             figures += parts[part](folder / part, options)
     show("serving", figures, options)
@@ -90,9 +88,9 @@ def _store(folder: Path, options: argparse.Namespace) -> list[Figure]:
     from owlrec.store.redis_publishing import push
     from owlrec.store.redis_store import RedisReleases
 
-    port = _free_port()
-    with _process([program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]):
-        _wait_for_port(port)
+    port = free_port()
+    with process([program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]):
+        wait_for_port(port)
         releases = RedisReleases(f"redis://127.0.0.1:{port}/0", timeout_s=60)
         with releases.open(push(workspace, releases)) as release:
             name = "Redis over loopback"
@@ -128,10 +126,10 @@ def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
     workspace = Workspace(folder / "ws")
     _release(workspace, n)
     figures = []
-    with _serving(workspace) as url:
+    with serving(workspace) as url:
         ours = _our_load(url, n, 1)
-        _load(ours, seconds=3, connections=4)
-        result = _load(ours, rate=200, seconds=10 if options.quick else 60, connections=200)
+        load(ours, seconds=3, connections=4)
+        result = load(ours, rate=200, seconds=10 if options.quick else 60, connections=200)
         bad = result.asked - result.statuses.get("200", 0)
         for what, value, unit in (
             ("p50", result.ok_p50_ms, "ms"),
@@ -140,10 +138,10 @@ def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
         ):
             figures.append(_figure(f"one id, 200 requests/s, {what}", OURS, value, unit))
         rates = {OURS: {ids: _greatest(_our_load(url, n, ids), seconds) for ids in (1, BATCH)}}
-    with _peer("plain_server.py", sys.executable, workspace, folder, n) as url:
+    with peer("plain_server.py", sys.executable, workspace, folder, n) as url:
         rates[PLAIN] = {ids: _greatest(_plain_load(url, n, ids), seconds) for ids in (1, BATCH)}
     if options.feast:
-        with _peer("feast_server.py", options.feast, workspace, folder, n) as url:
+        with peer("feast_server.py", options.feast, workspace, folder, n) as url:
             rates[FEAST] = {ids: _greatest(_feast_load(url, n, ids), seconds) for ids in (1, BATCH)}
     else:
         figures.append(_skipped("greatest rate", "Feast (see --feast)"))
@@ -158,8 +156,8 @@ def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
 
 def _greatest(job: LoadJob, seconds: float) -> float:
     """Requests/s with every connection busy: the best of three numbers of them."""
-    _load(job, seconds=2, connections=4)
-    return max(_load(job, seconds=seconds / 2, connections=c).ok_per_s for c in (4, 16, 64))
+    load(job, seconds=2, connections=4)
+    return max(load(job, seconds=seconds / 2, connections=c).ok_per_s for c in (4, 16, 64))
 
 
 def _our_load(url: str, n: int, ids: int, fields: tuple[str, ...] = ("text", "vector"), **more: object) -> LoadJob:
@@ -195,19 +193,18 @@ def _swaps(folder: Path, options: argparse.Namespace) -> list[Figure]:
     rounds, n = (4 if options.quick else 50), 1000
     workspace = Workspace(folder / "ws")
     _release(workspace, n, "r0")
-    with _serving(workspace) as url:
+    with serving(workspace) as url:
         job = _our_load(url, n, 8, ("text",), check_labels=True).model_copy(
             update={"rate": 200.0, "seconds": rounds * 3.2, "connections": 200}
         )
-        command = [sys.executable, "-m", "benchmarks.load", job.model_dump_json()]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(load, job)
             for number in range(1, rounds + 1):
                 _release(workspace, n, f"r{number}")
                 time.sleep(1.2)
                 roll_back(workspace)
                 time.sleep(1.2)
-            output, _ = load.communicate()
-    result = LoadResult.model_validate_json(output)
+            result = asking.result()
     failed = result.asked - result.statuses.get("200", 0)
     mixed = result.mixed + sum(len(labels) > 1 for labels in result.labels.values())
     what = f"{rounds} publications, swaps and roll-backs, 200 requests/s"
@@ -226,13 +223,13 @@ def _overload(folder: Path, options: argparse.Namespace) -> list[Figure]:
     n, seconds = 20_000, 8.0 if options.quick else 30.0
     workspace = Workspace(folder / "ws")
     _release(workspace, n)
-    with _serving(workspace) as url:
+    with serving(workspace) as url:
         job = _our_load(url, n, BATCH, ("text",))
         capacity = _greatest(job, 6 if options.quick else 20)
         before = _replica_bytes("rss")
-        result = _load(job, rate=5 * capacity, seconds=seconds, connections=1000)
+        result = load(job, rate=5 * capacity, seconds=seconds, connections=1000)
         after = _replica_bytes("rss")
-        recovered = _load(job, seconds=3, connections=16)
+        recovered = load(job, seconds=3, connections=16)
     unanswered = result.asked - sum(result.statuses.get(s, 0) for s in ("200", "503"))
     return [
         _figure("capacity, 256 texts a request", OURS, capacity, "requests/s"),
@@ -253,8 +250,8 @@ def _memory(folder: Path, options: argparse.Namespace) -> list[Figure]:
     _release(workspace, n)
     totals = {}
     for replicas in (1, 3):
-        with _serving(workspace, replicas) as url:
-            _load(_our_load(url, n, BATCH), seconds=5 if options.quick else 20, connections=16)
+        with serving(workspace, replicas) as url:
+            load(_our_load(url, n, BATCH), seconds=5 if options.quick else 20, connections=16)
             totals[replicas] = _replica_bytes("pss")
     size = sum(p.stat().st_size for p in workspace.local_path("releases").rglob("*.lmdb"))
     return [
@@ -266,96 +263,10 @@ def _memory(folder: Path, options: argparse.Namespace) -> list[Figure]:
 
 def _replica_bytes(field: str) -> float:
     total = 0.0
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if "ServeReplica:knowledge" in " ".join(process.info["cmdline"] or ()):
-            total += getattr(process.memory_full_info(), field)
+    for one in psutil.process_iter(["name", "cmdline"]):
+        if "ServeReplica:knowledge" in " ".join(one.info["cmdline"] or ()):
+            total += getattr(one.memory_full_info(), field)
     return total
-
-
-# ------------------------------------------------------------------------------------------------------------- servers
-
-
-@contextmanager
-def _serving(workspace: Workspace, replicas: int = 1) -> Iterator[str]:
-    """`owlrec serve` on the workspace; its address."""
-    port = _free_port()
-    owlrec = Path(sys.executable).parent / "owlrec"
-    options = {"--workspace": workspace.path(), "--port": port, "--replicas": replicas, "--max-replicas": replicas}
-    with _process([str(owlrec), "serve", *(str(word) for option in options.items() for word in option)]):
-        for path in ("readyz", "explorer/readyz"):  # the latter comes last: nothing is started any more under load
-            _wait_for_answer(f"http://127.0.0.1:{port}/{path}")
-        yield f"http://127.0.0.1:{port}"
-
-
-@contextmanager
-def _peer(script: str, python: str, workspace: Workspace, folder: Path, n: int) -> Iterator[str]:
-    """A peer's server on the same rows; its address. The rows travel as one Parquet file."""
-    import pyarrow.parquet as pq
-
-    rows = folder / "rows.parquet"
-    if not rows.exists():
-        with open_release(workspace, verify=False) as release:
-            ids = np.arange(n)
-            texts = [k.text for k in release.store.get("user", ids) if k]
-            vectors, _ = release.store.vectors("user", ids)
-        flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), DIM)
-        pq.write_table(pa.table({"user_id": ids, "text": texts, "vector": flat}), rows)
-    port = _free_port()
-    with _process([python, str(PEERS / script), str(rows), str(port)], cwd=folder):
-        _wait_for_port(port, 1800)
-        yield f"http://127.0.0.1:{port}"
-
-
-@contextmanager
-def _process(command: list[str], cwd: Path | None = None) -> Iterator[None]:
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, start_new_session=True)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _load(job: LoadJob, **changes: object) -> LoadResult:
-    command = [sys.executable, "-m", "benchmarks.load", job.model_copy(update=changes).model_dump_json()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the load generator failed:\n{done.stderr[-2000:]}")
-    return LoadResult.model_validate_json(done.stdout)
-
-
-def _wait_for_answer(url: str, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)
-
-
-def _wait_for_port(port: int, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _figure(measure: str, method: str, value: float, unit: str) -> Figure:
