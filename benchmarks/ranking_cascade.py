@@ -74,7 +74,7 @@ def llm_scores(recipe: Recipe, workspace: Workspace, folder: str, asked: pa.Tabl
         asked,
         workspace.read_table("users"),
         ItemCatalog.load(workspace),
-        item_retriever(workspace, recipe.encoder, config.projection),
+        item_retriever(workspace, config.item_encoder(recipe.encoder, engine), config.projection),
         recipe.domain,
         config.prompt,
         token_counter(engine),

@@ -3,14 +3,13 @@ as it is.
 """
 
 from owlrec import __version__
-from owlrec.encoding.encoder import encoder_identity
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.generation import token_counter
 from owlrec.generation.models import model_identity
 from owlrec.ops.console import note, progress, table, warn
 from owlrec.prompting.rella import rank_fingerprint
 from owlrec.ranking.adapters import Adapter
-from owlrec.ranking.items import item_retriever
+from owlrec.ranking.items import item_encoder_identity, item_retriever
 from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import write_questions
@@ -29,8 +28,9 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     if config is None:
         raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
-    model, encoder = model_identity(engine.model, engine.revision), encoder_identity(recipe.encoder)
-    tuned_print = fingerprint(prepared.fingerprint, model, wording, config.decides_adapter, encoder, __version__)
+    model, encoder = model_identity(engine.model, engine.revision), config.item_encoder(recipe.encoder, engine)
+    read_by = item_encoder_identity(encoder)
+    tuned_print = fingerprint(prepared.fingerprint, model, wording, config.decides_adapter, read_by, __version__)
     job = TuningJob(
         folder=f"ranking/{tuned_print[:16]}",
         model=engine.model,
@@ -48,7 +48,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 f"split.history_length is {recipe.split.history_length}, and a prompt shows {config.data.behaviours} "
                 "behaviours: retrieved ones are the recent ones. Raise split.history_length and prepare again."
             )
-        retriever = item_retriever(workspace, recipe.encoder, config.projection)
+        retriever = item_retriever(workspace, encoder, config.projection)
         counts: Counts = {}
         counts |= write_questions(workspace, job.folder, config, recipe.domain, retriever, token_counter(engine))
         note(f"{counts['train_rows']:,} rows to tune on, from {counts['train_samples']:,} samples")

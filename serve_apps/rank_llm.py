@@ -34,7 +34,7 @@ class LlmReplica:
         self._workspace = Workspace(workspace)
         self._writer = QuestionWriter(
             WorkspaceTables(self._workspace),
-            item_retriever(self._workspace, settings.encoder, config.projection),
+            item_retriever(self._workspace, config.item_encoder(settings.encoder, engine), config.projection),
             settings.domain,
             config,
             token_counter(engine),

@@ -7,7 +7,7 @@ much as knowledge does, the LLM added nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,13 @@ from owlrec.errors import SchemaError
 from owlrec.schema import vectors_table
 
 _NO_ATTRIBUTES = {"user_id", "item_id", "raw_id", "title"}
+
+
+class TextEncoder(Protocol):
+    """What encodes texts: encoder.Encoder, or another with its `encode`."""
+
+    def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
+        """Vectors aligned with `texts`: float32 [n, d]; see encoder.Encoder."""
 
 
 def encode_knowledge(knowledge: pa.Table, encoder: Encoder, on_batch: Callable[[int], None] | None = None) -> pa.Table:
@@ -36,7 +43,7 @@ def encode_texts(
     kind: str,
     ids: Sequence[int] | np.ndarray,
     texts: Sequence[str],
-    encoder: Encoder,
+    encoder: TextEncoder,
     on_batch: Callable[[int], None] | None = None,
 ) -> pa.Table:
     """The vectors table of texts aligned with `ids`, all of one kind. Empty texts are left out."""

@@ -8,10 +8,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from owlrec.config import Config
+from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import RecipeError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.prompting.rella import RankPromptConfig
 from owlrec.ranking.calibration import CalibrationMethod
+from owlrec.ranking.last_layer import LastLayerConfig
 from owlrec.ranking.projection import ProjectionConfig
 from owlrec.ranking.samples import Shown, TuningDataConfig
 
@@ -73,6 +75,7 @@ class RankingConfig(Config):
     template_options: dict[str, Any] = {}  # of the chat template, such as enable_thinking: false
     prompt: RankPromptConfig = RankPromptConfig()
     data: TuningDataConfig = TuningDataConfig()
+    item_vectors: Literal["encoder", "llm"] = "encoder"  # whose vectors retrieve: the recipe's encoder's, or the LLM's
     projection: ProjectionConfig = ProjectionConfig()
     tuning: TuningConfig = TuningConfig()
     calibration: CalibrationMethod = "platt"
@@ -84,6 +87,12 @@ class RankingConfig(Config):
         if not isinstance(engine, VllmEngineConfig):
             raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
         return engine
+
+    def item_encoder(self, of_recipe: EncoderConfig, engine: VllmEngineConfig) -> EncoderConfig | LastLayerConfig:
+        """What makes the vectors by which behaviours are retrieved. engine: the one that ranks."""
+        if self.item_vectors == "encoder":
+            return of_recipe
+        return LastLayerConfig(model=engine.model, revision=engine.revision)
 
     @property
     def decides_adapter(self) -> dict[str, Any]:
