@@ -31,6 +31,7 @@ from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.ops.console import note
 from owlrec.prompting.rella import YES
 from owlrec.ranking.experiment import RankingConfig
+from owlrec.ranking.judging import Judgement
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.workspace import Workspace, fingerprint, finished_stage
 from pipelines.prepare import run as prepare
@@ -107,11 +108,27 @@ class Bench:
             for model in models:
                 rows = self.workspace.read_parquet(f"{folder}/scores-{model}.parquet")
                 self.workspace.write_parquet(f"{kept}/{model}.parquet", rows)
-            name = f"calibration-tuned-{run.judged[0]}.json"
-            self.workspace.write_json(f"{kept}/calibration.json", self.workspace.read_json(f"{folder}/{name}"))
+            for to, name in (("calibration", f"calibration-tuned-{run.judged[0]}"), ("judgements", "judgements")):
+                self.workspace.write_json(f"{kept}/{to}.json", self.workspace.read_json(f"{folder}/{name}.json"))
             self.workspace.write_json(f"{kept}/run.json", {"folder": folder})
         tables = {model: self.workspace.read_parquet(f"{kept}/{model}.parquet") for model in models}
         return tables, self.workspace.read_json(f"{kept}/run.json")["folder"]
+
+    def figures(self, run: Run, measure: str) -> list[Figure]:
+        """What a run's models were judged to be worth."""
+        self.tuned(run)
+        judgements = map(Judgement.model_validate, self.workspace.read_json(f"{self.kept(run)}/judgements.json"))
+        return [
+            Figure(
+                measure=measure,
+                method=f"{j.model}, {j.shown}",
+                value=j.auc,
+                unit="AUC"
+                + (f" [{j.interval.low:.4f}, {j.interval.high:.4f}]" if j.interval else "")
+                + f", log-loss {j.log_loss:.4f}, accuracy {j.accuracy:.4f}",
+            )
+            for j in judgements
+        ]
 
 
 def main() -> None:
@@ -210,8 +227,7 @@ def by_shots(bench: Bench) -> list[Figure]:
     figures: list[Figure] = []
     for run in runs_of("shots", bench.options):
         measure = f"{run.shots} shots, seed {run.seed}"
-        rows, _ = bench.tuned(run)
-        figures += _of_run(rows, measure)
+        figures += bench.figures(run, measure)
         judged = bench.recipe_of(run).ranking
         assert judged is not None
         for result in ctr_results(bench.workspace, bench.recipe.domain, judged):
@@ -223,8 +239,8 @@ def by_lengths(bench: Bench) -> list[Figure]:
     """Each K with its own adapter."""
     figures: list[Figure] = []
     for run in runs_of("lengths", bench.options):
+        figures += bench.figures(run, f"K = {run.behaviours}, {run.shots} shots")
         rows, _ = bench.tuned(run)
-        figures += _of_run(rows, f"K = {run.behaviours}, {run.shots} shots")
         for model in ("zero-shot", "tuned"):
             for way in WAYS[1:]:
                 pair = [_of(rows[model], of) for of in (way, "recent")]
@@ -254,18 +270,6 @@ def by_cascade(bench: Bench) -> list[Figure]:
 
 
 FIGURES = {"shots": by_shots, "lengths": by_lengths, "mixture": by_mixture, "cascade": by_cascade}
-
-
-def _of_run(rows: dict[str, pa.Table], measure: str) -> list[Figure]:
-    figures = []
-    for model, table in rows.items():
-        for way in dict.fromkeys(table["shown"].to_pylist()):
-            users, labels, scores = _of(table, way)
-            interval = percentile_interval(bootstrap_aucs(labels, [scores], users)[:, 0])
-            unit = f"AUC [{interval.low:.4f}, {interval.high:.4f}]"
-            method = f"{model}, {way}"
-            figures.append(Figure(measure=measure, method=method, value=metrics.auc(labels, scores), unit=unit))
-    return figures
 
 
 def _of(table: pa.Table, way: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -58,9 +58,19 @@ def gpt2(words: Iterable[str]) -> Tokenizer:
 
 
 def llama3(words: Iterable[str]) -> Tokenizer:
-    """Llama 3, Qwen: an expression of their own parts the words before the bytes are mapped."""
+    """Llama 3: an expression of its own parts the words before the bytes are mapped."""
     tokenizer = Tokenizer(bpe(BYTES, words, "Ġ"))
     split = pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|\s*[\r\n]+|\s+|[^\s]+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def qwen(words: Iterable[str]) -> Tokenizer:
+    """Qwen 2 and 3: digits one by one, after Unicode's composed form."""
+    tokenizer = Tokenizer(bpe(BYTES, words, "Ġ"))
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|\s*[\r\n]+|\s+|[^\s]+"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -99,6 +109,7 @@ def saved(folder: Path, tokenizer: Tokenizer, template: str | None = None) -> An
 FAMILIES = {
     "gpt2": (gpt2, "Ġ", CHATML, ""),
     "llama3": (llama3, "Ġ", CHATML, ""),
+    "qwen": (qwen, "Ġ", CHATML, ""),
     "llama2": (llama2, "▁", LLAMA2, "▁"),
     "mistral": (mistral, "▁", LLAMA2, "▁"),
     "gemma": (gemma, "▁", GEMMA, ""),
