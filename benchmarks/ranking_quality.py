@@ -136,7 +136,7 @@ def main() -> None:
     parser = options_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shots", type=int, nargs="+", default=[64, 256, 1024], help="any number: 4096 takes hours")
-    parser.add_argument("--shown", type=int, default=10, help="behaviours that a prompt of `shots` and `cascade` shows")
+    parser.add_argument("--shown", type=int, default=5, help="behaviours that a prompt of `shots` and `cascade` shows")
     parser.add_argument("--behaviours", type=int, nargs="+", default=[5, 10, 15, 20, 30], help="the K of `lengths`")
     parser.add_argument("--length-shots", type=int, default=256, help="that `lengths` and `mixture` tune on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
