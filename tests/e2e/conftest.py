@@ -1,9 +1,12 @@
 """A recipe small enough to run whole in a test, on the echo engine."""
 
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "ranking"))  # whose tiny models are tuned here too
 
 
 @pytest.fixture
