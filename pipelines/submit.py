@@ -50,6 +50,7 @@ def submit(
         submission_files.refuse_local_paths(settings)
         jobs, words = submission_client.connect(address), [f"--{f}" for f in flag or []]
         id_ = submission_name(settings, name, words)
+        again = again or name == "refresh"  # which finds new events each time
         attempt = existing(jobs, id_, again=again)
         if attempt is None:
             words += ["--recipe", submission_files.RECIPE, "--workspace", root]

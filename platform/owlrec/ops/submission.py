@@ -78,7 +78,7 @@ def latest_attempt(jobs: Jobs, name: str) -> tuple[int, Any] | None:
 def existing(jobs: Jobs, name: str, *, again: bool = False) -> Attempt | None:
     """The running or the finished job of this name; None where one has to be started.
 
-    again: a finished one does not count. A refresh, for one, finds new events each time.
+    again: a finished one does not count.
     """
     return _standing(latest_attempt(jobs, name), again)
 
