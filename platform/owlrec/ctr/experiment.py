@@ -50,8 +50,8 @@ class CTRConfig(Config):
     sparse_above_rows: int = Field(default=50_000, ge=0)
     # Of row-wise Adagrad. Same trial: .005 gave .7539, .01 .7530, .02 .7525, .05 .7496, .1 .7458.
     table_learning_rate: float = Field(default=0.005, gt=0)
-    # bfloat16: the products of training in half the width; scores are always computed in float32. It pays on GPUs and on
-    # CPUs with AMX or AVX512-BF16 (two cores of an EPYC: DCN-V2 trains 1.9 times as fast, DIN 1.3 times).
+    # bfloat16: the products of training in half the width; scores are always computed in float32. It pays on GPUs and
+    # on CPUs with AMX or AVX512-BF16 (two cores of an EPYC: DCN-V2 trains 1.9 times as fast, DIN 1.3 times).
     precision: Literal["float32", "bfloat16"] = "float32"
     # From 0 to 1 it moved the valid AUC by less than .0005: early stopping does its work.
     weight_decay: float = Field(default=0.0, ge=0)
