@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from heads import (
+    ROOT,
     Head,
     end_head,
     free_port,
@@ -65,6 +66,9 @@ def head(tmp_path: Path) -> Iterator[Head]:
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         **dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), HEAD_ID),
+        # As an image that has OwlRec. The fake nodes share one folder for what travels with a job, and each that starts
+        # unpacks it anew: code in it would be gone for a moment from under an engine that is just importing it.
+        "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}",
     }
     python = make_bare_python(tmp_path / "venv")
     options = [f"--autoscaling-config={tmp_path / 'fake.yaml'}"]
@@ -78,7 +82,7 @@ def test_nodes_come_for_pending_actors_and_go_when_idle_and_a_killed_one_costs_n
     two_engines = "{min_replicas: 2, max_replicas: 2, engine_cpus: 1, lease_s: 5, shards_in_flight: 1}"
     recipe = echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 2") + f"generate: {two_engines}\n"
     echo_recipe.write_text(recipe)
-    where = ("--recipe", str(echo_recipe), "--address", head.address)
+    where = ("--recipe", str(echo_recipe), "--address", head.address, "--installed")
     prepared = owlrec(head, "submit", "prepare", *where, "--no-preflight")  # its driver needs no CPU
     assert prepared.returncode == 0, prepared.stdout + prepared.stderr
     assert len(alive(head)) == 1
