@@ -65,7 +65,7 @@ def refresh(
     max_replicas: Annotated[int | None, typer.Option("--max-replicas", help="in place of the recipe's own")] = None,
 ) -> None:
     """Take in the log's new interactions and renew the texts of users who have moved on, as a delta release."""
-    from owlrec.streaming.watching import repeat
+    from owlrec.ops.watching import repeat
     from pipelines.refresh import run as run_refresh
 
     with plain_errors():

@@ -8,13 +8,13 @@ from owlrec.generation.batch import build_job, check_dead_share, generate
 from owlrec.generation.shards import Job, finished_shards, plan_prompt_shards, read_knowledge
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
+from owlrec.ops.watching import StopSignals, repeat
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.streaming.asking import job_of_plan, too_many_dead, with_latest_pools
 from owlrec.streaming.journal import Plan, pending_plan
 from owlrec.streaming.planning import make_plan
 from owlrec.streaming.settling import finish, publish_delta
 from owlrec.streaming.tidying import tidy
-from owlrec.streaming.watching import StopSignals, repeat
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import open_workspace, plain_errors, recipe_parser

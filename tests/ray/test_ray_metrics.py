@@ -40,8 +40,8 @@ def exposed(what: str, expected: dict[str, float], *updates: Any, ignoring: tupl
     @ray.remote(num_cpus=0)
     class Runner:
         def __init__(self) -> None:
-            from owlrec.ops.decoder_metrics import DecoderMetrics
-            from owlrec.ops.generation_metrics import GenerationMetrics
+            from owlrec.generation.decoder_metrics import DecoderMetrics
+            from owlrec.generation.metrics import GenerationMetrics
 
             self.metrics: Any = {"decoder": DecoderMetrics, "generation": GenerationMetrics}[what]("engine-1")
 

@@ -121,7 +121,7 @@ def count_elsewhere():
     @ray.remote(num_cpus=0)
     class Engine:
         def count(self):
-            from owlrec.ops.decoder_metrics import _COUNTS, DecoderMetrics
+            from owlrec.generation.decoder_metrics import _COUNTS, DecoderMetrics
 
             counters = DecoderCounters(counts={**dict.fromkeys(_COUNTS, 1.0), "hits_own": 1.0})
             DecoderMetrics("engine").update(counters)

@@ -17,11 +17,11 @@ from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
 from owlrec.generation.shard_work import generate_shard
 from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard
+from owlrec.ops.watching import Stopped, StopSignals
 from owlrec.prompting.rows import ItemCatalog
 from owlrec.recipe import Recipe
 from owlrec.store import open_release
 from owlrec.streaming.journal import pending_plan, read_position
-from owlrec.streaming.watching import Stopped, StopSignals
 from owlrec.workspace import Workspace
 from pipelines import refresh
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from owlrec.errors import EngineError, OwlRecError
 from owlrec.generation import EngineConfig, build_engine
+from owlrec.generation.decoder_metrics import DecoderMetrics
 from owlrec.generation.engine import EngineStopped
 from owlrec.generation.ledger import Claim, Ledger
+from owlrec.generation.metrics import GenerationMetrics
 from owlrec.generation.shard_work import ShardLost, generate_shard
 from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard
-from owlrec.ops.decoder_metrics import DecoderMetrics
-from owlrec.ops.generation_metrics import GenerationMetrics
 from owlrec.quiet import redirect_output
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
