@@ -4,7 +4,6 @@ from owlrec import __version__
 from owlrec.errors import SchemaError
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe
-from owlrec.sources import load_source
 from owlrec.sources.splits import build_samples
 from owlrec.workspace import StageManifest, Workspace, fingerprint
 from pipelines.stage import Counts, Outputs, execute, main
@@ -12,7 +11,7 @@ from pipelines.stage import Counts, Outputs, execute, main
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     """Reads the source, builds samples and histories, writes five tables."""
-    raw = load_source(recipe.source)
+    raw = recipe.source.load()
     positive_above = recipe.domain.positive_above
     print_ = fingerprint(raw.digest, recipe.split, positive_above, recipe.shard_rows, __version__)
 

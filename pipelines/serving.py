@@ -20,7 +20,7 @@ from pipelines.stage import plain_errors
 
 WorkspaceOption = Annotated[str | None, typer.Option("--workspace", help="the workspace that holds the releases")]
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="the recipe whose workspace to use")]
-RedisOption = Annotated[str | None, typer.Option("--redis", help="read from this server, redis://…, in its place")]
+StoreOption = Annotated[str | None, typer.Option("--store", help="read from this server, redis://…, in its place")]
 
 
 def serve(
@@ -29,7 +29,7 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="off loopback, API keys are needed")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port")] = 8000,
     keys_file: Annotated[str | None, typer.Option("--keys", help="file of API keys; `owlrec keys` makes them")] = None,
-    redis: RedisOption = None,
+    from_store: StoreOption = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="that always run")] = 1,
     max_replicas: Annotated[int, typer.Option("--max-replicas", min=1, help="that run under load")] = 2,
     artifact: Annotated[
@@ -57,7 +57,7 @@ def serve(
             workspace=store.path() if store.local else store.root,
             host=host,
             port=port,
-            redis=redis,
+            store=from_store,
             keys_file=keys_file,
             replicas=replicas,
             max_replicas=max(replicas, max_replicas),

@@ -17,8 +17,9 @@ from owlrec.environment import api_keys
 from owlrec.serving.guard import Limits
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
-from owlrec.serving.served import ReleaseSource, ServedReleases, WorkspaceReleases
+from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
+from owlrec.store.release_source import ReleaseSource, open_store
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
 from serve_apps.stopping import asked_to_stop
@@ -31,8 +32,8 @@ _AT_ONCE_REMOTE = 32  # one in a database waits
 class KnowledgeArgs(Config):
     """The arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
 
-    workspace: str  # a folder or URI; with `redis`, only the name under which indexes are cached
-    redis: str | None = None  # URL of a Redis or Valkey that `owlrec push` published to; None = LMDB of the workspace
+    workspace: str  # a folder or URI; with `store`, only the name under which indexes are cached
+    store: str | None = None  # redis://… that `owlrec push` published to; None = LMDB of the workspace
     keys_file: str | None = None
     verify: bool = False
     max_active: int = Field(64, ge=1)  # of one replica; beyond it and Serve's queue, requests get 503
@@ -57,14 +58,14 @@ class KnowledgeReplica:
         self._config = KnowledgeConfig(
             limits=Limits(
                 max_active=settings.max_active,
-                at_once=_AT_ONCE_REMOTE if settings.redis else _AT_ONCE_LOCAL,
+                at_once=_AT_ONCE_REMOTE if settings.store else _AT_ONCE_LOCAL,
                 max_body_bytes=settings.max_body_bytes,
                 timeout_s=settings.timeout_s,
             ),
             refresh_s=settings.refresh_s,
         )
         self._served = ServedReleases(_source(settings))
-        self._similar = SimilarEntities(settings.redis or settings.workspace)
+        self._similar = SimilarEntities(settings.store or settings.workspace)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from serve_apps.gate import GATE  # here: this class travels to its process by value, and the gate must not
@@ -103,8 +104,6 @@ def app(args: KnowledgeArgs) -> serve.Application:
 
 
 def _source(settings: KnowledgeArgs) -> ReleaseSource:
-    if settings.redis:
-        from owlrec.store.redis_store import RedisReleases
-
-        return RedisReleases(settings.redis)
+    if settings.store:
+        return open_store(settings.store)
     return WorkspaceReleases(Workspace(settings.workspace), verify=settings.verify)

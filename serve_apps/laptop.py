@@ -27,7 +27,7 @@ class LaptopArgs(Config):
     workspace: str
     host: str
     port: int
-    redis: str | None = None
+    store: str | None = None
     keys_file: str | None = None
     replicas: int = Field(1, ge=1)  # of the lookup
     max_replicas: int = Field(2, ge=1)
@@ -61,7 +61,7 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
     )
     common = {"workspace": args.workspace, "keys_file": args.keys_file}
     lookup = knowledge.KnowledgeArgs(
-        **common, redis=args.redis, min_replicas=args.replicas, max_replicas=args.max_replicas
+        **common, store=args.store, min_replicas=args.replicas, max_replicas=args.max_replicas
     )
     applications = {"knowledge": ("/", knowledge.app(lookup))}
     if args.artifact:

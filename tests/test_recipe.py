@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from owlrec.errors import RecipeError
-from owlrec.recipe import load_recipe
+from owlrec.recipe import Recipe, load_recipe
 
 GOOD = """
 name: demo
@@ -65,8 +65,30 @@ def test_unknown_scenario_and_engine_key_are_explained_together(tmp_path: Path) 
     with pytest.raises(RecipeError) as error:
         load(tmp_path, GOOD.replace("movies", "moovies").replace("type: echo", "type: vllm, modell: x"))
     assert "Did you mean 'movies'?" in str(error.value)
-    assert "engine.vllm.modell: unknown key. Did you mean 'model'?" in str(error.value)
-    assert "engine.vllm.model: is missing" in str(error.value)
+    assert "engine.modell: unknown key. Did you mean 'model'?" in str(error.value)
+    assert "engine.model: is missing" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("{type: vlm, model: x}", "engine: there is no engine 'vlm'. Did you mean 'vllm'?"),
+        ("{model: x}", "engine: its type is missing. Valid names: echo, http, vllm."),
+        ("[echo]", "engine: Input should be a valid dictionary"),
+    ],
+)
+def test_an_engine_of_no_known_type_is_refused(tmp_path: Path, engine: str, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, GOOD.replace("{type: echo}", engine))
+    assert message in str(error.value)
+
+
+def test_a_section_chosen_by_type_is_dumped_with_its_own_fields(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(GOOD.replace("{type: echo}", "{type: echo, answer_tokens: 7}"))
+    recipe = load_recipe(file)
+    assert recipe.model_dump(mode="json")["engine"]["answer_tokens"] == 7
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
 def test_missing_file_and_bad_yaml(tmp_path: Path) -> None:

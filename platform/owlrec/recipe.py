@@ -5,6 +5,7 @@ Config and nothing else.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from owlrec.ctr.experiment import CTRConfig
 from owlrec.decoding import DecodingConfig
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import RecipeError, did_you_mean
-from owlrec.generation import EngineConfig
+from owlrec.generation import EngineSection
 from owlrec.generation.batch import GenerateConfig
 from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.ranking.experiment import RankingConfig
+from owlrec.registry import Registry
 from owlrec.scenario import Scenario, get_scenario
 from owlrec.sources import SourceConfig
 from owlrec.sources.splits import SplitConfig
@@ -50,7 +52,7 @@ class Recipe(Config):
     shard_rows: int = Field(1024, ge=1)  # about this many users or items a shard: the unit of resuming
     cohorts: CohortsConfig | None = None  # None = no cohorts are built; `cohorts: {}` builds them by the defaults
     prompts: PromptConfig = PromptConfig()
-    engine: EngineConfig
+    engine: EngineSection
     sampling: SamplingConfig = SamplingConfig()
     decoding: DecodingConfig = DecodingConfig()
     quality: QualityConfig = QualityConfig()
@@ -114,7 +116,7 @@ def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in _explain(error, Recipe))) from None
+        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in _explain(error, values))) from None
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -136,19 +138,17 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line a mistake."""
+def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """One line a mistake in a recipe of these values."""
     lines = []
     for detail in error.errors():
         location = [part for part in detail["loc"]]
         key = ".".join(map(str, location))
         if detail["type"] == "extra_forbidden":
-            names = _names_at(model, location[:-1])
+            names = _names_at(location[:-1], values)
             lines.append(f"{key}: unknown key.{did_you_mean(str(location[-1]), names)}")
         elif detail["type"] == "missing":
             lines.append(f"{key}: is missing. Add it to the recipe.")
-        elif detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            lines.append(f"{key}.type: {detail['msg'].replace('Input tag', 'the type')}.")
         else:
             message = detail["msg"].removeprefix("Value error, ")
             value = detail.get("input")
@@ -157,33 +157,23 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     return lines
 
 
-def _names_at(model: type[BaseModel], location: list[Any]) -> list[str]:
-    """The valid keys of the section that an error's location points to."""
-    current: Any = model
+def _names_at(location: Sequence[Any], values: Any) -> list[str]:
+    """The valid keys of the section that an error's location points to, in a recipe of these values."""
+    model: type[BaseModel] = Recipe
     for part in location:
-        choices = (
-            _models_in(current.model_fields[part].annotation) if part in getattr(current, "model_fields", {}) else []
-        )
-        # In a union of sections pydantic puts the chosen section's `type` into the location, after the key.
-        tagged = [c for c in getattr(current, "__owlrec_choices__", []) if _tag(c) == part]
-        if tagged:
-            current = tagged[0]
-        elif len(choices) == 1:
-            current = choices[0]
-        elif choices:
-            current = type("Choices", (), {"__owlrec_choices__": choices})
-        else:
+        field = model.model_fields.get(part)
+        if field is None:
             return []
-    return list(getattr(current, "model_fields", {}))
+        values = values[part]
+        registry = next((m for m in field.metadata if isinstance(m, Registry)), None)
+        models = _models_in(field.annotation) if registry is None else [registry.load(values["type"])]
+        if len(models) != 1:
+            return []
+        model = models[0]
+    return list(model.model_fields)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [m for argument in getattr(annotation, "__args__", ()) for m in _models_in(argument)]
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("type")
-    choices = getattr(field.annotation, "__args__", ()) if field is not None else ()
-    return str(choices[0]) if choices else None

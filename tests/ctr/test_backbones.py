@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from owlrec.ctr.backbones import BACKBONES, backbone_class
+from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.backbones.autoint import AutoInt, FieldAttention
 from owlrec.ctr.backbones.dcnv1 import CrossNetwork, DCNv1
 from owlrec.ctr.backbones.dcnv2 import DCNv2
@@ -50,7 +50,7 @@ def rows_of(given: BackboneInputs, rows: Tensor | slice) -> BackboneInputs:
 
 def build(name: str, shape_: InputShape | None = None) -> Backbone:
     torch.manual_seed(0)
-    return backbone_class(name)(shape_ or shape(), hidden_dims=(8, 4), dropout=0.5).eval()
+    return BACKBONES.load(name)(shape_ or shape(), hidden_dims=(8, 4), dropout=0.5).eval()
 
 
 def random_fields(n: int, e: int = E, rows: int = 3) -> Tensor:
@@ -112,7 +112,7 @@ class TestEveryBackbone:
 
     def test_gradient_reaches_every_parameter(self, name: str) -> None:
         torch.manual_seed(0)
-        model = backbone_class(name)(shape(), hidden_dims=(32, 16), dropout=0.0)
+        model = BACKBONES.load(name)(shape(), hidden_dims=(32, 16), dropout=0.0)
         model(inputs()).square().sum().backward()
         unreached = {n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-6}
         assert unreached == NO_GRADIENT.get(name, set())
@@ -351,7 +351,7 @@ def test_dien_attends_to_its_interests_and_reads_them_in_order() -> None:
 
 def test_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match="Did you mean 'dcnv2'"):
-        backbone_class("dcn2")
+        BACKBONES.load("dcn2")
 
 
 class TestAgainstFuxiCTR:

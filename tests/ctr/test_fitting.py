@@ -45,6 +45,12 @@ def test_only_true_knowledge_finds_what_only_the_vectors_tell(data: TrainingData
     assert results["knowledge"].parameters == results["shuffled"].parameters
 
 
+def test_a_new_backbone_is_one_file_and_one_line(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES, "one_mlp", "own_backbone.OneMLP")
+    config = CTRConfig(**{**CONFIG.model_dump(), "backbones": ("one_mlp",)})
+    assert train_one(trial("knowledge", "one_mlp"), data, config).result.test.auc > 0.95
+
+
 def test_same_seed_same_result_other_seed_another(data: TrainingData) -> None:
     first, again, other = (train_one(trial("knowledge", seed=s), data, CONFIG).result for s in (1, 1, 2))
     assert first.test == again.test

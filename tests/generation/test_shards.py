@@ -10,12 +10,20 @@ import pytest
 
 from owlrec.decoding import DecodingConfig
 from owlrec.errors import WorkspaceError
-from owlrec.generation import EchoEngineConfig, HttpEngineConfig, build_engine
+from owlrec.generation import (
+    ENGINES,
+    EchoEngineConfig,
+    HttpEngineConfig,
+    build_engine,
+    engine_fingerprint,
+    token_counter,
+)
 from owlrec.generation.batch import build_job
 from owlrec.generation.engine import Completion, Engine, SamplingConfig
 from owlrec.generation.shard_work import generate_shard
 from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, plan_shards
 from owlrec.prompting.rows import PromptConfig
+from owlrec.recipe import Recipe
 from owlrec.scenario import get_scenario
 from owlrec.schema import KNOWLEDGE
 from owlrec.sources.catalog import ItemCatalog
@@ -51,6 +59,22 @@ def test_all_shards_together_hold_every_id_once(small_world: Workspace) -> None:
     assert set(pairs) == expected
     assert sum(m.rows_in for m in manifests) == 70
     assert sum(m.output_tokens for m in manifests) == sum(rows["output_tokens"].to_pylist())
+
+
+def test_a_new_engine_is_one_file_and_one_line(small_world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "parrot", "own_engine.ParrotConfig")
+    values = {"name": "t", "scenario": "movies", "workspace": small_world.root, "source": {"type": "movielens-100k"}}
+    engine = {"type": "parrot", "words": "The user likes quiet films about war, and films with a good score."}
+    config, other, plucked = (
+        Recipe.model_validate({**values, "engine": {**engine, **change}}).engine
+        for change in ({}, {"words": "No."}, {"feathers": 0})
+    )
+    assert token_counter(config)("film") == 4
+    assert engine_fingerprint(config) == engine_fingerprint(plucked) != engine_fingerprint(other)
+    shard = plan_shards(small_world)[0]
+    run(small_world, job(engine=config), shard, config)
+    texts = small_world.read_parquet(shard.file(job(engine=config), "knowledge"))["text"].to_pylist()
+    assert set(texts) == {engine["words"]}
 
 
 def test_shard_is_done_only_under_its_job_and_input(small_world: Workspace) -> None:

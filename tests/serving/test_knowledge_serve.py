@@ -147,7 +147,7 @@ def test_redis_that_stops_is_503_and_comes_back(deploy, workspace, tmp_path):
     with redis_server(tmp_path, port) as server:
         releases = RedisReleases(server)
         first = push(workspace, releases)
-        url = deploy(redis=server)
+        url = deploy(store=server)
         with httpx.Client(timeout=10) as web:
             assert web.post(url + BATCH, json=ASKED).json()["release"] == first
             second = push(workspace, releases, max(labels(workspace)))
@@ -173,7 +173,7 @@ def test_redis_that_hangs_holds_nobody_past_the_timeout(deploy, workspace, tmp_p
 
     with redis_server(tmp_path) as server, httpx.Client(timeout=20) as web:
         push(workspace, RedisReleases(server))
-        url = deploy(redis=server, timeout_s=2.0)
+        url = deploy(store=server, timeout_s=2.0)
         assert web.post(url + BATCH, json=ASKED).status_code == 200
         redis.Redis.from_url(server).client_pause(4000, all=True)
         start = time.monotonic()

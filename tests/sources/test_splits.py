@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from owlrec.errors import LeakageError, SchemaError
 from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES
-from owlrec.sources import MovieLens100KSource
+from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import SPLITS, SplitConfig, SplitTables, build_samples, last_behaviours, refuse_leaks
 
 Row = tuple[int, int, Any, int]  # user, item, rating, timestamp

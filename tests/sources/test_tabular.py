@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from owlrec.errors import SchemaError, SourceError
 from owlrec.schema import stable_id
-from owlrec.sources import SourceConfig, TableSource, load_source
+from owlrec.sources import SourceConfig
+from owlrec.sources.tabular import TableSource
 
 T = 1_700_000_000_000
 USERS = "user_id,city\n007,Rome\nu8,\n"
@@ -216,8 +217,8 @@ def test_parts_that_disagree_on_a_type_are_refused(tmp_path: Path) -> None:
 def test_source_type_selects_the_reader(tmp_path: Path) -> None:
     config = TypeAdapter(SourceConfig).validate_python(csv_source(tmp_path).model_dump())
     assert isinstance(config, TableSource)
-    assert load_source(config).interactions.num_rows == 2
-    with pytest.raises(ValidationError, match="movielens-100k"):
+    assert config.load().interactions.num_rows == 2
+    with pytest.raises(ValidationError, match="Did you mean 'movielens'"):
         TypeAdapter(SourceConfig).validate_python({"type": "movielense"})
     with pytest.raises(ValidationError, match="user"):
         csv_source(tmp_path, columns={"user": {}})

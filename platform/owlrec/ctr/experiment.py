@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, field_validator
 
 from owlrec.config import Config
 from owlrec.ctr.arms import Arm, bases
-from owlrec.ctr.backbones import backbone_class_name
+from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.comparison import Evidence, GridScores, weigh
 from owlrec.ctr.metrics import relative_improvement
 from owlrec.ctr.slices import SliceMetrics, mean_slices
@@ -80,7 +80,7 @@ class CTRConfig(Config):
     def _known_backbones(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             try:
-                backbone_class_name(name)
+                BACKBONES.check(name)
             except RecipeError as error:
                 raise ValueError(str(error)) from None
         return names

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from owlrec.config import Config
 from owlrec.ctr.adaptor import Adaptor, Knowledge
-from owlrec.ctr.backbones import backbone_class
+from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.backbones.interface import BackboneInputs, InputShape, TableRows
 from owlrec.ctr.codes import CodeFields, Codes
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
@@ -125,7 +125,7 @@ class CTRModel(nn.Module):
             knowledge_fields=spec.knowledge_fields,
             embed_dim=width,
         )
-        self.backbone = backbone_class(spec.backbone)(shape, hidden_dims=spec.hidden_dims, dropout=spec.dropout)
+        self.backbone = BACKBONES.load(spec.backbone)(shape, hidden_dims=spec.hidden_dims, dropout=spec.dropout)
         self.adaptor = (
             Adaptor(spec.knowledge_dim, width, spec.adaptor, spec.user_sources, spec.item_sources)
             if spec.knowledge_dim

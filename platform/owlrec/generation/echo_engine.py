@@ -8,11 +8,11 @@ text of its length does. It is never the default: knowledge from it is worthless
 import asyncio
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
-from owlrec.config import Config
-from owlrec.generation.engine import Completion, Engine, SamplingConfig, check_length
+from owlrec.decoding import DecodingConfig
+from owlrec.generation.engine import Completion, Engine, EngineConfig, SamplingConfig, check_length
 
 _VOCABULARY = """
 amber bright calm daring early faint gentle humble icy jolly keen light mellow noble odd plain quiet rapid sober
@@ -29,7 +29,7 @@ _DRAW = random.Random(0)
 _SENTENCES = [" ".join(_DRAW.sample(_VOCABULARY.split(), _SENTENCE)) + "." for _ in range(1 << 12)]
 
 
-class EchoEngineConfig(Config):
+class EchoEngineConfig(EngineConfig):
     """How long answers are and take."""
 
     shapes_output: ClassVar[tuple[str, ...]] = ("type", "answer_tokens")
@@ -38,6 +38,19 @@ class EchoEngineConfig(Config):
     max_model_len: int = 4096
     latency_s: float = 0.0  # a whole answer's time
     answer_tokens: int = 60  # about; never more than sampling.max_tokens
+
+    @property
+    def model_identity(self) -> str:
+        """See EngineConfig.model_identity."""
+        return "echo"
+
+    def start(self, decoding: DecodingConfig) -> "EchoEngine":
+        """See EngineConfig.start."""
+        return EchoEngine(self)
+
+    def token_counter(self) -> Callable[[str], int]:
+        """See count_words."""
+        return count_words
 
 
 class EchoEngine(Engine):

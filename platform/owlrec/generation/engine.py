@@ -6,13 +6,14 @@ just keep enough of them in flight; no caller ever waits for the slowest row of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from owlrec.config import Config
+from owlrec.decoding import DecodingConfig
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.errors import EngineError
 
@@ -126,6 +127,30 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
         """Frees what the engine holds. Safe to call twice."""
+
+
+class EngineConfig(Config):
+    """What a recipe says of an engine. A new engine is a file with a subclass, and a line in `generation.ENGINES`."""
+
+    shapes_output: ClassVar[tuple[str, ...]]  # the fields that answers depend on: no batch size, threads or time-outs
+
+    type: str  # of a subclass: a Literal of its name in ENGINES
+
+    @property
+    @abstractmethod
+    def model_identity(self) -> str:
+        """Names the weights that answer, for fingerprints."""
+
+    @abstractmethod
+    def start(self, decoding: DecodingConfig) -> Engine:
+        """The engine, ready to answer. Raises EngineError where it cannot start.
+
+        decoding: how vLLM drafts and verifies; other engines ignore it.
+        """
+
+    @abstractmethod
+    def token_counter(self) -> Callable[[str], int]:
+        """What counts tokens as the engine would, without starting it."""
 
 
 def check_length(prompt_tokens: int, sampling: SamplingConfig, context_tokens: int) -> None:

@@ -7,18 +7,19 @@ engine: the recipe must name the server.
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import httpx
 from pydantic import Field
 
-from owlrec.config import Config
+from owlrec.decoding import DecodingConfig
 from owlrec.environment import secret
 from owlrec.errors import EngineError
 from owlrec.generation.engine import (
     Completion,
     Engine,
+    EngineConfig,
     PromptTooLong,
     RequestFailed,
     RequestRefused,
@@ -28,7 +29,7 @@ from owlrec.generation.engine import (
 )
 
 
-class HttpEngineConfig(Config):
+class HttpEngineConfig(EngineConfig):
     """base_url ends before /chat/completions, for example http://localhost:8000/v1."""
 
     shapes_output: ClassVar[tuple[str, ...]] = ("type",)
@@ -43,6 +44,19 @@ class HttpEngineConfig(Config):
     max_attempts: int = Field(5, ge=1)
     backoff_s: float = Field(1.0, gt=0)  # before the second attempt; doubles after each, up to a minute
     max_model_len: int = 8192
+
+    @property
+    def model_identity(self) -> str:
+        """See EngineConfig.model_identity."""
+        return f"{self.model}@{self.revision}"
+
+    def start(self, decoding: DecodingConfig) -> "HttpEngine":
+        """See EngineConfig.start; the server decodes as it was started."""
+        return HttpEngine(self)
+
+    def token_counter(self) -> Callable[[str], int]:
+        """See estimate_tokens."""
+        return estimate_tokens
 
 
 class HttpEngine(Engine):

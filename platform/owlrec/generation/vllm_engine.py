@@ -12,27 +12,34 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from owlrec.config import Config
 from owlrec.decoding import DecodingConfig, engine_arguments
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.decoding.options import VLLM_VERSION
 from owlrec.errors import EngineError
 from owlrec.generation.chat import render_chat
-from owlrec.generation.engine import Completion, Engine, EngineStopped, RequestRefused, SamplingConfig, check_length
-from owlrec.generation.models import PACKAGED, model_identity, resolve_model
+from owlrec.generation.engine import (
+    Completion,
+    Engine,
+    EngineConfig,
+    EngineStopped,
+    RequestRefused,
+    SamplingConfig,
+    check_length,
+)
+from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, resolve_model
 
 _REMEMBERED_COUNTS = 1 << 16
 _COUNT_EVERY_S = 1.0  # in a full batch some row ends at most steps; asking each time would cost more than it tells
 
 
-class VllmEngineConfig(Config):
+class VllmEngineConfig(EngineConfig):
     """How vLLM runs. `engine_args` passes any further vllm.EngineArgs through (quantization, tensor_parallel_size,
     enable_lora, …).
     """
@@ -53,6 +60,22 @@ class VllmEngineConfig(Config):
         2, ge=1
     )  # CPU only; SmolLM2-135M takes 23 kB a token, so 2 GiB holds 128 rows of 700 tokens
     engine_args: dict[str, Any] = {}
+
+    @property
+    def model_identity(self) -> str:
+        """See EngineConfig.model_identity."""
+        return model_identity(self.model, self.revision)
+
+    def start(self, decoding: DecodingConfig) -> "VllmEngine":
+        """See EngineConfig.start."""
+        return VllmEngine(self, decoding)
+
+    def token_counter(self) -> Callable[[str], int]:
+        """By the model's tokenizer, without special tokens. Remembered: most titles stand in many histories."""
+        tokenizer = load_tokenizer(self.model, self.revision)
+        return lru_cache(maxsize=_REMEMBERED_COUNTS)(
+            lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,7 @@ class VllmEngine(Engine):
         self.config, self.decoding = config, decoding
         self.cpu = _is_cpu_build()
         self.model = resolve_model(config.model)
-        self.identity = model_identity(config.model, config.revision)
+        self.identity = config.model_identity
         prepare_environment(config, self.cpu)
         self._inbox: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._closing = False

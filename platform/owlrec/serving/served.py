@@ -12,25 +12,15 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 from owlrec.errors import OwlRecError
 from owlrec.serving.problems import Problem
 from owlrec.serving.telemetry import Telemetry
 from owlrec.store.release import Release, current_release, open_release
+from owlrec.store.release_source import ReleaseSource
 from owlrec.workspace import Workspace
 
 _log = logging.getLogger("owlrec.serving")
-
-
-class ReleaseSource(Protocol):
-    """Where releases come from."""
-
-    def current(self) -> str | None:
-        """The name of the release in force; None where nothing was published yet."""
-
-    def open(self, name: str) -> Release:
-        """Opens a release. Raises ReleaseError or StoreUnavailableError."""
 
 
 class WorkspaceReleases:

@@ -1,20 +1,17 @@
-"""Raw data to contract tables. A new source is a file with a Config whose `load` gives RawTables, and a line here."""
+"""Raw data to contract tables. A new source is a file with a Source, whose `load` gives RawTables, and a line here."""
 
 from typing import Annotated
 
-from pydantic import Field
+from owlrec.registry import Registry
+from owlrec.sources.raw import Source
 
-from owlrec.sources.amazon import AmazonSource
-from owlrec.sources.movielens import MovieLens100KSource, MovieLensSource
-from owlrec.sources.raw import RawTables
-from owlrec.sources.tabular import TableSource
-
-SourceConfig = Annotated[
-    MovieLens100KSource | MovieLensSource | AmazonSource | TableSource,
-    Field(discriminator="type"),
-]
-
-
-def load_source(config: SourceConfig) -> RawTables:
-    """Reads a source's users, items and interactions. Raises SourceError or SchemaError, naming file and row."""
-    return config.load()
+SOURCES: Registry[Source] = Registry(
+    "source",
+    {
+        "movielens-100k": "owlrec.sources.movielens.MovieLens100KSource",
+        "movielens": "owlrec.sources.movielens.MovieLensSource",
+        "amazon": "owlrec.sources.amazon.AmazonSource",
+        "table": "owlrec.sources.tabular.TableSource",
+    },
+)
+SourceConfig = Annotated[Source, SOURCES]  # a recipe's `source:` section

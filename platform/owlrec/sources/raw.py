@@ -5,6 +5,7 @@ ids by `stable_id`, attributes as text, and the checks. Ids are hashed once per 
 so 10^7 interactions cost seconds.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,16 @@ class RawTables:
     interactions: pa.Table
     digest: str
     counts: dict[str, int] = field(default_factory=dict)  # what was dropped on the way, by reason
+
+
+class Source(Config):
+    """What a recipe says of a source, and how it is read."""
+
+    type: str  # of a subclass: a Literal of its name in SOURCES
+
+    @abstractmethod
+    def load(self) -> RawTables:
+        """Reads users, items and interactions. Raises SourceError or SchemaError, naming file and row."""
 
 
 def input_file(path: str | Path) -> Path:

@@ -14,16 +14,15 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError, did_you_mean
 from owlrec.schema import INTERACTIONS
-from owlrec.sources.raw import RawTables, finish
+from owlrec.sources.raw import RawTables, Source, finish
 
 _CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 TableName = Literal["users", "items", "interactions"]
 
 
-class TableSource(Config):
+class TableSource(Source):
     """Parquet or CSV tables. `columns` maps, for each table, our column name to the file's: {items: {title: name}}."""
 
     type: Literal["table"]

@@ -1,38 +1,23 @@
-"""The CTR backbones, one file each.
+"""The CTR backbones, one file each, and a line here."""
 
-This registry imports none of them, so that a recipe is checked without torch.
-"""
-
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from owlrec.errors import RecipeError, did_you_mean
+from owlrec.registry import Registry
 
 if TYPE_CHECKING:
     from owlrec.ctr.backbones.interface import Backbone
 
-BACKBONES: dict[str, str] = {  # module of this package -> class in it
-    "din": "DIN",
-    "dien": "DIEN",
-    "dcnv1": "DCNv1",
-    "dcnv2": "DCNv2",
-    "deepfm": "DeepFM",
-    "xdeepfm": "XDeepFM",
-    "autoint": "AutoInt",
-    "fibinet": "FiBiNET",
-    "fignn": "FiGNN",
-}
-
-
-def backbone_class_name(name: str) -> str:
-    """The class name of backbone `name`. Raises RecipeError, with the nearest valid name, where there is none."""
-    if name not in BACKBONES:
-        raise RecipeError(f"there is no backbone '{name}'.{did_you_mean(name, BACKBONES)}")
-    return BACKBONES[name]
-
-
-def backbone_class(name: str) -> type["Backbone"]:
-    """The class of backbone `name`, imported (with torch) only now. Raises RecipeError where there is none."""
-    class_name = backbone_class_name(name)
-    found: type[Backbone] = getattr(import_module(f"{__name__}.{name}"), class_name)
-    return found
+BACKBONES: "Registry[Backbone]" = Registry(
+    "backbone",
+    {
+        "din": "owlrec.ctr.backbones.din.DIN",
+        "dien": "owlrec.ctr.backbones.dien.DIEN",
+        "dcnv1": "owlrec.ctr.backbones.dcnv1.DCNv1",
+        "dcnv2": "owlrec.ctr.backbones.dcnv2.DCNv2",
+        "deepfm": "owlrec.ctr.backbones.deepfm.DeepFM",
+        "xdeepfm": "owlrec.ctr.backbones.xdeepfm.XDeepFM",
+        "autoint": "owlrec.ctr.backbones.autoint.AutoInt",
+        "fibinet": "owlrec.ctr.backbones.fibinet.FiBiNET",
+        "fignn": "owlrec.ctr.backbones.fignn.FiGNN",
+    },
+)
