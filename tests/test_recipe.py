@@ -91,6 +91,31 @@ def test_a_section_chosen_by_type_is_dumped_with_its_own_fields(tmp_path: Path) 
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
+WINES = """
+  name: wines
+  item: wine
+  items: wines
+  consumed: tasted
+  history: tasting history
+  rating_unit: ""
+  user_factors: [grape, region]
+  item_factors: [grape, region]
+  positive_above: 3
+  text_fields: [grape]
+"""
+
+
+def test_a_scenario_may_be_written_out(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(GOOD.replace(" movies", WINES) + "positive_above: 4\n")
+    domain = load_recipe(file).domain
+    assert (domain.item, domain.user_factors, domain.positive_above) == ("wine", ("grape", "region"), 4)
+    with pytest.raises(RecipeError) as error:
+        load(tmp_path, GOOD.replace(" movies", WINES.replace("history:", "histry:")))
+    assert "scenario.histry: unknown key. Did you mean 'history'?" in str(error.value)
+    assert "scenario.history: is missing" in str(error.value)
+
+
 def test_missing_file_and_bad_yaml(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "absent.yaml")

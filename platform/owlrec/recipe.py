@@ -43,7 +43,7 @@ class Recipe(Config):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    scenario: str
+    scenario: Scenario  # the name of one that ships, or a domain of your own, written out
     workspace: str
     source: SourceConfig
     split: SplitConfig = SplitConfig()
@@ -63,11 +63,11 @@ class Recipe(Config):
     streaming: StreamingConfig = StreamingConfig()
     ray: RayConfig = RayConfig()
 
-    @field_validator("scenario")
+    @field_validator("scenario", mode="before")
     @classmethod
-    def _known_scenario(cls, name: str) -> str:
+    def _by_name(cls, scenario: Any) -> Any:
         try:
-            return get_scenario(name).name
+            return get_scenario(scenario) if isinstance(scenario, str) else scenario
         except RecipeError as error:
             raise ValueError(str(error)) from None
 
@@ -80,12 +80,9 @@ class Recipe(Config):
     @property
     def domain(self) -> Scenario:
         """The scenario itself, with this recipe's label rule."""
-        scenario = get_scenario(self.scenario)
-        return (
-            scenario
-            if self.positive_above is None
-            else scenario.model_copy(update={"positive_above": self.positive_above})
-        )
+        if self.positive_above is None:
+            return self.scenario
+        return self.scenario.model_copy(update={"positive_above": self.positive_above})
 
 
 def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas: int | None = None) -> Recipe:

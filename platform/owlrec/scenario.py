@@ -7,17 +7,13 @@ more relevant knowledge out of an LLM than a bare "describe this user". The qual
 answer about books in a movie scenario is flagged.
 """
 
-from typing import Literal
-
 from owlrec.config import Config
 from owlrec.errors import RecipeError, did_you_mean
 
-ScenarioName = Literal["movies", "books", "music", "apps", "ads", "news"]
-
 
 class Scenario(Config):
-    """One domain. `user_factors` steer preference reasoning about users, `item_factors` factual knowledge about
-    items.
+    """One domain, of those below or written out in a recipe. `user_factors` steer preference reasoning about users,
+    `item_factors` factual knowledge about items.
     """
 
     name: str
@@ -165,5 +161,5 @@ SCENARIOS: dict[str, Scenario] = {
 def get_scenario(name: str) -> Scenario:
     """The scenario called `name`. Raises RecipeError, with the nearest valid name, where there is none."""
     if name not in SCENARIOS:
-        raise RecipeError(f"scenario: there is no scenario '{name}'.{did_you_mean(name, SCENARIOS)}")
+        raise RecipeError(f"there is no scenario '{name}'.{did_you_mean(name, SCENARIOS)}")
     return SCENARIOS[name]
