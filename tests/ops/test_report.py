@@ -12,17 +12,8 @@ from owlrec.ctr.intervals import Interval
 from owlrec.ctr.slices import SliceMetrics
 from owlrec.decoding.counters import DecoderCounters, StepSums
 from owlrec.encoding.code_quality import QuantisationReport
-from owlrec.ops.report import (
-    ArmFigures,
-    KnowledgeSample,
-    ReportData,
-    StageFigures,
-    arm_rows,
-    comparison_rows,
-    heat_rows,
-    render_report,
-    slice_rows,
-)
+from owlrec.ops.report import arm_rows, comparison_rows, heat_rows, render_report, slice_rows
+from owlrec.ops.report_data import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.run_report import arm_figures
 
 EVIL = "<script>alert('x')</script>"

@@ -22,7 +22,7 @@ from owlrec.decoding.counters import DecoderCounters
 from owlrec.encoding.code_quality import QuantisationReport
 from owlrec.encoding.coded_vectors import read_reports
 from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge, iterate_manifests
-from owlrec.ops.report import ArmFigures, KnowledgeSample, ReportData, StageFigures
+from owlrec.ops.report_data import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.throughput import throughput
 from owlrec.ranking.results import read_results
 from owlrec.schema import KNOWLEDGE
