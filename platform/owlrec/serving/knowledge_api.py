@@ -7,8 +7,7 @@ ETag: a release never changes, so its name and what was asked for say whether a 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -16,13 +15,13 @@ from fastapi import FastAPI, Header, Query
 from pydantic import Field
 from starlette.responses import Response
 
-from owlrec import __version__
 from owlrec.config import Config
+from owlrec.serving.following_app import following_app
 from owlrec.serving.guard import Guard, Limits
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.openapi import BYTES, PROBLEMS, PROBLEMS_OF_ONE, complete_document
-from owlrec.serving.problems import Problem, install_problem_handlers
-from owlrec.serving.readiness import Stopping, never_stopping, readiness
+from owlrec.serving.problems import Problem
+from owlrec.serving.readiness import Stopping, never_stopping
 from owlrec.serving.schemas import (
     BYTES_TYPE,
     DEFAULT_FIELDS,
@@ -40,7 +39,7 @@ from owlrec.serving.schemas import (
     SingleAnswer,
     What,
 )
-from owlrec.serving.served import ServedReleases, following
+from owlrec.serving.served import ServedReleases
 from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.telemetry import NoTelemetry, Telemetry
 from owlrec.serving.vector_text import vectors_as_bytes, vectors_as_json
@@ -67,14 +66,15 @@ def build_knowledge_api(
 ) -> FastAPI:
     """The application. It follows the pointer as long as it runs; its caller closes `served` and `similar`."""
     telemetry = telemetry or NoTelemetry()
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with following(served, config.refresh_s, telemetry, on_swap=similar.forget_all_but):
-            yield
-
-    app = FastAPI(title="OwlRec knowledge", version=__version__, lifespan=lifespan, redoc_url=None)
-    install_problem_handlers(app)
+    app = following_app(
+        "OwlRec knowledge",
+        served,
+        similar,
+        refresh_s=config.refresh_s,
+        telemetry=telemetry,
+        stopping=stopping,
+        redoc_url=None,
+    )
     answers = _Answers(telemetry)
     vectors_as_json(np.zeros((0, 1)))  # makes its table now, not under the first request
 
@@ -82,12 +82,6 @@ def build_knowledge_api(
     async def healthz() -> Health:
         """Whether the process runs."""
         return Health(status="ok", release=served.name, problem=served.error)
-
-    @app.get("/readyz", response_model=Health, responses={503: {"model": Health}})
-    async def readyz() -> Response:
-        """Whether lookups can be answered: a release is loaded."""
-        missing = None if served.name else served.error or "no release is loaded yet"
-        return readiness(missing, stopping, release=served.name, note=served.error)
 
     @app.get("/v1/releases/current", response_model=ReleaseAnswer, responses=PROBLEMS)
     async def current_release() -> Response:

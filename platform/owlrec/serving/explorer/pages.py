@@ -7,8 +7,7 @@ A page is made of one leased release, so that nothing on it mixes two.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,16 +16,16 @@ import jinja2
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
-from owlrec import __version__
 from owlrec.serving.explorer.ranking import MOST_CHARACTERS, Ranker, compare_rankings
 from owlrec.serving.explorer.text import paragraphs
+from owlrec.serving.following_app import following_app
 from owlrec.serving.guard import Guard
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig
-from owlrec.serving.problems import Problem, install_problem_handlers
-from owlrec.serving.readiness import Stopping, never_stopping, readiness
+from owlrec.serving.problems import Problem
+from owlrec.serving.readiness import Stopping, never_stopping
 from owlrec.serving.schemas import ID_PATTERN, LARGEST_ID, Kind, PathId, Similar
-from owlrec.serving.served import ServedReleases, following
+from owlrec.serving.served import ServedReleases
 from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.tables import WorkspaceTables
 from owlrec.serving.telemetry import NoTelemetry, Telemetry
@@ -52,14 +51,15 @@ def build_explorer(
 ) -> FastAPI:
     """The application; its caller closes `served` and `similar`. ranker: None where nothing ranks."""
     telemetry = telemetry or NoTelemetry()
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with following(served, config.refresh_s, telemetry, on_swap=similar.forget_all_but):
-            yield
-
-    app = FastAPI(title="OwlRec explorer", version=__version__, lifespan=lifespan, openapi_url=None)
-    install_problem_handlers(app)
+    app = following_app(
+        "OwlRec explorer",
+        served,
+        similar,
+        refresh_s=config.refresh_s,
+        telemetry=telemetry,
+        stopping=stopping,
+        openapi_url=None,
+    )
     views = _Views(similar, tables)
 
     async def page(request: Request, make: Callable[[Release], tuple[str, dict[str, Any]]]) -> Response:
@@ -92,11 +92,6 @@ def build_explorer(
     @app.get("/style.css")
     async def style() -> Response:
         return Response((_FOLDER / "style.css").read_text(), 200, {"cache-control": "max-age=600"}, "text/css")
-
-    @app.get("/readyz")
-    async def readyz() -> Response:
-        missing = None if served.name else served.error or "no release is loaded yet"
-        return readiness(missing, stopping, release=served.name, note=served.error)
 
     @app.get("/{kind}/{id}")
     async def entity(request: Request, kind: Kind, id: PathId) -> Response:
