@@ -233,7 +233,7 @@ class _Engine:
         if self.ours:
             self._write_pools(job)
             config = DecodingConfig(mode=method["mode"], pools=job["pools"])
-            extra = engine_arguments(config, model_identity(PACKAGED), cpu=True)
+            extra = engine_arguments(config, model_identity(PACKAGED))
         elif method:
             extra = {"speculative_config": method}
         if method:

