@@ -1,0 +1,58 @@
+"""The retrieval decoder in a plain `vllm.LLM`: your own texts draft, vLLM verifies, and the answers stay the same.
+
+    python examples/decoder_in_vllm.py
+    python examples/decoder_in_vllm.py --model Qwen/Qwen3-4B-Instruct-2507 --texts earlier_answers.txt
+
+The texts (one a line) are answers that the same model, or people, wrote before; without --texts the model writes some.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
+from owlrec.decoding.options import is_cpu_build
+from owlrec.decoding.pools import write_pool
+from owlrec.decoding.release_pools import answer_tokens
+from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
+
+FILMS = ("Alien", "Casablanca", "Fargo", "Heat")
+YESTERDAY = [f"Write a catalogue entry for the film {film}." for film in FILMS]
+TODAY = [f"{question} The cinema shows it tonight." for question in YESTERDAY]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=PACKAGED)
+    parser.add_argument("--texts", type=Path)
+    options = parser.parse_args()
+    prepare_environment(VllmEngineConfig(type="vllm", model=options.model), is_cpu_build())
+    from vllm import LLM, SamplingParams  # here, since it reads the environment when it is imported
+
+    modes = request_arguments(mode="off"), request_arguments(["mine"])
+    plain, drafted = (SamplingParams(max_tokens=100, temperature=0, extra_args=mode) for mode in modes)
+    with tempfile.TemporaryDirectory() as pools:
+        decoding = engine_arguments(DecodingConfig(mode="strict", pools=pools), options.model)
+        llm = LLM(resolve_model(options.model), max_model_len=512, max_num_seqs=4, enforce_eager=True, **decoding)
+        texts = options.texts.read_text().splitlines() if options.texts else answers(llm, YESTERDAY, plain)
+        tokens = list(answer_tokens(llm.get_tokenizer(), texts, [True] * len(texts)))
+        write_pool(pools, "mine", tokens, None, identity=options.model, max_tokens=10**7)
+        times, found = [], []
+        for sampling in (drafted, plain):  # in this order: finished texts draft too, and plain answers would be known
+            start = time.perf_counter()
+            found.append(answers(llm, TODAY, sampling))
+            times.append(time.perf_counter() - start)
+        same = sum(a == b for a, b in zip(*found, strict=True))
+        print(f"{same} of {len(TODAY)} answers identical, {times[1] / times[0]:.2f} times as fast as without drafts")
+
+
+def answers(llm: Any, questions: list[str], sampling: Any) -> list[str]:
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    return [output.outputs[0].text for output in llm.chat(turns, sampling, use_tqdm=False)]
+
+
+if __name__ == "__main__":
+    main()

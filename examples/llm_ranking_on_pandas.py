@@ -1,0 +1,59 @@
+"""An LLM ranks on a pandas frame: behaviours retrieved for each candidate, one question each, the probability of Yes.
+
+    python examples/llm_ranking_on_pandas.py
+    python examples/llm_ranking_on_pandas.py --model Qwen/Qwen3-4B-Instruct-2507
+
+So small a model as the default one judges badly; `owlrec tune-ranker` tunes it (README, "An LLM that ranks").
+"""
+
+import argparse
+import asyncio
+
+import pandas as pd
+
+from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.generation import VllmEngineConfig, token_counter
+from owlrec.generation.models import PACKAGED
+from owlrec.prompting.rella import RankPromptConfig, rank_prompt
+from owlrec.ranking.retrieval import BehaviourRetriever
+from owlrec.ranking.scorer import Scorer
+from owlrec.scenario import get_scenario
+
+FILMS = {
+    "space and the future": ("Alien", "Blade Runner", "The Terminator", "Star Wars"),
+    "love": ("Casablanca", "Gone with the Wind", "Roman Holiday"),
+    "war": ("Das Boot", "Apocalypse Now", "Platoon", "Full Metal Jacket"),
+}
+
+
+def main() -> None:
+    """Prints the candidates with their probability, what was shown for each, the likeliest first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=PACKAGED)
+    engine = VllmEngineConfig(type="vllm", model=parser.parse_args().model, max_model_len=512, max_num_seqs=8)
+    items = pd.DataFrame([(title, about) for about, titles in FILMS.items() for title in titles])
+    items.columns, items.index.name = pd.Index(["title", "about"]), "item_id"
+    history = pd.DataFrame({"item_id": [0, 1, 2, 4, 5, 6, 7, 8, 9], "rating": [5, 4, 5, 2, 1, 2, 4, 5, 4]})
+    candidates = pd.DataFrame({"item_id": [3, 10]})  # Star Wars and Full Metal Jacket
+
+    history, candidates = history.join(items, on="item_id"), candidates.join(items.title, on="item_id")
+    vectors = Encoder(EncoderConfig()).encode((items.title + ", a film about " + items.about).tolist())
+    retriever = BehaviourRetriever(items.index.to_numpy(), vectors)
+    positions = retriever.retrieve(history.item_id.to_numpy(), candidates.item_id.to_numpy(), k=3)
+    shown = [history.iloc[row[row >= 0]] for row in positions]
+    candidates["shown"] = [", ".join(frame.title) for frame in shown]
+
+    movies, prompt, count = get_scenario("movies"), RankPromptConfig(), token_counter(engine)
+    quoted = [list(zip(frame.title, frame.rating.astype(float), strict=True)) for frame in shown]
+    questions = [
+        rank_prompt(movies, {"age": "35"}, title, prompt, count, retrieved=behaviours)
+        for title, behaviours in zip(candidates.title, quoted, strict=True)
+    ]
+    scorer = Scorer(engine)
+    candidates["p_yes"] = asyncio.run(scorer.score(questions)).probabilities
+    scorer.close()
+    print(candidates.sort_values("p_yes", ascending=False).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
