@@ -7,6 +7,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from functools import lru_cache
@@ -158,6 +159,7 @@ def _argparse(module: str, arguments: Sequence[str], partial: bool) -> None:
         with (
             mock.patch.object(argparse.ArgumentParser, "parse_args", parsed),
             mock.patch.object(sys, "argv", [module, *arguments]),
+            warnings.catch_warnings(action="ignore"),  # that runpy meets a module which is loaded already
             redirect_stderr(said),
         ):
             runpy.run_module(module, run_name="__main__")
@@ -198,6 +200,7 @@ def _pip(arguments: Sequence[str]) -> None:
                     raise Wrong(f"there is no extra {extra}")
 
 
+@lru_cache
 def every_option() -> set[str]:
     """The options of our commands, and those literal in our sources."""
     commands = owlrec_command().commands.values()
