@@ -55,6 +55,13 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return _LINK.sub(led, markdown)
 
 
+def on_page_content(html: str, *, page: Any, **_: Any) -> str:
+    """Opens the sources on the recipe's page: a Config's fields and their comments stand there."""
+    if page.file.src_uri != "reference/recipe.md":
+        return html
+    return html.replace('<details class="mkdocstrings-source"', '<details open class="mkdocstrings-source"')
+
+
 def _targets(page: str, text: str) -> list[str]:
     return [_resolved(page, link) for link in _LINK.findall(text)]
 
