@@ -17,7 +17,7 @@ engine: {type: echo}
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "pipelines" / "recipes").glob("*.yaml"))
 
 
-def load(tmp_path: Path, text: str) -> object:
+def load(tmp_path: Path, text: str) -> Recipe:
     file = tmp_path / "r.yaml"
     file.write_text(text)
     return load_recipe(file)
@@ -35,6 +35,11 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
     assert recipe.sampling.temperature == 0
     assert recipe.domain.positive_above == 3
     assert load_recipe(file, workspace="/elsewhere").workspace == "/elsewhere"
+
+
+def test_a_bare_off_is_a_word_and_not_false(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD + "decoding: {mode: off}\nctr: {use_gpu: yes, use_profile: true}\n")
+    assert (recipe.decoding.mode, recipe.ctr.use_gpu, recipe.ctr.use_profile) == ("off", True, True)
 
 
 def test_label_rule_can_be_overridden(tmp_path: Path) -> None:
