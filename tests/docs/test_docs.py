@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import yaml
 from documents import DOCUMENTS, PAGES, ROOT, Block, anchors, blocks, inline_codes, links, name_of, prose
+from pydantic.fields import FieldInfo
 
 from owlrec.config import Config
 from owlrec.ops.fleet import FleetConfig
 from owlrec.recipe import Recipe, _models_in, _StrictLoader
+from owlrec.registry import Registry
 from pipelines.cli import app
 
 # Commands stand in blocks without a language, or of "sh".
@@ -264,8 +266,14 @@ def has_key(models: list[type[Config]], names: list[str]) -> bool:
     """Whether one of `models` has the key that `names` lead to."""
     fields = [m.model_fields[names[0]] for m in models if names[0] in m.model_fields]
     return bool(fields) and (
-        len(names) == 1 or any(has_key(found, names[1:]) for f in fields if (found := _models_in(f.annotation)))
+        len(names) == 1 or any(has_key(found, names[1:]) for f in fields if (found := models_of(f)))
     )
+
+
+def models_of(field: FieldInfo) -> list[type[Config]]:
+    """Configs that a field may hold: those its annotation names, and those of a registry that chooses by `type`."""
+    chosen = [registry.load(name) for registry in field.metadata if isinstance(registry, Registry) for name in registry]
+    return [*_models_in(field.annotation), *chosen]
 
 
 @every_document
