@@ -2,7 +2,6 @@
 
 import dataclasses
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from two_ranks import run_two_ranks  # type: ignore[import-not-found]
+from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 
 from owlrec.ctr import fitting
 from owlrec.ctr.arms import Arm
@@ -250,4 +249,4 @@ def test_two_ranks_train_and_score_as_one(data: TrainingData, tmp_path: Path) ->
 
 
 if __name__ == "__main__":
-    _run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    be_a_rank(_run_rank)

@@ -1,6 +1,5 @@
 """Row-wise Adagrad by hand, what a step touches, two ranks' rows, the learning rate's schedule."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from two_ranks import run_two_ranks  # type: ignore[import-not-found]
+from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.ctr.optimiser import Optimisers, RowwiseAdagrad, large_tables, learning_rate_factor, mean_over_ranks
@@ -158,4 +157,4 @@ def test_the_loss_falls_on_a_sparse_table() -> None:
 
 
 if __name__ == "__main__":
-    _run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    be_a_rank(_run_rank)

@@ -2,9 +2,11 @@
 behind until pytest ends.
 """
 
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -19,3 +21,12 @@ def run_two_ranks(script: str, folder: Path) -> None:
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def be_a_rank(run: Callable[[int, int, Path], None]) -> None:
+    """What a script does that `run_two_ranks` runs."""
+    run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.stdout.flush()
+    # Without the interpreter's own end, in which gloo's threads, still there after destroy_process_group, abort the
+    # process once in a while ("terminate called without an active exception", torch 2.13).
+    os._exit(0)
