@@ -4,7 +4,7 @@ Of every user the first 60 % of behaviours are in the tables, the next 20 % come
 is asked about individually and by cohorts, then refreshed; its figures plan three policies for all 943 users and 1,682
 items: a text for each (individual), for each cohort (collective), and a refresh of who has acted (streaming). Then
 these three are run and the errors printed: calls, tokens, and time, which is that of the stage with its start, for the
-refresh that of its calls. Finished runs stay in --workspace and are not run again; about 20 minutes on two cores.
+refresh that of its calls. Finished runs stay in --workspace and are not run again; 20 to 40 minutes on two cores.
 
 `--measured A --against B C` prints the errors of plans from a finished run A for finished runs B and C, and runs none.
 """

@@ -214,7 +214,10 @@ def test_paths_that_only_hold_here_are_refused(tmp_path, monkeypatch):
     here = {"type": "table", "items": "/mnt/items.csv", "interactions": "clicks/*.parquet"}
     with pytest.raises(RecipeError, match=r"source\.interactions: clicks/\*\.parquet is a file or folder here"):
         refuse_local_paths(recipe(tmp_path, source=here))
-    refuse_local_paths(recipe(tmp_path, source={**here, "interactions": str(tmp_path / "clicks")}))
+    there = recipe(tmp_path, source={**here, "interactions": str(tmp_path / "clicks")})
+    refuse_local_paths(there)
+    (tmp_path / there.source.type).mkdir()  # a folder that happens to be called as the source is
+    refuse_local_paths(there)
     refuse_local_paths(recipe(tmp_path, engine={"type": "vllm", "model": "Qwen/Qwen3-4B"}))
     with pytest.raises(RecipeError, match=r"engine\.model: clicks is"):
         refuse_local_paths(recipe(tmp_path, engine={"type": "vllm", "model": "clicks"}))

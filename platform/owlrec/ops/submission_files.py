@@ -42,7 +42,7 @@ def job_folder(recipe: Path | None, packages: Mapping[str, Path]) -> Iterator[Pa
 def refuse_local_paths(recipe: Recipe) -> None:
     """Raises RecipeError for data or a model by a path that only holds in the folder where the job is submitted."""
     values = recipe.model_dump(mode="json")
-    named = [(f"source.{key}", value) for key, value in values["source"].items()]
+    named = [(f"source.{key}", value) for key, value in values["source"].items() if key != "type"]  # a source's name
     named += [(f"{key}.model", (values[key] or {}).get("model")) for key in ("engine", "encoder")]
     for setting, path in named:
         if isinstance(path, str) and path and "://" not in path and not os.path.isabs(path) and glob.glob(path):

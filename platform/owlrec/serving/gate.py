@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from owlrec.serving.guard import OPEN_PATHS
+from owlrec.serving.guard import OPEN_PATHS, TOO_MANY
 from owlrec.serving.problems import MEDIA_TYPE, problem_bytes
 
 _ALWAYS = (*OPEN_PATHS, "/-/healthz", "/-/routes")  # full is not dead
@@ -26,7 +26,7 @@ class Gate:
 
     def narrow(self, limit: int, retry_after_s: int, on_refusal: Callable[[], None] | None = None) -> None:
         """Lets `limit` requests in at once from now on. on_refusal: called for each that is refused."""
-        body = problem_bytes(503, "too many requests at once; try again")
+        body = problem_bytes(503, TOO_MANY)
         headers = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), "retry-after": str(retry_after_s)}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         self._messages = (

@@ -23,6 +23,7 @@ from owlrec.serving.schemas import REQUEST_ID_HEADER
 from owlrec.serving.telemetry import NoTelemetry, Telemetry, log_request
 
 OPEN_PATHS = ("/healthz", "/readyz")  # what a load balancer asks, without a key
+TOO_MANY = "too many requests at once; try again"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOOPBACK_NAMES = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 _METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
@@ -109,9 +110,7 @@ class _Exchange:
         try:
             key = guard.admit(self._scope, self._headers)
             if guard._active > limits.max_active and _path(self._scope) not in OPEN_PATHS:
-                raise Problem(
-                    503, "too many requests at once; try again", headers={"Retry-After": str(limits.retry_after_s)}
-                )
+                raise Problem(503, TOO_MANY, headers={"Retry-After": str(limits.retry_after_s)})
             async with asyncio.timeout(limits.timeout_s):
                 body = await _read_body(self._headers, receive, limits.max_body_bytes)
                 # A turn begins after the body is here: who sends slowly holds up nobody.
