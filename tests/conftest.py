@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
+from processes import command_lines
 
 from owlrec import schema
 from owlrec.workspace import StageManifest, Workspace, finish_stage
@@ -42,8 +43,7 @@ def _no_process_left_behind() -> Iterator[None]:
     yield
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     _, alive = psutil.wait_procs(left, timeout=20)
-    alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    names = [f"{p.pid} {' '.join(p.cmdline())[:80]}" for p in alive if "resource_tracker" not in " ".join(p.cmdline())]
+    names = [f"{p.pid} {line[:80]}" for p, line in command_lines(alive).items() if "resource_tracker" not in line]
     assert not names, f"processes left behind: {names}"
 
 

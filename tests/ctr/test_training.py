@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import command_lines
 
 from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult
 from owlrec.ctr.export import load_vocabularies
@@ -92,8 +93,8 @@ def _kill_a_worker_after(path: str, workspace: Workspace, killed: list[int]) -> 
     def watch() -> None:
         while not workspace.exists(path):
             time.sleep(0.01)
-        workers = [p for p in psutil.Process().children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
-        worker = max(workers, key=lambda p: p.create_time())
+        lines = command_lines(psutil.Process().children(recursive=True))
+        worker = max((p for p, line in lines.items() if "TrainWorker" in line), key=lambda p: p.create_time())
         killed.append(worker.pid)
         worker.kill()
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pyarrow as pa
+from processes import command_lines
 
 from owlrec import schema
 from owlrec.generation.batch import build_job
@@ -147,14 +148,8 @@ def kill_driver(process: subprocess.Popen[bytes]) -> None:
 
 def replica_pids() -> list[int]:
     """The engine actors of the cluster that this process started."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "ray::" in " ".join(process.cmdline()) and "Replica" in " ".join(process.cmdline()):
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
+    lines = command_lines(psutil.Process().children(recursive=True))
+    return [process.pid for process, line in lines.items() if "ray::" in line and "Replica" in line]
 
 
 @contextmanager

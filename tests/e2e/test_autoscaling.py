@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 import yaml
 from heads import (
@@ -25,6 +24,7 @@ from heads import (
     owlrec_command,
     wait_until,
 )
+from processes import command_lines
 
 pytestmark = pytest.mark.e2e
 HEAD_ID = "f" * 51 + "00000"
@@ -126,14 +126,7 @@ def alive(head: Head) -> list[str]:
 
 def machines(head: Head) -> int:
     """Nodes whose processes the provider has not ended yet: each has a log monitor, which outlives its raylet."""
-    return sum("log_monitor.py" in " ".join(cmdline(p)) for p in head.processes())
-
-
-def cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+    return sum("log_monitor.py" in line for line in command_lines(head.processes()).values())
 
 
 def pending_actors(head: Head) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from processes import command_lines
 from redis_server import free_port, needs_redis, redis_server
 from served_world import publish_world
 from typer.testing import CliRunner
@@ -76,8 +77,8 @@ def test_it_serves_through_haproxy_and_ends_cleanly(workspace):
             while web.get("/v1/releases/current").json()["release"] != name:
                 assert time.monotonic() < end
                 time.sleep(0.1)
-        assert any("haproxy" in p.name() for p in psutil.Process(server.pid).children(recursive=True))
         running = psutil.Process(server.pid).children(recursive=True)
+        assert any("haproxy" in line for line in command_lines(running).values())
     finally:
         server.send_signal(signal.SIGTERM)
         said = readiness_to_the_end(url, server)
@@ -86,7 +87,7 @@ def test_it_serves_through_haproxy_and_ends_cleanly(workspace):
     assert said[0] == 200
     assert said[1] in (404, 503)  # not ready, before connections are refused
     _, alive = psutil.wait_procs(running, timeout=20)
-    assert [p.name() for p in alive] == []
+    assert list(command_lines(alive).values()) == []
 
 
 def readiness_to_the_end(url, server):
