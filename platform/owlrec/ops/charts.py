@@ -67,7 +67,7 @@ def bar_chart(values: Mapping[str, float], unit: str) -> Markup:
     """One horizontal bar a label, from zero, its value at its end."""
     if not values:
         return Markup("")
-    left, top = 190, 6
+    left, top = max(190, min(460, 20 + 6 * max(map(len, values)))), 6
     scale = _Scale(0, max(*values.values(), 0.0) or 1.0, left, _WIDTH - 110)
     parts = []
     for number, (label, value) in enumerate(values.items()):

@@ -7,7 +7,9 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,8 +111,17 @@ def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
 def hardware_line() -> str:
     """The machine in a line, as every table of figures needs it."""
     memory = psutil.virtual_memory().total / 2**30
+    processor = ", ".join([platform.machine(), *_matrix_instructions()])
     python = platform.python_version()
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, Python {python}"
+    return f"{os.cpu_count()} CPU cores ({processor}), {memory:.0f} GiB memory, Python {python}"
+
+
+def _matrix_instructions() -> list[str]:
+    """What decides an LLM's speed on a CPU, of what Linux says of the first one."""
+    with suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+        return [name for flag, name in (("avx512_bf16", "AVX512-BF16"), ("amx_tile", "AMX")) if flag in flags]
+    return []
 
 
 def arm_figures(results: list[TrialResult], scores: GridScores | None = None) -> list[ArmFigures]:

@@ -1,0 +1,85 @@
+"""What `make bench` measures: the parts of a full round, and those that take longer and run when they are named."""
+
+from typing import NamedTuple
+
+FEAST = ".venv/feast/bin/python"  # `make bench-peers`
+
+
+class Part(NamedTuple):
+    """One command and what it answers; its figures stay in results/<name>.json."""
+
+    name: str
+    command: str
+    """Behind `python -m benchmarks.`."""
+    question: str
+
+
+PARTS = (
+    Part("lookup", "lookup", "What does one lookup by id cost?"),
+    Part("generation", "generation --only speed --quick", "What does a batch job cost beyond the engine itself?"),
+    Part("generation-scale", "generation --only scale --rows 1e6", "How many rows a second can the job write?"),
+    Part(
+        "decoding",
+        "decoding --frameworks kar --workloads refresh --rounds 1",
+        "How much faster is a refresh written that drafts from earlier texts?",
+    ),
+    Part(
+        "decoding-new",
+        "decoding --frameworks kar --workloads 'new users' items --batches 4 --rounds 1",
+        "And texts of users and items that the pools know nothing of?",
+    ),
+    Part("lossless", "lossless", "Does strict verification write what plain decoding would have written?"),
+    Part("cohorts-real", "cohorts --only real", "Are cohorts real?"),
+    Part("cohorts-speed", "cohorts --only speed", "How fast are users assigned to cohorts?"),
+    Part("streaming", "streaming --only cost", "How many calls does a daily refresh ask for?"),
+    Part("semantic-ids", "semantic_ids", "Are semantic ids unique, and what do they lose?"),
+    Part("ctr-gauc", "ctr --only gauc", "How fast is gAUC taken?"),
+    Part("ctr-export", "ctr --only export", "How fast is a request scored, and how far from the trainer?"),
+    Part(
+        "ctr-planted",
+        "ctr --only planted --forms vectors --seeds 0",
+        "Does every backbone find knowledge that is true, and ignore it shuffled?",
+    ),
+    Part("ctr-workers", "ctr --only workers", "Do two training workers find what one finds?"),
+    Part("ctr-speed", "ctr_speed --rounds 1", "How fast are CTR models trained?"),
+    Part("ranking", "ranking", "How fast and how exact is the LLM ranker?"),
+    Part("serving", f"serving --feast {FEAST}", "How fast is knowledge served, and what happens beyond capacity?"),
+)
+
+LONG_PARTS = (
+    Part(
+        "decoding-all",
+        "decoding --frameworks kar",
+        "The whole table of decoding speeds, medians of three rounds (two hours).",
+    ),
+    Part(
+        "decoding-batches",
+        "decoding --frameworks kar --workloads 'new users' items --batches 1 16 64 --rounds 2",
+        "Users and items that the pools know nothing of, at the other batch sizes (40 minutes).",
+    ),
+    Part("generation-full", "generation --rounds 1", "1,000 prompts beside peers, and 10^7 rows (half an hour)."),
+    Part("cohorts-texts", "cohorts --only texts", "What do cohorts' texts cost and what are they worth (20 minutes)?"),
+    Part(
+        "ctr-leaderboard",
+        "ctr --only leaderboard --recipe pipelines/recipes/movielens-100k-collective.yaml",
+        "What is SmolLM2's knowledge worth to each backbone (behind cohorts-texts)?",
+    ),
+    Part(
+        "ctr-planted-full",
+        "ctr --only planted",
+        "Planted knowledge, as vectors and as sentences, on three seeds (hours).",
+    ),
+    Part("streaming-worth", "streaming --only worth", "Are refreshed texts worth more (20 minutes)?"),
+    Part("planner", "planner", "How far off is the planner (40 minutes)?"),
+    Part(
+        "ranking-shots",
+        "ranking_quality --only shots --shots 1024",
+        "What does tuning on 1,024 samples bring, beside CTR models on the same (40 minutes)?",
+    ),
+    Part(
+        "ranking-few-shots",
+        "ranking_quality --only shots --shots 64 256",
+        "And on 64 and 256 (40 minutes)?",
+    ),
+    Part("ranking-lengths", "ranking_quality --only lengths mixture", "Recent or retrieved behaviours (hours)?"),
+)
