@@ -7,7 +7,6 @@ another user, so that no prompt is found in the engine's cache but what the cand
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
     address = f"http://127.0.0.1:{port}/rank"
     owlrec = Path(sys.executable).parent / "owlrec"
     command = [str(owlrec), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
-    command += ["--artifact", artifact, "--llm", "--llm-cpus", str(os.cpu_count())]
+    command += ["--artifact", artifact, "--llm", "--llm-cpus", "1"]
     with process(command):
         bodies = _requests(workspace)
         _wait_for_llm(address, bodies[0])
@@ -48,7 +47,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
         cascade = load(
             job.model_copy(update={"bodies": asked}),
             rate=CASCADE_RATE,
-            seconds=40 if options.quick else 480,
+            seconds=40 if options.quick else 400,
             connections=10,
             count='"degraded":false',
             count_within_s=DEADLINE_MS / 1000,

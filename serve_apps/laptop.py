@@ -17,6 +17,9 @@ _ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.gate:middlewares",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy laptop a proxy needs longer than Serve's 5 s
+    # A full replica answers HAProxy's checks late, and after two HAProxy would send its requests to Serve's own proxy,
+    # where they get stuck. A dead one it sees at once, by connections that fail.
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "12",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s before every end, else
 }
 
