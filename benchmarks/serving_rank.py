@@ -1,12 +1,14 @@
 """`/v1/rank` with 100 candidates: by the CTR model alone, and with the ten best re-ranked by the real SmolLM2.
 
 MovieLens-100K, prepared as pipelines/recipes/movielens-100k-ranker.yaml says; a DIN of one epoch, since a better one is
-no slower; the LLM as it is, through serve_apps.rank_llm, on all cores beside everything else. Every request is of
-another user, so that no prompt is found in the engine's cache but what the candidates of one request share.
+no slower; the LLM as it is, through serve_apps.rank_llm, shown recent behaviours, which a user's candidates share, on
+all cores beside everything else. Every request is of another user, so that no prompt is found in the engine's cache but
+what the candidates of one request share.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from owlrec.workspace import Workspace, finished_stage
 CANDIDATES, RERANKED = 100, 10
 RECIPE = Path(__file__).parent.parent / "pipelines" / "recipes" / "movielens-100k-ranker.yaml"
 OURS = "owlrec"
-CTR_RATE, CASCADE_RATE = 20.0, 0.25  # requests/s
+CTR_RATE, CASCADE_RATE = 20.0, 0.15  # requests/s
 DEADLINE_MS = 3000  # of a cascade
 
 
@@ -36,7 +38,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
     address = f"http://127.0.0.1:{port}/rank"
     owlrec = Path(sys.executable).parent / "owlrec"
     command = [str(owlrec), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
-    command += ["--artifact", artifact, "--llm", "--llm-cpus", "1"]
+    command += ["--artifact", artifact, "--llm", "--llm-cpus", str(os.cpu_count())]
     with process(command):
         bodies = _requests(workspace)
         _wait_for_llm(address, bodies[0])
@@ -70,6 +72,7 @@ def _prepare(folder: Path) -> tuple[Path, Workspace, str]:
     settings = yaml.safe_load(RECIPE.read_text())
     settings |= {"workspace": str(folder / "ws"), "ctr": {"backbones": ["din"], "arms": ["none"], "seeds": [0]}}
     settings["ctr"]["epochs"] = 1
+    settings["ranking"]["data"]["shown"] = ["recent"]
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     owlrec = str(Path(sys.executable).parent / "owlrec")
