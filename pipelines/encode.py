@@ -12,9 +12,10 @@ from owlrec.encoding.encoder import Encoder, encoder_identity
 from owlrec.encoding.importing_vectors import imported_vectors, take_imported
 from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.generation.shards import KINDS, read_knowledge
+from owlrec.generation.shards import read_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
+from owlrec.schema import KINDS
 from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
 from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main

@@ -1,16 +1,16 @@
 """Knowledge in and out: a file made elsewhere stands in for `generate`; what was generated goes out as one file."""
 
 import time
-from typing import Literal
 
 from owlrec.encoding.importing_vectors import imported_vectors, read_vectors
 from owlrec.errors import WorkspaceError
 from owlrec.generation.adoption import adopt
 from owlrec.generation.exporting import export_jsonl, export_parquet
 from owlrec.generation.importing import ImportSource
-from owlrec.generation.shards import KINDS, Kind, add_manifests, iterate_knowledge
+from owlrec.generation.shards import add_manifests, iterate_knowledge
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe
+from owlrec.schema import KINDS, Kind
 from owlrec.workspace import (
     StageManifest,
     Stopwatch,
@@ -47,7 +47,7 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
     return manifest
 
 
-def import_vectors(workspace: Workspace, kind: Literal["user", "item"], vectors: str, ids: str) -> int:
+def import_vectors(workspace: Workspace, kind: Kind, vectors: str, ids: str) -> int:
     """Keeps vectors made elsewhere, which `encode` then takes in place of its own of that kind; how many there are."""
     stage_header("import", f"{kind} vectors from {vectors}")
     table = read_vectors(vectors, ids, kind)

@@ -6,9 +6,10 @@ from owlrec.encoding.coded_vectors import read_quantisers
 from owlrec.errors import WorkspaceError
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer, model_identity
-from owlrec.generation.shards import KINDS, iterate_knowledge
+from owlrec.generation.shards import iterate_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
+from owlrec.schema import KINDS
 from owlrec.store.publishing import ReleaseInfo, publish
 from owlrec.store.release import current_release
 from owlrec.workspace import StageManifest, Workspace, finished_stage

@@ -7,7 +7,7 @@ hashed by `stable_id`; the raw id stays in the table and a collision is an error
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
 
-KINDS = ("user", "item", "cohort")
+Kind = Literal["user", "item", "cohort"]  # what a text or a vector is about
+KINDS: tuple[Kind, ...] = get_args(Kind)
+TABLES: dict[Kind, str] = {"user": "users", "item": "items"}  # of each kind that has one
 
 USERS = pa.schema([("user_id", pa.int64()), ("raw_id", pa.string())])  # then one string column a profile field
 ITEMS = pa.schema([("item_id", pa.int64()), ("raw_id", pa.string()), ("title", pa.string())])  # then attributes
@@ -220,23 +222,20 @@ def check_rows(table: pa.Table, *, name: str, key: Sequence[str], required: Sequ
         )
 
 
-# 10^11 ms is March 1973 and 10^11 s is the year 5138: between the two units there is no overlap for real behaviour
-# logs.
-_SECONDS_BELOW = 100_000_000_000
+# From March 1973 to November 2286; in seconds, micro- or nanoseconds no real behaviour log lies between these numbers.
+MILLISECONDS = range(10**11, 10**13 + 1)
 
 
 def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str) -> None:
     """Refuses timestamps that can only be seconds (or smaller) where milliseconds since 1970, UTC, are meant."""
-    if len(timestamps) == 0:
-        return
     largest = pc.max(timestamps).as_py()
-    if largest is not None and largest < _SECONDS_BELOW:
-        row = pc.index(timestamps, pc.max(timestamps)).as_py()
+    if largest is not None and largest < MILLISECONDS.start:
+        row = pc.index(timestamps, largest).as_py()
         raise SchemaError(
             f"{name}, row {row}: timestamp {largest} looks like seconds, but milliseconds since 1970 (UTC) are meant. "
             f"Multiply by 1000, or set source.timestamp_unit: s in the recipe."
         )
-    if largest is not None and largest > 100 * _SECONDS_BELOW:
+    if largest is not None and largest >= MILLISECONDS.stop:
         raise SchemaError(
             f"{name}: timestamp {largest} looks like micro- or nanoseconds, but milliseconds since 1970 (UTC) are "
             "meant. "

@@ -8,7 +8,7 @@ same to the letter and nothing is asked again.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from pydantic import Field
 from owlrec.cohorts.attributes import values_of
 from owlrec.config import Config
 from owlrec.scenario import Scenario
-from owlrec.schema import stable_id
+from owlrec.schema import TABLES, Kind, stable_id
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
@@ -73,10 +73,10 @@ class CandidateReader:
     scenario: Scenario
     config: ProfileConfig
 
-    def __call__(self, kind: Literal["user", "item"], part: str) -> dict[str, Any]:
+    def __call__(self, kind: Kind, part: str) -> dict[str, Any]:
         """Writes candidates/<kind>/<part>; returns its number of rows."""
         members = self.workspace.read_parquet(f"{self.folder}/{kind}/{part}")
-        rows = self.workspace.read_parquet(f"tables/{kind}s/{part}")
+        rows = self.workspace.read_parquet(f"tables/{TABLES[kind]}/{part}")
         read = self._items(rows) if kind == "item" else self._users(rows, part)
         ids = members["id"].to_pylist()
         length = np.array([-len(read[i][1]) for i in ids], dtype=np.float32)
@@ -122,7 +122,7 @@ class CandidateReader:
 def build_profiles(
     workspace: Workspace,
     folder: str,
-    kind: Literal["user", "item"],
+    kind: Kind,
     sizes: Mapping[str, int],
     catalog: ItemCatalog,
     config: ProfileConfig,

@@ -5,14 +5,13 @@ arrays are refused: reading one would run the code of whoever made the file.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from owlrec.errors import SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
-from owlrec.schema import stable_id, vectors_schema
+from owlrec.schema import Kind, stable_id, vectors_schema
 from owlrec.workspace import Workspace
 
 _SLICE_VALUES = 1 << 22  # 32 MB as float64
@@ -42,7 +41,7 @@ def take_imported(workspace: Workspace, kind: str, dimension: int) -> pa.Table |
     return table
 
 
-def read_vectors(npy_path: str | Path, ids_path: str | Path, kind: Literal["user", "item", "cohort"]) -> pa.Table:
+def read_vectors(npy_path: str | Path, ids_path: str | Path, kind: Kind) -> pa.Table:
     """The vectors table (schema.vectors_schema(dim)) of n vectors, all of one kind, without semantic ids.
 
     npy_path: float [n, dim]. ids_path: int64 [n] as .npy, taken as they are, or else a text file with one raw id a

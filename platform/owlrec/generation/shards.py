@@ -23,13 +23,10 @@ from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import Scenario
-from owlrec.schema import KNOWLEDGE
+from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
 from owlrec.workspace import Workspace, fingerprint, finished_stage
 
-Kind = Literal["user", "item", "cohort"]
 COUNTERS = "decoder.json"
-KINDS: tuple[Kind, ...] = ("user", "item", "cohort")
-_TABLES: dict[Kind, str] = {"user": "users", "item": "items"}
 _READERS = 16  # threads that check shards: on an object store each waits for its answer most of the time
 
 
@@ -72,7 +69,7 @@ class Shard(BaseModel):
     @property
     def input_file(self) -> str:
         """What is read, relative to the workspace."""
-        return self.prompts or f"tables/{_TABLES[self.kind]}/{self.part}"
+        return self.prompts or f"tables/{TABLES[self.kind]}/{self.part}"
 
     def file(self, job: Job, what: Literal["knowledge", "dead", "manifest", "claim"]) -> str:
         """Path of one of the shard's files, relative to the workspace."""
@@ -107,7 +104,7 @@ class ShardManifest(BaseModel):
     actions: dict[str, int] = {}  # what the quality gate did: retried, mended, fallen_back, dropped
 
 
-def plan_shards(workspace: Workspace, kinds: Iterable[Literal["user", "item"]] = ("user", "item")) -> list[Shard]:
+def plan_shards(workspace: Workspace, kinds: Iterable[Kind] = ("user", "item")) -> list[Shard]:
     """All shards of the prepared tables. Raises WorkspaceError where `prepare` has not finished."""
     prepared = finished_stage(workspace, "prepare")
     if prepared is None:
@@ -117,7 +114,7 @@ def plan_shards(workspace: Workspace, kinds: Iterable[Literal["user", "item"]] =
     return [
         Shard(kind=kind, part=part, input_fingerprint=fingerprint(prepared.fingerprint, kind, part))
         for kind in kinds
-        for part in workspace.table_parts(_TABLES[kind])
+        for part in workspace.table_parts(TABLES[kind])
     ]
 
 
