@@ -11,21 +11,19 @@ from owlrec.encoding.coded_vectors import CODED_KINDS, code_vectors
 from owlrec.encoding.encoder import Encoder, encoder_identity
 from owlrec.encoding.importing_vectors import imported_vectors, take_imported
 from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
-from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.errors import SchemaError
 from owlrec.generation.shards import read_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS
-from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from owlrec.workspace import StageManifest, Workspace, fingerprint, needed_stage
 from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main
 
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     """Encodes what `generate` wrote; each kind and source is a vectors table and a folder that training maps."""
-    generated = finished_stage(workspace, "generate")
-    if generated is None:
-        raise WorkspaceError(f"{workspace.root}: no knowledge yet. Run `generate` first, with the same recipe.")
+    generated = needed_stage(workspace, "generate", "no knowledge yet")
     settings = recipe.encoder.model_dump(include={"max_tokens", "semantic_ids"})
     files = [p for p in map(imported_vectors, ("user", "item")) if workspace.exists(p)]
     settings |= {path: hashlib.sha256(workspace.read_bytes(path)).hexdigest() for path in files}

@@ -1,6 +1,5 @@
 """Prompts to knowledge: the LLM reads users' histories and items, or cohorts of them, shard by shard, on Ray Data."""
 
-import time
 from dataclasses import replace
 
 from owlrec.decoding import DecodingConfig
@@ -18,9 +17,9 @@ from owlrec.workspace import (
     Stopwatch,
     Workspace,
     fingerprint,
-    finish_stage,
     finished_stage,
     forget_stages,
+    record_stage,
 )
 from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session
@@ -72,16 +71,8 @@ def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> St
     if before is not None and not pending and not dead:
         return before
     counts = add_manifests(manifests.values())
-    manifest = StageManifest(
-        stage="generate",
-        fingerprint=print_,
-        seconds=round(watch.seconds, 3),
-        finished=time.time(),
-        counts={**counts, "shards": len(shards), "shards_this_run": len(pending) + len(dead)},
-        outputs={"knowledge": job.folder},
-    )
-    finish_stage(workspace, manifest)
-    return manifest
+    counts.update(shards=len(shards), shards_this_run=len(pending) + len(dead))
+    return record_stage(workspace, "generate", print_, watch, {**counts}, {"knowledge": job.folder})
 
 
 def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig:

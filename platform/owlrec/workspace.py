@@ -313,6 +313,14 @@ def finished_stage(workspace: Workspace, stage: str, expected: str | None = None
     return manifest if expected in (None, manifest.fingerprint) else None
 
 
+def needed_stage(workspace: Workspace, stage: str, lacking: str) -> StageManifest:
+    """The manifest of `stage`. Raises WorkspaceError, which begins with what is `lacking`, where it has not finished."""
+    manifest = finished_stage(workspace, stage)
+    if manifest is None:
+        raise WorkspaceError(f"{workspace.root}: {lacking}. Run `{stage}` first, with the same recipe.")
+    return manifest
+
+
 def forget_stages(workspace: Workspace, stages: Sequence[str]) -> None:
     """Removes manifests. A stage that starts anew forgets its own and those after it: what it leaves if it is
     interrupted must not pass for finished, nor what was made from its earlier output for up to date.
@@ -324,6 +332,23 @@ def forget_stages(workspace: Workspace, stages: Sequence[str]) -> None:
 def finish_stage(workspace: Workspace, manifest: StageManifest) -> None:
     """Records that a stage is done. Call it last: what the manifest lists must exist by then."""
     workspace.write_json(f"manifests/{manifest.stage}.json", manifest.model_dump())
+
+
+def record_stage(
+    workspace: Workspace,
+    stage: str,
+    fingerprint: str,
+    watch: "Stopwatch",
+    counts: dict[str, float | int | str],
+    outputs: dict[str, str],
+) -> StageManifest:
+    """finish_stage of a stage that ends now; watch: since it began."""
+    seconds = round(watch.seconds, 3)
+    manifest = StageManifest(
+        stage=stage, fingerprint=fingerprint, seconds=seconds, finished=time.time(), counts=counts, outputs=outputs
+    )
+    finish_stage(workspace, manifest)
+    return manifest
 
 
 class Stopwatch:

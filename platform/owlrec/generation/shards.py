@@ -24,7 +24,7 @@ from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
-from owlrec.workspace import Workspace, fingerprint, finished_stage
+from owlrec.workspace import Workspace, fingerprint, needed_stage
 
 COUNTERS = "decoder.json"
 _READERS = 16  # threads that check shards: on an object store each waits for its answer most of the time
@@ -106,11 +106,7 @@ class ShardManifest(BaseModel):
 
 def plan_shards(workspace: Workspace, kinds: Iterable[Kind] = ("user", "item")) -> list[Shard]:
     """All shards of the prepared tables. Raises WorkspaceError where `prepare` has not finished."""
-    prepared = finished_stage(workspace, "prepare")
-    if prepared is None:
-        raise WorkspaceError(
-            f"{workspace.root}: the tables are not prepared. Run `prepare` first, with the same recipe."
-        )
+    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
     return [
         Shard(kind=kind, part=part, input_fingerprint=fingerprint(prepared.fingerprint, kind, part))
         for kind in kinds
