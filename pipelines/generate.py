@@ -6,7 +6,6 @@ from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import find_pools
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.batch import build_job, check_dead_share, generate
-from owlrec.generation.models import model_identity
 from owlrec.generation.shards import add_manifests, finished_shards, keep_counters, plan_prompt_shards, plan_shards
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
@@ -80,7 +79,7 @@ def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig
     decoding, engine, release = recipe.decoding, recipe.engine, current_release(workspace)
     if decoding.mode == "off" or decoding.pools or release is None or not isinstance(engine, VllmEngineConfig):
         return decoding
-    pools, why = find_pools(workspace, release, model_identity(engine.model, engine.revision))
+    pools, why = find_pools(workspace, release, engine.model_identity)
     note(why)
     return decoding.model_copy(update={"pools": pools})
 

@@ -4,7 +4,7 @@ from owlrec.cohorts.memberships import CohortNames, iterate_memberships
 from owlrec.decoding.release_pools import FOLDER, write_release_pools
 from owlrec.encoding.coded_vectors import read_quantisers
 from owlrec.generation import VllmEngineConfig
-from owlrec.generation.models import load_tokenizer, model_identity
+from owlrec.generation.models import load_tokenizer
 from owlrec.generation.shards import iterate_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
@@ -63,7 +63,7 @@ def _write_pools(recipe: Recipe, workspace: Workspace, encoded: StageManifest, r
         root,
         iterate_knowledge(workspace, encoded.outputs["knowledge"]),
         load_tokenizer(engine.model, engine.revision),
-        identity=model_identity(engine.model, engine.revision),
+        identity=engine.model_identity,
         max_tokens=recipe.decoding.pool_tokens,
         cohorts_of=CohortNames(workspace, cohorts) if cohorts else None,
     )

@@ -5,7 +5,6 @@ as it is.
 from owlrec import __version__
 from owlrec.errors import RecipeError
 from owlrec.generation import token_counter
-from owlrec.generation.models import model_identity
 from owlrec.ops.console import note, progress, table, warn
 from owlrec.prompting.rella import rank_fingerprint
 from owlrec.ranking.adapters import Adapter
@@ -26,7 +25,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     if config is None:
         raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
-    model, encoder = model_identity(engine.model, engine.revision), config.item_encoder(recipe.encoder, engine)
+    model, encoder = engine.model_identity, config.item_encoder(recipe.encoder, engine)
     read_by = item_encoder_identity(encoder)
     tuned_print = fingerprint(prepared.fingerprint, model, wording, config.decides_adapter, read_by, __version__)
     job = TuningJob(

@@ -93,7 +93,6 @@ class VllmEngine(Engine):
         self.config, self.decoding = config, decoding
         self.cpu = is_cpu_build()
         self.model = resolve_model(config.model)
-        self.identity = config.model_identity
         prepare_environment(config, self.cpu)
         try:
             self._stepping = Stepping(self._start, drafts=decoding.mode != "off")
@@ -193,7 +192,7 @@ class VllmEngine(Engine):
             # Prefixes are kept by whole blocks: the CPU default of 128 tokens is longer than the system turn that all
             # rows share.
             args["block_size"] = 32
-        args |= engine_arguments(self.decoding, self.identity, cpu=self.cpu) | self.config.engine_args
+        args |= engine_arguments(self.decoding, self.config.model_identity, cpu=self.cpu) | self.config.engine_args
         if self.cpu and args.get("enable_lora"):
             from vllm.platforms.cpu import CpuPlatform
 
