@@ -123,9 +123,15 @@ def vectors_table(kind: str | Sequence[str], ids: np.ndarray, vectors: np.ndarra
         pa.repeat(pa.scalar(kind), n) if isinstance(kind, str) else pa.array(kind, pa.string()),
         pa.array(ids, pa.int64()),
         pa.FixedSizeListArray.from_arrays(flat, dim),
-        pa.array([[]] * n, pa.list_(pa.uint16())),
+        pa.ListArray.from_arrays(pa.array(np.zeros(n + 1, np.int32)), pa.array([], pa.uint16())),
     ]
     return pa.table(columns, schema=vectors_schema(dim))
+
+
+def vector_matrix(table: pa.Table) -> np.ndarray:
+    """The vectors of a vectors table, float16 [n, dim]."""
+    column = table["vector"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
 
 
 def stable_id(raw: str) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.cohorts.collaborative import unit
-from owlrec.schema import MEMBERSHIPS, stable_id, vectors_table
+from owlrec.schema import MEMBERSHIPS, stable_id, vector_matrix, vectors_table
 from owlrec.workspace import Workspace
 
 
@@ -43,16 +43,14 @@ def member_vectors(table: pa.Table, cohort_vectors: pa.Table) -> pa.Table:
     table: schema.MEMBERSHIPS; cohort_vectors: the cohorts' own (schema.vectors_schema). Who belongs to no cohort with a
     vector is left out.
     """
-    column = cohort_vectors["vector"].combine_chunks()
-    dim = column.type.list_size
-    vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
+    vectors = vector_matrix(cohort_vectors).astype(np.float32)
     of = cohort_vectors["id"].to_numpy()
     order = np.argsort(of)
     lists = table["cohorts"].combine_chunks()
     wanted, member = lists.flatten().to_numpy(), np.repeat(np.arange(len(table)), lists.value_lengths().to_numpy())
     at = order[np.minimum(np.searchsorted(of, wanted, sorter=order), max(len(of) - 1, 0))] if len(of) else wanted * 0
     known = of[at] == wanted if len(of) else np.zeros(len(wanted), dtype=bool)
-    total = np.zeros((len(table), dim), dtype=np.float32)
+    total = np.zeros((len(table), vectors.shape[1]), dtype=np.float32)
     np.add.at(total, member[known], vectors[at[known]])
     rows = np.flatnonzero(np.bincount(member[known], minlength=len(table)))
     kept = table.take(pa.array(rows))

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from owlrec.errors import SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
-from owlrec.schema import Kind, stable_id, vectors_schema
+from owlrec.schema import Kind, stable_id, vectors_table
 from owlrec.workspace import Workspace
 
 _SLICE_VALUES = 1 << 22  # 32 MB as float64
@@ -55,19 +55,12 @@ def read_vectors(npy_path: str | Path, ids_path: str | Path, kind: Kind) -> pa.T
             f"{npy_path}: the array is {vectors.dtype} {list(vectors.shape)}, but float [n, dim] is meant. Save it so."
         )
     ids = _npy_ids(ids_path) if str(ids_path).endswith(".npy") else _text_ids(ids_path)
-    n, dim = vectors.shape
-    if len(ids) != n:
+    if len(ids) != (n := len(vectors)):
         raise SourceError(
             f"{npy_path} has {n} vectors, but {ids_path} has {len(ids)} ids. They must be aligned, row by row."
         )
     _refuse_doubled(ids, ids_path)
-    columns = [
-        pa.repeat(pa.scalar(kind, pa.string()), n),
-        pa.array(ids, pa.int64()),
-        pa.FixedSizeListArray.from_arrays(pa.array(_halves(vectors, npy_path).reshape(-1)), dim),
-        pa.ListArray.from_arrays(pa.array(np.zeros(n + 1, np.int32)), pa.array([], pa.uint16())),
-    ]
-    return pa.table(columns, schema=vectors_schema(dim))
+    return vectors_table(kind, ids, _halves(vectors, npy_path))
 
 
 def _array(path: str | Path) -> np.ndarray:
