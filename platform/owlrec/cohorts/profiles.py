@@ -17,6 +17,7 @@ from pydantic import Field
 
 from owlrec.cohorts.attributes import values_of
 from owlrec.config import Config
+from owlrec.ordered import run_starts
 from owlrec.scenario import Scenario
 from owlrec.schema import TABLES, Kind, stable_id
 from owlrec.sources.catalog import ItemCatalog
@@ -200,9 +201,7 @@ def _best(cohorts: pa.ChunkedArray, rank: np.ndarray, ids: np.ndarray, n: int) -
     """The rows of the n members of least rank of each cohort, int64, cohort by cohort."""
     codes = pc.dictionary_encode(cohorts).combine_chunks().indices.to_numpy(zero_copy_only=False)
     order = np.lexsort((ids, rank, codes))
-    new = np.r_[True, codes[order][1:] != codes[order][:-1]] if len(order) else np.zeros(0, dtype=bool)
-    start = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
-    return order[np.arange(len(order)) - start < n]
+    return order[np.arange(len(order)) - run_starts(codes[order]) < n]
 
 
 def _shared_titles(items: Iterable[Sequence[int]], catalog: ItemCatalog, n: int) -> list[str]:

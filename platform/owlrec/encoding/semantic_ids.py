@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.ordered import run_starts
 from owlrec.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -179,10 +180,7 @@ def with_duplicate_digit(codes: np.ndarray, ids: np.ndarray) -> np.ndarray:
         )
     digits = np.zeros(len(ids), dtype=np.int64)
     order = np.lexsort((ids, *codes.T[::-1]))
-    ordered, position = codes[order], np.arange(len(ids))
-    opens = np.ones(len(ids), dtype=bool)
-    opens[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    digits[order] = position - np.maximum.accumulate(np.where(opens, position, 0))
+    digits[order] = np.arange(len(ids)) - run_starts(*codes[order].T)
     if len(ids) and digits.max() >= _DIGITS:
         crowded = codes[digits.argmax()]
         n = int((codes == crowded).all(axis=1).sum())

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
+from owlrec.ordered import run_starts
 from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, check_rows, conform, stable_id
 from owlrec.workspace import file_digest, fingerprint
 
@@ -196,10 +197,9 @@ def _check_doubled(table: pa.Table, raw: pa.Table, name: str) -> None:
     """Refuses a second interaction of one user with one item at one moment, naming the first by its raw ids."""
     user, item, time = (table[c].to_numpy() for c in ("user_id", "item_id", "timestamp"))
     order = np.lexsort((time, item, user))
-    user, item, time = user[order], item[order], time[order]
-    same = (user[1:] == user[:-1]) & (item[1:] == item[:-1]) & (time[1:] == time[:-1])
+    same = run_starts(user[order], item[order], time[order]) < np.arange(len(order))
     if same.any():
-        row = int(order[1:][same].min())
+        row = int(order[same].min())
         user_id, item_id = str(raw["user_id"][row].as_py()), str(raw["item_id"][row].as_py())
         raise SchemaError(
             f"{name}, row {row}: user_id '{user_id}', item_id '{item_id}', timestamp "

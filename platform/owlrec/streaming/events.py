@@ -21,6 +21,7 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import SourceError
+from owlrec.ordered import run_starts
 from owlrec.schema import INTERACTIONS, MILLISECONDS, conform
 from owlrec.sources.tabular import to_milliseconds
 from owlrec.workspace import Workspace
@@ -105,8 +106,7 @@ def are_among(events: Events, known: Events) -> np.ndarray:
 
 def _repeats(events: Events) -> np.ndarray:
     """Which events of a sorted sequence have the key of the one before them."""
-    same = [column[1:] == column[:-1] for column in (events.user, events.item, events.time)]
-    return np.r_[np.zeros(min(len(events), 1), dtype=bool), np.logical_and.reduce(same)]
+    return run_starts(events.user, events.item, events.time) < np.arange(len(events))
 
 
 @dataclass(frozen=True)
