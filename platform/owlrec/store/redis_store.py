@@ -23,7 +23,7 @@ from owlrec.errors import ReleaseError, StoreUnavailableError
 from owlrec.store.chain import ChainedStore
 from owlrec.store.lmdb_store import RowStore, encode_key
 from owlrec.store.manifest import ReleaseManifest
-from owlrec.store.release import Release
+from owlrec.store.release import Release, history_in
 
 NAMESPACE = "owlrec"
 IDS_A_CHUNK = 100_000
@@ -118,11 +118,7 @@ class RedisReleases:
         if raw is None:
             return []
         try:
-            pointer = json.loads(raw)
-            history = [str(name) for name in pointer["history"]]
-            if not history or history[-1] != pointer["release"]:
-                raise ValueError("'history' does not end with 'release'")
-            return history
+            return history_in(json.loads(raw))
         except (ValueError, KeyError, TypeError) as error:
             raise ReleaseError(
                 f"the key {self.namespace}:current is no pointer ({error}). Delete it and run `owlrec push` again."

@@ -11,11 +11,10 @@ they opened, whatever the pointer says afterwards.
 
 import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import lmdb
 import pyarrow.fs as pafs
@@ -61,9 +60,7 @@ class Release:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -135,13 +132,13 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
                 f"Name a release: `owlrec releases` shows them."
             )
     chain(workspace, to)
-    if to in history:
-        while history[-1] != to:
-            history.pop()
-    else:
-        history.append(to)
-    _write_pointer(workspace, history)
+    _write_pointer(workspace, back_to(history, to))
     return to
+
+
+def back_to(history: list[str], to: str) -> list[str]:
+    """A pointer's history after a roll-back to release `to`: what was current after it is forgotten."""
+    return history[: len(history) - history[::-1].index(to)] if to in history else [*history, to]
 
 
 def _is_whole(workspace: Workspace, name: str) -> bool:
@@ -242,21 +239,29 @@ def pointer_history(workspace: Workspace) -> list[str]:
     if not workspace.exists(_POINTER):
         return []
     try:
-        pointer = workspace.read_json(_POINTER)
-        history = pointer["history"]
-        if not isinstance(history, list) or not history or history[-1] != pointer["release"]:
-            raise ValueError("'history' does not end with 'release'")
-        return [str(name) for name in history]
-    except (WorkspaceError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        return history_in(workspace.read_json(_POINTER))
+    except (WorkspaceError, KeyError, TypeError, ValueError) as error:
         raise ReleaseError(
             f"{workspace.path(_POINTER)} is unreadable ({error}). Delete it and name a release: "
             f"`owlrec releases` shows them, `owlrec rollback --to` makes one current."
         ) from None
 
 
-def _write_pointer(workspace: Workspace, history: Iterable[str]) -> None:
-    kept = list(history)[-_HISTORY:]
-    workspace.write_json(_POINTER, {"release": kept[-1], "history": kept})
+def history_in(pointer: Any) -> list[str]:
+    """The history that a pointer carries. Raises ValueError, KeyError or TypeError where it is none."""
+    history = pointer["history"]
+    if not isinstance(history, list) or not history or history[-1] != pointer["release"]:
+        raise ValueError("'history' does not end with 'release'")
+    return [str(name) for name in history]
+
+
+def pointer_to(history: Sequence[str]) -> dict[str, Any]:
+    """The pointer with this history, the release in force last."""
+    return {"release": history[-1], "history": list(history[-_HISTORY:])}
+
+
+def _write_pointer(workspace: Workspace, history: Sequence[str]) -> None:
+    workspace.write_json(_POINTER, pointer_to(history))
 
 
 def _cached_copy(workspace: Workspace, manifest: ReleaseManifest, cache: Path, verify: bool) -> Path:
