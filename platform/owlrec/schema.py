@@ -166,16 +166,20 @@ def conform(table: pa.Table, schema: pa.Schema, *, name: str) -> pa.Table:
     columns: list[pa.ChunkedArray] = []
     for field in schema:
         if field.name not in table.column_names:
-            raise SchemaError(
-                f"{name}: column '{field.name}' is missing; the table has "
-                f"{', '.join(table.column_names) or 'no columns'}. "
-                f"Rename a column, or map one to it under source.columns in the recipe."
-            )
+            raise missing_column(table, field.name, name=name)
         columns.append(_cast(table[field.name], field, name))
     rest = [c for c in table.column_names if c not in schema.names]
     return pa.table(
         [*columns, *(table[c] for c in rest)],
         schema=pa.schema([*schema, *(table.schema.field(c) for c in rest)]),
+    )
+
+
+def missing_column(table: pa.Table, column: str, *, name: str, section: str = "source.columns") -> SchemaError:
+    """The error of a table that lacks a column. name: see conform; section: of the recipe, that maps its columns."""
+    return SchemaError(
+        f"{name}: column '{column}' is missing; the table has {', '.join(table.column_names) or 'no columns'}. "
+        f"Rename a column, or map one to it under {section} in the recipe."
     )
 
 

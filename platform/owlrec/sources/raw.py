@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
 from owlrec.ordered import run_starts
-from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, check_rows, conform, stable_id
+from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, check_rows, conform, missing_column, stable_id
 from owlrec.workspace import file_digest, fingerprint
 
 ORPHAN_REMEDY = "Add the row, or set source.drop_orphans: true in the recipe."
@@ -116,10 +116,7 @@ def encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
 def _id_column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
     """The raw ids in column `key`, integers or strings. Raises SchemaError for no column, a null or an empty id."""
     if key not in table.column_names:
-        raise SchemaError(
-            f"{name}: column '{key}' is missing; the table has {', '.join(table.column_names)}. "
-            f"Rename a column, or map one to it under source.columns in the recipe."
-        )
+        raise missing_column(table, key, name=name)
     check_rows(table, name=name, key=(), required=(key,))
     column = table[key]
     if pa.types.is_integer(column.type):
