@@ -20,6 +20,7 @@ import lmdb
 import pyarrow.fs as pafs
 
 from owlrec.encoding.semantic_ids import Quantiser
+from owlrec.environment import cache_folder
 from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.store.chain import ChainedStore
 from owlrec.store.interface import KnowledgeStore
@@ -155,7 +156,7 @@ def open_release(
 
     verify: compare the SHA-256 of its files as well as their sizes; a large release is opened faster without (about 1 s
     a GB).
-    cache: where a remote workspace's releases are copied to, by default ~/.cache/owlrec/releases; copies are always
+    cache: where a remote workspace's releases are copied to, by default `releases` in OwlRec's cache; copies are always
     verified.
     Raises ReleaseError where there is none, or where a file or a parent is missing, cut short or changed. Without a
     name, a release that is replaced and pruned while it is being opened is no error: the one in its place is opened.
@@ -197,9 +198,7 @@ def open_parts(
                 folder = workspace.local_path("releases", manifest.name)
                 check_files(folder, manifest, checksums=verify)
             else:
-                folder = _cached_copy(
-                    workspace, manifest, cache or Path.home() / ".cache" / "owlrec" / "releases", verify
-                )
+                folder = _cached_copy(workspace, manifest, cache or cache_folder("releases"), verify)
             parts.append(opened.enter_context(open_store(folder, manifest)))
         opened.pop_all()
     return parts
