@@ -189,9 +189,9 @@ def add_manifests(manifests: Iterable[ShardManifest]) -> Counter[str]:
     return counts
 
 
-def iterate_manifests(workspace: Workspace, folder: str, kinds: tuple[Kind, ...] = KINDS) -> Iterator[ShardManifest]:
+def iterate_manifests(workspace: Workspace, folder: str) -> Iterator[ShardManifest]:
     """The shard manifests of a finished job, read one at a time."""
-    for kind in kinds:
+    for kind in KINDS:
         for name in workspace.names(folder, kind):
             if name.endswith(".json"):
                 yield ShardManifest.model_validate(workspace.read_json(f"{folder}/{kind}/{name}"))
