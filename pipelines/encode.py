@@ -1,7 +1,5 @@
 """Knowledge to vectors, and the metadata-only vectors of the control arm, beside memory-mapped copies for training."""
 
-import hashlib
-
 import pyarrow as pa
 
 from owlrec import __version__
@@ -26,7 +24,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     generated = needed_stage(workspace, "generate", "no knowledge yet")
     settings = recipe.encoder.model_dump(include={"max_tokens", "semantic_ids"})
     files = [p for p in map(imported_vectors, ("user", "item")) if workspace.exists(p)]
-    settings |= {path: hashlib.sha256(workspace.read_bytes(path)).hexdigest() for path in files}
+    settings |= {path: workspace.digest(path) for path in files}
     cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
     print_ = fingerprint(generated.fingerprint, encoder_identity(recipe.encoder), settings, cohorts, __version__)
     folder = f"vectors/{print_[:16]}"

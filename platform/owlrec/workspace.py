@@ -16,6 +16,7 @@ never sees half a file, and "the manifest exists" means "what it lists exists". 
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -55,6 +56,12 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 (hex) of a local file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies, None where it is not: found without importing it or what it needs."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 class Workspace:
@@ -190,6 +197,10 @@ class Workspace:
         except (FileNotFoundError, IsADirectoryError):
             raise WorkspaceError(f"{self.path(path)} does not exist. Run the stage that writes it first.") from None
 
+    def digest(self, path: str) -> str:
+        """SHA-256 (hex) of a file's bytes. Raises WorkspaceError where it is missing."""
+        return hashlib.sha256(self.read_bytes(path)).hexdigest()
+
     def write_json(self, path: str, value: Any) -> None:
         """Writes a JSON file atomically."""
         self.write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False).encode())
@@ -314,7 +325,7 @@ def finished_stage(workspace: Workspace, stage: str, expected: str | None = None
 
 
 def needed_stage(workspace: Workspace, stage: str, lacking: str) -> StageManifest:
-    """The manifest of `stage`. Raises WorkspaceError, which begins with what is `lacking`, where it has not finished."""
+    """The manifest of `stage`. Raises WorkspaceError, which says what is `lacking`, where it has not finished."""
     manifest = finished_stage(workspace, stage)
     if manifest is None:
         raise WorkspaceError(f"{workspace.root}: {lacking}. Run `{stage}` first, with the same recipe.")

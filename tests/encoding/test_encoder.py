@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from owlrec.encoding import encoder as encoder_module
 from owlrec.encoding.encoder import Encoder, EncoderConfig, encoder_identity
 from owlrec.errors import EngineError
 
@@ -66,7 +65,7 @@ def test_a_wrong_model_is_an_error_with_the_next_step(tmp_path, monkeypatch):
         Encoder(EncoderConfig(model=str(tmp_path)))
     with pytest.raises(EngineError, match="does not exist"):
         Encoder(EncoderConfig(model=str(tmp_path / "none")))
-    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="make setup"):
         Encoder(EncoderConfig())
 

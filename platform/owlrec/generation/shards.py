@@ -6,7 +6,6 @@ off or beside a file whose checksum differs means do it again. Names are determi
 doubles a row.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +117,7 @@ def plan_prompt_shards(workspace: Workspace, kind: Kind, folder: str) -> list[Sh
     """A shard for each file of ready-made prompts (schema.PROMPTS) in `folder`; its content is its fingerprint."""
     files = {name: f"{folder}/{name}" for name in workspace.names(folder) if name.endswith(".parquet")}
     return [
-        Shard(kind=kind, part=name, input_fingerprint=_digest(workspace, path), prompts=path)
+        Shard(kind=kind, part=name, input_fingerprint=workspace.digest(path), prompts=path)
         for name, path in files.items()
     ]
 
@@ -129,8 +128,8 @@ def finished_shard(workspace: Workspace, job: Job, shard: Shard) -> ShardManifes
         manifest = ShardManifest.model_validate(workspace.read_json(shard.file(job, "manifest")))
         if manifest.shard != shard or manifest.job_fingerprint != job.fingerprint:
             return None
-        whole = _digest(workspace, shard.file(job, "knowledge")) == manifest.sha256
-        whole &= _digest(workspace, shard.file(job, "dead")) == manifest.dead_sha256
+        whole = workspace.digest(shard.file(job, "knowledge")) == manifest.sha256
+        whole &= workspace.digest(shard.file(job, "dead")) == manifest.dead_sha256
     except (WorkspaceError, ValidationError):  # absent, or cut off in the middle
         return None
     return manifest if whole else None
@@ -152,10 +151,6 @@ def finished_shards(workspace: Workspace, job: Job, shards: Iterable[Shard]) -> 
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda shard: finished_shard(workspace, job, shard), shards)
         return [manifest for manifest in found if manifest is not None]
-
-
-def _digest(workspace: Workspace, path: str) -> str:
-    return hashlib.sha256(workspace.read_bytes(path)).hexdigest()
 
 
 def keep_counters(workspace: Workspace, job: Job, counters: DecoderCounters) -> DecoderCounters:

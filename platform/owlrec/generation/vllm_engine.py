@@ -62,11 +62,8 @@ class VllmEngineConfig(EngineConfig):
         return VllmEngine(self, decoding)
 
     def token_counter(self) -> Callable[[str], int]:
-        """By the model's tokenizer, without special tokens. Remembered: most titles stand in many histories."""
-        tokenizer = load_tokenizer(self.model, self.revision)
-        return lru_cache(maxsize=_REMEMBERED_COUNTS)(
-            lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        )
+        """By the model's tokenizer; see count_by."""
+        return count_by(load_tokenizer(self.model, self.revision))
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ class VllmEngine(Engine):
         return NextTokenScores(tuple(found[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
 
     def count_tokens(self, text: str) -> int:
-        """Exact, without special tokens. Remembered: most titles stand in many histories."""
+        """Exact; see count_by."""
         return self._count(text)
 
     def close(self) -> None:
@@ -166,10 +163,9 @@ class VllmEngine(Engine):
 
     def _start(self) -> Any:
         engine = self._build()
-        self._tokenizer = tokenizer = engine.get_tokenizer()
-        count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
-        self._count = lru_cache(maxsize=_REMEMBERED_COUNTS)(count)
-        if not tokenizer.chat_template:
+        self._tokenizer = engine.get_tokenizer()
+        self._count = count_by(self._tokenizer)
+        if not self._tokenizer.chat_template:
             raise EngineError("its tokenizer has no chat template. Name the instruction-tuned model of the family")
         self.context_tokens = int(engine.model_config.max_model_len)
         return engine
@@ -198,6 +194,11 @@ class VllmEngine(Engine):
 
             CpuPlatform.get_punica_wrapper = classmethod(lambda cls: "owlrec.generation.cpu_lora.RunwiseLora")
         return LLMEngine.from_engine_args(EngineArgs(**args))
+
+
+def count_by(tokenizer: Any) -> Callable[[str], int]:
+    """What counts tokens, special ones left out. Remembered: most titles stand in many histories."""
+    return lru_cache(maxsize=_REMEMBERED_COUNTS)(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
 
 
 def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
