@@ -147,7 +147,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     """One line a mistake in a recipe of these values."""
     lines = []
     for detail in error.errors():
-        location = [part for part in detail["loc"]]
+        location = detail["loc"]
         key = ".".join(map(str, location))
         if detail["type"] == "extra_forbidden":
             names = _names_at(location[:-1], values)
