@@ -45,7 +45,8 @@ def connect(url: str, *, timeout_s: float = 1.0) -> Any:
             url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, health_check_interval=15
         )
     except ValueError as error:
-        raise ReleaseError(f"'{url.partition('@')[2] or url}' is no Redis URL ({error}).") from None
+        shown = url.partition("@")[2] or url
+        raise ReleaseError(f"'{shown}' is no Redis URL ({error}). Write redis://HOST:PORT/DB.") from None
 
 
 class RedisStore(RowStore):
@@ -136,7 +137,9 @@ class RedisReleases:
         try:
             return None if raw is None else ReleaseManifest.model_validate_json(raw)
         except ValidationError as error:
-            raise ReleaseError(f"release {name} in Redis: its manifest is unreadable ({error}).") from None
+            raise ReleaseError(
+                f"release {name} in Redis: its manifest is unreadable ({error}). Run `owlrec push --replace`."
+            ) from None
 
     def chain(self, name: str) -> list[ReleaseManifest]:
         """The manifests of a release and of what it is read on top of, newest first.
