@@ -227,8 +227,7 @@ def check_rows(table: pa.Table, *, name: str, key: Sequence[str], required: Sequ
         first = {k: doubled[k][0].as_py() for k in key}
         raise SchemaError(
             f"{name}: {doubled.num_rows} keys occur more than once, first {first} "
-            f"({doubled['count_all'][0].as_py()} rows). "
-            f"Keep one row a key."
+            f"({doubled['count_all'][0].as_py()} rows). Keep one row a key."
         )
 
 
@@ -248,6 +247,5 @@ def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str) -> None:
     if largest is not None and largest >= MILLISECONDS.stop:
         raise SchemaError(
             f"{name}: timestamp {largest} looks like micro- or nanoseconds, but milliseconds since 1970 (UTC) are "
-            "meant. "
-            f"Set source.timestamp_unit: us or ns in the recipe."
+            "meant. Set source.timestamp_unit: us or ns in the recipe."
         )

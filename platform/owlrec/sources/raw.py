@@ -197,10 +197,8 @@ def _check_doubled(table: pa.Table, raw: pa.Table, name: str) -> None:
     same = run_starts(user[order], item[order], time[order]) < np.arange(len(order))
     if same.any():
         row = int(order[same].min())
-        user_id, item_id = str(raw["user_id"][row].as_py()), str(raw["item_id"][row].as_py())
         raise SchemaError(
-            f"{name}, row {row}: user_id '{user_id}', item_id '{item_id}', timestamp "
-            f"{table['timestamp'][row].as_py()} occurs a second "
-            f"time ({int(same.sum())} such rows in all). Drop the repeated rows; only other timestamps make it "
-            "another interaction."
+            f"{name}, row {row}: user_id '{raw['user_id'][row].as_py()}', item_id '{raw['item_id'][row].as_py()}', "
+            f"timestamp {table['timestamp'][row].as_py()} occurs a second time ({int(same.sum())} such rows in all). "
+            "Drop the repeated rows; only other timestamps make it another interaction."
         )
