@@ -13,7 +13,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def train_trials(
     fingerprint: str,
     attributes: Sequence[str],
     profile: Sequence[str],
-    on_trial: Callable[[TrialResult], None] | None = None,
+    on_trial: Callable[[TrialResult], None],
 ) -> list[TrialResult]:
     """Trains those of `trials` that have no result yet, from the tables users, items and samples.
 
@@ -234,12 +234,10 @@ def _local(workspace: Workspace, folder: str, cache: Path) -> Path:
     return target
 
 
-@contextmanager
-def _announcing(workspace: Workspace, job: GridJob, on_trial: Callable[[TrialResult], None] | None) -> Iterator[None]:
+def _announcing(
+    workspace: Workspace, job: GridJob, on_trial: Callable[[TrialResult], None]
+) -> AbstractContextManager[None]:
     """Calls `on_trial` for each result that appears while the block runs."""
-    if on_trial is None:
-        yield
-        return
     waiting = set(job.trials)
 
     def look() -> None:
@@ -247,8 +245,7 @@ def _announcing(workspace: Workspace, job: GridJob, on_trial: Callable[[TrialRes
             waiting.discard(result.trial)
             on_trial(result)
 
-    with looking_meanwhile(look):
-        yield
+    return looking_meanwhile(look)
 
 
 @contextmanager

@@ -6,8 +6,8 @@ group) and after a lost driver (the same command again) alike.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class TuningJob(Config):
         return f"{self.folder}/checkpoint.safetensors"
 
 
-def tune_adapter(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None] | None = None) -> Adapter:
+def tune_adapter(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None]) -> Adapter:
     """The adapter of a job: tuned, or tuned on from its checkpoint, or found finished.
 
     Ray must be initialised. Worker output goes to the workspace's log file `tune_ranker`. on_steps: called with
@@ -187,12 +187,8 @@ def _progress_file(job: TuningJob) -> str:
     return f"{job.folder}/progress.json"
 
 
-@contextmanager
-def _announcing(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None] | None) -> Iterator[None]:
+def _announcing(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None]) -> AbstractContextManager[None]:
     """Calls `on_steps` while the block runs."""
-    if on_steps is None:
-        yield
-        return
     told = 0
 
     def look() -> None:
@@ -202,5 +198,4 @@ def _announcing(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], 
             on_steps(done - told)
             told = done
 
-    with looking_meanwhile(look):
-        yield
+    return looking_meanwhile(look)
