@@ -6,7 +6,6 @@ from owlrec import __version__
 from owlrec.cohorts.memberships import iterate_memberships, member_vectors
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.encoding.coded_vectors import CODED_KINDS, code_vectors
-from owlrec.encoding.encoder import Encoder, encoder_identity
 from owlrec.encoding.importing_vectors import imported_vectors, take_imported
 from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
 from owlrec.errors import SchemaError
@@ -26,7 +25,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     files = [p for p in map(imported_vectors, ("user", "item")) if workspace.exists(p)]
     settings |= {path: workspace.digest(path) for path in files}
     cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
-    print_ = fingerprint(generated.fingerprint, encoder_identity(recipe.encoder), settings, cohorts, __version__)
+    print_ = fingerprint(generated.fingerprint, recipe.encoder.identity, settings, cohorts, __version__)
     folder = f"vectors/{print_[:16]}"
 
     def body() -> tuple[Counts, Outputs]:
@@ -34,7 +33,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         users, items, histories = (workspace.read_table(t) for t in ("users", "items", "histories"))
         metadata = {"user": user_metadata(users, items, histories), "item": item_metadata(items)}
         total = sum(t.num_rows for t in knowledge.values()) + sum(len(ids) for ids, _ in metadata.values())
-        encoder = Encoder(recipe.encoder)
+        encoder = recipe.encoder.load()
         counts: Counts = {"dim": encoder.dimension}
 
         def keep(source: str, kind: str, table: pa.Table) -> None:

@@ -8,7 +8,7 @@ from owlrec.generation import token_counter
 from owlrec.ops.console import note, progress, table, warn
 from owlrec.prompting.rella import rank_fingerprint
 from owlrec.ranking.adapters import Adapter
-from owlrec.ranking.items import item_encoder_identity, item_retriever
+from owlrec.ranking.items import item_retriever
 from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import write_questions
@@ -26,8 +26,8 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
     model, encoder = engine.model_identity, config.item_encoder(recipe.encoder, engine)
-    read_by = item_encoder_identity(encoder)
-    tuned_print = fingerprint(prepared.fingerprint, model, wording, config.decides_adapter, read_by, __version__)
+    decides = config.decides_adapter
+    tuned_print = fingerprint(prepared.fingerprint, model, wording, decides, encoder.identity, __version__)
     job = TuningJob(
         folder=f"ranking/{tuned_print[:16]}",
         model=engine.model,

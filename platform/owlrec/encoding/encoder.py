@@ -34,6 +34,27 @@ class EncoderConfig(Config):
     # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 4 bytes an id.
     semantic_ids: SemanticIdConfig | None = SemanticIdConfig()
 
+    @property
+    def identity(self) -> str:
+        """What the vectors depend on, for fingerprints: the model's name, its files and the window. Reads no weights,
+        needs no torch.
+
+        Raises EngineError where the packaged or local model is not there.
+        """
+        folder = model_folder(self.model)
+        if folder is None:
+            return f"{self.model}@{self.max_tokens}"
+        files = []
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            size, name = path.stat().st_size, path.relative_to(folder).as_posix()
+            files.append([name, size, file_digest(path) if size < _SMALL_FILE_BYTES else ""])
+        name = self.model if self.model in _PACKAGED else folder.name
+        return f"{name}@{self.max_tokens}-{fingerprint(files)[:16]}"
+
+    def load(self) -> "Encoder":
+        """The encoder. Raises EngineError as it does."""
+        return Encoder(self)
+
 
 class Encoder:
     """A loaded encoder.
@@ -44,7 +65,6 @@ class Encoder:
     def __init__(self, config: EncoderConfig) -> None:
         """Raises EngineError where packages or the model are missing, or the folder holds no such model."""
         self.config = config
-        self.identity = encoder_identity(config)
         self._model = _load(config)
         # sentence-transformers 6 renamed the method, and 5 is allowed too.
         named = getattr(self._model, "get_embedding_dimension", None) or self._model.get_sentence_embedding_dimension
@@ -72,23 +92,6 @@ class Encoder:
             if on_batch:
                 on_batch(len(rows))
         return vectors
-
-
-def encoder_identity(config: EncoderConfig) -> str:
-    """What the vectors depend on, for fingerprints: the model's name, its files and the window. Reads no weights, needs
-    no torch.
-
-    Raises EngineError where the packaged or local model is not there.
-    """
-    folder = model_folder(config.model)
-    if folder is None:
-        return f"{config.model}@{config.max_tokens}"
-    files = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        size = path.stat().st_size
-        files.append([path.relative_to(folder).as_posix(), size, file_digest(path) if size < _SMALL_FILE_BYTES else ""])
-    name = config.model if config.model in _PACKAGED else folder.name
-    return f"{name}@{config.max_tokens}-{fingerprint(files)[:16]}"
 
 
 def model_folder(model: str) -> Path | None:

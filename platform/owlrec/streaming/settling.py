@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.encoding.coded_vectors import code_new_vectors
-from owlrec.encoding.encoder import Encoder, EncoderConfig, encoder_identity
+from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.encoding.vectors import encode_knowledge
 from owlrec.generation import EngineConfig
 from owlrec.generation.shards import Job
@@ -43,7 +43,7 @@ def publish_delta(
     knowledge: schema.KNOWLEDGE, of the plan's `job`. partitions: vectors that a user keeps.
     Raises ReleaseError where the plan's parent was rolled back meanwhile, EngineError where the encoder does not load.
     """
-    print_ = fingerprint("delta", job.fingerprint, encoder_identity(encoder))
+    print_ = fingerprint("delta", job.fingerprint, encoder.identity)
     if published := published_as(workspace, print_):
         return published
     parent = parent_release(workspace, plan.parent, encoder.model)
