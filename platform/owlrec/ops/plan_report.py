@@ -112,17 +112,8 @@ def print_policies(found: Mapping[Policy, Plan], lacking: Mapping[Policy, str]) 
 def print_levers(found: Sequence[Lever]) -> None:
     """What each way of saving saves."""
     begin = found[0].cost
-    rows = [
-        (
-            lever.name,
-            lever.calls,
-            lever.gpu_hours,
-            lever.cost,
-            lever.saved,
-            f"{lever.saved / begin:.1%}" if begin else "",
-        )
-        for lever in found
-    ]
+    shares = [f"{lever.saved / begin:.1%}" if begin else "" for lever in found]
+    rows = [(way.name, way.calls, way.gpu_hours, way.cost, way.saved, s) for way, s in zip(found, shares, strict=True)]
     table("what saves what, expected", ["one after another", "calls", "GPU-hours", "cost", "saved", "of all"], rows)
 
 
