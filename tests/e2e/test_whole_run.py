@@ -12,6 +12,9 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -82,8 +85,8 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
 
 
 def test_dry_run_touches_nothing(echo_recipe: Path, tmp_path: Path) -> None:
-    ran = owlrec("run", str(echo_recipe), "--dry-run", "--from", "prepare", "--to", "encode")
-    assert ran.returncode == 0
+    ran = CliRunner().invoke(app, ["run", str(echo_recipe), "--dry-run", "--from", "prepare", "--to", "encode"])
+    assert ran.exit_code == 0
     assert "would run" in ran.stdout
     assert "publish" not in ran.stdout
     assert not (tmp_path / "ws").exists()
@@ -100,10 +103,10 @@ def test_dry_run_touches_nothing(echo_recipe: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_end_with_one_line_and_no_traceback(echo_recipe: Path, arguments: list[str], message: str) -> None:
-    ran = owlrec("run", str(echo_recipe), *arguments)
-    assert ran.returncode == 1
+    ran = CliRunner().invoke(app, ["run", str(echo_recipe), *arguments])
+    assert ran.exit_code == 1
     assert message in ran.stderr
-    assert "Traceback" not in ran.stderr
+    assert isinstance(ran.exception, SystemExit)  # which prints no traceback
 
 
 def test_model_without_tokenizer_is_named_though_it_fails_inside_ray(echo_recipe: Path, tmp_path: Path) -> None:
