@@ -69,7 +69,7 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
     process.wait()
     # Ray's reaper ends the cluster of a dead driver; its agents notice only after a minute or two, which nobody here
     # waits for.
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=3)
     for left in alive:
         with suppress(psutil.NoSuchProcess):
             left.kill()
