@@ -19,7 +19,6 @@ from heads import (
     free_port,
     knowledge_rows,
     local_head,
-    make_bare_python,
     owlrec,
     owlrec_command,
     wait_until,
@@ -40,7 +39,7 @@ _NOTHING = {  # keys that the monitor wants to find
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[Head]:
+def head(tmp_path: Path, python: Path) -> Iterator[Head]:
     """A head whose autoscaler may start two nodes of one CPU; all its processes are gone in the end."""
     from ray.util import get_node_ip_address
 
@@ -70,7 +69,6 @@ def head(tmp_path: Path) -> Iterator[Head]:
         # unpacks it anew: code in it would be gone for a moment from under an engine that is just importing it.
         "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}",
     }
-    python = make_bare_python(tmp_path / "venv")
     options = [f"--autoscaling-config={tmp_path / 'fake.yaml'}"]
     with local_head(python, cpus=0, env=env, options=options, port=port) as head:
         yield head

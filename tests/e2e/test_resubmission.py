@@ -9,16 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from heads import (
-    Head,
-    kill_head,
-    knowledge_rows,
-    local_head,
-    make_bare_python,
-    owlrec,
-    owlrec_command,
-    wait_until,
-)
+from heads import Head, kill_head, knowledge_rows, local_head, owlrec, owlrec_command, wait_until
 
 from owlrec.recipe import load_recipe
 from owlrec.workspace import Workspace
@@ -50,13 +41,12 @@ def started() -> Iterator[Started]:
 
 
 def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
-    echo_recipe: Path, tmp_path: Path, started: Started
+    echo_recipe: Path, tmp_path: Path, started: Started, python: Path
 ) -> None:
     slow = "generate: {engine_cpus: 1, lease_s: 5, shards_in_flight: 1}\n"
     echo_recipe.write_text(echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 3") + slow)
     settings, workspace = load_recipe(echo_recipe), tmp_path / "ws"
     prepare(settings, Workspace(settings.workspace))
-    python = make_bare_python(tmp_path / "venv")
 
     def new_head() -> AbstractContextManager[Head]:
         return local_head(python, env=SECRET)

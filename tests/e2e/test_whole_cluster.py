@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from heads import ROOT, Head, free_port, knowledge_rows, local_head, make_bare_python, owlrec, wait_until
+from heads import ROOT, Head, free_port, knowledge_rows, local_head, owlrec, wait_until
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
@@ -36,12 +36,6 @@ ranking:
   tuning: {{dtype: float32, epochs: 1, threads: 1}}
   judging: {{valid_samples: 20, test_samples: 20, shown: [recent], zero_shot: false}}
 """
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the head and its nodes."""
-    return make_bare_python(tmp_path_factory.mktemp("bare") / "venv")
 
 
 @pytest.fixture(scope="module")
