@@ -4,7 +4,6 @@ OwlRec: from raw ratings to knowledge over HTTP, with the commands that the docu
 
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from heads import ROOT, Head, free_port, knowledge_rows, local_head, owlrec, wait_until
+from heads import ROOT, Head, free_port, knowledge_rows, local_head, owlrec, owlrec_command, wait_until
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
@@ -119,12 +118,9 @@ def ray_job(head: Head, python: Path, *entrypoint: str) -> subprocess.CompletedP
 
 
 def rows_of_the_local_command(recipe: Path, workspace: Path) -> list[dict]:
-    for stage in ("prepare", "generate"):
-        ran = subprocess.run(
-            [sys.executable, "-m", f"pipelines.{stage}", "--recipe", str(recipe), "--workspace", str(workspace)],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+    command = owlrec_command("run", str(recipe), "--workspace", str(workspace), "--to", "generate")
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = knowledge_rows(workspace)
     assert len(rows) == 180
     return rows
