@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -84,10 +85,14 @@ def test_from_ratings_to_answers_over_http(echo_recipe: Path, tmp_path: Path, he
 
 def test_what_cannot_run_is_refused_before_it_starts(echo_recipe: Path, head: Head) -> None:
     before = len([j for j in head.jobs() if "pipelines." in j["entrypoint"]])
-    where = ("--recipe", str(echo_recipe), "--address", head.address)
-    nowhere = owlrec(head, "submit", "prepare", *where, "--workspace", "/proc/nowhere")
-    echo_recipe.write_text(echo_recipe.read_text() + "generate: {engine_gpus: 1}\n")
-    no_gpu = owlrec(head, "submit", "generate", *where)
+    asking = echo_recipe.with_name("gpu.yaml")
+    asking.write_text(echo_recipe.read_text() + "generate: {engine_gpus: 1}\n")
+    commands = (
+        ("prepare", "--recipe", str(echo_recipe), "--workspace", "/proc/nowhere"),
+        ("generate", "--recipe", str(asking)),
+    )
+    with ThreadPoolExecutor() as pool:  # at once: each starts a command and a job
+        nowhere, no_gpu = pool.map(lambda words: owlrec(head, "submit", *words, "--address", head.address), commands)
     assert (nowhere.returncode, no_gpu.returncode) == (1, 1)
     assert "error: /proc/nowhere is not usable from" in nowhere.stderr
     assert "generate.engine_gpus asks for 1 x 1 GPU; the cluster has 0" in no_gpu.stderr
