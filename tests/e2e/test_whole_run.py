@@ -20,10 +20,10 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def owlrec(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def owlrec(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", "from pipelines.cli import app; app()", *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
@@ -33,7 +33,9 @@ def knowledge_rows(workspace: Path) -> list[tuple[str, int, str]]:
     return sorted((r["kind"], r["id"], r["text"]) for r in rows)
 
 
-def test_run_writes_everything_and_a_second_run_asks_no_llm(echo_recipe: Path, tmp_path: Path) -> None:
+def test_run_writes_everything_and_a_second_run_asks_no_llm(
+    echo_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = owlrec("run", str(echo_recipe))
     assert first.returncode == 0, first.stdout + first.stderr
     workspace = tmp_path / "ws"
@@ -46,7 +48,8 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(echo_recipe: Path, t
     assert second.returncode == 0
     assert "all 9 shards done already" in second.stdout
     assert {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()} == before
-    looked_up = owlrec("lookup", "user", str(rows[-1][1]), "999999", "--recipe", str(echo_recipe), cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    looked_up = CliRunner().invoke(app, ["lookup", "user", str(rows[-1][1]), "999999", "--recipe", str(echo_recipe)])
     assert "echo-" in looked_up.stdout
     assert "semantic id " in looked_up.stdout
     assert "<td>knowledge-item</td>" in report
