@@ -23,7 +23,6 @@ _MOST_SIMULATED = 200_000  # shards, a second or two
 class Report:
     """What was printed, for files."""
 
-    plan: Plan
     figures: dict[str, Any]
     waterfall: str  # SVG
 
@@ -49,7 +48,7 @@ def report(workload: WorkloadFigures, fleet: FleetConfig, horizon: Horizon, poli
         "levers": [way.model_dump() for way in ways],
         "workload": workload.model_dump(),
     }
-    return Report(planned, figures, levers_svg(ways))
+    return Report(figures, levers_svg(ways))
 
 
 def plans_by_policy(
