@@ -167,7 +167,7 @@ def export(
 
 @app.command()
 def lookup(
-    kind: Annotated[str, typer.Argument(help="user or item")],
+    kind: Annotated[str, typer.Argument(help="user, item or cohort")],
     ids: Annotated[list[int], typer.Argument(help="one or more ids")],
     workspace: serving.WorkspaceOption = None,
     recipe: RecipeOption = None,
