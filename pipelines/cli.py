@@ -8,13 +8,14 @@ import typer
 from pydantic import ValidationError
 
 from owlrec.errors import OwlRecError, RecipeError, did_you_mean
-from owlrec.generation.shards import KINDS, Kind
 from owlrec.ops.console import note, progress, stage_header, table
 from owlrec.recipe import load_recipe
+from owlrec.schema import KINDS, Kind
 from owlrec.store import compaction
 from owlrec.store.release import current_release, list_releases, open_release, roll_back
 from owlrec.workspace import StageManifest, Workspace, finished_stage
 from pipelines import plan, push, serving, submit
+from pipelines.serving import RecipeOption, releases_workspace
 from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -151,8 +152,8 @@ def import_vectors_(
 def export(
     file: Annotated[Path, typer.Argument(help="what to write: a name in .jsonl, .jsonl.gz or .parquet")],
     kind: Annotated[str | None, typer.Option("--kind", help="only user, item or cohort knowledge")] = None,
-    workspace: Annotated[str | None, typer.Option("--workspace")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe")] = None,
+    workspace: serving.WorkspaceOption = None,
+    recipe: RecipeOption = None,
 ) -> None:
     """Write all knowledge of a workspace to one file."""
     from pipelines.interchange import export_knowledge
@@ -160,23 +161,22 @@ def export(
     with plain_errors():
         if not str(file).endswith((".jsonl", ".jsonl.gz", ".parquet")):
             raise OwlRecError(f"{file}: name a file in .jsonl, .jsonl.gz or .parquet.")
-        rows = export_knowledge(_workspace(workspace, recipe), str(file), _known(kind) if kind else None)
+        rows = export_knowledge(releases_workspace(workspace, recipe), str(file), _known(kind) if kind else None)
         note(f"{rows:,} rows in {file}")
 
 
 @app.command()
 def lookup(
-    kind: Annotated[str, typer.Argument(help="user or item")],
+    kind: Annotated[str, typer.Argument(help="user, item or cohort")],
     ids: Annotated[list[int], typer.Argument(help="one or more ids")],
-    workspace: Annotated[str | None, typer.Option("--workspace", help="the workspace that holds the releases")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="the recipe whose workspace to use")] = None,
+    workspace: serving.WorkspaceOption = None,
+    recipe: RecipeOption = None,
     release: Annotated[str | None, typer.Option("--release", help="a release's name; default: the current one")] = None,
 ) -> None:
     """Print the published knowledge of users or items, and how long the lookup took."""
     with plain_errors():
-        if kind not in ("user", "item", "cohort"):
-            raise OwlRecError(f"there is no kind '{kind}'.{did_you_mean(kind, ('user', 'item', 'cohort'))}")
-        with open_release(_workspace(workspace, recipe), release) as opened:
+        kind = _known(kind)
+        with open_release(releases_workspace(workspace, recipe), release) as opened:
             start = time.perf_counter()
             found = opened.store.get(kind, ids)
             took_us = (time.perf_counter() - start) * 1e6
@@ -191,13 +191,10 @@ def lookup(
 
 
 @app.command()
-def releases(
-    workspace: Annotated[str | None, typer.Option("--workspace")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe")] = None,
-) -> None:
+def releases(workspace: serving.WorkspaceOption = None, recipe: RecipeOption = None) -> None:
     """List the releases of a workspace, the current one marked."""
     with plain_errors():
-        store = _workspace(workspace, recipe)
+        store = releases_workspace(workspace, recipe)
         current = current_release(store)
         rows = [
             (
@@ -216,23 +213,20 @@ def releases(
 
 @app.command()
 def rollback(
-    workspace: Annotated[str | None, typer.Option("--workspace")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe")] = None,
+    workspace: serving.WorkspaceOption = None,
+    recipe: RecipeOption = None,
     to: Annotated[str | None, typer.Option("--to", help="a release's name; default: the one before")] = None,
 ) -> None:
     """Make an earlier release current again."""
     with plain_errors():
-        note(f"release {roll_back(_workspace(workspace, recipe), to)} is current")
+        note(f"release {roll_back(releases_workspace(workspace, recipe), to)} is current")
 
 
 @app.command()
-def compact(
-    workspace: Annotated[str | None, typer.Option("--workspace")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe")] = None,
-) -> None:
+def compact(workspace: serving.WorkspaceOption = None, recipe: RecipeOption = None) -> None:
     """Merge the current release and what it is a delta of into one full release."""
     with plain_errors():
-        store = _workspace(workspace, recipe)
+        store = releases_workspace(workspace, recipe)
         before = current_release(store)
         with progress("compacting", None) as advance:
             name = compaction.compact(store, on_rows=advance).name
@@ -241,14 +235,14 @@ def compact(
 
 @app.command()
 def prune(
-    workspace: Annotated[str | None, typer.Option("--workspace")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe")] = None,
+    workspace: serving.WorkspaceOption = None,
+    recipe: RecipeOption = None,
     keep: Annotated[int, typer.Option("--keep", min=0, help="how many that were current last stay")] = 3,
     min_age_hours: Annotated[float, typer.Option("--min-age-hours", min=0.0, help="younger ones stay")] = 1.0,
 ) -> None:
     """Remove old releases and their retrieval pools; the current one, and what it is a delta of, stay."""
     with plain_errors():
-        removed = compaction.prune(_workspace(workspace, recipe), keep=keep, min_age_s=3600 * min_age_hours)
+        removed = compaction.prune(releases_workspace(workspace, recipe), keep=keep, min_age_s=3600 * min_age_hours)
         note(f"removed {', '.join(removed)}" if removed else "nothing to remove")
 
 
@@ -285,12 +279,6 @@ def _stage(name: str) -> Stage:
 
     stage: Stage = importlib.import_module(f"pipelines.{name}").run
     return stage
-
-
-def _workspace(workspace: str | None, recipe: Path | None) -> Workspace:
-    if workspace is None and recipe is None:
-        raise OwlRecError("say where the releases are: --workspace FOLDER, or --recipe FILE.")
-    return Workspace(workspace if workspace is not None else load_recipe(recipe or "").workspace)
 
 
 def _summary(manifests: list[StageManifest]) -> None:

@@ -11,16 +11,14 @@ from owlrec.prompting.collective import cohort_prompts, collective_fingerprint
 from owlrec.prompting.rows import prompts_table
 from owlrec.ray_data import map_parts
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage, part_name
+from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage, needed_stage, part_name
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     """Builds the recipe's cohorts; does nothing where it asks for none."""
-    prepared = finished_stage(workspace, "prepare")
-    if prepared is None:
-        raise WorkspaceError(f"{workspace.root}: the tables are not prepared. Run `prepare` first.")
+    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
     config, scenario = recipe.cohorts, recipe.domain
     if config is None:
         return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))

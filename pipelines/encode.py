@@ -1,35 +1,31 @@
 """Knowledge to vectors, and the metadata-only vectors of the control arm, beside memory-mapped copies for training."""
 
-import hashlib
-
 import pyarrow as pa
 
 from owlrec import __version__
 from owlrec.cohorts.memberships import iterate_memberships, member_vectors
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.encoding.coded_vectors import CODED_KINDS, code_vectors
-from owlrec.encoding.encoder import Encoder, encoder_identity
 from owlrec.encoding.importing_vectors import imported_vectors, take_imported
 from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
-from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.generation.shards import KINDS, read_knowledge
+from owlrec.errors import SchemaError
+from owlrec.generation.shards import read_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from owlrec.schema import KINDS
+from owlrec.workspace import StageManifest, Workspace, fingerprint, needed_stage
 from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main
 
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     """Encodes what `generate` wrote; each kind and source is a vectors table and a folder that training maps."""
-    generated = finished_stage(workspace, "generate")
-    if generated is None:
-        raise WorkspaceError(f"{workspace.root}: no knowledge yet. Run `generate` first, with the same recipe.")
+    generated = needed_stage(workspace, "generate", "no knowledge yet")
     settings = recipe.encoder.model_dump(include={"max_tokens", "semantic_ids"})
     files = [p for p in map(imported_vectors, ("user", "item")) if workspace.exists(p)]
-    settings |= {path: hashlib.sha256(workspace.read_bytes(path)).hexdigest() for path in files}
+    settings |= {path: workspace.digest(path) for path in files}
     cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
-    print_ = fingerprint(generated.fingerprint, encoder_identity(recipe.encoder), settings, cohorts, __version__)
+    print_ = fingerprint(generated.fingerprint, recipe.encoder.identity, settings, cohorts, __version__)
     folder = f"vectors/{print_[:16]}"
 
     def body() -> tuple[Counts, Outputs]:
@@ -37,7 +33,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         users, items, histories = (workspace.read_table(t) for t in ("users", "items", "histories"))
         metadata = {"user": user_metadata(users, items, histories), "item": item_metadata(items)}
         total = sum(t.num_rows for t in knowledge.values()) + sum(len(ids) for ids, _ in metadata.values())
-        encoder = Encoder(recipe.encoder)
+        encoder = recipe.encoder.load()
         counts: Counts = {"dim": encoder.dimension}
 
         def keep(source: str, kind: str, table: pa.Table) -> None:

@@ -2,21 +2,19 @@
 
 from owlrec.ctr.experiment import finished_trials, trials
 from owlrec.ctr.scores import read_grid_scores
-from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, table
 from owlrec.ops.report import arm_rows, comparison_rows, render_report
 from owlrec.ops.run_report import collect
 from owlrec.recipe import Recipe
 from owlrec.store.release import open_release
-from owlrec.workspace import StageManifest, Workspace, finished_stage
+from owlrec.workspace import StageManifest, Workspace, needed_stage
 from pipelines.stage import Counts, Outputs, execute, main
 
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     """Writes the report and prints its main figures; always anew, since it is cheap and its readers are here."""
-    prepared, trained = finished_stage(workspace, "prepare"), finished_stage(workspace, "train_ctr")
-    if prepared is None or trained is None:
-        raise WorkspaceError(f"{workspace.root}: nothing trained yet. Run `prepare` to `train_ctr` first.")
+    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    trained = needed_stage(workspace, "train_ctr", "nothing trained yet")
 
     def body() -> tuple[Counts, Outputs]:
         grid, grid_print = trials(recipe.ctr), trained.outputs["grid"]

@@ -14,7 +14,7 @@ from owlrec.ctr.scoring import Scorer
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage, needed_stage
 from pipelines.stage import Counts, Outputs, execute, main
 from pipelines.train_ctr import vector_folders
 
@@ -24,10 +24,8 @@ def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half:
 
     trial: its path (din/knowledge/seed-0), in place of the best one. half: fields of knowledge as float16.
     """
-    trained, encoded = finished_stage(workspace, "train_ctr"), finished_stage(workspace, "encode")
-    if trained is None:
-        raise WorkspaceError(f"{workspace.root}: nothing trained yet. Run `prepare` to `train_ctr` first.")
-    grid = trained.outputs["grid"]
+    grid = needed_stage(workspace, "train_ctr", "nothing trained yet").outputs["grid"]
+    encoded = finished_stage(workspace, "encode")
     best = _chosen(finished_trials(workspace, grid, trials(recipe.ctr)), trial)
     precision: Precision = "float16" if half else "float32"
 

@@ -1,13 +1,11 @@
 """Prompts to knowledge: the LLM reads users' histories and items, or cohorts of them, shard by shard, on Ray Data."""
 
-import time
 from dataclasses import replace
 
 from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import find_pools
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.batch import build_job, check_dead_share, generate
-from owlrec.generation.models import model_identity
 from owlrec.generation.shards import add_manifests, finished_shards, keep_counters, plan_prompt_shards, plan_shards
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
@@ -18,9 +16,9 @@ from owlrec.workspace import (
     Stopwatch,
     Workspace,
     fingerprint,
-    finish_stage,
     finished_stage,
     forget_stages,
+    record_stage,
 )
 from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session
@@ -72,16 +70,8 @@ def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> St
     if before is not None and not pending and not dead:
         return before
     counts = add_manifests(manifests.values())
-    manifest = StageManifest(
-        stage="generate",
-        fingerprint=print_,
-        seconds=round(watch.seconds, 3),
-        finished=time.time(),
-        counts={**counts, "shards": len(shards), "shards_this_run": len(pending) + len(dead)},
-        outputs={"knowledge": job.folder},
-    )
-    finish_stage(workspace, manifest)
-    return manifest
+    counts.update(shards=len(shards), shards_this_run=len(pending) + len(dead))
+    return record_stage(workspace, "generate", print_, watch, {**counts}, {"knowledge": job.folder})
 
 
 def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig:
@@ -89,7 +79,7 @@ def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig
     decoding, engine, release = recipe.decoding, recipe.engine, current_release(workspace)
     if decoding.mode == "off" or decoding.pools or release is None or not isinstance(engine, VllmEngineConfig):
         return decoding
-    pools, why = find_pools(workspace, release, model_identity(engine.model, engine.revision))
+    pools, why = find_pools(workspace, release, engine.model_identity)
     note(why)
     return decoding.model_copy(update={"pools": pools})
 

@@ -1,24 +1,23 @@
 """Knowledge in and out: a file made elsewhere stands in for `generate`; what was generated goes out as one file."""
 
-import time
-from typing import Literal
-
 from owlrec.encoding.importing_vectors import imported_vectors, read_vectors
 from owlrec.errors import WorkspaceError
 from owlrec.generation.adoption import adopt
 from owlrec.generation.exporting import export_jsonl, export_parquet
 from owlrec.generation.importing import ImportSource
-from owlrec.generation.shards import KINDS, Kind, add_manifests, iterate_knowledge
+from owlrec.generation.shards import add_manifests, iterate_knowledge
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe
+from owlrec.schema import KINDS, Kind
 from owlrec.workspace import (
     StageManifest,
     Stopwatch,
     Workspace,
     fingerprint,
-    finish_stage,
     finished_stage,
     forget_stages,
+    needed_stage,
+    record_stage,
 )
 from pipelines.stage import from_stage
 
@@ -26,8 +25,7 @@ from pipelines.stage import from_stage
 def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource) -> StageManifest:
     """Reads `source` into the workspace; `encode` and what follows then work on imported knowledge."""
     stage_header("import", f"{source.kind} knowledge from {source.path}")
-    if finished_stage(workspace, "prepare") is None:
-        raise WorkspaceError(f"{workspace.root}: the tables are not prepared. Run `prepare` first.")
+    needed_stage(workspace, "prepare", "the tables are not prepared")
     watch = Stopwatch()
     forget_stages(workspace, from_stage("generate"))
     adopted = adopt(workspace, recipe.domain, recipe.quality, source, shard_rows=recipe.shard_rows)
@@ -35,19 +33,12 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
     for kind in KINDS:
         if counts[f"{kind}_rows_out"] or counts[f"{kind}_rows_dead"]:
             note(f"{kind}: {counts[f'{kind}_rows_out']:,} texts, {counts[f'{kind}_rows_dead']:,} dead rows")
-    manifest = StageManifest(
-        stage="generate",
-        fingerprint=fingerprint(adopted.job.fingerprint, [(m.shard, m.sha256) for m in adopted.manifests]),
-        seconds=round(watch.seconds, 3),
-        finished=time.time(),
-        counts={**counts, "shards": len(adopted.manifests)},
-        outputs={"knowledge": adopted.job.folder},
-    )
-    finish_stage(workspace, manifest)
-    return manifest
+    print_ = fingerprint(adopted.job.fingerprint, [(m.shard, m.sha256) for m in adopted.manifests])
+    counts["shards"] = len(adopted.manifests)
+    return record_stage(workspace, "generate", print_, watch, {**counts}, {"knowledge": adopted.job.folder})
 
 
-def import_vectors(workspace: Workspace, kind: Literal["user", "item"], vectors: str, ids: str) -> int:
+def import_vectors(workspace: Workspace, kind: Kind, vectors: str, ids: str) -> int:
     """Keeps vectors made elsewhere, which `encode` then takes in place of its own of that kind; how many there are."""
     stage_header("import", f"{kind} vectors from {vectors}")
     table = read_vectors(vectors, ids, kind)

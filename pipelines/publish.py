@@ -3,24 +3,22 @@
 from owlrec.cohorts.memberships import CohortNames, iterate_memberships
 from owlrec.decoding.release_pools import FOLDER, write_release_pools
 from owlrec.encoding.coded_vectors import read_quantisers
-from owlrec.errors import WorkspaceError
 from owlrec.generation import VllmEngineConfig
-from owlrec.generation.models import load_tokenizer, model_identity
-from owlrec.generation.shards import KINDS, iterate_knowledge
+from owlrec.generation.models import load_tokenizer
+from owlrec.generation.shards import iterate_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
+from owlrec.schema import KINDS
 from owlrec.store.publishing import ReleaseInfo, publish
 from owlrec.store.release import current_release
-from owlrec.workspace import StageManifest, Workspace, finished_stage
+from owlrec.workspace import StageManifest, Workspace, needed_stage
 from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main
 
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     """Publishes what `encode` finished. Publishing the same contents again makes the same release current."""
-    encoded = finished_stage(workspace, "encode")
-    if encoded is None:
-        raise WorkspaceError(f"{workspace.root}: no vectors yet. Run `encode` first, with the same recipe.")
+    encoded = needed_stage(workspace, "encode", "no vectors yet")
 
     def body() -> tuple[Counts, Outputs]:
         files = [f"{encoded.outputs['vectors']}/knowledge-{kind}.parquet" for kind in KINDS]
@@ -65,7 +63,7 @@ def _write_pools(recipe: Recipe, workspace: Workspace, encoded: StageManifest, r
         root,
         iterate_knowledge(workspace, encoded.outputs["knowledge"]),
         load_tokenizer(engine.model, engine.revision),
-        identity=model_identity(engine.model, engine.revision),
+        identity=engine.model_identity,
         max_tokens=recipe.decoding.pool_tokens,
         cohorts_of=CohortNames(workspace, cohorts) if cohorts else None,
     )

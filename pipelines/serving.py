@@ -18,7 +18,7 @@ from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import plain_errors
 
-WorkspaceOption = Annotated[str | None, typer.Option("--workspace", help="the workspace that holds the releases")]
+WorkspaceOption = Annotated[str | None, typer.Option("--workspace", help="the workspace to use, a folder or URI")]
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="the recipe whose workspace to use")]
 StoreOption = Annotated[str | None, typer.Option("--store", help="read from this server, redis://…, in its place")]
 
@@ -27,7 +27,7 @@ def serve(
     workspace: WorkspaceOption = None,
     recipe: RecipeOption = None,
     host: Annotated[str, typer.Option("--host", help="off loopback, API keys are needed")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port")] = 8000,
+    port: Annotated[int, typer.Option("--port", help="of the HTTP server")] = 8000,
     keys_file: Annotated[str | None, typer.Option("--keys", help="file of API keys; `owlrec keys` makes them")] = None,
     from_store: StoreOption = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="that always run")] = 1,
@@ -89,5 +89,5 @@ def keys(
 def releases_workspace(workspace: str | None, recipe: Path | None) -> Workspace:
     """The workspace that an option names, or a recipe. Raises ServingError where neither is given."""
     if workspace is None and recipe is None:
-        raise ServingError("say where the releases are: --workspace FOLDER, or --recipe FILE.")
+        raise ServingError("say which workspace: --workspace FOLDER, or --recipe FILE.")
     return Workspace(workspace if workspace is not None else load_recipe(recipe or "").workspace)

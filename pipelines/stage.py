@@ -4,13 +4,12 @@ mistakes plainly.
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 
 from owlrec.errors import root_mistake
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.workspace import StageManifest, Stopwatch, Workspace, finish_stage, finished_stage, forget_stages
+from owlrec.workspace import StageManifest, Stopwatch, Workspace, finished_stage, forget_stages, record_stage
 
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr", "evaluate")
 
@@ -43,17 +42,7 @@ def execute(
         return done
     forget_stages(workspace, from_stage(stage))
     watch = Stopwatch()
-    counts, outputs = body()
-    manifest = StageManifest(
-        stage=stage,
-        fingerprint=fingerprint,
-        seconds=round(watch.seconds, 3),
-        finished=time.time(),
-        counts=counts,
-        outputs=outputs,
-    )
-    finish_stage(workspace, manifest)
-    return manifest
+    return record_stage(workspace, stage, fingerprint, watch, *body())
 
 
 def open_workspace(recipe: Recipe) -> Workspace:

@@ -30,15 +30,14 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     print_ = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep", __version__)
     folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
     sources = arm_sources(arm, folders)
-    columns = workspace.read_parquet(f"tables/items/{workspace.table_parts('items')[0]}").column_names
     trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
     job = GridJob(
         settings=config,
         trials=tuple(trials),
         knowledge={source: folders[source] for source in {*sources.user, *sources.item}},
         fingerprint=print_,
-        attributes=tuple(f for f in recipe.domain.text_fields if f in columns)[:2],
-        profile=tuple(recipe.domain.profile_fields) if config.use_profile else (),
+        attributes=recipe.domain.text_fields,
+        profile=recipe.domain.profile_fields if config.use_profile else (),
     )
     candidates = config.sweep.candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
     path = f"{grid_folder(print_)}/sweep.json"

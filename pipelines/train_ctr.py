@@ -22,7 +22,6 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
     grid_print = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, settings, __version__)
     grid = trials(recipe.ctr)
-    columns = workspace.read_parquet(f"tables/items/{workspace.table_parts('items')[0]}").column_names
 
     def body() -> tuple[Counts, Outputs]:
         note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
@@ -33,8 +32,8 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 grid,
                 knowledge=vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {},
                 fingerprint=grid_print,
-                attributes=[f for f in recipe.domain.text_fields if f in columns][:2],
-                profile=list(recipe.domain.profile_fields),
+                attributes=recipe.domain.text_fields,
+                profile=recipe.domain.profile_fields,
                 on_trial=lambda result: advance(1),
             )
         for row in summarise(results):

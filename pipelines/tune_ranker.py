@@ -3,34 +3,31 @@ as it is.
 """
 
 from owlrec import __version__
-from owlrec.errors import RecipeError, WorkspaceError
+from owlrec.errors import RecipeError
 from owlrec.generation import token_counter
-from owlrec.generation.models import model_identity
 from owlrec.ops.console import note, progress, table, warn
 from owlrec.prompting.rella import rank_fingerprint
 from owlrec.ranking.adapters import Adapter
-from owlrec.ranking.items import item_encoder_identity, item_retriever
+from owlrec.ranking.items import item_retriever
 from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import write_questions
 from owlrec.ranking.results import results_of, write_results
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from owlrec.workspace import StageManifest, Workspace, fingerprint, needed_stage
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on."""
-    prepared, config = finished_stage(workspace, "prepare"), recipe.ranking
-    if prepared is None:
-        raise WorkspaceError(f"{workspace.root}: no tables yet. Run `prepare` first, with the same recipe.")
+    prepared, config = needed_stage(workspace, "prepare", "no tables yet"), recipe.ranking
     if config is None:
         raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
-    model, encoder = model_identity(engine.model, engine.revision), config.item_encoder(recipe.encoder, engine)
-    read_by = item_encoder_identity(encoder)
-    tuned_print = fingerprint(prepared.fingerprint, model, wording, config.decides_adapter, read_by, __version__)
+    model, encoder = engine.model_identity, config.item_encoder(recipe.encoder, engine)
+    decides = config.decides_adapter
+    tuned_print = fingerprint(prepared.fingerprint, model, wording, decides, encoder.identity, __version__)
     job = TuningJob(
         folder=f"ranking/{tuned_print[:16]}",
         model=engine.model,

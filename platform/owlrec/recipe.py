@@ -102,7 +102,7 @@ def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas:
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is no valid YAML ({' '.join(str(error).split())}).") from None
+        raise RecipeError(f"{path}: is no valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: must hold `key: value` lines at the top. See pipelines/recipes/ for an example.")
     if workspace is not None:
@@ -147,7 +147,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     """One line a mistake in a recipe of these values."""
     lines = []
     for detail in error.errors():
-        location = [part for part in detail["loc"]]
+        location = detail["loc"]
         key = ".".join(map(str, location))
         if detail["type"] == "extra_forbidden":
             names = _names_at(location[:-1], values)

@@ -29,6 +29,23 @@ class Scenario(Config):
     profile_fields: tuple[str, ...] = ("gender", "age", "occupation")
 
 
+_OF_BOOKS = (
+    "genre",
+    "author",
+    "writing style",
+    "theme",
+    "setting",
+    "length and complexity",
+    "time period",
+    "literary quality",
+    "critical acclaim",
+)
+_OF_ADS = (
+    "target audience",
+    "product features",
+    "competitive advantages",
+    "brand positioning and image",
+)
 SCENARIOS: dict[str, Scenario] = {
     s.name: s
     for s in (
@@ -71,28 +88,8 @@ SCENARIOS: dict[str, Scenario] = {
             consumed="read",
             history="reading history",
             rating_unit="star",
-            user_factors=(
-                "genre",
-                "author",
-                "writing style",
-                "theme",
-                "setting",
-                "length and complexity",
-                "time period",
-                "literary quality",
-                "critical acclaim",
-            ),
-            item_factors=(
-                "genre",
-                "author",
-                "writing style",
-                "theme",
-                "setting",
-                "length and complexity",
-                "time period",
-                "literary quality",
-                "critical acclaim",
-            ),
+            user_factors=_OF_BOOKS,
+            item_factors=_OF_BOOKS,
             positive_above=4,
             text_fields=("brand", "author", "category", "categories"),
         ),
@@ -127,18 +124,8 @@ SCENARIOS: dict[str, Scenario] = {
             consumed="clicked",
             history="click history",
             rating_unit="",
-            user_factors=(
-                "target audience",
-                "product features",
-                "competitive advantages",
-                "brand positioning and image",
-            ),
-            item_factors=(
-                "target audience",
-                "product features",
-                "competitive advantages",
-                "brand positioning and image",
-            ),
+            user_factors=_OF_ADS,
+            item_factors=_OF_ADS,
             positive_above=0,
             text_fields=("brand", "category", "description"),
         ),

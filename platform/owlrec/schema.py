@@ -7,7 +7,7 @@ hashed by `stable_id`; the raw id stays in the table and a collision is an error
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
 
-KINDS = ("user", "item", "cohort")
+Kind = Literal["user", "item", "cohort"]  # what a text or a vector is about
+KINDS: tuple[Kind, ...] = get_args(Kind)
+TABLES: dict[Kind, str] = {"user": "users", "item": "items"}  # of each kind that has one
 
 USERS = pa.schema([("user_id", pa.int64()), ("raw_id", pa.string())])  # then one string column a profile field
 ITEMS = pa.schema([("item_id", pa.int64()), ("raw_id", pa.string()), ("title", pa.string())])  # then attributes
@@ -121,9 +123,15 @@ def vectors_table(kind: str | Sequence[str], ids: np.ndarray, vectors: np.ndarra
         pa.repeat(pa.scalar(kind), n) if isinstance(kind, str) else pa.array(kind, pa.string()),
         pa.array(ids, pa.int64()),
         pa.FixedSizeListArray.from_arrays(flat, dim),
-        pa.array([[]] * n, pa.list_(pa.uint16())),
+        pa.ListArray.from_arrays(pa.array(np.zeros(n + 1, np.int32)), pa.array([], pa.uint16())),
     ]
     return pa.table(columns, schema=vectors_schema(dim))
+
+
+def vector_matrix(table: pa.Table) -> np.ndarray:
+    """The vectors of a vectors table, float16 [n, dim]."""
+    column = table["vector"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
 
 
 def stable_id(raw: str) -> int:
@@ -158,16 +166,20 @@ def conform(table: pa.Table, schema: pa.Schema, *, name: str) -> pa.Table:
     columns: list[pa.ChunkedArray] = []
     for field in schema:
         if field.name not in table.column_names:
-            raise SchemaError(
-                f"{name}: column '{field.name}' is missing; the table has "
-                f"{', '.join(table.column_names) or 'no columns'}. "
-                f"Rename a column, or map one to it under source.columns in the recipe."
-            )
+            raise missing_column(table, field.name, name=name)
         columns.append(_cast(table[field.name], field, name))
     rest = [c for c in table.column_names if c not in schema.names]
     return pa.table(
         [*columns, *(table[c] for c in rest)],
         schema=pa.schema([*schema, *(table.schema.field(c) for c in rest)]),
+    )
+
+
+def missing_column(table: pa.Table, column: str, *, name: str, section: str = "source.columns") -> SchemaError:
+    """The error of a table that lacks a column. name: see conform; section: of the recipe, that maps its columns."""
+    return SchemaError(
+        f"{name}: column '{column}' is missing; the table has {', '.join(table.column_names) or 'no columns'}. "
+        f"Rename a column, or map one to it under {section} in the recipe."
     )
 
 
@@ -215,30 +227,25 @@ def check_rows(table: pa.Table, *, name: str, key: Sequence[str], required: Sequ
         first = {k: doubled[k][0].as_py() for k in key}
         raise SchemaError(
             f"{name}: {doubled.num_rows} keys occur more than once, first {first} "
-            f"({doubled['count_all'][0].as_py()} rows). "
-            f"Keep one row a key."
+            f"({doubled['count_all'][0].as_py()} rows). Keep one row a key."
         )
 
 
-# 10^11 ms is March 1973 and 10^11 s is the year 5138: between the two units there is no overlap for real behaviour
-# logs.
-_SECONDS_BELOW = 100_000_000_000
+# From March 1973 to November 2286; in seconds, micro- or nanoseconds no real behaviour log lies between these numbers.
+MILLISECONDS = range(10**11, 10**13 + 1)
 
 
 def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str) -> None:
     """Refuses timestamps that can only be seconds (or smaller) where milliseconds since 1970, UTC, are meant."""
-    if len(timestamps) == 0:
-        return
     largest = pc.max(timestamps).as_py()
-    if largest is not None and largest < _SECONDS_BELOW:
-        row = pc.index(timestamps, pc.max(timestamps)).as_py()
+    if largest is not None and largest < MILLISECONDS.start:
+        row = pc.index(timestamps, largest).as_py()
         raise SchemaError(
             f"{name}, row {row}: timestamp {largest} looks like seconds, but milliseconds since 1970 (UTC) are meant. "
             f"Multiply by 1000, or set source.timestamp_unit: s in the recipe."
         )
-    if largest is not None and largest > 100 * _SECONDS_BELOW:
+    if largest is not None and largest >= MILLISECONDS.stop:
         raise SchemaError(
             f"{name}: timestamp {largest} looks like micro- or nanoseconds, but milliseconds since 1970 (UTC) are "
-            "meant. "
-            f"Set source.timestamp_unit: us or ns in the recipe."
+            "meant. Set source.timestamp_unit: us or ns in the recipe."
         )

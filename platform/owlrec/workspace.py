@@ -16,6 +16,7 @@ never sees half a file, and "the manifest exists" means "what it lists exists". 
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -55,6 +56,12 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 (hex) of a local file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies, None where it is not: found without importing it or what it needs."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 class Workspace:
@@ -190,6 +197,10 @@ class Workspace:
         except (FileNotFoundError, IsADirectoryError):
             raise WorkspaceError(f"{self.path(path)} does not exist. Run the stage that writes it first.") from None
 
+    def digest(self, path: str) -> str:
+        """SHA-256 (hex) of a file's bytes. Raises WorkspaceError where it is missing."""
+        return hashlib.sha256(self.read_bytes(path)).hexdigest()
+
     def write_json(self, path: str, value: Any) -> None:
         """Writes a JSON file atomically."""
         self.write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False).encode())
@@ -313,6 +324,14 @@ def finished_stage(workspace: Workspace, stage: str, expected: str | None = None
     return manifest if expected in (None, manifest.fingerprint) else None
 
 
+def needed_stage(workspace: Workspace, stage: str, lacking: str) -> StageManifest:
+    """The manifest of `stage`. Raises WorkspaceError, which says what is `lacking`, where it has not finished."""
+    manifest = finished_stage(workspace, stage)
+    if manifest is None:
+        raise WorkspaceError(f"{workspace.root}: {lacking}. Run `{stage}` first, with the same recipe.")
+    return manifest
+
+
 def forget_stages(workspace: Workspace, stages: Sequence[str]) -> None:
     """Removes manifests. A stage that starts anew forgets its own and those after it: what it leaves if it is
     interrupted must not pass for finished, nor what was made from its earlier output for up to date.
@@ -324,6 +343,23 @@ def forget_stages(workspace: Workspace, stages: Sequence[str]) -> None:
 def finish_stage(workspace: Workspace, manifest: StageManifest) -> None:
     """Records that a stage is done. Call it last: what the manifest lists must exist by then."""
     workspace.write_json(f"manifests/{manifest.stage}.json", manifest.model_dump())
+
+
+def record_stage(
+    workspace: Workspace,
+    stage: str,
+    fingerprint: str,
+    watch: "Stopwatch",
+    counts: dict[str, float | int | str],
+    outputs: dict[str, str],
+) -> StageManifest:
+    """finish_stage of a stage that ends now; watch: since it began."""
+    seconds = round(watch.seconds, 3)
+    manifest = StageManifest(
+        stage=stage, fingerprint=fingerprint, seconds=seconds, finished=time.time(), counts=counts, outputs=outputs
+    )
+    finish_stage(workspace, manifest)
+    return manifest
 
 
 class Stopwatch:

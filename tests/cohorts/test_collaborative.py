@@ -35,7 +35,7 @@ def test_items_of_one_taste_are_nearer_than_items_of_two() -> None:
 def test_fold_in_solves_the_normal_equations() -> None:
     factors = train_item_factors(planted()[0], CONFIG)
     chosen = [0, 3, 7, 101]
-    y = factors.vectors[factors.rows(np.array(chosen))].astype(np.float64)
+    y = factors.gather(np.array(chosen))[0].astype(np.float64)
     all_y = factors.vectors.astype(np.float64)
     left = all_y.T @ all_y + CONFIG.alpha * y.T @ y + CONFIG.regularization * np.eye(3)
     expected = np.linalg.solve(left, (1 + CONFIG.alpha) * y.sum(axis=0))

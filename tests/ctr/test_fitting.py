@@ -19,6 +19,7 @@ from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.fitting import SplitTensors, TrainingData, score, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
+from owlrec.ctr.worker import Worker
 from owlrec.errors import RecipeError, SchemaError
 
 torch.set_num_threads(1)
@@ -216,9 +217,9 @@ def _run_rank(rank: int, port: int, folder: Path) -> None:
     data = pickle.loads((folder / "data.pickle").read_bytes())
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        trained = train_one(trial("knowledge"), data, CONFIG.model_copy(update={"epochs": 2}), rank, 2)
+        trained = train_one(trial("knowledge"), data, CONFIG.model_copy(update={"epochs": 2}), Worker(rank, 2))
         split = SplitTensors(data.features.splits["test"], data.tables(trial("knowledge")), "cpu")
-        scores = score(trained.model, _odd(split), rank, 2)
+        scores = score(trained.model, _odd(split), Worker(rank, 2))
         weights = {name: value.numpy() for name, value in trained.model.state_dict().items()}
         np.savez(folder / f"{rank}.npz", scores=scores, auc=trained.result.test.auc, **weights)
     finally:

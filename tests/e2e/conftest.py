@@ -5,8 +5,15 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from heads import make_bare_python
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "ranking"))  # whose tiny models are tuned here too
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of heads and their nodes: it has OwlRec's dependencies, not OwlRec."""
+    return make_bare_python(tmp_path_factory.mktemp("bare") / "venv")
 
 
 @pytest.fixture

@@ -12,19 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from heads import (
-    ROOT,
-    Head,
-    end_head,
-    free_port,
-    knowledge_rows,
-    local_head,
-    make_bare_python,
-    owlrec,
-    owlrec_command,
-    wait_until,
-)
+from heads import ROOT, Head, end_head, free_port, knowledge_rows, local_head, owlrec_command, wait_until
 from processes import command_lines
+
+from owlrec.recipe import load_recipe
+from owlrec.workspace import Workspace
+from pipelines.prepare import run as prepare
 
 pytestmark = pytest.mark.e2e
 HEAD_ID = "f" * 51 + "00000"
@@ -40,7 +33,7 @@ _NOTHING = {  # keys that the monitor wants to find
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[Head]:
+def head(tmp_path: Path, python: Path) -> Iterator[Head]:
     """A head whose autoscaler may start two nodes of one CPU; all its processes are gone in the end."""
     from ray.util import get_node_ip_address
 
@@ -70,7 +63,6 @@ def head(tmp_path: Path) -> Iterator[Head]:
         # unpacks it anew: code in it would be gone for a moment from under an engine that is just importing it.
         "PYTHONPATH": f"{ROOT / 'platform'}:{ROOT}",
     }
-    python = make_bare_python(tmp_path / "venv")
     options = [f"--autoscaling-config={tmp_path / 'fake.yaml'}"]
     with local_head(python, cpus=0, env=env, options=options, port=port) as head:
         yield head
@@ -82,13 +74,16 @@ def test_nodes_come_for_pending_actors_and_go_when_idle_and_a_killed_one_costs_n
     two_engines = "{min_replicas: 2, max_replicas: 2, engine_cpus: 1, lease_s: 5, shards_in_flight: 1}"
     recipe = echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 2") + f"generate: {two_engines}\n"
     echo_recipe.write_text(recipe)
-    where = ("--recipe", str(echo_recipe), "--address", head.address, "--installed")
-    prepared = owlrec(head, "submit", "prepare", *where, "--no-preflight")  # its driver needs no CPU
-    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+    settings = load_recipe(echo_recipe)
+    prepare(settings, Workspace(settings.workspace))
     assert len(alive(head)) == 1
     assert {"raylet", "gcs_server"} <= {p.name() for p in head.processes()}  # the check for what is left sees them
     log = (tmp_path / "log").open("w+")
-    job = subprocess.Popen(owlrec_command("submit", "generate", *where), cwd="/", env=head.env, stdout=log, stderr=log)
+    # Its driver needs no CPU, of which the head has none.
+    command = owlrec_command(
+        "submit", "generate", "--recipe", str(echo_recipe), "--address", head.address, "--installed"
+    )
+    job = subprocess.Popen(command, cwd="/", env=head.env, stdout=log, stderr=log)
     try:
         wait_until(lambda: pending_actors(head) > 0 or len(alive(head)) > 1, 90, "engines to be asked for")
         asked = time.monotonic()

@@ -1,15 +1,18 @@
 """Cohorts to release: one call a cohort, every user and item resolves, and a second run asks only what has moved."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from test_whole_run import owlrec
 
+from owlrec.errors import RecipeError
 from owlrec.generation.shards import iterate_manifests
+from owlrec.recipe import load_recipe
 from owlrec.store.release import open_release
 from owlrec.workspace import Workspace
+from pipelines.stage import STAGES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 
@@ -31,10 +34,16 @@ def write_recipe(path: Path, workspace: Path, users: int) -> Path:
         engine: {{type: echo}}
         sampling: {{max_tokens: 40}}
         ctr: {{backbones: [dcnv2], arms: [none, collective, shuffled], seeds: [0], epochs: 1}}
-        ray: {{num_cpus: 2}}
         """
     )
     return path
+
+
+def run(recipe: Path, last: str = STAGES[-1]) -> None:
+    """The recipe's stages up to `last`, in this process and on the test run's cluster."""
+    settings = load_recipe(recipe)
+    for stage in STAGES[: STAGES.index(last) + 1]:
+        importlib.import_module(f"pipelines.{stage}").run(settings, Workspace(settings.workspace))
 
 
 def calls(workspace: Path) -> tuple[int, int]:
@@ -45,11 +54,12 @@ def calls(workspace: Path) -> tuple[int, int]:
     return sum(m.rows_in for m in manifests), sum(m.rows_in - m.rows_kept for m in manifests)
 
 
-def test_a_cohort_s_text_serves_its_members(tmp_path: Path) -> None:
+def test_a_cohort_s_text_serves_its_members(
+    ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "ws"
     recipe = write_recipe(tmp_path / "recipe.yaml", folder, 120)
-    done = owlrec("run", str(recipe))
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(recipe)
     rows, asked = calls(folder)
     assert rows == asked
     workspace = Workspace(folder)
@@ -63,16 +73,13 @@ def test_a_cohort_s_text_serves_its_members(tmp_path: Path) -> None:
             assert release.store.vectors(kind, ids)[1].all()
         assert any(len(c) == 2 for c in release.store.cohorts("user", users))  # liked and disliked
         assert release.store.get("user", [10**9]) == [None]
-    looked_up = owlrec("lookup", "user", str(users[0]), "--recipe", str(recipe))
-    assert "echo-" in looked_up.stdout
 
-    again = owlrec("run", str(recipe))
-    assert again.returncode == 0
-    assert "shards done already" in again.stdout
+    capsys.readouterr()
+    run(recipe, "generate")
+    assert "shards done already" in capsys.readouterr().out
 
     # A few more users: cohorts that have hardly moved keep their prompt, and so their text.
-    grown = owlrec("run", str(write_recipe(recipe, folder, 126)), "--to", "generate")
-    assert grown.returncode == 0, grown.stdout + grown.stderr
+    run(write_recipe(recipe, folder, 126), "generate")
     rows, asked = calls(folder)
     assert 0 < asked < rows
     newest = json.loads((folder / "cohorts" / "LATEST").read_text())
@@ -88,6 +95,5 @@ def test_collective_prompts_without_cohorts_are_a_recipe_error(tmp_path: Path) -
     text = recipe.read_text()
     start, end = text.index("        cohorts:"), text.index("        prompts:")
     recipe.write_text(text[:start] + text[end:])
-    done = owlrec("run", str(recipe), "--dry-run")
-    assert done.returncode == 1
-    assert "needs cohorts" in done.stderr
+    with pytest.raises(RecipeError, match="needs cohorts"):
+        load_recipe(recipe)

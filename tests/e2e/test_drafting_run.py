@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
     recipe, workspace = tmp_path / "drafting.yaml", tmp_path / "ws"
 
-    def run(history_tokens: int, *more: str) -> str:
+    def run(history_tokens: int, last: str) -> str:
         recipe.write_text(
             f"""
             name: drafting
@@ -22,23 +22,24 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
             source: {{type: movielens-100k, max_users: 40, max_items: 40}}
             shard_rows: 60
             prompts: {{history_tokens: {history_tokens}}}
-            engine: {{type: vllm, model: smollm2-135m, max_model_len: 512, max_num_seqs: 2, kv_cache_gib: 1}}
+            engine: {{type: vllm, model: smollm2-135m, max_model_len: 512, max_num_seqs: 2, kv_cache_gib: 1,
+                      engine_args: {{enforce_eager: true}}}}
             sampling: {{max_tokens: 16}}
             decoding: {{mode: strict}}
             """
         )
-        done = owlrec("run", str(recipe), "--to", "publish", *more)
+        done = owlrec("run", str(recipe), "--to", last)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    first = run(96)
+    first = run(96, "publish")
     assert "no retrieval pools" not in first
     (release,) = (workspace / "pools").iterdir()
     assert sorted(p.name for p in release.iterdir()) == ["item", "user"]
     manifest = json.loads((workspace / "manifests" / "publish.json").read_text())
     assert manifest["counts"]["pool_tokens_item"] > 40 * 10
 
-    second = run(97)
+    second = run(97, "generate")
     assert f"drafting from the texts of release {release.name}" in second
     jobs = sorted((workspace / "knowledge").iterdir(), key=lambda f: f.stat().st_mtime)
     items = pq.read_table(jobs[-1] / "item" / "shard-00000.parquet")

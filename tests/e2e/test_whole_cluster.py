@@ -1,13 +1,13 @@
-"""Everything through the job API of a head that `ray start` made, whose Python has OwlRec's dependencies but not
+"""A whole run through the job API of a head that `ray start` made, whose Python has OwlRec's dependencies but not
 OwlRec: from raw ratings to knowledge over HTTP, with the commands that the documentation gives.
 """
 
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -15,14 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from heads import ROOT, Head, free_port, knowledge_rows, local_head, make_bare_python, owlrec, wait_until
+from heads import ROOT, Head, free_port, knowledge_rows, local_head, owlrec, owlrec_command, wait_until
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ops.submission_files import job_folder
+from owlrec.recipe import load_recipe
 from owlrec.schema import INTERACTIONS
 from owlrec.store import current_release
 from owlrec.workspace import Workspace, finished_stage
+from pipelines.encode import run as encode
+from pipelines.publish import run as publish
 from pipelines.submit import CODE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
@@ -36,12 +39,6 @@ ranking:
   tuning: {{dtype: float32, epochs: 1, threads: 1}}
   judging: {{valid_samples: 20, test_samples: 20, shown: [recent], zero_shot: false}}
 """
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the head and its nodes."""
-    return make_bare_python(tmp_path_factory.mktemp("bare") / "venv")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,11 @@ def test_from_ratings_to_answers_over_http(echo_recipe: Path, tmp_path: Path, he
 
     plain = ray_job(head, python, "python", "-m", "pipelines.prepare", "--recipe", str(echo_recipe))
     assert plain.returncode == 0, plain.stdout + plain.stderr
-    for stage in ("cohorts", "generate", "encode", "publish", "train_ctr", "tune-ranker"):
+    for stage in ("cohorts", "generate"):
+        submit(head, stage, echo_recipe)
+    for run in (encode, publish):  # beside the cluster: they use none of its machines, and a job of each takes its time
+        run(load_recipe(echo_recipe), workspace)
+    for stage in ("train_ctr", "tune-ranker"):
         submit(head, stage, echo_recipe)
         assert finished_stage(workspace, stage.replace("-", "_")) is not None
     assert knowledge_rows(tmp_path / "ws") == rows_of_the_local_command(plain_recipe, tmp_path / "local")
@@ -84,10 +85,14 @@ def test_from_ratings_to_answers_over_http(echo_recipe: Path, tmp_path: Path, he
 
 def test_what_cannot_run_is_refused_before_it_starts(echo_recipe: Path, head: Head) -> None:
     before = len([j for j in head.jobs() if "pipelines." in j["entrypoint"]])
-    where = ("--recipe", str(echo_recipe), "--address", head.address)
-    nowhere = owlrec(head, "submit", "prepare", *where, "--workspace", "/proc/nowhere")
-    echo_recipe.write_text(echo_recipe.read_text() + "generate: {engine_gpus: 1}\n")
-    no_gpu = owlrec(head, "submit", "generate", *where)
+    asking = echo_recipe.with_name("gpu.yaml")
+    asking.write_text(echo_recipe.read_text() + "generate: {engine_gpus: 1}\n")
+    commands = (
+        ("prepare", "--recipe", str(echo_recipe), "--workspace", "/proc/nowhere"),
+        ("generate", "--recipe", str(asking)),
+    )
+    with ThreadPoolExecutor() as pool:  # at once: each starts a command and a job
+        nowhere, no_gpu = pool.map(lambda words: owlrec(head, "submit", *words, "--address", head.address), commands)
     assert (nowhere.returncode, no_gpu.returncode) == (1, 1)
     assert "error: /proc/nowhere is not usable from" in nowhere.stderr
     assert "generate.engine_gpus asks for 1 x 1 GPU; the cluster has 0" in no_gpu.stderr
@@ -125,12 +130,9 @@ def ray_job(head: Head, python: Path, *entrypoint: str) -> subprocess.CompletedP
 
 
 def rows_of_the_local_command(recipe: Path, workspace: Path) -> list[dict]:
-    for stage in ("prepare", "generate"):
-        ran = subprocess.run(
-            [sys.executable, "-m", f"pipelines.{stage}", "--recipe", str(recipe), "--workspace", str(workspace)],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stdout + ran.stderr
+    command = owlrec_command("run", str(recipe), "--workspace", str(workspace), "--to", "generate")
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = knowledge_rows(workspace)
     assert len(rows) == 180
     return rows

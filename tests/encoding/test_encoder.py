@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from owlrec.encoding import encoder as encoder_module
-from owlrec.encoding.encoder import Encoder, EncoderConfig, encoder_identity
+from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.errors import EngineError
 
 
@@ -46,15 +45,15 @@ def test_no_text_gives_no_vectors(encoder):
 
 
 def test_identity_follows_the_window_and_the_files_but_not_the_place(tmp_path):
-    packaged = encoder_identity(EncoderConfig())
-    assert packaged == encoder_identity(EncoderConfig(batch_size=1, threads=1))
-    assert packaged != encoder_identity(EncoderConfig(max_tokens=128))
+    packaged = EncoderConfig().identity
+    assert packaged == EncoderConfig(batch_size=1, threads=1).identity
+    assert packaged != EncoderConfig(max_tokens=128).identity
     identities = []
     for place, text in (("a", "{}"), ("b", "{}"), ("c", '{"x": 1}')):
         folder = tmp_path / place / "model"
         folder.mkdir(parents=True)
         (folder / "modules.json").write_text(text)
-        identities.append(encoder_identity(EncoderConfig(model=str(folder))))
+        identities.append(EncoderConfig(model=str(folder)).identity)
     assert identities[0] == identities[1] != identities[2]
 
 
@@ -66,7 +65,7 @@ def test_a_wrong_model_is_an_error_with_the_next_step(tmp_path, monkeypatch):
         Encoder(EncoderConfig(model=str(tmp_path)))
     with pytest.raises(EngineError, match="does not exist"):
         Encoder(EncoderConfig(model=str(tmp_path / "none")))
-    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="make setup"):
         Encoder(EncoderConfig())
 

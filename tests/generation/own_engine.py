@@ -31,7 +31,7 @@ class Parrot(Engine):
     """A token is a character."""
 
     def __init__(self, config: ParrotConfig) -> None:
-        self.config, self.identity, self.context_tokens = config, config.model_identity, 10_000
+        self.config = config
 
     async def complete(
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None

@@ -36,8 +36,6 @@ REFUSAL = (
 class Scripted(Engine):
     """Answers what a function of the prompt and the sampling says: a text, or an error to raise."""
 
-    context_tokens = 4096
-
     def __init__(self, answer: Callable[[str, SamplingConfig], str | Exception]) -> None:
         self.answer = answer
         self.asked: list[tuple[str, SamplingConfig]] = []

@@ -168,8 +168,6 @@ def test_chosen_prompt_family_asks_about_users_and_items_and_names_their_rows(
 class _Recording(Engine):
     """Keeps what it is asked with; claims three drafted tokens a row, two accepted, one of them relaxed."""
 
-    context_tokens = 1000
-
     def __init__(self) -> None:
         self.extras: list[object] = []
 

@@ -98,7 +98,7 @@ def test_a_bare_installation_is_examined(monkeypatch):
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(doctor.metadata, "version", bare)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     checks = run_checks(environ={})
     assert not [c for c in checks if c.ok == "fail"]
     assert {c.name for c in checks if c.found == "missing"} == {" or ".join(p.packages) for p in PINS if p.extra}

@@ -10,11 +10,12 @@ from safetensors.torch import save
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 
+from owlrec.ctr.worker import ALONE
 from owlrec.errors import EngineError, WorkspaceError
 from owlrec.ranking.adapters import open_adapter, save_adapter
 from owlrec.ranking.checkpoints import Progress
 from owlrec.ranking.experiment import TuningConfig
-from owlrec.ranking.tuning import Worker, load_model, score, tune
+from owlrec.ranking.tuning import load_model, score, tune
 from owlrec.workspace import Workspace
 
 MADE_FOR = {"model": "tiny:1", "wording": "w" * 64}
@@ -37,10 +38,10 @@ def test_peft_loads_what_was_tuned(workspace: Workspace, tmp_path: Path) -> None
     assert adapter.manifest.progress == tuned.progress
     assert adapter.manifest.rank == 8
     fresh = load_model(model, None, config)
-    plain = score(fresh, valid, 2048, Worker())
-    loaded = score(PeftModel.from_pretrained(fresh, adapter.folder), valid, 2048, Worker())
+    plain = score(fresh, valid, 2048, ALONE)
+    loaded = score(PeftModel.from_pretrained(fresh, adapter.folder), valid, 2048, ALONE)
     net.eval()
-    np.testing.assert_allclose(loaded, score(net, valid, 2048, Worker()), atol=1e-5)
+    np.testing.assert_allclose(loaded, score(net, valid, 2048, ALONE), atol=1e-5)
     assert np.abs(loaded - plain).max() > 0.05
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from owlrec.encoding.encoder import EncoderConfig
-from owlrec.ranking import items
 from owlrec.ranking.items import item_retriever
 from owlrec.ranking.projection import ProjectionConfig
 from owlrec.workspace import Workspace
@@ -27,7 +26,7 @@ class Letters:
 @pytest.fixture(autouse=True)
 def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
     Letters.calls = 0
-    monkeypatch.setattr(items, "Encoder", Letters)
+    monkeypatch.setattr("owlrec.encoding.encoder.Encoder", Letters)
 
 
 def test_items_are_encoded_once_for_the_same_texts_and_settings(small_world: Workspace) -> None:

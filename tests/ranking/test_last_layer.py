@@ -11,7 +11,7 @@ from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer
-from owlrec.ranking import items, last_layer
+from owlrec.ranking import last_layer
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.items import item_retriever
 from owlrec.ranking.last_layer import LastLayerConfig, LastLayerEncoder
@@ -74,7 +74,7 @@ def test_items_are_read_by_the_llm_once_and_projected(
     config, projection = LastLayerConfig(model=model), ProjectionConfig(components=8)
     history, candidates = np.arange(100, 120), np.array([101, 128])
     first = item_retriever(small_world, config, projection)
-    monkeypatch.setattr(items, "LastLayerEncoder", None)  # a second reading would fail
+    monkeypatch.setattr(last_layer, "LastLayerEncoder", None)  # a second reading would fail
     again = item_retriever(small_world, config, projection)
     np.testing.assert_array_equal(*(r.retrieve(history, candidates, 5) for r in (first, again)))
     assert len(small_world.names("ranking")) == 1

@@ -77,11 +77,11 @@ def test_two_workers_of_which_one_is_killed_tune_as_one_does(
     assert sorted(workspace.names("ranking/abc")) == ["adapter", "ray", "train.parquet", "valid.parquet"]
     assert workspace.names("ranking/abc/ray") == []
     before = workspace.read_bytes("ranking/abc/adapter/adapter_model.safetensors")
-    assert tune_adapter(workspace, job) == adapter  # tuned already: no worker starts
+    assert tune_adapter(workspace, job, told.append) == adapter  # tuned already: no worker starts
     assert workspace.read_bytes("ranking/abc/adapter/adapter_model.safetensors") == before
     assert capfd.readouterr().err == ""
 
 
 def test_a_workers_complaint_arrives_as_it_was_raised(ray_local: None, workspace: Workspace, model: str) -> None:
     with pytest.raises(RecipeError, match=r"has \d+ tokens, but 20 are allowed"):
-        tune_adapter(workspace, a_job(workspace, model, max_tokens=20, max_failures=0))
+        tune_adapter(workspace, a_job(workspace, model, max_tokens=20, max_failures=0), print)

@@ -13,11 +13,12 @@ from torch import Tensor
 from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ctr.metrics import auc
+from owlrec.ctr.worker import ALONE
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.ranking.checkpoints import Checkpoint, Progress
 from owlrec.ranking.examples import Examples, tokenise
 from owlrec.ranking.experiment import TuningConfig
-from owlrec.ranking.tuning import Schedule, Tuned, Worker, answer_logits, load_model, micro_batches, score, tune
+from owlrec.ranking.tuning import Schedule, Tuned, answer_logits, load_model, micro_batches, score, tune
 
 FAST: dict[str, Any] = {"dtype": "float32", "learning_rate": 0.02, "batch_rows": 16, "micro_tokens": 1024, "epochs": 3}
 
@@ -53,7 +54,7 @@ def test_rows_computed_together_score_as_each_alone(model: str) -> None:
         together = answer_logits(net, examples.prompts, "cpu")
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
     yes, no = examples.answers.yes[0], examples.answers.no[0]
-    found = score(net, examples, 512, Worker())
+    found = score(net, examples, 512, ALONE)
     np.testing.assert_allclose(found, torch.sigmoid(alone[:, yes] - alone[:, no]).numpy(), atol=1e-4)
 
 
@@ -75,7 +76,7 @@ def test_tuning_learns_the_taste_and_leaves_the_model_alone(model: str) -> None:
     net = load_model(model, None, config)
     before = {name: weight.clone() for name, weight in net.state_dict().items()}
     valid = toy_examples(model, 60, 1)
-    assert auc(valid.labels, score(net, valid, 4096, Worker())) < 0.8
+    assert auc(valid.labels, score(net, valid, 4096, ALONE)) < 0.8
     found = tune(net, toy_examples(model, 160), valid, config)
     assert found.progress.best_auc > 0.95
     assert found.progress.losses[-1] < 0.5 * found.progress.losses[0]

@@ -45,7 +45,6 @@ def test_drafts_come_from_the_newest_release_that_has_pools(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(asking, "pointer_history", lambda _: ["full", "delta"])
-    monkeypatch.setattr(asking, "model_identity", lambda *_: "tiny")
     monkeypatch.setattr(asking, "find_pools", lambda _, name, identity: ("/pools" if name == "full" else None, ""))
     vllm, on = VllmEngineConfig(type="vllm", model="m"), DecodingConfig(mode="strict")
     assert with_latest_pools(workspace, vllm, on).pools == "/pools"

@@ -75,7 +75,7 @@ def test_drafts_from_a_release_give_the_same_answers_in_fewer_steps(tmp_path: Pa
     def answers(decoding: DecodingConfig) -> list[Completion]:
         engine = build_engine(model, decoding)
         assert isinstance(engine, VllmEngine)
-        assert engine.identity == model_identity(CONFIG.model)
+        assert engine.config.model_identity == model_identity(CONFIG.model)
 
         async def ask() -> list[Completion]:
             sampling, named = SamplingConfig(max_tokens=60), decoding.mode != "off"

@@ -66,7 +66,6 @@ def get(kind: Kind, id: int, fields: Sequence[What]) -> Call[SingleAnswer | None
     """One entity; None where nothing is known of it."""
     _validated(BatchGet, {"kind": kind, "ids": [_plain(id)], "fields": list(fields)})
     query = urlencode([("fields", one) for one in fields])
-
     path, route = f"/v1/knowledge/{kind}/{int(id)}?{query}", "/v1/knowledge/{kind}/{id}"
     return Call("GET", path, _reader(SingleAnswer), route=route, may_miss=True)
 

@@ -8,21 +8,19 @@ driver is a count for each cohort, never a row.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from owlrec.cohorts.attributes import choose_group, count_groups, values_of
 from owlrec.cohorts.collaborative import CollaborativeConfig, FoldIn, ItemFactors, unit
-from owlrec.cohorts.model import CohortModel, attribute_cohort_name, cohort_name, open_model
+from owlrec.cohorts.model import Book, CohortModel, attribute_cohort_name, cohort_name, open_model
 from owlrec.scenario import Scenario
-from owlrec.schema import COHORTS
+from owlrec.schema import COHORTS, TABLES, Kind
 from owlrec.workspace import Workspace
 
-Kind = Literal["user", "item"]
-TABLES: dict[Kind, str] = {"user": "users", "item": "items"}
-FACETS: dict[str, tuple[Kind, str, str]] = {  # book -> kind, vector column, facet
+FACETS: dict[Book, tuple[Kind, str, str]] = {  # kind, vector column, facet
     "user-liked": ("user", "liked", "liked"),
     "user-disliked": ("user", "disliked", "disliked"),
     "item": ("item", "vector", ""),
@@ -153,7 +151,7 @@ def vector_rows(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return rows, matrix.reshape(-1, dim)[rows].astype(np.float32)
 
 
-def _collaborative(model: CohortModel, book: str, ids: np.ndarray, vectors: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+def _collaborative(model: CohortModel, book: Book, ids: np.ndarray, vectors: np.ndarray) -> tuple[pa.Array, np.ndarray]:
     codebook = model.books[book]
     nearest, distance = codebook.assign(vectors)
     names = pa.array([cohort_name(book, int(n)) for n in codebook.numbers], pa.string()).take(pa.array(nearest))

@@ -8,28 +8,20 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.cohorts.assignment import FACETS, TABLES, Kind, Router, Vectorizer, add_counts, vector_rows
-from owlrec.cohorts.clustering import train_codebook
+from owlrec.cohorts.assignment import FACETS, Router, Vectorizer, add_counts, vector_rows
+from owlrec.cohorts.clustering import Codebook, train_codebook
 from owlrec.cohorts.collaborative import train_item_factors
-from owlrec.cohorts.model import (
-    BOOKS,
-    LATEST,
-    Book,
-    CohortModel,
-    CohortsConfig,
-    Rings,
-    cohort_name,
-    cut_rings,
-)
+from owlrec.cohorts.model import LATEST, Book, CohortModel, CohortsConfig, Rings, cohort_name, cut_rings
 from owlrec.cohorts.profiles import PROFILES, CandidateReader, build_profiles, keep_settled
 from owlrec.errors import WorkspaceError
 from owlrec.scenario import Scenario
+from owlrec.schema import TABLES, Kind
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
@@ -65,7 +57,7 @@ def build_cohorts(
         factors,
         {
             book: codebook
-            for book in BOOKS
+            for book in FACETS
             if (codebook := _train(workspace, folder, config, book, counts, before)) is not None
         },
         {kind: _groups(counts[kind]) for kind in parts},
@@ -134,7 +126,7 @@ def _train(
     book: Book,
     counts: Mapping[Kind, Sequence[Any]],
     before: CohortModel | None,
-) -> Any:
+) -> Codebook | None:
     kind, column, _ = FACETS[book]
     population = sum(result["counts"][column] for result in counts[kind])
     settings = config.clusters(book)
@@ -166,7 +158,7 @@ def _without_small(
     folded = {}
     for name, book in model.books.items():
         sizes = assigned[FACETS[name][0]]["sizes"]
-        smallest = config.clusters(cast(Book, name)).min_size
+        smallest = config.clusters(name).min_size
         small = [row for row, n in enumerate(book.numbers) if sizes[cohort_name(name, int(n))] < smallest]
         if small and len(book.numbers) > 1:
             folded[name] = book.without(np.array(small))
@@ -179,10 +171,10 @@ def _rings(
     model: CohortModel,
     config: CohortsConfig,
     assigned: Mapping[Kind, Mapping[str, Counter[str]]],
-) -> dict[str, dict[int, Rings]]:
-    found: dict[str, dict[int, Rings]] = {}
+) -> dict[Book, dict[int, Rings]]:
+    found: dict[Book, dict[int, Rings]] = {}
     for name, book in model.books.items():
-        kind, largest = FACETS[name][0], config.clusters(cast(Book, name)).max_size
+        kind, largest = FACETS[name][0], config.clusters(name).max_size
         over = {cohort_name(name, int(n)): int(n) for n in book.numbers}
         over = {cohort: n for cohort, n in over.items() if assigned[kind]["sizes"][cohort] > largest}
         if not over:

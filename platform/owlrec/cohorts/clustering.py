@@ -92,6 +92,8 @@ def train_codebook(
     if len(vectors) == 0:
         raise SchemaError("cohorts: nobody has a vector to cluster by. Use more data, or lower min_behaviours.")
     vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    if previous is not None and previous.centroids.shape[1] != vectors.shape[1]:
+        previous = None  # of other factors: nothing of it can be compared
     k = min(config.cohorts(population), len(np.unique(vectors, axis=0)))
     share = len(vectors) / population
     largest = max(1, int(config.max_size * share))
@@ -99,10 +101,11 @@ def train_codebook(
     for _ in range(_SPLITS):
         nearest, _ = Codebook(centroids, np.arange(len(centroids)), 0).assign(vectors)
         sizes = np.bincount(nearest, minlength=len(centroids))
-        split = [_split(vectors[nearest == c], -(-int(sizes[c]) // largest), config) for c in _over(sizes, largest)]
+        over = np.flatnonzero(sizes > largest)
+        split = [_split(vectors[nearest == c], -(-int(sizes[c]) // largest), config) for c in over]
         if not any(len(parts) > 1 for parts in split):
             break
-        centroids = np.concatenate([np.delete(centroids, _over(sizes, largest), axis=0), *split])
+        centroids = np.concatenate([np.delete(centroids, over, axis=0), *split])
     codebook = _named(centroids, previous)
     return fold_small(codebook, vectors, max(1, round(config.min_size * share)))
 
@@ -118,10 +121,6 @@ def fold_small(codebook: Codebook, vectors: np.ndarray, smallest: int) -> Codebo
         order = small[np.argsort(sizes[small], kind="stable")]
         codebook = codebook.without(order[: max(1, len(order) // 2)])
     return codebook
-
-
-def _over(sizes: np.ndarray, largest: int) -> np.ndarray:
-    return np.flatnonzero(sizes > largest)
 
 
 def _split(members: np.ndarray, parts: int, config: ClusterConfig) -> np.ndarray:
@@ -142,7 +141,7 @@ def _kmeans(vectors: np.ndarray, k: int, config: ClusterConfig, previous: Codebo
         seed=config.seed,
         min_points_per_centroid=1,
         max_points_per_centroid=config.sample_per_cohort,
-        gpu=faiss.get_num_gpus() > 0 if hasattr(faiss, "StandardGpuResources") else False,
+        gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
     )
     kmeans.train(vectors, init_centroids=_start(vectors, k, config, previous))
     return np.asarray(kmeans.centroids, dtype=np.float32)
@@ -150,7 +149,7 @@ def _kmeans(vectors: np.ndarray, k: int, config: ClusterConfig, previous: Codebo
 
 def _start(vectors: np.ndarray, k: int, config: ClusterConfig, previous: Codebook | None) -> np.ndarray | None:
     """The earlier centroids, filled up with vectors drawn at random."""
-    if previous is None or previous.centroids.shape[1] != vectors.shape[1]:
+    if previous is None:
         return None
     drawn = np.random.default_rng(config.seed).choice(len(vectors), size=k, replace=False)
     return np.concatenate([previous.centroids, vectors[drawn]])[:k]
@@ -160,7 +159,7 @@ def _named(centroids: np.ndarray, previous: Codebook | None) -> Codebook:
     """Numbers for centroids: that of the earlier one where they are near enough, the best pairs first."""
     numbers = np.full(len(centroids), -1, dtype=np.int64)
     following = 0
-    if previous is not None and previous.centroids.shape[1] == centroids.shape[1]:
+    if previous is not None:
         following = previous.next_number
         for row, number in _pairs(centroids, previous):
             numbers[row] = number

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError
+from owlrec.ordered import rows_of
 
 
 class CollaborativeConfig(Config):
@@ -39,16 +40,9 @@ class ItemFactors:
     ids: np.ndarray  # int64 [n], ascending
     vectors: np.ndarray  # float32 [n, d]
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        """int64 [m]: the row of each id, -1 where it has no factors."""
-        if len(self.ids) == 0:
-            return np.full(len(ids), -1, dtype=np.int64)
-        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[at] == ids, at, -1)
-
     def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(float32 [m, d], bool [m]): the vector of each id, zeros and False where it has none."""
-        rows = self.rows(ids)
+        rows = rows_of(self.ids, ids)
         return np.where((rows >= 0)[:, None], self.vectors[rows], np.float32(0)), rows >= 0
 
 
@@ -115,7 +109,7 @@ class FoldIn:
 
         flat = items.flatten().to_numpy()
         of_user = np.repeat(np.arange(len(items)), items.value_lengths().fill_null(0).to_numpy())
-        rows = self.factors.rows(flat)
+        rows = rows_of(self.factors.ids, flat)
         counts = rows >= 0 if chosen is None else (rows >= 0) & chosen
         pairs = np.unique(np.stack([of_user[counts], rows[counts]], axis=1), axis=0)
         confidence = np.full(len(pairs), 1 + self.config.alpha, dtype=np.float32)

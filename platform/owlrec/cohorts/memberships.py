@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.cohorts.collaborative import unit
-from owlrec.schema import MEMBERSHIPS, stable_id, vectors_table
+from owlrec.ordered import rows_of, run_starts
+from owlrec.schema import MEMBERSHIPS, stable_id, vector_matrix, vectors_table
 from owlrec.workspace import Workspace
 
 
@@ -31,8 +32,7 @@ def memberships(cohorts: pa.Table) -> pa.Table:
     order = np.lexsort((later, ids, kinds))
     of = number[names.indices.to_numpy()][order] if len(order) else np.zeros(0, dtype=np.int64)
     ids, kinds = ids[order], kinds[order]
-    new = np.r_[True, (ids[1:] != ids[:-1]) | (kinds[1:] != kinds[:-1])] if len(ids) else np.zeros(0, dtype=bool)
-    start = np.flatnonzero(new)
+    start = np.unique(run_starts(ids, kinds))
     lists = pa.ListArray.from_arrays(pa.array(np.r_[start, len(ids)], pa.int32()), pa.array(of, pa.int64()))
     return pa.table([pa.array(kinds[start], pa.string()), pa.array(ids[start]), lists], schema=MEMBERSHIPS)
 
@@ -43,17 +43,15 @@ def member_vectors(table: pa.Table, cohort_vectors: pa.Table) -> pa.Table:
     table: schema.MEMBERSHIPS; cohort_vectors: the cohorts' own (schema.vectors_schema). Who belongs to no cohort with a
     vector is left out.
     """
-    column = cohort_vectors["vector"].combine_chunks()
-    dim = column.type.list_size
-    vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim).astype(np.float32)
+    vectors = vector_matrix(cohort_vectors).astype(np.float32)
     of = cohort_vectors["id"].to_numpy()
     order = np.argsort(of)
     lists = table["cohorts"].combine_chunks()
     wanted, member = lists.flatten().to_numpy(), np.repeat(np.arange(len(table)), lists.value_lengths().to_numpy())
-    at = order[np.minimum(np.searchsorted(of, wanted, sorter=order), max(len(of) - 1, 0))] if len(of) else wanted * 0
-    known = of[at] == wanted if len(of) else np.zeros(len(wanted), dtype=bool)
-    total = np.zeros((len(table), dim), dtype=np.float32)
-    np.add.at(total, member[known], vectors[at[known]])
+    at = rows_of(of[order], wanted)
+    known = at >= 0
+    total = np.zeros((len(table), vectors.shape[1]), dtype=np.float32)
+    np.add.at(total, member[known], vectors[order[at[known]]])
     rows = np.flatnonzero(np.bincount(member[known], minlength=len(table)))
     kept = table.take(pa.array(rows))
     return vectors_table(kept["kind"].to_pylist(), kept["id"].to_numpy(), unit(total[rows]))

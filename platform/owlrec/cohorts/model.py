@@ -23,7 +23,6 @@ from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
 Book = Literal["user-liked", "user-disliked", "item"]
-BOOKS: tuple[Book, ...] = ("user-liked", "user-disliked", "item")
 LATEST = "cohorts/LATEST"
 
 
@@ -68,10 +67,10 @@ class CohortModel:
     """Codebooks may be absent: of what nobody disliked, for example."""
 
     factors: ItemFactors
-    books: Mapping[str, Codebook]
+    books: Mapping[Book, Codebook]
     groups: Mapping[str, Mapping[Group, int]]  # by kind: members of each attribute group and its prefixes
     min_group: int
-    rings: Mapping[str, Mapping[int, Rings]] = field(default_factory=dict)  # by book and cohort number
+    rings: Mapping[Book, Mapping[int, Rings]] = field(default_factory=dict)  # by book and cohort number
 
     def save(self, workspace: Workspace, folder: str) -> None:
         """Writes the model into `folder`, the JSON last."""
@@ -131,7 +130,7 @@ def open_model(workspace: Workspace, folder: str) -> CohortModel:
     return _loaded(workspace.root, folder, version)
 
 
-def cohort_name(book: str, number: int, ring: int = 0) -> str:
+def cohort_name(book: Book, number: int, ring: int = 0) -> str:
     """A collaborative cohort's name; also the name of its retrieval pool."""
     return f"{book}-{number:06d}" + (f".{ring}" if ring else "")
 

@@ -8,7 +8,7 @@ same to the letter and nothing is asked again.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +17,9 @@ from pydantic import Field
 
 from owlrec.cohorts.attributes import values_of
 from owlrec.config import Config
+from owlrec.ordered import run_starts
 from owlrec.scenario import Scenario
-from owlrec.schema import stable_id
+from owlrec.schema import TABLES, Kind, stable_id
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
@@ -73,10 +74,10 @@ class CandidateReader:
     scenario: Scenario
     config: ProfileConfig
 
-    def __call__(self, kind: Literal["user", "item"], part: str) -> dict[str, Any]:
+    def __call__(self, kind: Kind, part: str) -> dict[str, Any]:
         """Writes candidates/<kind>/<part>; returns its number of rows."""
         members = self.workspace.read_parquet(f"{self.folder}/{kind}/{part}")
-        rows = self.workspace.read_parquet(f"tables/{kind}s/{part}")
+        rows = self.workspace.read_parquet(f"tables/{TABLES[kind]}/{part}")
         read = self._items(rows) if kind == "item" else self._users(rows, part)
         ids = members["id"].to_pylist()
         length = np.array([-len(read[i][1]) for i in ids], dtype=np.float32)
@@ -122,7 +123,7 @@ class CandidateReader:
 def build_profiles(
     workspace: Workspace,
     folder: str,
-    kind: Literal["user", "item"],
+    kind: Kind,
     sizes: Mapping[str, int],
     catalog: ItemCatalog,
     config: ProfileConfig,
@@ -200,9 +201,7 @@ def _best(cohorts: pa.ChunkedArray, rank: np.ndarray, ids: np.ndarray, n: int) -
     """The rows of the n members of least rank of each cohort, int64, cohort by cohort."""
     codes = pc.dictionary_encode(cohorts).combine_chunks().indices.to_numpy(zero_copy_only=False)
     order = np.lexsort((ids, rank, codes))
-    new = np.r_[True, codes[order][1:] != codes[order][:-1]] if len(order) else np.zeros(0, dtype=bool)
-    start = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
-    return order[np.arange(len(order)) - start < n]
+    return order[np.arange(len(order)) - run_starts(codes[order]) < n]
 
 
 def _shared_titles(items: Iterable[Sequence[int]], catalog: ItemCatalog, n: int) -> list[str]:

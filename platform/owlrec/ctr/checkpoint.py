@@ -17,6 +17,7 @@ import torch.distributed as dist
 from pydantic import BaseModel
 from torch import Tensor
 
+from owlrec.ctr.worker import Worker
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace, fingerprint
 
@@ -91,23 +92,23 @@ def metadata_of(data: bytes) -> dict[str, str]:
     return found
 
 
-def random_states(rank: int, world_size: int, device: str) -> dict[str, Tensor]:
+def random_states(worker: Worker) -> dict[str, Tensor]:
     """Name -> state of every rank's random generators. All ranks must call it."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.device(device).type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if world_size == 1:
-        return {f"{name}.{rank}": state for name, state in states.items()}
+    if torch.device(worker.device).type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(worker.device)
+    if worker.world_size == 1:
+        return {f"{name}.{worker.rank}": state for name, state in states.items()}
     found = {}
     for name, state in states.items():
-        gathered = [torch.empty_like(state, device=device) for _ in range(world_size)]
-        dist.all_gather(gathered, state.to(device))
+        gathered = [torch.empty_like(state, device=worker.device) for _ in range(worker.world_size)]
+        dist.all_gather(gathered, state.to(worker.device))
         found.update({f"{name}.{other}": part.cpu() for other, part in enumerate(gathered)})
     return found
 
 
-def restore_random_states(states: Mapping[str, Tensor], rank: int, device: str) -> None:
+def restore_random_states(states: Mapping[str, Tensor], worker: Worker) -> None:
     """Puts this rank's generators where `random_states` found them."""
-    torch.set_rng_state(states[f"cpu.{rank}"])
-    if f"cuda.{rank}" in states:
-        torch.cuda.set_rng_state(states[f"cuda.{rank}"], device)
+    torch.set_rng_state(states[f"cpu.{worker.rank}"])
+    if f"cuda.{worker.rank}" in states:
+        torch.cuda.set_rng_state(states[f"cuda.{worker.rank}"], worker.device)

@@ -19,6 +19,7 @@ from owlrec.ctr.experiment import CTRConfig
 from owlrec.ctr.model import Batch, CTRModel
 from owlrec.ctr.optimiser import Optimisers
 from owlrec.ctr.order import epoch_batches
+from owlrec.ctr.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -46,25 +47,22 @@ class Epochs:
         config: CTRConfig,
         seed: int,
         n_rows: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        device: str = "cpu",
-        checkpoint: CheckpointFile | None = None,
+        worker: Worker,
+        checkpoint: CheckpointFile | None,
     ) -> None:
         self.model, self.config, self.seed, self.n_rows = model, config, seed, n_rows
-        self.rank, self.world_size, self.device, self.checkpoint = rank, world_size, device, checkpoint
+        self.worker, self.checkpoint = worker, checkpoint
         self.batch_size = min(config.batch_size, max(1, n_rows // _MIN_STEPS))
         steps_an_epoch = -(-n_rows // self.batch_size)
-        self.optimisers = Optimisers(model, config, config.epochs * steps_an_epoch, world_size)
+        self.optimisers = Optimisers(model, config, config.epochs * steps_an_epoch, worker.world_size)
         self.wrapped: nn.Module = model
-        if world_size > 1:
+        if worker.world_size > 1:
             # Buffers are the items' codes, the same everywhere; by default DDP sends them to all ranks at each step.
             nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 model, list(self.optimisers.tables)
             )
             self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        torch.manual_seed(seed + rank)  # from here on randomness is dropout, which must differ between ranks
+        torch.manual_seed(seed + worker.rank)  # from here on randomness is dropout, which must differ between ranks
         self.progress = Progress()
         self.best_weights: dict[str, Tensor] = {}
         self._resume()
@@ -88,10 +86,10 @@ class Epochs:
         return progress
 
     def _train_epoch(self, split: TrainingSplit) -> None:
-        progress, model = self.progress, self.wrapped
-        order = epoch_batches(self.n_rows, self.batch_size, self.seed, progress.epoch, self.rank, self.world_size)
+        progress, model, me = self.progress, self.wrapped, self.worker
+        order = epoch_batches(self.n_rows, self.batch_size, self.seed, progress.epoch, me.rank, me.world_size)
         autocast = torch.autocast(
-            torch.device(self.device).type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
+            torch.device(me.device).type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
         )
         model.train()
         started = time.perf_counter()
@@ -111,8 +109,8 @@ class Epochs:
         progress.training_s += time.perf_counter() - started
 
     def _save(self, checkpoint: CheckpointFile) -> None:
-        random = random_states(self.rank, self.world_size, self.device)
-        if self.rank == 0:
+        random = random_states(self.worker)
+        if self.worker.rank == 0:
             parts = {
                 "model": self.model.state_dict(),
                 "best": self.best_weights,
@@ -133,5 +131,5 @@ class Epochs:
         self.model.load_state_dict(parts["model"])
         self.best_weights = parts["best"]
         self.optimisers.restore(parts["optimiser"], self.progress.steps)
-        restore_random_states(parts["random"], self.rank, self.device)
+        restore_random_states(parts["random"], self.worker)
         logger.info("resumed in epoch %d, after %d batches", self.progress.epoch, self.progress.batches)

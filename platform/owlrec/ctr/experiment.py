@@ -173,9 +173,7 @@ class ArmSummary(BaseModel):
     auc: float
     auc_std: float | None
     gauc: float | None
-    gauc_std: float | None
     log_loss: float
-    log_loss_std: float | None
     # AUC minus that of arm "none" of the same backbone and seed: seeds are paired, so what a seed shifts in both arms
     # cancels.
     auc_gain: float | None  # None for "none" itself, and where no seed has both
@@ -198,7 +196,7 @@ def summarise(results: Sequence[TrialResult], scores: GridScores | None = None) 
     differences = _differences(results, scores)
     rows = []
     for (backbone, arm), group in groups.items():
-        aucs, losses = [r.test.auc for r in group], [r.test.log_loss for r in group]
+        aucs = [r.test.auc for r in group]
         gaucs = [r.test.gauc for r in group if r.test.gauc is not None]
         paired = [r.test.auc - base[backbone, r.seed] for r in group if arm != "none" and (backbone, r.seed) in base]
         gain, gain_std = _mean(paired), _std(paired)
@@ -210,9 +208,7 @@ def summarise(results: Sequence[TrialResult], scores: GridScores | None = None) 
                 auc=float(np.mean(aucs)),
                 auc_std=_std(aucs),
                 gauc=_mean(gaucs),
-                gauc_std=_std(gaucs),
-                log_loss=float(np.mean(losses)),
-                log_loss_std=_std(losses),
+                log_loss=float(np.mean([r.test.log_loss for r in group])),
                 auc_gain=gain,
                 auc_gain_std=gain_std,
                 auc_gain_t=gain / (gain_std / math.sqrt(len(paired))) if gain is not None and gain_std else None,

@@ -26,6 +26,7 @@ from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import Batch, CTRModel, ModelSpec
 from owlrec.ctr.scores import ScoredRows
 from owlrec.ctr.slices import slice_metrics, slices_of
+from owlrec.ctr.worker import ALONE, Worker
 from owlrec.errors import RecipeError, SchemaError
 
 _SCORING_ROWS = 8192
@@ -156,9 +157,7 @@ def train_one(
     trial: Trial,
     data: TrainingData,
     config: CTRConfig,
-    rank: int = 0,
-    world_size: int = 1,
-    device: str = "cpu",
+    worker: Worker = ALONE,
     checkpoint: CheckpointFile | None = None,
 ) -> Trained:
     """Trains a trial to its best valid AUC, and scores valid and test with that epoch's weights.
@@ -170,7 +169,7 @@ def train_one(
     """
     started = time.perf_counter()
     tables = data.tables(trial)
-    splits = {name: SplitTensors(samples, tables, device) for name, samples in data.features.splits.items()}
+    splits = {name: SplitTensors(samples, tables, worker.device) for name, samples in data.features.splits.items()}
     torch.manual_seed(trial.seed)
     spec = ModelSpec.of(
         data.features.spec,
@@ -182,13 +181,13 @@ def train_one(
         user_codes=code_sizes(tables.users) if tables and tables.form != "vectors" else (),
         item_codes=code_sizes(tables.items) if tables and tables.form != "vectors" else (),
     )
-    model = CTRModel(spec, data.features.items).to(device)
+    model = CTRModel(spec, data.features.items).to(worker.device)
     n_train, labels = len(splits["train"].labels), splits["valid"].samples.labels
     if checkpoint is not None:
-        checkpoint = checkpoint.of(spec, trial, config.model_dump(exclude=_BESIDE_A_TRIAL), world_size, n_train)
+        checkpoint = checkpoint.of(spec, trial, config.model_dump(exclude=_BESIDE_A_TRIAL), worker.world_size, n_train)
 
     def valid_auc(epoch: int) -> float:
-        scores = score(model, splits["valid"], rank, world_size)
+        scores = score(model, splits["valid"], worker)
         if not np.isfinite(scores).all():
             raise RecipeError(
                 f"ctr: {trial.path} diverged in epoch {epoch} (a score is not finite). "
@@ -196,11 +195,8 @@ def train_one(
             )
         return metrics.auc(labels, scores)
 
-    epochs = Epochs(
-        model, config, trial.seed, n_train, rank=rank, world_size=world_size, device=device, checkpoint=checkpoint
-    )
-    progress = epochs.train(splits["train"], valid_auc)
-    valid, test = (_scored(model, splits[name], rank, world_size) for name in ("valid", "test"))
+    progress = Epochs(model, config, trial.seed, n_train, worker, checkpoint).train(splits["train"], valid_auc)
+    valid, test = (_scored(model, splits[name], worker) for name in ("valid", "test"))
     slices = slices_of(splits["test"].samples, splits["train"].samples)
     result = TrialResult(
         **trial.model_dump(),
@@ -217,12 +213,12 @@ def train_one(
     return Trained(result, model.eval(), test)
 
 
-def score(model: CTRModel, split: SplitTensors, rank: int = 0, world_size: int = 1) -> np.ndarray:
+def score(model: CTRModel, split: SplitTensors, worker: Worker = ALONE) -> np.ndarray:
     """float64 [n]: the probabilities of a split's rows, in its order, on every rank; each computes its share."""
-    n = len(split.labels)
+    n, world_size = len(split.labels), worker.world_size
     model.eval()
     with torch.no_grad():
-        parts = [model(split.batch(rows)) for rows in torch.arange(rank, n, world_size).split(_SCORING_ROWS)]
+        parts = [model(split.batch(rows)) for rows in torch.arange(worker.rank, n, world_size).split(_SCORING_ROWS)]
     logits = torch.cat([*parts, torch.empty(0, device=split.device)])
     if world_size > 1:
         # Ranks differ by at most one row: the shorter ones pad, and the cut to n removes exactly that padding.
@@ -233,9 +229,9 @@ def score(model: CTRModel, split: SplitTensors, rank: int = 0, world_size: int =
     return logits.double().sigmoid().cpu().numpy()
 
 
-def _scored(model: CTRModel, split: SplitTensors, rank: int, world_size: int) -> ScoredRows:
+def _scored(model: CTRModel, split: SplitTensors, worker: Worker) -> ScoredRows:
     samples = split.samples
-    return ScoredRows(samples.user_ids, samples.item_ids, samples.labels, score(model, split, rank, world_size))
+    return ScoredRows(samples.user_ids, samples.item_ids, samples.labels, score(model, split, worker))
 
 
 def _evaluate(rows: ScoredRows) -> Metrics:

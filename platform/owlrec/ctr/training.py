@@ -1,5 +1,5 @@
-"""Trains a grid of trials through Ray Train: the only file of this package that knows Ray. `fit_workers` serves LoRA
-tuning (`ranking.lora`) too.
+"""Trains a grid of trials through Ray Train: the only file of this package that knows Ray. `fit_workers` and
+`this_worker` serve LoRA tuning (`ranking.lora`) too.
 
 One worker group trains all pending trials one after another, since starting a group costs about ten seconds, more
 than a small trial takes. Each trial is exported as soon as it is trained, its result.json last, and a trial that has
@@ -13,7 +13,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 from owlrec.config import Config
 from owlrec.ctr.arms import arm_sources
 from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, finished_trials, grid_folder
+from owlrec.ctr.worker import Worker
 from owlrec.errors import root_mistake
 from owlrec.quiet import redirect_output
 from owlrec.workspace import Workspace
@@ -34,8 +35,14 @@ _POLL_S = 0.5
 _ENCODED = "samples"  # the folder, inside the grid's
 
 
-class GridJob(Config):
-    """What every worker is told: names only, for each worker reads the tables itself."""
+class WorkersJob(Config):
+    """What every worker of a group is told: names only, for each reads the tables itself."""
+
+    settings: Any  # a Config with num_workers, use_gpu, threads and max_failures
+
+
+class GridJob(WorkersJob):
+    """Of a grid of trials."""
 
     settings: CTRConfig
     trials: tuple[Trial, ...]
@@ -54,7 +61,7 @@ def train_trials(
     fingerprint: str,
     attributes: Sequence[str],
     profile: Sequence[str],
-    on_trial: Callable[[TrialResult], None] | None = None,
+    on_trial: Callable[[TrialResult], None],
 ) -> list[TrialResult]:
     """Trains those of `trials` that have no result yet, from the tables users, items and samples.
 
@@ -82,57 +89,40 @@ def train_trials(
         )
         encode_once(workspace, job)
         with _announcing(workspace, job, on_trial):
-            fit_workers(
-                workspace,
-                _train_pending,
-                {"workspace": workspace, "job": job.model_dump(mode="json")},
-                name=f"ctr/ray/{fingerprint[:8]}",
-                num_workers=config.num_workers,
-                use_gpu=config.use_gpu,
-                threads=config.threads,
-                max_failures=config.max_failures,
-            )
+            fit_workers(workspace, _train_pending, job, name=f"ctr/ray/{fingerprint[:8]}")
         workspace.delete_dir(grid_folder(fingerprint), _ENCODED)
     return finished_trials(workspace, fingerprint, trials)
 
 
-def fit_workers(
-    workspace: Workspace,
-    loop: Callable[[dict[str, Any]], None],
-    loop_config: dict[str, Any],
-    *,
-    name: str,
-    num_workers: int,
-    use_gpu: bool,
-    threads: int | None,
-    max_failures: int,
-) -> None:
+def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], job: WorkersJob, *, name: str) -> None:
     """Runs `loop` on a group of workers that torch.distributed joins, until it has returned on all of them.
 
-    Ray must be initialised. name: a path in the workspace for what Ray writes meanwhile. threads: CPUs that each worker
-    asks for, 1 for None. Raises what a worker raised, if it is an OwlRecError.
+    Ray must be initialised. loop: is given the workspace and, as JSON, the job. name: a path in the workspace for what
+    Ray writes meanwhile. Each worker asks for as many CPUs as the settings have threads, 1 for None. Raises what a
+    worker raised, if it is an OwlRecError.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
+    settings = job.settings
     # Ray resumes a run whose name and storage it has seen, silently; and it insists on a storage that all nodes share.
     storage, _, prefix = name.rpartition("/")
     run = f"{prefix}-{uuid.uuid4().hex[:8]}"
     trainer = TorchTrainer(
         loop,
-        train_loop_config=loop_config,
+        train_loop_config={"workspace": workspace, "job": job.model_dump(mode="json")},
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": threads or 1, **({"GPU": 1} if use_gpu else {})},
+            num_workers=settings.num_workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker={"CPU": settings.threads or 1, **({"GPU": 1} if settings.use_gpu else {})},
         ),
         run_config=RunConfig(
             name=run,
             storage_path=workspace.path(storage),
             storage_filesystem=None if workspace.local else workspace.filesystem,
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=_START_ATTEMPTS),
+            failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=_START_ATTEMPTS),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -146,14 +136,21 @@ def fit_workers(
         workspace.delete_dir(storage, run)
 
 
-def _train_pending(loop_config: dict[str, Any]) -> None:
-    """What each worker runs."""
-    workspace: Workspace = loop_config["workspace"]
-    redirect_output(workspace.log_path("train_ctr"))
+def this_worker(threads: int | None) -> Worker:
+    """Which of the group this process is. torch gets `threads`, or for None its share of the machine's cores."""
     import ray.train
     import torch
     from ray.train.torch import get_device
 
+    context = ray.train.get_context()
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    return Worker(context.get_world_rank(), context.get_world_size(), str(get_device()))
+
+
+def _train_pending(loop_config: dict[str, Any]) -> None:
+    """What each worker runs."""
+    workspace: Workspace = loop_config["workspace"]
+    redirect_output(workspace.log_path("train_ctr"))
     from owlrec.ctr.checkpoint import CheckpointFile
     from owlrec.ctr.export import export_trial
     from owlrec.ctr.fitting import train_one
@@ -161,9 +158,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
 
     keep_freed_memory()
     job = GridJob.model_validate(loop_config["job"])
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(job.settings.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    worker = this_worker(job.settings.threads)
     # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
     # training.
     done = {result.trial for result in finished_trials(workspace, job.fingerprint, job.trials)}
@@ -173,8 +168,8 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
             if trial not in done:
                 path = f"{grid_folder(job.fingerprint)}/{trial.path}/checkpoint.safetensors"
                 checkpoint = CheckpointFile(workspace, path, job.settings.checkpoint_steps)
-                trained = train_one(trial, data, job.settings, rank, world_size, str(get_device()), checkpoint)
-                if rank == 0:
+                trained = train_one(trial, data, job.settings, worker, checkpoint)
+                if worker.rank == 0:
                     export_trial(workspace, job.fingerprint, trained)
                     checkpoint.delete()
 
@@ -234,12 +229,10 @@ def _local(workspace: Workspace, folder: str, cache: Path) -> Path:
     return target
 
 
-@contextmanager
-def _announcing(workspace: Workspace, job: GridJob, on_trial: Callable[[TrialResult], None] | None) -> Iterator[None]:
+def _announcing(
+    workspace: Workspace, job: GridJob, on_trial: Callable[[TrialResult], None]
+) -> AbstractContextManager[None]:
     """Calls `on_trial` for each result that appears while the block runs."""
-    if on_trial is None:
-        yield
-        return
     waiting = set(job.trials)
 
     def look() -> None:
@@ -247,8 +240,7 @@ def _announcing(workspace: Workspace, job: GridJob, on_trial: Callable[[TrialRes
             waiting.discard(result.trial)
             on_trial(result)
 
-    with looking_meanwhile(look):
-        yield
+    return looking_meanwhile(look)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from owlrec.decoding.compiled import compiled
-from owlrec.decoding.sealed import BORDER, SealedPool, build_pool
+from owlrec.decoding.sealed import BORDER
 
 LEVELS = (1, 2, 4, 8)
 _NO_POSITION = -1
@@ -37,11 +37,6 @@ class LivePool:
     def __len__(self) -> int:
         return int(self.size[0])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return int(self.tokens.nbytes + self.heads.nbytes + self.earlier.nbytes)
-
     def insert(self, sequence: Sequence[int] | np.ndarray) -> bool:
         """Adds one text; returns whether the arrays were replaced by larger ones, so that holders of the old ones must
         fetch them anew.
@@ -61,10 +56,6 @@ class LivePool:
         """The texts held, oldest first, each int32 [length]."""
         used = self.tokens[: len(self)]
         return [part[:-1] for part in np.split(used, np.flatnonzero(used == BORDER) + 1) if len(part)]
-
-    def seal(self) -> SealedPool:
-        """A sealed pool of the same texts."""
-        return build_pool(self.sequences())
 
     def _make_room(self, extra: int) -> bool:
         needed = len(self) + extra

@@ -49,11 +49,6 @@ class SealedPool:
     def __init__(self, tokens: np.ndarray, order: np.ndarray, shared: np.ndarray, documents: np.ndarray) -> None:
         self.tokens, self.order, self.shared, self.documents = tokens, order, shared, documents
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays, mapped or in memory."""
-        return sum(int(getattr(self, name).nbytes) for name in _ARRAYS)
-
     def document(self, id_: int) -> np.ndarray:
         """The tokens of document `id_`, int32 [length], empty where the pool has none of that id."""
         at = int(np.searchsorted(self.documents[:, 0], id_))

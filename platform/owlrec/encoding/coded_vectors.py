@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from owlrec.encoding.code_quality import QuantisationReport, measure_codes
 from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, train_quantiser, with_duplicate_digit
 from owlrec.errors import SchemaError
+from owlrec.schema import vector_matrix
 from owlrec.workspace import Workspace
 
 CODED_KINDS = ("user", "item")
@@ -42,7 +43,7 @@ def code_vectors(table: pa.Table, config: SemanticIdConfig) -> CodedVectors:
 
     Raises SchemaError for a table without rows, and see train_quantiser and with_duplicate_digit.
     """
-    vectors = _matrix(table)
+    vectors = vector_matrix(table)
     quantiser = train_quantiser(vectors, config)
     codes = with_duplicate_digit(quantiser.encode(vectors), table["id"].to_numpy())
     return CodedVectors(with_codes(table, codes), quantiser, measure_codes(quantiser, codes, vectors))
@@ -60,7 +61,7 @@ def code_new_vectors(
     Raises SchemaError where digits run out.
     """
     before, known = earlier
-    codes = quantiser.encode(_matrix(table))
+    codes = quantiser.encode(vector_matrix(table))
     same = known.copy()
     if known.any():  # else the earlier ones may have another width: none
         same[known] = (before[known, :-1] == codes[known]).all(axis=1)
@@ -122,9 +123,3 @@ def read_reports(workspace: Workspace, folder: str) -> dict[str, QuantisationRep
 
 def _quantiser_folder(folder: str, name: str) -> str:
     return f"{folder}/quantisers/{name}".rstrip("/")
-
-
-def _matrix(table: pa.Table) -> np.ndarray:
-    """The vectors of a table, float16 [n, d]."""
-    column = table["vector"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)

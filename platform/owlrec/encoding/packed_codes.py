@@ -18,22 +18,27 @@ def pack_codes(codes: np.ndarray, sizes: Sequence[int]) -> list[bytes]:
 
     Raises SchemaError for another number of levels, and for a code that its level does not have.
     """
-    codes, limits = np.asarray(codes), np.array(sizes)
+    codes = np.asarray(codes)
     if codes.ndim != 2 or codes.shape[1] != len(sizes) + 1:
         raise SchemaError(
             f"semantic ids: they are {list(codes.shape)}, but [n, {len(sizes) + 1}] is meant: {len(sizes)} codes and "
             "the duplicate digit. Code the vectors with the quantiser of the release."
         )
-    bad = np.argwhere((codes[:, :-1] < 0) | (codes[:, :-1] >= limits))
+    check_codes(codes[:, :-1], sizes, "Code the vectors with the quantiser of the release.")
+    columns = [codes[:, level : level + 1].astype(f">u{_width(size)}") for level, size in enumerate(sizes)]
+    heads = np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns], axis=1)
+    return [head.tobytes() + _digit_bytes(digit) for head, digit in zip(heads, codes[:, -1].tolist(), strict=True)]
+
+
+def check_codes(codes: np.ndarray, sizes: Sequence[int], remedy: str) -> None:
+    """Raises SchemaError, which ends in the remedy, for a code [n, levels] that its level does not have."""
+    bad = np.argwhere((codes < 0) | (codes >= np.array(sizes)))
     if len(bad):
         row, level = bad[0]
         raise SchemaError(
             f"semantic ids, row {row}: code {codes[row, level]} of level {level}, which has {sizes[level]} codes. "
-            "Code the vectors with the quantiser of the release."
+            f"{remedy}"
         )
-    columns = [codes[:, level : level + 1].astype(f">u{_width(size)}") for level, size in enumerate(sizes)]
-    heads = np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns], axis=1)
-    return [head.tobytes() + _digit_bytes(digit) for head, digit in zip(heads, codes[:, -1].tolist(), strict=True)]
 
 
 def unpack_codes(value: bytes, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -14,7 +14,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from owlrec.config import Config
+from owlrec.encoding.packed_codes import check_codes
 from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.ordered import run_starts
 from owlrec.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -84,19 +86,13 @@ class Quantiser:
         Coding these again may give other codes, of a sum of centroids that lies as near.
         Raises SchemaError for codes of another shape, or one that its level does not have.
         """
-        codes, sizes = np.asarray(codes), np.array(self.sizes)
-        if codes.ndim != 2 or codes.shape[1] != len(sizes):
+        codes, levels = np.asarray(codes), len(self.codebooks)
+        if codes.ndim != 2 or codes.shape[1] != levels:
             raise SchemaError(
-                f"semantic ids: the codes are {list(codes.shape)}, but this quantiser's are [n, {len(sizes)}]. "
+                f"semantic ids: the codes are {list(codes.shape)}, but this quantiser's are [n, {levels}]. "
                 "Leave the duplicate digit out, and take the quantiser that gave them."
             )
-        bad = np.argwhere((codes < 0) | (codes >= sizes))
-        if len(bad):
-            row, level = bad[0]
-            raise SchemaError(
-                f"semantic ids, row {row}: code {codes[row, level]} of level {level}, which has {sizes[level]} codes. "
-                "Take the quantiser that gave it."
-            )
+        check_codes(codes, self.sizes, "Take the quantiser that gave it.")
         vectors = np.zeros((len(codes), self.dim), dtype=np.float32)
         for level, book in enumerate(self.codebooks):
             vectors += book[codes[:, level]]
@@ -179,10 +175,7 @@ def with_duplicate_digit(codes: np.ndarray, ids: np.ndarray) -> np.ndarray:
         )
     digits = np.zeros(len(ids), dtype=np.int64)
     order = np.lexsort((ids, *codes.T[::-1]))
-    ordered, position = codes[order], np.arange(len(ids))
-    opens = np.ones(len(ids), dtype=bool)
-    opens[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    digits[order] = position - np.maximum.accumulate(np.where(opens, position, 0))
+    digits[order] = np.arange(len(ids)) - run_starts(*codes[order].T)
     if len(ids) and digits.max() >= _DIGITS:
         crowded = codes[digits.argmax()]
         n = int((codes == crowded).all(axis=1).sum())

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.encoder import Encoder
 from owlrec.errors import SchemaError
 from owlrec.schema import vectors_table
 
@@ -26,32 +25,31 @@ class TextEncoder(Protocol):
         """Vectors aligned with `texts`: float32 [n, d]; see encoder.Encoder."""
 
 
-def encode_knowledge(knowledge: pa.Table, encoder: Encoder, on_batch: Callable[[int], None] | None = None) -> pa.Table:
+def encode_knowledge(
+    knowledge: pa.Table, encoder: TextEncoder, on_batch: Callable[[int], None] | None = None
+) -> pa.Table:
     """The vectors table (schema.vectors_schema) of a knowledge table (schema.KNOWLEDGE), row by row.
 
     A row whose text is empty has no vector: downstream it is a miss with its learned default, not a zero that looks
     like knowledge.
     """
     texts = [text or "" for text in knowledge["text"].to_pylist()]
-    vectors = encoder.encode(texts, on_batch)
-    rows = np.array([bool(text.strip()) for text in texts], dtype=bool)
-    kinds = np.array(knowledge["kind"].to_pylist(), dtype=object)
-    return vectors_table(kinds[rows].tolist(), knowledge["id"].to_numpy()[rows], vectors[rows])
+    return encode_texts(knowledge["kind"].to_pylist(), knowledge["id"].to_numpy(), texts, encoder, on_batch)
 
 
 def encode_texts(
-    kind: str,
+    kind: str | Sequence[str],
     ids: Sequence[int] | np.ndarray,
     texts: Sequence[str],
     encoder: TextEncoder,
     on_batch: Callable[[int], None] | None = None,
 ) -> pa.Table:
-    """The vectors table of texts aligned with `ids`, all of one kind. Empty texts are left out."""
+    """The vectors table of texts aligned with `ids`, of one kind or of a kind each. Empty texts are left out."""
     if len(ids) != len(texts):
         raise ValueError(f"{len(ids)} ids but {len(texts)} texts")
-    rows = np.array([bool(text.strip()) for text in texts], dtype=bool)
-    vectors = encoder.encode(texts, on_batch)[rows]
-    return vectors_table(kind, np.asarray(ids, dtype=np.int64)[rows], vectors)
+    rows = [row for row, text in enumerate(texts) if text.strip()]
+    kinds = kind if isinstance(kind, str) else [kind[row] for row in rows]
+    return vectors_table(kinds, np.asarray(ids, dtype=np.int64)[rows], encoder.encode(texts, on_batch)[rows])
 
 
 def item_metadata_text(row: Mapping[str, Any]) -> str:

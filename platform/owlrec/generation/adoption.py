@@ -19,10 +19,10 @@ from owlrec.generation.engine import BadRow, Completion, FailedQuality, Sampling
 from owlrec.generation.ledger import open_job
 from owlrec.generation.quality import QualityConfig, QualityGate
 from owlrec.generation.shard_work import Outcome, Tally, to_tables, write_shard
-from owlrec.generation.shards import Job, Kind, Shard, ShardManifest, iterate_manifests
+from owlrec.generation.shards import Job, Shard, ShardManifest, iterate_manifests
 from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
 from owlrec.scenario import Scenario
-from owlrec.schema import stable_id
+from owlrec.schema import Kind, stable_id
 from owlrec.workspace import Stopwatch, Workspace, file_digest, fingerprint, part_name
 
 

@@ -142,7 +142,7 @@ def generate(
             run_pass(free)
             idle = idle + 1 if not any(s.name in done for s in free) else 0
             if idle == _IDLE_PASSES:
-                raise EngineError(f"{len(free)} shards do not finish, first {free[0].part}. See {run.log_path}.")
+                raise EngineError(f"{len(free)} shards do not finish, first {free[0].part}. {run.log_path} says why.")
         left = [s for s in left if s.name not in done]
         if left:
             time.sleep(min(config.lease_s / 4, _POLL_S))

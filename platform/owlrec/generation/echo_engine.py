@@ -58,15 +58,13 @@ class EchoEngine(Engine):
 
     def __init__(self, config: EchoEngineConfig) -> None:
         self.config = config
-        self.identity = "echo"
-        self.context_tokens = config.max_model_len
 
     async def complete(
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
     ) -> Completion:
         """See Engine.complete."""
         n_prompt = len(system.split()) + len(prompt.split())
-        check_length(n_prompt, sampling, self.context_tokens)
+        check_length(n_prompt, sampling, self.config.max_model_len)
         if self.config.latency_s:
             await asyncio.sleep(self.config.latency_s)
         digest = hashlib.sha256(prompt.encode()).digest()

@@ -107,8 +107,6 @@ class Completion:
 class Engine(ABC):
     """One LLM, ready to answer. Made by `build_engine`, closed by `close`."""
 
-    identity: str  # model id and revision, part of the job's fingerprint
-    context_tokens: int  # prompt and answer together
     counters: DecoderCounters | None = None  # of the speculative decoder since the start; None where none runs
 
     @abstractmethod
@@ -157,7 +155,6 @@ def check_length(prompt_tokens: int, sampling: SamplingConfig, context_tokens: i
     """Raises PromptTooLong where the prompt leaves no room for `max_tokens` more."""
     if prompt_tokens + sampling.max_tokens > context_tokens:
         raise PromptTooLong(
-            f"prompt has {prompt_tokens} tokens, with max_tokens {sampling.max_tokens} that exceeds the context "
-            f"of {context_tokens}. "
-            f"Lower prompts.history_tokens or raise engine.max_model_len."
+            f"prompt has {prompt_tokens} tokens, with max_tokens {sampling.max_tokens} that exceeds the context of "
+            f"{context_tokens}. Lower prompts.history_tokens or raise engine.max_model_len."
         )

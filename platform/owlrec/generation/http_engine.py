@@ -65,8 +65,6 @@ class HttpEngine(Engine):
     def __init__(self, config: HttpEngineConfig) -> None:
         """Raises EngineError where the named API key variable is not set."""
         self.config = config
-        self.identity = f"{config.model}@{config.revision}" if config.revision else config.model
-        self.context_tokens = config.max_model_len
         key = secret(config.api_key_env)
         if config.api_key_env and not key:
             raise EngineError(
@@ -83,7 +81,7 @@ class HttpEngine(Engine):
 
         Raises RequestFailed after `max_attempts`, naming the last status.
         """
-        check_length(self.count_tokens(system) + self.count_tokens(prompt), sampling, self.context_tokens)
+        check_length(self.count_tokens(system) + self.count_tokens(prompt), sampling, self.config.max_model_len)
         messages = [{"role": "system", "content": system}] if system else []
         body: dict[str, Any] = {
             "model": self.config.model,
@@ -104,7 +102,6 @@ class HttpEngine(Engine):
             limits = httpx.Limits(max_connections=self.config.concurrency)
             self._client = httpx.AsyncClient(timeout=self.config.timeout_s, headers=self._headers, limits=limits)
         url = self.config.base_url.rstrip("/") + "/chat/completions"
-        failure = RequestFailed
         for attempt in range(1, self.config.max_attempts + 1):
             wait = random.uniform(0, min(60.0, self.config.backoff_s * 2 ** (attempt - 1)))
             try:

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import field_validator
@@ -17,13 +17,9 @@ from pydantic import field_validator
 from owlrec.config import Config
 from owlrec.errors import SourceError
 from owlrec.generation import knowledge_files as files
-from owlrec.generation.knowledge_files import Format, NoText, Record, Undecodable, Unusable
-from owlrec.schema import KINDS, stable_id
+from owlrec.generation.knowledge_files import Field, Format, NoText, Record, Undecodable, Unusable
+from owlrec.schema import KINDS, MILLISECONDS, Kind, stable_id
 
-Field = Literal["id", "text", "prompt", "as_of", "finish_reason", "prompt_tokens", "output_tokens"]
-# Behaviour logs lie between 1973 and 2286 in milliseconds; seconds and microseconds lie outside (see
-# schema.check_milliseconds). A row's as_of in seconds would look older than any sample and hide every leak.
-_MILLISECONDS = range(10**11, 10**13)
 _SHOWN_CHARACTERS = 300
 _LINES_SNIFFED = 100
 _INT64 = range(-(2**63), 2**63)
@@ -54,7 +50,7 @@ class ImportSource(Config):
 
     path: str
     format: Format | None = None  # by the file's name, and for .json and .jsonl its first lines
-    kind: Literal["user", "item", "cohort"]
+    kind: Kind
     id_field: str | None = None  # openai: the top-level field with the row's id; custom_id unless given
     columns: dict[Field, str] = {}  # our field name -> the file's: {id: sku, text: summary}
     framework: str = "imported"  # what the knowledge table shall call the way these texts were made
@@ -63,7 +59,7 @@ class ImportSource(Config):
     @field_validator("as_of_ms")
     @classmethod
     def _in_milliseconds(cls, value: int | None) -> int | None:
-        if value is not None and value != 0 and value not in _MILLISECONDS:
+        if value is not None and value != 0 and value not in MILLISECONDS:
             raise ValueError(f"{value} is no time in milliseconds since 1970, UTC")
         return value
 
@@ -254,8 +250,9 @@ def _as_of(record: dict[str, Any], source: ImportSource, ours: bool) -> int:
         exact = isinstance(value, str) or (moment == value and not isinstance(value, bool))
     except (ValueError, OverflowError, TypeError):
         moment, exact = 0, False
-    # 0 is right for what knows no behaviour; in a foreign row of a user it is far more often a filler.
-    likely = moment in _INT64 if ours else moment in _MILLISECONDS or (moment == 0 and source.kind != "user")
+    # In seconds it would look older than any sample and hide every leak. 0 is right for what knows no behaviour; in a
+    # foreign row of a user it is far more often a filler.
+    likely = moment in _INT64 if ours else moment in MILLISECONDS or (moment == 0 and source.kind != "user")
     if not (exact and likely):
         raise BadAsOf(f"as_of {str(value)[:40]} is no time in milliseconds since 1970, UTC")
     return moment

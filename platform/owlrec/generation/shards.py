@@ -6,7 +6,6 @@ off or beside a file whose checksum differs means do it again. Names are determi
 doubles a row.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +22,10 @@ from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import Scenario
-from owlrec.schema import KNOWLEDGE
-from owlrec.workspace import Workspace, fingerprint, finished_stage
+from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
+from owlrec.workspace import Workspace, fingerprint, needed_stage
 
-Kind = Literal["user", "item", "cohort"]
 COUNTERS = "decoder.json"
-KINDS: tuple[Kind, ...] = ("user", "item", "cohort")
-_TABLES: dict[Kind, str] = {"user": "users", "item": "items"}
 _READERS = 16  # threads that check shards: on an object store each waits for its answer most of the time
 
 
@@ -72,7 +68,7 @@ class Shard(BaseModel):
     @property
     def input_file(self) -> str:
         """What is read, relative to the workspace."""
-        return self.prompts or f"tables/{_TABLES[self.kind]}/{self.part}"
+        return self.prompts or f"tables/{TABLES[self.kind]}/{self.part}"
 
     def file(self, job: Job, what: Literal["knowledge", "dead", "manifest", "claim"]) -> str:
         """Path of one of the shard's files, relative to the workspace."""
@@ -107,17 +103,13 @@ class ShardManifest(BaseModel):
     actions: dict[str, int] = {}  # what the quality gate did: retried, mended, fallen_back, dropped
 
 
-def plan_shards(workspace: Workspace, kinds: Iterable[Literal["user", "item"]] = ("user", "item")) -> list[Shard]:
+def plan_shards(workspace: Workspace, kinds: Iterable[Kind] = ("user", "item")) -> list[Shard]:
     """All shards of the prepared tables. Raises WorkspaceError where `prepare` has not finished."""
-    prepared = finished_stage(workspace, "prepare")
-    if prepared is None:
-        raise WorkspaceError(
-            f"{workspace.root}: the tables are not prepared. Run `prepare` first, with the same recipe."
-        )
+    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
     return [
         Shard(kind=kind, part=part, input_fingerprint=fingerprint(prepared.fingerprint, kind, part))
         for kind in kinds
-        for part in workspace.table_parts(_TABLES[kind])
+        for part in workspace.table_parts(TABLES[kind])
     ]
 
 
@@ -125,7 +117,7 @@ def plan_prompt_shards(workspace: Workspace, kind: Kind, folder: str) -> list[Sh
     """A shard for each file of ready-made prompts (schema.PROMPTS) in `folder`; its content is its fingerprint."""
     files = {name: f"{folder}/{name}" for name in workspace.names(folder) if name.endswith(".parquet")}
     return [
-        Shard(kind=kind, part=name, input_fingerprint=_digest(workspace, path), prompts=path)
+        Shard(kind=kind, part=name, input_fingerprint=workspace.digest(path), prompts=path)
         for name, path in files.items()
     ]
 
@@ -136,8 +128,8 @@ def finished_shard(workspace: Workspace, job: Job, shard: Shard) -> ShardManifes
         manifest = ShardManifest.model_validate(workspace.read_json(shard.file(job, "manifest")))
         if manifest.shard != shard or manifest.job_fingerprint != job.fingerprint:
             return None
-        whole = _digest(workspace, shard.file(job, "knowledge")) == manifest.sha256
-        whole &= _digest(workspace, shard.file(job, "dead")) == manifest.dead_sha256
+        whole = workspace.digest(shard.file(job, "knowledge")) == manifest.sha256
+        whole &= workspace.digest(shard.file(job, "dead")) == manifest.dead_sha256
     except (WorkspaceError, ValidationError):  # absent, or cut off in the middle
         return None
     return manifest if whole else None
@@ -159,10 +151,6 @@ def finished_shards(workspace: Workspace, job: Job, shards: Iterable[Shard]) -> 
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda shard: finished_shard(workspace, job, shard), shards)
         return [manifest for manifest in found if manifest is not None]
-
-
-def _digest(workspace: Workspace, path: str) -> str:
-    return hashlib.sha256(workspace.read_bytes(path)).hexdigest()
 
 
 def keep_counters(workspace: Workspace, job: Job, counters: DecoderCounters) -> DecoderCounters:
@@ -196,9 +184,9 @@ def add_manifests(manifests: Iterable[ShardManifest]) -> Counter[str]:
     return counts
 
 
-def iterate_manifests(workspace: Workspace, folder: str, kinds: tuple[Kind, ...] = KINDS) -> Iterator[ShardManifest]:
+def iterate_manifests(workspace: Workspace, folder: str) -> Iterator[ShardManifest]:
     """The shard manifests of a finished job, read one at a time."""
-    for kind in kinds:
+    for kind in KINDS:
         for name in workspace.names(folder, kind):
             if name.endswith(".json"):
                 yield ShardManifest.model_validate(workspace.read_json(f"{folder}/{kind}/{name}"))

@@ -62,11 +62,8 @@ class VllmEngineConfig(EngineConfig):
         return VllmEngine(self, decoding)
 
     def token_counter(self) -> Callable[[str], int]:
-        """By the model's tokenizer, without special tokens. Remembered: most titles stand in many histories."""
-        tokenizer = load_tokenizer(self.model, self.revision)
-        return lru_cache(maxsize=_REMEMBERED_COUNTS)(
-            lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        )
+        """By the model's tokenizer; see count_by."""
+        return count_by(load_tokenizer(self.model, self.revision))
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,6 @@ class VllmEngine(Engine):
         self.config, self.decoding = config, decoding
         self.cpu = is_cpu_build()
         self.model = resolve_model(config.model)
-        self.identity = config.model_identity
         prepare_environment(config, self.cpu)
         try:
             self._stepping = Stepping(self._start, drafts=decoding.mode != "off")
@@ -145,7 +141,7 @@ class VllmEngine(Engine):
         return NextTokenScores(tuple(found[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
 
     def count_tokens(self, text: str) -> int:
-        """Exact, without special tokens. Remembered: most titles stand in many histories."""
+        """Exact; see count_by."""
         return self._count(text)
 
     def close(self) -> None:
@@ -167,10 +163,9 @@ class VllmEngine(Engine):
 
     def _start(self) -> Any:
         engine = self._build()
-        self._tokenizer = tokenizer = engine.get_tokenizer()
-        count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
-        self._count = lru_cache(maxsize=_REMEMBERED_COUNTS)(count)
-        if not tokenizer.chat_template:
+        self._tokenizer = engine.get_tokenizer()
+        self._count = count_by(self._tokenizer)
+        if not self._tokenizer.chat_template:
             raise EngineError("its tokenizer has no chat template. Name the instruction-tuned model of the family")
         self.context_tokens = int(engine.model_config.max_model_len)
         return engine
@@ -193,12 +188,17 @@ class VllmEngine(Engine):
             # Prefixes are kept by whole blocks: the CPU default of 128 tokens is longer than the system turn that all
             # rows share.
             args["block_size"] = 32
-        args |= engine_arguments(self.decoding, self.identity, cpu=self.cpu) | self.config.engine_args
+        args |= engine_arguments(self.decoding, self.config.model_identity, cpu=self.cpu) | self.config.engine_args
         if self.cpu and args.get("enable_lora"):
             from vllm.platforms.cpu import CpuPlatform
 
             CpuPlatform.get_punica_wrapper = classmethod(lambda cls: "owlrec.generation.cpu_lora.RunwiseLora")
         return LLMEngine.from_engine_args(EngineArgs(**args))
+
+
+def count_by(tokenizer: Any) -> Callable[[str], int]:
+    """What counts tokens, special ones left out. Remembered: most titles stand in many histories."""
+    return lru_cache(maxsize=_REMEMBERED_COUNTS)(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
 
 
 def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:

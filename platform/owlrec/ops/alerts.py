@@ -161,7 +161,7 @@ def coverage(window: str, offset: str = "") -> str:
     return f"({hits} / ({hits} + ({misses} or vector(0))))"
 
 
-def alert_rules(daily_budget: float = DAILY_BUDGET) -> dict[str, Any]:
+def alert_rules(daily_budget: float) -> dict[str, Any]:
     """A Prometheus rules file."""
     rules = [
         {

@@ -34,9 +34,9 @@ class Panel:
     about: str = ""
 
 
-def _rate(metric: str, by: str = "", window: str = "", where: str = "") -> str:
+def _rate(metric: str, by: str = "", where: str = "") -> str:
     # Counters of a generation job move when a shard ends, those of an application with each request.
-    window = window or ("5m" if metric.startswith("serving_") else "15m")
+    window = "5m" if metric.startswith("serving_") else "15m"
     return f"sum{f' by ({by}) ' if by else ''}(rate(ray_owlrec_{metric}_total{where}[{window}]))"
 
 

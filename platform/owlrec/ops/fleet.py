@@ -106,7 +106,7 @@ def load_fleet(path: str | Path) -> FleetConfig:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}). cluster/fleet-example.yaml shows one.") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is no valid YAML ({' '.join(str(error).split())}).") from None
+        raise RecipeError(f"{path}: is no valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
     except ValidationError as error:
         raise RecipeError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in error.errors())) from None
 

@@ -23,7 +23,6 @@ _MOST_SIMULATED = 200_000  # shards, a second or two
 class Report:
     """What was printed, for files."""
 
-    plan: Plan
     figures: dict[str, Any]
     waterfall: str  # SVG
 
@@ -49,7 +48,7 @@ def report(workload: WorkloadFigures, fleet: FleetConfig, horizon: Horizon, poli
         "levers": [way.model_dump() for way in ways],
         "workload": workload.model_dump(),
     }
-    return Report(planned, figures, levers_svg(ways))
+    return Report(figures, levers_svg(ways))
 
 
 def plans_by_policy(
@@ -112,17 +111,8 @@ def print_policies(found: Mapping[Policy, Plan], lacking: Mapping[Policy, str]) 
 def print_levers(found: Sequence[Lever]) -> None:
     """What each way of saving saves."""
     begin = found[0].cost
-    rows = [
-        (
-            lever.name,
-            lever.calls,
-            lever.gpu_hours,
-            lever.cost,
-            lever.saved,
-            f"{lever.saved / begin:.1%}" if begin else "",
-        )
-        for lever in found
-    ]
+    shares = [f"{lever.saved / begin:.1%}" if begin else "" for lever in found]
+    rows = [(way.name, way.calls, way.gpu_hours, way.cost, way.saved, s) for way, s in zip(found, shares, strict=True)]
     table("what saves what, expected", ["one after another", "calls", "GPU-hours", "cost", "saved", "of all"], rows)
 
 

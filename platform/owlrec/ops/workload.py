@@ -239,9 +239,8 @@ def _vector_bytes(workspace: Workspace, kind: Kind) -> float | None:
     encoded = finished_stage(workspace, "encode")
     if encoded is None or not encoded.counts.get(f"knowledge_{kind}"):
         return None
-    sizes = _sizes(
-        workspace, encoded.outputs["vectors"]
-    )  # of files <source>-<kind>.parquet and folders <source>-<kind>
+    # Of files <source>-<kind>.parquet and folders <source>-<kind>.
+    sizes = _sizes(workspace, encoded.outputs["vectors"])
     mine = sum(n for path, n in sizes.items() if path.split("/")[0].removesuffix(".parquet").endswith(f"-{kind}"))
     return mine / float(encoded.counts[f"knowledge_{kind}"])
 

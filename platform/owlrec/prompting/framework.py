@@ -34,12 +34,12 @@ class Framework:
 
 def user_system(framework: Framework, scenario: Scenario) -> str:
     """The system turn that all users' prompts of a scenario share."""
-    return framework.user_system.format(**_words(scenario, scenario.user_factors))
+    return framework.user_system.format(**scenario_words(scenario, scenario.user_factors))
 
 
 def item_system(framework: Framework, scenario: Scenario) -> str:
     """The system turn that all items' prompts of a scenario share."""
-    return framework.item_system.format(**_words(scenario, scenario.item_factors))
+    return framework.item_system.format(**scenario_words(scenario, scenario.item_factors))
 
 
 def user_prompt(
@@ -65,7 +65,7 @@ def user_prompt(
         return "", ""
     fields = [f"{f} {clean_text(profile[f], max_chars=60)}" for f in scenario.profile_fields if profile.get(f)]
     behaved, about = "; ".join(kept), f"User: {', '.join(fields)}. " if fields else ""
-    words = _words(scenario, scenario.user_factors)
+    words = scenario_words(scenario, scenario.user_factors)
     text = framework.user_template.format(**words, profile=about, behaviours=behaved)
     return text, f"{about}The user {scenario.consumed} these {scenario.items}: {behaved}."
 
@@ -90,16 +90,18 @@ def item_prompt(
     description = " ".join(
         part for part in (f'"{title}"' if title else "", f"({'; '.join(facts)})" if facts else "") if part
     )
-    text = framework.item_template.format(**_words(scenario, scenario.item_factors), description=description)
+    text = framework.item_template.format(**scenario_words(scenario, scenario.item_factors), description=description)
     return text, f"The {scenario.item} {description}."
 
 
-def _words(scenario: Scenario, factors: tuple[str, ...]) -> dict[str, str]:
+def scenario_words(scenario: Scenario, factors: tuple[str, ...]) -> dict[str, str]:
+    """What templates may name."""
     return {
         "item": scenario.item,
         "items": scenario.items,
         "consumed": scenario.consumed,
         "history": scenario.history,
+        "unit": scenario.rating_unit,
         "factors": enumerate_words(factors),
     }
 
@@ -126,4 +128,4 @@ def _quoted(title: str) -> str:
 @lru_cache(maxsize=64)
 def enumerate_words(words: tuple[str, ...]) -> str:
     """ "a, b and c"."""
-    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)

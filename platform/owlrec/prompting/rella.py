@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from owlrec.config import Config
-from owlrec.prompting.framework import enumerate_words, quoted_behaviour, quoted_title
+from owlrec.prompting.framework import enumerate_words, quoted_behaviour, quoted_title, scenario_words
 from owlrec.prompting.text import clean_text, fit_recent
 from owlrec.scenario import Scenario
 from owlrec.workspace import fingerprint
@@ -56,7 +56,7 @@ def rank_fingerprint(config: RankPromptConfig, scenario: Scenario) -> str:
 def rank_system(scenario: Scenario) -> str:
     """The system turn that all prompts of a scenario share."""
     template = _SYSTEM_GRADED if scenario.rating_unit else _SYSTEM_UNGRADED
-    return template.format(**_words(scenario))
+    return template.format(**scenario_words(scenario, scenario.user_factors))
 
 
 def rank_prompt(
@@ -84,7 +84,7 @@ def rank_prompt(
     """
     if not is_quotable(target):
         return "", ""
-    words = _words(scenario) | {"target": quoted_title(target)}
+    words = scenario_words(scenario, scenario.user_factors) | {"target": quoted_title(target)}
 
     def listed(template: str, behaviours: Sequence[tuple[str, float | None]]) -> str:
         lines = _numbered(scenario, behaviours, config.history_tokens, count_tokens)
@@ -102,11 +102,6 @@ def rank_prompt(
 def is_quotable(title: str) -> bool:
     """Whether anything of a title is left once it is cleaned."""
     return quoted_title(title) != quoted_title("")
-
-
-def _words(scenario: Scenario) -> dict[str, str]:
-    words = {name: getattr(scenario, name) for name in ("item", "items", "consumed", "history")}
-    return words | {"unit": scenario.rating_unit}
 
 
 def _profile_sentence(scenario: Scenario, profile: Mapping[str, str]) -> str:

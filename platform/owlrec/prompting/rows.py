@@ -83,19 +83,13 @@ def user_prompts(
     """
     family = FRAMEWORKS[config.framework]
     system = user_system(family, scenario)
-    ids = users["user_id"].to_numpy()
-    order = np.argsort(ids, kind="stable")
-    profiles = _rows(users)
+    profiles = dict(zip(users["user_id"].to_pylist(), _rows(users), strict=True))
     items = histories["items"].combine_chunks()
     titles = catalog.titles(items.flatten().to_numpy(zero_copy_only=False))
     bounds = np.r_[0, np.cumsum(items.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))].tolist()
-    places = np.searchsorted(ids, histories["user_id"].to_numpy(), sorter=order)
-    for row, place, start, end in zip(
-        histories.drop_columns(["items"]).to_pylist(), places.tolist(), bounds[:-1], bounds[1:], strict=True
-    ):
+    for row, start, end in zip(histories.drop_columns(["items"]).to_pylist(), bounds[:-1], bounds[1:], strict=True):
         id_, as_of = row["user_id"], row["as_of"]
-        at = order[place] if place < len(order) else -1
-        profile = profiles[at] if at >= 0 and ids[at] == id_ else {}
+        profile = profiles.get(id_, {})
         if isinstance(profile, str) or (wrong := _wrong(profile, scenario.profile_fields)):
             yield _unusable("user", id_, as_of, profile if isinstance(profile, str) else wrong)
             continue

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pydantic import Field
 
 from owlrec.config import Config
-from owlrec.prompting.framework import enumerate_words, quoted_behaviour
+from owlrec.prompting.framework import quoted_behaviour, scenario_words
 from owlrec.prompting.text import clean_text, fit_recent
 from owlrec.scenario import Scenario
 from owlrec.workspace import fingerprint
@@ -66,15 +66,10 @@ def streaming_prompt(
     if not kept:
         return "", ""
     earlier = first_tokens(previous, config.previous_tokens, count_tokens)
-    words = {
-        "items": scenario.items,
-        "consumed": scenario.consumed,
-        "behaviours": "; ".join(kept),
-        "earlier": earlier,
-        "factors": enumerate_words(scenario.user_factors),
-    }
+    words, behaved = scenario_words(scenario, scenario.user_factors), "; ".join(kept)
     template, opening = (_NEXT, f"{earlier} Since then the user") if earlier else (_FIRST, "The user")
-    return template.format(**words), f"{opening} {scenario.consumed} these {scenario.items}: {'; '.join(kept)}."
+    text = template.format(**words, earlier=earlier, behaviours=behaved)
+    return text, f"{opening} {scenario.consumed} these {scenario.items}: {behaved}."
 
 
 def first_tokens(text: str, budget_tokens: int, count_tokens: Callable[[str], int]) -> str:

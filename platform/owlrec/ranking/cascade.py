@@ -30,24 +30,23 @@ class CascadeFigures(BaseModel):
     list_auc: float  # within lists, by place
 
 
-def held_out_lists(samples: pa.Table, *, lists: int, length: int, seed: int = 0, split: str = "test") -> pa.Table:
+def held_out_lists(samples: pa.Table, *, lists: int, length: int) -> pa.Table:
     """Requests of `lists` users: SAMPLES rows, list after list, all of a list with its first row's moment and history.
 
-    A list is a user's first `length` samples of the split, oldest first; users are drawn by a hash, so that fewer lists
-    are among more. Raises RecipeError where fewer users have so many samples.
+    A list is a user's first `length` samples of the test split, oldest first; users are drawn by a hash, so that fewer
+    lists are among more. Raises RecipeError where fewer users have so many samples.
     """
     samples = conform(samples, SAMPLES, name="samples").select(SAMPLES.names)
-    rows = samples.filter(pc.equal(samples["split"], split)).sort_by(
-        [(n, "ascending") for n in ("user_id", "timestamp")]
-    )
+    rows = samples.filter(pc.equal(samples["split"], "test"))
+    rows = rows.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
     users, starts, counts = np.unique(rows["user_id"].to_numpy(), return_index=True, return_counts=True)
     enough = np.flatnonzero(counts >= length)
     if len(enough) < lists:
         raise RecipeError(
-            f"cascade: {lists} lists of {length} candidates are asked for, but {len(enough)} users of the {split} "
-            f"split have {length} samples. Ask for fewer or shorter lists."
+            f"cascade: {lists} lists of {length} candidates are asked for, but {len(enough)} users of the test split "
+            f"have {length} samples. Ask for fewer or shorter lists."
         )
-    drawn = starts[enough[in_hash_order([users[enough]], seed)[:lists]]]
+    drawn = starts[enough[in_hash_order([users[enough]], seed=0)[:lists]]]
     found = rows.take(pa.array((drawn[:, None] + np.arange(length)).ravel()))
     of_first = rows.take(pa.array(np.repeat(drawn, length)))
     for name in ("timestamp", "history", "history_ratings"):

@@ -6,11 +6,12 @@ texts apart, costs a fraction, and stays the same where the ranker's model chang
 
 import hashlib
 
-from owlrec.encoding.encoder import Encoder, EncoderConfig, encoder_identity
+from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.vectors import encode_texts, item_metadata
-from owlrec.ranking.last_layer import LastLayerConfig, LastLayerEncoder
+from owlrec.ranking.last_layer import LastLayerConfig
 from owlrec.ranking.projection import Projection, ProjectionConfig, fit_projection
 from owlrec.ranking.retrieval import BehaviourRetriever
+from owlrec.schema import vector_matrix
 from owlrec.workspace import Workspace, fingerprint
 
 
@@ -24,19 +25,11 @@ def item_retriever(
     items = workspace.read_table("items")
     ids, texts = item_metadata(items)
     content = hashlib.sha256("\0".join([*map(str, ids.tolist()), *texts]).encode()).hexdigest()
-    print_ = fingerprint(content, item_encoder_identity(encoder), projection)
+    print_ = fingerprint(content, encoder.identity, projection)
     folder = f"ranking/items-{print_[:16]}"
     if not workspace.exists(folder, "projection.json"):
-        loaded = LastLayerEncoder(encoder) if isinstance(encoder, LastLayerConfig) else Encoder(encoder)
-        table = encode_texts("item", ids, texts, loaded)
-        vectors = table["vector"].combine_chunks()
-        matrix = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(table), vectors.type.list_size)
+        table = encode_texts("item", ids, texts, encoder.load())
         workspace.write_parquet(f"{folder}/vectors.parquet", table)
-        fit_projection(matrix, projection).save(workspace, folder, print_)
+        fit_projection(vector_matrix(table), projection).save(workspace, folder, print_)
     fitted = Projection.load(workspace, folder, print_)
     return BehaviourRetriever.from_table(workspace.read_parquet(f"{folder}/vectors.parquet"), fitted)
-
-
-def item_encoder_identity(encoder: EncoderConfig | LastLayerConfig) -> str:
-    """What the vectors depend on, for fingerprints."""
-    return encoder.identity if isinstance(encoder, LastLayerConfig) else encoder_identity(encoder)

@@ -31,6 +31,10 @@ class LastLayerConfig(Config):
         """What the vectors depend on, for fingerprints."""
         return f"last-layer-{_VERSION}@{self.max_tokens}:{model_identity(self.model, self.revision)}"
 
+    def load(self) -> "LastLayerEncoder":
+        """The encoder. Raises EngineError as it does."""
+        return LastLayerEncoder(self)
+
 
 class LastLayerEncoder:
     """A loaded model; on a GPU where there is one."""

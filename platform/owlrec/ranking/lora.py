@@ -6,14 +6,13 @@ group) and after a lost driver (the same command again) alike.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from owlrec.config import Config
-from owlrec.ctr.training import fit_workers, looking_meanwhile
+from owlrec.ctr.training import WorkersJob, fit_workers, looking_meanwhile, this_worker
 from owlrec.errors import EngineError, root_mistake
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer, model_identity, resolve_model
@@ -25,8 +24,8 @@ from owlrec.workspace import Workspace
 _AT_ONCE = 256  # questions of a call of the actor: how often progress shows
 
 
-class TuningJob(Config):
-    """What every worker is told: names only, for each reads rows and model itself."""
+class TuningJob(WorkersJob):
+    """Of a run of the ranker; each worker reads its rows and the model itself."""
 
     folder: str  # of the run, in the workspace: it holds train.parquet and valid.parquet (samples.TUNING_ROWS)
     model: str
@@ -46,7 +45,7 @@ class TuningJob(Config):
         return f"{self.folder}/checkpoint.safetensors"
 
 
-def tune_adapter(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None] | None = None) -> Adapter:
+def tune_adapter(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None]) -> Adapter:
     """The adapter of a job: tuned, or tuned on from its checkpoint, or found finished.
 
     Ray must be initialised. Worker output goes to the workspace's log file `tune_ranker`. on_steps: called with
@@ -55,16 +54,7 @@ def tune_adapter(workspace: Workspace, job: TuningJob, on_steps: Callable[[int],
     """
     if not workspace.exists(job.adapter, "ranker.json"):
         with _announcing(workspace, job, on_steps):
-            fit_workers(
-                workspace,
-                _tune,
-                {"workspace": workspace, "job": job.model_dump(mode="json")},
-                name=f"{job.folder}/ray/tune",
-                num_workers=job.settings.num_workers,
-                use_gpu=job.settings.use_gpu,
-                threads=job.settings.threads,
-                max_failures=job.settings.max_failures,
-            )
+            fit_workers(workspace, _tune, job, name=f"{job.folder}/ray/tune")
         workspace.delete_file(job.checkpoint)
         workspace.delete_file(_progress_file(job))
     return open_adapter(workspace, job.adapter, model=model_identity(job.model, job.revision), wording=job.wording)
@@ -132,19 +122,14 @@ def _tune(loop_config: dict[str, Any]) -> None:
     workspace: Workspace = loop_config["workspace"]
     redirect_output(workspace.log_path("tune_ranker"))
     import pyarrow.compute as pc
-    import ray.train
-    import torch
-    from ray.train.torch import get_device
     from safetensors.torch import save
 
     from owlrec.ranking.checkpoints import Checkpoint, Progress
     from owlrec.ranking.examples import tokenise
-    from owlrec.ranking.tuning import Schedule, Worker, load_model, tune
+    from owlrec.ranking.tuning import Schedule, load_model, tune
 
     job = TuningJob.model_validate(loop_config["job"])
-    context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), str(get_device()))
-    torch.set_num_threads(job.settings.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    worker = this_worker(job.settings.threads)
     tokenizer = load_tokenizer(job.model, job.revision)
     train, valid = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("train", "valid"))
     valid = valid.filter(pc.is_in(valid["shown"], pc.unique(train["shown"])))  # stopped by what is tuned on
@@ -187,12 +172,8 @@ def _progress_file(job: TuningJob) -> str:
     return f"{job.folder}/progress.json"
 
 
-@contextmanager
-def _announcing(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None] | None) -> Iterator[None]:
+def _announcing(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None]) -> AbstractContextManager[None]:
     """Calls `on_steps` while the block runs."""
-    if on_steps is None:
-        yield
-        return
     told = 0
 
     def look() -> None:
@@ -202,5 +183,4 @@ def _announcing(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], 
             on_steps(done - told)
             told = done
 
-    with looking_meanwhile(look):
-        yield
+    return looking_meanwhile(look)

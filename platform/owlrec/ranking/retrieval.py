@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
 from owlrec.ranking.projection import Projection, unit_rows
+from owlrec.schema import vector_matrix
 
 _PRODUCT_ERROR = 1e-5  # of a float32 cosine at most; 5e-7 was seen with 128 and with 512 dimensions
 _SCORES_AT_ONCE = 1 << 24  # cosines held at a time: 64 MB
@@ -71,8 +72,7 @@ class BehaviourRetriever:
         table = table.filter(pc.and_(pc.equal(table["kind"], "item"), pc.is_valid(table["vector"])))
         ids = table["id"].to_numpy()
         order = np.argsort(ids, kind="stable")
-        column = table["vector"].combine_chunks()
-        vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), column.type.list_size)[order]
+        vectors = vector_matrix(table)[order]
         return cls(ids[order], projection.apply(vectors) if projection else vectors)
 
     def look_up(self, history: np.ndarray) -> History:

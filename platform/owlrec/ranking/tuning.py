@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from owlrec.ctr.metrics import auc
+from owlrec.ctr.worker import ALONE, Worker
 from owlrec.errors import EngineError, RecipeError
 from owlrec.ranking.checkpoints import Checkpoint, Progress
 from owlrec.ranking.examples import Examples
@@ -37,21 +38,12 @@ class Tuned:
     progress: Progress
 
 
-@dataclass(frozen=True)
-class Worker:
-    """Which of how many workers this is, and where it computes."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: str = "cpu"
-
-
 def tune(
     model: Any,
     train: Examples,
     valid: Examples,
     config: TuningConfig,
-    worker: Worker = Worker(),
+    worker: Worker = ALONE,
     *,
     resume: Checkpoint | None = None,
     on_step: Callable[[Progress], None] | None = None,

@@ -21,6 +21,7 @@ import pyarrow.json as pajson
 from pydantic import Field
 
 from owlrec.errors import SchemaError, SourceError
+from owlrec.ordered import run_starts
 from owlrec.sources.raw import RawTables, Source, encode, finish, input_file
 
 # Reviews run to tens of kilobytes, and Arrow refuses a line that is longer than its block.
@@ -133,9 +134,8 @@ def _read_reviews(file: Path) -> pa.Table:
     names = next((release for release in _RELEASES if release.matches(first)), None)
     if names is None:
         raise SourceError(
-            f"{file}, line 1: the fields {', '.join(first)} are neither those of Amazon's 2018 reviews "
-            "(reviewerID, asin) "
-            "nor of 2023's (user_id, parent_asin). Swap source.reviews and source.metadata, or use a source of "
+            f"{file}, line 1: the fields {', '.join(first)} are neither those of Amazon's 2018 reviews (reviewerID, "
+            "asin) nor of 2023's (user_id, parent_asin). Swap source.reviews and source.metadata, or use a source of "
             "type `table`."
         )
     schema = pa.schema(
@@ -173,10 +173,8 @@ def _latest_of_each(interactions: pa.Table) -> np.ndarray:
     (_, user), (_, item) = (encode(interactions[c]) for c in ("user_id", "item_id"))
     time = interactions["timestamp"].to_numpy()
     order = np.lexsort((time, item, user))  # stable: equal keys stay in the file's order
-    last = np.ones(len(order), dtype=bool)
-    a, b = order[:-1], order[1:]
-    last[:-1] = (user[a] != user[b]) | (item[a] != item[b]) | (time[a] != time[b])
-    return np.sort(order[last])
+    first = np.unique(run_starts(user[order], item[order], time[order]))
+    return np.sort(order[np.r_[first[1:], len(order)] - 1])
 
 
 def _core_rows(interactions: pa.Table, user_core: int, item_core: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.ordered import rows_of
 from owlrec.workspace import Workspace
 
 
@@ -36,11 +37,8 @@ class ItemCatalog:
 
         ids: int64 [n].
         """
-        if len(self._ids) == 0:
-            return [""] * len(ids)
-        at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
-        known = self._ids[at] == ids
-        found = self._titles.take(pa.array(at, mask=~known))
+        rows = rows_of(self._ids, ids)
+        found = self._titles.take(pa.array(rows, mask=rows < 0))
         try:
             texts = found.to_pylist()
         except UnicodeDecodeError:

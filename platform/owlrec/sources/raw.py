@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
-from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, check_rows, conform, stable_id
+from owlrec.ordered import run_starts
+from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, check_rows, conform, missing_column, stable_id
 from owlrec.workspace import file_digest, fingerprint
 
 ORPHAN_REMEDY = "Add the row, or set source.drop_orphans: true in the recipe."
@@ -115,10 +116,7 @@ def encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
 def _id_column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
     """The raw ids in column `key`, integers or strings. Raises SchemaError for no column, a null or an empty id."""
     if key not in table.column_names:
-        raise SchemaError(
-            f"{name}: column '{key}' is missing; the table has {', '.join(table.column_names)}. "
-            f"Rename a column, or map one to it under source.columns in the recipe."
-        )
+        raise missing_column(table, key, name=name)
     check_rows(table, name=name, key=(), required=(key,))
     column = table[key]
     if pa.types.is_integer(column.type):
@@ -196,14 +194,11 @@ def _check_doubled(table: pa.Table, raw: pa.Table, name: str) -> None:
     """Refuses a second interaction of one user with one item at one moment, naming the first by its raw ids."""
     user, item, time = (table[c].to_numpy() for c in ("user_id", "item_id", "timestamp"))
     order = np.lexsort((time, item, user))
-    user, item, time = user[order], item[order], time[order]
-    same = (user[1:] == user[:-1]) & (item[1:] == item[:-1]) & (time[1:] == time[:-1])
+    same = run_starts(user[order], item[order], time[order]) < np.arange(len(order))
     if same.any():
-        row = int(order[1:][same].min())
-        user_id, item_id = str(raw["user_id"][row].as_py()), str(raw["item_id"][row].as_py())
+        row = int(order[same].min())
         raise SchemaError(
-            f"{name}, row {row}: user_id '{user_id}', item_id '{item_id}', timestamp "
-            f"{table['timestamp'][row].as_py()} occurs a second "
-            f"time ({int(same.sum())} such rows in all). Drop the repeated rows; only other timestamps make it "
-            "another interaction."
+            f"{name}, row {row}: user_id '{raw['user_id'][row].as_py()}', item_id '{raw['item_id'][row].as_py()}', "
+            f"timestamp {table['timestamp'][row].as_py()} occurs a second time ({int(same.sum())} such rows in all). "
+            "Drop the repeated rows; only other timestamps make it another interaction."
         )

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt
 
 from owlrec.config import Config
 from owlrec.errors import LeakageError, SchemaError
+from owlrec.ordered import rows_of, run_starts
 from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES, conform, shard_of
 
 SPLITS = ("train", "valid", "test")
@@ -50,27 +51,15 @@ def build_samples(interactions: pa.Table, config: SplitConfig, positive_above: f
     implicit feedback (rating 1). Both tables are ordered by user, samples then by timestamp and item. Raises
     SchemaError where some ratings are null, or a split ends up empty.
     """
-    interactions = conform(interactions, INTERACTIONS, name="interactions")
-    rating = _ratings(interactions)
-    user, item, time = (interactions[c].to_numpy() for c in ("user_id", "item_id", "timestamp"))
-    order = np.lexsort((item, time, user))
-    user, item, time, rating = user[order], item[order], time[order], rating[order]
-
-    row = np.arange(len(user))
-    new_user = np.r_[True, user[1:] != user[:-1]] if len(user) else np.zeros(0, dtype=bool)
-    start = np.flatnonzero(new_user)  # the first row of each user
-    n_behaviours = np.diff(np.r_[start, len(user)])
-    of_user = np.cumsum(new_user) - 1
+    user, item, time, rating = _in_order(interactions)
+    _, start, of_user, n_behaviours = np.unique(user, return_index=True, return_inverse=True, return_counts=True)
     n_read = np.minimum((n_behaviours + 1) // 2, config.llm_history)
     as_of = time[start + n_read - 1]
 
-    unread = row - start[of_user] >= n_read[of_user]
+    unread = np.arange(len(user)) - start[of_user] >= n_read[of_user]
     later = time > as_of[of_user]
     sample = np.flatnonzero(unread & later)
-    new_moment = new_user | np.r_[True, time[1:] != time[:-1]] if len(user) else new_user
-    history_end = np.maximum.accumulate(np.where(new_moment, row, 0))[
-        sample
-    ]  # behaviours of the sample's moment are not its past
+    history_end = run_starts(user, time)[sample]  # behaviours of the sample's moment are not its past
     history_start = np.maximum(start[of_user[sample]], history_end - config.history_length)
 
     label = rating[sample] > positive_above
@@ -118,14 +107,11 @@ def last_behaviours(interactions: pa.Table, history_length: int) -> pa.Table:
 
     Columns user_id, history and history_ratings, as in schema.SAMPLES. Errors: as of `build_samples`.
     """
-    interactions = conform(interactions, INTERACTIONS, name="interactions")
-    rating = _ratings(interactions)
-    user, item, time = (interactions[c].to_numpy() for c in ("user_id", "item_id", "timestamp"))
-    order = np.lexsort((item, time, user))
-    ids, start = np.unique(user[order], return_index=True)
-    end = np.r_[start[1:], len(order)]
+    user, item, _, rating = _in_order(interactions)
+    ids, start = np.unique(user, return_index=True)
+    end = np.r_[start[1:], len(user)]
     start = np.maximum(start, end - history_length)
-    columns = {"history": item[order], "history_ratings": rating[order]}
+    columns = {"history": item, "history_ratings": rating}
     return pa.table({"user_id": ids, **{name: _lists(values, start, end) for name, values in columns.items()}})
 
 
@@ -137,23 +123,29 @@ def refuse_leaks(samples: pa.Table, histories: pa.Table) -> None:
     known, as_of = histories["user_id"].to_numpy(), histories["as_of"].to_numpy()
     order = np.argsort(known, kind="stable")
     known, as_of = known[order], as_of[order]
-    place = np.minimum(np.searchsorted(known, user), max(len(known) - 1, 0))
-    unknown = known[place] != user if len(known) else np.ones(len(user), dtype=bool)
-    if unknown.any():
+    place = rows_of(known, user)
+    if (unknown := place < 0).any():
         raise LeakageError(
-            f"samples, row {int(unknown.argmax())}: user {user[unknown.argmax()]} has no row in histories, so "
-            "nothing says what the "
-            f"LLM read of them. Run `prepare` again."
+            f"samples, row {int(unknown.argmax())}: user {user[unknown.argmax()]} has no row in histories, so nothing "
+            "says what the LLM read of them. Run `prepare` again."
         )
     leaks = time <= as_of[place]
     if leaks.any():
         row = int(leaks.argmax())
         raise LeakageError(
             f"samples, row {row}: user {user[row]} has a sample at timestamp {time[row]}, but the LLM read their "
-            "history up to "
-            f"{as_of[place[row]]} ({int(leaks.sum())} such samples). Run `prepare` again: samples must be later "
-            "than what was read."
+            f"history up to {as_of[place[row]]} ({int(leaks.sum())} such samples). Run `prepare` again: samples must "
+            "be later than what was read."
         )
+
+
+def _in_order(interactions: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """User, item, timestamp and rating of all interactions, by user, then by timestamp and item."""
+    interactions = conform(interactions, INTERACTIONS, name="interactions")
+    rating = _ratings(interactions)
+    user, item, time = (interactions[c].to_numpy() for c in ("user_id", "item_id", "timestamp"))
+    order = np.lexsort((item, time, user))
+    return user[order], item[order], time[order], rating[order]
 
 
 def _ratings(interactions: pa.Table) -> np.ndarray:
@@ -191,13 +183,10 @@ def _refuse_empty(counts: dict[str, int], config: SplitConfig) -> None:
     if empty:
         remedy = "use more users" if config.method == "user" else "use data over a longer time"
         raise SchemaError(
-            f"interactions: {counts['samples']} samples of {counts['users'] - counts['users_without_samples']} "
-            "users leave the "
-            f"{' and '.join(empty)} split empty with split.method {config.method} and ratios "
-            f"{':'.join(map(str, config.ratios))}. "
-            f"Change the ratios, {remedy}, or lower split.llm_history ({counts['ties_dropped']} samples had the "
-            "timestamp of the last "
-            f"behaviour that the LLM reads)."
+            f"interactions: {counts['samples']} samples of {counts['users'] - counts['users_without_samples']} users "
+            f"leave the {' and '.join(empty)} split empty with split.method {config.method} and ratios "
+            f"{':'.join(map(str, config.ratios))}. Change the ratios, {remedy}, or lower split.llm_history "
+            f"({counts['ties_dropped']} samples had the timestamp of the last behaviour that the LLM reads)."
         )
 
 

@@ -15,7 +15,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from owlrec.errors import SchemaError, SourceError, did_you_mean
-from owlrec.schema import INTERACTIONS
+from owlrec.schema import INTERACTIONS, missing_column
 from owlrec.sources.raw import RawTables, Source, finish
 
 _CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
@@ -44,10 +44,11 @@ class TableSource(Source):
         items = self._read("items", paths["items"])
         interactions = self._read("interactions", paths["interactions"])
         if "title" not in items.column_names:
-            raise _missing_column("items", self.items, "title", items)
+            raise missing_column(items, "title", name=self.items, section="source.columns.items")
         for column in ("user_id", "item_id", "timestamp"):
             if column not in interactions.column_names:
-                raise _missing_column("interactions", self.interactions, column, interactions)
+                section = "source.columns.interactions"
+                raise missing_column(interactions, column, name=self.interactions, section=section)
         if "rating" not in interactions.column_names:
             interactions = interactions.append_column(
                 "rating", pa.repeat(pa.scalar(1.0, pa.float32()), interactions.num_rows)
@@ -145,13 +146,6 @@ def _rename(data: pa.Table, mapping: dict[str, str], table: TableName, file: Pat
             )
     rest = [c for c in data.column_names if c not in mapping and c not in mapping.values()]
     return pa.table({**{ours: data[theirs] for ours, theirs in mapping.items()}, **{c: data[c] for c in rest}})
-
-
-def _missing_column(table: TableName, path: str, column: str, data: pa.Table) -> SchemaError:
-    return SchemaError(
-        f"{path}: column '{column}' is missing; the table has {', '.join(data.column_names)}. "
-        f"Rename a column, or map one to it under source.columns.{table} in the recipe."
-    )
 
 
 def to_milliseconds(column: pa.ChunkedArray, unit: Literal["s", "ms", "us", "ns"], *, name: str) -> pa.ChunkedArray:

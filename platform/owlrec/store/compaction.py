@@ -12,6 +12,7 @@ from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
+from owlrec.decoding.release_pools import FOLDER as POOLS
 from owlrec.errors import ReleaseError
 from owlrec.store.chain import ChainedStore
 from owlrec.store.lmdb_store import DATABASES, KEY_BYTES, LmdbStore
@@ -22,7 +23,6 @@ from owlrec.store.release import chain, current_release, list_releases, make_cur
 from owlrec.workspace import Workspace, fingerprint
 
 _ROWS_AT_ONCE = 20_000  # about 20 MB of texts
-_POOLS = "pools"  # of a workspace: one folder a release (owlrec.decoding.release_pools)
 
 
 def compact(
@@ -104,7 +104,7 @@ def prune(workspace: Workspace, keep: int = 3, min_age_s: float = 3600.0) -> lis
     for name in sorted(releases.keys() - stay):
         if name in _in_force(workspace):  # since a roll-back or a delta that came meanwhile
             continue
-        workspace.delete_dir(_POOLS, name)
+        workspace.delete_dir(POOLS, name)
         # First the manifest, so that a half-removed folder passes for no release; the next publish clears it away.
         workspace.delete_file(f"releases/{name}/{MANIFEST}")
         workspace.delete_dir("releases", name)

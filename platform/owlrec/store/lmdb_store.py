@@ -10,6 +10,7 @@ process writes a file that nobody else sees yet (owlrec.store.lmdb_writer), and 
 import json
 import struct
 import threading
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -51,24 +52,51 @@ def encode_cohorts(cohorts: Sequence[int]) -> bytes:
     return struct.pack(f">{len(cohorts)}q", *cohorts)
 
 
-def decode_knowledge(kind: str, id_: int, value: bytes | memoryview | None, where: str) -> Knowledge | None:
-    """The knowledge in a row of the database `knowledge`; None for None.
+class RowStore(KnowledgeStore):
+    """What a database answers that holds the rows of an LMDB file under the same keys."""
 
-    Raises ReleaseError for a row that cannot be read, of the file or server `where`.
-    """
-    if value is None:
-        return None
-    try:
-        fields = json.loads(bytes(value))
-        return Knowledge(kind, id_, fields["as_of"], fields["text"], fields["framework"], fields["quality"])
-    except (ValueError, KeyError) as error:
-        raise ReleaseError(
-            f"{where}: the row of {kind} {id_} is unreadable ({error!r}). The store is corrupt: "
-            f"roll back to the previous release, or publish again."
-        ) from None
+    def __init__(self, where: str, counts: Mapping[str, int], code_sizes: Mapping[str, Sequence[int]]) -> None:
+        """where: the file or server, for errors. counts, code_sizes: as the release's manifest states."""
+        self._where, self._counts, self._code_sizes = where, counts, code_sizes
+
+    @abstractmethod
+    def _values(self, database: str, kind: str, ids: Sequence[int] | np.ndarray) -> list[bytes | None]:
+        """The bytes under each id in a database, which an older release may lack. Raises ReleaseError for an unknown
+        kind.
+        """
+
+    def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
+        """See KnowledgeStore.own_knowledge."""
+        values = self._values("knowledge", kind, ids)
+        return [None if v is None else self._knowledge(kind, int(id_), v) for id_, v in zip(ids, values, strict=True)]
+
+    def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """See KnowledgeStore.own_codes."""
+        sizes = self._code_sizes.get(kind, ())
+        values = self._values("codes", kind, ids)
+        return [None if v is None else unpack_codes(v, sizes) if v else () for v in values]
+
+    def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """See KnowledgeStore.memberships."""
+        values = self._values("memberships", kind, ids)
+        return [None if v is None else struct.unpack(f">{len(v) // 8}q", v) for v in values]
+
+    def count(self, kind: str) -> int:
+        """See KnowledgeStore.count."""
+        return self._counts.get(kind, 0)
+
+    def _knowledge(self, kind: str, id_: int, value: bytes) -> Knowledge:
+        try:
+            fields = json.loads(value)
+            return Knowledge(kind, id_, fields["as_of"], fields["text"], fields["framework"], fields["quality"])
+        except (ValueError, KeyError) as error:
+            raise ReleaseError(
+                f"{self._where}: the row of {kind} {id_} is unreadable ({error!r}). The store is corrupt: "
+                f"roll back to the previous release, or publish again."
+            ) from None
 
 
-class LmdbStore(KnowledgeStore):
+class LmdbStore(RowStore):
     """Reads one LMDB file. Threads may share a store, and two stores of a process may share a file."""
 
     def __init__(
@@ -84,19 +112,11 @@ class LmdbStore(KnowledgeStore):
         The file's size must have been checked by the caller: LMDB answers a truncated file with SIGBUS, not with an
         error.
         """
+        super().__init__(str(path.resolve()), counts, code_sizes or {})
         self.path = path
-        self._file = str(path.resolve())
         self._dim = dim
-        self._counts = counts
-        self._code_sizes = code_sizes or {}
         self._closed = False
-        self._env, self._databases = _shared_environments.acquire(self._file)
-
-    def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
-        """See KnowledgeStore.own_knowledge."""
-        with self._env.begin(db=self._databases["knowledge"], buffers=True) as transaction:
-            values = ((int(id_), transaction.get(encode_key(kind, int(id_)))) for id_ in ids)
-            return [decode_knowledge(kind, id_, value, self._file) for id_, value in values]
+        self._env, self._databases = _shared_environments.acquire(self._where)
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """See KnowledgeStore.own_vectors."""
@@ -117,21 +137,6 @@ class LmdbStore(KnowledgeStore):
                         mask[row, partition] = True
         return found, mask
 
-    def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
-        """See KnowledgeStore.own_codes."""
-        sizes = self._code_sizes.get(kind, ())
-        values = self._values("codes", kind, ids)
-        return [None if v is None else unpack_codes(v, sizes) if v else () for v in values]
-
-    def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
-        """See KnowledgeStore.memberships."""
-        values = self._values("memberships", kind, ids)
-        return [None if v is None else struct.unpack(f">{len(v) // 8}q", v) for v in values]
-
-    def count(self, kind: str) -> int:
-        """See KnowledgeStore.count."""
-        return self._counts.get(kind, 0)
-
     def ids(self, kind: str, limit: int | None = None) -> np.ndarray:
         """See KnowledgeStore.ids."""
         n = self.count(kind) if limit is None else min(limit, self.count(kind))
@@ -147,7 +152,7 @@ class LmdbStore(KnowledgeStore):
         """See KnowledgeStore.close."""
         if not self._closed:
             self._closed = True
-            _shared_environments.release(self._file)
+            _shared_environments.release(self._where)
 
     def rows(self, database: str) -> int:
         """How many rows the file itself holds in one of its databases."""
@@ -181,7 +186,6 @@ class LmdbStore(KnowledgeStore):
             return [key for key in keys if transaction.get(key) is None]
 
     def _values(self, database: str, kind: str, ids: Sequence[int] | np.ndarray) -> list[bytes | None]:
-        """The bytes under each id in a database that older files lack."""
         keys = [encode_key(kind, int(id_)) for id_ in ids]
         if database not in self._databases:
             return [None] * len(keys)

@@ -71,7 +71,7 @@ def read_manifest(workspace: Workspace, name: str) -> ReleaseManifest:
         raise ReleaseError(f"{workspace.path('releases')} holds no release '{name}'.{hint}")
     try:
         manifest = ReleaseManifest.model_validate(workspace.read_json(path))
-    except (ValidationError, WorkspaceError, UnicodeDecodeError) as error:
+    except (ValidationError, WorkspaceError) as error:
         raise ReleaseError(f"{workspace.path(path)} is unreadable ({error}). {MEND}") from None
     if manifest.format > FORMAT:
         raise ReleaseError(

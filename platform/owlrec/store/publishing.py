@@ -270,8 +270,7 @@ def _totals(
 
 
 def _read_back(folder: Path, manifest: ReleaseManifest, writer: LmdbWriter) -> None:
-    store = open_store(folder, manifest)
-    try:
+    with open_store(folder, manifest) as store:
         for database, sample in writer.samples.items():
             for key, value in sample.rows:
                 if store.raw(database, key) != value:
@@ -279,8 +278,6 @@ def _read_back(folder: Path, manifest: ReleaseManifest, writer: LmdbWriter) -> N
                         f"{folder / STORE}: a row of {database} does not read back as it was written. "
                         f"Check the disk, then publish again; nothing was made visible."
                     )
-    finally:
-        store.close()
     check_files(folder, manifest, checksums=True)
 
 

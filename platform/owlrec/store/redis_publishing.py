@@ -16,11 +16,10 @@ from owlrec.errors import ReleaseError
 from owlrec.store.lmdb_store import DATABASES, LmdbStore
 from owlrec.store.manifest import ReleaseManifest
 from owlrec.store.redis_store import IDS_A_CHUNK, RedisReleases, explained, release_prefix, row_prefix
-from owlrec.store.release import chain, current_release, open_parts
+from owlrec.store.release import back_to, chain, current_release, open_parts, pointer_to
 from owlrec.workspace import Workspace
 
 _ROWS_A_PIPELINE = 2_000  # about 2 MB of texts
-_HISTORY = 100  # swaps remembered, as on disk
 
 
 def push(
@@ -62,13 +61,12 @@ def roll_back_redis(releases: RedisReleases, to: str | None = None) -> str:
     """
     history = releases.history()
     if to is None:
-        earlier = [n for n in history if history and n != history[-1] and releases.manifest(n) is not None]
+        earlier = [n for n in history if n != history[-1] and releases.manifest(n) is not None]
         if not earlier:
             raise ReleaseError("Redis holds no release that was current before. Push one: `owlrec push --release`.")
         to = earlier[-1]
     releases.chain(to)
-    kept = history[: len(history) - history[::-1].index(to)] if to in history else [*history, to]
-    _write_pointer(releases, kept)
+    _write_pointer(releases, back_to(history, to))
     return to
 
 
@@ -115,10 +113,8 @@ def _id_chunks(manifest: ReleaseManifest, part: LmdbStore, prefix: str) -> Itera
     for kind in manifest.knowledge:
         ids = part.ids(kind)
         for number, start in enumerate(range(0, len(ids), IDS_A_CHUNK)):
-            yield (
-                f"{prefix}:ids:{kind}:{number}".encode(),
-                np.asarray(ids[start : start + IDS_A_CHUNK], "<i8").tobytes(),
-            )
+            chunk = np.asarray(ids[start : start + IDS_A_CHUNK], "<i8")
+            yield f"{prefix}:ids:{kind}:{number}".encode(), chunk.tobytes()
 
 
 def _set_all(releases: RedisReleases, rows: Iterable[tuple[bytes, bytes]]) -> None:
@@ -135,6 +131,5 @@ def _switch(releases: RedisReleases, name: str) -> None:
 
 
 def _write_pointer(releases: RedisReleases, history: list[str]) -> None:
-    kept = history[-_HISTORY:]
     with explained():
-        releases.client.set(f"{releases.namespace}:current", json.dumps({"release": kept[-1], "history": kept}))
+        releases.client.set(f"{releases.namespace}:current", json.dumps(pointer_to(history)))

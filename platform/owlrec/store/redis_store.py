@@ -11,7 +11,6 @@ A delta's rows stand under its own prefix and are read on top of its parent's, a
 """
 
 import json
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,11 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from owlrec.encoding.packed_codes import unpack_codes
 from owlrec.errors import ReleaseError, StoreUnavailableError
 from owlrec.store.chain import ChainedStore
-from owlrec.store.interface import Knowledge, KnowledgeStore
-from owlrec.store.lmdb_store import decode_knowledge, encode_key
+from owlrec.store.lmdb_store import RowStore, encode_key
 from owlrec.store.manifest import ReleaseManifest
-from owlrec.store.release import Release
+from owlrec.store.release import Release, history_in
 
 NAMESPACE = "owlrec"
 IDS_A_CHUNK = 100_000
@@ -48,25 +45,22 @@ def connect(url: str, *, timeout_s: float = 1.0) -> Any:
             url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, health_check_interval=15
         )
     except ValueError as error:
-        raise ReleaseError(f"'{url.partition('@')[2] or url}' is no Redis URL ({error}).") from None
+        shown = url.partition("@")[2] or url
+        raise ReleaseError(f"'{shown}' is no Redis URL ({error}). Write redis://HOST:PORT/DB.") from None
 
 
-class RedisStore(KnowledgeStore):
+class RedisStore(RowStore):
     """Reads the rows of one release; threads may share it."""
 
     remote = True
 
     def __init__(self, client: Any, manifest: ReleaseManifest, namespace: str = NAMESPACE) -> None:
         """client: as `connect` makes it; it stays open when the store is closed."""
+        sizes = {kind: entry.sizes for kind, entry in manifest.semantic_ids.items()}
+        super().__init__(f"release {manifest.name} in Redis", manifest.knowledge, sizes)
         self._client = client
         self._manifest = manifest
         self._prefix = release_prefix(namespace, manifest.name)
-
-    def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
-        """See KnowledgeStore.own_knowledge."""
-        values = self._rows("knowledge", [encode_key(kind, int(id_)) for id_ in ids])
-        where = f"release {self._manifest.name} in Redis"
-        return [decode_knowledge(kind, int(id_), value, where) for id_, value in zip(ids, values, strict=True)]
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """See KnowledgeStore.own_vectors."""
@@ -80,24 +74,6 @@ class RedisStore(KnowledgeStore):
                 found[place], mask[place] = np.frombuffer(value, dtype=np.float16), True
         return found, mask
 
-    def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
-        """See KnowledgeStore.own_codes."""
-        entry = self._manifest.semantic_ids.get(kind)
-        sizes = entry.sizes if entry else ()
-        keys = [encode_key(kind, int(id_)) for id_ in ids]
-        values = self._rows("codes", keys) if self._manifest.codes else [None] * len(keys)
-        return [None if v is None else unpack_codes(v, sizes) if v else () for v in values]
-
-    def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
-        """See KnowledgeStore.memberships."""
-        keys = [encode_key(kind, int(id_)) for id_ in ids]
-        values = self._rows("memberships", keys) if self._manifest.memberships else [None] * len(keys)
-        return [None if v is None else struct.unpack(f">{len(v) // 8}q", v) for v in values]
-
-    def count(self, kind: str) -> int:
-        """See KnowledgeStore.count."""
-        return self._manifest.knowledge.get(kind, 0)
-
     def ids(self, kind: str, limit: int | None = None) -> np.ndarray:
         """See KnowledgeStore.ids."""
         n = self.count(kind) if limit is None else min(limit, self.count(kind))
@@ -107,6 +83,10 @@ class RedisStore(KnowledgeStore):
 
     def close(self) -> None:
         """See KnowledgeStore.close: nothing is held, other releases use the same connections."""
+
+    def _values(self, database: str, kind: str, ids: Sequence[int] | np.ndarray) -> list[bytes | None]:
+        keys = [encode_key(kind, int(id_)) for id_ in ids]
+        return self._rows(database, keys) if getattr(self._manifest, database) else [None] * len(keys)
 
     def _rows(self, database: str, keys: Iterable[bytes]) -> list[bytes | None]:
         prefix = row_prefix(self._prefix, database)
@@ -139,11 +119,7 @@ class RedisReleases:
         if raw is None:
             return []
         try:
-            pointer = json.loads(raw)
-            history = [str(name) for name in pointer["history"]]
-            if not history or history[-1] != pointer["release"]:
-                raise ValueError("'history' does not end with 'release'")
-            return history
+            return history_in(json.loads(raw))
         except (ValueError, KeyError, TypeError) as error:
             raise ReleaseError(
                 f"the key {self.namespace}:current is no pointer ({error}). Delete it and run `owlrec push` again."
@@ -161,7 +137,9 @@ class RedisReleases:
         try:
             return None if raw is None else ReleaseManifest.model_validate_json(raw)
         except ValidationError as error:
-            raise ReleaseError(f"release {name} in Redis: its manifest is unreadable ({error}).") from None
+            raise ReleaseError(
+                f"release {name} in Redis: its manifest is unreadable ({error}). Run `owlrec push --replace`."
+            ) from None
 
     def chain(self, name: str) -> list[ReleaseManifest]:
         """The manifests of a release and of what it is read on top of, newest first.

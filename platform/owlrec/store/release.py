@@ -11,16 +11,16 @@ they opened, whatever the pointer says afterwards.
 
 import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import lmdb
 import pyarrow.fs as pafs
 
 from owlrec.encoding.semantic_ids import Quantiser
+from owlrec.environment import cache_folder
 from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.store.chain import ChainedStore
 from owlrec.store.interface import KnowledgeStore
@@ -61,9 +61,7 @@ class Release:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -135,13 +133,13 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
                 f"Name a release: `owlrec releases` shows them."
             )
     chain(workspace, to)
-    if to in history:
-        while history[-1] != to:
-            history.pop()
-    else:
-        history.append(to)
-    _write_pointer(workspace, history)
+    _write_pointer(workspace, back_to(history, to))
     return to
+
+
+def back_to(history: list[str], to: str) -> list[str]:
+    """A pointer's history after a roll-back to release `to`: what was current after it is forgotten."""
+    return history[: len(history) - history[::-1].index(to)] if to in history else [*history, to]
 
 
 def _is_whole(workspace: Workspace, name: str) -> bool:
@@ -158,7 +156,7 @@ def open_release(
 
     verify: compare the SHA-256 of its files as well as their sizes; a large release is opened faster without (about 1 s
     a GB).
-    cache: where a remote workspace's releases are copied to, by default ~/.cache/owlrec/releases; copies are always
+    cache: where a remote workspace's releases are copied to, by default `releases` in OwlRec's cache; copies are always
     verified.
     Raises ReleaseError where there is none, or where a file or a parent is missing, cut short or changed. Without a
     name, a release that is replaced and pruned while it is being opened is no error: the one in its place is opened.
@@ -200,9 +198,7 @@ def open_parts(
                 folder = workspace.local_path("releases", manifest.name)
                 check_files(folder, manifest, checksums=verify)
             else:
-                folder = _cached_copy(
-                    workspace, manifest, cache or Path.home() / ".cache" / "owlrec" / "releases", verify
-                )
+                folder = _cached_copy(workspace, manifest, cache or cache_folder("releases"), verify)
             parts.append(opened.enter_context(open_store(folder, manifest)))
         opened.pop_all()
     return parts
@@ -242,21 +238,29 @@ def pointer_history(workspace: Workspace) -> list[str]:
     if not workspace.exists(_POINTER):
         return []
     try:
-        pointer = workspace.read_json(_POINTER)
-        history = pointer["history"]
-        if not isinstance(history, list) or not history or history[-1] != pointer["release"]:
-            raise ValueError("'history' does not end with 'release'")
-        return [str(name) for name in history]
-    except (WorkspaceError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        return history_in(workspace.read_json(_POINTER))
+    except (WorkspaceError, KeyError, TypeError, ValueError) as error:
         raise ReleaseError(
             f"{workspace.path(_POINTER)} is unreadable ({error}). Delete it and name a release: "
             f"`owlrec releases` shows them, `owlrec rollback --to` makes one current."
         ) from None
 
 
-def _write_pointer(workspace: Workspace, history: Iterable[str]) -> None:
-    kept = list(history)[-_HISTORY:]
-    workspace.write_json(_POINTER, {"release": kept[-1], "history": kept})
+def history_in(pointer: Any) -> list[str]:
+    """The history that a pointer carries. Raises ValueError, KeyError or TypeError where it is none."""
+    history = pointer["history"]
+    if not isinstance(history, list) or not history or history[-1] != pointer["release"]:
+        raise ValueError("'history' does not end with 'release'")
+    return [str(name) for name in history]
+
+
+def pointer_to(history: Sequence[str]) -> dict[str, Any]:
+    """The pointer with this history, the release in force last."""
+    return {"release": history[-1], "history": list(history[-_HISTORY:])}
+
+
+def _write_pointer(workspace: Workspace, history: Sequence[str]) -> None:
+    workspace.write_json(_POINTER, pointer_to(history))
 
 
 def _cached_copy(workspace: Workspace, manifest: ReleaseManifest, cache: Path, verify: bool) -> Path:

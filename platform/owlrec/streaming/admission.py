@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.ordered import rows_of
 from owlrec.schema import DEAD_LETTERS
 from owlrec.streaming.events import REFUSED, Events, EventsConfig, are_among
 
@@ -41,17 +42,11 @@ def admit(
         ("item", items, config.unknown_items, "UnknownItem"),
     ):
         if rule == "refuse":
-            there = _among_sorted(getattr(events, column), ids)
+            # Unlike np.isin this does not sort ten million ids for each shard.
+            there = rows_of(ids, getattr(events, column)) >= 0
             refused.append(events.take(~there).refused(error))
             events = events.take(there)
     return events, pa.concat_tables([REFUSED.empty_table(), *refused])
-
-
-def _among_sorted(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Which values stand among `ids`. Unlike np.isin it does not sort ten million of them for each shard."""
-    if not len(ids):
-        return np.zeros(len(values), dtype=bool)
-    return ids[np.minimum(np.searchsorted(ids, values), len(ids) - 1)] == values
 
 
 def new_refusals(refused: pa.Table, before: pa.Table) -> pa.Table:

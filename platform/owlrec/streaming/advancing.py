@@ -4,15 +4,16 @@ Reads one shard at a time, so that memory holds the users of one and, of the oth
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from owlrec.prompting.rows import ItemCatalog, Prompt
+from owlrec.prompting.rows import Prompt
 from owlrec.prompting.streaming import streaming_prompt, streaming_system
 from owlrec.scenario import Scenario
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.store.interface import KnowledgeStore
 from owlrec.streaming.config import StreamingConfig
 from owlrec.streaming.drift import drifts, priorities, sum_vectors
@@ -142,8 +143,7 @@ def _bootstrap(sources: Sources, ids: np.ndarray, horizon: int | None) -> dict[i
     if not len(ids):
         return {}
     done = sources.tables.interactions(ids)
-    order = np.argsort(done.user, kind="stable")
-    done = done.take(order)
+    done = done.take(np.argsort(done.user, kind="stable"))
     histories = {row["user_id"]: row for row in sources.tables.histories(ids).to_pylist()}
     nothing: dict[str, Any] = {"as_of": None, "items": [], "ratings": []}
     rows = [histories.get(id_, nothing) for id_ in ids.tolist()]
@@ -156,14 +156,7 @@ def _bootstrap(sources: Sources, ids: np.ndarray, horizon: int | None) -> dict[i
     for number, (id_, row) in enumerate(zip(ids.tolist(), rows, strict=True)):
         start, end = np.searchsorted(done.user, [id_, id_ + 1])
         user = bootstrap(id_, row["as_of"], _behaviours(done.take(np.arange(start, end))), horizon)
-        found[id_] = UserState(
-            user_id=id_,
-            text_as_of=user.text_as_of,
-            short=user.short,
-            seen=user.seen,
-            interest=sums[number],
-            weight=float(weights[number]),
-        )
+        found[id_] = replace(user, interest=sums[number], weight=float(weights[number]))
     return found
 
 

@@ -12,7 +12,6 @@ from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import find_pools
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.batch import GenerateConfig
-from owlrec.generation.models import model_identity
 from owlrec.generation.shards import Job, ShardManifest
 from owlrec.store.release import pointer_history
 from owlrec.streaming.journal import Plan
@@ -40,6 +39,6 @@ def with_latest_pools(workspace: Workspace, engine: EngineConfig, decoding: Deco
     """
     if decoding.mode == "off" or decoding.pools or not isinstance(engine, VllmEngineConfig):
         return decoding
-    identity = model_identity(engine.model, engine.revision)
-    found = (find_pools(workspace, release, identity)[0] for release in reversed(pointer_history(workspace)))
+    releases, identity = reversed(pointer_history(workspace)), engine.model_identity
+    found = (find_pools(workspace, release, identity)[0] for release in releases)
     return decoding.model_copy(update={"pools": next(filter(None, found), None)})

@@ -21,13 +21,12 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import SourceError
-from owlrec.schema import INTERACTIONS, conform
+from owlrec.ordered import run_starts
+from owlrec.schema import INTERACTIONS, MILLISECONDS, conform
 from owlrec.sources.tabular import to_milliseconds
 from owlrec.workspace import Workspace
 
 MS_PER_DAY = 86_400_000
-# Real behaviour lies between these two: below are seconds, above micro- or nanoseconds (see schema.check_milliseconds).
-_MILLISECONDS = (100_000_000_000, 10_000_000_000_000)
 REFUSED = pa.schema(
     [("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64()), ("error", pa.string())]
 )
@@ -107,8 +106,7 @@ def are_among(events: Events, known: Events) -> np.ndarray:
 
 def _repeats(events: Events) -> np.ndarray:
     """Which events of a sorted sequence have the key of the one before them."""
-    same = [column[1:] == column[:-1] for column in (events.user, events.item, events.time)]
-    return np.r_[np.zeros(min(len(events), 1), dtype=bool), np.logical_and.reduce(same)]
+    return run_starts(events.user, events.item, events.time) < np.arange(len(events))
 
 
 @dataclass(frozen=True)
@@ -222,7 +220,7 @@ def _sort_out(table: pa.Table, horizon: int | None) -> tuple[np.ndarray, np.ndar
     for column in ("user_id", "item_id", "timestamp"):
         null |= pc.is_null(table[column]).to_numpy()
     time = table["timestamp"].fill_null(0).to_numpy()
-    wrong_unit = ~null & ((time < _MILLISECONDS[0]) | (time > _MILLISECONDS[1]))
+    wrong_unit = ~null & ((time < MILLISECONDS.start) | (time >= MILLISECONDS.stop))
     late = ~null & ~wrong_unit & (time < (horizon or 0))
     error = np.full(table.num_rows, None, dtype=object)
     for mask, name in ((null, "NullField"), (wrong_unit, "NotMilliseconds"), (late, "TooLate")):

@@ -72,7 +72,7 @@ def bootstrap(user_id: int, as_of: int | None, behaviours: Iterable[Behaviour], 
     behaviours = sorted(behaviours)
     unread = tuple(b for b in behaviours if as_of is None or b.time > as_of)
     seen = tuple(b.key for b in behaviours[: len(behaviours) - len(unread)])
-    return replace(UserState(user_id, text_as_of=as_of or 0, short=unread), seen=_within(seen, horizon))
+    return UserState(user_id, text_as_of=as_of or 0, short=unread, seen=_within(seen, horizon))
 
 
 def take_in(state: UserState, behaviours: Iterable[Behaviour], horizon: int | None) -> UserState:

@@ -11,9 +11,10 @@ from itertools import islice
 
 import numpy as np
 
-from owlrec.prompting.rows import ItemCatalog, Prompt, prompts_table
+from owlrec.prompting.rows import Prompt, prompts_table
 from owlrec.prompting.streaming import streaming_fingerprint
 from owlrec.scenario import Scenario
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.store.release import open_release
 from owlrec.streaming.advancing import Due, Sources, advance, assess, freeze_partitions, write_prompts
 from owlrec.streaming.config import StreamingConfig

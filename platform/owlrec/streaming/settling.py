@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.encoding.coded_vectors import code_new_vectors
-from owlrec.encoding.encoder import Encoder, EncoderConfig, encoder_identity
+from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.encoding.vectors import encode_knowledge
 from owlrec.generation import EngineConfig
 from owlrec.generation.shards import Job
-from owlrec.schema import vectors_schema
+from owlrec.schema import vector_matrix, vectors_table
 from owlrec.store.interface import KnowledgeStore
 from owlrec.store.publishing import ReleaseInfo, publish
 from owlrec.store.release import Release, open_release
@@ -43,7 +43,7 @@ def publish_delta(
     knowledge: schema.KNOWLEDGE, of the plan's `job`. partitions: vectors that a user keeps.
     Raises ReleaseError where the plan's parent was rolled back meanwhile, EngineError where the encoder does not load.
     """
-    print_ = fingerprint("delta", job.fingerprint, encoder_identity(encoder))
+    print_ = fingerprint("delta", job.fingerprint, encoder.identity)
     if published := published_as(workspace, print_):
         return published
     parent = parent_release(workspace, plan.parent, encoder.model)
@@ -83,25 +83,17 @@ def stack_partitions(vectors: pa.Table, store: KnowledgeStore, partitions: int) 
     vectors: schema.vectors_schema, one new vector a user, whose codes it keeps; earlier ones have none. store: the
     parent release's.
     """
-    ids, dim = vectors["id"].to_numpy(), vectors.schema.field("vector").type.list_size
-    new = vectors["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(len(ids), dim)
-    parts, owners, numbers = [new], [ids], [np.zeros(len(ids), dtype=np.int32)]
+    ids = vectors["id"].to_numpy()
+    parts, owners, numbers = [vector_matrix(vectors)], [ids], [np.zeros(len(ids), dtype=np.int32)]
     if len(ids) and partitions > 1:
         earlier, known = store.own_vectors("user", ids, partitions - 1)
         rows, at = np.nonzero(known)
         parts.append(earlier[rows, at].astype(np.float16))
         owners.append(ids[rows])
         numbers.append((at + 1).astype(np.int32))
-    owner = np.concatenate(owners)
-    codes = vectors["codes"].to_pylist() + [[]] * (len(owner) - len(ids))
-    values = pa.array(np.concatenate(parts).reshape(-1), pa.float16())
-    columns = [
-        pa.array(["user"] * len(owner), pa.string()),
-        pa.array(owner, pa.int64()),
-        pa.FixedSizeListArray.from_arrays(values, dim),
-        pa.array(codes, pa.list_(pa.uint16())),
-    ]
-    table = pa.table(columns, schema=vectors_schema(dim))
+    table = vectors_table("user", np.concatenate(owners), np.concatenate(parts))
+    codes = vectors["codes"].to_pylist() + [[]] * (len(table) - len(ids))
+    table = table.set_column(3, "codes", pa.array(codes, pa.list_(pa.uint16())))
     return table.append_column("partition", pa.array(np.concatenate(numbers)))
 
 
