@@ -76,7 +76,7 @@ def test_nodes_come_for_pending_actors_and_go_when_idle_and_a_killed_one_costs_n
     echo_recipe.write_text(recipe)
     settings = load_recipe(echo_recipe)
     prepare(settings, Workspace(settings.workspace))
-    assert len(alive(head)) == 1
+    wait_until(lambda: len(alive(head)) == 1, 30, "the head")
     assert {"raylet", "gcs_server"} <= {p.name() for p in head.processes()}  # the check for what is left sees them
     log = (tmp_path / "log").open("w+")
     # Its driver needs no CPU, of which the head has none.
