@@ -21,19 +21,25 @@ from benchmarks.plan import LONG_PARTS, PARTS, Part
 from owlrec.ops.console import note
 from owlrec.ops.run_report import hardware_line
 
+_EVERY = {part.name: part for part in (*PARTS, *LONG_PARTS)}
+
+
+def part_named(name: str) -> Part:
+    """Raises ArgumentTypeError for a name that the plan does not have."""
+    if name not in _EVERY:
+        raise argparse.ArgumentTypeError(f"there is no part {name}, but {', '.join(_EVERY)}")
+    return _EVERY[name]
+
 
 def main() -> int:
     """Runs parts, renders the pages; 1 where a part failed."""
-    every = {part.name: part for part in (*PARTS, *LONG_PARTS)}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="NAME", help=f"of {', '.join(every)}")
+    parser.add_argument("parts", nargs="*", type=part_named, metavar="NAME", help=f"of {', '.join(_EVERY)}")
     parser.add_argument("--render", action="store_true", help="only render the pages from the figures that are there")
     options = parser.parse_args()
-    if unknown := set(options.parts) - set(every):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(every)}")
     failed = []
     began = time.monotonic()
-    for part in () if options.render else [every[name] for name in options.parts] or PARTS:
+    for part in () if options.render else options.parts or PARTS:
         note(f"{part.name} ({(time.monotonic() - began) / 60:.0f} min so far)")
         if not run(part):
             failed.append(part.name)

@@ -143,7 +143,7 @@ def _python(arguments: Sequence[str], partial: bool) -> None:
         _pytest(rest)
     elif module == "pipelines.plan":
         _click(owlrec_command(), ["plan", *rest], partial)
-    elif module in ("pipelines.cli", "benchmarks") or module.split(".")[0] not in ("pipelines", "benchmarks", "owlrec"):
+    elif module == "pipelines.cli" or module.split(".")[0] not in ("pipelines", "benchmarks", "owlrec"):
         raise Wrong(f"no check for python -m {module}")
     else:
         _argparse(module, rest, partial)
