@@ -141,7 +141,8 @@ def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
     with peer("plain_server.py", sys.executable, workspace, folder, n) as url:
         rates[PLAIN] = {ids: _greatest(_plain_load(url, n, ids), seconds) for ids in (1, BATCH)}
     if options.feast:
-        with peer("feast_server.py", options.feast, workspace, folder, n) as url:
+        feast = str(Path(options.feast).absolute())  # not resolved: a link to Python that lies in an environment
+        with peer("feast_server.py", feast, workspace, folder, n) as url:
             rates[FEAST] = {ids: _greatest(_feast_load(url, n, ids), seconds) for ids in (1, BATCH)}
     else:
         figures.append(_skipped("greatest rate", "Feast (see --feast)"))
