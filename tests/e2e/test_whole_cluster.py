@@ -1,4 +1,4 @@
-"""A whole run through the job API of a head that `ray start` made, whose Python has OwlRec's dependencies but not
+"""Everything through the job API of a head that `ray start` made, whose Python has OwlRec's dependencies but not
 OwlRec: from raw ratings to knowledge over HTTP, with the commands that the documentation gives.
 """
 
@@ -20,12 +20,9 @@ from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ops.submission_files import job_folder
-from owlrec.recipe import load_recipe
 from owlrec.schema import INTERACTIONS
 from owlrec.store import current_release
 from owlrec.workspace import Workspace, finished_stage
-from pipelines.encode import run as encode
-from pipelines.publish import run as publish
 from pipelines.submit import CODE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
@@ -56,11 +53,7 @@ def test_from_ratings_to_answers_over_http(echo_recipe: Path, tmp_path: Path, he
 
     plain = ray_job(head, python, "python", "-m", "pipelines.prepare", "--recipe", str(echo_recipe))
     assert plain.returncode == 0, plain.stdout + plain.stderr
-    for stage in ("cohorts", "generate"):
-        submit(head, stage, echo_recipe)
-    for run in (encode, publish):  # beside the cluster: they use none of its machines, and a job of each takes its time
-        run(load_recipe(echo_recipe), workspace)
-    for stage in ("train_ctr", "tune-ranker"):
+    for stage in ("cohorts", "generate", "encode", "publish", "train_ctr", "tune-ranker"):
         submit(head, stage, echo_recipe)
         assert finished_stage(workspace, stage.replace("-", "_")) is not None
     assert knowledge_rows(tmp_path / "ws") == rows_of_the_local_command(plain_recipe, tmp_path / "local")
