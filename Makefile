@@ -32,7 +32,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# The same tests, lines of platform/owlrec counted in every process that they start: slower by about a third.
+# The same tests, lines of platform/owlrec counted in every process that they start.
 coverage: setup
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=88
 
@@ -51,12 +51,15 @@ docs: setup
 
 # What figures are compared with. Feast's dependencies are its own; arctic-inference (suffix decoding) has no wheel, and
 # is skipped where no compiler is.
-bench-peers: setup
+bench-peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: $(STAMP)
 	test -x $(VENV)/feast/bin/python || $(PYTHON) -m venv $(VENV)/feast
 	$(VENV)/feast/bin/pip install -q feast==0.67.0
 	$(BIN)/pip install -q --no-deps --upgrade --target $(PEERS) fuxictr==2.3.10 keras_preprocessing h5py polars==2.1.0 polars-runtime-32==2.1.0 six trl==1.16.0
 	CMAKE_ARGS="-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" $(BIN)/pip install -q --no-deps --upgrade --target $(PEERS) arctic-inference==0.3.0 \
 		|| echo "arctic-inference could not be built: its suffix decoding will be missing"
+	touch $@
 
 bench: bench-peers
 	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks

@@ -1,9 +1,9 @@
 """`make bench`: runs every part of the plan and renders benchmarks/RESULTS.md and the tables of the README.
 
-`python -m benchmarks` runs what fits into 90 minutes on two cores, `python -m benchmarks NAME…` those parts, the long
-ones among them, `python -m benchmarks --render` none. Each part runs in a process of its own and keeps its figures in
-benchmarks/results/, with command, machine, date and duration; one that fails leaves its earlier figures as they were,
-the others still run, and the command then ends with 1.
+`python -m benchmarks` runs the full round, meant for 90 minutes on two cores, `python -m benchmarks NAME…` those parts,
+the long ones among them, `python -m benchmarks --render` none. Each part runs in a process of its own and keeps its
+figures in benchmarks/results/, with command, machine, date and duration; one that fails leaves its earlier figures as
+they were, the others still run, and the command then ends with 1.
 """
 
 import argparse

@@ -55,7 +55,14 @@ CANDIDATES, REQUESTS = 200, 200
 def main() -> None:
     """Runs what is asked for."""
     parser = options_parser(__doc__)
-    parser.add_argument("--only", choices=("planted", "leaderboard", "gauc", "export", "workers"))
+    parts = {
+        "planted": _planted,
+        "gauc": _gauc,
+        "export": _export,
+        "leaderboard": _leaderboard,
+        "workers": _workers,
+    }
+    parser.add_argument("--only", choices=tuple(parts))
     parser.add_argument("--backbones", nargs="+", choices=tuple(BACKBONES), default=list(BACKBONES))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--recipe", default=str(RECIPE), help="of a finished run, for the leaderboard")
@@ -64,13 +71,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.backbones, options.seeds, options.forms = options.backbones[:2], options.seeds[:1], ["vectors"]
-    parts = {
-        "planted": _planted,
-        "gauc": _gauc,
-        "export": _export,
-        "leaderboard": _leaderboard,
-        "workers": _workers,
-    }
     figures = [f for name, part in parts.items() if options.only in (None, name) for f in part(options)]
     show("CTR models", figures, options)
 

@@ -53,7 +53,7 @@ def results_page(results: dict[str, Result]) -> str:
     parts = [
         "# Results",
         "`make bench` measures the first group of parts and renders this page and the README's tables from "
-        f"`benchmarks/results/`; together these took {minutes:.0f} minutes here. A part of the second group takes "
+        f"`benchmarks/results/`; those shown took {minutes:.0f} minutes together. A part of the second group takes "
         "longer and runs by its name: `python -m benchmarks NAME`. Ratios hold within one part, which runs its peers "
         "in turns on the same machine; between parts the machine may differ, so each names its own.",
         (HERE / "lessons.md").read_text().strip(),

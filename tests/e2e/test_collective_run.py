@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
-from owlrec.errors import RecipeError
 from owlrec.generation.shards import iterate_manifests
 from owlrec.recipe import load_recipe
 from owlrec.store.release import open_release
 from owlrec.workspace import Workspace
+from pipelines.cli import app
 from pipelines.stage import STAGES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
@@ -74,6 +75,9 @@ def test_a_cohort_s_text_serves_its_members(
         assert any(len(c) == 2 for c in release.store.cohorts("user", users))  # liked and disliked
         assert release.store.get("user", [10**9]) == [None]
 
+    looked_up = CliRunner().invoke(app, ["lookup", "user", str(users[0]), "--recipe", str(recipe)])
+    assert "echo-" in looked_up.stdout
+
     capsys.readouterr()
     run(recipe, "generate")
     assert "shards done already" in capsys.readouterr().out
@@ -95,5 +99,6 @@ def test_collective_prompts_without_cohorts_are_a_recipe_error(tmp_path: Path) -
     text = recipe.read_text()
     start, end = text.index("        cohorts:"), text.index("        prompts:")
     recipe.write_text(text[:start] + text[end:])
-    with pytest.raises(RecipeError, match="needs cohorts"):
-        load_recipe(recipe)
+    refused = CliRunner().invoke(app, ["run", str(recipe), "--dry-run"])
+    assert refused.exit_code == 1
+    assert "needs cohorts" in refused.stderr
