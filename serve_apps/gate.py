@@ -5,6 +5,9 @@ Serve calls `middlewares` in every process that listens if RAY_SERVE_HTTP_PROXY_
 themselves; elsewhere it is Serve's proxy, whose gate nobody narrows.
 """
 
+import socket
+
+import uvicorn
 from starlette.middleware import Middleware
 
 from owlrec.serving.gate import Gate, GateMiddleware
@@ -14,4 +17,21 @@ GATE = Gate()
 
 def middlewares() -> list[Middleware]:
     """What Serve puts before each request."""
+    _send_at_once()
     return [Middleware(GateMiddleware, gate=GATE)]
+
+
+def _send_at_once() -> None:
+    """Sets TCP_NODELAY on the socket that Serve is going to listen on, which connections inherit.
+
+    asyncio sets it only where a socket was made with IPPROTO_TCP, and Serve's is not: the body of an answer would wait
+    40 ms for its head to be acknowledged.
+    """
+    startup = uvicorn.Server.startup
+
+    async def startup_without_delay(server: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+        for one in sockets or ():
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await startup(server, sockets)
+
+    uvicorn.Server.startup = startup_without_delay  # type: ignore[method-assign, assignment]
