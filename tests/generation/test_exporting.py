@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from owlrec.errors import SchemaError, SourceError, WorkspaceError
 from owlrec.generation.exporting import export_jsonl, export_parquet
-from owlrec.generation.importing import BadRow, ImportedRow, ImportSource, read_knowledge_file
+from owlrec.generation.importing import RefusedRow, ImportedRow, ImportSource, read_knowledge_file
 from owlrec.schema import KNOWLEDGE
 
 BIG = 2**63 - 1  # 19 digits: as a raw id it would be hashed
@@ -44,7 +44,7 @@ def tables(*groups: list[dict[str, Any]]) -> list[pa.Table]:
     return [pa.Table.from_pylist(group, schema=KNOWLEDGE) for group in groups]
 
 
-def read(path: Path, kind: str) -> list[ImportedRow | BadRow]:
+def read(path: Path, kind: str) -> list[ImportedRow | RefusedRow]:
     return list(read_knowledge_file(ImportSource(path=str(path), kind=kind)))
 
 
@@ -139,5 +139,5 @@ def test_parquet_of_tables_that_differ_is_refused(tmp_path: Path) -> None:
 def test_row_of_an_export_with_a_wrong_kind_or_id_is_a_bad_row(tmp_path: Path) -> None:
     rows = [row("item", 1, "x"), row("film", 2, "x"), row("item", 3, "x") | {"id": "three"}, row("item", 2**63, "x")]
     (tmp_path / "k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    found = [(r.row, r.raw_id, r.error) for r in read(tmp_path / "k.jsonl", "item") if isinstance(r, BadRow)]
+    found = [(r.row, r.raw_id, r.error) for r in read(tmp_path / "k.jsonl", "item") if isinstance(r, RefusedRow)]
     assert found == [(2, "", "WrongKind"), (3, "three", "NoId"), (4, str(2**63), "NoId")]

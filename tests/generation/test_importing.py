@@ -20,14 +20,14 @@ from pydantic import ValidationError
 
 from owlrec.errors import SourceError
 from owlrec.generation import knowledge_files
-from owlrec.generation.importing import BadRow, ImportedRow, ImportSource, _SeenIds, read_knowledge_file
+from owlrec.generation.importing import RefusedRow, ImportedRow, ImportSource, _SeenIds, read_knowledge_file
 from owlrec.schema import stable_id
 
 T = 1_700_000_000_000
 TEXTS = st.lists(st.text(max_size=30), min_size=1, max_size=6)
 
 
-def read(path: Path, **options: Any) -> list[ImportedRow | BadRow]:
+def read(path: Path, **options: Any) -> list[ImportedRow | RefusedRow]:
     return list(read_knowledge_file(ImportSource(path=str(path), **({"kind": "item"} | options))))
 
 
@@ -36,8 +36,8 @@ def item(id_: int, text: str, **changes: Any) -> ImportedRow:
     return ImportedRow(id=id_, text=text, **(fields | changes))
 
 
-def errors(rows: Sequence[ImportedRow | BadRow]) -> list[tuple[int, str, str]]:
-    return [(row.row, row.raw_id, row.error) for row in rows if isinstance(row, BadRow)]
+def errors(rows: Sequence[ImportedRow | RefusedRow]) -> list[tuple[int, str, str]]:
+    return [(row.row, row.raw_id, row.error) for row in rows if isinstance(row, RefusedRow)]
 
 
 def file(tmp_path: Path, name: str, content: str | bytes) -> Path:
@@ -130,9 +130,9 @@ def test_openai_batch_output_is_read_by_custom_id(tmp_path: Path) -> None:
         item(43, "second try", **counts),  # a failed row does not block its retry
     ]
     assert errors(rows) == [(2, "43", "ApiError"), (3, "44", "ApiError"), (4, "45", "NoText"), (5, "", "NoId")]
-    assert isinstance(rows[1], BadRow)
+    assert isinstance(rows[1], RefusedRow)
     assert rows[1].message == "too late"
-    assert isinstance(rows[2], BadRow)
+    assert isinstance(rows[2], RefusedRow)
     assert rows[2].message == "status 400: context too long"
 
 
@@ -167,7 +167,7 @@ def test_refusal_says_so(tmp_path: Path) -> None:
     refused = completion(None, custom_id="1")
     refused["choices"][0]["message"]["refusal"] = "I cannot"
     (row,) = read(file(tmp_path, "a.jsonl", json_lines(refused)))
-    assert isinstance(row, BadRow)
+    assert isinstance(row, RefusedRow)
     assert row.message == "the model refused: I cannot"
 
 
@@ -250,7 +250,7 @@ def test_bad_csv_rows_stop_nobody(tmp_path: Path) -> None:
         (12, "", "NotCsv"),
     ]
     assert [row for row in rows if isinstance(row, ImportedRow)] == [item(1, "a"), item(6, "g\nh")]
-    assert isinstance(rows[-1], BadRow)
+    assert isinstance(rows[-1], RefusedRow)
     assert rows[-1].message.startswith("lines 12 to 13 are no CSV")
 
 

@@ -90,7 +90,7 @@ def test_addresses():
         ("refresh", {"generate": {"engine_gpus": 2}}, GpuDemand(2, 1, "generate.engine_gpus")),
         ("prepare", {"generate": {"engine_gpus": 2}}, None),
         ("generate", {}, None),
-        ("train_ctr", {"ctr": {"use_gpu": True}}, GpuDemand(1, 1, "ctr.use_gpu")),
+        ("train_ctr", {"ctr": {"use_gpu": True, "num_workers": 4}}, GpuDemand(1, 4, "ctr.use_gpu")),
         (
             "tune_ranker",
             {"ranking": {"tuning": {"use_gpu": True, "num_workers": 2}}},

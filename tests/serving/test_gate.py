@@ -1,8 +1,10 @@
 """The gate before everything: who is refused, by what, and who never is."""
 
 import asyncio
+import socket
 
 import httpx
+import uvicorn
 
 from owlrec.serving.gate import Gate, GateMiddleware
 from serve_apps import gate as of_process
@@ -85,3 +87,29 @@ def test_serve_is_given_the_gate_of_its_process():
     assert middleware.cls is GateMiddleware
     assert middleware.kwargs == {"gate": of_process.GATE}
     assert laptop._ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "serve_apps.gate:middlewares"
+
+
+def test_an_answer_does_not_wait_for_its_head_to_be_acknowledged():
+    delays = []
+
+    class Seeing(asyncio.Protocol):
+        def connection_made(self, transport):
+            delays.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            transport.close()
+
+    async def scenario(listening):
+        config = uvicorn.Config(Application(), http=lambda **_: Seeing(), lifespan="off", log_level="critical")
+        config.load()
+        server = uvicorn.Server(config)
+        server.lifespan = config.lifespan_class(config)
+        await server.startup([listening])
+        _, writer = await asyncio.open_connection(*listening.getsockname())
+        writer.close()
+        await asyncio.sleep(0.05)
+        await server.shutdown([listening])
+
+    of_process.middlewares()
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)  # as Serve makes its own
+    listening.bind(("127.0.0.1", 0))
+    asyncio.run(scenario(listening))
+    assert delays == [1]

@@ -93,9 +93,9 @@ def _histories(workspace: Workspace) -> _ReadUntil:
 
 
 def _judge(
-    kind: Kind, row: importing.ImportedRow | importing.BadRow, read_until: _ReadUntil | None, gate: QualityGate
+    kind: Kind, row: importing.ImportedRow | importing.RefusedRow, read_until: _ReadUntil | None, gate: QualityGate
 ) -> tuple[Prompt | UnusableRow, Outcome]:
-    if isinstance(row, importing.BadRow):
+    if isinstance(row, importing.RefusedRow):
         message = f"row {row.row}, id {row.raw_id!r}: {row.message}"
         bad = UnusableRow(kind, stable_id(row.raw_id) if row.raw_id else -row.row, 0, row.error, message)
         return bad, Outcome(BadRow(message, row.error))

@@ -1,6 +1,6 @@
 """Knowledge that was made elsewhere, row by row: KAR's files, OpenAI batches, REKI's answers, tables, our own exports.
 
-Every row of the file comes out once, as an `ImportedRow` or as a `BadRow` that says why it cannot be used. The one
+Every row of the file comes out once, as an `ImportedRow` or as a `RefusedRow` that says why it cannot be used. The one
 thing nobody can guess is up to which moment a text knows its user: where the file does not say, the caller must, since
 samples that are not later would leak.
 """
@@ -78,7 +78,7 @@ class ImportedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class BadRow:
+class RefusedRow:
     """A row that cannot be used."""
 
     row: int  # from 1: the line where it starts (text formats), or the entry (KAR) or row (Parquet)
@@ -87,7 +87,7 @@ class BadRow:
     message: str
 
 
-def read_knowledge_file(source: ImportSource) -> Iterator[ImportedRow | BadRow]:
+def read_knowledge_file(source: ImportSource) -> Iterator[ImportedRow | RefusedRow]:
     """The rows of a file, in order; memory holds a batch of them and 8 bytes an id, KAR's JSON excepted.
 
     Ids are `schema.stable_id` of the file's, except in OwlRec's own exports (known by their columns), whose ids are
@@ -154,7 +154,7 @@ def _records(source: ImportSource, path: Path, format_: Format) -> Iterator[Reco
     return (files.read_csv if format_ == "csv" else files.read_parquet)(path, columns, required)
 
 
-def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterator[ImportedRow | BadRow]:
+def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterator[ImportedRow | RefusedRow]:
     seen, of_other_kinds, of_this_kind, no_json = _SeenIds(), 0, 0, 0
     for number, record in records:
         raw_id = ""
@@ -173,7 +173,7 @@ def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterat
                 raise DuplicateId(f"an earlier row has id {row.id} too; keep one row an id")
         except Unusable as problem:
             message = str(problem).encode(errors="replace").decode()[:_SHOWN_CHARACTERS]
-            yield BadRow(number, raw_id, type(problem).__name__, message)
+            yield RefusedRow(number, raw_id, type(problem).__name__, message)
             no_json += isinstance(problem, files.NotJson)
         else:
             yield row

@@ -78,7 +78,7 @@ def gpu_demand(recipe: Recipe, pipeline: str) -> GpuDemand | None:
     if pipeline in ("generate", "refresh") and recipe.generate.engine_gpus:
         return GpuDemand(recipe.generate.engine_gpus, recipe.generate.min_replicas, "generate.engine_gpus")
     if pipeline in ("train_ctr", "sweep_ctr") and recipe.ctr.use_gpu:
-        return GpuDemand(1, 1, "ctr.use_gpu")
+        return GpuDemand(1, recipe.ctr.num_workers, "ctr.use_gpu")
     if pipeline == "tune_ranker" and ranking is not None and ranking.tuning.use_gpu:
         return GpuDemand(1, ranking.tuning.num_workers, "ranking.tuning.use_gpu")
     return None
