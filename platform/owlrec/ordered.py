@@ -4,9 +4,9 @@ import numpy as np
 
 
 def rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The row of each of `wanted` among `ids`, which ascend: int64 [n], -1 for what is not there."""
+    """The row of each of `wanted` among `ids`, which ascend: int64 of its shape, -1 for what is not there."""
     if len(ids) == 0:
-        return np.full(len(wanted), -1, dtype=np.int64)
+        return np.full(np.shape(wanted), -1, dtype=np.int64)
     rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
     return np.where(ids[rows] == wanted, rows, -1)
 

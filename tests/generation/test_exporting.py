@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from owlrec.errors import SchemaError, SourceError, WorkspaceError
 from owlrec.generation.exporting import export_jsonl, export_parquet
-from owlrec.generation.importing import RefusedRow, ImportedRow, ImportSource, read_knowledge_file
+from owlrec.generation.importing import ImportedRow, ImportSource, RefusedRow, read_knowledge_file
 from owlrec.schema import KNOWLEDGE
 
 BIG = 2**63 - 1  # 19 digits: as a raw id it would be hashed

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError
+from owlrec.ordered import rows_of
 
 PADDING, UNKNOWN = 0, 1
 RESERVED = 2  # the first code of a real value, and the first row of a real item
@@ -61,10 +62,8 @@ class ItemFeatures:
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """int32: the row of each id, of any shape; 1 where the item table lacks it."""
-        if len(self.ids) == 0:
-            return np.full(np.shape(ids), UNKNOWN, dtype=np.int32)
-        where = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[where] == ids, where + RESERVED, UNKNOWN).astype(np.int32)
+        rows = rows_of(self.ids, ids)
+        return np.where(rows < 0, UNKNOWN, rows + RESERVED).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from owlrec.encoding.coded_vectors import codes_of
 from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.ordered import rows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class KnowledgeTable:
             raise SchemaError("these vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again.")
         found = np.zeros((len(ids), len(self.code_sizes)), dtype=np.int64)
         rows, mask = self._find(ids)
-        found[mask] = self.codes[rows[mask]].astype(np.int64) + 1
+        found[mask] = self.codes[rows].astype(np.int64) + 1
         return found
 
     def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -138,15 +139,14 @@ class KnowledgeTable:
         """
         found = np.zeros((len(ids), self.dim), dtype=np.float32)
         rows, mask = self._find(ids)
-        found[mask] = self.vectors[rows[mask]]
+        found[mask] = self.vectors[rows]
         return found, mask
 
     def _find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which row of vectors and codes each id has, and whether it has one."""
-        if len(self.ids) == 0:
-            return np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=bool)
-        where = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return where if self.rows is None else self.rows[where], self.ids[where] == ids
+        """The rows of vectors and codes of the ids that have one, and which these are."""
+        rows = rows_of(self.ids, ids)
+        mask = rows >= 0
+        return rows[mask] if self.rows is None else self.rows[rows[mask]], mask
 
     def shuffled(self, seed: int) -> "KnowledgeTable":
         """The control arm: the same ids, vectors and codes, but no id keeps its own (for n > 1).

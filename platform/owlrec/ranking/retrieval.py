@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
+from owlrec.ordered import rows_of
 from owlrec.ranking.projection import Projection, unit_rows
 from owlrec.schema import vector_matrix
 
@@ -118,12 +119,9 @@ class BehaviourRetriever:
     def _rows(self, ids: np.ndarray) -> np.ndarray:
         """int64 [n]: the row of each id's vector, -1 where it has none."""
         ids = np.asarray(ids, dtype=np.int64)
-        rows = np.full(len(ids), -1, dtype=np.int64)
-        if len(self._ids):
-            order = np.argsort(ids)  # ids in order walk through the table, others jump about in it
-            ascending = ids[order]
-            at = np.minimum(np.searchsorted(self._ids, ascending), len(self._ids) - 1)
-            rows[order] = np.where(self._ids[at] == ascending, at, -1)
+        rows = np.empty(len(ids), dtype=np.int64)
+        order = np.argsort(ids)  # ids in order walk through the table, others jump about in it
+        rows[order] = rows_of(self._ids, ids[order])
         return rows
 
     def _cosines(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
