@@ -56,7 +56,7 @@ bench-peers: $(PEERS)/.installed
 $(PEERS)/.installed: $(STAMP)
 	test -x $(VENV)/feast/bin/python || $(PYTHON) -m venv $(VENV)/feast
 	$(VENV)/feast/bin/pip install -q feast==0.67.0
-	$(BIN)/pip install -q --no-deps --upgrade --target $(PEERS) fuxictr==2.3.10 keras_preprocessing h5py polars==2.1.0 polars-runtime-32==2.1.0 six trl==1.16.0
+	$(BIN)/pip install -q --no-deps --upgrade --target $(PEERS) fuxictr==2.3.10 keras_preprocessing h5py polars==2.1.0 polars-runtime-32==2.1.0 six trl==1.16.0 datasets==5.2.0 multiprocess==0.70.19 xxhash==4.1.0
 	CMAKE_ARGS="-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" $(BIN)/pip install -q --no-deps --upgrade --target $(PEERS) arctic-inference==0.3.0 \
 		|| echo "arctic-inference could not be built: its suffix decoding will be missing"
 	touch $@

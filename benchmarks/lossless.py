@@ -13,18 +13,19 @@ from typing import Any
 from benchmarks.decoding import LEAD_TOKENS, PLAIN, in_process, prepare
 from benchmarks.table import Figure, options_parser, show
 
-TEXTS = 200
 ROWS = 4
 TIE = 1e-3  # of logits, in float32
 
 
 def main() -> None:
     """Writes the refresh workload's texts both ways, compares them and looks at each difference."""
-    options = options_parser(__doc__).parse_args()
+    parser = options_parser(__doc__)
+    parser.add_argument("--texts", type=int, default=200)
+    options = parser.parse_args()
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = prepare(folder, ["kar"], quick=options.quick, requests=16 if options.quick else TEXTS)
+        job = prepare(folder, ["kar"], quick=options.quick, requests=16 if options.quick else options.texts)
         requests = job["requests"]["kar"]["refresh"]
         for dtype in ("float32",) if options.quick else ("float32", "bfloat16"):
             figures += _compare(folder, {**job, "dtype": dtype, "rows": ROWS}, requests)

@@ -97,7 +97,7 @@ def _table(figures: Iterable[Figure]) -> Iterator[str]:
 
 def _number(value: float) -> str:
     """Four significant digits, whole numbers in full."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.4g}"  # + 0.0: no minus before nothing
 
 
 def _plot(figures: Sequence[Figure]) -> str:

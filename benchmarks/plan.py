@@ -28,7 +28,7 @@ PARTS = (
         "decoding --frameworks kar --workloads 'new users' items --batches 4 --rounds 1",
         "And texts of users and items that the pools know nothing of?",
     ),
-    Part("lossless", "lossless", "Does strict verification write what plain decoding would have written?"),
+    Part("lossless", "lossless --texts 50", "Does strict verification write what plain decoding would have written?"),
     Part("cohorts-real", "cohorts --only real", "Are cohorts real?"),
     Part("cohorts-speed", "cohorts --only speed", "How fast are users assigned to cohorts?"),
     Part("streaming", "streaming --only cost", "How many calls does a daily refresh ask for?"),
@@ -42,7 +42,11 @@ PARTS = (
     ),
     Part("ctr-workers", "ctr --only workers", "Do two training workers find what one finds?"),
     Part("ctr-speed", "ctr_speed --rounds 1", "How fast are CTR models trained?"),
-    Part("ranking", "ranking", "How fast and how exact is the LLM ranker?"),
+    Part(
+        "ranking",
+        "ranking --quick --only prefix parity tuning retrieval",
+        "How fast and how exact is the LLM ranker? (Few rounds and prompts.)",
+    ),
     Part("serving", f"serving --feast {FEAST}", "How fast is knowledge served, and what happens beyond capacity?"),
 )
 
@@ -57,6 +61,7 @@ LONG_PARTS = (
         "decoding --frameworks kar --workloads 'new users' items --batches 1 16 64 --rounds 2",
         "Users and items that the pools know nothing of, at the other batch sizes (40 minutes).",
     ),
+    Part("lossless-full", "lossless", "Strict against plain decoding on 200 texts (25 minutes)."),
     Part("generation-full", "generation --rounds 1", "1,000 prompts beside peers, and 10^7 rows (half an hour)."),
     Part("cohorts-texts", "cohorts --only texts", "What do cohorts' texts cost and what are they worth (20 minutes)?"),
     Part(
@@ -71,6 +76,7 @@ LONG_PARTS = (
     ),
     Part("streaming-worth", "streaming --only worth", "Are refreshed texts worth more (20 minutes)?"),
     Part("planner", "planner", "How far off is the planner (40 minutes)?"),
+    Part("ranking-full", "ranking", "The same with 200 prompts, 256 rows and five rounds (an hour)."),
     Part(
         "ranking-shots",
         "ranking_quality --only shots --shots 1024",

@@ -126,7 +126,7 @@ def measure_parity(folder: Path, quick: bool) -> list[Figure]:
 
 def measure_tuning(folder: Path, quick: bool) -> list[Figure]:
     """Real tokens a second of tuning, beside TRL where it is installed."""
-    rows = 64 if quick else 256
+    rows = 128 if quick else 256  # four steps at least, of which two are timed
     questions = [q for asked in lists_of_questions(-(-rows // CANDIDATES), "mixed", "shared_first") for q in asked]
     answers = [YES if i % 2 else NO for i in range(rows)]
     job = {"questions": questions[:rows], "answers": answers, "batch": 32, "micro": 8, "dtype": "bfloat16"}
