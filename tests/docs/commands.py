@@ -176,7 +176,7 @@ def _argparse(module: str, arguments: Sequence[str], partial: bool) -> None:
 
 def make_targets() -> set[str]:
     """The targets of the Makefile."""
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
 
 
 def _make(arguments: Sequence[str]) -> None:
