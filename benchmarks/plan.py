@@ -72,11 +72,11 @@ LONG_PARTS = (
     Part(
         "ctr-planted-full",
         "ctr --only planted",
-        "Planted knowledge, as vectors and as sentences, on three seeds (hours).",
+        "Planted knowledge, as vectors and as sentences, on three seeds (half an hour).",
     ),
     Part("streaming-worth", "streaming --only worth", "Are refreshed texts worth more (20 minutes)?"),
     Part("planner", "planner", "How far off is the planner (40 minutes)?"),
-    Part("ranking-full", "ranking", "The same with 200 prompts, 256 rows and five rounds (an hour)."),
+    Part("ranking-full", "ranking", "The same with 200 prompts, 256 rows and five rounds (more than half an hour)."),
     Part(
         "ranking-shots",
         "ranking_quality --only shots --shots 1024",

@@ -6,6 +6,7 @@ themselves; elsewhere it is Serve's proxy, whose gate nobody narrows.
 """
 
 import socket
+from functools import cache
 
 import uvicorn
 from starlette.middleware import Middleware
@@ -21,6 +22,7 @@ def middlewares() -> list[Middleware]:
     return [Middleware(GateMiddleware, gate=GATE)]
 
 
+@cache  # once a process, however often Serve asks
 def _send_at_once() -> None:
     """Sets TCP_NODELAY on the socket that Serve is going to listen on, which connections inherit.
 

@@ -16,7 +16,8 @@ _ENVIRONMENT = {
     # Python's lock: a refusal, a matter of microseconds, would wait up to 5 ms at each system call.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # uvloop accepts one connection in each round of its loop, asyncio all that wait. Beyond capacity rounds are long,
-    # and requests that should have been refused at once would wait seconds for their connection.
+    # and requests that should have been refused at once would wait seconds for their connection. The gate then sets
+    # TCP_NODELAY, as uvloop does.
     "RAY_USE_UVLOOP": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.gate:middlewares",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy laptop a proxy needs longer than Serve's 5 s
