@@ -98,7 +98,7 @@ class _Load:
         async with self.slots:
             status = 0
             try:
-                reader, writer = self.free.pop() if self.free else await asyncio.open_connection(self.host, self.port)
+                reader, writer = self._connected() or await asyncio.open_connection(self.host, self.port)
                 writer.write(self.requests[number % len(self.requests)])
                 status, body, keep = await asyncio.wait_for(_answer(reader), 30)
                 if keep:
@@ -114,6 +114,15 @@ class _Load:
             now = time.perf_counter()
             self.times.append((status, now - due))
             self.ok_in_time += status == 200 and now <= self.end
+
+    def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """A connection that is free, and that the server has not closed for having been idle too long."""
+        while self.free:
+            reader, writer = self.free.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return None
 
     def _check(self, body: bytes) -> None:
         answer = json.loads(body)

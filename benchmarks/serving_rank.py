@@ -63,6 +63,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
         _figure(f"{by_ctr}, errors", ctr.asked - ctr.statuses.get("200", 0), f"of {ctr.asked:,}"),
         _figure(f"{by_llm}, p50", cascade.ok_p50_ms, "ms"),
         _figure(f"{by_llm}, p99", cascade.ok_p99_ms, "ms"),
+        _figure(f"{by_llm}, errors", cascade.asked - cascade.statuses.get("200", 0), f"of {cascade.asked:,}"),
         _figure(f"{by_llm}, re-ranked in time", within, f"% of {cascade.asked:,}"),
     ]
 
