@@ -14,7 +14,6 @@ def test_a_connection_that_the_server_closed_while_it_was_idle_is_not_used_again
         await reader.readuntil(b"\r\n\r\n")
         writer.write(ANSWER)
         served.append(None)
-        await asyncio.sleep(0.02)
         writer.close()
 
     async def run():
