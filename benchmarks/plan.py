@@ -47,7 +47,13 @@ PARTS = (
         "ranking --quick --only prefix parity tuning retrieval",
         "How fast and how exact is the LLM ranker? (Few rounds and prompts.)",
     ),
-    Part("serving", f"serving --feast {FEAST}", "How fast is knowledge served, and what happens beyond capacity?"),
+    Part("serving-store", "serving --only store", "How fast do the stores answer?"),
+    Part(
+        "serving",
+        f"serving --only http swaps overload memory --feast {FEAST}",
+        "How fast is knowledge served, and what happens beyond capacity?",
+    ),
+    Part("serving-rank", "serving --only rank", "How fast are candidates ranked, by the CTR model and with the LLM?"),
 )
 
 LONG_PARTS = (

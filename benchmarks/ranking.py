@@ -126,10 +126,11 @@ def measure_parity(folder: Path, quick: bool) -> list[Figure]:
 
 def measure_tuning(folder: Path, quick: bool) -> list[Figure]:
     """Real tokens a second of tuning, beside TRL where it is installed."""
-    rows = 128 if quick else 256  # four steps at least, of which two are timed
-    questions = [q for asked in lists_of_questions(-(-rows // CANDIDATES), "mixed", "shared_first") for q in asked]
+    rows, batch, history = (64, 16, 10) if quick else (256, 32, HISTORY)  # four steps at least: two of ours are timed
+    lists = lists_of_questions(-(-rows // CANDIDATES), "mixed", "shared_first", history)
+    questions = [q for asked in lists for q in asked][:rows]
     answers = [YES if i % 2 else NO for i in range(rows)]
-    job = {"questions": questions[:rows], "answers": answers, "batch": 32, "micro": 8, "dtype": "bfloat16"}
+    job = {"questions": questions, "answers": answers, "batch": batch, "micro": 8, "dtype": "bfloat16"}
     speeds = {"owlrec": in_process(folder, {**job, "do": "tune"})["tokens_per_s"]}
     if importlib.util.find_spec("trl"):
         speeds["TRL SFTTrainer"] = in_process(folder, {**job, "do": "tune_by_trl"})["tokens_per_s"]
@@ -138,7 +139,7 @@ def measure_tuning(folder: Path, quick: bool) -> list[Figure]:
     peer = speeds.get("TRL SFTTrainer")
     return [
         Figure(
-            measure=f"LoRA tuning, {rows} rows, batch 32",
+            measure=f"LoRA tuning, {rows} rows, batch {batch}, {history} behaviours",
             method=method,
             value=value,
             unit="tokens/s",
@@ -192,8 +193,9 @@ def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
     return figures
 
 
-def lists_of_questions(n_users: int, shown: str, layout: str) -> list[list[Question]]:
+def lists_of_questions(n_users: int, shown: str, layout: str, history: int = HISTORY) -> list[list[Question]]:
     """Of each of `n_users` MovieLens-100K users with a long history, the questions about 50 films they had not seen.
+    Shows `history` behaviours.
 
     Retrieved behaviours are drawn at random: which they are does not change the cost.
     """
@@ -209,11 +211,11 @@ def lists_of_questions(n_users: int, shown: str, layout: str) -> list[list[Quest
     for user in sorted(u for u, of in seen.items() if len(of) >= 2 * HISTORY)[:n_users]:
         behaviours = [(titles[item], rating) for _, item, rating in sorted(seen[user])]
         fresh = sorted(set(titles) - {item for _, item, _ in seen[user]})
-        lately = HISTORY if shown == "recent" else HISTORY // 2
+        lately = history if shown == "recent" else history // 2
         asked = []
         for item in rng.choice(fresh, CANDIDATES, replace=False).tolist():
             older = behaviours[:-lately]
-            drawn = sorted(rng.choice(len(older), HISTORY - lately, replace=False).tolist())
+            drawn = sorted(rng.choice(len(older), history - lately, replace=False).tolist())
             retrieved = [older[i] for i in drawn]
             profile = {"gender": "female", "age": "30"}
             scenario = get_scenario("movies")
