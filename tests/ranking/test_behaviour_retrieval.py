@@ -134,6 +134,18 @@ def test_more_candidates_than_scores_are_held_at_once(monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(retriever.retrieve(history, candidates, 5), whole)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_that_share_a_history_find_what_one_finds(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    rng = np.random.default_rng(7)
+    vectors = rng.standard_normal((1001, 16), dtype=np.float32)
+    history, candidates = rng.integers(0, 1001, 900), rng.integers(0, 1001, 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    monkeypatch.setattr("owlrec.ranking.retrieval._BLOCK_BYTES", 16 * 4 * 7)  # blocks of seven rows
+    found = BehaviourRetriever(np.arange(1001), vectors).retrieve(history, candidates, 9)
+    for candidate, positions in zip(candidates, found, strict=True):
+        assert positions.tolist() == reference(np.arange(1001), vectors, history, candidate, 9)
+
+
 @pytest.mark.parametrize(
     ("ids", "rows", "says"),
     [((1, 3, 2), 3, "row 2: id 2 follows 3"), ((1, 1), 2, "row 1: id 1 follows 1"), ((1, 2), 3, "2 ids, but")],

@@ -8,11 +8,14 @@ length 1.
 
 Exact at any length: one pass over the vectors of a history's distinct items, of whose behaviours only those of the
 items that may be among the nearest are looked at. The pass gathers vectors a block at a time and multiplies them while
-they are in cache: a copy of them all would take twice as long as the product. A product in float32 rounds differently
+they are in cache: a copy of them all would take twice as long as the product. Long histories are shared by as many
+threads as OMP_NUM_THREADS allows, or the process has cores. A product in float32 rounds differently
 from one batch of candidates to the next, so the few that count are computed again in float64: equal items tie, and a
 candidate's company changes nothing.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +30,7 @@ from owlrec.schema import vector_matrix
 _PRODUCT_ERROR = 1e-5  # of a float32 cosine at most; 5e-7 was seen with 128 and with 512 dimensions
 _SCORES_AT_ONCE = 1 << 24  # cosines held at a time: 64 MB
 _BLOCK_BYTES = 1 << 20  # of vectors gathered at a time: within a core's L2, and too small for BLAS to start threads on
+_BLOCKS_A_THREAD = 8  # at least: some ms of work, beside which the start of a thread is nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,12 +131,23 @@ class BehaviourRetriever:
     def _cosines(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """float32 [m, u]: the rounded products of queries [m, d] with the vectors in `rows` [u]."""
         dim = self._vectors.shape[1]
-        block = np.empty((max(1, _BLOCK_BYTES // (4 * max(1, dim))), dim), dtype=np.float32)
+        block_rows = max(1, _BLOCK_BYTES // (4 * max(1, dim)))
         cosines = np.empty((len(queries), len(rows)), dtype=np.float32)
-        for start in range(0, len(rows), len(block)):
-            of_block = rows[start : start + len(block)]
-            vectors = np.take(self._vectors, of_block, axis=0, out=block[: len(of_block)], mode="clip")
-            cosines[:, start : start + len(of_block)] = queries @ vectors.T
+
+        def multiply(first: int, end: int) -> None:
+            block = np.empty((block_rows, dim), dtype=np.float32)
+            for start in range(first, end, block_rows):
+                of_block = rows[start : min(start + block_rows, end)]
+                vectors = np.take(self._vectors, of_block, axis=0, out=block[: len(of_block)], mode="clip")
+                cosines[:, start : start + len(of_block)] = queries @ vectors.T
+
+        threads = min(_threads(), len(rows) // (_BLOCKS_A_THREAD * block_rows))
+        if threads < 2:
+            multiply(0, len(rows))
+            return cosines
+        ends = np.linspace(0, len(rows), threads + 1).astype(int).tolist()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(multiply, ends[:-1], ends[1:]))
         return cosines
 
     def _nearest(self, history: History, query: np.ndarray, cosines: np.ndarray, k: int) -> np.ndarray:
@@ -155,3 +170,8 @@ class BehaviourRetriever:
             without = np.setdiff1d(np.arange(history.n_behaviours), history.positions, assume_unique=True)
             chosen = np.r_[chosen, without[len(chosen) - k :]]
         return np.sort(chosen)
+
+
+def _threads() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list names what nested loops may use
+    return int(asked) if asked.strip().isdigit() else os.cpu_count() or 1
