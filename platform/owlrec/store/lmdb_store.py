@@ -7,7 +7,6 @@ interest partitions follow their id's newest one, under its key and one byte mor
 process writes a file that nobody else sees yet (owlrec.store.lmdb_writer), and afterwards it never changes.
 """
 
-import json
 import struct
 import threading
 from abc import abstractmethod
@@ -18,6 +17,7 @@ from typing import Any
 
 import lmdb
 import numpy as np
+from pydantic_core import from_json
 
 from owlrec.encoding.packed_codes import unpack_codes
 from owlrec.errors import ReleaseError, did_you_mean
@@ -87,7 +87,7 @@ class RowStore(KnowledgeStore):
 
     def _knowledge(self, kind: str, id_: int, value: bytes) -> Knowledge:
         try:
-            fields = json.loads(value)
+            fields = from_json(value)
             return Knowledge(kind, id_, fields["as_of"], fields["text"], fields["framework"], fields["quality"])
         except (ValueError, KeyError) as error:
             raise ReleaseError(
