@@ -27,11 +27,16 @@ from owlrec.workspace import Workspace
 
 
 class AdaptorConfig(Config):
-    """The hybrid-expert adaptor. The defaults are those of KAR's run script."""
+    """The hybrid-expert adaptor.
+
+    As many experts as KAR's run script has, of half its width: 128 cost a third of the training speed of DeepFM, and
+    changed the valid AUC of three backbones by .0002 at most (MovieLens-100K, metadata vectors, two user splits, three
+    seeds).
+    """
 
     shared_experts: int = Field(default=2, ge=1)
     dedicated_experts: int = Field(default=5, ge=1)  # of each tower
-    hidden_dim: int = Field(default=128, ge=1)
+    hidden_dim: int = Field(default=64, ge=1)
 
 
 class CTRConfig(Config):

@@ -2,6 +2,10 @@
 
 A cross layer is x_{l+1} = x_0 * (W x_l + b) + x_l with a full-rank W: at the width of our input (some 300) the
 paper's low-rank form saves nothing.
+
+With knowledge W is block-diagonal: the knowledge fields are crossed with each other, which is where a user's taste
+meets what an item is, and the deep network alone reads them beside the others. A full W would be 1.7 times as large,
+for no more valid AUC (.7597; block-diagonal .7598: MovieLens-100K, metadata vectors, two user splits, three seeds).
 """
 
 from collections.abc import Sequence
@@ -14,20 +18,34 @@ from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape,
 CROSS_LAYERS = 3
 
 
+class MatrixCross(nn.Module):
+    """[b, width] -> [b, width]: sums of products of up to CROSS_LAYERS + 1 components."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(CROSS_LAYERS))
+
+    def forward(self, first: Tensor) -> Tensor:
+        """first: float32 [b, width]."""
+        crossed = first
+        for layer in self.layers:
+            crossed = torch.addcmul(crossed, first, layer(crossed))
+        return crossed
+
+
 class DCNv2(Backbone):
     """Explicit feature crosses up to degree four, and an MLP; the history enters as its mean."""
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
-        width = shape.n_fields * shape.embed_dim
-        self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(CROSS_LAYERS))
+        width, of_knowledge = shape.n_fields * shape.embed_dim, shape.knowledge_fields * shape.embed_dim
+        self.blocks = [width - of_knowledge, of_knowledge] if of_knowledge else [width]  # knowledge comes last
+        self.cross = nn.ModuleList(MatrixCross(block) for block in self.blocks)
         self.deep = mlp(width, hidden_dims, dropout)
         self.head = nn.Linear(width + hidden_dims[-1], 1)
 
     def forward(self, inputs: BackboneInputs) -> Tensor:
         """float32 [b]: logits."""
-        first = inputs.fields().flatten(1)
-        crossed = first
-        for layer in self.cross:
-            crossed = torch.addcmul(crossed, first, layer(crossed))
-        return self.head(torch.cat([crossed, self.deep(first)], dim=1)).squeeze(-1)
+        fields = inputs.fields().flatten(1)
+        crossed = [cross(block) for cross, block in zip(self.cross, fields.split(self.blocks, dim=1), strict=True)]
+        return self.head(torch.cat([*crossed, self.deep(fields)], dim=1)).squeeze(-1)
