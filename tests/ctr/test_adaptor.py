@@ -101,17 +101,6 @@ def test_one_source_draws_the_numbers_of_an_adaptor_without_fusion() -> None:
         assert torch.equal(parameters[name], value), name
 
 
-def test_one_source_is_computed_as_without_fusion() -> None:
-    model, user, item = adaptor(), side(5, 1), side(4, 2)
-    fields = []
-    for tower, knowledge in ((model.user, user), (model.item, item)):
-        x = torch.where(knowledge.mask, F.normalize(knowledge.vectors[:, 0], dim=1), tower.default)
-        outputs = torch.cat([model.shared(x), tower.experts(x)], dim=1)
-        mixed = torch.einsum("bn,bno->bo", torch.softmax(tower.gate(x), dim=1), outputs)
-        fields.append(mixed[knowledge.rows])
-    torch.testing.assert_close(model(user, item), torch.stack(fields, dim=1))
-
-
 @pytest.mark.parametrize("garbage", [99.0, -math.inf, math.nan])
 @pytest.mark.parametrize("sources", SOURCES)
 def test_a_missing_source_contributes_nothing_whatever_its_vector_holds(
@@ -128,7 +117,7 @@ def test_a_missing_source_contributes_nothing_whatever_its_vector_holds(
 def test_only_ids_without_any_source_read_the_default(sources: int) -> None:
     model, user, item = adaptor(sources), side(5, 1, sources), side(4, 2)
     missing = ~user.mask.any(dim=1)
-    assert torch.equal(model.user.fused(user.vectors, user.mask)[missing], model.user.default.expand(missing.sum(), D))
+    assert torch.equal(model.user.fused(user.vectors, user.mask)[missing], torch.zeros(int(missing.sum()), D))
     before = model(user, item)[:, 0]
     with torch.no_grad():
         model.user.default += 1
@@ -150,7 +139,7 @@ def test_nothing_known_of_a_whole_batch_trains_without_nan() -> None:
     out = model(user, item)
     out.sum().backward()
     assert model.user.fusion is not None
-    assert torch.equal(model.user.fusion(user.vectors, user.mask), torch.zeros(5, D))
+    assert torch.equal(model.user.fused(user.vectors, user.mask), torch.zeros(5, D))
     assert out.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

@@ -10,6 +10,7 @@ Several sources a side (individual and collective knowledge, a user's interest p
 by attention as in LIBER (arXiv 2411.14713, User Interest Fusion), so that the adaptor's size hardly grows with them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,24 +34,29 @@ class Knowledge:
 
 
 class Experts(nn.Module):
-    """n experts evaluated as two batched products: [b, d] -> [b, n, out_dim]."""
+    """n experts, each in_dim -> hidden_dim -> out_dim. `mixed` evaluates those of several such groups at once."""
 
     def __init__(self, n: int, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.n = n
         self.first = nn.Linear(in_dim, n * hidden_dim)
         bound = hidden_dim**-0.5  # what nn.Linear would draw its weights from
         self.weight = nn.Parameter(torch.empty(n, hidden_dim, out_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n, out_dim).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [b, in_dim]. Returns float32 [b, n, out_dim], not negative."""
-        return self.finish(self.first(x))
 
-    def finish(self, hidden: Tensor) -> Tensor:
-        """float32 [b, n, out_dim]: `forward` from the first layer's output on. hidden: float32 [b, n * hidden_dim]."""
-        hidden = hidden.relu().unflatten(1, (self.n, -1))
-        return (torch.einsum("bnh,nho->bno", hidden, self.weight) + self.bias).relu()
+def mixed(x: Tensor, groups: Sequence[Experts], gate: nn.Linear) -> Tensor:
+    """float32 [b, out_dim], not negative: the outputs of all experts, weighed by the gate's softmax.
+
+    x: float32 [b, in_dim]. gate: one output for each expert, in the groups' order.
+    """
+    weight, bias = torch.cat([group.weight for group in groups]), torch.cat([group.bias for group in groups])
+    first = [*(group.first for group in groups), gate]  # one product: they read the same x
+    hidden, logits = F.linear(x, torch.cat([f.weight for f in first]), torch.cat([f.bias for f in first])).split(
+        [weight.shape[0] * weight.shape[1], weight.shape[0]], dim=1
+    )
+    hidden = hidden.relu().unflatten(1, weight.shape[:2])
+    outputs = (torch.einsum("bnh,nho->bno", hidden, weight) + bias).relu()
+    return torch.einsum("bn,bno->bo", torch.softmax(logits, dim=1), outputs)
 
 
 class Fusion(nn.Module):
@@ -68,8 +74,9 @@ class Fusion(nn.Module):
         self.query = nn.Parameter(torch.empty(FUSION_DIM).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """float32 [b, dim], zeros where no source is there. x: float32 [b, s, dim]; mask: bool [b, s]."""
-        x = x.masked_fill(~mask.unsqueeze(2), 0.0)
+        """float32 [b, dim], zeros where no source is there. x: float32 [b, s, dim], zeros where the mask is False;
+        mask: bool [b, s].
+        """
         scores = torch.tanh(self.key(x) + self.slots) @ self.query
         weights = torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=1)
         return torch.einsum("bs,bsd->bd", weights, x)
@@ -90,39 +97,27 @@ class Tower(nn.Module):
         self.fusion = Fusion(sources, in_dim) if sources > 1 else None
 
     def fused(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """float32 [b, in_dim], what gate and experts read: the default vector where no source is there.
+        """float32 [b, in_dim], what gate and experts read of an id: zeros where no source is there.
 
         Arguments and errors: see `forward`.
         """
-        x = self._checked(vectors)
-        one = x[:, 0] if self.fusion is None else self.fusion(x, mask)
-        return torch.where(mask.any(dim=1, keepdim=True), one, self.default)
-
-    def _checked(self, vectors: Tensor) -> Tensor:
         if vectors.shape[1] != self.sources:
             raise ValueError(f"{vectors.shape[1]} vectors an id, but this tower was built for {self.sources}.")
-        return F.normalize(vectors, dim=2)
+        # Whatever stands where none is known must not reach a gradient.
+        x = F.normalize(vectors.masked_fill(~mask.unsqueeze(2), 0.0), dim=2)
+        return x[:, 0] if self.fusion is None else self.fusion(x, mask)
 
     def forward(self, vectors: Tensor, mask: Tensor, shared: Experts) -> Tensor:
         """float32 [b, out_dim]. vectors: float32 [b, sources, in_dim]; mask: bool [b, sources], False where missing.
 
         Raises ValueError for another number of sources.
         """
-        if self.fusion is not None:
-            x = self.fused(vectors, mask)
-            hidden, gate = [experts.first(x) for experts in (shared, self.experts)], self.gate(x)
-        else:
-            # The default vector takes its place after each linear layer instead of before: the same numbers, but the
-            # vectors, which nobody trains, need no gradient. That is a third of the adaptor's work.
-            # Whatever stands where none is known must not reach a gradient.
-            x = self._checked(vectors.masked_fill(~mask.unsqueeze(2), 0.0))[:, 0]
-            first, dedicated, gate = (
-                torch.where(mask, layer(x), layer(self.default))
-                for layer in (shared.first, self.experts.first, self.gate)
-            )
-            hidden = [first, dedicated]
-        outputs = torch.cat([e.finish(h) for e, h in zip((shared, self.experts), hidden, strict=True)], dim=1)
-        return torch.einsum("bn,bno->bo", torch.softmax(gate, dim=1), outputs)
+        # The default vector goes through by itself: put among the vectors, which nobody trains, it would make them all
+        # need a gradient, a third of the adaptor's work.
+        of_vectors, of_default = (
+            mixed(x, (shared, self.experts), self.gate) for x in (self.fused(vectors, mask), self.default[None])
+        )
+        return torch.where(mask.any(dim=1, keepdim=True), of_vectors, of_default)
 
 
 class Adaptor(nn.Module):
@@ -139,4 +134,6 @@ class Adaptor(nn.Module):
     def forward(self, user: Knowledge, item: Knowledge) -> Tensor:
         """float32 [b, 2, out_dim]: the user's field, then the item's, of each row."""
         towers = ((self.user, user), (self.item, item))
-        return torch.stack([tower(k.vectors, k.mask, self.shared)[k.rows] for tower, k in towers], dim=1)
+        # An embedding's gradient is several times as fast as that of an index.
+        fields = [F.embedding(k.rows, tower(k.vectors, k.mask, self.shared)) for tower, k in towers]
+        return torch.stack(fields, dim=1)

@@ -137,9 +137,12 @@ class KnowledgeTable:
         ids: int64 [b], any order, repeats allowed. Returns float32 [b, d], zeros where an id has none, and bool [b],
         True where it has one.
         """
-        found = np.zeros((len(ids), self.dim), dtype=np.float32)
         rows, mask = self._find(ids)
-        found[mask] = self.vectors[rows]
+        known = self.vectors[rows].astype(np.float32)
+        if mask.all():
+            return known, mask
+        found = np.zeros((len(ids), self.dim), dtype=np.float32)
+        found[mask] = known
         return found, mask
 
     def _find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
