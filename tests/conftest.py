@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, settings
 from processes import command_lines
 
 from owlrec import schema
@@ -26,14 +27,32 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.pop("RAY_ADDRESS", None)
+# How long an example takes hangs on who else computes; a folder of its own is made by whoever needs one an example.
+suppressed = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("shared-machine", deadline=None, suppress_health_check=suppressed)
+settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).resolve().parent.parent
+WAITING = ("ray", "vllm", "e2e")  # markers of tests that start clusters, engines, jobs
+WATCHING = ("serving", "store", "client")  # folders of tests that ask servers, and say how soon they must answer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the chaos test and the fuzzer go on."""
+    """How long the chaos test and the fuzzer go on, and which half of the suite runs."""
     parser.addoption("--chaos-seeds", type=int, default=3, help="seeded runs of tests/e2e/test_chaos.py")
     parser.addoption("--fuzz-cases", type=int, default=200, help="requests of tests/serving/test_fuzz.py, at least")
+    parser.addoption("--half", choices=("main", "beside"), help="of the suite: see tests/halves.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the half that was asked for: what starts processes or watches the clock, or what only computes."""
+    half = config.getoption("--half")
+    if half is None:
+        return
+    main = [item for item in items if any(map(item.get_closest_marker, WAITING)) or item.path.parent.name in WATCHING]
+    kept = set(main) if half == "main" else set(items) - set(main)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -24,7 +24,7 @@ def sizes(book: Codebook, vectors: np.ndarray) -> np.ndarray:
     return np.bincount(book.assign(vectors)[0], minlength=len(book.numbers))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 400), st.integers(1, 12), st.integers(0, 3))
 def test_no_cohort_of_the_sample_is_too_small(n: int, centres: int, seed: int) -> None:
     vectors = blobs(n, centres, seed=seed)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from owlrec.ctr.delong import delong_test, placements
@@ -10,7 +10,6 @@ from owlrec.ctr.intervals import bootstrap_aucs
 from owlrec.ctr.metrics import auc
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4)), min_size=2, max_size=40))
 def test_placements_are_the_mean_of_all_pairs_ties_counting_half(rows: list[tuple[int, int]]) -> None:
     labels, scores = (np.array(column) for column in zip(*rows, strict=True))

@@ -4,14 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from owlrec.ctr.intervals import Interval, WeightedAUC, bootstrap_aucs, percentile_interval
 from owlrec.ctr.metrics import auc
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=40))
 def test_integer_weights_are_repeated_rows(rows: list[tuple[int, int, int]]) -> None:
     labels, scores, weights = (np.array(column) for column in zip(*rows, strict=True))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from owlrec.ctr.knowledge import KnowledgeTable
@@ -97,7 +97,6 @@ def test_missing_and_damaged_folders_say_what_to_do(tmp_path: Path) -> None:
         KnowledgeTable.open(tmp_path)
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(2, 40), st.integers(0, 2**32 - 1), st.integers(0, 5))
 def test_shuffle_is_a_derangement_of_the_same_vectors(n: int, seed: int, again: int) -> None:
     own = np.arange(n, dtype=np.float16).reshape(n, 1)

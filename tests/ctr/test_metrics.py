@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
@@ -124,7 +124,6 @@ def test_logits_are_no_probabilities() -> None:
     assert auc(np.array([0, 1]), np.array([-math.inf, 5])) == 1
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1), st.integers(0, 6)), min_size=1, max_size=60))
 def test_agrees_with_scikit_learn_under_ties(rows: list[tuple[int, int, int]]) -> None:
     users, labels, scores = (np.array(column) for column in zip(*rows, strict=True))

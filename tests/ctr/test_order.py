@@ -11,7 +11,7 @@ from owlrec.ctr.order import epoch_batches, shuffled_rows
 
 
 @given(st.integers(0, 60), st.integers(1, 12), st.integers(1, 4))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_ranks_share_each_batch_without_overlap_and_in_equal_parts(n: int, batch_size: int, world: int) -> None:
     shares = [[b.tolist() for b in epoch_batches(n, batch_size, 5, 1, rank, world)] for rank in range(world)]
     assert {tuple(map(len, share)) for share in shares} == {tuple(map(len, shares[0]))}

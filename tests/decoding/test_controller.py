@@ -124,7 +124,7 @@ def test_the_road_not_taken_is_tried_now_and_then() -> None:
     assert 1 <= drafted.count(0) <= 4
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.lists(st.floats(0.01, 0.99), min_size=3, max_size=3), min_size=1, max_size=4),
     st.lists(st.floats(0.1, 5.0), min_size=3, max_size=3),

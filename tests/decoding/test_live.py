@@ -17,7 +17,7 @@ def matches(pool: LivePool, context: list[int], room: int = 512) -> tuple[np.nda
     return positions[:found], lengths[:found]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts, st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_longest_match_equals_brute_force(sequences: list[list[int]], context: list[int]) -> None:
     pool = LivePool(max_tokens=1 << 12)
@@ -30,7 +30,7 @@ def test_longest_match_equals_brute_force(sequences: list[list[int]], context: l
         assert list(pool.tokens[position - length : position]) == context[len(context) - length :]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts, st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_a_sealed_pool_finds_as_long_matches(sequences: list[list[int]], context: list[int]) -> None:
     pool = LivePool(max_tokens=1 << 12)

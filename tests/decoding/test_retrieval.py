@@ -120,7 +120,7 @@ def test_empty_pools_draft_nothing(kind: int) -> None:
     assert tokens(draft(shelf, [[1, 2, 3]], [[(kind, add())]])) == []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=20), min_size=1, max_size=4),
     st.lists(st.integers(0, 3), min_size=1, max_size=20),

@@ -31,7 +31,7 @@ def brute_force(sequences: list[list[int]], context: list[int]) -> int:
     return 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts)
 def test_order_is_sorted_by_the_text_read_backwards(sequences: list[list[int]]) -> None:
     pool = build_pool(sequences)
@@ -43,7 +43,7 @@ def test_order_is_sorted_by_the_text_read_backwards(sequences: list[list[int]]) 
         assert pool.shared[i] == (min(len(keys[i - 1]), len(keys[i])) if shared is None else shared)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts, st.lists(st.integers(0, 3), max_size=45))
 def test_longest_match_equals_brute_force(sequences: list[list[int]], context: list[int]) -> None:
     pool = build_pool(sequences)

@@ -112,7 +112,7 @@ def test_padding_is_never_accepted() -> None:
     assert list(verdict.accepted) == [0, 1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows_of_logits, st.integers(-1, 4), rules)
 def test_rule_equals_brute_force(logits: list[float], token: int, rule: Relaxation) -> None:
     import torch
@@ -134,7 +134,7 @@ def test_rule_equals_brute_force(logits: list[float], token: int, rule: Relaxati
 chains = st.lists(st.tuples(rows_of_logits, st.integers(0, 4)), max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(chains, rows_of_logits, st.one_of(st.none(), rules)), min_size=1, max_size=4))
 def test_short_way_and_vllms_kernel_agree_with_brute_force(batch: list[Any]) -> None:
     import torch

@@ -96,7 +96,7 @@ def test_digits_run_out_with_a_way_on() -> None:
         new_codes([1], [[4, 0]], {}, 65_535)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.dictionaries(st.integers(0, 9), st.integers(0, 3), max_size=10), min_size=1, max_size=5))
 def test_ids_stay_unique_over_any_number_of_refreshes(rounds: list[dict[int, int]]) -> None:
     """Each round gives some ids the vector of one of four corners."""

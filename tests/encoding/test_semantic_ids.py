@@ -111,7 +111,7 @@ class TestQuantiser:
         report = measured(quantiser, vectors, np.arange(n))
         assert report.relative_error < (1e-10 if n in (1, 2) or method == "kmeans" else 0.5)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(data=st.data())
     def test_any_finite_vectors_can_be_coded(self, method: Any, data: st.DataObject) -> None:
         n, d = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 5))

@@ -66,7 +66,7 @@ def test_any_text_survives_the_round_trip(tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("law") / name
     ids = st.integers(-(2**63), BIG)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.dictionaries(ids, st.tuples(st.text(max_size=40), ids), min_size=1, max_size=6))
     def law(rows: dict[int, tuple[str, int]]) -> None:
         export(tables([row("user", id_, text, as_of=as_of) for id_, (text, as_of) in rows.items()]), path)

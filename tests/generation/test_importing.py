@@ -425,7 +425,7 @@ def test_any_text_comes_in_unchanged(
 ) -> None:
     folder = tmp_path_factory.mktemp("law")
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(TEXTS)
     def law(texts: list[str]) -> None:
         path = file(folder, name, write(list(enumerate(texts))))
@@ -444,7 +444,7 @@ def test_arbitrary_bytes_are_bad_rows_or_a_refusal_never_a_crash(
     )
     formats = {"klg": "kar", "tsv": "csv"}
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.lists(st.one_of(pieces, st.binary(max_size=8)), max_size=12).map(b"".join))
     def law(content: bytes) -> None:
         suffix = name.partition(".")[2]
@@ -454,7 +454,7 @@ def test_arbitrary_bytes_are_bad_rows_or_a_refusal_never_a_crash(
     law()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-5, 5), max_size=60))
 def test_seen_ids_know_what_a_set_knows(ids: list[int]) -> None:
     seen, oracle = _SeenIds(), set[int]()

@@ -49,7 +49,7 @@ def worlds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 
 
 @given(worlds())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_same_as_brute_force(world: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]) -> None:
     ids, vectors, history, candidates, k = world
     found = BehaviourRetriever(ids, vectors).retrieve(history, candidates, k)
@@ -59,7 +59,7 @@ def test_same_as_brute_force(world: tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from([2, 17, 64]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_same_as_brute_force_with_real_valued_vectors_and_exact_copies(seed: int, k: int, dim: int) -> None:
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(60, dim)).astype(np.float32)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from owlrec.ctr.metrics import auc, log_loss
@@ -75,7 +75,6 @@ def test_isotonic_pools_adjacent_violators() -> None:
     st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=60),
     st.lists(st.floats(0, 1), min_size=2, max_size=20),
 )
-@settings(deadline=None)
 def test_always_monotone_and_strictly_inside_zero_and_one(
     method: CalibrationMethod, rows: list[tuple[float, bool]], asked: list[float]
 ) -> None:

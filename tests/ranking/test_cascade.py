@@ -63,7 +63,7 @@ class Fixed:
     st.integers(1, 10),
     st.sampled_from([0.1, 0.25, 0.5, 1.0]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_order_and_scores_are_those_that_are_served(
     pairs: list[tuple[float, float]], first: int, weight: float
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from owlrec.errors import RecipeError, SchemaError
@@ -146,7 +146,6 @@ def test_shots_are_the_seeds_and_not_the_first_rows() -> None:
 
 
 @given(st.permutations(range(40)), st.integers(0, 39))
-@settings(deadline=None)
 def test_order_of_shots_depends_neither_on_the_tables_order_nor_on_other_samples(order: list[int], left: int) -> None:
     samples = many(40, seed=3)
 

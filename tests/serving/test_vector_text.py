@@ -3,14 +3,13 @@
 import json
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
 from owlrec.serving.vector_text import vectors_as_bytes, vectors_as_json
 
 
-@settings(deadline=None)  # the first call makes the table
 @given(stn.arrays(np.float16, st.tuples(st.integers(0, 4), st.integers(1, 6))))
 def test_json_reads_back_as_the_same_float16(rows):
     texts = vectors_as_json(rows)

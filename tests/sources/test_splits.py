@@ -244,7 +244,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(logs(), configs)
 def test_builder_agrees_with_the_oracle_and_never_leaks(rows: list[Row], config: SplitConfig) -> None:
     try:
@@ -277,7 +277,7 @@ def test_builder_agrees_with_the_oracle_and_never_leaks(rows: list[Row], config:
         assert max(times["valid"]) < min(times["test"])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(logs(), configs, st.randoms(use_true_random=False))
 def test_row_order_of_the_log_does_not_matter(rows: list[Row], config: SplitConfig, random: Any) -> None:
     try:
@@ -291,7 +291,7 @@ def test_row_order_of_the_log_does_not_matter(rows: list[Row], config: SplitConf
     assert again.histories.equals(tables.histories)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(logs(), configs, st.data())
 def test_one_shifted_timestamp_is_caught(rows: list[Row], config: SplitConfig, data: st.DataObject) -> None:
     try:

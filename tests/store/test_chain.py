@@ -65,7 +65,7 @@ def changes(min_texts=0):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(full=changes(min_texts=1), deltas=st.lists(changes().filter(lambda r: r != Rows()), max_size=4))
 def test_a_chain_answers_like_a_dict_before_and_after_compaction(tmp_path_factory, full, deltas):
     workspace = Workspace(tmp_path_factory.mktemp("law"))

@@ -45,7 +45,7 @@ def written(path: Path, *tables: pa.Table, vector_tables: tuple[pa.Table, ...] =
     return LmdbStore(path, dim=writer.dim, counts=writer.counts["knowledge"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.dictionaries(
         st.tuples(st.sampled_from(["user", "item", "cohort"]), st.integers(0, LARGEST)),
