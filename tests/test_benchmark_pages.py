@@ -23,6 +23,10 @@ def test_the_pages_are_those_that_the_figures_render():
     assert README.read_text() == readme_with(README.read_text(), results)
 
 
+def test_every_part_of_a_full_round_was_measured():
+    assert [part.name for part in PARTS if part.name not in read_results()] == []
+
+
 def test_names_of_parts_are_unique():
     names = [part.name for part in (*PARTS, *LONG_PARTS)]
     assert len(names) == len(set(names))
