@@ -8,6 +8,7 @@ the lowest priority where the system knows no such class).
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,9 @@ def main() -> int:
             failed = subprocess.run([*command, "--half", "main"], check=False).returncode
             failed = beside.wait() or failed
         finally:
-            beside.kill()
+            if beside.poll() is None:
+                beside.send_signal(signal.SIGINT)  # it ends what its tests have started
+                beside.wait()
         printed.seek(0)
         print(printed.read(), flush=True)
     return 1 if failed else 0
