@@ -1,7 +1,7 @@
 """The hybrid-expert adaptor of KAR (RecSys 2024, sec. 3.3): an encoder's vectors to two fields that a backbone reads.
 
 Each tower (user, item) mixes experts by a softmax gate over its input: some are shared between the towers, some its
-own. An expert is d -> 64 -> e with a ReLU after both, so its output is never negative. Missing knowledge is a
+own. An expert is d -> hidden_dim -> e with a ReLU after both, so its output is never negative. Missing knowledge is a
 learned default vector that takes the input's place, so that gate and experts treat "unknown" as one more thing to
 know. Inputs are brought to length one, so that encoders of any scale train alike; LayerNorm instead cost valid AUC
 on MovieLens-100K (DIN .7645 to .7637, DCN-V2 .7641 to .7618; metadata vectors, mean of three user splits).
