@@ -73,7 +73,7 @@ LONG_PARTS = (
     Part(
         "ctr-leaderboard",
         "ctr --only leaderboard --seeds 0 --recipe pipelines/recipes/movielens-100k-collective.yaml",
-        "What is SmolLM2's knowledge worth to each backbone (behind cohorts-texts; one seed, untrained 15 minutes)?",
+        "What is SmolLM2's knowledge worth to backbones (one seed, behind cohorts-texts; to train takes 15 minutes)?",
     ),
     Part(
         "ctr-planted-full",

@@ -27,9 +27,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 os.environ.pop("RAY_ADDRESS", None)
-# How long an example takes hangs on who else computes; a folder of its own is made by whoever needs one an example.
-suppressed = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-settings.register_profile("shared-machine", deadline=None, suppress_health_check=suppressed)
+# How long an example takes hangs on who else computes.
+settings.register_profile("shared-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,10 +48,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     half = config.getoption("--half")
     if half is None:
         return
-    main = [item for item in items if any(map(item.get_closest_marker, WAITING)) or item.path.parent.name in WATCHING]
-    kept = set(main) if half == "main" else set(items) - set(main)
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    halves: dict[str, list[pytest.Item]] = {"main": [], "beside": []}
+    for item in items:
+        waits = any(map(item.get_closest_marker, WAITING)) or item.path.parent.name in WATCHING
+        halves["main" if waits else "beside"].append(item)
+    items[:] = halves.pop(half)
+    config.hook.pytest_deselected(items=[item for others in halves.values() for item in others])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,6 @@ import torch
 from redis_server import free_port
 
 from owlrec import schema
-from owlrec.client.exchange import ASKED_AGAIN
 from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.export import export_trial, save_vocabularies
@@ -185,7 +184,7 @@ def test_a_killed_replica_is_503_in_time_and_replaced(served, deployment, at_mos
         statuses.append(httpx.post(f"{served[0]}/v1/rank", json=body, timeout=20).status_code)
         slowest = max(slowest, time.monotonic() - start)
         time.sleep(0.1)
-    assert set(statuses) <= {200, *ASKED_AGAIN}
+    assert set(statuses) <= {200, 500, 503}
     assert slowest < at_most_s
 
 

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis_server import free_port, needs_redis, redis_server
 from release_rows import DELTAS, FULL, KINDS, Rows, answers, check, publish_chain, publish_rows, texts
@@ -85,7 +85,7 @@ rows = st.builds(
 )
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(full=rows, delta=rows, chunk=st.integers(1, 5), at_once=st.integers(1, 7))
 def test_any_chain_answers_alike_in_any_pieces(full, delta, chunk, at_once, releases, tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("ws"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streaming_world import (  # type: ignore[import-not-found]
     DAY,
@@ -185,7 +185,7 @@ def test_vectors_are_encoded_once(world: Workspace, monkeypatch: pytest.MonkeyPa
     assert carry_out(world, plan).release == current_release(world)
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.lists(
         st.tuples(

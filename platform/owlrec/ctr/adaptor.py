@@ -44,19 +44,21 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, out_dim).uniform_(-bound, bound))
 
 
-def mixed(x: Tensor, groups: Sequence[Experts], gate: nn.Linear) -> Tensor:
-    """float32 [b, out_dim], not negative: the outputs of all experts, weighed by the gate's softmax.
+def mixed(inputs: Sequence[Tensor], groups: Sequence[Experts], gate: nn.Linear) -> list[Tensor]:
+    """float32 [b, out_dim] of each input, not negative: the outputs of all experts, weighed by the gate's softmax.
 
-    x: float32 [b, in_dim]. gate: one output for each expert, in the groups' order.
+    inputs: float32 [b, in_dim]. gate: one output for each expert, in the groups' order.
     """
     weight, bias = torch.cat([group.weight for group in groups]), torch.cat([group.bias for group in groups])
-    first = [*(group.first for group in groups), gate]  # one product: they read the same x
-    hidden, logits = F.linear(x, torch.cat([f.weight for f in first]), torch.cat([f.bias for f in first])).split(
-        [weight.shape[0] * weight.shape[1], weight.shape[0]], dim=1
-    )
-    hidden = hidden.relu().unflatten(1, weight.shape[:2])
-    outputs = (torch.einsum("bnh,nho->bno", hidden, weight) + bias).relu()
-    return torch.einsum("bn,bno->bo", torch.softmax(logits, dim=1), outputs)
+    layers = [*(group.first for group in groups), gate]  # one product: they read the same input
+    first, first_bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    n, hidden_dim, _ = weight.shape
+    found = []
+    for x in inputs:
+        hidden, logits = F.linear(x, first, first_bias).split([n * hidden_dim, n], dim=1)
+        outputs = (torch.einsum("bnh,nho->bno", hidden.relu().unflatten(1, (n, hidden_dim)), weight) + bias).relu()
+        found.append(torch.einsum("bn,bno->bo", torch.softmax(logits, dim=1), outputs))
+    return found
 
 
 class Fusion(nn.Module):
@@ -114,9 +116,8 @@ class Tower(nn.Module):
         """
         # The default vector goes through by itself: put among the vectors, which nobody trains, it would make them all
         # need a gradient, a third of the adaptor's work.
-        of_vectors, of_default = (
-            mixed(x, (shared, self.experts), self.gate) for x in (self.fused(vectors, mask), self.default[None])
-        )
+        inputs = self.fused(vectors, mask), self.default[None]
+        of_vectors, of_default = mixed(inputs, (shared, self.experts), self.gate)
         return torch.where(mask.any(dim=1, keepdim=True), of_vectors, of_default)
 
 

@@ -136,9 +136,7 @@ class SplitTensors:
         knowledge, codes = None, None
         if form != "codes":
             gathered = zip(*(table.gather(distinct) for table in tables), strict=True)
-            vectors, mask = (
-                torch.stack([torch.from_numpy(array) for array in arrays], dim=1).to(self.device) for arrays in gathered
-            )
+            vectors, mask = (torch.from_numpy(np.stack(arrays, axis=1)).to(self.device) for arrays in gathered)
             _refuse_non_finite(vectors, distinct)
             knowledge = Knowledge(vectors, mask, rows)
         if form != "vectors":

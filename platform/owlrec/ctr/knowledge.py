@@ -137,12 +137,9 @@ class KnowledgeTable:
         ids: int64 [b], any order, repeats allowed. Returns float32 [b, d], zeros where an id has none, and bool [b],
         True where it has one.
         """
-        rows, mask = self._find(ids)
-        known = self.vectors[rows].astype(np.float32)
-        if mask.all():
-            return known, mask
         found = np.zeros((len(ids), self.dim), dtype=np.float32)
-        found[mask] = known
+        rows, mask = self._find(ids)
+        found[mask] = self.vectors[rows]
         return found, mask
 
     def _find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,7 @@ A cross layer is x_{l+1} = x_0 * (W x_l + b) + x_l with a full-rank W: at the wi
 paper's low-rank form saves nothing.
 
 With knowledge W is block-diagonal: the knowledge fields are crossed with each other, which is where a user's taste
-meets what an item is, and the deep network alone reads them beside the others. A full W would be 1.7 times as large,
-for no more valid AUC (.7597; block-diagonal .7598: MovieLens-100K, metadata vectors, two user splits, three seeds).
+meets what an item is, and the deep network alone reads them beside the others. A full W would be 1.7 times as large.
 """
 
 from collections.abc import Sequence
