@@ -2,12 +2,13 @@
 table.
 
 Data: MovieLens-100K's training samples, repeated to 10^6 rows; batch 4,096, embeddings of 32, MLP 200-80, three cross
-layers, DIN's attention 32-16 with softmax, Adam. Each measurement is one epoch in a process of its own, all with the
-same threads and allocator. Both sides read target, history, genres and year in seven fields: the seventh of ours is
-the mean of the history's ratings, that of the peer, whose loader has no such thing, the last rating. The peer's DCNv2
-and DIN are those of its wheel (model_zoo.LongCTR); its DeepFM is not in the wheel and is put together from its layers.
-It is timed twice: as it trains (its `train_epoch`, its loader, in its process or one beside it, whichever is faster),
-and with batches that lie ready in memory, as no trainer has them.
+layers, DIN's attention 32-16 with softmax, Adam. Knowledge: random vectors of 384 components, of which the adaptor
+reads those of `ctr.knowledge_dim`, as after `train_ctr`. Each measurement is one epoch in a process of its own, all
+with the same threads and allocator. Both sides read target, history, genres and year in seven fields: the seventh of
+ours is the mean of the history's ratings, that of the peer, whose loader has no such thing, the last rating. The peer's
+DCNv2 and DIN are those of its wheel (model_zoo.LongCTR); its DeepFM is not in the wheel and is put together from its
+layers. It is timed twice: as it trains (its `train_epoch`, its loader, in its process or one beside it, whichever is
+faster), and with batches that lie ready in memory, as no trainer has them.
 
 The peer is looked for on PYTHONPATH:
     pip install --no-deps --target /some/folder fuxictr==2.3.10 keras_preprocessing h5py polars polars-runtime-32 six
@@ -177,6 +178,7 @@ def _ours(task: dict[str, Any]) -> float:
     from owlrec.ctr.experiment import CTRConfig, Trial
     from owlrec.ctr.fitting import TrainingData, train_one
     from owlrec.ctr.knowledge import KnowledgeTable
+    from owlrec.ctr.reduction import reduced
 
     features = _movielens()
     train = features.splits["train"]
@@ -187,10 +189,13 @@ def _ours(task: dict[str, Any]) -> float:
     for side, ids in (("user", np.unique(np.concatenate([s.user_ids for s in features.splits.values()]))),
                       ("item", features.items.ids)):  # fmt: skip
         sides[side] = KnowledgeTable(ids, rng.normal(size=(len(ids), KNOWLEDGE_DIM)).astype(np.float16))
+    config = CTRConfig(batch_size=BATCH, epochs=1)
+    assert config.knowledge_dim is not None
+    sides = reduced(sides, config.knowledge_dim)  # as `train_ctr` does, once a grid
     data = TrainingData(replace(features, splits={**features.splits, "train": repeated}), {"knowledge": sides})
     arm: Any = "knowledge" if task["method"] == KNOWLEDGE else "none"
     trial = Trial(backbone=task["backbone"], arm=arm, seed=0)
-    return train_one(trial, data, CTRConfig(batch_size=BATCH, epochs=1)).result.samples_per_s
+    return train_one(trial, data, config).result.samples_per_s
 
 
 def _peer(task: dict[str, Any]) -> float:

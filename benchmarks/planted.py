@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec import schema
+from owlrec.ctr.experiment import CTRConfig
 from owlrec.ctr.features import build_features
 from owlrec.ctr.fitting import TrainingData
 from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.reduction import reduced
 from owlrec.encoding.encoder import Encoder
 
 HISTORY = 5
@@ -63,7 +65,10 @@ class PlantedWorld:
         features = build_features(
             self.users, self.items, self.samples, attributes=["genre"], profile=[], min_item_count=1
         )
-        return TrainingData(features, {"knowledge": {"user": user, "item": item}})
+        tables, dim = {"user": user, "item": item}, CTRConfig().knowledge_dim
+        if dim is not None and user.dim > dim:  # as `train_ctr` does
+            tables = reduced(tables, dim)
+        return TrainingData(features, {"knowledge": tables})
 
 
 def plant(n_users: int, n_items: int, *, rows_per_user: int = 20, seed: int = 0) -> PlantedWorld:

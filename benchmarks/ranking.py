@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table import Figure, options_parser, show
+from owlrec.encoding.projection import unit_rows
 from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED, load_tokenizer, resolve_model
 from owlrec.prompting.rella import NO, YES, RankPromptConfig, rank_prompt
-from owlrec.ranking.projection import unit_rows
 from owlrec.scenario import get_scenario
 from owlrec.sources.movielens import MovieLens100KSource
 

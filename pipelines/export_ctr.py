@@ -10,6 +10,7 @@ from owlrec.ctr.fitting import tables_of
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.parity import TOLERANCE, largest_difference
 from owlrec.ctr.program import export_program
+from owlrec.ctr.reduction import reduced_folders
 from owlrec.ctr.scoring import Scorer
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.ops.console import note
@@ -30,7 +31,8 @@ def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half:
     precision: Precision = "float16" if half else "float32"
 
     def body() -> tuple[Counts, Outputs]:
-        folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
+        written = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
+        folders = reduced_folders(workspace, written, grid)
         sources = arm_sources(best.arm, folders)
         knowledge = {
             source: {side: KnowledgeTable.open(workspace.local_path(path)) for side, path in folders[source].items()}

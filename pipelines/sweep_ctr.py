@@ -11,6 +11,7 @@ from typing import Any
 from owlrec import __version__
 from owlrec.ctr.arms import arm_parts, arm_sources
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
+from owlrec.ctr.reduction import reduce_once
 from owlrec.ctr.training import GridJob, encode_once, load_data
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, table
@@ -31,23 +32,25 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
     sources = arm_sources(arm, folders)
     trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
-    job = GridJob(
-        settings=config,
-        trials=tuple(trials),
-        knowledge={source: folders[source] for source in {*sources.user, *sources.item}},
-        fingerprint=print_,
-        attributes=recipe.domain.text_fields,
-        profile=recipe.domain.profile_fields if config.use_profile else (),
-    )
     candidates = config.sweep.candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
     path = f"{grid_folder(print_)}/sweep.json"
 
     def body() -> tuple[Counts, Outputs]:
+        read = reduce_once(workspace, folders, config.knowledge_dim, print_)
+        job = GridJob(
+            settings=config,
+            trials=tuple(trials),
+            knowledge={source: dict(read[source]) for source in {*sources.user, *sources.item}},
+            fingerprint=print_,
+            attributes=recipe.domain.text_fields,
+            profile=recipe.domain.profile_fields if config.use_profile else (),
+        )
         encode_once(workspace, job)
         with ray_session(recipe.ray, workspace.log_path("ray")):
             found = tried(workspace, job, candidates)
         workspace.write_json(path, found)
-        workspace.delete_dir(grid_folder(print_), "samples")
+        for folder in ("samples", "vectors"):
+            workspace.delete_dir(grid_folder(print_), folder)
         rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in found]
         table(f"sweep, arm {arm}", ["backbone", "valid AUC", "epochs", "settings"], rows)
         note(f"best: {found[0]['backbone']} with {found[0]['changes']}; put its settings below `ctr:` in the recipe")

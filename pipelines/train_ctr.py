@@ -2,6 +2,7 @@
 
 from owlrec import __version__
 from owlrec.ctr.experiment import summarise, trials
+from owlrec.ctr.reduction import reduce_once
 from owlrec.ctr.training import train_trials
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress
@@ -24,13 +25,14 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     grid = trials(recipe.ctr)
 
     def body() -> tuple[Counts, Outputs]:
+        folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
         note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
             results = train_trials(
                 workspace,
                 recipe.ctr,
                 grid,
-                knowledge=vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {},
+                knowledge=reduce_once(workspace, folders, recipe.ctr.knowledge_dim, grid_print),
                 fingerprint=grid_print,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields,

@@ -183,8 +183,8 @@ def test_another_number_of_sources_is_refused() -> None:
 
 
 def test_size_is_that_of_the_experts_and_of_two_fusions() -> None:
-    # 12 experts of 384 x 64 + 64 + 64 x 32 + 32, two gates of 384 x 7 + 7, two default vectors.
-    experts = 12 * (384 * 64 + 64 + 64 * 32 + 32) + 2 * (384 * 7 + 7) + 2 * 384
+    # 12 experts of 384 x 32 + 32 + 32 x 32 + 32, two gates of 384 x 7 + 7, two default vectors.
+    experts = 12 * (384 * 32 + 32 + 32 * 32 + 32) + 2 * (384 * 7 + 7) + 2 * 384
     one, several = (Adaptor(384, 32, AdaptorConfig(), *sources) for sources in ((1, 1), (4, 2)))
     assert sum(p.numel() for p in one.parameters()) == experts
     fusions = 2 * (384 * FUSION_DIM + FUSION_DIM) + (4 + 2) * FUSION_DIM

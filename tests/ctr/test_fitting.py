@@ -58,7 +58,7 @@ def test_same_seed_same_result_other_seed_another(data: TrainingData) -> None:
 
 
 def test_slices_part_the_test_rows_and_calibration_is_measured(data: TrainingData) -> None:
-    result = train_one(trial("knowledge"), data, CONFIG).result
+    result = train_one(trial(), data, CONFIG).result
     rows = len(data.features.splits["test"])
     # The toy world's histories have 0 to 4 behaviours, and every item occurs in training more than a hundred times.
     assert result.slices.keys() == {"cold users", "warm items", "history 0", "history 1-2", "history 3-5"}

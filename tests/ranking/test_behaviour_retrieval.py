@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from owlrec.encoding.projection import ProjectionConfig, fit_projection, unit_rows
 from owlrec.errors import SchemaError
-from owlrec.ranking.projection import ProjectionConfig, fit_projection, unit_rows
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.schema import vectors_schema
 

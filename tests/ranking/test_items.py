@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.projection import ProjectionConfig
 from owlrec.ranking.items import item_retriever
-from owlrec.ranking.projection import ProjectionConfig
 from owlrec.workspace import Workspace
 
 

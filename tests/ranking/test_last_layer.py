@@ -8,6 +8,7 @@ import torch
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 
 from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.projection import ProjectionConfig
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer
@@ -15,7 +16,6 @@ from owlrec.ranking import last_layer
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.items import item_retriever
 from owlrec.ranking.last_layer import LastLayerConfig, LastLayerEncoder
-from owlrec.ranking.projection import ProjectionConfig
 from owlrec.workspace import Workspace
 
 TEXTS = ["Bright River; genres: drama", "Dark Star", " ", "Bright House; genres: comedy, drama"]

@@ -29,13 +29,13 @@ from owlrec.workspace import Workspace
 class AdaptorConfig(Config):
     """The hybrid-expert adaptor.
 
-    As many experts as KAR's run script has, of half its width, for speed: `pipelines.sweep_ctr` compares widths on
-    valid.
+    As many experts as KAR's run script has, of a quarter of its width, for speed: `pipelines.sweep_ctr` compares widths
+    on valid.
     """
 
     shared_experts: int = Field(default=2, ge=1)
     dedicated_experts: int = Field(default=5, ge=1)  # of each tower
-    hidden_dim: int = Field(default=64, ge=1)
+    hidden_dim: int = Field(default=32, ge=1)
 
 
 class CTRConfig(Config):
@@ -64,6 +64,8 @@ class CTRConfig(Config):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     embed_dim: int = Field(default=32, ge=1)
     hidden_dims: tuple[int, ...] = Field(default=(200, 80), min_length=1)
+    # Components that the adaptor reads of a knowledge vector: the first principal ones where it has more. None = all.
+    knowledge_dim: int | None = Field(default=64, ge=1)
     adaptor: AdaptorConfig = AdaptorConfig()
     sweep: SweepConfig = SweepConfig()  # what `pipelines.sweep_ctr` tries
     # Off, as in KAR: with few training users, demographics overfit (MovieLens-100K: valid AUC -.002 to -.004).

@@ -22,12 +22,12 @@ from owlrec.ctr.codes import Codes, code_sizes
 from owlrec.ctr.epochs import Epochs
 from owlrec.ctr.experiment import CTRConfig, Metrics, Trial, TrialResult
 from owlrec.ctr.features import Features, SampleFeatures
-from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.knowledge import KnowledgeTable, refuse_non_finite, refuse_two_sizes
 from owlrec.ctr.model import Batch, CTRModel, ModelSpec
 from owlrec.ctr.scores import ScoredRows
 from owlrec.ctr.slices import slice_metrics, slices_of
 from owlrec.ctr.worker import ALONE, Worker
-from owlrec.errors import RecipeError, SchemaError
+from owlrec.errors import RecipeError
 
 _SCORING_ROWS = 8192
 # Settings that may change while a trial is interrupted.
@@ -78,29 +78,9 @@ def tables_of(trial: Trial, knowledge: Mapping[str, Mapping[str, KnowledgeTable]
     items = {f"{source} vectors of items": knowledge[source]["item"] for source in sources.item}
     reads, form = arm_parts(trial.arm)
     if form != "codes":
-        _refuse_two_sizes({**users, **items})
+        refuse_two_sizes({**users, **items})
     tables = Tables(tuple(users.values()), tuple(items.values()), form)
     return tables.shuffled(trial.seed) if reads == "shuffled" else tables
-
-
-def _refuse_two_sizes(tables: Mapping[str, KnowledgeTable]) -> None:
-    (first, table), *others = tables.items()
-    for name, other in others:
-        if other.dim != table.dim:
-            raise SchemaError(
-                f"{first} have {table.dim} components but {name} have {other.dim}; the adaptor's shared experts read "
-                f"both. Encode both with one encoder."
-            )
-
-
-def _refuse_non_finite(vectors: Tensor, ids: np.ndarray) -> None:
-    finite = torch.isfinite(vectors.sum(dim=(1, 2)))
-    if not finite.all():
-        bad = int(ids[int(finite.logical_not().nonzero()[0, 0])])
-        raise SchemaError(
-            f"the knowledge vector of id {bad} has a component that is no finite number. Encode it again, or leave the "
-            f"id out: a missing vector is no error."
-        )
 
 
 class SplitTensors:
@@ -136,9 +116,11 @@ class SplitTensors:
         knowledge, codes = None, None
         if form != "codes":
             gathered = zip(*(table.gather(distinct) for table in tables), strict=True)
-            vectors, mask = (torch.from_numpy(np.stack(arrays, axis=1)).to(self.device) for arrays in gathered)
-            _refuse_non_finite(vectors, distinct)
-            knowledge = Knowledge(vectors, mask, rows)
+            vectors, mask = (np.stack(arrays, axis=1) for arrays in gathered)
+            refuse_non_finite(vectors, distinct)
+            knowledge = Knowledge(
+                torch.from_numpy(vectors).to(self.device), torch.from_numpy(mask).to(self.device), rows
+            )
         if form != "vectors":
             codes = Codes(torch.from_numpy(tables[0].gather_codes(distinct)).to(self.device), rows)
         return knowledge, codes

@@ -8,7 +8,7 @@ page cache. An id without knowledge is normal (a new user): it yields zeros and 
 import dataclasses
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.encoding.coded_vectors import codes_of
+from owlrec.encoding.projection import Projection
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.ordered import rows_of
+
+_ROWS_AT_ONCE = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +145,17 @@ class KnowledgeTable:
         found[mask] = self.vectors[rows]
         return found, mask
 
+    def projected(self, projection: Projection) -> "KnowledgeTable":
+        """The same ids and codes with vectors of a projection's components. Raises SchemaError for a vector that is not
+        finite.
+        """
+        vectors = np.empty((len(self.vectors), len(projection.directions)), dtype=np.float16)
+        for start in range(0, len(vectors), _ROWS_AT_ONCE):
+            block = np.asarray(self.vectors[start : start + _ROWS_AT_ONCE], dtype=np.float32)
+            refuse_non_finite(block, self.ids[start : start + _ROWS_AT_ONCE])
+            vectors[start : start + len(block)] = projection.apply(block)
+        return dataclasses.replace(self, vectors=vectors)
+
     def _find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows of vectors and codes of the ids that have one, and which these are."""
         rows = rows_of(self.ids, ids)
@@ -157,3 +171,27 @@ class KnowledgeTable:
         rows = np.empty(len(self.ids), dtype=np.int64)
         rows[order] = np.roll(order, -1)
         return dataclasses.replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+
+def refuse_two_sizes(tables: Mapping[str, KnowledgeTable]) -> None:
+    """Raises SchemaError where vectors differ in their number of components. tables: by what a message calls them."""
+    (first, table), *others = tables.items()
+    for name, other in others:
+        if other.dim != table.dim:
+            raise SchemaError(
+                f"{first} have {table.dim} components but {name} have {other.dim}; the adaptor's shared experts read "
+                f"both. Encode both with one encoder."
+            )
+
+
+def refuse_non_finite(vectors: np.ndarray, ids: np.ndarray) -> None:
+    """Raises SchemaError, naming an id, where a vector has a component that is no finite number.
+
+    vectors: float [n, ...]; ids: int64 [n].
+    """
+    finite = np.isfinite(vectors.sum(axis=tuple(range(1, vectors.ndim))))
+    if not finite.all():
+        raise SchemaError(
+            f"the knowledge vector of id {ids[np.argmin(finite)]} has a component that is no finite number. Encode it "
+            "again, or leave the id out: a missing vector is no error."
+        )

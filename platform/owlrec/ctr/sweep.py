@@ -17,7 +17,7 @@ class SweepConfig(Config):
     learning_rates: tuple[float, ...] = Field(default=(1e-3, 2e-3, 4e-3), min_length=1)
     shared_experts: tuple[int, ...] = Field(default=(2,), min_length=1)
     dedicated_experts: tuple[int, ...] = Field(default=(2, 5), min_length=1)
-    hidden_dims: tuple[int, ...] = Field(default=(64,), min_length=1)  # of an expert
+    hidden_dims: tuple[int, ...] = Field(default=(32,), min_length=1)  # of an expert
 
     def candidates(self, *, adaptor: bool) -> list[dict[str, Any]]:
         """What each candidate changes of CTRConfig. adaptor: False where the arm has none: then only rates differ."""

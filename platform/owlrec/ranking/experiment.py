@@ -9,12 +9,12 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.projection import ProjectionConfig
 from owlrec.errors import RecipeError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.prompting.rella import RankPromptConfig
 from owlrec.ranking.calibration import CalibrationMethod
 from owlrec.ranking.last_layer import LastLayerConfig
-from owlrec.ranking.projection import ProjectionConfig
 from owlrec.ranking.samples import Shown, TuningDataConfig
 
 

@@ -7,9 +7,9 @@ texts apart, costs a fraction, and stays the same where the ranker's model chang
 import hashlib
 
 from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.projection import Projection, ProjectionConfig, fit_projection
 from owlrec.encoding.vectors import encode_texts, item_metadata
 from owlrec.ranking.last_layer import LastLayerConfig
-from owlrec.ranking.projection import Projection, ProjectionConfig, fit_projection
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.schema import vector_matrix
 from owlrec.workspace import Workspace, fingerprint

@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.encoding.projection import Projection, unit_rows
 from owlrec.errors import SchemaError
 from owlrec.ordered import rows_of
-from owlrec.ranking.projection import Projection, unit_rows
 from owlrec.schema import vector_matrix
 
 _PRODUCT_ERROR = 1e-5  # of a float32 cosine at most; 5e-7 was seen with 128 and with 512 dimensions

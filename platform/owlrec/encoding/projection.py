@@ -1,4 +1,5 @@
-"""PCA of item vectors: the space in which ReLLa (WWW 2024) compares items, fitted once a set of vectors.
+"""PCA of vectors: the space in which ReLLa (WWW 2024) compares items, fitted once a set of vectors; without a centre,
+what the CTR models read of knowledge (ctr.reduction).
 
 ReLLa goes from 5,120 to 512 components. Its few-shot AUC moves by no more than .003 from 512 to 64, so the default
 is a cheaper 128. Centring matters too: the vectors of similar texts share a large common direction, which makes all
@@ -42,8 +43,8 @@ class Projection:
         """
         if vectors.ndim != 2 or vectors.shape[1] != len(self.centre):
             raise SchemaError(
-                f"item vectors are {vectors.shape}, but the projection was fitted on [n, {len(self.centre)}]. Fit it "
-                "again on these vectors, or encode the items with the model it was fitted for."
+                f"vectors are {vectors.shape}, but the projection was fitted on [n, {len(self.centre)}]. Fit it "
+                "again on these vectors, or encode the texts with the model it was fitted for."
             )
         projected = np.zeros((len(vectors), len(self.directions)), dtype=np.float32)
         for start in range(0, len(vectors), _ROWS_AT_ONCE):
@@ -89,10 +90,11 @@ class Projection:
             ) from None
 
 
-def fit_projection(vectors: np.ndarray, config: ProjectionConfig) -> Projection:
-    """The principal directions of item vectors: an SVD of a seeded sample of those that are neither zero nor infinite.
+def fit_projection(vectors: np.ndarray, config: ProjectionConfig, *, centred: bool = True) -> Projection:
+    """The principal directions of vectors: an SVD of a seeded sample of those that are neither zero nor infinite.
 
-    vectors: float [n, d]. Has min(components, d, items used) directions. Raises SchemaError where no vector is usable.
+    vectors: float [n, d]. centred: False takes the origin for the centre, so that a vector keeps what all share. Has
+    min(components, d, items used) directions. Raises SchemaError where no vector is usable.
     """
     usable = np.flatnonzero(
         np.concatenate(
@@ -104,13 +106,13 @@ def fit_projection(vectors: np.ndarray, config: ProjectionConfig) -> Projection:
     )
     if not len(usable):
         raise SchemaError(
-            f"item vectors: none of {len(vectors)} can be fitted, all are zero or not finite. Encode the items' texts."
+            f"vectors: none of {len(vectors)} can be fitted, all are zero or not finite. Encode the texts."
         )
     if len(usable) > config.fit_items:
         drawn = np.random.default_rng(config.seed).choice(usable, config.fit_items, replace=False)
         usable = np.sort(drawn)
     sample = np.asarray(vectors[usable], dtype=np.float64)
-    centre = sample.mean(axis=0)
+    centre = sample.mean(axis=0) if centred else np.zeros(sample.shape[1])
     # Of the covariance: the same directions as of the data, at a fraction of the cost.
     _, _, directions = np.linalg.svd((sample - centre).T @ (sample - centre), hermitian=True)
     kept = min(config.components, len(sample))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from owlrec.encoding.projection import Projection, ProjectionConfig, fit_projection, unit_rows
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.ranking.projection import Projection, ProjectionConfig, fit_projection, unit_rows
 from owlrec.workspace import Workspace
 
 
