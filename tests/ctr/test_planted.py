@@ -28,7 +28,7 @@ from owlrec.ctr.metrics import auc
 from owlrec.encoding.encoder import Encoder, EncoderConfig
 
 torch.set_num_threads(1)
-CONFIG = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=256, learning_rate=0.01, epochs=12, patience=4)
+CONFIG = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=256, learning_rate=0.005, epochs=12, patience=4)
 
 
 @pytest.fixture(scope="module")
