@@ -108,7 +108,7 @@ class Tower(nn.Module):
         if vectors.shape[1] != self.sources:
             raise ValueError(f"{vectors.shape[1]} vectors an id, but this tower was built for {self.sources}.")
         # Whatever stands where none is known must not reach a gradient.
-        x = F.normalize(vectors.masked_fill(~mask.unsqueeze(2), 0.0), dim=2)
+        x = F.normalize(torch.where(mask.unsqueeze(2), vectors, 0.0), dim=2)
         return x[:, 0] if self.fusion is None else self.fusion(x, mask)
 
     def forward(self, vectors: Tensor, mask: Tensor, shared: Experts) -> Tensor:
