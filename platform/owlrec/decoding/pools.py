@@ -18,7 +18,7 @@ import numpy as np
 
 from owlrec.decoding.live import LivePool
 from owlrec.decoding.options import DecodingConfig
-from owlrec.decoding.sealed import NAMELESS, CorruptPool, PoolError, SealedPool, build_pool, open_pool, rebuild_pool
+from owlrec.decoding.sealed import CorruptPool, PoolError, SealedPool, build_pool, open_pool, rebuild_pool
 from owlrec.decoding.shelf import LIVE, SEALED, Shelf
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
@@ -114,20 +114,6 @@ class Pools:
         if pool.insert(tokens):
             self.shelf.renew_live(place, pool)
         self._live.move_to_end(name)
-
-    def seal_live(self, max_tokens: int) -> dict[str, int]:
-        """Merges each live tier into its sealed pool on disk; returns tokens by pool. Requests in flight go on with
-        what is mapped."""
-        if self.config.pools is None:
-            return {}
-        written = {}
-        for name, (live, _) in self._live.items():
-            old, fresh = self.open(name), live.sequences()
-            texts = [*(old.sequences() if old else []), *fresh]
-            ids = [*(old.ids() if old else []), *[NAMELESS] * len(fresh)]
-            pool = write_pool(self.config.pools, name, texts, ids, identity=self.identity, max_tokens=max_tokens)
-            written[name] = len(pool.tokens)
-        return written
 
     def tokens(self) -> Mapping[str, int]:
         """Tokens held, mapped and live."""

@@ -133,10 +133,6 @@ class RetrievalWorker(_Base):
         }
         return DecoderCounters(counts=counts, by_rows=self._by_rows).model_dump_json()
 
-    def owlrec_seal_pools(self, max_tokens: int) -> dict[str, int]:
-        """A call: writes what the live pools have learnt to the pools' folder; tokens by pool."""
-        return self.proposer.pools.seal_live(max_tokens)
-
     def _on_request_removed(self, req_id: str, req_state: Any) -> None:
         state = self.proposer.requests.get(req_id)
         if state is None or req_state is None:
