@@ -73,7 +73,7 @@ LONG_PARTS = (
     Part(
         "ctr-leaderboard",
         "ctr --only leaderboard --recipe pipelines/recipes/movielens-100k-collective.yaml",
-        "What is SmolLM2's knowledge worth to backbones (three seeds, behind cohorts-texts; to train takes 40 minutes)?",
+        "What is SmolLM2's knowledge worth to backbones (three seeds, behind cohorts-texts; 40 minutes)?",
     ),
     Part(
         "ctr-planted-full",

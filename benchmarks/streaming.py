@@ -24,6 +24,7 @@ from owlrec.ctr.features import build_features
 from owlrec.ctr.fitting import SplitTensors, Tables, TrainingData, score, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.metrics import auc
+from owlrec.ctr.reduction import reduced
 from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED
 from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
@@ -261,7 +262,9 @@ def _moves(
     for shard in plan.asked:
         table = workspace.read_parquet(plan.partition_file(shard))
         ids = table["user_id"].to_numpy()
-        (old, had), (new, has) = before.gather(ids), after.gather(ids)
+        (old, had), (new, has) = (
+            (v.astype(np.float32), known) for v, known in (t.gather(ids) for t in (before, after))
+        )
         cosine = (old * new).sum(axis=1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1), 1e-9)
         for drift, change in zip(table["drift"].to_numpy()[had & has], 1 - cosine[had & has], strict=True):
             yield float(drift), float(change)
@@ -311,6 +314,10 @@ def _aucs(
 ) -> Iterator[Figure]:
     samples = _samples(raw, start, end)
     features = build_features(raw.users, raw.items, samples, attributes=["genres"], profile=[], min_item_count=2)
+    dim = CTRConfig().knowledge_dim
+    assert dim is not None
+    arms = reduced({**arms, "items": items}, dim)  # as `train_ctr` does
+    items = arms.pop("items")
     data = TrainingData(features, {"knowledge": {"user": arms["fixed"], "item": items}})
     test = features.splits["test"]
     for backbone in BACKBONES:

@@ -37,7 +37,7 @@ def test_saved_table_gathers_in_the_order_asked_with_zeros_and_mask_for_misses(t
     assert isinstance(table.vectors, np.memmap)
     assert (len(table), table.dim) == (3, 2)
     vectors, mask = table.gather(np.array([2**62, 11, 10, 30, 10, -1, 2**63 - 1]))
-    assert vectors.dtype == np.float32
+    assert vectors.dtype == np.float16
     assert vectors.tolist() == [[4, 4.5], [0, 0], [1, 1.5], [3, 3.5], [1, 1.5], [0, 0], [0, 0]]
     assert mask.tolist() == [True, False, True, True, True, False, False]
 

@@ -158,7 +158,7 @@ def test_an_id_without_knowledge_gets_the_learned_default(exported: Exported, to
     with torch.no_grad():
         for side, tower, known in (("user", adaptor.user, 20), ("item", adaptor.item, 4)):
             index = ("user", "item").index(side)
-            vector = torch.from_numpy(toy_world.vectors[index].gather(np.array([known]))[0])[:, None]
+            vector = torch.from_numpy(toy_world.vectors[index].gather(np.array([known]))[0]).float()[:, None]
             of_known = tower(vector, torch.ones(1, 1, dtype=torch.bool), adaptor.shared)
             missing = tower(torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool), adaptor.shared)
             found = scorer.adapted[side].gather(np.array([known, 3, NOBODY]))

@@ -117,11 +117,10 @@ class SplitTensors:
         knowledge, codes = None, None
         if form != "codes":
             gathered = zip(*(table.gather(distinct) for table in tables), strict=True)
-            vectors, mask = (np.stack(arrays, axis=1) for arrays in gathered)
-            refuse_non_finite(vectors, distinct)
-            knowledge = Knowledge(
-                torch.from_numpy(vectors).to(self.device), torch.from_numpy(mask).to(self.device), rows
-            )
+            halves, mask = (torch.from_numpy(np.stack(arrays, axis=1)) for arrays in gathered)
+            vectors = halves.float()
+            refuse_non_finite(vectors.numpy(), distinct)
+            knowledge = Knowledge(vectors.to(self.device), mask.to(self.device), rows)
         if form != "vectors":
             codes = Codes(torch.from_numpy(tables[0].gather_codes(distinct)).to(self.device), rows)
         return knowledge, codes

@@ -137,10 +137,10 @@ class KnowledgeTable:
     def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The vectors of `ids`, in their order.
 
-        ids: int64 [b], any order, repeats allowed. Returns float32 [b, d], zeros where an id has none, and bool [b],
-        True where it has one.
+        ids: int64 [b], any order, repeats allowed. Returns [b, d] as the table holds them, zeros where an id has none,
+        and bool [b], True where it has one.
         """
-        found = np.zeros((len(ids), self.dim), dtype=np.float32)
+        found = np.zeros((len(ids), self.dim), dtype=self.vectors.dtype)
         rows, mask = self._find(ids)
         found[mask] = self.vectors[rows]
         return found, mask
