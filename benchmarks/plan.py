@@ -72,8 +72,8 @@ LONG_PARTS = (
     Part("cohorts-texts", "cohorts --only texts", "What do cohorts' texts cost and what are they worth (20 minutes)?"),
     Part(
         "ctr-leaderboard",
-        "ctr --only leaderboard --recipe pipelines/recipes/movielens-100k-collective.yaml",
-        "What is SmolLM2's knowledge worth to backbones (three seeds, behind cohorts-texts; 40 minutes)?",
+        "ctr --only leaderboard --seeds 0 --recipe pipelines/recipes/movielens-100k-collective.yaml",
+        "What is SmolLM2's knowledge worth to backbones (one seed, behind cohorts-texts; to train takes 15 minutes)?",
     ),
     Part(
         "ctr-planted-full",
