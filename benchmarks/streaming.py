@@ -262,9 +262,8 @@ def _moves(
     for shard in plan.asked:
         table = workspace.read_parquet(plan.partition_file(shard))
         ids = table["user_id"].to_numpy()
-        (old, had), (new, has) = (
-            (v.astype(np.float32), known) for v, known in (t.gather(ids) for t in (before, after))
-        )
+        (old, had), (new, has) = before.gather(ids), after.gather(ids)
+        old, new = old.astype(np.float32), new.astype(np.float32)
         cosine = (old * new).sum(axis=1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1), 1e-9)
         for drift, change in zip(table["drift"].to_numpy()[had & has], 1 - cosine[had & has], strict=True):
             yield float(drift), float(change)

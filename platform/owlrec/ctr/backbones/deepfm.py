@@ -6,9 +6,7 @@ machine, as in KAR: a pair of an id's embedding and a dense vector is no co-occu
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape, mlp
@@ -28,14 +26,13 @@ class DeepFM(Backbone):
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
+        self.paired_fields = shape.n_fields - shape.knowledge_fields
         width = shape.n_fields * shape.embed_dim
         self.linear = nn.Linear(width, 1)
         self.deep = mlp(width, hidden_dims, dropout, out_dim=1)
 
     def forward(self, inputs: BackboneInputs) -> Tensor:
         """float32 [b]: logits."""
-        paired = replace(inputs, knowledge=None).fields()
-        flat = paired.flatten(1)
-        if inputs.knowledge is not None:
-            flat = torch.cat([flat, inputs.knowledge.flatten(1)], dim=1)
-        return (self.linear(flat) + self.deep(flat)).squeeze(-1) + pair_sum(paired)
+        fields = inputs.fields()
+        flat = fields.flatten(1)
+        return (self.linear(flat) + self.deep(flat)).squeeze(-1) + pair_sum(fields[:, : self.paired_fields])
