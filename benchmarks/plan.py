@@ -85,8 +85,8 @@ LONG_PARTS = (
     Part("ranking-full", "ranking", "The same with 200 prompts, 256 rows and five rounds (more than half an hour)."),
     Part(
         "ranking-shots",
-        "ranking_quality --only shots --shots 1024",
-        "What does tuning on 1,024 samples bring, beside CTR models on the same (40 minutes)?",
+        "ranking_quality --only shots --shots 1024 --seeds 0",
+        "What does tuning on 1,024 samples bring, beside CTR models on the same (one seed, 40 minutes)?",
     ),
     Part(
         "ranking-few-shots",
