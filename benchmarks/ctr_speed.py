@@ -190,7 +190,6 @@ def _ours(task: dict[str, Any]) -> float:
                       ("item", features.items.ids)):  # fmt: skip
         sides[side] = KnowledgeTable(ids, rng.normal(size=(len(ids), KNOWLEDGE_DIM)).astype(np.float16))
     config = CTRConfig(batch_size=BATCH, epochs=1)
-    assert config.knowledge_dim is not None
     sides = reduced(sides, config.knowledge_dim)  # as `train_ctr` does, once a grid
     data = TrainingData(replace(features, splits={**features.splits, "train": repeated}), {"knowledge": sides})
     arm: Any = "knowledge" if task["method"] == KNOWLEDGE else "none"

@@ -65,9 +65,7 @@ class PlantedWorld:
         features = build_features(
             self.users, self.items, self.samples, attributes=["genre"], profile=[], min_item_count=1
         )
-        tables, dim = {"user": user, "item": item}, CTRConfig().knowledge_dim
-        if dim is not None and user.dim > dim:  # as `train_ctr` does
-            tables = reduced(tables, dim)
+        tables = reduced({"user": user, "item": item}, CTRConfig().knowledge_dim)  # as `train_ctr` does
         return TrainingData(features, {"knowledge": tables})
 
 

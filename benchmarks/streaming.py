@@ -313,9 +313,7 @@ def _aucs(
 ) -> Iterator[Figure]:
     samples = _samples(raw, start, end)
     features = build_features(raw.users, raw.items, samples, attributes=["genres"], profile=[], min_item_count=2)
-    dim = CTRConfig().knowledge_dim
-    assert dim is not None
-    arms = reduced({**arms, "items": items}, dim)  # as `train_ctr` does
+    arms = reduced({**arms, "items": items}, CTRConfig().knowledge_dim)  # as `train_ctr` does
     items = arms.pop("items")
     data = TrainingData(features, {"knowledge": {"user": arms["fixed"], "item": items}})
     test = features.splits["test"]

@@ -29,7 +29,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     if prepared is None or (encoded is None and arm != "none"):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
     print_ = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep", __version__)
-    folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
+    folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded and arm != "none" else {}
     sources = arm_sources(arm, folders)
     trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
     candidates = config.sweep.candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")

@@ -25,14 +25,16 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     grid = trials(recipe.ctr)
 
     def body() -> tuple[Counts, Outputs]:
-        folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
+        read = encoded if recipe.ctr.arms != ("none",) else None
+        written = vector_folders(workspace, read.outputs["vectors"]) if read else {}
+        knowledge = reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_print)
         note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
             results = train_trials(
                 workspace,
                 recipe.ctr,
                 grid,
-                knowledge=reduce_once(workspace, folders, recipe.ctr.knowledge_dim, grid_print),
+                knowledge=knowledge,
                 fingerprint=grid_print,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields,

@@ -62,6 +62,8 @@ def test_a_grid_reads_its_own_copy_which_is_written_once(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("components", [None, 12, 384])
 def test_vectors_that_have_no_more_are_read_where_they_are(tmp_path: Path, components: int | None) -> None:
+    whole = {"user": table(5, 1)}
+    assert reduced(whole, components)["user"] is whole["user"]
     workspace = Workspace(tmp_path)
     for folder in FOLDERS["knowledge"].values():
         table(30, 1).save(workspace.local_path(folder))
