@@ -82,16 +82,26 @@ LONG_PARTS = (
     ),
     Part("streaming-worth", "streaming --only worth", "Are refreshed texts worth more (20 minutes)?"),
     Part("planner", "planner", "How far off is the planner (40 minutes)?"),
-    Part("ranking-full", "ranking", "The same with 200 prompts, 256 rows and five rounds (more than half an hour)."),
+    Part("ranking-parity", "ranking --only parity", "Does an adapter score in vLLM as it does in peft (200 prompts)?"),
     Part(
         "ranking-shots",
-        "ranking_quality --only shots --shots 1024 --seeds 0",
-        "What does tuning on 1,024 samples bring, beside CTR models on the same (one seed, 40 minutes)?",
+        "ranking_quality --only shots --shots 1024",
+        "What does tuning on 1,024 samples bring, beside CTR models on the same (two seeds, 80 minutes)?",
     ),
     Part(
         "ranking-few-shots",
-        "ranking_quality --only shots --shots 64 256",
-        "And on 64 and 256 (40 minutes)?",
+        "ranking_quality --only shots --shots 64 256 --seeds 0",
+        "And on 64 and 256 (one seed, 25 minutes)?",
     ),
-    Part("ranking-lengths", "ranking_quality --only lengths mixture", "Recent or retrieved behaviours (hours)?"),
+    Part(
+        "ranking-mixture",
+        "ranking_quality --only mixture --seeds 0",
+        "Tuned on recent or retrieved prompts alone, or on both (half an hour)?",
+    ),
+    Part(
+        "ranking-lengths",
+        "ranking_quality --only lengths --behaviours 10 30 --ways recent retrieved --length-shots 128 "
+        "--valid-samples 100 --test-samples 600",
+        "Recent or retrieved behaviours (an hour)?",
+    ),
 )

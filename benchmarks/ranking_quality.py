@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[64, 256, 1024], help="any number: 4096 takes hours")
     parser.add_argument("--shown", type=int, default=5, help="behaviours that a prompt of `shots` and `cascade` shows")
     parser.add_argument("--behaviours", type=int, nargs="+", default=[5, 10, 15, 20, 30], help="the K of `lengths`")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="`lengths` judges, recent first")
     parser.add_argument("--length-shots", type=int, default=256, help="that `lengths` and `mixture` tune on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=2)
@@ -169,7 +170,7 @@ def runs_of(part: str, o: Namespace) -> list[Run]:
     by_part = {
         "shots": few,
         "cascade": [run for run in few if run.zero_shot],
-        "lengths": [Run(o.seeds[0], o.length_shots, k, WAYS, zero_shot=True) for k in o.behaviours],
+        "lengths": [Run(o.seeds[0], o.length_shots, k, tuple(o.ways), zero_shot=True) for k in o.behaviours],
         "mixture": [
             Run(seed, o.length_shots, o.shown, ("retrieved",), asked=asked)
             for seed in o.seeds
@@ -242,7 +243,7 @@ def by_lengths(bench: Bench) -> list[Figure]:
         figures += bench.figures(run, f"K = {run.behaviours}, {run.shots} shots")
         rows, _ = bench.tuned(run)
         for model in ("zero-shot", "tuned"):
-            for way in WAYS[1:]:
+            for way in run.judged[1:]:
                 pair = [_of(rows[model], of) for of in (way, "recent")]
                 figures.append(_difference(f"K = {run.behaviours}", f"{model}: {way} - recent", *pair))
     return figures
@@ -253,12 +254,13 @@ def by_mixture(bench: Bench) -> list[Figure]:
     figures: list[Figure] = []
     of_seed: dict[int, dict[str, Any]] = {}
     for run in runs_of("mixture", bench.options):
+        figures += bench.figures(run, f"tuned on {' + '.join(run.asked)}, {run.shots} shots, seed {run.seed}")
         rows, _ = bench.tuned(run)
         of_seed.setdefault(run.seed, {})[" + ".join(run.asked)] = _of(rows["tuned"], "retrieved")
     for seed, found in of_seed.items():
         (_, both), *single = found.items()
         for name, one in single:
-            figures.append(_difference(f"tuned on both ways, seed {seed}", f"mixture - {name} alone", both, one))
+            figures.append(_difference(f"tuned on both - on one, seed {seed}", f"both - {name}", both, one))
     return figures
 
 
