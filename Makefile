@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/owlrec run pipelines/recipes/movielens-demo.yaml
 
 test: setup
-	$(BIN)/python tests/halves.py
+	$(BIN)/python tests/lanes.py
 
 # The same tests in one process, lines of platform/owlrec counted in every process that they start.
 coverage: setup

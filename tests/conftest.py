@@ -37,23 +37,31 @@ WATCHING = ("serving", "store", "client")  # folders of tests that ask servers, 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the chaos test and the fuzzer go on, and which half of the suite runs."""
+    """How long the chaos test and the fuzzer go on, and which lane of the suite runs."""
     parser.addoption("--chaos-seeds", type=int, default=3, help="seeded runs of tests/e2e/test_chaos.py")
     parser.addoption("--fuzz-cases", type=int, default=200, help="requests of tests/serving/test_fuzz.py, at least")
-    parser.addoption("--half", choices=("main", "beside"), help="of the suite: see tests/halves.py")
+    parser.addoption("--lane", choices=("main", "e2e", "beside"), help="of the suite: see tests/lanes.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the half that was asked for: what starts processes or watches the clock, or what only computes."""
-    half = config.getoption("--half")
-    if half is None:
+    """Leaves the lane that was asked for; what watches the clock comes last in its own, when another may be done."""
+    wanted = config.getoption("--lane")
+    if wanted is None:
         return
-    halves: dict[str, list[pytest.Item]] = {"main": [], "beside": []}
-    for item in items:
-        waits = any(map(item.get_closest_marker, WAITING)) or item.path.parent.name in WATCHING
-        halves["main" if waits else "beside"].append(item)
-    items[:] = halves.pop(half)
-    config.hook.pytest_deselected(items=[item for others in halves.values() for item in others])
+    lanes = {lane: [item for item in items if lane_of(item) == lane] for lane in ("main", "e2e", "beside")}
+    items[:] = sorted(lanes.pop(wanted), key=watches_the_clock)
+    config.hook.pytest_deselected(items=[item for others in lanes.values() for item in others])
+
+
+def lane_of(item: pytest.Item) -> str:
+    """Whether a test runs whole commands, starts processes or watches the clock, or only computes."""
+    if item.get_closest_marker("e2e") and "ray_local" not in item.fixturenames:  # type: ignore[attr-defined]
+        return "e2e"
+    return "main" if any(map(item.get_closest_marker, WAITING)) or watches_the_clock(item) else "beside"
+
+
+def watches_the_clock(item: pytest.Item) -> bool:
+    return item.path.parent.name in WATCHING
 
 
 @pytest.fixture(scope="session", autouse=True)

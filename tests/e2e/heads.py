@@ -108,7 +108,7 @@ def kill_head(head: Head) -> None:
     head.process.wait()
 
 
-def end_head(head: Head, patience_s: float = 15) -> list[psutil.Process]:
+def end_head(head: Head, patience_s: float = 5) -> list[psutil.Process]:
     """Ends a head as a service manager would. What has outlived it after `patience_s` is killed, and given back."""
     family = head.processes()
     if head.process.poll() is None:

@@ -209,8 +209,6 @@ def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
     if os.path.isdir(config.model) or config.model == PACKAGED:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if cpu:
-        cores = sorted(os.sched_getaffinity(0))[: config.threads]
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-        os.environ["OMP_NUM_THREADS"] = str(len(cores))
+        os.environ["OMP_NUM_THREADS"] = str(config.threads or len(os.sched_getaffinity(0)))

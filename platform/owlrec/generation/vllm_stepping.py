@@ -45,7 +45,7 @@ class Stepping:
         self._closing = False
         self._fatal: BaseException | None = None
         ready = threading.Event()
-        # Built and stepped by the same thread: OpenMP keeps one team of (pinned) worker threads for each thread that
+        # Built and stepped by the same thread: OpenMP keeps one team of worker threads for each thread that
         # starts them.
         self._thread = threading.Thread(target=self._run, args=(ready,), name="vllm-step", daemon=True)
         self._thread.start()
