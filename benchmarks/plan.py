@@ -101,7 +101,7 @@ LONG_PARTS = (
     Part(
         "ranking-lengths",
         "ranking_quality --only lengths --behaviours 10 30 --ways recent retrieved --length-shots 128 "
-        "--valid-samples 100 --test-samples 600",
-        "Recent or retrieved behaviours (an hour)?",
+        "--valid-samples 60 --test-samples 400",
+        "Recent or retrieved behaviours (three quarters of an hour)?",
     ),
 )
