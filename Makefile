@@ -32,9 +32,12 @@ demo: setup
 test: setup
 	$(BIN)/python tests/lanes.py
 
-# The same tests in one process, lines of platform/owlrec counted in every process that they start.
+# The same tests, slower; lines of platform/owlrec counted in every process that they start.
 coverage: setup
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=88
+	$(BIN)/coverage erase
+	$(BIN)/python tests/lanes.py --coverage
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered --fail-under=88
 
 lint: setup
 	$(BIN)/ruff check .

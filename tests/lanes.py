@@ -4,7 +4,8 @@ Tests of whole runs and jobs (`e2e`) and tests that start clusters, engines and 
 of the time, so each leaves the other room. What only computes (`beside`) gets the processor whenever nobody else
 wants it (SCHED_IDLE; the lowest priority where the system knows no such class).
 
-`python tests/lanes.py ARGUMENTS` passes its arguments to all; `pytest` alone runs everything in one process.
+`python tests/lanes.py ARGUMENTS` passes its arguments to all, --coverage aside, with which lines of platform/owlrec are
+counted in every process that they start; `pytest` alone runs everything in one process.
 """
 
 import os
@@ -31,7 +32,9 @@ def give_way() -> None:
 
 def main() -> int:
     """Runs the lanes, shows what each printed one after the other; 1 where a test failed or none ran."""
-    command = [sys.executable, "-m", "pytest", *sys.argv[1:], "--lane"]
+    runner = ["coverage", "run", "-m", "pytest"] if "--coverage" in sys.argv else ["pytest"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--coverage"]
+    command = [sys.executable, "-m", *runner, *arguments, "--lane"]
     with ExitStack() as stack:
         printed = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in BEHIND]
         e2e, beside = others = [
