@@ -28,7 +28,7 @@ PARTS = (
         "decoding --frameworks kar --workloads 'new users' items --batches 4 --rounds 1",
         "And texts of users and items that the pools know nothing of?",
     ),
-    Part("lossless", "lossless --texts 50", "Does strict verification write what plain decoding would have written?"),
+    Part("lossless", "lossless --texts 20", "Does strict verification write what plain decoding would have written?"),
     Part("cohorts-real", "cohorts --only real", "Are cohorts real?"),
     Part("cohorts-speed", "cohorts --only speed", "How fast are users assigned to cohorts?"),
     Part("streaming", "streaming --only cost", "How many calls does a daily refresh ask for?"),
@@ -50,7 +50,7 @@ PARTS = (
     Part("serving-store", "serving --only store", "How fast do the stores answer?"),
     Part(
         "serving",
-        f"serving --only http swaps overload memory --feast {FEAST}",
+        f"serving --only http overload memory --feast {FEAST}",
         "How fast is knowledge served, and what happens beyond capacity?",
     ),
     Part("serving-rank", "serving --only rank", "How fast are candidates ranked, by the CTR model and with the LLM?"),
@@ -82,6 +82,7 @@ LONG_PARTS = (
     ),
     Part("streaming-worth", "streaming --only worth", "Are refreshed texts worth more (20 minutes)?"),
     Part("planner", "planner", "How far off is the planner (40 minutes)?"),
+    Part("serving-swaps", "serving --only swaps", "Is a request lost or mixed while releases change?"),
     Part("ranking-parity", "ranking --only parity", "Does an adapter score in vLLM as it does in peft (200 prompts)?"),
     Part(
         "ranking-shots",
