@@ -253,7 +253,8 @@ def _worth(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
     assert trained is not None
     results = finished_trials(workspace, trained.outputs["grid"], trials(recipe.ctr))
     for row in summarise(results):
-        gain = "" if row.auc_gain is None else f", {row.auc_gain:+.4f} to none (t {row.auc_gain_t or 0:.1f})"
+        none = row.differences.get("none")
+        gain = f", {none.auc:+.4f} to none" if none else ""
         mode = {"knowledge": "individual"}.get(row.arm, row.arm)
         unit_ = f"test AUC (±{row.auc_std or 0:.4f}, {row.seeds} seeds{gain})"
         yield Figure(measure=f"{row.backbone}", method=mode, value=round(row.auc, 4), unit=unit_)

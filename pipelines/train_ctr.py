@@ -41,7 +41,8 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
                 on_trial=lambda result: advance(1),
             )
         for row in summarise(results):
-            gain = "" if row.auc_gain is None else f" ({row.auc_gain:+.4f} to none)"
+            none = row.differences.get("none")
+            gain = f" ({none.auc:+.4f} to none)" if none else ""
             note(f"{row.backbone}, {row.arm}: test AUC {row.auc:.4f}{gain}, {row.seeds} seeds")
         counts: Counts = {
             "trials": len(results),

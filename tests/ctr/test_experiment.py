@@ -144,25 +144,19 @@ def test_summary_by_hand() -> None:
             result("none", 1, 0.74),
             result("knowledge", 0, 0.71),
             result("knowledge", 1, 0.77),
-            result(
-                "knowledge", 2, 0.80, gauc=None
-            ),  # its partner is not trained yet: it counts in the mean, not in the gain
+            result("knowledge", 2, 0.80, gauc=None),  # its partner is not trained yet: in the mean, not in the gain
         ]
     )
     assert none.auc == pytest.approx(0.72)
     assert none.auc_std == pytest.approx(0.04 / 2**0.5)
-    assert none.auc_gain is None
     assert (knowledge.seeds, knowledge.gauc) == (3, 0.6)
     assert knowledge.auc == pytest.approx(0.76)
-    assert knowledge.auc_gain == pytest.approx(0.02)  # of .01 and .03
-    assert knowledge.auc_gain_std == pytest.approx(0.02 / 2**0.5)
-    assert knowledge.auc_gain_t == pytest.approx(2.0)  # .02 / (.01414 / sqrt 2)
+    assert knowledge.differences["none"].auc == pytest.approx(0.02)  # of .01 and .03
 
 
 def test_one_seed_has_no_spread() -> None:
     rows = summarise([result("none", 0, 0.7), result("knowledge", 0, 0.71)])
-    assert rows[1].auc_gain == pytest.approx(0.01)
-    assert (rows[1].auc_std, rows[1].auc_gain_std, rows[1].auc_gain_t) == (None, None, None)
+    assert rows[1].auc_std is None
     assert ArmSummary.model_validate_json(rows[1].model_dump_json()) == rows[1]
 
 

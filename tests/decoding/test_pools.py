@@ -18,7 +18,7 @@ def config(root: Path | None, **changes: object) -> DecodingConfig:
 
 def test_oldest_texts_are_left_out_of_a_full_pool(tmp_path: Path) -> None:
     pool = write_pool(tmp_path, "p", [[1] * 9, [2] * 9, [3] * 9], [10, 20, 30], identity="m", max_tokens=25)
-    assert pool.ids() == [20, 30]
+    assert pool.documents[:, 0].tolist() == [20, 30]
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "../escape", "a/b", "x" * 200])

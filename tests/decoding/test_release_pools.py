@@ -62,7 +62,7 @@ def test_there_is_a_pool_a_kind_whose_documents_are_found_by_id(tmp_path: Path) 
 def test_relaxed_and_empty_texts_draft_for_nobody(tmp_path: Path) -> None:
     rows = [{"id": 1, "text": ""}, {"id": 2, "relaxed": 3}, {"id": 3}]
     write_release_pools(tmp_path, [table(*rows)], Words(), identity="m", max_tokens=100)
-    assert open_pool(tmp_path / "user", "m").ids() == [3]
+    assert open_pool(tmp_path / "user", "m").documents[:, 0].tolist() == [3]
 
 
 def test_the_newest_texts_stay_within_the_bound(tmp_path: Path) -> None:
@@ -70,7 +70,8 @@ def test_the_newest_texts_stay_within_the_bound(tmp_path: Path) -> None:
     written = write_release_pools(tmp_path, tables, Words(), identity="m", max_tokens=30)
     pool = open_pool(tmp_path / "user", "m")
     assert written["user"] <= 30
-    assert pool.ids() == [4, 3, 2, 1, 0]  # six tokens each with their border; oldest first
+    ids, starts = pool.documents[:, :2].T  # six tokens each with their border; oldest first
+    assert (ids.tolist(), starts.tolist()) == ([0, 1, 2, 3, 4], [24, 18, 12, 6, 0])
     assert int((pool.tokens == BORDER).sum()) == 5
 
 

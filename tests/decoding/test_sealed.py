@@ -71,7 +71,7 @@ def test_documents_are_found_by_id_and_kept_in_order() -> None:
     assert list(pool.document(20)) == [7]
     assert list(pool.document(10)) == []
     assert list(pool.document(99)) == []
-    assert [list(s) for s in pool.sequences()] == [[5, 6], [], [7]]
+    assert pool.tokens.tolist() == [5, 6, BORDER, BORDER, 7, BORDER]
 
 
 def test_saved_pool_opens_equal_and_within_12_bytes_a_token(tmp_path: Path) -> None:

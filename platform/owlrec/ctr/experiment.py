@@ -180,13 +180,9 @@ class ArmSummary(BaseModel):
     auc_std: float | None
     gauc: float | None
     log_loss: float
-    # AUC minus that of arm "none" of the same backbone and seed: seeds are paired, so what a seed shifts in both arms
-    # cancels.
-    auc_gain: float | None  # None for "none" itself, and where no seed has both
-    auc_gain_std: float | None
-    auc_gain_t: float | None  # mean over its standard error; with 3 seeds, beyond 4.3 is significant at 5 %
     calibration_error: float | None = None
-    differences: dict[Arm, PairedDifference] = {}  # to each of `bases`, where a seed has both
+    # To each of `bases`, where a seed has both: seeds are paired, so what a seed shifts in both arms cancels.
+    differences: dict[Arm, PairedDifference] = {}
     slices: dict[str, SliceMetrics] = {}  # means over seeds
 
 
@@ -195,7 +191,6 @@ def summarise(results: Sequence[TrialResult], scores: GridScores | None = None) 
 
     scores: the test scores that the trials left (`scores.read_grid_scores`); with them differences get intervals.
     """
-    base = {(r.backbone, r.seed): r.test.auc for r in results if r.arm == "none"}
     groups: dict[tuple[str, Arm], list[TrialResult]] = {}
     for result in results:
         groups.setdefault((result.backbone, result.arm), []).append(result)
@@ -204,8 +199,6 @@ def summarise(results: Sequence[TrialResult], scores: GridScores | None = None) 
     for (backbone, arm), group in groups.items():
         aucs = [r.test.auc for r in group]
         gaucs = [r.test.gauc for r in group if r.test.gauc is not None]
-        paired = [r.test.auc - base[backbone, r.seed] for r in group if arm != "none" and (backbone, r.seed) in base]
-        gain, gain_std = _mean(paired), _std(paired)
         rows.append(
             ArmSummary(
                 backbone=backbone,
@@ -215,9 +208,6 @@ def summarise(results: Sequence[TrialResult], scores: GridScores | None = None) 
                 auc_std=_std(aucs),
                 gauc=_mean(gaucs),
                 log_loss=float(np.mean([r.test.log_loss for r in group])),
-                auc_gain=gain,
-                auc_gain_std=gain_std,
-                auc_gain_t=gain / (gain_std / math.sqrt(len(paired))) if gain is not None and gain_std else None,
                 calibration_error=_mean([e for r in group if (e := r.test.calibration_error) is not None]),
                 differences={b: d for b in bases(arm) if (d := differences.get((backbone, arm, b)))},
                 slices=mean_slices([r.slices for r in group]),

@@ -57,15 +57,6 @@ class SealedPool:
         start, end = self.documents[at, 1:]
         return self.tokens[start:end]
 
-    def ids(self) -> list[int]:
-        """The id of each document, in the order of `sequences`."""
-        return [int(i) for i in self.documents[np.argsort(self.documents[:, 1], kind="stable"), 0]]
-
-    def sequences(self) -> list[np.ndarray]:
-        """All documents in the order they were given, each int32 [length]."""
-        spans = self.documents[np.argsort(self.documents[:, 1], kind="stable"), 1:]
-        return [self.tokens[start:end] for start, end in spans]
-
     def save(self, folder: str | os.PathLike[str], identity: str) -> None:
         """Writes the pool to `folder`, replacing what is there, so that a reader finds the old or the new one whole.
 
