@@ -96,13 +96,13 @@ LONG_PARTS = (
     ),
     Part(
         "ranking-mixture",
-        "ranking_quality --only mixture --seeds 0",
+        "ranking_quality --only mixture --seeds 0 --test-samples 600",
         "Tuned on recent or retrieved prompts alone, or on both (half an hour)?",
     ),
     Part(
         "ranking-lengths",
         "ranking_quality --only lengths --behaviours 10 30 --ways recent retrieved --length-shots 128 "
-        "--valid-samples 60 --test-samples 400",
+        "--valid-samples 60 --test-samples 300",
         "Recent or retrieved behaviours (three quarters of an hour)?",
     ),
 )
