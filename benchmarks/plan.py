@@ -100,9 +100,8 @@ LONG_PARTS = (
         "Tuned on recent or retrieved prompts alone, or on both (half an hour)?",
     ),
     Part(
-        "ranking-lengths",
-        "ranking_quality --only lengths --behaviours 10 30 --ways recent retrieved --length-shots 128 "
-        "--valid-samples 60 --test-samples 300",
-        "Recent or retrieved behaviours (three quarters of an hour)?",
+        "ranking-longer",
+        "ranking_quality --only longer --shots 1024 --behaviours 10 30",
+        "Recent or retrieved behaviours, for the ranker of 1,024 shots (behind ranking-shots; 25 minutes)?",
     ),
 )

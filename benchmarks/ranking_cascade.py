@@ -4,24 +4,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from benchmarks.ranking_longer import ask_ranker
 from benchmarks.ranking_peers import features_of, train
 from benchmarks.table import Figure
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.errors import EngineError
-from owlrec.generation import token_counter
-from owlrec.generation.models import model_identity
-from owlrec.prompting.rella import rank_fingerprint
-from owlrec.ranking.adapters import open_adapter
 from owlrec.ranking.calibration import load_calibration
 from owlrec.ranking.cascade import held_out_lists, judge_cascade
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.items import item_retriever
-from owlrec.ranking.lora import score_questions
-from owlrec.ranking.samples import ask_about
 from owlrec.recipe import Recipe
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace, fingerprint
-from pipelines.session import ray_session
 
 LENGTH, DEPTHS, WEIGHTS = 20, (5, 10, 20), (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -68,28 +60,8 @@ def ctr_scores(recipe: Recipe, workspace: Workspace, samples: pa.Table, asked: p
 
 def llm_scores(recipe: Recipe, workspace: Workspace, folder: str, asked: pa.Table) -> np.ndarray:
     """The ranker's, in the way that its adapter was tuned for last: float64 [rows of asked], nan for none."""
-    config = recipe.ranking or RankingConfig()
-    engine = config.ranking_engine(recipe.engine)
-    rows = ask_about(
-        asked,
-        workspace.read_table("users"),
-        ItemCatalog.load(workspace),
-        item_retriever(workspace, config.item_encoder(recipe.encoder, engine), config.projection),
-        recipe.domain,
-        config.prompt,
-        token_counter(engine),
-        k=config.data.behaviours,
-        ways=config.data.shown[-1:],
-    ).rows
+    data = (recipe.ranking or RankingConfig()).data
+    rows = ask_ranker(recipe, workspace, folder, asked, k=data.behaviours, ways=data.shown[-1:])
     if len(rows) != len(asked):
         raise EngineError("cascade: a candidate of the lists has no title. Give all items titles.")
-    adapter = open_adapter(
-        workspace,
-        f"{folder}/adapter",
-        model=model_identity(engine.model, engine.revision),
-        wording=rank_fingerprint(config.prompt, recipe.domain),
-    )
-    questions = [(row["system"], row["text"]) for row in rows.to_pylist()]
-    with ray_session(recipe.ray, workspace.log_path("ray")):
-        log = str(workspace.log_path("cascade"))
-        return score_questions(engine, questions, {"tuned": adapter}, log_path=log)["tuned"]
+    return rows["tuned"].to_numpy()

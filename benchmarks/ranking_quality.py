@@ -2,7 +2,8 @@
 
 MovieLens-100K, the recipe `movielens-100k-ranker`, SmolLM2-135M; the `tune_ranker` stage with other settings each time.
 `shots`: tuned on few samples, beside DIN and DCN-V2 trained on the very same ones. `lengths`: K behaviours, recent,
-retrieved or mixed, as the model is and tuned. `mixture`: tuned on recent or retrieved prompts alone, or on both.
+retrieved or mixed, as the model is and tuned. `longer`: the ranker of the most shots, asked with more behaviours than
+it was tuned on. `mixture`: tuned on recent or retrieved prompts alone, or on both.
 `cascade`: DIN, trained on the whole train split, orders held-out lists, and the ranker of the most shots re-orders
 their heads. Differences are paired by row, with 95 % intervals by users drawn anew.
 
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 
 import pipelines
 from benchmarks.ranking_cascade import cascade_figures
+from benchmarks.ranking_longer import longer_figures
 from benchmarks.ranking_peers import ctr_results
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr import metrics
@@ -38,7 +40,7 @@ from pipelines.prepare import run as prepare
 from pipelines.tune_ranker import run as tune_ranker
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k-ranker.yaml"
-PARTS = ("shots", "lengths", "mixture", "cascade")
+PARTS = ("shots", "lengths", "longer", "mixture", "cascade")
 WAYS = ("recent", "retrieved", "mixed")
 _FIXED_TOKENS, _BEHAVIOUR_TOKENS = 115, 17.5  # of a prompt, about: without behaviours, and for each
 _START_S = 60  # of Ray, an engine and their models, for each run
@@ -52,6 +54,7 @@ _QUICK = {
     "valid_samples": 24,
     "test_samples": 40,
     "lists": 4,
+    "longer_rows": 40,
 }
 
 
@@ -137,8 +140,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shots", type=int, nargs="+", default=[64, 256, 1024], help="any number: 4096 takes hours")
     parser.add_argument("--shown", type=int, default=5, help="behaviours that a prompt of `shots` and `cascade` shows")
-    parser.add_argument("--behaviours", type=int, nargs="+", default=[5, 10, 15, 20, 30], help="the K of `lengths`")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="`lengths` judges, recent first")
+    parser.add_argument("--behaviours", type=int, nargs="+", default=[5, 10, 15, 20, 30], help="K of lengths, longer")
+    parser.add_argument("--longer-rows", type=int, default=500, help="test rows of `longer`")
     parser.add_argument("--length-shots", type=int, default=256, help="that `lengths` and `mixture` tune on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=2)
@@ -170,7 +173,8 @@ def runs_of(part: str, o: Namespace) -> list[Run]:
     by_part = {
         "shots": few,
         "cascade": [run for run in few if run.zero_shot],
-        "lengths": [Run(o.seeds[0], o.length_shots, k, tuple(o.ways), zero_shot=True) for k in o.behaviours],
+        "longer": [run for run in few if run.zero_shot],
+        "lengths": [Run(o.seeds[0], o.length_shots, k, WAYS, zero_shot=True) for k in o.behaviours],
         "mixture": [
             Run(seed, o.length_shots, o.shown, ("retrieved",), asked=asked)
             for seed in o.seeds
@@ -194,6 +198,8 @@ def announce(bench: Bench) -> None:
         stops = o.epochs * o.valid_samples * len(run.asked)
         judged = (1 + run.zero_shot) * (o.valid_samples + o.test_samples) * len(run.judged)
         read += prompt * (stops + judged)
+    if "longer" in o.only:
+        read += sum(4 * o.longer_rows * (_FIXED_TOKENS + _BEHAVIOUR_TOKENS * k) for k in o.behaviours)
     if "cascade" in o.only:
         read += 20 * o.lists * (_FIXED_TOKENS + _BEHAVIOUR_TOKENS * o.shown)
     tuning, reading = tokens_per_s(bench.recipe.ranking or RankingConfig())
@@ -243,10 +249,17 @@ def by_lengths(bench: Bench) -> list[Figure]:
         figures += bench.figures(run, f"K = {run.behaviours}, {run.shots} shots")
         rows, _ = bench.tuned(run)
         for model in ("zero-shot", "tuned"):
-            for way in run.judged[1:]:
+            for way in WAYS[1:]:
                 pair = [_of(rows[model], of) for of in (way, "recent")]
                 figures.append(_difference(f"K = {run.behaviours}", f"{model}: {way} - recent", *pair))
     return figures
+
+
+def by_longer(bench: Bench) -> list[Figure]:
+    """The ranker of the most shots, and the model as it is."""
+    run, o = runs_of("longer", bench.options)[0], bench.options
+    _, folder = bench.tuned(run)
+    return longer_figures(bench.recipe_of(run), bench.workspace, folder, bench.kept(run), o.behaviours, o.longer_rows)
 
 
 def by_mixture(bench: Bench) -> list[Figure]:
@@ -271,7 +284,7 @@ def by_cascade(bench: Bench) -> list[Figure]:
     return cascade_figures(bench.recipe_of(run), bench.workspace, folder, bench.kept(run), bench.options.lists)
 
 
-FIGURES = {"shots": by_shots, "lengths": by_lengths, "mixture": by_mixture, "cascade": by_cascade}
+FIGURES = {"shots": by_shots, "lengths": by_lengths, "longer": by_longer, "mixture": by_mixture, "cascade": by_cascade}
 
 
 def _of(table: pa.Table, way: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
