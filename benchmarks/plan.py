@@ -57,6 +57,7 @@ PARTS = (
 )
 
 LONG_PARTS = (
+    Part("demo", "demo", "What does `make demo` find, and how long does it take (4 minutes)?"),
     Part(
         "decoding-all",
         "decoding --frameworks kar",

@@ -1,0 +1,62 @@
+"""What `make demo` finds and how long it takes: the same command on a workspace of its own that is empty."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pipelines
+from benchmarks.table import Figure, options_parser, show
+from owlrec.ctr.experiment import finished_trials, trials
+from owlrec.ops.run_report import STAGES, arm_figures
+from owlrec.recipe import Recipe, load_recipe
+from owlrec.store.latency import measure_lookup
+from owlrec.store.release import open_release
+from owlrec.workspace import Workspace, finished_stage, needed_stage
+
+RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-demo.yaml"
+
+
+def main() -> None:
+    """Runs the demo's recipe, then reads what it left."""
+    options = options_parser(__doc__).parse_args()
+    recipe = load_recipe(RECIPE)
+    source = {"max_users": 60, "max_items": 60} if options.quick else {}
+    with tempfile.TemporaryDirectory(prefix="owlrec-demo-") as folder:
+        values = recipe.model_dump(mode="json") | {"workspace": folder}
+        recipe = Recipe.model_validate(values | {"source": values["source"] | source})
+        written = Path(folder) / "recipe.yaml"
+        written.write_text(recipe.model_dump_json())  # JSON is YAML
+        start = time.monotonic()
+        subprocess.run([Path(sys.executable).with_name("owlrec"), "run", written], check=True)
+        seconds = time.monotonic() - start
+        figures = [Figure(measure="whole run", method="all stages", value=seconds, unit="s")]
+        figures += read(recipe, Workspace(folder))
+    show("the demo", figures, options)
+
+
+def read(recipe: Recipe, workspace: Workspace) -> list[Figure]:
+    """Seconds of each stage, rows, a lookup, and the table of arms."""
+    manifests = [m for stage in STAGES if (m := finished_stage(workspace, stage))]
+    figures = [Figure(measure="stage", method=m.stage, value=m.seconds, unit="s") for m in manifests]
+    prepared = needed_stage(workspace, "prepare", "")
+    for what in ("users", "items", "samples_train"):
+        figures.append(Figure(measure="rows", method=what, value=prepared.counts[what], unit=""))
+    with open_release(workspace, verify=False) as release:
+        found = measure_lookup(release, "user", workspace.read_table("users")["user_id"].to_numpy())
+    for what in ("knowledge", "vector"):
+        figures.append(Figure(measure="lookup", method=what, value=found[f"{what}_p50_us"], unit="µs, p50"))
+    grid = needed_stage(workspace, "train_ctr", "").outputs["grid"]
+    for arm in arm_figures(finished_trials(workspace, grid, trials(recipe.ctr))):
+        auc, gauc, log_loss = (fmean(values) for values in (arm.auc, arm.gauc, arm.log_loss))
+        none = arm.differences.get("none")
+        gain = f", {none.auc:+.4f} to none" if none else ""
+        unit = f"test AUC (±{stdev(arm.auc):.4f}{gain}; gAUC {gauc:.4f}, log-loss {log_loss:.4f})"
+        figures.append(Figure(measure=arm.backbone, method=arm.arm, value=auc, unit=unit))
+    return figures
+
+
+if __name__ == "__main__":
+    main()
