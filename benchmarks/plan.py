@@ -15,6 +15,7 @@ class Part(NamedTuple):
 
 
 PARTS = (
+    Part("demo", "demo", "What does `make demo` find, and how long does it take?"),
     Part("lookup", "lookup", "What does one lookup by id cost?"),
     Part("generation", "generation --only speed --quick", "What does a batch job cost beyond the engine itself?"),
     Part("generation-scale", "generation --only scale --rows 1e6", "How many rows a second can the job write?"),
@@ -57,7 +58,6 @@ PARTS = (
 )
 
 LONG_PARTS = (
-    Part("demo", "demo", "What does `make demo` find, and how long does it take (4 minutes)?"),
     Part(
         "decoding-all",
         "decoding --frameworks kar",

@@ -52,5 +52,5 @@ def test_a_table_of_a_part_that_never_ran_is_refused():
 def test_the_page_names_what_is_missing_and_what_was_skipped():
     page = results_page({"lookup": result(figure(float("nan"), unit="skipped"))})
     assert "| text | owlrec | skipped |  |" in page
-    assert "Not measured yet: `generation`," in page
+    assert "Not measured yet: `demo`, `generation`," in page
     assert "90 s, 2 CPU cores, 2026-11-25" in page
