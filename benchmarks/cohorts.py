@@ -26,6 +26,7 @@ import psutil
 import pyarrow as pa
 
 import pipelines
+from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
 from owlrec.cohorts.assignment import Router, vector_array
 from owlrec.cohorts.building import build_cohorts
@@ -253,11 +254,7 @@ def _worth(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
     assert trained is not None
     results = finished_trials(workspace, trained.outputs["grid"], trials(recipe.ctr))
     for row in summarise(results):
-        none = row.differences.get("none")
-        gain = f", {none.auc:+.4f} to none" if none else ""
-        mode = {"knowledge": "individual"}.get(row.arm, row.arm)
-        unit_ = f"test AUC (±{row.auc_std or 0:.4f}, {row.seeds} seeds{gain})"
-        yield Figure(measure=f"{row.backbone}", method=mode, value=round(row.auc, 4), unit=unit_)
+        yield arm_figure(row, method={"knowledge": "individual"}.get(row.arm))
 
 
 def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:

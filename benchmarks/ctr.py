@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import torch
 
 import pipelines
+from benchmarks.arms import arm_figure
 from benchmarks.planted import PlantedWorld, plant, sentence_vectors, trait_vectors
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.arms import Arm
@@ -218,8 +219,7 @@ def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
     wanted = trials(recipe.ctr)
     scores = read_grid_scores(workspace, grid, wanted)
     for row in summarise(finished_trials(workspace, grid, wanted), scores):
-        unit = f"test AUC (±{row.auc_std or 0:.4f}, {row.seeds} seeds; gAUC {row.gauc or float('nan'):.4f})"
-        yield Figure(measure=f"{row.backbone}, all test rows", method=row.arm, value=round(row.auc, 4), unit=unit)
+        yield arm_figure(row, f"{row.backbone}, all test rows")
         for base, paired in row.differences.items():
             yield _gain(f"{row.backbone}, all test rows", f"{row.arm} to {base}", paired.auc, paired.evidence)
     if scores is not None:

@@ -5,16 +5,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import fmean, stdev
 
 import pipelines
+from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
-from owlrec.ctr.experiment import finished_trials, trials
-from owlrec.ops.run_report import STAGES, arm_figures
+from owlrec.ctr.experiment import finished_trials, summarise, trials
+from owlrec.ops.run_report import STAGES
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.store.latency import measure_lookup
 from owlrec.store.release import open_release
-from owlrec.workspace import Workspace, finished_stage, needed_stage
+from owlrec.workspace import Workspace, finished_stage
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-demo.yaml"
 
@@ -39,23 +39,16 @@ def main() -> None:
 
 def read(recipe: Recipe, workspace: Workspace) -> list[Figure]:
     """Seconds of each stage, rows, a lookup, and the table of arms."""
-    manifests = [m for stage in STAGES if (m := finished_stage(workspace, stage))]
-    figures = [Figure(measure="stage", method=m.stage, value=m.seconds, unit="s") for m in manifests]
-    prepared = needed_stage(workspace, "prepare", "")
+    stages = {stage: manifest for stage in STAGES if (manifest := finished_stage(workspace, stage))}
+    figures = [Figure(measure="stage", method=name, value=stage.seconds, unit="s") for name, stage in stages.items()]
     for what in ("users", "items", "samples_train"):
-        figures.append(Figure(measure="rows", method=what, value=prepared.counts[what], unit=""))
+        figures.append(Figure(measure="rows", method=what, value=stages["prepare"].counts[what], unit=""))
     with open_release(workspace, verify=False) as release:
         found = measure_lookup(release, "user", workspace.read_table("users")["user_id"].to_numpy())
     for what in ("knowledge", "vector"):
         figures.append(Figure(measure="lookup", method=what, value=found[f"{what}_p50_us"], unit="µs, p50"))
-    grid = needed_stage(workspace, "train_ctr", "").outputs["grid"]
-    for arm in arm_figures(finished_trials(workspace, grid, trials(recipe.ctr))):
-        auc, gauc, log_loss = (fmean(values) for values in (arm.auc, arm.gauc, arm.log_loss))
-        none = arm.differences.get("none")
-        gain = f", {none.auc:+.4f} to none" if none else ""
-        unit = f"test AUC (±{stdev(arm.auc):.4f}{gain}; gAUC {gauc:.4f}, log-loss {log_loss:.4f})"
-        figures.append(Figure(measure=arm.backbone, method=arm.arm, value=auc, unit=unit))
-    return figures
+    results = finished_trials(workspace, stages["train_ctr"].outputs["grid"], trials(recipe.ctr))
+    return figures + [arm_figure(row) for row in summarise(results)]
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def _table(figures: Iterable[Figure]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for figure in figures:
         ratio = f"{figure.ratio:.2f}x {figure.ratio_to}" if figure.ratio is not None else ""
-        value = "skipped" if math.isnan(figure.value) else f"{_number(figure.value)} {figure.unit}"
+        value = "skipped" if math.isnan(figure.value) else f"{_number(figure.value)} {figure.unit}".rstrip()
         yield f"| {figure.measure} | {figure.method} | {value} | {ratio} |"
 
 

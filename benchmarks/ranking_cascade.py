@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from benchmarks.ranking_longer import ask_ranker
 from benchmarks.ranking_peers import features_of, train
+from benchmarks.ranking_scores import ask_ranker
 from benchmarks.table import Figure
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.errors import EngineError

@@ -20,20 +20,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 import pipelines
 from benchmarks.ranking_cascade import cascade_figures
-from benchmarks.ranking_longer import longer_figures
 from benchmarks.ranking_peers import ctr_results
+from benchmarks.ranking_scores import Scored, ask_ranker, auc_figure, scored
 from benchmarks.table import Figure, options_parser, show
-from owlrec.ctr import metrics
-from owlrec.ctr.intervals import bootstrap_aucs, percentile_interval
 from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.ops.console import note
-from owlrec.prompting.rella import YES
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.judging import Judgement
+from owlrec.ranking.samples import draw_shots
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.workspace import Workspace, fingerprint, finished_stage
 from pipelines.prepare import run as prepare
@@ -250,30 +247,47 @@ def by_lengths(bench: Bench) -> list[Figure]:
         rows, _ = bench.tuned(run)
         for model in ("zero-shot", "tuned"):
             for way in WAYS[1:]:
-                pair = [_of(rows[model], of) for of in (way, "recent")]
-                figures.append(_difference(f"K = {run.behaviours}", f"{model}: {way} - recent", *pair))
+                pair = [scored(rows[model], of) for of in (way, "recent")]
+                figures.append(auc_figure(f"K = {run.behaviours}", f"{model}: {way} - recent", *pair))
     return figures
 
 
 def by_longer(bench: Bench) -> list[Figure]:
-    """The ranker of the most shots, and the model as it is."""
-    run, o = runs_of("longer", bench.options)[0], bench.options
+    """The ranker of the most shots, and the model as it is; the scores stay beside the run's own."""
+    run, rows = runs_of("longer", bench.options)[0], bench.options.longer_rows
     _, folder = bench.tuned(run)
-    return longer_figures(bench.recipe_of(run), bench.workspace, folder, bench.kept(run), o.behaviours, o.longer_rows)
+    recipe, workspace = bench.recipe_of(run), bench.workspace
+    assert recipe.ranking is not None
+    samples = workspace.read_table("samples")
+    asked = samples.take(pa.array(draw_shots(samples, rows, recipe.ranking.judging.seed, "test")))
+    figures = []
+    for k in bench.options.behaviours:
+        file = f"{bench.kept(run)}/longer-{k}-{rows}.parquet"
+        if not workspace.exists(file):
+            found = ask_ranker(recipe, workspace, folder, asked, k=k, ways=("recent", "retrieved"), zero_shot=True)
+            workspace.write_parquet(file, found)
+        table = workspace.read_parquet(file)
+        for model in ("zero-shot", "tuned"):
+            measure = f"K = {k}, {rows} test rows, {model}"
+            recent, retrieved = (scored(table, way, model) for way in ("recent", "retrieved"))
+            figures.append(auc_figure(measure, "recent", recent))
+            figures.append(auc_figure(measure, "retrieved", retrieved))
+            figures.append(auc_figure(measure, "retrieved - recent", retrieved, recent))
+    return figures
 
 
 def by_mixture(bench: Bench) -> list[Figure]:
     """As many samples, asked in one way or in both; judged on retrieved behaviours, as ReLLa does."""
     figures: list[Figure] = []
-    of_seed: dict[int, dict[str, Any]] = {}
+    of_seed: dict[int, dict[str, Scored]] = {}
     for run in runs_of("mixture", bench.options):
         figures += bench.figures(run, f"tuned on {' + '.join(run.asked)}, {run.shots} shots, seed {run.seed}")
         rows, _ = bench.tuned(run)
-        of_seed.setdefault(run.seed, {})[" + ".join(run.asked)] = _of(rows["tuned"], "retrieved")
+        of_seed.setdefault(run.seed, {})[" + ".join(run.asked)] = scored(rows["tuned"], "retrieved")
     for seed, found in of_seed.items():
         (_, both), *single = found.items()
         for name, one in single:
-            figures.append(_difference(f"tuned on both - on one, seed {seed}", f"both - {name}", both, one))
+            figures.append(auc_figure(f"tuned on both - on one, seed {seed}", f"both - {name}", both, one))
     return figures
 
 
@@ -285,21 +299,6 @@ def by_cascade(bench: Bench) -> list[Figure]:
 
 
 FIGURES = {"shots": by_shots, "lengths": by_lengths, "longer": by_longer, "mixture": by_mixture, "cascade": by_cascade}
-
-
-def _of(table: pa.Table, way: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Users, labels and scores of the rows asked in one way."""
-    table = table.filter(pc.and_(pc.equal(table["shown"], way), pc.is_finite(table["score"])))
-    labels = np.array([answer == YES for answer in table["answer"].to_pylist()], dtype=np.float64)
-    return table["user_id"].to_numpy(), labels, table["score"].to_numpy()
-
-
-def _difference(measure: str, method: str, ours: Any, base: Any) -> Figure:
-    (users, labels, scores), (_, _, others) = ours, base
-    columns = bootstrap_aucs(labels, [scores, others], users).T
-    interval = percentile_interval(columns[0] - columns[1])
-    value = metrics.auc(labels, scores) - metrics.auc(labels, others)
-    return Figure(measure=measure, method=method, value=value, unit=f"AUC [{interval.low:+.4f}, {interval.high:+.4f}]")
 
 
 if __name__ == "__main__":

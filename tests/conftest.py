@@ -54,7 +54,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def lane_of(item: pytest.Item) -> str:
-    """Whether a test runs whole commands, starts processes or watches the clock, or only computes."""
+    """Whether a test runs whole commands, starts processes or watches the clock, or only computes.
+
+    What uses the run's one cluster is in `main` whatever it runs: another lane would start a second one.
+    """
     if item.get_closest_marker("e2e") and "ray_local" not in item.fixturenames:  # type: ignore[attr-defined]
         return "e2e"
     return "main" if any(map(item.get_closest_marker, WAITING)) or watches_the_clock(item) else "beside"

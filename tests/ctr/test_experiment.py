@@ -149,6 +149,7 @@ def test_summary_by_hand() -> None:
     )
     assert none.auc == pytest.approx(0.72)
     assert none.auc_std == pytest.approx(0.04 / 2**0.5)
+    assert "none" not in none.differences
     assert (knowledge.seeds, knowledge.gauc) == (3, 0.6)
     assert knowledge.auc == pytest.approx(0.76)
     assert knowledge.differences["none"].auc == pytest.approx(0.02)  # of .01 and .03
@@ -156,6 +157,7 @@ def test_summary_by_hand() -> None:
 
 def test_one_seed_has_no_spread() -> None:
     rows = summarise([result("none", 0, 0.7), result("knowledge", 0, 0.71)])
+    assert rows[1].differences["none"].auc == pytest.approx(0.01)
     assert rows[1].auc_std is None
     assert ArmSummary.model_validate_json(rows[1].model_dump_json()) == rows[1]
 
