@@ -38,7 +38,8 @@ from owlrec.generation.shards import iterate_manifests
 from owlrec.ray_data import map_parts
 from owlrec.recipe import RayConfig, Recipe, load_recipe
 from owlrec.scenario import get_scenario
-from owlrec.workspace import Workspace, finished_stage, part_name
+from owlrec.stages import finished_stage
+from owlrec.workspace import Workspace, part_name
 from pipelines.session import ray_session
 
 DIM, COHORTS, PART_ROWS = 64, 1000, 1 << 17

@@ -36,7 +36,8 @@ from owlrec.schema import HISTORIES
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import SplitConfig, build_samples
-from owlrec.workspace import StageManifest, Workspace, finish_stage, part_name
+from owlrec.stages import StageManifest, finish_stage
+from owlrec.workspace import Workspace, part_name
 from pipelines.session import ray_session
 
 PROMPTS, NEW_TOKENS, ROWS_AT_ONCE = 1000, 64, 128

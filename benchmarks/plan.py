@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 FEAST = ".venv/feast/bin/python"  # `make bench-peers`
+PEERS_AND_OURS = "'plain vLLM' 'suffix decoding' 'owlrec strict' 'owlrec relaxed'"
 
 
 class Part(NamedTuple):
@@ -21,18 +22,19 @@ PARTS = (
     Part("generation-scale", "generation --only scale --rows 1e6", "How many rows a second can the job write?"),
     Part(
         "decoding",
-        "decoding --frameworks kar --workloads refresh --rounds 1",
+        f"decoding --frameworks kar --workloads refresh --rounds 1 --methods {PEERS_AND_OURS} 'n-gram (2-4, 4)' "
+        "'n-gram (1-3, 3)'",
         "How much faster is a refresh written that drafts from earlier texts?",
     ),
     Part(
         "decoding-new",
-        "decoding --frameworks kar --workloads 'new users' items --batches 4 --rounds 1",
+        f"decoding --frameworks kar --workloads 'new users' items --batches 4 --rounds 1 --methods {PEERS_AND_OURS}",
         "And texts of users and items that the pools know nothing of?",
     ),
-    Part("lossless", "lossless --texts 20", "Does strict verification write what plain decoding would have written?"),
+    Part("lossless", "lossless --texts 16", "Does strict verification write what plain decoding would have written?"),
     Part("cohorts-real", "cohorts --only real", "Are cohorts real?"),
     Part("cohorts-speed", "cohorts --only speed", "How fast are users assigned to cohorts?"),
-    Part("streaming", "streaming --only cost", "How many calls does a daily refresh ask for?"),
+    Part("streaming", "streaming --only cost --days 20", "How many calls does a daily refresh ask for?"),
     Part("semantic-ids", "semantic_ids", "Are semantic ids unique, and what do they lose?"),
     Part("ctr-gauc", "ctr --only gauc", "How fast is gAUC taken?"),
     Part("ctr-export", "ctr --only export", "How fast is a request scored, and how far from the trainer?"),

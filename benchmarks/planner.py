@@ -27,8 +27,9 @@ from owlrec.ops.workload import Call, WorkloadFigures, measured_workload
 from owlrec.recipe import Recipe
 from owlrec.schema import HISTORIES, INTERACTIONS
 from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.stages import StageManifest, finish_stage, finished_stage
 from owlrec.streaming.journal import read_position
-from owlrec.workspace import StageManifest, Workspace, finish_stage, finished_stage
+from owlrec.workspace import Workspace
 
 READ, NEWS = 0.6, 0.2  # shares of a user's behaviours: in the tables, and then as events
 SIZES = {"small": (200, 320), "whole": (None, None)}

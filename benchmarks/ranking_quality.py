@@ -32,7 +32,8 @@ from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.judging import Judgement
 from owlrec.ranking.samples import draw_shots
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.workspace import Workspace, fingerprint, finished_stage
+from owlrec.stages import finished_stage
+from owlrec.workspace import Workspace, fingerprint
 from pipelines.prepare import run as prepare
 from pipelines.tune_ranker import run as tune_ranker
 

@@ -21,7 +21,8 @@ import yaml
 from benchmarks.load import LoadJob
 from benchmarks.serving_processes import free_port, load, process
 from benchmarks.table import Figure
-from owlrec.workspace import Workspace, finished_stage
+from owlrec.stages import finished_stage
+from owlrec.workspace import Workspace
 
 CANDIDATES, RERANKED = 100, 10
 RECIPE = Path(__file__).parent.parent / "pipelines" / "recipes" / "movielens-100k-ranker.yaml"
@@ -49,7 +50,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
         cascade = load(
             job.model_copy(update={"bodies": asked}),
             rate=CASCADE_RATE,
-            seconds=40 if options.quick else 400,
+            seconds=40 if options.quick else 240,
             connections=10,
             count='"degraded":false',
             count_within_s=DEADLINE_MS / 1000,

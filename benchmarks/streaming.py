@@ -33,9 +33,10 @@ from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES, vectors_table
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.raw import RawTables
+from owlrec.stages import StageManifest, finish_stage
 from owlrec.store.release import open_release
 from owlrec.streaming.journal import Plan
-from owlrec.workspace import StageManifest, Workspace, finish_stage
+from owlrec.workspace import Workspace
 
 DAY_MS = 86_400_000
 READ = 1000  # behaviours that a full run may read: all that anybody has

@@ -11,9 +11,10 @@ from owlrec.errors import OwlRecError, RecipeError, did_you_mean
 from owlrec.ops.console import note, progress, stage_header, table
 from owlrec.recipe import load_recipe
 from owlrec.schema import KINDS, Kind
+from owlrec.stages import StageManifest, finished_stage
 from owlrec.store import compaction
 from owlrec.store.release import current_release, list_releases, open_release, roll_back
-from owlrec.workspace import StageManifest, Workspace, finished_stage
+from owlrec.workspace import Workspace
 from pipelines import plan, push, serving, submit
 from pipelines.serving import RecipeOption, releases_workspace
 from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors

@@ -11,7 +11,8 @@ from owlrec.prompting.collective import cohort_prompts, collective_fingerprint
 from owlrec.prompting.rows import prompts_table
 from owlrec.ray_data import map_parts
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage, needed_stage, part_name
+from owlrec.stages import StageManifest, finished_stage, needed_stage
+from owlrec.workspace import Workspace, fingerprint, part_name
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 

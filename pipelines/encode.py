@@ -13,7 +13,8 @@ from owlrec.generation.shards import read_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS
-from owlrec.workspace import StageManifest, Workspace, fingerprint, needed_stage
+from owlrec.stages import StageManifest, needed_stage
+from owlrec.workspace import Workspace, fingerprint
 from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main
 

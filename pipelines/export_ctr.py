@@ -15,7 +15,8 @@ from owlrec.ctr.scoring import Scorer
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage, needed_stage
+from owlrec.stages import StageManifest, finished_stage, needed_stage
+from owlrec.workspace import Workspace, fingerprint
 from pipelines.stage import Counts, Outputs, execute, main
 from pipelines.train_ctr import vector_folders
 

@@ -10,16 +10,9 @@ from owlrec.generation.shards import add_manifests, finished_shards, keep_counte
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
 from owlrec.recipe import Recipe
+from owlrec.stages import StageManifest, Stopwatch, finished_stage, forget_stages, record_stage
 from owlrec.store.release import current_release
-from owlrec.workspace import (
-    StageManifest,
-    Stopwatch,
-    Workspace,
-    fingerprint,
-    finished_stage,
-    forget_stages,
-    record_stage,
-)
+from owlrec.workspace import Workspace, fingerprint
 from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session
 from pipelines.stage import from_stage, main

@@ -9,16 +9,8 @@ from owlrec.generation.shards import add_manifests, iterate_knowledge
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS, Kind
-from owlrec.workspace import (
-    StageManifest,
-    Stopwatch,
-    Workspace,
-    fingerprint,
-    finished_stage,
-    forget_stages,
-    needed_stage,
-    record_stage,
-)
+from owlrec.stages import StageManifest, Stopwatch, finished_stage, forget_stages, needed_stage, record_stage
+from owlrec.workspace import Workspace, fingerprint
 from pipelines.stage import from_stage
 
 

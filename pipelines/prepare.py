@@ -5,7 +5,8 @@ from owlrec.errors import SchemaError
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe
 from owlrec.sources.splits import build_samples
-from owlrec.workspace import StageManifest, Workspace, fingerprint
+from owlrec.stages import StageManifest
+from owlrec.workspace import Workspace, fingerprint
 from pipelines.stage import Counts, Outputs, execute, main
 
 

@@ -9,9 +9,10 @@ from owlrec.generation.shards import iterate_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS
+from owlrec.stages import StageManifest, needed_stage
 from owlrec.store.publishing import ReleaseInfo, publish
 from owlrec.store.release import current_release
-from owlrec.workspace import StageManifest, Workspace, needed_stage
+from owlrec.workspace import Workspace
 from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from owlrec.errors import root_mistake
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.workspace import StageManifest, Stopwatch, Workspace, finished_stage, forget_stages, record_stage
+from owlrec.stages import StageManifest, Stopwatch, finished_stage, forget_stages, record_stage
+from owlrec.workspace import Workspace
 
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr", "evaluate")
 

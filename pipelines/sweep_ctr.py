@@ -16,7 +16,8 @@ from owlrec.ctr.training import GridJob, encode_once, load_data
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, table
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from owlrec.stages import StageManifest, finished_stage
+from owlrec.workspace import Workspace, fingerprint
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 from pipelines.train_ctr import vector_folders

@@ -7,7 +7,8 @@ from owlrec.ctr.training import train_trials
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, fingerprint, finished_stage
+from owlrec.stages import StageManifest, finished_stage
+from owlrec.workspace import Workspace, fingerprint
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 

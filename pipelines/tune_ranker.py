@@ -14,7 +14,8 @@ from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import write_questions
 from owlrec.ranking.results import results_of, write_results
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, fingerprint, needed_stage
+from owlrec.stages import StageManifest, needed_stage
+from owlrec.workspace import Workspace, fingerprint
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 

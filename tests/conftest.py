@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, settings
 from processes import command_lines
 
 from owlrec import schema
-from owlrec.workspace import StageManifest, Workspace, finish_stage
+from owlrec.stages import StageManifest, finish_stage
+from owlrec.workspace import Workspace
 
 # Before anything imports Ray or Hugging Face libraries: they read these once.
 os.environ.update(

@@ -10,15 +10,8 @@ import pyarrow as pa
 import pytest
 
 from owlrec.errors import WorkspaceError
-from owlrec.workspace import (
-    StageManifest,
-    Workspace,
-    file_digest,
-    fingerprint,
-    finish_stage,
-    finished_stage,
-    forget_stages,
-)
+from owlrec.stages import StageManifest, finish_stage, finished_stage, forget_stages
+from owlrec.workspace import Workspace, file_digest, fingerprint
 
 
 @pytest.fixture(params=["local", "memory"])

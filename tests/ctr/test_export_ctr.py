@@ -16,7 +16,8 @@ from owlrec.ctr.fitting import train_one
 from owlrec.ctr.scoring import Scorer
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, finish_stage
+from owlrec.stages import StageManifest, finish_stage
+from owlrec.workspace import Workspace
 from pipelines.export_ctr import run
 
 torch.set_num_threads(1)

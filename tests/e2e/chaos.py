@@ -27,7 +27,8 @@ from owlrec import schema
 from owlrec.generation.batch import build_job
 from owlrec.generation.shards import finished_shards, iterate_manifests, plan_shards, read_knowledge
 from owlrec.recipe import load_recipe
-from owlrec.workspace import StageManifest, Workspace, finish_stage
+from owlrec.stages import StageManifest, finish_stage
+from owlrec.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 USERS, ITEMS, SHARDS = 240, 120, 12

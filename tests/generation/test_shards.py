@@ -27,7 +27,8 @@ from owlrec.recipe import Recipe
 from owlrec.scenario import get_scenario
 from owlrec.schema import KNOWLEDGE
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.workspace import StageManifest, Workspace, finish_stage
+from owlrec.stages import StageManifest, finish_stage
+from owlrec.workspace import Workspace
 
 ECHO = EchoEngineConfig(type="echo")
 

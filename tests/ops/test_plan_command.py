@@ -10,7 +10,8 @@ import pytest
 from owlrec.errors import RecipeError
 from owlrec.generation.shards import ShardManifest
 from owlrec.ops.fleet import load_fleet
-from owlrec.workspace import StageManifest, Workspace, finish_stage
+from owlrec.stages import StageManifest, finish_stage
+from owlrec.workspace import Workspace
 from pipelines.plan import main, row_count
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "cluster" / "fleet-example.yaml"

@@ -9,10 +9,10 @@ from owlrec.generation.shards import ShardManifest
 from owlrec.ops.fleet import FleetConfig, load_fleet
 from owlrec.ops.planning import Runs, Work, engine_seconds, plan
 from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures, measured_workload, per_row
+from owlrec.stages import StageManifest, finish_stage
 from owlrec.streaming.journal import Plan as RefreshPlan
 from owlrec.streaming.journal import begin, commit
 from owlrec.streaming.state import State
-from owlrec.workspace import StageManifest, finish_stage
 
 # What a manifest must hold besides the figures that are read here, as zeros and empty texts.
 REQUIRED = {

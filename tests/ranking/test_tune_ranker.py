@@ -12,7 +12,8 @@ from owlrec import schema
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.ranking.results import read_results
 from owlrec.recipe import Recipe
-from owlrec.workspace import StageManifest, Workspace, finish_stage, finished_stage
+from owlrec.stages import StageManifest, finish_stage, finished_stage
+from owlrec.workspace import Workspace
 from pipelines.tune_ranker import run
 
 

@@ -10,7 +10,8 @@ from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.shards import plan_shards, read_knowledge
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
-from owlrec.workspace import StageManifest, Workspace, finish_stage, part_name
+from owlrec.stages import StageManifest, finish_stage
+from owlrec.workspace import Workspace, part_name
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 ROWS, EVERY, SHARD_ROWS = 20_000, 100, 1_000

@@ -23,7 +23,8 @@ from owlrec.generation.shards import Job, Shard, ShardManifest, iterate_manifest
 from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
 from owlrec.scenario import Scenario
 from owlrec.schema import Kind, stable_id
-from owlrec.workspace import Stopwatch, Workspace, file_digest, fingerprint, part_name
+from owlrec.stages import Stopwatch
+from owlrec.workspace import Workspace, file_digest, fingerprint, part_name
 
 
 @dataclass(frozen=True)

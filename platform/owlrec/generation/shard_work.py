@@ -28,7 +28,8 @@ from owlrec.generation.shards import Job, Shard, ShardManifest, earlier_texts
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
 from owlrec.schema import DEAD_LETTERS, KNOWLEDGE
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.workspace import Stopwatch, Workspace
+from owlrec.stages import Stopwatch
+from owlrec.workspace import Workspace
 
 METADATA = "metadata"  # the framework of a text that no LLM wrote
 READY_MADE = {"cohort": "collective", "user": "streaming"}  # the framework of prompts from a file, by kind

@@ -23,7 +23,8 @@ from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
-from owlrec.workspace import Workspace, fingerprint, needed_stage
+from owlrec.stages import needed_stage
+from owlrec.workspace import Workspace, fingerprint
 
 COUNTERS = "decoder.json"
 _READERS = 16  # threads that check shards: on an object store each waits for its answer most of the time

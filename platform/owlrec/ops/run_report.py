@@ -29,9 +29,10 @@ from owlrec.ops.throughput import throughput
 from owlrec.ranking.results import read_results
 from owlrec.schema import KNOWLEDGE
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.stages import StageManifest, finished_stage
 from owlrec.store.latency import measure_lookup
 from owlrec.store.release import Release
-from owlrec.workspace import StageManifest, Workspace, finished_stage
+from owlrec.workspace import Workspace
 
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")
 _SAMPLES_A_KIND = 3

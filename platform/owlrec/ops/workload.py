@@ -19,10 +19,11 @@ from owlrec.config import Config
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.errors import WorkspaceError
 from owlrec.generation.shards import COUNTERS, KINDS, Kind, ShardManifest
+from owlrec.stages import StageManifest, finished_stage
 from owlrec.streaming.journal import ROOT as STREAMING
 from owlrec.streaming.journal import Plan as RefreshPlan
 from owlrec.streaming.journal import read_position
-from owlrec.workspace import StageManifest, Workspace, finished_stage
+from owlrec.workspace import Workspace
 
 Call = Literal["user", "item", "cohort", "refresh"]  # what the LLM is asked about; refresh: a user who has moved on
 _ONE_SHARD_FACTOR = 2.0  # a single shard shows no spread: from half to double is a guess, and looks like one
