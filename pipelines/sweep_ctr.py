@@ -13,10 +13,9 @@ from owlrec.ctr.arms import arm_parts, arm_sources
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.reduction import reduce_once
 from owlrec.ctr.training import GridJob, encode_once, load_data
-from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, table
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, finished_stage
+from owlrec.stages import StageManifest, needed_stage
 from owlrec.workspace import Workspace, fingerprint
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
@@ -25,12 +24,11 @@ from pipelines.train_ctr import vector_folders
 
 def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     """Writes ctr/<fingerprint>/sweep.json, best first, and prints it."""
-    prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
     config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
-    if prepared is None or (encoded is None and arm != "none"):
-        raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
+    prepared = needed_stage(workspace, "prepare", "no tables yet")
+    encoded = needed_stage(workspace, "encode", "no vectors yet") if arm != "none" else None
     print_ = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep", __version__)
-    folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded and arm != "none" else {}
+    folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
     sources = arm_sources(arm, folders)
     trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
     candidates = config.sweep.candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
