@@ -95,7 +95,8 @@ def export_ctr(
     """Write a trained CTR model as an artifact that a serving process opens."""
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace)
-        _stage("export_ctr")(settings, open_workspace(settings), trial=trial, half=half)
+        exported = _stage("export_ctr")(settings, open_workspace(settings), trial=trial, half=half)
+        note(f"serve it with --artifact {exported.outputs['model']}")
 
 
 @app.command("import")

@@ -53,6 +53,10 @@ def serve(
         if llm and (recipe is None or artifact is None):
             raise ServingError("--llm re-ranks what a CTR model has ranked: give --recipe and --artifact as well.")
         store = releases_workspace(workspace, recipe)
+        if artifact:
+            from owlrec.ctr.artifact import read_card
+
+            read_card(store, artifact)  # complains now, not out of a replica
         args = LaptopArgs(
             workspace=store.path() if store.local else store.root,
             host=host,

@@ -110,7 +110,7 @@ def test_scores_off_the_trainers_are_refused(trained: Workspace) -> None:
     trained.write_parquet(path, moved)
     with pytest.raises(WorkspaceError, match=r"scores up to .* off the trainer's.*train_ctr"):
         run(recipe(trained), trained)
-    with pytest.raises(WorkspaceError, match=r"model\.json does not exist"):
+    with pytest.raises(WorkspaceError, match=r"no finished artifact is there"):
         Scorer.open(trained, f"models/{GRID[:16]}-dcnv2-knowledge-seed-0")
 
 

@@ -204,5 +204,5 @@ def test_unfinished_and_damaged_artifacts_are_refused(workspace: Workspace, toy_
     with pytest.raises(WorkspaceError, match=r"items.safetensors is damaged.*export"):
         Scorer.open(workspace, folder)
     workspace.delete_file(f"{folder}/model.json")
-    with pytest.raises(WorkspaceError, match=r"model\.json does not exist"):
+    with pytest.raises(WorkspaceError, match=r"no finished artifact is there"):
         Scorer.open(workspace, folder)

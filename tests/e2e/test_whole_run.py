@@ -43,6 +43,8 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     assert len(rows) == len({r[:2] for r in rows}) == 180
     report = next(workspace.glob("reports/*.html")).read_text()
     assert "AUC" in report
+    assert "invented words" in report  # who wrote the texts decides what a reader is warned of
+    assert "SmolLM2" not in report
     before = {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()}
     second = owlrec("run", str(echo_recipe))
     assert second.returncode == 0
@@ -54,6 +56,9 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     assert "semantic id " in looked_up.stdout
     assert "<td>knowledge-item</td>" in report
     assert "no knowledge" in looked_up.stdout
+    exported = CliRunner().invoke(app, ["export-ctr", str(echo_recipe)])
+    artifact = exported.stdout.partition("--artifact ")[2].strip()
+    assert (workspace / artifact / "model.json").is_file(), exported.stdout
 
 
 def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path: Path) -> None:

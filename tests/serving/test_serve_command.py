@@ -49,6 +49,12 @@ def test_off_loopback_without_keys_it_refuses_to_start(workspace, monkeypatch):
     assert "no API key is asked for" in refused.stderr
 
 
+def test_an_artifact_that_is_not_there_is_said_before_anything_starts(workspace):
+    refused = CliRunner().invoke(app, ["serve", "--workspace", workspace.path(), "--artifact", "models/none"])
+    assert refused.exit_code == 1
+    assert "no finished artifact is there. `owlrec export-ctr` writes one" in refused.stderr
+
+
 @needs_redis
 def test_push_and_roll_back(workspace, tmp_path):
     with redis_server(tmp_path) as url:

@@ -134,6 +134,10 @@ def finish_artifact(workspace: Workspace, folder: str, card: ModelCard) -> None:
 
 def read_card(workspace: Workspace, folder: str) -> ModelCard:
     """Raises WorkspaceError where the folder holds no finished artifact."""
+    if not workspace.exists(folder, "model.json"):
+        raise WorkspaceError(
+            f"{workspace.path(folder)}: no finished artifact is there. `owlrec export-ctr` writes one and names it."
+        )
     try:
         return ModelCard.model_validate(workspace.read_json(f"{folder}/model.json"))
     except ValidationError as error:

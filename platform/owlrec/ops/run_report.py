@@ -23,6 +23,7 @@ from owlrec.ctr.experiment import TrialResult, summarise
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.encoding.code_quality import QuantisationReport
 from owlrec.encoding.coded_vectors import read_reports
+from owlrec.generation.models import PACKAGED
 from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge, iterate_manifests
 from owlrec.ops.report_data import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.throughput import throughput
@@ -37,14 +38,16 @@ from owlrec.workspace import Workspace
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")
 _SAMPLES_A_KIND = 3
 _LENGTH_ROWS = 20_000
-_NOTES = (
-    "A gain is the LLM's only where `knowledge` beats both `shuffled` (the same vectors given to other "
-    "ids: what the adaptor's extra "
-    "parameters are worth) and `metadata` (titles, attributes and history encoded without an LLM: what "
-    "the text encoder is worth).",
-    "SmolLM2-135M, the model that this machine can run, makes up most facts: with it expect no gain over metadata. "
-    "A stronger model in the recipe's engine section changes the texts, and nothing else of the run.",
+_NOTE = (
+    "A gain is the LLM's only where `knowledge` beats both `shuffled` (the same vectors given to other ids: what the "
+    "adaptor's extra parameters are worth) and `metadata` (titles, attributes and history encoded without an LLM: what "
+    "the text encoder is worth)."
 )
+_NOTES_ON_MODELS = {
+    PACKAGED: "SmolLM2-135M makes up most facts: with it expect no gain over metadata. A stronger model in the "
+    "recipe's engine section changes the texts, and nothing else of the run.",
+    "echo": "The engine echo answers with invented words, so these texts can be worth nothing: it shows the machinery.",
+}
 
 
 def collect(
@@ -63,6 +66,7 @@ def collect(
     """
     manifests = [m for stage in STAGES if (m := finished_stage(workspace, stage))]
     texts = {kind: _some_rows(workspace, manifests, kind) for kind in KINDS}
+    of_model = _NOTES_ON_MODELS.get(release.manifest.model)
     return ReportData(
         run=run,
         finished=time.strftime("%Y-%m-%d %H:%M", time.localtime()),
@@ -85,7 +89,7 @@ def collect(
         semantic_ids=_semantic_ids(workspace, manifests),
         ranker=read_results(workspace),
         lookup=lookup_figures(release, _some_users(workspace)),
-        notes=list(_NOTES),
+        notes=[_NOTE, of_model] if of_model else [_NOTE],
         versions={name: metadata.version(name) for name in ("ray", "pyarrow", "lmdb", "numpy")},
     )
 
