@@ -2,12 +2,13 @@
 
 from owlrec import __version__
 from owlrec.ctr.arms import arm_parts, arm_sources
-from owlrec.ctr.artifact import PROGRAM, ModelCard, Precision, finish_artifact, write_artifact
+from owlrec.ctr.artifact import PROGRAM, write_artifact
 from owlrec.ctr.experiment import TrialResult, finished_trials, trials
 from owlrec.ctr.export import load_vocabularies
 from owlrec.ctr.features import encode_items
 from owlrec.ctr.fitting import tables_of
 from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.model_card import ModelCard, Precision, finish_artifact
 from owlrec.ctr.parity import TOLERANCE, largest_difference
 from owlrec.ctr.program import export_program
 from owlrec.ctr.reduction import reduced_folders

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from owlrec.ctr.model_card import read_card
 from owlrec.environment import api_keys
 from owlrec.errors import ServingError
 from owlrec.ops.console import note
@@ -54,8 +55,6 @@ def serve(
             raise ServingError("--llm re-ranks what a CTR model has ranked: give --recipe and --artifact as well.")
         store = releases_workspace(workspace, recipe)
         if artifact:
-            from owlrec.ctr.artifact import read_card
-
             read_card(store, artifact)  # complains now, not out of a replica
         args = LaptopArgs(
             workspace=store.path() if store.local else store.root,

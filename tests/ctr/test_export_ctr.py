@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from owlrec import schema
-from owlrec.ctr.artifact import read_card
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.export import export_trial, save_vocabularies
 from owlrec.ctr.fitting import train_one
+from owlrec.ctr.model_card import read_card
 from owlrec.ctr.scoring import Scorer
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.recipe import Recipe

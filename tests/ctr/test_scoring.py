@@ -10,18 +10,13 @@ import pytest
 import torch
 
 from owlrec import schema
-from owlrec.ctr.artifact import (
-    ModelCard,
-    artifact_folder,
-    finish_artifact,
-    read_card,
-    write_artifact,
-)
+from owlrec.ctr.artifact import artifact_folder, write_artifact
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial
 from owlrec.ctr.export import export_trial, save_vocabularies
 from owlrec.ctr.fitting import SplitTensors, Trained, TrainingData, score, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.model_card import ModelCard, finish_artifact, read_card
 from owlrec.ctr.program import export_program
 from owlrec.ctr.scoring import Scorer, User
 from owlrec.errors import SchemaError, WorkspaceError

@@ -12,11 +12,12 @@ import torch
 from redis_server import free_port
 
 from owlrec import schema
-from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
+from owlrec.ctr.artifact import write_artifact
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.export import export_trial, save_vocabularies
 from owlrec.ctr.features import build_features
 from owlrec.ctr.fitting import TrainingData, train_one
+from owlrec.ctr.model_card import ModelCard, finish_artifact
 from owlrec.ctr.scoring import Scorer
 from owlrec.workspace import Workspace
 

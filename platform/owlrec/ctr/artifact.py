@@ -13,20 +13,19 @@ weights lie idle. JSON, Arrow, safetensors and .npy only, no pickle.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ValidationError
 
-from owlrec.ctr.experiment import Metrics, Trial, TrialResult, grid_folder
+from owlrec.ctr.experiment import Trial, TrialResult, grid_folder
 from owlrec.ctr.export import VOCABULARIES, load_trial, read_vocabularies
 from owlrec.ctr.features import ItemFeatures, SampleFeatures
 from owlrec.ctr.fitting import SplitTensors, Tables
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import CTRModel
+from owlrec.ctr.model_card import AGAIN, Precision
 from owlrec.ctr.user_states import UserStates
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
@@ -34,22 +33,6 @@ from owlrec.workspace import Workspace
 FOLDER = "models"
 PROGRAM = "program.pt2"
 _IDS_A_PASS = 8192
-_AGAIN = "Run `owlrec export-ctr` again."
-
-Precision = Literal["float32", "float16"]
-
-
-class ModelCard(BaseModel):
-    """model.json: what an artifact is, and how it scored before it was exported."""
-
-    trial: Trial
-    grid: str  # fingerprint
-    precision: Precision  # of the adaptor's outputs; float16 halves them and moves a score by about 1e-4
-    users: int
-    items: int
-    adapted: dict[str, int]  # side -> ids with knowledge; empty for arm "none"
-    valid: Metrics
-    test: Metrics
 
 
 class Adapted:
@@ -127,30 +110,13 @@ def write_artifact(
     return folder
 
 
-def finish_artifact(workspace: Workspace, folder: str, card: ModelCard) -> None:
-    """Completes an artifact: only now does a scorer open it."""
-    workspace.write_json(f"{folder}/model.json", card.model_dump(mode="json"))
-
-
-def read_card(workspace: Workspace, folder: str) -> ModelCard:
-    """Raises WorkspaceError where the folder holds no finished artifact."""
-    if not workspace.exists(folder, "model.json"):
-        raise WorkspaceError(
-            f"{workspace.path(folder)}: no finished artifact is there. `owlrec export-ctr` writes one and names it."
-        )
-    try:
-        return ModelCard.model_validate(workspace.read_json(f"{folder}/model.json"))
-    except ValidationError as error:
-        raise WorkspaceError(f"{workspace.path(folder)}: model.json is of no known form ({error}). {_AGAIN}") from None
-
-
 def read_items(workspace: Workspace, folder: str) -> ItemFeatures:
     """The items that the artifact knows."""
     try:
         arrays = safetensors.torch.load(workspace.read_bytes(f"{folder}/items.safetensors"))
         return ItemFeatures(**{name: tensor.numpy() for name, tensor in arrays.items()})
     except (TypeError, safetensors.SafetensorError) as error:
-        raise WorkspaceError(f"{workspace.path(folder)}: items.safetensors is damaged ({error}). {_AGAIN}") from None
+        raise WorkspaceError(f"{workspace.path(folder)}: items.safetensors is damaged ({error}). {AGAIN}") from None
 
 
 def _made_of(model: CTRModel, tables: Tables, side: str, ids: np.ndarray) -> np.ndarray:

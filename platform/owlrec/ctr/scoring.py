@@ -13,11 +13,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from owlrec.ctr.artifact import PROGRAM, Adapted, read_card, read_items
+from owlrec.ctr.artifact import PROGRAM, Adapted, read_items
 from owlrec.ctr.export import VOCABULARIES, load_trial, read_vocabularies
 from owlrec.ctr.features import ItemFeatures, SampleFeatures, Vocabularies
 from owlrec.ctr.fitting import SplitTensors
 from owlrec.ctr.model import Batch, CTRModel
+from owlrec.ctr.model_card import read_card
 from owlrec.ctr.program import Program, load_program, request_tensors
 from owlrec.ctr.user_states import UserStates
 from owlrec.errors import SchemaError
