@@ -38,8 +38,8 @@ from owlrec.generation.shards import iterate_manifests
 from owlrec.ray_data import map_parts
 from owlrec.recipe import RayConfig, Recipe, load_recipe
 from owlrec.scenario import get_scenario
-from owlrec.stages import finished_stage
-from owlrec.workspace import Workspace, part_name
+from owlrec.shards import finished_stage
+from owlrec.workspace import Workspace, shard_file
 from pipelines.session import ray_session
 
 DIM, COHORTS, PART_ROWS = 64, 1000, 1 << 17
@@ -106,7 +106,7 @@ def _world(workspace: Workspace, n: int) -> None:
         near = centroids[rng.integers(COHORTS, size=rows)]
         vectors = unit(near + 0.15 * rng.standard_normal((rows, DIM), dtype=np.float32))
         table = pa.table({"id": np.arange(start, start + rows), "liked": vector_array(vectors, np.ones(rows, bool))})
-        workspace.write_parquet(f"c/vectors/user/{part_name(number)}", table)
+        workspace.write_parquet(f"c/vectors/user/{shard_file(number)}", table)
 
 
 def _assign(folder: str) -> dict[str, float]:

@@ -42,7 +42,7 @@ from owlrec.ctr.user_states import UserStates
 from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.stages import finished_stage
+from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k.yaml"

@@ -35,7 +35,7 @@ from owlrec.recipe import load_recipe
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import build_samples
-from owlrec.workspace import fingerprint
+from owlrec.storage import fingerprint
 
 NEW_TOKENS = 200
 POOL_TEXTS = 192  # of users, and as many of items

@@ -12,7 +12,7 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, summarise, trials
 from owlrec.ops.run_report import STAGES
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.stages import finished_stage
+from owlrec.shards import finished_stage
 from owlrec.store.latency import measure_lookup
 from owlrec.store.release import open_release
 from owlrec.workspace import Workspace

@@ -33,11 +33,11 @@ from owlrec.prompting.rows import PromptConfig, user_prompts
 from owlrec.recipe import RayConfig
 from owlrec.scenario import get_scenario
 from owlrec.schema import HISTORIES
+from owlrec.shards import finish_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import SplitConfig, build_samples
-from owlrec.stages import StageManifest, finish_stage
-from owlrec.workspace import Workspace, part_name
+from owlrec.workspace import Workspace, shard_file
 from pipelines.session import ray_session
 
 PROMPTS, NEW_TOKENS, ROWS_AT_ONCE = 1000, 64, 128
@@ -139,7 +139,7 @@ def _movielens(workspace: Workspace, prompts: int) -> None:
     workspace.write_table("users", users, key="user_id", n_shards=n_shards)
     workspace.write_table("histories", histories, key="user_id", n_shards=n_shards)
     workspace.write_table("items", catalog, key="item_id", n_shards=1)
-    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="b" * 64, seconds=0, finished=0))
+    finish_stage(workspace, "prepare", "b" * 64)
 
 
 def _world(workspace: Workspace, n: int) -> None:
@@ -157,9 +157,9 @@ def _world(workspace: Workspace, n: int) -> None:
         ratings = rng.integers(1, 6, len(flat)).astype(np.float32)
         columns = [ids, np.full(len(ids), 10**12)]
         columns += [pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (flat, ratings)]
-        workspace.write_parquet(f"tables/users/{part_name(shard)}", users)
-        workspace.write_parquet(f"tables/histories/{part_name(shard)}", pa.table(columns, schema=HISTORIES))
-    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="e" * 64, seconds=0, finished=0))
+        workspace.write_parquet(f"tables/users/{shard_file(shard)}", users)
+        workspace.write_parquet(f"tables/histories/{shard_file(shard)}", pa.table(columns, schema=HISTORIES))
+    finish_stage(workspace, "prepare", "e" * 64)
 
 
 _TITLE_WORDS = ("River", "Winter", "Garden", "Harbour", "Silence", "Machine", "Empire", "Letter", "Summer", "Shadow")

@@ -26,8 +26,8 @@ from owlrec.ops.policies import Horizon, Policy, runs_of
 from owlrec.ops.workload import Call, WorkloadFigures, measured_workload
 from owlrec.recipe import Recipe
 from owlrec.schema import HISTORIES, INTERACTIONS
+from owlrec.shards import Card, finish_stage, finished_stage
 from owlrec.sources.movielens import MovieLens100KSource
-from owlrec.stages import StageManifest, finish_stage, finished_stage
 from owlrec.streaming.journal import read_position
 from owlrec.workspace import Workspace
 
@@ -159,9 +159,7 @@ def _prepare(workspace: Workspace, size: tuple[int | None, int | None]) -> None:
     workspace.write_table("items", raw.items, key="item_id", n_shards=-(-raw.items.num_rows // SHARD_ROWS))
     workspace.write_parquet("events/news.parquet", news.select(INTERACTIONS.names).cast(INTERACTIONS))
     counts: dict[str, float | int | str] = {"users": raw.users.num_rows, "items": raw.items.num_rows}
-    finish_stage(
-        workspace, StageManifest(stage="prepare", fingerprint="planner" * 8, seconds=0, finished=0, counts=counts)
-    )
+    finish_stage(workspace, Card(stage="prepare", fingerprint="planner" * 8, seconds=0, finished=0, counts=counts))
 
 
 def _histories(read: pa.Table) -> pa.Table:

@@ -13,7 +13,8 @@ from owlrec.ranking.calibration import load_calibration
 from owlrec.ranking.cascade import held_out_lists, judge_cascade
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.recipe import Recipe
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 
 LENGTH, DEPTHS, WEIGHTS = 20, (5, 10, 20), (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -32,8 +32,9 @@ from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.judging import Judgement
 from owlrec.ranking.samples import draw_shots
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.stages import finished_stage
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.shards import finished_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 from pipelines.prepare import run as prepare
 from pipelines.tune_ranker import run as tune_ranker
 

@@ -26,8 +26,9 @@ from benchmarks.serving_processes import free_port, load, peer, process, serving
 from benchmarks.serving_rank import measure_rank
 from benchmarks.table import Figure, options_parser, show
 from owlrec.schema import KNOWLEDGE, vectors_table
+from owlrec.storage import fingerprint
 from owlrec.store import KnowledgeStore, ReleaseInfo, open_release, publish, roll_back
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.workspace import Workspace
 
 DIM, BATCH = 384, 256
 PARTS = ("store", "http", "swaps", "overload", "memory", "rank")

@@ -21,7 +21,7 @@ import yaml
 from benchmarks.load import LoadJob
 from benchmarks.serving_processes import free_port, load, process
 from benchmarks.table import Figure
-from owlrec.stages import finished_stage
+from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
 
 CANDIDATES, RERANKED = 100, 10

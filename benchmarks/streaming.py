@@ -30,10 +30,10 @@ from owlrec.generation.models import PACKAGED
 from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe
 from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES, vectors_table
+from owlrec.shards import finish_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.raw import RawTables
-from owlrec.stages import StageManifest, finish_stage
 from owlrec.store.release import open_release
 from owlrec.streaming.journal import Plan
 from owlrec.workspace import Workspace
@@ -98,7 +98,7 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     for name, table in tables.items():
         workspace.write_table(name, table, key="user_id", n_shards=-(-raw.users.num_rows // recipe.shard_rows))
     workspace.write_table("items", raw.items, key="item_id", n_shards=-(-raw.items.num_rows // recipe.shard_rows))
-    finish_stage(workspace, StageManifest(stage="prepare", fingerprint=f"{until:064d}", seconds=0, finished=0))
+    finish_stage(workspace, "prepare", f"{until:064d}")
     for stage in ("generate", "encode", "publish"):
         importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
     return workspace

@@ -11,7 +11,7 @@ from owlrec.errors import OwlRecError, RecipeError, did_you_mean
 from owlrec.ops.console import note, progress, stage_header, table
 from owlrec.recipe import load_recipe
 from owlrec.schema import KINDS, Kind
-from owlrec.stages import StageManifest, finished_stage
+from owlrec.shards import Card, finished_stage
 from owlrec.store import compaction
 from owlrec.store.release import current_release, list_releases, open_release, roll_back
 from owlrec.workspace import Workspace
@@ -283,7 +283,7 @@ def _stage(name: str) -> Stage:
     return stage
 
 
-def _summary(manifests: list[StageManifest]) -> None:
+def _summary(manifests: list[Card]) -> None:
     rows = [
         (m.stage, m.seconds, ", ".join(f"{k} {v:,}" for k, v in m.counts.items() if isinstance(v, int)))
         for m in manifests

@@ -11,13 +11,14 @@ from owlrec.prompting.collective import cohort_prompts, collective_fingerprint
 from owlrec.prompting.rows import prompts_table
 from owlrec.ray_data import map_parts
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, finished_stage, needed_stage
-from owlrec.workspace import Workspace, fingerprint, part_name
+from owlrec.shards import Card, finished_stage, needed_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, shard_file
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
 
-def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Builds the recipe's cohorts; does nothing where it asks for none."""
     prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
     config, scenario = recipe.cohorts, recipe.domain
@@ -40,7 +41,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
         rows, step = profiles.num_rows, recipe.shard_rows
         for number, start in enumerate(range(0, rows, step)):
             table = prompts_table(cohort_prompts(profiles.slice(start, step), scenario))
-            workspace.write_parquet(f"{folder}/prompts/{part_name(number)}", table)
+            workspace.write_parquet(f"{folder}/prompts/{shard_file(number)}", table)
         make_latest(workspace, folder)
         for kind in ("user", "item"):
             low, middle, high = (found[f"{kind}_cohort_{name}"] for name in ("smallest", "median", "largest"))

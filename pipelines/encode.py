@@ -13,13 +13,14 @@ from owlrec.generation.shards import read_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS
-from owlrec.stages import StageManifest, needed_stage
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.shards import Card, needed_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main
 
 
-def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Encodes what `generate` wrote; each kind and source is a vectors table and a folder that training maps."""
     generated = needed_stage(workspace, "generate", "no knowledge yet")
     settings = recipe.encoder.model_dump(include={"max_tokens", "semantic_ids"})

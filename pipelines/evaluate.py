@@ -6,13 +6,13 @@ from owlrec.ops.console import note, table
 from owlrec.ops.report import arm_rows, comparison_rows, render_report
 from owlrec.ops.run_report import collect
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, needed_stage
+from owlrec.shards import Card, needed_stage
 from owlrec.store.release import open_release
 from owlrec.workspace import Workspace
 from pipelines.stage import Counts, Outputs, execute, main
 
 
-def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Writes the report and prints its main figures; always anew, since it is cheap and its readers are here."""
     prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
     trained = needed_stage(workspace, "train_ctr", "nothing trained yet")

@@ -16,13 +16,14 @@ from owlrec.ctr.scoring import Scorer
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, finished_stage, needed_stage
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.shards import Card, finished_stage, needed_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 from pipelines.stage import Counts, Outputs, execute, main
 from pipelines.train_ctr import vector_folders
 
 
-def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half: bool = False) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half: bool = False) -> Card:
     """Writes the artifact; its folder is the manifest's output `model`.
 
     trial: its path (din/knowledge/seed-0), in place of the best one. half: fields of knowledge as float16.

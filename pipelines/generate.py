@@ -10,15 +10,16 @@ from owlrec.generation.shards import add_manifests, finished_shards, keep_counte
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, Stopwatch, finished_stage, forget_stages, record_stage
+from owlrec.shards import Card, Stopwatch, finish_stage, finished_stage, forget_stages
+from owlrec.storage import fingerprint
 from owlrec.store.release import current_release
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.workspace import Workspace
 from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session
 from pipelines.stage import from_stage, main
 
 
-def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Card:
     """Does every shard that is not done under this very job; starts no engine where all are.
 
     retry_dead: asks for the dead rows of finished shards once more, too.
@@ -64,7 +65,9 @@ def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> St
         return before
     counts = add_manifests(manifests.values())
     counts.update(shards=len(shards), shards_this_run=len(pending) + len(dead))
-    return record_stage(workspace, "generate", print_, watch, {**counts}, {"knowledge": job.folder})
+    return finish_stage(
+        workspace, "generate", print_, counts=counts, outputs={"knowledge": job.folder}, seconds=watch.seconds
+    )
 
 
 def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig:

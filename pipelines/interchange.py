@@ -9,12 +9,13 @@ from owlrec.generation.shards import add_manifests, iterate_knowledge
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS, Kind
-from owlrec.stages import StageManifest, Stopwatch, finished_stage, forget_stages, needed_stage, record_stage
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.shards import Card, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 from pipelines.stage import from_stage
 
 
-def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource) -> StageManifest:
+def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource) -> Card:
     """Reads `source` into the workspace; `encode` and what follows then work on imported knowledge."""
     stage_header("import", f"{source.kind} knowledge from {source.path}")
     needed_stage(workspace, "prepare", "the tables are not prepared")
@@ -27,7 +28,14 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
             note(f"{kind}: {counts[f'{kind}_rows_out']:,} texts, {counts[f'{kind}_rows_dead']:,} dead rows")
     print_ = fingerprint(adopted.job.fingerprint, [(m.shard, m.sha256) for m in adopted.manifests])
     counts["shards"] = len(adopted.manifests)
-    return record_stage(workspace, "generate", print_, watch, {**counts}, {"knowledge": adopted.job.folder})
+    return finish_stage(
+        workspace,
+        "generate",
+        print_,
+        counts=counts,
+        outputs={"knowledge": adopted.job.folder},
+        seconds=watch.seconds,
+    )
 
 
 def import_vectors(workspace: Workspace, kind: Kind, vectors: str, ids: str) -> int:

@@ -4,13 +4,14 @@ from owlrec import __version__
 from owlrec.errors import SchemaError
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe
+from owlrec.shards import Card
 from owlrec.sources.splits import build_samples
-from owlrec.stages import StageManifest
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 from pipelines.stage import Counts, Outputs, execute, main
 
 
-def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Reads the source, builds samples and histories, writes five tables."""
     raw = recipe.source.load()
     positive_above = recipe.domain.positive_above

@@ -9,7 +9,7 @@ from owlrec.generation.shards import iterate_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS
-from owlrec.stages import StageManifest, needed_stage
+from owlrec.shards import Card, needed_stage
 from owlrec.store.publishing import ReleaseInfo, publish
 from owlrec.store.release import current_release
 from owlrec.workspace import Workspace
@@ -17,7 +17,7 @@ from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main
 
 
-def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Publishes what `encode` finished. Publishing the same contents again makes the same release current."""
     encoded = needed_stage(workspace, "encode", "no vectors yet")
 
@@ -51,7 +51,7 @@ def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
     return execute(workspace, "publish", encoded.fingerprint, "an immutable release", body)
 
 
-def _write_pools(recipe: Recipe, workspace: Workspace, encoded: StageManifest, release: str) -> dict[str, int]:
+def _write_pools(recipe: Recipe, workspace: Workspace, encoded: Card, release: str) -> dict[str, int]:
     """Retrieval pools of the release's texts, for the next generation to draft from; tokens by pool."""
     engine = recipe.engine
     if recipe.decoding.mode == "off" or not isinstance(engine, VllmEngineConfig):

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from owlrec.errors import root_mistake
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.stages import StageManifest, Stopwatch, finished_stage, forget_stages, record_stage
+from owlrec.shards import Card, Stopwatch, finish_stage, finished_stage, forget_stages
 from owlrec.workspace import Workspace
 
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr", "evaluate")
 
 Counts = dict[str, float | int | str]
 Outputs = dict[str, str]
-Stage = Callable[..., StageManifest]  # of a recipe, its workspace and the stage's own switches
+Stage = Callable[..., Card]  # of a recipe, its workspace and the stage's own switches
 
 
 def from_stage(stage: str) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def execute(
     body: Callable[[], tuple[Counts, Outputs]],
     *,
     always: bool = False,
-) -> StageManifest:
+) -> Card:
     """Runs `body` and records what it returns; unless `always`, skips a stage that has finished under this
     fingerprint.
     """
@@ -43,7 +43,8 @@ def execute(
         return done
     forget_stages(workspace, from_stage(stage))
     watch = Stopwatch()
-    return record_stage(workspace, stage, fingerprint, watch, *body())
+    counts, outputs = body()
+    return finish_stage(workspace, stage, fingerprint, counts=counts, outputs=outputs, seconds=watch.seconds)
 
 
 def open_workspace(recipe: Recipe) -> Workspace:

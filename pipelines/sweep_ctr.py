@@ -15,14 +15,15 @@ from owlrec.ctr.reduction import reduce_once
 from owlrec.ctr.training import GridJob, encode_once, load_data
 from owlrec.ops.console import note, table
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, needed_stage
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.shards import Card, needed_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 from pipelines.train_ctr import vector_folders
 
 
-def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Writes ctr/<fingerprint>/sweep.json, best first, and prints it."""
     config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
     prepared = needed_stage(workspace, "prepare", "no tables yet")

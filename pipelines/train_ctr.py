@@ -7,8 +7,9 @@ from owlrec.ctr.training import train_trials
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, finished_stage
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.shards import Card, finished_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
@@ -16,7 +17,7 @@ from pipelines.stage import Counts, Outputs, execute, main
 _NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures", "checkpoint_steps", "sweep"}
 
 
-def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Trains the trials that have no result yet; of arm "none" alone without vectors too."""
     prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):

@@ -14,13 +14,14 @@ from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import write_questions
 from owlrec.ranking.results import results_of, write_results
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, needed_stage
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.shards import Card, needed_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
 
-def run(recipe: Recipe, workspace: Workspace) -> StageManifest:
+def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on."""
     prepared, config = needed_stage(workspace, "prepare", "no tables yet"), recipe.ranking
     if config is None:

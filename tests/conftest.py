@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from processes import command_lines
 
 from owlrec import schema
-from owlrec.stages import StageManifest, finish_stage
+from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace
 
 # Before anything imports Ray or Hugging Face libraries: they read these once.
@@ -139,6 +139,6 @@ def small_world(workspace: Workspace) -> Workspace:
     )
     workspace.write_table("users", users, key="user_id", n_shards=4)
     workspace.write_table("histories", histories, key="user_id", n_shards=4)
-    workspace.write_table("items", items, key="item_id", n_shards=3)
-    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="f" * 64, seconds=0, finished=0))
+    workspace.write_table("items", items, key="item_id", n_shards=4)
+    finish_stage(workspace, "prepare", "f" * 64)
     return workspace

@@ -18,6 +18,14 @@ from owlrec.errors import SchemaError
 Kind = Literal["user", "item", "cohort"]  # what a text or a vector is about
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TABLES: dict[Kind, str] = {"user": "users", "item": "items"}  # of each kind that has one
+# By the hash of whose id each table's rows are sharded.
+TABLE_KINDS: dict[str, Kind] = {
+    "users": "user",
+    "items": "item",
+    "interactions": "user",
+    "histories": "user",
+    "samples": "user",
+}
 
 USERS = pa.schema([("user_id", pa.int64()), ("raw_id", pa.string())])  # then one string column a profile field
 ITEMS = pa.schema([("item_id", pa.int64()), ("raw_id", pa.string()), ("title", pa.string())])  # then attributes

@@ -1,265 +1,138 @@
-"""Where a run's artifacts live, on a local path or any URI that Arrow or fsspec opens (s3://, gs://, hdfs://,
-memory://).
+"""The layout of a workspace, where all artifacts of a run live:
 
-Every write is atomic: a temporary name and a rename on a local disk, one PUT on an object store. A reader therefore
-never sees half a file, and "the manifest exists" means "what it lists exists". Layout, relative to the root:
+    workspace.json                       how many shards each kind has, fixed when it is first prepared
+    tables/<name>/00000000.parquet       users, items, interactions, histories, samples
+    cohorts/<fingerprint>/               memberships by shard, prompts, the model; cohorts/CURRENT names the newest
+    knowledge/<fingerprint>/<kind>/      texts by shard; dead/<kind>/ where rows died
+    vectors/<fingerprint>/<source>-<kind>/   encoded texts by shard; quantisers/ beside them
+    releases/<name>/                     immutable; releases/CURRENT names the current one
+    ctr/, pools/, reports/, logs/        trained models, retrieval pools, what people read
+    <artifact>/cards/<kind>/00000000.json    "this shard is done" (owlrec.shards)
+    stages/<stage>.json                  "this stage is done"
 
-    tables/<name>/part-00000.parquet      users, items, interactions, histories, samples; part i holds hash(id) % n == i
-    knowledge/<fingerprint>/<kind>/       shard-00000.parquet, then its manifest shard-00000.json; dead/ beside them
-    knowledge/<fingerprint>/decoder.json  what the speculative decoder counted
-    vectors/<fingerprint>/<name>.parquet  encoded knowledge and metadata; quantisers/<name>/ beside them
-    releases/<time>-<fingerprint8>/       immutable; releases/CURRENT names the one in force
-    ctr/<fingerprint>/                    one folder a trial: result.json, model.safetensors
-    pools/<release>/<pool>/               retrieval pools of a release's texts
-    reports/, logs/, manifests/<stage>.json
+A row's shard is the hash of its id by the number of shards of its kind, a power of two, so that more users move nobody.
 """
 
-import errno
-import hashlib
-import importlib.util
-import json
-import os
-import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from owlrec.errors import WorkspaceError
-from owlrec.schema import shard_of
+from owlrec.schema import TABLE_KINDS, Kind, shard_of
+from owlrec.storage import Storage, fingerprint
 
-COMPRESSION = "zstd"
-_CLOUDS = ("s3://", "gs://", "gcs://", "abfs://", "abfss://")  # that Arrow opens itself
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def fingerprint(*parts: Any) -> str:
-    """SHA-256 (hex) over `parts`: pydantic models, paths or anything JSON can hold, independent of key order."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, BaseModel):
-            return value.model_dump(mode="json")
-        return str(value)
-
-    text = json.dumps(parts, sort_keys=True, default=plain, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+FORMAT = 2  # 1 was the first edition's, which had no workspace.json
+_FILE = "workspace.json"
+_TRIES = 10
 
 
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (hex) of a local file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class Layout(BaseModel):
+    """The content of workspace.json."""
+
+    format: int = FORMAT
+    shards: dict[str, int] = {}  # by kind: powers of two
 
 
-def package_folder(name: str) -> Path | None:
-    """Where an installed package lies, None where it is not: found without importing it or what it needs."""
-    spec = importlib.util.find_spec(name)
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+class Workspace(Storage):
+    """A storage with OwlRec's layout."""
 
+    _layout: Layout | None = None
 
-class Workspace:
-    """Artifacts under one root. Paths given to its methods are relative to the root, with forward slashes."""
+    @property
+    def layout(self) -> Layout:
+        """workspace.json, read once; empty where nothing was prepared yet.
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        """root: a local path (made if absent) or a URI. Raises WorkspaceError where it cannot be opened."""
-        self.root = str(root)
-        try:
-            if "://" in self.root:
-                self.filesystem, self.base = pafs.FileSystem.from_uri(_impatient(self.root))
-                self.local = isinstance(self.filesystem, pafs.LocalFileSystem)
-            else:
-                self.filesystem, self.base = pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.root))
-                self.local = True
-        except (pa.ArrowInvalid, OSError) as error:
-            if self.root.startswith(_CLOUDS):
-                raise WorkspaceError(
-                    f"workspace {self.root} cannot be opened ({error}). Check the bucket's name and region, and that "
-                    "this machine has credentials for it."
-                ) from None
-            self.filesystem, self.base, self.local = *_open_fsspec(self.root), False
+        Raises WorkspaceError for a workspace of the first edition, or of a newer OwlRec.
+        """
+        if self._layout is None:
+            layout = self._read_layout()[0]
+            if layout.shards:
+                self._layout = layout
+            return layout
+        return self._layout
 
-    def __reduce__(self) -> tuple[type["Workspace"], tuple[str]]:
-        return Workspace, (self.base if self.local else self.root,)
-
-    def path(self, *parts: str) -> str:
-        """The full path, inside `filesystem`, of a path relative to the root."""
-        return "/".join([self.base.rstrip("/"), *parts])
-
-    def local_path(self, *parts: str) -> Path:
-        """The path as a local one. Raises WorkspaceError on an object store."""
-        if not self.local:
+    def n_shards(self, kind: Kind) -> int:
+        """How many shards a kind has. Raises WorkspaceError where it was never prepared."""
+        shards = self.layout.shards.get(kind)
+        if shards is None:
             raise WorkspaceError(
-                f"{self.root} is not a local folder, which {'/'.join(parts)} needs. Use a local workspace."
+                f"{self.path(_FILE)} fixes no number of {kind} shards yet. Run `prepare` first, with the same recipe."
             )
-        return Path(self.path(*parts))
+        return shards
 
-    def check_writable(self) -> None:
-        """Writes and removes a probe file. Raises WorkspaceError where that fails, so that no job finds out hours
-        later.
-        """
-        probe = f".probe-{uuid.uuid4().hex}"
-        try:
-            self.write_bytes(probe, b"")
-            self.delete_file(probe)
-        except (OSError, pa.ArrowException, WorkspaceError) as error:
-            raise WorkspaceError(
-                f"workspace {self.root} is not writable ({error.__cause__ or error}). "
-                f"Name a folder you may write to, in the recipe's `workspace` or with --workspace."
-            ) from None
+    def fix_shards(self, shards: Mapping[Kind, int]) -> None:
+        """Fixes the numbers of shards of kinds that have none yet; those that have keep theirs."""
+        for n in shards.values():
+            if n < 1 or n & (n - 1):
+                raise ValueError(f"{n} shards: only powers of two can grow by splitting")
+        self._swap_layout({str(kind): n for kind, n in shards.items()} | self._read_layout()[0].shards)
 
-    def exists(self, *parts: str) -> bool:
-        """Whether a file or folder is there."""
-        info = self.filesystem.get_file_info(self.path(*parts))
-        return bool(info.type != pafs.FileType.NotFound)
+    def grow_shards(self, shards: Mapping[Kind, int]) -> None:
+        """Replaces numbers of shards; only for `reshard`, once every file is where its new number says."""
+        self._swap_layout(self._read_layout()[0].shards | {str(kind): n for kind, n in shards.items()})
 
-    def names(self, *parts: str) -> list[str]:
-        """The names in a folder, sorted, without hidden and temporary ones; empty where the folder does not exist."""
-        selector = pafs.FileSelector(self.path(*parts), allow_not_found=True)
-        return sorted(i.base_name for i in self.filesystem.get_file_info(selector) if not i.base_name.startswith("."))
-
-    def delete_file(self, path: str) -> None:
-        """Removes a file; one that is gone already is no error."""
-        with suppress(FileNotFoundError):
-            self.filesystem.delete_file(self.path(path))
-
-    def delete_dir(self, *parts: str) -> None:
-        """Removes a folder and all it holds, if it is there."""
-        if self.exists(*parts):
-            self.filesystem.delete_dir(self.path(*parts))
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Writes a whole file atomically, making its folder. Raises WorkspaceError where that fails (a full disk, say):
-        what stood there before still does.
-        """
-        target = self.path(path)
-        try:
-            if self.local:
-                self._write_local(target, data, os.replace)
+    def _swap_layout(self, shards: Mapping[str, int]) -> None:
+        for _ in range(_TRIES):
+            layout, e_tag = self._read_layout()
+            wanted = Layout(shards=dict(sorted(shards.items())))
+            self._layout = wanted
+            data = wanted.model_dump_json(indent=2).encode()
+            if wanted == layout or self.swap_bytes(_FILE, data, e_tag) is not None:
                 return
-            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-            with self.filesystem.open_output_stream(target) as stream:
-                stream.write(data)  # an object appears when its stream is closed: one PUT
-        except (OSError, pa.ArrowException) as error:
-            raise _not_written(target, error) from error
+        raise WorkspaceError(f"{self.path(_FILE)} was changed by others {_TRIES} times in a row. Try again.")
 
-    def create_bytes(self, path: str, data: bytes) -> bool:
-        """Writes a whole file unless there is one already; whether it did. Of several callers one succeeds: always on a
-        local disk, and on an object store where fsspec's driver knows put-if-absent (else two may in a rare race).
-        Raises WorkspaceError as write_bytes does.
-        """
-        target = self.path(path)
+    def _read_layout(self) -> tuple[Layout, str | None]:
+        if self.entry(_FILE) is None:
+            if self.exists("manifests"):
+                raise WorkspaceError(
+                    f"{self.root} was written by the first edition of OwlRec, whose files this one does not read. "
+                    "Name another workspace in the recipe."
+                )
+            return Layout(), None
+        data, e_tag = self.read_tagged(_FILE)
         try:
-            if self.local:
-                self._write_local(target, data, _link_new)
-                return True
-            if isinstance(self.filesystem, pafs.PyFileSystem):
-                self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-                self.filesystem.handler.fs.pipe_file(target, data, mode="create")
-                return True
-        except FileExistsError:
-            return False
-        except (OSError, pa.ArrowException) as error:
-            raise _not_written(target, error) from error
-        if self.exists(path):
-            return False
-        self.write_bytes(path, data)
-        return True
+            layout = Layout.model_validate_json(data)
+        except ValidationError as error:
+            raise WorkspaceError(f"{self.path(_FILE)} is unreadable ({error}). Restore it from a backup.") from None
+        if layout.format > FORMAT:
+            raise WorkspaceError(f"{self.path(_FILE)} has format {layout.format}; this OwlRec reads {FORMAT}. Upgrade.")
+        return layout, e_tag
 
-    @staticmethod
-    def _write_local(target: str, data: bytes, install: Callable[[str, str], None]) -> None:
-        folder, _, name = target.rpartition("/")
-        os.makedirs(folder, exist_ok=True)
-        temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                # The rename is atomic, but only durable once the bytes are: a power cut must not leave an empty
-                # "finished" file.
-                file.flush()
-                os.fsync(file.fileno())
-            install(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    # Tables
 
-    def read_bytes(self, path: str) -> bytes:
-        """A whole file. Raises WorkspaceError where it is missing."""
-        try:
-            with self.filesystem.open_input_stream(self.path(path)) as stream:
-                return bytes(stream.read())
-        except (FileNotFoundError, IsADirectoryError):
-            raise WorkspaceError(f"{self.path(path)} does not exist. Run the stage that writes it first.") from None
+    def table_shards(self, name: str) -> range:
+        """The shards of a table. Raises WorkspaceError where `prepare` has not run."""
+        return range(self.n_shards(TABLE_KINDS[name]))
 
-    def digest(self, path: str) -> str:
-        """SHA-256 (hex) of a file's bytes. Raises WorkspaceError where it is missing."""
-        return hashlib.sha256(self.read_bytes(path)).hexdigest()
-
-    def write_json(self, path: str, value: Any) -> None:
-        """Writes a JSON file atomically."""
-        self.write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False).encode())
-
-    def read_json(self, path: str) -> Any:
-        """Reads a JSON file. Raises WorkspaceError where it is missing or no JSON."""
-        try:
-            return json.loads(self.read_bytes(path))
-        except ValueError as error:  # no JSON, or bytes that are no text
-            raise WorkspaceError(
-                f"{self.path(path)} is no JSON ({error}). Delete it and run its stage again."
-            ) from None
-
-    def write_parquet(self, path: str, table: pa.Table) -> str:
-        """Writes one Parquet file (Zstandard) atomically. Returns the SHA-256 (hex) of its bytes."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression=COMPRESSION)
-        data = sink.getvalue().to_pybytes()
-        self.write_bytes(path, data)
-        return hashlib.sha256(data).hexdigest()
-
-    def read_parquet(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        """Reads one Parquet file. Raises WorkspaceError where it is missing or corrupt."""
-        try:
-            return pq.read_table(self.path(path), filesystem=self.filesystem, columns=columns)
-        except FileNotFoundError:
-            raise WorkspaceError(f"{self.path(path)} does not exist. Run the stage that writes it first.") from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise WorkspaceError(
-                f"{self.path(path)} cannot be read ({error}). Delete it and run its stage again."
-            ) from None
-
-    def write_table(self, name: str, table: pa.Table, *, key: str, n_shards: int) -> None:
-        """Writes table `name` as `n_shards` Parquet files, a row's file chosen by the hash of its `key` (an int64
-        column).
-
-        Rows keep their order within a shard. Shards beyond `n_shards` left by an earlier run are removed.
-        """
-        shards = shard_of(table[key].to_numpy(), n_shards)
-        for shard in range(n_shards):
-            rows = np.flatnonzero(shards == shard)
-            self.write_parquet(f"tables/{name}/{part_name(shard)}", table.take(pa.array(rows)))
-        for stale in self.names("tables", name)[n_shards:]:
-            self.filesystem.delete_file(self.path("tables", name, stale))
+    def read_shard(self, name: str, number: int, columns: list[str] | None = None) -> pa.Table:
+        """One shard of a table. Raises WorkspaceError where it was never written."""
+        return self.read_parquet(table_file(name, number), columns)
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """Reads all shards of table `name`, in shard order. Raises WorkspaceError where it was never written."""
-        parts = self.table_parts(name)
-        return pa.concat_tables([self.read_parquet(f"tables/{name}/{part}", columns) for part in parts])
+        """All shards of a table, in shard order: for small tables, and for tests. Raises as read_shard."""
+        return pa.concat_tables([self.read_shard(name, number, columns) for number in self.table_shards(name)])
+
+    def write_table(self, name: str, table: pa.Table, *, key: str, n_shards: int = 1) -> None:
+        """Writes a small table by the hash of its `key` (an int64 column). Rows keep their order within a shard.
+
+        n_shards: of the table's kind, where nothing has fixed it yet.
+        """
+        kind = TABLE_KINDS[name]
+        self.fix_shards({kind: n_shards})
+        n = self.n_shards(kind)
+        shards = shard_of(table[key].to_numpy(), n)
+        order = np.argsort(shards, kind="stable")
+        bounds = np.searchsorted(shards[order], np.arange(n + 1))
+        for number in range(n):
+            rows = order[bounds[number] : bounds[number + 1]]
+            self.write_parquet(table_file(name, number), table.take(pa.array(rows)))
 
     def table_parts(self, name: str) -> list[str]:
-        """The shard file names of table `name`. Raises WorkspaceError where it was never written."""
-        parts = self.names("tables", name)
-        if not parts:
-            raise WorkspaceError(f"{self.path('tables', name)} is empty. Run `prepare` first, with the same recipe.")
-        return parts
-
-    def count_rows(self, path: str) -> int:
-        """Rows of one Parquet file, from its footer alone."""
-        return int(pq.read_metadata(self.path(path), filesystem=self.filesystem).num_rows)
+        """The file names of a table's shards."""
+        return [shard_file(number) for number in self.table_shards(name)]
 
     def log_path(self, name: str) -> Path:
         """A local file for third-party logs: in the workspace, or in the temporary folder where that is remote."""
@@ -268,36 +141,16 @@ class Workspace:
         return base / f"{name}.log"
 
 
-def _impatient(uri: str) -> str:
-    """Arrow asks Google's storage for credentials for a quarter of an hour unless told otherwise."""
-    return f"{uri}?retry_limit_seconds=60" if uri.startswith(("gs://", "gcs://")) and "?" not in uri else uri
+def shard_file(number: int, suffix: str = ".parquet") -> str:
+    """The file name of a shard: eight digits, so that order by name is order by number."""
+    return f"{number:08d}{suffix}"
 
 
-def _link_new(temporary: str, target: str) -> None:
-    os.link(temporary, target)  # unlike a rename, refuses an existing target
-    os.unlink(temporary)
+def table_file(name: str, number: int) -> str:
+    """The path of a table's shard, relative to the workspace."""
+    return f"tables/{name}/{shard_file(number)}"
 
 
-def _not_written(target: str, error: Exception) -> WorkspaceError:
-    remedy = "Free some space there" if getattr(error, "errno", None) in _FULL else "Make it writable"
-    return WorkspaceError(
-        f"{target} cannot be written ({error}). {remedy} and run the same command again: what is finished stays."
-    )
-
-
-def part_name(shard: int) -> str:
-    """The file name of a table's shard."""
-    return f"part-{shard:05d}.parquet"
-
-
-def _open_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
-    import fsspec
-
-    try:
-        filesystem, base = fsspec.core.url_to_fs(uri)
-    except (ImportError, ValueError) as error:
-        raise WorkspaceError(
-            f"workspace {uri} cannot be opened ({error}). Install the fsspec driver for its scheme, or use a "
-            "local path."
-        ) from None
-    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), base
+def shards_for(rows: int, rows_per_shard: int) -> int:
+    """The power of two that holds `rows` in shards of about `rows_per_shard` at most."""
+    return 1 << max(0, (-(-rows // rows_per_shard) - 1).bit_length())

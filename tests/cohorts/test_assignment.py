@@ -110,7 +110,7 @@ def test_a_second_run_counts_who_stayed(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     for folder, liked in (("a", [[1.0, 0.0], [1.0, 0.0]]), ("b", [[1.0, 0.0], [0.0, 1.0]])):
         model().save(workspace, folder)
-        workspace.write_parquet(f"{folder}/vectors/user/part-00000.parquet", vectors([1, 2], liked, [None, None]))  # type: ignore[arg-type]
-    Router(workspace, "a", MOVIES)("user", "part-00000.parquet")
-    found = Router(workspace, "b", MOVIES, previous="a")("user", "part-00000.parquet")
+        workspace.write_parquet(f"{folder}/vectors/user/00000000.parquet", vectors([1, 2], liked, [None, None]))  # type: ignore[arg-type]
+    Router(workspace, "a", MOVIES)("user", "00000000.parquet")
+    found = Router(workspace, "b", MOVIES, previous="a")("user", "00000000.parquet")
     assert found == {"sizes": {"user-liked-000004": 1, "user-liked-000007": 1}, "stayed": {"user-liked-000004": 1}}

@@ -56,8 +56,8 @@ def prepare(
         for u, liked in histories.items()
         if liked or dislikes.get(u)
     ]
-    workspace.write_table("users", users, key="user_id", n_shards=3)
-    workspace.write_table("histories", pa.Table.from_pylist(rows, schema=HISTORIES), key="user_id", n_shards=3)
+    workspace.write_table("users", users, key="user_id", n_shards=4)
+    workspace.write_table("histories", pa.Table.from_pylist(rows, schema=HISTORIES), key="user_id", n_shards=4)
     workspace.write_table("items", items, key="item_id", n_shards=2)
 
 

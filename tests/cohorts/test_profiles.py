@@ -28,7 +28,7 @@ def workspace(tmp_path: Path) -> Workspace:
         5: ([14], [5.0]),
     }
     cohort = {1: ("a", 0.3), 2: ("a", 0.1), 3: ("a", 0.2), 4: ("g", None), 5: ("g", None)}
-    for part, ids in (("part-00000.parquet", [1, 2, 4]), ("part-00001.parquet", [3, 5])):
+    for part, ids in (("00000000.parquet", [1, 2, 4]), ("00000001.parquet", [3, 5])):
         users = pa.table(
             {"user_id": ids, "raw_id": [str(i) for i in ids], "gender": ["F"] * len(ids), "age": [ages[i] for i in ids]}
         )

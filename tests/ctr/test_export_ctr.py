@@ -16,7 +16,7 @@ from owlrec.ctr.model_card import read_card
 from owlrec.ctr.scoring import Scorer
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, finish_stage
+from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace
 from pipelines.export_ctr import run
 
@@ -65,7 +65,7 @@ def trained(workspace: Workspace, toy_world: Any) -> Workspace:
         export_trial(workspace, GRID, dataclasses.replace(done, result=done.result.model_copy(update={"valid": valid})))
     save_vocabularies(workspace, GRID, data.features.vocabularies)
     for stage, outputs in (("encode", {"vectors": "vectors/abc"}), ("train_ctr", {"grid": GRID})):
-        finish_stage(workspace, StageManifest(stage=stage, fingerprint=stage, seconds=1, finished=1, outputs=outputs))
+        finish_stage(workspace, stage, stage, outputs=outputs, seconds=1)
     return workspace
 
 

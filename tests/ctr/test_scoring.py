@@ -55,7 +55,7 @@ def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exporte
         ("items", world.items, "item_id"),
         ("interactions", interactions(), "user_id"),
     ):
-        workspace.write_table(name, table, key=key, n_shards=3)
+        workspace.write_table(name, table, key=key, n_shards=4)
     users, items = world.vectors
     # Some ids have no knowledge: the first tenth of users and the odd items.
     tables = {"user": KnowledgeTable(users.ids[15:], users.vectors[15:]), "item": every_other(items)}

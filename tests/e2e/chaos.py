@@ -27,7 +27,7 @@ from owlrec import schema
 from owlrec.generation.batch import build_job
 from owlrec.generation.shards import finished_shards, iterate_manifests, plan_shards, read_knowledge
 from owlrec.recipe import load_recipe
-from owlrec.stages import StageManifest, finish_stage
+from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -111,7 +111,7 @@ def prepare(workspace: Workspace, *, slow_item: bool = False) -> None:
     workspace.write_table("users", users, key="user_id", n_shards=SHARDS)
     workspace.write_table("histories", histories, key="user_id", n_shards=SHARDS)
     workspace.write_table("items", items, key="item_id", n_shards=SHARDS // 2)
-    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="c" * 64, seconds=0, finished=0))
+    finish_stage(workspace, "prepare", "c" * 64)
 
 
 def write_recipe(

@@ -42,12 +42,12 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
     second = run(97, "generate")
     assert f"drafting from the texts of release {release.name}" in second
     jobs = sorted((workspace / "knowledge").iterdir(), key=lambda f: f.stat().st_mtime)
-    items = pq.read_table(jobs[-1] / "item" / "shard-00000.parquet")
+    items = pq.read_table(jobs[-1] / "item" / "00000000.parquet")
     accepted, tokens = sum(items["accepted"].to_pylist()), sum(items["output_tokens"].to_pylist())
     assert accepted > tokens / 8  # items are asked as before; two rows at a time, so that drafts pay on any machine
     assert accepted <= sum(items["drafted"].to_pylist())
     assert set(items["relaxed"].to_pylist()) == {0}
     counters = json.loads((jobs[-1] / "decoder.json").read_text())["counts"]
-    users = pq.read_table(jobs[-1] / "user" / "shard-00000.parquet")
+    users = pq.read_table(jobs[-1] / "user" / "00000000.parquet")
     assert counters["accepted"] >= accepted + sum(users["accepted"].to_pylist())
     assert counters["hits_own"] > 0

@@ -21,7 +21,7 @@ from toy_taste import toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ops.submission_files import job_folder
 from owlrec.schema import INTERACTIONS
-from owlrec.stages import finished_stage
+from owlrec.shards import finished_stage
 from owlrec.store import current_release
 from owlrec.workspace import Workspace
 from pipelines.submit import CODE

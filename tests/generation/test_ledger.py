@@ -17,7 +17,7 @@ from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
 
-SHARD = Shard(kind="user", part="part-00000.parquet", input_fingerprint="f")
+SHARD = Shard(kind="user", part="00000000.parquet", input_fingerprint="f")
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_poisonous_rows_die_with_their_reason_or_are_cleaned_and_all_others_are_
     )
     small_world.write_table("items", items, key="item_id", n_shards=1)
     numbers = pa.table({"item_id": pa.array([300], pa.int64()), "raw_id": ["300"], "title": pa.array([300])})
-    small_world.write_parquet("tables/items/part-00001.parquet", numbers)
+    small_world.write_parquet("tables/items/00000001.parquet", numbers)
     job, engine = job_with(), Scripted(lambda *_: GOOD)
     shards = [s for s in plan_shards(small_world) if s.kind == "item"]
     manifests = [run(small_world, job, shard, engine) for shard in shards]
@@ -219,7 +219,7 @@ def test_poisonous_rows_die_with_their_reason_or_are_cleaned_and_all_others_are_
 def test_unusable_titles_and_profiles_cost_users_no_more_than_themselves(small_world: Workspace) -> None:
     items = small_world.read_table("items")
     broken = raw_strings([b"\xff"] + [t.encode() for t in items["title"].to_pylist()[1:]])
-    small_world.write_table("items", items.set_column(2, "title", broken), key="item_id", n_shards=3)
+    small_world.write_table("items", items.set_column(2, "title", broken), key="item_id", n_shards=4)
     users = small_world.read_table("users")
     profile = ["x" * 200_000, *users["gender"].to_pylist()[1:]]
     small_world.write_table("users", users.set_column(2, "gender", pa.array(profile)), key="user_id", n_shards=4)
@@ -280,7 +280,7 @@ def test_damaged_earlier_texts_are_asked_for_again(small_world: Workspace) -> No
 
 def test_prompts_from_a_file_are_asked_as_they_stand(small_world: Workspace) -> None:
     prompts = [Prompt("cohort", 7, 30, "system", "What do they share?", "facts"), Prompt("cohort", 8, 40, "s", "", "")]
-    small_world.write_parquet("c/part-00000.parquet", prompts_table(prompts))
+    small_world.write_parquet("c/00000000.parquet", prompts_table(prompts))
     (shard,) = plan_prompt_shards(small_world, "cohort", "c")
     engine = Scripted(lambda *_: GOOD)
     job = job_with()
@@ -290,5 +290,5 @@ def test_prompts_from_a_file_are_asked_as_they_stand(small_world: Workspace) -> 
     assert (row["kind"], row["id"], row["as_of"], row["framework"]) == ("cohort", 7, 30, "collective")
     assert small_world.read_parquet(shard.file(job, "dead"))["error"].to_pylist() == ["EmptyPrompt"]
     assert finished_shards(small_world, job, [shard]) == [manifest]
-    small_world.write_parquet("c/part-00000.parquet", prompts_table(prompts[:1]))
+    small_world.write_parquet("c/00000000.parquet", prompts_table(prompts[:1]))
     assert finished_shards(small_world, job, plan_prompt_shards(small_world, "cohort", "c")) == []

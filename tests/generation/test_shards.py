@@ -26,8 +26,8 @@ from owlrec.prompting.rows import PromptConfig
 from owlrec.recipe import Recipe
 from owlrec.scenario import get_scenario
 from owlrec.schema import KNOWLEDGE
+from owlrec.shards import finish_stage
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.stages import StageManifest, finish_stage
 from owlrec.workspace import Workspace
 
 ECHO = EchoEngineConfig(type="echo")
@@ -84,7 +84,7 @@ def test_shard_is_done_only_under_its_job_and_input(small_world: Workspace) -> N
     run(small_world, job(), shard)
     assert finished_shard(small_world, job(), shard) is not None
     assert finished_shard(small_world, job(sampling=SamplingConfig(max_tokens=5)), shard) is None
-    finish_stage(small_world, StageManifest(stage="prepare", fingerprint="0" * 64, seconds=0, finished=0))
+    finish_stage(small_world, "prepare", "0" * 64)
     assert finished_shard(small_world, job(), plan_shards(small_world)[0]) is None
 
 
@@ -124,7 +124,7 @@ def test_unreachable_server_fills_the_dead_letters_instead_of_stopping(small_wor
 def test_row_with_nothing_to_ask_about_is_dead_not_lost(small_world: Workspace) -> None:
     items = small_world.read_table("items")
     blank = items.set_column(2, "title", pa.array([""] * items.num_rows)).drop_columns(["genres"])
-    small_world.write_table("items", blank, key="item_id", n_shards=3)
+    small_world.write_table("items", blank, key="item_id", n_shards=4)
     manifests = [run(small_world, job(), s) for s in plan_shards(small_world) if s.kind == "item"]
     assert sum(m.rows_dead for m in manifests) == 30
 

@@ -10,7 +10,7 @@ import pytest
 from owlrec.errors import RecipeError
 from owlrec.generation.shards import ShardManifest
 from owlrec.ops.fleet import load_fleet
-from owlrec.stages import StageManifest, finish_stage
+from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace
 from pipelines.plan import main, row_count
 
@@ -45,7 +45,7 @@ def command(tmp_path, monkeypatch):
         workspace.write_json(f"knowledge/f/user/shard-{number:05d}.json", manifest)
         workspace.write_bytes(f"knowledge/f/user/shard-{number:05d}.parquet", b"x" * 2048)
     outputs = {"knowledge": "knowledge/f"}
-    finish_stage(workspace, StageManifest(stage="generate", fingerprint="f", seconds=80, finished=0, outputs=outputs))
+    finish_stage(workspace, "generate", "f", outputs=outputs, seconds=80)
     (tmp_path / "recipe.yaml").write_text(
         "{name: demo, scenario: movies, workspace: elsewhere, shard_rows: 36, source: {type: movielens-100k}, "
         "engine: {type: echo}}"

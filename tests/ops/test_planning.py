@@ -9,7 +9,7 @@ from owlrec.generation.shards import ShardManifest
 from owlrec.ops.fleet import FleetConfig, load_fleet
 from owlrec.ops.planning import Runs, Work, engine_seconds, plan
 from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures, measured_workload, per_row
-from owlrec.stages import StageManifest, finish_stage
+from owlrec.shards import Card, finish_stage
 from owlrec.streaming.journal import Plan as RefreshPlan
 from owlrec.streaming.journal import begin, commit
 from owlrec.streaming.state import State
@@ -270,9 +270,7 @@ def write_run(workspace, *, ends=(110.0, 120.0, 125.0), seconds=(10.0, 20.0, 15.
 
 
 def finish(workspace, stage, counts, outputs, seconds=1.0):
-    manifest = StageManifest(
-        stage=stage, fingerprint="f", seconds=seconds, finished=130, counts=counts, outputs=outputs
-    )
+    manifest = Card(stage=stage, fingerprint="f", seconds=seconds, finished=130, counts=counts, outputs=outputs)
     finish_stage(workspace, manifest)
 
 
@@ -303,8 +301,8 @@ def test_a_pause_between_two_runs_is_nobodys_time(workspace):
 
 def test_refreshes_and_cohorts_are_measured_where_they_are(workspace):
     write_run(workspace)
-    write_run(workspace, folder="r", ends=(210, 220), prompts="streaming/plans/p/prompts/part-00000.parquet")
-    write_run(workspace, folder="old", ends=(20, 30), prompts="streaming/plans/o/prompts/part-00000.parquet")
+    write_run(workspace, folder="r", ends=(210, 220), prompts="streaming/plans/p/prompts/00000000.parquet")
+    write_run(workspace, folder="old", ends=(20, 30), prompts="streaming/plans/o/prompts/00000000.parquet")
     write_run(workspace, folder="other", ends=(220, 230))  # a job of another recipe
     finish(workspace, "prepare", {"users": 20, "items": 40}, {})
     finish(workspace, "cohorts", {"user_cohorts": 4, "item_cohorts": 5}, {"cohorts": "cohorts/c"})

@@ -41,7 +41,7 @@ def test_items_are_encoded_once_for_the_same_texts_and_settings(small_world: Wor
     assert len(small_world.names("ranking")) == 2
     table = small_world.read_table("items")
     titles = ["Film zero", *table["title"].to_pylist()[1:]]
-    small_world.write_table("items", table.set_column(2, "title", [titles]), key="item_id", n_shards=3)
+    small_world.write_table("items", table.set_column(2, "title", [titles]), key="item_id", n_shards=4)
     item_retriever(small_world, EncoderConfig(), usual)
     assert Letters.calls == 3
 

@@ -12,7 +12,7 @@ from owlrec import schema
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.ranking.results import read_results
 from owlrec.recipe import Recipe
-from owlrec.stages import StageManifest, finish_stage, finished_stage
+from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace
 from pipelines.tune_ranker import run
 
@@ -37,7 +37,7 @@ def prepare(workspace: Workspace) -> None:
     workspace.write_table("users", users, key="user_id", n_shards=2)
     workspace.write_table("items", items, key="item_id", n_shards=2)
     workspace.write_table("samples", pa.Table.from_pylist(rows, schema=schema.SAMPLES), key="user_id", n_shards=2)
-    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="f" * 64, seconds=0, finished=0))
+    finish_stage(workspace, "prepare", "f" * 64)
 
 
 def recipe_for(workspace: Workspace, model: str = "nowhere", **ranking: Any) -> Recipe:

@@ -10,8 +10,8 @@ from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.shards import plan_shards, read_knowledge
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
-from owlrec.stages import StageManifest, finish_stage
-from owlrec.workspace import Workspace, part_name
+from owlrec.shards import finish_stage
+from owlrec.workspace import Workspace, shard_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 ROWS, EVERY, SHARD_ROWS = 20_000, 100, 1_000
@@ -42,11 +42,11 @@ def test_twenty_thousand_rows_with_one_percent_poison(workspace: Workspace) -> N
         title = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers(), raw.null_count)
         ids = np.arange(start, start + SHARD_ROWS)
         table = pa.table({"item_id": ids, "raw_id": ids.astype(str), "title": title})
-        workspace.write_parquet(f"tables/items/{part_name(start // SHARD_ROWS)}", table)
+        workspace.write_parquet(f"tables/items/{shard_file(start // SHARD_ROWS)}", table)
     ids = np.arange(ROWS, ROWS + WRONG_TYPES)
     numbers = pa.table({"item_id": ids, "raw_id": ids.astype(str), "title": ids})
-    workspace.write_parquet(f"tables/items/{part_name(ROWS // SHARD_ROWS)}", numbers)
-    finish_stage(workspace, StageManifest(stage="prepare", fingerprint="a" * 64, seconds=0, finished=0))
+    workspace.write_parquet(f"tables/items/{shard_file(ROWS // SHARD_ROWS)}", numbers)
+    finish_stage(workspace, "prepare", "a" * 64)
 
     echo, config = EchoEngineConfig(type="echo"), GenerateConfig(min_replicas=2, max_replicas=2)
     job = build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), echo)

@@ -23,7 +23,7 @@ def test_decoder_counters_are_exposed_once_each() -> None:
 
 def test_shards_of_a_generation_job_add_up() -> None:
     manifest = ShardManifest(
-        shard=Shard(kind="user", part="part-00000.parquet", input_fingerprint="f"), job_fingerprint="f",
+        shard=Shard(kind="user", part="00000000.parquet", input_fingerprint="f"), job_fingerprint="f",
         rows_in=10, rows_out=9, rows_dead=1, sha256="", dead_sha256="", prompt_tokens=500, output_tokens=90,
         accepted=0, seconds=1.0, finished=1.0, engine="engine-1", flags={"cut_off": 4},
     )  # fmt: skip

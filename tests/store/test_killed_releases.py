@@ -3,9 +3,10 @@
 import pytest
 from release_rows import FULL, Rows, answers, check, publish_chain, publish_rows
 
+from owlrec.storage import fingerprint
 from owlrec.store import compact, current_release, open_release
 from owlrec.store.manifest import read_manifest
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.workspace import Workspace
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 
 from owlrec.errors import ReleaseError, SchemaError
 from owlrec.schema import KNOWLEDGE, vectors_schema
+from owlrec.storage import fingerprint
 from owlrec.store import (
     ReleaseInfo,
     current_release,
@@ -23,7 +24,7 @@ from owlrec.store import (
     publishing,
     roll_back,
 )
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.workspace import Workspace
 
 
 def knowledge(text: str, n: int = 3, kind: str = "user") -> pa.Table:

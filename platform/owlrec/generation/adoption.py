@@ -23,8 +23,9 @@ from owlrec.generation.shards import Job, Shard, ShardManifest, iterate_manifest
 from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
 from owlrec.scenario import Scenario
 from owlrec.schema import Kind, stable_id
-from owlrec.stages import Stopwatch
-from owlrec.workspace import Workspace, file_digest, fingerprint, part_name
+from owlrec.shards import Stopwatch
+from owlrec.storage import file_digest, fingerprint
+from owlrec.workspace import Workspace, shard_file
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def adopt(
         for _, outcome in judged:
             tally.add(outcome)
         knowledge, dead = to_tables(job, source.framework, [row for row, _ in judged], [out for _, out in judged])
-        shard = Shard(kind=source.kind, part=part_name(number), input_fingerprint=digest)
+        shard = Shard(kind=source.kind, part=shard_file(number), input_fingerprint=digest)
         write_shard(workspace, job, shard, knowledge, dead, tally, seconds=watch.seconds, engine_name="import")
     return Adopted(job, list(iterate_manifests(workspace, job.folder)))
 

@@ -30,7 +30,8 @@ from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shards
 from owlrec.prompting.rows import PromptConfig, template_fingerprint
 from owlrec.ray_data import dataset_rows
 from owlrec.scenario import Scenario
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 
 _IDLE_PASSES = 3
 _POLL_S = 5.0  # between looks at the shards that other runs are at

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from owlrec.environment import cache_folder
+from owlrec.environment import cache_folder, package_folder
 from owlrec.errors import EngineError
-from owlrec.workspace import file_digest, fingerprint, package_folder
+from owlrec.storage import file_digest, fingerprint
 
 PACKAGED = "smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -27,8 +27,8 @@ from owlrec.generation.quality import Flag, QualityGate
 from owlrec.generation.shards import Job, Shard, ShardManifest, earlier_texts
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
 from owlrec.schema import DEAD_LETTERS, KNOWLEDGE
+from owlrec.shards import Stopwatch
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.stages import Stopwatch
 from owlrec.workspace import Workspace
 
 METADATA = "metadata"  # the framework of a text that no LLM wrote
@@ -140,8 +140,8 @@ def write_shard(
         rows_out=knowledge.num_rows,
         rows_dead=dead.num_rows,
         rows_kept=n_unasked,
-        sha256=workspace.write_parquet(shard.file(job, "knowledge"), knowledge),
-        dead_sha256=workspace.write_parquet(shard.file(job, "dead"), dead),
+        sha256=workspace.write_parquet(shard.file(job, "knowledge"), knowledge).sha256,
+        dead_sha256=workspace.write_parquet(shard.file(job, "dead"), dead).sha256,
         prompt_tokens=_total(asked, "prompt_tokens"),
         output_tokens=_total(asked, "output_tokens"),
         accepted=_total(asked, "accepted"),

@@ -23,8 +23,9 @@ from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
-from owlrec.stages import needed_stage
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.shards import needed_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 
 COUNTERS = "decoder.json"
 _READERS = 16  # threads that check shards: on an object store each waits for its answer most of the time

@@ -18,8 +18,9 @@ from typing import Literal
 
 import psutil
 
+from owlrec.environment import package_folder
 from owlrec.errors import OwlRecError
-from owlrec.workspace import Workspace, package_folder
+from owlrec.workspace import Workspace
 
 GIB = 1 << 30
 

@@ -14,7 +14,7 @@ from owlrec.ops.planning import Plan, Runs, Work, engine_seconds, plan
 from owlrec.ops.policies import POLICIES, Horizon, Policy, runs_of, stored_of
 from owlrec.ops.simulation import SimulatedGroup, simulate
 from owlrec.ops.workload import Call, WorkloadFigures
-from owlrec.stages import Stopwatch
+from owlrec.shards import Stopwatch
 
 _MOST_SIMULATED = 200_000  # shards, a second or two
 

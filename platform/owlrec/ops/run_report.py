@@ -29,8 +29,8 @@ from owlrec.ops.report_data import ArmFigures, KnowledgeSample, ReportData, Stag
 from owlrec.ops.throughput import throughput
 from owlrec.ranking.results import read_results
 from owlrec.schema import KNOWLEDGE
+from owlrec.shards import Card, finished_stage
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.stages import StageManifest, finished_stage
 from owlrec.store.latency import measure_lookup
 from owlrec.store.release import Release
 from owlrec.workspace import Workspace
@@ -150,7 +150,7 @@ def arm_figures(results: list[TrialResult], scores: GridScores | None = None) ->
     ]
 
 
-def _stage_figures(manifest: StageManifest) -> StageFigures:
+def _stage_figures(manifest: Card) -> StageFigures:
     def total(suffix: str) -> int:
         return sum(int(v) for k, v in manifest.counts.items() if k.endswith(suffix))
 
@@ -163,20 +163,20 @@ def _stage_figures(manifest: StageManifest) -> StageFigures:
     )
 
 
-def _decoder_counters(workspace: Workspace, manifests: list[StageManifest]) -> DecoderCounters | None:
+def _decoder_counters(workspace: Workspace, manifests: list[Card]) -> DecoderCounters | None:
     file = f"{_knowledge_folder(manifests)}/{COUNTERS}"
     return DecoderCounters.model_validate(workspace.read_json(file)) if workspace.exists(file) else None
 
 
-def _semantic_ids(workspace: Workspace, manifests: list[StageManifest]) -> dict[str, QuantisationReport]:
+def _semantic_ids(workspace: Workspace, manifests: list[Card]) -> dict[str, QuantisationReport]:
     return next((read_reports(workspace, m.outputs["vectors"]) for m in manifests if m.stage == "encode"), {})
 
 
-def _knowledge_folder(manifests: list[StageManifest]) -> str:
+def _knowledge_folder(manifests: list[Card]) -> str:
     return next(m.outputs["knowledge"] for m in manifests if m.stage == "generate")
 
 
-def _some_rows(workspace: Workspace, manifests: list[StageManifest], kind: Kind) -> pa.Table:
+def _some_rows(workspace: Workspace, manifests: list[Card], kind: Kind) -> pa.Table:
     folder = _knowledge_folder(manifests)
     tables: list[pa.Table] = []
     for table in iterate_knowledge(workspace, folder, (kind,)):

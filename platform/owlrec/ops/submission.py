@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from owlrec import __version__
 from owlrec.errors import ClusterError
 from owlrec.recipe import Recipe
-from owlrec.workspace import fingerprint
+from owlrec.storage import fingerprint
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _AGENT_PATIENCE_S = 60  # a head answers some seconds before it can start jobs

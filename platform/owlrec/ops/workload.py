@@ -19,7 +19,7 @@ from owlrec.config import Config
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.errors import WorkspaceError
 from owlrec.generation.shards import COUNTERS, KINDS, Kind, ShardManifest
-from owlrec.stages import StageManifest, finished_stage
+from owlrec.shards import Card, finished_stage
 from owlrec.streaming.journal import ROOT as STREAMING
 from owlrec.streaming.journal import Plan as RefreshPlan
 from owlrec.streaming.journal import read_position
@@ -197,7 +197,7 @@ def _refreshed(workspace: Workspace, folder: str, after: float) -> list[tuple[Sh
     return [(s, size) for s, size in found if s.finished > after and (s.shard.prompts or "").startswith(STREAMING)]
 
 
-def _startup(stage: StageManifest, shards: Sequence[ShardManifest]) -> float | None:
+def _startup(stage: Card, shards: Sequence[ShardManifest]) -> float | None:
     if not stage.seconds or stage.counts.get("shards") != stage.counts.get("shards_this_run", 0):
         return None
     first = defaultdict[str, float](lambda: np.inf)

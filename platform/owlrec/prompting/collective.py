@@ -14,7 +14,7 @@ from owlrec.prompting.framework import enumerate_words, quoted_title
 from owlrec.prompting.rows import Prompt
 from owlrec.prompting.text import clean_text
 from owlrec.scenario import Scenario
-from owlrec.workspace import fingerprint
+from owlrec.storage import fingerprint
 
 _USER_SYSTEM = (
     "You explain what kinds of {items} a group of similar users likes and dislikes, and why. You consider {factors}. "

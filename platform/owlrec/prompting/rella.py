@@ -17,7 +17,7 @@ from owlrec.config import Config
 from owlrec.prompting.framework import enumerate_words, quoted_behaviour, quoted_title, scenario_words
 from owlrec.prompting.text import clean_text, fit_recent
 from owlrec.scenario import Scenario
-from owlrec.workspace import fingerprint
+from owlrec.storage import fingerprint
 
 YES, NO = "Yes", "No"  # the answers that are tuned for and scored
 

@@ -16,7 +16,7 @@ from owlrec.prompting.trawl import TRAWL
 from owlrec.scenario import Scenario
 from owlrec.schema import PROMPTS
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.workspace import fingerprint
+from owlrec.storage import fingerprint
 
 # A prompt quotes a few hundred characters of a field; a field of this length is no title or description but a mistake.
 _MAX_FIELD_CHARS = 100_000

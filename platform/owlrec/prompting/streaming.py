@@ -15,7 +15,7 @@ from owlrec.config import Config
 from owlrec.prompting.framework import quoted_behaviour, scenario_words
 from owlrec.prompting.text import clean_text, fit_recent
 from owlrec.scenario import Scenario
-from owlrec.workspace import fingerprint
+from owlrec.storage import fingerprint
 
 _SYSTEM = "You keep a brief summary of a user's preferences on {items}, with reasons."
 _NEXT = (

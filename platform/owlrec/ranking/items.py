@@ -12,7 +12,8 @@ from owlrec.encoding.vectors import encode_texts, item_metadata
 from owlrec.ranking.last_layer import LastLayerConfig
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.schema import vector_matrix
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 
 
 def item_retriever(

@@ -146,6 +146,9 @@ def _tune(loop_config: dict[str, Any]) -> None:
         about = {"step": progress.step, "steps": steps, "loss": progress.losses[-1], "pid": os.getpid()}
         workspace.write_json(_progress_file(job), about)
 
+    def keep(checkpoint: Checkpoint) -> None:
+        workspace.write_bytes(job.checkpoint, checkpoint.to_bytes())
+
     tuned = tune(
         model,
         to_tune,
@@ -154,7 +157,7 @@ def _tune(loop_config: dict[str, Any]) -> None:
         worker,
         resume=start,
         on_step=tell,
-        keep=lambda checkpoint: workspace.write_bytes(job.checkpoint, checkpoint.to_bytes()),
+        keep=keep,
     )
     if worker.rank == 0:
         save_adapter(

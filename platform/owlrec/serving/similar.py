@@ -21,8 +21,8 @@ import numpy as np
 from owlrec.environment import cache_folder
 from owlrec.serving.problems import Problem
 from owlrec.serving.schemas import Kind, Neighbour, Similar
+from owlrec.storage import fingerprint
 from owlrec.store.release import Release
-from owlrec.workspace import fingerprint
 
 _EXACT_UP_TO = 50_000
 _ROWS_AT_ONCE = 20_000

@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from owlrec.environment import package_folder
 from owlrec.errors import SourceError
 from owlrec.sources.movielens_files import GENRES_100K, LAYOUTS, item_table, milliseconds, user_table
 from owlrec.sources.raw import RawTables, Source, finish, input_file
 from owlrec.sources.subset import keep_subset
-from owlrec.workspace import package_folder
 
 
 class MovieLens100KSource(Source):

@@ -18,7 +18,7 @@ from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
 from owlrec.ordered import run_starts
 from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, check_rows, conform, missing_column, stable_id
-from owlrec.workspace import file_digest, fingerprint
+from owlrec.storage import file_digest, fingerprint
 
 ORPHAN_REMEDY = "Add the row, or set source.drop_orphans: true in the recipe."
 

@@ -10,7 +10,8 @@ from typing import Self
 from pydantic import BaseModel, ValidationError, model_validator
 
 from owlrec.errors import ReleaseError, WorkspaceError, did_you_mean
-from owlrec.workspace import Workspace, file_digest
+from owlrec.storage import file_digest
+from owlrec.workspace import Workspace
 
 FORMAT = 2  # the newest that this owlrec reads: 2 knows deltas and interest partitions
 MANIFEST = "release.json"

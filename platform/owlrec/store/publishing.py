@@ -26,6 +26,7 @@ import pyarrow.fs as pafs
 from owlrec.config import Config
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import ReleaseError
+from owlrec.storage import file_digest
 from owlrec.store.chain import count_new_ids
 from owlrec.store.lmdb_store import LmdbStore
 from owlrec.store.lmdb_writer import LmdbWriter
@@ -41,7 +42,7 @@ from owlrec.store.manifest import (
 )
 from owlrec.store.placing import place
 from owlrec.store.release import chain, make_current, open_parts, open_store, quantiser_folder
-from owlrec.workspace import Workspace, file_digest
+from owlrec.workspace import Workspace
 
 _BUILDING = re.compile(r"\.building-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
 _RELEASE = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")

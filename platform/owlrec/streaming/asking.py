@@ -13,9 +13,10 @@ from owlrec.decoding.release_pools import find_pools
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.batch import GenerateConfig
 from owlrec.generation.shards import Job, ShardManifest
+from owlrec.storage import fingerprint
 from owlrec.store.release import pointer_history
 from owlrec.streaming.journal import Plan
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.workspace import Workspace
 
 _FEW_DEAD = 10
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from owlrec.errors import WorkspaceError
 from owlrec.streaming.state import MANIFEST, State
-from owlrec.workspace import Workspace, part_name
+from owlrec.workspace import Workspace, shard_file
 
 ROOT = "streaming"
 _CURRENT = f"{ROOT}/CURRENT"
@@ -70,7 +70,7 @@ class Plan(BaseModel):
 
     def partition_file(self, shard: int) -> str:
         """The file of the partitions that are frozen in a state's shard."""
-        return f"{self.folder}/partitions/{part_name(shard)}"
+        return f"{self.folder}/partitions/{shard_file(shard)}"
 
 
 def read_position(workspace: Workspace) -> Position | None:

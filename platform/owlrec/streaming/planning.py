@@ -15,6 +15,7 @@ from owlrec.prompting.rows import Prompt, prompts_table
 from owlrec.prompting.streaming import streaming_fingerprint
 from owlrec.scenario import Scenario
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.storage import fingerprint
 from owlrec.store.release import open_release
 from owlrec.streaming.advancing import Due, Sources, advance, assess, freeze_partitions, write_prompts
 from owlrec.streaming.config import StreamingConfig
@@ -25,7 +26,7 @@ from owlrec.streaming.lineage import parent_release
 from owlrec.streaming.news import News, find_news
 from owlrec.streaming.state import State, StateShard, read_users, to_table
 from owlrec.streaming.tables import PreparedTables
-from owlrec.workspace import Workspace, fingerprint, part_name
+from owlrec.workspace import Workspace, shard_file
 
 
 def make_plan(
@@ -102,7 +103,7 @@ def _move_users_on(
         users = read_users(workspace, plan.state, shard, plan.encoder)
         if shard in admitted:
             users = advance(sources, users, admitted[shard], plan.horizon)
-            file = f"{plan.states}/{part_name(shard)}"
+            file = f"{plan.states}/{shard_file(shard)}"
             workspace.write_parquet(file, to_table(users))
             shards[shard] = StateShard(file=file, users=len(users), encoder=plan.encoder)
         due[shard], next_due = assess(sources, users, clock)
@@ -136,7 +137,7 @@ def _write_questions(
     if asked:
         stream, part = prompts(), 0
         while batch := list(islice(stream, shard_rows)):
-            workspace.write_parquet(f"{plan.prompts}/{part_name(part)}", prompts_table(batch))
+            workspace.write_parquet(f"{plan.prompts}/{shard_file(part)}", prompts_table(batch))
             part += 1
     shards = dict(plan.state.shards)
     for shard, found in asked.items():

@@ -17,6 +17,7 @@ from owlrec.encoding.vectors import encode_knowledge
 from owlrec.generation import EngineConfig
 from owlrec.generation.shards import Job
 from owlrec.schema import vector_matrix, vectors_table
+from owlrec.storage import fingerprint
 from owlrec.store.interface import KnowledgeStore
 from owlrec.store.publishing import ReleaseInfo, publish
 from owlrec.store.release import Release, open_release
@@ -24,7 +25,7 @@ from owlrec.streaming.journal import ROOT, Plan, Position, commit, sweep
 from owlrec.streaming.lineage import parent_release, published_as
 from owlrec.streaming.partitions import UserState, freeze, hold
 from owlrec.streaming.state import State, read_users, to_table
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.workspace import Workspace
 
 
 def publish_delta(

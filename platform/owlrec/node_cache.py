@@ -1,0 +1,163 @@
+"""A bounded folder of copies on the node's own disk, which its processes share.
+
+A file is fetched once per node, whoever asks first: a lock makes the others wait for it. It is checked when it arrives
+and mapped from then on. What does not fit is evicted, the longest unused first and never what somebody has open:
+readers hold a shared lock on their copy, which the kernel gives back even when they are killed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from owlrec.environment import cache_bytes, cache_folder
+from owlrec.errors import WorkspaceError
+
+_STALE_S = 3600.0  # a download writes all the time: an hour without a change means that its process is gone
+
+
+class CachedFile:
+    """A file on this machine's disk; a copy in the cache stays until it is closed."""
+
+    def __init__(self, path: Path, lock: int | None = None) -> None:
+        """lock: the descriptor that holds the copy's shared lock, if it is one."""
+        self.path = path
+        self._release = weakref.finalize(self, os.close, lock) if lock is not None else None
+
+    def close(self) -> None:
+        """Lets the cache evict the copy. Safe to call twice."""
+        if self._release:
+            self._release()
+
+    def keep_for(self, owner: Any) -> None:
+        """Keeps the copy for as long as `owner`, which has mapped it, is alive."""
+        if self._release and self._release.alive:
+            weakref.finalize(owner, self.close)
+
+    def __enter__(self) -> "CachedFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class NodeCache:
+    """Copies by key under one folder, together at most `max_bytes`."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def default() -> "NodeCache":
+        """The node's own, as OWLREC_CACHE and OWLREC_CACHE_GIB say."""
+        folder = cache_folder("files")
+        return NodeCache(folder, cache_bytes(folder))
+
+    def open(self, key: str, size: int, fetch: Callable[[Path], None], sha256: str | None = None) -> CachedFile:
+        """The copy under `key`, fetched if it is not there.
+
+        size: in bytes. fetch: writes the file to the path it is given. sha256: what the content must be.
+        Raises WorkspaceError where it does not fit beside what is open, or arrives damaged.
+        """
+        path, lock = self.folder / key, self._lock(key)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if not self._there(path, size):
+                fcntl.flock(lock, fcntl.LOCK_EX)  # not atomic: another may have fetched it in between
+                if not self._there(path, size):
+                    self._fetch(path, size, fetch, sha256)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if not self._there(path, size):  # evicted between the two locks
+                    os.close(lock)
+                    return self.open(key, size, fetch, sha256)
+            with suppress(FileNotFoundError):
+                os.utime(path)
+            return CachedFile(path, lock)
+        except BaseException:
+            with suppress(OSError):
+                os.close(lock)
+            raise
+
+    def _fetch(self, path: Path, size: int, fetch: Callable[[Path], None], sha256: str | None) -> None:
+        self.make_room(size)
+        temporary = path.with_name(f"{path.name}.part")
+        try:
+            fetch(temporary)
+            if temporary.stat().st_size != size:
+                raise WorkspaceError(f"{path.name}: {temporary.stat().st_size} bytes arrived, not {size}. Try again.")
+            if sha256 is not None:
+                with temporary.open("rb") as file:
+                    arrived = hashlib.file_digest(file, "sha256").hexdigest()
+                if arrived != sha256:
+                    raise WorkspaceError(
+                        f"{path.name}: the file arrived with SHA-256 {arrived[:16]}…, not {sha256[:16]}…. "
+                        "It is damaged where it lies: run its stage again."
+                    )
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def make_room(self, size: int) -> None:
+        """Evicts copies that nobody has open until `size` bytes fit. Raises WorkspaceError where they cannot."""
+        copies = sorted(self._copies(), key=lambda copy: copy[2])
+        used = sum(bytes_ for _, bytes_, _ in copies)
+        for path, bytes_, _ in copies:
+            if used + size <= self.max_bytes and shutil.disk_usage(self.folder).free >= size:
+                return
+            if self._evict(path):
+                used -= bytes_
+        if used + size > self.max_bytes:
+            raise WorkspaceError(
+                f"{self.folder}: {size:,} bytes do not fit beside {used:,} that are open; the cache may hold "
+                f"{self.max_bytes:,}. Raise OWLREC_CACHE_GIB, or set OWLREC_CACHE to a folder on a larger disk."
+            )
+        if shutil.disk_usage(self.folder).free < size:
+            raise WorkspaceError(
+                f"{self.folder}: {size:,} bytes do not fit on this node's disk. Free some space there, or set "
+                "OWLREC_CACHE to a folder on a larger disk."
+            ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _evict(self, path: Path) -> bool:
+        """Removes a copy unless somebody has it open; whether it did."""
+        lock = self._lock(path.name)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        else:
+            path.unlink(missing_ok=True)
+            return True
+        finally:
+            os.close(lock)
+
+    def _copies(self) -> list[tuple[Path, int, float]]:
+        copies = []
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                info = path.stat()
+                if path.suffix == ".part":
+                    if time.time() - info.st_mtime > _STALE_S:
+                        path.unlink(missing_ok=True)
+                elif path.suffix != ".lock":
+                    copies.append((path, info.st_size, info.st_mtime))
+        return copies
+
+    def _lock(self, key: str) -> int:
+        return os.open(self.folder / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+    @staticmethod
+    def _there(path: Path, size: int) -> bool:
+        try:
+            return path.stat().st_size == size
+        except FileNotFoundError:
+            return False

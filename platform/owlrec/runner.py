@@ -1,0 +1,362 @@
+"""The runner: does the pending shards of a stage, in this process or on Ray Data's actor pools.
+
+A stage says how one shard is made and knows nothing of Ray, claims, retries or progress; every stage of a run is one.
+Names of shards flow through Ray Data, never rows: a shard is claimed, read, made and written inside one worker, so the
+driver holds nothing but cards, and a worker that is killed loses no more than the shards it had at hand.
+"""
+
+import asyncio
+import gc
+import inspect
+import os
+import time
+import traceback
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from owlrec.claims import LEASE_S, Claim, Claims, unclaimed
+from owlrec.errors import EngineError, OwlRecError, WorkspaceError
+from owlrec.quiet import redirect_output
+from owlrec.ray_data import dataset_rows
+from owlrec.shards import Artifact, Card, Shard
+from owlrec.storage import FileEntry
+from owlrec.workspace import Workspace
+
+_IDLE_PASSES = 3
+_POLL_S = 5.0  # between looks at the shards that other runs are at
+_WORKERS_LOST = 3  # over one shard, in one run: then the run ends
+_ATTEMPTS = 3  # at a shard that fails for a reason nobody foresaw: a connection that was cut, say
+_BLOCKS = 4096  # tasks of one Ray Data job at most: each costs its driver some kilobytes
+_GC_THRESHOLD = (200_000, 20, 20)
+
+
+class WorkerLost(OwlRecError):
+    """The worker's process cannot go on, though another one may (a dead engine, a device out of memory)."""
+
+
+class ShardTaken(OwlRecError):
+    """Another run has taken the shard over while it was being worked on; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage made of a shard: files that are written already, and what to say of them. See Card."""
+
+    files: Mapping[str, FileEntry]  # by path relative to the artifact
+    rows_in: int = 0
+    rows_out: int = 0
+    rows_dead: int = 0
+    counts: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One shard, as a stage gets it."""
+
+    artifact: Artifact
+    shard: Shard
+    earlier: Card | None  # what an earlier run made of this shard from other inputs, its files whole
+    still_mine: Callable[[], bool]  # whether no other run has taken the shard over; asked before much is written
+
+    @property
+    def workspace(self) -> Workspace:
+        """The artifact's workspace."""
+        return self.artifact.workspace
+
+    def check(self) -> None:
+        """Raises ShardTaken where another run has taken the shard over. Call it before files are replaced."""
+        if not self.still_mine():
+            raise ShardTaken(f"{self.artifact.folder}: shard {self.shard.name} was taken over by another run")
+
+
+class Stage(ABC):
+    """How the shards of an artifact are made. Pickled to workers, so it holds settings, not what they load."""
+
+    name: str
+    folder: str  # of the artifact, relative to the workspace
+
+    def open(self, workspace: Workspace, worker: str) -> None:  # noqa: B027 - most stages load nothing
+        """Loads what all shards need (a model, a catalog), once a worker. Raises OwlRecError where it cannot."""
+
+    @abstractmethod
+    def run(self, work: Work) -> Any:
+        """Makes a shard and writes its files; returns a Result, or is a coroutine that does.
+
+        Raises OwlRecError for what a user must fix, which ends the run; WorkerLost where only another process can go
+        on.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Frees what `open` loaded."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where and with what a stage runs."""
+
+    here: bool = True  # in this process: for what takes seconds; False: on Ray Data's actors
+    min_workers: int = 1
+    max_workers: int = 1
+    cpus: float = 1.0  # of one worker
+    gpus: float = 0.0
+    in_flight: int = 1  # shards that a worker has at hand
+    lease_s: float = LEASE_S
+    log_path: str | None = None  # where workers of a Ray cluster write what they and their libraries have to say
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of run_stage, as its workers know it."""
+
+    workspace: Workspace
+    stage: Stage
+    pool: Pool
+    name: str
+
+    @property
+    def artifact(self) -> Artifact:
+        return Artifact(self.workspace, self.stage.folder)
+
+    @property
+    def claims_folder(self) -> str:
+        return f"claims/{self.stage.folder}"
+
+
+def pending_shards(
+    workspace: Workspace, folder: str, inputs: Mapping[Shard, str]
+) -> tuple[list[Shard], dict[str, Card]]:
+    """The shards of an artifact that are not made of these inputs yet, and the cards of the others by name.
+
+    inputs: a digest of what each shard is made from.
+    """
+    cards = Artifact(workspace, folder).cards(*sorted({shard.kind for shard in inputs}))
+    done = {s.name: c for s in inputs if (c := cards.get(s.name)) is not None and c.fingerprint == inputs[s]}
+    return [shard for shard in inputs if shard.name not in done], done
+
+
+def run_stage(
+    workspace: Workspace,
+    stage: Stage,
+    inputs: Mapping[Shard, str],
+    pool: Pool | None = None,
+    on_card: Callable[[Card], None] | None = None,
+    *,
+    done: Mapping[str, Card] | None = None,
+) -> dict[str, Card]:
+    """Makes those of a stage's shards that are not made of these inputs yet; the cards of all, by name.
+
+    inputs: see pending_shards. on_card: hears of each shard that is done in this run, or by another that has it.
+    done: cards that are known to be up to date; without it they are looked for.
+    Raises OwlRecError where a shard or a worker cannot be helped; finished shards stay, and the same call goes on from
+    there. Ray must be initialised unless the pool is here.
+    """
+    pool = pool or Pool()
+    if done is None:
+        left, cards = pending_shards(workspace, stage.folder, inputs)
+    else:
+        left, cards = [shard for shard in inputs if shard.name not in done], dict(done)
+    run = _Run(workspace, stage, pool, uuid.uuid4().hex[:12])
+    idle = 0
+
+    def finish(card: Card) -> None:
+        if card.shard not in cards:
+            cards[card.shard] = card
+            if on_card:
+                on_card(card)
+
+    while left:
+        # Workers start only for shards that nobody is at: what another run holds is waited for without them.
+        free = set(unclaimed(workspace, run.claims_folder, [s.name for s in left], run.name))
+        mine = [s for s in left if s.name in free]
+        if mine:
+            make = _make_here if pool.here else _make_on_ray
+            with closing(make(run, mine, inputs)) as made:
+                for card in made:
+                    finish(card)
+            idle = idle + 1 if not any(s.name in cards for s in mine) else 0
+            if idle == _IDLE_PASSES:
+                where = f" {pool.log_path} says why." if pool.log_path else ""
+                raise EngineError(f"{stage.name}: {len(mine)} shards do not finish, first {mine[0].name}.{where}")
+        left = [s for s in left if s.name not in cards]
+        if left:
+            time.sleep(min(pool.lease_s / 4, _POLL_S))
+            for card in pending_shards(workspace, stage.folder, {s: inputs[s] for s in left})[1].values():
+                finish(card)
+            left = [s for s in left if s.name not in cards]
+    run.artifact.gather(cards)
+    return {shard.name: cards[shard.name] for shard in inputs}
+
+
+class _Worker:
+    """One process's part in a run: the stage, opened, and the claims of the shards it is at."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        self.name = uuid.uuid4().hex[:8]
+        self.claims = Claims(run.workspace, run.name, run.pool.lease_s)
+        self.mistake: OwlRecError | None = None
+        try:
+            run.stage.open(run.workspace, self.name)
+        except OwlRecError as error:
+            self.mistake = error
+
+    async def make(self, shard: Shard, inputs: str) -> Card | None:
+        """The shard's card, or None where another run is at it. Raises OwlRecError."""
+        if self.mistake is not None:
+            raise self.mistake
+        path = f"{self.run.claims_folder}/{shard.name}"
+        claim = await asyncio.to_thread(self.claims.claim, path)
+        if claim is None:
+            return None
+        try:
+            return await self._claimed(shard, inputs, claim, path)
+        except ShardTaken:
+            return None
+        except WorkerLost:
+            self.claims.record_failure()
+            raise
+        finally:
+            await asyncio.to_thread(self.claims.release, path)
+
+    async def _claimed(self, shard: Shard, inputs: str, claim: Claim, path: str) -> Card:
+        if claim.failures >= _WORKERS_LOST:
+            raise EngineError(
+                f"{self.run.stage.name}: {_WORKERS_LOST} workers have ended over shard {shard.name}. "
+                f"{self.run.pool.log_path or 'The log'} says why; run the same command again once it is fixed."
+            )
+        artifact = self.run.artifact
+        earlier = await asyncio.to_thread(artifact.card, shard)  # another run may have come before
+        if earlier is not None and earlier.fingerprint == inputs:
+            return earlier
+        started = time.perf_counter()
+        result = await self._attempt(Work(artifact, shard, earlier, lambda: self.claims.holds(path)))
+        card = Card(
+            stage=self.run.stage.name,
+            shard=shard.name,
+            fingerprint=inputs,
+            files=dict(result.files),
+            rows_in=result.rows_in,
+            rows_out=result.rows_out,
+            rows_dead=result.rows_dead,
+            counts=dict(result.counts),
+            seconds=round(time.perf_counter() - started, 3),
+            finished=time.time(),
+            worker=self.name,
+        )
+        await asyncio.to_thread(artifact.finish, card)
+        return card
+
+    async def _attempt(self, work: Work) -> Result:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                if inspect.iscoroutinefunction(self.run.stage.run):
+                    return await self.run.stage.run(work)
+                return await asyncio.to_thread(self.run.stage.run, work)
+            except OwlRecError as error:
+                # What a store or a disk refuses for a moment may go through later; what a user must fix will not.
+                if not isinstance(error, WorkspaceError) or error.__cause__ is None or attempt == _ATTEMPTS:
+                    raise
+                traceback.print_exc()
+            await asyncio.sleep(attempt)
+        raise AssertionError
+
+    def close(self) -> None:
+        self.claims.close()
+        self.run.stage.close()
+
+
+def _make_here(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) -> Generator[Card, None, None]:
+    worker = _Worker(run)
+    loop = asyncio.new_event_loop()
+    try:
+        waiting = list(reversed(shards))
+        tasks: set[asyncio.Task[Card | None]] = set()
+        while waiting or tasks:
+            while waiting and len(tasks) < run.pool.in_flight:
+                shard = waiting.pop()
+                tasks.add(loop.create_task(worker.make(shard, inputs[shard])))
+            finished, tasks = loop.run_until_complete(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
+            for task in finished:
+                if (card := task.result()) is not None:
+                    yield card
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+        worker.close()
+
+
+class _Actor(_Worker):
+    """A worker as Ray Data calls it. What a user must fix travels to the driver as a row: raised here, it would arrive
+    under pages of Ray's tracebacks.
+    """
+
+    def __init__(self, run: _Run) -> None:
+        if run.pool.log_path:
+            redirect_output(run.pool.log_path)
+        super().__init__(run)
+        # A shard makes some ten objects a row, all of which live until it is written: looking through them for cycles
+        # as often as Python does by default takes an eighth of a worker's own time.
+        gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLD)
+
+    async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[str]]]:
+        for name, inputs in zip(batch["shard"], batch["inputs"], strict=True):
+            row = {"card": "", "mistake": ""}
+            try:
+                card = await self.make(Shard.of_name(str(name)), str(inputs))
+                row["card"] = card.model_dump_json() if card else ""
+            except WorkerLost:
+                # Only a new process surely frees a device's memory; Ray starts one and hands it this shard again.
+                traceback.print_exc()
+                os._exit(1)
+            except OwlRecError as error:
+                row["mistake"] = str(error) or type(error).__name__
+            yield {name: [value] for name, value in row.items()}
+            if row["mistake"]:
+                return
+
+
+def _make_on_ray(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) -> Generator[Card, None, None]:
+    import ray  # here, since recipes load modules that import this one, and Ray takes a second
+
+    pool = run.pool
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = False
+    # A large model may load for longer than the default half hour without a finished shard.
+    context.execution_no_progress_timeout_s = 6 * 3600
+    # On spot machines a worker may well die while it loads; by default the first such death ends the job.
+    context.max_consecutive_actor_init_deaths = 3
+    rows = [{"shard": shard.name, "inputs": inputs[shard]} for shard in shards]
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS)).map_batches(
+        _Actor,
+        fn_constructor_args=(run,),
+        batch_size=1,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min(pool.min_workers, len(shards)),
+            max_size=max(pool.min_workers, pool.max_workers),
+            # Ray Data adds an actor where more tasks than 1.75 times what runs at once wait for one.
+            max_tasks_in_flight_per_actor=2 * pool.in_flight,
+            max_concurrent_calls_per_actor=pool.in_flight,
+        ),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+    )
+    mistake = ""
+    with closing(dataset_rows(dataset)) as made:
+        for row in made:
+            mistake = row["mistake"]
+            if mistake:
+                break
+            if row["card"]:
+                yield Card.model_validate_json(row["card"])
+    if mistake:
+        raise EngineError(mistake)

@@ -1,0 +1,235 @@
+"""Shards and the cards that say what is done.
+
+An artifact is a folder whose files are made shard by shard; a shard's card is written last, so that "the card exists"
+means "the shard is done, and these are its files". A card counts only while its files are there with the size and e_tag
+it names; bytes are hashed again only where the e_tag differs (a workspace that was copied). Of 10^5 shards nobody reads
+10^5 cards: a finished thousand is gathered into one file, which one listing shows to be up to date.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from owlrec.errors import WorkspaceError
+from owlrec.storage import Entry, FileEntry
+from owlrec.workspace import Workspace, shard_file
+
+GATHERED = 1000  # cards in one file
+_READERS = 16  # threads: on an object store each waits for its answer most of the time
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, order=True)
+class Shard:
+    """One shard of an artifact: the rows of a kind whose ids hash to a number."""
+
+    kind: str  # user, item, cohort, or what else an artifact's shards are of
+    number: int
+
+    @property
+    def name(self) -> str:
+        """Such as user/00000012."""
+        return f"{self.kind}/{self.number:08d}"
+
+    def file(self, suffix: str = ".parquet") -> str:
+        """Its file's path relative to the artifact, where one file is all it has."""
+        return f"{self.kind}/{shard_file(self.number, suffix)}"
+
+    @classmethod
+    def of_name(cls, name: str) -> "Shard":
+        """The shard of a name."""
+        kind, _, number = name.rpartition("/")
+        return cls(kind, int(number))
+
+
+class Card(BaseModel):
+    """What a finished shard leaves behind, or a finished stage. rows_in == rows_out + rows_dead for rows of tables."""
+
+    stage: str
+    shard: str = ""  # its name; "" of a whole stage
+    fingerprint: str  # of what it was made from
+    files: dict[str, FileEntry] = {}  # by path relative to the artifact
+    rows_in: int = 0
+    rows_out: int = 0
+    rows_dead: int = 0
+    counts: dict[str, float | int | str] = {}
+    outputs: dict[str, str] = {}  # of a stage: what it made -> path relative to the workspace
+    seconds: float = 0
+    finished: float = 0  # seconds since 1970
+    worker: str = ""
+
+
+class Artifact:
+    """A folder of shards with their cards."""
+
+    def __init__(self, workspace: Workspace, folder: str) -> None:
+        """folder: relative to the workspace."""
+        self.workspace, self.folder = workspace, folder
+
+    def path(self, *parts: str) -> str:
+        """A path in the artifact, relative to the workspace."""
+        return "/".join([self.folder, *parts])
+
+    def card(self, shard: Shard) -> Card | None:
+        """The shard's card, whatever it was made from, if its files are whole."""
+        card = self._read(shard.name)
+        if card is None:
+            return None
+        return self._whole(card, {path: self.workspace.entry(self.path(path)) for path in card.files})
+
+    def cards(self, *kinds: str) -> dict[str, Card]:
+        """The cards of all shards (of some kinds) whose files are whole, by name, in order: one listing, and one read
+        for each thousand that are gathered.
+        """
+        listed = self.workspace.entries(self.folder)
+        tags = {
+            name.removeprefix("cards/").removesuffix(".json"): entry.e_tag
+            for name, entry in listed.items()
+            if name.startswith("cards/") and name.endswith(".json") and (not kinds or name.split("/")[1] in kinds)
+        }
+        gathered: dict[str, Card] = {}
+        blocks = [name for name in listed if name.startswith("gathered/")]
+        for block in _in_threads(self._read_block, [b for b in blocks if not kinds or b.split("/")[1] in kinds]):
+            gathered |= {card.shard: card for tag, card in block if tags.get(card.shard) == tag}
+        others = _in_threads(self._read, [name for name in tags if name not in gathered])
+        cards = gathered | {card.shard: card for card in others if card is not None}
+        whole = _in_threads(lambda card: self._whole(card, listed), [cards[name] for name in tags if name in cards])
+        return {card.shard: card for card in whole if card is not None}
+
+    def finish(self, card: Card) -> None:
+        """Writes a shard's card. Call it last: what the card lists must exist by then."""
+        _write_card(self.workspace, self.path("cards", f"{card.shard}.json"), card)
+
+    def gather(self, cards: Mapping[str, Card]) -> None:
+        """Gathers full thousands of finished shards into one file each, where that was not done yet."""
+        blocks: dict[tuple[str, int], list[Card]] = {}
+        for card in cards.values():
+            shard = Shard.of_name(card.shard)
+            blocks.setdefault((shard.kind, shard.number // GATHERED), []).append(card)
+        full = {key: block for key, block in blocks.items() if len(block) == GATHERED}
+        if not full:
+            return
+        listed = self.workspace.entries(self.folder, "cards")
+        for (kind, number), block in full.items():
+            lines = [
+                json.dumps({"e_tag": listed[f"{card.shard}.json"].e_tag, "card": card.model_dump(mode="json")})
+                for card in block
+                if f"{card.shard}.json" in listed
+            ]
+            self.workspace.write_bytes(
+                self.path("gathered", kind, shard_file(number, ".jsonl")), "\n".join(lines).encode()
+            )
+
+    def _read(self, name: str) -> Card | None:
+        try:
+            return Card.model_validate_json(self.workspace.read_bytes(self.path("cards", f"{name}.json")))
+        except (WorkspaceError, ValidationError):  # absent, or cut off in the middle
+            return None
+
+    def _read_block(self, name: str) -> list[tuple[str, Card]]:
+        try:
+            lines = [json.loads(line) for line in self.workspace.read_bytes(self.path(name)).splitlines()]
+            return [(line["e_tag"], Card.model_validate(line["card"])) for line in lines]
+        except (WorkspaceError, ValidationError, ValueError, KeyError):
+            return []
+
+    def _whole(self, card: Card, listed: Mapping[str, Entry | None]) -> Card | None:
+        moved = {}
+        for path, file in card.files.items():
+            entry = listed.get(path)
+            same = file.matches(entry)
+            if same is None and self.workspace.digest(self.path(path)) == file.sha256:
+                assert entry is not None
+                moved[path] = file.model_copy(update={"e_tag": entry.e_tag})
+            elif not same:
+                return None
+        if moved:
+            card = card.model_copy(update={"files": card.files | moved})
+            self.finish(card)
+        return card
+
+
+def _write_card(workspace: Workspace, path: str, card: Card) -> None:
+    workspace.write_bytes(path, card.model_dump_json(exclude_defaults=True).encode())
+
+
+def _in_threads(work: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
+    if len(values) < 2:
+        return [work(value) for value in values]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(work, values))
+
+
+# Stages
+
+
+class Stopwatch:
+    """Wall-clock seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._start
+
+
+def finished_stage(workspace: Workspace, stage: str, expected: str | None = None) -> Card | None:
+    """The card of `stage` if it has finished, under this fingerprint where one is given."""
+    path = _stage_file(stage)
+    if workspace.entry(path) is None:
+        return None
+    try:
+        card = Card.model_validate_json(workspace.read_bytes(path))
+    except ValidationError:
+        return None
+    return card if expected in (None, card.fingerprint) else None
+
+
+def needed_stage(workspace: Workspace, stage: str, lacking: str) -> Card:
+    """The card of `stage`. Raises WorkspaceError, which says what is `lacking`, where it has not finished."""
+    card = finished_stage(workspace, stage)
+    if card is None:
+        raise WorkspaceError(f"{workspace.root}: {lacking}. Run `{stage}` first, with the same recipe.")
+    return card
+
+
+def forget_stages(workspace: Workspace, stages: Iterable[str]) -> None:
+    """Removes cards of stages. A stage that begins forgets its own and those after it: what it leaves if it is
+    interrupted must not pass for finished, nor what was made from its earlier output for up to date.
+    """
+    for stage in stages:
+        workspace.delete_file(_stage_file(stage))
+
+
+def finish_stage(
+    workspace: Workspace,
+    stage: str,
+    fingerprint: str,
+    *,
+    counts: Mapping[str, float | int | str] | None = None,
+    outputs: Mapping[str, str] | None = None,
+    seconds: float = 0,
+) -> Card:
+    """Records that a stage is done. Call it last: what it lists must exist by then."""
+    card = Card(
+        stage=stage,
+        fingerprint=fingerprint,
+        counts=dict(counts or {}),
+        outputs=dict(outputs or {}),
+        seconds=round(seconds, 3),
+        finished=time.time(),
+    )
+    _write_card(workspace, _stage_file(stage), card)
+    return card
+
+
+def _stage_file(stage: str) -> str:
+    return f"stages/{stage}.json"
