@@ -9,7 +9,7 @@ from owlrec.encoding.coded_vectors import CODED_KINDS, code_vectors
 from owlrec.encoding.importing_vectors import imported_vectors, take_imported
 from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
 from owlrec.errors import SchemaError
-from owlrec.generation.shards import read_knowledge
+from owlrec.generation.job import read_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS

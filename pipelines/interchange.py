@@ -5,7 +5,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.generation.adoption import adopt
 from owlrec.generation.exporting import export_jsonl, export_parquet
 from owlrec.generation.importing import ImportSource
-from owlrec.generation.shards import add_manifests, iterate_knowledge
+from owlrec.generation.job import add_cards, iterate_knowledge
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS, Kind
@@ -21,19 +21,20 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
     needed_stage(workspace, "prepare", "the tables are not prepared")
     watch = Stopwatch()
     forget_stages(workspace, from_stage("generate"))
-    adopted = adopt(workspace, recipe.domain, recipe.quality, source, shard_rows=recipe.shard_rows)
-    counts = add_manifests(adopted.manifests)
+    job = adopt(workspace, recipe.domain, recipe.quality, source)[0]
+    cards = job.artifact(workspace).cards()  # of all imports: this one replaced what an earlier one brought of its kind
+    counts = add_cards(cards.values())
     for kind in KINDS:
         if counts[f"{kind}_rows_out"] or counts[f"{kind}_rows_dead"]:
             note(f"{kind}: {counts[f'{kind}_rows_out']:,} texts, {counts[f'{kind}_rows_dead']:,} dead rows")
-    print_ = fingerprint(adopted.job.fingerprint, [(m.shard, m.sha256) for m in adopted.manifests])
-    counts["shards"] = len(adopted.manifests)
+    named = fingerprint(job.fingerprint, [(name, card.files) for name, card in cards.items()])
+    counts["shards"] = len(cards)
     return finish_stage(
         workspace,
         "generate",
-        print_,
+        named,
         counts=counts,
-        outputs={"knowledge": adopted.job.folder},
+        outputs={"knowledge": job.folder},
         seconds=watch.seconds,
     )
 

@@ -4,8 +4,8 @@ from owlrec.cohorts.memberships import CohortNames, iterate_memberships
 from owlrec.decoding.release_pools import FOLDER, write_release_pools
 from owlrec.encoding.coded_vectors import read_quantisers
 from owlrec.generation import VllmEngineConfig
+from owlrec.generation.job import iterate_knowledge
 from owlrec.generation.models import load_tokenizer
-from owlrec.generation.shards import iterate_knowledge
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.schema import KINDS

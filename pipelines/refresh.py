@@ -4,19 +4,20 @@ import time
 from dataclasses import replace
 
 from owlrec.generation import token_counter
-from owlrec.generation.batch import build_job, check_dead_share, generate
-from owlrec.generation.shards import Job, finished_shards, plan_prompt_shards, read_knowledge
+from owlrec.generation.job import GenerationJob, build_job, check_dead_share, prompt_inputs, read_knowledge
+from owlrec.generation.worker import GenerateStage
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
 from owlrec.ops.watching import StopSignals, repeat
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.runner import pending_shards
 from owlrec.streaming.asking import job_of_plan, too_many_dead, with_latest_pools
 from owlrec.streaming.journal import Plan, pending_plan
 from owlrec.streaming.planning import make_plan
 from owlrec.streaming.settling import finish, publish_delta
 from owlrec.streaming.tidying import tidy
 from owlrec.workspace import Workspace
-from pipelines.session import ray_session
+from pipelines.generate import write_texts
 from pipelines.stage import open_workspace, plain_errors, recipe_parser
 
 
@@ -71,23 +72,24 @@ def _carry_out(recipe: Recipe, workspace: Workspace, plan: Plan, signals: StopSi
     return plan
 
 
-def _ask(recipe: Recipe, workspace: Workspace, plan: Plan, job: Job, signals: StopSignals) -> None:
-    """Has the plan's prompts answered, as far as they are not yet."""
-    shards, config = plan_prompt_shards(workspace, "user", plan.prompts), recipe.generate
-    done = {m.shard.name: m for m in finished_shards(workspace, job, shards)}
-    pending = [s for s in shards if s.name not in done]
-    again = [m.shard for m in done.values() if m.rows_dead] if too_many_dead(done.values(), config) else []
+def _ask(recipe: Recipe, workspace: Workspace, plan: Plan, job: GenerationJob, signals: StopSignals) -> None:
+    """Generates answers for the plan's prompts that are still pending."""
+    inputs, config = prompt_inputs(workspace, "user", plan.prompts), recipe.generate
+    pending, done = pending_shards(workspace, job.folder, inputs)
+    failed = too_many_dead(done.values(), config)
+    again = [s for s in inputs if failed and s.name in done and done[s.name].rows_dead]
+    cards = done
     if pending or again:
-        rows = {s.name: workspace.count_rows(s.input_file) for s in pending}
+        rows = {s.name: workspace.count_rows(job.input_file(s)) for s in pending}
         rows |= {s.name: done[s.name].rows_dead for s in again}
         drafting = replace(job, decoding=with_latest_pools(workspace, recipe.engine, recipe.decoding))
-        with ray_session(recipe.ray, workspace.log_path("ray")), progress("renewing", sum(rows.values())) as advance:
+        stage = GenerateStage(drafting, recipe.engine, "refresh")
+        with progress("renewing", sum(rows.values())) as advance:
+            watch = ShardWatch(advance, workspace.log_path("shards"), rows)
             signals.arm()
-            watch = ShardWatch(advance, workspace.log_path("shards"), rows, done)
-            found = generate(workspace, drafting, recipe.engine, config, pending, watch, retry_dead=again)
-        done |= {m.shard.name: m for m in found.manifests}
-    if too_many_dead(done.values(), config):
-        check_dead_share(workspace, job, done.values(), config)
+            cards = write_texts(recipe, workspace, stage, inputs, rows, watch, done=done, again=again)
+    if too_many_dead(cards.values(), config):
+        check_dead_share(job.artifact(workspace), cards.values(), config)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ cache.
 
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, settings
 from processes import command_lines
+from s3 import s3_server
 
 from owlrec import schema
 from owlrec.shards import finish_stage
@@ -99,6 +101,19 @@ def ray_local() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[str]:
+    """A bucket of an S3 server on loopback that the environment names."""
+    with s3_server("owlrec"):
+        yield "owlrec"
+
+
+@pytest.fixture
+def s3_root(s3_bucket: str) -> str:
+    """A prefix of its own in that bucket."""
+    return f"s3://{s3_bucket}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """Artifacts: atomic, sharded, on a local path or any fsspec URI."""
 
-import errno
-import hashlib
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,8 +7,7 @@ import pytest
 
 from owlrec.errors import WorkspaceError
 from owlrec.shards import finish_stage, finished_stage, forget_stages
-from owlrec.storage import file_digest, fingerprint
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, shard_file, shards_for
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -26,31 +22,6 @@ def test_tables_round_trip_in_shards(any_workspace: Workspace) -> None:
     assert any_workspace.read_table("users").sort_by("id") == table
 
 
-def test_failed_write_leaves_the_old_file_and_no_temporary_one(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def disk_full(file: int) -> None:
-        raise OSError(errno.ENOSPC, "no space left")
-
-    workspace.write_bytes("a/b", b"old")
-    monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(WorkspaceError, match=r"cannot be written \(.*no space left\). Free some space"):
-        workspace.write_bytes("a/b", b"new")
-    assert workspace.read_bytes("a/b") == b"old"
-    assert os.listdir(workspace.path("a")) == ["b"]
-
-
-def test_parquet_digest_is_that_of_the_file(any_workspace: Workspace) -> None:
-    written = any_workspace.write_parquet("t.parquet", pa.table({"x": [1, 2]}))
-    assert written.sha256 == hashlib.sha256(any_workspace.read_bytes("t.parquet")).hexdigest()
-
-
-def test_unwritable_workspace_is_refused_with_its_path(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(WorkspaceError, match="file/below is not writable"):
-        Workspace(tmp_path / "file" / "below").check_writable()
-
-
 def test_missing_artifacts_say_which_stage_to_run(workspace: Workspace) -> None:
     with pytest.raises(WorkspaceError, match="Run `prepare` first"):
         workspace.read_table("users")
@@ -59,19 +30,10 @@ def test_missing_artifacts_say_which_stage_to_run(workspace: Workspace) -> None:
 
 
 def test_corrupt_parquet_is_named(workspace: Workspace) -> None:
+    workspace.fix_shards({"user": 1})
     workspace.write_bytes("tables/users/00000000.parquet", b"no parquet")
     with pytest.raises(WorkspaceError, match=r"00000000\.parquet cannot be read"):
         workspace.read_table("users")
-
-
-def test_fingerprint_ignores_key_order_and_sees_every_value() -> None:
-    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
-    assert len({fingerprint(x) for x in ({"a": 1}, {"a": 2}, {"a": "1"}, {"b": 1}, [{"a": 1}])}) == 5
-
-
-def test_file_digest_is_sha256(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"abc")
-    assert file_digest(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_stage_counts_as_finished_only_under_its_fingerprint(workspace: Workspace) -> None:
@@ -83,11 +45,29 @@ def test_stage_counts_as_finished_only_under_its_fingerprint(workspace: Workspac
     assert finished_stage(workspace, "prepare") is None
 
 
-def test_only_one_of_two_creates_a_file(workspace: Workspace) -> None:
-    for store in (workspace, Workspace("memory://create-once")):
-        assert store.create_bytes("a/b", b"first")
-        assert not store.create_bytes("a/b", b"second")
-        assert store.read_bytes("a/b") == b"first"
-        assert store.names("a") == ["b"]
-        store.delete_file("a/b")
-        store.delete_file("a/b")
+def test_numbers_of_shards_stay_as_they_were_fixed_first(any_workspace: Workspace) -> None:
+    any_workspace.fix_shards({"user": 8})
+    any_workspace.fix_shards({"user": 16, "item": 4})
+    assert {kind: Workspace(any_workspace.root).n_shards(kind) for kind in ("user", "item")} == {"user": 8, "item": 4}
+    with pytest.raises(WorkspaceError, match="no number of cohort shards"):
+        any_workspace.n_shards("cohort")
+    with pytest.raises(ValueError, match="powers of two"):
+        any_workspace.fix_shards({"cohort": 3})
+    any_workspace.grow_shards({"user": 16})
+    assert Workspace(any_workspace.root).n_shards("user") == 16
+
+
+def test_a_workspace_of_the_first_edition_is_refused(workspace: Workspace) -> None:
+    workspace.write_json("manifests/prepare.json", {})
+    with pytest.raises(WorkspaceError, match="first edition"):
+        workspace.fix_shards({"user": 1})
+
+
+def test_a_shard_beyond_a_hundred_thousand_is_found_by_its_number() -> None:
+    names = [shard_file(number) for number in (2, 99_999, 100_000, 12_345_678)]
+    assert names == sorted(names)
+    assert names[2] == "00100000.parquet"
+
+
+def test_rows_per_shard_give_a_power_of_two() -> None:
+    assert [shards_for(rows, 1024) for rows in (0, 1, 1024, 1025, 10**6)] == [1, 1, 1, 2, 1024]

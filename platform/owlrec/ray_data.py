@@ -1,12 +1,19 @@
 """Reading what a Ray Data job returns, and running a function over the parts of a table."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any
 
 Row = dict[str, Any]
+
+
+def on_ray() -> bool:
+    """Whether this process belongs to a Ray cluster."""
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized())
 
 
 def dataset_rows(dataset: Any) -> Generator[Row, None, None]:

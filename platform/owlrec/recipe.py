@@ -19,8 +19,8 @@ from owlrec.decoding import DecodingConfig
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import RecipeError, did_you_mean
 from owlrec.generation import EngineSection
-from owlrec.generation.batch import GenerateConfig
 from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.job import GenerateConfig
 from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.ranking.experiment import RankingConfig

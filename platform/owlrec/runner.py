@@ -13,7 +13,7 @@ import time
 import traceback
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from owlrec.errors import EngineError, OwlRecError, WorkspaceError
 from owlrec.quiet import redirect_output
 from owlrec.ray_data import dataset_rows
 from owlrec.shards import Artifact, Card, Shard
+from owlrec.stage_metrics import StageMetrics
 from owlrec.storage import FileEntry
 from owlrec.workspace import Workspace
 
@@ -105,6 +106,7 @@ class Pool:
     gpus: float = 0.0
     in_flight: int = 1  # shards that a worker has at hand
     lease_s: float = LEASE_S
+    price_per_hour: float | None = None  # of one worker: a metric then shows the cost
     log_path: str | None = None  # where workers of a Ray cluster write what they and their libraries have to say
 
 
@@ -116,6 +118,14 @@ class _Run:
     stage: Stage
     pool: Pool
     name: str
+    again: frozenset[str] = frozenset()  # names of shards that are made again, though their card is up to date
+    started: float = 0.0
+
+    def is_done(self, card: Card | None, inputs: str) -> bool:
+        """Whether this card ends the work on its shard."""
+        if card is None or card.fingerprint != inputs:
+            return False
+        return card.shard not in self.again or card.finished >= self.started
 
     @property
     def artifact(self) -> Artifact:
@@ -146,20 +156,21 @@ def run_stage(
     on_card: Callable[[Card], None] | None = None,
     *,
     done: Mapping[str, Card] | None = None,
+    again: Collection[Shard] = (),
 ) -> dict[str, Card]:
     """Makes those of a stage's shards that are not made of these inputs yet; the cards of all, by name.
 
     inputs: see pending_shards. on_card: hears of each shard that is done in this run, or by another that has it.
-    done: cards that are known to be up to date; without it they are looked for.
+    done: cards that are known to be up to date; without it they are looked for. again: shards to make once more even
+    so; a stage that keeps finished rows then does the others.
     Raises OwlRecError where a shard or a worker cannot be helped; finished shards stay, and the same call goes on from
     there. Ray must be initialised unless the pool is here.
     """
     pool = pool or Pool()
-    if done is None:
-        left, cards = pending_shards(workspace, stage.folder, inputs)
-    else:
-        left, cards = [shard for shard in inputs if shard.name not in done], dict(done)
-    run = _Run(workspace, stage, pool, uuid.uuid4().hex[:12])
+    run = _Run(workspace, stage, pool, uuid.uuid4().hex[:12], frozenset(s.name for s in again), time.time())
+    present = pending_shards(workspace, stage.folder, inputs)[1] if done is None else done
+    cards = {name: card for name, card in present.items() if name not in run.again}
+    left = [shard for shard in inputs if shard.name not in cards]
     idle = 0
 
     def finish(card: Card) -> None:
@@ -185,7 +196,8 @@ def run_stage(
         if left:
             time.sleep(min(pool.lease_s / 4, _POLL_S))
             for card in pending_shards(workspace, stage.folder, {s: inputs[s] for s in left})[1].values():
-                finish(card)
+                if run.is_done(card, inputs[Shard.of_name(card.shard)]):
+                    finish(card)
             left = [s for s in left if s.name not in cards]
     run.artifact.gather(cards)
     return {shard.name: cards[shard.name] for shard in inputs}
@@ -230,7 +242,7 @@ class _Worker:
             )
         artifact = self.run.artifact
         earlier = await asyncio.to_thread(artifact.card, shard)  # another run may have come before
-        if earlier is not None and earlier.fingerprint == inputs:
+        if earlier is not None and self.run.is_done(earlier, inputs):
             return earlier
         started = time.perf_counter()
         result = await self._attempt(Work(artifact, shard, earlier, lambda: self.claims.holds(path)))
@@ -302,6 +314,7 @@ class _Actor(_Worker):
         if run.pool.log_path:
             redirect_output(run.pool.log_path)
         super().__init__(run)
+        self.metrics = StageMetrics(run.stage.name, self.name, run.pool.price_per_hour)
         # A shard makes some ten objects a row, all of which live until it is written: looking through them for cycles
         # as often as Python does by default takes an eighth of a worker's own time.
         gc.freeze()
@@ -310,15 +323,20 @@ class _Actor(_Worker):
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[str]]]:
         for name, inputs in zip(batch["shard"], batch["inputs"], strict=True):
             row = {"card": "", "mistake": ""}
+            self.metrics.begin()
             try:
                 card = await self.make(Shard.of_name(str(name)), str(inputs))
                 row["card"] = card.model_dump_json() if card else ""
+                if card and card.worker == self.name:
+                    self.metrics.update(card)
             except WorkerLost:
                 # Only a new process surely frees a device's memory; Ray starts one and hands it this shard again.
                 traceback.print_exc()
                 os._exit(1)
             except OwlRecError as error:
                 row["mistake"] = str(error) or type(error).__name__
+            finally:
+                self.metrics.end()
             yield {name: [value] for name, value in row.items()}
             if row["mistake"]:
                 return

@@ -114,8 +114,8 @@ class Storage:
             self.delete_file(probe)
         except WorkspaceError as error:
             raise WorkspaceError(
-                f"workspace {self.root} is not writable ({error.__cause__ or error}). "
-                f"Name a folder you may write to, in the recipe's `workspace` or with --workspace."
+                f"workspace {self.root} is not writable: {error} Or name another place, in the recipe's `workspace` or "
+                "with --workspace."
             ) from None
 
     # What is there
@@ -298,9 +298,9 @@ class Storage:
         return self.write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
     def write_parquet(self, path: str, table: pa.Table, *, row_group_rows: int | None = None) -> FileEntry:
-        """Writes one Parquet file (Zstandard) atomically."""
+        """Writes one Parquet file (Zstandard, a checksum for each page) atomically."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression=COMPRESSION, row_group_size=row_group_rows)
+        pq.write_table(table, sink, compression=COMPRESSION, row_group_size=row_group_rows, write_page_checksum=True)
         return self.write_bytes(path, sink.getvalue())
 
     def write_arrow(self, path: str, batches: pa.Table | Sequence[pa.RecordBatch], schema: pa.Schema) -> FileEntry:
@@ -403,7 +403,7 @@ class Storage:
         """Reads one Parquet file. Raises WorkspaceError where it is missing or corrupt."""
         with self._readable(path):
             # ParquetFile, since read_table would add columns for folder names such as day=3.
-            return pq.ParquetFile(self.open_input(path)).read(columns)
+            return pq.ParquetFile(self.open_input(path), page_checksum_verification=True).read(columns)
 
     def parquet_file(self, path: str) -> pq.ParquetFile:
         """A Parquet file to read in pieces, by ranged reads. Raises as read_parquet."""

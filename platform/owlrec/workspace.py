@@ -153,4 +153,4 @@ def table_file(name: str, number: int) -> str:
 
 def shards_for(rows: int, rows_per_shard: int) -> int:
     """The power of two that holds `rows` in shards of about `rows_per_shard` at most."""
-    return 1 << max(0, (-(-rows // rows_per_shard) - 1).bit_length())
+    return 1 << (max(1, -(-rows // rows_per_shard)) - 1).bit_length()

@@ -8,10 +8,10 @@ import pytest
 
 from owlrec.encoding.importing_vectors import take_imported
 from owlrec.errors import SourceError, WorkspaceError
-from owlrec.generation.adoption import Adopted, adopt
+from owlrec.generation.adoption import adopt
 from owlrec.generation.importing import ImportSource
+from owlrec.generation.job import GenerationJob, dead_file, read_knowledge
 from owlrec.generation.quality import QualityConfig
-from owlrec.generation.shards import finished_shards, read_knowledge
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
 from pipelines.interchange import export_knowledge, import_knowledge, import_vectors
@@ -25,27 +25,29 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def take_in(workspace: Workspace, **source: object) -> Adopted:
+def take_in(workspace: Workspace, **source: object) -> GenerationJob:
     config = ImportSource.model_validate({"format": "jsonl", **source})
-    return adopt(workspace, get_scenario("movies"), QualityConfig(), config, shard_rows=4)
+    return adopt(workspace, get_scenario("movies"), QualityConfig(), config)[0]
 
 
-def dead_rows(workspace: Workspace, adopted: Adopted) -> dict[int, str]:
-    tables = [workspace.read_parquet(m.shard.file(adopted.job, "dead")) for m in adopted.manifests]
+def dead_rows(workspace: Workspace, job: GenerationJob) -> dict[int, str]:
+    artifact = job.artifact(workspace)
+    letters = [artifact.path(dead_file(name)) for name, card in artifact.cards().items() if card.rows_dead]
+    tables = [workspace.read_parquet(path) for path in letters]
     return {row["id"]: row["error"] for table in tables for row in table.to_pylist()}
 
 
 def test_rows_become_knowledge_or_dead_letters(small_world: Workspace, tmp_path: Path) -> None:
     rows = [{"id": i, "text": GOOD} for i in range(100, 109)]
     rows += [{"id": 109, "text": ""}, {"id": 110, "text": "Please provide the names of the movies."}, {"text": GOOD}]
-    adopted = take_in(small_world, kind="item", path=write(tmp_path / "k.jsonl", rows), framework="kar")
-    table = read_knowledge(small_world, adopted.job.folder, "item")
-    assert table["id"].to_pylist() == list(range(100, 109))
+    job = take_in(small_world, kind="item", path=write(tmp_path / "k.jsonl", rows), framework="kar")
+    table = read_knowledge(small_world, job.folder, "item")
+    assert sorted(table["id"].to_pylist()) == list(range(100, 109))
     assert set(table["framework"].to_pylist()) == {"kar"}
-    assert [m.rows_in for m in adopted.manifests] == [4, 4, 4]
-    assert dead_rows(small_world, adopted) == {109: "FailedQuality", 110: "FailedQuality", -12: "NoId"}
-    shards = [m.shard for m in adopted.manifests]
-    assert finished_shards(small_world, adopted.job, shards) == adopted.manifests
+    cards = job.artifact(small_world).cards()
+    assert len(cards) == small_world.n_shards("item") == 4
+    assert sum(card.rows_in for card in cards.values()) == 12
+    assert dead_rows(small_world, job) == {109: "FailedQuality", 110: "FailedQuality", -12: "NoId"}
 
 
 def test_text_that_knows_more_than_the_samples_allow_is_refused(small_world: Workspace, tmp_path: Path) -> None:
@@ -54,9 +56,9 @@ def test_text_that_knows_more_than_the_samples_allow_is_refused(small_world: Wor
         {"id": 2, "text": GOOD, "as_of": AS_OF + 2},  # its samples begin after AS_OF + 1
         {"id": 999, "text": GOOD, "as_of": AS_OF * 2},  # has no samples
     ]
-    adopted = take_in(small_world, kind="user", path=write(tmp_path / "k.jsonl", rows))
-    assert read_knowledge(small_world, adopted.job.folder, "user")["id"].to_pylist() == [1, 999]
-    assert dead_rows(small_world, adopted) == {2: "LeaksTheFuture"}
+    job = take_in(small_world, kind="user", path=write(tmp_path / "k.jsonl", rows))
+    assert sorted(read_knowledge(small_world, job.folder, "user")["id"].to_pylist()) == [1, 999]
+    assert dead_rows(small_world, job) == {2: "LeaksTheFuture"}
 
 
 def test_import_replaces_its_kind_and_leaves_the_other(small_world: Workspace, tmp_path: Path) -> None:
@@ -64,20 +66,19 @@ def test_import_replaces_its_kind_and_leaves_the_other(small_world: Workspace, t
     take_in(small_world, kind="item", path=write(tmp_path / "a.jsonl", many))
     user = [{"id": 1, "text": GOOD}]
     take_in(small_world, kind="user", as_of_ms=AS_OF, path=write(tmp_path / "b.jsonl", user))
-    adopted = take_in(small_world, kind="item", path=write(tmp_path / "c.jsonl", many[:2]))
-    assert read_knowledge(small_world, adopted.job.folder, "item")["id"].to_pylist() == [100, 101]
-    assert read_knowledge(small_world, adopted.job.folder, "user")["id"].to_pylist() == [1]
-    assert len(adopted.manifests) == 2
+    job = take_in(small_world, kind="item", path=write(tmp_path / "c.jsonl", many[:2]))
+    assert sorted(read_knowledge(small_world, job.folder, "item")["id"].to_pylist()) == [100, 101]
+    assert read_knowledge(small_world, job.folder, "user")["id"].to_pylist() == [1]
 
 
 def test_mistaken_file_removes_nothing(small_world: Workspace, tmp_path: Path) -> None:
     rows = [{"id": 100, "text": GOOD}]
-    adopted = take_in(small_world, kind="item", path=write(tmp_path / "a.jsonl", rows))
+    job = take_in(small_world, kind="item", path=write(tmp_path / "a.jsonl", rows))
     with pytest.raises(SourceError, match="there is no such file"):
         take_in(small_world, kind="item", path=str(tmp_path / "missing.jsonl"))
     with pytest.raises(SourceError, match="kind 'cohort'"):
         take_in(small_world, kind="cohort", path=str(tmp_path / "a.jsonl"))
-    assert read_knowledge(small_world, adopted.job.folder, "item").num_rows == 1
+    assert read_knowledge(small_world, job.folder, "item").num_rows == 1
 
 
 def test_what_goes_out_comes_back_in(small_world: Workspace, tmp_path: Path, echo_recipe_for: object) -> None:

@@ -1,97 +1,96 @@
-"""The Ray Data job: same rows as without Ray, resumable, and silent where all is done."""
+"""Generation on Ray Data's actors: same rows as without Ray, resumable, and silent where all is done."""
 
-import asyncio
 import threading
 import time
 
 import pytest
 
+from owlrec.claims import Claims
 from owlrec.errors import EngineError
-from owlrec.generation import EchoEngineConfig, HttpEngineConfig, build_engine
-from owlrec.generation.batch import GenerateConfig, build_job, check_dead_share, generate
+from owlrec.generation import EchoEngineConfig, HttpEngineConfig
 from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.ledger import Ledger
-from owlrec.generation.shard_work import generate_shard
-from owlrec.generation.shards import finished_shard, finished_shards, plan_shards, read_knowledge
+from owlrec.generation.job import (
+    GenerateConfig,
+    GenerationJob,
+    build_job,
+    check_dead_share,
+    read_knowledge,
+    table_inputs,
+)
+from owlrec.generation.worker import GenerateStage
 from owlrec.prompting.rows import PromptConfig
+from owlrec.runner import Pool, pending_shards, run_stage
 from owlrec.scenario import get_scenario
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 ECHO = EchoEngineConfig(type="echo", latency_s=0.01)
+ON_RAY = Pool(here=False, in_flight=4)
 
 
-def job_for(engine: object) -> object:
+def job_for(engine: object) -> GenerationJob:
     return build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), engine)
 
 
 def test_two_engines_write_every_row_once(small_world: Workspace) -> None:
     job = job_for(ECHO)
     seen: list[int] = []
-    generate(
-        small_world, job, ECHO, GenerateConfig(min_replicas=2, max_replicas=2), plan_shards(small_world),
-        on_shard=lambda m: seen.append(m.rows_in),
-    )  # fmt: skip
+    pool = Pool(here=False, min_workers=2, max_workers=2, in_flight=4)
+    stage, inputs = GenerateStage(job, ECHO), table_inputs(small_world)
+    run_stage(small_world, stage, inputs, pool, lambda card: seen.append(card.rows_in))
     assert sum(seen) == 70
     assert sorted(read_knowledge(small_world, job.folder, "user")["id"].to_pylist()) == list(range(1, 41))
     assert sorted(read_knowledge(small_world, job.folder, "item")["id"].to_pylist()) == list(range(100, 130))
 
 
 def test_only_pending_shards_are_touched(small_world: Workspace) -> None:
-    job = job_for(ECHO)
-    shards = plan_shards(small_world)
-    generate(small_world, job, ECHO, GenerateConfig(), shards[:3])
-    before = [finished_shard(small_world, job, s) for s in shards[:3]]
-    generate(
-        small_world, job, ECHO, GenerateConfig(), [s for s in shards if finished_shard(small_world, job, s) is None]
-    )
-    assert [finished_shard(small_world, job, s) for s in shards[:3]] == before
+    job, inputs = job_for(ECHO), table_inputs(small_world)
+    some = dict(list(inputs.items())[:3])
+    before = run_stage(small_world, GenerateStage(job, ECHO), some, ON_RAY)
+    cards = run_stage(small_world, GenerateStage(job, ECHO), inputs, ON_RAY)
+    assert {name: cards[name] for name in before} == before
     assert len(read_knowledge(small_world, job.folder, "user")) == 40
 
 
 def test_retry_of_the_dead_runs_beside_what_is_pending_and_asks_for_no_other_row(small_world: Workspace) -> None:
     short = EchoEngineConfig(type="echo", max_model_len=150)  # too short a context for some prompts, by their length
-    job, shards = job_for(ECHO), plan_shards(small_world)
-    first = generate(small_world, job, short, GenerateConfig(), shards[:5])
-    dead = [m.shard for m in first.manifests if m.rows_dead]
+    job, inputs = job_for(ECHO), table_inputs(small_world)
+    first = run_stage(small_world, GenerateStage(job, short), dict(list(inputs.items())[:5]), ON_RAY)
+    dead = [shard for shard in inputs if shard.name in first and first[shard.name].rows_dead]
     assert dead
-    before = {m.shard.name: m for m in first.manifests}
-    second = generate(small_world, job, ECHO, GenerateConfig(), shards[5:], retry_dead=dead)
-    assert {m.shard.name for m in second.manifests} == {s.name for s in [*shards[5:], *dead]}
-    assert sum(m.rows_dead for m in second.manifests) == 0
-    assert len(finished_shards(small_world, job, shards)) == len(shards)
+    second = run_stage(small_world, GenerateStage(job, ECHO), inputs, ON_RAY, again=dead)
+    assert sum(card.rows_dead for card in second.values()) == 0
     users = read_knowledge(small_world, job.folder, "user")
     assert sorted(users["id"].to_pylist()) == list(range(1, 41))
-    again = next(m for m in second.manifests if m.shard in dead)
-    assert again.rows_in == before[again.shard.name].rows_in
+    for shard in dead:
+        assert second[shard.name].rows_in == first[shard.name].rows_in
+        assert second[shard.name].counts["rows_asked"] == first[shard.name].rows_dead
 
 
 def test_shards_that_another_run_holds_are_waited_for_not_done_twice(small_world: Workspace) -> None:
-    job, shards = job_for(ECHO), plan_shards(small_world)
-    other = Ledger(small_world, job, "another run")
-    assert other.claim(shards[0])
+    job, inputs = job_for(ECHO), table_inputs(small_world)
+    shard = next(iter(inputs))
+    other = Claims(small_world, "another run")
+    assert other.claim(f"claims/{job.folder}/{shard.name}")
+    theirs = []
 
     def finish_there() -> None:
         time.sleep(4)
-        engine = build_engine(ECHO)
-        asyncio.run(
-            generate_shard(small_world, job, shards[0], engine, ItemCatalog.load(small_world), engine_name="there")
-        )
         other.close()
+        theirs.append(run_stage(small_world, GenerateStage(job, ECHO), {shard: inputs[shard]}, Pool())[shard.name])
 
     thread = threading.Thread(target=finish_there)
     thread.start()
-    done = generate(small_world, job, ECHO, GenerateConfig(), shards)
+    cards = run_stage(small_world, GenerateStage(job, ECHO), inputs, ON_RAY)
     thread.join()
-    assert {m.shard.name: m.engine == "there" for m in done.manifests} == {s.name: s == shards[0] for s in shards}
+    assert cards[shard.name] == theirs[0]
+    assert len({card.worker for card in cards.values()}) == 2
 
 
 def test_dead_server_stops_the_run_with_its_reason(small_world: Workspace) -> None:
     down = HttpEngineConfig(type="http", base_url="http://127.0.0.1:1/v1", model="m", max_attempts=1)
-    job = job_for(down)
-    shards = plan_shards(small_world)
-    generate(small_world, job, down, GenerateConfig(), shards)
-    manifests = [m for s in shards if (m := finished_shard(small_world, job, s))]
+    job, inputs = job_for(down), table_inputs(small_world)
+    run_stage(small_world, GenerateStage(job, down), inputs, ON_RAY)
+    cards = pending_shards(small_world, job.folder, inputs)[1].values()
     with pytest.raises(EngineError, match=r"70 of 70 rows failed(.|\n)*RequestFailed: ConnectError"):
-        check_dead_share(small_world, job, manifests, GenerateConfig())
+        check_dead_share(job.artifact(small_world), cards, GenerateConfig())

@@ -36,6 +36,16 @@ class DecoderCounters(BaseModel):
     counts: dict[str, float] = {}
     by_rows: dict[int, StepSums] = {}
 
+    def since(self, before: "DecoderCounters") -> "DecoderCounters":
+        """What was counted after `before`, an earlier look at the same engine."""
+        grown = {name: value - before.counts.get(name, 0) for name, value in self.counts.items()}
+        by_rows = {}
+        for rows, sums in self.by_rows.items():
+            earlier = before.by_rows.get(rows, StepSums())
+            fields = {name: getattr(sums, name) - getattr(earlier, name) for name in StepSums.model_fields}
+            by_rows[rows] = StepSums(**fields)
+        return DecoderCounters(counts=grown, by_rows=by_rows)
+
     @property
     def tokens_per_step(self) -> float:
         """Tokens that a row emits in a step, steps without drafts included; nan before the first step."""

@@ -56,4 +56,4 @@ def engine_fingerprint(config: EngineConfig) -> str:
     """SHA-256 of what an engine's answers depend on: its weights and number formats, not its batch size, threads or
     time-outs.
     """
-    return fingerprint(config.model_identity, config.model_dump(mode="json", include=set(config.shapes_output)))
+    return fingerprint(config.model_identity, config.shaping())

@@ -1,50 +1,59 @@
 """Knowledge made elsewhere becomes a job's: imported rows pass the same gate into the same tables as generated ones.
 
-All imports of a workspace make up one job, in which each replaces what an earlier one brought of its kind. Two things
-are refused to a row besides what the file reader refuses: a user's text that knows more of the user than the samples
-allow would leak the future into training, and a flagged text cannot be asked for again, so `retry` and `fall_back`
-send it to the dead letters.
+All imports of a workspace make up one job, in which each replaces what an earlier one brought of its kind. A file of
+any length is read once: its rows are dealt into buckets by the hash of their id on the local disk, and each bucket then
+becomes whole shards. Two things are refused to a row besides what the file reader refuses: a user's text that knows
+more of the user than the samples allow would leak the future into training, and a flagged text cannot be asked for
+again, so `retry` and `fall_back` send it to the dead letters.
 """
 
 import itertools
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from owlrec import __version__
 from owlrec.decoding import DecodingConfig
 from owlrec.errors import SourceError
 from owlrec.generation import importing
 from owlrec.generation.engine import BadRow, Completion, FailedQuality, SamplingConfig
-from owlrec.generation.ledger import open_job
+from owlrec.generation.job import GenerationJob
 from owlrec.generation.quality import QualityConfig, QualityGate
-from owlrec.generation.shard_work import Outcome, Tally, to_tables, write_shard
-from owlrec.generation.shards import Job, Shard, ShardManifest, iterate_manifests
+from owlrec.generation.worker import Outcome, to_tables, write_shard
 from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
+from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.scenario import Scenario
-from owlrec.schema import Kind, stable_id
-from owlrec.shards import Stopwatch
+from owlrec.schema import KNOWLEDGE, Kind, shard_of, stable_id
+from owlrec.shards import Card, Shard
 from owlrec.storage import file_digest, fingerprint
-from owlrec.workspace import Workspace, shard_file
+from owlrec.workspace import Workspace
 
-
-@dataclass(frozen=True)
-class Adopted:
-    """A finished import: its job, and the manifests of all that was ever imported into it."""
-
-    job: Job
-    manifests: list[ShardManifest]
+_ROWS_AT_ONCE = 1 << 14
+_MOST_BUCKETS = 256  # files that are open while the rows are dealt
+_ROWS = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("as_of", pa.int64()),
+        ("text", pa.string()),
+        ("prompt", pa.string()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+        ("error", pa.string()),  # null where the row can be used
+        ("message", pa.string()),
+    ]
+)
 
 
 def adopt(
-    workspace: Workspace,
-    scenario: Scenario,
-    quality: QualityConfig,
-    source: importing.ImportSource,
-    *,
-    shard_rows: int,
-) -> Adopted:
-    """Reads a file of knowledge into the workspace, in place of all imported knowledge of its kind.
+    workspace: Workspace, scenario: Scenario, quality: QualityConfig, source: importing.ImportSource
+) -> tuple[GenerationJob, dict[str, Card]]:
+    """Reads a file of knowledge into the workspace, in place of all imported knowledge of its kind; the job of all
+    imports, and the cards of this one.
 
     Raises SourceError for a file that cannot be read as a whole, and for a kind that no table of the workspace has;
     WorkspaceError where `prepare` has not run. A bad row goes to the dead letters.
@@ -54,64 +63,98 @@ def adopt(
             f"{source.path}: knowledge of kind '{source.kind}' cannot be imported yet, only user and item."
         )
     rows = importing.read_knowledge_file(source)  # complains of the file before anything is removed
-    read_until = _histories(workspace) if source.kind == "user" else None
-    print_ = fingerprint("imported", scenario, quality, __version__)
-    job = Job(scenario, PromptConfig(), SamplingConfig(), DecodingConfig(), quality, print_)
-    open_job(workspace, job)
-    gate = QualityGate(quality, scenario)
-    workspace.delete_dir(job.folder, source.kind)
+    named = fingerprint("imported", scenario, quality)
+    job = GenerationJob(scenario, PromptConfig(), SamplingConfig(), DecodingConfig(), quality, named)
+    n_shards = workspace.n_shards(source.kind)
     digest = fingerprint(file_digest(source.path), source)
-    for number in itertools.count():
-        watch, chunk = Stopwatch(), list(itertools.islice(rows, shard_rows))
-        if not chunk:
-            break
-        judged = [_judge(source.kind, row, read_until, gate) for row in chunk]
-        tally = Tally()
-        for _, outcome in judged:
-            tally.add(outcome)
-        knowledge, dead = to_tables(job, source.framework, [row for row, _ in judged], [out for _, out in judged])
-        shard = Shard(kind=source.kind, part=shard_file(number), input_fingerprint=digest)
-        write_shard(workspace, job, shard, knowledge, dead, tally, seconds=watch.seconds, engine_name="import")
-    return Adopted(job, list(iterate_manifests(workspace, job.folder)))
+    spill = workspace.scratch()
+    try:
+        buckets = _deal(rows, spill, min(n_shards, _MOST_BUCKETS))
+        stage = _ImportStage(job, source.kind, source.framework, buckets)
+        inputs = {Shard(source.kind, number): digest for number in range(n_shards)}
+        # Made again even where the cards are of this very file: nothing else says that the spill was read to its end.
+        cards = run_stage(workspace, stage, inputs, Pool(in_flight=1), again=list(inputs))
+    finally:
+        shutil.rmtree(spill, ignore_errors=True)
+    return job, cards
 
 
-@dataclass(frozen=True)
-class _ReadUntil:
-    """Up to which moment the samples allow each user's text to know them."""
+def _deal(rows: Iterator[importing.ImportedRow | importing.RefusedRow], folder: Path, n: int) -> list[Path]:
+    """Writes rows into `n` files by the hash of their id; in each they keep the order of the source."""
+    paths = [folder / f"{number}.arrows" for number in range(n)]
+    with ExitStack() as stack:
+        writers = [stack.enter_context(pa.ipc.new_stream(str(path), _ROWS)) for path in paths]
+        while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+            table = pa.Table.from_pylist([_record(row) for row in chunk], schema=_ROWS)
+            bucket = shard_of(table["id"].to_numpy(), n)
+            for number in np.unique(bucket).tolist():
+                writers[number].write_table(table.filter(pa.array(bucket == number)))
+    return paths
 
-    ids: np.ndarray  # int64 [n], sorted
-    as_of: np.ndarray  # int64 [n], ms
 
-    def of(self, id_: int) -> int | None:
-        place = int(np.searchsorted(self.ids, id_))
-        return int(self.as_of[place]) if place < len(self.ids) and self.ids[place] == id_ else None
+def _record(row: importing.ImportedRow | importing.RefusedRow) -> dict[str, object]:
+    if isinstance(row, importing.RefusedRow):
+        message = f"row {row.row}, id {row.raw_id!r}: {row.message}"
+        id_ = stable_id(row.raw_id) if row.raw_id else -row.row
+        return {"id": id_, "as_of": 0, "error": row.error, "message": message}
+    return {name: getattr(row, name, None) for name in _ROWS.names}
 
 
-def _histories(workspace: Workspace) -> _ReadUntil:
-    table = workspace.read_table("histories", ["user_id", "as_of"])
-    ids, as_of = table["user_id"].to_numpy(), table["as_of"].to_numpy()
-    order = np.argsort(ids, kind="stable")
-    return _ReadUntil(ids[order], as_of[order])
+@dataclass
+class _ImportStage(Stage):
+    """Shards of imported texts, from rows that were dealt into buckets."""
+
+    job: GenerationJob
+    kind: Kind
+    framework: str
+    buckets: list[Path]
+
+    name = "import"
+
+    @property
+    def folder(self) -> str:  # type: ignore[override]
+        """See Stage.folder."""
+        return self.job.folder
+
+    def run(self, work: Work) -> Result:
+        """See Stage.run."""
+        workspace, shard = work.workspace, work.shard
+        n_shards = workspace.n_shards(self.kind)
+        table = pa.ipc.open_stream(str(self.buckets[shard.number % len(self.buckets)])).read_all()
+        mine = shard_of(table["id"].to_numpy(), n_shards) == shard.number
+        read_until = _read_until(workspace, shard.number) if self.kind == "user" else {}
+        gate = QualityGate(self.job.quality, self.job.scenario)
+        judged = [_judge(self.kind, row, read_until, gate) for row in table.filter(pa.array(mine)).to_pylist()]
+        rows, outcomes = [row for row, _ in judged], [outcome for _, outcome in judged]
+        knowledge, dead = to_tables(self.job, self.framework, rows, outcomes)
+        return write_shard(work, KNOWLEDGE.empty_table(), knowledge, dead, outcomes)
+
+
+def _read_until(workspace: Workspace, number: int) -> dict[int, int]:
+    """Up to which moment (ms) the samples allow the text of each user of a shard to know them."""
+    table = workspace.read_shard("histories", number, ["user_id", "as_of"])
+    return dict(zip(table["user_id"].to_pylist(), table["as_of"].to_pylist(), strict=True))
 
 
 def _judge(
-    kind: Kind, row: importing.ImportedRow | importing.RefusedRow, read_until: _ReadUntil | None, gate: QualityGate
+    kind: Kind, row: dict[str, object], read_until: dict[int, int], gate: QualityGate
 ) -> tuple[Prompt | UnusableRow, Outcome]:
-    if isinstance(row, importing.RefusedRow):
-        message = f"row {row.row}, id {row.raw_id!r}: {row.message}"
-        bad = UnusableRow(kind, stable_id(row.raw_id) if row.raw_id else -row.row, 0, row.error, message)
-        return bad, Outcome(BadRow(message, row.error))
-    prompt = Prompt(kind, row.id, row.as_of, "", row.prompt, "")
-    allowed = read_until.of(row.id) if read_until is not None else None
-    if allowed is not None and row.as_of > allowed:
+    id_, as_of = int(str(row["id"])), int(str(row["as_of"]))
+    if row["error"]:
+        error, message = str(row["error"]), str(row["message"])
+        return UnusableRow(kind, id_, as_of, error, message), Outcome(BadRow(message, error))
+    text, asked, reason = str(row["text"]), str(row["prompt"]), str(row["finish_reason"])
+    prompt = Prompt(kind, id_, as_of, "", asked, "")
+    allowed = read_until.get(id_)
+    if allowed is not None and as_of > allowed:
         message = (
-            f"user {row.id}: the text knows the user up to {row.as_of}, but samples begin after {allowed}. "
+            f"user {id_}: the text knows the user up to {as_of}, but samples begin after {allowed}. "
             "Import a text of an earlier moment, or prepare the workspace with a later split."
         )
         return prompt, Outcome(BadRow(message, "LeaksTheFuture"))
-    answer = Completion(row.text, row.prompt_tokens, row.output_tokens, row.finish_reason)
-    flags = gate.flags(row.text, prompt=row.prompt, finish_reason=row.finish_reason)
+    answer = Completion(text, int(str(row["prompt_tokens"])), int(str(row["output_tokens"])), reason)
+    flags = gate.flags(text, prompt=asked, finish_reason=reason)
     if gate.action(flags) != "keep":
-        failed = FailedQuality(f"flagged {', '.join(flags)}: {row.text[:120]!r}")
+        failed = FailedQuality(f"flagged {', '.join(flags)}: {text[:120]!r}")
         return prompt, Outcome(failed, flags, flags)
     return prompt, Outcome(answer, flags, flags)

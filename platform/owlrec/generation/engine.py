@@ -134,6 +134,10 @@ class EngineConfig(Config):
 
     type: str  # of a subclass: a Literal of its name in ENGINES
 
+    def shaping(self) -> dict[str, Any]:
+        """What answers depend on besides the weights, as JSON can hold it."""
+        return self.model_dump(mode="json", include=set(self.shapes_output))
+
     @property
     @abstractmethod
     def model_identity(self) -> str:

@@ -6,18 +6,17 @@ Tables are written as they come, so that an export of 10^8 rows takes the memory
 
 import gzip
 import json
-import os
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.errors import SchemaError
 from owlrec.schema import KNOWLEDGE, conform
+from owlrec.storage import Storage, Writer
 
 _ROWS_AT_ONCE = 2048  # what is turned into Python objects at a time: about 10 MB
 
@@ -66,26 +65,14 @@ def export_parquet(tables: Iterable[pa.Table], path: str | Path) -> int:
     return rows
 
 
-def _packing(file: BinaryIO) -> BinaryIO:
+def _packing(file: Writer) -> BinaryIO:
     # No name and no time inside: the same rows make the same bytes.
-    return cast(BinaryIO, gzip.GzipFile("", "wb", 6, file, mtime=0))
+    return cast(BinaryIO, gzip.GzipFile("", "wb", 6, cast(BinaryIO, file), mtime=0))
 
 
 @contextmanager
-def _appearing_whole(path: str | Path) -> Iterator[BinaryIO]:
+def _appearing_whole(path: str | Path) -> Iterator[Writer]:
     """A file to write to, which takes its name only when the block ends without an error."""
     target = Path(path).expanduser()
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            # As in Workspace.write_bytes: a rename that outlives a power cut must not name an empty file.
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise WorkspaceError(f"{path} cannot be written ({error}). Name a file in a folder you may write to.") from None
-    finally:
-        with suppress(OSError):  # the file is gone if all went well, and its folder may be no folder
-            temporary.unlink()
+    with Storage(target.parent).writer(target.name) as writer:
+        yield writer

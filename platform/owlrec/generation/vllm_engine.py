@@ -28,6 +28,24 @@ from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, r
 from owlrec.generation.vllm_stepping import Stepping
 
 _REMEMBERED_COUNTS = 1 << 16
+# vllm.EngineArgs that say how fast, on what and how closely watched an engine runs, and shape no answer. What is not
+# listed counts as shaping answers.
+_NAMES = """
+    gpu_memory_utilization gpu_memory_utilization_limit kv_cache_memory_bytes block_size num_gpu_blocks_override
+    enable_prefix_caching prefix_caching_hash_algo swap_space cpu_offload_gb kv_offloading_size
+    max_num_batched_tokens max_num_seqs max_num_partial_prefills max_long_partial_prefills
+    long_prefill_token_threshold enable_chunked_prefill async_scheduling scheduling_policy scheduler_cls
+    scheduler_reserve_full_isl stream_interval tensor_parallel_size pipeline_parallel_size data_parallel_size
+    data_parallel_backend decode_context_parallel_size prefill_context_parallel_size enable_expert_parallel
+    distributed_executor_backend max_parallel_loading_workers disable_custom_all_reduce worker_cls
+    worker_extension_cls ray_workers_use_nsight load_format download_dir safetensors_load_strategy
+    model_loader_extra_config ignore_patterns use_tqdm_on_load disable_log_stats disable_log_requests
+    enable_log_requests otlp_traces_endpoint collect_detailed_traces show_hidden_metrics_for_version
+    kv_cache_metrics cudagraph_metrics enable_mfu_metrics enforce_eager compilation_config
+    cudagraph_capture_sizes max_cudagraph_capture_size optimization_level seed_device trust_remote_code hf_token
+    device numa_bind disable_hybrid_kv_cache_manager kv_transfer_config kv_events_config
+"""
+_OPERATIONAL = frozenset(_NAMES.split())
 
 
 class VllmEngineConfig(EngineConfig):
@@ -51,6 +69,11 @@ class VllmEngineConfig(EngineConfig):
         2, ge=1
     )  # CPU only; SmolLM2-135M takes 23 kB a token, so 2 GiB holds 128 rows of 700 tokens
     engine_args: dict[str, Any] = {}
+
+    def shaping(self) -> dict[str, Any]:
+        """See EngineConfig.shaping: without engine_args such as a share of the GPU's memory."""
+        shaping = super().shaping()
+        return shaping | {"engine_args": {k: v for k, v in shaping["engine_args"].items() if k not in _OPERATIONAL}}
 
     @property
     def model_identity(self) -> str:

@@ -20,16 +20,15 @@ import pyarrow.compute as pc
 from owlrec.cohorts.building import read_profiles
 from owlrec.ctr.comparison import GridScores
 from owlrec.ctr.experiment import TrialResult, summarise
-from owlrec.decoding.counters import DecoderCounters
 from owlrec.encoding.code_quality import QuantisationReport
 from owlrec.encoding.coded_vectors import read_reports
+from owlrec.generation.job import decoder_counters, iterate_knowledge
 from owlrec.generation.models import PACKAGED
-from owlrec.generation.shards import COUNTERS, KINDS, Kind, iterate_knowledge, iterate_manifests
 from owlrec.ops.report_data import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.throughput import throughput
 from owlrec.ranking.results import read_results
-from owlrec.schema import KNOWLEDGE
-from owlrec.shards import Card, finished_stage
+from owlrec.schema import KINDS, KNOWLEDGE, Kind
+from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.store.latency import measure_lookup
 from owlrec.store.release import Release
@@ -65,6 +64,7 @@ def collect(
     scores: the test scores of the trials, where they left any: without them differences have no interval.
     """
     manifests = [m for stage in STAGES if (m := finished_stage(workspace, stage))]
+    cards = list(Artifact(workspace, _knowledge_folder(manifests)).cards().values())
     texts = {kind: _some_rows(workspace, manifests, kind) for kind in KINDS}
     of_model = _NOTES_ON_MODELS.get(release.manifest.model)
     return ReportData(
@@ -84,8 +84,8 @@ def collect(
             "model": release.manifest.model,
             "encoder": release.manifest.encoder,
         },
-        throughput=throughput(iterate_manifests(workspace, _knowledge_folder(manifests))),
-        decoder=_decoder_counters(workspace, manifests),
+        throughput=throughput(cards),
+        decoder=decoder_counters(cards),
         semantic_ids=_semantic_ids(workspace, manifests),
         ranker=read_results(workspace),
         lookup=lookup_figures(release, _some_users(workspace)),
@@ -161,11 +161,6 @@ def _stage_figures(manifest: Card) -> StageFigures:
         output_tokens=total("_output_tokens"),
         rows=total("_rows_out"),
     )
-
-
-def _decoder_counters(workspace: Workspace, manifests: list[Card]) -> DecoderCounters | None:
-    file = f"{_knowledge_folder(manifests)}/{COUNTERS}"
-    return DecoderCounters.model_validate(workspace.read_json(file)) if workspace.exists(file) else None
 
 
 def _semantic_ids(workspace: Workspace, manifests: list[Card]) -> dict[str, QuantisationReport]:

@@ -1,4 +1,4 @@
-"""How fast a generation job ran, over time and by replica, and what the quality gate saw: read off its manifests."""
+"""How fast a generation job ran, over time and by replica, and what the quality gate saw: read off its cards."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from pydantic import BaseModel
 
-from owlrec.generation.shards import ShardManifest
+from owlrec.shards import Card
 
 _SLICES = 12
 
@@ -20,17 +20,18 @@ class Throughput(BaseModel):
     actions: dict[str, int] = {}
 
 
-def throughput(manifests: Iterable[ShardManifest]) -> Throughput:
+def throughput(cards: Iterable[Card]) -> Throughput:
     """A shard's tokens are spread evenly over the time that it took."""
     flags: Counter[str] = Counter()
     actions: Counter[str] = Counter()
     spans, engines = [], []
-    for manifest in manifests:
-        flags.update(manifest.flags)
-        actions.update(manifest.actions)
-        if manifest.output_tokens and manifest.seconds:
-            spans.append((manifest.finished - manifest.seconds, manifest.finished, manifest.output_tokens))
-            engines.append(manifest.engine)
+    for card in cards:
+        counts = {name: n for name, n in card.counts.items() if isinstance(n, int)}
+        flags.update({name.removeprefix("flag_"): n for name, n in counts.items() if name.startswith("flag_")})
+        actions.update({name.removeprefix("quality_"): n for name, n in counts.items() if name.startswith("quality_")})
+        if (written := counts.get("output_tokens", 0)) and card.seconds:
+            spans.append((card.finished - card.seconds, card.finished, written))
+            engines.append(card.worker)
     if not spans:
         return Throughput(texts_by_flag=dict(flags), actions=dict(actions))
     start, end, tokens = np.array(spans).T

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import pyarrow.fs as pafs
-from pydantic import ValidationError
 
 from owlrec.config import Config
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.errors import WorkspaceError
-from owlrec.generation.shards import COUNTERS, KINDS, Kind, ShardManifest
-from owlrec.shards import Card, finished_stage
+from owlrec.generation.job import decoder_counters
+from owlrec.schema import KINDS, Kind
+from owlrec.shards import Artifact, Card, Shard, finished_stage
 from owlrec.streaming.journal import ROOT as STREAMING
 from owlrec.streaming.journal import Plan as RefreshPlan
 from owlrec.streaming.journal import read_position
@@ -98,18 +97,18 @@ def per_row(sums: np.ndarray, rows: np.ndarray) -> Estimate:
     return Estimate.of([ratio / factor, ratio, ratio * factor])
 
 
-def engine_seconds(manifests: Sequence[ShardManifest]) -> np.ndarray:
+def engine_seconds(cards: Sequence[Card]) -> np.ndarray:
     """Time of its engine that each shard took, float64 [n shards]; the sum over an engine is the time it was at work.
 
     That is the time since the engine's shard before it was done, but never more than the shard's own: an interrupted
     run's pause is nobody's.
     """
-    found, before = np.zeros(len(manifests)), defaultdict[str, float](lambda: -np.inf)
-    for i in sorted(range(len(manifests)), key=lambda i: manifests[i].finished):
-        shard = manifests[i]
-        found[i] = min(shard.finished - before[shard.engine], shard.seconds)
-        before[shard.engine] = shard.finished
-    return found
+    at_work, before = np.zeros(len(cards)), defaultdict[str, float](lambda: -np.inf)
+    for i in sorted(range(len(cards)), key=lambda i: cards[i].finished):
+        card = cards[i]
+        at_work[i] = min(card.finished - before[card.worker], card.seconds)
+        before[card.worker] = card.finished
+    return at_work
 
 
 def measured_workload(workspace: Workspace) -> WorkloadFigures:
@@ -124,23 +123,23 @@ def measured_workload(workspace: Workspace) -> WorkloadFigures:
             "of users and items, with the model and the prompts to plan for."
         )
     folder = stage.outputs["knowledge"]
-    of_kind: dict[Call, list[tuple[ShardManifest, int]]] = {k: _manifests(workspace, f"{folder}/{k}") for k in KINDS}
-    run = [shard for shards in of_kind.values() for shard, _ in shards]
-    of_kind["refresh"] = _refreshed(workspace, folder, stage.finished)
-    every = [(call, shard, size) for call, shards in of_kind.items() for shard, size in shards]
-    at_work = engine_seconds([shard for _, shard, _ in every])
+    run = list(Artifact(workspace, folder).cards().values())
+    of_call: dict[Call, list[Card]] = {kind: [c for c in run if Shard.of_name(c.shard).kind == kind] for kind in KINDS}
+    of_call["refresh"] = _refreshed(workspace, folder, stage.finished)
+    every = [(call, card) for call, cards in of_call.items() for card in cards]
+    at_work = engine_seconds([card for _, card in every])
     kinds: dict[Call, KindFigures] = {}
-    for call in of_kind:
-        mine = [(shard, size, t) for (c, shard, size), t in zip(every, at_work, strict=True) if c == call]
-        if any(shard.output_tokens for shard, *_ in mine):
+    for call in of_call:
+        mine = [(card, t) for (c, card), t in zip(every, at_work, strict=True) if c == call]
+        if any(_count(card, "output_tokens") for card, _ in mine):
             kinds[call] = _figures(mine, _vector_bytes(workspace, "user" if call == "refresh" else call))
-    output, seconds = np.array([s.output_tokens for s in run], dtype=np.float64), at_work[: len(run)]
+    output = np.array([_count(card, "output_tokens") for call, card in every if call != "refresh"])
+    seconds = at_work[: len(output)]
     if not output.any():
         raise WorkspaceError(
             f"{workspace.path(folder)}: the finished run wrote no tokens. Run a small recipe with a real model first."
         )
-    file = f"{folder}/{COUNTERS}"
-    decoder = DecoderCounters.model_validate(workspace.read_json(file)) if workspace.exists(file) else DecoderCounters()
+    decoder = decoder_counters(run) or DecoderCounters()
     drafting = [steps for steps in decoder.by_rows.values() if steps.seconds]
     saved = sum(steps.plain_s - steps.seconds for steps in drafting)
     return WorkloadFigures(
@@ -158,15 +157,15 @@ def measured_workload(workspace: Workspace) -> WorkloadFigures:
     )
 
 
-def _figures(found: Sequence[tuple[ShardManifest, int, float]], vector_bytes: float | None) -> KindFigures:
-    """Of one kind's shards, with the bytes of their knowledge files and the time of their engines."""
+def _figures(timed: Sequence[tuple[Card, float]], vector_bytes: float | None) -> KindFigures:
+    """Of one kind's shards, with the time of their engines."""
+    names = ("rows_asked", "prompt_tokens", "output_tokens")
     rows, asked, prompt, output, size, seconds = np.array(
-        [(s.rows_in, s.rows_in - s.rows_kept, s.prompt_tokens, s.output_tokens, *more) for s, *more in found],
-        dtype=np.float64,
+        [(c.rows_in, *(_count(c, n) for n in names), c.files[Shard.of_name(c.shard).file()].bytes, t) for c, t in timed]
     ).T
     return KindFigures(
         rows=int(rows.sum()),
-        shards=len(found),
+        shards=len(timed),
         prompt_tokens=per_row(prompt, asked),
         output_tokens=per_row(output, asked),
         seconds=per_row(seconds, asked),
@@ -175,34 +174,23 @@ def _figures(found: Sequence[tuple[ShardManifest, int, float]], vector_bytes: fl
     )
 
 
-def _manifests(workspace: Workspace, folder: str) -> list[tuple[ShardManifest, int]]:
-    """Each shard of a kind, with the bytes of its knowledge file."""
-    sizes, found = _sizes(workspace, folder), []
-    for name in workspace.names(folder):
-        if name.startswith("shard-") and name.endswith(".json"):
-            try:
-                manifest = ShardManifest.model_validate(workspace.read_json(f"{folder}/{name}"))
-            except ValidationError:
-                raise WorkspaceError(
-                    f"{workspace.path(folder, name)} is no shard manifest of this version. Run `generate` again."
-                ) from None
-            found.append((manifest, sizes.get(f"{name.removesuffix('.json')}.parquet", 0)))
-    return found
+def _count(card: Card, name: str) -> float:
+    return float(card.counts.get(name, 0))
 
 
-def _refreshed(workspace: Workspace, folder: str, after: float) -> list[tuple[ShardManifest, int]]:
-    """Shards of the refreshes that came after a run: jobs of their own, whose prompts are a refresh's."""
-    jobs = (f"knowledge/{name}/user" for name in workspace.names("knowledge") if not folder.endswith(f"/{name}"))
-    found = [shard for job in jobs for shard in _manifests(workspace, job)]
-    return [(s, size) for s, size in found if s.finished > after and (s.shard.prompts or "").startswith(STREAMING)]
+def _refreshed(workspace: Workspace, folder: str, after: float) -> list[Card]:
+    """Shards of the refreshes that came after a run, which are jobs of their own."""
+    jobs = [f"knowledge/{name}" for name in workspace.names("knowledge") if not folder.endswith(f"/{name}")]
+    cards = [card for job in jobs for card in Artifact(workspace, job).cards("user").values()]
+    return [card for card in cards if card.finished > after and card.stage == "refresh"]
 
 
-def _startup(stage: Card, shards: Sequence[ShardManifest]) -> float | None:
+def _startup(stage: Card, cards: Sequence[Card]) -> float | None:
     if not stage.seconds or stage.counts.get("shards") != stage.counts.get("shards_this_run", 0):
         return None
     first = defaultdict[str, float](lambda: np.inf)
-    for shard in shards:
-        first[shard.engine] = min(first[shard.engine], shard.finished - shard.seconds)
+    for card in cards:
+        first[card.worker] = min(first[card.worker], card.finished - card.seconds)
     return max(0.0, float(np.mean(list(first.values()))) - (stage.finished - stage.seconds))
 
 
@@ -231,9 +219,7 @@ def _last_refresh(workspace: Workspace) -> dict[str, float]:
 
 def _sizes(workspace: Workspace, folder: str) -> dict[str, int]:
     """Bytes of every file below a folder, by its path in it."""
-    base = workspace.path(folder)
-    infos = workspace.filesystem.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
-    return {i.path.removeprefix(base).lstrip("/"): i.size for i in infos if i.is_file}
+    return {path: entry.bytes for path, entry in workspace.entries(folder).items()}
 
 
 def _vector_bytes(workspace: Workspace, kind: Kind) -> float | None:

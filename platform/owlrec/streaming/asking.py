@@ -11,8 +11,8 @@ from dataclasses import replace
 from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import find_pools
 from owlrec.generation import EngineConfig, VllmEngineConfig
-from owlrec.generation.batch import GenerateConfig
-from owlrec.generation.shards import Job, ShardManifest
+from owlrec.generation.job import GenerateConfig, GenerationJob
+from owlrec.shards import Card
 from owlrec.storage import fingerprint
 from owlrec.store.release import pointer_history
 from owlrec.streaming.journal import Plan
@@ -21,16 +21,16 @@ from owlrec.workspace import Workspace
 _FEW_DEAD = 10
 
 
-def job_of_plan(job: Job, plan: Plan) -> Job:
-    """The recipe's job with a folder of the plan's own."""
-    return replace(job, fingerprint=fingerprint(job.fingerprint, plan.fingerprint))
+def job_of_plan(job: GenerationJob, plan: Plan) -> GenerationJob:
+    """The recipe's job with a folder and prompts of the plan's own."""
+    return replace(job, fingerprint=fingerprint(job.fingerprint, plan.fingerprint), ready={"user": plan.prompts})
 
 
-def too_many_dead(manifests: Iterable[ShardManifest], config: GenerateConfig) -> bool:
+def too_many_dead(cards: Iterable[Card], config: GenerateConfig) -> bool:
     """Whether so many rows failed that something other than the rows must be wrong."""
-    manifests = list(manifests)
-    dead = sum(m.rows_dead for m in manifests)
-    return dead > _FEW_DEAD and dead > config.max_dead_share * sum(m.rows_in for m in manifests)
+    cards = list(cards)
+    dead = sum(card.rows_dead for card in cards)
+    return dead > _FEW_DEAD and dead > config.max_dead_share * sum(card.rows_in for card in cards)
 
 
 def with_latest_pools(workspace: Workspace, engine: EngineConfig, decoding: DecodingConfig) -> DecodingConfig:

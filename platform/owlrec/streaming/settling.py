@@ -15,7 +15,7 @@ from owlrec.encoding.coded_vectors import code_new_vectors
 from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.encoding.vectors import encode_knowledge
 from owlrec.generation import EngineConfig
-from owlrec.generation.shards import Job
+from owlrec.generation.job import GenerationJob
 from owlrec.schema import vector_matrix, vectors_table
 from owlrec.storage import fingerprint
 from owlrec.store.interface import KnowledgeStore
@@ -32,7 +32,7 @@ def publish_delta(
     workspace: Workspace,
     plan: Plan,
     knowledge: pa.Table,
-    job: Job,
+    job: GenerationJob,
     *,
     engine: EngineConfig,
     encoder: EncoderConfig,

@@ -1,12 +1,12 @@
-"""Shards: every row exactly once, as knowledge or as a dead letter; done only when whole."""
+"""A job: what its fingerprint sees, every row exactly once, shards done only when whole."""
 
-import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from shard_runs import ECHO, dead_letters_file, run_shard, texts_file
 
 from owlrec.decoding import DecodingConfig
 from owlrec.errors import WorkspaceError
@@ -14,26 +14,22 @@ from owlrec.generation import (
     ENGINES,
     EchoEngineConfig,
     HttpEngineConfig,
-    build_engine,
+    VllmEngineConfig,
     engine_fingerprint,
     token_counter,
 )
-from owlrec.generation.batch import build_job
 from owlrec.generation.engine import Completion, Engine, SamplingConfig
-from owlrec.generation.shard_work import generate_shard
-from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard, plan_shards
+from owlrec.generation.job import GenerationJob, build_job, table_inputs
 from owlrec.prompting.rows import PromptConfig
 from owlrec.recipe import Recipe
+from owlrec.runner import pending_shards
 from owlrec.scenario import get_scenario
 from owlrec.schema import KNOWLEDGE
-from owlrec.shards import finish_stage
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.shards import Shard, finish_stage
 from owlrec.workspace import Workspace
 
-ECHO = EchoEngineConfig(type="echo")
 
-
-def job(**changes: object) -> Job:
+def job(**changes: object) -> GenerationJob:
     parts = {
         "scenario": get_scenario("movies"),
         "prompts": PromptConfig(),
@@ -43,23 +39,22 @@ def job(**changes: object) -> Job:
     return build_job(**(parts | changes))
 
 
-def run(workspace: Workspace, job: Job, shard: Shard, config: object = ECHO) -> ShardManifest:
-    engine = build_engine(config)
-    return asyncio.run(generate_shard(workspace, job, shard, engine, ItemCatalog.load(workspace)))
+def first_shard(workspace: Workspace, kind: str = "user") -> Shard:
+    return next(shard for shard in table_inputs(workspace) if shard.kind == kind)
 
 
 def test_all_shards_together_hold_every_id_once(small_world: Workspace) -> None:
-    shards = plan_shards(small_world)
-    manifests = [run(small_world, job(), shard) for shard in shards]
-    tables = [small_world.read_parquet(s.file(job(), "knowledge")) for s in shards]
+    shards = list(table_inputs(small_world))
+    cards = [run_shard(small_world, job(), shard) for shard in shards]
+    tables = [small_world.read_parquet(texts_file(job(), s)) for s in shards]
     rows = pa.concat_tables(tables)
     assert rows.schema == KNOWLEDGE
     pairs = list(zip(rows["kind"].to_pylist(), rows["id"].to_pylist(), strict=True))
     expected = {("user", i) for i in range(1, 41)} | {("item", i) for i in range(100, 130)}
     assert len(pairs) == len(set(pairs))
     assert set(pairs) == expected
-    assert sum(m.rows_in for m in manifests) == 70
-    assert sum(m.output_tokens for m in manifests) == sum(rows["output_tokens"].to_pylist())
+    assert sum(card.rows_in for card in cards) == 70
+    assert sum(int(card.counts["output_tokens"]) for card in cards) == sum(rows["output_tokens"].to_pylist())
 
 
 def test_a_new_engine_is_one_file_and_one_line(small_world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,51 +67,53 @@ def test_a_new_engine_is_one_file_and_one_line(small_world: Workspace, monkeypat
     )
     assert token_counter(config)("film") == 4
     assert engine_fingerprint(config) == engine_fingerprint(plucked) != engine_fingerprint(other)
-    shard = plan_shards(small_world)[0]
-    run(small_world, job(engine=config), shard, config)
-    texts = small_world.read_parquet(shard.file(job(engine=config), "knowledge"))["text"].to_pylist()
+    shard = first_shard(small_world)
+    run_shard(small_world, job(engine=config), shard, config)
+    texts = small_world.read_parquet(texts_file(job(engine=config), shard))["text"].to_pylist()
     assert set(texts) == {engine["words"]}
 
 
 def test_shard_is_done_only_under_its_job_and_input(small_world: Workspace) -> None:
-    shard = plan_shards(small_world)[0]
-    assert finished_shard(small_world, job(), shard) is None
-    run(small_world, job(), shard)
-    assert finished_shard(small_world, job(), shard) is not None
-    assert finished_shard(small_world, job(sampling=SamplingConfig(max_tokens=5)), shard) is None
+    inputs = table_inputs(small_world)
+    shard = first_shard(small_world)
+    one = {shard: inputs[shard]}
+    assert pending_shards(small_world, job().folder, one)[0] == [shard]
+    run_shard(small_world, job(), shard, inputs=inputs[shard])
+    assert pending_shards(small_world, job().folder, one)[0] == []
+    assert pending_shards(small_world, job(sampling=SamplingConfig(max_tokens=5)).folder, one)[0] == [shard]
     finish_stage(small_world, "prepare", "0" * 64)
-    assert finished_shard(small_world, job(), plan_shards(small_world)[0]) is None
+    assert pending_shards(small_world, job().folder, {shard: table_inputs(small_world)[shard]})[0] == [shard]
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate"])
 def test_damaged_knowledge_file_makes_its_shard_undone(small_world: Workspace, damage: str) -> None:
-    shard = plan_shards(small_world)[0]
-    run(small_world, job(), shard)
-    file = Path(small_world.path(shard.file(job(), "knowledge")))
+    shard = first_shard(small_world)
+    run_shard(small_world, job(), shard)
+    file = Path(small_world.path(texts_file(job(), shard)))
     if damage == "delete":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-1])
-    assert finished_shard(small_world, job(), shard) is None
+    assert pending_shards(small_world, job().folder, {shard: "i"})[0] == [shard]
 
 
 def test_too_long_prompts_go_to_the_dead_letters_with_a_reason(small_world: Workspace) -> None:
-    shard = next(s for s in plan_shards(small_world) if s.kind == "user")
+    shard = first_shard(small_world)
     short = EchoEngineConfig(type="echo", max_model_len=140)
-    manifest = run(small_world, job(), shard, short)
-    dead = small_world.read_parquet(shard.file(job(), "dead"))
-    assert manifest.rows_dead == manifest.rows_in == dead.num_rows > 0
-    assert manifest.rows_out == 0
+    card = run_shard(small_world, job(), shard, short)
+    dead = small_world.read_parquet(dead_letters_file(job(), shard))
+    assert card.rows_dead == card.rows_in == dead.num_rows > 0
+    assert card.rows_out == 0
     assert set(dead["error"].to_pylist()) == {"PromptTooLong"}
     assert "context of 140" in dead["message"][0].as_py()
 
 
 def test_unreachable_server_fills_the_dead_letters_instead_of_stopping(small_world: Workspace) -> None:
-    shard = plan_shards(small_world)[0]
+    shard = first_shard(small_world)
     down = HttpEngineConfig(type="http", base_url="http://127.0.0.1:1/v1", model="m", max_attempts=2, backoff_s=0.01)
-    manifest = run(small_world, job(), shard, down)
-    dead = small_world.read_parquet(shard.file(job(), "dead"))
-    assert manifest.rows_dead == manifest.rows_in
+    card = run_shard(small_world, job(), shard, down)
+    dead = small_world.read_parquet(dead_letters_file(job(), shard))
+    assert card.rows_dead == card.rows_in
     assert set(dead["error"].to_pylist()) == {"RequestFailed"}
     assert set(dead["attempts"].to_pylist()) == {2}
 
@@ -125,13 +122,13 @@ def test_row_with_nothing_to_ask_about_is_dead_not_lost(small_world: Workspace) 
     items = small_world.read_table("items")
     blank = items.set_column(2, "title", pa.array([""] * items.num_rows)).drop_columns(["genres"])
     small_world.write_table("items", blank, key="item_id", n_shards=4)
-    manifests = [run(small_world, job(), s) for s in plan_shards(small_world) if s.kind == "item"]
-    assert sum(m.rows_dead for m in manifests) == 30
+    cards = [run_shard(small_world, job(), s) for s in table_inputs(small_world, ("item",))]
+    assert sum(card.rows_dead for card in cards) == 30
 
 
 def test_unprepared_workspace_says_what_to_run(workspace: Workspace) -> None:
     with pytest.raises(WorkspaceError, match="Run `prepare` first"):
-        plan_shards(workspace)
+        table_inputs(workspace)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +152,12 @@ def test_job_fingerprint_ignores_speed_settings() -> None:
 def test_chosen_prompt_family_asks_about_users_and_items_and_names_their_rows(
     small_world: Workspace, framework: str
 ) -> None:
-    for shard in plan_shards(small_world):
+    for shard in table_inputs(small_world):
         prompts = {}
         for name in ("kar", framework):
             chosen = job(prompts=PromptConfig(framework=name))
-            run(small_world, chosen, shard)
-            table = small_world.read_parquet(shard.file(chosen, "knowledge"))
+            run_shard(small_world, chosen, shard)
+            table = small_world.read_parquet(texts_file(chosen, shard))
             assert set(table["framework"].to_pylist()) == {name}
             prompts[name] = set(table["prompt_sha256"].to_pylist())
         assert not prompts["kar"] & prompts[framework]
@@ -183,11 +180,11 @@ class _Recording(Engine):
 
 
 def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(small_world: Workspace) -> None:
-    shard = plan_shards(small_world)[0]
-    engine, catalog = _Recording(), ItemCatalog.load(small_world)
+    shard = first_shard(small_world)
+    engine = _Recording()
     relaxed = job(decoding=DecodingConfig(mode="relaxed", k=3, min_prob=0.2))
-    asyncio.run(generate_shard(small_world, relaxed, shard, engine, catalog))
-    table = small_world.read_parquet(shard.file(relaxed, "knowledge"))
+    run_shard(small_world, relaxed, shard, engine)
+    table = small_world.read_parquet(texts_file(relaxed, shard))
     assert engine.extras == [
         {
             "owlrec_pools": ["user"],
@@ -201,13 +198,22 @@ def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(
     counts = [set(table[name].to_pylist()) for name in ("drafted", "accepted", "relaxed")]
     assert counts == [{3}, {2}, {1}]
     engine.extras.clear()
-    asyncio.run(generate_shard(small_world, job(), shard, engine, catalog))
+    run_shard(small_world, job(), shard, engine)
     assert set(engine.extras) == {None}
 
 
-def test_how_tokens_are_chosen_makes_another_job_and_where_drafts_come_from_does_not() -> None:
-    strict = job(decoding=DecodingConfig(mode="strict")).fingerprint
-    assert strict != job().fingerprint
-    assert strict == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", max_draft=3, k=5)).fingerprint
+def test_lossless_drafting_makes_no_other_job_and_a_relaxed_rule_does() -> None:
+    plain = job().fingerprint
+    assert plain == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", max_draft=3, k=5)).fingerprint
     relaxed = {job(decoding=DecodingConfig(mode="relaxed", min_prob=p)).fingerprint for p in (0.1, 0.2)}
-    assert len(relaxed | {strict}) == 3
+    assert len(relaxed | {plain}) == 3
+
+
+def test_engine_options_that_shape_no_answer_make_no_other_job() -> None:
+    prints = {
+        job(engine=VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args=options)).fingerprint
+        for options in ({}, {"gpu_memory_utilization": 0.8}, {"tensor_parallel_size": 2, "max_num_batched_tokens": 99})
+    }
+    assert len(prints) == 1
+    quantized = VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args={"quantization": "fp8"})
+    assert job(engine=quantized).fingerprint not in prints

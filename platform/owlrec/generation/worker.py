@@ -1,0 +1,308 @@
+"""One shard of texts: read its rows, ask the engine, judge the answers, write texts and dead letters.
+
+Every row of the shard ends in exactly one of the two tables. A text that the quality gate flags is kept with its flag,
+asked for again with other sampling, replaced by a sentence of the row's own facts, or sent to the dead letters, as
+the recipe's `quality.policy` says. Rows whose prompt is what it was keep their text.
+"""
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlrec.decoding import request_arguments
+from owlrec.decoding.counters import DecoderCounters
+from owlrec.errors import WorkspaceError
+from owlrec.generation import EngineConfig, build_engine
+from owlrec.generation.decoder_metrics import DecoderMetrics
+from owlrec.generation.engine import BadRow, Completion, EmptyPrompt, Engine, EngineStopped, FailedQuality, RowError
+from owlrec.generation.job import DECODER, GenerationJob, dead_file
+from owlrec.generation.quality import Flag, QualityGate
+from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
+from owlrec.ray_data import on_ray
+from owlrec.runner import Result, Stage, Work, WorkerLost
+from owlrec.schema import DEAD_LETTERS, KNOWLEDGE
+from owlrec.shards import Shard
+from owlrec.sources.catalog import ItemCatalog
+from owlrec.workspace import Workspace
+
+METADATA = "metadata"  # the framework of a text that no LLM wrote
+READY_MADE = {"cohort": "collective", "user": "streaming"}  # the framework of prompts from a file, by kind
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one prompt. Token counts include answers that were thrown away."""
+
+    result: Completion | RowError
+    flags: tuple[Flag, ...] = ()  # of the text that is kept, or of the one that a fallback replaced
+    first_flags: tuple[Flag, ...] = ()
+    retries: int = 0
+    fallback: str = ""
+
+    @property
+    def actions(self) -> list[str]:
+        """What the quality gate did with the text."""
+        happened = {
+            "retried": self.retries > 0,
+            "fixed": self.retries > 0 and not self.flags,
+            "fallen_back": bool(self.fallback),
+            "dropped": isinstance(self.result, FailedQuality),
+        }
+        return [name for name, did in happened.items() if did] if self.first_flags else []
+
+
+class GenerateStage(Stage):
+    """The texts of a job, on one engine a worker."""
+
+    def __init__(self, job: GenerationJob, engine: EngineConfig, name: str = "generate") -> None:
+        self.name, self.folder = name, job.folder
+        self.job, self.engine_config = job, engine
+        self._engine: Engine | None = None
+        self._metrics: DecoderMetrics | None = None
+        self._counted = DecoderCounters()
+
+    def open(self, workspace: Workspace, worker: str) -> None:
+        """See Stage.open."""
+        self._catalog = ItemCatalog.load(workspace) if "user" not in self.job.ready else None
+        self._engine = build_engine(self.engine_config, self.job.decoding)
+        if self._engine.counters is not None and on_ray():
+            self._metrics = DecoderMetrics(worker)
+
+    async def run(self, work: Work) -> Result:
+        """See Stage.run."""
+        assert self._engine is not None
+        result = await generate_shard(work, self.job, self._engine, self._catalog)
+        return replace(result, counts={**result.counts, **self._decoded()})
+
+    def close(self) -> None:
+        """See Stage.close."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _decoded(self) -> dict[str, str]:
+        """What the decoder counted since the shard before."""
+        assert self._engine is not None
+        counters = self._engine.counters
+        if counters is None:
+            return {}
+        if self._metrics is not None:
+            self._metrics.update(counters)
+        grown, self._counted = counters.since(self._counted), counters
+        return {DECODER: grown.model_dump_json()}
+
+
+async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog: ItemCatalog | None) -> Result:
+    """Does one shard, wholly.
+
+    A row that asks what the shard's text of it answered before keeps that text, whatever its file was made of; dead
+    rows have none and are asked again. catalog: for prompts of users that are not ready-made.
+    Raises ShardTaken before anything is written; WorkerLost where the engine is gone.
+    """
+    workspace, shard = work.workspace, work.shard
+    rows = await asyncio.to_thread(read_prompts, workspace, job, shard, engine, catalog)
+    kept, asked = _keep_unchanged(_earlier_texts(work, job), rows)
+    gate, cohorts = QualityGate(job.quality, job.scenario), _cohorts(workspace, job, shard)
+    try:
+        outcomes = await asyncio.gather(*(_author(job, row, engine, gate, cohorts.get(row.id, ())) for row in asked))
+    except EngineStopped as error:
+        raise WorkerLost(str(error)) from error
+    framework = READY_MADE[shard.kind] if shard.kind in job.ready else job.prompts.framework
+    new, dead = to_tables(job, framework, asked, outcomes)
+    # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for.
+    return await asyncio.to_thread(write_shard, work, kept, new, dead, outcomes)
+
+
+def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outcomes: Sequence[Outcome]) -> Result:
+    """Writes a shard's texts, ascending by id, and its dead letters.
+
+    kept: texts that cost nothing this time. outcomes: of the rows of `new` and `dead`.
+    """
+    work.check()
+    workspace, artifact, shard = work.workspace, work.artifact, work.shard
+    knowledge = pa.concat_tables([kept, new]).sort_by("id")
+    files = {shard.file(): workspace.write_parquet(artifact.path(shard.file()), knowledge)}
+    letters = dead_file(shard.name)
+    if dead.num_rows:
+        files[letters] = workspace.write_parquet(artifact.path(letters), dead)
+    else:
+        workspace.delete_file(artifact.path(letters))
+    flags: Counter[str] = Counter()
+    for names in kept["quality"].to_pylist():
+        flags.update(() if names == "ok" else names.split(","))
+    actions: Counter[str] = Counter()
+    for outcome in outcomes:
+        flags.update(outcome.first_flags)
+        actions.update(outcome.actions)
+    return Result(
+        files,
+        rows_in=knowledge.num_rows + dead.num_rows,
+        rows_out=knowledge.num_rows,
+        rows_dead=dead.num_rows,
+        counts={
+            "rows_asked": new.num_rows + dead.num_rows,
+            "prompt_tokens": _total(new, "prompt_tokens"),
+            "output_tokens": _total(new, "output_tokens"),
+            "accepted": _total(new, "accepted"),
+            **{f"flag_{flag}": n for flag, n in flags.items()},
+            **{f"quality_{action}": n for action, n in actions.items()},
+        },
+    )
+
+
+def read_prompts(
+    workspace: Workspace, job: GenerationJob, shard: Shard, engine: Engine, catalog: ItemCatalog | None
+) -> list[Prompt | UnusableRow]:
+    """The shard's prompts, in table order; "" texts and rows that cannot be read included."""
+    rows = workspace.read_parquet(job.input_file(shard))
+    if shard.kind in job.ready:
+        return list(prompts_from_table(rows))
+    if shard.kind == "item":
+        return list(item_prompts(rows, job.scenario, job.prompts.framework))
+    assert catalog is not None
+    histories = workspace.read_shard("histories", shard.number)
+    return list(user_prompts(rows, histories, catalog, job.prompts, job.scenario, engine.count_tokens))
+
+
+def _earlier_texts(work: Work, job: GenerationJob) -> pa.Table:
+    """What this job wrote for the shard before, of whatever inputs; no rows where there is nothing that is whole.
+
+    Its card is not asked: a run that was killed between the file and the card must not pay for the texts twice. Pages
+    carry checksums, so that a damaged file is seen.
+    """
+    path = work.artifact.path(work.shard.file())
+    if work.workspace.entry(path) is None:
+        return KNOWLEDGE.empty_table()
+    try:
+        table = work.workspace.read_parquet(path)
+        table = table.select(KNOWLEDGE.names).cast(KNOWLEDGE)
+    except (WorkspaceError, KeyError, pa.ArrowInvalid):
+        return KNOWLEDGE.empty_table()
+    return table.filter(pc.equal(table["fingerprint"], job.fingerprint))
+
+
+async def _author(
+    job: GenerationJob, row: Prompt | UnusableRow, engine: Engine, gate: QualityGate, cohorts: Sequence[str]
+) -> Outcome:
+    """Asks for one row's text, as often as the gate wants."""
+    try:
+        if isinstance(row, UnusableRow):
+            return Outcome(BadRow(row.message, row.error))
+        if not row.text:
+            raise EmptyPrompt(f"{row.kind} {row.id} has no title, attribute or behaviour to ask about")
+        extra = _drafting(job, row, cohorts)
+        answer = await engine.complete(row.system, row.text, job.sampling, extra)
+        first = flags = gate.flags(answer.text, prompt=row.text, finish_reason=answer.finish_reason)
+        if not flags:
+            return Outcome(answer)
+        retries, action, quality = 0, gate.action(flags), job.quality
+        sampling = job.sampling.model_copy(
+            update={"temperature": quality.retry_temperature, "repetition_penalty": quality.retry_repetition_penalty}
+        )
+        while action == "retry" and retries < quality.max_retries:
+            retries += 1
+            again = await engine.complete(row.system, row.text, sampling, extra)
+            answer = again.after(answer)
+            flags = gate.flags(answer.text, prompt=row.text, finish_reason=answer.finish_reason)
+            action = gate.action(flags)
+    except RowError as error:
+        return Outcome(error)
+    if action == "drop" or (action in ("retry", "fall_back") and not row.facts):
+        names = ", ".join(flags)
+        return Outcome(FailedQuality(f"flagged {names}: {answer.text[:120]!r}", retries + 1), flags, first, retries)
+    fallback = row.facts if action in ("retry", "fall_back") else ""
+    return Outcome(answer, flags, first, retries, fallback)
+
+
+def _cohorts(workspace: Workspace, job: GenerationJob, shard: Shard) -> dict[int, list[str]]:
+    """The cohorts of a shard's rows, by id, where their retrieval pools are of use."""
+    path = f"{job.cohorts}/{shard.file()}"
+    if job.cohorts is None or job.decoding.mode == "off" or shard.kind in job.ready or not workspace.exists(path):
+        return {}
+    found: dict[int, list[str]] = {}
+    table = workspace.read_parquet(path, ["id", "cohort"])
+    for id_, cohort in zip(table["id"].to_pylist(), table["cohort"].to_pylist(), strict=True):
+        found.setdefault(id_, []).append(cohort)
+    return found
+
+
+def _drafting(job: GenerationJob, prompt: Prompt, cohorts: Sequence[str]) -> dict[str, Any] | None:
+    """Which pools to draft from: its own earlier text, its cohorts' texts, then those of its kind."""
+    mode = job.decoding.mode
+    if mode == "off":
+        return None
+    rule = job.decoding.relaxation if mode == "relaxed" else None
+    return request_arguments([*cohorts, prompt.kind], prompt.id, mode=mode, relaxation=rule)
+
+
+def _digest(row: Prompt) -> str:
+    return hashlib.sha256(f"{row.system}\x00{row.text}".encode()).hexdigest()
+
+
+def _keep_unchanged(
+    earlier: pa.Table, rows: Sequence[Prompt | UnusableRow]
+) -> tuple[pa.Table, list[Prompt | UnusableRow]]:
+    """Knowledge for those rows that ask what an earlier text answered, and the rows that are still to be asked."""
+    place = {
+        key: i for i, key in enumerate(zip(*(earlier[c].to_pylist() for c in ("id", "prompt_sha256")), strict=True))
+    }
+    found, moments, asked = [], [], []
+    for row in rows:
+        at = place.get((row.id, _digest(row))) if isinstance(row, Prompt) else None
+        if at is None:
+            asked.append(row)
+        else:
+            found.append(at)
+            moments.append(row.as_of)
+    kept = earlier.take(np.array(found, dtype=np.int64))
+    as_of = KNOWLEDGE.get_field_index("as_of")
+    return kept.set_column(as_of, KNOWLEDGE.field(as_of), pa.array(moments, pa.int64())), asked
+
+
+def _total(table: pa.Table, column: str) -> int:
+    return int(pc.sum(table[column]).as_py() or 0)
+
+
+def to_tables(
+    job: GenerationJob, framework: str, rows: Sequence[Prompt | UnusableRow], outcomes: Sequence[Outcome]
+) -> tuple[pa.Table, pa.Table]:
+    """Knowledge and dead letters of rows and what became of them.
+
+    Built by column: a dict a row would take as long as everything else here.
+    """
+    good, dead = [], []
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if isinstance(outcome.result, RowError):
+            error = outcome.result
+            stage = "quality" if isinstance(error, FailedQuality) else "generate"
+            dead.append((row.kind, row.id, row.as_of, stage, error.name, str(error), error.attempts))
+        else:
+            assert isinstance(row, Prompt)
+            good.append((row, outcome, outcome.result))
+    n = len(good)
+    columns = [
+        [row.kind for row, _, _ in good],
+        [row.id for row, _, _ in good],
+        [row.as_of for row, _, _ in good],
+        [outcome.fallback or answer.text for _, outcome, answer in good],
+        [METADATA if outcome.fallback else framework for _, outcome, _ in good],
+        [_digest(row) for row, _, _ in good],
+        [job.fingerprint] * n,
+        [answer.prompt_tokens for _, _, answer in good],
+        [answer.output_tokens for _, _, answer in good],
+        [answer.finish_reason for _, _, answer in good],
+        [",".join(outcome.flags) or "ok" for _, outcome, _ in good],
+        [answer.drafted for _, _, answer in good],
+        [answer.accepted for _, _, answer in good],
+        [answer.relaxed for _, _, answer in good],
+    ]
+    knowledge = pa.table([pa.array(c, f.type) for c, f in zip(columns, KNOWLEDGE, strict=True)], schema=KNOWLEDGE)
+    letters = [pa.array([d[i] for d in dead], f.type) for i, f in enumerate(DEAD_LETTERS)]
+    return knowledge, pa.table(letters, schema=DEAD_LETTERS)

@@ -1,0 +1,35 @@
+"""An S3 server on loopback, in this process: moto's, over real HTTP."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_REGION": "us-east-1",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@contextmanager
+def s3_server(bucket: str) -> Iterator[str]:
+    """The address of a new, empty bucket's server, which the environment names for the block."""
+    import logging
+
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=f"http://{host}:{port}")
+    try:
+        boto3.client("s3").create_bucket(Bucket=bucket)
+        yield f"http://{host}:{port}"
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        server.stop()
