@@ -264,7 +264,8 @@ class Storage:
                     os.fsync(file.fileno())
             writer.entry = self.upload(spool, path, sha256=writer.sha256)
         finally:
-            spool.unlink(missing_ok=True)
+            with suppress(OSError):  # it is gone if all went well, and its folder may not be one
+                spool.unlink()
 
     def upload(self, file: Path, path: str, *, sha256: str | None = None) -> FileEntry:
         """Moves a local file of any size to its place: a rename on the same disk, else a multipart upload.
@@ -328,7 +329,8 @@ class Storage:
             put_in_place(str(temporary), target)
             return stat
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
     def _temporary(self, path: str) -> Path:
         if not self.local:
