@@ -224,8 +224,8 @@ def _cast(column: pa.ChunkedArray, field: pa.Field, name: str, first_row: int) -
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         where, value = _first_bad(column, field.type)
         raise SchemaError(
-            f"{name}, row {first_row + where}: column '{field.name}' holds {value!r}, which is no {field.type} ({error}). "
-            f"Correct the value or drop the row."
+            f"{name}, row {first_row + where}: column '{field.name}' holds {value!r}, which is no {field.type} "
+            f"({error}). Correct the value or drop the row."
         ) from None
 
 

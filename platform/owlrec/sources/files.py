@@ -50,10 +50,7 @@ def input_files(pattern: str) -> list[SourceFile]:
 
     Raises SourceError where there are none.
     """
-    if "://" in pattern:
-        files = _remote_files(pattern)
-    else:
-        files = _local_files(Path(pattern).expanduser())
+    files = _remote_files(pattern) if "://" in pattern else _local_files(Path(pattern).expanduser())
     if not files:
         raise SourceError(
             f"{pattern}: no Parquet, CSV or JSON lines file is there (names in .parquet, {_SUFFIXES}). "

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
-from owlrec.ordered import rows_of, run_starts
+from owlrec.ordered import rows_of
 from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, stable_ids
 from owlrec.storage import file_digest, fingerprint
 
@@ -279,6 +279,16 @@ def hashed_users(data: pa.Table, interactions: pa.Table) -> pa.Table:
     return users.filter(pc.not_equal(users["user_id"].cast(pa.string()), users["raw_id"]))
 
 
+def with_raw_ids(ids: pa.Array, texts: pa.Table) -> pa.Table:
+    """A users table of these distinct ids. texts: rows of `hashed_users`; other ids are their raw ids themselves."""
+    texts = texts.group_by(["user_id", "raw_id"]).aggregate([])
+    others = ids.filter(pc.invert(pc.is_in(ids, value_set=texts["user_id"].combine_chunks())))
+    plain = pa.table({"user_id": others, "raw_id": others.cast(pa.string())}, schema=texts.schema)
+    users = pa.concat_tables([texts, plain])
+    place = pc.index_in(users["user_id"], value_set=ids)
+    return users.take(pc.sort_indices(place))
+
+
 def id_array(raw: pa.ChunkedArray) -> np.ndarray:
     """The int64 id of each raw id, int64 [n]; texts are parsed or hashed once per distinct one."""
     if pa.types.is_integer(raw.type):
@@ -343,9 +353,7 @@ def _as_text(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArray 
 
 def no_rows(name: str) -> SchemaError:
     """The error of a table without rows."""
-    return SchemaError(
-        f"{name}: the table has no rows. Check the file and the filters in the recipe's source section."
-    )
+    return SchemaError(f"{name}: the table has no rows. Check the file and the filters in the recipe's source section.")
 
 
 def refuse_repeated_ids(table: pa.Table, key: str, where: Callable[[int], Place]) -> None:

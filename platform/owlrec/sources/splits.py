@@ -90,7 +90,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class SplitValues:
-    """The values by which some samples are split: distinct and ascending, with the samples and positives of each."""
+    """The values by which some samples are split, distinct and ascending, and how much lies up to each of them.
+
+    Sums, so that a threshold is found in mapped files by touching few of their pages.
+    """
 
     value: np.ndarray  # int64 [n]: a salted hash per user, or a timestamp
     weight: np.ndarray  # int64 [n]: what the ratios divide: users, or samples
@@ -102,13 +105,10 @@ class SplitValues:
         """Those of `samples`."""
         value = split_values(behaviors.user[samples.row], behaviors.time[samples.row], config)
         order = np.argsort(value, kind="stable")
-        value, label = value[order], samples.label[order]
-        start = np.flatnonzero(run_starts(value) == np.arange(len(value)))
-        n_samples = np.diff(start, append=len(value))
-        total = np.r_[0, np.cumsum(label)]
-        positives = total[np.r_[start[1:], len(value)]] - total[start] if len(start) else n_samples
-        weight = n_samples if config.method == "time" else np.ones(len(start), dtype=np.int64)
-        return cls(value[start], weight, n_samples, positives)
+        value = value[order]
+        last = np.flatnonzero(np.diff(value, append=value[-1:] + 1))
+        total, positives = last + 1, np.cumsum(samples.label[order], dtype=np.int64)[last]
+        return cls(value[last], total if config.method == "time" else np.arange(1, len(last) + 1), total, positives)
 
     def table(self) -> pa.Table:
         """As a table that `of_table` reads back."""
@@ -116,8 +116,9 @@ class SplitValues:
 
     @classmethod
     def of_table(cls, table: pa.Table) -> "SplitValues":
-        """From what `table` gave."""
-        return cls(*(table[name].to_numpy() for name in ("value", "weight", "samples", "positives")))
+        """From what `table` gave, without copying."""
+        columns = (table[name] for name in ("value", "weight", "samples", "positives"))
+        return cls(*(c.chunk(0).to_numpy() if c.num_chunks else np.zeros(0, dtype=np.int64) for c in columns))
 
 
 def split_values(user: np.ndarray, time: np.ndarray, config: SplitConfig) -> np.ndarray:
@@ -137,33 +138,36 @@ def split_thresholds(parts: Sequence[SplitValues], config: SplitConfig) -> np.nd
     parts = [part for part in parts if len(part.value)]
     if not parts:
         return np.zeros(2, dtype=np.int64)
-    sums = [np.cumsum(part.weight) for part in parts]
-    total = sum(int(s[-1]) for s in sums)
+    total = sum(int(part.weight[-1]) for part in parts)
     bounds = [total * int(bound) // sum(config.ratios) for bound in np.cumsum(config.ratios)[:2]]
-    return np.array([_value_at(rank, [part.value for part in parts], sums) for rank in bounds])
+    return np.array([_value_at(rank, parts) for rank in bounds])
 
 
-def _value_at(rank: int, values: Sequence[np.ndarray], sums: Sequence[np.ndarray]) -> int:
+def _value_at(rank: int, parts: Sequence[SplitValues]) -> int:
     """The smallest value that, with all below it, weighs more than `rank`."""
-    low, high = min(int(v[0]) for v in values), max(int(v[-1]) for v in values)
+    low, high = min(int(part.value[0]) for part in parts), max(int(part.value[-1]) for part in parts)
     while low < high:
         edges = np.arange(low, high, max(1, (high - low) // _EDGES))
-        weight = np.zeros(len(edges), dtype=np.int64)
-        for value, total in zip(values, sums, strict=True):
-            weight += np.r_[0, total][np.searchsorted(value, edges, side="right")]
+        weight = sum(_up_to(part.weight, np.searchsorted(part.value, edges, side="right")) for part in parts)
         first = int(np.searchsorted(weight, rank, side="right"))  # the first edge that weighs enough
         low, high = int(edges[first - 1]) + 1 if first else low, int(edges[first]) if first < len(edges) else high
     return low
+
+
+def _up_to(sums: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The sum of the first `rows` rows, for each."""
+    return np.where(rows > 0, sums[np.maximum(rows, 1) - 1], 0)
 
 
 def split_counts(parts: Sequence[SplitValues], thresholds: np.ndarray) -> dict[str, int]:
     """samples_train, positives_train and so on."""
     counts = dict.fromkeys((f"{what}_{name}" for name in SPLITS for what in ("samples", "positives")), 0)
     for part in parts:
-        bounds = [0, *np.searchsorted(part.value, thresholds, side="left").tolist(), len(part.value)]
-        for name, begin, end in zip(SPLITS, bounds[:-1], bounds[1:], strict=True):
-            counts[f"samples_{name}"] += int(part.samples[begin:end].sum())
-            counts[f"positives_{name}"] += int(part.positives[begin:end].sum())
+        if len(part.value):
+            rows = np.r_[0, np.searchsorted(part.value, thresholds, side="left"), len(part.value)]
+            for what in ("samples", "positives"):
+                for name, count in zip(SPLITS, np.diff(_up_to(getattr(part, what), rows)), strict=True):
+                    counts[f"{what}_{name}"] += int(count)
     return counts
 
 

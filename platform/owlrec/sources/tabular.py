@@ -4,7 +4,7 @@ names.
 Columns that are neither ids nor mapped are kept, as profile fields of users and attributes of items.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -29,8 +29,8 @@ from owlrec.sources.raw import (
     entities_piece,
     hashed_users,
     interactions_piece,
+    with_raw_ids,
 )
-from owlrec.sources.splits import ratings
 from owlrec.storage import fingerprint
 
 FRAGMENT_ROWS = 1 << 21  # of row groups that are read together
@@ -71,16 +71,6 @@ class TableSource(Source):
             pieces.append(Piece("users", with_raw_ids(ids, texts), self.interactions))
         digest = fingerprint(self, [fragment.digest for fragment in fragments.fragments])
         return checked(pieces, fragments.raw_ids, digest, fragments.names, self.drop_orphans)
-
-
-def with_raw_ids(ids: pa.Array, texts: pa.Table) -> pa.Table:
-    """A users table of these distinct ids. texts: rows of `hashed_users`; other ids are their raw ids themselves."""
-    texts = texts.group_by(["user_id", "raw_id"]).aggregate([])
-    others = ids.filter(pc.invert(pc.is_in(ids, value_set=texts["user_id"].combine_chunks())))
-    plain = pa.table({"user_id": others, "raw_id": others.cast(pa.string())}, schema=texts.schema)
-    users = pa.concat_tables([texts, plain])
-    place = pc.index_in(users["user_id"], value_set=ids)
-    return users.take(pc.sort_indices(place))
 
 
 class FileFragments(Fragments):
