@@ -42,6 +42,8 @@ HISTORIES = pa.schema(
         ("ratings", pa.list_(pa.float32())),  # aligned with items
     ]
 )
+# What readers of samples get (sources.splits.read_samples): on disk a sample's history is where it stands among the
+# rows of its shard of interactions (SAMPLE_ROWS).
 SAMPLES = pa.schema(
     [
         ("user_id", pa.int64()),
@@ -51,6 +53,13 @@ SAMPLES = pa.schema(
         ("history", pa.list_(pa.int64())),  # most recent last, strictly earlier than `timestamp`
         ("history_ratings", pa.list_(pa.float32())),  # aligned with history
         ("split", pa.string()),  # train, valid or test
+    ]
+)
+SAMPLE_ROWS = pa.schema(
+    [
+        *(SAMPLES.field(name) for name in ("user_id", "item_id", "label", "timestamp", "split")),
+        ("history_start", pa.int32()),
+        ("history_end", pa.int32()),
     ]
 )
 # Who is like whom. A user may stand in two rows: one by what they liked, one by what they disliked.
@@ -152,6 +161,24 @@ def stable_id(raw: str) -> int:
     return int.from_bytes(hashlib.blake2b(raw.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def stable_ids(raw: pa.Array) -> np.ndarray:
+    """`stable_id` of each raw id, without a Python call for those that are canonical integers.
+
+    raw: distinct integers or strings, without nulls. Returns int64 [n].
+    """
+    if pa.types.is_integer(raw.type):
+        values = raw.cast(pa.int64(), safe=False).to_numpy(zero_copy_only=False)
+        canonical = pc.and_(pc.greater_equal(raw, 0), pc.less(raw, 10**18)).to_numpy(zero_copy_only=False)
+    else:
+        canonical = pc.match_substring_regex(raw, r"^(0|[1-9][0-9]{0,17})$").to_numpy(zero_copy_only=False)
+        values = np.zeros(len(raw), dtype=np.int64)
+        values[canonical] = raw.filter(pa.array(canonical)).cast(pa.int64()).to_numpy()
+    if not canonical.all():
+        values = values.copy()
+        values[~canonical] = [stable_id(value) for value in raw.filter(pa.array(~canonical)).to_pylist()]
+    return values
+
+
 def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:
     """Which of `n_shards` shards each id belongs to.
 
@@ -165,17 +192,17 @@ def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:
     return (x % np.uint64(n_shards)).astype(np.int64)
 
 
-def conform(table: pa.Table, schema: pa.Schema, *, name: str) -> pa.Table:
+def conform(table: pa.Table, schema: pa.Schema, *, name: str, first_row: int = 0) -> pa.Table:
     """`table` with the columns of `schema` first, in order and of its types, and its further columns after them.
 
-    name: what to call the table in errors (a file path, usually).
+    name: what to call the table in errors (a file path, usually); first_row: of the table, in that file.
     Raises SchemaError for a missing column or a value that does not convert.
     """
     columns: list[pa.ChunkedArray] = []
     for field in schema:
         if field.name not in table.column_names:
             raise missing_column(table, field.name, name=name)
-        columns.append(_cast(table[field.name], field, name))
+        columns.append(_cast(table[field.name], field, name, first_row))
     rest = [c for c in table.column_names if c not in schema.names]
     return pa.table(
         [*columns, *(table[c] for c in rest)],
@@ -191,14 +218,14 @@ def missing_column(table: pa.Table, column: str, *, name: str, section: str = "s
     )
 
 
-def _cast(column: pa.ChunkedArray, field: pa.Field, name: str) -> pa.ChunkedArray:
+def _cast(column: pa.ChunkedArray, field: pa.Field, name: str, first_row: int) -> pa.ChunkedArray:
     try:
         return column.cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         where, value = _first_bad(column, field.type)
         raise SchemaError(
-            f"{name}, row {where}: column '{field.name}' holds {value!r}, which is no {field.type} ({error}). "
-            f"Correct the value or drop the row."
+            f"{name}, row {first_row + where}: column '{field.name}' holds {value!r}, which is no {field.type} "
+            f"({error}). Correct the value or drop the row."
         ) from None
 
 
@@ -243,11 +270,11 @@ def check_rows(table: pa.Table, *, name: str, key: Sequence[str], required: Sequ
 MILLISECONDS = range(10**11, 10**13 + 1)
 
 
-def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str) -> None:
+def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str, first_row: int = 0) -> None:
     """Refuses timestamps that can only be seconds (or smaller) where milliseconds since 1970, UTC, are meant."""
     largest = pc.max(timestamps).as_py()
     if largest is not None and largest < MILLISECONDS.start:
-        row = pc.index(timestamps, largest).as_py()
+        row = first_row + pc.index(timestamps, largest).as_py()
         raise SchemaError(
             f"{name}, row {row}: timestamp {largest} looks like seconds, but milliseconds since 1970 (UTC) are meant. "
             f"Multiply by 1000, or set source.timestamp_unit: s in the recipe."

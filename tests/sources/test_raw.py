@@ -127,9 +127,12 @@ def test_dropping_every_interaction_is_an_error() -> None:
     [
         (
             {"users": pa.table({"user_id": ["ann", "bob", "ann"]})},
-            r"u\.csv: 1 keys occur more than once, first \{'user_id': 'ann'\}",
+            r"u\.csv, row 2: user_id 'ann' occurs a second time",
         ),
-        ({"items": pa.table({"item_id": [1, 1, 2], "title": ["a", "b", "c"]})}, r"i\.csv: 1 keys .*'item_id': '1'"),
+        (
+            {"items": pa.table({"item_id": [1, 1, 2], "title": ["a", "b", "c"]})},
+            r"i\.csv, row 1: item_id .1. occurs",
+        ),
         ({"users": pa.table({"user_id": ["ann", None]})}, r"u\.csv, row 1: user_id is null"),
         ({"users": pa.table({"user_id": ["ann", ""]})}, r"u\.csv, row 1: user_id is empty"),
         ({"users": pa.table({"name": ["ann"]})}, r"u\.csv: column 'user_id' is missing; the table has name"),

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from owlrec.errors import SchemaError, SourceError
 from owlrec.ordered import run_starts
-from owlrec.sources.raw import RawTables, Source, encode, finish, input_file
+from owlrec.sources.raw import RawTables, Source, finish, id_array, input_file
 
 # Reviews run to tens of kilobytes, and Arrow refuses a line that is longer than its block.
 _BLOCK_BYTES = 16 << 20
@@ -170,7 +170,7 @@ def _read_reviews(file: Path) -> pa.Table:
 
 def _latest_of_each(interactions: pa.Table) -> np.ndarray:
     """Row numbers, ascending, of the last row of each (user, item, timestamp)."""
-    (_, user), (_, item) = (encode(interactions[c]) for c in ("user_id", "item_id"))
+    user, item = (id_array(interactions[c]) for c in ("user_id", "item_id"))
     time = interactions["timestamp"].to_numpy()
     order = np.lexsort((time, item, user))  # stable: equal keys stay in the file's order
     first = np.unique(run_starts(user[order], item[order], time[order]))
@@ -179,7 +179,7 @@ def _latest_of_each(interactions: pa.Table) -> np.ndarray:
 
 def _core_rows(interactions: pa.Table, user_core: int, item_core: int) -> np.ndarray:
     """Row numbers of the largest part in which each user has `user_core` interactions and each item `item_core`."""
-    (_, user), (_, item) = (encode(interactions[c]) for c in ("user_id", "item_id"))
+    user, item = (np.unique(id_array(interactions[c]), return_inverse=True)[1] for c in ("user_id", "item_id"))
     rows = np.arange(len(user))
     while True:
         enough = (np.bincount(user[rows])[user[rows]] >= user_core) & (np.bincount(item[rows])[item[rows]] >= item_core)

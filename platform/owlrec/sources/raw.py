@@ -1,14 +1,16 @@
-"""What every source returns: the three contract tables, and a digest of what was read so that changed data is noticed.
+"""Tables with raw ids to contract tables: int64 ids by `stable_ids`, attributes as text, and the checks.
 
-A source reads its own format into tables that still carry raw ids; `finish` does the rest once for all of them: int64
-ids by `stable_id`, attributes as text, and the checks. Ids are hashed once per distinct raw id, never per interaction,
-so 10^7 interactions cost seconds.
+A source yields its tables in pieces. `users_piece`, `items_piece` and `interactions_piece` turn one into the contract's
+columns and check it row by row; the checks that need all rows of an id (`refuse_repeated_ids`,
+`refuse_repeated_interactions`, `refuse_orphans`) run on whole tables here and on one bucket of ids at a time at scale.
+Ids are hashed once per distinct raw id, never per interaction.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +18,13 @@ import pyarrow.compute as pc
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
-from owlrec.ordered import run_starts
-from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, check_rows, conform, missing_column, stable_id
+from owlrec.ordered import rows_of
+from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, stable_ids
 from owlrec.storage import file_digest, fingerprint
 
+TableName = Literal["users", "items", "interactions"]
+TABLE_NAMES: tuple[TableName, ...] = ("items", "users", "interactions")  # items first: they hold the fewest rows
+ENTITIES: dict[TableName, tuple[str, pa.Schema]] = {"users": ("user_id", USERS), "items": ("item_id", ITEMS)}
 ORPHAN_REMEDY = "Add the row, or set source.drop_orphans: true in the recipe."
 
 
@@ -34,6 +39,77 @@ class RawTables:
     counts: dict[str, int] = field(default_factory=dict)  # what was dropped on the way, by reason
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """A part of a source that is read at once: some row groups, a file, or (table "") the whole of it."""
+
+    table: str
+    path: str
+    digest: str  # the same as long as the content is
+    rows: int  # estimated from bytes where only reading would tell
+    bytes: int = 0
+    first_row: int = 0  # in its file
+    groups: tuple[int, int] = (0, 0)  # row groups of a Parquet file: from, to
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any]) -> "Fragment":
+        """From what `json` gave."""
+        return cls(**{**values, "groups": tuple(values["groups"])})
+
+    def json(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one contract table."""
+
+    table: TableName
+    data: pa.Table
+    name: str  # of the file they came from
+    first_row: int = 0  # in that file
+
+
+class Fragments:
+    """A source as fragments that workers read one at a time."""
+
+    fragments: Sequence[Fragment]
+    meaning: str  # fingerprint of how fragments are read
+    has_users: bool = True  # else the users are those of the interactions
+    drop_orphans: bool = False
+    names: Mapping[str, str]  # of each table, in errors
+
+    @abstractmethod
+    def read(self, fragment: Fragment) -> Iterator[Piece]:
+        """The fragment's rows. Raises SourceError or SchemaError, naming file and row."""
+
+    @abstractmethod
+    def raw_ids(self, piece: Piece, row: int) -> tuple[str, str]:
+        """The raw user and item id of a row of interactions: only for errors, since it reads the file again."""
+
+    counts: Mapping[str, int] = {}
+
+
+class LoadedTables(Fragments):
+    """A source that fits in memory, as one fragment."""
+
+    def __init__(self, raw: RawTables, name: str) -> None:
+        """name: of the source, in errors."""
+        self._raw, self.counts = raw, raw.counts
+        self.fragments = [Fragment("", name, raw.digest, raw.interactions.num_rows)]
+        self.meaning, self.names = "", dict.fromkeys(TABLE_NAMES, name)
+
+    def read(self, fragment: Fragment) -> Iterator[Piece]:
+        """See Fragments."""
+        for table in TABLE_NAMES:
+            yield Piece(table, getattr(self._raw, table), fragment.path)
+
+    def raw_ids(self, piece: Piece, row: int) -> tuple[str, str]:
+        """See Fragments."""
+        return str(piece.data["user_id"][row]), str(piece.data["item_id"][row])
+
+
 class Source(Config):
     """What a recipe says of a source, and how it is read."""
 
@@ -41,7 +117,11 @@ class Source(Config):
 
     @abstractmethod
     def load(self) -> RawTables:
-        """Reads users, items and interactions. Raises SourceError or SchemaError, naming file and row."""
+        """All of users, items and interactions, in memory. Raises SourceError or SchemaError, naming file and row."""
+
+    def open(self) -> Fragments:
+        """What `prepare` reads. Override it where the tables may not fit in memory. Raises as `load`."""
+        return LoadedTables(self.load(), self.type)
 
 
 def input_file(path: str | Path) -> Path:
@@ -64,60 +144,168 @@ def finish(
     orphan_remedy: str = ORPHAN_REMEDY,
     counts: Mapping[str, int] | None = None,
 ) -> RawTables:
-    """Contract tables from tables with raw ids.
+    """Contract tables from whole tables with raw ids.
 
     users: user_id (raw, of any scalar type) and profile fields; None takes the users from the interactions. items:
     item_id (raw), title and attributes. interactions: user_id, item_id (raw), rating, timestamp (ms, UTC). names: table
     -> what to call it in errors. Attributes become text or lists of text, nulls "". Raises SchemaError for a null or
-    doubled id, two raw ids with one hash, an exact doubled (user, item, timestamp), a wrong time unit, and, unless
+    repeated id, two raw ids with one hash, an exact repeated (user, item, timestamp), a wrong time unit, and, unless
     `drop_orphans`, an interaction whose user or item has no row.
     """
-    user_raw, user_codes = encode(_id_column(interactions, "user_id", names["interactions"]))
-    item_raw, item_codes = encode(_id_column(interactions, "item_id", names["interactions"]))
-    check_rows(interactions, name=names["interactions"], key=(), required=("timestamp",))
+    piece = interactions_piece(interactions, names["interactions"])
     if users is None:
-        users = pa.table({"user_id": user_raw})
-    user_table, user_ids, known_user = _entities(users, "user_id", user_raw, names["users"], USERS)
-    item_table, item_ids, known_item = _entities(items, "item_id", item_raw, names["items"], ITEMS)
+        users = pa.table({"user_id": interactions["user_id"].unique()})
+    pieces = [
+        entities_piece("users", users, names["users"]),
+        entities_piece("items", items, names["items"]),
+        Piece("interactions", piece, names["interactions"]),
+    ]
 
-    orphan_user, orphan_item = ~known_user[user_codes], ~known_item[item_codes]
+    def raw_ids(piece: Piece, row: int) -> tuple[str, str]:
+        return str(interactions["user_id"][row]), str(interactions["item_id"][row])
+
+    digest = fingerprint(config, [file_digest(file) for file in files])
+    return checked(pieces, raw_ids, digest, names, drop_orphans, orphan_remedy, counts or {})
+
+
+def checked(
+    pieces: Sequence[Piece],
+    raw_ids: Callable[[Piece, int], tuple[str, str]],
+    digest: str,
+    names: Mapping[str, str],
+    drop_orphans: bool,
+    orphan_remedy: str = ORPHAN_REMEDY,
+    counts: Mapping[str, int] | None = None,
+) -> RawTables:
+    """The pieces of a whole source as three tables. Arguments and errors: see finish."""
+    tables: dict[str, pa.Table] = {}
+    for name in TABLE_NAMES:
+        own = [piece for piece in pieces if piece.table == name]
+        tables[name] = pa.concat_tables([piece.data for piece in own])
+        if tables[name].num_rows == 0:
+            raise no_rows(names[name])
+    for name, (key, _) in ENTITIES.items():
+        refuse_repeated_ids(tables[name], key, Places(pieces, name, raw_ids))
+    interactions = tables["interactions"]
+    places = Places(pieces, "interactions", raw_ids)
+    refuse_repeated_interactions(interactions, places)
+    user_ids, item_ids = (np.sort(tables[name][key].to_numpy()) for name, (key, _) in ENTITIES.items())
+    orphan_user, orphan_item = (
+        rows_of(user_ids, interactions["user_id"].to_numpy()) < 0,
+        rows_of(item_ids, interactions["item_id"].to_numpy()) < 0,
+    )
     dropped = dict(counts or {})
     if drop_orphans:
         dropped["orphans_dropped"] = int((orphan_user | orphan_item).sum())
+        interactions = interactions.filter(pa.array(~(orphan_user | orphan_item)))
+        if interactions.num_rows == 0:
+            raise no_rows(names["interactions"])
     else:
-        _refuse_orphans(orphan_user, interactions["user_id"], "user", names, orphan_remedy)
-        _refuse_orphans(orphan_item, interactions["item_id"], "item", names, orphan_remedy)
-
-    table = pa.table(
-        {
-            "user_id": user_ids[user_codes],
-            "item_id": item_ids[item_codes],
-            "rating": interactions["rating"],
-            "timestamp": interactions["timestamp"],
-        }
-    )
-    table = conform(table, INTERACTIONS, name=names["interactions"])
-    check_milliseconds(table["timestamp"], name=names["interactions"])
-    _check_doubled(table, interactions, names["interactions"])
-    if drop_orphans:
-        table = table.filter(pa.array(~(orphan_user | orphan_item)))
-        check_rows(table, name=names["interactions"], key=())
-    digest = fingerprint(config, [file_digest(file) for file in files])
-    return RawTables(users=user_table, items=item_table, interactions=table, digest=digest, counts=dropped)
+        refuse_orphans(orphan_user, orphan_item, places, names, orphan_remedy)
+    return RawTables(tables["users"], tables["items"], interactions, digest, dropped)
 
 
-def encode(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """The distinct values of `column` as strings, and for each row the index of its own, int64 [n]."""
-    encoded = column.dictionary_encode().unify_dictionaries()
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks]).astype(np.int64)
-    return encoded.chunk(0).dictionary.cast(pa.string()), codes
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands in the source."""
+
+    name: str
+    row: int
+    user: str = ""  # raw ids, of an interaction
+    item: str = ""
 
 
-def _id_column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
+class Places:
+    """Finds a row of concatenated pieces again, to name it in an error."""
+
+    def __init__(
+        self, pieces: Sequence[Piece], table: str, raw_ids: Callable[[Piece, int], tuple[str, str]] | None
+    ) -> None:
+        self._pieces = [piece for piece in pieces if piece.table == table]
+        self._raw_ids = raw_ids if table == "interactions" else None
+
+    def __call__(self, row: int) -> Place:
+        """The place of a row."""
+        for piece in self._pieces:
+            if row < piece.data.num_rows:
+                user, item = self._raw_ids(piece, row) if self._raw_ids else ("", "")
+                return Place(piece.name, piece.first_row + row, user, item)
+            row -= piece.data.num_rows
+        raise IndexError(row)
+
+
+# One piece of a table
+
+
+def entities_piece(table: TableName, data: pa.Table, name: str, first_row: int = 0) -> Piece:
+    """Users or items as in `schema`: the id, the raw id, and all further columns as text or lists of text.
+
+    Raises SchemaError naming file and row for a null or empty id, or a column that is neither text nor texts.
+    """
+    key, schema = ENTITIES[table]
+    raw = _raw_ids(data, key, name, first_row).cast(pa.string())
+    columns: dict[str, Any] = {key: id_array(raw), "raw_id": raw}
+    for column in data.column_names:
+        if column not in columns:
+            columns[column] = _as_text(data[column], column, name)
+    return Piece(table, conform(pa.table(columns), schema, name=name), name, first_row)
+
+
+def interactions_piece(data: pa.Table, name: str, first_row: int = 0) -> pa.Table:
+    """Interactions as in `schema`, without checking whether their users and items exist.
+
+    data: user_id, item_id (raw), rating, timestamp (ms). Raises SchemaError naming file and row for a null or empty
+    id, a null or misplaced timestamp, or a value of another type.
+    """
+    ids = {key: id_array(_raw_ids(data, key, name, first_row)) for key in ("user_id", "item_id")}
+    _refuse_null(data, "timestamp", name, first_row)
+    table = pa.table({**ids, "rating": data["rating"], "timestamp": data["timestamp"]})
+    table = conform(table, INTERACTIONS, name=name, first_row=first_row)
+    check_milliseconds(table["timestamp"], name=name, first_row=first_row)
+    return table
+
+
+def hashed_users(data: pa.Table, interactions: pa.Table) -> pa.Table:
+    """The distinct users of some interactions whose raw ids are no canonical integers (those follow from the id).
+
+    data: with the raw ids of `interactions`.
+    """
+    if pa.types.is_integer(data["user_id"].type):
+        raw = pa.chunked_array([], pa.string())
+    else:
+        raw = data["user_id"].cast(pa.string()).unique()
+    ids = id_array(pa.chunked_array([raw]) if isinstance(raw, pa.Array) else raw)
+    users = pa.table({"user_id": pa.array(ids), "raw_id": raw}, schema=USERS)
+    return users.filter(pc.not_equal(users["user_id"].cast(pa.string()), users["raw_id"]))
+
+
+def with_raw_ids(ids: pa.Array, texts: pa.Table) -> pa.Table:
+    """A users table of these distinct ids. texts: rows of `hashed_users`; other ids are their raw ids themselves."""
+    texts = texts.group_by(["user_id", "raw_id"]).aggregate([])
+    others = ids.filter(pc.invert(pc.is_in(ids, value_set=texts["user_id"].combine_chunks())))
+    plain = pa.table({"user_id": others, "raw_id": others.cast(pa.string())}, schema=texts.schema)
+    users = pa.concat_tables([texts, plain])
+    place = pc.index_in(users["user_id"], value_set=ids)
+    return users.take(pc.sort_indices(place))
+
+
+def id_array(raw: pa.ChunkedArray) -> np.ndarray:
+    """The int64 id of each raw id, int64 [n]; texts are parsed or hashed once per distinct one."""
+    if pa.types.is_integer(raw.type):
+        values = pa.concat_arrays(raw.chunks) if raw.num_chunks else pa.array([], raw.type)
+        return stable_ids(values)
+    encoded = raw.dictionary_encode().unify_dictionaries()
+    if encoded.num_chunks == 0:
+        return np.zeros(0, dtype=np.int64)
+    ids = stable_ids(encoded.chunk(0).dictionary.cast(pa.string()))
+    return ids[np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])]
+
+
+def _raw_ids(table: pa.Table, key: str, name: str, first_row: int) -> pa.ChunkedArray:
     """The raw ids in column `key`, integers or strings. Raises SchemaError for no column, a null or an empty id."""
     if key not in table.column_names:
         raise missing_column(table, key, name=name)
-    check_rows(table, name=name, key=(), required=(key,))
+    _refuse_null(table, key, name, first_row)
     column = table[key]
     if pa.types.is_integer(column.type):
         return column
@@ -127,39 +315,18 @@ def _id_column(table: pa.Table, key: str, name: str) -> pa.ChunkedArray:
         raise SchemaError(f"{name}: column '{key}' is of type {column.type}. Write ids as integers or text.") from None
     if (row := pc.index(column, "").as_py()) >= 0:
         raise SchemaError(
-            f"{name}, row {row}: {key} is empty. Drop the row or give it an id; rows without ids cannot be joined."
+            f"{name}, row {first_row + row}: {key} is empty. Drop the row or give it an id; rows without ids cannot be "
+            "joined."
         )
     return column
 
 
-def _entities(
-    table: pa.Table, key: str, seen: pa.Array, name: str, schema: pa.Schema
-) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """The contract table of users or items; the id of each raw id in `seen`; whether the table has a row for it."""
-    raw = pa.concat_arrays(_id_column(table, key, name).cast(pa.string()).chunks)
-    check_rows(pa.table({key: raw}), name=name, key=(key,))
-    distinct = pc.unique(pa.chunked_array([raw, seen]))
-    ids = _distinct_ids(distinct, key, name)
-    columns = {key: ids[pc.index_in(raw, distinct).to_numpy()], "raw_id": raw}
-    for column in table.column_names:
-        if column not in columns:
-            columns[column] = _as_text(table[column], column, name)
-    seen_ids = ids[pc.index_in(seen, distinct).to_numpy()]
-    return conform(pa.table(columns), schema, name=name), seen_ids, pc.is_in(seen, raw).to_numpy(zero_copy_only=False)
-
-
-def _distinct_ids(raw: pa.Array, key: str, name: str) -> np.ndarray:
-    """The int64 ids of distinct raw ids. Raises SchemaError where two of them share one."""
-    ids = np.fromiter((stable_id(value) for value in raw.to_pylist()), dtype=np.int64, count=len(raw))
-    order = np.argsort(ids, kind="stable")
-    same = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if len(same):
-        first, second = raw[int(order[same[0]])].as_py(), raw[int(order[same[0] + 1])].as_py()
+def _refuse_null(table: pa.Table, column: str, name: str, first_row: int) -> None:
+    if table[column].null_count:
+        row = first_row + pc.index(pc.is_null(table[column]), True).as_py()
         raise SchemaError(
-            f"{name}: the raw ids '{first}' and '{second}' of {key} both hash to {ids[order[same[0]]]}. "
-            f"Rename one of them in the data (a prefix is enough)."
+            f"{name}, row {row}: {column} is null. Drop the row or give it a value; rows without one cannot be joined."
         )
-    return ids
 
 
 def _as_text(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArray | pa.Array:
@@ -181,24 +348,70 @@ def _as_text(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArray 
         ) from None
 
 
-def _refuse_orphans(orphan: np.ndarray, raw: pa.ChunkedArray, kind: str, names: Mapping[str, str], remedy: str) -> None:
-    if orphan.any():
-        row = int(orphan.argmax())
+# All rows of some ids
+
+
+def no_rows(name: str) -> SchemaError:
+    """The error of a table without rows."""
+    return SchemaError(f"{name}: the table has no rows. Check the file and the filters in the recipe's source section.")
+
+
+def refuse_repeated_ids(table: pa.Table, key: str, where: Callable[[int], Place]) -> None:
+    """Refuses a second row with one id, and two raw ids with one hash. table: all rows of the ids it holds."""
+    ids = table[key].to_numpy()
+    order = np.argsort(ids, kind="stable")
+    repeated = np.flatnonzero(ids[order][1:] == ids[order][:-1])
+    if not len(repeated):
+        return
+    at = repeated[np.argmin(order[repeated + 1])]
+    first, row = int(order[at]), int(order[at + 1])
+    raw, other = table["raw_id"][row].as_py(), table["raw_id"][first].as_py()
+    place = where(row)
+    if raw != other:
         raise SchemaError(
-            f"{names['interactions']}, row {row}: {kind}_id '{raw[row].as_py()}' has no row in {names[f'{kind}s']} "
-            f"({int(orphan.sum())} such interactions). {remedy}"
+            f"{place.name}: the raw ids '{other}' and '{raw}' of {key} both hash to {ids[row]}. "
+            f"Rename one of them in the data (a prefix is enough)."
         )
+    raise SchemaError(
+        f"{place.name}, row {place.row}: {key} '{raw}' occurs a second time ({len(repeated)} such rows so far). "
+        "Keep one row per id."
+    )
 
 
-def _check_doubled(table: pa.Table, raw: pa.Table, name: str) -> None:
-    """Refuses a second interaction of one user with one item at one moment, naming the first by its raw ids."""
+def refuse_repeated_interactions(
+    table: pa.Table, where: Callable[[int], Place], order: np.ndarray | None = None
+) -> None:
+    """Refuses a second interaction of one user with one item at one moment, naming the first by its raw ids.
+
+    order: of the rows by user, timestamp and item, where it is known.
+    """
     user, item, time = (table[c].to_numpy() for c in ("user_id", "item_id", "timestamp"))
-    order = np.lexsort((time, item, user))
-    same = run_starts(user[order], item[order], time[order]) < np.arange(len(order))
-    if same.any():
+    if order is None:
+        order = np.lexsort((item, time, user))
+    user, item, time = user[order], item[order], time[order]
+    same = np.flatnonzero((user[1:] == user[:-1]) & (time[1:] == time[:-1]) & (item[1:] == item[:-1])) + 1
+    if len(same):
         row = int(order[same].min())
+        place = where(row)
         raise SchemaError(
-            f"{name}, row {row}: user_id '{raw['user_id'][row].as_py()}', item_id '{raw['item_id'][row].as_py()}', "
-            f"timestamp {table['timestamp'][row].as_py()} occurs a second time ({int(same.sum())} such rows in all). "
+            f"{place.name}, row {place.row}: user_id '{place.user}', item_id '{place.item}', "
+            f"timestamp {table['timestamp'][row].as_py()} occurs a second time ({len(same)} such rows so far). "
             "Drop the repeated rows; only other timestamps make it another interaction."
         )
+
+
+def refuse_orphans(
+    orphan_user: np.ndarray,
+    orphan_item: np.ndarray,
+    where: Callable[[int], Place],
+    names: Mapping[str, str],
+    remedy: str = ORPHAN_REMEDY,
+) -> None:
+    """Refuses interactions whose user or item has no row. orphan_*: bool [n], by interaction."""
+    for kind, orphan in (("user", orphan_user), ("item", orphan_item)):
+        if orphan.any():
+            place = where(int(orphan.argmax()))
+            raise SchemaError(
+                f"{place.name}, row {place.row}: {kind}_id '{place.user if kind == 'user' else place.item}' has no "
+                f"row in {names[f'{kind}s']} ({int(orphan.sum())} such interactions so far). {remedy}"
+            )

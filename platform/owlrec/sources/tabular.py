@@ -1,29 +1,46 @@
-"""Your own data: three tables as Parquet or CSV, each a file, a folder or a glob, with a mapping of column names.
+"""Your own data: three tables as Parquet, CSV or JSON lines, or as Iceberg or Delta tables, with a mapping of column
+names.
 
-CSV is read as text except for ratings and timestamps, since guessing types would turn the id "007" into 7. Columns that
-are neither ids nor mapped are kept, as profile fields of users and attributes of items.
+Columns that are neither ids nor mapped are kept, as profile fields of users and attributes of items.
 """
 
-import glob
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from owlrec.errors import SchemaError, SourceError, did_you_mean
+from owlrec.errors import SchemaError, did_you_mean
 from owlrec.schema import INTERACTIONS, missing_column
-from owlrec.sources.raw import RawTables, Source, finish
+from owlrec.sources.files import SourceFile, common_schema, file_format, head, input_files, read_file
+from owlrec.sources.lake import is_lake_table, lake_files
+from owlrec.sources.raw import (
+    ENTITIES,
+    TABLE_NAMES,
+    Fragment,
+    Fragments,
+    Piece,
+    RawTables,
+    Source,
+    TableName,
+    checked,
+    entities_piece,
+    hashed_users,
+    interactions_piece,
+    with_raw_ids,
+)
+from owlrec.storage import fingerprint
 
-_CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
-TableName = Literal["users", "items", "interactions"]
+FRAGMENT_ROWS = 1 << 21  # of row groups that are read together
+FRAGMENT_BYTES = 128 << 20
+_ROW_BYTES = {"users": 64, "items": 128, "interactions": 32}  # of a line of text, about
+_THREADS = 32  # that open files: on an object store each waits for its answer most of the time
 
 
 class TableSource(Source):
-    """Parquet or CSV tables. `columns` maps, for each table, our column name to the file's: {items: {title: name}}."""
+    """Tables in files. `columns` maps, for each table, our column name to the file's: {items: {title: name}}."""
 
     type: Literal["table"]
     users: str | None = None  # without it, users are those of the interactions and have no profile
@@ -33,111 +50,129 @@ class TableSource(Source):
     timestamp_unit: Literal["s", "ms", "us", "ns"] = "ms"
     drop_orphans: bool = False  # drop interactions whose user or item has no row, in place of an error
 
-    def load(self) -> RawTables:
-        """The three tables. No rating column means implicit feedback, written as rating 1.
-
-        Raises SourceError where a file is missing or cannot be parsed, SchemaError where its content breaks the
-        contract.
+    def open(self) -> Fragments:
+        """The files as fragments, their columns checked. Raises SourceError where a file is missing or cannot be
+        parsed, SchemaError where one lacks a column or files disagree.
         """
-        names = {"users": self.users or self.interactions, "items": self.items, "interactions": self.interactions}
-        paths = {table: input_files(path) for table, path in names.items()}
-        items = self._read("items", paths["items"])
-        interactions = self._read("interactions", paths["interactions"])
-        if "title" not in items.column_names:
-            raise missing_column(items, "title", name=self.items, section="source.columns.items")
-        for column in ("user_id", "item_id", "timestamp"):
-            if column not in interactions.column_names:
-                section = "source.columns.interactions"
-                raise missing_column(interactions, column, name=self.interactions, section=section)
-        if "rating" not in interactions.column_names:
-            interactions = interactions.append_column(
-                "rating", pa.repeat(pa.scalar(1.0, pa.float32()), interactions.num_rows)
-            )
-        interactions = interactions.select(INTERACTIONS.names)
-        timestamps = to_milliseconds(interactions["timestamp"], self.timestamp_unit, name=self.interactions)
-        return finish(
-            self,
-            [file for table, files in paths.items() for file in files if table != "users" or self.users],
-            users=self._read("users", paths["users"]) if self.users else None,
-            items=items,
-            interactions=interactions.set_column(3, "timestamp", timestamps),
-            names=names,
-            drop_orphans=self.drop_orphans,
-        )
+        return FileFragments(self)
 
-    def _read(self, table: TableName, files: Sequence[Path]) -> pa.Table:
-        """The files of one table, concatenated, under our column names."""
-        mapping = self.columns.get(table, {})
-        typed = {mapping.get(c, c) for c in ("rating", "timestamp")} if table == "interactions" else set()
-        parts = [_rename(read_file(file, typed), mapping, table, file) for file in files]
-        try:
-            return pa.concat_tables(parts, promote_options="permissive")
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise SchemaError(
-                f"source.{table}: its {len(files)} files disagree on a column's type ({error}). Write that column "
-                "alike in all."
-            ) from None
+    def load(self) -> RawTables:
+        """The three tables, in memory. No rating column means implicit feedback, written as rating 1.
+
+        Raises as `open`, and SchemaError where their content breaks the contract.
+        """
+        fragments = self.open()
+        pieces = [piece for fragment in fragments.fragments for piece in fragments.read(fragment)]
+        if not self.users:
+            seen = {piece.name: piece for piece in pieces if piece.table == "interactions"}
+            texts = pa.concat_tables([piece.data for piece in pieces if piece.table == "users"])
+            ids = pa.concat_tables([piece.data for piece in seen.values()])["user_id"].unique()
+            pieces = [piece for piece in pieces if piece.table != "users"]
+            pieces.append(Piece("users", with_raw_ids(ids, texts), self.interactions))
+        digest = fingerprint(self, [fragment.digest for fragment in fragments.fragments])
+        return checked(pieces, fragments.raw_ids, digest, fragments.names, self.drop_orphans)
 
 
-def input_files(pattern: str) -> list[Path]:
-    """The files that a path names: itself, the Parquet and CSV files in a folder, or those matching a glob, sorted."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if not any(q.startswith((".", "_")) for q in p.relative_to(path).parts)]
-    elif path.exists():
-        return [path]
-    else:
-        found = [Path(p) for p in glob.glob(str(path), recursive=True)]
-    files = sorted(p for p in found if p.is_file() and _format(p))
-    if not files:
-        raise SourceError(
-            f"{pattern}: no Parquet or CSV file is there (names in .parquet, {', '.join(_CSV_SUFFIXES)}). "
-            f"Correct the path in the recipe's source section."
-        )
-    return files
+class FileFragments(Fragments):
+    """The files of a TableSource."""
+
+    def __init__(self, source: TableSource) -> None:
+        """Lists the files and reads what tells their columns. Errors: see TableSource.open."""
+        self._source = source
+        self.drop_orphans, self.has_users = source.drop_orphans, source.users is not None
+        paths = {"users": source.users or source.interactions, "items": source.items}
+        self.names = paths | {"interactions": source.interactions}
+        self.fragments: list[Fragment] = []
+        self._attributes: dict[str, pa.Schema] = {}
+        for table in TABLE_NAMES:
+            if table != "users" or self.has_users:
+                self._list(table, self.names[table])
+        columns = {table: sorted(columns.items()) for table, columns in source.columns.items()}
+        attributes = {table: [str(field) for field in schema] for table, schema in self._attributes.items()}
+        self.meaning = fingerprint(columns, source.timestamp_unit, self.has_users, attributes)
+
+    def _list(self, table: TableName, pattern: str) -> None:
+        files, snapshot = lake_files(pattern) if is_lake_table(pattern) else (input_files(pattern), "")
+        typed = self._typed(table)
+        with ThreadPoolExecutor(min(_THREADS, len(files))) as pool:
+            heads = list(pool.map(lambda file: head(file, typed), files))
+        schemas = []
+        for file, (schema, footer) in zip(files, heads, strict=True):
+            schemas.append(self._checked_columns(table, file, schema))
+            self.fragments += _fragments_of(table, file, footer, snapshot)
+        merged = common_schema(schemas, table)
+        if table in ENTITIES:
+            self._attributes[table] = merged
+
+    def _typed(self, table: TableName) -> set[str]:
+        """The columns whose types CSV files leave to be guessed, by their names."""
+        mapping = self._source.columns.get(table, {})
+        return {mapping.get(c, c) for c in ("rating", "timestamp")} if table == "interactions" else set()
+
+    def _checked_columns(self, table: TableName, file: SourceFile, schema: pa.Schema) -> pa.Schema:
+        """A file's columns under our names. Raises SchemaError where one that we need is missing."""
+        empty = _rename(schema.empty_table(), self._source.columns.get(table, {}), table, file.path)
+        needed = {"users": ("user_id",), "items": ("item_id", "title")}.get(table, ("user_id", "item_id", "timestamp"))
+        for column in needed:
+            if column not in empty.column_names:
+                raise missing_column(empty, column, name=file.path, section=f"source.columns.{table}")
+        return empty.schema
+
+    def read(self, fragment: Fragment) -> Iterator[Piece]:
+        """See Fragments."""
+        table, name, first_row = fragment.table, fragment.path, fragment.first_row
+        data = self._raw(fragment)
+        if table == "interactions":
+            if "rating" not in data.column_names:
+                data = data.append_column("rating", pa.repeat(pa.scalar(1.0, pa.float32()), data.num_rows))
+            data = data.select(INTERACTIONS.names)
+            time = to_milliseconds(data["timestamp"], self._source.timestamp_unit, name=name)
+            data = data.set_column(3, "timestamp", time)
+            rows = interactions_piece(data, name, first_row)
+            yield Piece("interactions", rows, name, first_row)
+            if not self.has_users:
+                yield Piece("users", hashed_users(data, rows), name, first_row)
+        elif table == "users" or table == "items":
+            schema = self._attributes[table]
+            for field in schema:  # a column that other files have
+                if field.name not in data.column_names:
+                    data = data.append_column(field, pa.nulls(data.num_rows, field.type))
+            yield entities_piece(table, data.select(schema.names), name, first_row)
+
+    def raw_ids(self, piece: Piece, row: int) -> tuple[str, str]:
+        """See Fragments."""
+        for fragment in self.fragments:
+            if fragment.path == piece.name and fragment.first_row == piece.first_row:
+                data = self._raw(fragment)
+                return str(data["user_id"][row]), str(data["item_id"][row])
+        raise IndexError(row)
+
+    def _raw(self, fragment: Fragment) -> pa.Table:
+        table: TableName = fragment.table  # type: ignore[assignment]
+        file = SourceFile(fragment.path, fragment.bytes, "")
+        groups = fragment.groups if file_format(file) == "parquet" else None
+        data = read_file(file, self._typed(table), groups)
+        return _rename(data, self._source.columns.get(table, {}), table, fragment.path)
 
 
-def _format(file: Path) -> Literal["parquet", "csv"] | None:
-    if ".parquet" in file.name:
-        return "parquet"
-    return "csv" if file.name.endswith(_CSV_SUFFIXES) else None
+def _fragments_of(table: TableName, file: SourceFile, footer: pq.FileMetaData | None, snapshot: str) -> list[Fragment]:
+    """Runs of row groups of up to FRAGMENT_ROWS, or the whole of a text file."""
+    if footer is None:
+        rows = max(1, file.bytes * (4 if file.path.endswith(".gz") else 1) // _ROW_BYTES[table])
+        return [Fragment(table, file.path, fingerprint(file.path, file.e_tag, file.bytes), rows, file.bytes)]
+    fragments, first_row, begin, rows, size = [], 0, 0, 0, 0
+    for group in range(footer.num_row_groups):
+        meta = footer.row_group(group)
+        rows, size = rows + meta.num_rows, size + meta.total_byte_size
+        following = footer.row_group(group + 1).num_rows if group + 1 < footer.num_row_groups else FRAGMENT_ROWS + 1
+        if rows + following > FRAGMENT_ROWS or size > FRAGMENT_BYTES:
+            digest = fingerprint(file.path, file.e_tag, file.bytes, begin, group + 1, snapshot)
+            fragments.append(Fragment(table, file.path, digest, rows, size, first_row, (begin, group + 1)))
+            first_row, begin, rows, size = first_row + rows, group + 1, 0, 0
+    return fragments
 
 
-def read_file(file: Path, typed: set[str]) -> pa.Table:
-    """One Parquet or CSV file. In CSV only the columns in `typed` get a guessed type, all others are text.
-
-    Raises SourceError for another kind of file or one that cannot be parsed.
-    """
-    format_ = _format(file)
-    if format_ is None:
-        raise SourceError(
-            f"{file}: neither Parquet nor CSV by its name. Name it .parquet or {', '.join(_CSV_SUFFIXES)}."
-        )
-    try:
-        # ParquetFile, since read_table would add columns for folder names such as day=3.
-        return pq.ParquetFile(file).read() if format_ == "parquet" else _read_csv(file, typed)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"{file}: the file cannot be read as {format_} ({error}). Correct or replace it.") from None
-
-
-def _read_csv(file: Path, typed: set[str]) -> pa.Table:
-    delimiter = "\t" if ".tsv" in file.name else ","
-    lenient = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=lambda row: "skip")
-    with pacsv.open_csv(file, parse_options=lenient) as reader:
-        names = reader.schema.names
-    # Line breaks occur inside titles, never inside the numbers of interactions, which are parsed faster without.
-    parse = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=not typed)
-    convert = pacsv.ConvertOptions(column_types={name: pa.string() for name in names if name not in typed})
-    try:
-        return pacsv.read_csv(file, parse_options=parse, convert_options=convert)
-    except pa.ArrowInvalid:
-        # Only the single-threaded reader says which row is wrong.
-        return pacsv.read_csv(
-            file, read_options=pacsv.ReadOptions(use_threads=False), parse_options=parse, convert_options=convert
-        )
-
-
-def _rename(data: pa.Table, mapping: dict[str, str], table: TableName, file: Path) -> pa.Table:
+def _rename(data: pa.Table, mapping: Mapping[str, str], table: TableName, file: str) -> pa.Table:
     for ours, theirs in mapping.items():
         if theirs not in data.column_names:
             raise SchemaError(

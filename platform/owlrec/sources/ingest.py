@@ -1,0 +1,194 @@
+"""Stage 1 of `prepare`: fragments of the source, checked row by row, as files by bucket.
+
+A shard is a group of fragments. Which fragments are in which group is written down, and a group whose fragments are
+all unchanged keeps its number, so that a source that grew by some files has only these read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.runner import Result, Stage, Work
+from owlrec.schema import INTERACTIONS
+from owlrec.shards import Card, Shard
+from owlrec.sources.buckets import MAX_BUCKETS, bucket_order, write_buckets
+from owlrec.sources.raw import ENTITIES, TABLE_NAMES, Fragment, Fragments, Piece, Place, TableName
+from owlrec.sources.splits import ratings
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, shard_file, shards_for
+
+KIND = "fragments"
+GROUP_ROWS = 1 << 21
+GROUP_BYTES = 128 << 20
+BUCKET_INTERACTIONS = 1 << 20  # in one bucket, at most
+BUCKET_ITEMS = 1 << 18
+_SLACK = 4  # a source may grow by so much before its buckets are divided again, and all of it is read again
+
+
+class Grouping(BaseModel):
+    """Which fragments are read together, and by how many buckets: groups.json."""
+
+    user_buckets: int
+    item_buckets: int
+    groups: dict[int, list[dict]] = {}  # Fragment.json by group
+
+    def inputs(self) -> dict[Shard, str]:
+        """The digest of each group, for the runner."""
+        return {
+            Shard(KIND, number): fingerprint(
+                self.user_buckets, self.item_buckets, [fragment["digest"] for fragment in group]
+            )
+            for number, group in sorted(self.groups.items())
+        }
+
+    def fragments(self, number: int) -> list[Fragment]:
+        """The fragments of a group."""
+        return [Fragment.of_json(values) for values in self.groups[number]]
+
+
+def grouped(fragments: Sequence[Fragment], earlier: Grouping | None) -> Grouping:
+    """Groups of fragments of one table, of about GROUP_ROWS each; groups of an earlier run that are unchanged stay."""
+    rows = dict.fromkeys(("", *TABLE_NAMES), 0)
+    for fragment in fragments:
+        rows[fragment.table] += fragment.rows
+    user_buckets = min(MAX_BUCKETS, shards_for(max(1, rows["interactions"] + rows[""]), BUCKET_INTERACTIONS))
+    item_buckets = min(MAX_BUCKETS, shards_for(max(1, rows["items"]), BUCKET_ITEMS))
+    result = Grouping(user_buckets=user_buckets, item_buckets=item_buckets)
+    left = {fragment.digest: fragment for fragment in fragments}
+    if earlier is not None:
+        result.user_buckets = _kept(user_buckets, earlier.user_buckets)
+        result.item_buckets = _kept(item_buckets, earlier.item_buckets)
+        for number, group in earlier.groups.items():
+            if all(fragment["digest"] in left for fragment in group):
+                result.groups[number] = group
+                for fragment in group:
+                    del left[fragment["digest"]]
+    number = max(result.groups, default=-1) + 1
+    group: list[Fragment] = []
+    for fragment in left.values():
+        if group and (
+            group[0].table != fragment.table
+            or sum(f.rows for f in group) + fragment.rows > GROUP_ROWS
+            or sum(f.bytes for f in group) + fragment.bytes > GROUP_BYTES
+        ):
+            result.groups[number] = [f.json() for f in group]
+            number, group = number + 1, []
+        group.append(fragment)
+    if group:
+        result.groups[number] = [f.json() for f in group]
+    return result
+
+
+def _kept(wanted: int, earlier: int) -> int:
+    return earlier if wanted // _SLACK <= earlier <= wanted * _SLACK else wanted
+
+
+def read_grouping(workspace: Workspace, folder: str) -> Grouping | None:
+    """The grouping of an earlier run, None where there was none."""
+    try:
+        return Grouping.model_validate_json(workspace.read_bytes(f"{folder}/groups.json"))
+    except (WorkspaceError, ValueError):
+        return None
+
+
+@dataclass
+class Ingest(Stage):
+    """Reads groups of fragments: for each table a file by bucket."""
+
+    source: Fragments
+    folder: str
+    grouping: Grouping
+
+    name = "ingest"
+
+    def run(self, work: Work) -> Result:
+        """See Stage."""
+        tables: dict[TableName, list[Piece]] = {}
+        for fragment in self.grouping.fragments(work.shard.number):
+            for piece in self.source.read(fragment):
+                tables.setdefault(piece.table, []).append(piece)
+        files, counts = {}, {}
+        for name, pieces in tables.items():
+            data = [_rated(piece) if name == "interactions" else piece.data for piece in pieces]
+            table = pa.concat_tables(data)
+            counts[name] = table.num_rows
+            if name == "interactions":
+                counts["unrated"] = sum(p.data.num_rows for p in pieces if _unrated(p))
+            path = bucket_file(name, work.shard.number)
+            buckets = self.grouping.item_buckets if name == "items" else self.grouping.user_buckets
+            files[path] = write_buckets(work.workspace, f"{self.folder}/{path}", table, _key(name), buckets)
+        rows = sum(counts[name] for name in tables)
+        return Result(files, rows_in=rows, rows_out=rows, counts=counts)
+
+
+def bucket_file(table: str, group: int) -> str:
+    """Where a group's rows of a table lie, relative to the artifact."""
+    return f"{table}/{shard_file(group, '.arrow')}"
+
+
+def _key(table: TableName) -> str:
+    return ENTITIES[table][0] if table in ENTITIES else "user_id"
+
+
+def _unrated(piece: Piece) -> bool:
+    return piece.data["rating"].null_count == piece.data.num_rows
+
+
+def _rated(piece: Piece) -> pa.Table:
+    """Interactions with a rating each. Raises SchemaError for a null among others."""
+    values = ratings(piece.data["rating"], piece.name, piece.first_row)
+    return piece.data.set_column(2, "rating", pa.array(values, pa.float32()))
+
+
+def refuse_partly_rated(grouping: Grouping, cards: Mapping[str, Card]) -> None:
+    """Raises SchemaError where some fragments have ratings and others have none."""
+    by_group = {Shard.of_name(name).number: card.counts for name, card in cards.items()}
+    unrated = [n for n, counts in by_group.items() if counts.get("unrated")]
+    rated = [n for n, c in by_group.items() if int(c.get("unrated", 0)) < int(c.get("interactions", 0))]
+    if unrated and rated:
+        raise SchemaError(
+            f"{grouping.fragments(unrated[0])[0].path}: no row has a rating, but those of "
+            f"{grouping.fragments(rated[0])[0].path} have. Rate all interactions, or none: leave the column out."
+        )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The ingested files of a table, and where a row of one of their buckets stands in the source."""
+
+    source: Fragments
+    folder: str
+    grouping: Grouping
+    table: TableName
+    numbers: Sequence[int]  # groups with a file of the table
+    rows: int
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The table's columns, where no group has rows of it."""
+        return ENTITIES[self.table][1] if self.table in ENTITIES else INTERACTIONS
+
+    @property
+    def paths(self) -> list[str]:
+        """The files, relative to the workspace."""
+        return [f"{self.folder}/{bucket_file(self.table, number)}" for number in self.numbers]
+
+    def place(self, number: int, bucket: int, row: int) -> Place:
+        """Where the row of a bucket of a group's file stands in the source: only for errors, since it reads the group
+        again.
+        """
+        n_buckets = self.grouping.item_buckets if self.table == "items" else self.grouping.user_buckets
+        for fragment in self.grouping.fragments(number):
+            for piece in self.source.read(fragment):
+                if piece.table == self.table:
+                    order, bounds = bucket_order(piece.data[_key(self.table)].to_numpy(), n_buckets)
+                    rows = order[bounds[bucket] : bounds[bucket + 1]]
+                    if row < len(rows):
+                        at = int(rows[row])
+                        raw = self.source.raw_ids(piece, at) if self.table == "interactions" else ("", "")
+                        return Place(piece.name, piece.first_row + at, *raw)
+                    row -= len(rows)
+        raise IndexError(row)

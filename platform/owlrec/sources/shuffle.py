@@ -1,0 +1,188 @@
+"""Stage 2 of `prepare`: everything about some users, or some items, brought together, checked and sorted.
+
+A task is a bucket; where there are fewer shards than buckets, those buckets that are one shard. It reads its batch of
+every ingested file and writes one file with a batch per shard. All that can be refused is refused here, before the
+first table is touched.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from owlrec.ordered import rows_of
+from owlrec.runner import Result, Stage, Work
+from owlrec.schema import INTERACTIONS, Kind, shard_of
+from owlrec.sources.buckets import read_batches, write_batches
+from owlrec.sources.ingest import Groups
+from owlrec.sources.raw import (
+    Place,
+    TableName,
+    refuse_orphans,
+    refuse_repeated_ids,
+    refuse_repeated_interactions,
+    with_raw_ids,
+)
+from owlrec.sources.splits import Behaviors, Samples, SplitConfig, SplitValues, sample_counts
+from owlrec.storage import Storage
+from owlrec.workspace import Workspace, shard_file
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """How the shards of a kind are divided among tasks: task t makes the shards t, t + n, ... of n_shards."""
+
+    kind: Kind
+    n_buckets: int
+    n_shards: int
+
+    def __len__(self) -> int:
+        return min(self.n_buckets, self.n_shards)
+
+    def buckets(self, task: int) -> range:
+        """The buckets that a task reads."""
+        return range(task, self.n_buckets, len(self))
+
+    def shards(self, task: int) -> range:
+        """The shards that a task makes."""
+        return range(task, self.n_shards, len(self))
+
+    def order(self, ids: np.ndarray, task: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of a task's ids by shard, in their order within one, and where each of its shards begins."""
+        place = (shard_of(ids, self.n_shards) - task) // len(self)
+        n = len(self.shards(task))
+        order = np.argsort(place.astype(np.uint16) if n <= 1 << 16 else place, kind="stable")
+        return order, np.r_[0, np.cumsum(np.bincount(place, minlength=n))]
+
+
+@dataclass
+class Shuffle(Stage):
+    """Sorts buckets. Items come first: interactions are checked against them."""
+
+    folder: str
+    groups: Mapping[TableName, Groups]
+    tasks: Mapping[Kind, Tasks]
+    split: SplitConfig
+    positive_above: float
+    drop_orphans: bool
+    names: Mapping[str, str]  # of tables, in errors
+    _item_ids: np.ndarray | None = field(default=None, repr=False)
+
+    name = "shuffle"
+
+    def run(self, work: Work) -> Result:
+        """See Stage."""
+        return self._items(work) if work.shard.kind == "item" else self._users(work)
+
+    def _items(self, work: Work) -> Result:
+        task = work.shard.number
+        items, where = self._read(work.workspace, "items", self.tasks["item"].buckets(task))
+        refuse_repeated_ids(items, "item_id", where)
+        files = self._write(work, "items", _by_id(items, "item_id"), "item_id")
+        return Result(files, items.num_rows, items.num_rows, counts={"items": items.num_rows})
+
+    def _users(self, work: Work) -> Result:
+        buckets = self.tasks["user"].buckets(work.shard.number)
+        interactions, where = self._read(work.workspace, "interactions", buckets)
+        users, where_user = self._read(work.workspace, "users", buckets)
+        user, item, time = (interactions[c].to_numpy() for c in ("user_id", "item_id", "timestamp"))
+        if not self.groups["users"].source.has_users:
+            users = with_raw_ids(pc.unique(interactions["user_id"]), users)
+            where_user = lambda row: Place(self.names["users"], row)  # noqa: E731 - a row of no file
+        refuse_repeated_ids(users, "user_id", where_user)
+        users = _by_id(users, "user_id")
+
+        order = np.lexsort((item, time, user))
+        refuse_repeated_interactions(interactions, where, order)
+        orphan_item = rows_of(self._known_items(work.workspace), item) < 0
+        orphan_user = rows_of(users["user_id"].to_numpy(), user) < 0
+        rows_in = interactions.num_rows
+        if self.drop_orphans:
+            order = order[~(orphan_item | orphan_user)[order]]
+        else:
+            refuse_orphans(orphan_user, orphan_item, where, self.names)
+        interactions = interactions.take(pa.array(order))
+
+        files = self._write(work, "users", users, "user_id")
+        files |= self._write(work, "interactions", interactions, "user_id")
+        behaviors = behaviors_of(interactions)
+        samples = Samples.of(behaviors, self.split, self.positive_above)
+        values = SplitValues.of(behaviors, samples, self.split).table()
+        path = shuffled_file("split", work.shard.number)
+        files[path] = work.workspace.write_arrow(f"{self.folder}/{path}", values, values.schema)
+        counts = {"all_users": users.num_rows, "orphans_dropped": rows_in - len(order)}
+        return Result(files, rows_in, len(order), rows_in - len(order), counts | sample_counts(behaviors, samples))
+
+    def _read(
+        self, workspace: Workspace, table: TableName, buckets: Sequence[int]
+    ) -> tuple[pa.Table, Callable[[int], Place]]:
+        """The rows of some buckets, in the source's order within one, and what says where a row stands there."""
+        groups = self.groups[table]
+        batches = list(read_batches(workspace, groups.paths, buckets))
+        rows = [
+            (number, bucket, batch)
+            for number, file in zip(groups.numbers, batches, strict=True)
+            for bucket, batch in zip(buckets, file, strict=True)
+        ]
+
+        def where(row: int) -> Place:
+            for number, bucket, batch in rows:
+                if row < batch.num_rows:
+                    return groups.place(number, bucket, row)
+                row -= batch.num_rows
+            raise IndexError(row)
+
+        if not rows:
+            return groups.schema.empty_table(), where
+        return pa.Table.from_batches([batch for _, _, batch in rows]).combine_chunks(), where
+
+    def _write(self, work: Work, table: TableName, rows: pa.Table, key: str) -> dict:
+        """Writes rows that are sorted as a shard's are, one batch per shard."""
+        tasks, task = self.tasks[work.shard.kind], work.shard.number  # type: ignore[index]
+        order, bounds = tasks.order(rows[key].to_numpy(), task)
+        rows = rows.take(pa.array(order))
+        parts = (rows.slice(begin, end - begin) for begin, end in pairwise(bounds))
+        path = shuffled_file(table, task)
+        return {path: write_batches(work.workspace, f"{self.folder}/{path}", parts, rows.schema)}
+
+    def _known_items(self, workspace: Workspace) -> np.ndarray:
+        """The ids of all items, ascending: read once a worker, 80 MB of 10^7."""
+        if self._item_ids is None:
+            tasks = self.tasks["item"]
+            ids = [np.zeros(0, dtype=np.int64)]
+            for task in range(len(tasks)):
+                path = f"{self.folder}/{shuffled_file('items', task)}"
+                numbers = range(len(tasks.shards(task)))
+                for batches in read_batches(workspace, [path], numbers, ["item_id"]):
+                    ids += [batch.column(0).to_numpy() for batch in batches]
+            self._item_ids = np.sort(np.concatenate(ids))
+        return self._item_ids
+
+    def close(self) -> None:
+        """See Stage."""
+        self._item_ids = None
+
+
+def shuffled_file(table: str, task: int) -> str:
+    """Where a task's rows of a table lie, relative to the artifact."""
+    return f"{table}/{shard_file(task, '.arrow')}"
+
+
+def read_shuffled(storage: Storage, folder: str, table: str, task: int, place: int) -> pa.Table:
+    """One shard of a shuffled table. place: which of the task's shards."""
+    ((batch,),) = read_batches(storage, [f"{folder}/{shuffled_file(table, task)}"], [place])
+    return pa.Table.from_batches([batch])
+
+
+def behaviors_of(interactions: pa.Table) -> Behaviors:
+    """Interactions that are in order already."""
+    columns = (interactions[name].combine_chunks() for name in INTERACTIONS.names)
+    user, item, rating, time = (column.to_numpy() for column in columns)
+    return Behaviors(user, item, time, rating)
+
+
+def _by_id(table: pa.Table, key: str) -> pa.Table:
+    return table.take(pa.array(np.argsort(table[key].to_numpy(), kind="stable")))
