@@ -105,7 +105,9 @@ def _spill(
                 files[number].write(rows[bucket == number].data)
             start += len(ids)
     if start != n:
-        raise SourceError(f"{npy_path} has {n} vectors, but {ids_path} has {start} ids. They must be aligned, row by row.")
+        raise SourceError(
+            f"{npy_path} has {n} vectors, but {ids_path} has {start} ids. They must be aligned, row by row."
+        )
     return [np.memmap(path, record, "r") for path in paths if path.stat().st_size], total.hexdigest()
 
 

@@ -20,7 +20,8 @@ from owlrec.config import Config
 from owlrec.encoding.packed_codes import check_codes
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.schema import shard_of
-from owlrec.workspace import Workspace, fingerprint
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
 
 if TYPE_CHECKING:
     import faiss

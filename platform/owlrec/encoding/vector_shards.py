@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from owlrec.encoding.coded_vectors import codes_of, quantiser_folder
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.ordered import rows_of
-from owlrec.schema import shard_of, vector_matrix, vectors_schema, vectors_table
+from owlrec.schema import shard_of, vectors_schema, vectors_table
 from owlrec.workspace import Workspace, shard_file
 
 DIGEST_BYTES = 16  # BLAKE2b-128 of what a vector was made from
@@ -44,12 +45,12 @@ class VectorShard:
         table = workspace.map_arrow(path)
         try:
             about = table.schema.metadata or {}
-            digests = table["digest"].combine_chunks()
+            vectors = _whole(table["vector"])
             return cls(
                 kind=str(table["kind"][0]) if len(table) else "",
-                ids=table["id"].to_numpy(),
-                vectors=vector_matrix(table),
-                digests=_bytes_matrix(digests),
+                ids=_whole(table["id"]).to_numpy(),
+                vectors=vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size),
+                digests=_bytes_matrix(_whole(table["digest"])),
                 codes=codes_of(table)[0],
                 quantiser=about.get(_QUANTISER, b"").decode(),
                 encoder=about.get(_ENCODER, b"").decode(),
@@ -100,12 +101,12 @@ class VectorShards:
         names = self.workspace.names(self.folder, self.name)
         return [int(name.removesuffix(suffix)) for name in names if name.endswith(suffix)]
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """Components of a vector. Raises WorkspaceError where no shard has a file."""
-        for number in range(self.n_shards):
-            if (shard := self.shard(number)) is not None:
-                return int(shard.vectors.shape[1])
+        # Nearly always the first shard is there; only else the folder is listed.
+        if (shard := self.shard(0) or next(map(self.shard, self.numbers), None)) is not None:
+            return int(shard.vectors.shape[1])
         raise WorkspaceError(
             f"{self.workspace.path(self.folder, self.name)} holds no vectors. Run `encode` first, with the same recipe."
         )
@@ -174,9 +175,7 @@ class VectorShards:
             digests[at], mask[at] = shard.digests[rows], True
         return digests, mask
 
-    def sample(
-        self, rows: int, seed: int, numbers: Iterable[int] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, rows: int, seed: int, numbers: Iterable[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids and vectors of at most `rows` ids: int64 [n] and float16 [n, dim], always the same for a seed.
 
         Takes whole shards, in random order or in that of `numbers`, until there are enough. Shards are a hash of the
@@ -210,6 +209,11 @@ class VectorShards:
 def shard_order(n_shards: int, seed: int) -> list[int]:
     """The shards in the random order in which samples take them."""
     return [int(number) for number in np.random.default_rng(seed).permutation(n_shards)]
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; copies only where it is in several, which combine_chunks always does."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _bytes_matrix(column: pa.FixedSizeBinaryArray) -> np.ndarray:
