@@ -87,10 +87,9 @@ def _unchanged(rows: Rows, earlier: VectorShard | None) -> np.ndarray:
 def _coded(shard: VectorShard, earlier: VectorShard | None, at: np.ndarray, quantiser: Quantiser) -> VectorShard:
     """The shard with codes. at: see _unchanged; a vector that these codebooks coded already keeps its codes."""
     codes = np.zeros((len(at), len(quantiser.codebooks) + 1), dtype=np.uint16)
-    kept = at >= 0
-    if earlier is None or earlier.quantiser != quantiser.fingerprint:
-        kept[:] = False
-    else:
+    kept = np.zeros(len(at), dtype=bool)
+    if earlier is not None and len(earlier.ids) and earlier.quantiser == quantiser.fingerprint:
+        kept = at >= 0
         codes[kept] = earlier.codes[at[kept]]
     codes[~kept] = code_vectors(quantiser, shard.ids[~kept], shard.vectors[~kept])
     return replace(shard, codes=codes, quantiser=quantiser.fingerprint)
