@@ -34,10 +34,9 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     before, pending = finished_stage(workspace, "encode"), job.pending()
     if pending:
         forget_stages(workspace, from_stage("encode"))
-    log_path = workspace.log_path("ray")
-    with nullcontext() if pool.here or not pending else ray_session(recipe.ray, log_path):
-        with progress("encoding", None, "texts") as advance:
-            cards = job.run(pool, lambda card: advance(int(card.counts["encoded"])))
+    session = nullcontext() if pool.here or not pending else ray_session(recipe.ray, workspace.log_path("ray"))
+    with session, progress("encoding", None, "texts") as advance:
+        cards = job.run(pool, lambda card: advance(int(card.counts["encoded"])))
     content = {name: [file.sha256 for file in card.files.values()] for name, card in cards.items()}
     if before is not None and before.fingerprint == fingerprint(folder, content) and not pending:
         note("done already, nothing to do")
@@ -56,13 +55,15 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
 def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -> dict[str, Input]:
     """What the recipe has encoded: knowledge, and what else an arm reads."""
     arms = {arm_parts(arm)[0] for arm in recipe.ctr.arms}
-    texts: dict[str, Input] = {f"knowledge-{kind}": KnowledgeTexts(knowledge, kind) for kind in KINDS}
-    inputs = {name: source for name, source in texts.items() if source.digests(workspace)}
-    for kind in TABLES:
+    inputs: dict[str, Input] = {}
+    for kind in KINDS:
+        texts = KnowledgeTexts(knowledge, kind)
         imported = imported_vectors(workspace, kind)
         if imported is not None:
             _refuse_other_dim(recipe, workspace.path(imported.folder), imported.dim)
-            inputs[f"knowledge-{kind}"] = WithImported(texts[f"knowledge-{kind}"], imported.folder)
+            inputs[f"knowledge-{kind}"] = WithImported(texts, imported.folder)
+        elif texts.digests(workspace):
+            inputs[f"knowledge-{kind}"] = texts
     if "metadata" in arms:
         inputs |= {"metadata-user": UserMetadata(), "metadata-item": ItemMetadata()}
     # Where there is no individual knowledge, `shuffled` reads that of cohorts.

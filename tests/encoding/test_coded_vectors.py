@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.coded_vectors import codes_of, fit_codebooks, read_quantisers, read_reports
+from owlrec.encoding.coded_vectors import codes_of, fit_codebooks, read_quantisers, read_reports, with_codes
 from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors
 from owlrec.errors import SchemaError
 from owlrec.schema import vectors_table
@@ -17,11 +17,6 @@ CONFIG = SemanticIdConfig(levels=2, codes_per_level=8, method="kmeans")
 
 def some_vectors(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n, 4)).astype(np.float16)
-
-
-def with_codes(table: pa.Table, codes: list[list[int]]) -> pa.Table:
-    column = table.schema.get_field_index("codes")
-    return table.set_column(column, table.schema.field(column), [pa.array(codes, pa.list_(pa.uint16()))])
 
 
 def test_codebooks_and_reports_are_kept_by_source_and_kind(tmp_path: Path) -> None:
@@ -49,12 +44,12 @@ def test_codebooks_that_are_there_stay(tmp_path: Path) -> None:
 
 
 def test_codes_are_read_beside_rows_without_any() -> None:
-    table = with_codes(vectors_table("item", np.arange(3), np.zeros((3, 2))), [[1, 2]] * 3)
+    table = with_codes(vectors_table("item", np.arange(3), np.zeros((3, 2))), np.array([[1, 2]] * 3))
     mixed = pa.concat_tables([table.slice(1, 1), vectors_table("item", np.array([7]), np.zeros((1, 2)))])
     codes, mask = codes_of(mixed)
     assert (codes.dtype, codes.tolist(), mask.tolist()) == (np.uint16, [[1, 2], [0, 0]], [True, False])
     none, nowhere = codes_of(mixed.slice(1))
     assert (none.shape, nowhere.tolist()) == ((1, 0), [False])
-    other = with_codes(table, [[0] * 4] * 3)
+    other = with_codes(table, np.zeros((3, 4)))
     with pytest.raises(SchemaError, match="rows have 2 and 4 codes"):
         codes_of(pa.concat_tables([table, other]))

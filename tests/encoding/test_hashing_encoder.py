@@ -11,7 +11,6 @@ from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.hashing_encoder import HashingEncoder
 from owlrec.errors import EngineError
 
-
 NONZERO, SIGNS = [5, 53, 91, 123, 144, 165, 207, 249], [1, -1, -1, 1, 1, -1, -1, 1]  # of "owl"
 
 

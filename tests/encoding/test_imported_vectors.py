@@ -99,7 +99,9 @@ def test_a_workspace_without_shards_is_refused(tmp_path: Path, npy: Path) -> Non
         (70000, "row 1: .*70000, which is too large for float16"),
     ],
 )
-def test_component_that_float16_cannot_hold_is_refused(tmp_path: Path, prepared: Workspace, value: float, message: str) -> None:
+def test_component_that_float16_cannot_hold_is_refused(
+    tmp_path: Path, prepared: Workspace, value: float, message: str
+) -> None:
     ids = saved(tmp_path / "ids.npy", np.arange(2))
     with pytest.raises(SourceError, match=message):
         import_vectors(prepared, "item", saved(tmp_path / "v.npy", np.array([[1.0, 2.0], [3.0, value]])), ids)
@@ -136,7 +138,9 @@ def test_wrong_ids_are_refused(tmp_path: Path, prepared: Workspace, npy: Path, i
         (b"1\n1\n3\n", "row 1: id 1 occurs"),
     ],
 )
-def test_wrong_id_lines_are_refused(tmp_path: Path, prepared: Workspace, npy: Path, content: bytes, message: str) -> None:
+def test_wrong_id_lines_are_refused(
+    tmp_path: Path, prepared: Workspace, npy: Path, content: bytes, message: str
+) -> None:
     (tmp_path / "ids.txt").write_bytes(content)
     with pytest.raises(SourceError, match=message):
         import_vectors(prepared, "item", npy, tmp_path / "ids.txt")

@@ -168,7 +168,11 @@ def test_metadata_is_encoded_by_shard_with_titles_of_all_items(world: Workspace,
     histories = pa.Table.from_pylist(
         [{"user_id": u, "as_of": 5, "items": [8, 7, 9], "ratings": [1.0, 5.0, None]} for u in (1, 2)], HISTORIES
     )
-    for name, table, key in (("items", items, "item_id"), ("users", users, "user_id"), ("histories", histories, "user_id")):
+    for name, table, key in (
+        ("items", items, "item_id"),
+        ("users", users, "user_id"),
+        ("histories", histories, "user_id"),
+    ):
         world.write_table(name, table, key=key)
     job = EncodingJob(world, "vectors/v", CONFIG, {"metadata-user": UserMetadata(), "metadata-item": ItemMetadata()})
     job.run(Pool())

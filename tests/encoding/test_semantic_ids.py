@@ -101,7 +101,9 @@ class TestQuantiser:
         loaded = Quantiser.load(workspace, "semantic_ids/item")
         assert (loaded.config, loaded.fingerprint) == (quantiser.config, quantiser.fingerprint)
         train_quantiser(gaussian(200, seed=3), small(method)).save(workspace, "semantic_ids/item")
-        assert Quantiser.load(workspace, "semantic_ids/item").fingerprint == quantiser.fingerprint  # the first one stays
+        assert (
+            Quantiser.load(workspace, "semantic_ids/item").fingerprint == quantiser.fingerprint
+        )  # the first one stays
         np.testing.assert_array_equal(loaded.encode(gaussian(50, seed=9)), quantiser.encode(gaussian(50, seed=9)))
         np.testing.assert_array_equal(loaded.decode(loaded.encode(vectors)), quantiser.decode(loaded.encode(vectors)))
 
@@ -121,7 +123,9 @@ class TestQuantiser:
         vectors = np.array([[data.draw(values) for _ in range(d)] for _ in range(n)], dtype=np.float32)
         quantiser = train_quantiser(vectors, small(method, codes_per_level=8))
         report = measured(quantiser, vectors, np.arange(n))
-        assert report.unique_rate_with_digit > 0.95  # of at most 40 ids two share codes and digit once in a hundred runs
+        assert (
+            report.unique_rate_with_digit > 0.95
+        )  # of at most 40 ids two share codes and digit once in a hundred runs
         assert np.isfinite(report.relative_error)
 
 

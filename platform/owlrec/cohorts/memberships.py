@@ -40,8 +40,8 @@ def memberships(cohorts: pa.Table) -> pa.Table:
 def member_vectors(table: pa.Table, gather: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Of each member the mean of its cohorts' vectors, of length 1: float32 [n, d]; zeros where none has a vector.
 
-    table: n rows of schema.MEMBERSHIPS. gather: vectors [k, d] and mask bool [k] of int64 [k] ids of cohorts; a cohort of
-    many members is gathered once.
+    table: n rows of schema.MEMBERSHIPS. gather: vectors [k, d] and mask bool [k] of int64 [k] ids of cohorts, each
+    asked for once however many members it has.
     """
     lists = table["cohorts"].combine_chunks()
     cohorts, at = np.unique(lists.flatten().to_numpy(), return_inverse=True)

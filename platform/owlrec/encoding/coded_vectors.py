@@ -35,6 +35,15 @@ def fit_codebooks(
     return report
 
 
+def with_codes(table: pa.Table, codes: np.ndarray) -> pa.Table:
+    """A vectors table with these semantic ids: uint16 [n, levels + 1], aligned with its rows."""
+    n, width = codes.shape
+    offsets = pa.array(np.arange(n + 1, dtype=np.int32) * width)
+    lists = pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(codes, dtype=np.uint16).reshape(-1)))
+    column = table.schema.get_field_index("codes")
+    return table.set_column(column, table.schema.field(column), lists)
+
+
 def codes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """The semantic ids in a vectors table: (uint16 [n, width], mask bool [n]), zeros and False where a row has none.
 

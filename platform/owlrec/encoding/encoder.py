@@ -29,10 +29,8 @@ _SMALL_FILE_BYTES = 1 << 20  # configuration and vocabularies, whose content is 
 class TextEncoder(Protocol):
     """What encodes texts."""
 
-    dimension: int
-
     def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
-        """Vectors aligned with `texts`: float32 [n, dimension]; see Encoder."""
+        """Vectors aligned with `texts`: float32 [n, d]; see Encoder."""
 
 
 class EncoderConfig(Config):
@@ -67,7 +65,7 @@ class EncoderConfig(Config):
         name = self.model if self.model in _PACKAGED else folder.name
         return f"{name}@{self.max_tokens}-{fingerprint(files)[:16]}"
 
-    def load(self) -> TextEncoder:
+    def load(self) -> "Encoder | HashingEncoder":
         """The encoder that `model` names. Raises EngineError as it does."""
         return HashingEncoder() if self.model == HASHING else Encoder(self)
 

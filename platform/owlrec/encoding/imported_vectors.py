@@ -1,8 +1,8 @@
 """Vectors that another encoder made, as NumPy arrays, into shards of the form that `encode` writes.
 
 Two passes over the array, whatever its size: the first converts a slice at a time and sorts its rows into buckets of
-shards on the local disk, the second reads one bucket at a time and writes its shards. Pickled arrays are refused: reading
-one would run the code of whoever made the file.
+shards on the local disk, the second reads one bucket at a time and writes its shards. Pickled arrays are refused:
+reading one runs code that the file brings.
 """
 
 import hashlib

@@ -19,7 +19,8 @@ from typing import Protocol
 import numpy as np
 
 from owlrec.cohorts.memberships import member_vectors, memberships
-from owlrec.encoding.encoder import EncoderConfig, TextEncoder
+from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding.hashing_encoder import HashingEncoder
 from owlrec.encoding.vector_shards import DIGEST_BYTES, VectorShard, VectorShards
 from owlrec.encoding.vectors import item_metadata, user_metadata
 from owlrec.errors import SchemaError
@@ -31,7 +32,7 @@ from owlrec.workspace import Workspace, shard_file, table_file
 
 
 class Resources:
-    """What all shards of a process share, each loaded when it is first needed. Pickling leaves what was loaded behind."""
+    """What all shards of a process share, loaded when it is first needed. Pickling leaves what was loaded behind."""
 
     def __init__(self, workspace: Workspace, config: EncoderConfig) -> None:
         self.workspace, self.config = workspace, config
@@ -40,7 +41,7 @@ class Resources:
         return Resources, (self.workspace, self.config)
 
     @cached_property
-    def encoder(self) -> TextEncoder:
+    def encoder(self) -> Encoder | HashingEncoder:
         """The recipe's encoder. Raises EngineError where it cannot be loaded."""
         return self.config.load()
 

@@ -6,6 +6,7 @@ added. Later runs code with the same codebooks, whatever has been added meanwhil
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from owlrec.encoding.coded_vectors import CODED_KINDS, CODED_SOURCES, fit_codebooks, quantiser_folder
 from owlrec.encoding.encoder import EncoderConfig
@@ -14,6 +15,7 @@ from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.encoding.stage import EncodeStage
 from owlrec.encoding.vector_shards import VectorShards, shard_order
 from owlrec.runner import Pool, pending_shards, run_stage
+from owlrec.schema import Kind
 from owlrec.shards import Card, Shard
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
@@ -98,5 +100,5 @@ class EncodingJob:
             fit_codebooks(self.workspace, self.folder, name, ids, vectors, config)
 
 
-def _kind(name: str) -> str:
-    return name.rpartition("-")[2]
+def _kind(name: str) -> Kind:
+    return cast(Kind, name.rpartition("-")[2])

@@ -144,7 +144,7 @@ class Quantiser:
         faiss.copy_array_to_vector(np.concatenate(self.codebooks).ravel(), quantiser.codebooks)
         quantiser.is_trained = True
         quantiser.use_beam_LUT = 1  # distances by tables of products: four times as fast, and .3 % of codes differ
-        quantiser.compute_codebook_tables()
+        quantiser.compute_codebook_tables()  # type: ignore[attr-defined]
         return faiss.unpack_bitstrings(quantiser.compute_codes(vectors), len(self.codebooks), bits)
 
     def _nearest(self, vectors: np.ndarray) -> np.ndarray:
@@ -173,8 +173,8 @@ def code_vectors(quantiser: Quantiser, ids: np.ndarray, vectors: np.ndarray) -> 
     """The semantic ids of `ids`: uint16 [n, levels + 1], the codes of each vector and a last digit that tells ids with
     equal codes apart (TIGER, sec. 3.1).
 
-    The digit is 16 bits of a hash of the id, not a count over all ids: it needs no other id, and stays the same in every
-    shard and refresh. Two ids with equal codes share the digit with probability 2^-16 per pair.
+    The digit is 16 bits of a hash of the id, not a count over all ids: it needs no other id, and stays the same in
+    every shard and refresh. Two ids with equal codes share the digit with probability 2^-16 per pair.
     ids: int64 [n]; vectors: float [n, d], aligned. Raises SchemaError as Quantiser.encode.
     """
     if len(ids) != len(vectors):

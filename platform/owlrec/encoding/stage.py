@@ -1,7 +1,7 @@
 """The stage that encodes: a shard of texts (or of members of cohorts) becomes a file of vectors.
 
-It is incremental by row: where a shard was encoded before, rows whose text has the digest it had keep their vectors, and
-their codes where the codebooks are the same.
+It is incremental by row: where a shard was encoded before, rows whose text has the digest it had keep their vectors,
+and their codes where the codebooks are the same.
 """
 
 from collections.abc import Mapping

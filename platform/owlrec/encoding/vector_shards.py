@@ -2,7 +2,7 @@
 
 `encode` writes them, training, releases and refreshes read them. A file holds the rows of one shard in ascending order
 of id, uncompressed, so that a reader maps what it needs and copies only the rows it asks for; from an object store each
-file is fetched once per node. An id without a vector is normal (a new user): it yields zeros and a mask, never an error.
+file is fetched once per node. An id without a vector is normal (a new user): it yields zeros and a mask, no error.
 """
 
 import threading
@@ -10,15 +10,16 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.coded_vectors import codes_of, quantiser_folder
+from owlrec.encoding.coded_vectors import codes_of, quantiser_folder, with_codes
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.ordered import rows_of
-from owlrec.schema import shard_of, vectors_schema, vectors_table
+from owlrec.schema import Kind, shard_of, vectors_schema, vectors_table
 from owlrec.workspace import Workspace, shard_file
 
 DIGEST_BYTES = 16  # BLAKE2b-128 of what a vector was made from
@@ -63,16 +64,14 @@ class VectorShard:
 
     def table(self) -> pa.Table:
         """The rows as written: vectors_schema and `digest`."""
-        n, width = self.codes.shape
-        plain = vectors_table(self.kind, self.ids, self.vectors)
-        offsets = pa.array(np.arange(n + 1, dtype=np.int32) * width)
-        codes = pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(self.codes).reshape(-1), pa.uint16()))
+        n = len(self.ids)
+        plain = with_codes(vectors_table(self.kind, self.ids, self.vectors), self.codes)
         digests = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(DIGEST_BYTES), n, [None, pa.py_buffer(np.ascontiguousarray(self.digests, dtype=np.uint8))]
         )
         schema = vectors_schema(self.vectors.shape[1]).append(pa.field("digest", pa.binary(DIGEST_BYTES)))
         schema = schema.with_metadata({_QUANTISER: self.quantiser.encode(), _ENCODER: self.encoder.encode()})
-        return pa.table([plain["kind"], plain["id"], plain["vector"], codes, digests], schema=schema)
+        return pa.table([*plain.columns, digests], schema=schema)
 
 
 class VectorShards:
@@ -85,7 +84,7 @@ class VectorShards:
     def __init__(self, workspace: Workspace, folder: str, name: str) -> None:
         """Reads nothing yet. name: `<source>-<kind>`, whose kind says how many shards there are."""
         self.workspace, self.folder, self.name = workspace, folder, name
-        self.kind = name.rpartition("-")[2]
+        self.kind = cast(Kind, name.rpartition("-")[2])
         self.n_shards = workspace.n_shards(self.kind)
         self._open: OrderedDict[int, VectorShard | None] = OrderedDict()
         self._lock = threading.Lock()

@@ -76,7 +76,8 @@ def user_metadata(users: pa.Table, catalog: ItemCatalog, histories: pa.Table) ->
     ends = np.cumsum(items.value_lengths().to_numpy()).tolist()
     profiles = {row["user_id"]: row for row in users.to_pylist()}
     ids, texts = histories["user_id"].to_pylist(), []
-    for user, start, end, ratings in zip(ids, [0, *ends], ends, histories["ratings"].to_pylist()):
+    starts = [0, *ends[:-1]] if ends else []
+    for user, start, end, ratings in zip(ids, starts, ends, histories["ratings"].to_pylist(), strict=True):
         if user not in profiles:
             raise SchemaError(
                 f"histories, user {user}: the users table has no such row. Run `prepare` again: the tables are of "
