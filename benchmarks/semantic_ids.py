@@ -12,17 +12,17 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-import pyarrow as pa
 
 from benchmarks.table import Figure, options_parser, show
 from owlrec.encoding.code_quality import QuantisationReport, measure_codes
-from owlrec.encoding.coded_vectors import CODED_KINDS, code_vectors, codes_of, read_quantisers
-from owlrec.encoding.encoder import Encoder, EncoderConfig
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
-from owlrec.encoding.vectors import encode_texts, item_metadata, user_metadata
+from owlrec.encoding.coded_vectors import CODED_KINDS
+from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.encoding.vector_shards import VectorShards
+from owlrec.encoding.vectors import item_metadata, user_metadata
 from owlrec.errors import SourceError
 from owlrec.scenario import get_scenario
-from owlrec.schema import vectors_table
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import SplitConfig, build_samples
 from owlrec.workspace import Workspace
@@ -30,6 +30,7 @@ from owlrec.workspace import Workspace
 OURS = "owlrec (beam search)"
 GREEDY = "residual k-means, level by level"
 PRODUCT = "product quantisation, 3 bytes"
+_MOST_VECTORS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,21 @@ def main() -> None:
 
 
 def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
-    workspace, folder = Workspace(options.vectors.resolve().parent), options.vectors.resolve().name
-    quantisers = read_quantisers(workspace, folder, options.source)
-    files = {kind: f"{folder}/{options.source}-{kind}.parquet" for kind in CODED_KINDS}
-    tables = {kind: workspace.read_parquet(file) for kind, file in files.items() if workspace.exists(file)}
-    if not tables:
+    folder = options.vectors.resolve()
+    workspace, coded = Workspace(folder.parent.parent), {}
+    for kind in CODED_KINDS:
+        shards = VectorShards(workspace, f"vectors/{folder.name}", f"{options.source}-{kind}")
+        if shards.numbers:
+            ids, vectors = shards.sample(_MOST_VECTORS, seed=0)
+            quantiser = shards.quantiser()
+            coded[kind] = (
+                Coded(vectors.astype(np.float32), shards.codes(ids)[0], quantiser) if quantiser else _code(ids, vectors)
+            )
+    if not coded:
         raise SourceError(
             f"{options.vectors} holds no {options.source} vectors. Name a folder that `encode` wrote, or another "
             "--source."
         )
-    coded = {}
-    for kind, table in tables.items():
-        if kind in quantisers:
-            codes, mask = codes_of(table)
-            coded[kind] = Coded(_matrix(table)[mask], codes[mask], quantisers[kind])
-        else:
-            coded[kind] = _code(table)
     return coded
 
 
@@ -82,14 +82,18 @@ def _of_metadata(options: argparse.Namespace) -> dict[str, Coded]:
     most = 300 if options.quick else None
     raw = MovieLens100KSource(type="movielens-100k", max_users=most, max_items=most).load()
     split = build_samples(raw.interactions, SplitConfig(), get_scenario("movies").positive_above)
-    texts = {"user": user_metadata(raw.users, raw.items, split.histories), "item": item_metadata(raw.items)}
-    encoder = Encoder(EncoderConfig())
-    return {kind: _code(encode_texts(kind, ids, lines, encoder)) for kind, (ids, lines) in texts.items()}
+    texts = {
+        "user": user_metadata(raw.users, ItemCatalog(raw.items), split.histories),
+        "item": item_metadata(raw.items),
+    }
+    encoder = EncoderConfig().load()
+    return {kind: _code(ids, encoder.encode(lines)) for kind, (ids, lines) in texts.items()}
 
 
-def _code(table: pa.Table) -> Coded:
-    found = code_vectors(table, SemanticIdConfig())
-    return Coded(_matrix(found.table), codes_of(found.table)[0], found.quantiser)
+def _code(ids: np.ndarray, vectors: np.ndarray) -> Coded:
+    vectors = vectors.astype(np.float32)
+    quantiser = train_quantiser(vectors, SemanticIdConfig())
+    return Coded(vectors, code_vectors(quantiser, ids, vectors), quantiser)
 
 
 def _figures(kind: str, report: QuantisationReport, method: str = OURS) -> list[Figure]:
@@ -139,8 +143,8 @@ def _together(coded: dict[str, Coded], reports: dict[str, QuantisationReport]) -
 
 def _peers(kind: str, vectors: np.ndarray, ours: QuantisationReport) -> list[Figure]:
     """Relative error and unique ids of other quantisers of 3 x 256 codes, trained on the same vectors."""
-    table = vectors_table(kind, np.arange(len(vectors)), vectors)
-    greedy = code_vectors(table, SemanticIdConfig(method="kmeans")).report
+    quantiser = train_quantiser(vectors, SemanticIdConfig(method="kmeans"))
+    greedy = measure_codes(quantiser, code_vectors(quantiser, np.arange(len(vectors)), vectors), vectors)
     errors = {OURS: ours.relative_error, GREEDY: greedy.relative_error}
     unique = {OURS: ours.unique_rate, GREEDY: greedy.unique_rate}
     if vectors.shape[1] % 3 == 0 and len(vectors) >= 256:
@@ -165,12 +169,6 @@ def _peers(kind: str, vectors: np.ndarray, ours: QuantisationReport) -> list[Fig
                 )
             )
     return figures
-
-
-def _matrix(table: pa.Table) -> np.ndarray:
-    column = table["vector"].combine_chunks()
-    flat = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    return flat.reshape(len(table), column.type.list_size)
 
 
 if __name__ == "__main__":

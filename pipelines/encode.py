@@ -1,74 +1,111 @@
-"""Knowledge to vectors, and the metadata-only vectors of the control arm, beside memory-mapped copies for training."""
+"""Encodes knowledge, and the metadata of the control arm, into shards of vectors with semantic ids."""
 
-import pyarrow as pa
+from contextlib import nullcontext
 
-from owlrec import __version__
-from owlrec.cohorts.memberships import iterate_memberships, member_vectors
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.encoding.coded_vectors import CODED_KINDS, code_vectors
-from owlrec.encoding.importing_vectors import imported_vectors, take_imported
-from owlrec.encoding.vectors import encode_knowledge, encode_texts, item_metadata, user_metadata
-from owlrec.errors import SchemaError
-from owlrec.generation.job import read_knowledge
-from owlrec.ops.console import note, progress
+from owlrec.ctr.arms import arm_parts
+from owlrec.encoding.coded_vectors import read_reports
+from owlrec.encoding.imported_vectors import imported_vectors
+from owlrec.encoding.inputs import Input, ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported
+from owlrec.encoding.job import EncodingJob
+from owlrec.encoding.vector_shards import VectorShards
+from owlrec.errors import SourceError
+from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
-from owlrec.schema import KINDS
-from owlrec.shards import Card, needed_stage
+from owlrec.runner import Pool
+from owlrec.schema import KINDS, TABLES
+from owlrec.shards import Card, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.cohorts import cohorts_folder
-from pipelines.stage import Counts, Outputs, execute, main
+from pipelines.session import ray_session
+from pipelines.stage import Counts, from_stage, main
 
 
 def run(recipe: Recipe, workspace: Workspace) -> Card:
-    """Encodes what `generate` wrote; each kind and source is a vectors table and a folder that training maps."""
-    generated = needed_stage(workspace, "generate", "no knowledge yet")
-    settings = recipe.encoder.model_dump(include={"max_tokens", "semantic_ids"})
-    files = [p for p in map(imported_vectors, ("user", "item")) if workspace.exists(p)]
-    settings |= {path: workspace.digest(path) for path in files}
-    cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
-    print_ = fingerprint(generated.fingerprint, recipe.encoder.identity, settings, cohorts, __version__)
+    """Encodes what `generate` wrote, and of that only what is new or has changed."""
+    stage_header("encode", recipe.encoder.model)
+    watch, knowledge = Stopwatch(), needed_stage(workspace, "generate", "no knowledge yet").outputs["knowledge"]
+    # What changes a vector, and nothing else: no batch size, device or precision. Half precision on a GPU moves a
+    # component by about as much as float16 storage rounds it.
+    print_ = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, knowledge)
     folder = f"vectors/{print_[:16]}"
+    job = EncodingJob(workspace, folder, recipe.encoder, _inputs(recipe, workspace, knowledge, folder))
+    pool = _pool(recipe, workspace)
+    before, pending = finished_stage(workspace, "encode"), job.pending()
+    if pending:
+        forget_stages(workspace, from_stage("encode"))
+    session = nullcontext() if pool.here or not pending else ray_session(recipe.ray, workspace.log_path("ray"))
+    with session, progress("encoding", None, "texts") as advance:
+        cards = job.run(pool, lambda card: advance(int(card.counts["encoded"])))
+    content = {name: [file.sha256 for file in card.files.values()] for name, card in cards.items()}
+    if before is not None and before.fingerprint == fingerprint(folder, content) and not pending:
+        note("done already, nothing to do")
+        return before
+    outputs = {"vectors": folder, "knowledge": knowledge}
+    return finish_stage(
+        workspace,
+        "encode",
+        fingerprint(folder, content),
+        counts=_counts(workspace, folder, cards),
+        outputs=outputs,
+        seconds=watch.seconds,
+    )
 
-    def body() -> tuple[Counts, Outputs]:
-        knowledge = {kind: read_knowledge(workspace, generated.outputs["knowledge"], kind) for kind in KINDS}
-        users, items, histories = (workspace.read_table(t) for t in ("users", "items", "histories"))
-        metadata = {"user": user_metadata(users, items, histories), "item": item_metadata(items)}
-        total = sum(t.num_rows for t in knowledge.values()) + sum(len(ids) for ids, _ in metadata.values())
-        encoder = recipe.encoder.load()
-        counts: Counts = {"dim": encoder.dimension}
 
-        def keep(source: str, kind: str, table: pa.Table) -> None:
-            name = f"{source}-{kind}"
-            sizes: tuple[int, ...] = ()
-            counts[f"{source}_{kind}"] = table.num_rows
-            # Members of a cohort share its vector, and have its name for a category.
-            if recipe.encoder.semantic_ids and kind in CODED_KINDS and source != "collective" and table.num_rows:
-                try:
-                    coded = code_vectors(table, recipe.encoder.semantic_ids)
-                    coded.save(workspace, folder, name)
-                    counts.update({f"{source}_{kind}_{figure}": n for figure, n in coded.report.counts().items()})
-                    table, sizes = coded.table, coded.quantiser.sizes
-                except SchemaError as error:  # too many equal vectors, say: what was encoded is worth more than its ids
-                    note(f"{name} has no semantic ids: {error}")
-            workspace.write_parquet(f"{folder}/{name}.parquet", table)
-            KnowledgeTable.from_table(table, kind, sizes).save(workspace.local_path(folder, name))
+def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -> dict[str, Input]:
+    """What the recipe has encoded: knowledge, and what else an arm reads."""
+    arms = {arm_parts(arm)[0] for arm in recipe.ctr.arms}
+    inputs: dict[str, Input] = {}
+    for kind in KINDS:
+        texts = KnowledgeTexts(knowledge, kind)
+        imported = imported_vectors(workspace, kind)
+        if imported is not None:
+            _refuse_other_dim(recipe, workspace.path(imported.folder), imported.dim)
+            inputs[f"knowledge-{kind}"] = WithImported(texts, imported.folder)
+        elif texts.digests(workspace):
+            inputs[f"knowledge-{kind}"] = texts
+    if "metadata" in arms:
+        inputs |= {"metadata-user": UserMetadata(), "metadata-item": ItemMetadata()}
+    # Where there is no individual knowledge, `shuffled` reads that of cohorts.
+    reads = {"collective", "both"} | ({"shuffled"} if recipe.prompts.mode == "collective" else set())
+    cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
+    if cohorts is not None and arms & reads:
+        inputs |= {f"collective-{kind}": Members(cohorts, folder, kind) for kind in TABLES}
+    return inputs
 
-        with progress("encoding", total, "texts") as advance:
-            for kind in KINDS:
-                ready = take_imported(workspace, kind, encoder.dimension) if kind in metadata else None
-                table = encode_knowledge(knowledge[kind], encoder, advance) if ready is None else ready
-                if table.num_rows:
-                    keep("knowledge", kind, table)
-                if kind in metadata:
-                    keep("metadata", kind, encode_texts(kind, *metadata[kind], encoder, advance))
-                if kind == "cohort" and cohorts is not None:
-                    for of in ("user", "item"):
-                        members = pa.concat_tables(iterate_memberships(workspace, cohorts, (of,)))
-                        keep("collective", of, member_vectors(members, table))
-        return counts, {"vectors": folder, "knowledge": generated.outputs["knowledge"]}
 
-    return execute(workspace, "encode", print_, f"{recipe.encoder.model}", body)
+def _refuse_other_dim(recipe: Recipe, path: str, dim: int) -> None:
+    expected = recipe.encoder.load().dimension
+    if dim != expected:
+        raise SourceError(
+            f"{path} has vectors of {dim} components, but the recipe's encoder gives {expected}: a release has one "
+            "dimension, and so have the arms of an experiment. Name an encoder of the same, or remove the folder."
+        )
+
+
+def _pool(recipe: Recipe, workspace: Workspace) -> Pool:
+    encoder = recipe.encoder
+    return Pool(
+        here=encoder.replicas == 1 and not encoder.gpus,
+        min_workers=encoder.replicas,
+        max_workers=encoder.replicas,
+        cpus=encoder.threads or 1,
+        gpus=encoder.gpus,
+        log_path=str(workspace.log_path("encode")),
+    )
+
+
+def _counts(workspace: Workspace, folder: str, cards: dict[str, Card]) -> Counts:
+    """Rows by `<source>_<kind>`, the vectors' dimension and what their codes are worth."""
+    counts: Counts = {}
+    for name, card in cards.items():
+        table = name.partition("/")[0].replace("-", "_")
+        counts[table] = int(counts.get(table, 0)) + card.rows_out
+    if cards:
+        counts["dim"] = VectorShards(workspace, folder, next(iter(cards)).partition("/")[0]).dim
+    for name, report in read_reports(workspace, folder).items():
+        counts |= {f"{name.replace('-', '_')}_{figure}": n for figure, n in report.counts().items()}
+    return counts
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Knowledge in and out: a file made elsewhere stands in for `generate`; what was generated goes out as one file."""
 
-from owlrec.encoding.importing_vectors import imported_vectors, read_vectors
+from owlrec.encoding.imported_vectors import import_vectors as shard_vectors
 from owlrec.errors import WorkspaceError
 from owlrec.generation.adoption import adopt
 from owlrec.generation.exporting import export_jsonl, export_parquet
@@ -40,12 +40,9 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
 
 
 def import_vectors(workspace: Workspace, kind: Kind, vectors: str, ids: str) -> int:
-    """Keeps vectors made elsewhere, which `encode` then takes in place of its own of that kind; how many there are."""
+    """Takes in vectors made elsewhere, which `encode` then prefers to its own for their ids; how many there are."""
     stage_header("import", f"{kind} vectors from {vectors}")
-    table = read_vectors(vectors, ids, kind)
-    forget_stages(workspace, from_stage("encode"))
-    workspace.write_parquet(imported_vectors(kind), table)
-    return int(table.num_rows)
+    return shard_vectors(workspace, kind, vectors, ids).rows
 
 
 def export_knowledge(workspace: Workspace, path: str, kind: Kind | None = None) -> int:

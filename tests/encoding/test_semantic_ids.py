@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from owlrec.encoding.code_quality import QuantisationReport, measure_codes
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, train_quantiser, with_duplicate_digit
+from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
 from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.schema import shard_of
 from owlrec.workspace import Workspace
 
 METHODS = ("faiss", "kmeans")
@@ -22,7 +23,7 @@ def small(method: Any, **changes: Any) -> SemanticIdConfig:
 
 
 def measured(quantiser: Quantiser, vectors: np.ndarray, ids: np.ndarray) -> QuantisationReport:
-    return measure_codes(quantiser, with_duplicate_digit(quantiser.encode(vectors), ids), vectors)
+    return measure_codes(quantiser, code_vectors(quantiser, ids, vectors), vectors)
 
 
 def gaussian(n: int, d: int = 12, seed: int = 0) -> np.ndarray:
@@ -97,9 +98,12 @@ class TestQuantiser:
         vectors = gaussian(200)
         quantiser = train_quantiser(vectors, small(method))
         quantiser.save(workspace, "semantic_ids/item")
-        assert workspace.names("semantic_ids", "item") == ["codebooks.safetensors", "quantiser.json"]
         loaded = Quantiser.load(workspace, "semantic_ids/item")
-        assert loaded.config == quantiser.config
+        assert (loaded.config, loaded.fingerprint) == (quantiser.config, quantiser.fingerprint)
+        train_quantiser(gaussian(200, seed=3), small(method)).save(workspace, "semantic_ids/item")
+        assert (
+            Quantiser.load(workspace, "semantic_ids/item").fingerprint == quantiser.fingerprint
+        )  # the first one stays
         np.testing.assert_array_equal(loaded.encode(gaussian(50, seed=9)), quantiser.encode(gaussian(50, seed=9)))
         np.testing.assert_array_equal(loaded.decode(loaded.encode(vectors)), quantiser.decode(loaded.encode(vectors)))
 
@@ -119,7 +123,9 @@ class TestQuantiser:
         vectors = np.array([[data.draw(values) for _ in range(d)] for _ in range(n)], dtype=np.float32)
         quantiser = train_quantiser(vectors, small(method, codes_per_level=8))
         report = measured(quantiser, vectors, np.arange(n))
-        assert report.unique_rate_with_digit == 1
+        assert (
+            report.unique_rate_with_digit > 0.95
+        )  # of at most 40 ids two share codes and digit once in a hundred runs
         assert np.isfinite(report.relative_error)
 
 
@@ -146,7 +152,7 @@ def test_quantiser_counts_its_worth() -> None:
     assert report.code_usage == (2 / 4, 3 / 4)
     assert report.relative_error == pytest.approx(0.25 / (16 + 16 + 26 + 25 + 12.25))
     assert report.mean_code_usage == 5 / 8
-    assert report.bytes_per_entity == (4 * 2 + 3) / 5  # a byte a level, and one for the only digit that is not 0
+    assert report.bytes_per_entity == 4  # a byte per level and two of the digit
 
 
 def test_float16_vectors_are_taken() -> None:
@@ -213,52 +219,42 @@ def test_beam_search_needs_whole_bits() -> None:
 def test_damaged_quantiser_is_refused(workspace: Workspace) -> None:
     with pytest.raises(WorkspaceError, match="does not exist"):
         Quantiser.load(workspace, "a")
-    for folder, levels in (("a", 3), ("b", 2)):
-        train_quantiser(gaussian(40), small("faiss", levels=levels)).save(workspace, folder)
+    train_quantiser(gaussian(40), small("faiss")).save(workspace, "a")
     good = workspace.read_bytes("a/codebooks.safetensors")
-    for data in (workspace.read_bytes("b/codebooks.safetensors"), good[:50]):
+    for data in (good[:-4] + b"odds", good[:50], b""):
         workspace.write_bytes("a/codebooks.safetensors", data)
-        with pytest.raises(WorkspaceError, match="Delete the folder and train it again"):
+        with pytest.raises(WorkspaceError, match=r"codebooks\.safetensors.*`encode` again"):
             Quantiser.load(workspace, "a")
 
 
 class TestDuplicateDigit:
-    def test_equal_codes_are_counted_by_ascending_id(self) -> None:
-        codes = np.array([[1, 2], [0, 5], [1, 2], [1, 2], [2, 1]], np.uint16)
-        full = with_duplicate_digit(codes, np.array([30, 7, 10, 20, 1]))
-        assert full.dtype == np.uint16
-        assert full.tolist() == [[1, 2, 2], [0, 5, 0], [1, 2, 0], [1, 2, 1], [2, 1, 0]]
+    def test_it_follows_the_codes_and_is_the_same_wherever_the_id_is_coded(self) -> None:
+        vectors = gaussian(500)
+        quantiser = train_quantiser(vectors, small("kmeans"))
+        ids = np.random.default_rng(0).integers(-(2**63), 2**63, 500)
+        full = code_vectors(quantiser, ids, vectors)
+        assert (full.dtype, full.shape) == (np.uint16, (500, 4))
+        np.testing.assert_array_equal(full[:, :3], quantiser.encode(vectors))
+        for part in (slice(0, 1), slice(100, 300)):
+            np.testing.assert_array_equal(code_vectors(quantiser, ids[part], vectors[part]), full[part])
+        # An id whose vector changes keeps its digit, so that a refresh needs no bookkeeping.
+        np.testing.assert_array_equal(code_vectors(quantiser, ids, vectors[::-1])[:, 3], full[:, 3])
 
-    @given(
-        st.dictionaries(
-            st.integers(-(2**63), 2**63 - 1),
-            st.tuples(st.integers(0, 2), st.integers(0, 1), st.sampled_from([0, 65_535])),
-        ),
-        st.randoms(use_true_random=False),
-    )
-    def test_every_id_has_codes_of_its_own_whatever_the_order(self, by_id: dict[int, Any], random: Any) -> None:
-        ids = list(by_id)
-        full = with_duplicate_digit(np.array([by_id[i] for i in ids], np.uint16).reshape(-1, 3), np.array(ids))
-        assert full.shape == (len(ids), 4)
-        assert len({tuple(row) for row in full.tolist()}) == len(ids)
-        assert all(tuple(row[:3]) == by_id[i] for i, row in zip(ids, full.tolist(), strict=True))
-        shuffled = random.sample(ids, len(ids))
-        again = with_duplicate_digit(
-            np.array([by_id[i] for i in shuffled], np.uint16).reshape(-1, 3), np.array(shuffled)
-        )
-        assert dict(zip(shuffled, again.tolist(), strict=True)) == dict(zip(ids, full.tolist(), strict=True))
+    def test_any_number_of_ids_may_share_their_codes(self) -> None:
+        """Of n ids with 2^16 digits about n^2 / 2^17 pairs share one: 38 of 2,236, 38,147 of 70,711."""
+        quantiser = train_quantiser(gaussian(20), small("kmeans"))
+        for n, expected in ((2_236, 38), (70_711, 38_147)):
+            digits = code_vectors(quantiser, np.arange(n) * 4, np.tile(gaussian(1), (n, 1)))[:, 3]
+            counts = np.unique(digits, return_counts=True)[1].astype(int)
+            assert (counts * (counts - 1) // 2).sum() == pytest.approx(expected, abs=5 * expected**0.5)
 
-    def test_a_digit_tells_65536_apart_and_no_more(self) -> None:
-        codes = np.full((65_537, 2), 3, np.uint16)
-        full = with_duplicate_digit(codes[1:], np.arange(65_536))
-        assert full[:, 2].tolist() == list(range(65_536))
-        with pytest.raises(SchemaError, match=r"65,537 ids share the codes \[3, 3\]"):
-            with_duplicate_digit(codes, np.arange(65_537))
+    def test_ids_of_one_shard_differ_in_it(self) -> None:
+        ids = np.arange(1 << 20)
+        ids = ids[shard_of(ids, 1 << 12) == 5]
+        quantiser = train_quantiser(gaussian(20), small("kmeans"))
+        digits = code_vectors(quantiser, ids, np.tile(gaussian(1), (len(ids), 1)))[:, 3]
+        assert len(set(digits.tolist())) >= 0.99 * len(ids) > 200
 
-    def test_doubled_id_is_refused(self) -> None:
-        with pytest.raises(SchemaError, match="id 4 stands there more than once"):
-            with_duplicate_digit(np.zeros((3, 2), np.uint16), np.array([4, 1, 4]))
-
-    def test_codes_without_ids_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="3 codes but 2 ids"):
-            with_duplicate_digit(np.zeros((3, 2), np.uint16), np.array([4, 1]))
+    def test_ids_of_another_number_than_vectors_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="2 ids but 3 vectors"):
+            code_vectors(train_quantiser(gaussian(20), small("kmeans")), np.array([4, 1]), gaussian(3))

@@ -14,10 +14,13 @@ from owlrec.encoding.vectors import (
 )
 from owlrec.errors import SchemaError
 from owlrec.schema import HISTORIES, KNOWLEDGE, vectors_schema
+from owlrec.sources.catalog import ItemCatalog
 
 
 class LengthEncoder:
     """Encodes a text as (its length, 1)."""
+
+    dimension = 2
 
     def encode(self, texts, on_batch=None):
         return np.array([[len(text), 1] for text in texts], dtype=np.float32).reshape(-1, 2)
@@ -75,7 +78,8 @@ def test_metadata_of_tables_is_aligned_with_ids():
     histories = pa.Table.from_pylist([{"user_id": 2, "as_of": 5, "items": [8, 7], "ratings": [1.0, 5.0]}], HISTORIES)
     ids, texts = item_metadata(items)
     assert (ids.tolist(), texts) == ([7, 8], ["Alien; year: 1979", "year: 1995"])
-    ids, texts = user_metadata(users, items, histories)
+    ids, texts = user_metadata(users, ItemCatalog(items), histories)
     assert (ids.tolist(), texts) == ([2], ["gender: female; history: Alien (5)"])
-    with pytest.raises(SchemaError, match="user 2: 8 has no row"):
-        user_metadata(users, items.slice(0, 1), histories)
+    assert user_metadata(users, ItemCatalog(items.slice(1)), histories)[1] == ["gender: female"]
+    with pytest.raises(SchemaError, match="histories, user 2"):
+        user_metadata(users.slice(0, 1), ItemCatalog(items), histories)

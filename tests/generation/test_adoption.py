@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from owlrec.encoding.importing_vectors import take_imported
 from owlrec.errors import SourceError, WorkspaceError
 from owlrec.generation.adoption import adopt
 from owlrec.generation.importing import ImportSource
@@ -14,7 +12,7 @@ from owlrec.generation.job import GenerationJob, dead_file, read_knowledge
 from owlrec.generation.quality import QualityConfig
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
-from pipelines.interchange import export_knowledge, import_knowledge, import_vectors
+from pipelines.interchange import export_knowledge, import_knowledge
 
 GOOD = "The film follows a stubborn sheriff through one long winter, and its slow, wry tone suits patient viewers."
 AS_OF = 1_000_000_000_000  # of user 1 in the small world; one later for each further user
@@ -100,17 +98,3 @@ def test_unprepared_workspace_says_what_to_run(workspace: Workspace, tmp_path: P
         import_knowledge(echo_recipe_for(workspace), workspace, ImportSource(kind="item", path="x.jsonl"))
     with pytest.raises(WorkspaceError, match="Run `generate` first"):
         export_knowledge(workspace, str(tmp_path / "x.jsonl"))
-
-
-def test_imported_vectors_take_the_place_of_the_encoders(small_world: Workspace, tmp_path: Path) -> None:
-    vectors = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
-    np.save(tmp_path / "v.npy", vectors)
-    (tmp_path / "ids.txt").write_text("100\n101\n102\n")
-    assert take_imported(small_world, "item", 8) is None
-    assert import_vectors(small_world, "item", str(tmp_path / "v.npy"), str(tmp_path / "ids.txt")) == 3
-    table = take_imported(small_world, "item", 8)
-    assert table is not None
-    assert table["id"].to_pylist() == [100, 101, 102]
-    assert np.allclose(np.stack(table["vector"].to_pylist()), vectors, atol=2e-3)
-    with pytest.raises(SourceError, match="vectors of 8 components, but the recipe's encoder gives 384"):
-        take_imported(small_world, "item", 384)

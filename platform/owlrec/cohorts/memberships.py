@@ -3,14 +3,14 @@
 A user's own cohort by what they liked comes first, that by what they disliked second. Their vectors count alike.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from owlrec.cohorts.collaborative import unit
-from owlrec.ordered import rows_of, run_starts
-from owlrec.schema import MEMBERSHIPS, stable_id, vector_matrix, vectors_table
+from owlrec.ordered import run_starts
+from owlrec.schema import MEMBERSHIPS, stable_id
 from owlrec.workspace import Workspace
 
 
@@ -37,24 +37,19 @@ def memberships(cohorts: pa.Table) -> pa.Table:
     return pa.table([pa.array(kinds[start], pa.string()), pa.array(ids[start]), lists], schema=MEMBERSHIPS)
 
 
-def member_vectors(table: pa.Table, cohort_vectors: pa.Table) -> pa.Table:
-    """The vectors table of members: of each, the mean of its cohorts' vectors, of length 1.
+def member_vectors(table: pa.Table, gather: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Of each member the mean of its cohorts' vectors, of length 1: float32 [n, d]; zeros where none has a vector.
 
-    table: schema.MEMBERSHIPS; cohort_vectors: the cohorts' own (schema.vectors_schema). Who belongs to no cohort with a
-    vector is left out.
+    table: n rows of schema.MEMBERSHIPS. gather: vectors [k, d] and mask bool [k] of int64 [k] ids of cohorts, each
+    asked for once however many members it has.
     """
-    vectors = vector_matrix(cohort_vectors).astype(np.float32)
-    of = cohort_vectors["id"].to_numpy()
-    order = np.argsort(of)
     lists = table["cohorts"].combine_chunks()
-    wanted, member = lists.flatten().to_numpy(), np.repeat(np.arange(len(table)), lists.value_lengths().to_numpy())
-    at = rows_of(of[order], wanted)
-    known = at >= 0
+    cohorts, at = np.unique(lists.flatten().to_numpy(), return_inverse=True)
+    vectors, known = gather(cohorts)
+    member = np.repeat(np.arange(len(table)), lists.value_lengths().to_numpy())[known[at]]
     total = np.zeros((len(table), vectors.shape[1]), dtype=np.float32)
-    np.add.at(total, member[known], vectors[order[at[known]]])
-    rows = np.flatnonzero(np.bincount(member[known], minlength=len(table)))
-    kept = table.take(pa.array(rows))
-    return vectors_table(kept["kind"].to_pylist(), kept["id"].to_numpy(), unit(total[rows]))
+    np.add.at(total, member, vectors[at[known[at]]].astype(np.float32))
+    return unit(total)
 
 
 class CohortNames:

@@ -16,8 +16,8 @@ _ROWS_AT_ONCE = 1 << 13
 class QuantisationReport(Config):
     """Figures of one quantiser on some vectors."""
 
-    vectors: int
-    unique_rate: float  # distinct ids a vector, without the duplicate digit; TorchEasyRec asks for more than .7
+    vectors: int  # of the sample that was measured; of more vectors fewer ids are unique
+    unique_rate: float  # distinct ids per vector, without the duplicate digit; TorchEasyRec asks for more than .7
     unique_rate_with_digit: float  # 1: no two vectors share one
     code_usage: tuple[float, ...]  # of each level: the share of its codes that occur
     relative_error: float  # mean squared error by the vectors' mean square: 0 is exact, 1 no better than zeros
@@ -39,7 +39,7 @@ class QuantisationReport(Config):
 
 
 def measure_codes(quantiser: "Quantiser", codes: np.ndarray, vectors: np.ndarray) -> QuantisationReport:
-    """What the semantic ids of vectors are worth.
+    """Measures semantic ids on a sample of vectors.
 
     codes: uint16 [n, levels + 1], the duplicate digit last; vectors: float [n, d], aligned; n >= 1.
     """

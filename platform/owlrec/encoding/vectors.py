@@ -1,28 +1,17 @@
-"""Knowledge -> vectors tables, and the texts of the metadata-only control arm.
-
-KAR encodes a user's history together with the answer. We encode the answer alone: an encoder reads a few hundred
-tokens, and a history in front would push the end of the answer, often its conclusion, out of the window. The history
-reaches the CTR model as ids anyway. The metadata texts hold what the prompts held, without an LLM: where they help as
-much as knowledge does, the LLM added nothing.
-"""
+"""Tables of texts -> vectors tables, in memory, and the texts of the metadata-only control arm (see inputs.py)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from owlrec.encoding.encoder import TextEncoder
 from owlrec.errors import SchemaError
 from owlrec.schema import vectors_table
+from owlrec.sources.catalog import ItemCatalog
 
 _NO_ATTRIBUTES = {"user_id", "item_id", "raw_id", "title"}
-
-
-class TextEncoder(Protocol):
-    """What encodes texts: encoder.Encoder, or another with its `encode`."""
-
-    def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
-        """Vectors aligned with `texts`: float32 [n, d]; see encoder.Encoder."""
 
 
 def encode_knowledge(
@@ -76,25 +65,25 @@ def item_metadata(items: pa.Table) -> tuple[np.ndarray, list[str]]:
     return items["item_id"].to_numpy(), [item_metadata_text(row) for row in items.to_pylist()]
 
 
-def user_metadata(users: pa.Table, items: pa.Table, histories: pa.Table) -> tuple[np.ndarray, list[str]]:
+def user_metadata(users: pa.Table, catalog: ItemCatalog, histories: pa.Table) -> tuple[np.ndarray, list[str]]:
     """Ids (int64 [n]) and metadata texts of the users who have a history, in the order of `histories`
     (schema.HISTORIES).
 
-    Raises SchemaError where a history names a user or an item that its table lacks.
+    Raises SchemaError where a history is of a user whom the table lacks.
     """
-    titles = dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True))
+    items = histories["items"].combine_chunks()
+    titles = catalog.titles(items.flatten().to_numpy())
+    ends = np.cumsum(items.value_lengths().to_numpy()).tolist()
     profiles = {row["user_id"]: row for row in users.to_pylist()}
-    texts = []
-    for row in histories.to_pylist():
-        try:
-            texts.append(
-                user_metadata_text(profiles[row["user_id"]], [titles[i] or "" for i in row["items"]], row["ratings"])
-            )
-        except KeyError as error:
+    ids, texts = histories["user_id"].to_pylist(), []
+    starts = [0, *ends[:-1]] if ends else []
+    for user, start, end, ratings in zip(ids, starts, ends, histories["ratings"].to_pylist(), strict=True):
+        if user not in profiles:
             raise SchemaError(
-                f"histories, user {row['user_id']}: {error.args[0]} has no row in the users or items table. "
-                f"Run `prepare` again: the tables are of different runs."
-            ) from None
+                f"histories, user {user}: the users table has no such row. Run `prepare` again: the tables are of "
+                "different runs."
+            )
+        texts.append(user_metadata_text(profiles[user], titles[start:end], ratings))
     return histories["user_id"].to_numpy(), texts
 
 

@@ -11,8 +11,9 @@ from collections.abc import Collection
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.coded_vectors import code_new_vectors
-from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding.coded_vectors import with_codes
+from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.semantic_ids import code_vectors
 from owlrec.encoding.vectors import encode_knowledge
 from owlrec.generation import EngineConfig
 from owlrec.generation.job import GenerationJob
@@ -64,7 +65,7 @@ def publish_delta(
 def _encode(workspace: Workspace, knowledge: pa.Table, encoder: EncoderConfig, file: str) -> pa.Table:
     """The texts' vectors, from the file that an interrupted refresh has left or else into it."""
     if not workspace.exists(file):
-        workspace.write_parquet(file, encode_knowledge(knowledge, Encoder(encoder)))
+        workspace.write_parquet(file, encode_knowledge(knowledge, encoder.load()))
     return workspace.read_parquet(file)
 
 
@@ -73,9 +74,7 @@ def _coded(vectors: pa.Table, release: Release) -> pa.Table:
     quantiser = release.quantisers().get("user")
     if quantiser is None or not vectors.num_rows:
         return vectors
-    earlier = release.store.codes("user", vectors["id"].to_numpy())
-    last_digit = release.manifest.semantic_ids["user"].last_digit
-    return code_new_vectors(vectors, quantiser, earlier, last_digit=last_digit)
+    return with_codes(vectors, code_vectors(quantiser, vectors["id"].to_numpy(), vector_matrix(vectors)))
 
 
 def stack_partitions(vectors: pa.Table, store: KnowledgeStore, partitions: int) -> pa.Table:

@@ -1,0 +1,263 @@
+"""What vectors are made from: the rows of one shard, of each source that `encode` knows.
+
+* knowledge: the LLM's texts. KAR encodes a user's history together with the answer. We encode the answer alone: an
+  encoder reads a few hundred tokens, and a history in front would push the end of the answer, often its conclusion, out
+  of the window. The history reaches the CTR model as ids anyway.
+* metadata: the control. What the prompts held, without an LLM: where it helps as much as knowledge does, the LLM added
+  nothing.
+* collective: of a member the mean of its cohorts' vectors.
+
+Vectors that were imported take the place of an id's own.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from owlrec.cohorts.memberships import member_vectors, memberships
+from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding.hashing_encoder import HashingEncoder
+from owlrec.encoding.vector_shards import DIGEST_BYTES, VectorShard, VectorShards
+from owlrec.encoding.vectors import item_metadata, user_metadata
+from owlrec.errors import SchemaError
+from owlrec.schema import Kind
+from owlrec.shards import Artifact
+from owlrec.sources.catalog import ItemCatalog
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, shard_file, table_file
+
+
+class Resources:
+    """What all shards of a process share, loaded when it is first needed. Pickling leaves what was loaded behind."""
+
+    def __init__(self, workspace: Workspace, config: EncoderConfig) -> None:
+        self.workspace, self.config = workspace, config
+
+    def __reduce__(self) -> tuple[type["Resources"], tuple[Workspace, EncoderConfig]]:
+        return Resources, (self.workspace, self.config)
+
+    @cached_property
+    def encoder(self) -> Encoder | HashingEncoder:
+        """The recipe's encoder. Raises EngineError where it cannot be loaded."""
+        return self.config.load()
+
+    @cached_property
+    def catalog(self) -> ItemCatalog:
+        """The titles of all items."""
+        return ItemCatalog.load(self.workspace)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a shard that get a vector."""
+
+    ids: np.ndarray  # int64 [n], ascending
+    digests: np.ndarray  # uint8 [n, 16]: of what each vector is made from
+    make: Callable[[np.ndarray], np.ndarray]  # the vectors of some rows: int64 [k] -> float [k, dim]
+    read: int  # rows that were read, those without a text included
+
+
+class Input(Protocol):
+    """A source of vectors of one kind; picklable."""
+
+    def digests(self, workspace: Workspace) -> dict[int, str]:
+        """By the number of each shard, what its rows are made from: differs where one of its files was written again.
+
+        Lists folders and reads no rows.
+        """
+
+    def count(self, workspace: Workspace, number: int) -> int:
+        """How many rows shard `number` has at most, from the footer of a file."""
+
+    def rows(self, resources: Resources, number: int) -> Rows:
+        """What shard `number` holds. Raises WorkspaceError where its files are missing, SchemaError where they are not
+        in order.
+        """
+
+
+@dataclass(frozen=True)
+class KnowledgeTexts:
+    """The texts that `generate` wrote into a folder."""
+
+    folder: str
+    kind: Kind
+
+    def digests(self, workspace: Workspace) -> dict[int, str]:
+        """See Input."""
+        return _tags(workspace, f"{self.folder}/{self.kind}")
+
+    def count(self, workspace: Workspace, number: int) -> int:
+        """See Input."""
+        return workspace.count_rows(self.path(number))
+
+    def rows(self, resources: Resources, number: int) -> Rows:
+        """See Input."""
+        path = self.path(number)
+        table = resources.workspace.read_parquet(path, ["id", "text"])
+        return text_rows(resources, path, table["id"].to_numpy(), table["text"].to_pylist())
+
+    def path(self, number: int) -> str:
+        """The file of a shard."""
+        return f"{self.folder}/{self.kind}/{shard_file(number)}"
+
+
+@dataclass(frozen=True)
+class ItemMetadata:
+    """Titles and attributes of the items table."""
+
+    def digests(self, workspace: Workspace) -> dict[int, str]:
+        """See Input."""
+        return _tags(workspace, "tables/items")
+
+    def count(self, workspace: Workspace, number: int) -> int:
+        """See Input."""
+        return workspace.count_rows(table_file("items", number))
+
+    def rows(self, resources: Resources, number: int) -> Rows:
+        """See Input."""
+        path = table_file("items", number)
+        return text_rows(resources, path, *item_metadata(resources.workspace.read_parquet(path)))
+
+
+@dataclass(frozen=True)
+class UserMetadata:
+    """Profiles of the users table and the histories that the LLM read."""
+
+    def digests(self, workspace: Workspace) -> dict[int, str]:
+        """See Input."""
+        tables = [_tags(workspace, f"tables/{name}") for name in ("users", "histories")]
+        titles = _tags(workspace, "tables/items")
+        return {number: fingerprint(*(tags.get(number) for tags in tables), titles) for number in tables[0]}
+
+    def count(self, workspace: Workspace, number: int) -> int:
+        """See Input."""
+        return workspace.count_rows(table_file("histories", number))
+
+    def rows(self, resources: Resources, number: int) -> Rows:
+        """See Input."""
+        workspace = resources.workspace
+        users = workspace.read_parquet(table_file("users", number))
+        path = table_file("histories", number)
+        return text_rows(resources, path, *user_metadata(users, resources.catalog, workspace.read_parquet(path)))
+
+
+@dataclass(frozen=True)
+class Members:
+    """The cohorts of users or items, whose knowledge vectors are in a folder of vectors."""
+
+    cohorts: str
+    vectors: str
+    kind: Kind
+
+    def digests(self, workspace: Workspace) -> dict[int, str]:
+        """See Input."""
+        cards = Artifact(workspace, self.vectors).cards("knowledge-cohort").values()
+        made_from = fingerprint([file.sha256 for card in cards for file in card.files.values()])
+        tags = _tags(workspace, f"{self.cohorts}/{self.kind}")
+        return {number: fingerprint(tag, made_from) for number, tag in tags.items()}
+
+    def count(self, workspace: Workspace, number: int) -> int:
+        """See Input."""
+        return workspace.count_rows(f"{self.cohorts}/{self.kind}/{shard_file(number)}")
+
+    def rows(self, resources: Resources, number: int) -> Rows:
+        """See Input."""
+        path = f"{self.cohorts}/{self.kind}/{shard_file(number)}"
+        table = memberships(resources.workspace.read_parquet(path))
+        shards = VectorShards(resources.workspace, self.vectors, "knowledge-cohort")
+        lists = table["cohorts"].combine_chunks()
+        starts = lists.offsets.to_numpy()
+        digests, known = shards.digests(lists.flatten().to_numpy())
+        kept = np.unique(np.repeat(np.arange(len(table)), np.diff(starts))[known])
+        spans = zip(starts[kept].tolist(), starts[kept + 1].tolist(), strict=True)
+        made_from = [digests[first:end][known[first:end]].tobytes() for first, end in spans]
+
+        def make(rows: np.ndarray) -> np.ndarray:
+            return member_vectors(table.take(kept[rows]), shards.gather)
+
+        return Rows(table["id"].to_numpy()[kept], digests_of(made_from), make, len(table))
+
+
+@dataclass(frozen=True)
+class WithImported:
+    """Knowledge that gives way to imported vectors, for the ids that have such."""
+
+    texts: KnowledgeTexts
+    imported: str  # folder of vector shards, named by their content
+
+    def digests(self, workspace: Workspace) -> dict[int, str]:
+        """See Input."""
+        own, imported = self.texts.digests(workspace), _tags(workspace, self.imported, ".arrow")
+        return {number: fingerprint(own.get(number), self.imported) for number in sorted({*own, *imported})}
+
+    def count(self, workspace: Workspace, number: int) -> int:
+        """See Input."""
+        imported = self._imported(workspace, number)
+        own = self.texts.count(workspace, number) if workspace.entry(self.texts.path(number)) else 0
+        return own + (len(imported.ids) if imported else 0)
+
+    def rows(self, resources: Resources, number: int) -> Rows:
+        """See Input."""
+        workspace, imported = resources.workspace, self._imported(resources.workspace, number)
+        there = workspace.entry(self.texts.path(number)) is not None
+        own = self.texts.rows(resources, number) if there else text_rows(resources, "", np.zeros(0, np.int64), [])
+        return own if imported is None else _merged(own, imported)
+
+    def _imported(self, workspace: Workspace, number: int) -> VectorShard | None:
+        path = f"{self.imported}/{shard_file(number, '.arrow')}"
+        return VectorShard.read(workspace, path) if workspace.entry(path) else None
+
+
+def text_rows(resources: Resources, path: str, ids: np.ndarray, texts: Sequence[str | None]) -> Rows:
+    """The rows of texts aligned with `ids`. A row whose text is empty has no vector: downstream it is a miss with its
+    learned default, not a zero that looks like knowledge.
+
+    path: the file that they were read from. Raises SchemaError where the ids do not ascend.
+    """
+    bad = np.flatnonzero(ids[1:] <= ids[:-1])
+    if len(bad):
+        raise SchemaError(
+            f"{resources.workspace.path(path)}, row {bad[0] + 1}: id {ids[bad[0] + 1]} follows {ids[bad[0]]}, but the "
+            "ids of a shard ascend, each once. Delete the file and run its stage again."
+        )
+    full = [row for row, text in enumerate(texts) if text and text.strip()]
+    kept = [str(texts[row]) for row in full]
+
+    def make(rows: np.ndarray) -> np.ndarray:
+        return resources.encoder.encode([kept[row] for row in rows.tolist()])
+
+    digests = digests_of([text.encode("utf-8", "surrogatepass") for text in kept])
+    return Rows(np.asarray(ids, dtype=np.int64)[full], digests, make, len(ids))
+
+
+def digests_of(contents: Sequence[bytes]) -> np.ndarray:
+    """BLAKE2b-128 of each: uint8 [n, 16]."""
+    joined = b"".join(hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest() for content in contents)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def _tags(workspace: Workspace, folder: str, suffix: str = ".parquet") -> dict[int, str]:
+    """By number, the e_tag of each shard's file in a folder."""
+    files = workspace.entries(folder)
+    return {int(name.removesuffix(suffix)): entry.e_tag for name, entry in files.items() if name.endswith(suffix)}
+
+
+def _merged(own: Rows, imported: VectorShard) -> Rows:
+    kept = np.flatnonzero(~np.isin(own.ids, imported.ids))
+    ids = np.concatenate([own.ids[kept], imported.ids])
+    order = np.argsort(ids)
+
+    def make(rows: np.ndarray) -> np.ndarray:
+        at = order[rows]
+        fresh = at < len(kept)
+        vectors = np.zeros((len(rows), imported.vectors.shape[1]), dtype=np.float32)
+        vectors[~fresh] = imported.vectors[at[~fresh] - len(kept)]
+        if fresh.any():
+            vectors[fresh] = own.make(kept[at[fresh]])
+        return vectors
+
+    return Rows(ids[order], np.concatenate([own.digests[kept], imported.digests])[order], make, own.read)

@@ -1,0 +1,104 @@
+"""Encoding all shards of all sources: first a bounded sample, on which codebooks are fitted, then the rest.
+
+Shards that were encoded before their codebooks existed are passed over once more: their vectors are kept, codes are
+added. Later runs code with the same codebooks, whatever has been added meanwhile.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from owlrec.encoding.coded_vectors import CODED_KINDS, CODED_SOURCES, fit_codebooks, quantiser_folder
+from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.inputs import Input, Resources
+from owlrec.encoding.semantic_ids import Quantiser
+from owlrec.encoding.stage import EncodeStage
+from owlrec.encoding.vector_shards import VectorShards, shard_order
+from owlrec.runner import Pool, pending_shards, run_stage
+from owlrec.schema import Kind
+from owlrec.shards import Card, Shard
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
+
+COHORTS = "knowledge-cohort"  # which members' vectors are made from: encoded before them
+
+
+@dataclass
+class EncodingJob:
+    """What to encode into a folder of vectors."""
+
+    workspace: Workspace
+    folder: str
+    config: EncoderConfig
+    inputs: Mapping[str, Input]  # by `<source>-<kind>`
+    _digests: dict[str, dict[int, str]] = field(default_factory=dict)
+
+    def pending(self) -> bool:
+        """Whether a shard is still to be encoded or coded. Loads no encoder."""
+        return bool(self._unfitted() or pending_shards(self.workspace, self.folder, self._all())[0])
+
+    def run(self, pool: Pool, on_card: Callable[[Card], None] | None = None) -> dict[str, Card]:
+        """Encodes what is pending; the cards of all shards, by name (`knowledge-user/00000012`).
+
+        on_card: see run_stage. Raises OwlRecError as the stage does.
+        """
+        resources = Resources(self.workspace, self.config)
+        samples = {name: self._sample(name) for name in self._unfitted()}
+        first = {name: samples.get(name, ()) for name in self.inputs if name in samples}
+        if COHORTS in self.inputs:
+            first[COHORTS] = list(self._of(COHORTS))
+        shards = {Shard(name, n): self._of(name)[n] for name, numbers in first.items() for n in numbers}
+        run_stage(self.workspace, EncodeStage(self.folder, resources, self.inputs), shards, pool, on_card)
+        for name, numbers in samples.items():
+            self._fit(name, numbers)
+        stage = EncodeStage(self.folder, resources, self.inputs, coded=True)
+        return run_stage(self.workspace, stage, self._all(), pool, on_card)
+
+    def _unfitted(self) -> list[str]:
+        """The inputs whose vectors get codes but have no codebooks yet."""
+        coded = [f"{source}-{kind}" for source in CODED_SOURCES for kind in CODED_KINDS]
+        if self.config.semantic_ids is None:
+            return []
+        return [n for n in coded if n in self.inputs and not self.workspace.exists(quantiser_folder(self.folder, n))]
+
+    def _of(self, name: str) -> dict[int, str]:
+        """The digests of an input's shards."""
+        if name not in self._digests:
+            self._digests[name] = self.inputs[name].digests(self.workspace)
+        return self._digests[name]
+
+    def _all(self) -> dict[Shard, str]:
+        shards = {}
+        for name in self.inputs:
+            codebooks = self._codebooks(name)
+            for number, digest in self._of(name).items():
+                shards[Shard(name, number)] = fingerprint(digest, codebooks) if codebooks else digest
+        return shards
+
+    def _codebooks(self, name: str) -> str:
+        folder = quantiser_folder(self.folder, name)
+        return Quantiser.load(self.workspace, folder).fingerprint if self.workspace.exists(folder) else ""
+
+    def _sample(self, name: str) -> list[int]:
+        """Shards that hold as many rows as codebooks are fitted on."""
+        assert self.config.semantic_ids is not None
+        wanted, numbers = self.config.semantic_ids.train_sample, []
+        for number in shard_order(self.workspace.n_shards(_kind(name)), self.config.semantic_ids.seed):
+            if wanted <= 0:
+                break
+            if number in self._of(name):
+                numbers.append(number)
+                wanted -= self.inputs[name].count(self.workspace, number)
+        return numbers
+
+    def _fit(self, name: str, numbers: list[int]) -> None:
+        config = self.config.semantic_ids
+        assert config is not None
+        shards = VectorShards(self.workspace, self.folder, name)
+        ids, vectors = shards.sample(config.train_sample, config.seed, numbers)
+        if len(ids):
+            fit_codebooks(self.workspace, self.folder, name, ids, vectors, config)
+
+
+def _kind(name: str) -> Kind:
+    return cast(Kind, name.rpartition("-")[2])

@@ -1,0 +1,224 @@
+"""Vectors on disk: one Arrow file per shard of ids, memory-mapped and gathered by id.
+
+`encode` writes them, training, releases and refreshes read them. A file holds the rows of one shard in ascending order
+of id, uncompressed, so that a reader maps what it needs and copies only the rows it asks for; from an object store each
+file is fetched once per node. An id without a vector is normal (a new user): it yields zeros and a mask, no error.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+
+from owlrec.encoding.coded_vectors import codes_of, quantiser_folder, with_codes
+from owlrec.encoding.semantic_ids import Quantiser
+from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.ordered import rows_of
+from owlrec.schema import Kind, shard_of, vectors_schema, vectors_table
+from owlrec.workspace import Workspace, shard_file
+
+DIGEST_BYTES = 16  # BLAKE2b-128 of what a vector was made from
+_MOST_OPEN = 256  # a mapped file keeps a descriptor, of which a process often has no more than 1,024
+_QUANTISER, _ENCODER = b"quantiser", b"encoder"
+
+
+@dataclass(frozen=True)
+class VectorShard:
+    """The rows of one file."""
+
+    kind: str
+    ids: np.ndarray  # int64 [n], ascending
+    vectors: np.ndarray  # float16 [n, dim]
+    digests: np.ndarray  # uint8 [n, 16]: of what each vector was made from
+    codes: np.ndarray  # uint16 [n, levels + 1], the duplicate digit last; [n, 0] where no quantiser coded them
+    quantiser: str = ""  # fingerprint of the codebooks
+    encoder: str = ""  # identity of the encoder
+    mapped: pa.Table | None = field(default=None, repr=False, compare=False)  # what the arrays lie in: kept open
+
+    @classmethod
+    def read(cls, workspace: Workspace, path: str) -> "VectorShard":
+        """Maps a file. Raises WorkspaceError where it is missing or damaged."""
+        table = workspace.map_arrow(path)
+        try:
+            about = table.schema.metadata or {}
+            vectors = _whole(table["vector"])
+            return cls(
+                kind=str(table["kind"][0]) if len(table) else "",
+                ids=_whole(table["id"]).to_numpy(),
+                vectors=vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size),
+                digests=_bytes_matrix(_whole(table["digest"])),
+                codes=codes_of(table)[0],
+                quantiser=about.get(_QUANTISER, b"").decode(),
+                encoder=about.get(_ENCODER, b"").decode(),
+                mapped=table,
+            )
+        except (KeyError, AttributeError, ValueError) as error:
+            raise WorkspaceError(
+                f"{workspace.path(path)} holds no vectors of this version ({error}). Delete it and run `encode` again."
+            ) from None
+
+    def table(self) -> pa.Table:
+        """The rows as written: vectors_schema and `digest`."""
+        n = len(self.ids)
+        plain = with_codes(vectors_table(self.kind, self.ids, self.vectors), self.codes)
+        digests = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(DIGEST_BYTES), n, [None, pa.py_buffer(np.ascontiguousarray(self.digests, dtype=np.uint8))]
+        )
+        schema = vectors_schema(self.vectors.shape[1]).append(pa.field("digest", pa.binary(DIGEST_BYTES)))
+        schema = schema.with_metadata({_QUANTISER: self.quantiser.encode(), _ENCODER: self.encoder.encode()})
+        return pa.table([*plain.columns, digests], schema=schema)
+
+
+class VectorShards:
+    """The vectors of one source and kind ("knowledge-user") in a folder that `encode` wrote.
+
+    Opens a shard when it is first asked for and keeps the 256 last used. Threads may share it; processes get their own
+    by pickling.
+    """
+
+    def __init__(self, workspace: Workspace, folder: str, name: str) -> None:
+        """Reads nothing yet. name: `<source>-<kind>`, whose kind says how many shards there are."""
+        self.workspace, self.folder, self.name = workspace, folder, name
+        self.kind = cast(Kind, name.rpartition("-")[2])
+        self.n_shards = workspace.n_shards(self.kind)
+        self._open: OrderedDict[int, VectorShard | None] = OrderedDict()
+        self._lock = threading.Lock()
+        self._quantiser: Quantiser | None = None
+
+    def __reduce__(self) -> tuple[type["VectorShards"], tuple[Workspace, str, str]]:
+        return VectorShards, (self.workspace, self.folder, self.name)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The shards that have a file, ascending; lists the folder."""
+        suffix = shard_file(0, ".arrow")[8:]
+        names = self.workspace.names(self.folder, self.name)
+        return [int(name.removesuffix(suffix)) for name in names if name.endswith(suffix)]
+
+    @cached_property
+    def dim(self) -> int:
+        """Components of a vector. Raises WorkspaceError where no shard has a file."""
+        # Nearly always the first shard is there; only else the folder is listed.
+        if (shard := self.shard(0) or next(map(self.shard, self.numbers), None)) is not None:
+            return int(shard.vectors.shape[1])
+        raise WorkspaceError(
+            f"{self.workspace.path(self.folder, self.name)} holds no vectors. Run `encode` first, with the same recipe."
+        )
+
+    def quantiser(self) -> Quantiser | None:
+        """The codebooks of the codes, None where these vectors were not coded."""
+        if self._quantiser is None:
+            folder = quantiser_folder(self.folder, self.name)
+            self._quantiser = Quantiser.load(self.workspace, folder) if self.workspace.exists(folder) else None
+        return self._quantiser
+
+    def shard(self, number: int) -> VectorShard | None:
+        """The rows of one shard, mapped; None where nothing was encoded for it."""
+        with self._lock:
+            if number not in self._open:
+                path = f"{self.folder}/{self.name}/{shard_file(number, '.arrow')}"
+                there = self.workspace.entry(path) is not None
+                self._open[number] = VectorShard.read(self.workspace, path) if there else None
+                while len(self._open) > _MOST_OPEN:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return self._open[number]
+
+    def ids(self, number: int) -> np.ndarray:
+        """The ids of one shard that have a vector: int64 [n], ascending."""
+        shard = self.shard(number)
+        return np.zeros(0, dtype=np.int64) if shard is None else shard.ids
+
+    def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors of `ids`, in their order.
+
+        ids: int64 [b], any order, repeats allowed. Returns float16 [b, dim], zeros where an id has none, and bool [b],
+        True where it has one.
+        """
+        vectors, mask = np.zeros((len(ids), self.dim), dtype=np.float16), np.zeros(len(ids), dtype=bool)
+        for shard, at, rows in self._rows(ids):
+            vectors[at], mask[at] = shard.vectors[rows], True
+        return vectors, mask
+
+    def codes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The semantic ids of `ids`, in their order: uint16 [b, levels + 1], the duplicate digit last, zeros where an
+        id has none, and bool [b], True where it has one.
+
+        Raises SchemaError where the vectors were not coded, or a shard by other codebooks than the folder's.
+        """
+        quantiser = self.quantiser()
+        if quantiser is None:
+            raise SchemaError(
+                f"{self.name} vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again."
+            )
+        codes = np.zeros((len(ids), len(quantiser.codebooks) + 1), dtype=np.uint16)
+        mask = np.zeros(len(ids), dtype=bool)
+        for shard, at, rows in self._rows(ids):
+            if shard.quantiser != quantiser.fingerprint:
+                raise SchemaError(
+                    f"{self.name}: shard {shard_of(shard.ids[:1], self.n_shards)[0]} was coded by codebooks "
+                    f"{shard.quantiser[:8] or 'none'}, but the folder has {quantiser.fingerprint[:8]}. Run `encode`."
+                )
+            codes[at], mask[at] = shard.codes[rows], True
+        return codes, mask
+
+    def digests(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the vectors of `ids` were made from: uint8 [b, 16] and bool [b], as `gather` returns vectors."""
+        digests, mask = np.zeros((len(ids), DIGEST_BYTES), dtype=np.uint8), np.zeros(len(ids), dtype=bool)
+        for shard, at, rows in self._rows(ids):
+            digests[at], mask[at] = shard.digests[rows], True
+        return digests, mask
+
+    def sample(self, rows: int, seed: int, numbers: Iterable[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and vectors of at most `rows` ids: int64 [n] and float16 [n, dim], always the same for a seed.
+
+        Takes whole shards, in random order or in that of `numbers`, until there are enough. Shards are a hash of the
+        id, so their ids are a random draw; memory holds `rows` vectors, and only those shards are read.
+        """
+        ids, vectors, left = [np.zeros(0, np.int64)], [np.zeros((0, self.dim), np.float16)], rows
+        for number in shard_order(self.n_shards, seed) if numbers is None else numbers:
+            if left <= 0:
+                break
+            if (shard := self.shard(number)) is not None:
+                ids.append(shard.ids[:left])
+                vectors.append(shard.vectors[:left])
+                left -= len(ids[-1])
+        return np.concatenate(ids), np.concatenate(vectors)
+
+    def _rows(self, ids: np.ndarray) -> Iterator[tuple[VectorShard, np.ndarray, np.ndarray]]:
+        """By shard: which of `ids` have a row there, and which row."""
+        ids = np.asarray(ids, dtype=np.int64)
+        numbers = shard_of(ids, self.n_shards)
+        order = np.argsort(numbers, kind="stable")
+        starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+        for at in np.split(order, starts[1:]) if len(ids) else ():
+            if (shard := self.shard(int(numbers[at[0]]))) is None:
+                continue
+            rows = rows_of(shard.ids, ids[at])
+            known = rows >= 0
+            if known.any():
+                yield shard, at[known], rows[known]
+
+
+def shard_order(n_shards: int, seed: int) -> list[int]:
+    """The shards in the random order in which samples take them."""
+    return [int(number) for number in np.random.default_rng(seed).permutation(n_shards)]
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; copies only where it is in several, which combine_chunks always does."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _bytes_matrix(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """uint8 [n, width] of a fixed-size binary column, without copying."""
+    width = column.type.byte_width
+    if not len(column):
+        return np.zeros((0, width), dtype=np.uint8)
+    flat = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+    return flat[column.offset * width : (column.offset + len(column)) * width].reshape(len(column), width)
