@@ -3,7 +3,8 @@
 An artifact is a folder whose files are made shard by shard; a shard's card is written last, so that "the card exists"
 means "the shard is done, and these are its files". A card counts only while its files are there with the size and e_tag
 it names; bytes are hashed again only where the e_tag differs (a workspace that was copied). Of 10^5 shards nobody reads
-10^5 cards: a finished thousand is gathered into one file, which one listing shows to be up to date.
+10^5 cards: they lie in folders of a thousand, and a finished thousand is gathered into one file, which the listing of
+its folder shows to be up to date.
 """
 
 import json
@@ -19,7 +20,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.storage import Entry, FileEntry
 from owlrec.workspace import Workspace, shard_file
 
-GATHERED = 1000  # cards in one file
+BLOCK = 1000  # shards whose cards lie in one folder, and in one file once all are there
 _READERS = 16  # threads: on an object store each waits for its answer most of the time
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -78,63 +79,71 @@ class Artifact:
 
     def card(self, shard: Shard) -> Card | None:
         """The shard's card, whatever it was made from, if its files are whole."""
-        card = self._read(shard.name)
+        card = self._read(self._file(shard))
         if card is None:
             return None
         return self._whole(card, {path: self.workspace.entry(self.path(path)) for path in card.files})
 
     def cards(self, *kinds: str) -> dict[str, Card]:
-        """The cards of all shards (of some kinds) whose files are whole, by name, in order: one listing, and one read
-        for each thousand that are gathered.
+        """The cards of all shards (of some kinds) whose files are whole, by name, in order: each folder of a thousand
+        is listed once, and read as one file where it was gathered.
         """
-        listed = self.workspace.entries(self.folder)
-        tags = {
-            name.removeprefix("cards/").removesuffix(".json"): entry.e_tag
-            for name, entry in listed.items()
-            if name.startswith("cards/") and name.endswith(".json") and (not kinds or name.split("/")[1] in kinds)
-        }
-        gathered: dict[str, Card] = {}
-        blocks = [name for name in listed if name.startswith("gathered/")]
-        for block in _in_threads(self._read_block, [b for b in blocks if not kinds or b.split("/")[1] in kinds]):
-            gathered |= {card.shard: card for tag, card in block if tags.get(card.shard) == tag}
-        others = _in_threads(self._read, [name for name in tags if name not in gathered])
-        cards = gathered | {card.shard: card for card in others if card is not None}
-        whole = _in_threads(lambda card: self._whole(card, listed), [cards[name] for name in tags if name in cards])
+        chosen = [kind for kind in self.workspace.names(self.folder, "cards") if not kinds or kind in kinds]
+        blocks = [f"{kind}/{name}" for kind in chosen for name in self.workspace.names(self.folder, "cards", kind)]
+        cards = {card.shard: card for block in in_threads(self._read_block, blocks) for card in block}
+        folders = list({path.rpartition("/")[0] for card in cards.values() for path in card.files})
+        listed: dict[str, Entry] = {}
+        contents = in_threads(lambda folder: self.workspace.entries(self.path(folder)), folders)
+        for folder, entries in zip(folders, contents, strict=True):
+            listed |= {f"{folder}/{path}": entry for path, entry in entries.items()}
+        whole = (self._whole(card, listed) for card in cards.values())
         return {card.shard: card for card in whole if card is not None}
 
     def finish(self, card: Card) -> None:
         """Writes a shard's card. Call it last: what the card lists must exist by then."""
-        _write_card(self.workspace, self.path("cards", f"{card.shard}.json"), card)
+        _write_card(self.workspace, self._file(Shard.of_name(card.shard)), card)
 
     def gather(self, cards: Mapping[str, Card]) -> None:
         """Gathers full thousands of finished shards into one file each, where that was not done yet."""
-        blocks: dict[tuple[str, int], list[Card]] = {}
+        blocks: dict[str, list[Card]] = {}
         for card in cards.values():
-            shard = Shard.of_name(card.shard)
-            blocks.setdefault((shard.kind, shard.number // GATHERED), []).append(card)
-        full = {key: block for key, block in blocks.items() if len(block) == GATHERED}
-        if not full:
-            return
-        listed = self.workspace.entries(self.folder, "cards")
-        for (kind, number), block in full.items():
+            blocks.setdefault(_block(Shard.of_name(card.shard)), []).append(card)
+        for block, finished in blocks.items():
+            if len(finished) < BLOCK:
+                continue
+            listed = self.workspace.entries(self.folder, "cards", block)
+            tags = {entry.e_tag for entry in listed.values()}
+            if {tag for tag, _ in self._read_gathered(block)} == tags:
+                continue
             lines = [
-                json.dumps({"e_tag": listed[f"{card.shard}.json"].e_tag, "card": card.model_dump(mode="json")})
-                for card in block
-                if f"{card.shard}.json" in listed
+                {"e_tag": listed[shard_file(Shard.of_name(c.shard).number, ".json")].e_tag, "card": c.model_dump()}
+                for c in finished
             ]
-            self.workspace.write_bytes(
-                self.path("gathered", kind, shard_file(number, ".jsonl")), "\n".join(lines).encode()
-            )
+            text = "\n".join(json.dumps(line) for line in lines)
+            self.workspace.write_bytes(self.path("gathered", f"{block}.jsonl"), text.encode())
 
-    def _read(self, name: str) -> Card | None:
+    def _file(self, shard: Shard) -> str:
+        return self.path("cards", _block(shard), shard_file(shard.number, ".json"))
+
+    def _read(self, path: str) -> Card | None:
         try:
-            return Card.model_validate_json(self.workspace.read_bytes(self.path("cards", f"{name}.json")))
+            return Card.model_validate_json(self.workspace.read_bytes(path))
         except (WorkspaceError, ValidationError):  # absent, or cut off in the middle
             return None
 
-    def _read_block(self, name: str) -> list[tuple[str, Card]]:
+    def _read_block(self, block: str) -> list[Card]:
+        listed = self.workspace.entries(self.folder, "cards", block)
+        gathered = {}
+        if len(listed) == BLOCK:
+            tags = {entry.e_tag: name for name, entry in listed.items()}
+            gathered = {tags[tag]: card for tag, card in self._read_gathered(block) if tag in tags}
+        cards = [gathered.get(name) or self._read(self.path("cards", block, name)) for name in listed]
+        return [card for card in cards if card is not None]
+
+    def _read_gathered(self, block: str) -> list[tuple[str, Card]]:
+        path = self.path("gathered", f"{block}.jsonl")
         try:
-            lines = [json.loads(line) for line in self.workspace.read_bytes(self.path(name)).splitlines()]
+            lines = [json.loads(line) for line in self.workspace.read_bytes(path).splitlines()]
             return [(line["e_tag"], Card.model_validate(line["card"])) for line in lines]
         except (WorkspaceError, ValidationError, ValueError, KeyError):
             return []
@@ -159,7 +168,12 @@ def _write_card(workspace: Workspace, path: str, card: Card) -> None:
     workspace.write_bytes(path, card.model_dump_json(exclude_defaults=True).encode())
 
 
-def _in_threads(work: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
+def _block(shard: Shard) -> str:
+    return f"{shard.kind}/{shard.number // BLOCK:05d}"
+
+
+def in_threads(work: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
+    """`work` of each value, in their order; several wait for their answers at once."""
     if len(values) < 2:
         return [work(value) for value in values]
     with ThreadPoolExecutor(_READERS) as pool:

@@ -263,7 +263,7 @@ def test_damaged_earlier_texts_are_asked_for_again(small_world: Workspace) -> No
 def test_texts_whose_card_was_never_written_are_not_paid_for_twice(small_world: Workspace) -> None:
     shard, job = item_shard(small_world), job_with()
     run_shard(small_world, job, shard, Scripted(lambda *_: GOOD))
-    small_world.delete_file(f"{job.folder}/cards/{shard.name}.json")
+    small_world.delete_file(job.artifact(small_world)._file(shard))
     engine = Scripted(lambda *_: GOOD)
     card = run_shard(small_world, job, shard, engine)
     assert not engine.asked
