@@ -103,6 +103,10 @@ class Artifact:
         """Writes a shard's card. Call it last: what the card lists must exist by then."""
         _write_card(self.workspace, self._file(Shard.of_name(card.shard)), card)
 
+    def forget(self, shard: Shard) -> None:
+        """Removes a shard's card: its files are no longer what it says, or it is no shard of the artifact any more."""
+        self.workspace.delete_file(self._file(shard))
+
     def gather(self, cards: Mapping[str, Card]) -> None:
         """Gathers full thousands of finished shards into one file each, where that was not done yet."""
         blocks: dict[str, list[Card]] = {}
