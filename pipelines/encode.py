@@ -25,8 +25,8 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Encodes what `generate` wrote, and of that only what is new or has changed."""
     stage_header("encode", recipe.encoder.model)
     watch, knowledge = Stopwatch(), needed_stage(workspace, "generate", "no knowledge yet").outputs["knowledge"]
-    # What changes a vector, and nothing else: no batch size, device or precision. Half precision on a GPU moves a
-    # component by about as much as float16 storage rounds it.
+    # What changes a vector, and nothing else: no batch size, device or precision (half on a GPU moves a component by up
+    # to 3e-4), and not how many texts there are.
     print_ = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, knowledge)
     folder = f"vectors/{print_[:16]}"
     job = EncodingJob(workspace, folder, recipe.encoder, _inputs(recipe, workspace, knowledge, folder))
@@ -56,13 +56,14 @@ def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -
     """What the recipe has encoded: knowledge, and what else an arm reads."""
     arms = {arm_parts(arm)[0] for arm in recipe.ctr.arms}
     inputs: dict[str, Input] = {}
+    written = workspace.names(knowledge)
     for kind in KINDS:
         texts = KnowledgeTexts(knowledge, kind)
         imported = imported_vectors(workspace, kind)
         if imported is not None:
             _refuse_other_dim(recipe, workspace.path(imported.folder), imported.dim)
             inputs[f"knowledge-{kind}"] = WithImported(texts, imported.folder)
-        elif texts.digests(workspace):
+        elif kind in written:
             inputs[f"knowledge-{kind}"] = texts
     if "metadata" in arms:
         inputs |= {"metadata-user": UserMetadata(), "metadata-item": ItemMetadata()}

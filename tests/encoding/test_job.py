@@ -216,7 +216,10 @@ def test_members_have_the_mean_of_their_cohorts_and_follow_them(world: Workspace
         assert vectors[i][0] == pytest.approx(wanted.tolist(), abs=1e-3)
         assert vectors[i][1] == []
     write_knowledge(world, "cohort", {stable_id("a"): "cohort a", stable_id("b"): "another text"})
-    cards = EncodingJob(world, "vectors/v", CONFIG, inputs).run(Pool())
+    job = EncodingJob(world, "vectors/v", CONFIG, inputs)
+    assert job.pending()
+    cards = job.run(Pool())
+    assert not EncodingJob(world, "vectors/v", CONFIG, inputs).pending()
     after = everything(world, "collective-user")
     assert {i for i in after if after[i] != vectors[i]} == {2, 4}
     assert encoded({n: c for n, c in cards.items() if n.startswith("collective")}) == 2
