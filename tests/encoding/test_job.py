@@ -1,5 +1,6 @@
 """Encoding by shard: every text once, unchanged rows never again, the same codebooks for what comes later."""
 
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -85,7 +86,11 @@ def everything(workspace: Workspace, name: str) -> dict[int, tuple[list[float], 
     return rows
 
 
-def test_every_text_is_encoded_once_and_coded(world: Workspace, counted: list[str]) -> None:
+@pytest.mark.parametrize("store", ["disk", "objects"])
+def test_every_text_is_encoded_once_and_coded(world: Workspace, counted: list[str], store: str) -> None:
+    if store == "objects":
+        world = Workspace(f"memory://{uuid.uuid4().hex}")
+        world.fix_shards(SHARDS)
     texts = texts_of(200) | {500: " ", 501: ""}
     write_knowledge(world, "user", texts)
     cards = knowledge_job(world).run(Pool())

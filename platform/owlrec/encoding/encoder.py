@@ -43,7 +43,7 @@ class EncoderConfig(Config):
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     replicas: int = Field(default=1, ge=1)  # processes that encode; with one and no GPU asked for, it is the driver
     gpus: float = Field(default=0, ge=0)  # of a replica; a fraction lets several share one
-    # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 4 bytes an id.
+    # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 5 bytes per id.
     semantic_ids: SemanticIdConfig | None = SemanticIdConfig()
 
     @property

@@ -7,7 +7,7 @@ added. Later runs code with the same codebooks, whatever has been added meanwhil
 from collections.abc import Callable, Mapping
 from typing import cast
 
-from owlrec.encoding.coded_vectors import CODED_KINDS, CODED_SOURCES, fit_codebooks, quantiser_folder
+from owlrec.encoding.coded_vectors import CODED_KINDS, CODED_SOURCES, fit_codebooks, quantiser_folder, read_reports
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Input, Members, Resources
 from owlrec.encoding.semantic_ids import Quantiser
@@ -51,6 +51,30 @@ class EncodingJob:
             self._fit(name, numbers)
         stage = EncodeStage(self.folder, resources, self.inputs, coded=True)
         return self._run(stage, self._all(), pool, on_card)
+
+    def pool(self, log_path: str) -> Pool:
+        """Where the config has it run: in this process, or on Ray where it asks for replicas or GPUs."""
+        config = self.config
+        return Pool(
+            here=config.replicas == 1 and not config.gpus,
+            min_workers=config.replicas,
+            max_workers=config.replicas,
+            cpus=config.threads or 1,
+            gpus=config.gpus,
+            log_path=log_path,
+        )
+
+    def counts(self, cards: Mapping[str, Card]) -> dict[str, float | int | str]:
+        """Vectors by `<source>_<kind>`, their dimension, and the figures of their codes. cards: what `run` returned."""
+        counts: dict[str, float | int | str] = {}
+        for name, card in cards.items():
+            table = Shard.of_name(name).kind.replace("-", "_")
+            counts[table] = int(counts.get(table, 0)) + card.rows_out
+        if cards:
+            counts["dim"] = VectorShards(self.workspace, self.folder, Shard.of_name(next(iter(cards))).kind).dim
+        for name, report in read_reports(self.workspace, self.folder).items():
+            counts |= {f"{name.replace('-', '_')}_{figure}": value for figure, value in report.counts().items()}
+        return counts
 
     def _run(
         self, stage: EncodeStage, shards: Mapping[Shard, str], pool: Pool, on_card: Callable[[Card], None] | None
