@@ -148,6 +148,25 @@ def test_codebooks_are_fitted_on_a_bounded_sample(world: Workspace, counted: lis
     assert all(len(codes) == 3 for _, codes in everything(world, "knowledge-user").values())
 
 
+def test_deleted_codebooks_are_fitted_again_without_the_encoder(world: Workspace, counted: list[str]) -> None:
+    write_knowledge(world, "user", texts_of(20))
+    knowledge_job(world).run(Pool())
+    write_knowledge(world, "user", texts_of(200))
+    knowledge_job(world).run(Pool())
+    before = everything(world, "knowledge-user")
+    counted.clear()
+    world.delete_dir("vectors/v/quantisers/knowledge-user")
+    assert knowledge_job(world).pending()
+    knowledge_job(world).run(Pool())
+    assert counted == []
+    after = everything(world, "knowledge-user")
+    [quantiser] = read_quantisers(world, "vectors/v", "knowledge").values()
+    vectors = np.array([vector for vector, _ in after.values()])
+    np.testing.assert_array_equal([c for _, c in after.values()], code_vectors(quantiser, np.array([*after]), vectors))
+    assert {i: vector for i, (vector, _) in after.items()} == {i: vector for i, (vector, _) in before.items()}
+    assert after != before
+
+
 def test_a_damaged_file_is_encoded_again(world: Workspace) -> None:
     write_knowledge(world, "user", texts_of(50))
     knowledge_job(world).run(Pool())

@@ -1,7 +1,8 @@
 """Encoding all shards of all sources: first a bounded sample, on which codebooks are fitted, then the rest.
 
 Shards that were encoded before their codebooks existed are passed over once more: their vectors are kept, codes are
-added. Later runs code with the same codebooks, whatever has been added meanwhile.
+added. Later runs code with the same codebooks, whatever has been added meanwhile; where a folder of `quantisers/` was
+deleted, they are fitted again and every vector of that source and kind is coded again, without the encoder.
 """
 
 from collections.abc import Callable, Mapping
