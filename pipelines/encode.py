@@ -3,34 +3,31 @@
 from contextlib import nullcontext
 
 from owlrec.ctr.arms import arm_parts
-from owlrec.encoding.coded_vectors import read_reports
 from owlrec.encoding.imported_vectors import imported_vectors
 from owlrec.encoding.inputs import Input, ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported
 from owlrec.encoding.job import EncodingJob
-from owlrec.encoding.vector_shards import VectorShards
 from owlrec.errors import SourceError
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
-from owlrec.runner import Pool
 from owlrec.schema import KINDS, TABLES
 from owlrec.shards import Card, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session
-from pipelines.stage import Counts, from_stage, main
+from pipelines.stage import from_stage, main
 
 
 def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Encodes what `generate` wrote, and of that only what is new or has changed."""
     stage_header("encode", recipe.encoder.model)
     watch, knowledge = Stopwatch(), needed_stage(workspace, "generate", "no knowledge yet").outputs["knowledge"]
-    # What changes a vector, and nothing else: no batch size, device or precision. Half precision on a GPU moves a
-    # component by about as much as float16 storage rounds it.
+    # What changes a vector, and nothing else: no batch size, device or precision (half on a GPU moves a component by up
+    # to 3e-4), and not how many texts there are.
     print_ = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, knowledge)
     folder = f"vectors/{print_[:16]}"
     job = EncodingJob(workspace, folder, recipe.encoder, _inputs(recipe, workspace, knowledge, folder))
-    pool = _pool(recipe, workspace)
+    pool = job.pool(str(workspace.log_path("encode")))
     before, pending = finished_stage(workspace, "encode"), job.pending()
     if pending:
         forget_stages(workspace, from_stage("encode"))
@@ -46,7 +43,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
         workspace,
         "encode",
         fingerprint(folder, content),
-        counts=_counts(workspace, folder, cards),
+        counts=job.counts(cards),
         outputs=outputs,
         seconds=watch.seconds,
     )
@@ -56,13 +53,14 @@ def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -
     """What the recipe has encoded: knowledge, and what else an arm reads."""
     arms = {arm_parts(arm)[0] for arm in recipe.ctr.arms}
     inputs: dict[str, Input] = {}
+    written = workspace.names(knowledge)
     for kind in KINDS:
         texts = KnowledgeTexts(knowledge, kind)
         imported = imported_vectors(workspace, kind)
         if imported is not None:
             _refuse_other_dim(recipe, workspace.path(imported.folder), imported.dim)
             inputs[f"knowledge-{kind}"] = WithImported(texts, imported.folder)
-        elif texts.digests(workspace):
+        elif kind in written:
             inputs[f"knowledge-{kind}"] = texts
     if "metadata" in arms:
         inputs |= {"metadata-user": UserMetadata(), "metadata-item": ItemMetadata()}
@@ -81,31 +79,6 @@ def _refuse_other_dim(recipe: Recipe, path: str, dim: int) -> None:
             f"{path} has vectors of {dim} components, but the recipe's encoder gives {expected}: a release has one "
             "dimension, and so have the arms of an experiment. Name an encoder of the same, or remove the folder."
         )
-
-
-def _pool(recipe: Recipe, workspace: Workspace) -> Pool:
-    encoder = recipe.encoder
-    return Pool(
-        here=encoder.replicas == 1 and not encoder.gpus,
-        min_workers=encoder.replicas,
-        max_workers=encoder.replicas,
-        cpus=encoder.threads or 1,
-        gpus=encoder.gpus,
-        log_path=str(workspace.log_path("encode")),
-    )
-
-
-def _counts(workspace: Workspace, folder: str, cards: dict[str, Card]) -> Counts:
-    """Rows by `<source>_<kind>`, the vectors' dimension and what their codes are worth."""
-    counts: Counts = {}
-    for name, card in cards.items():
-        table = name.partition("/")[0].replace("-", "_")
-        counts[table] = int(counts.get(table, 0)) + card.rows_out
-    if cards:
-        counts["dim"] = VectorShards(workspace, folder, next(iter(cards)).partition("/")[0]).dim
-    for name, report in read_reports(workspace, folder).items():
-        counts |= {f"{name.replace('-', '_')}_{figure}": n for figure, n in report.counts().items()}
-    return counts
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Encoding by shard: every text once, unchanged rows never again, the same codebooks for what comes later."""
 
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -85,7 +86,11 @@ def everything(workspace: Workspace, name: str) -> dict[int, tuple[list[float], 
     return rows
 
 
-def test_every_text_is_encoded_once_and_coded(world: Workspace, counted: list[str]) -> None:
+@pytest.mark.parametrize("store", ["disk", "objects"])
+def test_every_text_is_encoded_once_and_coded(world: Workspace, counted: list[str], store: str) -> None:
+    if store == "objects":
+        world = Workspace(f"memory://{uuid.uuid4().hex}")
+        world.fix_shards(SHARDS)
     texts = texts_of(200) | {500: " ", 501: ""}
     write_knowledge(world, "user", texts)
     cards = knowledge_job(world).run(Pool())
@@ -141,6 +146,25 @@ def test_codebooks_are_fitted_on_a_bounded_sample(world: Workspace, counted: lis
     assert len(counted) == 400  # the sample's vectors were kept
     assert 8 < len(passes) <= 8 + 3  # 60 of 400 texts are in two or three of eight shards
     assert all(len(codes) == 3 for _, codes in everything(world, "knowledge-user").values())
+
+
+def test_deleted_codebooks_are_fitted_again_without_the_encoder(world: Workspace, counted: list[str]) -> None:
+    write_knowledge(world, "user", texts_of(20))
+    knowledge_job(world).run(Pool())
+    write_knowledge(world, "user", texts_of(200))
+    knowledge_job(world).run(Pool())
+    before = everything(world, "knowledge-user")
+    counted.clear()
+    world.delete_dir("vectors/v/quantisers/knowledge-user")
+    assert knowledge_job(world).pending()
+    knowledge_job(world).run(Pool())
+    assert counted == []
+    after = everything(world, "knowledge-user")
+    [quantiser] = read_quantisers(world, "vectors/v", "knowledge").values()
+    vectors = np.array([vector for vector, _ in after.values()])
+    np.testing.assert_array_equal([c for _, c in after.values()], code_vectors(quantiser, np.array([*after]), vectors))
+    assert {i: vector for i, (vector, _) in after.items()} == {i: vector for i, (vector, _) in before.items()}
+    assert after != before
 
 
 def test_a_damaged_file_is_encoded_again(world: Workspace) -> None:
@@ -216,7 +240,10 @@ def test_members_have_the_mean_of_their_cohorts_and_follow_them(world: Workspace
         assert vectors[i][0] == pytest.approx(wanted.tolist(), abs=1e-3)
         assert vectors[i][1] == []
     write_knowledge(world, "cohort", {stable_id("a"): "cohort a", stable_id("b"): "another text"})
-    cards = EncodingJob(world, "vectors/v", CONFIG, inputs).run(Pool())
+    job = EncodingJob(world, "vectors/v", CONFIG, inputs)
+    assert job.pending()
+    cards = job.run(Pool())
+    assert not EncodingJob(world, "vectors/v", CONFIG, inputs).pending()
     after = everything(world, "collective-user")
     assert {i for i in after if after[i] != vectors[i]} == {2, 4}
     assert encoded({n: c for n, c in cards.items() if n.startswith("collective")}) == 2

