@@ -27,6 +27,7 @@ _NUMBERED = re.compile(r"(.*)/(\d{8,})(\.parquet|\.arrow)")
 # Where artifacts with shards of users, items or cohorts lie. Releases and ingested fragments have other numbers.
 _ROOTS = ("tables", "cohorts", "knowledge", "vectors", "refresh", "streaming")
 _DEPTH = 3
+_SLASH = "--"  # in the runner's kinds, which are names of folders
 _KIND_OF: dict[str, Kind] = {"prompts": "cohort"}  # where an artifact's shards are not named by their kind
 
 
@@ -87,7 +88,8 @@ def _new_plan(workspace: Workspace, kinds: Sequence[Kind]) -> Plan:
     for root in _ROOTS:
         for folder in _artifacts(workspace, root, _DEPTH):
             shards = [Shard.of_name(name) for name in Artifact(workspace, folder).cards()]
-            names += [f"{folder}/{shard.name}" for shard in shards if _kind(shard.kind) in chosen]
+            flat = folder.replace("/", _SLASH)
+            names += [f"{flat}{_SLASH}{shard.name}" for shard in shards if _kind(shard.kind) in chosen]
     plan = Plan(shards=chosen, work=names)
     workspace.write_json(f"{_FOLDER}/plan.json", plan.model_dump())
     return plan
@@ -110,13 +112,8 @@ def _kind(name: str) -> str:
 
 def _of(shard: Shard) -> tuple[str, Shard]:
     """The artifact's folder and its own shard, of a shard of the runner's."""
-    folder, _, kind = shard.kind.rpartition("/")
-    return folder, Shard(kind, shard.number)
-
-
-def _card(workspace: Workspace, folder: str, shard: Shard) -> Card:
-    """A card, though its files may be replaced already."""
-    return Card.model_validate(workspace.read_json(f"{folder}/cards/{shard.name}.json"))
+    folder, _, kind = shard.kind.rpartition(_SLASH)
+    return folder.replace(_SLASH, "/"), Shard(kind, shard.number)
 
 
 @dataclass
@@ -135,7 +132,13 @@ class Split(Stage):
         n = self.shards[kind]  # type: ignore[index]
         files: dict[str, FileEntry] = {}
         rows: dict[str, int] = {}
-        for path in _card(work.workspace, folder, shard).files:
+        card = Artifact(work.workspace, folder).card(shard)
+        if card is None:
+            raise WorkspaceError(f"{work.workspace.path(folder)}: shard {shard.name} has changed since. Run it again.")
+        # Kept beside the halves: once they are put in place, the artifact's own card no longer holds.
+        path = work.shard.file(".json")
+        files[path] = work.workspace.write_bytes(f"{self.folder}/{path}", card.model_dump_json().encode())
+        for path in card.files:
             if match := _NUMBERED.fullmatch(path):
                 name, number, suffix = match[1], int(match[2]), match[3]
                 table = _read(work.workspace, f"{folder}/{path}")
@@ -188,9 +191,11 @@ class Place(Stage):
             raise WorkspaceError(f"{workspace.path(_FOLDER)} lacks halves of {work.shard.name}. Restore the workspace.")
         work.check()
         n = self.shards[_kind(shard.kind)]  # type: ignore[index]
-        numbers = {path: int(Path(path).stem) for path in split.files}
+        own_card = work.shard.file(".json")
+        before = Card.model_validate(workspace.read_json(f"{Split.folder}/{own_card}"))
+        numbers = {path: int(Path(path).stem) for path in split.files if path != own_card}
         placed = {path: workspace.write_bytes(path, workspace.read_bytes(f"{Split.folder}/{path}")) for path in numbers}
-        before, artifact = _card(workspace, folder, shard), Artifact(workspace, folder)
+        artifact = Artifact(workspace, folder)
         files = {path: entry for path, entry in before.files.items() if not _NUMBERED.fullmatch(path)}
         if {number % n for number in numbers.values()} != {shard.number}:  # of several shards, as those of tables are
             files |= {path.removeprefix(f"{folder}/"): entry for path, entry in placed.items()}
