@@ -249,6 +249,21 @@ def prune(
 
 
 @app.command()
+def reshard(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    kind: Annotated[list[str] | None, typer.Option("--kind", help="user, item or cohort; default: all")] = None,
+) -> None:
+    """Double the number of shards of a workspace; no text is asked for again. Run it while no stage is running."""
+    from pipelines.reshard import run as run_reshard
+
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace)
+        shards = run_reshard(settings, open_workspace(settings), [_known(name) for name in kind or []])
+        note(", ".join(f"{n:,} {name} shards" for name, n in shards.items()))
+
+
+@app.command()
 def doctor(
     workspace: Annotated[str | None, typer.Option("--workspace", help="also check that it is writable")] = None,
     cluster: Annotated[str | None, typer.Option("--cluster", help="a Ray head's dashboard: check that cluster")] = None,

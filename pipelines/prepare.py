@@ -177,8 +177,9 @@ class _Preparation:
             for name, card in cards.items()
         }
         forget_stages(self.workspace, from_stage("prepare"))
-        for name in set(Artifact(self.workspace, FOLDER).cards()) - {shard.name for shard in inputs}:
-            self.workspace.delete_file(f"{FOLDER}/cards/{name}.json")  # of tasks when there were more
+        artifact = Artifact(self.workspace, FOLDER)
+        for name in set(artifact.cards()) - {shard.name for shard in inputs}:
+            artifact.forget(Shard.of_name(name))  # of a time when there were more tasks
         self._stage(stage, inputs, pool, "writing tables")
 
     def _stage(self, stage: Stage, inputs: Mapping[Shard, str], pool: Pool, about: str) -> dict[str, Card]:

@@ -7,6 +7,7 @@ import glob
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -37,9 +38,9 @@ class SourceFile:
 
     def open(self) -> pa.NativeFile:
         """For reading, decompressed where its name ends in .gz. Raises SourceError where it is gone."""
-        folder, _, name = self.path.rpartition("/")
+        storage, name = _at(self.path)
         try:
-            stream = Storage(folder or "/").open_input(name)
+            stream = storage.open_input(name)
         except WorkspaceError as error:
             raise SourceError(f"{self.path}: the file cannot be opened ({error.__cause__ or error}).") from None
         return pa.CompressedInputStream(stream, "gzip") if self.path.endswith(".gz") else stream
@@ -70,25 +71,40 @@ def _local_files(path: Path) -> list[SourceFile]:
 
 
 def _local(path: Path) -> SourceFile:
-    path = path.absolute()
-    entry = Storage(path.parent).entry(path.name)
+    storage, name = _at(str(path.absolute()))
+    entry = storage.entry(name)
     if entry is None:
         raise SourceError(f"{path}: the file vanished while the source was listed. Run the same command again.")
-    return SourceFile(str(path), entry.bytes, entry.e_tag)
+    return SourceFile(str(path.absolute()), entry.bytes, entry.e_tag)
 
 
 def _remote_files(uri: str) -> list[SourceFile]:
-    wild = _WILD.search(uri)
-    folder, _, name = uri[: wild.start() if wild else len(uri)].rstrip("/").rpartition("/")
-    if not wild and (entry := Storage(folder).entry(name)) is not None:
+    bucket, path = _at(uri.rstrip("/"))
+    wild = _WILD.search(path)
+    if wild is None and (entry := bucket.entry(path)) is not None:
         return [SourceFile(uri, entry.bytes, entry.e_tag)]
-    root = folder if wild else uri.rstrip("/")
-    matches = _glob_pattern(uri[len(root) + 1 :]) if wild else re.compile("")
+    folder = path[: wild.start()].rpartition("/")[0] if wild else path
+    rest = path[len(folder) :].lstrip("/")
+    matches = _glob_pattern(rest) if wild else re.compile("")
     return [
-        SourceFile(f"{root}/{path}", entry.bytes, entry.e_tag)
-        for path, entry in Storage(root).entries().items()
-        if matches.match(path) and _format(path) and (wild or not _aside(tuple(path.split("/"))))
+        SourceFile(f"{bucket.root}/{folder}/{name}" if folder else f"{bucket.root}/{name}", entry.bytes, entry.e_tag)
+        for name, entry in bucket.entries(*([folder] if folder else [])).items()
+        if matches.match(name) and _format(name) and (wild or not _aside(name.split("/")))
     ]
+
+
+def _at(path: str) -> tuple[Storage, str]:
+    """The bucket, or the local folder, of a file and its path there."""
+    if "://" not in path:
+        return Storage(Path(path).parent), Path(path).name
+    scheme, _, rest = path.partition("://")
+    bucket, _, name = rest.partition("/")
+    return _bucket(f"{scheme}://{bucket}"), name
+
+
+@lru_cache(maxsize=64)
+def _bucket(uri: str) -> Storage:
+    return Storage(uri)  # once: each has its own connections
 
 
 def _glob_pattern(text: str) -> re.Pattern[str]:
