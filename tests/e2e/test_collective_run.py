@@ -4,11 +4,12 @@ import importlib
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from owlrec.cohorts.model import POINTER, read_profiles
 from owlrec.generation.shards import iterate_manifests
+from owlrec.pointer import Pointer
 from owlrec.recipe import load_recipe
 from owlrec.store.release import open_release
 from owlrec.workspace import Workspace
@@ -28,8 +29,8 @@ def write_recipe(path: Path, workspace: Path, users: int) -> Path:
         shard_rows: 50
         cohorts:
           collaborative: {{factors: 16}}
-          users: {{mean_size: 12, min_size: 3, max_size: 30}}
-          items: {{mean_size: 12, min_size: 3, max_size: 30}}
+          users: {{mean_size: 12}}
+          items: {{mean_size: 12}}
           profiles: {{settled_share: 0.5}}
         prompts: {{mode: collective}}
         engine: {{type: echo}}
@@ -86,10 +87,8 @@ def test_a_cohort_s_text_serves_its_members(
     run(write_recipe(recipe, folder, 126), "generate")
     rows, asked = calls(folder)
     assert 0 < asked < rows
-    newest = json.loads((folder / "cohorts" / "LATEST").read_text())
     before, after = (
-        set(pq.read_table(folder / newest[which] / "profiles.parquet")["cohort"].to_pylist())
-        for which in ("previous", "folder")
+        set(read_profiles(workspace, cohorts)["cohort"].to_pylist()) for cohorts in Pointer(workspace, POINTER).history
     )
     assert len(before & after) > len(before) / 2  # names outlive the run
 
