@@ -34,12 +34,11 @@ from owlrec.cohorts.clustering import ClusterConfig, Codebook, train_cells
 from owlrec.cohorts.collaborative import unit
 from owlrec.cohorts.model import CohortModel, CohortsConfig
 from owlrec.ctr.experiment import finished_trials, summarise, trials
-from owlrec.generation.shards import iterate_manifests
 from owlrec.recipe import RayConfig, Recipe, load_recipe
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.schema import PROMPTS
-from owlrec.shards import Shard, finished_stage
+from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.workspace import Workspace, shards_for
 from pipelines.session import ray_session
 
@@ -240,10 +239,10 @@ def _cost(workspace: Workspace) -> Iterator[Figure]:
     assert generated is not None
     calls: dict[bool, int] = {True: 0, False: 0}
     tokens = dict(calls)
-    for m in iterate_manifests(workspace, generated.outputs["knowledge"]):
-        collective = m.shard.kind == "cohort"
-        calls[collective] += m.rows_in
-        tokens[collective] += m.prompt_tokens + m.output_tokens
+    for card in Artifact(workspace, generated.outputs["knowledge"]).cards().values():
+        collective = Shard.of_name(card.shard).kind == "cohort"
+        calls[collective] += card.rows_in
+        tokens[collective] += int(card.counts["prompt_tokens"]) + int(card.counts["output_tokens"])
     for unit_, of in (("calls", calls), ("tokens, prompt and answer", tokens)):
         yield Figure(measure="knowledge of all users and items", method="individual", value=of[False], unit=unit_)
         yield Figure(
@@ -269,8 +268,8 @@ def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
     from owlrec.decoding.pools import write_pool
     from owlrec.decoding.release_pools import answer_tokens
     from owlrec.generation import VllmEngine, VllmEngineConfig, token_counter
+    from owlrec.generation.job import read_knowledge
     from owlrec.generation.models import load_tokenizer, model_identity
-    from owlrec.generation.shards import read_knowledge
     from owlrec.prompting.rows import Prompt, user_prompts
     from owlrec.sources.catalog import ItemCatalog
 

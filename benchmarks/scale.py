@@ -10,12 +10,11 @@ what the engine was asked and what was encoded with what the texts' own digests 
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +29,12 @@ from benchmarks.worlds import World, grow, write_world
 from owlrec.ops.console import note
 from owlrec.ordered import rows_of
 from owlrec.schema import KINDS
+from owlrec.shards import Artifact, finished_stage
+from owlrec.store import open_release
+from owlrec.workspace import Workspace
 
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish")
+_DONE = {"generate": ("knowledge", "rows_asked"), "encode": ("vectors", "encoded")}  # output, and count of a shard
 LOOKUPS, BATCH = 100_000, 100  # ids, and ids of one request
 _SAMPLE_S = 0.5
 _MIB = 2**20
@@ -84,37 +87,37 @@ class Run:
         """The same chain over a slightly larger world, beside what the texts' digests say it had to do."""
         before = self._digests()
         new, active = grow(self.world, self.source)
+        start = time.time()
         yield from self._chain(f"{new:,} users more, {active:,} with new behaviors: ")
         prompts, texts = self._digests().changed_since(before)
         measure = "after growth"
         rows = (
             ("prompts that are new or changed", prompts, "rows"),
-            ("prompts asked", self._counts("generate")["rows_asked"], "rows"),
+            ("prompts asked", self._rows("generate", start), "rows"),
             ("texts that are new or changed", texts, "rows"),
-            ("texts encoded", self._counts("encode")["texts_encoded"], "rows"),
+            ("texts encoded", self._rows("encode", start), "rows"),
         )
         for method, value, unit in rows:
             yield Figure(measure=measure, method=method, value=value, unit=unit)
 
     def _chain(self, prefix: str) -> Iterator[Figure]:
         for stage in self.stages:
+            start = time.time()
             found = measured([f"pipelines.{stage}", "--recipe", str(self.recipe)])
-            yield from self._stage_figures(prefix + stage, found, self._rows(stage))
+            yield from self._stage_figures(prefix + stage, found, self._rows(stage, start))
 
-    def _rows(self, stage: str) -> int:
-        counts = self._counts(stage)
+    def _rows(self, stage: str, since: float) -> int:
+        """What a stage did: rows asked and encoded since a moment, else all rows that it read."""
+        card = finished_stage(Workspace(self.workspace), stage)
+        assert card is not None
+        if stage in _DONE:
+            output, count = _DONE[stage]
+            cards = Artifact(Workspace(self.workspace), card.outputs[output]).cards().values()
+            return sum(int(c.counts[count]) for c in cards if c.finished >= since)
+        counts = {name: int(n) for name, n in card.counts.items() if not isinstance(n, str)}
         if stage == "prepare":
-            return int(counts["interactions"])
-        rows = {"generate": "rows_asked", "encode": "texts_encoded", "publish": "rows"}
-        return int(counts[rows[stage]]) if stage in rows else int(counts["users"]) + int(counts["items"])
-
-    def _counts(self, stage: str) -> Mapping[str, float]:
-        counts: Mapping[str, float] = self._card(stage)["counts"]
-        return counts
-
-    def _card(self, stage: str) -> dict[str, Any]:
-        card: dict[str, Any] = json.loads((self.workspace / "stages" / f"{stage}.json").read_text())
-        return card
+            return counts["interactions"]
+        return sum(n for name, n in counts.items() if name.startswith("knowledge_") or name.endswith("_members"))
 
     def _stage_figures(self, stage: str, found: "Measured", rows: int) -> Iterator[Figure]:
         yield Figure(measure=stage, method="time", value=round(found.seconds, 1), unit="s")
@@ -132,7 +135,8 @@ class Run:
             "shard_rows": 8192,
             "prompts": {"mode": "both" if cohorts else "individual", "history_tokens": 128},
             "engine": {"type": "echo"},
-            "encoder": {"type": "hashing"},
+            "encoder": {"model": "hashing"},
+            "ctr": {"arms": ["none", "knowledge"]},  # no control's vectors: one for each text
         }
         if cohorts:
             recipe["cohorts"] = {}
@@ -147,9 +151,6 @@ class Run:
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False))
 
     def _lookups(self) -> Iterator[Figure]:
-        from owlrec.store import open_release
-        from owlrec.workspace import Workspace
-
         ids = np.random.default_rng(1).integers(0, self.world.users, LOOKUPS).tolist()
         with open_release(Workspace(self.workspace)) as release:
             start = time.perf_counter()
@@ -164,7 +165,9 @@ class Run:
         yield Figure(measure="lookup", method="misses", value=missing, unit=f"of {LOOKUPS:,}")
 
     def _digests(self) -> "Digests":
-        folder = self.workspace / self._card("generate")["outputs"]["knowledge"]
+        generated = finished_stage(Workspace(self.workspace), "generate")
+        assert generated is not None
+        folder = self.workspace / generated.outputs["knowledge"]
         columns = ["id", "prompt_sha256", "text"]
         chunks = []
         for number, kind in enumerate(KINDS):
