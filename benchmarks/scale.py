@@ -29,12 +29,12 @@ from benchmarks.worlds import World, grow, write_world
 from owlrec.ops.console import note
 from owlrec.ordered import rows_of
 from owlrec.schema import KINDS
-from owlrec.shards import Artifact, finished_stage
+from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.store import open_release
 from owlrec.workspace import Workspace
 
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish")
-_DONE = {"generate": ("knowledge", "rows_asked"), "encode": ("vectors", "encoded")}  # output, and count of a shard
+_OUTPUTS = {"generate": "knowledge", "encode": "vectors"}  # of stages whose shards say what was done
 LOOKUPS, BATCH = 100_000, 100  # ids, and ids of one request
 _SAMPLE_S = 0.5
 _MIB = 2**20
@@ -93,9 +93,9 @@ class Run:
         measure = "after growth"
         rows = (
             ("prompts that are new or changed", prompts, "rows"),
-            ("prompts asked", self._rows("generate", start), "rows"),
+            ("prompts asked", self._made("generate", start, "rows_asked"), "rows"),
             ("texts that are new or changed", texts, "rows"),
-            ("texts encoded", self._rows("encode", start), "rows"),
+            ("texts encoded", self._made("encode", start, "encoded"), "rows"),
         )
         for method, value, unit in rows:
             yield Figure(measure=measure, method=method, value=value, unit=unit)
@@ -107,19 +107,28 @@ class Run:
             yield from self._stage_figures(prefix + stage, found, self._rows(stage, start))
 
     def _rows(self, stage: str, since: float) -> int:
-        """What a stage did: rows asked and encoded since a moment, else all rows that it read."""
-        card = finished_stage(Workspace(self.workspace), stage)
-        assert card is not None
-        if stage in _DONE:
-            output, count = _DONE[stage]
-            cards = Artifact(Workspace(self.workspace), card.outputs[output]).cards().values()
-            return sum(int(c.counts[count]) for c in cards if c.finished >= since)
-        counts = {name: int(n) for name, n in card.counts.items() if not isinstance(n, str)}
+        """How many rows a stage went through: of generate and encode those in shards that were made since a moment."""
+        if stage in _OUTPUTS:
+            count = "rows_asked" if stage == "generate" else None
+            return self._made(stage, since, count)
+        counts = {name: int(n) for name, n in self._card(stage).counts.items() if not isinstance(n, str)}
         if stage == "prepare":
             return counts["interactions"]
         return sum(n for name, n in counts.items() if name.startswith("knowledge_") or name.endswith("_members"))
 
+    def _made(self, stage: str, since: float, count: str | None) -> int:
+        """A count, or the rows, of the shards that were made since a moment."""
+        cards = Artifact(Workspace(self.workspace), self._card(stage).outputs[_OUTPUTS[stage]]).cards().values()
+        return sum(int(c.counts[count]) if count else c.rows_out for c in cards if c.finished >= since)
+
+    def _card(self, stage: str) -> Card:
+        card = finished_stage(Workspace(self.workspace), stage)
+        assert card is not None
+        return card
+
     def _stage_figures(self, stage: str, found: "Measured", rows: int) -> Iterator[Figure]:
+        largest = ", ".join(f"{role} {pss / _MIB:,.0f} MiB" for role, (_, pss) in sorted(found.peaks.items()))
+        note(f"{stage}: {found.seconds:.1f} s, {rows / found.seconds:,.0f} rows/s; {largest}")
         yield Figure(measure=stage, method="time", value=round(found.seconds, 1), unit="s")
         yield Figure(measure=stage, method="rate", value=round(rows / found.seconds), unit="rows/s")
         for role, (rss, pss) in sorted(found.peaks.items()):
@@ -165,9 +174,7 @@ class Run:
         yield Figure(measure="lookup", method="misses", value=missing, unit=f"of {LOOKUPS:,}")
 
     def _digests(self) -> "Digests":
-        generated = finished_stage(Workspace(self.workspace), "generate")
-        assert generated is not None
-        folder = self.workspace / generated.outputs["knowledge"]
+        folder = self.workspace / self._card("generate").outputs["knowledge"]
         columns = ["id", "prompt_sha256", "text"]
         chunks = []
         for number, kind in enumerate(KINDS):
