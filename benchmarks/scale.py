@@ -234,10 +234,10 @@ def _memory(driver: psutil.Process) -> Iterator[tuple[str, int, int]]:
         return
     for process in processes:
         try:
-            memory, title = process.memory_full_info(), " ".join(process.cmdline()[:1])
+            memory, name = process.memory_full_info(), process.name()
         except psutil.Error:
             continue
-        role = "driver" if process is driver else "worker" if title.startswith("ray::") else process.name()
+        role = "driver" if process is driver else "worker" if name.startswith("ray::") else name
         yield role, memory.rss, memory.pss
 
 
