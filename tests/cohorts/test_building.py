@@ -9,15 +9,16 @@ import pyarrow as pa
 import pytest
 
 from owlrec.cohorts import building, clustering
-from owlrec.cohorts.building import _batches, build_cohorts, cohort_shards
+from owlrec.cohorts.building import AssignCohorts, _batches, build_cohorts, cohort_shards
 from owlrec.cohorts.clustering import ClusterConfig
 from owlrec.cohorts.collaborative import CollaborativeConfig
 from owlrec.cohorts.model import POINTER, CohortsConfig, previous_folder, read_profiles
 from owlrec.errors import SchemaError
 from owlrec.pointer import Pointer
+from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.schema import HISTORIES, PROMPTS
-from owlrec.shards import Artifact
+from owlrec.shards import Artifact, Shard
 from owlrec.workspace import Workspace
 
 MOVIES = get_scenario("movies")
@@ -219,3 +220,35 @@ def test_items_that_nobody_shares_are_refused(tmp_path: Path) -> None:
     prepare(workspace, {u: [u] for u in range(10)})
     with pytest.raises(SchemaError, match="none of 10 items"):
         build(workspace, "c")
+
+
+def everything(workspace: Workspace, folder: str) -> list[pa.Table]:
+    memberships = [
+        workspace.read_parquet(f"{folder}/{kind}/{file}")
+        for kind in ("user", "item")
+        for file in workspace.names(folder, kind)
+    ]
+    return [*memberships, read_profiles(workspace, folder)]
+
+
+def test_an_object_store_gets_the_same_cohorts(tmp_path: Path, s3_root: str) -> None:
+    workspaces = Workspace(tmp_path), Workspace(s3_root)
+    for workspace in workspaces:
+        prepare(workspace, planted(80))
+        build(workspace, "c")
+        build(workspace, "d", previous="c")
+    for folder in "cd":
+        assert everything(workspaces[0], folder) == everything(workspaces[1], folder)
+
+
+@pytest.mark.ray
+def test_workers_of_a_cluster_assign_as_this_process_does(ray_local: None, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    prepare(workspace, planted(80))
+    build(workspace, "c")
+    here = everything(workspace, "c")
+    shards = {Shard("user", number): "again" for number in range(4)}
+    stage = AssignCohorts("c", CONFIG, MOVIES)
+    cards = run_stage(workspace, stage, shards, Pool(here=False, max_workers=2))
+    assert {card.fingerprint for card in cards.values()} == {"again"}
+    assert everything(workspace, "c") == here
