@@ -1,10 +1,11 @@
 """Cohorts: how fast they are assigned, whether they are real, what their texts cost and are worth.
 
-`speed`: synthetic vectors of 64 components, 1,000 cohorts, through the stage's own pass over Parquet files, at several
-numbers of users. `real`: MovieLens-100K, the overlap of liked items within cohorts beside random groups of the same
-sizes, on what the cohorts were built from and on what users chose later; the agreement of two seeds. `texts`: the
-recipe movielens-100k-collective, run with the real model (about 20 minutes at first, in runs/): calls and tokens, AUC
-by mode, and how much of a user's text is drafted from their own cohort's pool, a random one's and all texts.
+`speed`: synthetic vectors of 64 components, as many cohorts as the defaults ask for, through the stage's own pass over
+shards, at several numbers of users. `real`: MovieLens-100K, the overlap of liked items within cohorts beside random
+groups of the same sizes, on what the cohorts were built from and on what users chose later; the agreement of two seeds.
+`texts`: the recipe movielens-100k-collective, run with the real model (about 20 minutes at first, in runs/): calls and
+tokens, AUC by mode, and how much of a user's text is drafted from their own cohort's pool, a random one's and all
+texts.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,21 @@ import pyarrow as pa
 import pipelines
 from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
-from owlrec.cohorts.assignment import Router, vector_array
-from owlrec.cohorts.building import build_cohorts
-from owlrec.cohorts.clustering import Codebook
-from owlrec.cohorts.collaborative import ItemFactors, unit
+from owlrec.cohorts.assignment import vector_array
+from owlrec.cohorts.building import AssignCohorts, build_cohorts
+from owlrec.cohorts.clustering import ClusterConfig, Codebook, train_cells
+from owlrec.cohorts.collaborative import unit
 from owlrec.cohorts.model import CohortModel, CohortsConfig
 from owlrec.ctr.experiment import finished_trials, summarise, trials
-from owlrec.generation.shards import iterate_manifests
-from owlrec.ray_data import map_parts
 from owlrec.recipe import RayConfig, Recipe, load_recipe
+from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
-from owlrec.shards import finished_stage
-from owlrec.workspace import Workspace, shard_file
+from owlrec.schema import PROMPTS
+from owlrec.shards import Artifact, Shard, finished_stage
+from owlrec.workspace import Workspace, shards_for
 from pipelines.session import ray_session
 
-DIM, COHORTS, PART_ROWS = 64, 1000, 1 << 17
+DIM, SHARD_ROWS = 64, 1 << 17
 SCENARIO = get_scenario("movies")
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k-collective.yaml"
 OVERLAP_GROUPINGS = 5  # random ones of the cohorts' sizes
@@ -82,7 +82,7 @@ def _speed(sizes: list[int]) -> list[Figure]:
         assert found["rows"] == n
         speed = n / found["seconds"]
         first = first or speed
-        measure = f"{n:,} users, {DIM} dimensions, {COHORTS:,} cohorts"
+        measure = f"{n:,} users, {DIM} dimensions, {ClusterConfig().sizes(n).cohorts:,} cohorts"
         to = f"{sizes[0]:,} users"
         figures += [
             Figure(
@@ -96,17 +96,20 @@ def _speed(sizes: list[int]) -> list[Figure]:
 
 
 def _world(workspace: Workspace, n: int) -> None:
-    rng = np.random.default_rng(0)
-    centroids = unit(rng.normal(size=(COHORTS, DIM)).astype(np.float32))
-    book = Codebook(centroids, np.arange(COHORTS), COHORTS)
-    factors = ItemFactors(np.zeros(0, np.int64), np.zeros((0, DIM), np.float32))
-    CohortModel(factors, {"user-liked": book}, {}, 5).save(workspace, "c")
-    for number, start in enumerate(range(0, n, PART_ROWS)):
-        rows = min(PART_ROWS, n - start)
-        near = centroids[rng.integers(COHORTS, size=rows)]
-        vectors = unit(near + 0.15 * rng.standard_normal((rows, DIM), dtype=np.float32))
-        table = pa.table({"id": np.arange(start, start + rows), "liked": vector_array(vectors, np.ones(rows, bool))})
-        workspace.write_parquet(f"c/vectors/user/{shard_file(number)}", table)
+    rng, config = np.random.default_rng(0), ClusterConfig()
+    sizes = config.sizes(n)
+    centroids = unit(rng.normal(size=(sizes.cohorts, DIM)).astype(np.float32))
+    cells = train_cells(centroids, sizes, config)
+    book = Codebook(centroids, np.arange(sizes.cohorts), sizes.cohorts, cells if len(cells) > 1 else None)
+    CohortModel({"user-liked": book}, {}).save(workspace, "c")
+    n_shards = shards_for(n, SHARD_ROWS)
+    workspace.fix_shards({"user": n_shards})
+    for number in range(n_shards):
+        ids = np.arange(number, n, n_shards)
+        near = centroids[rng.integers(sizes.cohorts, size=len(ids))]
+        vectors = unit(near + 0.1 * rng.standard_normal((len(ids), DIM), dtype=np.float32))
+        table = pa.table({"id": ids, "liked": vector_array(vectors, np.ones(len(ids), bool))})
+        workspace.write_arrow(f"c/{Shard('user-vectors', number).file('.arrow')}", table, table.schema)
 
 
 def _assign(folder: str) -> dict[str, float]:
@@ -126,14 +129,12 @@ def _assign(folder: str) -> dict[str, float]:
     with ray_session(RayConfig(), workspace.log_path("ray")):
         threading.Thread(target=watch, daemon=True).start()
         start = time.perf_counter()
-        found = map_parts(partial(Router(workspace, "c", SCENARIO), "user"), workspace.names("c/vectors/user"))
+        shards = dict.fromkeys((Shard("user", n) for n in range(workspace.n_shards("user"))), "")
+        pool = Pool(here=False, max_workers=len(shards))
+        cards = run_stage(workspace, AssignCohorts("c", CohortsConfig(), SCENARIO), shards, pool)
         seconds = time.perf_counter() - start
         stop.set()
-    return {"seconds": seconds, "peak_gb": peak[0], "rows": sum(sum(r["sizes"].values()) for r in found.values())}
-
-
-def _serially(work: Any, parts: Any) -> dict[str, Any]:
-    return {part: work(part) for part in parts}
+    return {"seconds": seconds, "peak_gb": peak[0], "rows": sum(card.rows_out for card in cards.values())}
 
 
 def _real() -> Iterator[Figure]:
@@ -145,7 +146,7 @@ def _real() -> Iterator[Figure]:
         labels = []
         for seed in (0, 1):
             config = _seeded(recipe.cohorts or CohortsConfig(), seed)
-            build_cohorts(workspace, f"c{seed}", config, recipe.domain, _serially)
+            build_cohorts(workspace, f"c{seed}", config, recipe.domain, _no_prompts, shard_rows=recipe.shard_rows)
             labels.append(_labels(workspace, f"c{seed}", "user", "liked"))
         users = sorted(labels[0].keys() & labels[1].keys())
         score = adjusted_rand_score(*([of[u] for u in users] for of in labels))
@@ -165,6 +166,10 @@ def _real() -> Iterator[Figure]:
                 ratio_to="random",
                 ratio=within / random,
             )
+
+
+def _no_prompts(profiles: pa.Table) -> pa.Table:
+    return PROMPTS.empty_table()
 
 
 def _seeded(config: CohortsConfig, seed: int) -> CohortsConfig:
@@ -234,10 +239,10 @@ def _cost(workspace: Workspace) -> Iterator[Figure]:
     assert generated is not None
     calls: dict[bool, int] = {True: 0, False: 0}
     tokens = dict(calls)
-    for m in iterate_manifests(workspace, generated.outputs["knowledge"]):
-        collective = m.shard.kind == "cohort"
-        calls[collective] += m.rows_in
-        tokens[collective] += m.prompt_tokens + m.output_tokens
+    for card in Artifact(workspace, generated.outputs["knowledge"]).cards().values():
+        collective = Shard.of_name(card.shard).kind == "cohort"
+        calls[collective] += card.rows_in
+        tokens[collective] += int(card.counts["prompt_tokens"]) + int(card.counts["output_tokens"])
     for unit_, of in (("calls", calls), ("tokens, prompt and answer", tokens)):
         yield Figure(measure="knowledge of all users and items", method="individual", value=of[False], unit=unit_)
         yield Figure(
@@ -263,8 +268,8 @@ def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
     from owlrec.decoding.pools import write_pool
     from owlrec.decoding.release_pools import answer_tokens
     from owlrec.generation import VllmEngine, VllmEngineConfig, token_counter
+    from owlrec.generation.job import read_knowledge
     from owlrec.generation.models import load_tokenizer, model_identity
-    from owlrec.generation.shards import read_knowledge
     from owlrec.prompting.rows import Prompt, user_prompts
     from owlrec.sources.catalog import ItemCatalog
 

@@ -107,4 +107,14 @@ LONG_PARTS = (
         "ranking_quality --only longer --shots 1024 --behaviours 10 30",
         "Recent or retrieved behaviours, for the ranker of 1,024 shots (behind ranking-shots; 25 minutes)?",
     ),
+    Part(
+        "scale",
+        "scale --users 1e6 --items 1e5 --interactions 3e7 --growth",
+        "How fast is the whole chain, in how much memory, and what do 1 % more users cost?",
+    ),
+    Part(
+        "scale-10m",
+        "scale --users 1e7 --items 1e6 --interactions 1e8",
+        "And with ten times the users (an hour and 100 GB of disk)?",
+    ),
 )

@@ -1,21 +1,27 @@
-"""Who is like whom: collaborative vectors, cohorts of users and items, and one prompt for each cohort."""
+"""Collaborative vectors, cohorts of users and items, and one prompt for each cohort."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from functools import partial
 
-from owlrec import __version__
-from owlrec.cohorts.building import build_cohorts, make_latest, previous_of, read_profiles
+import pyarrow as pa
+
+from owlrec.cohorts.building import build_cohorts
+from owlrec.cohorts.model import POINTER, previous_folder
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress
+from owlrec.pointer import Pointer
 from owlrec.prompting.collective import cohort_prompts, collective_fingerprint
 from owlrec.prompting.rows import prompts_table
-from owlrec.ray_data import map_parts
 from owlrec.recipe import Recipe
+from owlrec.runner import Pool
+from owlrec.scenario import Scenario
 from owlrec.shards import Card, finished_stage, needed_stage
 from owlrec.storage import fingerprint
-from owlrec.workspace import Workspace, shard_file
+from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
+
+_ROWS_HERE = 200_000  # users and items that one process is done with sooner than Ray has started
 
 
 def run(recipe: Recipe, workspace: Workspace) -> Card:
@@ -24,32 +30,35 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     config, scenario = recipe.cohorts, recipe.domain
     if config is None:
         return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))
-    print_ = fingerprint(prepared.fingerprint, config, collective_fingerprint(scenario), recipe.shard_rows, __version__)
+    print_ = fingerprint(prepared.fingerprint, config, collective_fingerprint(scenario))
     folder = f"cohorts/{print_[:16]}"
+    here = int(prepared.counts.get("users", 0)) + int(prepared.counts.get("items", 0)) <= _ROWS_HERE
 
     def body() -> tuple[Counts, Outputs]:
+        log = workspace.log_path("ray")
+        pool = Pool(here=here, max_workers=recipe.ray.num_cpus or 1 << 10, log_path=None if here else str(log))
         with (
-            ray_session(recipe.ray, workspace.log_path("ray")),
-            progress("finding who is like whom", None, "parts") as advance,
+            nullcontext() if here else ray_session(recipe.ray, log),
+            progress("building cohorts", None, "shards") as advance,
         ):
-
-            def spread(work: Callable[[str], Any], parts: Sequence[str]) -> Mapping[str, Any]:
-                return map_parts(work, parts, on_part=lambda part: advance(1))
-
-            found = build_cohorts(workspace, folder, config, scenario, spread, previous_of(workspace, folder))
-        profiles = read_profiles(workspace, folder)
-        rows, step = profiles.num_rows, recipe.shard_rows
-        for number, start in enumerate(range(0, rows, step)):
-            table = prompts_table(cohort_prompts(profiles.slice(start, step), scenario))
-            workspace.write_parquet(f"{folder}/prompts/{shard_file(number)}", table)
-        make_latest(workspace, folder)
+            counts = build_cohorts(
+                workspace,
+                folder,
+                config,
+                scenario,
+                partial(_ask, scenario=scenario),
+                shard_rows=recipe.shard_rows,
+                pool=pool,
+                previous=previous_folder(workspace, folder),
+                on_card=lambda card: advance(1),
+            )
+        Pointer(workspace, POINTER).move(folder)
         for kind in ("user", "item"):
-            low, middle, high = (found[f"{kind}_cohort_{name}"] for name in ("smallest", "median", "largest"))
-            note(f"{found[f'{kind}_cohorts']:,} cohorts of {kind}s, of {low} to {high} members, {middle} in the median")
-        counts: Counts = {**found, "prompts": rows}
-        return counts, {"cohorts": folder}
+            n, members, largest = (counts[f"{kind}_{name}"] for name in ("cohorts", "members", "cohort_largest"))
+            note(f"{n:,} cohorts of {kind}s, of {members / n:.0f} members in the mean, {largest:,} in the largest")
+        return {**counts}, {"cohorts": folder}
 
-    return execute(workspace, "cohorts", print_, "who is like whom", body)
+    return execute(workspace, "cohorts", print_, "users and items that are alike", body)
 
 
 def cohorts_folder(recipe: Recipe, workspace: Workspace) -> str | None:
@@ -61,6 +70,10 @@ def cohorts_folder(recipe: Recipe, workspace: Workspace) -> str | None:
     if built is None or "cohorts" not in built.outputs:
         raise WorkspaceError(f"{workspace.root}: no cohorts yet. Run `cohorts` first, with the same recipe.")
     return built.outputs["cohorts"]
+
+
+def _ask(profiles: pa.Table, scenario: Scenario) -> pa.Table:
+    return prompts_table(cohort_prompts(profiles, scenario))
 
 
 if __name__ == "__main__":

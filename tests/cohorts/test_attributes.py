@@ -2,7 +2,7 @@
 
 import pytest
 
-from owlrec.cohorts.attributes import banded, choose_group, count_groups, group_name, values_of
+from owlrec.cohorts.attributes import banded, choose_group, count_groups, group_name, large_groups, values_of
 
 FIELDS = ("gender", "age", "occupation")
 YOUNG = (("gender", "F"), ("age", "20-29"), ("occupation", "student"))
@@ -23,11 +23,9 @@ def test_values_leave_out_what_is_empty_and_take_the_first_of_a_list() -> None:
 
 def test_a_group_too_small_loses_its_last_fields() -> None:
     counts = count_groups([YOUNG, YOUNG, YOUNG[:2], YOUNG[:2], YOUNG[:1], (("gender", "M"),)])
-    assert choose_group(YOUNG, counts, 2) == YOUNG
-    assert choose_group(YOUNG, counts, 3) == YOUNG[:2]
-    assert choose_group(YOUNG, counts, 5) == YOUNG[:1]
-    assert choose_group(YOUNG, counts, 6) == ()
-    assert choose_group((), counts, 1) == ()
+    for smallest, expected in ((2, YOUNG), (3, YOUNG[:2]), (5, YOUNG[:1]), (6, ())):
+        assert choose_group(YOUNG, large_groups([counts], smallest)) == expected
+    assert choose_group((), large_groups([counts], 1)) == ()
 
 
 def test_names_tell_the_values() -> None:

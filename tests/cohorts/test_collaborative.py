@@ -1,12 +1,15 @@
 """Item factors and fold-in, against the normal equations and against planted tastes."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.collaborative import CollaborativeConfig, FoldIn, ItemFactors, train_item_factors, unit
+from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors, fold_in, liked_mask, train_item_factors, unit
 from owlrec.errors import SchemaError
 from owlrec.schema import HISTORIES
+from owlrec.workspace import Workspace
 
 
 def histories(lists: list[list[int]]) -> pa.Table:
@@ -39,25 +42,27 @@ def test_fold_in_solves_the_normal_equations() -> None:
     all_y = factors.vectors.astype(np.float64)
     left = all_y.T @ all_y + CONFIG.alpha * y.T @ y + CONFIG.regularization * np.eye(3)
     expected = np.linalg.solve(left, (1 + CONFIG.alpha) * y.sum(axis=0))
-    found, known = FoldIn(factors, CONFIG).vectors(pa.array([chosen], pa.list_(pa.int64())))
+    found, known = fold_in(factors, CONFIG, pa.array([chosen], pa.list_(pa.int64())))
     assert known.tolist() == [True]
     np.testing.assert_allclose(found[0], expected / np.linalg.norm(expected), atol=1e-4)
 
 
 def test_doubled_and_unknown_items_add_nothing() -> None:
-    fold_in = FoldIn(train_item_factors(planted()[0], CONFIG), CONFIG)
+    factors = train_item_factors(planted()[0], CONFIG)
     lists = pa.array([[0, 1, 2], [0, 0, 1, 2, 2, 99999], [0, 1], []], pa.list_(pa.int64()))
-    found, known = fold_in.vectors(lists)
+    found, known = fold_in(factors, CONFIG, lists)
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
     assert known.tolist() == [True, True, False, False]
     assert not found[2:].any()
 
 
 def test_only_the_chosen_behaviours_count() -> None:
-    fold_in = FoldIn(train_item_factors(planted()[0], CONFIG), CONFIG)
+    factors = train_item_factors(planted()[0], CONFIG)
     whole = pa.array([[0, 1, 2, 100, 101, 102]], pa.list_(pa.int64()))
-    liked, _ = fold_in.vectors(whole, np.array([1, 1, 1, 0, 0, 0], bool))
-    np.testing.assert_allclose(liked, fold_in.vectors(pa.array([[0, 1, 2]], pa.list_(pa.int64())))[0], atol=1e-6)
+    liked, _ = fold_in(factors, CONFIG, whole, np.array([1, 1, 1, 0, 0, 0], bool))
+    np.testing.assert_allclose(
+        liked, fold_in(factors, CONFIG, pa.array([[0, 1, 2]], pa.list_(pa.int64())))[0], atol=1e-6
+    )
 
 
 def test_a_later_training_keeps_the_axes() -> None:
@@ -71,6 +76,29 @@ def test_a_later_training_keeps_the_axes() -> None:
         return float((unit(vectors) * unit(first.vectors)).sum(axis=1)[known].mean())
 
     assert agreement(later) > 0.9 > agreement(fresh)
+
+
+def test_a_behavior_without_a_rating_is_liked() -> None:
+    rows = [
+        {"user_id": 1, "as_of": 1, "items": [1, 2], "ratings": [3.0, 4.0]},
+        {"user_id": 2, "as_of": 1, "items": [3], "ratings": [None]},
+    ]
+    assert liked_mask(pa.Table.from_pylist(rows, schema=HISTORIES), 3).tolist() == [False, True, True]
+
+
+def test_factors_are_mapped_and_fold_in_as_before(tmp_path: Path) -> None:
+    factors, workspace = train_item_factors(planted()[0], CONFIG), Workspace(tmp_path)
+    factors.save(workspace, "f.arrow")
+    mapped = ItemFactors.load(workspace, "f.arrow")
+    lists = pa.array([[0, 1, 2, 2], [7, 101, 102]], pa.list_(pa.int64()))
+    np.testing.assert_array_equal(mapped.ids, factors.ids)
+    np.testing.assert_array_equal(fold_in(mapped, CONFIG, lists)[0], fold_in(factors, CONFIG, lists)[0])
+
+
+def test_nobody_and_users_without_a_behavior_fold_in_to_nothing() -> None:
+    factors = train_item_factors(planted()[0], CONFIG)
+    vectors, known = fold_in(factors, CONFIG, pa.array([[], []], pa.list_(pa.int64())))
+    assert (vectors.shape, known.tolist()) == ((2, 3), [False, False])
 
 
 def test_no_item_that_several_users_chose_is_a_clear_error() -> None:

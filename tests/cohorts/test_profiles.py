@@ -1,66 +1,69 @@
 """Who stands for a cohort, what its prompt quotes, and when an earlier profile stays."""
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.profiles import PROFILES, CandidateReader, ProfileConfig, build_profiles, keep_settled
+from owlrec.cohorts.profiles import (
+    PROFILES,
+    ProfileConfig,
+    _first,
+    add_members,
+    best_candidates,
+    build_profiles,
+    count_members,
+    item_candidates,
+    keep_settled,
+    user_candidates,
+)
 from owlrec.scenario import get_scenario
 from owlrec.schema import COHORTS, HISTORIES
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.workspace import Workspace
 
 CONFIG = ProfileConfig(representatives=2, titles=3, opposite=2)
 
 
-@pytest.fixture
-def workspace(tmp_path: Path) -> Workspace:
-    """Five users in two parts. Users 1 to 3 are of cohort a, at .3, .1 and .2; 4 and 5 of an attribute group."""
-    workspace = Workspace(tmp_path)
+def candidates(numbers: list[int]) -> pa.Table:
+    """Of some of five users. 1 to 3 are of cohort a, at .3, .1 and .2; 4 and 5 of an attribute group."""
     ages = {1: "23", 2: "25", 3: "31", 4: "44", 5: "47"}
-    behaviours = {
+    behaviors = {
         1: ([9], [5.0]),
         2: ([10, 11, 12], [5.0, 4.0, 1.0]),
         3: ([10, 13], [4.0, 2.0]),
-        4: ([], []),
         5: ([14], [5.0]),
     }
     cohort = {1: ("a", 0.3), 2: ("a", 0.1), 3: ("a", 0.2), 4: ("g", None), 5: ("g", None)}
-    for part, ids in (("00000000.parquet", [1, 2, 4]), ("00000001.parquet", [3, 5])):
-        users = pa.table(
-            {"user_id": ids, "raw_id": [str(i) for i in ids], "gender": ["F"] * len(ids), "age": [ages[i] for i in ids]}
-        )
-        rows = [{"user_id": i, "as_of": 100 + i, "items": behaviours[i][0], "ratings": behaviours[i][1]} for i in ids]
-        members = [
-            {
-                "kind": "user",
-                "id": i,
-                "cohort": cohort[i][0],
-                "facet": "liked",
-                "source": "collaborative",
-                "distance": cohort[i][1],
-            }
-            for i in ids
-        ]
-        workspace.write_parquet(f"tables/users/{part}", users)
-        workspace.write_parquet(f"tables/histories/{part}", pa.Table.from_pylist(rows, schema=HISTORIES))
-        workspace.write_parquet(f"c/user/{part}", pa.Table.from_pylist(members, schema=COHORTS))
-    return workspace
+    users = pa.table({"user_id": numbers, "gender": ["F"] * len(numbers), "age": [ages[i] for i in numbers]})
+    rows = [
+        {"user_id": i, "as_of": 100 + i, "items": behaviors[i][0], "ratings": behaviors[i][1]}
+        for i in numbers
+        if i in behaviors
+    ]
+    members = [
+        {
+            "kind": "user",
+            "id": i,
+            "cohort": cohort[i][0],
+            "facet": "liked",
+            "source": "collaborative",
+            "distance": cohort[i][1],
+        }
+        for i in numbers
+    ]
+    tables = (pa.Table.from_pylist(members, schema=COHORTS), users, pa.Table.from_pylist(rows, schema=HISTORIES))
+    return user_candidates(*tables, get_scenario("movies"), CONFIG.representatives)
 
 
-def profiles(workspace: Workspace) -> dict[str, dict]:
-    reader = CandidateReader(workspace, "c", get_scenario("movies"), CONFIG)
-    for part in workspace.names("c", "user"):
-        reader("user", part)
+def profiles() -> dict[str, dict]:
     items = pa.table({"item_id": list(range(9, 15)), "title": [f"Film {i}" for i in range(9, 15)]})
-    table = build_profiles(workspace, "c", "user", {"a": 3, "g": 2}, ItemCatalog(items), CONFIG)
+    best = best_candidates([candidates([1, 2, 4]), candidates([3, 5])], CONFIG.representatives)
+    table = build_profiles(best, {"a": 3, "g": 2}, "user", ItemCatalog(items).titles, CONFIG)
+    assert table["id"].to_pylist() == sorted(table["id"].to_pylist())
     return {row["cohort"]: row for row in table.to_pylist()}
 
 
-def test_the_nearest_members_stand_for_a_cohort(workspace: Workspace) -> None:
-    found = profiles(workspace)["a"]
+def test_the_nearest_members_stand_for_a_cohort() -> None:
+    found = profiles()["a"]
     assert found["representatives"] == [2, 3]
     assert found["titles"] == ["Film 10", "Film 11"]  # both like film 10; user 1, who likes film 9, is too far
     assert found["opposite"] == ["Film 12", "Film 13"]
@@ -69,8 +72,8 @@ def test_the_nearest_members_stand_for_a_cohort(workspace: Workspace) -> None:
     assert found["size"] == 3
 
 
-def test_the_longest_history_stands_for_an_attribute_group(workspace: Workspace) -> None:
-    found = profiles(workspace)["g"]
+def test_the_longest_history_stands_for_an_attribute_group() -> None:
+    found = profiles()["g"]
     assert found["titles"] == ["Film 14"]
     assert found["attributes"] == ["age 40-49", "gender F"]
 
@@ -104,9 +107,33 @@ def test_a_cohort_without_an_earlier_profile_is_new() -> None:
 
 
 def test_best_keeps_the_least_of_each_cohort_whatever_the_order() -> None:
-    from owlrec.cohorts.profiles import _best
+    keys, rank = np.array([1, 0, 1, 0, 1]), np.array([3, 2, 1, 1, 2], np.float32)
+    assert sorted(_first(keys, rank, np.arange(5), 1).tolist()) == [2, 3]
+    assert sorted(_first(keys, rank, np.arange(5), 2).tolist()) == [1, 2, 3, 4]
 
-    names = pa.chunked_array([["b", "a", "b", "a", "b"]])
-    rank = np.array([3, 2, 1, 1, 2], np.float32)
-    assert sorted(_best(names, rank, np.arange(5), 1).tolist()) == [2, 3]
-    assert sorted(_best(names, rank, np.arange(5), 2).tolist()) == [1, 2, 3, 4]
+
+def test_a_disliked_cohort_quotes_dislikes_first() -> None:
+    member = {"kind": "user", "id": 1, "cohort": "d", "facet": "disliked", "source": "collaborative", "distance": 0.1}
+    history = {"user_id": 1, "as_of": 7, "items": [5, 6, 7], "ratings": [1.0, 5.0, 2.0]}
+    tables = (
+        pa.Table.from_pylist([member], schema=COHORTS),
+        pa.table({"user_id": [1]}),
+        pa.Table.from_pylist([history], schema=HISTORIES),
+    )
+    row = user_candidates(*tables, get_scenario("movies"), 1).to_pylist()[0]
+    assert (row["chosen"], row["opposite"], row["as_of"]) == ([5, 7], [6], 7)
+
+
+def test_an_item_stands_for_itself() -> None:
+    member = {"kind": "item", "id": 3, "cohort": "i", "facet": "", "source": "collaborative", "distance": 0.1}
+    items = pa.table({"item_id": [2, 3], "genres": [["War"], ["Drama", "War"]], "year": ["1990", "1991"]})
+    table = item_candidates(pa.Table.from_pylist([member], schema=COHORTS), items, get_scenario("movies"), 1)
+    row = table.to_pylist()[0]
+    assert (row["chosen"], row["attributes"]) == ([3], ["genres Drama", "genres War", "year 1991"])
+
+
+def test_members_are_counted_and_those_who_stayed() -> None:
+    now = pa.table({"id": [1, 2, 3, 4], "cohort": ["a", "a", "b", "b"]})
+    before = pa.table({"id": [1, 2, 3, 5], "cohort": ["a", "b", "b", "b"]})
+    total = add_members([count_members(now, before), count_members(now.slice(3), None)])
+    assert {r["cohort"]: (r["members"], r["stayed"]) for r in total.to_pylist()} == {"a": (2, 1), "b": (3, 1)}

@@ -1,15 +1,15 @@
 """Cohorts to release: one call a cohort, every user and item resolves, and a second run asks only what has moved."""
 
 import importlib
-import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from owlrec.generation.shards import iterate_manifests
+from owlrec.cohorts.model import POINTER, read_profiles
+from owlrec.pointer import Pointer
 from owlrec.recipe import load_recipe
+from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.store.release import open_release
 from owlrec.workspace import Workspace
 from pipelines.cli import app
@@ -28,8 +28,8 @@ def write_recipe(path: Path, workspace: Path, users: int) -> Path:
         shard_rows: 50
         cohorts:
           collaborative: {{factors: 16}}
-          users: {{mean_size: 12, min_size: 3, max_size: 30}}
-          items: {{mean_size: 12, min_size: 3, max_size: 30}}
+          users: {{mean_size: 12}}
+          items: {{mean_size: 12}}
           profiles: {{settled_share: 0.5}}
         prompts: {{mode: collective}}
         engine: {{type: echo}}
@@ -47,12 +47,13 @@ def run(recipe: Path, last: str = STAGES[-1]) -> None:
         importlib.import_module(f"pipelines.{stage}").run(settings, Workspace(settings.workspace))
 
 
-def calls(workspace: Path) -> tuple[int, int]:
+def calls(workspace: Workspace) -> tuple[int, int]:
     """Rows of the last job, and how many of them were asked for."""
-    folder = json.loads((workspace / "manifests" / "generate.json").read_text())["outputs"]["knowledge"]
-    manifests = list(iterate_manifests(Workspace(workspace), folder))
-    assert {m.shard.kind for m in manifests} == {"cohort"}
-    return sum(m.rows_in for m in manifests), sum(m.rows_in - m.rows_kept for m in manifests)
+    generated = finished_stage(workspace, "generate")
+    assert generated is not None
+    cards = Artifact(workspace, generated.outputs["knowledge"]).cards()
+    assert {Shard.of_name(name).kind for name in cards} == {"cohort"}
+    return sum(c.rows_in for c in cards.values()), sum(int(c.counts["rows_asked"]) for c in cards.values())
 
 
 def test_a_cohort_s_text_serves_its_members(
@@ -61,9 +62,9 @@ def test_a_cohort_s_text_serves_its_members(
     folder = tmp_path / "ws"
     recipe = write_recipe(tmp_path / "recipe.yaml", folder, 120)
     run(recipe)
-    rows, asked = calls(folder)
-    assert rows == asked
     workspace = Workspace(folder)
+    rows, asked = calls(workspace)
+    assert rows == asked
     users = workspace.read_table("users")["user_id"].to_numpy()
     items = workspace.read_table("items")["item_id"].to_numpy()
     assert rows * 5 < len(users) + len(items)
@@ -84,12 +85,10 @@ def test_a_cohort_s_text_serves_its_members(
 
     # A few more users: cohorts that have hardly moved keep their prompt, and so their text.
     run(write_recipe(recipe, folder, 126), "generate")
-    rows, asked = calls(folder)
+    rows, asked = calls(workspace)
     assert 0 < asked < rows
-    newest = json.loads((folder / "cohorts" / "LATEST").read_text())
     before, after = (
-        set(pq.read_table(folder / newest[which] / "profiles.parquet")["cohort"].to_pylist())
-        for which in ("previous", "folder")
+        set(read_profiles(workspace, cohorts)["cohort"].to_pylist()) for cohorts in Pointer(workspace, POINTER).history
     )
     assert len(before & after) > len(before) / 2  # names outlive the run
 

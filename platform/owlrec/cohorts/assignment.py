@@ -1,99 +1,52 @@
 """Which cohorts every user and item belongs to: the router between collaborative cohorts and attribute groups.
 
-Enough history: the nearest collaborative cohort, and a second one by what the user disliked. Else the attribute group,
-else everybody. All of it works on one part of a table at a time, so that a cluster works on many; what a part tells the
-driver is a count for each cohort, never a row.
+With enough history: the nearest collaborative cohort, and a second one by what the user disliked. Else the attribute
+group, else everybody. All of it works on one shard of a table.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from owlrec.cohorts.attributes import choose_group, count_groups, values_of
-from owlrec.cohorts.collaborative import CollaborativeConfig, FoldIn, ItemFactors, unit
-from owlrec.cohorts.model import Book, CohortModel, attribute_cohort_name, cohort_name, open_model
+from owlrec.cohorts.attributes import Group, choose_group, count_groups, values_of
+from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors, fold_in, liked_mask, unit
+from owlrec.cohorts.model import FACETS, Book, CohortModel, attribute_cohort_name, cohort_name
+from owlrec.ordered import rows_of
 from owlrec.scenario import Scenario
-from owlrec.schema import COHORTS, TABLES, Kind
-from owlrec.workspace import Workspace
-
-FACETS: dict[Book, tuple[Kind, str, str]] = {  # kind, vector column, facet
-    "user-liked": ("user", "liked", "liked"),
-    "user-disliked": ("user", "disliked", "disliked"),
-    "item": ("item", "vector", ""),
-}
+from owlrec.schema import COHORTS, Kind
 
 
-@dataclass(frozen=True)
-class Vectorizer:
-    """The vectors of a part's rows, and the attribute groups of those who have none."""
+def user_vectors(
+    ids: np.ndarray, histories: pa.Table, factors: ItemFactors, config: CollaborativeConfig, positive_above: float
+) -> pa.Table:
+    """The columns id, liked and disliked (see vector_array) of a shard's users.
 
-    workspace: Workspace
-    folder: str
-    factors: ItemFactors
-    config: CollaborativeConfig
-    scenario: Scenario
-
-    def __call__(self, kind: Kind, part: str) -> dict[str, Any]:
-        """Writes vectors/<kind>/<part>; returns how many rows have which vector, and the counts of groups."""
-        rows = self.workspace.read_parquet(f"tables/{TABLES[kind]}/{part}")
-        ids = rows[f"{kind}_id"].to_numpy()
-        if kind == "item":
-            vectors, known = self.factors.gather(ids)
-            columns = {"vector": (unit(vectors), known)}
-        else:
-            columns = self._users(ids, self.workspace.read_parquet(f"tables/histories/{part}"))
-        table = pa.table({"id": pa.array(ids)} | {name: vector_array(*c) for name, c in columns.items()})
-        self.workspace.write_parquet(f"{self.folder}/vectors/{kind}/{part}", table)
-        first = next(iter(columns.values()))[1]
-        fields = self.scenario.profile_fields if kind == "user" else self.scenario.text_fields
-        groups = count_groups(values_of(row, fields) for row in rows.filter(pa.array(~first)).to_pylist())
-        counts = {name: int(known.sum()) for name, (_, known) in columns.items()}
-        return {"rows": len(ids), "counts": counts, "groups": [[list(map(list, g)), n] for g, n in groups.items()]}
-
-    def _users(self, ids: np.ndarray, histories: pa.Table) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        fold_in = FoldIn(self.factors, self.config)
-        items, liked = histories["items"].combine_chunks(), liked_mask(histories, self.scenario.positive_above)
-        order = np.argsort(ids, kind="stable")
-        place = order[np.searchsorted(ids, histories["user_id"].to_numpy(), sorter=order)]
-        columns = {}
-        for name, chosen in (("liked", liked), ("disliked", ~liked)):
-            vectors, known = np.zeros((len(ids), self.factors.vectors.shape[1]), np.float32), np.zeros(len(ids), bool)
-            vectors[place], known[place] = fold_in.vectors(items, chosen)
-            columns[name] = (vectors, known)
-        return columns
+    ids: int64 [n], ascending; histories: schema.HISTORIES of some of them.
+    """
+    items, liked = histories["items"].combine_chunks(), liked_mask(histories, positive_above)
+    place = rows_of(ids, histories["user_id"].to_numpy())
+    columns = {"id": pa.array(ids, pa.int64())}
+    for name, chosen in (("liked", liked), ("disliked", ~liked)):
+        vectors, known = np.zeros((len(ids), factors.vectors.shape[1]), np.float32), np.zeros(len(ids), bool)
+        vectors[place], known[place] = fold_in(factors, config, items, chosen)
+        columns[name] = vector_array(vectors, known)
+    return pa.table(columns)
 
 
-@dataclass(frozen=True)
-class Router:
-    """Assigns a part's rows to cohorts, by the model in `folder`."""
+def item_vectors(ids: np.ndarray, factors: ItemFactors) -> pa.Table:
+    """The columns id and vector of a shard's items."""
+    vectors, known = factors.gather(ids)
+    return pa.table({"id": pa.array(ids, pa.int64()), "vector": vector_array(unit(vectors), known)})
 
-    workspace: Workspace
-    folder: str
-    scenario: Scenario
-    previous: str | None = None  # the folder of an earlier run
 
-    def __call__(self, kind: Kind, part: str) -> dict[str, Any]:
-        """Writes <kind>/<part> (schema.COHORTS); returns members by cohort, and how many of them were in the cohort of
-        this name before."""
-        model = open_model(self.workspace, self.folder)
-        vectors = self.workspace.read_parquet(f"{self.folder}/vectors/{kind}/{part}")
-
-        def attributes() -> pa.Table:
-            return self.workspace.read_parquet(f"tables/{TABLES[kind]}/{part}")
-
-        table = route(model, kind, vectors, attributes, self.scenario)
-        self.workspace.write_parquet(f"{self.folder}/{kind}/{part}", table)
-        sizes = _count(table)
-        before = f"{self.previous}/{kind}/{part}"
-        stayed: Mapping[str, int] = {}
-        if self.previous and self.workspace.exists(before):
-            was = self.workspace.read_parquet(before, ["id", "cohort"])
-            stayed = _count(table.select(["id", "cohort"]).join(was, ["id", "cohort"], join_type="inner"))
-        return {"sizes": sizes, "stayed": stayed}
+def groups_without_vectors(kind: Kind, vectors: pa.Table, rows: pa.Table, scenario: Scenario) -> Counter[Group]:
+    """How many of a shard's rows without a first vector each attribute group holds. rows: of the kind's own table."""
+    lonely = rows.filter(vectors["liked" if kind == "user" else "vector"].is_null())
+    fields = _fields(kind, scenario)
+    return count_groups(values_of(row, fields) for row in lonely.to_pylist())
 
 
 def route(
@@ -105,38 +58,28 @@ def route(
     attributes: gives the rows of the users or items table; asked only where somebody has no vector.
     """
     ids = vectors["id"].to_numpy()
-    parts, alone = [], np.ones(len(ids), dtype=bool)
+    tables, alone = [], np.ones(len(ids), dtype=bool)
     for book, (of, column, facet) in FACETS.items():
         if of != kind or book not in model.books:
             continue
         rows, matrix = vector_rows(vectors[column])
         if facet != "disliked":
             alone[rows] = False
-        names, distance = _collaborative(model, book, ids[rows], matrix)
-        parts.append(_table(kind, ids[rows], names, facet, "collaborative", distance))
+        names, distance = _collaborative(model, book, matrix)
+        tables.append(_table(kind, ids[rows], names, facet, "collaborative", distance))
     if alone.any():
-        fields = scenario.profile_fields if kind == "user" else scenario.text_fields
-        rows_of = {row[f"{kind}_id"]: row for row in attributes().to_pylist()}
+        fields, groups = _fields(kind, scenario), model.groups.get(kind, ())
         lonely = ids[alone]
-        chosen = [
-            choose_group(values_of(rows_of.get(i, {}), fields), model.groups.get(kind, {}), model.min_group)
-            for i in lonely.tolist()
-        ]
+        rows_of_id: Mapping[int, Mapping[str, Any]] = {row[f"{kind}_id"]: row for row in attributes().to_pylist()}
+        chosen = [choose_group(values_of(rows_of_id.get(i, {}), fields), groups) for i in lonely.tolist()]
         names = pa.array([attribute_cohort_name(kind, g) for g in chosen], pa.string())
         source = pa.array(["attribute" if g else "global" for g in chosen], pa.string())
-        parts.append(_table(kind, lonely, names, "liked" if kind == "user" else "", source, None))
-    return pa.concat_tables([COHORTS.empty_table(), *parts])
-
-
-def liked_mask(histories: pa.Table, positive_above: float) -> np.ndarray:
-    """bool, aligned with the flattened items of histories: which were liked. Without ratings all were."""
-    ratings = histories["ratings"].combine_chunks().flatten()
-    values = ratings.to_numpy(zero_copy_only=False).astype(np.float32)
-    return np.isnan(values) | (values > positive_above)
+        tables.append(_table(kind, lonely, names, "liked" if kind == "user" else "", source, None))
+    return pa.concat_tables([COHORTS.empty_table(), *tables])
 
 
 def vector_array(vectors: np.ndarray, known: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """float [n, d] as float16 bytes, null where not `known`: Parquet reads bytes several times faster than lists."""
+    """float [n, d] as float16 bytes, null where not `known`."""
     data = pa.py_buffer(np.ascontiguousarray(vectors, dtype=np.float16))
     validity = pa.py_buffer(np.packbits(known, bitorder="little"))
     return pa.Array.from_buffers(pa.binary(2 * vectors.shape[1]), len(vectors), [validity, data])
@@ -151,20 +94,16 @@ def vector_rows(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return rows, matrix.reshape(-1, dim)[rows].astype(np.float32)
 
 
-def _collaborative(model: CohortModel, book: Book, ids: np.ndarray, vectors: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+def _collaborative(model: CohortModel, book: Book, vectors: np.ndarray) -> tuple[pa.Array, np.ndarray]:
     codebook = model.books[book]
     nearest, distance = codebook.assign(vectors)
-    names = pa.array([cohort_name(book, int(n)) for n in codebook.numbers], pa.string()).take(pa.array(nearest))
-    of_number = model.rings.get(book, {})
-    rings = {row: of_number[n] for row, n in enumerate(codebook.numbers.tolist()) if n in of_number}
-    if not rings:
-        return names, distance
-    shown = names.to_pylist()
-    for row, ring in rings.items():
-        members = np.flatnonzero(nearest == row)
-        for member, n in zip(members, ring.of(distance[members], ids[members]), strict=True):
-            shown[member] = cohort_name(book, int(codebook.numbers[row]), int(n))
-    return pa.array(shown, pa.string()), distance
+    used, codes = np.unique(nearest, return_inverse=True)
+    names = pa.array([cohort_name(book, n) for n in codebook.numbers[used].tolist()], pa.string())
+    return names.take(pa.array(codes)), distance
+
+
+def _fields(kind: Kind, scenario: Scenario) -> tuple[str, ...]:
+    return scenario.profile_fields if kind == "user" else scenario.text_fields
 
 
 def _table(
@@ -180,16 +119,3 @@ def _table(
         pa.array(distance, pa.float32()) if distance is not None else pa.nulls(n, pa.float32()),
     ]
     return pa.table(columns, schema=COHORTS)
-
-
-def _count(table: pa.Table) -> dict[str, int]:
-    counts = table["cohort"].value_counts()
-    return dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
-
-
-def add_counts(results: Sequence[Mapping[str, Mapping[str, int]]], name: str) -> Counter[str]:
-    """One of the counts of all parts, summed."""
-    total: Counter[str] = Counter()
-    for result in results:
-        total.update(result[name])
-    return total

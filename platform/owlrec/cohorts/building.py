@@ -1,32 +1,342 @@
-"""From prepared tables to cohorts: vectors, codebooks, assignments, profiles and the prompts about them.
+"""From prepared tables to cohorts: factors, vectors, codebooks, memberships, profiles and the prompts about them.
 
-The order of the stage `cohorts`. What runs over all parts of a table goes through `map_parts`, which a cluster spreads;
-in between the driver trains on samples and holds nothing longer than a list of cohorts.
+Seven stages for the runner, in this order. Those that must see many users at once (factors, codebooks, profiles) see a
+sample: shards go by a hash of the id, so that the first ones are a fair sample of all. Those that see everybody
+(vectors, memberships) do so shard by shard. Between the two levels of a codebook, and between members and their cohort,
+rows are shuffled: each batch of shards writes one Arrow file with a record batch for each receiver, and each receiver
+reads its own out of every file.
 """
 
-import dataclasses
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from owlrec.cohorts.assignment import FACETS, Router, Vectorizer, add_counts, vector_rows
-from owlrec.cohorts.clustering import Codebook, train_codebook
-from owlrec.cohorts.collaborative import train_item_factors
-from owlrec.cohorts.model import LATEST, Book, CohortModel, CohortsConfig, Rings, cohort_name, cut_rings
-from owlrec.cohorts.profiles import PROFILES, CandidateReader, build_profiles, keep_settled
+from owlrec.cohorts.assignment import groups_without_vectors, item_vectors, route, user_vectors, vector_rows
+from owlrec.cohorts.attributes import large_groups
+from owlrec.cohorts.clustering import (
+    CELL_SAMPLE,
+    Codebook,
+    Sizes,
+    name_centroids,
+    nearest_rows,
+    train_cells,
+    train_centroids,
+)
+from owlrec.cohorts.collaborative import ItemFactors, train_item_factors
+from owlrec.cohorts.model import FACETS, FACTORS, Book, CohortModel, CohortsConfig
+from owlrec.cohorts.profiles import (
+    PROFILES,
+    add_members,
+    best_candidates,
+    build_profiles,
+    count_members,
+    item_candidates,
+    keep_settled,
+    user_candidates,
+)
 from owlrec.errors import WorkspaceError
+from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.scenario import Scenario
-from owlrec.schema import TABLES, Kind
+from owlrec.schema import TABLES, Kind, shard_of, stable_id
+from owlrec.shards import Card, Shard
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.workspace import Workspace
+from owlrec.storage import FileEntry, fingerprint
+from owlrec.workspace import Workspace, shards_for
 
-_ROUNDS = 3  # of folding what is too small
-MapParts = Callable[[Callable[[str], Any], Sequence[str]], Mapping[str, Any]]  # results by part
+_BATCH_ROWS = 1 << 17  # of a shuffle: 40 MB of candidates
+_MERGE_ROWS = 1 << 17  # candidates in memory before all but the best of each cohort go
+Ask = Callable[[pa.Table], pa.Table]  # profiles -> schema.PROMPTS about them
+
+
+@dataclass(frozen=True)
+class BookPlan:
+    """How one codebook is trained: from which shards' vectors, read in which batches, by how many receivers."""
+
+    book: Book
+    sizes: Sizes
+    batches: Sequence[range]  # of shards; together the sample
+    sample: int  # vectors in them
+    population: int
+
+    @property
+    def groups(self) -> int:
+        """In how many shards its cells are trained."""
+        return min(self.sizes.cells, -(-max(1, self.sample) // CELL_SAMPLE))
+
+    def kind(self, step: str) -> str:
+        """The kind of the shards of one of its steps."""
+        return f"{self.book}-{step}"
+
+
+@dataclass
+class _CohortStage(Stage):
+    """What the stages share."""
+
+    folder: str
+    config: CohortsConfig
+    scenario: Scenario
+    previous: str | None = None  # the folder of an earlier run
+
+    def vectors(self, workspace: Workspace, book: Book, shards: Iterable[int]) -> Iterator[np.ndarray]:
+        """The vectors of a codebook in some shards, float32 [n, d] each."""
+        kind, column, _ = FACETS[book]
+        for number in shards:
+            table = workspace.map_arrow(f"{self.folder}/{Shard(f'{kind}-vectors', number).file('.arrow')}")
+            yield vector_rows(table[column])[1]
+
+    def earlier_book(self, workspace: Workspace, book: Book) -> Codebook | None:
+        """The codebook of the earlier run, where that was of the same space."""
+        if self.previous is None:
+            return None
+        earlier = CohortModel.load(workspace, self.previous).books.get(book)
+        same = earlier is not None and earlier.centroids.shape[1] == self.config.collaborative.factors
+        return earlier if same else None
+
+
+@dataclass
+class TrainFactors(_CohortStage):
+    """ALS over a sample of histories: one shard."""
+
+    name = "cohorts: factors"
+
+    def run(self, work: Work) -> Result:
+        """Writes the item factors."""
+        tables, rows, wanted = [], 0, self.config.collaborative.train_users
+        for number in work.workspace.table_shards("histories"):
+            tables.append(work.workspace.read_shard("histories", number))
+            rows += tables[-1].num_rows
+            if rows >= wanted:
+                break
+        if rows == 0:
+            raise WorkspaceError(
+                f"{work.workspace.root}: the histories are empty. Run `prepare` again, with more data."
+            )
+        histories = pa.concat_tables(tables).slice(0, wanted)
+        earlier = ItemFactors.load(work.workspace, f"{self.previous}/{FACTORS}") if self.previous else None
+        factors = train_item_factors(histories, self.config.collaborative, earlier)
+        entry = factors.save(work.workspace, work.artifact.path(FACTORS))
+        return Result({FACTORS: entry}, rows_in=histories.num_rows, rows_out=len(factors.ids))
+
+
+@dataclass
+class MakeVectors(_CohortStage):
+    """Folds the users of a shard in, or gathers the vectors of its items."""
+
+    name = "cohorts: vectors"
+
+    def open(self, workspace: Workspace, worker: str) -> None:
+        """Maps the item factors."""
+        self.factors = ItemFactors.load(workspace, f"{self.folder}/{FACTORS}")
+
+    def run(self, work: Work) -> Result:
+        """Writes vectors, and how large the attribute groups of those without one are."""
+        kind: Kind = "user" if work.shard.kind == "user-vectors" else "item"
+        number, workspace = work.shard.number, work.workspace
+        rows = workspace.read_shard(TABLES[kind], number)
+        ids = rows[f"{kind}_id"].to_numpy()
+        if kind == "item":
+            vectors = item_vectors(ids, self.factors)
+        else:
+            histories = workspace.read_shard("histories", number)
+            above = self.scenario.positive_above
+            vectors = user_vectors(ids, histories, self.factors, self.config.collaborative, above)
+        groups = groups_without_vectors(kind, vectors, rows, self.scenario)
+        columns = vectors.column_names[1:]
+        path, about = work.shard.file(".arrow"), Shard(f"{kind}-groups", number).file(".json")
+        files = {
+            path: workspace.write_arrow(work.artifact.path(path), vectors, vectors.schema),
+            about: workspace.write_json(
+                work.artifact.path(about), [[list(map(list, g)), n] for g, n in groups.items()]
+            ),
+        }
+        counts = {column: len(ids) - vectors[column].null_count for column in columns}
+        return Result(files, rows_in=len(ids), rows_out=len(ids), counts=counts)
+
+
+@dataclass
+class TrainCells(_CohortStage):
+    """The first level of a codebook: one shard."""
+
+    name = "cohorts: cells"
+    plans: Mapping[str, BookPlan] = field(default_factory=dict)  # by kind of shard
+
+    def run(self, work: Work) -> Result:
+        """Writes the centroids of the cells."""
+        plan = self.plans[work.shard.kind]
+        sample, rows = [], 0
+        for vectors in self.vectors(work.workspace, plan.book, (n for batch in plan.batches for n in batch)):
+            sample.append(vectors)
+            rows += len(vectors)
+            if rows >= CELL_SAMPLE:
+                break
+        config = self.config.clusters(FACETS[plan.book][0])
+        cells = train_cells(np.concatenate(sample), plan.sizes, config, self.earlier_book(work.workspace, plan.book))
+        return Result({work.shard.file(".arrow"): _write_vectors(work, np.arange(len(cells)), cells)}, rows, len(cells))
+
+
+@dataclass
+class DivideSample(_CohortStage):
+    """Hands the vectors of a batch of shards to those who train their cells."""
+
+    name = "cohorts: samples"
+    plans: Mapping[str, BookPlan] = field(default_factory=dict)
+
+    def run(self, work: Work) -> Result:
+        """Writes a record batch for each group of cells: cell and vector."""
+        plan = self.plans[work.shard.kind]
+        cells = _read_vectors(work.workspace, work.artifact.path(Shard(plan.kind("cells"), 0).file(".arrow")))[1]
+        shards = plan.batches[work.shard.number]
+        sample = np.concatenate(list(self.vectors(work.workspace, plan.book, shards)))
+        cell = nearest_rows(cells, sample)
+        table = _vectors_table(cell, sample)
+        path = work.shard.file(".arrow")
+        entry = _write_divided(work, path, table, cell * plan.groups // len(cells), plan.groups)
+        return Result({path: entry}, rows_in=len(sample), rows_out=len(sample))
+
+
+@dataclass
+class TrainCentroids(_CohortStage):
+    """The second level of a codebook, in a group of cells."""
+
+    name = "cohorts: centroids"
+    plans: Mapping[str, BookPlan] = field(default_factory=dict)
+
+    def run(self, work: Work) -> Result:
+        """Writes the centroids of the group's cells, cell by cell."""
+        plan, workspace, group = self.plans[work.shard.kind], work.workspace, work.shard.number
+        cells = _read_vectors(workspace, work.artifact.path(Shard(plan.kind("cells"), 0).file(".arrow")))[1]
+        path = work.artifact.path(plan.kind("samples"))
+        sample = pa.concat_tables(_read_divided(workspace, path, len(plan.batches), group))
+        cell, vectors = sample["cell"].to_numpy(), vector_rows(sample["vector"])[1]
+        order = np.argsort(cell, kind="stable")
+        present, starts = np.unique(cell[order], return_index=True)
+        book = self.earlier_book(workspace, plan.book)
+        of_earlier = nearest_rows(cells, book.centroids) if book is not None else None
+        config, centroids = self.config.clusters(FACETS[plan.book][0]), []
+        for number, (start, stop) in zip(present.tolist(), pairwise([*starts.tolist(), len(cell)]), strict=True):
+            earlier = book.centroids[of_earlier == number] if book is not None else None
+            k = round((stop - start) * plan.sizes.cohorts / plan.sample)
+            own = vectors[order[start:stop]]
+            centroids.append(train_centroids(own, k, plan.sample / plan.population, plan.sizes, config, earlier))
+        of_cell = np.repeat(present, [len(c) for c in centroids])
+        made = np.concatenate([np.zeros((0, cells.shape[1]), np.float32), *centroids])
+        return Result({work.shard.file(".arrow"): _write_vectors(work, of_cell, made)}, len(vectors), len(made))
+
+
+@dataclass
+class AssignCohorts(_CohortStage):
+    """The memberships of a shard of users or items."""
+
+    name = "cohorts: memberships"
+
+    def open(self, workspace: Workspace, worker: str) -> None:
+        """Loads the model; its indexes are built once."""
+        self.model = CohortModel.load(workspace, self.folder)
+
+    def run(self, work: Work) -> Result:
+        """Writes schema.COHORTS of the shard."""
+        kind: Kind = "user" if work.shard.kind == "user" else "item"
+        number, workspace = work.shard.number, work.workspace
+        vectors = workspace.map_arrow(work.artifact.path(Shard(f"{kind}-vectors", number).file(".arrow")))
+        table = route(self.model, kind, vectors, lambda: workspace.read_shard(TABLES[kind], number), self.scenario)
+        path = work.shard.file()
+        entry = workspace.write_parquet(work.artifact.path(path), table)
+        return Result({path: entry}, rows_in=len(vectors), rows_out=len(table))
+
+
+@dataclass
+class FindCandidates(_CohortStage):
+    """Hands the best representatives of a batch of shards to their cohorts."""
+
+    name = "cohorts: candidates"
+    batches: Mapping[Kind, Sequence[range]] = field(default_factory=dict)  # of shards, by kind
+
+    def run(self, work: Work) -> Result:
+        """Writes a record batch of candidates, and one of numbers of members, for each shard of cohorts."""
+        kind: Kind = "user" if work.shard.kind == "user-candidates" else "item"
+        workspace, shards = work.workspace, self.batches[kind][work.shard.number]
+        candidates, sizes, rows = [], [], 0
+        for number in shards:
+            members, earlier = self._members(workspace, kind, number)
+            table, n = workspace.read_shard(TABLES[kind], number), self.config.profiles.representatives
+            rows += table.num_rows
+            if kind == "item":
+                candidates.append(item_candidates(members, table, self.scenario, n))
+            else:
+                histories = workspace.read_shard("histories", number)
+                candidates.append(user_candidates(members, table, histories, self.scenario, n))
+            sizes.append(count_members(members, earlier))
+        best, counts = best_candidates(candidates, self.config.profiles.representatives), add_members(sizes)
+        names, n_shards = counts["cohort"].to_pylist(), workspace.n_shards("cohort")
+        shard = dict(zip(names, cohort_shards(names, n_shards).tolist(), strict=True))
+        files = {}
+        for step, made in (("candidates", best), ("members", counts)):
+            path = Shard(f"{kind}-{step}", work.shard.number).file(".arrow")
+            receiver = np.array([shard[name] for name in made["cohort"].to_pylist()], dtype=np.int64)
+            files[path] = _write_divided(work, path, made, receiver, n_shards)
+        return Result(files, rows_in=rows, rows_out=len(best))
+
+    def _members(self, workspace: Workspace, kind: Kind, number: int) -> tuple[pa.Table, pa.Table | None]:
+        file = Shard(kind, number).file()
+        earlier = f"{self.previous}/{file}"
+        read = self.previous is not None and workspace.exists(earlier)
+        members = workspace.read_parquet(f"{self.folder}/{file}")
+        return members, workspace.read_parquet(earlier, ["id", "cohort"]) if read else None
+
+
+@dataclass
+class WritePrompts(_CohortStage):
+    """The profiles and prompts of a shard of cohorts."""
+
+    name = "cohorts: prompts"
+    batches: Mapping[Kind, Sequence[range]] = field(default_factory=dict)
+    shares: Mapping[Kind, float] = field(default_factory=dict)  # of all ids that the batches hold, by kind
+    ask: Ask | None = None
+
+    def open(self, workspace: Workspace, worker: str) -> None:
+        """Loads the titles."""
+        self.titles = ItemCatalog.load(workspace).titles
+
+    def run(self, work: Work) -> Result:
+        """Writes profiles/ and prompts/; a settled cohort keeps its earlier profile."""
+        assert self.ask is not None
+        workspace, number, config = work.workspace, work.shard.number, self.config.profiles
+        tables = [PROFILES.empty_table()]
+        stayed: dict[str, int] = {}
+        counts: dict[str, int] = {}
+        for kind in TABLES:
+            best, sizes = self._merged(work, kind)
+            share = self.shares[kind]
+            scaled = {r["cohort"]: (round(r["members"] / share), round(r["stayed"] / share)) for r in sizes.to_pylist()}
+            members = {name: n for name, (n, _) in scaled.items()}
+            stayed |= {name: n for name, (_, n) in scaled.items()}
+            tables.append(build_profiles(best, members, kind, self.titles, config))
+            counts |= {f"{kind}_cohorts": len(members), f"{kind}_members": sum(members.values())}
+            counts[f"{kind}_cohort_largest"] = max(members.values(), default=0)
+        profiles = pa.concat_tables(tables).sort_by("id")
+        before = f"{self.previous}/profiles/{number:08d}.parquet"
+        if self.previous is not None and workspace.exists(before):
+            profiles, counts["settled"] = keep_settled(profiles, workspace.read_parquet(before), stayed, config)
+        files = {}
+        for name, table in (("profiles", profiles), ("prompts", self.ask(profiles))):
+            path = Shard(name, number).file()
+            files[path] = workspace.write_parquet(work.artifact.path(path), table)
+        return Result(files, rows_in=len(profiles), rows_out=len(profiles), counts=counts)
+
+    def _merged(self, work: Work, kind: Kind) -> tuple[pa.Table, pa.Table]:
+        waiting: list[pa.Table] = []
+        n_files = len(self.batches[kind])
+        for table in _read_divided(
+            work.workspace, work.artifact.path(f"{kind}-candidates"), n_files, work.shard.number
+        ):
+            waiting.append(table)
+            if sum(map(len, waiting)) > _MERGE_ROWS:
+                waiting = [best_candidates(waiting, self.config.profiles.representatives)]
+        sizes = list(_read_divided(work.workspace, work.artifact.path(f"{kind}-members"), n_files, work.shard.number))
+        return best_candidates(waiting, self.config.profiles.representatives), add_members(sizes)
 
 
 def build_cohorts(
@@ -34,194 +344,167 @@ def build_cohorts(
     folder: str,
     config: CohortsConfig,
     scenario: Scenario,
-    map_parts: MapParts,
+    ask: Ask,
+    *,
+    shard_rows: int,
+    pool: Pool | None = None,
     previous: str | None = None,
+    on_card: Callable[[Card], None] | None = None,
 ) -> dict[str, int]:
     """Builds the cohorts of a prepared workspace in `folder`; returns what there is to count.
 
-    previous: the folder of an earlier run, whose names and settled profiles go on. Raises SchemaError where the data
-    cannot be clustered: no item that enough users chose, k beyond the number of members.
+    ask: makes prompts of profiles; shard_rows: cohorts in one of their shards, if nothing has fixed it yet. previous:
+    the folder of an earlier run, whose names and settled profiles go on. Raises SchemaError where the data cannot be
+    clustered: no item that enough users chose.
     """
-    before = CohortModel.load(workspace, previous) if previous else None
-    parts = {kind: workspace.table_parts(table) for kind, table in TABLES.items()}
-    factors = train_item_factors(
-        _histories(workspace, config.collaborative.train_users),
-        config.collaborative,
-        before.factors if before is not None else None,
-    )
-    vectorize = Vectorizer(workspace, folder, factors, config.collaborative, scenario)
-    counts: dict[Kind, list[Any]] = {
-        kind: list(map_parts(partial(vectorize, kind), parts[kind]).values()) for kind in parts
-    }
-    model = CohortModel(
-        factors,
-        {
-            book: codebook
-            for book in FACETS
-            if (codebook := _train(workspace, folder, config, book, counts, before)) is not None
-        },
-        {kind: _groups(counts[kind]) for kind in parts},
-        min_group=config.users.min_size,
-    )
+    inputs = fingerprint(folder, previous)
+    settings = (folder, config, scenario, previous)
+
+    def run(stage: Stage, *kinds: tuple[str, int]) -> dict[str, Card]:
+        shards = [Shard(kind, number) for kind, n in kinds for number in range(n)]
+        return run_stage(workspace, stage, dict.fromkeys(shards, inputs), pool, on_card)
+
+    n_shards = {kind: workspace.n_shards(kind) for kind in TABLES}
+    run(TrainFactors(*settings), ("factors", 1))
+    made = run(MakeVectors(*settings), *((f"{kind}-vectors", n) for kind, n in n_shards.items()))
+    cards = {kind: [made[Shard(f"{kind}-vectors", s).name] for s in range(n)] for kind, n in n_shards.items()}
+    plans = [plan for book in FACETS if (plan := _plan(book, cards[FACETS[book][0]], config)) is not None]
+
+    def by_kind(step: str) -> dict[str, BookPlan]:
+        return {plan.kind(step): plan for plan in plans}
+
+    run(TrainCells(*settings, by_kind("cells")), *((kind, 1) for kind in by_kind("cells")))
+    samples = by_kind("samples")
+    run(DivideSample(*settings, samples), *((kind, len(plan.batches)) for kind, plan in samples.items()))
+    centroids = by_kind("centroids")
+    run(TrainCentroids(*settings, centroids), *((kind, plan.groups) for kind, plan in centroids.items()))
+    model = _join_model(workspace, TrainCells(*settings), plans, cards)
     model.save(workspace, folder)
-    router = Router(workspace, folder, scenario, previous)
+    names = sum(len(book.numbers) for book in model.books.values()) + sum(len(g) + 1 for g in model.groups.values())
+    workspace.fix_shards({"cohort": shards_for(names, shard_rows)})
 
-    def assign() -> dict[Kind, dict[str, Counter[str]]]:
-        found = {k: list(map_parts(partial(router, k), parts[k]).values()) for k in parts}
-        return {k: {name: add_counts(results, name) for name in ("sizes", "stayed")} for k, results in found.items()}
-
-    assigned = assign()
-    for _ in range(_ROUNDS):
-        smaller = _without_small(model, config, assigned)
-        if smaller is model:
-            break
-        model = smaller
-        model.save(workspace, folder)
-        assigned = assign()
-    rings = _rings(workspace, folder, model, config, assigned)
-    if any(rings.values()):
-        model = dataclasses.replace(model, rings=rings)
-        model.save(workspace, folder)
-        assigned = assign()
-    kept = _write_profiles(workspace, folder, config, scenario, map_parts, parts, assigned, previous)
-    return _summary(assigned, kept)
+    run(AssignCohorts(*settings), *n_shards.items())
+    batches = {kind: _profile_batches(kind, cards[kind], plans) for kind in TABLES}
+    shares = {kind: _share(batches[kind], cards[kind]) for kind in TABLES}
+    run(FindCandidates(*settings, batches), *((f"{kind}-candidates", len(b)) for kind, b in batches.items()))
+    done = run(WritePrompts(*settings, batches, shares, ask), ("prompts", workspace.n_shards("cohort")))
+    return _summary(list(done.values()))
 
 
-def read_profiles(workspace: Workspace, folder: str) -> pa.Table:
-    """The profiles of all cohorts (cohorts.profiles.PROFILES)."""
-    return workspace.read_parquet(f"{folder}/profiles.parquet")
+def cohort_shards(names: Sequence[str], n_shards: int) -> np.ndarray:
+    """The shard of each cohort by its name, int64 [n]."""
+    return shard_of(np.fromiter(map(stable_id, names), np.int64, len(names)), n_shards)
 
 
-def previous_of(workspace: Workspace, folder: str) -> str | None:
-    """The folder that a run in `folder` goes on from; a run that is repeated goes on from where it did before."""
-    if not workspace.exists(LATEST):
-        return None
-    newest = workspace.read_json(LATEST)
-    found: str | None = newest["previous"] if newest["folder"] == folder else newest["folder"]
-    return found
-
-
-def make_latest(workspace: Workspace, folder: str) -> None:
-    """Makes a finished folder what the next run starts from."""
-    workspace.write_json(LATEST, {"folder": folder, "previous": previous_of(workspace, folder)})
-
-
-def _histories(workspace: Workspace, n_users: int) -> pa.Table:
-    """Enough parts for so many users; parts go by a hash of the id, so that any are a fair sample."""
-    tables, rows = [], 0
-    for part in workspace.table_parts("histories"):
-        tables.append(workspace.read_parquet(f"tables/histories/{part}"))
-        rows += tables[-1].num_rows
-        if rows >= n_users:
-            break
-    if rows == 0:
-        raise WorkspaceError(f"{workspace.root}: the histories are empty. Run `prepare` again, with more data.")
-    return pa.concat_tables(tables).slice(0, n_users)
-
-
-def _train(
-    workspace: Workspace,
-    folder: str,
-    config: CohortsConfig,
-    book: Book,
-    counts: Mapping[Kind, Sequence[Any]],
-    before: CohortModel | None,
-) -> Codebook | None:
+def _plan(book: Book, cards: Sequence[Card], config: CohortsConfig) -> BookPlan | None:
     kind, column, _ = FACETS[book]
-    population = sum(result["counts"][column] for result in counts[kind])
-    settings = config.clusters(book)
-    if population == 0 and book == "user-disliked":
+    rows = [int(card.counts[column]) for card in cards]
+    if not any(rows) and book == "user-disliked":
         return None
-    wanted = settings.cohorts(max(population, 1)) * settings.sample_per_cohort
-    sample: list[np.ndarray] = []
-    for part in workspace.names(folder, "vectors", kind):
-        table = workspace.read_parquet(f"{folder}/vectors/{kind}/{part}", [column])
-        sample.append(vector_rows(table[column])[1])
-        if sum(map(len, sample)) >= wanted:
-            break
-    return train_codebook(
-        np.concatenate(sample), settings, population, before.books.get(book) if before is not None else None
-    )
+    sizes = config.clusters(kind).sizes(sum(rows))
+    batches = _batches(rows, sizes.sample)
+    return BookPlan(book, sizes, batches, sum(rows[: batches[-1].stop]), sum(rows))
 
 
-def _groups(results: Sequence[Any]) -> dict[Any, int]:
-    total: Counter[Any] = Counter()
-    for result in results:
-        total.update({tuple(map(tuple, group)): n for group, n in result["groups"]})
-    return dict(total)
+def _batches(rows: Sequence[int], wanted: int) -> list[range]:
+    """The first shards that together hold `wanted` rows, in batches of about as many rows as are shuffled at once."""
+    enough = int(np.searchsorted(np.cumsum(rows), wanted)) + 1
+    batches, start, held = [], 0, 0
+    for shard in range(min(enough, len(rows))):
+        if shard > start and held + rows[shard] > _BATCH_ROWS:
+            batches.append(range(start, shard))
+            start, held = shard, 0
+        held += rows[shard]
+    return [*batches, range(start, min(enough, len(rows)))]
 
 
-def _without_small(
-    model: CohortModel, config: CohortsConfig, assigned: Mapping[Kind, Mapping[str, Counter[str]]]
+def _profile_batches(kind: str, cards: Sequence[Card], plans: Sequence[BookPlan]) -> list[range]:
+    """The shards that the kind's codebooks were trained on; all where everybody was in the sample."""
+    mine = [plan for plan in plans if FACETS[plan.book][0] == kind]
+    everybody = any(plan.sample >= plan.population for plan in mine)
+    shards = len(cards) if everybody else max(plan.batches[-1].stop for plan in mine)
+    rows = [card.rows_in for card in cards[:shards]]
+    return _batches(rows, sum(rows) + 1)
+
+
+def _share(batches: Sequence[range], cards: Sequence[Card]) -> float:
+    read = sum(cards[number].rows_in for batch in batches for number in batch)
+    return read / max(1, sum(card.rows_in for card in cards)) or 1.0
+
+
+def _join_model(
+    workspace: Workspace, stage: _CohortStage, plans: Sequence[BookPlan], cards: Mapping[Kind, Sequence[Card]]
 ) -> CohortModel:
-    """The model itself where no cohort is too small."""
-    folded = {}
-    for name, book in model.books.items():
-        sizes = assigned[FACETS[name][0]]["sizes"]
-        smallest = config.clusters(name).min_size
-        small = [row for row, n in enumerate(book.numbers) if sizes[cohort_name(name, int(n))] < smallest]
-        if small and len(book.numbers) > 1:
-            folded[name] = book.without(np.array(small))
-    return dataclasses.replace(model, books={**model.books, **folded}) if folded else model
+    books = {}
+    for plan in plans:
+        path = f"{stage.folder}/{Shard(plan.kind('cells'), 0).file('.arrow')}"
+        cells = _read_vectors(workspace, path)[1]
+        files = [Shard(plan.kind("centroids"), group).file(".arrow") for group in range(plan.groups)]
+        centroids = np.concatenate([_read_vectors(workspace, f"{stage.folder}/{file}")[1] for file in files])
+        books[plan.book] = name_centroids(cells, centroids, stage.earlier_book(workspace, plan.book))
+    groups = {}
+    for kind, of_kind in cards.items():
+        smallest = stage.config.clusters(kind).sizes(sum(card.rows_in for card in of_kind)).smallest
+        groups[kind] = large_groups(_group_counts(workspace, stage.folder, kind, len(of_kind)), smallest)
+    return CohortModel(books, groups)
 
 
-def _rings(
-    workspace: Workspace,
-    folder: str,
-    model: CohortModel,
-    config: CohortsConfig,
-    assigned: Mapping[Kind, Mapping[str, Counter[str]]],
-) -> dict[Book, dict[int, Rings]]:
-    found: dict[Book, dict[int, Rings]] = {}
-    for name, book in model.books.items():
-        kind, largest = FACETS[name][0], config.clusters(name).max_size
-        over = {cohort_name(name, int(n)): int(n) for n in book.numbers}
-        over = {cohort: n for cohort, n in over.items() if assigned[kind]["sizes"][cohort] > largest}
-        if not over:
-            continue
-        tables = []
-        for part in workspace.names(folder, kind):
-            table = workspace.read_parquet(f"{folder}/{kind}/{part}", ["id", "cohort", "distance"])
-            tables.append(table.filter(pc.is_in(table["cohort"], pa.array(sorted(over)))))
-        members = pa.concat_tables(tables)
-        found[name] = {}
-        for cohort, number in over.items():
-            of_it = members.filter(pc.equal(members["cohort"], cohort))
-            found[name][number] = cut_rings(of_it["distance"].to_numpy(), of_it["id"].to_numpy(), largest)
-    return found
+def _group_counts(
+    workspace: Workspace, folder: str, kind: str, shards: int
+) -> Iterator[dict[tuple[tuple[str, str], ...], int]]:
+    for number in range(shards):
+        counts = workspace.read_json(f"{folder}/{Shard(f'{kind}-groups', number).file('.json')}")
+        yield {tuple(map(tuple, group)): n for group, n in counts}
 
 
-def _write_profiles(
-    workspace: Workspace,
-    folder: str,
-    config: CohortsConfig,
-    scenario: Scenario,
-    map_parts: MapParts,
-    parts: Mapping[Kind, Sequence[str]],
-    assigned: Mapping[Kind, Mapping[str, Counter[str]]],
-    previous: str | None,
-) -> int:
-    reader, catalog = CandidateReader(workspace, folder, scenario, config.profiles), ItemCatalog.load(workspace)
-    earlier = read_profiles(workspace, previous) if previous else PROFILES.empty_table()
-    tables, kept = [], 0
-    for kind in parts:
-        map_parts(partial(reader, kind), parts[kind])
-        new = build_profiles(workspace, folder, kind, assigned[kind]["sizes"], catalog, config.profiles)
-        settled, n = keep_settled(new, earlier, assigned[kind]["stayed"], config.profiles)
-        tables.append(settled)
-        kept += n
-    workspace.write_parquet(f"{folder}/profiles.parquet", pa.concat_tables(tables))
-    return kept
+def _summary(cards: Sequence[Card]) -> dict[str, int]:
+    def of(name: str) -> list[int]:
+        return [int(card.counts.get(name, 0)) for card in cards]
+
+    summary = {"settled": sum(of("settled")), "prompts": sum(card.rows_out for card in cards)}
+    for kind in TABLES:
+        summary |= {name: sum(of(name)) for name in (f"{kind}_cohorts", f"{kind}_members")}
+        summary[f"{kind}_cohort_largest"] = max(of(f"{kind}_cohort_largest"))
+    return summary
 
 
-def _summary(assigned: Mapping[Kind, Mapping[str, Counter[str]]], kept: int) -> dict[str, int]:
-    summary: dict[str, int] = {}
-    for kind, counts in assigned.items():
-        sizes = np.array(list(counts["sizes"].values()))
-        summary |= {
-            f"{kind}_cohorts": len(sizes),
-            f"{kind}_cohort_smallest": int(sizes.min()),
-            f"{kind}_cohort_median": int(np.median(sizes)),
-            f"{kind}_cohort_largest": int(sizes.max()),
-        }
-    return summary | {"settled": kept}
+# Files
+
+
+def _vectors_table(cell: np.ndarray, vectors: np.ndarray) -> pa.Table:
+    data = pa.py_buffer(np.ascontiguousarray(vectors, dtype=np.float16))
+    column = pa.Array.from_buffers(pa.binary(2 * vectors.shape[1]), len(vectors), [None, data])
+    return pa.table({"cell": pa.array(cell, pa.int64()), "vector": column})
+
+
+def _write_vectors(work: Work, cell: np.ndarray, vectors: np.ndarray) -> FileEntry:
+    """Centroids in full precision, by cell, in the shard's own file."""
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), vectors.shape[1])
+    table = pa.table({"cell": pa.array(cell, pa.int64()), "vector": lists})
+    return work.workspace.write_arrow(work.artifact.path(work.shard.file(".arrow")), table, table.schema)
+
+
+def _read_vectors(workspace: Workspace, path: str) -> tuple[np.ndarray, np.ndarray]:
+    table = workspace.map_arrow(path)
+    vectors = table["vector"].combine_chunks()
+    return table["cell"].to_numpy(), vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size)
+
+
+def _write_divided(work: Work, path: str, table: pa.Table, receiver: np.ndarray, receivers: int) -> FileEntry:
+    """Writes one Arrow file with a record batch of rows for each receiver."""
+    order = np.argsort(receiver, kind="stable")
+    ends = np.searchsorted(receiver[order], np.arange(receivers + 1))
+    table = table.take(pa.array(order)).combine_chunks()
+    batches = [_one_batch(table.slice(start, stop - start)) for start, stop in pairwise(ends.tolist())]
+    return work.workspace.write_arrow(work.artifact.path(path), batches, table.schema)
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)
+
+
+def _read_divided(workspace: Workspace, folder: str, files: int, receiver: int) -> Iterator[pa.Table]:
+    """One receiver's rows out of each of the files that _write_divided wrote."""
+    for number in range(files):
+        with workspace.open_input(f"{folder}/{number:08d}.arrow") as file:
+            yield pa.Table.from_batches([pa.ipc.open_file(file).get_batch(receiver)])

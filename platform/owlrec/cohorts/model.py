@@ -1,29 +1,36 @@
-"""What a run knows of its cohorts, on disk: item factors, a codebook for each side, attribute groups, size limits.
+"""The cohorts of a run on disk: item factors, a codebook of each sort, attribute groups, memberships and prompts.
 
-Enough to say for any user or item, new ones too, which cohorts it belongs to, without clustering again. Folder, in the
-workspace: cohorts/<fingerprint>/, with model.safetensors and model.json, vectors/<kind>/ and <kind>/ (the assignments,
-one file a part of the kind's table), profiles.parquet and prompts/; cohorts/LATEST names the newest that is complete.
+Folder, in the workspace: cohorts/<fingerprint>/. What says for any user or item, new ones too, which cohorts it belongs
+to is small: factors/, model.safetensors and model.json. <kind>/ holds the memberships by shard, prompts/ and profiles/
+go by the cohort's own shard; cohorts/CURRENT points to the newest that is complete.
 """
 
-import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
 from owlrec.cohorts.attributes import Group, group_name
 from owlrec.cohorts.clustering import ClusterConfig, Codebook
-from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors
+from owlrec.cohorts.collaborative import CollaborativeConfig
 from owlrec.cohorts.profiles import ProfileConfig
 from owlrec.config import Config
 from owlrec.errors import WorkspaceError
+from owlrec.pointer import Pointer
+from owlrec.schema import Kind
 from owlrec.workspace import Workspace
 
 Book = Literal["user-liked", "user-disliked", "item"]
-LATEST = "cohorts/LATEST"
+FACETS: dict[Book, tuple[Kind, str, str]] = {  # kind, vector column, facet
+    "user-liked": ("user", "liked", "liked"),
+    "user-disliked": ("user", "disliked", "disliked"),
+    "item": ("item", "vector", ""),
+}
+POINTER = "cohorts/CURRENT"
+FACTORS = "factors/00000000.arrow"
 
 
 class CohortsConfig(Config):
@@ -34,62 +41,39 @@ class CohortsConfig(Config):
     items: ClusterConfig = ClusterConfig()
     profiles: ProfileConfig = ProfileConfig()
 
-    def clusters(self, book: Book) -> ClusterConfig:
-        """The settings of one codebook."""
-        return self.items if book == "item" else self.users
-
-
-@dataclass(frozen=True)
-class Rings:
-    """Where a cohort that no clustering could bring below the largest size is cut: by distance, then by id."""
-
-    distance: np.ndarray  # float32 [m], ascending with `id`: the first member of each ring but the innermost
-    id: np.ndarray  # int64 [m]
-
-    def of(self, distance: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """int64 [n]: each member's ring, 0 for the innermost."""
-        found = np.zeros(len(ids), dtype=np.int64)
-        for limit, first in zip(self.distance, self.id, strict=True):
-            found += (distance > limit) | ((distance == limit) & (ids >= first))
-        return found
-
-
-def cut_rings(distance: np.ndarray, ids: np.ndarray, largest: int) -> Rings:
-    """Rings of one cohort's members, as equal in size as can be, none larger than `largest`."""
-    order = np.lexsort((ids, distance))
-    n_rings = -(-len(ids) // largest)
-    first = order[[len(ids) * i // n_rings for i in range(1, n_rings)]]
-    return Rings(distance[first], ids[first])
+    def clusters(self, kind: Kind) -> ClusterConfig:
+        """The settings of a kind's codebooks."""
+        return self.items if kind == "item" else self.users
 
 
 @dataclass(frozen=True)
 class CohortModel:
     """Codebooks may be absent: of what nobody disliked, for example."""
 
-    factors: ItemFactors
     books: Mapping[Book, Codebook]
-    groups: Mapping[str, Mapping[Group, int]]  # by kind: members of each attribute group and its prefixes
-    min_group: int
-    rings: Mapping[Book, Mapping[int, Rings]] = field(default_factory=dict)  # by book and cohort number
+    groups: Mapping[Kind, Collection[Group]]  # by kind: the attribute groups that are large enough
+
+    def names(self) -> list[str]:
+        """All cohorts that somebody can be assigned to."""
+        collaborative = [cohort_name(name, n) for name, book in self.books.items() for n in book.numbers.tolist()]
+        attribute = [attribute_cohort_name(kind, g) for kind, groups in self.groups.items() for g in [*groups, ()]]
+        return collaborative + attribute
 
     def save(self, workspace: Workspace, folder: str) -> None:
         """Writes the model into `folder`, the JSON last."""
         from safetensors.numpy import save  # here: a lookup needs neither this nor what brings it
 
-        arrays = {"factors.ids": self.factors.ids, "factors.vectors": self.factors.vectors}
+        arrays: dict[str, np.ndarray] = {}
         for name, book in self.books.items():
             arrays |= {f"{name}.centroids": book.centroids, f"{name}.numbers": book.numbers}
-        for name, rings in self.rings.items():
-            for number, ring in rings.items():
-                arrays |= {f"{name}.{number}.distance": ring.distance, f"{name}.{number}.id": ring.id}
+            if book.cells is not None:
+                arrays[f"{name}.cells"] = book.cells
         workspace.write_bytes(
             f"{folder}/model.safetensors", save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
         )
         about = {
             "books": {name: book.next_number for name, book in self.books.items()},
-            "groups": {kind: [[list(map(list, g)), n] for g, n in c.items()] for kind, c in self.groups.items()},
-            "min_group": self.min_group,
-            "rings": {name: sorted(rings) for name, rings in self.rings.items()},
+            "groups": {kind: sorted(list(map(list, g)) for g in groups) for kind, groups in self.groups.items()},
         }
         workspace.write_json(f"{folder}/model.json", about)
 
@@ -103,14 +87,11 @@ class CohortModel:
         try:
             arrays = load(workspace.read_bytes(f"{folder}/model.safetensors"))
             return cls(
-                ItemFactors(arrays["factors.ids"], arrays["factors.vectors"]),
-                {n: Codebook(arrays[f"{n}.centroids"], arrays[f"{n}.numbers"], k) for n, k in about["books"].items()},
-                {k: {tuple(map(tuple, g)): n for g, n in c} for k, c in about["groups"].items()},
-                about["min_group"],
                 {
-                    name: {m: Rings(arrays[f"{name}.{m}.distance"], arrays[f"{name}.{m}.id"]) for m in numbers}
-                    for name, numbers in about["rings"].items()
+                    n: Codebook(arrays[f"{n}.centroids"], arrays[f"{n}.numbers"], k, arrays.get(f"{n}.cells"))
+                    for n, k in about["books"].items()
                 },
+                {kind: {tuple(map(tuple, g)) for g in groups} for kind, groups in about["groups"].items()},
             )
         except (SafetensorError, KeyError) as error:
             raise WorkspaceError(
@@ -119,20 +100,22 @@ class CohortModel:
             ) from None
 
 
-@lru_cache(maxsize=4)
-def _loaded(root: str, folder: str, version: str) -> CohortModel:
-    return CohortModel.load(Workspace(root), folder)
+def previous_folder(workspace: Workspace, folder: str) -> str | None:
+    """The folder that a run in `folder` goes on from; a run that is repeated goes on from where it did before."""
+    history = Pointer(workspace, POINTER).history
+    before = history[: history.index(folder)] if folder in history else history
+    return next((f for f in reversed(before) if workspace.exists(f, "model.json")), None)
 
 
-def open_model(workspace: Workspace, folder: str) -> CohortModel:
-    """The model in `folder`; read once a process and version."""
-    version = json.dumps(workspace.read_json(f"{folder}/model.json"))
-    return _loaded(workspace.root, folder, version)
+def read_profiles(workspace: Workspace, folder: str, shards: Collection[int] | None = None) -> pa.Table:
+    """Profiles (cohorts.profiles.PROFILES) of the cohorts in some of their shards; of all by default."""
+    numbers = range(workspace.n_shards("cohort")) if shards is None else sorted(shards)
+    return pa.concat_tables([workspace.read_parquet(f"{folder}/profiles/{n:08d}.parquet") for n in numbers])
 
 
-def cohort_name(book: Book, number: int, ring: int = 0) -> str:
-    """A collaborative cohort's name; also the name of its retrieval pool."""
-    return f"{book}-{number:06d}" + (f".{ring}" if ring else "")
+def cohort_name(book: Book, number: int) -> str:
+    """A collaborative cohort's name."""
+    return f"{book}-{number:06d}"
 
 
 def attribute_cohort_name(kind: str, group: Group) -> str:

@@ -1,13 +1,14 @@
 """What the LLM reads of a cohort: its most representative members, the titles they share, their common attributes.
 
-The members nearest to the centre stand for all; of an attribute group, those with the longest history. A profile is
-kept from one run to the next while the cohort's members and titles have hardly moved, so that its prompt stays the
-same to the letter and nothing is asked again.
+The members nearest to the center stand for all; of an attribute group, those with the longest history. Each shard gives
+its best few of each cohort, which are merged by the cohort's own shard. A profile is kept from one run to the next
+while the cohort's members and titles have hardly moved, so that its prompt stays the same to the letter and nothing is
+asked again.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,11 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from owlrec.cohorts.attributes import values_of
+from owlrec.cohorts.collaborative import liked_mask
 from owlrec.config import Config
-from owlrec.ordered import run_starts
+from owlrec.ordered import rows_of, run_starts
 from owlrec.scenario import Scenario
-from owlrec.schema import TABLES, Kind, stable_id
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.workspace import Workspace
+from owlrec.schema import Kind, stable_id
 
 PROFILES = pa.schema(
     [
@@ -30,15 +30,15 @@ PROFILES = pa.schema(
         ("kind", pa.string()),  # of its members
         ("facet", pa.string()),
         ("source", pa.string()),
-        ("size", pa.int64()),
-        ("as_of", pa.int64()),  # ms: of the latest behaviour that the profile rests on; 0 for items
+        ("size", pa.int64()),  # members; an estimate where only a sample of the shards was read
+        ("as_of", pa.int64()),  # ms: of the latest behavior that the profile rests on; 0 for items
         ("titles", pa.list_(pa.string())),  # liked, or disliked where that is the facet; of items, their own
         ("opposite", pa.list_(pa.string())),  # the other way round
         ("attributes", pa.list_(pa.string())),
         ("representatives", pa.list_(pa.int64())),
     ]
 )
-_CANDIDATES = pa.schema(
+CANDIDATES = pa.schema(
     [
         ("cohort", pa.string()),
         ("facet", pa.string()),
@@ -51,7 +51,13 @@ _CANDIDATES = pa.schema(
         ("attributes", pa.list_(pa.string())),
     ]
 )
-_MERGE_ROWS = 1 << 17  # candidates in memory before all but the best of each cohort go
+MEMBERS = pa.schema(
+    [
+        ("cohort", pa.string()),
+        ("members", pa.int64()),
+        ("stayed", pa.int64()),  # those of them who were in the cohort of this name before
+    ]
+)
 
 
 class ProfileConfig(Config):
@@ -65,93 +71,92 @@ class ProfileConfig(Config):
     settled_share: float = Field(0.3, ge=0, le=1)
 
 
-@dataclass(frozen=True)
-class CandidateReader:
-    """The best representatives of each cohort within one part of a table."""
+def user_candidates(members: pa.Table, users: pa.Table, histories: pa.Table, scenario: Scenario, n: int) -> pa.Table:
+    """The best `n` representatives of each cohort (CANDIDATES) within one shard of users.
 
-    workspace: Workspace
-    folder: str
-    scenario: Scenario
-    config: ProfileConfig
+    members: schema.COHORTS of the shard; users and histories: its tables.
+    """
+    ids = members["id"].to_numpy()
+    items, mask = histories["items"].combine_chunks(), liked_mask(histories, scenario.positive_above)
+    starts = items.offsets.to_numpy() - items.offsets[0].as_py()
+    liked = np.diff(np.r_[0, np.cumsum(mask)][starts])
+    place = rows_of(histories["user_id"].to_numpy(), ids)
+    length = np.where(place >= 0, liked[place], 0) if len(liked) else np.zeros(len(ids))
+    best, rank = _best(members, length, n)
+    as_of, flat = histories["as_of"].to_numpy(), items.flatten().to_numpy()
+    rows = []
+    for user, at in zip(_rows(users, "user_id", ids[best]), place[best].tolist(), strict=True):
+        own = slice(starts[at], starts[at + 1]) if at >= 0 else slice(0)
+        attributes = [f"{field} {value}" for field, value in values_of(user, scenario.profile_fields)]
+        rows.append((int(as_of[at]) if at >= 0 else 0, flat[own][mask[own]], flat[own][~mask[own]], attributes))
+    return _candidates(members, best, rank, rows)
 
-    def __call__(self, kind: Kind, part: str) -> dict[str, Any]:
-        """Writes candidates/<kind>/<part>; returns its number of rows."""
-        members = self.workspace.read_parquet(f"{self.folder}/{kind}/{part}")
-        rows = self.workspace.read_parquet(f"tables/{TABLES[kind]}/{part}")
-        read = self._items(rows) if kind == "item" else self._users(rows, part)
-        ids = members["id"].to_pylist()
-        length = np.array([-len(read[i][1]) for i in ids], dtype=np.float32)
-        distance = members["distance"].to_numpy()  # NaN where null
-        rank = np.where(np.isnan(distance), length, distance)
-        best = _best(members["cohort"], rank, members["id"].to_numpy(), self.config.representatives)
-        found = []
-        for row, at in zip(members.take(pa.array(best)).to_pylist(), best.tolist(), strict=True):
-            as_of, liked, disliked, attributes = read[row["id"]]
-            chosen, opposite = (disliked, liked) if row["facet"] == "disliked" else (liked, disliked)
-            found.append(
-                (row["cohort"], row["facet"], row["source"], rank[at], row["id"], as_of, chosen, opposite, attributes)
-            )
-        columns = [pa.array([f[i] for f in found], field.type) for i, field in enumerate(_CANDIDATES)]
-        self.workspace.write_parquet(f"{self.folder}/candidates/{kind}/{part}", pa.table(columns, schema=_CANDIDATES))
-        return {"rows": len(found)}
 
-    def _items(self, rows: pa.Table) -> dict[int, tuple[int, list[int], list[int], list[str]]]:
-        return {
-            r["item_id"]: (0, [r["item_id"]], [], _attributes(r, self.scenario.text_fields)) for r in rows.to_pylist()
-        }
+def item_candidates(members: pa.Table, items: pa.Table, scenario: Scenario, n: int) -> pa.Table:
+    """As user_candidates, of a shard of items."""
+    ids = members["id"].to_numpy()
+    best, rank = _best(members, np.ones(len(ids)), n)
+    rows = [
+        (0, ids[[at]], ids[:0], _attributes(item, scenario.text_fields))
+        for item, at in zip(_rows(items, "item_id", ids[best]), best.tolist(), strict=True)
+    ]
+    return _candidates(members, best, rank, rows)
 
-    def _users(self, rows: pa.Table, part: str) -> dict[int, tuple[int, list[int], list[int], list[str]]]:
-        histories = self.workspace.read_parquet(f"tables/histories/{part}")
-        read: dict[int, tuple[int, list[int], list[int]]] = {}
-        for row in histories.to_pylist():
-            ratings = row["ratings"] or [None] * len(row["items"])
-            liked: list[int] = []
-            disliked: list[int] = []
-            for item, rating in zip(row["items"], ratings, strict=True):
-                (liked if rating is None or rating > self.scenario.positive_above else disliked).append(item)
-            read[row["user_id"]] = (row["as_of"], liked, disliked)
-        fields = self.scenario.profile_fields
-        return {
-            r["user_id"]: (
-                *read.get(r["user_id"], (0, [], [])),
-                [f"{field} {value}" for field, value in values_of(r, fields)],
-            )
-            for r in rows.to_pylist()
-        }
+
+def best_candidates(tables: Sequence[pa.Table], n: int) -> pa.Table:
+    """The best `n` of each cohort among candidates of several shards."""
+    table = pa.concat_tables([CANDIDATES.empty_table(), *tables])
+    rank, ids = table["rank"].to_numpy(), table["id"].to_numpy()
+    return table.take(pa.array(_first(_codes(table["cohort"]), rank, ids, n)))
+
+
+def count_members(members: pa.Table, earlier: pa.Table | None) -> pa.Table:
+    """How many members each cohort has (MEMBERS) within one shard. earlier: the shard's COHORTS of an earlier run."""
+    stayed = pa.array(np.zeros(len(members), np.int64))
+    if earlier is not None:
+        keys = [
+            pc.binary_join_element_wise(pc.cast(t["id"], pa.string()), t["cohort"], " ") for t in (members, earlier)
+        ]
+        stayed = pc.cast(pc.is_in(keys[0], pc.unique(keys[1])), pa.int64())
+    ones = pa.array(np.ones(len(members), np.int64))
+    return add_members([pa.table([members["cohort"], ones, stayed], schema=MEMBERS)])
+
+
+def add_members(tables: Sequence[pa.Table]) -> pa.Table:
+    """MEMBERS of several shards, summed."""
+    table = pa.concat_tables([MEMBERS.empty_table(), *tables])
+    total = table.group_by("cohort").aggregate([("members", "sum"), ("stayed", "sum")])
+    return total.rename_columns(MEMBERS.names)
 
 
 def build_profiles(
-    workspace: Workspace,
-    folder: str,
-    kind: Kind,
+    best: pa.Table,
     sizes: Mapping[str, int],
-    catalog: ItemCatalog,
+    kind: Kind,
+    titles: Callable[[np.ndarray], list[str]],
     config: ProfileConfig,
 ) -> pa.Table:
-    """The profiles (PROFILES) of all cohorts of a kind, by name, from what CandidateReader wrote."""
-    rows = []
-    best = _merged(workspace, f"{folder}/candidates/{kind}", config.representatives)
+    """The profiles (PROFILES) of the cohorts that best_candidates are of, by id. titles: of item ids."""
     cohorts: dict[str, list[dict[str, Any]]] = {}
     for row in best.to_pylist():
         cohorts.setdefault(row["cohort"], []).append(row)
-    for name in sorted(cohorts):
-        members = cohorts[name]
-        rows.append(
-            {
-                "id": stable_id(name),
-                "cohort": name,
-                "kind": kind,
-                "facet": members[0]["facet"],
-                "source": members[0]["source"],
-                "size": sizes[name],
-                "as_of": max(m["as_of"] for m in members),
-                "titles": _shared_titles((m["chosen"] for m in members), catalog, config.titles),
-                "opposite": _shared_titles((m["opposite"] for m in members), catalog, config.opposite),
-                "attributes": _common([m["attributes"] for m in members], config.common_share),
-                "representatives": sorted(m["id"] for m in members),
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=PROFILES)
+    rows = [
+        {
+            "id": stable_id(name),
+            "cohort": name,
+            "kind": kind,
+            "facet": members[0]["facet"],
+            "source": members[0]["source"],
+            "size": sizes[name],
+            "as_of": max(m["as_of"] for m in members),
+            "titles": _shared_titles((m["chosen"] for m in members), titles, config.titles),
+            "opposite": _shared_titles((m["opposite"] for m in members), titles, config.opposite),
+            "attributes": _common([m["attributes"] for m in members], config.common_share),
+            "representatives": sorted(m["id"] for m in members),
+        }
+        for name, members in cohorts.items()
+    ]
+    return pa.Table.from_pylist(sorted(rows, key=itemgetter("id")), schema=PROFILES)
 
 
 def keep_settled(
@@ -182,33 +187,60 @@ def _distance(common: int, together: int) -> float:
     return 1 - common / together if together else 0.0
 
 
-def _merged(workspace: Workspace, folder: str, n: int) -> pa.Table:
-    waiting, rows = [_CANDIDATES.empty_table()], 0
-    for name in workspace.names(folder):
-        waiting.append(workspace.read_parquet(f"{folder}/{name}"))
-        rows += waiting[-1].num_rows
-        if rows > _MERGE_ROWS:
-            waiting = [_best_rows(pa.concat_tables(waiting), n)]
-            rows = 0
-    return _best_rows(pa.concat_tables(waiting), n)
+def _best(members: pa.Table, length: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the `n` best members of each cohort, and their ranks: nearest to the center, or else of the longest
+    history."""
+    distance = members["distance"].to_numpy()  # NaN where null
+    rank = np.where(np.isnan(distance), -length, distance)
+    best = _first(_codes(members["cohort"]), rank, members["id"].to_numpy(), n)
+    return best, rank[best]
 
 
-def _best_rows(table: pa.Table, n: int) -> pa.Table:
-    return table.take(pa.array(_best(table["cohort"], table["rank"].to_numpy(), table["id"].to_numpy(), n)))
+def _first(keys: np.ndarray, rank: np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
+    """The rows of the `n` least ranks of each key, int64, key by key."""
+    order = np.lexsort((ids, rank, keys))
+    return order[np.arange(len(order)) - run_starts(keys[order]) < n]
 
 
-def _best(cohorts: pa.ChunkedArray, rank: np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
-    """The rows of the n members of least rank of each cohort, int64, cohort by cohort."""
-    codes = pc.dictionary_encode(cohorts).combine_chunks().indices.to_numpy(zero_copy_only=False)
-    order = np.lexsort((ids, rank, codes))
-    return order[np.arange(len(order)) - run_starts(codes[order]) < n]
+def _codes(names: pa.ChunkedArray) -> np.ndarray:
+    codes: np.ndarray = names.combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
+    return codes
 
 
-def _shared_titles(items: Iterable[Sequence[int]], catalog: ItemCatalog, n: int) -> list[str]:
+def _candidates(
+    members: pa.Table,
+    best: np.ndarray,
+    rank: np.ndarray,
+    rows: Sequence[tuple[int, np.ndarray, np.ndarray, list[str]]],
+) -> pa.Table:
+    """rows: as_of, liked and disliked items and attributes of each of the best."""
+    chosen = members.take(pa.array(best))
+    facets = chosen["facet"].to_pylist()
+    swapped = [(b, a) if facet == "disliked" else (a, b) for facet, (_, a, b, _) in zip(facets, rows, strict=True)]
+    columns = [
+        chosen["cohort"],
+        chosen["facet"],
+        chosen["source"],
+        pa.array(rank, pa.float32()),
+        chosen["id"],
+        pa.array([row[0] for row in rows], pa.int64()),
+        *(pa.array([pair[i] for pair in swapped], pa.list_(pa.int64())) for i in (0, 1)),
+        pa.array([row[3] for row in rows], pa.list_(pa.string())),
+    ]
+    return pa.table(columns, schema=CANDIDATES)
+
+
+def _rows(table: pa.Table, key: str, ids: np.ndarray) -> list[dict[str, Any]]:
+    """The row of each id, all null where there is none; ids ascend in the table."""
+    places = rows_of(table[key].to_numpy(), ids)
+    return table.take(pa.array(places, mask=places < 0)).to_pylist()
+
+
+def _shared_titles(items: Iterable[Sequence[int]], titles: Callable[[np.ndarray], list[str]], n: int) -> list[str]:
     """Titles of the items that most representatives have, ties by the order in which they first occur."""
     counts = Counter(item for chosen in items for item in dict.fromkeys(chosen))
     ids = np.array([item for item, _ in counts.most_common()], dtype=np.int64)
-    return list(dict.fromkeys(title for title in catalog.titles(ids) if title))[:n]
+    return list(dict.fromkeys(title for title in titles(ids) if title))[:n]
 
 
 def _common(attributes: Sequence[Sequence[str]], share: float) -> list[str]:

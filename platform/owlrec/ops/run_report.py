@@ -17,7 +17,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.cohorts.building import read_profiles
+from owlrec.cohorts.model import read_profiles
 from owlrec.ctr.comparison import GridScores
 from owlrec.ctr.experiment import TrialResult, summarise
 from owlrec.encoding.code_quality import QuantisationReport
@@ -27,7 +27,7 @@ from owlrec.generation.models import PACKAGED
 from owlrec.ops.report_data import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.throughput import throughput
 from owlrec.ranking.results import read_results
-from owlrec.schema import KINDS, KNOWLEDGE, Kind
+from owlrec.schema import KINDS, KNOWLEDGE, Kind, shard_of
 from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.store.latency import measure_lookup
@@ -195,7 +195,8 @@ def _samples(workspace: Workspace, kind: str, texts: pa.Table) -> list[Knowledge
 def _inputs(workspace: Workspace, kind: str, ids: pa.Array) -> list[tuple[str, list[str]]]:
     if kind == "cohort":
         built = finished_stage(workspace, "cohorts")
-        profiles = read_profiles(workspace, built.outputs["cohorts"]).to_pylist() if built and ids else []
+        shards = set(shard_of(ids.to_numpy(), workspace.n_shards("cohort")).tolist()) if built and ids else set()
+        profiles = read_profiles(workspace, built.outputs["cohorts"], shards).to_pylist() if built and shards else []
         cohorts = {row["id"]: row for row in profiles}
         chosen = [
             cohorts.get(i, {"cohort": str(i), "size": 0, "attributes": [], "titles": []}) for i in ids.to_pylist()
