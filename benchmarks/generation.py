@@ -1,56 +1,49 @@
-"""Batch generation beside its peers, and how it scales.
+"""Batch generation beside its peers: 1,000 real prompts (KAR's, MovieLens-100K users), SmolLM2-135M, decoder off.
 
-Speed: 1,000 real prompts (KAR's, MovieLens-100K users), SmolLM2-135M, one engine, decoder off: raw `vllm.LLM.generate`,
-`ray.data.llm` and OwlRec, from prompts to texts. Each runs in a process of its own, in turns; loading the model is not
-counted, Ray's own start-up of a job is. Scale: the echo engine, 200-token answers, from Parquet to Parquet with the
-quality gate on, 10^6 and 10^7 users on two replicas: everything but the model.
+Raw `vllm.LLM.generate`, `ray.data.llm` and OwlRec, from prompts to texts, one engine. Each runs in a process of its
+own, in turns; loading the model is not counted, Ray's own start-up of a job is. What the job costs without a model is
+measured by `benchmarks.scale`.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 
 from benchmarks.table import Figure, options_parser, show
-from owlrec.generation import EchoEngineConfig, VllmEngineConfig
-from owlrec.generation.batch import GenerateConfig, build_job, generate
+from owlrec.generation import VllmEngineConfig
 from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.job import GenerateConfig, GenerationJob, build_job, table_inputs
 from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.generation.quality import QualityConfig
-from owlrec.generation.shards import Job, finished_shards, plan_shards
 from owlrec.generation.vllm_engine import prepare_environment
+from owlrec.generation.worker import GenerateStage
 from owlrec.prompting.rows import PromptConfig, user_prompts
 from owlrec.recipe import RayConfig
+from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
-from owlrec.schema import HISTORIES
 from owlrec.shards import finish_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import SplitConfig, build_samples
-from owlrec.workspace import Workspace, shard_file
+from owlrec.workspace import Workspace
+from pipelines.generate import engine_cpus
 from pipelines.session import ray_session
 
 PROMPTS, NEW_TOKENS, ROWS_AT_ONCE = 1000, 64, 128
-SHARD_ROWS = 8192
-ITEMS, HISTORY = 20_000, 10
 RAW, RAY, OURS = "vllm.LLM.generate", "ray.data.llm", "owlrec"
 
 
 def main() -> None:
     """Runs what is asked for; each measurement in a fresh process."""
     parser = options_parser(__doc__)
-    parser.add_argument("--only", choices=("speed", "scale"))
-    parser.add_argument("--rows", type=float, nargs="+", help="of the scale run")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -58,12 +51,7 @@ def main() -> None:
         _work(json.loads(options.worker))
         return
     quick = options.quick
-    figures: list[Figure] = []
-    if options.only != "scale":
-        figures += _speed(64 if quick else PROMPTS, options.rounds or (1 if quick else 3))
-    if options.only != "speed":
-        figures += _scale([int(n) for n in options.rows or ([100_000] if quick else [1e6, 1e7])])
-    show("batch generation", figures, options)
+    show("batch generation", _speed(64 if quick else PROMPTS, options.rounds or (1 if quick else 3)), options)
 
 
 def _in_process(**job: Any) -> dict[str, Any]:
@@ -99,29 +87,6 @@ def _speed(prompts: int, rounds: int) -> list[Figure]:
     return figures
 
 
-def _scale(sizes: list[int]) -> list[Figure]:
-    figures, first = [], None
-    for n in sizes:
-        with tempfile.TemporaryDirectory(dir=os.environ.get("OWLREC_BENCH_TMP")) as folder:
-            _world(Workspace(folder), n)
-            found = _in_process(method="echo", folder=folder)
-        speed = n / found["seconds"]
-        first = first or speed
-        measure = f"echo engine, {n:,} users of 200 tokens"
-        rows = [
-            ("rows/s", round(speed), speed / first),
-            ("rows/s but for the start", round(n / found["steady_s"]), None),
-            ("MB that the driver grew by", round(found["driver_mb"]), None),
-            ("MB of objects at most", round(found["objects_mb"]), None),
-        ]
-        to = f"{sizes[0]:,} users"
-        figures += [
-            Figure(measure=measure, method=OURS, value=value, unit=unit, ratio_to=to if ratio else None, ratio=ratio)
-            for unit, value, ratio in rows
-        ]
-    return figures
-
-
 def _movielens(workspace: Workspace, prompts: int) -> None:
     """Users of MovieLens-100K, some of them twice under another id where more are asked for than there are."""
     raw = MovieLens100KSource(type="movielens-100k").load()
@@ -135,40 +100,16 @@ def _movielens(workspace: Workspace, prompts: int) -> None:
         ]
         histories = pa.concat_tables([histories, pa.Table.from_pylist(rows, histories.schema)])
     histories = histories.slice(0, prompts)
-    n_shards = max(2, prompts // 250)
-    workspace.write_table("users", users, key="user_id", n_shards=n_shards)
-    workspace.write_table("histories", histories, key="user_id", n_shards=n_shards)
+    workspace.write_table("users", users, key="user_id", n_shards=4)
+    workspace.write_table("histories", histories, key="user_id", n_shards=4)
     workspace.write_table("items", catalog, key="item_id", n_shards=1)
     finish_stage(workspace, "prepare", "b" * 64)
-
-
-def _world(workspace: Workspace, n: int) -> None:
-    """n users with HISTORY behaviours each, written part by part."""
-    rng = np.random.default_rng(0)
-    titles = [f"The {a} of {b} {i}" for i, (a, b) in enumerate(rng.choice(_TITLE_WORDS, (ITEMS, 2)))]
-    items = pa.table({"item_id": np.arange(ITEMS), "raw_id": [str(i) for i in range(ITEMS)], "title": titles})
-    workspace.write_table("items", items, key="item_id", n_shards=1)
-    n_shards = max(2, n // SHARD_ROWS)
-    for shard in range(n_shards):
-        ids = np.arange(shard, n, n_shards)
-        users = pa.table({"user_id": ids, "raw_id": ids.astype(str), "age": ["35"] * len(ids)})
-        flat = (rng.random(len(ids) * HISTORY) ** 3 * ITEMS).astype(np.int64)
-        offsets = pa.array(np.arange(len(ids) + 1) * HISTORY, pa.int32())
-        ratings = rng.integers(1, 6, len(flat)).astype(np.float32)
-        columns = [ids, np.full(len(ids), 10**12)]
-        columns += [pa.ListArray.from_arrays(offsets, pa.array(v)) for v in (flat, ratings)]
-        workspace.write_parquet(f"tables/users/{shard_file(shard)}", users)
-        workspace.write_parquet(f"tables/histories/{shard_file(shard)}", pa.table(columns, schema=HISTORIES))
-    finish_stage(workspace, "prepare", "e" * 64)
-
-
-_TITLE_WORDS = ("River", "Winter", "Garden", "Harbour", "Silence", "Machine", "Empire", "Letter", "Summer", "Shadow")
 
 
 def _work(task: dict[str, Any]) -> None:
     """One measurement, in its own process; prints it as a line of JSON."""
     workspace = Workspace(task["folder"])
-    found = {RAW: _raw, RAY: _ray_data_llm, OURS: _ours, "echo": _echo}[task["method"]](workspace, task)
+    found = {RAW: _raw, RAY: _ray_data_llm, OURS: _ours}[task["method"]](workspace, task)
     print(json.dumps(found))
 
 
@@ -176,8 +117,8 @@ def _engine() -> VllmEngineConfig:
     return VllmEngineConfig(type="vllm", model=PACKAGED, max_model_len=1024, max_num_seqs=ROWS_AT_ONCE)
 
 
-def _job(engine: Any, quality: QualityConfig) -> Job:
-    sampling = SamplingConfig(max_tokens=NEW_TOKENS if engine.type == "vllm" else 256)
+def _job(engine: VllmEngineConfig, quality: QualityConfig) -> GenerationJob:
+    sampling = SamplingConfig(max_tokens=NEW_TOKENS)
     prompts = PromptConfig(history_tokens=128)
     return build_job(get_scenario("movies"), prompts, sampling, engine, quality=quality)
 
@@ -252,46 +193,16 @@ def _ours(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
     engine = _engine()
     job = _job(engine, QualityConfig(enabled=False))
     workspace.delete_dir(job.folder)
+    pool = Pool(
+        here=False,
+        cpus=engine_cpus(engine, GenerateConfig()),
+        in_flight=GenerateConfig().shards_in_flight,
+        log_path=str(workspace.log_path("engine")),
+    )
     with ray_session(RayConfig(), workspace.log_path("ray")):
-        start = time.perf_counter()
-        done = generate(workspace, job, engine, GenerateConfig(), plan_shards(workspace, ("user",)))
-        seconds = time.perf_counter() - start
-    tokens = sum(m.output_tokens for m in done.manifests)
-    began = min(m.finished - m.seconds for m in done.manifests)
-    ended = max(m.finished for m in done.manifests)
-    return {"speed": tokens / (ended - began), "with_loading": tokens / seconds}
-
-
-def _echo(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
-    engine = EchoEngineConfig(type="echo", answer_tokens=200)
-    job, shards = _job(engine, QualityConfig()), plan_shards(workspace, ("user",))
-    config = GenerateConfig(min_replicas=2, max_replicas=2, engine_cpus=1)
-    peak = {"objects": 0.0, "driver": 0.0}
-    with ray_session(RayConfig(num_cpus=2), workspace.log_path("ray")):
-        before = psutil.Process().memory_info().rss
-        stop = threading.Event()
-
-        def watch() -> None:
-            store = next(p for p in psutil.Process().children(recursive=True) if p.name() == "raylet")
-            while not stop.wait(0.5):
-                peak["objects"] = max(peak["objects"], store.memory_info().shared)  # the object store is mapped there
-                peak["driver"] = max(peak["driver"], psutil.Process().memory_info().rss - before)
-
-        threading.Thread(target=watch, daemon=True).start()
-        start = time.perf_counter()
-        done = generate(workspace, job, engine, config, shards)
-        seconds = time.perf_counter() - start
-        stop.set()
-    assert sum(m.rows_out for m in done.manifests) == sum(workspace.count_rows(s.input_file) for s in shards)
-    assert len(finished_shards(workspace, job, shards)) == len(shards)
-    began = min(m.finished - m.seconds for m in done.manifests)
-    return {
-        "seconds": seconds,
-        "steady_s": max(m.finished for m in done.manifests) - began,
-        "driver_mb": peak["driver"] / 1e6,
-        "objects_mb": peak["objects"] / 1e6,
-        "max_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-    }
+        cards = run_stage(workspace, GenerateStage(job, engine), table_inputs(workspace, ("user",)), pool).values()
+    began, ended = min(c.finished - c.seconds for c in cards), max(c.finished for c in cards)
+    return {"speed": sum(int(c.counts["output_tokens"]) for c in cards) / (ended - began)}
 
 
 if __name__ == "__main__":

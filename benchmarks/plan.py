@@ -18,8 +18,7 @@ class Part(NamedTuple):
 PARTS = (
     Part("demo", "demo", "What does `make demo` find, and how long does it take?"),
     Part("lookup", "lookup", "What does one lookup by id cost?"),
-    Part("generation", "generation --only speed --quick", "What does a batch job cost beyond the engine itself?"),
-    Part("generation-scale", "generation --only scale --rows 1e6", "How many rows a second can the job write?"),
+    Part("generation", "generation --quick", "What does a batch job cost beyond the engine itself?"),
     Part(
         "decoding",
         f"decoding --frameworks kar --workloads refresh --rounds 1 --methods {PEERS_AND_OURS} 'n-gram (2-4, 4)' "
@@ -71,7 +70,7 @@ LONG_PARTS = (
         "Users and items that the pools know nothing of, at the other batch sizes (40 minutes).",
     ),
     Part("lossless-full", "lossless", "Strict against plain decoding on 200 texts (25 minutes)."),
-    Part("generation-full", "generation --rounds 1", "1,000 prompts beside peers, and 10^7 rows (half an hour)."),
+    Part("generation-full", "generation --rounds 1", "1,000 prompts beside peers (20 minutes)."),
     Part("cohorts-texts", "cohorts --only texts", "What do cohorts' texts cost and what are they worth (20 minutes)?"),
     Part(
         "ctr-leaderboard",

@@ -10,6 +10,7 @@ what the engine was asked and what was encoded with what the texts' own digests 
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from owlrec.workspace import Workspace
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish")
 _OUTPUTS = {"generate": "knowledge", "encode": "vectors"}  # of stages whose shards say what was done
 LOOKUPS, BATCH = 100_000, 100  # ids, and ids of one request
+_ONE_REPLICA_USERS = 20_000  # up to here Ray would start for longer than it works
 _SAMPLE_S = 0.5
 _MIB = 2**20
 
@@ -136,6 +138,7 @@ class Run:
             yield Figure(measure=stage, method=f"{role}, peak PSS", value=round(pss / _MIB), unit="MiB")
 
     def _write_recipe(self, cohorts: bool, changes: list[str]) -> None:
+        replicas = (os.cpu_count() or 1) if self.world.users > _ONE_REPLICA_USERS else 1
         recipe: dict[str, Any] = {
             "name": "scale",
             "scenario": "movies",
@@ -143,8 +146,10 @@ class Run:
             "source": {"type": "table"} | {t: str(self.source / t) for t in ("users", "items", "interactions")},
             "shard_rows": 8192,
             "prompts": {"mode": "both" if cohorts else "individual", "history_tokens": 128},
-            "engine": {"type": "echo"},
-            "encoder": {"model": "hashing"},
+            "engine": {"type": "echo", "answer_tokens": 200},
+            "sampling": {"max_tokens": 256},
+            "generate": {"max_replicas": replicas},
+            "encoder": {"model": "hashing", "replicas": replicas},
             "ctr": {"arms": ["none", "knowledge"]},  # no control's vectors: one for each text
         }
         if cohorts:
