@@ -155,9 +155,11 @@ class _Preparation:
         folder = f"shuffled/{fingerprint(self.made_of, list(tasks.values()))[:16]}"
         stage = Shuffle(folder, groups, tasks, split, positive_above, self.source.drop_orphans, self.source.names)
         cards: dict[str, Card] = {}
-        for kind, about in (("item", "checking items"), ("user", "bringing users together")):
+        kinds: dict[Kind, str] = {"item": "checking items", "user": "bringing users together"}
+        for kind, about in kinds.items():
             inputs = {Shard(kind, task): folder for task in range(len(tasks[kind]))}
-            cards |= self._stage(stage, inputs, pool, about)
+            few = kind == "item" and groups["items"].rows <= HERE_ROWS
+            cards |= self._stage(stage, inputs, Pool() if few else pool, about)
         counts: dict[str, int] = {}
         for card in cards.values():
             for name, count in card.counts.items():

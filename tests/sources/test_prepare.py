@@ -393,6 +393,28 @@ def test_a_lake_without_its_package_says_what_to_install(tmp_path: Path, path: s
         prepared(recipe(folder, tmp_path / "ws", items=path))
 
 
+def test_a_delta_table_is_read_by_version(tmp_path: Path) -> None:
+    deltalake = pytest.importorskip("deltalake")
+    folder, lake = write_source(tmp_path / "source", n_files=2), str(tmp_path / "lake")
+    for number in range(2):
+        deltalake.write_deltalake(lake, pq.read_table(folder / "log" / f"{number:03d}.parquet"), mode="append")
+    card, _ = prepared(recipe(folder, tmp_path / "lake-ws", interactions=f"delta:{lake}@1"))
+    assert card.fingerprint == prepared(recipe(folder, tmp_path / "ws"))[0].fingerprint
+    assert prepared(recipe(folder, tmp_path / "ws", interactions=f"delta:{lake}@0"))[0].counts["interactions"] == ROWS
+
+
+@pytest.mark.ray
+def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_source(tmp_path / "source")
+    here, _ = prepared(recipe(folder, tmp_path / "here"))
+    monkeypatch.setattr(prepare, "HERE_ROWS", 0)
+    assert prepared(recipe(folder, tmp_path / "ray"))[0].fingerprint == here.fingerprint
+    table = interactions(4, "u")
+    write_log(folder, 4, pa.concat_tables([table, table.slice(9, 1)]))
+    with pytest.raises(OwlRecError, match=rf"004\.parquet, row {ROWS}: user_id '{table['user_id'][9]}'"):
+        prepared(recipe(folder, tmp_path / "ray"))
+
+
 def test_movielens_does_not_start_ray(tmp_path: Path) -> None:
     import sys
 

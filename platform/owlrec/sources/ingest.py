@@ -6,6 +6,7 @@ all unchanged keeps its number, so that a source that grew by some files has onl
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -17,7 +18,7 @@ from owlrec.shards import Card, Shard
 from owlrec.sources.buckets import MAX_BUCKETS, bucket_order, write_buckets
 from owlrec.sources.raw import ENTITIES, TABLE_NAMES, Fragment, Fragments, Piece, Place, TableName
 from owlrec.sources.splits import ratings
-from owlrec.storage import fingerprint
+from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shard_file, shards_for
 
 KIND = "fragments"
@@ -33,7 +34,7 @@ class Grouping(BaseModel):
 
     user_buckets: int
     item_buckets: int
-    groups: dict[int, list[dict]] = {}  # Fragment.json by group
+    groups: dict[int, list[dict[str, Any]]] = {}  # Fragment.json by group
 
     def inputs(self) -> dict[Shard, str]:
         """The digest of each group, for the runner."""
@@ -61,11 +62,12 @@ def grouped(fragments: Sequence[Fragment], earlier: Grouping | None) -> Grouping
     if earlier is not None:
         result.user_buckets = _kept(user_buckets, earlier.user_buckets)
         result.item_buckets = _kept(item_buckets, earlier.item_buckets)
-        for number, group in earlier.groups.items():
-            if all(fragment["digest"] in left for fragment in group):
-                result.groups[number] = group
-                for fragment in group:
-                    del left[fragment["digest"]]
+        for number, known in earlier.groups.items():
+            digests = [values["digest"] for values in known]
+            if all(digest in left for digest in digests):
+                result.groups[number] = known
+                for digest in digests:
+                    del left[digest]
     number = max(result.groups, default=-1) + 1
     group: list[Fragment] = []
     for fragment in left.values():
@@ -110,7 +112,8 @@ class Ingest(Stage):
         for fragment in self.grouping.fragments(work.shard.number):
             for piece in self.source.read(fragment):
                 tables.setdefault(piece.table, []).append(piece)
-        files, counts = {}, {}
+        files: dict[str, FileEntry] = {}
+        counts: dict[str, int] = {}
         for name, pieces in tables.items():
             data = [_rated(piece) if name == "interactions" else piece.data for piece in pieces]
             table = pa.concat_tables(data)

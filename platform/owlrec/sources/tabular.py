@@ -120,7 +120,8 @@ class FileFragments(Fragments):
 
     def read(self, fragment: Fragment) -> Iterator[Piece]:
         """See Fragments."""
-        table, name, first_row = fragment.table, fragment.path, fragment.first_row
+        name, first_row = fragment.path, fragment.first_row
+        table: TableName = fragment.table  # type: ignore[assignment]
         data = self._raw(fragment)
         if table == "interactions":
             if "rating" not in data.column_names:
@@ -132,7 +133,7 @@ class FileFragments(Fragments):
             yield Piece("interactions", rows, name, first_row)
             if not self.has_users:
                 yield Piece("users", hashed_users(data, rows), name, first_row)
-        elif table == "users" or table == "items":
+        else:
             schema = self._attributes[table]
             for field in schema:  # a column that other files have
                 if field.name not in data.column_names:
