@@ -57,6 +57,7 @@ def _tokens(which: str, by: str = "") -> str:
 
 
 _TEXTS = f"{{{TEXT_STAGES}}}"
+_FLAGS = _rate("stage_counts", "count", f'{{{TEXT_STAGES},count=~"flag_.*"}}')
 _GENERATION = [
     Panel("Rows written", {"rows": f"sum(ray_owlrec_stage_rows_total{_TEXTS})"}, stat=True),
     Panel("Dead letters", {"rows": f"sum(ray_owlrec_stage_dead_rows_total{_TEXTS})"}, stat=True),
@@ -88,9 +89,7 @@ _GENERATION = [
         "Output tokens a second of an engine",
         {"{{worker}}": f"{_tokens('output', 'worker')} / {_rate('stage_worker_seconds', 'worker', _TEXTS)}"},
     ),
-    Panel(
-        "Texts by quality flag", {"{{count}}": _rate("stage_counts", "count", f'{{{TEXT_STAGES},count=~"flag_.*"}}')}
-    ),
+    Panel("Texts by quality flag", {"{{count}}": _FLAGS}),
     Panel(
         "Decoder: tokens a row and step",
         {"{{engine}}": _share("decoder_tokens", "decoder_rows", "engine")},
@@ -167,7 +166,7 @@ _RELEASE = [
     Panel("Swaps in an hour", {"{{app}}": "sum by (app) (increase(ray_owlrec_serving_swaps_total[1h]))"}),
     Panel(
         "Texts on their way: share flagged",
-        {"{{flag}}": f"{_rate('generation_flags', 'flag')} / on () group_left () {_rate('generation_rows')}"},
+        {"{{count}}": f"{_FLAGS} / on () group_left () {_rate('stage_rows', where=_TEXTS)}"},
         unit="percentunit",
         about="Of what is being generated now, before it is published.",
     ),
