@@ -180,7 +180,7 @@ def wait_for_shards(workspace: Path, number: int, process: subprocess.Popen[byte
     """Waits until so many shards are done; False where the command ended before."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if len(list(workspace.glob("knowledge/*/cards/*/*.json"))) >= number:
+        if len(list(workspace.glob("knowledge/*/cards/*/*/*.json"))) >= number:
             return True
         if process.poll() is not None:
             return False
@@ -190,7 +190,7 @@ def wait_for_shards(workspace: Path, number: int, process: subprocess.Popen[byte
 
 def damage(rng: random.Random, workspace: Path, how: str) -> int:
     """Harms the files of one finished shard; how many shards that undoes."""
-    cards = sorted(workspace.glob("knowledge/*/cards/*/*.json"))
+    cards = sorted(workspace.glob("knowledge/*/cards/*/*/*.json"))
     if not cards:
         return 0
     card = rng.choice(cards)
@@ -199,7 +199,7 @@ def damage(rng: random.Random, workspace: Path, how: str) -> int:
         data[: len(data) // 2] = os.urandom(len(data) // 2)
         card.write_bytes(data)
     else:
-        file = card.parents[2] / card.parent.name / f"{card.stem}.parquet"
+        file = card.parents[3] / card.parents[1].name / f"{card.stem}.parquet"
         with file.open("r+b") as opened:
             opened.truncate(rng.randrange(file.stat().st_size))
     return 1

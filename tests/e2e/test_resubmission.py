@@ -105,4 +105,4 @@ def generate_jobs(head: Head) -> list[dict]:
 
 
 def shards(workspace: Path) -> int:
-    return len(list(workspace.glob("knowledge/*/cards/*/*.json")))
+    return len(list(workspace.glob("knowledge/*/cards/*/*/*.json")))

@@ -68,7 +68,7 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list(workspace.glob("knowledge/*/cards/*/*.json")):
+    while not list(workspace.glob("knowledge/*/cards/*/*/*.json")):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -81,7 +81,7 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
     for left in alive:
         with suppress(psutil.NoSuchProcess):
             left.kill()
-    done = list(workspace.glob("knowledge/*/cards/*/*.json"))
+    done = list(workspace.glob("knowledge/*/cards/*/*/*.json"))
     assert 0 < len(done) < 12
     resumed = owlrec("run", str(echo_recipe), "--to", "generate")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
