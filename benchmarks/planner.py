@@ -26,10 +26,10 @@ from owlrec.ops.policies import Horizon, Policy, runs_of
 from owlrec.ops.workload import Call, WorkloadFigures, measured_workload
 from owlrec.recipe import Recipe
 from owlrec.schema import HISTORIES, INTERACTIONS
-from owlrec.shards import Card, finish_stage, finished_stage
+from owlrec.shards import finish_stage, finished_stage
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.streaming.journal import read_position
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, shards_for
 
 READ, NEWS = 0.6, 0.2  # shares of a user's behaviours: in the tables, and then as events
 SIZES = {"small": (200, 320), "whole": (None, None)}
@@ -94,7 +94,7 @@ def _planned(workload: WorkloadFigures, calls: Mapping[Call, int]) -> Taken:
 
 
 def _taken(workspace: Workspace, *, streaming: bool) -> Taken:
-    """What a finished run took, by its manifests."""
+    """What a finished run took, by its cards."""
     stage, kinds = finished_stage(workspace, "generate"), measured_workload(workspace).kinds
     assert stage is not None
     rows = {call: figures for call, figures in kinds.items() if (call == "refresh") == streaming}
@@ -155,11 +155,11 @@ def _prepare(workspace: Workspace, size: tuple[int | None, int | None]) -> None:
     read, news = order.filter(pa.array(place < READ)), order.filter(pa.array((place >= READ) & (place < READ + NEWS)))
     tables = {"users": raw.users, "interactions": read, "histories": _histories(read)}
     for name, table in tables.items():
-        workspace.write_table(name, table, key="user_id", n_shards=-(-len(users) // SHARD_ROWS))
-    workspace.write_table("items", raw.items, key="item_id", n_shards=-(-raw.items.num_rows // SHARD_ROWS))
+        workspace.write_table(name, table, key="user_id", n_shards=shards_for(len(users), SHARD_ROWS))
+    workspace.write_table("items", raw.items, key="item_id", n_shards=shards_for(raw.items.num_rows, SHARD_ROWS))
     workspace.write_parquet("events/news.parquet", news.select(INTERACTIONS.names).cast(INTERACTIONS))
     counts: dict[str, float | int | str] = {"users": raw.users.num_rows, "items": raw.items.num_rows}
-    finish_stage(workspace, Card(stage="prepare", fingerprint="planner" * 8, seconds=0, finished=0, counts=counts))
+    finish_stage(workspace, "prepare", "planner" * 8, counts=counts)
 
 
 def _histories(read: pa.Table) -> pa.Table:

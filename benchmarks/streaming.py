@@ -36,7 +36,7 @@ from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.raw import RawTables
 from owlrec.store.release import open_release
 from owlrec.streaming.journal import Plan
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, shards_for
 
 DAY_MS = 86_400_000
 READ = 1000  # behaviours that a full run may read: all that anybody has
@@ -96,8 +96,8 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     histories = _histories(interactions)
     tables = {"users": raw.users, "interactions": interactions, "histories": histories}
     for name, table in tables.items():
-        workspace.write_table(name, table, key="user_id", n_shards=-(-raw.users.num_rows // recipe.shard_rows))
-    workspace.write_table("items", raw.items, key="item_id", n_shards=-(-raw.items.num_rows // recipe.shard_rows))
+        workspace.write_table(name, table, key="user_id", n_shards=shards_for(raw.users.num_rows, recipe.shard_rows))
+    workspace.write_table("items", raw.items, key="item_id", n_shards=shards_for(raw.items.num_rows, recipe.shard_rows))
     finish_stage(workspace, "prepare", f"{until:064d}")
     for stage in ("generate", "encode", "publish"):
         importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)

@@ -1,4 +1,4 @@
-"""What every stage does the same way: read the recipe, skip what is done, time it, write its manifest, report
+"""What every stage does the same way: read the recipe, skip what is done, time it, write its card, report
 mistakes plainly.
 """
 

@@ -224,15 +224,18 @@ class _Worker:
         claim = await asyncio.to_thread(self.claims.claim, path)
         if claim is None:
             return None
+        lost = False
         try:
             return await self._claimed(shard, inputs, claim, path)
         except ShardTaken:
             return None
         except WorkerLost:
+            lost = True  # the claim stays, with its count of failures, for the next worker to read
             self.claims.record_failure()
             raise
         finally:
-            await asyncio.to_thread(self.claims.release, path)
+            if not lost:
+                await asyncio.to_thread(self.claims.release, path)
 
     async def _claimed(self, shard: Shard, inputs: str, claim: Claim, path: str) -> Card:
         if claim.failures >= _WORKERS_LOST:

@@ -91,11 +91,14 @@ class Artifact:
         chosen = [kind for kind in self.workspace.names(self.folder, "cards") if not kinds or kind in kinds]
         blocks = [f"{kind}/{name}" for kind in chosen for name in self.workspace.names(self.folder, "cards", kind)]
         cards = {card.shard: card for block in in_threads(self._read_block, blocks) for card in block}
-        folders = list({path.rpartition("/")[0] for card in cards.values() for path in card.files})
+        folders = list({path.rpartition("/")[0] for card in cards.values() for path in card.files if "/" in path})
         listed: dict[str, Entry] = {}
         contents = in_threads(lambda folder: self.workspace.entries(self.path(folder)), folders)
         for folder, entries in zip(folders, contents, strict=True):
             listed |= {f"{folder}/{path}": entry for path, entry in entries.items()}
+        for path in {path for card in cards.values() for path in card.files if "/" not in path}:
+            if (entry := self.workspace.entry(self.path(path))) is not None:
+                listed[path] = entry
         whole = (self._whole(card, listed) for card in cards.values())
         return {card.shard: card for card in whole if card is not None}
 
@@ -149,7 +152,7 @@ class Artifact:
         try:
             lines = [json.loads(line) for line in self.workspace.read_bytes(path).splitlines()]
             return [(line["e_tag"], Card.model_validate(line["card"])) for line in lines]
-        except (WorkspaceError, ValidationError, ValueError, KeyError):
+        except (WorkspaceError, ValidationError, ValueError, KeyError, TypeError):
             return []
 
     def _whole(self, card: Card, listed: Mapping[str, Entry | None]) -> Card | None:

@@ -15,8 +15,8 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
 from serving_apps import built, replicas
 
-from owlrec.generation.batch import _engine_cpus
 from owlrec.recipe import load_recipe
+from pipelines.generate import engine_cpus
 
 Demand = list[tuple[dict[str, float], int]]
 
@@ -56,7 +56,7 @@ def recipe_of(name: str, tmp_path: Path) -> Any:
 
 def engines(recipe: Any) -> Demand:
     """What `generate` asks for at most, beside a task of Ray Data and the driver of a refresh."""
-    one = {"CPU": _engine_cpus(recipe.engine, recipe.generate), "GPU": recipe.generate.engine_gpus}
+    one = {"CPU": engine_cpus(recipe.engine, recipe.generate), "GPU": recipe.generate.engine_gpus}
     engine = {k: v for k, v in one.items() if v}
     return [(engine, recipe.generate.most_replicas), ({"CPU": 1}, 2)]
 

@@ -19,23 +19,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 from processes import command_lines
 
 from owlrec import schema
-from owlrec.generation.batch import build_job
-from owlrec.generation.shards import finished_shards, iterate_manifests, plan_shards, read_knowledge
+from owlrec.generation.job import build_job, dead_file, read_knowledge, table_inputs
 from owlrec.recipe import load_recipe
+from owlrec.runner import pending_shards
+from owlrec.schema import shard_of
 from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-USERS, ITEMS, SHARDS = 240, 120, 12
-SHARD_ROWS = USERS // SHARDS
+USERS, ITEMS, SHARDS = 240, 120, 16
 REPLICAS, CONCURRENCY = 2, 5
 ANSWER_S = 0.08
-HARMS = ("kill replica", "kill node", "kill driver", "fill disk", "truncate file", "corrupt manifest", "second job")
+HARMS = ("kill replica", "kill node", "kill driver", "fill disk", "truncate file", "corrupt card", "second job")
 SLOW, SLOW_S = "takes long", 25.0  # in a title
 POISON = "never answers"  # in a title: the server refuses it, and its row must end as a dead letter
 
@@ -80,6 +81,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def shard_rows() -> int:
+    """Rows of the largest shard."""
+    sizes = [
+        np.bincount(shard_of(np.arange(start, start + rows), n), minlength=n).max()
+        for start, rows, n in ((0, USERS, SHARDS), (1000, ITEMS, SHARDS // 2))
+    ]
+    return int(max(sizes))
 
 
 def prepare(workspace: Workspace, *, slow_item: bool = False) -> None:
@@ -150,7 +160,7 @@ def kill_driver(process: subprocess.Popen[bytes]) -> None:
 def replica_pids() -> list[int]:
     """The engine actors of the cluster that this process started."""
     lines = command_lines(psutil.Process().children(recursive=True))
-    return [process.pid for process, line in lines.items() if "ray::" in line and "Replica" in line]
+    return [process.pid for process, line in lines.items() if "ray::" in line and "_Actor" in line]
 
 
 @contextmanager
@@ -170,7 +180,7 @@ def wait_for_shards(workspace: Path, number: int, process: subprocess.Popen[byte
     """Waits until so many shards are done; False where the command ended before."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if len(list(workspace.glob("knowledge/*/*/shard-*.json"))) >= number:
+        if len(list(workspace.glob("knowledge/*/cards/*/*/*.json"))) >= number:
             return True
         if process.poll() is not None:
             return False
@@ -180,16 +190,16 @@ def wait_for_shards(workspace: Path, number: int, process: subprocess.Popen[byte
 
 def damage(rng: random.Random, workspace: Path, how: str) -> int:
     """Harms the files of one finished shard; how many shards that undoes."""
-    manifests = sorted(workspace.glob("knowledge/*/*/shard-*.json"))
-    if not manifests:
+    cards = sorted(workspace.glob("knowledge/*/cards/*/*/*.json"))
+    if not cards:
         return 0
-    manifest = rng.choice(manifests)
-    if how == "corrupt manifest":
-        data = bytearray(manifest.read_bytes())
+    card = rng.choice(cards)
+    if how == "corrupt card":
+        data = bytearray(card.read_bytes())
         data[: len(data) // 2] = os.urandom(len(data) // 2)
-        manifest.write_bytes(data)
+        card.write_bytes(data)
     else:
-        file = manifest.with_suffix(".parquet")
+        file = card.parents[3] / card.parents[1].name / f"{card.stem}.parquet"
         with file.open("r+b") as opened:
             opened.truncate(rng.randrange(file.stat().st_size))
     return 1
@@ -202,11 +212,15 @@ def audit(recipe: Path, server: Oracle) -> None:
     job = build_job(
         settings.domain, settings.prompts, settings.sampling, settings.engine, settings.decoding, settings.quality
     )
-    shards = plan_shards(workspace)
-    done = finished_shards(workspace, job, shards)
-    assert [m.shard for m in done] == shards, "a shard is missing or its checksum is wrong"
-    assert len(list(iterate_manifests(workspace, job.folder))) == len(shards)
-    dead = [r for m in done for r in workspace.read_parquet(m.shard.file(job, "dead")).to_pylist()]
+    pending, cards = pending_shards(workspace, job.folder, table_inputs(workspace))
+    assert not pending, f"missing, or not whole: {pending}"
+    artifact = job.artifact(workspace)
+    letters = [artifact.path(dead_file(name)) for name, card in cards.items() if card.rows_dead]
+    dead = [row for file in letters for row in workspace.read_parquet(file).to_pylist()]
+    for name, card in cards.items():
+        for path, file in card.files.items():
+            assert workspace.digest(artifact.path(path)) == file.sha256, f"{name}: {path} is not what its card says"
+    assert not [f for f in Path(workspace.path("claims")).rglob("*") if f.is_file()], "a claim is left"
     for kind, expected in (("user", range(USERS)), ("item", range(1000, 1000 + ITEMS))):
         ids = read_knowledge(workspace, job.folder, kind)["id"].to_pylist()
         ids += [r["id"] for r in dead if r["kind"] == kind]

@@ -18,7 +18,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def echo_recipe(tmp_path: Path) -> Path:
-    """MovieLens-100K's 60 users and 120 items in 9 shards; two trials of CTR."""
+    """MovieLens-100K's 60 users and 120 items in 4 and 8 shards; two trials of CTR."""
     recipe = tmp_path / "echo.yaml"
     recipe.write_text(
         textwrap.dedent(

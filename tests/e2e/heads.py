@@ -122,7 +122,7 @@ def end_head(head: Head, patience_s: float = 5) -> list[psutil.Process]:
 
 def knowledge_rows(workspace: Path) -> list[dict]:
     """What `generate` wrote about users and items, in order."""
-    files = [f for f in workspace.glob("knowledge/*/*/shard-*.parquet") if f.parent.name in ("user", "item")]
+    files = [f for f in workspace.glob("knowledge/*/*/*.parquet") if f.parent.name in ("user", "item")]
     return sorted((r for f in files for r in pq.read_table(f).to_pylist()), key=lambda r: (r["kind"], r["id"]))
 
 

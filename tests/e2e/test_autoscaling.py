@@ -132,4 +132,4 @@ def pending_actors(head: Head) -> int:
 
 
 def finished_shards(folder: Path) -> int:
-    return len(list(folder.glob("ws/knowledge/*/*/shard-*.json")))
+    return len(list(folder.glob("ws/knowledge/*/cards/*/*/*.json")))

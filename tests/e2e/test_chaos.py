@@ -63,7 +63,7 @@ def test_every_row_once_after_any_harm(cluster: Any, seed: int, tmp_path: Path) 
     # What was begun and not finished is asked again: a replica asks shard after shard, so that one shard a replica and
     # the rows of the next that fill up its queue bound what a death can cost.
     repeated = sum(server.asked.values()) - len(server.asked)
-    bound = lost_shards * (chaos.SHARD_ROWS + chaos.CONCURRENCY)
+    bound = lost_shards * (chaos.shard_rows() + chaos.CONCURRENCY)
     print(f"seed {seed}: {', '.join(harms)}: {repeated} of {len(server.asked)} rows asked again, at most {bound}")
     assert repeated <= bound, f"{harms}: {repeated} rows were asked again, at most {bound} should be"
 

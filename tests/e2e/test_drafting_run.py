@@ -7,6 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_whole_run import owlrec
 
+from owlrec.generation.job import decoder_counters
+from owlrec.shards import Artifact
+from owlrec.workspace import Workspace
+
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 
 
@@ -20,7 +24,7 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
             scenario: movies
             workspace: {workspace}
             source: {{type: movielens-100k, max_users: 40, max_items: 40}}
-            shard_rows: 60
+            shard_rows: 64
             prompts: {{history_tokens: {history_tokens}}}
             engine: {{type: vllm, model: smollm2-135m, max_model_len: 512, max_num_seqs: 2, kv_cache_gib: 1,
                       engine_args: {{enforce_eager: true}}}}
@@ -36,8 +40,8 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
     assert "no retrieval pools" not in first
     (release,) = (workspace / "pools").iterdir()
     assert sorted(p.name for p in release.iterdir()) == ["item", "user"]
-    manifest = json.loads((workspace / "manifests" / "publish.json").read_text())
-    assert manifest["counts"]["pool_tokens_item"] > 40 * 10
+    stage = json.loads((workspace / "stages" / "publish.json").read_text())
+    assert stage["counts"]["pool_tokens_item"] > 40 * 10
 
     second = run(97, "generate")
     assert f"drafting from the texts of release {release.name}" in second
@@ -47,7 +51,10 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
     assert accepted > tokens / 8  # items are asked as before; two rows at a time, so that drafts pay on any machine
     assert accepted <= sum(items["drafted"].to_pylist())
     assert set(items["relaxed"].to_pylist()) == {0}
-    counters = json.loads((jobs[-1] / "decoder.json").read_text())["counts"]
+    cards = Artifact(Workspace(workspace), f"knowledge/{jobs[-1].name}").cards()
+    decoded = decoder_counters(cards.values())
+    assert decoded is not None
+    counters = decoded.counts
     users = pq.read_table(jobs[-1] / "user" / "00000000.parquet")
     assert counters["accepted"] >= accepted + sum(users["accepted"].to_pylist())
     assert counters["hits_own"] > 0

@@ -65,7 +65,7 @@ def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
         head.kill_where(lambda p: p.cmdline()[1:3] == ["-m", "pipelines.generate"])
         assert [first.wait(), second.wait()] == [137, 137]
         done = shards(workspace)
-        assert 0 < done < 9
+        assert 0 < done < 12
 
         resumed = started(head, *submit, "--no-preflight")
         wait_until(lambda: shards(workspace) > done, 120, "a further shard")
@@ -73,16 +73,16 @@ def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
         resumed.kill()
         output = resumed.stdout.read() if resumed.stdout else ""
         assert f"job {job['submission_id']}-2 started" in output
-        assert f"{9 - done} of 9 shards to do" in output
+        assert f"{12 - done} of 12 shards to do" in output
     done = shards(workspace)
-    assert done < 9
+    assert done < 12
 
     with new_head() as head:
         submit = (*submit[:-1], head.address, "--no-preflight")
         again = owlrec(head, *submit)
         assert again.returncode == 0, again.stdout + again.stderr
         assert f"job {job['submission_id']} started" in again.stdout  # a new head has heard of none
-        assert f"{9 - done} of 9 shards to do" in again.stdout
+        assert f"{12 - done} of 12 shards to do" in again.stdout
         finished = owlrec(head, *submit)
         assert finished.returncode == 0
         assert "has succeeded before, nothing to do" in finished.stdout
@@ -105,4 +105,4 @@ def generate_jobs(head: Head) -> list[dict]:
 
 
 def shards(workspace: Path) -> int:
-    return len(list(workspace.glob("knowledge/*/*/shard-*.json")))
+    return len(list(workspace.glob("knowledge/*/cards/*/*/*.json")))

@@ -28,7 +28,7 @@ def owlrec(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def knowledge_rows(workspace: Path) -> list[tuple[str, int, str]]:
-    files = [f for f in workspace.glob("knowledge/*/*/shard-*.parquet") if f.parent.name in ("user", "item")]
+    files = [f for f in workspace.glob("knowledge/*/*/*.parquet") if f.parent.name in ("user", "item")]
     rows = [r for f in files for r in pq.read_table(f, columns=["kind", "id", "text"]).to_pylist()]
     return sorted((r["kind"], r["id"], r["text"]) for r in rows)
 
@@ -48,7 +48,7 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     before = {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()}
     second = owlrec("run", str(echo_recipe))
     assert second.returncode == 0
-    assert "all 9 shards done already" in second.stdout
+    assert "all 12 shards done already" in second.stdout
     assert {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()} == before
     monkeypatch.chdir(tmp_path)
     looked_up = CliRunner().invoke(app, ["lookup", "user", str(rows[-1][1]), "999999", "--recipe", str(echo_recipe)])
@@ -68,7 +68,7 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list(workspace.glob("knowledge/*/*/shard-*.json")):
+    while not list(workspace.glob("knowledge/*/cards/*/*/*.json")):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -81,14 +81,14 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
     for left in alive:
         with suppress(psutil.NoSuchProcess):
             left.kill()
-    done = list(workspace.glob("knowledge/*/*/shard-*.json"))
-    assert 0 < len(done) < 9
+    done = list(workspace.glob("knowledge/*/cards/*/*/*.json"))
+    assert 0 < len(done) < 12
     resumed = owlrec("run", str(echo_recipe), "--to", "generate")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     rows = knowledge_rows(workspace)
     assert len(rows) == len({r[:2] for r in rows}) == 180
-    assert f"{9 - len(done)} of 9 shards to do" in resumed.stdout
-    manifest = json.loads((workspace / "manifests" / "generate.json").read_text())
+    assert f"{12 - len(done)} of 12 shards to do" in resumed.stdout
+    manifest = json.loads((workspace / "stages" / "generate.json").read_text())
     assert manifest["counts"]["user_rows_out"] == 60
 
 

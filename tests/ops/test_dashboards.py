@@ -61,7 +61,7 @@ def test_rules_are_what_prometheus_reads():
     assert yaml.safe_load(build_files(daily_budget=7)["prometheus-rule.yaml"])["spec"] == rules
     of = {rule["alert"]: rule for group in rules["groups"] for rule in group["rules"]}
     assert of["OwlRecCostOverrun"]["expr"].endswith("> 7")
-    assert of["OwlRecGenerationStuck"]["annotations"]["runbook"] == f"{RUNBOOKS}#stuck-job"
+    assert of["OwlRecStageStuck"]["annotations"]["runbook"] == f"{RUNBOOKS}#stuck-job"
     for rule in of.values():
         assert re.fullmatch(r"\d+[mhd]", rule["for"])
         assert rule["labels"]["severity"] in ("page", "ticket")

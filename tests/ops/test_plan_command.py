@@ -8,9 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 from owlrec.errors import RecipeError
-from owlrec.generation.shards import ShardManifest
 from owlrec.ops.fleet import load_fleet
-from owlrec.shards import finish_stage
+from owlrec.shards import Artifact, Card, Shard
 from owlrec.workspace import Workspace
 from pipelines.plan import main, row_count
 
@@ -20,32 +19,29 @@ groups:
   - {name: spot, accelerator: x, gpus: 2, price_per_gpu_hour: 3, tokens_per_s: 100, preemption_rate_per_hour: 0.5}
 """
 
-# What a manifest must hold besides the figures that are read here, as zeros and empty texts.
-REQUIRED = {
-    name: field.annotation()
-    for name, field in ShardManifest.model_fields.items()
-    if field.is_required() and name != "shard"
-}
-
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     """Runs the command over a finished run of 40 users, in 2 shards of 20 rows and 4000 tokens each."""
     workspace = Workspace(tmp_path / "ws")
-    for number in range(2):
-        manifest = REQUIRED | {
-            "shard": {"kind": "user", "part": f"part-{number:05d}.parquet", "input_fingerprint": "f"},
-            "rows_in": 20,
-            "rows_out": 20,
-            "prompt_tokens": 2000,
-            "output_tokens": 4000,
-            "seconds": 40.0,
-            "finished": 40.0 * (number + 1),
-        }
-        workspace.write_json(f"knowledge/f/user/shard-{number:05d}.json", manifest)
-        workspace.write_bytes(f"knowledge/f/user/shard-{number:05d}.parquet", b"x" * 2048)
-    outputs = {"knowledge": "knowledge/f"}
-    finish_stage(workspace, "generate", "f", outputs=outputs, seconds=80)
+    artifact = Artifact(workspace, "knowledge/f")
+    for shard in (Shard("user", 0), Shard("user", 1)):
+        file = workspace.write_bytes(artifact.path(shard.file()), b"x" * 2048)
+        artifact.finish(
+            Card(
+                stage="generate",
+                shard=shard.name,
+                fingerprint="f",
+                files={shard.file(): file},
+                rows_in=20,
+                rows_out=20,
+                counts={"rows_asked": 20, "prompt_tokens": 2000, "output_tokens": 4000},
+                seconds=40.0,
+                finished=40.0 * (shard.number + 1),
+            )
+        )
+    generated = Card(stage="generate", fingerprint="f", outputs={"knowledge": "knowledge/f"}, seconds=80, finished=80)
+    workspace.write_json("stages/generate.json", generated.model_dump(mode="json"))
     (tmp_path / "recipe.yaml").write_text(
         "{name: demo, scenario: movies, workspace: elsewhere, shard_rows: 36, source: {type: movielens-100k}, "
         "engine: {type: echo}}"

@@ -5,21 +5,14 @@ import pytest
 
 from owlrec.decoding.counters import DecoderCounters, StepSums
 from owlrec.errors import RecipeError, WorkspaceError
-from owlrec.generation.shards import ShardManifest
+from owlrec.generation.job import DECODER
 from owlrec.ops.fleet import FleetConfig, load_fleet
 from owlrec.ops.planning import Runs, Work, engine_seconds, plan
 from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures, measured_workload, per_row
-from owlrec.shards import Card, finish_stage
+from owlrec.shards import Artifact, Card
 from owlrec.streaming.journal import Plan as RefreshPlan
 from owlrec.streaming.journal import begin, commit
 from owlrec.streaming.state import State
-
-# What a manifest must hold besides the figures that are read here, as zeros and empty texts.
-REQUIRED = {
-    name: field.annotation()
-    for name, field in ShardManifest.model_fields.items()
-    if field.is_required() and name != "shard"
-}
 
 
 def exactly(value):
@@ -247,31 +240,39 @@ def test_a_curve_is_taken_at_its_best_batch_with_and_without_the_decoder():
     assert speed({1: 3.0}, decoder=False) == pytest.approx([200, 200, 200])
 
 
-def write_run(workspace, *, ends=(110.0, 120.0, 125.0), seconds=(10.0, 20.0, 15.0), counts=None, folder="f", **shard):
+def write_run(
+    workspace, *, ends=(110.0, 120.0, 125.0), seconds=(10.0, 20.0, 15.0), counts=None, folder="f", stage="generate",
+    decoded="",
+):  # fmt: skip
     """Two shards of 10 users and 100 and 200 tokens, then one of 5 items and 50: done 10 s, 10 s and 5 s one after
-    another, though an engine had two of them at hand at a time."""
-    shards = [("user", 0, 10, 100), ("user", 1, 10, 200), ("item", 0, 5, 50)]
-    for (kind, number, rows, tokens), end, took in zip(shards, ends, seconds, strict=False):
-        stem = f"knowledge/{folder}/{kind}/shard-{number:05d}"
-        manifest = REQUIRED | {
-            "shard": {"kind": kind, "part": f"part-{number:05d}.parquet", "input_fingerprint": "f", **shard},
-            "rows_in": rows,
-            "rows_out": rows - 1,
-            "prompt_tokens": 30 * rows,
-            "output_tokens": tokens,
-            "seconds": took,
-            "finished": end,
-        }
-        workspace.write_json(f"{stem}.json", manifest)
-        workspace.write_bytes(f"{stem}.parquet", b"x" * 40 * rows)
-        workspace.write_bytes(f"knowledge/{folder}/{kind}/dead/shard-{number:05d}.parquet", b"x")
+    another, though an engine had two of them in flight at a time."""
+    artifact = Artifact(workspace, f"knowledge/{folder}")
+    shards = [("user/00000000", 10, 100), ("user/00000001", 10, 200), ("item/00000000", 5, 50)]
+    for (name, rows, tokens), end, took in zip(shards, ends, seconds, strict=False):
+        sizes = {f"{name}.parquet": 40 * rows, f"dead/{name}.parquet": 1}
+        files = {path: workspace.write_bytes(artifact.path(path), b"x" * n) for path, n in sizes.items()}
+        counted = {"rows_asked": rows, "prompt_tokens": 30 * rows, "output_tokens": tokens}
+        artifact.finish(
+            Card(
+                stage=stage,
+                shard=name,
+                fingerprint="f",
+                files=files,
+                rows_in=rows,
+                rows_out=rows - 1,
+                rows_dead=1,
+                counts=counted | ({DECODER: decoded} if decoded and name == shards[0][0] else {}),
+                seconds=took,
+                finished=end,
+            )
+        )
     if folder == "f":
         finish(workspace, "generate", counts or {"shards": 3, "shards_this_run": 3}, {"knowledge": "knowledge/f"}, 40.0)
 
 
 def finish(workspace, stage, counts, outputs, seconds=1.0):
-    manifest = Card(stage=stage, fingerprint="f", seconds=seconds, finished=130, counts=counts, outputs=outputs)
-    finish_stage(workspace, manifest)
+    card = Card(stage=stage, fingerprint="f", seconds=seconds, finished=130, counts=counts, outputs=outputs)
+    workspace.write_json(f"stages/{stage}.json", card.model_dump(mode="json"))
 
 
 def test_a_run_is_measured_from_its_shards(workspace):
@@ -301,8 +302,8 @@ def test_a_pause_between_two_runs_is_nobodys_time(workspace):
 
 def test_refreshes_and_cohorts_are_measured_where_they_are(workspace):
     write_run(workspace)
-    write_run(workspace, folder="r", ends=(210, 220), prompts="streaming/plans/p/prompts/00000000.parquet")
-    write_run(workspace, folder="old", ends=(20, 30), prompts="streaming/plans/o/prompts/00000000.parquet")
+    write_run(workspace, folder="r", ends=(210, 220), stage="refresh")
+    write_run(workspace, folder="old", ends=(20, 30), stage="refresh")
     write_run(workspace, folder="other", ends=(220, 230))  # a job of another recipe
     finish(workspace, "prepare", {"users": 20, "items": 40}, {})
     finish(workspace, "cohorts", {"user_cohorts": 4, "item_cohorts": 5}, {"cohorts": "cohorts/c"})
@@ -321,7 +322,10 @@ def test_refreshes_and_cohorts_are_measured_where_they_are(workspace):
 
 
 def test_vectors_release_and_decoder_are_measured_where_they_are(workspace):
-    write_run(workspace)
+    counters = DecoderCounters(
+        counts={"rows": 10, "tokens": 25}, by_rows={4: StepSums(steps=5, tokens=25, seconds=2, plain_s=3)}
+    )
+    write_run(workspace, decoded=counters.model_dump_json())
     for name, size in {
         "knowledge-user.parquet": 300,
         "knowledge-user/v.npy": 500,
@@ -332,10 +336,6 @@ def test_vectors_release_and_decoder_are_measured_where_they_are(workspace):
     workspace.write_bytes("releases/r/store/data.mdb", b"x" * 1000)
     finish(workspace, "encode", {"knowledge_user": 18, "knowledge_item": 7}, {"vectors": "vectors/v"})
     finish(workspace, "publish", {"knowledge_user": 18, "knowledge_item": 7}, {"release": "r"})
-    counters = DecoderCounters(
-        counts={"rows": 10, "tokens": 25}, by_rows={4: StepSums(steps=5, tokens=25, seconds=2, plain_s=3)}
-    )
-    workspace.write_json("knowledge/f/decoder.json", counters.model_dump())
     found = measured_workload(workspace)
     assert (found.kinds["user"].vector_bytes, found.kinds["item"].vector_bytes) == (50, 10)
     assert found.release_bytes == 40
@@ -349,9 +349,6 @@ def test_a_workspace_without_a_finished_run_says_what_to_do(workspace):
         measured_workload(workspace)
     finish(workspace, "generate", {}, {"knowledge": "knowledge/f"})
     with pytest.raises(WorkspaceError, match="wrote no tokens"):
-        measured_workload(workspace)
-    workspace.write_json("knowledge/f/user/shard-00000.json", {"rows": 3})
-    with pytest.raises(WorkspaceError, match=r"shard-00000\.json is no shard manifest of this version"):
         measured_workload(workspace)
 
 

@@ -1,16 +1,16 @@
-"""Speeds worked out by hand from manifests."""
+"""Speeds worked out by hand from cards."""
 
 import pytest
 
-from owlrec.generation.shards import Shard, ShardManifest
 from owlrec.ops.throughput import throughput
+from owlrec.shards import Card
 
 
-def shard(engine: str, began: float, seconds: float, tokens: int, **more: object) -> ShardManifest:
-    return ShardManifest(
-        shard=Shard(kind="user", part=f"part-{began:05.0f}.parquet", input_fingerprint="f"), job_fingerprint="f",
-        rows_in=1, rows_out=1, rows_dead=0, sha256="", dead_sha256="", prompt_tokens=1, output_tokens=tokens,
-        accepted=0, seconds=seconds, finished=began + seconds, engine=engine, **more,
+def shard(worker: str, began: float, seconds: float, tokens: int, **more: int) -> Card:
+    counts = {"prompt_tokens": 1, "output_tokens": tokens, **more}
+    return Card(
+        stage="generate", shard=f"user/{began:08.0f}", fingerprint="f", counts=counts, seconds=seconds,
+        finished=began + seconds, worker=worker,
     )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def test_replicas_speed_counts_the_gap_between_its_shards() -> None:
 
 
 def test_flags_and_actions_add_up_and_a_job_without_tokens_has_no_speed() -> None:
-    shards = [shard("a", 0, 0, 0, flags={"empty": 2}), shard("a", 0, 1, 0, flags={"empty": 1}, actions={"dropped": 1})]
+    shards = [shard("a", 0, 0, 0, flag_empty=2), shard("a", 0, 1, 0, flag_empty=1, quality_dropped=1)]
     found = throughput(shards)
     assert (found.texts_by_flag, found.actions) == ({"empty": 3}, {"dropped": 1})
     assert not found.over_time

@@ -5,16 +5,17 @@ import pyarrow as pa
 import pytest
 
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.batch import GenerateConfig, build_job, check_dead_share, generate
 from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.shards import plan_shards, read_knowledge
+from owlrec.generation.job import GenerateConfig, build_job, check_dead_share, dead_file, read_knowledge, table_inputs
+from owlrec.generation.worker import GenerateStage
 from owlrec.prompting.rows import PromptConfig
+from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
-from owlrec.shards import finish_stage
-from owlrec.workspace import Workspace, shard_file
+from owlrec.shards import Artifact, finish_stage
+from owlrec.workspace import Workspace, table_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
-ROWS, EVERY, SHARD_ROWS = 20_000, 100, 1_000
+ROWS, EVERY, SHARD_ROWS, SHARDS = 20_000, 100, 1_000, 32
 # What a title may hold, and the reason that its row must die for; None where cleaning makes a good row of it.
 POISONS: list[tuple[bytes | None, str | None]] = [
     (None, "EmptyPrompt"),
@@ -42,20 +43,27 @@ def test_twenty_thousand_rows_with_one_percent_poison(workspace: Workspace) -> N
         title = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers(), raw.null_count)
         ids = np.arange(start, start + SHARD_ROWS)
         table = pa.table({"item_id": ids, "raw_id": ids.astype(str), "title": title})
-        workspace.write_parquet(f"tables/items/{shard_file(start // SHARD_ROWS)}", table)
+        workspace.write_parquet(table_file("items", start // SHARD_ROWS), table)
     ids = np.arange(ROWS, ROWS + WRONG_TYPES)
     numbers = pa.table({"item_id": ids, "raw_id": ids.astype(str), "title": ids})
-    workspace.write_parquet(f"tables/items/{shard_file(ROWS // SHARD_ROWS)}", numbers)
+    workspace.write_parquet(table_file("items", ROWS // SHARD_ROWS), numbers)
+    empty = numbers.slice(0, 0)
+    for number in range(ROWS // SHARD_ROWS + 1, SHARDS):
+        workspace.write_parquet(table_file("items", number), empty)
+    workspace.fix_shards({"item": SHARDS})
     finish_stage(workspace, "prepare", "a" * 64)
 
-    echo, config = EchoEngineConfig(type="echo"), GenerateConfig(min_replicas=2, max_replicas=2)
+    echo = EchoEngineConfig(type="echo")
     job = build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), echo)
-    done = generate(workspace, job, echo, config, plan_shards(workspace, ("item",)))
-    check_dead_share(workspace, job, done.manifests, config)
+    pool = Pool(here=False, min_workers=2, max_workers=2, in_flight=4)
+    cards = run_stage(workspace, GenerateStage(job, echo), table_inputs(workspace, ("item",)), pool)
+    artifact = Artifact(workspace, job.folder)
+    check_dead_share(artifact, cards.values(), GenerateConfig())
 
     expected = {i: POISONS[k][1] for i, k in enumerate(kinds.tolist()) if k >= 0 and POISONS[k][1]}
     expected |= dict.fromkeys(range(ROWS, ROWS + WRONG_TYPES), "WrongType")
-    dead = pa.concat_tables([workspace.read_parquet(m.shard.file(job, "dead")) for m in done.manifests])
+    letters = [artifact.path(dead_file(name)) for name, card in cards.items() if card.rows_dead]
+    dead = pa.concat_tables([workspace.read_parquet(file) for file in letters])
     assert dict(zip(dead["id"].to_pylist(), dead["error"].to_pylist(), strict=True)) == expected
     assert dead.num_rows == len(expected)
     assert all(f"item {row['id']}" in row["message"] for row in dead.to_pylist())

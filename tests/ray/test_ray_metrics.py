@@ -1,4 +1,4 @@
-"""The counters of an engine reach the page that Prometheus reads, on a real cluster."""
+"""The counters of a worker reach the page that Prometheus reads, on a real cluster."""
 
 import re
 import time
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from owlrec.decoding.counters import DecoderCounters
-from owlrec.generation.shards import Shard, ShardManifest
+from owlrec.shards import Card
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+NAME = "worker-1"
 
 
 def test_decoder_counters_are_exposed_once_each() -> None:
@@ -21,50 +22,57 @@ def test_decoder_counters_are_exposed_once_each() -> None:
     assert exposed("decoder", expected, first, later) == expected
 
 
-def test_shards_of_a_generation_job_add_up() -> None:
-    manifest = ShardManifest(
-        shard=Shard(kind="user", part="00000000.parquet", input_fingerprint="f"), job_fingerprint="f",
-        rows_in=10, rows_out=9, rows_dead=1, sha256="", dead_sha256="", prompt_tokens=500, output_tokens=90,
-        accepted=0, seconds=1.0, finished=1.0, engine="engine-1", flags={"cut_off": 4},
+def test_shards_of_a_stage_add_up() -> None:
+    card = Card(
+        stage="generate", shard="user/00000000", fingerprint="f", rows_in=10, rows_out=9, rows_dead=1,
+        counts={"prompt_tokens": 500, "output_tokens": 90, "flag_cut_off": 4, "quality_fixed": 0, "decoder": "{}"},
+        files={}, seconds=1.0, finished=1.0, worker="worker-1",
     )  # fmt: skip
-    counts = {"rows": 18, "dead_rows": 2, "prompt_tokens": 1000, "output_tokens": 180, "shards": 2}
-    expected = {f"{name}_total": float(n) for name, n in counts.items()} | {"flags_total cut_off": 8.0}
-    found = exposed("generation", expected, manifest, manifest, ignoring=("engine_seconds_total", "cost_total"))
+    expected = {"rows_total": 18.0, "dead_rows_total": 2.0, "shards_total": 2.0}
+    expected |= {f"counts_total {name}": n for name, n in (("prompt_tokens", 1000.0), ("output_tokens", 180.0))}
+    expected["counts_total flag_cut_off"] = 8.0  # what did not happen and what is text is not exported
+    expected["shards_in_flight"] = 0.0
+    found = exposed("stage", expected, card, card)
+    assert found.pop("cost_total") == pytest.approx(2 * found.pop("worker_seconds_total"))  # at 7200 an hour
     assert found == expected
 
 
-def exposed(what: str, expected: dict[str, float], *updates: Any, ignoring: tuple[str, ...] = ()) -> dict[str, float]:
-    """What the node's metrics page says after an actor has counted `updates`, as soon as it is what is expected."""
+def exposed(what: str, expected: dict[str, float], *updates: Any) -> dict[str, float]:
+    """What the node's metrics page says after an actor has counted `updates`, as soon as `expected` is part of it."""
     import ray
 
     @ray.remote(num_cpus=0)
     class Runner:
-        def __init__(self) -> None:
-            from owlrec.generation.decoder_metrics import DecoderMetrics
-            from owlrec.generation.metrics import GenerationMetrics
-
-            self.metrics: Any = {"decoder": DecoderMetrics, "generation": GenerationMetrics}[what]("engine-1")
-
         def count(self, *parts: Any) -> None:
+            from owlrec.generation.decoder_metrics import DecoderMetrics
+            from owlrec.stage_metrics import StageMetrics
+
+            if what == "decoder":
+                decoder = DecoderMetrics(NAME)
+                for part in parts:
+                    decoder.update(part)
+                return
+            stage = StageMetrics("generate", NAME, price_per_hour=7200.0)
             for part in parts:
-                self.metrics.update(part)
+                stage.begin()
+                stage.update(part)
+                stage.end()
 
     runner = Runner.remote()
     ray.get(runner.count.remote(*updates))
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline, found = time.monotonic() + 40, {}
-    while found != expected and time.monotonic() < deadline:
+    deadline, found = time.monotonic() + 40, dict[str, float]()
+    while not expected.items() <= found.items() and time.monotonic() < deadline:
         time.sleep(0.5)
-        page = urllib.request.urlopen(url, timeout=5).read().decode()
-        found = {name: value for name, value in _metrics(what, page).items() if name not in ignoring}
+        found = _metrics(what, urllib.request.urlopen(url, timeout=5).read().decode())
     return found
 
 
 def _metrics(what: str, page: str) -> dict[str, float]:
     found = {}
     for name, labels, value in re.findall(rf"^ray_owlrec_{what}_(\w+){{(.*)}} (\S+)$", page, re.MULTILINE):
-        if 'engine="engine-1"' in labels:  # other tests' engines count on the same page
-            kind = re.search(r'(?:source|flag)="(\w+)"', labels)
-            found[f"{name} {kind[1]}" if kind else name] = float(value)
+        if f'="{NAME}"' in labels:  # other tests' workers count on the same page
+            what_counted = re.search(r'(?:source|count)="(\w+)"', labels)
+            found[f"{name} {what_counted[1]}" if what_counted else name] = float(value)
     return found

@@ -15,13 +15,14 @@ from served_world import publish_world
 
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.batch import GenerateConfig, build_job, generate
 from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.job import build_job, table_inputs
 from owlrec.generation.quality import QualityConfig
-from owlrec.generation.shards import plan_shards
+from owlrec.generation.worker import GenerateStage
 from owlrec.ops.alerts import alerts
 from owlrec.ops.dashboards import DASHBOARDS, metrics_in
 from owlrec.prompting.rows import PromptConfig
+from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.store import roll_back
 from owlrec.workspace import Workspace
@@ -94,8 +95,7 @@ def run_job(workspace):
     engine = EchoEngineConfig(type="echo", latency_s=2.0, max_model_len=200)
     quality = QualityConfig(min_bytes=1000)
     job = build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), engine, quality=quality)
-    config = GenerateConfig(shards_in_flight=1, max_dead_share=1.0, price_per_replica_hour=3600.0)
-    generate(workspace, job, engine, config, plan_shards(workspace))
+    run_stage(workspace, GenerateStage(job, engine), table_inputs(workspace), Pool(here=False, price_per_hour=3600.0))
 
 
 @pytest.fixture

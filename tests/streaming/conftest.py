@@ -3,14 +3,14 @@
 import pytest
 from streaming_world import WordEncoder, publish_world, write_interactions  # type: ignore[import-not-found]
 
-from owlrec.streaming import settling
+from owlrec.encoding.encoder import EncoderConfig
 from owlrec.workspace import Workspace
 
 
 @pytest.fixture
 def world(small_world: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A workspace after a whole run, before any refresh; deltas are encoded without a model."""
-    monkeypatch.setattr(settling, "Encoder", WordEncoder)
+    monkeypatch.setattr(EncoderConfig, "load", lambda config: WordEncoder(config))
     write_interactions(small_world)
     publish_world(small_world)
     return small_world

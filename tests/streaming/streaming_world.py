@@ -15,8 +15,8 @@ from owlrec.encoding.coded_vectors import code_vectors
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.batch import build_job
 from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.job import build_job
 from owlrec.prompting.rows import PromptConfig
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS, KNOWLEDGE, vectors_schema

@@ -1,28 +1,23 @@
 """What a handful of failures means, and what a refresh drafts from."""
 
-import time
 from collections.abc import Sequence
 
 import pytest
 
 from owlrec.decoding import DecodingConfig
 from owlrec.generation import EchoEngineConfig, VllmEngineConfig
-from owlrec.generation.batch import GenerateConfig
-from owlrec.generation.shards import Shard, ShardManifest
+from owlrec.generation.job import GenerateConfig
+from owlrec.shards import Card
 from owlrec.streaming import asking
 from owlrec.streaming.asking import too_many_dead, with_latest_pools
 from owlrec.workspace import Workspace
 
 
-def manifests(*shards: tuple[int, int]) -> Sequence[ShardManifest]:
-    nothing = dict.fromkeys(("prompt_tokens", "output_tokens", "accepted", "seconds"), 0)
+def cards(*shards: tuple[int, int]) -> Sequence[Card]:
     return [
-        ShardManifest(
-            shard=Shard(kind="user", part="p", input_fingerprint=""), job_fingerprint="", rows_in=rows, rows_dead=dead,
-            rows_out=rows - dead, sha256="", dead_sha256="", finished=time.time(), engine="", **nothing,
-        )
+        Card(stage="refresh", fingerprint="", rows_in=rows, rows_dead=dead, rows_out=rows - dead)
         for rows, dead in shards
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +33,7 @@ def manifests(*shards: tuple[int, int]) -> Sequence[ShardManifest]:
     ],
 )
 def test_when_failures_are_too_many(shards: list[tuple[int, int]], too_many: bool) -> None:
-    assert too_many_dead(manifests(*shards), GenerateConfig(max_dead_share=0.02)) == too_many
+    assert too_many_dead(cards(*shards), GenerateConfig(max_dead_share=0.02)) == too_many
 
 
 def test_drafts_come_from_the_newest_release_that_has_pools(

@@ -1,24 +1,18 @@
 """The pipeline's steps without Ray: answers that fail in numbers, and a wish to stop between two steps."""
 
-import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from streaming_world import log_events, watched  # type: ignore[import-not-found]
 
 from owlrec.errors import EngineError
-from owlrec.generation import EchoEngineConfig
-from owlrec.generation.batch import Generated
+from owlrec.generation import EchoEngineConfig, worker
 from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
-from owlrec.generation.shard_work import generate_shard
-from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard
 from owlrec.ops.watching import Stopped, StopSignals
-from owlrec.prompting.rows import ItemCatalog
 from owlrec.recipe import Recipe
 from owlrec.store import open_release
 from owlrec.streaming.journal import pending_plan, read_position
@@ -46,26 +40,9 @@ class Server(EchoEngine):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    """What answers in the place of the engines that Ray would start."""
+    """What answers in place of the engine that the recipe names."""
     engine = Server()
-
-    def generate(
-        workspace: Workspace, job: Job, config: object, how: object, pending: Sequence[Shard],
-        on_shard: Callable[[ShardManifest], None], *, retry_dead: Sequence[Shard],
-    ) -> Generated:  # fmt: skip
-        catalog, manifests = ItemCatalog.load(workspace), []
-        for shard in [*pending, *retry_dead]:
-            done = finished_shard(workspace, job, shard) if shard in retry_dead else None
-            manifests.append(asyncio.run(generate_shard(workspace, job, shard, engine, catalog, retry_dead=done)))
-            on_shard(manifests[-1])
-        return Generated(manifests, None)
-
-    @contextmanager
-    def no_session(*_: object) -> Iterator[None]:
-        yield
-
-    monkeypatch.setattr(refresh, "generate", generate)
-    monkeypatch.setattr(refresh, "ray_session", no_session)
+    monkeypatch.setattr(worker, "build_engine", lambda *_: engine)
     return engine
 
 

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 RUNBOOKS = "docs/operations.md"
 DAILY_BUDGET = 100.0  # an example, as the currency itself: write the rules with your own
-_HARMFUL = "refusal|asks_for_input|wrong_domain|prompt_echo|template_tokens|language"  # flags of texts that mislead
+TEXT_STAGES = 'stage=~"generate|refresh"'  # the stages of the runner that write texts
+_HARMFUL = (
+    "flag_(refusal|asks_for_input|wrong_domain|prompt_echo|template_tokens|language)"  # flags of texts that mislead
+)
 
 
 @dataclass(frozen=True)
@@ -26,20 +29,21 @@ class Alert:
 
 def alerts(daily_budget: float = DAILY_BUDGET) -> list[Alert]:
     """All rules. daily_budget: what generation may cost a day, in the currency of generate.price_per_replica_hour."""
-    rows, dead = "ray_owlrec_generation_rows_total", "ray_owlrec_generation_dead_rows_total"
-    requests, at_hand = "ray_owlrec_serving_requests_total", "ray_owlrec_generation_shards_at_hand"
+    texts = f"ray_owlrec_stage_rows_total{{{TEXT_STAGES}}}[1h]"
+    dead = f"ray_owlrec_stage_dead_rows_total{{{TEXT_STAGES}}}[1h]"
+    requests, in_flight = "ray_owlrec_serving_requests_total", "ray_owlrec_stage_shards_in_flight"
     return [
         Alert(
-            "GenerationStuck",
-            f"sum({at_hand}) > 0 unless sum(increase(ray_owlrec_generation_shards_total[1h])) > 0",
+            "StageStuck",
+            f"sum by (stage) ({in_flight}) > 0 unless sum by (stage) (increase(ray_owlrec_stage_shards_total[1h])) > 0",
             "1h",
             "page",
-            "Engines have shards at hand, but none was finished within the hour",
+            "Workers have shards in flight, but finished none within the hour",
             "stuck-job",
         ),
         Alert(
             "GenerationRowsDie",
-            f"sum(increase({dead}[1h])) > 0.02 * (sum(increase({rows}[1h])) + sum(increase({dead}[1h])))",
+            f"sum(increase({dead})) > 0.02 * (sum(increase({texts})) + sum(increase({dead})))",
             "15m",
             "ticket",
             "More than 2 % of rows end as dead letters",
@@ -47,8 +51,8 @@ def alerts(daily_budget: float = DAILY_BUDGET) -> list[Alert]:
         ),
         Alert(
             "GenerationTextsHarmful",
-            f'sum(increase(ray_owlrec_generation_flags_total{{flag=~"{_HARMFUL}"}}[1h]))'
-            f" > 0.05 * sum(increase({rows}[1h]))",
+            f'sum(increase(ray_owlrec_stage_counts_total{{{TEXT_STAGES},count=~"{_HARMFUL}"}}[1h]))'
+            f" > 0.05 * sum(increase({texts}))",
             "15m",
             "ticket",
             "More than 5 % of texts are refusals, echoes or off the subject: do not publish them unseen",
@@ -56,15 +60,15 @@ def alerts(daily_budget: float = DAILY_BUDGET) -> list[Alert]:
         ),
         Alert(
             "SpotStorm",
-            f"count(last_over_time({at_hand}[1h])) > 2 * count({at_hand})",
+            f"count(last_over_time({in_flight}[1h])) > 2 * count({in_flight})",
             "10m",
             "ticket",
-            "More engines were lost within the hour than there are",
+            "More workers were lost within the hour than there are",
             "spot-storm",
         ),
         Alert(
             "CostOverrun",
-            f"sum(increase(ray_owlrec_generation_cost_total[1d])) > {daily_budget:g}",
+            f"sum(increase(ray_owlrec_stage_cost_total[1d])) > {daily_budget:g}",
             "5m",
             "page",
             f"Generation has cost more than {daily_budget:g} within a day",

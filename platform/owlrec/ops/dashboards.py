@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from owlrec.ops.alerts import DAILY_BUDGET, alert_rules, coverage
+from owlrec.ops.alerts import DAILY_BUDGET, TEXT_STAGES, alert_rules, coverage
 
 FOLDER = "cluster/dashboards"
 RULES, OPERATOR_RULES = "alerts.yaml", "prometheus-rule.yaml"
@@ -35,7 +35,7 @@ class Panel:
 
 
 def _rate(metric: str, by: str = "", where: str = "") -> str:
-    # Counters of a generation job move when a shard ends, those of an application with each request.
+    # Counters of a stage move when a shard ends, those of an application with each request.
     window = "5m" if metric.startswith("serving_") else "15m"
     return f"sum{f' by ({by}) ' if by else ''}(rate(ray_owlrec_{metric}_total{where}[{window}]))"
 
@@ -52,38 +52,44 @@ def _by_deployment(metric: str) -> dict[str, str]:
     return {"{{application}} {{deployment}}": f"sum by (application, deployment) (ray_serve_{metric})"}
 
 
+def _tokens(which: str, by: str = "") -> str:
+    return _rate("stage_counts", by, f'{{{TEXT_STAGES},count="{which}_tokens"}}')
+
+
+_TEXTS = f"{{{TEXT_STAGES}}}"
+_FLAGS = _rate("stage_counts", "count", f'{{{TEXT_STAGES},count=~"flag_.*"}}')
 _GENERATION = [
-    Panel("Rows written", {"rows": "sum(ray_owlrec_generation_rows_total)"}, stat=True),
-    Panel("Dead letters", {"rows": "sum(ray_owlrec_generation_dead_rows_total)"}, stat=True),
-    Panel("Engines", {"engines": "count(ray_owlrec_generation_shards_at_hand)"}, stat=True),
+    Panel("Rows written", {"rows": f"sum(ray_owlrec_stage_rows_total{_TEXTS})"}, stat=True),
+    Panel("Dead letters", {"rows": f"sum(ray_owlrec_stage_dead_rows_total{_TEXTS})"}, stat=True),
+    Panel("Engines", {"engines": f"count(ray_owlrec_stage_shards_in_flight{_TEXTS})"}, stat=True),
     Panel(
         "Cost so far",
-        {"cost": "sum(ray_owlrec_generation_cost_total)"},
+        {"cost": f"sum(ray_owlrec_stage_cost_total{_TEXTS})"},
         stat=True,
         about="On nodes that are there, in the currency of generate.price_per_replica_hour, if the recipe has one.",
     ),
     Panel(
         "Rows a second",
-        {"written": _rate("generation_rows"), "dead": _rate("generation_dead_rows")},
+        {"written": _rate("stage_rows", where=_TEXTS), "dead": _rate("stage_dead_rows", where=_TEXTS)},
     ),
-    Panel("Output tokens a second, by engine", {"{{engine}}": _rate("generation_output_tokens", "engine")}),
-    Panel("Prompt tokens a second", {"prompts": _rate("generation_prompt_tokens")}),
+    Panel("Output tokens a second, by engine", {"{{worker}}": _tokens("output", "worker")}),
+    Panel("Prompt tokens a second", {"prompts": _tokens("prompt")}),
     Panel(
         "Shards",
         {
-            "at hand": "sum(ray_owlrec_generation_shards_at_hand)",
-            "finished in an hour": "sum(increase(ray_owlrec_generation_shards_total[1h]))",
+            "{{stage}} in flight": "sum by (stage) (ray_owlrec_stage_shards_in_flight)",
+            "{{stage}} finished in an hour": "sum by (stage) (increase(ray_owlrec_stage_shards_total[1h]))",
         },
     ),
     Panel(
         "Cost of a million output tokens",
-        {"cost": "1e6 * " + _share("generation_cost", "generation_output_tokens")},
+        {"cost": f"1e6 * {_rate('stage_cost', where=_TEXTS)} / {_tokens('output')}"},
     ),
     Panel(
         "Output tokens a second of an engine",
-        {"{{engine}}": _share("generation_output_tokens", "generation_engine_seconds", "engine")},
+        {"{{worker}}": f"{_tokens('output', 'worker')} / {_rate('stage_worker_seconds', 'worker', _TEXTS)}"},
     ),
-    Panel("Texts by quality flag", {"{{flag}}": _rate("generation_flags", "flag")}),
+    Panel("Texts by quality flag", {"{{count}}": _FLAGS}),
     Panel(
         "Decoder: tokens a row and step",
         {"{{engine}}": _share("decoder_tokens", "decoder_rows", "engine")},
@@ -160,13 +166,13 @@ _RELEASE = [
     Panel("Swaps in an hour", {"{{app}}": "sum by (app) (increase(ray_owlrec_serving_swaps_total[1h]))"}),
     Panel(
         "Texts on their way: share flagged",
-        {"{{flag}}": f"{_rate('generation_flags', 'flag')} / on () group_left () {_rate('generation_rows')}"},
+        {"{{count}}": f"{_FLAGS} / on () group_left () {_rate('stage_rows', where=_TEXTS)}"},
         unit="percentunit",
         about="Of what is being generated now, before it is published.",
     ),
     Panel(
         "Texts on their way: share of dead letters",
-        {"dead": _share("generation_dead_rows", "generation_rows")},
+        {"dead": f"{_rate('stage_dead_rows', where=_TEXTS)} / {_rate('stage_rows', where=_TEXTS)}"},
         unit="percentunit",
     ),
 ]
