@@ -12,9 +12,9 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, summarise, trials
 from owlrec.ops.run_report import STAGES
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.releases.latency import measure_lookup
+from owlrec.releases.release import open_release
 from owlrec.shards import finished_stage
-from owlrec.store.latency import measure_lookup
-from owlrec.store.release import open_release
 from owlrec.workspace import Workspace
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-demo.yaml"

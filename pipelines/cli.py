@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from owlrec.errors import OwlRecError, RecipeError, did_you_mean
 from owlrec.ops.console import note, progress, stage_header, table
 from owlrec.recipe import load_recipe
+from owlrec.releases import compaction
+from owlrec.releases.release import current_release, list_releases, open_release, roll_back
 from owlrec.schema import KINDS, Kind
 from owlrec.shards import Card, finished_stage
-from owlrec.store import compaction
-from owlrec.store.release import current_release, list_releases, open_release, roll_back
 from owlrec.workspace import Workspace
 from pipelines import plan, push, serving, submit
 from pipelines.serving import RecipeOption, releases_workspace

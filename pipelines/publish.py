@@ -8,10 +8,10 @@ from owlrec.generation.job import iterate_knowledge
 from owlrec.generation.models import load_tokenizer
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
+from owlrec.releases.publishing import ReleaseInfo, publish
+from owlrec.releases.release import current_release
 from owlrec.schema import KINDS
 from owlrec.shards import Card, needed_stage
-from owlrec.store.publishing import ReleaseInfo, publish
-from owlrec.store.release import current_release
 from owlrec.workspace import Workspace
 from pipelines.cohorts import cohorts_folder
 from pipelines.stage import Counts, Outputs, execute, main

@@ -10,20 +10,20 @@ import urllib.request
 
 import httpx
 import pytest
+from owlrec.generation.batch import GenerateConfig, build_job, generate
+from owlrec.generation.shards import plan_shards
 from redis_server import free_port
 from served_world import publish_world
 
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.batch import GenerateConfig, build_job, generate
 from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.quality import QualityConfig
-from owlrec.generation.shards import plan_shards
 from owlrec.ops.alerts import alerts
 from owlrec.ops.dashboards import DASHBOARDS, metrics_in
 from owlrec.prompting.rows import PromptConfig
+from owlrec.releases import roll_back
 from owlrec.scenario import get_scenario
-from owlrec.store import roll_back
 from owlrec.workspace import Workspace
 
 pytestmark = [

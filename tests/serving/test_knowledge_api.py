@@ -9,9 +9,9 @@ from served_world import SCRIPT, knowledge_app, publish_world
 from starlette.testclient import TestClient
 
 from owlrec.errors import StoreUnavailableError
+from owlrec.releases import current_release, roll_back
 from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.similar import SimilarEntities
-from owlrec.store import current_release, roll_back
 from owlrec.workspace import Workspace
 
 BATCH, SIMILAR = "/v1/knowledge:batchGet", "/v1/knowledge:similar"

@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from owlrec.generation.batch import Generated
+from owlrec.generation.shard_work import generate_shard
+from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard
 from streaming_world import log_events, watched  # type: ignore[import-not-found]
 
 from owlrec.errors import EngineError
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.batch import Generated
 from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
-from owlrec.generation.shard_work import generate_shard
-from owlrec.generation.shards import Job, Shard, ShardManifest, finished_shard
 from owlrec.ops.watching import Stopped, StopSignals
 from owlrec.prompting.rows import ItemCatalog
 from owlrec.recipe import Recipe
-from owlrec.store import open_release
+from owlrec.releases import open_release
 from owlrec.streaming.journal import pending_plan, read_position
 from owlrec.workspace import Workspace
 from pipelines import refresh

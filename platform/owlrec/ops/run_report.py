@@ -27,11 +27,11 @@ from owlrec.generation.models import PACKAGED
 from owlrec.ops.report_data import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.throughput import throughput
 from owlrec.ranking.results import read_results
+from owlrec.releases.latency import measure_lookup
+from owlrec.releases.release import Release
 from owlrec.schema import KINDS, KNOWLEDGE, Kind, shard_of
 from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.store.latency import measure_lookup
-from owlrec.store.release import Release
 from owlrec.workspace import Workspace
 
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from owlrec.errors import OwlRecError
+from owlrec.releases.release import Release, current_release, open_release
+from owlrec.releases.release_source import ReleaseSource
 from owlrec.serving.problems import Problem
 from owlrec.serving.telemetry import Telemetry
-from owlrec.store.release import Release, current_release, open_release
-from owlrec.store.release_source import ReleaseSource
 from owlrec.workspace import Workspace
 
 _log = logging.getLogger("owlrec.serving")

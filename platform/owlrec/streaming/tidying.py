@@ -8,8 +8,8 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import ReleaseError
-from owlrec.store.compaction import compact, prune
-from owlrec.store.release import chain, current_release
+from owlrec.releases.compaction import compact, prune
+from owlrec.releases.release import chain, current_release
 from owlrec.workspace import Workspace
 
 

@@ -2,12 +2,12 @@
 before, `compact` a chain of deltas, `prune` what is old.
 """
 
-from owlrec.store.compaction import compact, prune
-from owlrec.store.interface import Knowledge, KnowledgeStore
-from owlrec.store.latency import measure_lookup
-from owlrec.store.manifest import ReleaseManifest
-from owlrec.store.publishing import ReleaseInfo, publish
-from owlrec.store.release import Release, current_release, list_releases, open_release, roll_back
+from owlrec.releases.compaction import compact, prune
+from owlrec.releases.interface import Knowledge, KnowledgeStore
+from owlrec.releases.latency import measure_lookup
+from owlrec.releases.manifest import ReleaseManifest
+from owlrec.releases.publishing import ReleaseInfo, publish
+from owlrec.releases.release import Release, current_release, list_releases, open_release, roll_back
 
 __all__ = [
     "Knowledge",

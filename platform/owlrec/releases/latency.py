@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from owlrec.store.release import Release
+from owlrec.releases.release import Release
 
 
 def measure_lookup(release: Release, kind: str, ids: np.ndarray, *, n: int = 2000, seed: int = 0) -> dict[str, float]:

@@ -26,11 +26,10 @@ import pyarrow.fs as pafs
 from owlrec.config import Config
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import ReleaseError
-from owlrec.storage import file_digest
-from owlrec.store.chain import count_new_ids
-from owlrec.store.lmdb_store import LmdbStore
-from owlrec.store.lmdb_writer import LmdbWriter
-from owlrec.store.manifest import (
+from owlrec.releases.chain import count_new_ids
+from owlrec.releases.lmdb_store import LmdbStore
+from owlrec.releases.lmdb_writer import LmdbWriter
+from owlrec.releases.manifest import (
     FORMAT,
     MANIFEST,
     STORE,
@@ -40,8 +39,9 @@ from owlrec.store.manifest import (
     check_files,
     read_manifest,
 )
-from owlrec.store.placing import place
-from owlrec.store.release import chain, make_current, open_parts, open_store, quantiser_folder
+from owlrec.releases.placing import place
+from owlrec.releases.release import chain, make_current, open_parts, open_store, quantiser_folder
+from owlrec.storage import file_digest
 from owlrec.workspace import Workspace
 
 _BUILDING = re.compile(r"\.building-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")

@@ -4,7 +4,7 @@ Four databases stand in the file: `knowledge` (JSON text), `vectors` (raw float1
 eight big-endian bytes) and `codes` (semantic ids as owlrec.encoding.packed_codes writes them; empty: none). A key is
 one byte for the kind and the id as eight big-endian bytes, so that byte order is numeric order; vectors of older
 interest partitions follow their id's newest one, under its key and one byte more. LMDB's lock file is not used: one
-process writes a file that nobody else sees yet (owlrec.store.lmdb_writer), and afterwards it never changes.
+process writes a file that nobody else sees yet (owlrec.releases.lmdb_writer), and afterwards it never changes.
 """
 
 import struct
@@ -21,7 +21,7 @@ from pydantic_core import from_json
 
 from owlrec.encoding.packed_codes import unpack_codes
 from owlrec.errors import ReleaseError, did_you_mean
-from owlrec.store.interface import Knowledge, KnowledgeStore
+from owlrec.releases.interface import Knowledge, KnowledgeStore
 
 DATABASES = ("knowledge", "vectors", "memberships", "codes")
 _ADDED_LATER = ("memberships", "codes")  # files of the first releases lack them

@@ -22,11 +22,11 @@ import pyarrow.fs as pafs
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.environment import cache_folder
 from owlrec.errors import ReleaseError, WorkspaceError
+from owlrec.releases.chain import ChainedStore
+from owlrec.releases.interface import KnowledgeStore
+from owlrec.releases.lmdb_store import LmdbStore
+from owlrec.releases.manifest import MANIFEST, MEND, STORE, ReleaseManifest, check_files, read_manifest
 from owlrec.storage import fingerprint
-from owlrec.store.chain import ChainedStore
-from owlrec.store.interface import KnowledgeStore
-from owlrec.store.lmdb_store import LmdbStore
-from owlrec.store.manifest import MANIFEST, MEND, STORE, ReleaseManifest, check_files, read_manifest
 from owlrec.workspace import Workspace
 
 _POINTER = "releases/CURRENT"

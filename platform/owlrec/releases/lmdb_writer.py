@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from owlrec.encoding.coded_vectors import codes_of
 from owlrec.encoding.packed_codes import pack_codes
 from owlrec.errors import SchemaError
+from owlrec.releases.lmdb_store import DATABASES, KEY_BYTES, LAST_PARTITION, decode_key, encode_cohorts, encode_key
+from owlrec.releases.manifest import SemanticIdEntry
 from owlrec.schema import KNOWLEDGE, MEMBERSHIPS, conform
-from owlrec.store.lmdb_store import DATABASES, KEY_BYTES, LAST_PARTITION, decode_key, encode_cohorts, encode_key
-from owlrec.store.manifest import SemanticIdEntry
 
 _ROWS_A_TRANSACTION = 20_000  # bounds the dirty pages LMDB holds in memory: about 20 MB of texts
 _FIRST_MAP_BYTES = 64 << 20

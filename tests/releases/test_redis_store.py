@@ -13,9 +13,9 @@ from redis_server import free_port, needs_redis, redis_server
 from release_rows import DELTAS, FULL, KINDS, Rows, answers, check, publish_chain, publish_rows, texts
 
 from owlrec.errors import ReleaseError, StoreUnavailableError
-from owlrec.store import open_release, redis_publishing, redis_store, roll_back
-from owlrec.store.redis_publishing import prune_redis, push, roll_back_redis
-from owlrec.store.redis_store import RedisReleases
+from owlrec.releases import open_release, redis_publishing, redis_store, roll_back
+from owlrec.releases.redis_publishing import prune_redis, push, roll_back_redis
+from owlrec.releases.redis_store import RedisReleases
 from owlrec.workspace import Workspace
 
 pytestmark = needs_redis
@@ -106,7 +106,7 @@ def test_any_chain_answers_alike_in_any_pieces(full, delta, chunk, at_once, rele
 
 def test_semantic_ids_are_copied(workspace, releases):
     from owlrec.encoding.packed_codes import pack_codes
-    from owlrec.store.manifest import SemanticIdEntry
+    from owlrec.releases.manifest import SemanticIdEntry
 
     publish_rows(workspace, "full", FULL)
     with releases.open(push(workspace, releases)) as release:

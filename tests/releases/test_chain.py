@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from release_rows import CODE_SIZES, KINDS, QUANTISERS, Rows, check, publish_rows, tables, texts
 
 from owlrec.errors import ReleaseError, SchemaError
+from owlrec.releases import ReleaseInfo, compact, current_release, list_releases, open_release, publish, roll_back
+from owlrec.releases import release as release_module
+from owlrec.releases.manifest import read_manifest
+from owlrec.releases.release import chain
 from owlrec.schema import MEMBERSHIPS
 from owlrec.storage import fingerprint
-from owlrec.store import ReleaseInfo, compact, current_release, list_releases, open_release, publish, roll_back
-from owlrec.store import release as release_module
-from owlrec.store.manifest import read_manifest
-from owlrec.store.release import chain
 from owlrec.workspace import Workspace
 
 IDS = range(6)

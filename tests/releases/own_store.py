@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from release_rows import Rows  # type: ignore[import-not-found]
 
-from owlrec.store import Knowledge, KnowledgeStore, Release, ReleaseManifest
+from owlrec.releases import Knowledge, KnowledgeStore, Release, ReleaseManifest
 
 
 class MemoryStore(KnowledgeStore):

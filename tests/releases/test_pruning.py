@@ -6,7 +6,7 @@ import pytest
 from release_rows import DELTAS, FULL, publish_chain, publish_rows, texts
 
 from owlrec.errors import ReleaseError
-from owlrec.store import compaction, current_release, list_releases, open_release, prune, roll_back
+from owlrec.releases import compaction, current_release, list_releases, open_release, prune, roll_back
 from owlrec.workspace import Workspace
 
 

@@ -1,9 +1,9 @@
 """The cluster's store: releases in Redis or Valkey, each under a prefix of its own, read by pipelined multi-gets.
 
-What stands there is a copy of a workspace's releases (owlrec.store.redis_publishing), row by row as LMDB holds them:
+What stands there is a copy of a workspace's releases (owlrec.releases.redis_publishing), row by row as LMDB holds them:
 
     {namespace}:r:{release}:manifest            the release's manifest, written after all its rows
-    {namespace}:r:{release}:{database}:{key}    one row; key and value as in owlrec.store.lmdb_store
+    {namespace}:r:{release}:{database}:{key}    one row; key and value as in owlrec.releases.lmdb_store
     {namespace}:r:{release}:ids:{kind}:{n}      the n-th hundred thousand ids with knowledge, as little-endian int64
     {namespace}:current                         JSON {"release", "history"}, switched last
 
@@ -20,10 +20,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from owlrec.errors import ReleaseError, StoreUnavailableError
-from owlrec.store.chain import ChainedStore
-from owlrec.store.lmdb_store import RowStore, encode_key
-from owlrec.store.manifest import ReleaseManifest
-from owlrec.store.release import Release, history_in
+from owlrec.releases.chain import ChainedStore
+from owlrec.releases.lmdb_store import RowStore, encode_key
+from owlrec.releases.manifest import ReleaseManifest
+from owlrec.releases.release import Release, history_in
 
 NAMESPACE = "owlrec"
 IDS_A_CHUNK = 100_000

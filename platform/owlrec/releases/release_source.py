@@ -8,7 +8,7 @@ from typing import Protocol
 
 from owlrec.errors import ReleaseError, did_you_mean
 from owlrec.registry import Registry
-from owlrec.store.release import Release
+from owlrec.releases.release import Release
 
 
 class ReleaseSource(Protocol):
@@ -30,9 +30,9 @@ class Database(ReleaseSource, Protocol):
 STORES: Registry[Database] = Registry(
     "store",
     {
-        "redis": "owlrec.store.redis_store.RedisReleases",
-        "rediss": "owlrec.store.redis_store.RedisReleases",
-        "unix": "owlrec.store.redis_store.RedisReleases",
+        "redis": "owlrec.releases.redis_store.RedisReleases",
+        "rediss": "owlrec.releases.redis_store.RedisReleases",
+        "unix": "owlrec.releases.redis_store.RedisReleases",
     },
 )
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.errors import ReleaseError, SchemaError
+from owlrec.releases import lmdb_writer
+from owlrec.releases.lmdb_store import LmdbStore, decode_key, encode_key
+from owlrec.releases.lmdb_writer import LmdbWriter
 from owlrec.schema import KNOWLEDGE, vectors_schema
-from owlrec.store import lmdb_writer
-from owlrec.store.lmdb_store import LmdbStore, decode_key, encode_key
-from owlrec.store.lmdb_writer import LmdbWriter
 
 LARGEST = 2**63 - 1
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from owlrec.errors import ReleaseError
-from owlrec.store.manifest import MANIFEST, ReleaseManifest
+from owlrec.releases.manifest import MANIFEST, ReleaseManifest
 from owlrec.workspace import Workspace
 
 

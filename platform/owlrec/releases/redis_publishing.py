@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from owlrec.errors import ReleaseError
-from owlrec.store.lmdb_store import DATABASES, LmdbStore
-from owlrec.store.manifest import ReleaseManifest
-from owlrec.store.redis_store import IDS_A_CHUNK, RedisReleases, explained, release_prefix, row_prefix
-from owlrec.store.release import back_to, chain, current_release, open_parts, pointer_to
+from owlrec.releases.lmdb_store import DATABASES, LmdbStore
+from owlrec.releases.manifest import ReleaseManifest
+from owlrec.releases.redis_store import IDS_A_CHUNK, RedisReleases, explained, release_prefix, row_prefix
+from owlrec.releases.release import back_to, chain, current_release, open_parts, pointer_to
 from owlrec.workspace import Workspace
 
 _ROWS_A_PIPELINE = 2_000  # about 2 MB of texts

@@ -9,9 +9,9 @@ from release_rows import FULL, Rows, answers, check, publish_chain, publish_rows
 from typer.testing import CliRunner
 
 from owlrec.errors import ReleaseError
-from owlrec.store import compact, compaction, current_release, list_releases, open_release, prune
-from owlrec.store.lmdb_writer import LmdbWriter
-from owlrec.store.manifest import read_manifest
+from owlrec.releases import compact, compaction, current_release, list_releases, open_release, prune
+from owlrec.releases.lmdb_writer import LmdbWriter
+from owlrec.releases.manifest import read_manifest
 from owlrec.workspace import Workspace
 from pipelines.cli import app
 
@@ -59,7 +59,7 @@ def test_rows_are_copied_in_bounded_batches(workspace, monkeypatch):
 
     monkeypatch.setattr(LmdbWriter, "add_rows", counted)
     monkeypatch.setattr(compaction, "_ROWS_AT_ONCE", 3)
-    monkeypatch.setattr("owlrec.store.lmdb_store._ROWS_A_READ", 1)
+    monkeypatch.setattr("owlrec.releases.lmdb_store._ROWS_A_READ", 1)
     compact(workspace)
     assert sizes == [3, 1, 3, 2, 2]
     with open_release(workspace) as opened:

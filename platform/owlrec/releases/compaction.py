@@ -14,13 +14,13 @@ from pathlib import Path
 
 from owlrec.decoding.release_pools import FOLDER as POOLS
 from owlrec.errors import ReleaseError
+from owlrec.releases.chain import ChainedStore
+from owlrec.releases.lmdb_store import DATABASES, KEY_BYTES, LmdbStore
+from owlrec.releases.lmdb_writer import LmdbWriter
+from owlrec.releases.manifest import MANIFEST, ReleaseManifest
+from owlrec.releases.publishing import ReleaseInfo, build_release
+from owlrec.releases.release import chain, current_release, list_releases, make_current, open_release, pointer_history
 from owlrec.storage import fingerprint
-from owlrec.store.chain import ChainedStore
-from owlrec.store.lmdb_store import DATABASES, KEY_BYTES, LmdbStore
-from owlrec.store.lmdb_writer import LmdbWriter
-from owlrec.store.manifest import MANIFEST, ReleaseManifest
-from owlrec.store.publishing import ReleaseInfo, build_release
-from owlrec.store.release import chain, current_release, list_releases, make_current, open_release, pointer_history
 from owlrec.workspace import Workspace
 
 _ROWS_AT_ONCE = 20_000  # about 20 MB of texts

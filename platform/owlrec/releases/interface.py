@@ -3,7 +3,7 @@
 A miss is an answer, never an error, because new users and items are normal: `get` gives None in its place, `vectors` a
 zero row with a False in the mask. Before that the cohorts of an id stand in for it (REKI's collective knowledge): that
 rule is written here once, and a database only says what it holds under an id itself. Stores are read-only: what they
-hold was written and verified once, by `owlrec.store.publishing`.
+hold was written and verified once, by `owlrec.releases.publishing`.
 """
 
 from abc import ABC, abstractmethod

@@ -1,7 +1,7 @@
 """A delta release and what it is read on top of, as one store: whatever a part lacks, the next older one answers.
 
 Only what stands under an id itself is looked up part by part. Which cohorts stand in for an id, and what those say, is
-settled above (owlrec.store.interface) over the whole chain: a delta that renews a cohort's text renews what a member
+settled above (owlrec.releases.interface) over the whole chain: a delta that renews a cohort's text renews what a member
 stored in any other part resolves to.
 """
 
@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from owlrec.store.interface import Knowledge, KnowledgeStore
-from owlrec.store.lmdb_store import LmdbStore, decode_key
+from owlrec.releases.interface import Knowledge, KnowledgeStore
+from owlrec.releases.lmdb_store import LmdbStore, decode_key
 
 _KEYS_AT_ONCE = 20_000
 _Found = TypeVar("_Found")

@@ -12,9 +12,7 @@ import pyarrow as pa
 import pytest
 
 from owlrec.errors import ReleaseError, SchemaError
-from owlrec.schema import KNOWLEDGE, vectors_schema
-from owlrec.storage import fingerprint
-from owlrec.store import (
+from owlrec.releases import (
     ReleaseInfo,
     current_release,
     list_releases,
@@ -24,6 +22,8 @@ from owlrec.store import (
     publishing,
     roll_back,
 )
+from owlrec.schema import KNOWLEDGE, vectors_schema
+from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 
@@ -194,7 +194,7 @@ def test_a_failing_publish_leaves_nothing(workspace):
 
 
 def test_a_row_that_does_not_read_back_stops_the_publish(workspace, monkeypatch):
-    monkeypatch.setattr("owlrec.store.lmdb_store.LmdbStore.raw", lambda self, database, key: b"other")
+    monkeypatch.setattr("owlrec.releases.lmdb_store.LmdbStore.raw", lambda self, database, key: b"other")
     with pytest.raises(ReleaseError, match="does not read back"):
         published(workspace, "a")
     assert list_releases(workspace) == []
