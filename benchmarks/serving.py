@@ -86,8 +86,7 @@ def _store(folder: Path, options: argparse.Namespace) -> list[Figure]:
     program = shutil.which("redis-server") or shutil.which("valkey-server")
     if program is None:
         return [*figures, _skipped("store", "Redis (not installed)")]
-    from owlrec.releases.redis_publishing import push
-    from owlrec.releases.redis_store import RedisReleases
+    from owlrec.releases.redis import RedisReleases, push
 
     port = free_port()
     with process([program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]):

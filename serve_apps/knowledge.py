@@ -14,7 +14,7 @@ from ray.serve.config import BackpressureConfig
 
 from owlrec.config import Config
 from owlrec.environment import api_keys
-from owlrec.releases.release_source import ReleaseSource, open_store
+from owlrec.releases.release import ReleaseSource, open_store
 from owlrec.serving.guard import Limits
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api

@@ -19,24 +19,21 @@ def killed(*args, **kwargs):
 
 
 PUBLISH_STEPS = [
-    "owlrec.releases.publishing.remove_leftovers",
-    "owlrec.releases.publishing._building_folder",
-    "owlrec.releases.lmdb_writer.LmdbWriter.add_knowledge",
-    "owlrec.releases.lmdb_writer.LmdbWriter.add_vectors",
-    "owlrec.releases.lmdb_writer.LmdbWriter.add_memberships",
-    "owlrec.releases.lmdb_writer.LmdbWriter.add_rows",
-    "owlrec.releases.lmdb_writer.LmdbWriter.check_partitions",
-    "owlrec.releases.lmdb_writer.LmdbWriter.close",
-    "owlrec.releases.publishing._free_name",
-    "owlrec.releases.publishing.open_parts",
-    "owlrec.releases.publishing.count_new_ids",
-    "owlrec.releases.publishing.file_digest",
-    "owlrec.releases.publishing.open_store",
-    "owlrec.releases.publishing.check_files",
-    "owlrec.releases.publishing.place",
-    "owlrec.releases.placing._sync",
-    "owlrec.releases.publishing.make_current",
-    "owlrec.releases.release._write_pointer",
+    "owlrec.releases.build.whole_release",
+    "owlrec.releases.build.TableRows.of",
+    "owlrec.releases.build._begin",
+    "owlrec.releases.build.PartStage.run",
+    "owlrec.releases.lmdb.PartWriter.add_knowledge",
+    "owlrec.releases.lmdb.PartWriter.add_vectors",
+    "owlrec.releases.lmdb.PartWriter.add_memberships",
+    "owlrec.releases.lmdb.PartWriter.add_rows",
+    "owlrec.releases.lmdb.PartWriter.close",
+    "owlrec.storage.Storage.upload",
+    "owlrec.releases.build.read_part_ids",
+    "owlrec.shards.Artifact.finish",
+    "owlrec.releases.build._manifest",
+    "owlrec.releases.build.make_current",
+    "owlrec.pointer.Pointer._swap",
 ]
 
 
@@ -59,19 +56,17 @@ def test_a_delta_publish_killed_at_any_step_changes_nothing_and_runs_again(works
 
 
 COMPACT_STEPS = [
-    "owlrec.releases.compaction.open_release",
-    "owlrec.releases.compaction.merged_rows",
-    "owlrec.releases.lmdb_store.LmdbStore.items",
-    "owlrec.releases.lmdb_writer.LmdbWriter.add_rows",
-    "owlrec.releases.lmdb_writer.LmdbWriter.close",
-    "owlrec.releases.publishing._building_folder",
-    "owlrec.releases.publishing.file_digest",
-    "owlrec.releases.publishing.open_store",
-    "owlrec.releases.publishing.place",
-    "owlrec.releases.placing._sync",
-    "owlrec.releases.compaction.current_release",
-    "owlrec.releases.compaction.make_current",
-    "owlrec.releases.release._write_pointer",
+    "owlrec.releases.retention.check_files",
+    "owlrec.releases.retention.open_part",
+    "owlrec.releases.retention.merged_rows",
+    "owlrec.releases.lmdb.LmdbFile.items",
+    "owlrec.releases.lmdb.PartWriter.add_rows",
+    "owlrec.releases.lmdb.PartWriter.close",
+    "owlrec.releases.build._write_quantisers",
+    "owlrec.storage.Storage.upload",
+    "owlrec.releases.build._manifest",
+    "owlrec.releases.retention.make_current",
+    "owlrec.pointer.Pointer._swap",
 ]
 
 

@@ -261,7 +261,7 @@ def test_a_release_that_cannot_be_opened_leaves_the_old_one_in_force(tmp_path):
     app, served = knowledge_app(workspace, tmp_path / "indexes", refresh_s=60)
     with TestClient(app, base_url=LOCAL) as web:
         second = publish_world(workspace, "second")
-        file = workspace.local_path("releases", second, "store.lmdb")
+        file = workspace.local_path("releases", second, "parts/00000.lmdb")
         whole = file.read_bytes()
         file.write_bytes(whole[:1000])
         assert not served.refresh()

@@ -6,7 +6,8 @@ from streaming_world import DAY, START, carry_out, log_events, plan_refresh, wat
 
 from owlrec.errors import ReleaseError
 from owlrec.releases import open_release
-from owlrec.releases.release import chain, current_release
+from owlrec.releases.manifest import chain
+from owlrec.releases.release import current_release
 from owlrec.streaming import tidying
 from owlrec.streaming.tidying import TidyConfig, tidy
 from owlrec.workspace import Workspace

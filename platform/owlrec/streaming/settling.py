@@ -17,8 +17,8 @@ from owlrec.encoding.semantic_ids import code_vectors
 from owlrec.encoding.vectors import encode_knowledge
 from owlrec.generation import EngineConfig
 from owlrec.generation.job import GenerationJob
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.releases.interface import KnowledgeStore
-from owlrec.releases.publishing import ReleaseInfo, publish
 from owlrec.releases.release import Release, open_release
 from owlrec.schema import vector_matrix, vectors_table
 from owlrec.storage import fingerprint
