@@ -12,9 +12,9 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, summarise, trials
 from owlrec.ops.run_report import STAGES
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.releases.interface import measure_lookup
+from owlrec.releases.release import open_release
 from owlrec.shards import finished_stage
-from owlrec.store.latency import measure_lookup
-from owlrec.store.release import open_release
 from owlrec.workspace import Workspace
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-demo.yaml"
@@ -45,7 +45,7 @@ def read(recipe: Recipe, workspace: Workspace) -> list[Figure]:
     for what in ("users", "items", "samples_train"):
         figures.append(Figure(measure="rows", method=what, value=stages["prepare"].counts[what], unit=""))
     with open_release(workspace, verify=False) as release:
-        found = measure_lookup(release, "user", workspace.read_table("users")["user_id"].to_numpy())
+        found = measure_lookup(release.store, "user", workspace.read_table("users")["user_id"].to_numpy())
     for what in ("knowledge", "vector"):
         figures.append(Figure(measure="lookup", method=what, value=found[f"{what}_p50_us"], unit="µs, p50"))
     results = finished_trials(workspace, stages["train_ctr"].outputs["grid"], trials(recipe.ctr))

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.table import Figure, options_parser, show
+from owlrec.releases import ReleaseInfo, open_release, publish
 from owlrec.schema import KNOWLEDGE, vectors_schema
-from owlrec.store import ReleaseInfo, open_release, publish
 from owlrec.workspace import Workspace
 
 DIM = 384

@@ -25,9 +25,9 @@ from benchmarks.load import LoadJob
 from benchmarks.serving_processes import free_port, load, peer, process, serving, wait_for_port
 from benchmarks.serving_rank import measure_rank
 from benchmarks.table import Figure, options_parser, show
+from owlrec.releases import KnowledgeStore, ReleaseInfo, open_release, publish, roll_back
 from owlrec.schema import KNOWLEDGE, vectors_table
 from owlrec.storage import fingerprint
-from owlrec.store import KnowledgeStore, ReleaseInfo, open_release, publish, roll_back
 from owlrec.workspace import Workspace
 
 DIM, BATCH = 384, 256
@@ -86,8 +86,7 @@ def _store(folder: Path, options: argparse.Namespace) -> list[Figure]:
     program = shutil.which("redis-server") or shutil.which("valkey-server")
     if program is None:
         return [*figures, _skipped("store", "Redis (not installed)")]
-    from owlrec.store.redis_publishing import push
-    from owlrec.store.redis_store import RedisReleases
+    from owlrec.releases.redis import RedisReleases, push
 
     port = free_port()
     with process([program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]):

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.load import LoadJob, LoadResult
-from owlrec.store import open_release
+from owlrec.releases import open_release
 from owlrec.workspace import Workspace
 
 PEERS = Path(__file__).parent / "serving_peers"

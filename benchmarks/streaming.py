@@ -29,12 +29,12 @@ from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED
 from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe
+from owlrec.releases.release import open_release
 from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES, vectors_table
 from owlrec.shards import finish_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.raw import RawTables
-from owlrec.store.release import open_release
 from owlrec.streaming.journal import Plan
 from owlrec.workspace import Workspace, shards_for
 

@@ -14,7 +14,7 @@ import pandas as pd
 from owlrec.prompting.framework import item_prompt, item_system
 from owlrec.prompting.kar import KAR
 from owlrec.recipe import load_recipe
-from owlrec.store import open_release
+from owlrec.releases import open_release
 from owlrec.workspace import Workspace
 from pipelines.cli import run
 

@@ -1,5 +1,7 @@
 """The `owlrec` command: run a recipe, look knowledge up, move the release pointer, check the machine."""
 
+import getpass
+import socket
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +12,11 @@ from pydantic import ValidationError
 from owlrec.errors import OwlRecError, RecipeError, did_you_mean
 from owlrec.ops.console import note, progress, stage_header, table
 from owlrec.recipe import load_recipe
+from owlrec.releases import retention
+from owlrec.releases.manifest import list_releases
+from owlrec.releases.release import current_release, open_release, pointer, roll_back
 from owlrec.schema import KINDS, Kind
 from owlrec.shards import Card, finished_stage
-from owlrec.store import compaction
-from owlrec.store.release import current_release, list_releases, open_release, roll_back
 from owlrec.workspace import Workspace
 from pipelines import plan, push, serving, submit
 from pipelines.serving import RecipeOption, releases_workspace
@@ -225,13 +228,34 @@ def rollback(
 
 
 @app.command()
+def hold(
+    reason: Annotated[str, typer.Option("--reason", help="shown to those whose publish is refused")] = "not said",
+    workspace: serving.WorkspaceOption = None,
+    recipe: RecipeOption = None,
+) -> None:
+    """Keep the current release: publish, refresh, compaction and roll-back are refused until `owlrec unhold`."""
+    with plain_errors():
+        store = releases_workspace(workspace, recipe)
+        pointer(store).hold(reason, f"{getpass.getuser()}@{socket.gethostname()}")
+        note(f"release {current_release(store)} stays current until `owlrec unhold`")
+
+
+@app.command()
+def unhold(workspace: serving.WorkspaceOption = None, recipe: RecipeOption = None) -> None:
+    """Lift a hold: the current release may be replaced again."""
+    with plain_errors():
+        pointer(releases_workspace(workspace, recipe)).lift()
+        note("no hold")
+
+
+@app.command()
 def compact(workspace: serving.WorkspaceOption = None, recipe: RecipeOption = None) -> None:
     """Merge the current release and what it is a delta of into one full release."""
     with plain_errors():
         store = releases_workspace(workspace, recipe)
         before = current_release(store)
         with progress("compacting", None) as advance:
-            name = compaction.compact(store, on_rows=advance).name
+            name = retention.compact(store, on_card=lambda card: advance(card.rows_out)).name
         note(f"release {name} is current" + (": it is full already" if name == before else f", in place of {before}"))
 
 
@@ -244,7 +268,7 @@ def prune(
 ) -> None:
     """Remove old releases and their retrieval pools; the current one, and what it is a delta of, stay."""
     with plain_errors():
-        removed = compaction.prune(releases_workspace(workspace, recipe), keep=keep, min_age_s=3600 * min_age_hours)
+        removed = retention.prune(releases_workspace(workspace, recipe), keep=keep, min_age_s=3600 * min_age_hours)
         note(f"removed {', '.join(removed)}" if removed else "nothing to remove")
 
 

@@ -6,8 +6,8 @@ from owlrec.ops.console import note, table
 from owlrec.ops.report import arm_rows, comparison_rows, render_report
 from owlrec.ops.run_report import collect
 from owlrec.recipe import Recipe
+from owlrec.releases.release import open_release
 from owlrec.shards import Card, needed_stage
-from owlrec.store.release import open_release
 from owlrec.workspace import Workspace
 from pipelines.stage import Counts, Outputs, execute, main
 

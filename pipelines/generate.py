@@ -20,10 +20,10 @@ from owlrec.generation.worker import GenerateStage
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
 from owlrec.recipe import Recipe
+from owlrec.releases.release import current_release
 from owlrec.runner import Pool, pending_shards, run_stage
 from owlrec.shards import Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages
 from owlrec.storage import fingerprint
-from owlrec.store.release import current_release
 from owlrec.workspace import Workspace
 from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session

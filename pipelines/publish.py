@@ -1,6 +1,8 @@
 """Knowledge and vectors to an immutable release, current the moment one pointer file is swapped."""
 
-from owlrec.cohorts.memberships import CohortNames, iterate_memberships
+from contextlib import nullcontext
+
+from owlrec.cohorts.memberships import CohortNames
 from owlrec.decoding.release_pools import FOLDER, write_release_pools
 from owlrec.encoding.coded_vectors import read_quantisers
 from owlrec.generation import VllmEngineConfig
@@ -8,13 +10,17 @@ from owlrec.generation.job import iterate_knowledge
 from owlrec.generation.models import load_tokenizer
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
+from owlrec.releases.build import PART_IDS, ReleaseInfo, ShardRows, publish_rows
+from owlrec.releases.release import current_release
+from owlrec.runner import Pool
 from owlrec.schema import KINDS
 from owlrec.shards import Card, needed_stage
-from owlrec.store.publishing import ReleaseInfo, publish
-from owlrec.store.release import current_release
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, shards_for
 from pipelines.cohorts import cohorts_folder
+from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
+
+_PARTS_ON_RAY = 8  # from 2 million users on; fewer parts are built here in less time than Ray takes to start
 
 
 def run(recipe: Recipe, workspace: Workspace) -> Card:
@@ -22,24 +28,28 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     encoded = needed_stage(workspace, "encode", "no vectors yet")
 
     def body() -> tuple[Counts, Outputs]:
-        files = [f"{encoded.outputs['vectors']}/knowledge-{kind}.parquet" for kind in KINDS]
-        vectors = (workspace.read_parquet(file) for file in files if workspace.exists(file))
+        folder = encoded.outputs["vectors"]
         cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
+        prepared = needed_stage(workspace, "prepare", "the tables are not prepared").counts
+        n_parts = shards_for(max(int(prepared["users"]), int(prepared["items"])), PART_IDS)
+        pool = Pool(here=n_parts < _PARTS_ON_RAY, max_workers=n_parts)
         info = ReleaseInfo(
             fingerprint=encoded.fingerprint,
             model=getattr(recipe.engine, "model", recipe.engine.type),
             encoder=recipe.encoder.model,
+            encoder_identity=recipe.encoder.identity,
             parent=current_release(workspace),
         )
-        with progress("publishing", None) as advance:
-            manifest = publish(
+        session = nullcontext() if pool.here else ray_session(recipe.ray, workspace.log_path("ray"))
+        with session, progress("publishing", None) as advance:
+            manifest = publish_rows(
                 workspace,
-                knowledge=iterate_knowledge(workspace, encoded.outputs["knowledge"]),
-                vectors=vectors,
-                memberships=iterate_memberships(workspace, cohorts) if cohorts else (),
-                quantisers=read_quantisers(workspace, encoded.outputs["vectors"], "knowledge"),
-                info=info,
-                on_rows=advance,
+                info,
+                ShardRows(encoded.outputs["knowledge"], folder, cohorts),
+                n_parts,
+                quantisers=read_quantisers(workspace, folder, "knowledge"),
+                pool=pool,
+                on_card=lambda card: advance(card.rows_out),
             )
         note(f"release {manifest.name} is current: {workspace.path('releases', manifest.name)}")
         counts: Counts = {f"knowledge_{k}": n for k, n in manifest.knowledge.items()}

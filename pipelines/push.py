@@ -21,9 +21,8 @@ def push(
     ] = False,
 ) -> None:
     """Copy a release to Redis and make it current there; what Redis holds already is not written again."""
-    from owlrec.store.redis_publishing import push as push_release
-    from owlrec.store.redis_publishing import roll_back_redis
-    from owlrec.store.redis_store import RedisReleases
+    from owlrec.releases.redis import RedisReleases, roll_back_redis
+    from owlrec.releases.redis import push as push_release
 
     with plain_errors():
         releases = RedisReleases(redis, timeout_s=60.0)

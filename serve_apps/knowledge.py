@@ -14,12 +14,12 @@ from ray.serve.config import BackpressureConfig
 
 from owlrec.config import Config
 from owlrec.environment import api_keys
+from owlrec.releases.release import ReleaseSource, open_store
 from owlrec.serving.guard import Limits
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
-from owlrec.store.release_source import ReleaseSource, open_store
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
 from serve_apps.stopping import asked_to_stop

@@ -36,7 +36,7 @@ settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 WAITING = ("ray", "vllm", "e2e")  # markers of tests that start clusters, engines, jobs
-WATCHING = ("serving", "store", "client")  # folders of tests that ask servers, and say how soon they must answer
+WATCHING = ("serving", "releases", "client")  # folders of tests that ask servers, and say how soon they must answer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

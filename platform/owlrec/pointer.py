@@ -85,6 +85,15 @@ class Pointer:
             return None
         return Hold.model_validate_json(self.storage.read_bytes(self._hold))
 
+    def refuse_hold(self) -> None:
+        """Raises PointerHeld, which says by whom, when and why, where a HOLD stands beside the pointer."""
+        if hold := self.held:
+            since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(hold.since))
+            raise PointerHeld(
+                f"{self.storage.path(self.path)} is on HOLD since {since} by {hold.by}: {hold.reason}. It stays as it "
+                "is until the hold is lifted (`owlrec unhold`)."
+            )
+
     @property
     def _hold(self) -> str:
         return "/".join([*self.path.split("/")[:-1], "HOLD"])
@@ -114,12 +123,7 @@ class Pointer:
             wanted = change(history)
             if wanted == history:
                 return
-            if hold := self.held:
-                since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(hold.since))
-                raise PointerHeld(
-                    f"{where} is on HOLD since {since} by {hold.by}: {hold.reason}. It stays at {current!r} until the "
-                    f"hold is lifted (`owlrec unhold`)."
-                )
+            self.refuse_hold()
             content = {"current": wanted[-1], "history": wanted[-_HISTORY:]}
             if self.storage.swap_bytes(self.path, json.dumps(content).encode(), e_tag) is not None:
                 return

@@ -19,12 +19,12 @@ from test_ranking import CTR, LLM, Table
 import owlrec
 from owlrec import AsyncClient, Client
 from owlrec.client import ClientError, RetryPolicy
+from owlrec.releases import current_release
 from owlrec.serving.guard import Limits
 from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.rank_api import build_rank_api
 from owlrec.serving.ranking import Cascade
 from owlrec.serving.telemetry import NoTelemetry
-from owlrec.store import current_release
 from owlrec.workspace import Workspace
 
 KEY, LINE = new_key("shop")

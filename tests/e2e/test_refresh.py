@@ -18,9 +18,9 @@ import pytest
 import ray
 
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.releases import current_release, open_release
+from owlrec.releases.manifest import read_manifest
 from owlrec.schema import INTERACTIONS
-from owlrec.store import current_release, open_release
-from owlrec.store.manifest import read_manifest
 from owlrec.streaming.journal import read_position
 from owlrec.workspace import Workspace
 from pipelines.refresh import run

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from owlrec.releases import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_schema
-from owlrec.store import ReleaseInfo, publish
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.e2e

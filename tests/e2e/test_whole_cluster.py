@@ -20,9 +20,9 @@ from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ops.submission_files import job_folder
+from owlrec.releases import current_release
 from owlrec.schema import INTERACTIONS
 from owlrec.shards import finished_stage
-from owlrec.store import current_release
 from owlrec.workspace import Workspace
 from pipelines.submit import CODE
 

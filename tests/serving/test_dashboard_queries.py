@@ -10,6 +10,7 @@ import urllib.request
 
 import httpx
 import pytest
+from owlrec.generation.batch import build_job
 from redis_server import free_port
 from served_world import publish_world
 
@@ -22,9 +23,9 @@ from owlrec.generation.worker import GenerateStage
 from owlrec.ops.alerts import alerts
 from owlrec.ops.dashboards import DASHBOARDS, metrics_in
 from owlrec.prompting.rows import PromptConfig
+from owlrec.releases import roll_back
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
-from owlrec.store import roll_back
 from owlrec.workspace import Workspace
 
 pytestmark = [

@@ -14,7 +14,7 @@ from redis_server import free_port
 from served_world import publish_world
 from test_explorer_pages import by_ctr_alone, by_ctr_and_llm, explorer, write_tables
 
-from owlrec.store import roll_back
+from owlrec.releases import roll_back
 from owlrec.workspace import Workspace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

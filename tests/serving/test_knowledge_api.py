@@ -9,9 +9,9 @@ from served_world import SCRIPT, knowledge_app, publish_world
 from starlette.testclient import TestClient
 
 from owlrec.errors import StoreUnavailableError
+from owlrec.releases import current_release, roll_back
 from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.similar import SimilarEntities
-from owlrec.store import current_release, roll_back
 from owlrec.workspace import Workspace
 
 BATCH, SIMILAR = "/v1/knowledge:batchGet", "/v1/knowledge:similar"
@@ -261,7 +261,7 @@ def test_a_release_that_cannot_be_opened_leaves_the_old_one_in_force(tmp_path):
     app, served = knowledge_app(workspace, tmp_path / "indexes", refresh_s=60)
     with TestClient(app, base_url=LOCAL) as web:
         second = publish_world(workspace, "second")
-        file = workspace.local_path("releases", second, "store.lmdb")
+        file = workspace.local_path("releases", second, "parts/00000.lmdb")
         whole = file.read_bytes()
         file.write_bytes(whole[:1000])
         assert not served.refresh()

@@ -15,10 +15,9 @@ import pytest
 from redis_server import free_port, needs_redis, redis_server
 from served_world import publish_world
 
+from owlrec.releases import current_release, roll_back
+from owlrec.releases.redis import RedisReleases, push, roll_back_redis
 from owlrec.serving.keys import new_key
-from owlrec.store import current_release, roll_back
-from owlrec.store.redis_publishing import push, roll_back_redis
-from owlrec.store.redis_store import RedisReleases
 from owlrec.workspace import Workspace
 
 pytestmark = [

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from owlrec.generation.batch import build_job
 
 from owlrec.encoding.coded_vectors import code_vectors
 from owlrec.encoding.encoder import EncoderConfig
@@ -18,10 +19,10 @@ from owlrec.generation import EchoEngineConfig
 from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.job import build_job
 from owlrec.prompting.rows import PromptConfig
+from owlrec.releases import ReleaseInfo, publish
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS, KNOWLEDGE, vectors_schema
 from owlrec.storage import fingerprint
-from owlrec.store import ReleaseInfo, publish
 from owlrec.streaming.asking import job_of_plan
 from owlrec.streaming.config import StreamingConfig
 from owlrec.streaming.journal import Plan, Position

@@ -14,7 +14,7 @@ from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
 from owlrec.ops.watching import Stopped, StopSignals
 from owlrec.recipe import Recipe
-from owlrec.store import open_release
+from owlrec.releases import open_release
 from owlrec.streaming.journal import pending_plan, read_position
 from owlrec.workspace import Workspace
 from pipelines import refresh

@@ -24,8 +24,8 @@ from streaming_world import (  # type: ignore[import-not-found]
 
 from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.errors import ReleaseError
-from owlrec.store import current_release, list_releases, open_release, roll_back
-from owlrec.store.manifest import read_manifest
+from owlrec.releases import current_release, list_releases, open_release, roll_back
+from owlrec.releases.manifest import read_manifest
 from owlrec.streaming.journal import pending_plan, read_position, read_state
 from owlrec.streaming.settling import stack_partitions
 from owlrec.streaming.state import State, read_users

@@ -5,8 +5,9 @@ import pytest
 from streaming_world import DAY, START, carry_out, log_events, plan_refresh, watched  # type: ignore[import-not-found]
 
 from owlrec.errors import ReleaseError
-from owlrec.store import open_release
-from owlrec.store.release import chain, current_release
+from owlrec.releases import open_release
+from owlrec.releases.manifest import chain
+from owlrec.releases.release import current_release
 from owlrec.streaming import tidying
 from owlrec.streaming.tidying import TidyConfig, tidy
 from owlrec.workspace import Workspace

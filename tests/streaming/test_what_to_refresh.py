@@ -20,9 +20,9 @@ from streaming_world import (  # type: ignore[import-not-found]
 )
 
 from owlrec.errors import ReleaseError, SourceError
+from owlrec.releases import current_release, roll_back
+from owlrec.releases.retention import compact
 from owlrec.schema import shard_of
-from owlrec.store import current_release, roll_back
-from owlrec.store.compaction import compact
 from owlrec.streaming.config import StreamingConfig
 from owlrec.streaming.journal import read_position
 from owlrec.streaming.planning import make_plan

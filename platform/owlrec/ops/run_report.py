@@ -27,11 +27,11 @@ from owlrec.generation.models import PACKAGED
 from owlrec.ops.report_data import ArmFigures, KnowledgeSample, ReportData, StageFigures
 from owlrec.ops.throughput import throughput
 from owlrec.ranking.results import read_results
+from owlrec.releases.interface import measure_lookup
+from owlrec.releases.release import Release
 from owlrec.schema import KINDS, KNOWLEDGE, Kind, shard_of
 from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.store.latency import measure_lookup
-from owlrec.store.release import Release
 from owlrec.workspace import Workspace
 
 STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")
@@ -101,7 +101,7 @@ def _some_users(workspace: Workspace) -> np.ndarray:
 
 def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
     """Latency of single lookups, as the report and the console print them."""
-    figures = measure_lookup(release, "user", ids)
+    figures = measure_lookup(release.store, "user", ids)
     if not figures["n"]:
         return {}
     return {

@@ -238,4 +238,4 @@ def _release_bytes(workspace: Workspace) -> float | None:
     if not published or not rows:
         return None
     sizes = _sizes(workspace, f"releases/{published.outputs['release']}")
-    return sum(n for path, n in sizes.items() if not path.startswith("semantic_ids/")) / rows  # codebooks do not grow
+    return sum(n for path, n in sizes.items() if path.startswith("parts/")) / rows  # codebooks do not grow

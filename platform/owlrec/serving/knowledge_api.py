@@ -16,6 +16,8 @@ from pydantic import Field
 from starlette.responses import Response
 
 from owlrec.config import Config
+from owlrec.releases.interface import Knowledge
+from owlrec.releases.release import Release
 from owlrec.serving.following_app import following_app
 from owlrec.serving.guard import Guard, Limits
 from owlrec.serving.keys import KeyRing
@@ -43,8 +45,6 @@ from owlrec.serving.served import ServedReleases
 from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.telemetry import NoTelemetry, Telemetry
 from owlrec.serving.vector_text import vectors_as_bytes, vectors_as_json
-from owlrec.store.interface import Knowledge
-from owlrec.store.release import Release
 
 _T = TypeVar("_T")
 

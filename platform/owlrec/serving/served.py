@@ -11,13 +11,11 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 from owlrec.errors import OwlRecError
+from owlrec.releases.release import Release, ReleaseSource, current_release, open_release
 from owlrec.serving.problems import Problem
 from owlrec.serving.telemetry import Telemetry
-from owlrec.store.release import Release, current_release, open_release
-from owlrec.store.release_source import ReleaseSource
 from owlrec.workspace import Workspace
 
 _log = logging.getLogger("owlrec.serving")
@@ -26,13 +24,12 @@ _log = logging.getLogger("owlrec.serving")
 class WorkspaceReleases:
     """The releases of a workspace: LMDB files on this machine, mapped into memory and shared by its replicas."""
 
-    def __init__(self, workspace: Workspace, *, verify: bool = False, cache: Path | None = None) -> None:
+    def __init__(self, workspace: Workspace, *, verify: bool = False) -> None:
         """verify: compare checksums whenever a release is opened, about 1 s a GB; sizes always are, and copies of
-        remote releases always are verified. cache: see open_release.
+        remote releases are verified when they arrive.
         """
         self._workspace = workspace
         self._verify = verify
-        self._cache = cache
 
     def current(self) -> str | None:
         """See ReleaseSource.current."""
@@ -40,7 +37,7 @@ class WorkspaceReleases:
 
     def open(self, name: str) -> Release:
         """See ReleaseSource.open."""
-        return open_release(self._workspace, name, verify=self._verify, cache=self._cache)
+        return open_release(self._workspace, name, verify=self._verify, warmed=True)
 
 
 class _Held:
@@ -74,7 +71,7 @@ class ServedReleases:
             try:
                 name = self._source.current()
                 if name is None:
-                    self.error = None if self._held else "nothing was published yet"
+                    self.error = "no release is current any more" if self._held else "nothing was published yet"
                     return False
                 if name == self.name:
                     self.error = None

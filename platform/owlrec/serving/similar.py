@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from owlrec.environment import cache_folder
+from owlrec.releases.release import Release
 from owlrec.serving.problems import Problem
 from owlrec.serving.schemas import Kind, Neighbour, Similar
 from owlrec.storage import fingerprint
-from owlrec.store.release import Release
 
 _EXACT_UP_TO = 50_000
 _ROWS_AT_ONCE = 20_000

@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from owlrec.prompting.rows import Prompt
 from owlrec.prompting.streaming import streaming_prompt, streaming_system
+from owlrec.releases.interface import KnowledgeStore
 from owlrec.scenario import Scenario
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.store.interface import KnowledgeStore
 from owlrec.streaming.config import StreamingConfig
 from owlrec.streaming.drift import drifts, priorities, sum_vectors
 from owlrec.streaming.events import Events

@@ -12,9 +12,9 @@ from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import find_pools
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig, GenerationJob
+from owlrec.releases.release import pointer_history
 from owlrec.shards import Card
 from owlrec.storage import fingerprint
-from owlrec.store.release import pointer_history
 from owlrec.streaming.journal import Plan
 from owlrec.workspace import Workspace
 

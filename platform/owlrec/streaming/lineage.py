@@ -6,8 +6,8 @@ by itself with the next refresh, and behaviours that only it had read would be l
 """
 
 from owlrec.errors import ReleaseError
-from owlrec.store.manifest import MANIFEST, ReleaseManifest, read_manifest
-from owlrec.store.release import chain, pointer_history
+from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain, read_manifest
+from owlrec.releases.release import pointer_history
 from owlrec.streaming.journal import ROOT
 from owlrec.workspace import Workspace
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from owlrec.prompting.rows import Prompt, prompts_table
 from owlrec.prompting.streaming import streaming_fingerprint
+from owlrec.releases.release import open_release
 from owlrec.scenario import Scenario
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
-from owlrec.store.release import open_release
 from owlrec.streaming.advancing import Due, Sources, advance, assess, freeze_partitions, write_prompts
 from owlrec.streaming.config import StreamingConfig
 from owlrec.streaming.drift import choose

@@ -17,11 +17,11 @@ from owlrec.encoding.semantic_ids import code_vectors
 from owlrec.encoding.vectors import encode_knowledge
 from owlrec.generation import EngineConfig
 from owlrec.generation.job import GenerationJob
+from owlrec.releases.build import ReleaseInfo, publish
+from owlrec.releases.interface import KnowledgeStore
+from owlrec.releases.release import Release, open_release
 from owlrec.schema import vector_matrix, vectors_table
 from owlrec.storage import fingerprint
-from owlrec.store.interface import KnowledgeStore
-from owlrec.store.publishing import ReleaseInfo, publish
-from owlrec.store.release import Release, open_release
 from owlrec.streaming.journal import ROOT, Plan, Position, commit, sweep
 from owlrec.streaming.lineage import parent_release, published_as
 from owlrec.streaming.partitions import UserState, freeze, hold

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import ReleaseError
-from owlrec.store.compaction import compact, prune
-from owlrec.store.release import chain, current_release
+from owlrec.releases.manifest import chain
+from owlrec.releases.release import current_release
+from owlrec.releases.retention import compact, prune
 from owlrec.workspace import Workspace
 
 

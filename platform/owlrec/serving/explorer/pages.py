@@ -16,6 +16,7 @@ import jinja2
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
+from owlrec.releases.release import Release
 from owlrec.serving.explorer.ranking import MOST_CHARACTERS, Ranker, compare_rankings
 from owlrec.serving.explorer.text import paragraphs
 from owlrec.serving.following_app import following_app
@@ -29,7 +30,6 @@ from owlrec.serving.served import ServedReleases
 from owlrec.serving.similar import SimilarEntities
 from owlrec.serving.tables import WorkspaceTables
 from owlrec.serving.telemetry import NoTelemetry, Telemetry
-from owlrec.store.release import Release
 
 _FOLDER = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
+from owlrec.releases import KnowledgeStore, ReleaseInfo, ReleaseManifest, publish
 from owlrec.schema import KNOWLEDGE, MEMBERSHIPS, vectors_schema
 from owlrec.storage import fingerprint
-from owlrec.store import KnowledgeStore, ReleaseInfo, ReleaseManifest, publish
 from owlrec.workspace import Workspace
 
 Key = tuple[str, int]  # kind, id

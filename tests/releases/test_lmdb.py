@@ -1,19 +1,19 @@
 """The embedded store: what is written reads back, misses stay aligned, and doubled or null rows are refused."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.errors import ReleaseError, SchemaError
+from owlrec.releases import lmdb
+from owlrec.releases.lmdb import LmdbFile, LmdbStore, PartWriter
+from owlrec.releases.rows import KEY_ORDER, decode_key, decode_keys, encode_key, encode_keys
 from owlrec.schema import KNOWLEDGE, vectors_schema
-from owlrec.store import lmdb_writer
-from owlrec.store.lmdb_store import LmdbStore, decode_key, encode_key
-from owlrec.store.lmdb_writer import LmdbWriter
 
 LARGEST = 2**63 - 1
 
@@ -35,14 +35,18 @@ def vectors(kind: str, ids: list[int], rows: list[list[float]]) -> pa.Table:
     )
 
 
-def written(path: Path, *tables: pa.Table, vector_tables: tuple[pa.Table, ...] = ()) -> LmdbStore:
-    writer = LmdbWriter(path)
-    for table in tables:
-        writer.add_knowledge(table, name="given")
-    for table in vector_tables:
-        writer.add_vectors(table, name="given")
+def written(path: Path, table: pa.Table, vector_table: pa.Table | None = None) -> LmdbStore:
+    writer = PartWriter(path, codes={})
+    for kind in KEY_ORDER:
+        writer.add_knowledge(kind, table.filter(pc.equal(table["kind"], kind)), name="given")
+    if vector_table is not None:
+        writer.add_vectors("user", vector_table, name="given")
     writer.close()
-    return LmdbStore(path, dim=writer.dim, counts=writer.counts["knowledge"])
+    return opened(path, writer.counts["knowledge"], writer.dim)
+
+
+def opened(path: Path, counts: dict[str, int], dim: int = 0) -> LmdbStore:
+    return LmdbStore("given", 1, lambda _: LmdbFile(path), dim=dim, counts=counts, partitions={}, code_sizes={})
 
 
 @settings(max_examples=40)
@@ -53,12 +57,11 @@ def written(path: Path, *tables: pa.Table, vector_tables: tuple[pa.Table, ...] =
         min_size=1,
         max_size=30,
     ),
-    cut=st.integers(0, 30),
 )
-def test_what_is_written_in_any_order_reads_back(tmp_path_factory, rows, cut):
+def test_what_is_written_in_any_order_reads_back(tmp_path_factory, rows):
     flat = [(kind, id_, as_of, text) for (kind, id_), (as_of, text) in rows.items()]
     path = tmp_path_factory.mktemp("store") / "s.lmdb"
-    with written(path, knowledge(flat[:cut]), knowledge(flat[cut:])) as store:
+    with written(path, knowledge(flat)) as store:
         for kind, id_, as_of, text in flat:
             [found] = store.get(kind, [id_])
             assert (found.kind, found.id, found.as_of, found.text, found.quality) == (kind, id_, as_of, text, "ok")
@@ -66,10 +69,14 @@ def test_what_is_written_in_any_order_reads_back(tmp_path_factory, rows, cut):
             expected = sorted(id_ for k, id_ in rows if k == kind)
             assert store.count(kind) == len(expected)
             assert store.ids(kind).tolist() == expected
+            assert store.ids(kind, 3).tolist() == expected[:3]
 
 
 @given(st.lists(st.integers(0, LARGEST), min_size=2), st.sampled_from(["user", "item", "cohort"]))
 def test_keys_sort_like_their_ids(ids, kind):
+    assert encode_keys(kind, np.array(ids)) == [encode_key(kind, i) for i in ids]
+    assert encode_keys(kind, np.array(ids), 7) == [encode_key(kind, i, 7) for i in ids]
+    assert decode_keys(encode_keys(kind, np.array(ids)))[1].tolist() == ids
     assert [decode_key(key) for key in sorted(encode_key(kind, i) for i in ids)] == [(kind, i) for i in sorted(ids)]
 
 
@@ -77,7 +84,7 @@ def test_misses_stay_aligned(tmp_path):
     store = written(
         tmp_path / "s.lmdb",
         knowledge([("user", 5, 1, "five"), ("item", 7, 1, "a film")]),
-        vector_tables=(vectors("user", [5], [[0.5, -2.0]]),),
+        vectors("user", [5], [[0.5, -2.0]]),
     )
     found = store.get("user", [7, 5, LARGEST, 5])
     assert [k and k.text for k in found] == [None, "five", None, "five"]  # 7 is an item, no user
@@ -98,69 +105,71 @@ def test_unknown_kind_is_refused_with_a_hint(tmp_path):
 
 def test_two_stores_on_one_file_outlive_each_other(tmp_path):
     first = written(tmp_path / "s.lmdb", knowledge([("user", 5, 1, "five")]))
-    second = LmdbStore(tmp_path / "s.lmdb", dim=0, counts={"user": 1})
+    second = opened(tmp_path / "s.lmdb", {"user": 1})
     first.close()
     assert second.get("user", [5])[0].text == "five"
     second.close()
 
 
-@pytest.mark.parametrize("across", [False, True])
-def test_a_doubled_key_is_named(tmp_path, across):
-    one, two = [("user", 1, 1, "a"), ("item", 4, 1, "b")], [("item", 4, 1, "b"), ("user", 9, 1, "c")]
-    writer = LmdbWriter(tmp_path / "s.lmdb")
-    if across:
-        writer.add_knowledge(knowledge(one), name="given")
+@pytest.mark.parametrize("ids", [[4, 4], [9, 4, 1, 4]])
+def test_a_key_that_occurs_twice_is_named(tmp_path, ids):
+    writer = PartWriter(tmp_path / "s.lmdb", codes={})
     with pytest.raises(SchemaError, match="item 4 occurs twice in the knowledge"):
-        writer.add_knowledge(knowledge(two if across else one + two), name="given")
-    writer.close()
+        writer.add_knowledge("item", knowledge([("item", i, 1, "b") for i in ids]), name="given")
+    writer.abort()
 
 
 def test_null_text_and_mixed_vector_lengths_are_refused(tmp_path):
-    writer = LmdbWriter(tmp_path / "s.lmdb")
+    writer = PartWriter(tmp_path / "s.lmdb", codes={})
     broken = knowledge([("user", 1, 1, "a"), ("user", 2, 1, "b")])
     broken = broken.set_column(3, "text", pa.array(["a", None]))
     with pytest.raises(SchemaError, match="row 1: text is null"):
-        writer.add_knowledge(broken, name="given")
-    writer.add_vectors(vectors("user", [1], [[1.0, 2.0]]), name="given")
+        writer.add_knowledge("user", broken, name="given")
+    writer.add_vectors("item", vectors("item", [1], [[1.0, 2.0]]), name="given")
     with pytest.raises(SchemaError, match="3 components, earlier ones 2"):
-        writer.add_vectors(vectors("user", [2], [[1.0, 2.0, 3.0]]), name="given")
-    writer.close()
+        writer.add_vectors("user", vectors("user", [2], [[1.0, 2.0, 3.0]]), name="given")
+    writer.abort()
 
 
-def test_the_map_grows_and_shards_by_hash_are_all_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(lmdb_writer, "_FIRST_MAP_BYTES", 1 << 16)
-    monkeypatch.setattr(lmdb_writer, "_ROWS_A_TRANSACTION", 64)
-    text = "x" * 3000
-    shards = [knowledge([("user", i, i, f"{i}{text}") for i in range(start, 900, 3)]) for start in (2, 0, 1)]
-    with written(tmp_path / "s.lmdb", *shards) as store:
-        assert (tmp_path / "s.lmdb").stat().st_size > 900 * 3000
+def test_the_map_grows_and_pages_are_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(lmdb, "_FIRST_MAP_BYTES", 1 << 16)
+    monkeypatch.setattr(lmdb, "_TRANSACTION_ROWS", 64)
+    text = "x" * 1300  # three rows to a page of 4096 bytes
+    order = [i for start in (2, 0, 1) for i in range(start, 900, 3)]
+    with written(tmp_path / "s.lmdb", knowledge([("user", i, i, f"{i}{text}") for i in order])) as store:
+        assert 300 * 4096 < (tmp_path / "s.lmdb").stat().st_size < 350 * 4096
         assert store.ids("user").tolist() == list(range(900))
         assert [k.text for k in store.get("user", [0, 450, 899])] == [f"0{text}", f"450{text}", f"899{text}"]
 
 
-def test_the_sample_for_verification_is_bounded_and_spread(monkeypatch):
-    monkeypatch.setattr(lmdb_writer, "_SAMPLE", 10)
-    sample = lmdb_writer._Sample()
-    for start in range(0, 1000, 7):
-        sample.add([(b"%d" % i, b"") for i in range(start, min(start + 7, 1000))])
-    kept = [int(key) for key, _ in sample.rows]
-    assert 10 <= len(kept) <= 20
-    assert kept == list(range(0, 1000, kept[1]))
+def test_the_sample_for_verification_is_bounded_and_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(lmdb, "_SAMPLE", 10)
+    writer = PartWriter(tmp_path / "s.lmdb", codes={})
+    for start in range(0, 1000, 100):
+        ids = np.arange(start, start + 100)
+        writer.add_rows("knowledge", encode_keys("user", ids), [b"v"] * 100)
+    sampled = [decode_key(key)[1] for key, _ in writer._samples["knowledge"]]
+    assert 10 <= len(sampled) <= 20
+    assert sampled == sorted(sampled)
+    assert sampled[0] < 200
+    assert sampled[-1] >= 900
+    writer.close()
 
 
-def test_a_damaged_row_is_an_error_that_names_it(tmp_path):
+@pytest.mark.parametrize("damage", [b"karok\xffive", b"kar\xffkfive"])
+def test_a_damaged_row_is_an_error_that_names_it(tmp_path, damage):
     store = written(tmp_path / "s.lmdb", knowledge([("user", 5, 1, "five")]))
-    good = store.raw("knowledge", encode_key("user", 5))
-    assert json.loads(good) == {"text": "five", "as_of": 1, "framework": "kar", "quality": "ok"}
+    [good] = store.values("knowledge", "user", [5])
+    assert good == (1).to_bytes(8, "big") + b"\x00\x03\x00\x02karokfive"
     store.close()
     data = (tmp_path / "s.lmdb").read_bytes()
-    (tmp_path / "s.lmdb").write_bytes(data.replace(b'{"text"', b'{"tex\xff"'))
-    damaged = LmdbStore(tmp_path / "s.lmdb", dim=0, counts={"user": 1})
+    (tmp_path / "s.lmdb").write_bytes(data.replace(b"karokfive", damage))
+    damaged = opened(tmp_path / "s.lmdb", {"user": 1})
     with damaged, pytest.raises(ReleaseError, match="row of user 5 is unreadable"):
         damaged.get("user", [5])
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "s.lmdb").write_bytes(b"garbage" * 2000)
-    with pytest.raises(ReleaseError, match="is no release store"):
-        LmdbStore(tmp_path / "s.lmdb", dim=0, counts={})
+    with pytest.raises(ReleaseError, match="is not part of a release"):
+        LmdbFile(tmp_path / "s.lmdb")

@@ -5,8 +5,8 @@ from own_store import MemoryReleases
 from release_rows import answers, check, publish_chain
 
 from owlrec.errors import ReleaseError
-from owlrec.store.release import chain
-from owlrec.store.release_source import STORES, open_store
+from owlrec.releases.manifest import chain
+from owlrec.releases.release import STORES, open_store
 from owlrec.workspace import Workspace
 
 

@@ -2,12 +2,11 @@
 before, `compact` a chain of deltas, `prune` what is old.
 """
 
-from owlrec.store.compaction import compact, prune
-from owlrec.store.interface import Knowledge, KnowledgeStore
-from owlrec.store.latency import measure_lookup
-from owlrec.store.manifest import ReleaseManifest
-from owlrec.store.publishing import ReleaseInfo, publish
-from owlrec.store.release import Release, current_release, list_releases, open_release, roll_back
+from owlrec.releases.build import ReleaseInfo, ShardRows, publish, publish_rows
+from owlrec.releases.interface import Knowledge, KnowledgeStore, measure_lookup
+from owlrec.releases.manifest import ReleaseManifest, list_releases
+from owlrec.releases.release import Release, current_release, open_release, roll_back
+from owlrec.releases.retention import compact, prune
 
 __all__ = [
     "Knowledge",
@@ -15,6 +14,7 @@ __all__ = [
     "Release",
     "ReleaseInfo",
     "ReleaseManifest",
+    "ShardRows",
     "compact",
     "current_release",
     "list_releases",
@@ -22,5 +22,6 @@ __all__ = [
     "open_release",
     "prune",
     "publish",
+    "publish_rows",
     "roll_back",
 ]

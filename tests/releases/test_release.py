@@ -1,29 +1,32 @@
 """Publishing is atomic and idempotent, the pointer rolls back, readers keep what they opened, damage is found."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.errors import ReleaseError, SchemaError
-from owlrec.schema import KNOWLEDGE, vectors_schema
-from owlrec.storage import fingerprint
-from owlrec.store import (
+from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
+from owlrec.node_cache import NodeCache
+from owlrec.pointer import PointerHeld
+from owlrec.releases import (
     ReleaseInfo,
+    build,
     current_release,
     list_releases,
     measure_lookup,
     open_release,
     publish,
-    publishing,
     roll_back,
 )
+from owlrec.releases.build import BUILDS
+from owlrec.releases.lmdb import part_of
+from owlrec.releases.manifest import read_manifest
+from owlrec.releases.release import make_current, pointer
+from owlrec.schema import KNOWLEDGE, vectors_schema
+from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 
@@ -56,6 +59,14 @@ def current_text(workspace: Workspace) -> str:
 @pytest.fixture
 def workspace(tmp_path):
     return Workspace(tmp_path / "ws")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OWLREC_CACHE", str(tmp_path / "cache"))
+    NodeCache.default.cache_clear()
+    yield tmp_path / "cache"
+    NodeCache.default.cache_clear()
 
 
 @pytest.fixture
@@ -98,7 +109,7 @@ def test_publishing_the_same_again_gives_the_same_release_and_reads_no_row(works
 
 def test_a_damaged_release_is_built_again_under_a_new_name(workspace):
     first = published(workspace, "a")
-    store = workspace.local_path("releases", first, "store.lmdb")
+    store = workspace.local_path("releases", first, "parts", "00000.lmdb")
     store.write_bytes(store.read_bytes()[:-1] + b"!")
     assert published(workspace, "a") != first
     assert current_text(workspace) == "a 1"
@@ -135,67 +146,19 @@ def test_a_reader_keeps_its_release_across_a_swap(workspace):
         assert reader.store.get("user", [1])[0].text == "a 1"
 
 
-KILLED = """
-import sys, time
-sys.path[:0] = [{platform!r}, {tests!r}]
-from test_release import Workspace, info, knowledge, publish, vectors
-def tables():
-    yield knowledge("b")
-    print("in the middle", flush=True)
-    time.sleep(60)
-publish(Workspace({root!r}), knowledge=tables(), vectors=[vectors()], info=info("b"))
-"""
-
-
-def test_a_publish_killed_in_the_middle_leaves_nothing_visible_and_is_cleaned_up(workspace):
-    first = published(workspace, "a")
-    here = os.path.dirname(__file__)
-    code = KILLED.format(platform=os.path.join(here, "../../platform"), tests=here, root=workspace.base)
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert child.stdout.readline() == b"in the middle\n"
-    assert publishing.remove_leftovers(workspace) == []  # the child is alive: its build is none of our business
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
-    folder = workspace.local_path("releases")
-    assert [m.name for m in list_releases(workspace)] == [first]
-    assert current_text(workspace) == "a 1"
-    assert len([p for p in folder.iterdir() if p.name.startswith(".building")]) == 1
-    second = published(workspace, "b")
-    assert sorted(p.name for p in folder.iterdir()) == sorted([first, second, "CURRENT"])
-    assert current_text(workspace) == "b 1"
-
-
-def test_old_builds_of_other_hosts_are_cleaned_up_and_foreign_folders_are_not(workspace):
-    folder = workspace.local_path("releases")
-    for name in (".building-elsewhere-1-0123abcd", ".building-elsewhere-2-0123abcd", "notes"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "store.lmdb").touch()
-    long_ago = time.time() - 3700
-    for path in (folder / ".building-elsewhere-1-0123abcd", folder / "notes"):
-        os.utime(path / "store.lmdb", (long_ago, long_ago))
-        os.utime(path, (long_ago, long_ago))
-    assert publishing.remove_leftovers(workspace) == [".building-elsewhere-1-0123abcd"]
-    assert (folder / "notes").exists()
-
-
 def test_a_failing_publish_leaves_nothing(workspace):
-    def tables():
-        yield knowledge("a")
-        yield knowledge("a")
-
     with pytest.raises(SchemaError, match="user 0 occurs twice"):
-        publish(workspace, knowledge=tables(), vectors=[], info=info("a"))
+        publish(workspace, knowledge=[knowledge("a"), knowledge("a")], vectors=[], info=info("a"))
     with pytest.raises(ReleaseError, match="no knowledge to publish"):
         publish(workspace, knowledge=[], vectors=[], info=info("a"))
-    assert list(workspace.local_path("releases").iterdir()) == []
+    assert workspace.names("releases") == workspace.names(BUILDS) == []
     with pytest.raises(ReleaseError, match="nothing was published yet"):
         open_release(workspace)
 
 
 def test_a_row_that_does_not_read_back_stops_the_publish(workspace, monkeypatch):
-    monkeypatch.setattr("owlrec.store.lmdb_store.LmdbStore.raw", lambda self, database, key: b"other")
-    with pytest.raises(ReleaseError, match="does not read back"):
+    monkeypatch.setattr("owlrec.releases.lmdb.LmdbFile.get_many", lambda self, database, keys: [b"other" for _ in keys])
+    with pytest.raises(ReleaseError, match="do not read back"):
         published(workspace, "a")
     assert list_releases(workspace) == []
 
@@ -213,8 +176,8 @@ def damage(path, how):
 @pytest.mark.parametrize(("how", "message"), [("missing", "missing"), ("cut short", "bytes"), ("flipped", "SHA-256")])
 def test_damage_to_the_data_is_found_on_opening(workspace, how, message):
     name = published(workspace, "a")
-    damage(workspace.local_path("releases", name, "store.lmdb"), how)
-    with pytest.raises(ReleaseError, match=rf"store\.lmdb.*{message}.*publish again"):
+    damage(workspace.local_path("releases", name, "parts", "00000.lmdb"), how)
+    with pytest.raises(ReleaseError, match=rf"00000\.lmdb.*{message}.*publish again"):
         open_release(workspace)
 
 
@@ -225,12 +188,12 @@ def test_an_unreadable_manifest_or_pointer_is_an_error_with_the_next_step(worksp
     manifest.write_text(good[:20])
     with pytest.raises(ReleaseError, match="publish again"):
         open_release(workspace)
-    manifest.write_text(good.replace('"format": 1', '"format": 99'))
+    manifest.write_text(good.replace('"format": 3', '"format": 99'))
     with pytest.raises(ReleaseError, match="format 99"):
         open_release(workspace)
     manifest.write_text(good)
     workspace.local_path("releases", "CURRENT").write_text("{}")
-    with pytest.raises(ReleaseError, match="CURRENT is unreadable"):
+    with pytest.raises(WorkspaceError, match="CURRENT is not a pointer"):
         open_release(workspace)
     assert open_release(workspace, name).name == name
 
@@ -241,29 +204,75 @@ def test_a_wrong_name_is_answered_with_the_nearest(workspace):
         open_release(workspace, name[:-1])
 
 
-def test_a_remote_release_is_copied_once_verified_and_mended(remote, tmp_path):
+def copies(cache):
+    return sorted(path for path in cache.glob("files/*") if path.suffix == "")
+
+
+def test_a_remote_release_is_copied_once(remote, cache):
     first = published(remote, "a")
-    with open_release(remote, cache=tmp_path) as release:
+    with open_release(remote) as release:
         assert release.store.get("user", [1, 9])[0].text == "a 1"
-        copy = release.folder / "store.lmdb"
-        stamp = copy.stat().st_mtime_ns
-    with open_release(remote, cache=tmp_path):
-        assert copy.stat().st_mtime_ns == stamp
-    damage(copy, "flipped")
-    with open_release(remote, cache=tmp_path) as release:
+        [copy] = copies(cache)
+        stamp = copy.stat().st_ino
+    with open_release(remote) as release:
+        assert copy.stat().st_ino == stamp
         assert release.store.vectors("user", [1])[0].tolist() == [[1] * 4]
     published(remote, "b")
     assert roll_back(remote) == first
-    assert [p.name for p in tmp_path.iterdir()] == [copy.parent.name]  # no temporary copies stay
+    assert copies(cache) == [copy]
 
 
-def test_a_remote_release_damaged_at_its_origin_is_refused(remote, tmp_path):
+def test_a_stage_that_needs_few_ids_fetches_few_parts(remote, cache, monkeypatch):
+    monkeypatch.setattr(build, "PART_IDS", 10)
+    publish(remote, knowledge=[knowledge("a", 80)], vectors=[vectors(80)], info=info("a"))
+    with open_release(remote, lazily=True) as release:
+        assert len(release.manifest.parts) == 8
+        assert copies(cache) == []
+        one_part = [id_ for id_ in range(80) if part_of(id_, 8) == 3]
+        assert [k.text for k in release.store.get("user", one_part)] == [f"a {id_}" for id_ in one_part]
+        assert len(copies(cache)) == 1
+        assert release.store.ids("user").tolist() == list(range(80))
+        assert len(copies(cache)) == 8
+
+
+def test_a_remote_release_damaged_at_its_origin_is_refused(remote, cache):
     name = published(remote, "a")
-    path = f"releases/{name}/store.lmdb"
+    path = f"releases/{name}/parts/00000.lmdb"
     remote.write_bytes(path, remote.read_bytes(path)[:-1] + b"!")
-    with pytest.raises(ReleaseError, match="SHA-256"):
-        open_release(remote, cache=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(WorkspaceError, match="SHA-256"):
+        open_release(remote)
+    assert copies(cache) == []
+
+
+def test_a_cache_that_holds_one_release_takes_them_in_turns(remote, cache, monkeypatch):
+    names = [published(remote, text) for text in "abc"]
+    size = read_manifest(remote, names[0]).bytes
+    monkeypatch.setattr(NodeCache.default(), "max_bytes", size * 3 // 2)
+    for name, text in [*zip(names, "abc", strict=True), (names[0], "a")]:
+        with open_release(remote, name) as release:
+            assert release.store.get("user", [1])[0].text == f"{text} 1"
+            assert len(copies(cache)) == 1
+    with open_release(remote, names[0]) as held:
+        with pytest.raises(WorkspaceError, match=r"do not fit beside .* that are open.*OWLREC_CACHE_GIB"):
+            open_release(remote, names[1])
+        assert held.store.get("user", [2])[0].text == "a 2"
+    monkeypatch.setattr(NodeCache.default(), "max_bytes", size // 2)
+    with pytest.raises(ReleaseError, match=rf"has {size:,} bytes, but this node's cache may hold {size // 2:,}"):
+        open_release(remote, names[1])
+
+
+def test_many_releases_pass_through_a_cache_of_two(remote, cache, monkeypatch):
+    names = [published(remote, str(number)) for number in range(9)]
+    size = read_manifest(remote, names[0]).bytes
+    monkeypatch.setattr(NodeCache.default(), "max_bytes", 2 * size)
+    held = open_release(remote, names[0])
+    for number, name in enumerate(names):  # as a server does: the next one opens before the last one closes
+        following = open_release(remote, name)
+        held.close()
+        held = following
+        assert held.store.get("user", [0])[0].text == f"{number} 0"
+        assert sum(path.stat().st_size for path in copies(cache)) <= 2 * size
+    held.close()
 
 
 def test_an_interrupted_upload_is_no_release(remote, monkeypatch):
@@ -273,18 +282,77 @@ def test_an_interrupted_upload_is_no_release(remote, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "write_bytes", killed)
+        patch.setattr(build, "_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             published(remote, "b")
     assert len(remote.names("releases")) == 3  # CURRENT, the release, the upload without release.json
     assert [m.name for m in list_releases(remote)] == [first]
     assert current_release(remote) == first
+    published(remote, "b")
+    assert len(remote.names("releases")) == 3
+
+
+def test_a_hold_stops_every_swap_and_says_by_whom(workspace):
+    first, second = published(workspace, "a"), published(workspace, "b")
+    pointer(workspace).hold("bad texts", "ann@ops")
+    delta = info("c").model_copy(update={"parent": second, "delta": True})
+    for swap in (
+        lambda: published(workspace, "c"),
+        lambda: publish(workspace, knowledge=[knowledge("c", 1)], vectors=[], info=delta),
+        lambda: roll_back(workspace),
+    ):
+        with pytest.raises(PointerHeld, match=r"on HOLD since 20.*Z by ann@ops: bad texts.*owlrec unhold"):
+            swap()
+        assert current_release(workspace) == second
+    pointer(workspace).lift()
+    assert roll_back(workspace) == first
+
+
+@pytest.mark.parametrize("place", ["workspace", "remote"])
+def test_of_sixteen_that_publish_on_one_release_one_becomes_current(place, request):
+    workspace = request.getfixturevalue(place)
+    first = published(workspace, "first")
+    names = []
+    for number in range(16):
+        names.append(published(workspace, str(number)))
+        roll_back(workspace, to=first)
+    ready = threading.Barrier(16)
+
+    def swap(name):
+        ready.wait()
+        try:
+            make_current(workspace, name, expected=first)
+            return name
+        except ReleaseError:
+            return None
+
+    with ThreadPoolExecutor(16) as pool:
+        winners = [name for name in pool.map(swap, names) if name]
+    assert winners == [current_release(workspace)]
+    assert pointer(workspace).history == [first, *winners]
+
+
+def test_a_delta_does_not_bring_back_what_was_rolled_back_meanwhile(workspace):
+    first, second = published(workspace, "a"), published(workspace, "b")
+    real = build.build_release
+
+    def slow(*args, **kwargs):
+        manifest = real(*args, **kwargs)
+        roll_back(workspace)
+        return manifest
+
+    delta = info("c").model_copy(update={"parent": second, "delta": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "build_release", slow)
+        with pytest.raises(ReleaseError, match=rf"was built while {second} was current, but now {first} is"):
+            publish(workspace, knowledge=[knowledge("c", 1)], vectors=[], info=delta)
+    assert current_release(workspace) == first
 
 
 def test_lookup_latency_is_measured(workspace):
     published(workspace, "a")
     with open_release(workspace) as release:
-        figures = measure_lookup(release, "user", release.store.ids("user"), n=50)
+        figures = measure_lookup(release.store, "user", release.store.ids("user"), n=50)
         assert figures["n"] == 50
         assert 0 < figures["knowledge_p50_us"] <= figures["knowledge_p99_us"] < 1e6
-        assert measure_lookup(release, "cohort", release.store.ids("cohort")) == {"n": 0.0}
+        assert measure_lookup(release.store, "cohort", release.store.ids("cohort")) == {"n": 0.0}

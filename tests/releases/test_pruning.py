@@ -6,7 +6,7 @@ import pytest
 from release_rows import DELTAS, FULL, publish_chain, publish_rows, texts
 
 from owlrec.errors import ReleaseError
-from owlrec.store import compaction, current_release, list_releases, open_release, prune, roll_back
+from owlrec.releases import current_release, list_releases, open_release, prune, retention, roll_back
 from owlrec.workspace import Workspace
 
 
@@ -86,7 +86,7 @@ def test_prune_spares_what_a_roll_back_makes_current_meanwhile(workspace, monkey
             roll_back(workspace, to=names[-1])
 
     monkeypatch.setattr(Workspace, "delete_dir", rolled_back)
-    monkeypatch.setattr(compaction, "sorted", lambda doomed: [gone, *names], raising=False)
+    monkeypatch.setattr(retention, "sorted", lambda doomed: [gone, *names], raising=False)
     assert prune(workspace, keep=1, min_age_s=0) == [gone]
     with open_release(workspace) as opened:
         assert opened.name == names[-1]
@@ -106,5 +106,5 @@ def test_a_prune_that_is_interrupted_leaves_no_half_release(workspace, monkeypat
         patch.setattr(Workspace, "delete_dir", killed)
         with pytest.raises(KeyboardInterrupt):
             prune(workspace, keep=1, min_age_s=0)
-    assert workspace.exists("releases", old, "store.lmdb")
+    assert workspace.exists("releases", old, "parts", "00000.lmdb")
     assert [m.name for m in list_releases(workspace)] == [current_release(workspace)]

@@ -1,13 +1,12 @@
 """A store as somebody would add it: this process's own memory. `STORES` gets one line for it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from release_rows import Rows  # type: ignore[import-not-found]
 
-from owlrec.store import Knowledge, KnowledgeStore, Release, ReleaseManifest
+from owlrec.releases import Knowledge, KnowledgeStore, Release, ReleaseManifest
 
 
 class MemoryStore(KnowledgeStore):
@@ -59,4 +58,4 @@ class MemoryReleases:
 
     def open(self, name: str) -> Release:
         rows, manifest = self.held[self._url]
-        return Release(MemoryStore(rows, manifest.dim), [manifest], [Path()])
+        return Release(MemoryStore(rows, manifest.dim), [manifest])

@@ -13,9 +13,10 @@ from redis_server import free_port, needs_redis, redis_server
 from release_rows import DELTAS, FULL, KINDS, Rows, answers, check, publish_chain, publish_rows, texts
 
 from owlrec.errors import ReleaseError, StoreUnavailableError
-from owlrec.store import open_release, redis_publishing, redis_store, roll_back
-from owlrec.store.redis_publishing import prune_redis, push, roll_back_redis
-from owlrec.store.redis_store import RedisReleases
+from owlrec.releases import build, open_release, redis, roll_back
+from owlrec.releases.manifest import read_manifest
+from owlrec.releases.redis import RedisReleases, prune_redis, push, roll_back_redis
+from owlrec.releases.rows import encode_key
 from owlrec.workspace import Workspace
 
 pytestmark = needs_redis
@@ -86,15 +87,14 @@ rows = st.builds(
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(full=rows, delta=rows, chunk=st.integers(1, 5), at_once=st.integers(1, 7))
-def test_any_chain_answers_alike_in_any_pieces(full, delta, chunk, at_once, releases, tmp_path_factory):
+@given(full=rows, delta=rows, part_ids=st.integers(1, 5), at_once=st.integers(1, 7))
+def test_any_chain_answers_alike_in_any_pieces(full, delta, part_ids, at_once, releases, tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("ws"))
     releases.client.flushall()
     with pytest.MonkeyPatch.context() as patch:
-        for module in (redis_store, redis_publishing):
-            patch.setattr(module, "IDS_A_CHUNK", chunk)
-        patch.setattr(redis_store, "_KEYS_A_GET", at_once)
-        patch.setattr(redis_publishing, "_ROWS_A_PIPELINE", at_once)
+        patch.setattr(build, "PART_IDS", part_ids)
+        patch.setattr(redis, "_KEYS_PER_GET", at_once)
+        patch.setattr(redis, "_ROWS_PER_PIPELINE", at_once)
         first = publish_rows(workspace, "full", full).name
         publish_rows(workspace, "delta", delta, delta_of=first)
         expected = Rows()
@@ -106,17 +106,17 @@ def test_any_chain_answers_alike_in_any_pieces(full, delta, chunk, at_once, rele
 
 def test_semantic_ids_are_copied(workspace, releases):
     from owlrec.encoding.packed_codes import pack_codes
-    from owlrec.store.manifest import SemanticIdEntry
+    from owlrec.releases.manifest import SemanticIdEntry
 
     publish_rows(workspace, "full", FULL)
     with releases.open(push(workspace, releases)) as release:
         entry = SemanticIdEntry(sizes=(16, 16))
         manifest = release.manifest.model_copy(update={"codes": {"user": 2}, "semantic_ids": {"user": entry}})
-        prefix = redis_store.row_prefix(redis_store.release_prefix("owlrec", release.name), "codes")
+        prefix = redis.row_prefix(redis.release_prefix("owlrec", release.name), "codes")
         [packed] = pack_codes(np.array([[3, 7, 1]], dtype=np.uint16), entry.sizes)
-        releases.client.set(prefix + redis_store.encode_key("user", 1), packed)
-        releases.client.set(prefix + redis_store.encode_key("user", 2), b"")
-        store = redis_store.RedisStore(releases.client, manifest)
+        releases.client.set(prefix + encode_key("user", 1), packed)
+        releases.client.set(prefix + encode_key("user", 2), b"")
+        store = redis.RedisStore(releases.client, manifest)
         assert store.own_codes("user", [1, 2, 3]) == [(3, 7, 1), (), None]
 
 
@@ -124,7 +124,7 @@ def test_the_pointer_moves_last_and_a_dead_push_shows_nothing(workspace, release
     first = publish_rows(workspace, "first", texts({("user", 1): "first"})).name
     push(workspace, releases)
     publish_rows(workspace, "second", texts({("user", i): "second" for i in range(9)}))
-    monkeypatch.setattr(redis_publishing, "_ROWS_A_PIPELINE", 2)
+    monkeypatch.setattr(redis, "_ROWS_PER_PIPELINE", 2)
 
     def die(_):
         raise KeyboardInterrupt
@@ -191,6 +191,57 @@ def test_retention_keeps_what_is_read_on_top_of(workspace, releases):
         assert release.store.get("user", [1])[0].text == "b"
 
 
+def test_a_push_goes_on_after_its_last_whole_part(workspace, releases, monkeypatch):
+    monkeypatch.setattr(build, "PART_IDS", 4)
+    name = publish_rows(workspace, "a", texts({("user", i): str(i) for i in range(30)})).name
+    rows = [part.rows["knowledge"] for part in read_manifest(workspace, name).parts]
+    assert len(rows) == 8
+    written = []
+
+    def die_in_the_third(n):
+        written.append(n)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        push(workspace, releases, on_rows=die_in_the_third)
+    assert (written, releases.current(), prune_redis(releases)) == (rows[:3], None, [])  # its lease is young
+    written.clear()
+    push(workspace, releases, on_rows=written.append)
+    assert written == rows[2:]
+    with releases.open(name) as release:
+        assert [k.text for k in release.store.get("user", range(30))] == [str(i) for i in range(30)]
+        assert release.store.ids("user").tolist() == list(range(30))
+        assert release.store.ids("user", 5).tolist() == list(range(5))
+
+
+def test_a_push_beside_another_loses_no_row(workspace, releases):
+    slow = publish_rows(workspace, "slow", texts({("user", 1): "slow"})).name
+    fast = publish_rows(workspace, "fast", texts({("user", 1): "fast"})).name
+
+    def other_push(_):
+        assert push(workspace, releases, fast, keep=1) == fast
+
+    push(workspace, releases, slow, on_rows=other_push)
+    with releases.open(slow) as release:
+        assert release.store.get("user", [1])[0].text == "slow"
+
+
+def test_parts_that_vanish_while_they_are_pushed_are_noticed(workspace, releases, monkeypatch):
+    monkeypatch.setattr(build, "PART_IDS", 4)
+    publish_rows(workspace, "a", texts({("user", i): str(i) for i in range(30)}))
+    seen = []
+
+    def lose_all(n):
+        seen.append(n)
+        if len(seen) == 5:
+            releases.client.flushall()
+
+    with pytest.raises(ReleaseError, match=r"Redis lost \d of its 8 parts"):
+        push(workspace, releases, on_rows=lose_all)
+    assert releases.current() is None
+
+
 def test_rows_of_a_dead_push_are_swept(workspace, releases):
     push(workspace, releases, publish_rows(workspace, "a", texts({("user", 1): "a"})).name)
     releases.client.set("owlrec:r:20200101T000000Z-deadbeef:knowledge:x", b"left")
@@ -205,14 +256,15 @@ def test_damage_is_an_error_that_names_it(workspace, releases):
         push(Workspace(workspace.path("elsewhere")), releases)
     assert releases.current() is None
     push(workspace, releases)
-    releases.client.set(b"owlrec:r:%b:knowledge:" % name.encode() + redis_store.encode_key("user", 1), b"{")
+    key = b"owlrec:r:%b:knowledge:" % name.encode() + encode_key("user", 1)
+    releases.client.set(key, b"{")
     with releases.open(name) as release, pytest.raises(ReleaseError, match="row of user 1 is unreadable"):
         release.store.get("user", [1])
     assert push(workspace, releases, replace=True) == name
     with releases.open(name) as release:
         assert release.store.get("user", [1])[0].text == "a"
     releases.client.set("owlrec:current", json.dumps({"release": "x", "history": []}))
-    with pytest.raises(ReleaseError, match="no pointer"):
+    with pytest.raises(ReleaseError, match="not a pointer"):
         releases.current()
     releases.client.set(f"owlrec:r:{name}:manifest", "{}")
     with pytest.raises(ReleaseError, match="manifest is unreadable"):
@@ -231,12 +283,13 @@ def test_a_server_that_stops_is_found_out_at_once_and_found_again(workspace, tmp
     with pytest.raises(StoreUnavailableError):
         releases.current()
     with redis_server(tmp_path, port):
-        assert release.store.get("user", [1]) == [None]  # it kept nothing on disk
+        with pytest.raises(StoreUnavailableError, match="gone from Redis"):  # it kept nothing on disk
+            release.store.get("user", [1])
         push(workspace, releases)
         assert release.store.get("user", [1])[0].text == "a"
 
 
 def test_a_url_that_is_none_is_refused():
-    with pytest.raises(ReleaseError, match="is no Redis URL") as error:
+    with pytest.raises(ReleaseError, match="is not a Redis URL") as error:
         RedisReleases("http://user:secret@host")
     assert "secret" not in str(error.value)

@@ -3,9 +3,9 @@
 import pytest
 from release_rows import FULL, Rows, answers, check, publish_chain, publish_rows
 
+from owlrec.releases import compact, current_release, open_release
+from owlrec.releases.manifest import read_manifest
 from owlrec.storage import fingerprint
-from owlrec.store import compact, current_release, open_release
-from owlrec.store.manifest import read_manifest
 from owlrec.workspace import Workspace
 
 
@@ -19,24 +19,21 @@ def killed(*args, **kwargs):
 
 
 PUBLISH_STEPS = [
-    "owlrec.store.publishing.remove_leftovers",
-    "owlrec.store.publishing._building_folder",
-    "owlrec.store.lmdb_writer.LmdbWriter.add_knowledge",
-    "owlrec.store.lmdb_writer.LmdbWriter.add_vectors",
-    "owlrec.store.lmdb_writer.LmdbWriter.add_memberships",
-    "owlrec.store.lmdb_writer.LmdbWriter.add_rows",
-    "owlrec.store.lmdb_writer.LmdbWriter.check_partitions",
-    "owlrec.store.lmdb_writer.LmdbWriter.close",
-    "owlrec.store.publishing._free_name",
-    "owlrec.store.publishing.open_parts",
-    "owlrec.store.publishing.count_new_ids",
-    "owlrec.store.publishing.file_digest",
-    "owlrec.store.publishing.open_store",
-    "owlrec.store.publishing.check_files",
-    "owlrec.store.publishing.place",
-    "owlrec.store.placing._sync",
-    "owlrec.store.publishing.make_current",
-    "owlrec.store.release._write_pointer",
+    "owlrec.releases.build.whole_release",
+    "owlrec.releases.build.TableRows.of",
+    "owlrec.releases.build._begin",
+    "owlrec.releases.build.PartStage.run",
+    "owlrec.releases.lmdb.PartWriter.add_knowledge",
+    "owlrec.releases.lmdb.PartWriter.add_vectors",
+    "owlrec.releases.lmdb.PartWriter.add_memberships",
+    "owlrec.releases.lmdb.PartWriter.add_rows",
+    "owlrec.releases.lmdb.PartWriter.close",
+    "owlrec.storage.Storage.upload",
+    "owlrec.releases.build.read_part_ids",
+    "owlrec.shards.Artifact.finish",
+    "owlrec.releases.build._manifest",
+    "owlrec.releases.build.make_current",
+    "owlrec.pointer.Pointer._swap",
 ]
 
 
@@ -59,19 +56,17 @@ def test_a_delta_publish_killed_at_any_step_changes_nothing_and_runs_again(works
 
 
 COMPACT_STEPS = [
-    "owlrec.store.compaction.open_release",
-    "owlrec.store.compaction.merged_rows",
-    "owlrec.store.lmdb_store.LmdbStore.items",
-    "owlrec.store.lmdb_writer.LmdbWriter.add_rows",
-    "owlrec.store.lmdb_writer.LmdbWriter.close",
-    "owlrec.store.publishing._building_folder",
-    "owlrec.store.publishing.file_digest",
-    "owlrec.store.publishing.open_store",
-    "owlrec.store.publishing.place",
-    "owlrec.store.placing._sync",
-    "owlrec.store.compaction.current_release",
-    "owlrec.store.compaction.make_current",
-    "owlrec.store.release._write_pointer",
+    "owlrec.releases.retention.check_files",
+    "owlrec.releases.retention.open_part",
+    "owlrec.releases.retention.merged_rows",
+    "owlrec.releases.lmdb.LmdbFile.items",
+    "owlrec.releases.lmdb.PartWriter.add_rows",
+    "owlrec.releases.lmdb.PartWriter.close",
+    "owlrec.releases.build._write_quantisers",
+    "owlrec.storage.Storage.upload",
+    "owlrec.releases.build._manifest",
+    "owlrec.releases.retention.make_current",
+    "owlrec.pointer.Pointer._swap",
 ]
 
 

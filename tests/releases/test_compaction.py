@@ -9,9 +9,9 @@ from release_rows import FULL, Rows, answers, check, publish_chain, publish_rows
 from typer.testing import CliRunner
 
 from owlrec.errors import ReleaseError
-from owlrec.store import compact, compaction, current_release, list_releases, open_release, prune
-from owlrec.store.lmdb_writer import LmdbWriter
-from owlrec.store.manifest import read_manifest
+from owlrec.releases import compact, current_release, list_releases, open_release, prune, retention
+from owlrec.releases.lmdb import PartWriter
+from owlrec.releases.manifest import read_manifest
 from owlrec.workspace import Workspace
 from pipelines.cli import app
 
@@ -24,7 +24,7 @@ def workspace(tmp_path):
 def test_compaction_gives_one_full_release_with_the_same_answers(workspace):
     names = publish_chain(workspace)
     written = []
-    manifest = compact(workspace, written.append)
+    manifest = compact(workspace, on_card=lambda card: written.append(card.rows_out))
     assert (manifest.delta, manifest.parent, manifest.dim) == (False, names[-1], 2)
     assert manifest.knowledge == manifest.totals == read_manifest(workspace, names[-1]).totals
     assert manifest.knowledge == {"user": 2, "item": 1, "cohort": 1}
@@ -33,7 +33,7 @@ def test_compaction_gives_one_full_release_with_the_same_answers(workspace):
     assert manifest.codes == {"user": 1, "item": 1}
     assert manifest.memberships == {"user": 2}
     assert (manifest.as_of_min, manifest.as_of_max) == (0, 4000)
-    assert sum(written) == 4 + 3 + 2 + 2
+    assert written == [4 + 3 + 2 + 2]
     assert current_release(workspace) == manifest.name
     with open_release(workspace) as opened:
         check(opened.store, answers(), range(10))
@@ -51,15 +51,15 @@ def test_compacting_a_full_release_does_nothing(workspace):
 
 def test_rows_are_copied_in_bounded_batches(workspace, monkeypatch):
     publish_chain(workspace)
-    sizes, real = [], LmdbWriter.add_rows
+    sizes, real = [], PartWriter.add_rows
 
-    def counted(self, database, pairs, *, name):
-        sizes.append(len(pairs))
-        real(self, database, pairs, name=name)
+    def counted(self, database, keys, values):
+        sizes.append(len(keys))
+        real(self, database, keys, values)
 
-    monkeypatch.setattr(LmdbWriter, "add_rows", counted)
-    monkeypatch.setattr(compaction, "_ROWS_AT_ONCE", 3)
-    monkeypatch.setattr("owlrec.store.lmdb_store._ROWS_A_READ", 1)
+    monkeypatch.setattr(PartWriter, "add_rows", counted)
+    monkeypatch.setattr(retention, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("owlrec.releases.lmdb._READ_ROWS", 1)
     compact(workspace)
     assert sizes == [3, 1, 3, 2, 2]
     with open_release(workspace) as opened:
@@ -69,12 +69,12 @@ def test_rows_are_copied_in_bounded_batches(workspace, monkeypatch):
 def test_a_pointer_that_moves_meanwhile_is_left_alone(workspace):
     names = publish_chain(workspace)
 
-    def refreshed(n):
+    def refreshed(card):
         if len(names) == 3:
             names.append(publish_rows(workspace, "newer", texts({("user", 1): "newest"}), delta_of=names[-1]).name)
 
-    with pytest.raises(ReleaseError, match=r"became current while .*Run `owlrec compact` again"):
-        compact(workspace, refreshed)
+    with pytest.raises(ReleaseError, match=r"was built while .* was current, but now"):
+        compact(workspace, on_card=refreshed)
     assert current_release(workspace) == names[-1]
     assert len([m for m in list_releases(workspace) if not m.delta]) == 2
     compact(workspace)
@@ -85,7 +85,7 @@ def test_a_pointer_that_moves_meanwhile_is_left_alone(workspace):
 
 def test_damage_is_not_copied(workspace):
     names = publish_chain(workspace)
-    file = workspace.local_path("releases", names[0], "store.lmdb")
+    file = workspace.local_path("releases", names[0], "parts", "00000.lmdb")
     data = file.read_bytes()
     file.write_bytes(data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
     with pytest.raises(ReleaseError, match="SHA-256"):
@@ -107,9 +107,9 @@ def test_a_reader_goes_on_reading_what_was_pruned(workspace):
 def test_a_remote_workspace_is_compacted_and_pruned(tmp_path):
     remote = Workspace(f"memory://bucket-{uuid.uuid4().hex}/ws")
     name = publish_rows(remote, "full", FULL).name
-    compacted = compact(remote, cache=tmp_path)
+    compacted = compact(remote)
     assert compacted.name == name
-    with open_release(remote, cache=tmp_path) as opened:
+    with open_release(remote) as opened:
         assert opened.quantisers().keys() == {"user", "item"}
         assert opened.store.own_codes("user", [1]) == [(3, 299, 0)]
     other = publish_rows(remote, "other", FULL).name
@@ -184,6 +184,10 @@ def test_the_commands_say_what_they_did(workspace):
     assert "peace" in run(app, ["lookup", "cohort", "8", *root]).output
     assert "semantic id 1-256, duplicate digit 300" in run(app, ["lookup", "item", "5", *root]).output
     assert "semantic id" not in run(app, ["lookup", "user", "1", *root]).output  # a new vector without codes
+    assert "stays current" in run(app, ["hold", "--reason", "odd texts", *root]).output
+    refused = run(app, ["compact", *root])
+    assert (refused.exit_code, "odd texts" in refused.output) == (1, True)
+    assert "no hold" in run(app, ["unhold", *root]).output
     compacted = run(app, ["compact", *root])
     assert f"release {current_release(workspace)} is current, in place of {names[-1]}" in compacted.output
     assert "full already" in run(app, ["compact", *root]).output

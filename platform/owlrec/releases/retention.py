@@ -1,0 +1,214 @@
+"""Keeps chains short and disks free: `compact` merges the current chain into a full release, `prune` removes old ones.
+
+Merging copies rows as they stand in the files, part by part and in key order, so that neither the length of the chain
+nor the number of texts shows in memory, and the new files' pages are full. Prune never writes the pointer: it could
+undo a swap that happens meanwhile. The names of what it removed stay in the pointer's history, where a roll-back passes
+over them.
+"""
+
+import heapq
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby, islice
+from operator import itemgetter
+
+from owlrec.decoding.release_pools import FOLDER as POOLS
+from owlrec.errors import ReleaseError
+from owlrec.releases.build import BUILDS, PART_IDS, ReleaseInfo, build_release, whole_release
+from owlrec.releases.lmdb import LmdbFile, PartWriter
+from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain, list_releases
+from owlrec.releases.release import (
+    check_files,
+    current_release,
+    make_current,
+    open_part,
+    pointer,
+    pointer_history,
+    read_codebooks,
+)
+from owlrec.releases.rows import DATABASES, KEY_BYTES, decode_keys
+from owlrec.runner import Pool
+from owlrec.schema import shard_of
+from owlrec.shards import Artifact, Card
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, shards_for
+
+_ROWS_AT_ONCE = 20_000  # about 20 MB of texts
+_ABANDONED_AFTER_S = 24 * 3600.0  # a build finishes a part every few minutes
+
+
+@dataclass(frozen=True)
+class ChainRows:
+    """The rows that a chain answers with."""
+
+    chain: Sequence[ReleaseManifest]  # newest first
+
+    def write(self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int) -> None:
+        """See ReleaseRows.write."""
+        with ExitStack() as opened:
+            layers = []
+            for manifest in self.chain:
+                files = [
+                    opened.enter_context(open_part(workspace, manifest, number))
+                    for number in _related(part, n_parts, len(manifest.parts))
+                ]
+                layers.append((files, len(manifest.parts) < n_parts))
+            for database in DATABASES:
+                streams = [_layer(files, database, (part, n_parts) if wider else None) for files, wider in layers]
+                rows = merged_rows(streams)
+                while batch := list(islice(rows, _ROWS_AT_ONCE)):
+                    writer.add_rows(database, [key for key, _ in batch], [value for _, value in batch])
+
+
+def compact(
+    workspace: Workspace, *, pool: Pool | None = None, on_card: Callable[[Card], None] | None = None
+) -> ReleaseManifest:
+    """Merges the current release and all that it is read on top of into one full release, and makes that current.
+
+    Lookups answer the same before and after. Does nothing where the current release is full already; a second call
+    after a kill goes on from the parts that the first one finished.
+    pool, on_card: see publish_rows.
+    Returns the manifest of the release that is current then. Raises ReleaseError where nothing was published, a file is
+    damaged, or another release became current meanwhile: that one stays current; PointerHeld on a HOLD.
+    """
+    current = current_release(workspace)
+    if current is None:
+        raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
+    manifests = chain(workspace, current)
+    newest = manifests[0]
+    if not newest.delta:
+        return newest
+    pointer(workspace).refuse_hold()
+    if workspace.local:
+        for manifest in manifests:
+            check_files(workspace, manifest, hashed=True)
+    info = ReleaseInfo(
+        fingerprint=fingerprint("compaction", [m.fingerprint for m in manifests]),
+        model=newest.model,
+        encoder=newest.encoder,
+        parent=newest.name,
+    )
+    compacted = whole_release(workspace, info) or build_release(
+        workspace,
+        info,
+        ChainRows(manifests),
+        shards_for(max(newest.totals.values(), default=0), PART_IDS),
+        base=manifests,
+        quantisers=read_codebooks(workspace, manifests[-1]),
+        pool=pool,
+        on_card=on_card,
+    )
+    make_current(workspace, compacted.name, expected=newest.name)
+    return compacted
+
+
+def merged_rows(layers: Iterable[Iterator[tuple[bytes, bytes]]]) -> Iterator[tuple[bytes, bytes]]:
+    """The rows that layers of rows, newest first and each ascending by key, answer with together, ascending.
+
+    All partitions of an id come from the newest layer that has the id.
+    """
+    aged = [_aged(rows, age) for age, rows in enumerate(layers)]
+    merged = heapq.merge(*aged, key=itemgetter(0, 1))
+    for _, same_id in groupby(merged, key=lambda row: row[0][:KEY_BYTES]):
+        rows = list(same_id)
+        newest = min(age for _, age, _ in rows)
+        yield from ((key, value) for key, age, value in rows if age == newest)
+
+
+def _aged(rows: Iterator[tuple[bytes, bytes]], age: int) -> Iterator[tuple[bytes, int, bytes]]:
+    return ((key, age, value) for key, value in rows)
+
+
+def _related(part: int, n_parts: int, n_others: int) -> Iterable[int]:
+    """The parts of a release of `n_others` that share ids with one of `n_parts`."""
+    return range(part, n_others, n_parts) if n_others > n_parts else (part & (n_others - 1),)
+
+
+def _layer(files: Sequence[LmdbFile], database: str, of_part: tuple[int, int] | None) -> Iterator[tuple[bytes, bytes]]:
+    """The rows of one release's files, ascending; of_part: a part and the number of parts, to leave other ids out."""
+    rows = heapq.merge(*(file.items(database) for file in files), key=itemgetter(0))
+    if of_part is None:
+        yield from rows
+        return
+    part, n_parts = of_part
+    while batch := list(islice(rows, _ROWS_AT_ONCE)):
+        mine = shard_of(decode_keys([key for key, _ in batch])[1], n_parts) == part
+        yield from (row for row, keep in zip(batch, mine.tolist(), strict=True) if keep)
+
+
+def prune(workspace: Workspace, keep: int = 3, min_age_s: float = 3600.0) -> list[str]:
+    """Removes releases that nobody needs any more, their retrieval pools, and builds that were given up a day ago;
+    gives their names, sorted.
+
+    What stays: the current release, the newest `keep` of the pointer's history that still exist (the current one is the
+    first of them), releases younger than `min_age_s`, and whatever one of these is read on top of. A reader that has a
+    removed release open goes on reading it, on a local disk: the files go when it closes them. Copies in nodes' caches
+    go when their room is needed.
+    Raises ReleaseError where a manifest cannot be read or none is current: what is needed is unknown then.
+    """
+    removed = _remove_abandoned(workspace)
+    releases = {m.name: m for m in list_releases(workspace)}
+    if not releases:
+        return removed
+    swaps = dict.fromkeys(name for name in reversed(pointer_history(workspace)) if name in releases)
+    now = datetime.now(UTC)
+    young = [n for n, m in releases.items() if (now - datetime.fromisoformat(m.created)).total_seconds() < min_age_s]
+    stay = _needed_now(workspace) | _with_parents(releases, [*islice(swaps, keep), *young])
+    for name in sorted(releases.keys() - stay):
+        if name in _needed_now(workspace):  # since a roll-back or a delta that came meanwhile
+            continue
+        workspace.delete_dir(POOLS, name)
+        # First the manifest, so that a half-removed folder passes for no release.
+        workspace.delete_file(f"releases/{name}/{MANIFEST}")
+        workspace.delete_dir("releases", name)
+        removed.append(name)
+    removed.sort()
+    return removed
+
+
+def _remove_abandoned(workspace: Workspace) -> list[str]:
+    """Removes folders without a manifest that nobody has built on for a day, and half-removed ones."""
+    folders = workspace.names("releases")  # first, since a build's file comes before its folder
+    builds = {str(workspace.read_json(f"{BUILDS}/{f}")["name"]): f"{BUILDS}/{f}" for f in workspace.names(BUILDS)}
+    removed = []
+    for name in folders:
+        folder = f"releases/{name}"
+        if not workspace.names(folder):  # a file
+            continue
+        if workspace.exists(folder, MANIFEST):
+            if name in builds:  # killed between its last two steps
+                workspace.delete_file(builds[name])
+            continue
+        if name in builds:
+            begun = workspace.entry(builds[name])
+            cards = Artifact(workspace, folder).cards()
+            moments = [begun.modified if begun else 0.0, *(card.finished for card in cards.values())]
+            if time.time() - max(moments) < _ABANDONED_AFTER_S:
+                continue
+            workspace.delete_file(builds[name])
+        workspace.delete_dir(folder)
+        removed.append(name)
+    return removed
+
+
+def _needed_now(workspace: Workspace) -> set[str]:
+    current = current_release(workspace)
+    if current is None:
+        raise ReleaseError(
+            f"{workspace.path('releases')}: no release is current, so nobody knows which ones are needed. "
+            f"Make one current first: `owlrec rollback --to`."
+        )
+    return {m.name for m in chain(workspace, current)}
+
+
+def _with_parents(releases: dict[str, ReleaseManifest], names: Iterable[str]) -> set[str]:
+    needed: set[str] = set()
+    for name in names:
+        step: str | None = name
+        while step in releases and step not in needed:
+            needed.add(step)
+            step = releases[step].parent if releases[step].delta else None
+    return needed
