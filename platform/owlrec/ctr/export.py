@@ -1,7 +1,7 @@
 """A trained trial on disk: model.safetensors, spec.json, test_scores.parquet and, last, result.json.
 
-Vocabularies and items, which encode the input, are files of a folder that all trials of a grid share; an artifact has its
-own. No pickle: weights that came from elsewhere must not be able to run code.
+Vocabularies and items, which encode the input, are files in the grid's folder; an artifact has its own. No pickle:
+weights that came from elsewhere must not be able to run code.
 """
 
 import numpy as np
@@ -81,8 +81,9 @@ def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
     return Vocabularies(items=fields["item"].cast(pa.int64()), attributes=of("attribute"), profile=of("profile"))
 
 
-def write_items(workspace: Workspace, folder: str, items: ItemFeatures, counts: np.ndarray) -> None:
-    """Writes items.safetensors. counts: as in features.Features.item_counts, which training alone reads."""
+def write_items(workspace: Workspace, folder: str, items: ItemFeatures, counts: np.ndarray | None = None) -> None:
+    """Writes items.safetensors. counts: features.Features.item_counts, for training alone."""
+    counts = np.zeros(len(items.codes), np.int64) if counts is None else counts
     arrays = {"ids": items.ids, "codes": items.codes, "attributes": items.attributes, "counts": counts}
     workspace.write_bytes(f"{folder}/{ITEMS}", safetensors.numpy.save(arrays))
 

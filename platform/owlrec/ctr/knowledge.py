@@ -14,7 +14,7 @@ import numpy as np
 
 from owlrec.encoding.vector_shards import VectorShard, VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.ordered import rows_of
+from owlrec.ordered import by_shard, rows_of
 from owlrec.schema import shard_of
 
 # Up to so many bytes a worker holds a table itself. Users' vectors are read from the few shards that a window of
@@ -181,15 +181,6 @@ def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held
         )
     codes = np.concatenate([shard.codes[:, : len(code_sizes)] for shard in read if len(shard.ids)])[order]
     return KnowledgeTable(ids[order], vectors, codes=codes, code_sizes=code_sizes)
-
-
-def by_shard(ids: np.ndarray, n_shards: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Each shard that some of `ids` (int64 [n]) belong to, and the positions of those."""
-    numbers = shard_of(ids, n_shards)
-    order = np.argsort(numbers, kind="stable")
-    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
-    for at in np.split(order, starts[1:]) if len(ids) else ():
-        yield int(numbers[at[0]]), at
 
 
 def refuse_two_sizes(tables: Mapping[str, VectorTable]) -> None:

@@ -196,11 +196,16 @@ def load_data(workspace: Workspace, job: GridJob) -> Any:
     return TrainingData(features, open_tables(workspace, job.knowledge))
 
 
+def needs_ray(rows: int) -> bool:
+    """Whether a stage over so many rows takes more than the seconds that a start of Ray takes."""
+    return rows > _ROWS_HERE
+
+
 def stage_pool(workspace: Workspace, rows: int) -> Pool:
     """Where shards of `rows` rows in all are made: here where that takes seconds, else on Ray, which must be
     initialised.
     """
-    if rows <= _ROWS_HERE:
+    if not needs_ray(rows):
         return Pool()
     import ray
 
