@@ -85,6 +85,8 @@ class SplitBatches:
         pinned = torch.device(self.device).type == "cuda"
 
         def assembled() -> Iterator[tuple[Batch, Tensor]]:
+            if pinned:
+                torch.cuda.set_device(self.device)  # of this thread: pinning on another would start up a second GPU
             for step in steps:
                 samples = self._window(step.window)
                 made = samples.assembled(step.rows), torch.from_numpy(samples.samples.labels[step.rows.numpy()])
