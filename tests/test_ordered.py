@@ -2,8 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.ordered import by_shard, rows_of, run_starts
-from owlrec.schema import shard_of
+from owlrec.ordered import rows_of, run_starts
 
 SMALL = st.lists(st.integers(-3, 3), max_size=12)
 
@@ -20,13 +19,3 @@ def test_a_run_starts_at_the_first_row_with_its_keys(pairs: list[tuple[int, int]
     ordered = sorted(pairs)
     one, other = np.array(ordered, np.int64).reshape(-1, 2).T
     assert run_starts(one, other).tolist() == [ordered.index(pair) for pair in ordered]
-
-
-@given(st.lists(st.integers(-(2**62), 2**62), max_size=60), st.sampled_from([1, 2, 16]))
-def test_every_position_belongs_to_its_shard(ids: list[int], n_shards: int) -> None:
-    array = np.array(ids, dtype=np.int64)
-    groups = list(by_shard(array, n_shards))
-    assert sorted(np.concatenate([np.zeros(0, int), *(at for _, at in groups)]).tolist()) == list(range(len(ids)))
-    assert len({number for number, _ in groups}) == len(groups)
-    for number, at in groups:
-        assert (shard_of(array[at], n_shards) == number).all()

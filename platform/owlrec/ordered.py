@@ -1,10 +1,6 @@
-"""Where an id stands in a column in ascending order, where a run of equal keys begins, and which ids share a shard."""
-
-from collections.abc import Iterator
+"""Columns in ascending order: where an id stands in one, and where a run of equal keys begins."""
 
 import numpy as np
-
-from owlrec.schema import shard_of
 
 
 def rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -22,12 +18,3 @@ def run_starts(*columns: np.ndarray) -> np.ndarray:
     for column in columns:
         new[1:] |= column[1:] != column[:-1]
     return np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))
-
-
-def by_shard(ids: np.ndarray, n_shards: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Each shard that some of `ids` (int64 [n]) belong to, and the positions of those."""
-    numbers = shard_of(ids, n_shards)
-    order = np.argsort(numbers, kind="stable")
-    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
-    for at in np.split(order, starts[1:]) if len(ids) else ():
-        yield int(numbers[at[0]]), at

@@ -32,8 +32,9 @@ from owlrec.ctr.model import CTRModel
 from owlrec.ctr.model_card import AGAIN, Precision
 from owlrec.ctr.user_states import UserStates
 from owlrec.errors import WorkspaceError
-from owlrec.ordered import by_shard, rows_of
+from owlrec.ordered import rows_of
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
+from owlrec.schema import by_shard
 from owlrec.shards import Shard
 from owlrec.workspace import Workspace, fingerprint, shard_file
 

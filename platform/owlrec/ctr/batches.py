@@ -7,7 +7,7 @@ in their order and draws nothing at random, so it changes no result.
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -63,9 +63,9 @@ class SplitTensors:
         """The batch in this process's memory, in the narrow types that it is kept and sent in."""
         at, samples = rows.numpy(), self.samples
         history, ratings = samples.histories.matrices(at)
-        distinct = DistinctItems.of(samples.items[at], history)
-        plain = (samples.items[at], history, ratings, samples.profile[at])
-        batch = Batch(*(torch.from_numpy(array) for array in plain), distinct=distinct)
+        items, profile = samples.items[at], samples.profile[at]
+        tensors = [torch.from_numpy(array) for array in (items, history, ratings, profile)]
+        batch = Batch(tensors[0], tensors[1], tensors[2], tensors[3], distinct=DistinctItems.of(items, history))
         if self.tables is None:
             return batch
         user, user_codes = _known(self.tables.users, samples.user_ids[at], self.tables.form)
@@ -80,7 +80,7 @@ class SplitBatches:
         self.split, self.tables, self.device = split, tables, device
         self._held: tuple[tuple[Segment, ...], SplitTensors] | None = None
 
-    def batches(self, steps: Iterable[Step]) -> Iterator[tuple[Batch, Tensor]]:
+    def batches(self, steps: Iterable[Step]) -> Generator[tuple[Batch, Tensor], None, None]:
         """Batch and labels (float32 [b]) of each step, on the device. Close it where it is not read to its end."""
         pinned = torch.device(self.device).type == "cuda"
 
@@ -103,7 +103,7 @@ class SplitBatches:
         return self._held[1]
 
 
-def ahead(source: Iterator[T], n: int) -> Iterator[T]:
+def ahead(source: Iterator[T], n: int) -> Generator[T, None, None]:
     """The elements of `source`, which a thread reads up to `n` elements ahead; what it raises is raised here.
 
     Closing it ends the thread.

@@ -211,11 +211,9 @@ class _EncodedShards:
     def _open(self, number: int) -> SampleFeatures:
         samples, behaviors = (_map(self.workspace, self.folder, name, number) for name in ("samples", "behaviors"))
         profile = [value_codes(samples[name], values) for name, values in self.vocabularies.profile.items()]
-        histories = Histories(
-            *(samples[name].to_numpy() for name in ("start", "length")),
-            *(behaviors[name].to_numpy() for name in ("item", "rating")),
-            width=self.done.history_length,
-        )
+        starts, lengths = (samples[name].to_numpy() for name in ("start", "length"))
+        of_history, ratings = (behaviors[name].to_numpy() for name in ("item", "rating"))
+        histories = Histories(starts, lengths, of_history, ratings, self.done.history_length)
         user_ids, item_ids, items, labels = (samples[n].to_numpy() for n in ("user_id", "item_id", "item", "label"))
         none = np.zeros((len(samples), 0), dtype=np.int32)
         return SampleFeatures(

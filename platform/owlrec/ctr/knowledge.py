@@ -14,8 +14,8 @@ import numpy as np
 
 from owlrec.encoding.vector_shards import VectorShard, VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.ordered import by_shard, rows_of
-from owlrec.schema import shard_of
+from owlrec.ordered import rows_of
+from owlrec.schema import by_shard, shard_of
 
 # Up to so many bytes a worker holds a table itself. Users' vectors are read from the few shards that a window of
 # samples is of, those of items from all shards in each batch.

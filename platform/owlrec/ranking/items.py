@@ -48,7 +48,8 @@ class ItemVectors:
         digests = texts.digests(workspace)
         folder = _of_encode(workspace, encoder) or f"ranking/items-{fingerprint(encoder.identity)[:16]}"
         if folder.startswith("ranking/"):
-            stage = EncodeStage(folder, Resources(workspace, encoder), {_NAME: texts})
+            resources = Resources(workspace, encoder)  # type: ignore[arg-type] # either loads and is named alike
+            stage = EncodeStage(folder, resources, {_NAME: texts})
             run_stage(workspace, stage, {Shard(_NAME, number): digest for number, digest in digests.items()}, pool)
         shards = VectorShards(workspace, folder, _NAME)
         fitted_for = fingerprint(encoder.identity, projection, digests)

@@ -34,7 +34,7 @@ def write_questions(
         "valid": (judging.valid_samples, judging.seed, valid_ways),
         "test": (judging.test_samples, judging.seed, judging.shown),
     }
-    counts = {}
+    counts: dict[str, int] = {}
     for split, (limit, seed, ways) in draws.items():
         samples = draw_samples(workspace, split, limit, seed, exactly=split == "train")
         items = np.concatenate([samples["item_id"].to_numpy(), pc.list_flatten(samples["history"]).to_numpy()])

@@ -19,11 +19,10 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import RecipeError, SchemaError
-from owlrec.ordered import by_shard
 from owlrec.prompting.rella import NO, YES, RankPromptConfig, is_quotable, rank_prompt
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.scenario import Scenario
-from owlrec.schema import SAMPLES, conform, shard_of
+from owlrec.schema import SAMPLES, by_shard, conform, shard_of
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace
