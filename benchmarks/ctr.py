@@ -23,14 +23,16 @@ import torch
 import pipelines
 from benchmarks.arms import arm_figure
 from benchmarks.planted import PlantedWorld, plant, sentence_vectors, trait_vectors
+from benchmarks.samples import all_samples
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.arms import Arm
 from owlrec.ctr.artifact import Adapted
 from owlrec.ctr.backbones import BACKBONES
+from owlrec.ctr.batches import SplitTensors
 from owlrec.ctr.comparison import Evidence, GridScores, weigh
 from owlrec.ctr.experiment import CTRConfig, Trial, finished_trials, summarise, trials
 from owlrec.ctr.features import build_features
-from owlrec.ctr.fitting import SplitTensors, TrainingData, train_one
+from owlrec.ctr.fitting import TrainingData, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.metrics import auc, gauc
 from owlrec.ctr.model import CTRModel, ModelSpec
@@ -38,12 +40,12 @@ from owlrec.ctr.program import export_program, load_program
 from owlrec.ctr.scores import read_grid_scores
 from owlrec.ctr.scoring import Scorer, User
 from owlrec.ctr.slices import COLD_ITEM_BELOW, slices_of
-from owlrec.ctr.user_states import UserStates
+from owlrec.ctr.user_states import UserShards, UserStates
 from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.shards import finished_stage
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, shard_file
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k.yaml"
 ARMS: tuple[Arm, ...] = ("none", "knowledge", "shuffled", "metadata")
@@ -148,7 +150,8 @@ def _export(options: argparse.Namespace) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         recipe, workspace = load_recipe(RECIPE, workspace=folder), Workspace(folder)
         prepare(recipe, workspace)
-        users, items, samples = (workspace.read_table(name) for name in ("users", "items", "samples"))
+        users, items = (workspace.read_table(name) for name in ("users", "items"))
+        samples = all_samples(workspace)
         attributes = [f for f in recipe.domain.text_fields if f in items.column_names]
         features = build_features(users, items, samples, attributes=attributes, profile=[], min_item_count=2)
         rng = np.random.default_rng(0)
@@ -160,27 +163,31 @@ def _export(options: argparse.Namespace) -> Iterator[Figure]:
         tables = data.tables(Trial(backbone="din", arm="knowledge", seed=0))
         assert tables is not None
         length = features.spec.history_length
-        states = UserStates.build(workspace, features.items, features.vocabularies, length)
+        for number in workspace.table_shards("users"):
+            made = UserStates.of_shard(workspace, number, features.items, features.vocabularies, length).table([])
+            workspace.write_arrow(f"states/{shard_file(number, '.arrow')}", made, made.schema)
+        states = UserShards(workspace, "states", length)
         for backbone in options.backbones:
             torch.manual_seed(0)
             model = CTRModel(ModelSpec.of(features.spec, backbone, 384, recipe.ctr), features.items).eval()
             adapted = {side: Adapted.of(model, tables, side, "float32") for side in ("user", "item")}
             scorer = Scorer(model, features.items, features.vocabularies, states, adapted)
-            example = scorer.batch(int(states.ids[0]), features.items.ids[:3])
+            example = scorer.batch(int(users["user_id"][0].as_py()), features.items.ids[:3])
             program = load_program(export_program(model, example))
             by_program = Scorer(model, features.items, features.vocabularies, states, adapted, program)
-            trainer = SplitTensors(features.splits["test"], tables, "cpu")
+            trainer = SplitTensors(features.splits["test"].whole(), tables, "cpu")
             for method, path in (("model", scorer), ("program", by_program)):
                 off = _off_the_trainer(path, model, trainer, samples)
                 for threads in (1, 2):
                     torch.set_num_threads(threads)
-                    yield _latency(path, f"{backbone}, {method}", threads, off, 50 if options.quick else REQUESTS)
+                    requests = 50 if options.quick else REQUESTS
+                    yield _latency(path, users["user_id"].to_numpy(), f"{backbone}, {method}", threads, off, requests)
 
 
-def _latency(scorer: Scorer, method: str, threads: int, off: float, requests: int) -> Figure:
+def _latency(scorer: Scorer, users: np.ndarray, method: str, threads: int, off: float, requests: int) -> Figure:
     rng, took = np.random.default_rng(1), []
     for number in range(requests + 20):
-        user, candidates = int(rng.choice(scorer.users.ids)), rng.choice(scorer.items.ids, CANDIDATES)
+        user, candidates = int(rng.choice(users)), rng.choice(scorer.items.ids, CANDIDATES)
         start = time.perf_counter()
         scorer.score(user, candidates)
         if number >= 20:  # the first ones warm caches
@@ -250,11 +257,12 @@ def _cold_items(
     recipe: Recipe, workspace: Workspace, scores: GridScores, options: argparse.Namespace
 ) -> Iterator[Figure]:
     """Knowledge against shuffled knowledge where ids tell least."""
-    users, items, samples = (workspace.read_table(name) for name in ("users", "items", "samples"))
+    users, items = (workspace.read_table(name) for name in ("users", "items"))
     features = build_features(
-        users, items, samples, attributes=[], profile=[], min_item_count=recipe.ctr.min_item_count
+        users, items, all_samples(workspace), attributes=[], profile=[], min_item_count=recipe.ctr.min_item_count
     )
-    cold = slices_of(features.splits["test"], features.splits["train"]).get("cold items")
+    test = features.splits["test"].whole()
+    cold = slices_of(test.items, test.history_lengths, features.item_counts).get("cold items")
     if cold is None:
         note(f"no test row is of an item with fewer than {COLD_ITEM_BELOW} training interactions")
         return

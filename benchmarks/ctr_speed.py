@@ -143,7 +143,7 @@ def _prepare(folder: Path) -> None:
     import pandas as pd
 
     features = _movielens()
-    train, items = features.splits["train"], features.items
+    train, items = features.splits["train"].whole(), features.items
     pd.DataFrame(
         {
             "item_index": np.arange(len(items.codes)),
@@ -173,20 +173,20 @@ def _repeated(n_train: int, rows: int) -> np.ndarray:
 
 
 def _ours(task: dict[str, Any]) -> float:
-    from dataclasses import fields, replace
+    from dataclasses import replace
 
     from owlrec.ctr.experiment import CTRConfig, Trial
+    from owlrec.ctr.features import Split
     from owlrec.ctr.fitting import TrainingData, train_one
     from owlrec.ctr.knowledge import KnowledgeTable
     from owlrec.ctr.reduction import reduced
 
     features = _movielens()
-    train = features.splits["train"]
-    rows = _repeated(len(train), task["rows"])
-    repeated = type(train)(**{f.name: getattr(train, f.name)[rows] for f in fields(train)})
+    train = features.splits["train"].whole()
+    repeated = Split.of(train.take(_repeated(len(train), task["rows"])))
     rng = np.random.default_rng(0)
     sides = {}
-    for side, ids in (("user", np.unique(np.concatenate([s.user_ids for s in features.splits.values()]))),
+    for side, ids in (("user", np.unique(np.concatenate([s.whole().user_ids for s in features.splits.values()]))),
                       ("item", features.items.ids)):  # fmt: skip
         sides[side] = KnowledgeTable(ids, rng.normal(size=(len(ids), KNOWLEDGE_DIM)).astype(np.float16))
     config = CTRConfig(batch_size=BATCH, epochs=1)
@@ -204,7 +204,7 @@ def _peer(task: dict[str, Any]) -> float:
 
     folder, rows = Path(task["folder"]), task["rows"]
     features = _movielens()
-    train = features.splits["train"]
+    train = features.splits["train"].whole()
     order, lengths = _repeated(len(train), rows), (train.history != 0).sum(1)
     data = folder / f"train-{rows}.parquet"
     pd.DataFrame(
@@ -297,9 +297,9 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
     """Items drawn uniformly: the worst case for caches, about 45,000 distinct rows a step."""
     import torch
 
+    from owlrec.ctr.batches import SplitTensors
     from owlrec.ctr.experiment import CTRConfig
-    from owlrec.ctr.features import RESERVED, FeatureSpec, ItemFeatures, SampleFeatures
-    from owlrec.ctr.fitting import SplitTensors
+    from owlrec.ctr.features import RESERVED, FeatureSpec, Histories, ItemFeatures, SampleFeatures
     from owlrec.ctr.model import CTRModel, ModelSpec
     from owlrec.ctr.optimiser import Optimisers
 
@@ -312,8 +312,11 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
         SampleFeatures(
             user_ids=np.zeros(n, np.int64), item_ids=np.zeros(n, np.int64),
             items=rng.integers(RESERVED, n_items, n, np.int32),
-            history=rng.integers(RESERVED, n_items, (n, HISTORY), np.int32),
-            ratings=np.ones((n, HISTORY), np.int32), profile=np.zeros((n, 0), np.int32),
+            histories=Histories(
+                np.arange(n) * HISTORY, np.full(n, HISTORY, np.int32),
+                rng.integers(RESERVED, n_items, n * HISTORY, np.int32), np.ones(n * HISTORY, np.uint8), HISTORY,
+            ),
+            profile=np.zeros((n, 0), np.int32),
             labels=rng.integers(0, 2, n).astype(np.float32),
         ),
         None, "cpu",
@@ -321,10 +324,10 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
     config = CTRConfig(batch_size=BATCH)
     model = CTRModel(ModelSpec.of(spec, "dcnv2", 0, config), items)
     optimisers = Optimisers(model, config, steps)
-    times = []
+    times, labels = [], torch.from_numpy(split.samples.labels)
     for rows in torch.arange(n).split(BATCH):
         started = time.perf_counter()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(split.batch(rows)), split.labels_of(rows))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(split.batch(rows)), labels[rows])
         optimisers.zero_grad()
         loss.backward()
         optimisers.step()

@@ -6,6 +6,7 @@ import pyarrow.compute as pc
 
 from benchmarks.ranking_peers import features_of, train
 from benchmarks.ranking_scores import ask_ranker
+from benchmarks.samples import all_samples
 from benchmarks.table import Figure
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.errors import EngineError
@@ -24,7 +25,7 @@ def cascade_figures(recipe: Recipe, workspace: Workspace, folder: str, kept: str
 
     The scores stay in `kept`, so that another call asks nobody.
     """
-    samples = workspace.read_table("samples")
+    samples = all_samples(workspace)
     asked = held_out_lists(samples, lists=lists, length=LENGTH)
     file = f"{kept}/cascade-{fingerprint(lists, LENGTH)[:8]}.parquet"
     if not workspace.exists(file):

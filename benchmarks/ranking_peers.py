@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.samples import all_samples
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Features, build_features
 from owlrec.ctr.fitting import Trained, TrainingData, train_one
@@ -17,7 +18,7 @@ BACKBONES = ("din", "dcnv2")
 
 def ctr_results(workspace: Workspace, scenario: Scenario, ranking: RankingConfig) -> list[RankerResult]:
     """Each model's, stopped on valid; the report shows them beside the ranker's."""
-    samples, judging = workspace.read_table("samples"), ranking.judging
+    samples, judging = all_samples(workspace), ranking.judging
     limits = {"train": ranking.data.shots, "valid": judging.valid_samples, "test": judging.test_samples}
     seeds = {"train": ranking.data.seed, "valid": judging.seed, "test": judging.seed}
     rows = [draw_shots(samples, None, seeds[split], split)[:limit] for split, limit in limits.items()]

@@ -25,6 +25,7 @@ import pipelines
 from benchmarks.ranking_cascade import cascade_figures
 from benchmarks.ranking_peers import ctr_results
 from benchmarks.ranking_scores import Scored, ask_ranker, auc_figure, scored
+from benchmarks.samples import all_samples
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.ops.console import note
@@ -260,7 +261,7 @@ def by_longer(bench: Bench) -> list[Figure]:
     _, folder = bench.tuned(run)
     recipe, workspace = bench.recipe_of(run), bench.workspace
     assert recipe.ranking is not None
-    samples = workspace.read_table("samples")
+    samples = all_samples(workspace)
     asked = samples.take(pa.array(draw_shots(samples, rows, recipe.ranking.judging.seed, "test")))
     figures = []
     for k in bench.options.behaviours:

@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.table import Figure, options_parser, show
+from owlrec.ctr.batches import SplitBatches, Tables
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import build_features
-from owlrec.ctr.fitting import SplitTensors, Tables, TrainingData, score, train_one
+from owlrec.ctr.fitting import TrainingData, score, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.metrics import auc
 from owlrec.ctr.reduction import reduced
@@ -30,7 +31,7 @@ from owlrec.generation.models import PACKAGED
 from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe
 from owlrec.releases.release import open_release
-from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES, vectors_table
+from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES
 from owlrec.shards import finish_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
@@ -185,7 +186,7 @@ def _worth(raw: RawTables, knowledge: Path | None) -> list[Figure]:
             everyone = raw.users["user_id"].to_numpy()
             fixed = _user_vectors(release, everyone)
             items = raw.items["item_id"].to_numpy()
-            item_vectors = _table("item", items, *release.store.vectors("item", items))
+            item_vectors = _table(items, *release.store.vectors("item", items))
         tokens: list[tuple[int, int, int]] = []
         moved: list[tuple[float, float]] = []
         calls, seconds, before = 0, time.perf_counter(), fixed
@@ -212,11 +213,12 @@ def _worth(raw: RawTables, knowledge: Path | None) -> list[Figure]:
 
 
 def _user_vectors(release: Any, users: np.ndarray) -> KnowledgeTable:
-    return _table("user", users, *release.store.vectors("user", users))
+    return _table(users, *release.store.vectors("user", users))
 
 
-def _table(kind: str, ids: np.ndarray, vectors: np.ndarray, mask: np.ndarray) -> KnowledgeTable:
-    return KnowledgeTable.from_table(vectors_table(kind, ids[mask], vectors[mask]), kind)
+def _table(ids: np.ndarray, vectors: np.ndarray, mask: np.ndarray) -> KnowledgeTable:
+    known, order = ids[mask], np.argsort(ids[mask])
+    return KnowledgeTable(known[order], vectors[mask][order].astype(np.float16))
 
 
 def _tokens(
@@ -317,7 +319,7 @@ def _aucs(
     arms = reduced({**arms, "items": items}, CTRConfig().knowledge_dim)  # as `train_ctr` does
     items = arms.pop("items")
     data = TrainingData(features, {"knowledge": {"user": arms["fixed"], "item": items}})
-    test = features.splits["test"]
+    test = features.splits["test"].whole()
     for backbone in BACKBONES:
         found: dict[str, list[float]] = {}
         for seed in SEEDS:
@@ -325,7 +327,7 @@ def _aucs(
             found.setdefault("no knowledge", []).append(none.result.test.auc)
             model = train_one(Trial(backbone=backbone, arm="knowledge", seed=seed), data, CTRConfig()).model
             for name, users in arms.items():
-                scores = score(model, SplitTensors(test, Tables((users,), (items,)), "cpu"))
+                scores = score(model, SplitBatches(features.splits["test"], Tables((users,), (items,)), "cpu"))
                 found.setdefault(name, []).append(auc(test.labels, scores))
         for name, aucs in found.items():
             has = arms[name].gather(test.user_ids)[1].mean() if name in arms else 0.0

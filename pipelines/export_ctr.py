@@ -1,18 +1,17 @@
 """The trial with the best valid AUC as an artifact that a serving process opens, checked against the trainer."""
 
-from owlrec import __version__
 from owlrec.ctr.arms import arm_parts, arm_sources
-from owlrec.ctr.artifact import PROGRAM, write_artifact
-from owlrec.ctr.experiment import TrialResult, finished_trials, trials
-from owlrec.ctr.export import load_vocabularies
+from owlrec.ctr.artifact import PROGRAM, SIDES, artifact_folder, write_artifact
+from owlrec.ctr.encoded import item_shards
+from owlrec.ctr.experiment import TrialResult, finished_trials, grid_folder, trials
+from owlrec.ctr.export import read_vocabularies
 from owlrec.ctr.features import encode_items
 from owlrec.ctr.fitting import tables_of
-from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model_card import ModelCard, Precision, finish_artifact
 from owlrec.ctr.parity import TOLERANCE, largest_difference
 from owlrec.ctr.program import export_program
-from owlrec.ctr.reduction import reduced_folders
-from owlrec.ctr.scoring import Scorer
+from owlrec.ctr.reduction import open_tables, reduced_folders
+from owlrec.ctr.scoring import Scorer, User
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe
@@ -20,7 +19,7 @@ from owlrec.shards import Card, finished_stage, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.stage import Counts, Outputs, execute, main
-from pipelines.train_ctr import vector_folders
+from pipelines.train_ctr import shard_pool, vector_folders
 
 
 def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half: bool = False) -> Card:
@@ -37,15 +36,18 @@ def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half:
         written = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
         folders = reduced_folders(workspace, written, grid)
         sources = arm_sources(best.arm, folders)
-        knowledge = {
-            source: {side: KnowledgeTable.open(workspace.local_path(path)) for side, path in folders[source].items()}
-            for source in {*sources.user, *sources.item}
-        }
-        tables = tables_of(best.trial, knowledge)
-        items = encode_items(workspace.read_table("items"), load_vocabularies(workspace, grid))
-        folder = write_artifact(workspace, grid, best, items, tables, precision=precision)
+        read = {source: folders[source] for source in {*sources.user, *sources.item}}
+        tables = tables_of(best.trial, open_tables(workspace, read, held=False))
+        vocabularies = read_vocabularies(workspace, grid_folder(grid))
+        items = encode_items(item_shards(workspace, vocabularies), vocabularies)
+        folder = artifact_folder(grid, best.trial)
+        projection = next((path for name in read if folders is not written for path in folders[name].values()), None)
+        with shard_pool(recipe, workspace) as pool:
+            rows = write_artifact(
+                workspace, grid, best, items, tables, precision=precision, projection=projection, pool=pool
+            )
         scorer = Scorer.load(workspace, folder)
-        example = scorer.batch(int(scorer.users.ids[0]), items.ids[:3].tolist() or [0, 0, 0])
+        example = scorer.batch(User(history=items.ids[:1].tolist()), items.ids[:3].tolist() or [0, 0, 0])
         workspace.write_bytes(f"{folder}/{PROGRAM}", export_program(scorer.model, example))
         differences = {}
         for name, path in (("model", scorer), ("program", Scorer.load(workspace, folder, program=True))):
@@ -60,9 +62,9 @@ def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half:
             trial=best.trial,
             grid=grid,
             precision=precision,
-            users=len(scorer.users),
+            users=rows["users"],
             items=len(items.ids),
-            adapted={side: len(fields.table) for side, fields in scorer.adapted.items()},
+            adapted={side: rows[f"adapted-{side}"] for side in SIDES if tables is not None},
             valid=best.valid,
             test=best.test,
         )
@@ -71,8 +73,13 @@ def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half:
         counts |= {f"{name}_difference": difference for name, difference in differences.items()}
         return counts, {"model": folder}
 
-    print_ = fingerprint(grid, best.trial, precision, __version__)
-    return execute(workspace, "export_ctr", print_, f"{best.trial.path} as an artifact", body)
+    return execute(
+        workspace,
+        "export_ctr",
+        fingerprint(grid, best.trial, precision),
+        f"{best.trial.path} as an artifact",
+        body,
+    )
 
 
 def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:

@@ -4,15 +4,12 @@ Tries every candidate of `ctr.sweep` with each backbone of the recipe, its secon
 and its first seed. Only valid figures are reported: who chooses must not see the test split's.
 """
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from owlrec import __version__
 from owlrec.ctr.arms import arm_parts, arm_sources
-from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
+from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, grid_folder
 from owlrec.ctr.reduction import reduce_once
-from owlrec.ctr.training import GridJob, encode_once, load_data
+from owlrec.ctr.training import GridJob, encode_once, load_data, stage_pool
 from owlrec.ops.console import note, table
 from owlrec.recipe import Recipe
 from owlrec.shards import Card, needed_stage
@@ -28,7 +25,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
     prepared = needed_stage(workspace, "prepare", "no tables yet")
     encoded = needed_stage(workspace, "encode", "no vectors yet") if arm != "none" else None
-    print_ = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep", __version__)
+    print_ = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep")
     folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
     sources = arm_sources(arm, folders)
     trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
@@ -36,20 +33,21 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     path = f"{grid_folder(print_)}/sweep.json"
 
     def body() -> tuple[Counts, Outputs]:
-        read = reduce_once(workspace, folders, config.knowledge_dim, print_)
-        job = GridJob(
-            settings=config,
-            trials=tuple(trials),
-            knowledge={source: dict(read[source]) for source in {*sources.user, *sources.item}},
-            fingerprint=print_,
-            attributes=recipe.domain.text_fields,
-            profile=recipe.domain.profile_fields if config.use_profile else (),
-        )
-        encode_once(workspace, job)
         with ray_session(recipe.ray, workspace.log_path("ray")):
+            pool = stage_pool(workspace, int(prepared.counts["samples"]))
+            read = reduce_once(workspace, folders, config.knowledge_dim, print_, pool)
+            job = GridJob(
+                settings=config,
+                trials=tuple(trials),
+                knowledge={source: dict(read[source]) for source in {*sources.user, *sources.item}},
+                fingerprint=print_,
+                attributes=recipe.domain.text_fields,
+                profile=recipe.domain.profile_fields if config.use_profile else (),
+            )
+            encode_once(workspace, job, pool)
             found = tried(workspace, job, candidates)
         workspace.write_json(path, found)
-        for folder in ("samples", "vectors"):
+        for folder in (ENCODED, "vectors"):
             workspace.delete_dir(grid_folder(print_), folder)
         rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in found]
         table(f"sweep, arm {arm}", ["backbone", "valid AUC", "epochs", "settings"], rows)
@@ -90,8 +88,7 @@ def _try(candidate: dict[str, Any], workspace: Workspace, job: dict[str, Any]) -
     tried_, parsed = candidate["candidate"], GridJob.model_validate(job)
     settings = CTRConfig.model_validate({**parsed.settings.model_dump(), **tried_["changes"]})
     trial = next(t for t in parsed.trials if t.backbone == tried_["backbone"])
-    with tempfile.TemporaryDirectory(prefix="owlrec-vectors-") as cache:
-        result = train_one(trial, load_data(workspace, parsed, Path(cache)), settings).result
+    result = train_one(trial, load_data(workspace, parsed), settings).result
     tune.report({"valid_auc": result.valid.auc, "epochs": result.epochs})
 
 

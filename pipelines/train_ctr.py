@@ -1,13 +1,16 @@
 """The grid of CTR trials on Ray Train: every backbone with every arm and seed, on the same samples."""
 
-from owlrec import __version__
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from owlrec.ctr.experiment import summarise, trials
 from owlrec.ctr.reduction import reduce_once
-from owlrec.ctr.training import train_trials
+from owlrec.ctr.training import needs_ray, stage_pool, train_trials
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
-from owlrec.shards import Card, finished_stage
+from owlrec.runner import Pool
+from owlrec.shards import Card, finished_stage, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session
@@ -23,23 +26,24 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
     settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
-    grid_print = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, settings, __version__)
+    grid_print = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, settings)
     grid = trials(recipe.ctr)
 
     def body() -> tuple[Counts, Outputs]:
         read = encoded if recipe.ctr.arms != ("none",) else None
         written = vector_folders(workspace, read.outputs["vectors"]) if read else {}
-        knowledge = reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_print)
         note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
+            pool = stage_pool(workspace, int(prepared.counts["samples"]))
             results = train_trials(
                 workspace,
                 recipe.ctr,
                 grid,
-                knowledge=knowledge,
+                knowledge=reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_print, pool),
                 fingerprint=grid_print,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields,
+                pool=pool,
                 on_trial=lambda result: advance(1),
             )
         for row in summarise(results):
@@ -59,13 +63,26 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
 
 
 def vector_folders(workspace: Workspace, folder: str) -> dict[str, dict[str, str]]:
-    """Source -> side -> folder, of all vectors that `encode` wrote as <source>-<side>."""
-    found: dict[str, dict[str, str]] = {}
+    """Source -> side -> the folder that holds the vectors <source>-<side>, of all that `encode` wrote of a side."""
+    sources: dict[str, dict[str, str]] = {}
     for name in workspace.names(folder):
         source, _, side = name.rpartition("-")
-        if side in ("user", "item"):  # beside each folder stands its Parquet file
-            found.setdefault(source, {})[side] = f"{folder}/{name}"
-    return found
+        if side in ("user", "item"):
+            sources.setdefault(source, {})[side] = folder
+    return sources
+
+
+@contextmanager
+def shard_pool(recipe: Recipe, workspace: Workspace) -> Iterator[Pool]:
+    """Where a stage over the shards of users runs: in this process where that takes seconds, else on Ray, which is
+    connected for the block.
+    """
+    samples = int(needed_stage(workspace, "prepare", "no tables yet").counts.get("samples", 0))
+    if not needs_ray(samples):
+        yield Pool()
+        return
+    with ray_session(recipe.ray, workspace.log_path("ray")):
+        yield stage_pool(workspace, samples)
 
 
 if __name__ == "__main__":

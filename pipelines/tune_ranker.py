@@ -2,13 +2,12 @@
 as it is.
 """
 
-from owlrec import __version__
 from owlrec.errors import RecipeError
 from owlrec.generation import token_counter
 from owlrec.ops.console import note, progress, table, warn
 from owlrec.prompting.rella import rank_fingerprint
 from owlrec.ranking.adapters import Adapter
-from owlrec.ranking.items import item_retriever
+from owlrec.ranking.items import ItemVectors
 from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import write_questions
@@ -19,6 +18,7 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
+from pipelines.train_ctr import shard_pool
 
 
 def run(recipe: Recipe, workspace: Workspace) -> Card:
@@ -29,7 +29,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
     model, encoder = engine.model_identity, config.item_encoder(recipe.encoder, engine)
     decides = config.decides_adapter
-    tuned_print = fingerprint(prepared.fingerprint, model, wording, decides, encoder.identity, __version__)
+    tuned_print = fingerprint(prepared.fingerprint, model, wording, decides, encoder.identity)
     job = TuningJob(
         folder=f"ranking/{tuned_print[:16]}",
         model=engine.model,
@@ -47,9 +47,10 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                 f"split.history_length is {recipe.split.history_length}, and a prompt shows {config.data.behaviours} "
                 "behaviours: retrieved ones are the recent ones. Raise split.history_length and prepare again."
             )
-        retriever = item_retriever(workspace, encoder, config.projection)
+        with shard_pool(recipe, workspace) as pool:
+            vectors = ItemVectors.encoded(workspace, encoder, config.projection, pool)
         counts: Counts = {}
-        counts |= write_questions(workspace, job.folder, config, recipe.domain, retriever, token_counter(engine))
+        counts |= write_questions(workspace, job.folder, config, recipe.domain, vectors, token_counter(engine))
         note(f"{counts['train_rows']:,} rows to tune on, from {counts['train_samples']:,} samples")
         with ray_session(recipe.ray, workspace.log_path("ray")):
             with progress("tuning", None, "steps") as advance:

@@ -72,3 +72,13 @@ def test_wrong_time_unit_is_detected(timestamp: int, problem: str) -> None:
     with pytest.raises(SchemaError, match=problem):
         schema.check_milliseconds(pa.chunked_array([[timestamp]]), name="ratings")
     schema.check_milliseconds(pa.chunked_array([[881_250_949_000]]), name="ratings")
+
+
+@given(st.lists(st.integers(-(2**62), 2**62), max_size=60), st.sampled_from([1, 2, 16]))
+def test_every_position_belongs_to_its_shard(ids: list[int], n_shards: int) -> None:
+    array = np.array(ids, dtype=np.int64)
+    groups = list(schema.by_shard(array, n_shards))
+    assert sorted(np.concatenate([np.zeros(0, int), *(at for _, at in groups)]).tolist()) == list(range(len(ids)))
+    assert len({number for number, _ in groups}) == len(groups)
+    for number, at in groups:
+        assert (schema.shard_of(array[at], n_shards) == number).all()

@@ -6,7 +6,7 @@ hashed by `stable_id`; the raw id stays in the table and a collision is an error
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -190,6 +190,15 @@ def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return (x % np.uint64(n_shards)).astype(np.int64)
+
+
+def by_shard(ids: np.ndarray, n_shards: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Each shard that some of `ids` (int64 [n]) belong to, and the positions of those."""
+    numbers = shard_of(ids, n_shards)
+    order = np.argsort(numbers, kind="stable")
+    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+    for at in np.split(order, starts[1:]) if len(ids) else ():
+        yield int(numbers[at[0]]), at
 
 
 def conform(table: pa.Table, schema: pa.Schema, *, name: str, first_row: int = 0) -> pa.Table:

@@ -1,16 +1,18 @@
 """A trial that is killed and goes on ends as one that never was, at the very same samples; damage is told."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
+from owlrec.ctr.batches import SplitBatches
 from owlrec.ctr.checkpoint import CheckpointFile, Progress
 from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.fitting import SplitTensors, train_one
+from owlrec.ctr.fitting import train_one
 from owlrec.ctr.optimiser import Optimisers
+from owlrec.ctr.order import Step
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -29,7 +31,7 @@ CONFIG = CTRConfig(
     checkpoint_steps=10,
 )
 TRIAL = Trial(backbone="din", arm="knowledge", seed=3)
-STEPS_AN_EPOCH = 35  # 2,200 training rows
+TRAINING_ROWS, STEPS_AN_EPOCH = 2200, 35
 RESUMED = {(5,): 0, (17,): 1, (35,): 1, (52, 22): 2, (98, 8, 3): 1}
 
 
@@ -44,8 +46,22 @@ class Killed(Exception):
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The training batches that are drawn."""
     drawn: list[list[int]] = []
-    original = SplitTensors.labels_of
-    monkeypatch.setattr(SplitTensors, "labels_of", lambda self, r: drawn.append(r.tolist()) or original(self, r))
+    original = SplitBatches.batches
+
+    def spy(self: SplitBatches, steps: Iterable[Step]) -> Iterator[Any]:
+        ahead: list[list[int]] = []
+
+        def recorded() -> Iterator[Step]:
+            for step in steps:
+                ahead.append(step.rows.tolist())
+                yield step
+
+        for number, batch in enumerate(original(self, recorded())):
+            if len(self.split) == TRAINING_ROWS:
+                drawn.append(ahead[number])
+            yield batch
+
+    monkeypatch.setattr(SplitBatches, "batches", spy)
     return drawn
 
 

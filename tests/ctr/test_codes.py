@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from owlrec.ctr.arms import Arm
+from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.codes import CodeTower, code_sizes
 from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.fitting import SplitTensors, Tables, TrainingData, train_one
+from owlrec.ctr.fitting import TrainingData, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
-from owlrec.encoding.coded_vectors import code_vectors
-from owlrec.encoding.semantic_ids import SemanticIdConfig
+from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors, train_quantiser
 from owlrec.errors import SchemaError
-from owlrec.schema import vectors_table
 
 torch.set_num_threads(1)
 CONFIG = CTRConfig(batch_size=64, learning_rate=0.01, epochs=6, embed_dim=8, hidden_dims=(16, 8))
@@ -26,14 +25,15 @@ def trial(arm: Arm, backbone: str = "din", seed: int = 0) -> Trial:
     return Trial(backbone=backbone, arm=arm, seed=seed)
 
 
-def coded(table: KnowledgeTable, side: str) -> KnowledgeTable:
-    found = code_vectors(vectors_table(side, table.ids, table.vectors), IDS)
-    return KnowledgeTable.from_table(found.table, side, found.quantiser.sizes)
+def coded(table: KnowledgeTable) -> KnowledgeTable:
+    quantiser = train_quantiser(table.vectors, IDS)
+    codes = code_vectors(quantiser, table.ids, table.vectors)[:, :-1]
+    return KnowledgeTable(table.ids, table.vectors, codes=codes, code_sizes=tuple(quantiser.sizes))
 
 
 @pytest.fixture(scope="module")
 def data(toy_world: Any) -> TrainingData:
-    sides = {side: coded(table, side) for side, table in zip(("user", "item"), toy_world.vectors, strict=True)}
+    sides = {side: coded(table) for side, table in zip(("user", "item"), toy_world.vectors, strict=True)}
     metadata = dict(zip(("user", "item"), toy_world.vectors, strict=True))
     return TrainingData(toy_world.data.features, {"knowledge": sides, "metadata": metadata})
 
@@ -80,7 +80,7 @@ def test_repeated_ids_score_as_they_do_alone_and_from_prestored_fields(data: Tra
     assert tables is not None
     sizes = {"user_codes": code_sizes(tables.users), "item_codes": code_sizes(tables.items)}
     model = CTRModel(ModelSpec.of(data.features.spec, "din", tables.dim, CONFIG, **sizes), data.features.items).eval()
-    split = SplitTensors(data.features.splits["test"], tables, "cpu")
+    split = SplitTensors(data.features.splits["test"].whole(), tables, "cpu")
     batch = split.batch(torch.arange(40))
     assert (batch.user is None) == (arm == "knowledge-codes")
     alone = torch.cat([model(split.batch(torch.tensor([row]))) for row in range(40)])
@@ -92,7 +92,7 @@ def test_the_users_fields_come_first_whatever_the_form(data: TrainingData) -> No
     assert tables is not None
     sizes = {"user_codes": code_sizes(tables.users), "item_codes": code_sizes(tables.items)}
     model = CTRModel(ModelSpec.of(data.features.spec, "din", tables.dim, CONFIG, **sizes), data.features.items).eval()
-    batch = SplitTensors(data.features.splits["test"], tables, "cpu").batch(torch.arange(5))
+    batch = SplitTensors(data.features.splits["test"].whole(), tables, "cpu").batch(torch.arange(5))
     fields = model.adapted(batch)
     assert fields is not None
     assert model.adaptor is not None
@@ -117,6 +117,6 @@ def test_vectors_without_codes_are_refused(data: TrainingData) -> None:
         train_one(trial("metadata-codes"), data, CONFIG)
     table = data.knowledge["knowledge"]["user"]
     spec = ModelSpec.of(data.features.spec, "din", 0, CONFIG, user_codes=(4, 4), item_codes=(4, 4))
-    batch = SplitTensors(data.features.splits["test"], Tables((table,), (table,)), "cpu").batch(torch.arange(3))
+    batch = SplitTensors(data.features.splits["test"].whole(), Tables((table,), (table,)), "cpu").batch(torch.arange(3))
     with pytest.raises(ValueError, match="give its batches the codes"):
         CTRModel(spec, data.features.items)(batch)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from owlrec.ctr import comparison
 from owlrec.ctr.comparison import GridScores, weigh
 from owlrec.ctr.delong import delong_test
 from owlrec.ctr.intervals import bootstrap_aucs, percentile_interval
@@ -43,6 +44,25 @@ def test_equal_arms_are_told_apart_about_as_rarely_as_promised() -> None:
         small += evidence.delong_p < 0.05
     assert 3 <= missed <= 22
     assert 3 <= small <= 22
+
+
+def test_of_many_rows_the_interval_is_computed_and_as_wide_as_the_resampled_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = grid(7, users=400)
+    # A user's rows share their noise: as independent rows they would give a much narrower interval.
+    rng = np.random.default_rng(1)
+    shift = np.repeat(rng.normal(size=400), 10)
+    given = GridScores(rows.user_ids, rows.labels, {p: s + shift * p.startswith("arm") for p, s in rows.scores.items()})
+    pairs = {"gain": [("arm/0", "base/0"), ("arm/1", "base/1")]}
+    resampled = weigh(given, pairs)["gain"].interval
+    monkeypatch.setattr(comparison, "_RESAMPLED_ROWS", 100)
+    computed = weigh(given, pairs)["gain"].interval
+    assert resampled is not None
+    assert computed is not None
+    width = resampled.high - resampled.low
+    assert computed.low == pytest.approx(resampled.low, abs=0.08 * width)
+    assert computed.high == pytest.approx(resampled.high, abs=0.08 * width)
 
 
 def test_a_comparison_without_all_of_its_scores_is_left_out() -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.ctr.delong import delong_test, placements
+from owlrec.ctr.delong import clustered_difference, delong_test, placements
 from owlrec.ctr.intervals import bootstrap_aucs
 from owlrec.ctr.metrics import auc
 
@@ -47,6 +47,19 @@ def test_variance_agrees_with_a_bootstrap_of_independent_rows() -> None:
     aucs = bootstrap_aucs(labels, [first, second], np.arange(1500), resamples=1000)
     spread = (aucs[:, 0] - aucs[:, 1]).std(ddof=1)
     assert delong_test(labels, first, second).standard_error == pytest.approx(spread, rel=0.12)
+
+
+def test_clusters_of_one_row_are_independent_rows_and_repeated_rows_are_one_cluster() -> None:
+    labels, first, second = two_scores(np.random.default_rng(6), 300, 0.2)
+    users = np.arange(300)
+    difference, error = clustered_difference(labels, first, second, users)
+    test = delong_test(labels, first, second)
+    assert difference == pytest.approx(test.difference)
+    assert error == pytest.approx(test.standard_error, rel=0.01)
+    again = clustered_difference(*(np.repeat(a, 4) for a in (labels, first, second, users)))
+    assert again == pytest.approx((difference, error))
+    with pytest.raises(ValueError, match="1 users"):
+        clustered_difference(labels, first, second, np.zeros(300))
 
 
 def test_p_is_uniform_where_there_is_no_difference_and_small_where_there_is() -> None:

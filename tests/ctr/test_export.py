@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from owlrec.ctr.experiment import CTRConfig, Trial, finished_trials
-from owlrec.ctr.export import export_trial, load_trial, load_vocabularies, save_vocabularies
-from owlrec.ctr.features import encode_items, encode_samples
-from owlrec.ctr.fitting import SplitTensors, score, train_one
+from owlrec.ctr.batches import SplitBatches
+from owlrec.ctr.experiment import CTRConfig, Trial, finished_trials, grid_folder
+from owlrec.ctr.export import export_trial, load_trial, read_vocabularies, write_vocabularies
+from owlrec.ctr.features import Split, encode_items, encode_samples
+from owlrec.ctr.fitting import score, train_one
 from owlrec.ctr.metrics import auc, gauc
 from owlrec.ctr.scores import read_grid_scores
 from owlrec.errors import WorkspaceError
@@ -25,7 +26,7 @@ def test_reloaded_model_gives_the_same_scores(workspace: Workspace, toy_world: A
     data, trial = toy_world.data, Trial(backbone=backbone, arm=arm, seed=0)
     trained = train_one(trial, data, CONFIG)
     folder = export_trial(workspace, FINGERPRINT, trained)
-    save_vocabularies(workspace, FINGERPRINT, data.features.vocabularies)
+    write_vocabularies(workspace, grid_folder(FINGERPRINT), data.features.vocabularies)
     assert folder == f"ctr/0123456789abcdef/{backbone}/{arm}/seed-0"
     assert workspace.names(*folder.split("/")) == [
         "model.safetensors",
@@ -34,13 +35,13 @@ def test_reloaded_model_gives_the_same_scores(workspace: Workspace, toy_world: A
         "test_scores.parquet",
     ]
 
-    vocabularies = load_vocabularies(workspace, FINGERPRINT)
-    items = encode_items(toy_world.items, vocabularies)
+    vocabularies = read_vocabularies(workspace, grid_folder(FINGERPRINT))
+    items = encode_items([toy_world.items], vocabularies)
     model = load_trial(workspace, folder, items)
     test = toy_world.samples.filter(pc.equal(toy_world.samples["split"], "test"))
     samples = encode_samples(test, toy_world.users, items, vocabularies, model.spec.features.history_length)
-    before = score(trained.model, SplitTensors(data.features.splits["test"], data.tables(trial), "cpu"))
-    np.testing.assert_array_equal(score(model, SplitTensors(samples, data.tables(trial), "cpu")), before)
+    before = score(trained.model, SplitBatches(data.features.splits["test"], data.tables(trial), "cpu"))
+    np.testing.assert_array_equal(score(model, SplitBatches(Split.of(samples), data.tables(trial), "cpu")), before)
 
 
 def test_spec_written_before_there_were_several_sources_still_loads(workspace: Workspace, toy_world: Any) -> None:
@@ -50,7 +51,7 @@ def test_spec_written_before_there_were_several_sources_still_loads(workspace: W
     spec = workspace.read_json(f"{folder}/spec.json")
     assert (spec.pop("user_sources"), spec.pop("item_sources")) == (1, 1)
     workspace.write_json(f"{folder}/spec.json", spec)
-    split = SplitTensors(data.features.splits["test"], data.tables(trial), "cpu")
+    split = SplitBatches(data.features.splits["test"], data.tables(trial), "cpu")
     model = load_trial(workspace, folder, data.features.items)
     np.testing.assert_array_equal(score(model, split), score(trained.model, split))
 

@@ -5,18 +5,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
+from worlds import write_samples, write_vectors, write_world
 
-from owlrec import schema
-from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.export import export_trial, save_vocabularies
+from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
+from owlrec.ctr.export import export_trial, write_vocabularies
 from owlrec.ctr.fitting import train_one
 from owlrec.ctr.model_card import read_card
 from owlrec.ctr.scoring import Scorer
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.recipe import Recipe
 from owlrec.shards import finish_stage
+from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace
 from pipelines.export_ctr import run
 
@@ -45,26 +47,17 @@ def recipe(workspace: Workspace) -> Recipe:
 @pytest.fixture
 def trained(workspace: Workspace, toy_world: Any) -> Workspace:
     """What `prepare`, `encode` and `train_ctr` leave, with valid AUCs as VALID has them."""
-    samples = toy_world.samples
-    events = {name: samples[name] for name in ("user_id", "item_id", "timestamp")}
-    ratings = pa.array([3.0] * samples.num_rows, pa.float32())
-    interactions = pa.table({**events, "rating": ratings}).select(schema.INTERACTIONS.names)
-    for name, table, key in (
-        ("users", toy_world.users, "user_id"),
-        ("items", toy_world.items, "item_id"),
-        ("samples", samples, "user_id"),
-        ("interactions", interactions.cast(schema.INTERACTIONS), "user_id"),
-    ):
-        workspace.write_table(name, table, key=key, n_shards=1)
+    write_world(workspace, toy_world, n_shards=2)
     for table, kind in zip(toy_world.vectors, ("user", "item"), strict=True):
-        table.save(workspace.local_path("vectors", "abc", f"knowledge-{kind}"))
-    data = dataclasses.replace(toy_world, samples=workspace.read_table("samples")).data
+        write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)
+    samples = pa.concat_tables([read_samples(workspace, number) for number in workspace.table_shards("samples")])
+    data = dataclasses.replace(toy_world, samples=samples).data
     for (backbone, arm), auc in VALID.items():
         done = train_one(Trial(backbone=backbone, arm=arm, seed=0), data, recipe(workspace).ctr)  # type: ignore[arg-type]
         valid = done.result.valid.model_copy(update={"auc": auc})
         export_trial(workspace, GRID, dataclasses.replace(done, result=done.result.model_copy(update={"valid": valid})))
-    save_vocabularies(workspace, GRID, data.features.vocabularies)
-    for stage, outputs in (("encode", {"vectors": "vectors/abc"}), ("train_ctr", {"grid": GRID})):
+    write_vocabularies(workspace, grid_folder(GRID), data.features.vocabularies)
+    for stage, outputs in (("prepare", {}), ("encode", {"vectors": "vectors/abc"}), ("train_ctr", {"grid": GRID})):
         finish_stage(workspace, stage, stage, outputs=outputs, seconds=1)
     return workspace
 
@@ -75,6 +68,8 @@ def test_the_best_trial_on_valid_is_exported_and_checked(trained: Workspace) -> 
     assert trained.names(manifest.outputs["model"]) == [
         "adapted-item",
         "adapted-user",
+        "cards",
+        "defaults.safetensors",
         "items.safetensors",
         "model.json",
         "model.safetensors",
@@ -115,7 +110,8 @@ def test_scores_off_the_trainers_are_refused(trained: Workspace) -> None:
 
 
 def test_other_samples_than_were_scored_are_refused(trained: Workspace) -> None:
-    trained.write_table("samples", trained.read_table("samples").slice(0, 2990), key="user_id", n_shards=1)
+    samples = pa.concat_tables([read_samples(trained, number) for number in trained.table_shards("samples")])
+    write_samples(trained, samples.filter(pc.greater(samples["user_id"], 131)))
     with pytest.raises(WorkspaceError, match="of other samples than `prepare` wrote"):
         run(recipe(trained), trained)
 

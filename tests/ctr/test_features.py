@@ -60,7 +60,7 @@ def test_items_are_coded_once_in_order_of_id() -> None:
 
 
 def test_training_samples_by_hand() -> None:
-    train = build().splits["train"]
+    train = build().splits["train"].whole()
     assert train.items.tolist() == [2, 4]
     assert train.history.tolist() == [[3, 2, 3], [2, 0, 0]]
     assert train.ratings.tolist() == [[4, 1, 0], [10, 0, 0]]  # rounded, at least 1, at most 10, 0 where there is none
@@ -69,7 +69,7 @@ def test_training_samples_by_hand() -> None:
 
 
 def test_unknown_items_and_users_of_other_splits_share_code_one() -> None:
-    test = build().splits["test"]
+    test = build().splits["test"].whole()
     assert test.items.tolist() == [1, 5]  # 50 is in no table; 40 has a row of its own, with the unknown item's code
     assert test.history.tolist() == [[1, 2, 3], [2, 0, 0]]  # the last three of four; 50 is unknown
     assert test.profile.tolist() == [[1, 1], [1, 1]]  # gender x and age 9 were never seen; user 9 has no row
@@ -84,7 +84,7 @@ def test_rare_items_lose_their_own_code() -> None:
 def test_no_attributes_and_no_profile() -> None:
     features = build(attributes=[], profile=[])
     assert features.items.attributes.shape == (6, 0, 4)
-    assert features.splits["train"].profile.shape == (2, 0)
+    assert features.splits["train"].whole().profile.shape == (2, 0)
 
 
 def test_at_most_two_attributes() -> None:

@@ -14,9 +14,11 @@ from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 from owlrec.ctr import fitting
 from owlrec.ctr.arms import Arm
 from owlrec.ctr.backbones import BACKBONES
+from owlrec.ctr.batches import SplitBatches, SplitTensors
 from owlrec.ctr.epochs import Epochs
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial
-from owlrec.ctr.fitting import SplitTensors, TrainingData, score, train_one
+from owlrec.ctr.features import Split
+from owlrec.ctr.fitting import TrainingData, score, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.worker import Worker
@@ -91,8 +93,8 @@ def test_early_stopping_keeps_the_best_epoch(data: TrainingData, monkeypatch: py
 
 def test_small_training_set_gets_smaller_batches(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = SplitTensors.batch
-    monkeypatch.setattr(SplitTensors, "batch", lambda self, rows: sizes.append(len(rows)) or original(self, rows))
+    original = SplitTensors.assembled
+    monkeypatch.setattr(SplitTensors, "assembled", lambda self, rows: sizes.append(len(rows)) or original(self, rows))
     train_one(trial(), data, CONFIG.model_copy(update={"batch_size": 4096, "epochs": 1}))
     assert sizes[:31] == [73] * 30 + [2200 - 30 * 73]
 
@@ -131,13 +133,13 @@ def test_a_batch_holds_the_sources_of_each_id_in_their_order(data: TrainingData)
     given = {"knowledge": sides, "collective": {"user": cohort, "item": items}}
     tables = TrainingData(data.features, given).tables(trial("both"))
     rows = torch.arange(0, 400, 7)
-    batch = SplitTensors(data.features.splits["test"], tables, "cpu").batch(rows)
+    batch = SplitTensors(data.features.splits["test"].whole(), tables, "cpu").batch(rows)
     assert batch.user is not None
     assert batch.item is not None
     assert (batch.user.vectors.shape[1:], batch.item.vectors.shape[1:]) == ((2, 8), (2, 8))
     assert batch.item.mask.all()
     assert torch.equal(batch.item.vectors[:, 0], batch.item.vectors[:, 1])
-    for row, user in enumerate(data.features.splits["test"].user_ids[rows.numpy()]):
+    for row, user in enumerate(data.features.splits["test"].whole().user_ids[rows.numpy()]):
         vectors, mask = batch.user.vectors[batch.user.rows[row]], batch.user.mask[batch.user.rows[row]]
         assert mask.tolist() == [True, user % 2 == 0]
         np.testing.assert_array_equal(vectors[0], users.vectors[user])
@@ -149,7 +151,7 @@ def test_a_vector_that_is_no_number_is_refused_with_its_id(data: TrainingData) -
     vectors = sides["user"].vectors.copy()
     vectors[7, 3] = np.nan
     broken = {"knowledge": {**sides, "user": KnowledgeTable(sides["user"].ids, vectors)}}
-    with pytest.raises(SchemaError, match="vector of id 7 has a component that is no finite number"):
+    with pytest.raises(SchemaError, match="vector of id 7 has a component that is not a finite number"):
         train_one(trial("knowledge"), TrainingData(data.features, broken), CONFIG)
 
 
@@ -208,7 +210,7 @@ def test_repeated_ids_and_items_score_as_they_do_alone(data: TrainingData, arm: 
     assert tables is not None
     spec = ModelSpec.of(data.features.spec, "din", 8, CONFIG, user_sources=len(tables.users))
     model = CTRModel(spec, data.features.items).eval()
-    split = SplitTensors(data.features.splits["test"], tables, "cpu")
+    split = SplitTensors(data.features.splits["test"].whole(), tables, "cpu")
     alone = torch.cat([model(split.batch(torch.tensor([row]))) for row in range(40)])
     torch.testing.assert_close(model(split.batch(torch.arange(40))), alone)
 
@@ -220,29 +222,27 @@ def _run_rank(rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         trained = train_one(trial("knowledge"), data, CONFIG.model_copy(update={"epochs": 2}), Worker(rank, 2))
-        split = SplitTensors(data.features.splits["test"], data.tables(trial("knowledge")), "cpu")
-        scores = score(trained.model, _odd(split), Worker(rank, 2))
+        split = SplitBatches(_odd(data.features.splits["test"]), data.tables(trial("knowledge")), "cpu")
+        scores = score(trained.model, split, Worker(rank, 2))
         weights = {name: value.numpy() for name, value in trained.model.state_dict().items()}
         np.savez(folder / f"{rank}.npz", scores=scores, auc=trained.result.test.auc, **weights)
     finally:
         dist.destroy_process_group()
 
 
-def _odd(split: SplitTensors) -> SplitTensors:
+def _odd(split: Split) -> Split:
     """The split without its last row if it has an even number of rows, so that two ranks get unequal shares."""
-    samples = split.samples
-    n = len(samples) - (len(samples) % 2 == 0)
-    cut = type(samples)(*(getattr(samples, f)[:n] for f in samples.__dataclass_fields__))
-    return SplitTensors(cut, split.tables, "cpu")
+    samples = split.whole()
+    return Split.of(samples.take(slice(len(samples) - (len(samples) % 2 == 0))))
 
 
 def test_two_ranks_train_and_score_as_one(data: TrainingData, tmp_path: Path) -> None:
     (tmp_path / "data.pickle").write_bytes(pickle.dumps(data))
     run_two_ranks(__file__, tmp_path)
     one = train_one(trial("knowledge"), data, CONFIG.model_copy(update={"epochs": 2}))
-    split = SplitTensors(data.features.splits["test"], data.tables(trial("knowledge")), "cpu")
+    split = SplitBatches(_odd(data.features.splits["test"]), data.tables(trial("knowledge")), "cpu")
     first, second = (np.load(tmp_path / f"{rank}.npz") for rank in (0, 1))
-    expected = score(one.model, _odd(split))
+    expected = score(one.model, split)
     assert len(first["scores"]) == len(expected)
     np.testing.assert_array_equal(first["scores"], second["scores"])
     # Averaged gradients of two half batches are the whole batch's gradient, up to float32 rounding.

@@ -1,100 +1,74 @@
-"""Knowledge vectors by id: what is found, what is missing, and what a shuffle does."""
+"""Knowledge vectors by id: what is gathered, what is missing, and what a shuffle does, in memory and on disk alike."""
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from worlds import write_vectors
 
-from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr import knowledge
+from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable, open_vectors
+from owlrec.encoding.vector_shards import VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.schema import vectors_schema
+from owlrec.schema import shard_of
+from owlrec.workspace import Workspace
+
+IDS = np.array([10, 30, 2**62])
+VECTORS = np.array([[1, 1.5], [3, 3.5], [4, 4.5]], dtype=np.float16)
+CODES = np.array([[3, 0], [0, 299], [1, 1]], dtype=np.uint16)
+TABLE = KnowledgeTable(IDS, VECTORS, codes=CODES, code_sizes=(4, 300))
 
 
-def vectors_table(rows: list[tuple[str, int, list[float]]], codes: list[list[int]] | None = None) -> pa.Table:
-    schema = vectors_schema(2)
-    vectors = pa.FixedSizeListArray.from_arrays(
-        pa.array(np.array([v for _, _, v in rows], dtype=np.float16).ravel(), pa.float16()), 2
-    )
-    kinds, ids = pa.array([k for k, _, _ in rows], pa.string()), pa.array([i for _, i, _ in rows], pa.int64())
-    ids_of = pa.array(codes or [[]] * len(rows), pa.list_(pa.uint16()))
-    return pa.table([kinds, ids, vectors, ids_of], schema=schema)
+def on_disk(workspace: Workspace, table: KnowledgeTable = TABLE, n_shards: int = 4) -> VectorShards:
+    workspace.fix_shards({"user": n_shards})
+    write_vectors(workspace, "vectors/abc", "knowledge-user", table)
+    return VectorShards(workspace, "vectors/abc", "knowledge-user")
 
 
-ROWS: list[tuple[str, int, list[float]]] = [
-    ("user", 30, [3, 3.5]),
-    ("item", 30, [9, 9]),
-    ("user", 10, [1, 1.5]),
-    ("user", 2**62, [4, 4.5]),
-]
+def forms(workspace: Workspace) -> list[VectorTable]:
+    shards = on_disk(workspace)
+    return [TABLE, open_vectors(shards, (4, 300)), open_vectors(shards, (4, 300), held=False)]
 
 
-def test_saved_table_gathers_in_the_order_asked_with_zeros_and_mask_for_misses(tmp_path: Path) -> None:
-    KnowledgeTable.from_table(vectors_table(ROWS), "user").save(tmp_path / "users")
-    table = KnowledgeTable.open(tmp_path / "users")
-    assert isinstance(table.vectors, np.memmap)
-    assert (len(table), table.dim) == (3, 2)
-    vectors, mask = table.gather(np.array([2**62, 11, 10, 30, 10, -1, 2**63 - 1]))
-    assert vectors.dtype == np.float16
-    assert vectors.tolist() == [[4, 4.5], [0, 0], [1, 1.5], [3, 3.5], [1, 1.5], [0, 0], [0, 0]]
-    assert mask.tolist() == [True, False, True, True, True, False, False]
+def test_small_tables_are_held_and_large_ones_mapped(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = on_disk(workspace)
+    assert isinstance(open_vectors(shards), KnowledgeTable)
+    monkeypatch.setattr(knowledge, "_HELD_BYTES", {"user": 100})
+    assert isinstance(open_vectors(shards), MappedTable)
 
 
-CODES = [[0, 299, 5], [9, 9, 9], [3, 0, 0], [1, 1, 0]]  # of ROWS, the duplicate digit last
+def test_all_forms_gather_in_the_order_asked_with_zeros_and_mask_for_misses(workspace: Workspace) -> None:
+    for table in forms(workspace):
+        assert (table.dim, table.code_sizes) == (2, (4, 300))
+        vectors, mask = table.gather(np.array([2**62, 11, 10, 30, 10, -1, 2**63 - 1]))
+        assert vectors.dtype == np.float16
+        assert vectors.tolist() == [[4, 4.5], [0, 0], [1, 1.5], [3, 3.5], [1, 1.5], [0, 0], [0, 0]]
+        assert mask.tolist() == [True, False, True, True, True, False, False]
+        codes = table.gather_codes(np.array([2**62, 11, 10, 30]))
+        assert codes.dtype == np.int64
+        assert codes.tolist() == [[2, 2], [0, 0], [4, 1], [1, 300]]
+        vectors, mask = table.gather(np.zeros(0, np.int64))
+        assert (vectors.shape, mask.shape) == ((0, 2), (0,))
+        of_shards = [table.ids_in(number, 4).tolist() for number in range(4)]
+        assert sorted(i for ids in of_shards for i in ids) == IDS.tolist()
+        assert all(shard_of(np.array(ids, np.int64), 4).tolist() == [n] * len(ids) for n, ids in enumerate(of_shards))
 
 
-def test_saved_codes_are_gathered_one_up_with_zeros_for_misses(tmp_path: Path) -> None:
-    KnowledgeTable.from_table(vectors_table(ROWS, CODES), "user", (4, 300)).save(tmp_path)
-    table = KnowledgeTable.open(tmp_path)
-    assert isinstance(table.codes, np.memmap)
-    assert table.code_sizes == (4, 300)
-    codes = table.gather_codes(np.array([2**62, 11, 10, 30]))
-    assert codes.dtype == np.int64
-    assert codes.tolist() == [[2, 2], [0, 0], [4, 1], [1, 300]]
-    shuffled = table.shuffled(2)
-    shuffled.save(tmp_path / "shuffled")
-    again = KnowledgeTable.open(tmp_path / "shuffled").gather_codes(table.ids)
-    assert again.tolist() == shuffled.gather_codes(table.ids).tolist() != table.gather_codes(table.ids).tolist()
+def test_codes_are_left_out_or_refused(workspace: Workspace) -> None:
+    shards = on_disk(workspace)
+    for held in (True, False):
+        with pytest.raises(SchemaError, match="no semantic ids"):
+            open_vectors(shards, held=held).gather_codes(np.array([1]))
+    with pytest.raises(SchemaError, match="have 3 codes; 3 and a duplicate digit are meant"):
+        open_vectors(shards, (4, 300, 4))
 
 
-def test_codes_are_left_out_or_missed_or_refused(tmp_path: Path) -> None:
-    without = KnowledgeTable.from_table(vectors_table(ROWS, CODES), "user")
-    with pytest.raises(SchemaError, match="no semantic ids"):
-        without.gather_codes(np.array([1]))
-    with pytest.raises(SchemaError, match="1 rows have no codes"):
-        KnowledgeTable.from_table(vectors_table(ROWS, [[], *CODES[1:]]), "user", (4, 300))
-    with pytest.raises(SchemaError, match="3 and a duplicate digit are meant"):
-        KnowledgeTable.from_table(vectors_table(ROWS, CODES), "user", (4, 300, 4))
-    KnowledgeTable.from_table(vectors_table(ROWS, CODES), "user", (4, 300)).save(tmp_path)
-    np.save(tmp_path / "codes.npy", np.zeros((2, 2), np.uint16))
-    with pytest.raises(WorkspaceError, match="2 levels, but codes of shape"):
-        KnowledgeTable.open(tmp_path)
-
-
-def test_empty_table_round_trips_and_misses_everything(tmp_path: Path) -> None:
-    KnowledgeTable.from_table(vectors_table(ROWS), "cohort").save(tmp_path)
-    vectors, mask = KnowledgeTable.open(tmp_path).gather(np.array([1, 2]))
-    assert vectors.tolist() == [[0, 0], [0, 0]]
-    assert not mask.any()
-
-
-def test_doubled_id_is_refused() -> None:
-    with pytest.raises(SchemaError, match="id 10 occurs more than once"):
-        KnowledgeTable.from_table(vectors_table([*ROWS, ("user", 10, [0, 0])]), "user")
-
-
-def test_missing_and_damaged_folders_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(WorkspaceError, match="Run `encode`"):
-        KnowledgeTable.open(tmp_path / "nowhere")
-    KnowledgeTable.from_table(vectors_table(ROWS), "user").save(tmp_path)
-    np.save(tmp_path / "ids.npy", np.array([1, 2]))
-    with pytest.raises(WorkspaceError, match="different runs"):
-        KnowledgeTable.open(tmp_path)
-    (tmp_path / "vectors.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(WorkspaceError, match="Run `encode`"):
-        KnowledgeTable.open(tmp_path)
+def test_missing_vectors_say_what_to_do(workspace: Workspace) -> None:
+    workspace.fix_shards({"user": 2})
+    with pytest.raises(WorkspaceError, match=r"knowledge-user holds no vectors. Run `encode`"):
+        open_vectors(VectorShards(workspace, "vectors/abc", "knowledge-user"))
 
 
 @given(st.integers(2, 40), st.integers(0, 2**32 - 1), st.integers(0, 5))
@@ -110,7 +84,29 @@ def test_shuffle_is_a_derangement_of_the_same_vectors(n: int, seed: int, again: 
     assert sorted(twice.ravel()) == list(range(n))
 
 
-def test_shuffled_table_saves_what_it_gathers(tmp_path: Path) -> None:
-    table = KnowledgeTable.from_table(vectors_table(ROWS), "user").shuffled(1)
-    table.save(tmp_path)
-    assert np.array_equal(KnowledgeTable.open(tmp_path).gather(table.ids)[0], table.gather(table.ids)[0])
+def test_a_mapped_table_shuffles_vectors_and_codes_within_each_shard(workspace: Workspace) -> None:
+    n = 200
+    table = KnowledgeTable(
+        np.arange(n),
+        np.arange(n, dtype=np.float16)[:, None],
+        codes=np.arange(n, dtype=np.uint16)[:, None],
+        code_sizes=(n,),
+    )
+    mapped = open_vectors(on_disk(workspace, table), (n,), held=False)
+    shuffled = mapped.shuffled(3)
+    given_, mask = shuffled.gather(table.ids)
+    others = given_[:, 0].astype(int)
+    assert mask.all()
+    assert (others != table.ids).all()
+    assert sorted(others) == list(range(n))
+    assert (shard_of(others, 4) == shard_of(table.ids, 4)).all()
+    assert (shuffled.gather_codes(table.ids)[:, 0] == others + 1).all()
+    assert np.array_equal(given_, mapped.shuffled(3).gather(table.ids)[0])
+    assert not np.array_equal(given_, mapped.shuffled(4).gather(table.ids)[0])
+
+
+def test_the_only_id_of_a_shard_has_nobody_to_change_with(workspace: Workspace) -> None:
+    alone = replace(TABLE, ids=IDS[:1], vectors=VECTORS[:1], codes=CODES[:1])
+    mapped = open_vectors(on_disk(workspace, alone), (4, 300), held=False)
+    assert mapped.gather(IDS[:1])[1].tolist() == [True]
+    assert mapped.shuffled(0).gather(IDS[:1])[1].tolist() == [False]

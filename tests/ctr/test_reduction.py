@@ -4,15 +4,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from worlds import write_vectors
 
+from owlrec.ctr import reduction
 from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.reduction import reduce_once, reduced, reduced_folders
-from owlrec.encoding.projection import unit_rows
+from owlrec.ctr.reduction import open_tables, reduce_once, reduced, reduced_folders
+from owlrec.encoding.projection import Projection, unit_rows
 from owlrec.errors import SchemaError
 from owlrec.workspace import Workspace
 
 FINGERPRINT = "beef" * 16
-FOLDERS = {"knowledge": {"user": "vectors/knowledge-user", "item": "vectors/knowledge-item"}}
+SIDES = ("user", "item")
+FOLDERS = {"knowledge": dict.fromkeys(SIDES, "vectors/abc")}
+
+
+def encoded(folder: Path, n: int = 30) -> Workspace:
+    workspace = Workspace(folder)
+    workspace.fix_shards({"user": 8, "item": 2})
+    for side in SIDES:
+        write_vectors(workspace, "vectors/abc", f"knowledge-{side}", table(n, len(side)))
+    return workspace
 
 
 def table(n: int, seed: int, *, dim: int = 12, rank: int = 3) -> KnowledgeTable:
@@ -45,28 +56,47 @@ def test_what_all_vectors_share_is_not_taken_out() -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
 
 
-def test_a_grid_reads_its_own_copy_which_is_written_once(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path)
-    for side, folder in FOLDERS["knowledge"].items():
-        table(30, len(side)).save(workspace.local_path(folder))
+@pytest.mark.parametrize("held", [True, False])
+def test_a_grid_reads_its_own_copy_which_is_that_of_tables_in_memory(tmp_path: Path, held: bool) -> None:
+    workspace = encoded(tmp_path)
     assert reduced_folders(workspace, FOLDERS, FINGERPRINT) == FOLDERS
     read = reduce_once(workspace, FOLDERS, 4, FINGERPRINT)
     assert read == reduced_folders(workspace, FOLDERS, FINGERPRINT) != FOLDERS
-    path = workspace.local_path(read["knowledge"]["user"])
-    first = KnowledgeTable.open(path).vectors
-    assert first.shape == (30, 4)
-    table(30, 99).save(workspace.local_path(FOLDERS["knowledge"]["user"]))
+    whole = reduced({side: table(30, len(side)) for side in SIDES}, 4)
+    for side, opened in open_tables(workspace, read, held=held)["knowledge"].items():
+        ids = whole[side].ids
+        vectors, mask = opened.gather(ids)
+        assert vectors.shape == (30, 4)
+        assert mask.all()
+        # The sample is the same, its rows in another order: signs and last bits of the directions may differ.
+        theirs = whole[side].vectors.astype(np.float32)
+        np.testing.assert_allclose(vectors @ vectors.T.astype(np.float32), theirs @ theirs.T, atol=4e-3)
+    projection = Projection.load(workspace, read["knowledge"]["user"], FINGERPRINT)
+    assert projection.directions.shape == (4, 12)
+
+
+def test_vectors_are_reduced_once_and_an_interrupted_reduction_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, made = encoded(tmp_path), []
+    run = reduction.ReduceVectors.run
+    monkeypatch.setattr(reduction.ReduceVectors, "run", lambda self, work: made.append(work.shard) or run(self, work))
+    read = reduce_once(workspace, FOLDERS, 4, FINGERPRINT)
+    assert len(made) == len(set(made)) == len(workspace.entries("vectors/abc"))
+    workspace.delete_file(f"{read['knowledge']['user']}/done.json")
+    workspace.delete_file(f"{read['knowledge']['user']}/{made[0].file('.arrow')}")
     assert reduce_once(workspace, FOLDERS, 4, FINGERPRINT) == read
-    np.testing.assert_array_equal(KnowledgeTable.open(path).vectors, first)
+    assert made[-1] == made[0]
+    assert len(made) == len(set(made)) + 1
+    assert reduce_once(workspace, FOLDERS, 4, FINGERPRINT) == read
+    assert len(made) == len(set(made)) + 1
 
 
 @pytest.mark.parametrize("components", [None, 12, 384])
 def test_vectors_that_have_no_more_are_read_where_they_are(tmp_path: Path, components: int | None) -> None:
     whole = {"user": table(5, 1)}
     assert reduced(whole, components)["user"] is whole["user"]
-    workspace = Workspace(tmp_path)
-    for folder in FOLDERS["knowledge"].values():
-        table(30, 1).save(workspace.local_path(folder))
+    workspace = encoded(tmp_path)
     assert reduce_once(workspace, FOLDERS, components, FINGERPRINT) == FOLDERS
     assert reduce_once(workspace, {}, components, FINGERPRINT) == {}
 
@@ -81,5 +111,5 @@ def test_two_sizes_and_vectors_that_are_not_finite_are_refused() -> None:
         reduced({"user": table(5, 1), "item": table(5, 1, dim=8)}, 4)
     broken = table(5, 1)
     broken.vectors[3, 2] = np.nan
-    with pytest.raises(SchemaError, match="vector of id 21 has a component that is no finite number"):
+    with pytest.raises(SchemaError, match="vector of id 21 has a component that is not a finite number"):
         reduced({"user": broken}, 4)

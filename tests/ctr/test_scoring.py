@@ -12,9 +12,11 @@ import torch
 from owlrec import schema
 from owlrec.ctr.artifact import artifact_folder, write_artifact
 from owlrec.ctr.backbones import BACKBONES
-from owlrec.ctr.experiment import Arm, CTRConfig, Trial
-from owlrec.ctr.export import export_trial, save_vocabularies
-from owlrec.ctr.fitting import SplitTensors, Trained, TrainingData, score, train_one
+from owlrec.ctr.batches import SplitBatches
+from owlrec.ctr.experiment import Arm, CTRConfig, Trial, grid_folder
+from owlrec.ctr.export import export_trial, write_vocabularies
+from owlrec.ctr.features import Split
+from owlrec.ctr.fitting import Trained, TrainingData, score, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.model_card import ModelCard, finish_artifact, read_card
 from owlrec.ctr.program import export_program
@@ -63,8 +65,9 @@ def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exporte
     trial = Trial(backbone=backbone, arm=arm, seed=0)
     trained = train_one(trial, data, CONFIG)
     export_trial(workspace, GRID, trained)
-    save_vocabularies(workspace, GRID, data.features.vocabularies)
-    folder = write_artifact(workspace, GRID, trained.result, data.features.items, data.tables(trial))
+    write_vocabularies(workspace, grid_folder(GRID), data.features.vocabularies)
+    write_artifact(workspace, GRID, trained.result, data.features.items, data.tables(trial))
+    folder = artifact_folder(GRID, trial)
     scorer = Scorer.load(workspace, folder)
     workspace.write_bytes(f"{folder}/program.pt2", export_program(scorer.model, scorer.batch(3, [1, 2, 3])))
     figures = {"valid": trained.result.valid, "test": trained.result.test}
@@ -100,14 +103,14 @@ def test_both_paths_score_as_the_trainer_did(workspace: Workspace, toy_world: An
         np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-5)
     # A request of many: as the trainer scores the same user's rows one beside the other.
     user, candidates = asked[4][0], np.r_[np.arange(20), 7, 7]
-    test = made.data.features.splits["test"]
-    rows = np.full(len(candidates), 4)
     samples = dataclasses.replace(
-        type(test)(*(getattr(test, f.name)[rows] for f in dataclasses.fields(test))),
+        made.data.features.splits["test"].whole().take(np.full(len(candidates), 4)),
         item_ids=candidates,
         items=made.data.features.items.rows(candidates),
     )
-    expected = score(made.trained.model, SplitTensors(samples, made.data.tables(made.trained.result.trial), "cpu"))
+    expected = score(
+        made.trained.model, SplitBatches(Split.of(samples), made.data.tables(made.trained.result.trial), "cpu")
+    )
     for scorer in (by_model, by_program):
         found = scorer.score(user, candidates)
         assert found.dtype == np.float64
@@ -182,7 +185,8 @@ def test_half_precision_moves_scores_a_little(workspace: Workspace, toy_world: A
     tables = made.data.tables(made.trained.result.trial)
     write_artifact(workspace, GRID, made.trained.result, made.data.features.items, tables, precision="float16")
     half = Scorer.load(workspace, made.folder)
-    assert half.adapted["user"].table.vectors.dtype == np.float16
+    fields = workspace.map_arrow(f"{made.folder}/adapted-user/00000000.arrow")["fields"]
+    assert fields.type.value_type == pa.float16()
     np.testing.assert_allclose(half.score(20, range(20)), full, atol=1e-3)
 
 
@@ -191,12 +195,15 @@ def test_unfinished_and_damaged_artifacts_are_refused(workspace: Workspace, toy_
     folder = made.folder
     assert folder == artifact_folder(GRID, made.trained.result.trial)
     assert read_card(workspace, folder).trial == made.trained.result.trial
-    users = workspace.local_path(folder, "users", "history.npy")
-    users.write_bytes(users.read_bytes()[:-5])
-    with pytest.raises(WorkspaceError, match=r"no readable users.*export"):
+    path = f"{folder}/users/00000000.arrow"
+    workspace.write_bytes(path, workspace.read_bytes(path)[:-5])
+    with pytest.raises(WorkspaceError, match=r"users/00000000.arrow cannot be read"):
+        Scorer.open(workspace, folder)
+    workspace.delete_file(path)
+    with pytest.raises(WorkspaceError, match=r"holds 3 shards of users.*export"):
         Scorer.open(workspace, folder)
     workspace.write_bytes(f"{folder}/items.safetensors", b"no tensors")
-    with pytest.raises(WorkspaceError, match=r"items.safetensors is damaged.*export"):
+    with pytest.raises(WorkspaceError, match=r"items.safetensors is damaged"):
         Scorer.open(workspace, folder)
     workspace.delete_file(f"{folder}/model.json")
     with pytest.raises(WorkspaceError, match=r"no finished artifact is there"):

@@ -8,9 +8,10 @@ from typing import Any
 import psutil
 import pytest
 from processes import command_lines
+from worlds import write_vectors, write_world
 
-from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult
-from owlrec.ctr.export import load_vocabularies
+from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, grid_folder
+from owlrec.ctr.export import read_vocabularies
 from owlrec.ctr.fitting import train_one
 from owlrec.ctr.training import train_trials
 from owlrec.errors import RecipeError, WorkspaceError
@@ -28,10 +29,9 @@ GRID = [Trial(backbone=b, arm=a, seed=0) for b, a in (("dcnv2", "knowledge"), ("
 
 
 def prepare(workspace: Workspace, world: Any) -> None:
-    for name, key in (("users", "user_id"), ("items", "item_id"), ("samples", "user_id")):
-        workspace.write_table(name, getattr(world, name), key=key, n_shards=2)
+    write_world(workspace, world, n_shards=2)
     for table, kind in zip(world.vectors, SIDES, strict=True):
-        table.save(workspace.local_path("vectors", "abc", f"knowledge-{kind}"))
+        write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)
 
 
 def train(
@@ -41,7 +41,7 @@ def train(
         workspace,
         config,
         grid,
-        knowledge={source: {side: f"vectors/abc/{source}-{side}" for side in SIDES} for source in SOURCES},
+        knowledge={source: dict.fromkeys(SIDES, "vectors/abc") for source in SOURCES},
         fingerprint=FINGERPRINT,
         attributes=("genres",),
         profile=("gender",),
@@ -67,10 +67,10 @@ def test_grid_is_trained_once_announced_and_resumed(
         "spec.json",
         "test_scores.parquet",
     ]
-    assert load_vocabularies(workspace, FINGERPRINT).items.to_pylist() == list(range(20))
+    assert read_vocabularies(workspace, grid_folder(FINGERPRINT)).items.to_pylist() == list(range(20))
 
     weights = workspace.read_bytes(f"{folder}/dcnv2/knowledge/seed-0/model.safetensors")
-    workspace.filesystem.delete_file(workspace.path(folder, "din", "none", "seed-0", "result.json"))
+    workspace.delete_file(f"{folder}/din/none/seed-0/result.json")
     again = train(workspace, GRID, seen)
     assert [r.trial for r in again] == GRID
     assert again[0] == results[0]
@@ -126,7 +126,7 @@ def test_a_killed_workers_group_goes_on_at_the_next_sample(
 def test_a_workers_complaint_arrives_as_it_was_raised(ray_local: None, workspace: Workspace, toy_world: Any) -> None:
     prepare(workspace, toy_world)
     workspace.delete_dir("vectors")
-    with pytest.raises(WorkspaceError, match=r"knowledge-user holds no readable knowledge vectors.*Run `encode` again"):
+    with pytest.raises(WorkspaceError, match=r"knowledge-user holds no vectors.*Run `encode` again"):
         train(workspace, GRID[:1], [])
 
 
@@ -137,14 +137,17 @@ def test_a_source_that_was_not_given_is_missed_before_anything_is_trained(worksp
     assert workspace.names("ctr") == []
 
 
-def test_every_source_that_encode_wrote_is_offered(workspace: Workspace, toy_world: Any) -> None:
-    table = toy_world.vectors[0]
-    for name in ("knowledge-user", "knowledge-item", "collective-user", "partition-1-user"):
-        table.save(workspace.local_path("vectors", "abc", name))
-        workspace.write_bytes(f"vectors/abc/{name}.parquet", b"")
+def test_every_source_that_encode_wrote_is_offered(workspace: Workspace) -> None:
+    for name in (
+        "knowledge-user",
+        "knowledge-item",
+        "knowledge-cohort",
+        "collective-user",
+        "quantisers/knowledge-user",
+    ):
+        workspace.write_bytes(f"vectors/abc/{name}/00000000.arrow", b"")
     assert vector_folders(workspace, "vectors/abc") == {
-        "knowledge": {"user": "vectors/abc/knowledge-user", "item": "vectors/abc/knowledge-item"},
-        "collective": {"user": "vectors/abc/collective-user"},
-        "partition-1": {"user": "vectors/abc/partition-1-user"},
+        "knowledge": {"user": "vectors/abc", "item": "vectors/abc"},
+        "collective": {"user": "vectors/abc"},
     }
     assert vector_folders(workspace, "vectors/other") == {}

@@ -7,43 +7,61 @@ import pytest
 
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.projection import ProjectionConfig
-from owlrec.ranking.items import item_retriever
-from owlrec.workspace import Workspace
+from owlrec.ranking.items import ItemVectors, item_retriever
+from owlrec.shards import finish_stage
+from owlrec.workspace import Workspace, table_file
 
 
 class Letters:
-    """An encoder that counts letters, and its own calls."""
+    """An encoder that counts letters, and the texts that it was given."""
 
-    calls = 0
+    texts = 0
 
     def __init__(self, config: EncoderConfig) -> None:
-        Letters.calls += 1
+        pass
 
     def encode(self, texts: Sequence[str], on_batch: object = None) -> np.ndarray:
+        Letters.texts += len(texts)
         return np.array([[text.count(c) for c in "abcdefghijklmnop0123456789"] for text in texts], dtype=np.float32)
 
 
 @pytest.fixture(autouse=True)
 def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    Letters.calls = 0
+    Letters.texts = 0
     monkeypatch.setattr("owlrec.encoding.encoder.Encoder", Letters)
 
 
-def test_items_are_encoded_once_for_the_same_texts_and_settings(small_world: Workspace) -> None:
+def test_items_are_encoded_once_and_again_where_a_text_has_changed(small_world: Workspace) -> None:
     usual, small = ProjectionConfig(components=8), ProjectionConfig(components=4)
     history, candidates = np.arange(100, 120), np.array([101, 128])
     first = item_retriever(small_world, EncoderConfig(), usual)
     again = item_retriever(small_world, EncoderConfig(), usual)
     np.testing.assert_array_equal(*(r.retrieve(history, candidates, 5) for r in (first, again)))
-    assert Letters.calls == 1
-    item_retriever(small_world, EncoderConfig(), small)
-    assert Letters.calls == 2
-    assert len(small_world.names("ranking")) == 2
-    table = small_world.read_table("items")
-    titles = ["Film zero", *table["title"].to_pylist()[1:]]
-    small_world.write_table("items", table.set_column(2, "title", [titles]), key="item_id", n_shards=4)
+    assert Letters.texts == 30
+    item_retriever(small_world, EncoderConfig(), small)  # another projection of the same vectors
+    assert Letters.texts == 30
+    shard = small_world.read_shard("items", 2)
+    titles = ["Film zero", *shard["title"].to_pylist()[1:]]
+    small_world.write_parquet(table_file("items", 2), shard.set_column(2, "title", [titles]))
     item_retriever(small_world, EncoderConfig(), usual)
-    assert Letters.calls == 3
+    assert Letters.texts == 31
+
+
+def test_a_retriever_of_some_items_finds_what_one_of_all_does(small_world: Workspace) -> None:
+    vectors = ItemVectors.encoded(small_world, EncoderConfig(), ProjectionConfig(components=8))
+    history, candidates = np.arange(100, 120), np.array([101, 128])
+    some = vectors.retriever(np.concatenate([candidates, history, [10**9]]))
+    np.testing.assert_array_equal(*(r.retrieve(history, candidates, 5) for r in (some, vectors.retriever())))
+
+
+def test_vectors_that_encode_has_written_are_read(small_world: Workspace) -> None:
+    encoder = EncoderConfig()
+    made = ItemVectors.encoded(small_world, encoder, ProjectionConfig())
+    finish_stage(small_world, "encode", "e" * 64, outputs={"vectors": made.shards.folder})
+    small_world.delete_dir("ranking", "projections")
+    again = ItemVectors.encoded(small_world, encoder, ProjectionConfig())
+    assert again.shards.folder == made.shards.folder
+    assert Letters.texts == 30
 
 
 def test_like_items_are_near(small_world: Workspace) -> None:

@@ -77,7 +77,6 @@ def test_items_are_read_by_the_llm_once_and_projected(
     monkeypatch.setattr(last_layer, "LastLayerEncoder", None)  # a second reading would fail
     again = item_retriever(small_world, config, projection)
     np.testing.assert_array_equal(*(r.retrieve(history, candidates, 5) for r in (first, again)))
-    assert len(small_world.names("ranking")) == 1
 
 
 def test_a_model_that_is_no_language_model_is_refused(model: str) -> None:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import NOUNS, toy_texts  # type: ignore[import-not-found]
+from worlds import write_samples
 
 from owlrec import schema
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
@@ -36,7 +37,7 @@ def prepare(workspace: Workspace) -> None:
             rows.append({**row, "history": history, "history_ratings": ratings, "split": split})
     workspace.write_table("users", users, key="user_id", n_shards=2)
     workspace.write_table("items", items, key="item_id", n_shards=2)
-    workspace.write_table("samples", pa.Table.from_pylist(rows, schema=schema.SAMPLES), key="user_id", n_shards=2)
+    write_samples(workspace, pa.Table.from_pylist(rows, schema=schema.SAMPLES))
     finish_stage(workspace, "prepare", "f" * 64)
 
 

@@ -8,15 +8,27 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from worlds import write_samples
 
 from owlrec.errors import RecipeError, SchemaError
 from owlrec.prompting.rella import RankPromptConfig
+from owlrec.ranking import samples as samples_module
 from owlrec.ranking.retrieval import BehaviourRetriever
-from owlrec.ranking.samples import TUNING_ROWS, TuningData, TuningDataConfig, ask_about, build_tuning_data, draw_shots
+from owlrec.ranking.samples import (
+    TUNING_ROWS,
+    TuningData,
+    TuningDataConfig,
+    ask_about,
+    build_tuning_data,
+    draw_samples,
+    draw_shots,
+    read_users,
+)
 from owlrec.scenario import get_scenario
-from owlrec.schema import SAMPLES
+from owlrec.schema import SAMPLES, shard_of
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.workspace import Workspace
 
 N_ITEMS = 12
 UNTITLED, INVISIBLE = 10, 11
@@ -157,6 +169,42 @@ def test_order_of_shots_depends_neither_on_the_tables_order_nor_on_other_samples
     gone = samples["timestamp"][left].as_py()
     without = samples.take(pa.array([i for i in range(40) if i != left]))
     assert drawn(without) == [timestamp for timestamp in expected if timestamp != gone]
+
+
+@pytest.mark.parametrize("n_shards", [1, 4])
+@pytest.mark.parametrize("limit", [1, 20, None])
+def test_shards_are_drawn_from_as_the_whole_table_is(workspace: Workspace, n_shards: int, limit: int | None) -> None:
+    samples = many(200)
+    workspace.fix_shards({"user": n_shards})
+    write_samples(workspace, samples)
+    for split, seed in (("train", 0), ("test", 3)):
+        expected = samples.take(pa.array(draw_shots(samples, None, seed, split)[:limit]))
+        assert draw_samples(workspace, split, limit, seed).to_pylist() == expected.to_pylist()
+    with pytest.raises(RecipeError, match="201 are asked for"):
+        draw_samples(workspace, "train", 201, 0, exactly=True)
+
+
+def test_a_draw_holds_few_rows_and_reads_few_histories(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.fix_shards({"user": 8})
+    write_samples(workspace, many(300))
+    read: list[tuple[int, bool]] = []
+    original = samples_module.read_samples
+
+    def spy(workspace: Workspace, number: int, columns: Any = None) -> pa.Table:
+        read.append((number, columns is None))
+        return original(workspace, number, columns)
+
+    monkeypatch.setattr(samples_module, "read_samples", spy)
+    drawn = draw_samples(workspace, "train", 1, 0)
+    assert [number for number, _ in read[:8]] == list(range(8))
+    assert [whole for _, whole in read] == [False] * 8 + [True]
+    assert read[-1][0] == shard_of(drawn["user_id"].to_numpy(), 8)[0]
+
+
+def test_users_are_read_from_their_shards(workspace: Workspace) -> None:
+    workspace.write_table("users", USERS, key="user_id", n_shards=4)
+    assert read_users(workspace, np.array([2, 2, 9])).to_pylist() == [{"user_id": 2, "gender": None, "age": 44}]
+    assert read_users(workspace, np.zeros(0, np.int64)).schema == USERS.schema
 
 
 def test_only_the_train_split_is_drawn_from() -> None:

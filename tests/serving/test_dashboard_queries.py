@@ -10,7 +10,6 @@ import urllib.request
 
 import httpx
 import pytest
-from owlrec.generation.batch import build_job
 from redis_server import free_port
 from served_world import publish_world
 

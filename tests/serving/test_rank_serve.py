@@ -12,9 +12,9 @@ import torch
 from redis_server import free_port
 
 from owlrec import schema
-from owlrec.ctr.artifact import write_artifact
-from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.export import export_trial, save_vocabularies
+from owlrec.ctr.artifact import artifact_folder, write_artifact
+from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
+from owlrec.ctr.export import export_trial, write_vocabularies
 from owlrec.ctr.features import build_features
 from owlrec.ctr.fitting import TrainingData, train_one
 from owlrec.ctr.model_card import ModelCard, finish_artifact
@@ -61,8 +61,9 @@ def write_artifacts(workspace):
         data = TrainingData(features, {})
         trained = train_one(trial, data, config)
         export_trial(workspace, grid, trained)
-        save_vocabularies(workspace, grid, features.vocabularies)
-        folder = write_artifact(workspace, grid, trained.result, features.items, None)
+        write_vocabularies(workspace, grid_folder(grid), features.vocabularies)
+        write_artifact(workspace, grid, trained.result, features.items, None)
+        folder = artifact_folder(grid, trial)
         figures = {"valid": trained.result.valid, "test": trained.result.test}
         card = ModelCard(trial=trial, grid=grid, precision="float32", users=USERS, items=ITEMS, adapted={}, **figures)
         finish_artifact(workspace, folder, card)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from owlrec.generation.batch import build_job
 
 from owlrec.encoding.coded_vectors import code_vectors
 from owlrec.encoding.encoder import EncoderConfig

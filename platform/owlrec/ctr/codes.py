@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.knowledge import VectorTable
 from owlrec.errors import SchemaError
 
 
@@ -55,7 +55,7 @@ class CodeFields(nn.Module):
         return torch.stack([self.user(user.values)[user.rows], self.item(item.values)[item.rows]], dim=1)
 
 
-def code_sizes(tables: Sequence[KnowledgeTable]) -> tuple[int, ...]:
+def code_sizes(tables: Sequence[VectorTable]) -> tuple[int, ...]:
     """How many codes each level of a side has. Raises SchemaError where its table has none."""
     (table,) = tables
     if not table.code_sizes:

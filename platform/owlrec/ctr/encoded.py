@@ -1,94 +1,273 @@
-"""Encoded samples on disk, memory-mapped: data sets larger than memory, and one encoding for all workers.
+"""Samples encoded by shard on disk, memory-mapped: data sets larger than memory, and one encoding for all workers.
 
-The tables are encoded once, part by part, to one .npy file a column and split; all workers of a machine map the same
-files, and a batch reads the pages that its rows stand on (`order` keeps these few). Ray Data could stream the Parquet
-files instead, but neither its iterator nor its local shuffle can be entered again at a position, so a restarted worker
-would see other batches than the one that died. Here a position is a number.
+A shard is encoded once, from its users' samples and interactions alone: rows of samples, which refer to the behaviors
+beside them, and what the shard adds to the counts of items. Vocabularies are sums over shards, so no pass looks at two
+of them at once. Ray Data could stream the tables instead, but neither its iterator nor its local shuffle can be entered
+again at a position, so a restarted worker would see other batches than the one that died. Here a position is a number.
 """
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel
 
+from owlrec.ctr.experiment import ENCODED
+from owlrec.ctr.export import read_items, read_vocabularies, write_items, write_vocabularies
 from owlrec.ctr.features import (
+    RESERVED,
     SPLITS,
     Features,
-    ItemFeatures,
+    Histories,
     SampleFeatures,
+    Split,
     Vocabularies,
+    distinct_values,
     encode_items,
-    encode_samples,
-    of_split,
-    survey,
+    item_rows,
+    kept_attributes,
+    known_items,
+    rating_buckets,
+    refuse_labels,
+    value_codes,
 )
+from owlrec.errors import SchemaError
+from owlrec.runner import Pool, Result, Stage, Work, run_stage
+from owlrec.shards import Card, Shard
+from owlrec.workspace import Workspace, shard_file, table_file
 
-DONE = "done.json"  # written last
+# Rows of valid and of test that are scored at most: those of the first shards, whose users are a random draw, since a
+# shard is a hash of the id. The standard error of an AUC is then below .0002, and arrays of all rows fit one process.
+EVALUATED_ROWS = 1 << 23
+_DONE = "done.json"  # written last
+_SHARDS_OPEN = 64
 
 
-def encode_to_folder(
-    users: pa.Table,
-    items: pa.Table,
-    parts: Callable[[], Iterable[pa.Table]],
-    folder: Path,
+class _Encoded(BaseModel):
+    """done.json."""
+
+    history_length: int
+    profile: tuple[str, ...]
+    sizes: dict[str, list[int]]  # split -> rows in each shard
+
+
+class EncodeSamples(Stage):
+    """Encodes a shard of users: samples/, by split, behaviors/ and counts/."""
+
+    name = "train_ctr"
+
+    def __init__(self, folder: str, profile: Sequence[str]) -> None:
+        """profile: columns of users."""
+        self.folder, self.profile = folder, tuple(profile)
+
+    def open(self, workspace: Workspace, worker: str) -> None:
+        """Reads the ids of all items."""
+        self._item_ids = item_ids(workspace)
+
+    def run(self, work: Work) -> Result:
+        """Raises SchemaError for a label that is neither 0 nor 1."""
+        workspace, number = work.workspace, work.shard.number
+        columns = ["user_id", "item_id", "label", "split", "history_start", "history_end"]
+        rows = workspace.read_shard("samples", number, columns)
+        behaviors = workspace.read_shard("interactions", number, ["item_id", "rating"])
+        label = rows["label"].to_numpy()
+        if (odd := ~np.isin(label, (0, 1))).any():
+            raise SchemaError(
+                f"{workspace.path(table_file('samples', number))}, row {odd.argmax()}: the label is "
+                f"{label[odd.argmax()]}; a CTR model's labels are 0 and 1. Run `prepare` again."
+            )
+        split = pc.index_in(rows["split"], pa.array(SPLITS)).to_numpy()
+        order = np.argsort(split, kind="stable")
+        rows, split, label = rows.take(order), split[order], label[order]
+        items = item_rows(self._item_ids, rows["item_id"].to_numpy())
+        of_history = item_rows(self._item_ids, behaviors["item_id"].to_numpy())
+        starts, ends = (rows[name].to_numpy().astype(np.int64) for name in ("history_start", "history_end"))
+        samples = {
+            "user_id": rows["user_id"],
+            "item_id": rows["item_id"],
+            "item": items,
+            "start": starts,
+            "length": (ends - starts).astype(np.int32),
+            "label": label.astype(np.float32),
+            **self._profiles(workspace, number, rows["user_id"]),
+        }
+        train = split == SPLITS.index("train")
+        # How often training shows each behavior: up by one where a history starts, down where it ends.
+        shown = np.bincount(starts[train], minlength=len(of_history) + 1).astype(np.int64)
+        shown -= np.bincount(ends[train], minlength=len(of_history) + 1)
+        seen, weight = np.concatenate([items[train], of_history]), np.r_[np.ones(train.sum()), np.cumsum(shown)[:-1]]
+        item, of_item = np.unique(seen, return_inverse=True)
+        count = np.bincount(of_item, weights=weight, minlength=len(item)).astype(np.int64)
+        tables = {
+            "samples": pa.table(samples),
+            "behaviors": pa.table({"item": of_history, "rating": rating_buckets(behaviors["rating"].combine_chunks())}),
+            "counts": pa.table({"item": item[count > 0], "count": count[count > 0]}),
+        }
+        work.check()
+        files = {
+            path: workspace.write_arrow(work.artifact.path(path), table, table.schema)
+            for name, table in tables.items()
+            if (path := f"{name}/{shard_file(number, '.arrow')}")
+        }
+        counts = {"history_length": int((ends - starts)[train].max(initial=0))}
+        for code, name in enumerate(SPLITS):
+            counts |= {name: int((split == code).sum()), f"{name}_positives": int(label[split == code].sum())}
+        return Result(files, rows_in=len(rows), rows_out=len(rows), counts=counts)
+
+    def _profiles(self, workspace: Workspace, number: int, user_ids: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
+        if not self.profile:
+            return {}
+        users = workspace.read_shard("users", number)
+        where = pc.index_in(user_ids, users["user_id"].combine_chunks())
+        return {name: users[name].take(where).cast(pa.string()) for name in self.profile if name in users.column_names}
+
+
+def item_ids(workspace: Workspace) -> np.ndarray:
+    """int64: of all items, ascending."""
+    shards = workspace.table_shards("items")
+    return np.sort(
+        np.concatenate([workspace.read_shard("items", n, ["item_id"])["item_id"].to_numpy() for n in shards])
+    )
+
+
+def encode_tables(
+    workspace: Workspace,
+    folder: str,
     *,
     attributes: Sequence[str],
     profile: Sequence[str],
     min_item_count: int,
-) -> Vocabularies:
-    """Writes what `open_features` reads; a part is in memory at a time.
+    pool: Pool | None = None,
+) -> None:
+    """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`; shards that
+    are there already are kept, and nothing happens where all is.
 
-    parts: called twice, gives the samples table in parts, each time the same. Other arguments and errors: see
-    `build_features`. Returns the vocabularies, which the folder does not hold.
+    attributes, profile, min_item_count, and errors: as of `build_features`.
     """
-    found = survey(parts())
-    vocabularies = found.vocabularies(users, items, attributes, profile, min_item_count)
-    item_features = encode_items(items, vocabularies)
-    folder.mkdir(parents=True, exist_ok=True)
-    for field in fields(ItemFeatures):
-        np.save(folder / f"items-{field.name}.npy", getattr(item_features, field.name))
-    files: dict[str, np.ndarray] = {}
-    written = dict.fromkeys(SPLITS, 0)
-    for part in parts():
-        for split in SPLITS:
-            encoded = encode_samples(of_split(part, split), users, item_features, vocabularies, found.history_length)
-            start, end = written[split], written[split] + len(encoded)
-            for field in fields(SampleFeatures):
-                values, name = getattr(encoded, field.name), f"{split}-{field.name}.npy"
-                if name not in files:
-                    shape = (found.rows[split], *values.shape[1:])
-                    files[name] = _create(folder / name, values.dtype, shape)
-                files[name][start:end] = values
-            written[split] = end
-    for array in files.values():
-        if isinstance(array, np.memmap):
-            array.flush()
-    (folder / DONE).write_text(json.dumps({"history_length": found.history_length}))
-    return vocabularies
+    encoded = f"{folder}/{ENCODED}"
+    if workspace.exists(encoded, _DONE):
+        return
+    shards = [Shard("user", number) for number in workspace.table_shards("samples")]
+    made = run_stage(workspace, EncodeSamples(encoded, profile), dict.fromkeys(shards, encoded), pool)
+    cards = [made[shard.name] for shard in shards]
+    for split in SPLITS:
+        rows, positives = (_total(cards, name) for name in (split, f"{split}_positives"))
+        refuse_labels(split, rows, {float(label) for label, n in enumerate((rows - positives, positives)) if n})
+    ids = item_ids(workspace)
+    counts = np.zeros(len(ids) + RESERVED, dtype=np.int64)
+    for shard in shards:
+        of_shard = _map(workspace, encoded, "counts", shard.number)
+        counts[of_shard["item"].to_numpy()] += of_shard["count"].to_numpy()
+    vocabularies = Vocabularies(
+        items=known_items(ids, counts, min_item_count),
+        attributes=_attribute_values(workspace, attributes),
+        profile=_profile_values(
+            workspace, encoded, profile, {s.number: int(made[s.name].counts["train"]) for s in shards}
+        ),
+    )
+    write_vocabularies(workspace, folder, vocabularies)
+    write_items(workspace, folder, encode_items(item_shards(workspace, vocabularies), vocabularies), counts)
+    length = max(1, *(int(card.counts["history_length"]) for card in cards))
+    sizes = {split: [int(card.counts[split]) for card in cards] for split in SPLITS}
+    done = _Encoded(history_length=length, profile=tuple(vocabularies.profile), sizes=sizes)
+    workspace.write_json(f"{encoded}/{_DONE}", done.model_dump())
 
 
-def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    if 0 in shape:  # nothing to map
-        np.save(path, np.empty(shape, dtype))
-        return np.empty(shape, dtype)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+def open_features(workspace: Workspace, folder: str) -> Features:
+    """What `encode_tables` wrote; samples are mapped shard by shard, as they are read."""
+    done = _Encoded.model_validate(workspace.read_json(f"{folder}/{ENCODED}/{_DONE}"))
+    vocabularies = read_vocabularies(workspace, folder)
+    items, counts = read_items(workspace, folder)
+    shards = _EncodedShards(workspace, f"{folder}/{ENCODED}", done, vocabularies)
+    splits = {}
+    for split in SPLITS:
+        sizes = done.sizes[split] if split == "train" else evaluated(done.sizes[split])
+        splits[split] = Split(_SplitShards(shards, split, len(sizes)), tuple(sizes))
+    return Features(vocabularies.spec(done.history_length), vocabularies, items, counts, splits)
 
 
-def open_features(folder: Path, vocabularies: Vocabularies) -> Features:
-    """What `encode_to_folder` wrote; samples are mapped, not read."""
-    length = json.loads((folder / DONE).read_text())["history_length"]
-    items = ItemFeatures(**{f.name: np.load(folder / f"items-{f.name}.npy") for f in fields(ItemFeatures)})
-    splits = {
-        split: SampleFeatures(**{f.name: _map(folder / f"{split}-{f.name}.npy") for f in fields(SampleFeatures)})
-        for split in SPLITS
+def evaluated(sizes: Sequence[int]) -> list[int]:
+    """The sizes of those first shards of a split that are scored."""
+    within = np.cumsum(sizes) <= EVALUATED_ROWS
+    return list(sizes[: max(1, int(within.sum()))])
+
+
+def item_shards(workspace: Workspace, vocabularies: Vocabularies) -> Iterator[pa.Table]:
+    """The shards of the items table, with those columns that are encoded."""
+    for number in workspace.table_shards("items"):
+        yield workspace.read_shard("items", number, ["item_id", *vocabularies.attributes])
+
+
+class _EncodedShards:
+    """All encoded shards; the last used stay mapped."""
+
+    def __init__(self, workspace: Workspace, folder: str, done: _Encoded, vocabularies: Vocabularies) -> None:
+        self.workspace, self.folder, self.done, self.vocabularies = workspace, folder, done, vocabularies
+        self.shard = lru_cache(maxsize=_SHARDS_OPEN)(self._open)
+
+    def _open(self, number: int) -> SampleFeatures:
+        samples, behaviors = (_map(self.workspace, self.folder, name, number) for name in ("samples", "behaviors"))
+        profile = [value_codes(samples[name], values) for name, values in self.vocabularies.profile.items()]
+        starts, lengths = (samples[name].to_numpy() for name in ("start", "length"))
+        of_history, ratings = (behaviors[name].to_numpy() for name in ("item", "rating"))
+        histories = Histories(starts, lengths, of_history, ratings, self.done.history_length)
+        user_ids, item_ids, items, labels = (samples[n].to_numpy() for n in ("user_id", "item_id", "item", "label"))
+        none = np.zeros((len(samples), 0), dtype=np.int32)
+        return SampleFeatures(
+            user_ids, item_ids, items, histories, np.stack(profile, axis=1) if profile else none, labels
+        )
+
+
+class _SplitShards(Sequence[SampleFeatures]):
+    def __init__(self, shards: _EncodedShards, split: str, n: int) -> None:
+        self._shards, self._split, self._n = shards, split, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    @overload
+    def __getitem__(self, number: int) -> SampleFeatures: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[SampleFeatures]: ...
+
+    def __getitem__(self, number: int | slice) -> SampleFeatures | Sequence[SampleFeatures]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(self._n))]
+        sizes = [self._shards.done.sizes[split][number] for split in SPLITS]
+        at = SPLITS.index(self._split)
+        return self._shards.shard(number).take(slice(sum(sizes[:at]), sum(sizes[: at + 1])))
+
+
+def _map(workspace: Workspace, folder: str, name: str, number: int) -> pa.Table:
+    return workspace.map_arrow(f"{folder}/{name}/{shard_file(number, '.arrow')}")
+
+
+def _attribute_values(workspace: Workspace, attributes: Sequence[str]) -> dict[str, pa.Array]:
+    shards = workspace.table_shards("items")
+    columns = workspace.parquet_file(table_file("items", 0)).schema_arrow.names
+    return {
+        name: distinct_values(workspace.read_shard("items", number, [name])[name] for number in shards)
+        for name in kept_attributes(columns, attributes)
     }
-    return Features(vocabularies.spec(length), vocabularies, items, splits)
 
 
-def _map(path: Path) -> np.ndarray:
-    """Copy-on-write, for torch takes writable arrays only; nobody writes."""
-    array: np.ndarray = np.load(path, mmap_mode="c")
-    return array
+def _profile_values(
+    workspace: Workspace, folder: str, profile: Sequence[str], train_rows: Mapping[int, int]
+) -> dict[str, pa.Array]:
+    """Of the users that training shows. train_rows: in each shard, the first ones."""
+    has = set(_map(workspace, folder, "samples", 0).column_names) if profile else set()
+    return {
+        name: distinct_values(
+            _map(workspace, folder, "samples", n)[name].slice(0, rows) for n, rows in train_rows.items()
+        )
+        for name in profile
+        if name in has
+    }
+
+
+def _total(cards: Sequence[Card], count: str) -> int:
+    return sum(int(card.counts[count]) for card in cards)

@@ -6,19 +6,20 @@ the checkpoint, so a trial that was killed ends with the very weights of one tha
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from itertools import islice
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from owlrec.ctr.batches import SplitBatches
 from owlrec.ctr.checkpoint import CheckpointFile, Progress, random_states, restore_random_states
 from owlrec.ctr.experiment import CTRConfig
-from owlrec.ctr.model import Batch, CTRModel
+from owlrec.ctr.model import CTRModel
 from owlrec.ctr.optimiser import Optimisers
-from owlrec.ctr.order import epoch_batches
+from owlrec.ctr.order import epoch_steps
 from owlrec.ctr.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -26,16 +27,6 @@ logger = logging.getLogger(__name__)
 # With fewer steps an epoch, early stopping judges a model that has hardly moved: on 9,554 rows of MovieLens-100K,
 # batches of 2048 stopped at epoch 1 in two of eight trials and were still improving after 15 in most others.
 _MIN_STEPS = 30
-
-
-class TrainingSplit(Protocol):
-    """What is trained on (fitting.SplitTensors)."""
-
-    def batch(self, rows: Tensor) -> Batch:
-        """The samples `rows`, int64 [b] on the CPU."""
-
-    def labels_of(self, rows: Tensor) -> Tensor:
-        """float32 [b], on the model's device."""
 
 
 class Epochs:
@@ -46,12 +37,14 @@ class Epochs:
         model: CTRModel,
         config: CTRConfig,
         seed: int,
-        n_rows: int,
+        sizes: Sequence[int],
         worker: Worker,
         checkpoint: CheckpointFile | None,
     ) -> None:
-        self.model, self.config, self.seed, self.n_rows = model, config, seed, n_rows
+        """sizes: rows of each shard that is trained on."""
+        self.model, self.config, self.seed, self.sizes = model, config, seed, sizes
         self.worker, self.checkpoint = worker, checkpoint
+        n_rows = sum(sizes)
         self.batch_size = min(config.batch_size, max(1, n_rows // _MIN_STEPS))
         steps_an_epoch = -(-n_rows // self.batch_size)
         self.optimisers = Optimisers(model, config, config.epochs * steps_an_epoch, worker.world_size)
@@ -67,7 +60,7 @@ class Epochs:
         self.best_weights: dict[str, Tensor] = {}
         self._resume()
 
-    def train(self, split: TrainingSplit, valid_auc: Callable[[int], float]) -> Progress:
+    def train(self, split: SplitBatches, valid_auc: Callable[[int], float]) -> Progress:
         """Trains to the end, and leaves the model with the weights of the best epoch.
 
         valid_auc: called after each epoch, with its number; all ranks must return the same. What it raises ends it all.
@@ -85,27 +78,28 @@ class Epochs:
         self.model.load_state_dict(self.best_weights)
         return progress
 
-    def _train_epoch(self, split: TrainingSplit) -> None:
+    def _train_epoch(self, split: SplitBatches) -> None:
         progress, model, me = self.progress, self.wrapped, self.worker
-        order = epoch_batches(self.n_rows, self.batch_size, self.seed, progress.epoch, me.rank, me.world_size)
+        order = epoch_steps(self.sizes, self.batch_size, self.seed, progress.epoch, me.rank, me.world_size)
         autocast = torch.autocast(
             torch.device(me.device).type, torch.bfloat16, enabled=self.config.precision == "bfloat16"
         )
         model.train()
         started = time.perf_counter()
-        for rows in islice(order, progress.batches, None):
-            with autocast:
-                logits = model(split.batch(rows))
-            loss = F.binary_cross_entropy_with_logits(logits.float(), split.labels_of(rows))
-            self.optimisers.zero_grad()
-            loss.backward()
-            self.optimisers.step()
-            progress.batches, progress.steps = progress.batches + 1, progress.steps + 1
-            if self.checkpoint is not None and progress.steps % self.checkpoint.every_steps == 0:
-                now = time.perf_counter()
-                progress.training_s += now - started
-                started = now
-                self._save(self.checkpoint)
+        with closing(split.batches(islice(order, progress.batches, None))) as batches:
+            for batch, labels in batches:
+                with autocast:
+                    logits = model(batch)
+                loss = F.binary_cross_entropy_with_logits(logits.float(), labels)
+                self.optimisers.zero_grad()
+                loss.backward()
+                self.optimisers.step()
+                progress.batches, progress.steps = progress.batches + 1, progress.steps + 1
+                if self.checkpoint is not None and progress.steps % self.checkpoint.every_steps == 0:
+                    now = time.perf_counter()
+                    progress.training_s += now - started
+                    started = now
+                    self._save(self.checkpoint)
         progress.training_s += time.perf_counter() - started
 
     def _save(self, checkpoint: CheckpointFile) -> None:

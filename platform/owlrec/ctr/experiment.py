@@ -149,6 +149,9 @@ class TrialResult(BaseModel):
         return Trial(backbone=self.backbone, arm=self.arm, seed=self.seed)
 
 
+ENCODED = "samples"  # the folder of a grid's encoded samples, in its own
+
+
 def grid_folder(fingerprint: str) -> str:
     """Where the trials of a grid live, relative to the workspace."""
     return f"ctr/{fingerprint[:16]}"

@@ -1,12 +1,14 @@
 """A trained trial on disk: model.safetensors, spec.json, test_scores.parquet and, last, result.json.
 
-Beside the trials stand the vocabularies that encode their input, one file a grid. No pickle: weights that came from
-elsewhere must not be able to run code.
+Vocabularies and items, which encode the input, are files in the grid's folder; an artifact has its own. No pickle:
+weights that came from elsewhere must not be able to run code.
 """
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 
 from owlrec.ctr.experiment import grid_folder
@@ -18,6 +20,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
 VOCABULARIES = "vocabularies.parquet"
+ITEMS = "items.safetensors"
 _SEPARATOR = "/"
 
 
@@ -35,7 +38,7 @@ def export_trial(workspace: Workspace, fingerprint: str, trained: Trained) -> st
 def load_trial(workspace: Workspace, folder: str, items: ItemFeatures) -> CTRModel:
     """A trained model, ready to score (in eval mode, on the CPU).
 
-    items: the item table encoded by the grid's own vocabularies (`load_vocabularies`, `encode_items`).
+    items: the item table encoded by the grid's own vocabularies (`read_vocabularies`, `encode_items`).
     Raises WorkspaceError where the folder is incomplete, or holds weights of another model.
     """
     model = CTRModel(ModelSpec.model_validate(workspace.read_json(f"{folder}/spec.json")), items)
@@ -49,8 +52,8 @@ def load_trial(workspace: Workspace, folder: str, items: ItemFeatures) -> CTRMod
     return model.eval()
 
 
-def save_vocabularies(workspace: Workspace, fingerprint: str, vocabularies: Vocabularies) -> None:
-    """Writes vocabularies.parquet into the grid's folder: columns field and value, in the order of the codes."""
+def write_vocabularies(workspace: Workspace, folder: str, vocabularies: Vocabularies) -> None:
+    """Writes vocabularies.parquet: columns field and value, in the order of the codes."""
     fields = {
         "item": vocabularies.items.cast(pa.string()),
         **{f"attribute{_SEPARATOR}{name}": values for name, values in vocabularies.attributes.items()},
@@ -60,17 +63,12 @@ def save_vocabularies(workspace: Workspace, fingerprint: str, vocabularies: Voca
     values = [pa.concat_arrays([pa.array([None], pa.string()), v.cast(pa.string())]) for v in fields.values()]
     names = [pa.array([name] * len(v), pa.string()) for name, v in zip(fields, values, strict=True)]
     table = pa.table({"field": pa.concat_arrays(names), "value": pa.concat_arrays(values)})
-    workspace.write_parquet(f"{grid_folder(fingerprint)}/{VOCABULARIES}", table)
+    workspace.write_parquet(f"{folder}/{VOCABULARIES}", table)
 
 
-def load_vocabularies(workspace: Workspace, fingerprint: str) -> Vocabularies:
-    """What `save_vocabularies` wrote. Raises WorkspaceError where it is missing."""
-    return read_vocabularies(workspace, f"{grid_folder(fingerprint)}/{VOCABULARIES}")
-
-
-def read_vocabularies(workspace: Workspace, path: str) -> Vocabularies:
-    """Vocabularies from a file that `save_vocabularies` wrote, or a copy of it."""
-    table = workspace.read_parquet(path)
+def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
+    """What `write_vocabularies` wrote. Raises WorkspaceError where it is missing."""
+    table = workspace.read_parquet(f"{folder}/{VOCABULARIES}")
     fields = {
         name: table.filter(pc.equal(table["field"], name))["value"].drop_null().combine_chunks()
         for name in pc.unique(table["field"]).to_pylist()
@@ -81,3 +79,21 @@ def read_vocabularies(workspace: Workspace, path: str) -> Vocabularies:
         return {name.removeprefix(prefix): values for name, values in fields.items() if name.startswith(prefix)}
 
     return Vocabularies(items=fields["item"].cast(pa.int64()), attributes=of("attribute"), profile=of("profile"))
+
+
+def write_items(workspace: Workspace, folder: str, items: ItemFeatures, counts: np.ndarray | None = None) -> None:
+    """Writes items.safetensors. counts: features.Features.item_counts, for training alone."""
+    counts = np.zeros(len(items.codes), np.int64) if counts is None else counts
+    arrays = {"ids": items.ids, "codes": items.codes, "attributes": items.attributes, "counts": counts}
+    workspace.write_bytes(f"{folder}/{ITEMS}", safetensors.numpy.save(arrays))
+
+
+def read_items(workspace: Workspace, folder: str) -> tuple[ItemFeatures, np.ndarray]:
+    """What `write_items` wrote. Raises WorkspaceError where it is missing or damaged."""
+    try:
+        arrays = safetensors.numpy.load(workspace.read_bytes(f"{folder}/{ITEMS}"))
+        return ItemFeatures(arrays["ids"], arrays["codes"], arrays["attributes"]), arrays["counts"]
+    except (KeyError, safetensors.SafetensorError) as error:
+        raise WorkspaceError(
+            f"{workspace.path(folder)}: {ITEMS} is damaged ({error}). Run the stage that wrote it again."
+        ) from None

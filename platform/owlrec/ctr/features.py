@@ -2,12 +2,13 @@
 
 A user is what they did: the last items with their ratings, and, where asked for, profile fields. There is no user id
 (the split is by user, so a test user's id is always unseen; KAR leaves it out too). An item is its id and up to two
-attributes; its codes stand once in `ItemFeatures` and are gathered by row number, never copied into each sample. Code
-0 is padding, 1 stands for any value unseen in training.
+attributes; its codes are stored once in `ItemFeatures` and gathered by row number. A history is a range of its user's
+behaviors, which are stored once as well; no sample holds a copy of either. Code 0 is padding, 1 stands for any value
+unseen in training.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,8 @@ MAX_ATTRIBUTES = 2
 VALUES_PER_ATTRIBUTE = 4  # an item keeps the first four values of a multi-valued attribute
 RATING_BUCKETS = 10
 SPLITS = ("train", "valid", "test")
+
+Segment = tuple[int, int, int]  # rows of one shard: its number, the first and the end
 
 
 class FeatureSpec(Config):
@@ -62,24 +65,120 @@ class ItemFeatures:
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """int32: the row of each id, of any shape; 1 where the item table lacks it."""
-        rows = rows_of(self.ids, ids)
-        return np.where(rows < 0, UNKNOWN, rows + RESERVED).astype(np.int32)
+        return item_rows(self.ids, ids)
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Ranges of behaviors: row i has those from `starts[i]` on, `lengths[i]` of them, oldest first."""
+
+    starts: np.ndarray  # int64 [n]
+    lengths: np.ndarray  # int32 [n]
+    items: np.ndarray  # int32 [m], row numbers of ItemFeatures
+    ratings: np.ndarray  # uint8 [m]: 1 to 10, 0 for behaviors without a rating
+    width: int  # a model reads at most so many, the latest
+
+    def matrices(self, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        """Items and ratings of some rows: int32 [b, width] each, oldest first, then padding."""
+        starts, lengths = self.starts[rows], self.lengths[rows].astype(np.int64)
+        kept = np.minimum(lengths, self.width)
+        column = np.arange(self.width)
+        used = column < kept[:, None]
+        at = ((starts + lengths - kept)[:, None] + column)[used]
+        items, ratings = (np.zeros(used.shape, dtype=np.int32) for _ in range(2))
+        items[used], ratings[used] = self.items[at], self.ratings[at]
+        return items, ratings
+
+    def take(self, rows: np.ndarray | slice) -> "Histories":
+        """Some rows, over the same behaviors."""
+        return replace(self, starts=self.starts[rows], lengths=self.lengths[rows])
 
 
 @dataclass(frozen=True)
 class SampleFeatures:
-    """One row a sample. `items` and `history` hold row numbers of ItemFeatures."""
+    """One row for each sample. `items` holds row numbers of ItemFeatures."""
 
     user_ids: np.ndarray  # int64 [n], to look knowledge up and to group by
     item_ids: np.ndarray  # int64 [n], to look knowledge up
     items: np.ndarray  # int32 [n]
-    history: np.ndarray  # int32 [n, history_length], oldest first, then padding
-    ratings: np.ndarray  # int32 [n, history_length]: 1 to 10, 0 for padding and for behaviours without a rating
+    histories: Histories
     profile: np.ndarray  # int32 [n, n_profile]
     labels: np.ndarray  # float32 [n]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def history(self) -> np.ndarray:
+        """int32 [n, history_length]: row numbers of ItemFeatures, oldest first, then padding."""
+        return self.histories.matrices(slice(None))[0]
+
+    @property
+    def ratings(self) -> np.ndarray:
+        """int32 [n, history_length]: 1 to 10, 0 for padding and for behaviors without a rating."""
+        return self.histories.matrices(slice(None))[1]
+
+    @property
+    def history_lengths(self) -> np.ndarray:
+        """int [n]: how many behaviors a model reads."""
+        return np.minimum(self.histories.lengths, self.histories.width)
+
+    def take(self, rows: np.ndarray | slice) -> "SampleFeatures":
+        """Some rows, over the same behaviors."""
+        plain = (self.user_ids, self.item_ids, self.items, self.profile, self.labels)
+        user_ids, item_ids, items, profile, labels = (column[rows] for column in plain)
+        return SampleFeatures(user_ids, item_ids, items, self.histories.take(rows), profile, labels)
+
+    @staticmethod
+    def concatenated(parts: Sequence["SampleFeatures"]) -> "SampleFeatures":
+        """The rows of all parts, in their order; behaviors that no row refers to are left out at a part's ends."""
+        if len(parts) == 1:
+            return parts[0]
+        starts, items, ratings, before = [], [], [], 0
+        for part in parts:
+            histories = part.histories
+            low = int(histories.starts.min(initial=len(histories.items)))
+            high = max(low, int((histories.starts + histories.lengths).max(initial=0)))
+            starts.append(histories.starts - low + before)
+            items.append(histories.items[low:high])
+            ratings.append(histories.ratings[low:high])
+            before += high - low
+        histories = Histories(
+            np.concatenate(starts),
+            np.concatenate([part.histories.lengths for part in parts]),
+            np.concatenate(items),
+            np.concatenate(ratings),
+            parts[0].histories.width,
+        )
+        columns = [
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("user_ids", "item_ids", "items", "profile", "labels")
+        ]
+        return SampleFeatures(columns[0], columns[1], columns[2], histories, columns[3], columns[4])
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of a split, in shards: a row's number counts through all of them."""
+
+    shards: Sequence[SampleFeatures]  # mapped from disk as they are read, or all in memory
+    sizes: tuple[int, ...]  # rows of each
+
+    @classmethod
+    def of(cls, samples: SampleFeatures) -> "Split":
+        """One shard, in memory."""
+        return cls((samples,), (len(samples),))
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def window(self, segments: Iterable[Segment]) -> SampleFeatures:
+        """The rows of some segments in memory, in their order."""
+        return SampleFeatures.concatenated([self.shards[shard].take(slice(a, b)) for shard, a, b in segments])
+
+    def whole(self) -> SampleFeatures:
+        """All rows in memory: for small splits and for tests."""
+        return self.window((shard, 0, size) for shard, size in enumerate(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -89,7 +188,8 @@ class Features:
     spec: FeatureSpec
     vocabularies: Vocabularies
     items: ItemFeatures
-    splits: dict[str, SampleFeatures]  # train, valid, test
+    item_counts: np.ndarray  # int64 [n + 2]: occurrences of each item in training, as target or in a history
+    splits: dict[str, Split]  # train, valid, test
 
 
 def build_features(
@@ -103,7 +203,8 @@ def build_features(
 ) -> Features:
     """The arrays of all three splits, with vocabularies from the training split and the item table only.
 
-    The history length is that of the longest history in training, which the sample builder has cut already.
+    For tables in memory; `encoded` does the same by shard. The history length is that of the longest history in
+    training, which the sample builder has cut already.
     attributes, profile: column names, most important first; those that a table lacks are skipped, two attributes are
     kept.
     min_item_count: an item that training shows less often (as target or in a history) shares the code of unknown
@@ -111,66 +212,37 @@ def build_features(
     Raises SchemaError where a split is empty or holds one class only, since neither a loss nor an AUC would mean
     anything, and for a label that is neither 0 nor 1.
     """
-    found = survey([samples])
-    vocabularies = found.vocabularies(users, items, attributes, profile, min_item_count)
-    item_features, length = encode_items(items, vocabularies), found.history_length
+    index = np.sort(items["item_id"].to_numpy())
+    history = samples["history"].combine_chunks()
+    rows = item_rows(index, samples["item_id"].to_numpy())
+    of_history = item_rows(index, pc.list_flatten(history).to_numpy())
+    train = pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False)
+    lengths = pc.list_value_length(history).to_numpy()
+    counts = np.bincount(rows[train], minlength=len(index) + RESERVED)
+    counts += np.bincount(of_history[np.repeat(train, lengths)], minlength=len(index) + RESERVED)
+    by_split = {split: samples.filter(pc.equal(samples["split"], split)) for split in SPLITS}
+    for split, of_split in by_split.items():
+        refuse_labels(split, of_split.num_rows, set(pc.unique(of_split["label"]).to_pylist()))
+    train_users = users.filter(pc.is_in(users["user_id"], pc.unique(by_split["train"]["user_id"])))
+    vocabularies = Vocabularies(
+        items=known_items(index, counts, min_item_count),
+        attributes={name: distinct_values([items[name]]) for name in kept_attributes(items.column_names, attributes)},
+        profile={name: distinct_values([train_users[name]]) for name in profile if name in users.column_names},
+    )
+    features, length = encode_items([items], vocabularies), max(1, int(lengths[train].max(initial=0)))
     splits = {
-        split: encode_samples(of_split(samples, split), users, item_features, vocabularies, length) for split in SPLITS
+        split: Split.of(encode_samples(of_split, users, features, vocabularies, length))
+        for split, of_split in by_split.items()
     }
-    return Features(vocabularies.spec(length), vocabularies, item_features, splits)
+    return Features(vocabularies.spec(length), vocabularies, features, counts, splits)
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What a first pass over the samples finds: all that the vocabularies and the arrays' sizes follow from."""
-
-    rows: dict[str, int]  # of each split
-    item_ids: np.ndarray  # int64: of the training split, as target or in a history, ascending
-    item_counts: np.ndarray  # int64
-    train_users: pa.Array  # int64
-    history_length: int
-
-    def vocabularies(
-        self, users: pa.Table, items: pa.Table, attributes: Sequence[str], profile: Sequence[str], min_item_count: int
-    ) -> Vocabularies:
-        """Arguments: see `build_features`."""
-        train_users = users.filter(pc.is_in(users["user_id"], self.train_users))
-        kept = [name for name in attributes if name in items.column_names][:MAX_ATTRIBUTES]
-        return Vocabularies(
-            items=pa.array(self.item_ids[self.item_counts >= min_item_count], pa.int64()),
-            attributes={name: _values(items[name]) for name in kept},
-            profile={name: _values(train_users[name]) for name in profile if name in users.column_names},
-        )
-
-
-def survey(parts: Iterable[pa.Table]) -> Survey:
-    """One pass over a samples table that comes in parts. Raises SchemaError as `build_features` does."""
-    rows, labels = dict.fromkeys(SPLITS, 0), {split: set[float]() for split in SPLITS}
-    counted: list[tuple[np.ndarray, np.ndarray]] = []
-    train_users: list[pa.Array] = []
-    length = 1
-    for part in parts:
-        for split in SPLITS:
-            of_part = of_split(part, split)
-            rows[split] += of_part.num_rows
-            labels[split].update(pc.unique(of_part["label"]).to_pylist())
-        train = of_split(part, "train")
-        train_users.append(pc.unique(train["user_id"]))
-        length = max(length, pc.max(pc.list_value_length(train["history"])).as_py() or 0)
-        seen = [train["item_id"].to_numpy(), pc.list_flatten(train["history"]).to_numpy()]
-        counted.append(np.unique(np.concatenate(seen), return_counts=True))
-    for split in SPLITS:
-        _refuse_labels(split, rows[split], labels[split])
-    ids, where = np.unique(np.concatenate([ids for ids, _ in counted]), return_inverse=True)
-    counts = np.bincount(where, weights=np.concatenate([n for _, n in counted]))
-    return Survey(rows, ids, counts.astype(np.int64), pc.unique(pa.concat_arrays(train_users)), length)
-
-
-def _refuse_labels(split: str, rows: int, labels: set[float]) -> None:
+def refuse_labels(split: str, rows: int, labels: set[float]) -> None:
+    """Raises SchemaError where the labels that occur in a split are not both of 0 and 1, or others too."""
     if odd := [label for label in labels if label not in (0, 1)]:
         raise SchemaError(
             f"samples: split '{split}' has the label {odd[0]}; a CTR model's labels are 0 and 1. Run `prepare` again, "
-            f"or mend the rows of samples whose label is neither."
+            f"or correct the rows of samples whose label is neither."
         )
     if len(labels) < 2:
         raise SchemaError(
@@ -179,80 +251,102 @@ def _refuse_labels(split: str, rows: int, labels: set[float]) -> None:
         )
 
 
-def of_split(samples: pa.Table, split: str) -> pa.Table:
-    """The rows of one split."""
-    return samples.filter(pc.equal(samples["split"], split))
+def kept_attributes(columns: Iterable[str], attributes: Sequence[str]) -> list[str]:
+    """Those of the attributes that an items table with these columns has and a model reads, most important first."""
+    has = set(columns)
+    return [name for name in attributes if name in has][:MAX_ATTRIBUTES]
 
 
-def encode_items(items: pa.Table, vocabularies: Vocabularies) -> ItemFeatures:
-    """The codes of every row of an items table, in ascending order of id."""
-    items = items.sort_by("item_id")
-    n = items.num_rows
-    codes = np.full(n + RESERVED, UNKNOWN, dtype=np.int32)
-    codes[RESERVED:] = _codes(items["item_id"], vocabularies.items)
-    attributes = np.zeros((n + RESERVED, len(vocabularies.attributes), VALUES_PER_ATTRIBUTE), dtype=np.int32)
-    attributes[UNKNOWN, :, 0] = UNKNOWN
+def known_items(ids: np.ndarray, counts: np.ndarray, min_item_count: int) -> pa.Array:
+    """The items vocabulary: int64, ascending. ids: of the items table, ascending; counts: by row of ItemFeatures."""
+    return pa.array(ids[counts[RESERVED:] >= max(1, min_item_count)], pa.int64())
+
+
+def item_rows(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """int32: the row in ItemFeatures of each wanted id, of any shape. ids: of the items table, ascending."""
+    rows = rows_of(ids, wanted)
+    return np.where(rows < 0, UNKNOWN, rows + RESERVED).astype(np.int32)
+
+
+def encode_items(shards: Iterable[pa.Table], vocabularies: Vocabularies) -> ItemFeatures:
+    """The codes of every row of an items table, which may come in shards, in ascending order of id."""
+    coded = [_encode_items(shard, vocabularies) for shard in shards]
+    ids, codes, attributes = (np.concatenate(arrays) for arrays in zip(*coded, strict=True))
+    order = np.argsort(ids, kind="stable")
+    reserved = np.zeros((RESERVED, *attributes.shape[1:]), dtype=np.int32)
+    reserved[UNKNOWN, :, 0] = UNKNOWN
+    return ItemFeatures(
+        ids[order],
+        np.concatenate([np.array([PADDING, UNKNOWN], dtype=np.int32), codes[order]]),
+        np.concatenate([reserved, attributes[order]]),
+    )
+
+
+def _encode_items(items: pa.Table, vocabularies: Vocabularies) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    attributes = np.zeros((len(items), len(vocabularies.attributes), VALUES_PER_ATTRIBUTE), dtype=np.int32)
     for i, (name, values) in enumerate(vocabularies.attributes.items()):
         column = items[name].combine_chunks()
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
             flat, lengths = pc.list_flatten(column), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-            attributes[RESERVED:, i] = _padded(_codes(flat, values), lengths, VALUES_PER_ATTRIBUTE, keep="first")
+            attributes[:, i] = _first_values(value_codes(flat, values), lengths)
         else:
-            attributes[RESERVED:, i, 0] = _codes(column, values)
-    codes[PADDING] = PADDING
-    return ItemFeatures(items["item_id"].to_numpy().astype(np.int64), codes, attributes)
+            attributes[:, i, 0] = value_codes(column, values)
+    return items["item_id"].to_numpy().astype(np.int64), value_codes(items["item_id"], vocabularies.items), attributes
 
 
 def encode_samples(
     samples: pa.Table, users: pa.Table, items: ItemFeatures, vocabularies: Vocabularies, history_length: int
 ) -> SampleFeatures:
-    """The arrays of a samples table (schema.SAMPLES): histories are cut to their last `history_length` behaviours."""
+    """The arrays of a samples table (schema.SAMPLES); a model reads the last `history_length` behaviors of each."""
     history, ratings = samples["history"].combine_chunks(), samples["history_ratings"].combine_chunks()
     lengths = pc.list_value_length(history).to_numpy()
     if not np.array_equal(lengths, pc.list_value_length(ratings).to_numpy()):
         raise SchemaError("samples: history and history_ratings differ in length. Run `prepare` again.")
-    buckets = pc.fill_null(pc.list_flatten(ratings), np.nan).to_numpy()
-    buckets = np.where(np.isnan(buckets), PADDING, np.clip(np.rint(buckets), 1, RATING_BUCKETS)).astype(np.int32)
-    where = pc.index_in(samples["user_id"], users["user_id"].combine_chunks())
-    profile = [_codes(users[name].take(where), values) for name, values in vocabularies.profile.items()]
-    item_ids = samples["item_id"].to_numpy()
-    n = samples.num_rows
-    return SampleFeatures(
-        user_ids=samples["user_id"].to_numpy(),
-        item_ids=item_ids,
-        items=items.rows(item_ids),
-        history=_padded(items.rows(pc.list_flatten(history).to_numpy()), lengths, history_length, keep="last"),
-        ratings=_padded(buckets, lengths, history_length, keep="last"),
-        profile=np.stack(profile, axis=1) if profile else np.zeros((n, 0), dtype=np.int32),
-        labels=samples["label"].to_numpy().astype(np.float32),
+    histories = Histories(
+        starts=(np.cumsum(lengths) - lengths).astype(np.int64),
+        lengths=lengths.astype(np.int32),
+        items=items.rows(pc.list_flatten(history).to_numpy()),
+        ratings=rating_buckets(pc.list_flatten(ratings)),
+        width=history_length,
     )
+    profile = np.zeros((samples.num_rows, len(vocabularies.profile)), dtype=np.int32)
+    if vocabularies.profile:
+        where = pc.index_in(samples["user_id"], users["user_id"].combine_chunks())
+        for i, (name, values) in enumerate(vocabularies.profile.items()):
+            profile[:, i] = value_codes(users[name].take(where), values)
+    item_ids, labels = samples["item_id"].to_numpy(), samples["label"].to_numpy().astype(np.float32)
+    return SampleFeatures(samples["user_id"].to_numpy(), item_ids, items.rows(item_ids), histories, profile, labels)
 
 
-def _values(column: pa.ChunkedArray) -> pa.Array:
-    """The distinct values of a string or list column, sorted; "" means that nothing is known and is no value."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        column = pc.list_flatten(column)
-    values = pc.unique(column)
-    values = values.filter(pc.and_(pc.is_valid(values), pc.not_equal(values, "")))
+def rating_buckets(ratings: pa.Array) -> np.ndarray:
+    """uint8 [n]: each rating rounded and brought within 1 to 10, 0 for none."""
+    values = pc.fill_null(ratings, np.nan).to_numpy(zero_copy_only=False)
+    return np.where(np.isnan(values), PADDING, np.clip(np.rint(values), 1, RATING_BUCKETS)).astype(np.uint8)
+
+
+def distinct_values(columns: Iterable[pa.ChunkedArray]) -> pa.Array:
+    """The distinct values of a string or list column that comes in shards, sorted; "" means that nothing is known and
+    is not a value.
+    """
+    values = pa.array([], pa.string())
+    for column in columns:
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            column = pc.list_flatten(column)
+        of_shard = pc.unique(column)
+        of_shard = of_shard.filter(pc.and_(pc.is_valid(of_shard), pc.not_equal(of_shard, "")))
+        values = pc.unique(pa.concat_arrays([values, of_shard.cast(pa.string())]))
     return values.take(pc.sort_indices(values))
 
 
-def _codes(column: pa.ChunkedArray | pa.Array, values: pa.Array) -> np.ndarray:
+def value_codes(column: pa.ChunkedArray | pa.Array, values: pa.Array) -> np.ndarray:
     """int32 [n]: the code of each value, UNKNOWN where it is none of `values`, null or empty."""
     where = pc.index_in(column, values)
     return (pc.fill_null(where, UNKNOWN - RESERVED).to_numpy() + RESERVED).astype(np.int32)
 
 
-def _padded(flat: np.ndarray, lengths: np.ndarray, width: int, *, keep: str) -> np.ndarray:
-    """Lists of any length, concatenated in `flat`, as a matrix [n, width]: cut to the first or last `width`, 0 after
-    the end.
-    """
-    starts = np.cumsum(lengths) - lengths
-    kept = np.minimum(lengths, width)
-    if keep == "last":
-        starts = starts + lengths - kept
-    column = np.arange(width)
-    used = column < kept[:, None]
-    matrix = np.zeros((len(lengths), width), dtype=np.int32)
-    matrix[used] = flat[(starts[:, None] + column)[used]]
+def _first_values(flat: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int32 [n, VALUES_PER_ATTRIBUTE]: the first values of lists that are concatenated in `flat`, then padding."""
+    used = np.arange(VALUES_PER_ATTRIBUTE) < lengths[:, None]
+    matrix = np.zeros(used.shape, dtype=np.int32)
+    matrix[used] = flat[((np.cumsum(lengths) - lengths)[:, None] + np.arange(VALUES_PER_ATTRIBUTE))[used]]
     return matrix

@@ -1,118 +1,66 @@
-"""Knowledge vectors and semantic ids by id, memory-mapped: what the CTR models read while they train.
+"""Knowledge vectors and semantic ids by id: what the CTR models read while they train.
 
-A folder holds ids.npy (int64, sorted), vectors.npy (float16 [n, d]) and, where vectors were coded, codes.npy (uint16
-[n, levels]) with code_sizes.npy; a batch costs one binary search and one gather, and workers of one machine share the
-page cache. An id without knowledge is normal (a new user): it yields zeros and a mask, never an error.
+Both forms are gathered alike. A small table is held in memory; a large one stays in the memory-mapped shards that
+`encode` or `reduction` wrote, from which a batch copies the rows it asks for. An id without knowledge is normal (a new
+user): it yields zeros and a mask, never an error.
 """
 
 import dataclasses
-import os
-import uuid
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from owlrec.encoding.coded_vectors import codes_of
-from owlrec.encoding.projection import Projection
+from owlrec.encoding.vector_shards import VectorShard, VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.ordered import rows_of
+from owlrec.schema import by_shard, shard_of
 
-_ROWS_AT_ONCE = 1 << 15
+# Up to so many bytes a worker holds a table itself. Users' vectors are read from the few shards that a window of
+# samples is of, those of items from all shards in each batch.
+_HELD_BYTES = {"user": 1 << 27, "item": 1 << 31}
+
+
+class VectorTable(Protocol):
+    """Vectors of users or of items."""
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector."""
+
+    @property
+    def code_sizes(self) -> tuple[int, ...]:
+        """How many codes each level of the semantic ids has; empty where the vectors were not coded."""
+
+    def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors of `ids`, in their order.
+
+        ids: int64 [b], any order, repeats allowed. Returns [b, dim], zeros where an id has none, and bool [b], True
+        where it has one.
+        """
+
+    def gather_codes(self, ids: np.ndarray) -> np.ndarray:
+        """The semantic ids of `ids`, in their order: int64 [b, levels], each code plus one, zeros where an id has none;
+        the duplicate digit, which says nothing of an id, is left out. Raises SchemaError where there are no codes.
+        """
+
+    def ids_in(self, number: int, n_shards: int) -> np.ndarray:
+        """The ids of one of `n_shards` shards that have a vector: int64 [n], ascending."""
+
+    def shuffled(self, seed: int) -> "VectorTable":
+        """The control arm: the same ids, vectors and codes, but no id keeps its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KnowledgeTable:
-    """Vectors of users or of items: `ids[i]` has `vectors[i]`, or `vectors[rows[i]]` where rows is given.
-
-    Semantic ids likewise, where the vectors were coded.
-    """
+    """A VectorTable in memory: `ids[i]` has `vectors[i]`, or `vectors[rows[i]]` where rows is given; codes likewise."""
 
     ids: np.ndarray  # int64 [n], ascending
     vectors: np.ndarray  # float16 [n, d]
     rows: np.ndarray | None = None  # int64 [n]: a permutation, so that a shuffled table copies no vector
-    codes: np.ndarray | None = None  # uint16 [n, levels]; the duplicate digit, which says nothing of an id, is left out
-    code_sizes: tuple[int, ...] = ()  # how many codes each level has
-
-    @classmethod
-    def from_table(cls, table: pa.Table, kind: str, code_sizes: Sequence[int] = ()) -> "KnowledgeTable":
-        """The rows of `kind` in a vectors table (schema.vectors_schema).
-
-        code_sizes: how many codes each level of its quantiser has; without them semantic ids are left out.
-        Raises SchemaError for a null, for an id that occurs twice, and for a row without codes where there should be.
-        """
-        table = table.filter(pc.equal(table["kind"], kind)).sort_by("id")
-        ids, column = table["id"], table["vector"]
-        flat = pc.list_flatten(column)
-        dim = column.type.list_size
-        if ids.null_count or column.null_count or flat.null_count:
-            raise SchemaError(
-                f"vectors of kind '{kind}': a row has a null id, vector or component. Run `encode` again."
-            )
-        keys = ids.to_numpy()
-        doubled = np.flatnonzero(keys[1:] == keys[:-1])
-        if len(doubled):
-            raise SchemaError(
-                f"vectors of kind '{kind}': id {keys[doubled[0]]} occurs more than once ({len(doubled)} such rows). "
-                f"Keep one vector an id, the newest."
-            )
-        vectors = flat.to_numpy().astype(np.float16).reshape(len(keys), dim)
-        if not code_sizes:
-            return cls(keys.astype(np.int64), vectors)
-        codes, coded = codes_of(table)
-        if not coded.all() or codes.shape[1] != len(code_sizes) + 1:
-            raise SchemaError(
-                f"vectors of kind '{kind}': {len(coded) - coded.sum()} rows have no codes, the others "
-                f"{codes.shape[1]}; {len(code_sizes)} and a duplicate digit are meant. Run `encode` again."
-            )
-        return cls(keys.astype(np.int64), vectors, codes=codes[:, :-1], code_sizes=tuple(code_sizes))
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> "KnowledgeTable":
-        """The table that `save` wrote, its vectors memory-mapped. Raises WorkspaceError where it is missing or
-        damaged.
-        """
-        path = Path(folder)
-        try:
-            ids = np.load(path / "ids.npy", allow_pickle=False)
-            # numpy cannot map an array without elements
-            vectors = np.load(path / "vectors.npy", mmap_mode="r" if len(ids) else None, allow_pickle=False)
-            codes: np.ndarray | None = None
-            sizes: tuple[int, ...] = ()
-            if (path / "codes.npy").exists():
-                codes = np.load(path / "codes.npy", mmap_mode="r" if len(ids) else None, allow_pickle=False)
-                sizes = tuple(np.load(path / "code_sizes.npy", allow_pickle=False).tolist())
-        except (OSError, ValueError, EOFError) as error:
-            raise WorkspaceError(f"{path} holds no readable knowledge vectors ({error}). Run `encode` again.") from None
-        if codes is not None and codes.shape != (len(ids), len(sizes)):
-            raise WorkspaceError(
-                f"{path}: {len(ids)} ids and {len(sizes)} levels, but codes of shape {codes.shape}; the files are of "
-                f"different runs. Delete the folder and run `encode` again."
-            )
-        if vectors.ndim != 2 or len(vectors) != len(ids):
-            raise WorkspaceError(
-                f"{path}: {len(ids)} ids but vectors of shape {vectors.shape}; the two files are of different runs. "
-                f"Delete the folder and run `encode` again."
-            )
-        return cls(ids, vectors, codes=codes, code_sizes=sizes)
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the arrays to a local folder, each atomically, the ids last."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        arrays = {"vectors": self.vectors if self.rows is None else self.vectors[self.rows]}
-        if self.codes is not None:
-            arrays["code_sizes"] = np.array(self.code_sizes, dtype=np.int64)
-            arrays["codes"] = self.codes if self.rows is None else self.codes[self.rows]
-        for name, array in [(f"{name}.npy", array) for name, array in {**arrays, "ids": self.ids}.items()]:
-            temporary = path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
-            with open(temporary, "wb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path / name)
+    codes: np.ndarray | None = None  # uint16 [n, levels], without the duplicate digit
+    code_sizes: tuple[int, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -122,58 +70,120 @@ class KnowledgeTable:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def gather_codes(self, ids: np.ndarray) -> np.ndarray:
-        """The semantic ids of `ids`, in their order: int64 [b, levels], each code plus one, zeros where an id has none.
-
-        Raises SchemaError where the table has no codes.
-        """
-        if self.codes is None:
-            raise SchemaError("these vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again.")
-        found = np.zeros((len(ids), len(self.code_sizes)), dtype=np.int64)
-        rows, mask = self._find(ids)
-        found[mask] = self.codes[rows].astype(np.int64) + 1
-        return found
-
     def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors of `ids`, in their order.
+        """See VectorTable; vectors are of the type that the table holds."""
+        vectors = np.zeros((len(ids), self.dim), dtype=self.vectors.dtype)
+        rows, mask = self._rows(ids)
+        vectors[mask] = self.vectors[rows]
+        return vectors, mask
 
-        ids: int64 [b], any order, repeats allowed. Returns [b, d] as the table holds them, zeros where an id has none,
-        and bool [b], True where it has one.
-        """
-        found = np.zeros((len(ids), self.dim), dtype=self.vectors.dtype)
-        rows, mask = self._find(ids)
-        found[mask] = self.vectors[rows]
-        return found, mask
+    def gather_codes(self, ids: np.ndarray) -> np.ndarray:
+        """See VectorTable."""
+        if self.codes is None:
+            raise _uncoded()
+        codes = np.zeros((len(ids), len(self.code_sizes)), dtype=np.int64)
+        rows, mask = self._rows(ids)
+        codes[mask] = self.codes[rows].astype(np.int64) + 1
+        return codes
 
-    def projected(self, projection: Projection) -> "KnowledgeTable":
-        """The same ids and codes with vectors of a projection's components. Raises SchemaError for a vector that is not
-        finite.
-        """
-        vectors = np.empty((len(self.vectors), len(projection.directions)), dtype=np.float16)
-        for start in range(0, len(vectors), _ROWS_AT_ONCE):
-            block = np.asarray(self.vectors[start : start + _ROWS_AT_ONCE], dtype=np.float32)
-            refuse_non_finite(block, self.ids[start : start + _ROWS_AT_ONCE])
-            vectors[start : start + len(block)] = projection.apply(block)
-        return dataclasses.replace(self, vectors=vectors)
+    def ids_in(self, number: int, n_shards: int) -> np.ndarray:
+        """See VectorTable."""
+        return self.ids[shard_of(self.ids, n_shards) == number]
 
-    def _find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows of vectors and codes of the ids that have one, and which these are."""
         rows = rows_of(self.ids, ids)
         mask = rows >= 0
         return rows[mask] if self.rows is None else self.rows[rows[mask]], mask
 
     def shuffled(self, seed: int) -> "KnowledgeTable":
-        """The control arm: the same ids, vectors and codes, but no id keeps its own (for n > 1).
-
-        The permutation is one random cycle through all rows, so it has no fixed point by construction.
-        """
-        order = np.random.default_rng(seed).permutation(len(self.ids))
-        rows = np.empty(len(self.ids), dtype=np.int64)
-        rows[order] = np.roll(order, -1)
+        """See VectorTable; for more than one row."""
+        rows = _cycle(len(self.ids), seed)
         return dataclasses.replace(self, rows=rows if self.rows is None else self.rows[rows])
 
 
-def refuse_two_sizes(tables: Mapping[str, KnowledgeTable]) -> None:
+@dataclasses.dataclass(frozen=True)
+class MappedTable:
+    """A VectorTable in shards on disk. Shuffled, vectors change hands within their shard, which is as random a set of
+    ids as any; a shard's only id has none then.
+    """
+
+    shards: VectorShards
+    code_sizes: tuple[int, ...] = ()
+    seed: int | None = None  # of a shuffled one
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector."""
+        return self.shards.dim
+
+    def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See VectorTable."""
+        vectors, mask = np.zeros((len(ids), self.dim), dtype=np.float16), np.zeros(len(ids), dtype=bool)
+        for shard, at, rows in self._rows(ids):
+            vectors[at], mask[at] = shard.vectors[rows], True
+        return vectors, mask
+
+    def gather_codes(self, ids: np.ndarray) -> np.ndarray:
+        """See VectorTable."""
+        if not self.code_sizes:
+            raise _uncoded()
+        codes = np.zeros((len(ids), len(self.code_sizes)), dtype=np.int64)
+        for shard, at, rows in self._rows(ids):
+            codes[at] = shard.codes[rows, :-1].astype(np.int64) + 1
+        return codes
+
+    def ids_in(self, number: int, n_shards: int) -> np.ndarray:
+        """See VectorTable."""
+        assert n_shards == self.shards.n_shards, f"{n_shards} shards of a table that has {self.shards.n_shards}"
+        return self.shards.ids(number)
+
+    def shuffled(self, seed: int) -> "MappedTable":
+        """See VectorTable."""
+        return dataclasses.replace(self, seed=seed)
+
+    def _rows(self, ids: np.ndarray) -> Iterator[tuple[VectorShard, np.ndarray, np.ndarray]]:
+        """By shard: which of `ids` have a vector there, and in which row it stands."""
+        for number, at in by_shard(ids, self.shards.n_shards):
+            shard = self.shards.shard(number)
+            if shard is None or (self.seed is not None and len(shard.ids) < 2):
+                continue
+            rows = rows_of(shard.ids, ids[at])
+            at, rows = at[rows >= 0], rows[rows >= 0]
+            yield shard, at, rows if self.seed is None else _cycle_of_shard(len(shard.ids), self.seed, number)[rows]
+
+
+def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held: bool = True) -> VectorTable:
+    """The table of some shards, in memory where it is small and `held` allows it.
+
+    code_sizes: of the quantiser that coded them. Raises WorkspaceError where nothing was encoded, SchemaError where
+    rows have other codes than code_sizes says.
+    """
+    entries = shards.workspace.entries(shards.folder, shards.name)
+    if not entries:
+        raise WorkspaceError(
+            f"{shards.workspace.path(shards.folder, shards.name)} holds no vectors. Run `encode` again, with the same "
+            "recipe."
+        )
+    if not held or sum(entry.bytes for entry in entries.values()) > _HELD_BYTES[shards.kind]:
+        return MappedTable(shards, code_sizes)
+    read = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
+    ids = np.concatenate([shard.ids for shard in read])
+    order = np.argsort(ids, kind="stable")
+    vectors = np.concatenate([shard.vectors for shard in read])[order]
+    if not code_sizes:
+        return KnowledgeTable(ids[order], vectors)
+    widths = {shard.codes.shape[1] for shard in read if len(shard.ids)}
+    if not widths <= {len(code_sizes) + 1}:
+        raise SchemaError(
+            f"{shards.name} vectors have {' and '.join(map(str, sorted(widths)))} codes; {len(code_sizes)} and a "
+            "duplicate digit are meant. Run `encode` again."
+        )
+    codes = np.concatenate([shard.codes[:, : len(code_sizes)] for shard in read if len(shard.ids)])[order]
+    return KnowledgeTable(ids[order], vectors, codes=codes, code_sizes=code_sizes)
+
+
+def refuse_two_sizes(tables: Mapping[str, VectorTable]) -> None:
     """Raises SchemaError where vectors differ in their number of components. tables: by what a message calls them."""
     (first, table), *others = tables.items()
     for name, other in others:
@@ -185,13 +195,28 @@ def refuse_two_sizes(tables: Mapping[str, KnowledgeTable]) -> None:
 
 
 def refuse_non_finite(vectors: np.ndarray, ids: np.ndarray) -> None:
-    """Raises SchemaError, naming an id, where a vector has a component that is no finite number.
+    """Raises SchemaError, naming an id, where a vector has a component that is not a finite number.
 
     vectors: float [n, ...]; ids: int64 [n].
     """
-    finite = np.isfinite(vectors.sum(axis=tuple(range(1, vectors.ndim))))
+    finite = np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
     if not finite.all():
         raise SchemaError(
-            f"the knowledge vector of id {ids[np.argmin(finite)]} has a component that is no finite number. Encode it "
-            "again, or leave the id out: a missing vector is no error."
+            f"the knowledge vector of id {ids[np.argmin(finite)]} has a component that is not a finite number. Encode "
+            "it again, or leave the id out: a missing vector is not an error."
         )
+
+
+def _cycle(n: int, *seed: int) -> np.ndarray:
+    """int64 [n]: a permutation that is one random cycle through all rows, so it has no fixed point for n > 1."""
+    order = np.random.default_rng(seed).permutation(n)
+    rows = np.empty(n, dtype=np.int64)
+    rows[order] = np.roll(order, -1)
+    return rows
+
+
+_cycle_of_shard = lru_cache(maxsize=256)(_cycle)
+
+
+def _uncoded() -> SchemaError:
+    return SchemaError("these vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again.")

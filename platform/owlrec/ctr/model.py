@@ -8,6 +8,7 @@ work several times less.
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,6 +77,23 @@ class ModelSpec(Config):
 
 
 @dataclass(frozen=True)
+class DistinctItems:
+    """The u different items among a batch's targets and behaviors."""
+
+    rows: Tensor  # int64 [u], ascending row numbers of ItemFeatures
+    of_target: Tensor  # int64 [b]: which of the u each target is
+    of_history: Tensor  # int64 [b, L]
+
+    @classmethod
+    def of(cls, items: np.ndarray, history: np.ndarray) -> "DistinctItems":
+        """items: int [b], history: int [b, L]. Found on the CPU: on a GPU the step would wait for their number."""
+        where, rows = pd.factorize(np.concatenate([items, history.reshape(-1)]), sort=True)
+        of_target, of_history = np.split(where.astype(np.int64), [len(items)])
+        arrays = (rows, of_target, of_history.reshape(history.shape))
+        return cls(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+
+@dataclass(frozen=True)
 class Batch:
     """The codes of b rows, and their knowledge where the model has an adaptor. L: history length.
 
@@ -90,12 +108,14 @@ class Batch:
     item: Knowledge | None = None
     user_codes: Codes | None = None  # where the model reads semantic ids
     item_codes: Codes | None = None
+    distinct: DistinctItems | None = None  # of a batch that has many rows; a request's items hardly recur
     # float32 [b, knowledge_fields, e]: what the model made of all these, the user's fields first, in their place
     adapted: Tensor | None = None
 
     def of_one_user(self) -> "Batch":
         """The same rows where all are of one user: the user's part once."""
-        return replace(self, history=self.history[:1], ratings=self.ratings[:1], profile=self.profile[:1])
+        of_user = {name: getattr(self, name)[:1] for name in ("history", "ratings", "profile")}
+        return replace(self, **of_user, distinct=None)
 
 
 class CTRModel(nn.Module):
@@ -155,18 +175,14 @@ class CTRModel(nn.Module):
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor, TableRows | None]:
         """Targets, behaviours, and these as rows of tables: what BackboneInputs says of target, history, behaviours."""
-        rows = torch.cat([batch.items, batch.history.flatten()])
-        sizes = [batch.items.shape[0], batch.history.numel()]
-        if len(batch.history) == 1:  # a request: its items hardly recur
-            target, history = self.embed_items(rows).split(sizes)
+        if batch.distinct is None:
+            rows = torch.cat([batch.items, batch.history.flatten()])
+            target, history = self.embed_items(rows).split([batch.items.shape[0], batch.history.numel()])
             return target, self._with_ratings(history, batch), None
-        rows, where = torch.unique(rows, return_inverse=True)
-        of_target, of_history = where.split(sizes)
-        distinct = self.embed_items(rows)
+        of_target, of_history = batch.distinct.of_target, batch.distinct.of_history.flatten()
+        distinct = self.embed_items(batch.distinct.rows)
         flat = distinct.flatten(1)
-        behaviours = TableRows(
-            (flat, self.rating(self.all_ratings)), (of_history.view_as(batch.history), batch.ratings)
-        )
+        behaviours = TableRows((flat, self.rating(self.all_ratings)), (batch.distinct.of_history, batch.ratings))
         target = F.embedding(of_target, flat).unflatten(1, distinct.shape[1:])
         if not self.backbone.reads_behaviours:
             return target, target.new_empty(len(target), 0, distinct.shape[1] + 1, distinct.shape[2]), behaviours

@@ -5,13 +5,15 @@ thereby compared: the encoding of features, prestored fields, the model's one-us
 """
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.ctr.artifact import Precision
 from owlrec.ctr.experiment import Trial
+from owlrec.ctr.model_card import Precision
 from owlrec.ctr.scores import read_grid_scores
 from owlrec.ctr.scoring import Scorer, User
 from owlrec.errors import WorkspaceError
+from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace
 
 # In probability. float32 sums in another order differ by some 1e-7; half precision keeps eleven bits of each field.
@@ -19,21 +21,33 @@ TOLERANCE: dict[Precision, float] = {"float32": 1e-5, "float16": 2e-3}
 
 
 def largest_difference(scorer: Scorer, workspace: Workspace, grid: str, trial: Trial, *, rows: int = 200) -> float:
-    """Over `rows` test samples, evenly spaced: the largest difference in probability from what the trial scored.
+    """Over `rows` test samples, evenly spaced over the first shards: the largest difference in probability from what
+    the trial scored.
 
     Raises WorkspaceError where the trial left no test scores, or of other samples than the workspace has.
     """
-    samples = workspace.read_table("samples")
-    samples = samples.filter(pc.equal(samples["split"], "test"))
     scored = read_grid_scores(workspace, grid, [trial])
-    if scored is None or not np.array_equal(scored.user_ids, samples["user_id"].to_numpy()):
+    shards, n = [], 0
+    for number in workspace.table_shards("samples"):
+        samples = read_samples(workspace, number)
+        shards.append(samples.filter(pc.equal(samples["split"], "test")))
+        n += len(shards[-1])
+        if n >= rows:
+            break
+    samples = pa.concat_tables(shards)
+    read_all = len(shards) == len(workspace.table_shards("samples"))
+    if (
+        scored is None
+        or not np.array_equal(scored.user_ids[:n], samples["user_id"].to_numpy())
+        or (read_all and n != len(scored.user_ids))
+    ):
         raise WorkspaceError(
             f"{workspace.root}: the test scores of {trial.path} are missing, or of other samples than `prepare` wrote "
             f"last. Run `train_ctr` again."
         )
-    chosen = np.unique(np.linspace(0, samples.num_rows - 1, rows).astype(np.int64))
-    found = [
+    chosen = np.unique(np.linspace(0, n - 1, rows).astype(np.int64))
+    ours = [
         scorer.score(User(row["user_id"], row["history"], row["history_ratings"]), [row["item_id"]])[0]
         for row in samples.take(chosen).to_pylist()
     ]
-    return float(np.abs(np.array(found) - scored.scores[trial.path][chosen]).max())
+    return float(np.abs(np.array(ours) - scored.scores[trial.path][chosen]).max())

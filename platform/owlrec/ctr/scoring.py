@@ -13,14 +13,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from owlrec.ctr.artifact import PROGRAM, Adapted, read_items
-from owlrec.ctr.export import VOCABULARIES, load_trial, read_vocabularies
-from owlrec.ctr.features import ItemFeatures, SampleFeatures, Vocabularies
-from owlrec.ctr.fitting import SplitTensors
+from owlrec.ctr.artifact import PROGRAM, SIDES, Adapted
+from owlrec.ctr.export import load_trial, read_items, read_vocabularies
+from owlrec.ctr.features import ItemFeatures, Vocabularies
 from owlrec.ctr.model import Batch, CTRModel
 from owlrec.ctr.model_card import read_card
 from owlrec.ctr.program import Program, load_program, request_tensors
-from owlrec.ctr.user_states import UserStates
+from owlrec.ctr.user_states import UserShards, UserStates
 from owlrec.errors import SchemaError
 from owlrec.workspace import Workspace
 
@@ -45,7 +44,7 @@ class Scorer:
         model: CTRModel,
         items: ItemFeatures,
         vocabularies: Vocabularies,
-        users: UserStates,
+        users: UserShards,
         adapted: Mapping[str, Adapted],
         program: Program | None = None,
     ) -> None:
@@ -70,15 +69,15 @@ class Scorer:
     @classmethod
     def load(cls, workspace: Workspace, folder: str, *, program: bool = False) -> "Scorer":
         """As `open`, of an artifact that may still lack its program and its card."""
-        items = read_items(workspace, folder)
+        items, _ = read_items(workspace, folder)
         model = load_trial(workspace, folder, items)
-        sides = ("user", "item") if model.spec.knowledge_fields else ()
+        sides = SIDES if model.spec.knowledge_fields else ()
         return cls(
             model,
             items,
-            read_vocabularies(workspace, f"{folder}/{VOCABULARIES}"),
-            UserStates.open(workspace.local_path(folder, "users")),
-            {side: Adapted.open(workspace.local_path(folder, f"adapted-{side}")) for side in sides},
+            read_vocabularies(workspace, folder),
+            UserShards(workspace, f"{folder}/users", model.spec.features.history_length),
+            {side: Adapted.open(workspace, folder, side) for side in sides},
             load_program(workspace.read_bytes(f"{folder}/{PROGRAM}")) if program else None,
         )
 
@@ -102,18 +101,9 @@ class Scorer:
         """What the model reads for a request: n candidates, the user's part in one row."""
         asking = user if isinstance(user, User) else User(int(user))
         ids, state = np.asarray(candidates, dtype=np.int64), self._state(asking)
-        of_user = np.zeros(len(ids), dtype=np.int64)
-        samples = SampleFeatures(
-            user_ids=state.ids[of_user],
-            item_ids=ids,
-            items=self.items.rows(ids),
-            history=state.history[of_user],
-            ratings=state.ratings[of_user],
-            profile=state.profile[of_user],
-            labels=np.zeros(len(ids), np.float32),
-        )
-        batch = SplitTensors(samples, None, "cpu").batch(torch.arange(len(ids))).of_one_user()
-        return replace(batch, adapted=self._adapted(asking.user_id, ids))
+        arrays = (self.items.rows(ids), *state.histories.matrices(slice(0, 1)), state.profile)
+        items, history, ratings, profile = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+        return Batch(items, history, ratings, profile, adapted=self._adapted(asking.user_id, ids))
 
     def _state(self, user: User) -> UserStates:
         known = None if user.user_id is None else self.users.find(user.user_id)
@@ -122,7 +112,7 @@ class Scorer:
         told = self._encode(user)
         base = known or self._nobody
         if user.history is None:
-            told = replace(told, history=base.history, ratings=base.ratings)
+            told = replace(told, histories=base.histories)
         kept = [name not in user.profile for name in self.vocabularies.profile]
         return replace(told, profile=np.where(kept, base.profile, told.profile))
 

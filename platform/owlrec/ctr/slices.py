@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel
 
-from owlrec.ctr.features import PADDING, RESERVED, SampleFeatures
+from owlrec.ctr.features import RESERVED
 from owlrec.ctr.metrics import auc, log_loss
 
 COLD_USER_BELOW = 5  # behaviours in the row's history
@@ -26,17 +26,15 @@ class SliceMetrics(BaseModel):
     log_loss: float
 
 
-def slices_of(split: SampleFeatures, train: SampleFeatures) -> dict[str, np.ndarray]:
+def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -> dict[str, np.ndarray]:
     """Name -> bool [n]: which rows of a split are of cold or warm users, of cold or warm items, and of each history
     length. Slices without a row are left out.
 
-    An item that the items table lacks is cold, however often it occurs.
+    items: int [n], row numbers of ItemFeatures, and lengths: int [n], of histories as they are read, of each row;
+    item_counts: features.Features.item_counts. An item that the items table lacks is cold, however often it occurs.
     """
-    lengths = (split.history != PADDING).sum(axis=1)
-    seen = np.concatenate([train.items, train.history.ravel()])
-    counts = np.bincount(seen, minlength=int(split.items.max(initial=0)) + 1)
-    counts[:RESERVED] = 0
-    cold_user, cold_item = lengths < COLD_USER_BELOW, counts[split.items] < COLD_ITEM_BELOW
+    cold_user = lengths < COLD_USER_BELOW
+    cold_item = (item_counts[items] < COLD_ITEM_BELOW) | (items < RESERVED)
     found = {
         "cold users": cold_user,
         "warm users": ~cold_user,

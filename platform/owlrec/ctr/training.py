@@ -9,22 +9,19 @@ trial's own checkpoint (checkpoint.py); Ray's are not used, for they are pickled
 
 import os
 import signal
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
-
-import pyarrow.fs as pafs
 
 from owlrec.config import Config
 from owlrec.ctr.arms import arm_sources
-from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, finished_trials, grid_folder
+from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, finished_trials, grid_folder
 from owlrec.ctr.worker import Worker
 from owlrec.errors import root_mistake
 from owlrec.quiet import redirect_output
+from owlrec.runner import Pool
 from owlrec.workspace import Workspace
 
 # Two ranks that stop answering each other for this long will not recover; torch would wait half an hour.
@@ -32,7 +29,7 @@ _COLLECTIVE_TIMEOUT_S = 300
 # A group that finds no resources is asked for once a minute (Ray Train); by default Ray never gives up.
 _START_ATTEMPTS = 15
 _POLL_S = 0.5
-_ENCODED = "samples"  # the folder, inside the grid's
+_ROWS_HERE = 5_000_000
 
 
 class WorkersJob(Config):
@@ -61,15 +58,17 @@ def train_trials(
     fingerprint: str,
     attributes: Sequence[str],
     profile: Sequence[str],
+    pool: Pool | None = None,
     on_trial: Callable[[TrialResult], None],
 ) -> list[TrialResult]:
     """Trains those of `trials` that have no result yet, from the tables users, items and samples.
 
     Ray must be initialised. Worker output goes to the workspace's log file `train_ctr`.
-    knowledge: source ("knowledge", "collective", ...; see `arm_sources`) -> side ("user", "item") -> the folder of its
-        vectors (KnowledgeTable.save). Those that the trials do not need are left alone.
+    knowledge: source ("knowledge", "collective", ...; see `arm_sources`) -> side ("user", "item") -> the folder that
+        holds its vectors (VectorShards). Those that the trials do not need are left alone.
     fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
     attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
+    pool: where the samples are encoded.
     on_trial: called with each new result as it is written, from a second thread of this process.
     Returns all results in the order of `trials`. Raises RecipeError, before any training, where an arm's vectors were
     not given; and what a worker raised, if it is an OwlRecError.
@@ -87,10 +86,10 @@ def train_trials(
             attributes=tuple(attributes),
             profile=tuple(profile) if config.use_profile else (),
         )
-        encode_once(workspace, job)
+        encode_once(workspace, job, pool)
         with _announcing(workspace, job, on_trial):
             fit_workers(workspace, _train_pending, job, name=f"ctr/ray/{fingerprint[:8]}")
-        workspace.delete_dir(grid_folder(fingerprint), _ENCODED)
+        workspace.delete_dir(grid_folder(fingerprint), ENCODED)
     return finished_trials(workspace, fingerprint, trials)
 
 
@@ -162,71 +161,56 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
     # training.
     done = {result.trial for result in finished_trials(workspace, job.fingerprint, job.trials)}
-    with tempfile.TemporaryDirectory(prefix="owlrec-vectors-") as cache:
-        data = load_data(workspace, job, Path(cache))
-        for trial in job.trials:
-            if trial not in done:
-                path = f"{grid_folder(job.fingerprint)}/{trial.path}/checkpoint.safetensors"
-                checkpoint = CheckpointFile(workspace, path, job.settings.checkpoint_steps)
-                trained = train_one(trial, data, job.settings, worker, checkpoint)
-                if worker.rank == 0:
-                    export_trial(workspace, job.fingerprint, trained)
-                    checkpoint.delete()
+    data = load_data(workspace, job)
+    for trial in job.trials:
+        if trial not in done:
+            path = f"{grid_folder(job.fingerprint)}/{trial.path}/checkpoint.safetensors"
+            checkpoint = CheckpointFile(workspace, path, job.settings.checkpoint_steps)
+            trained = train_one(trial, data, job.settings, worker, checkpoint)
+            if worker.rank == 0:
+                export_trial(workspace, job.fingerprint, trained)
+                checkpoint.delete()
 
 
-def encode_once(workspace: Workspace, job: GridJob) -> None:
+def encode_once(workspace: Workspace, job: GridJob, pool: Pool | None = None) -> None:
     """Encodes the samples once for all workers, into the grid's folder; an interrupted grid finds them there."""
-    from owlrec.ctr.encoded import DONE, encode_to_folder
-    from owlrec.ctr.export import VOCABULARIES, save_vocabularies
+    from owlrec.ctr.encoded import encode_tables
 
-    folder = f"{grid_folder(job.fingerprint)}/{_ENCODED}"
-    if workspace.exists(f"{folder}/{DONE}") and workspace.exists(f"{grid_folder(job.fingerprint)}/{VOCABULARIES}"):
-        return
-    with tempfile.TemporaryDirectory(prefix="owlrec-samples-") as cache:
-        target = workspace.local_path(folder) if workspace.local else Path(cache)
-        vocabularies = encode_to_folder(
-            workspace.read_table("users"),
-            workspace.read_table("items"),
-            lambda: (workspace.read_parquet(f"tables/samples/{part}") for part in workspace.table_parts("samples")),
-            target,
-            attributes=job.attributes,
-            profile=job.profile,
-            min_item_count=job.settings.min_item_count,
-        )
-        save_vocabularies(workspace, job.fingerprint, vocabularies)
-        if not workspace.local:
-            for file in sorted(target.iterdir(), key=lambda file: file.name == DONE):  # that which completes it last
-                workspace.write_bytes(f"{folder}/{file.name}", file.read_bytes())
-
-
-def load_data(workspace: Workspace, job: GridJob, cache: Path) -> Any:
-    from owlrec.ctr.encoded import open_features
-    from owlrec.ctr.export import load_vocabularies
-    from owlrec.ctr.fitting import TrainingData
-    from owlrec.ctr.knowledge import KnowledgeTable
-
-    encoded = _local(workspace, f"{grid_folder(job.fingerprint)}/{_ENCODED}", cache)
-    features = open_features(encoded, load_vocabularies(workspace, job.fingerprint))
-    tables = {
-        source: {side: KnowledgeTable.open(_local(workspace, folder, cache)) for side, folder in folders.items()}
-        for source, folders in job.knowledge.items()
-    }
-    return TrainingData(features, tables)
-
-
-def _local(workspace: Workspace, folder: str, cache: Path) -> Path:
-    """A folder as a local one, which memory-mapping needs: fetched into `cache` from an object store."""
-    if workspace.local:
-        return workspace.local_path(folder)
-    target = cache / folder
-    target.mkdir(parents=True)
-    pafs.copy_files(
-        workspace.path(folder),
-        str(target),
-        source_filesystem=workspace.filesystem,
-        destination_filesystem=pafs.LocalFileSystem(),
+    encode_tables(
+        workspace,
+        grid_folder(job.fingerprint),
+        attributes=job.attributes,
+        profile=job.profile,
+        min_item_count=job.settings.min_item_count,
+        pool=pool,
     )
-    return target
+
+
+def load_data(workspace: Workspace, job: GridJob) -> Any:
+    """fitting.TrainingData of a job whose samples are encoded: mapped, not read."""
+    from owlrec.ctr.encoded import open_features
+    from owlrec.ctr.fitting import TrainingData
+    from owlrec.ctr.reduction import open_tables
+
+    features = open_features(workspace, grid_folder(job.fingerprint))
+    return TrainingData(features, open_tables(workspace, job.knowledge))
+
+
+def needs_ray(rows: int) -> bool:
+    """Whether a stage over so many rows takes more than the seconds that a start of Ray takes."""
+    return rows > _ROWS_HERE
+
+
+def stage_pool(workspace: Workspace, rows: int) -> Pool:
+    """Where shards of `rows` rows in all are made: here where that takes seconds, else on Ray, which must be
+    initialised.
+    """
+    if not needs_ray(rows):
+        return Pool()
+    import ray
+
+    cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return Pool(here=False, max_workers=cores, log_path=str(workspace.log_path("train_ctr")))
 
 
 def _announcing(

@@ -1,103 +1,116 @@
-"""What a scorer knows of every user before they ask: their last behaviours and profile, encoded and memory-mapped.
+"""What a scorer knows of each user before they ask, in mapped shards: their last behaviors and profile, encoded.
 
-A user of 10^8 then costs a binary search and a row of a file, and replicas of one machine share the page cache.
+One of 10^8 users then costs a binary search in one file, and replicas of one machine share the page cache.
 """
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 
-from owlrec.ctr.features import ItemFeatures, Vocabularies, encode_samples
+from owlrec.ctr.features import Histories, ItemFeatures, Vocabularies, encode_samples
 from owlrec.errors import WorkspaceError
+from owlrec.ordered import rows_of
+from owlrec.schema import shard_of
 from owlrec.sources.splits import last_behaviours
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, shard_file
 
-_ARRAYS = ("history", "ratings", "profile", "ids")
+_SHARDS_OPEN = 1024
+_PROFILE = "profile/"  # before the names of such columns
 
 
 @dataclass(frozen=True)
 class UserStates:
-    """One row a user; the arrays are those of `features.SampleFeatures`."""
+    """One row for each user; the arrays are those of `features.SampleFeatures`."""
 
     ids: np.ndarray  # int64 [n], ascending
-    history: np.ndarray  # int32 [n, L]
-    ratings: np.ndarray  # int32 [n, L]
+    histories: Histories
     profile: np.ndarray  # int32 [n, n_profile]
 
     @classmethod
-    def build(
-        cls, workspace: Workspace, items: ItemFeatures, vocabularies: Vocabularies, history_length: int
+    def of_shard(
+        cls, workspace: Workspace, number: int, items: ItemFeatures, vocabularies: Vocabularies, history_length: int
     ) -> "UserStates":
-        """Of all users of the tables `users` and `interactions`, a shard at a time: a user's rows stand in one."""
-        users, parts = workspace.read_table("users"), []
-        for part in workspace.table_parts("interactions"):
-            found = last_behaviours(workspace.read_parquet(f"tables/interactions/{part}"), history_length)
-            if found.num_rows:
-                parts.append(cls.encode(found, users, items, vocabularies, history_length))
-        told = np.concatenate([part.ids for part in parts]) if parts else np.zeros(0, np.int64)
-        silent = np.setdiff1d(users["user_id"].to_numpy(), told)
-        parts.append(cls.encode(_without_behaviours(silent), users, items, vocabularies, history_length))
-        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
-        order = np.argsort(arrays["ids"], kind="stable")
-        return cls(**{name: array[order] for name, array in arrays.items()})
+        """Of all users of one shard of the tables `users` and `interactions`."""
+        users = workspace.read_shard("users", number, ["user_id", *vocabularies.profile])
+        active = last_behaviours(workspace.read_shard("interactions", number), history_length)
+        silent = np.setdiff1d(users["user_id"].to_numpy(), active["user_id"].to_numpy())
+        behaviors = pa.concat_tables([active, _without_behaviors(silent)]).sort_by("user_id")
+        return cls.encode(behaviors, users, items, vocabularies, history_length)
 
     @classmethod
     def encode(
-        cls,
-        behaviours: pa.Table,
-        users: pa.Table,
-        items: ItemFeatures,
-        vocabularies: Vocabularies,
-        history_length: int,
+        cls, behaviors: pa.Table, users: pa.Table, items: ItemFeatures, vocabularies: Vocabularies, history_length: int
     ) -> "UserStates":
-        """A row of `behaviours` (as `last_behaviours` gives them) each, in its order, by the encoding of training.
+        """One for each row of `behaviors` (as `last_behaviours` gives them), in its order, by the encoding of training.
 
         users: the table with the profile fields of the vocabularies; a user whom it lacks has an unknown profile.
         """
-        nothing = np.zeros(behaviours.num_rows)
-        samples = behaviours.append_column("item_id", pa.array(nothing, pa.int64()))
+        nothing = np.zeros(behaviors.num_rows)
+        samples = behaviors.append_column("item_id", pa.array(nothing, pa.int64()))
         samples = samples.append_column("label", pa.array(nothing, pa.float32()))
         encoded = encode_samples(samples, users, items, vocabularies, history_length)
-        return cls(encoded.user_ids, encoded.history, encoded.ratings, encoded.profile)
+        return cls(encoded.user_ids, encoded.histories, encoded.profile)
+
+    def table(self, profile: Sequence[str]) -> pa.Table:
+        """As UserShards reads it. The states must be fresh from `encode`. profile: the names of its columns."""
+        offsets = pa.array(np.r_[self.histories.starts, len(self.histories.items)].astype(np.int32))
+        lists = [pa.ListArray.from_arrays(offsets, pa.array(a)) for a in (self.histories.items, self.histories.ratings)]
+        columns = {"user_id": pa.array(self.ids), "history": lists[0], "ratings": lists[1]}
+        return pa.table(columns | {f"{_PROFILE}{name}": self.profile[:, i] for i, name in enumerate(profile)})
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> "UserStates":
-        """What `save` wrote, memory-mapped. Raises WorkspaceError where it is missing or damaged."""
-        try:
-            return cls(**{name: _mapped(Path(folder) / f"{name}.npy") for name in _ARRAYS})
-        except (OSError, ValueError, EOFError) as error:
-            raise WorkspaceError(f"{folder} holds no readable users ({error}). Run `export_ctr` again.") from None
+    def of_table(cls, table: pa.Table, width: int) -> "UserStates":
+        """From what `table` gave, without copying. width: the history length that models read."""
+        history, ratings = (table[name].combine_chunks() for name in ("history", "ratings"))
+        offsets = history.offsets.to_numpy().astype(np.int64)
+        histories = Histories(
+            offsets[:-1], np.diff(offsets).astype(np.int32), history.values.to_numpy(), ratings.values.to_numpy(), width
+        )
+        profile = [table[name].to_numpy() for name in table.column_names if name.startswith(_PROFILE)]
+        none = np.zeros((len(table), 0), dtype=np.int32)
+        return cls(table["user_id"].to_numpy(), histories, np.stack(profile, axis=1) if profile else none)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes an .npy file an array to a local folder."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in _ARRAYS:
-            np.save(Path(folder) / f"{name}.npy", getattr(self, name), allow_pickle=False)
-
-    def find(self, user_id: int) -> "UserStates | None":
-        """The one row of a user, None for a user who is not there."""
-        where = int(np.searchsorted(self.ids, user_id))
-        if where == len(self.ids) or self.ids[where] != user_id:
-            return None
-        return UserStates(**{name: getattr(self, name)[where : where + 1] for name in _ARRAYS})
+    def take(self, rows: np.ndarray) -> "UserStates":
+        """Some rows."""
+        return UserStates(self.ids[rows], self.histories.take(rows), self.profile[rows])
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def _mapped(path: Path) -> np.ndarray:
-    with open(path, "rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_1_0(file)
-    # numpy cannot map an array without elements
-    array: np.ndarray = np.load(path, mmap_mode=None if 0 in shape else "r", allow_pickle=False)
-    return array
+class UserShards:
+    """All users' states on disk."""
+
+    def __init__(self, workspace: Workspace, folder: str, width: int) -> None:
+        """folder: of the shards, as many as the users had when they were written; width: see UserStates.of_table.
+
+        Raises WorkspaceError where shards are missing, or the first one is damaged.
+        """
+        self._workspace, self._folder, self._width = workspace, folder, width
+        self._n_shards = len(workspace.names(folder))
+        if self._n_shards == 0 or self._n_shards & (self._n_shards - 1):
+            raise WorkspaceError(
+                f"{workspace.path(folder)} holds {self._n_shards} shards of users, and not a power of two: some are "
+                "missing. Run `export_ctr` again."
+            )
+        self._shard = lru_cache(maxsize=_SHARDS_OPEN)(self._open)
+        self._shard(0)
+
+    def find(self, user_id: int) -> UserStates | None:
+        """The one row of a user, None for a user who is not there."""
+        shard = self._shard(int(shard_of(np.array([user_id]), self._n_shards)[0]))
+        row = rows_of(shard.ids, np.array([user_id]))
+        return None if row[0] < 0 else shard.take(row)
+
+    def _open(self, number: int) -> UserStates:
+        table = self._workspace.map_arrow(f"{self._folder}/{shard_file(number, '.arrow')}")
+        return UserStates.of_table(table, self._width)
 
 
-def _without_behaviours(ids: np.ndarray) -> pa.Table:
+def _without_behaviors(ids: np.ndarray) -> pa.Table:
     empty: list[list[int]] = [[]] * len(ids)
     return pa.table(
         {

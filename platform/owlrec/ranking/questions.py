@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-import pyarrow as pa
+import numpy as np
+import pyarrow.compute as pc
 
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import BehaviourRetriever
-from owlrec.ranking.samples import ask_about, build_tuning_data, draw_shots
+from owlrec.ranking.items import ItemVectors
+from owlrec.ranking.samples import ask_about, draw_samples, read_users
 from owlrec.scenario import Scenario
-from owlrec.schema import SAMPLES, conform
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
@@ -18,34 +18,37 @@ def write_questions(
     folder: str,
     config: RankingConfig,
     scenario: Scenario,
-    retriever: BehaviourRetriever,
+    vectors: ItemVectors,
     count_tokens: Callable[[str], int],
 ) -> dict[str, int]:
     """Writes train, valid and test.parquet (samples.TUNING_ROWS) into `folder`, from the workspace's tables.
 
-    Valid rows are asked in the ways that are judged and in those that are tuned on, which tell when to stop. Returns
-    the counts of all three, by split. Raises RecipeError and SchemaError as `build_tuning_data` does.
+    Valid rows are asked in the ways that are judged and in those that are tuned on, which tell when to stop. Only the
+    drawn samples, their users and their items' vectors are read whole. Returns the counts of all three, by split.
+    Raises RecipeError and SchemaError as `build_tuning_data` does.
     """
-    users, catalog = workspace.read_table("users"), ItemCatalog.load(workspace)
-    samples = conform(workspace.read_table("samples"), SAMPLES, name="samples").select(SAMPLES.names)
-    data, judging = config.data, config.judging
-    built = {
-        "train": build_tuning_data(samples, users, catalog, retriever, scenario, data, config.prompt, count_tokens)
+    catalog, data, judging = ItemCatalog.load(workspace), config.data, config.judging
+    valid_ways = tuple(dict.fromkeys((*judging.shown, *data.shown)))
+    draws = {
+        "train": (data.shots, data.seed, data.shown),
+        "valid": (judging.valid_samples, judging.seed, valid_ways),
+        "test": (judging.test_samples, judging.seed, judging.shown),
     }
-    ways = {"valid": (*judging.shown, *data.shown), "test": judging.shown}
-    for split, limit in (("valid", judging.valid_samples), ("test", judging.test_samples)):
-        drawn = draw_shots(samples, None, judging.seed, split)[:limit]
-        built[split] = ask_about(
-            samples.take(pa.array(drawn)),
-            users,
+    counts: dict[str, int] = {}
+    for split, (limit, seed, ways) in draws.items():
+        samples = draw_samples(workspace, split, limit, seed, exactly=split == "train")
+        items = np.concatenate([samples["item_id"].to_numpy(), pc.list_flatten(samples["history"]).to_numpy()])
+        asked = ask_about(
+            samples,
+            read_users(workspace, samples["user_id"].to_numpy()),
             catalog,
-            retriever,
+            vectors.retriever(items),
             scenario,
             config.prompt,
             count_tokens,
             k=data.behaviours,
-            ways=tuple(dict.fromkeys(ways[split])),
+            ways=ways,
         )
-    for split, asked in built.items():
         workspace.write_parquet(f"{folder}/{split}.parquet", asked.rows)
-    return {f"{split}_{name}": count for split, asked in built.items() for name, count in asked.counts.items()}
+        counts |= {f"{split}_{name}": count for name, count in asked.counts.items()}
+    return counts

@@ -22,8 +22,10 @@ from owlrec.errors import RecipeError, SchemaError
 from owlrec.prompting.rella import NO, YES, RankPromptConfig, is_quotable, rank_prompt
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.scenario import Scenario
-from owlrec.schema import SAMPLES, conform, shard_of
+from owlrec.schema import SAMPLES, by_shard, conform, shard_of
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import read_samples
+from owlrec.workspace import Workspace
 
 Shown = Literal["recent", "retrieved", "mixed"]  # mixed: one prompt with both, half of the behaviours each
 Behaviours = list[tuple[str, float | None]]  # title and rating, oldest first
@@ -131,12 +133,47 @@ def draw_shots(samples: pa.Table, shots: int | None, seed: int, split: str = "tr
     Raises RecipeError where there are fewer.
     """
     rows = np.flatnonzero(pc.equal(samples["split"], split).to_numpy(zero_copy_only=False))
-    if shots is not None and shots > len(rows):
-        raise RecipeError(
-            f"tuning shots: {shots} are asked for, but the {split} split has {len(rows)} samples. Lower the number, or "
-            "set it to null for all."
-        )
+    _refuse_fewer(shots or 0, len(rows), split)
     return rows[in_hash_order([samples[name].to_numpy()[rows] for name in _ORDER], seed)][:shots]
+
+
+def draw_samples(workspace: Workspace, split: str, limit: int | None, seed: int, *, exactly: bool = False) -> pa.Table:
+    """What `draw_shots` draws of a prepared workspace, as schema.SAMPLES: at most `limit`, in the seed's order.
+
+    Reads the keys of one shard after the other, holds the `limit` first of them, and then reads the histories of these
+    alone. exactly: raises RecipeError where there are fewer.
+    """
+    best, total = pa.table({name: pa.array([], pa.int64()) for name in (*_ORDER, "shard", "row")}), 0
+    for number in workspace.table_shards("samples"):
+        keys = read_samples(workspace, number, [*_ORDER, "split"])
+        rows = np.flatnonzero(pc.equal(keys["split"], split).to_numpy(zero_copy_only=False))
+        total += len(rows)
+        if limit is not None and len(best) == limit:  # most rows come after all that are held
+            ranks = (_hash_ranks([t[name].to_numpy() for name in _ORDER], seed) for t in (keys.take(rows), best))
+            of_shard, of_best = ranks
+            rows = rows[of_shard <= of_best.max()]
+        drawn = keys.take(rows).select(_ORDER)
+        drawn = drawn.append_column("shard", pa.array(np.full(len(rows), number), pa.int64()))
+        both = pa.concat_tables([best, drawn.append_column("row", pa.array(rows, pa.int64()))])
+        best = both.take(in_hash_order([both[name].to_numpy() for name in _ORDER], seed)[:limit])
+    if exactly and limit is not None:
+        _refuse_fewer(limit, total, split)
+    shards, rows = best["shard"].to_numpy(), best["row"].to_numpy()
+    order = np.argsort(shards, kind="stable")
+    read = [
+        read_samples(workspace, int(number)).take(rows[order[shards[order] == number]]) for number in np.unique(shards)
+    ]
+    return pa.concat_tables([SAMPLES.empty_table(), *read]).take(np.argsort(order))
+
+
+def read_users(workspace: Workspace, ids: np.ndarray) -> pa.Table:
+    """The rows of the users table that are of some ids (int64 [n]), from their shards alone."""
+    parts = [
+        users.filter(pc.is_in(users["user_id"], pa.array(np.unique(ids[at]))))
+        for number, at in by_shard(ids, workspace.n_shards("user"))
+        for users in (workspace.read_shard("users", number),)
+    ]
+    return pa.concat_tables([workspace.read_shard("users", 0).slice(0, 0), *parts])
 
 
 def in_hash_order(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
@@ -144,10 +181,22 @@ def in_hash_order(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
 
     keys: int64 [n] each, together different for every row.
     """
+    return np.lexsort((*keys, _hash_ranks(keys, seed)))
+
+
+def _hash_ranks(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
     rank = shard_of(np.array([seed + 1]), _HASH_RANGE)
     for key in keys:
         rank = shard_of(rank ^ key, _HASH_RANGE)
-    return np.lexsort((*keys, rank))
+    return rank
+
+
+def _refuse_fewer(shots: int, rows: int, split: str) -> None:
+    if shots > rows:
+        raise RecipeError(
+            f"tuning shots: {shots} are asked for, but the {split} split has {rows} samples. Lower the number, or "
+            "set it to null for all."
+        )
 
 
 def behaviours_shown(

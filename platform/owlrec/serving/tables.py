@@ -1,17 +1,16 @@
 """The tables of a prepared workspace, one row at a time: who a user is, what they did, what an item is.
 
-Rows are found by the shard that their id's hash names, of about a thousand rows, so that one page of the explorer
-reads a file or two however many users there are. Titles alone are held whole, for the search.
+Rows are found by the shard that their id's hash names, so that one page of the explorer reads a file or two however
+many users there are. Titles alone are held whole, for the search.
 """
 
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from owlrec.errors import OwlRecError
+from owlrec.ordered import rows_of
 from owlrec.schema import shard_of
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
@@ -20,12 +19,12 @@ _SHARDS_HELD = 64
 
 
 class WorkspaceTables:
-    """Read access to users, items and histories; whatever a workspace lacks is simply not found."""
+    """Read access to users, items and histories; what a workspace lacks is not found."""
 
     def __init__(self, workspace: Workspace) -> None:
         """workspace: prepared, or not."""
         self._workspace = workspace
-        self._shard = lru_cache(maxsize=_SHARDS_HELD)(self._read_shard)
+        self._shard = lru_cache(maxsize=_SHARDS_HELD)(workspace.read_shard)
         self._catalog: ItemCatalog | None = None
 
     def row(self, kind: str, id_: int) -> dict[str, Any] | None:
@@ -70,14 +69,10 @@ class WorkspaceTables:
         return self._catalog
 
     def _find(self, table: str, key: str, id_: int) -> dict[str, Any] | None:
-        parts = self._workspace.names("tables", table)
-        if not parts:
+        try:
+            shards = self._workspace.table_shards(table)
+            rows = self._shard(table, int(shard_of(np.array([id_]), len(shards))[0]))
+        except OwlRecError:  # not prepared
             return None
-        shard = int(shard_of(np.array([id_]), len(parts))[0])
-        rows = self._shard(f"tables/{table}/{parts[shard]}")
-        at = pc.index(rows[key], pa.scalar(id_, pa.int64())).as_py()
-        found: dict[str, Any] | None = None if at < 0 else rows.slice(at, 1).to_pylist()[0]
-        return found
-
-    def _read_shard(self, path: str) -> pa.Table:
-        return self._workspace.read_parquet(path)
+        at = int(rows_of(rows[key].to_numpy(), np.array([id_]))[0])
+        return None if at < 0 else dict(rows.slice(at, 1).to_pylist()[0])

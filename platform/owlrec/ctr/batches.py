@@ -1,0 +1,178 @@
+"""Batches of a split, assembled ahead of the step that trains on them, by a thread, in pinned memory where a GPU waits.
+
+What a batch takes (ranges of behaviors, distinct items and ids, vectors gathered from mapped shards) is work for the
+CPU and reads from disk or from an object store; done within the step it would leave a GPU idle. The thread takes steps
+in their order and draws nothing at random, so it changes no result.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from owlrec.ctr.adaptor import Knowledge
+from owlrec.ctr.arms import Form
+from owlrec.ctr.codes import Codes
+from owlrec.ctr.features import SampleFeatures, Segment, Split
+from owlrec.ctr.knowledge import VectorTable, refuse_non_finite
+from owlrec.ctr.model import Batch, DistinctItems
+from owlrec.ctr.order import Step
+
+_AHEAD = 3  # batches that wait for the step, at most
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The vectors and semantic ids that a trial reads, one table for each source; vectors of one dimension."""
+
+    users: tuple[VectorTable, ...]
+    items: tuple[VectorTable, ...]
+    form: Form = "vectors"
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector; 0 where vectors are not read."""
+        return 0 if self.form == "codes" else self.users[0].dim
+
+    def shuffled(self, seed: int) -> "Tables":
+        """Each table with its vectors and codes handed to the wrong ids (KnowledgeTable.shuffled)."""
+        users, items = (tuple(t.shuffled(seed) for t in tables) for tables in (self.users, self.items))
+        return Tables(users, items, self.form)
+
+
+class SplitTensors:
+    """Samples in memory, and the batches on a device that they give."""
+
+    def __init__(self, samples: SampleFeatures, tables: Tables | None, device: str) -> None:
+        self.samples, self.tables, self.device = samples, tables, device
+
+    def batch(self, rows: Tensor) -> Batch:
+        """rows: int64 [b], on the CPU: which samples."""
+        return on_device(self.assembled(rows), self.device)
+
+    def assembled(self, rows: Tensor) -> Batch:
+        """The batch in this process's memory, in the narrow types that it is kept and sent in."""
+        at, samples = rows.numpy(), self.samples
+        history, ratings = samples.histories.matrices(at)
+        items, profile = samples.items[at], samples.profile[at]
+        tensors = [torch.from_numpy(array) for array in (items, history, ratings, profile)]
+        batch = Batch(tensors[0], tensors[1], tensors[2], tensors[3], distinct=DistinctItems.of(items, history))
+        if self.tables is None:
+            return batch
+        user, user_codes = _known(self.tables.users, samples.user_ids[at], self.tables.form)
+        item, item_codes = _known(self.tables.items, samples.item_ids[at], self.tables.form)
+        return replace(batch, user=user, item=item, user_codes=user_codes, item_codes=item_codes)
+
+
+class SplitBatches:
+    """A split with its knowledge, and the batches on a device that any sequence of steps over it gives."""
+
+    def __init__(self, split: Split, tables: Tables | None, device: str) -> None:
+        self.split, self.tables, self.device = split, tables, device
+        self._held: tuple[tuple[Segment, ...], SplitTensors] | None = None
+
+    def batches(self, steps: Iterable[Step]) -> Generator[tuple[Batch, Tensor], None, None]:
+        """Batch and labels (float32 [b]) of each step, on the device. Close it where it is not read to its end."""
+        pinned = torch.device(self.device).type == "cuda"
+
+        def assembled() -> Iterator[tuple[Batch, Tensor]]:
+            if pinned:
+                torch.cuda.set_device(self.device)  # of this thread: pinning on another would start up a second GPU
+            for step in steps:
+                samples = self._window(step.window)
+                made = samples.assembled(step.rows), torch.from_numpy(samples.samples.labels[step.rows.numpy()])
+                yield (_mapped(made[0], Tensor.pin_memory), made[1].pin_memory()) if pinned else made
+
+        with closing(ahead(assembled(), _AHEAD)) as ready:
+            for batch, labels in ready:
+                yield on_device(batch, self.device), labels.to(self.device, non_blocking=True)
+
+    def _window(self, window: tuple[Segment, ...]) -> SplitTensors:
+        if self._held is None or self._held[0] != window:
+            self._held = None  # two windows at once would be twice the memory
+            self._held = window, SplitTensors(self.split.window(window), self.tables, "cpu")
+        return self._held[1]
+
+
+def ahead(source: Iterator[T], n: int) -> Generator[T, None, None]:
+    """The elements of `source`, which a thread reads up to `n` elements ahead; what it raises is raised here.
+
+    Closing it ends the thread.
+    """
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=n)
+    ended = threading.Event()
+
+    def put(last: bool, value: Any) -> None:
+        while not ended.is_set():
+            try:
+                return ready.put((last, value), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def read() -> None:
+        try:
+            for value in source:
+                put(False, value)
+                if ended.is_set():
+                    return
+            put(True, None)
+        except BaseException as error:
+            put(True, error)
+
+    thread = threading.Thread(target=read, name="batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            last, value = ready.get()
+            if last:
+                if value is not None:
+                    raise value
+                return
+            yield value
+    finally:
+        ended.set()
+        thread.join()
+
+
+def on_device(batch: Batch, device: str) -> Batch:
+    """The batch there, in the types that models compute with. From pinned memory the copy runs beside the step."""
+    return _mapped(batch, lambda tensor: _widened(tensor.to(device, non_blocking=True)))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.int32:
+        return tensor.long()
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass with all its tensors changed, those of dataclasses within it too."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _mapped(getattr(value, field.name), change) for field in fields(value)})
+    return value
+
+
+def _known(tables: Sequence[VectorTable], ids: np.ndarray, form: Form) -> tuple[Knowledge | None, Codes | None]:
+    """Vectors and semantic ids of one side, as far as the form asks for them, each distinct id once."""
+    inverse, distinct = pd.factorize(ids)  # by hashes: np.unique would sort
+    rows = torch.from_numpy(inverse.astype(np.int64))
+    knowledge, codes = None, None
+    if form != "codes":
+        gathered = zip(*(table.gather(distinct) for table in tables), strict=True)
+        vectors, mask = (np.stack(arrays, axis=1) for arrays in gathered)
+        refuse_non_finite(vectors, distinct)
+        knowledge = Knowledge(torch.from_numpy(vectors), torch.from_numpy(mask), rows)
+    if form != "vectors":
+        codes = Codes(torch.from_numpy(tables[0].gather_codes(distinct)), rows)
+    return knowledge, codes
