@@ -92,17 +92,18 @@ class Storage:
             )
         return Path(self.path(*parts))
 
-    @property
-    def filesystem(self) -> Any:
-        """Arrow's view of the store."""
+    def arrow(self, *parts: str) -> tuple[Any, str]:
+        """The place as Arrow's file systems know it: (file system, path), for libraries that take nothing else."""
         import pyarrow.fs as pafs
 
         if self.local:
-            return pafs.LocalFileSystem()
+            return pafs.LocalFileSystem(), self.path(*parts)
         from obstore.fsspec import FsspecStore
 
-        protocol: Any = self.base.split("://")[0]
-        return pafs.PyFileSystem(pafs.FSSpecHandler(FsspecStore(protocol)))
+        scheme, _, path = self.path(*parts).partition("://")
+        protocol: Any = scheme
+        store = FsspecStore(protocol, client_options={"allow_http": _allows_http()})
+        return pafs.PyFileSystem(pafs.FSSpecHandler(store)), path
 
     def check_writable(self) -> None:
         """Writes and removes a probe file. Raises WorkspaceError where that fails, so that no job finds out hours
@@ -600,15 +601,19 @@ def _open_store(uri: str) -> Any:
 
     if uri.startswith("memory://"):
         return _MEMORY.setdefault(uri, MemoryStore())
-    http = any(os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
     try:
         return from_url(
             uri,
-            client_options={"allow_http": http, "timeout": "120s", "connect_timeout": "5s"},
+            client_options={"allow_http": _allows_http(), "timeout": "120s", "connect_timeout": "5s"},
             retry_config={"max_retries": 6, "retry_timeout": timedelta(seconds=60)},
         )
     except (BaseError, ValueError, OSError) as error:
         _refuse(uri, "opened", error)
+
+
+def _allows_http() -> bool:
+    """Whether the environment names a server without TLS: a MinIO on the same network, a test's server."""
+    return any(os.environ.get(f"AWS_ENDPOINT_URL{suffix}", "").startswith("http://") for suffix in ("", "_S3"))
 
 
 def _refuse(where: str, what: str, error: Exception) -> NoReturn:
@@ -618,6 +623,8 @@ def _refuse(where: str, what: str, error: Exception) -> NoReturn:
         remedy = "Free some space there and run the same command again: what is finished stays."
     elif "NoSuchBucket" in text or "bucket does not exist" in text:
         remedy = "There is no such bucket: correct its name."
+    elif "169.254.169.254" in text or "metadata.google.internal" in text:
+        remedy = "This machine has no credentials for it: set them in the environment, or give its role access."
     elif "PermanentRedirect" in text or "AuthorizationHeaderMalformed" in text or "IllegalLocation" in text:
         remedy = "The bucket lies in another region: set AWS_REGION to it."
     elif "AccessDenied" in text or "403" in text:

@@ -108,6 +108,7 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], jo
     # Ray resumes a run whose name and storage it has seen, silently; and it insists on a storage that all nodes share.
     storage, _, prefix = name.rpartition("/")
     run = f"{prefix}-{uuid.uuid4().hex[:8]}"
+    filesystem, storage_path = workspace.arrow(storage)
     trainer = TorchTrainer(
         loop,
         train_loop_config={"workspace": workspace, "job": job.model_dump(mode="json")},
@@ -119,8 +120,8 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], jo
         ),
         run_config=RunConfig(
             name=run,
-            storage_path=workspace.path(storage),
-            storage_filesystem=None if workspace.local else workspace.filesystem,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=_START_ATTEMPTS),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
