@@ -33,3 +33,37 @@ def s3_server(bucket: str) -> Iterator[str]:
         os.environ.clear()
         os.environ.update(before)
         server.stop()
+
+
+@contextmanager
+def s3_process(bucket: str) -> Iterator[str]:
+    """The same server as a process of its own: whole runs ask it thousands of times."""
+    import socket
+    import subprocess
+    import sys
+    import time
+
+    import boto3
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+    try:
+        for attempt in range(120):
+            try:
+                boto3.client("s3").create_bucket(Bucket=bucket)
+                break
+            except Exception:
+                if attempt == 119:
+                    raise
+                time.sleep(0.5)
+        yield os.environ["AWS_ENDPOINT_URL"]
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        server.terminate()
+        server.wait()

@@ -1,0 +1,131 @@
+"""The whole chain on S3, over real HTTP: the same content as on disk, one run of each shard whoever shares the bucket."""
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import chaos  # type: ignore[import-not-found]
+import numpy as np
+import pyarrow as pa
+import pytest
+import s3
+
+from owlrec.encoding.vector_shards import VectorShards
+from owlrec.generation.job import read_knowledge
+from owlrec.releases import current_release, open_release
+from owlrec.schema import INTERACTIONS
+from owlrec.shards import needed_stage
+from owlrec.workspace import Workspace
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parent.parent.parent
+USERS, ITEMS = 60, 120
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket whose server is a process of its own, which the environment of all commands names."""
+    with s3.s3_process("chain"):
+        os.environ["OWLREC_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+        yield f"s3://chain/{uuid.uuid4().hex}"
+
+
+def recipe_for(folder: Path, workspace: str, engine: str = "{type: echo}", more: str = "") -> Path:
+    path = folder / f"{uuid.uuid4().hex}.yaml"
+    path.write_text(
+        f"""
+name: chain
+scenario: movies
+workspace: {workspace}
+source: {{type: movielens-100k, max_users: {USERS}, max_items: {ITEMS}}}
+shard_rows: 20
+engine: {engine}
+sampling: {{max_tokens: 40}}
+encoder: {{model: hashing}}
+ctr: {{backbones: [dcnv2], arms: [none, knowledge], seeds: [0], epochs: 1}}
+ray: {{num_cpus: 2}}
+{more}
+"""
+    )
+    return path
+
+
+def owlrec(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", "from pipelines.cli import app; app()", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def content(root: str) -> dict[str, object]:
+    """Texts, vectors and what a lookup answers."""
+    workspace = Workspace(root)
+    folder = needed_stage(workspace, "encode", "").outputs["vectors"]
+    knowledge = needed_stage(workspace, "generate", "").outputs["knowledge"]
+    found: dict[str, object] = {}
+    with open_release(workspace) as release:
+        for kind in ("user", "item"):
+            texts = read_knowledge(workspace, knowledge, kind).sort_by("id")
+            ids = texts["id"].to_numpy()
+            found[f"{kind} texts"] = texts.select(["id", "as_of", "text", "prompt_sha256"]).to_pylist()
+            found[f"{kind} vectors"] = VectorShards(workspace, folder, f"knowledge-{kind}").gather(ids)[0].tobytes()
+            found[f"{kind} lookups"] = [k.text for k in release.store.get(kind, ids.tolist())]
+            found[f"{kind} codes"] = release.store.own_codes(kind, ids.tolist())
+    return found
+
+
+def test_the_chain_on_s3_has_the_content_of_the_chain_on_disk(bucket: str, tmp_path: Path) -> None:
+    disk, remote = str(tmp_path / "ws"), f"{bucket}/whole"
+    owlrec("run", str(recipe_for(tmp_path, disk)), "--to", "publish")
+    recipe = recipe_for(tmp_path, remote)
+    owlrec("run", str(recipe))
+    assert content(remote) == content(disk)
+    assert "all 12 shards done already" in owlrec("run", str(recipe))
+    workspace = Workspace(remote)
+    first = current_release(workspace)
+    user = workspace.read_table("users")["user_id"][0].as_py()
+    latest = max(workspace.read_table("interactions")["timestamp"].to_pylist())
+    items = workspace.read_table("items")["item_id"].to_pylist()[:12]
+    rows = {"user_id": [user] * 12, "item_id": items, "rating": [5.0] * 12, "timestamp": np.arange(12) + latest + 1}
+    workspace.write_parquet("events/new.parquet", pa.table(rows).cast(INTERACTIONS))
+    owlrec("refresh", str(recipe))
+    second = current_release(workspace)
+    assert second != first
+    with open_release(workspace) as release:
+        (knowledge,) = release.store.get("user", [user])
+    assert (knowledge.framework, knowledge.as_of) == ("streaming", latest + 12)
+    owlrec("rollback", "--workspace", remote)
+    assert current_release(workspace) == first
+
+
+def test_two_jobs_at_once_ask_about_every_row_once(bucket: str, tmp_path: Path) -> None:
+    server = chaos.Oracle(answer_s=0.02)
+    host, port = server.server_address[:2]
+    engine = f'{{type: http, base_url: "http://{host}:{port}/v1", model: oracle, concurrency: 4}}'
+    recipe = recipe_for(tmp_path, f"{bucket}/shared", engine)
+    try:
+        owlrec("run", str(recipe), "--to", "prepare")
+        command = [sys.executable, "-m", "pipelines.generate", "--recipe", str(recipe)]
+        jobs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+        assert [job.wait(timeout=300) for job in jobs] == [0, 0]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(server.asked) == USERS + ITEMS
+    assert set(server.asked.values()) == {1}
+
+
+def test_a_bucket_that_is_not_there_is_named(bucket: str, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, "s3://nowhere/ws")
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.prepare", "--recipe", str(recipe)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "There is no such bucket" in done.stderr
+    assert "Traceback" not in done.stderr
