@@ -105,6 +105,15 @@ def test_parts_are_built_on_ray(workspace, ray_local):
         check(release.store, rows, range(N + 3))
 
 
+def test_parts_are_built_from_and_on_an_object_store(s3_root):
+    rows, workspace = world(), Workspace(s3_root)
+    source = write_shards(workspace, rows, {"user": 8, "item": 2, "cohort": 1})
+    publish_rows(workspace, INFO, source, 4, quantisers=QUANTISERS)
+    with open_release(workspace) as release:
+        check(release.store, rows, range(N + 3))
+        assert release.quantisers().keys() == QUANTISERS.keys()
+
+
 def test_codes_of_other_codebooks_are_refused(workspace):
     source = write_shards(workspace, world(), {"user": 1, "item": 1, "cohort": 1})
     path = f"vectors/v/knowledge-user/{shard_file(0, '.arrow')}"

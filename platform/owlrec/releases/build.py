@@ -9,6 +9,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
@@ -42,6 +43,7 @@ from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shard_file, shards_for
 
 PART_IDS = 262_144  # ids of a kind in a part at most: some 300 MB, which a worker builds in seconds
+_READERS = 8  # threads that read shards: on an object store each waits for its answer most of the time
 BUILDS = "releases/.builds"  # which folder a release that is not finished yet is built in
 
 
@@ -132,13 +134,21 @@ class ShardRows:
             return None, ""
         numbers = range(part, n_shards, n_parts) if n_shards > n_parts else (part & (n_shards - 1),)
         paths = [f"{folder}/{below}/{shard_file(number, suffix)}" for number in numbers]
-        read = workspace.read_parquet if suffix == ".parquet" else workspace.map_arrow
-        tables = [(path, read(path)) for path in paths if workspace.entry(path) is not None]
-        tables = [(path, table) for path, table in tables if table.num_rows]
+
+        def read(path: str) -> pa.Table | None:
+            if workspace.entry(path) is None:
+                return None
+            if suffix == ".parquet":
+                return workspace.read_parquet(path)
+            # Not through the node's cache, which is for what is read more than once.
+            return pa.ipc.open_file(workspace.open_input(path)).read_all()
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            tables = {path: table for path, table in zip(paths, pool.map(read, paths), strict=True) if table}
         if not tables:
             return None, ""
-        table = pa.concat_tables([table for _, table in tables])
-        return _of_part(table, part, n_parts) if n_shards < n_parts else table, workspace.path(tables[0][0])
+        table = pa.concat_tables(tables.values())
+        return _of_part(table, part, n_parts) if n_shards < n_parts else table, workspace.path(next(iter(tables)))
 
 
 def publish(

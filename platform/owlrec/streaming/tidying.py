@@ -7,7 +7,7 @@ over all texts, and need not happen often.
 from pydantic import Field
 
 from owlrec.config import Config
-from owlrec.errors import ReleaseError
+from owlrec.errors import OwlRecError
 from owlrec.releases.manifest import chain
 from owlrec.releases.release import current_release
 from owlrec.releases.retention import compact, prune
@@ -31,6 +31,6 @@ def tidy(workspace: Workspace, config: TidyConfig) -> str:
         return ""
     try:
         name, removed = compact(workspace).name, prune(workspace, config.keep_releases)
-    except ReleaseError as error:
+    except OwlRecError as error:  # a full disk or a HOLD does not undo the refresh
         return f"not tidied: {error}"
     return f"deltas merged into release {name}; {len(removed)} old releases removed"
