@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from owlrec.claims import claimed
 from owlrec.ops.console import note, progress, stage_header
@@ -140,12 +141,8 @@ class _Preparation:
 
     def _estimated_users(self, groups: Groups) -> int:
         """From one bucket, which is a sample of the users by their hash; all of them where there is but one."""
-        ids = [
-            batch.column(0).to_numpy()
-            for batches in read_batches(self.workspace, groups.paths, [0], ["user_id"])
-            for batch in batches
-        ]
-        return len(np.unique(np.concatenate(ids))) * groups.grouping.user_buckets
+        batches = [read_batches(self.workspace, path, [0], groups.n_buckets)[0] for path in groups.paths]
+        return len(pa.concat_tables(batches)["user_id"].unique()) * groups.n_buckets
 
     def _shuffle(
         self, groups: Mapping[TableName, Groups], tasks: Mapping[Kind, Tasks], pool: Pool
