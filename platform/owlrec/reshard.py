@@ -18,7 +18,7 @@ from owlrec.claims import claimed
 from owlrec.errors import WorkspaceError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import KINDS, Kind, shard_of
-from owlrec.shards import Artifact, Card, Shard
+from owlrec.shards import Artifact, Card, Shard, in_threads
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shard_file
 
@@ -194,7 +194,11 @@ class Place(Stage):
         own_card = work.shard.file(".json")
         before = Card.model_validate(workspace.read_json(f"{Split.folder}/{own_card}"))
         numbers = {path: int(Path(path).stem) for path in split.files if path != own_card}
-        placed = {path: workspace.write_bytes(path, workspace.read_bytes(f"{Split.folder}/{path}")) for path in numbers}
+
+        def put(path: str) -> FileEntry:
+            return workspace.write_bytes(path, workspace.read_bytes(f"{Split.folder}/{path}"))
+
+        placed = dict(zip(numbers, in_threads(put, list(numbers)), strict=True))
         artifact = Artifact(workspace, folder)
         files = {path: entry for path, entry in before.files.items() if not _NUMBERED.fullmatch(path)}
         if {number % n for number in numbers.values()} != {shard.number}:  # of several shards, as those of tables are

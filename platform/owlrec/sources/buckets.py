@@ -1,16 +1,20 @@
-"""Rows of a table by bucket: one Arrow file whose batches are read by ranges, one at a time.
+"""Rows of a table by bucket: one file whose batches are fetched by ranged reads, one at a time.
 
 A bucket is the low bits of an id's hash, as a shard is, so that a bucket is a set of whole shards (or a shard of whole
 buckets). This is the shuffle of `prepare`: whoever writes sorts rows by bucket once, whoever reads fetches its own
 batch of every file, and nothing passes through a driver or an object store of Ray's.
+
+A file is one Arrow stream (LZ4) per batch, then where each begins and the last one ends, as int64. Arrow's own file
+format would take several reads more to find a batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 
+from owlrec.errors import WorkspaceError
 from owlrec.schema import shard_of
 from owlrec.storage import FileEntry, Storage
 
@@ -35,29 +39,30 @@ def bucket_order(ids: np.ndarray, n_buckets: int) -> tuple[np.ndarray, np.ndarra
     return order, bounds
 
 
-def write_batches(storage: Storage, path: str, parts: Iterator[pa.Table], schema: pa.Schema) -> FileEntry:
+def write_batches(storage: Storage, path: str, parts: Iterable[pa.Table], schema: pa.Schema) -> FileEntry:
     """Writes tables of one schema as one batch each."""
-    with storage.writer(path) as file, pa.ipc.new_file(file, schema, options=_OPTIONS) as writer:
+    begins = [0]
+    with storage.writer(path) as file:
         for part in parts:
-            batches = part.combine_chunks().to_batches()
-            writer.write_batch(batches[0] if batches else _empty(schema))
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, schema, options=_OPTIONS) as writer:
+                writer.write_table(part.combine_chunks())
+            file.write(sink.getvalue())
+            begins.append(file.tell())
+        file.write(np.array(begins, dtype="<i8").tobytes())
     assert file.entry is not None
     return file.entry
 
 
-def read_batches(
-    storage: Storage, paths: Sequence[str], numbers: Sequence[int], columns: Sequence[str] | None = None
-) -> Iterator[list[pa.RecordBatch]]:
-    """These batches of each file, by ranged reads. columns: by default all."""
-    for path in paths:
-        with storage.open_input(path) as stream:
-            options = pa.ipc.IpcReadOptions(use_threads=False)
-            reader = pa.ipc.open_file(stream, options=options)
-            if columns is not None:
-                options.included_fields = [reader.schema.get_field_index(name) for name in columns]
-                reader = pa.ipc.open_file(stream, options=options)
-            yield [reader.get_batch(number) for number in numbers]
-
-
-def _empty(schema: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+def read_batches(storage: Storage, path: str, numbers: Sequence[int], n_batches: int) -> list[pa.Table]:
+    """Some batches of a file that has `n_batches`, by ranged reads. Raises WorkspaceError where it is missing."""
+    entry, size = storage.entry(path), 8 * (n_batches + 1)
+    if entry is None:
+        raise WorkspaceError(f"{storage.path(path)} does not exist. Run `prepare` again.")
+    begins = np.frombuffer(storage.read_range(path, entry.bytes - size, size), dtype="<i8")
+    if len(numbers) == n_batches:
+        data = storage.read_range(path, 0, int(begins[-1]))
+        pieces = [data[begin:end] for begin, end in pairwise(begins)]
+    else:
+        pieces = [storage.read_range(path, int(begins[n]), int(begins[n + 1] - begins[n])) for n in numbers]
+    return [pa.ipc.open_stream(piece).read_all() for piece in pieces]

@@ -179,15 +179,19 @@ class Groups:
         """The files, relative to the workspace."""
         return [f"{self.folder}/{bucket_file(self.table, number)}" for number in self.numbers]
 
+    @property
+    def n_buckets(self) -> int:
+        """How many buckets the files have."""
+        return self.grouping.item_buckets if self.table == "items" else self.grouping.user_buckets
+
     def place(self, number: int, bucket: int, row: int) -> Place:
         """Where the row of a bucket of a group's file stands in the source: only for errors, since it reads the group
         again.
         """
-        n_buckets = self.grouping.item_buckets if self.table == "items" else self.grouping.user_buckets
         for fragment in self.grouping.fragments(number):
             for piece in self.source.read(fragment):
                 if piece.table == self.table:
-                    order, bounds = bucket_order(piece.data[_key(self.table)].to_numpy(), n_buckets)
+                    order, bounds = bucket_order(piece.data[_key(self.table)].to_numpy(), self.n_buckets)
                     rows = order[bounds[bucket] : bounds[bucket + 1]]
                     if row < len(rows):
                         at = int(rows[row])

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import Kind
-from owlrec.shards import Artifact
+from owlrec.shards import Artifact, in_threads
 from owlrec.sources.shuffle import Tasks, behaviors_of, read_shuffled
 from owlrec.sources.splits import Samples, SplitConfig, histories, refuse_leaks, sample_rows
 from owlrec.storage import FileEntry
@@ -32,25 +34,24 @@ class WriteTables(Stage):
 
     def run(self, work: Work) -> Result:
         """See Stage."""
-        task = work.shard.number
-        files: dict[str, FileEntry] = {}
-        rows = 0
+        kind, workspace = work.shard.kind, work.workspace
+        tasks = self.tasks[kind]  # type: ignore[index]
+        names = ("users", "interactions") if kind == "user" else ("items",)
+        shuffled = [read_shuffled(workspace, self.shuffled, name, tasks, work.shard.number) for name in names]
+
+        def write(shard: tuple[Any, ...]) -> dict[str, FileEntry]:
+            number, *rows = shard
+            tables = self._user_tables(*rows) if kind == "user" else {"items": rows[0]}
+            files = {f"{name}/{shard_file(number)}": table for name, table in tables.items()}
+            return {path: workspace.write_parquet(f"{FOLDER}/{path}", table) for path, table in files.items()}
+
         work.check()
-        for place, shard in enumerate(self.tasks[work.shard.kind].shards(task)):  # type: ignore[index]
-            tables = (self._user_tables if work.shard.kind == "user" else self._items)(work, task, place)
-            for name, table in tables.items():
-                path = f"{name}/{shard_file(shard)}"
-                files[path] = work.workspace.write_parquet(f"{FOLDER}/{path}", table)
-            rows += len(next(iter(tables.values())))
-        return Result(files, rows, rows)
+        # In threads: each file waits for its disk or its store.
+        written = in_threads(write, list(zip(tasks.shards(work.shard.number), *shuffled, strict=True)))
+        rows = sum(table.num_rows for table in shuffled[0])
+        return Result({path: entry for files in written for path, entry in files.items()}, rows, rows)
 
-    def _items(self, work: Work, task: int, place: int) -> dict:
-        return {"items": read_shuffled(work.workspace, self.shuffled, "items", task, place)}
-
-    def _user_tables(self, work: Work, task: int, place: int) -> dict:
-        users, interactions = (
-            read_shuffled(work.workspace, self.shuffled, name, task, place) for name in ("users", "interactions")
-        )
+    def _user_tables(self, users: pa.Table, interactions: pa.Table) -> dict[str, pa.Table]:
         behaviors = behaviors_of(interactions)
         samples = Samples.of(behaviors, self.split, self.positive_above)
         rows = sample_rows(behaviors, samples, self.split, np.array(self.thresholds))

@@ -27,7 +27,6 @@ from owlrec.sources.raw import (
     with_raw_ids,
 )
 from owlrec.sources.splits import Behaviors, Samples, SplitConfig, SplitValues, sample_counts
-from owlrec.storage import Storage
 from owlrec.workspace import Workspace, shard_file
 
 
@@ -81,7 +80,10 @@ class Shuffle(Stage):
         task = work.shard.number
         items, where = self._read(work.workspace, "items", self.tasks["item"].buckets(task))
         refuse_repeated_ids(items, "item_id", where)
-        files = self._write(work, "items", _by_id(items, "item_id"), "item_id")
+        items = _by_id(items, "item_id")
+        files = self._write(work, "items", items, "item_id")
+        path, ids = shuffled_file("item-ids", task), items.select(["item_id"])
+        files[path] = work.workspace.write_arrow(f"{self.folder}/{path}", ids, ids.schema)
         return Result(files, items.num_rows, items.num_rows, counts={"items": items.num_rows})
 
     def _users(self, work: Work) -> Result:
@@ -121,11 +123,10 @@ class Shuffle(Stage):
     ) -> tuple[pa.Table, Callable[[int], Place]]:
         """The rows of some buckets, in the source's order within one, and what says where a row stands there."""
         groups = self.groups[table]
-        batches = list(read_batches(workspace, groups.paths, buckets))
         rows = [
             (number, bucket, batch)
-            for number, file in zip(groups.numbers, batches, strict=True)
-            for bucket, batch in zip(buckets, file, strict=True)
+            for number, path in zip(groups.numbers, groups.paths, strict=True)
+            for bucket, batch in zip(buckets, read_batches(workspace, path, buckets, groups.n_buckets), strict=True)
         ]
 
         def where(row: int) -> Place:
@@ -137,7 +138,7 @@ class Shuffle(Stage):
 
         if not rows:
             return groups.schema.empty_table(), where
-        return pa.Table.from_batches([batch for _, _, batch in rows]).combine_chunks(), where
+        return pa.concat_tables([batch for _, _, batch in rows]).combine_chunks(), where
 
     def _write(self, work: Work, table: TableName, rows: pa.Table, key: str) -> dict:
         """Writes rows that are sorted as a shard's are, one batch per shard."""
@@ -151,13 +152,8 @@ class Shuffle(Stage):
     def _known_items(self, workspace: Workspace) -> np.ndarray:
         """The ids of all items, ascending: read once a worker, 80 MB of 10^7."""
         if self._item_ids is None:
-            tasks = self.tasks["item"]
-            ids = [np.zeros(0, dtype=np.int64)]
-            for task in range(len(tasks)):
-                path = f"{self.folder}/{shuffled_file('items', task)}"
-                numbers = range(len(tasks.shards(task)))
-                for batches in read_batches(workspace, [path], numbers, ["item_id"]):
-                    ids += [batch.column(0).to_numpy() for batch in batches]
+            paths = [f"{self.folder}/{shuffled_file('item-ids', task)}" for task in range(len(self.tasks["item"]))]
+            ids = [workspace.map_arrow(path)["item_id"].to_numpy() for path in paths]
             self._item_ids = np.sort(np.concatenate(ids))
         return self._item_ids
 
@@ -171,10 +167,10 @@ def shuffled_file(table: str, task: int) -> str:
     return f"{table}/{shard_file(task, '.arrow')}"
 
 
-def read_shuffled(storage: Storage, folder: str, table: str, task: int, place: int) -> pa.Table:
-    """One shard of a shuffled table. place: which of the task's shards."""
-    ((batch,),) = read_batches(storage, [f"{folder}/{shuffled_file(table, task)}"], [place])
-    return pa.Table.from_batches([batch])
+def read_shuffled(workspace: Workspace, folder: str, table: str, tasks: Tasks, task: int) -> list[pa.Table]:
+    """A task's shards of a shuffled table, in the order of `tasks.shards`."""
+    n = len(tasks.shards(task))
+    return read_batches(workspace, f"{folder}/{shuffled_file(table, task)}", range(n), n)
 
 
 def behaviors_of(interactions: pa.Table) -> Behaviors:

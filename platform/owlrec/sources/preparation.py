@@ -1,0 +1,171 @@
+"""The three stages of `prepare`: `ingest` reads fragments of the source, `shuffle` brings the rows of each user
+together and refuses what is wrong, `tables` writes. Only then is the earlier run's output touched.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from owlrec.runner import Stage
+from owlrec.schema import Kind
+from owlrec.shards import Artifact, Card, Shard
+from owlrec.sources.buckets import read_batches
+from owlrec.sources.ingest import Grouping, Groups, Ingest, grouped, read_grouping, refuse_partly_rated
+from owlrec.sources.prepared import FOLDER, USER_TABLES, WriteTables, table_files
+from owlrec.sources.raw import TABLE_NAMES, Fragments, TableName, no_rows
+from owlrec.sources.shuffle import Shuffle, Tasks, shuffled_file
+from owlrec.sources.splits import (
+    SplitConfig,
+    SplitValues,
+    refuse_empty,
+    refuse_one_label,
+    split_counts,
+    split_thresholds,
+)
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, shard_file, shards_for
+
+# Runs a stage over shards of these inputs: how is up to the caller, who is told what to say of it and, about, how many
+# rows it reads.
+Make = Callable[[Stage, Mapping[Shard, str], str, int], dict[str, Card]]
+
+
+@dataclass
+class Preparation:
+    """One source on its way into one workspace."""
+
+    workspace: Workspace
+    source: Fragments
+    split: SplitConfig
+    positive_above: float  # a label is 1 where the rating exceeds it
+    shard_rows: int  # about so many users or items per shard, where the workspace has no number of shards yet
+
+    @property
+    def rows(self) -> int:
+        """About how many interactions there are."""
+        return sum(fragment.rows for fragment in self.source.fragments if fragment.table in ("interactions", ""))
+
+    @property
+    def made_of(self) -> str:
+        """Digest of all that the tables depend on."""
+        digests = sorted(fragment.digest for fragment in self.source.fragments)
+        return fingerprint(self.source.meaning, digests, self.source.drop_orphans, self.split, self.positive_above)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every shard of the tables is there as it was written."""
+        expected = self.workspace.n_shards("item") + len(USER_TABLES) * self.workspace.n_shards("user")
+        return len(table_files(self.workspace)) == expected
+
+    def run(self, make: Make, before_writing: Callable[[], None]) -> tuple[dict[str, int], str]:
+        """Makes the tables; what there is to count, and a fingerprint of their content.
+
+        before_writing: called when nothing can be refused any more. Raises SourceError or SchemaError, naming file and
+        row, where the source breaks the contract.
+        """
+        self._make = make
+        folder = self._folder
+        grouping = grouped(self.source.fragments, read_grouping(self.workspace, folder))
+        self.workspace.write_bytes(f"{folder}/groups.json", grouping.model_dump_json().encode())
+        groups = self._ingest(folder, grouping)
+        tasks = self._tasks(groups)
+        shuffle, counts, cards = self._shuffle(groups, tasks)
+        values = [
+            SplitValues.of_table(self.workspace.map_arrow(f"{shuffle.folder}/{shuffled_file('split', task)}"))
+            for task in range(len(tasks["user"]))
+        ]
+        thresholds = split_thresholds(values, self.split)
+        counts |= split_counts(values, thresholds)
+        refuse_empty(counts, self.split)
+        refuse_one_label(counts, self.positive_above)
+        before_writing()
+        self.workspace.fix_shards({kind: tasks[kind].n_shards for kind in tasks})
+        self._write(shuffle, (int(thresholds[0]), int(thresholds[1])), cards)
+        if not self.source.drop_orphans:
+            counts.pop("orphans_dropped")
+        files = table_files(self.workspace)
+        return counts | dict(self.source.counts), fingerprint({path: entry.sha256 for path, entry in files.items()})
+
+    @property
+    def _folder(self) -> str:
+        return f"ingest/{fingerprint(self.source.meaning)[:16]}"
+
+    def _ingest(self, folder: str, grouping: Grouping) -> dict[TableName, Groups]:
+        inputs = grouping.inputs()
+        cards = self._make(Ingest(self.source, folder, grouping), inputs, "reading the source", self.rows)
+        refuse_partly_rated(grouping, cards)
+        groups: dict[TableName, Groups] = {}
+        for table in TABLE_NAMES:
+            numbers = [shard.number for shard in inputs if table in cards[shard.name].counts]
+            rows = sum(int(cards[shard.name].counts.get(table, 0)) for shard in inputs)
+            if rows == 0 and (table != "users" or self.source.has_users):
+                raise no_rows(self.source.names[table])
+            groups[table] = Groups(self.source, folder, grouping, table, numbers, rows)
+        return groups
+
+    def _tasks(self, groups: Mapping[TableName, Groups]) -> dict[Kind, Tasks]:
+        """How shards are made: their numbers are those of the workspace, or follow from the rows where it is new."""
+        users = (
+            groups["users"].rows if self.source.has_users else _estimated_users(self.workspace, groups["interactions"])
+        )
+        fixed, per_shard = self.workspace.layout.shards, self.shard_rows
+        grouping = groups["items"].grouping
+        return {
+            "item": Tasks(
+                "item", grouping.item_buckets, fixed.get("item") or shards_for(groups["items"].rows, per_shard)
+            ),
+            "user": Tasks("user", grouping.user_buckets, fixed.get("user") or shards_for(users, per_shard)),
+        }
+
+    def _shuffle(
+        self, groups: Mapping[TableName, Groups], tasks: Mapping[Kind, Tasks]
+    ) -> tuple[Shuffle, dict[str, int], dict[str, Card]]:
+        """The stage, its counts and its cards."""
+        folder = f"shuffled/{fingerprint(self.made_of, list(tasks.values()))[:16]}"
+        stage = Shuffle(
+            folder, groups, tasks, self.split, self.positive_above, self.source.drop_orphans, self.source.names
+        )
+        cards: dict[str, Card] = {}
+        kinds: dict[Kind, str] = {"item": "checking items", "user": "bringing users together"}
+        for kind, about in kinds.items():
+            inputs = {Shard(kind, task): folder for task in range(len(tasks[kind]))}
+            cards |= self._make(stage, inputs, about, groups["items"].rows if kind == "item" else self.rows)
+        counts: dict[str, int] = {}
+        for card in cards.values():
+            for name, count in card.counts.items():
+                counts[name] = counts.get(name, 0) + int(count)
+        if counts["interactions"] == 0:
+            raise no_rows(self.source.names["interactions"])
+        return stage, counts, cards
+
+    def _write(self, shuffle: Shuffle, thresholds: tuple[int, int], cards: Mapping[str, Card]) -> None:
+        stage = WriteTables(shuffle.folder, shuffle.tasks, self.split, shuffle.positive_above, thresholds)
+        inputs = {
+            Shard.of_name(name): fingerprint(
+                {path: entry.sha256 for path, entry in card.files.items()}, stage.split, stage.thresholds, stage.tasks
+            )
+            for name, card in cards.items()
+        }
+        artifact = Artifact(self.workspace, FOLDER)
+        for name in set(artifact.cards()) - {shard.name for shard in inputs}:
+            artifact.forget(Shard.of_name(name))  # of a time when there were more tasks
+        self._make(stage, inputs, "writing tables", self.rows)
+
+    def tidy(self) -> None:
+        """Removes what only an unfinished run would read again: shuffled rows, and groups that no longer are."""
+        self.workspace.delete_dir("shuffled")
+        for name in self.workspace.names("ingest"):
+            if f"ingest/{name}" != self._folder:
+                self.workspace.delete_dir("ingest", name)
+        grouping = read_grouping(self.workspace, self._folder)
+        current = {shard_file(number, ".arrow") for number in grouping.groups} if grouping else set()
+        for table in TABLE_NAMES:
+            for name in set(self.workspace.names(self._folder, table)) - current:
+                self.workspace.delete_file(f"{self._folder}/{table}/{name}")
+
+
+def _estimated_users(workspace: Workspace, groups: Groups) -> int:
+    """From one bucket, which is a sample of the users by their hash; all of them where there is but one."""
+    batches = [read_batches(workspace, path, [0], groups.n_buckets)[0] for path in groups.paths]
+    return len(pa.concat_tables(batches)["user_id"].unique()) * groups.n_buckets
