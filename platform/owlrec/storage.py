@@ -102,7 +102,7 @@ class Storage:
         from obstore.fsspec import FsspecStore
 
         protocol: Any = self.base.split("://")[0]
-        return pafs.PyFileSystem(pafs.FSSpecHandler(FsspecStore(protocol)))
+        return pafs.PyFileSystem(pafs.FSSpecHandler(FsspecStore(protocol, client_options=_client_options())))
 
     def check_writable(self) -> None:
         """Writes and removes a probe file. Raises WorkspaceError where that fails, so that no job finds out hours
@@ -600,15 +600,19 @@ def _open_store(uri: str) -> Any:
 
     if uri.startswith("memory://"):
         return _MEMORY.setdefault(uri, MemoryStore())
-    http = any(os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
     try:
         return from_url(
             uri,
-            client_options={"allow_http": http, "timeout": "120s", "connect_timeout": "5s"},
+            client_options=_client_options(),
             retry_config={"max_retries": 6, "retry_timeout": timedelta(seconds=60)},
         )
     except (BaseError, ValueError, OSError) as error:
         _refuse(uri, "opened", error)
+
+
+def _client_options() -> Any:
+    http = any(os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
+    return {"allow_http": http, "timeout": "120s", "connect_timeout": "5s"}
 
 
 def _refuse(where: str, what: str, error: Exception) -> NoReturn:

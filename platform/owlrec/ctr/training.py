@@ -119,8 +119,7 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], jo
         ),
         run_config=RunConfig(
             name=run,
-            storage_path=workspace.path(storage),
-            storage_filesystem=None if workspace.local else workspace.filesystem,
+            **ray_storage(workspace, storage),
             failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=_START_ATTEMPTS),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -133,6 +132,14 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], jo
         raise next((m for f in failures if (m := root_mistake(f))), error) from None
     finally:
         workspace.delete_dir(storage, run)
+
+
+def ray_storage(workspace: Workspace, path: str) -> dict[str, Any]:
+    """Where Ray Train and Tune write what all nodes share, as arguments of their RunConfig."""
+    if workspace.local:
+        return {"storage_path": workspace.path(path)}
+    # Bucket and path: Ray would make one slash of the two in a URI.
+    return {"storage_path": workspace.path(path).partition("://")[2], "storage_filesystem": workspace.filesystem}
 
 
 def this_worker(threads: int | None) -> Worker:
