@@ -50,7 +50,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
         )
         if compared := comparison_rows(data.arms):
             table(
-                "difference in AUC, paired by seed and row; intervals by users drawn anew",
+                "difference in AUC, paired by seed and row; intervals over draws of users",
                 ["backbone", "arm", "compared with", "difference", "95 % interval", "RelaImp", "DeLong p"],
                 [(r.backbone, r.arm, r.base, r.difference, r.interval, r.rela_imp, r.delong_p) for r in compared],
             )

@@ -26,7 +26,7 @@ def test_the_better_learning_rate_comes_first(ray_local: None, workspace: Worksp
     job = GridJob(
         settings=CTRConfig(batch_size=256, epochs=3, embed_dim=8, hidden_dims=(16, 8), threads=1),
         trials=(GRID[0],),
-        knowledge={"knowledge": {side: f"vectors/abc/knowledge-{side}" for side in SIDES}},
+        knowledge={"knowledge": dict.fromkeys(SIDES, "vectors/abc")},
         fingerprint=FINGERPRINT,
         attributes=("genres",),
         profile=(),

@@ -1,4 +1,4 @@
-"""The whole chain on S3, over real HTTP: the same content as on disk, one run of each shard whoever shares the bucket."""
+"""The whole chain on S3, over real HTTP: the same content as on disk; jobs that share a bucket do each shard once."""
 
 import os
 import subprocess

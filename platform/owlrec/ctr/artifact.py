@@ -43,7 +43,7 @@ PROGRAM = "program.pt2"
 SIDES = ("user", "item")
 _DEFAULTS = "defaults.safetensors"
 _IDS_PER_PASS = 8192
-_SHARDS_OPEN = 1024
+_SHARDS_OPEN = 256  # of a side; each holds a file descriptor
 _HELD_BYTES = 1 << 26  # of a side's fields: up to so many are read into memory
 _NO_ID = -1  # ids are not negative
 
@@ -89,7 +89,9 @@ class Adapted:
 
         if sum(entry.bytes for entry in entries.values()) > _HELD_BYTES:
             return cls(lru_cache(maxsize=_SHARDS_OPEN)(read), len(entries), default)
-        ids, fields = (np.concatenate(arrays) for arrays in zip(*map(read, range(len(entries))), strict=True))
+        # Copied one by one, so that no more than one file is open.
+        copies = [tuple(map(np.array, read(number))) for number in range(len(entries))]
+        ids, fields = (np.concatenate(arrays) for arrays in zip(*copies, strict=True))
         order = np.argsort(ids, kind="stable")
         held = ids[order], fields[order]
         return cls(lambda number: held, 1, default)

@@ -130,31 +130,25 @@ class SampleFeatures:
         return SampleFeatures(user_ids, item_ids, items, self.histories.take(rows), profile, labels)
 
     @staticmethod
-    def concatenated(parts: Sequence["SampleFeatures"]) -> "SampleFeatures":
-        """The rows of all parts, in their order; behaviors that no row refers to are left out at a part's ends."""
-        if len(parts) == 1:
-            return parts[0]
-        starts, items, ratings, before = [], [], [], 0
+    def concatenated(parts: Iterable["SampleFeatures"]) -> "SampleFeatures":
+        """The rows of all parts (at least one), in their order, copied: a part's file is closed before the next one is
+        opened. Behaviors at a part's ends that no row refers to are left out.
+        """
+        columns: dict[str, list[np.ndarray]] = {}
+        before = width = 0
         for part in parts:
-            histories = part.histories
+            histories, width = part.histories, part.histories.width
             low = int(histories.starts.min(initial=len(histories.items)))
             high = max(low, int((histories.starts + histories.lengths).max(initial=0)))
-            starts.append(histories.starts - low + before)
-            items.append(histories.items[low:high])
-            ratings.append(histories.ratings[low:high])
+            copied = {name: getattr(part, name) for name in ("user_ids", "item_ids", "items", "profile", "labels")}
+            copied |= {"starts": histories.starts - low + before, "lengths": histories.lengths}
+            copied |= {"history": histories.items[low:high], "ratings": histories.ratings[low:high]}
+            for name, array in copied.items():
+                columns.setdefault(name, []).append(np.array(array))
             before += high - low
-        histories = Histories(
-            np.concatenate(starts),
-            np.concatenate([part.histories.lengths for part in parts]),
-            np.concatenate(items),
-            np.concatenate(ratings),
-            parts[0].histories.width,
-        )
-        columns = [
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("user_ids", "item_ids", "items", "profile", "labels")
-        ]
-        return SampleFeatures(columns[0], columns[1], columns[2], histories, columns[3], columns[4])
+        whole = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+        histories = Histories(*(whole.pop(name) for name in ("starts", "lengths", "history", "ratings")), width)
+        return SampleFeatures(histories=histories, **whole)
 
 
 @dataclass(frozen=True)
@@ -173,8 +167,12 @@ class Split:
         return sum(self.sizes)
 
     def window(self, segments: Iterable[Segment]) -> SampleFeatures:
-        """The rows of some segments in memory, in their order."""
-        return SampleFeatures.concatenated([self.shards[shard].take(slice(a, b)) for shard, a, b in segments])
+        """The rows of some segments, in their order: of one as they lie, of several copied into memory."""
+        segments = list(segments)
+        if len(segments) == 1:
+            ((shard, a, b),) = segments
+            return self.shards[shard].take(slice(a, b))
+        return SampleFeatures.concatenated(self.shards[shard].take(slice(a, b)) for shard, a, b in segments)
 
     def whole(self) -> SampleFeatures:
         """All rows in memory: for small splits and for tests."""

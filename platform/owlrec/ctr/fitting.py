@@ -156,9 +156,13 @@ def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.nd
 
 
 def _columns(split: Split, *names: str) -> list[np.ndarray]:
-    """Columns of a whole split, without the behaviors that it refers to."""
-    shards = [(split.shards[shard], a, b) for shard, a, b in segments(split.sizes, 0, len(split))]
-    return [np.concatenate([getattr(samples, name)[a:b] for samples, a, b in shards]) for name in names]
+    """Columns of a whole split, copied, without the behaviors that it refers to."""
+    columns: list[list[np.ndarray]] = [[] for _ in names]
+    for shard, a, b in segments(split.sizes, 0, len(split)):
+        samples = split.shards[shard]
+        for column, name in zip(columns, names, strict=True):
+            column.append(np.array(getattr(samples, name)[a:b]))
+    return [np.concatenate(column) for column in columns]
 
 
 def _scored(model: CTRModel, split: SplitBatches, worker: Worker) -> ScoredRows:

@@ -167,20 +167,26 @@ def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held
         )
     if not held or sum(entry.bytes for entry in entries.values()) > _HELD_BYTES[shards.kind]:
         return MappedTable(shards, code_sizes)
-    read = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
-    ids = np.concatenate([shard.ids for shard in read])
-    order = np.argsort(ids, kind="stable")
-    vectors = np.concatenate([shard.vectors for shard in read])[order]
+    ids, vectors, codes = [], [], []
+    for number in shards.numbers:
+        if (shard := shards.shard(number)) is None or not len(shard.ids):
+            continue
+        if code_sizes and shard.codes.shape[1] != len(code_sizes) + 1:
+            raise SchemaError(
+                f"{shards.name} vectors, shard {number}: rows have {shard.codes.shape[1]} codes; {len(code_sizes)} and "
+                "a duplicate digit are meant. Run `encode` again."
+            )
+        # Copied one by one: views of all shards would hold as many files open.
+        ids.append(np.array(shard.ids))
+        vectors.append(np.array(shard.vectors))
+        codes.append(np.array(shard.codes[:, : len(code_sizes)]))
+    if not ids:
+        return MappedTable(shards, code_sizes)
+    order = np.argsort(np.concatenate(ids), kind="stable")
+    table = KnowledgeTable(np.concatenate(ids)[order], np.concatenate(vectors)[order])
     if not code_sizes:
-        return KnowledgeTable(ids[order], vectors)
-    widths = {shard.codes.shape[1] for shard in read if len(shard.ids)}
-    if not widths <= {len(code_sizes) + 1}:
-        raise SchemaError(
-            f"{shards.name} vectors have {' and '.join(map(str, sorted(widths)))} codes; {len(code_sizes)} and a "
-            "duplicate digit are meant. Run `encode` again."
-        )
-    codes = np.concatenate([shard.codes[:, : len(code_sizes)] for shard in read if len(shard.ids)])[order]
-    return KnowledgeTable(ids[order], vectors, codes=codes, code_sizes=code_sizes)
+        return table
+    return dataclasses.replace(table, codes=np.concatenate(codes)[order], code_sizes=code_sizes)
 
 
 def refuse_two_sizes(tables: Mapping[str, VectorTable]) -> None:

@@ -17,7 +17,7 @@ from owlrec.schema import shard_of
 from owlrec.sources.splits import last_behaviours
 from owlrec.workspace import Workspace, shard_file
 
-_SHARDS_OPEN = 1024
+_SHARDS_OPEN = 256  # each holds a file descriptor, of which a process often has no more than 1,024
 _PROFILE = "profile/"  # before the names of such columns
 
 
