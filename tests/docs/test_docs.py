@@ -379,7 +379,7 @@ def test_the_walk_publishes_looks_up_and_goes_back(walk: Walk) -> None:
     first, again = walk.output("owlrec run shop.yaml --to publish")
     assert "100/100 rows" in first
     assert "is current" in first
-    assert "all 5 shards done already" in again
+    assert "all 6 shards done already" in again
     (looked_up,) = walk.output("owlrec lookup")
     assert looked_up.count("echo-") == 2
     assert (walk.folder / "knowledge.jsonl").read_text("utf-8").count("\n") == 40

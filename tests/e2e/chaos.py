@@ -220,7 +220,7 @@ def audit(recipe: Path, server: Oracle) -> None:
     for name, card in cards.items():
         for path, file in card.files.items():
             assert workspace.digest(artifact.path(path)) == file.sha256, f"{name}: {path} is not what its card says"
-    assert not [f for f in Path(workspace.path("claims")).rglob("*") if f.is_file()], "a claim is left"
+    assert not workspace.entries("claims"), "a claim is left"
     for kind, expected in (("user", range(USERS)), ("item", range(1000, 1000 + ITEMS))):
         ids = read_knowledge(workspace, job.folder, kind)["id"].to_pylist()
         ids += [r["id"] for r in dead if r["kind"] == kind]
