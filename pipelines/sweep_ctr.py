@@ -9,7 +9,7 @@ from typing import Any
 from owlrec.ctr.arms import arm_parts, arm_sources
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, grid_folder
 from owlrec.ctr.reduction import reduce_once
-from owlrec.ctr.training import GridJob, encode_once, load_data, ray_storage, stage_pool
+from owlrec.ctr.training import GridJob, encode_once, load_data, stage_pool
 from owlrec.ops.console import note, table
 from owlrec.recipe import Recipe
 from owlrec.shards import Card, needed_stage
@@ -66,10 +66,11 @@ def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) 
     name = f"sweep-{job.fingerprint[:8]}"
     workspace.delete_dir("ctr", "ray", name)  # of an interrupted sweep
     trainable = tune.with_parameters(_try, workspace=workspace, job=job.model_dump(mode="json"))
+    filesystem, path = workspace.arrow("ctr/ray")
     results = tune.Tuner(
         tune.with_resources(trainable, cpus),
         param_space={"candidate": tune.grid_search(plain)},
-        run_config=tune.RunConfig(**ray_storage(workspace, "ctr/ray"), name=name, verbose=0),
+        run_config=tune.RunConfig(storage_path=path, storage_filesystem=filesystem, name=name, verbose=0),
     ).fit()
     for error in results.errors:
         raise error

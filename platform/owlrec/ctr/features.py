@@ -147,7 +147,8 @@ class SampleFeatures:
                 columns.setdefault(name, []).append(np.array(array))
             before += high - low
         whole = {name: np.concatenate(arrays) for name, arrays in columns.items()}
-        histories = Histories(*(whole.pop(name) for name in ("starts", "lengths", "history", "ratings")), width)
+        starts, lengths, items, ratings = (whole.pop(name) for name in ("starts", "lengths", "history", "ratings"))
+        histories = Histories(starts, lengths, items, ratings, width)
         return SampleFeatures(histories=histories, **whole)
 
 

@@ -65,13 +65,13 @@ class ItemVectors:
             ids = np.unique(items)
             vectors, mask = self.shards.gather(ids)
             return BehaviourRetriever(ids[mask], self.projection.apply(vectors[mask]))
-        ids, vectors = [np.zeros(0, np.int64)], [np.zeros((0, len(self.projection.directions)), np.float32)]
+        all_ids, projected = [np.zeros(0, np.int64)], [np.zeros((0, len(self.projection.directions)), np.float32)]
         for number in self.shards.numbers:
             if (shard := self.shards.shard(number)) is not None:
-                ids.append(np.array(shard.ids))  # a view would hold the file open
-                vectors.append(self.projection.apply(shard.vectors))
-        order = np.argsort(np.concatenate(ids), kind="stable")
-        return BehaviourRetriever(np.concatenate(ids)[order], np.concatenate(vectors)[order])
+                all_ids.append(np.array(shard.ids))  # a view would hold the file open
+                projected.append(self.projection.apply(shard.vectors))
+        order = np.argsort(np.concatenate(all_ids), kind="stable")
+        return BehaviourRetriever(np.concatenate(all_ids)[order], np.concatenate(projected)[order])
 
 
 def item_retriever(
