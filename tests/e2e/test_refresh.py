@@ -167,6 +167,18 @@ def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: P
     assert len(workspace.names("knowledge")) == len(twin.names("knowledge"))
 
 
+def test_stages_on_ray_leave_what_they_leave_in_this_process(copies: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name, here in (("here", 1000), ("ray", -1)):
+        recipe, workspace = copies(name)
+        monkeypatch.setattr("pipelines.refresh.HERE_ROWS", here)
+        write_log(workspace, "one", [*moved(workspace, 1), (10**9, 1, 4.0, 10**12)])
+        (state,) = run(recipe, workspace)
+        users = [u for n in state.shards for u in state.read_users(workspace, n, recipe.encoder.model)]
+        found.append((contents(workspace), users, state.counts))
+    assert found[0] == found[1]
+
+
 def test_bad_events_are_refused_and_counted_and_the_others_taken(copies: Callable) -> None:
     recipe, workspace = copies("ws")
     good = moved(workspace, 1)

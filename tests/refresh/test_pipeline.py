@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from refresh_world import log_events, recipe_for, watched  # type: ignore[import-not-found]
+from refresh_world import DAY, START, log_events, recipe_for, watched  # type: ignore[import-not-found]
 
-from owlrec.errors import EngineError
+from owlrec.errors import EngineError, WorkspaceError
 from owlrec.generation import EchoEngineConfig, worker
 from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
@@ -16,7 +16,7 @@ from owlrec.ops.watching import Stopped, StopSignals
 from owlrec.refresh.state import dead_files, read_state, unfinished_plans
 from owlrec.releases import open_release
 from owlrec.workspace import Workspace
-from pipelines import refresh
+from pipelines import refresh, reshard
 
 AWAY = [115, 116, 117]
 
@@ -116,3 +116,22 @@ def test_refreshes_on_an_object_store_are_those_on_a_disk(world: Workspace, serv
         dead = [workspace.read_parquet(file).to_pylist() for file in dead_files(workspace)]
         found.append((rows, vectors, users, sorted(map(str, dead)), state.counts))
     assert found[0] == found[1]
+
+
+def test_a_reshard_waits_for_an_interrupted_refresh(world: Workspace, server: Server) -> None:
+    log_events(world, [r for user in range(1, 12) for r in watched(user, AWAY)])
+    server.away = True
+    with pytest.raises(EngineError):
+        refresh.run(recipe_for(world), world)
+    with pytest.raises(WorkspaceError, match="a refresh was interrupted"):
+        reshard.run(recipe_for(world), world)
+    server.away = False
+    (state,) = refresh.run(recipe_for(world), world)
+    before = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
+    assert reshard.run(recipe_for(world), world, ["user"]) == {"user": 8}
+    state = read_state(world)
+    after = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
+    assert sorted(after, key=lambda u: u.user_id) == sorted(before, key=lambda u: u.user_id)
+    log_events(world, watched(1, [118, 119, 120], START + 9 * DAY), "two")
+    (state,) = refresh.run(recipe_for(world, freeze_drift=0), world)
+    assert (state.calls, state.counts["renewed"], state.n_shards) == (1, 1, 8)
