@@ -25,10 +25,10 @@ from owlrec.ops.planning import Runs, Work, plan
 from owlrec.ops.policies import Horizon, Policy, runs_of
 from owlrec.ops.workload import Call, WorkloadFigures, measured_workload
 from owlrec.recipe import Recipe
+from owlrec.refresh.state import pointer
 from owlrec.schema import HISTORIES, INTERACTIONS
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.sources.movielens import MovieLens100KSource
-from owlrec.streaming.journal import read_position
 from owlrec.workspace import Workspace, shards_for
 
 READ, NEWS = 0.6, 0.2  # shares of a user's behaviours: in the tables, and then as events
@@ -142,7 +142,7 @@ def _run(
     stages = ["generate", *(["encode", "publish"] if refresh else [])]
     for stage in stages if recipe.cohorts is None else ["cohorts", *stages]:
         importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
-    if refresh and read_position(workspace) is None:
+    if refresh and pointer(workspace).current is None:
         importlib.import_module("pipelines.refresh").run(recipe, workspace)
     return workspace
 

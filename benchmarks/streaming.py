@@ -30,13 +30,13 @@ from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED
 from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe
+from owlrec.refresh.state import State
 from owlrec.releases.release import open_release
 from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES
 from owlrec.shards import finish_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.raw import RawTables
-from owlrec.streaming.journal import Plan
 from owlrec.workspace import Workspace, shards_for
 
 DAY_MS = 86_400_000
@@ -122,8 +122,8 @@ def _histories(interactions: pa.Table) -> pa.Table:
 
 def _refreshes(
     raw: RawTables, recipe: Recipe, workspace: Workspace, start: int, days: int, step: int
-) -> Iterator[tuple[int, pa.Table, Plan | None]]:
-    """Adds the events of `step` days to the log and refreshes, again and again; the moment, the events, the plan."""
+) -> Iterator[tuple[int, pa.Table, State | None]]:
+    """Adds the events of `step` days to the log and refreshes, again and again; the moment, the events, the state."""
     from pipelines.refresh import run
 
     for day in range(0, days, step):
@@ -133,8 +133,8 @@ def _refreshes(
             workspace.write_parquet(f"events/{day:04d}.parquet", events.select(INTERACTIONS.names).cast(INTERACTIONS))
         print(f"day {day} of {days}: {events.num_rows} events", file=sys.stderr, flush=True)
         if workspace.exists("events"):
-            plans = run(recipe, workspace, now=high)
-            yield high, events, plans[-1] if plans else None
+            states = run(recipe, workspace, now=high)
+            yield high, events, states[-1] if states else None
 
 
 def _cost(raw: RawTables, days: int) -> list[Figure]:
@@ -143,10 +143,10 @@ def _cost(raw: RawTables, days: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = _recipe(folder, {"type": "echo"})
         workspace = _full_run(raw, recipe, start)
-        for moment, events, plan in _refreshes(raw, recipe, workspace, start, days, 1):
+        for moment, events, state in _refreshes(raw, recipe, workspace, start, days, 1):
             users = len(set(_between(raw, -1, moment)["user_id"].to_pylist()))
             acting.append(len(set(events["user_id"].to_pylist())) / users)
-            calls.append((plan.calls if plan else 0) / users)
+            calls.append((state.calls if state else 0) / users)
             worst = max(worst, calls[-1] - acting[-1])
             over += calls[-1] > acting[-1] + 0.01
         from pipelines.refresh import run
@@ -169,7 +169,7 @@ def _cost(raw: RawTables, days: int) -> list[Figure]:
             measure=measure, method="owlrec", value=round(100 * worst, 2), unit="% calls beyond acting users, worst day"
         ),
         Figure(measure=measure, method="owlrec", value=over, unit="days above acting + 1 %"),
-        Figure(measure="refresh once more", method="owlrec", value=sum(p.calls for p in again), unit="calls"),
+        Figure(measure="refresh once more", method="owlrec", value=sum(state.calls for state in again), unit="calls"),
     ]
 
 
@@ -191,14 +191,14 @@ def _worth(raw: RawTables, knowledge: Path | None) -> list[Figure]:
         moved: list[tuple[float, float]] = []
         calls, seconds, before = 0, time.perf_counter(), fixed
         days = -(-(end - start) // DAY_MS)
-        for moment, _, plan in _refreshes(raw, recipe, workspace, start, days, 7):
-            if plan is None or not plan.calls:
+        for moment, _, state in _refreshes(raw, recipe, workspace, start, days, 7):
+            if state is None or not state.calls:
                 continue
-            calls += plan.calls
-            tokens += list(_tokens(raw, recipe, workspace, plan, moment, count))
+            calls += state.calls
+            tokens += list(_tokens(raw, recipe, workspace, state, moment, count))
             with open_release(workspace) as release:
                 after = _user_vectors(release, everyone)
-            moved += list(_moves(workspace, plan, before, after))
+            moved += list(_moves(workspace, state, before, after))
             before = after
         seconds = time.perf_counter() - seconds
         full = _recipe(second, engine.model_dump())
@@ -222,12 +222,12 @@ def _table(ids: np.ndarray, vectors: np.ndarray, mask: np.ndarray) -> KnowledgeT
 
 
 def _tokens(
-    raw: RawTables, recipe: Recipe, workspace: Workspace, plan: Plan, moment: int, count: Any
+    raw: RawTables, recipe: Recipe, workspace: Workspace, state: State, moment: int, count: Any
 ) -> Iterator[tuple[int, int, int]]:
     """Of each user who is asked about: tokens of the refresh's prompt, of a full run's, and of one that quotes all."""
     asked = {}
-    for name in workspace.names(plan.prompts):
-        for row in workspace.read_parquet(f"{plan.prompts}/{name}").to_pylist():
+    for name in workspace.names(state.prompts):
+        for row in workspace.read_parquet(f"{state.prompts}/{name}").to_pylist():
             asked[row["id"]] = count(row["system"]) + count(row["text"])
     histories = _histories(_between(raw, -1, moment))
     histories = histories.filter(pa.array(np.isin(histories["user_id"].to_numpy(), list(asked))))
@@ -259,11 +259,11 @@ def _token_figures(tokens: list[tuple[int, int, int]]) -> Iterator[Figure]:
 
 
 def _moves(
-    workspace: Workspace, plan: Plan, before: KnowledgeTable, after: KnowledgeTable
+    workspace: Workspace, state: State, before: KnowledgeTable, after: KnowledgeTable
 ) -> Iterator[tuple[float, float]]:
     """Of each user renewed who had a text before: drift, and one minus the cosine of the two vectors."""
-    for shard in plan.asked:
-        table = workspace.read_parquet(plan.partition_file(shard))
+    for name in workspace.names(state.partitions):
+        table = workspace.read_parquet(f"{state.partitions}/{name}")
         ids = table["user_id"].to_numpy()
         (old, had), (new, has) = before.gather(ids), after.gather(ids)
         old, new = old.astype(np.float32), new.astype(np.float32)

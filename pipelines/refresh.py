@@ -1,95 +1,164 @@
 """Renews the texts of users who have moved on: a delta release on top of the current one, for few and short calls."""
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
-from owlrec.generation import token_counter
-from owlrec.generation.job import GenerationJob, build_job, check_dead_share, prompt_inputs, read_knowledge
+from owlrec.claims import claimed
+from owlrec.encoding.job import EncodingJob
+from owlrec.generation.job import build_job, check_dead_share
 from owlrec.generation.worker import GenerateStage
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
 from owlrec.ops.watching import StopSignals, repeat
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.runner import pending_shards
-from owlrec.streaming.asking import job_of_plan, too_many_dead, with_latest_pools
-from owlrec.streaming.journal import Plan, pending_plan
-from owlrec.streaming.planning import make_plan
-from owlrec.streaming.settling import finish, publish_delta
-from owlrec.streaming.tidying import tidy
+from owlrec.refresh.apply import (
+    Delta,
+    interrupted_plan,
+    job_of_plan,
+    published_delta,
+    settle,
+    tidy,
+    too_many_dead,
+    with_latest_pools,
+)
+from owlrec.refresh.plan import Moved, Planner
+from owlrec.refresh.state import CLAIM, RefreshPlan, State, read_state, sweep, write_state
+from owlrec.runner import Pool, Stage, pending_shards, run_stage
+from owlrec.shards import Card, Shard
 from owlrec.workspace import Workspace
 from pipelines.generate import write_texts
+from pipelines.session import ray_session
 from pipelines.stage import open_workspace, plain_errors, recipe_parser
+
+HERE_ROWS = 300_000  # users or events that are read in this process, in some ten seconds
 
 
 def run(
     recipe: Recipe, workspace: Workspace, *, now: int | None = None, signals: StopSignals | None = None
-) -> list[Plan]:
-    """Finishes what an interrupted refresh left, then takes in the log's new events; gives the plans carried out.
+) -> list[State]:
+    """Finishes what an interrupted refresh left, then takes in the log's new events; gives the state after each.
 
     now: ms since 1970, for tests. signals: where a wish to stop arrives; Stopped is then raised between two steps.
+    Raises WorkspaceError where another refresh of the workspace is running.
     """
-    signals, done = signals or StopSignals(), list[Plan]()
     stage_header("refresh", f"model {getattr(recipe.engine, 'model', recipe.engine.type)}")
-    if (plan := pending_plan(workspace)) is not None:
-        note("an interrupted refresh left its plan: that one first")
-        done.append(_carry_out(recipe, workspace, plan, signals))
-    plan = make_plan(
-        workspace,
-        recipe.streaming,
-        recipe.domain,
-        encoder=recipe.encoder.model,
-        shard_rows=recipe.shard_rows,
-        now=round(time.time() * 1000) if now is None else now,
-        count_tokens=lambda: token_counter(recipe.engine),
-    )
-    if plan is None:
-        note("no new events, nothing to do")
-        return done
-    note(", ".join(f"{name} {n:,}" for name, n in plan.counts.items() if n))
-    signals.check()
-    return [*done, _carry_out(recipe, workspace, plan, signals)]
+    with claimed(workspace, CLAIM, "refresh"):
+        refresh, done = Refresh(recipe, workspace, signals or StopSignals()), list[State]()
+        base = read_state(workspace)
+        if (plan := interrupted_plan(workspace, base.name, refresh.planner.recipe)) is not None:
+            note("an interrupted refresh left its plan: that one first")
+            done.append(refresh.carry_out(plan, base))
+            base = done[-1]
+        plan = refresh.planner.read_log(base, round(time.time() * 1000) if now is None else now)
+        if plan is None:
+            note("no new events, nothing to do")
+            return done
+        refresh.signals.check()
+        return [*done, refresh.carry_out(plan, base)]
 
 
-def _carry_out(recipe: Recipe, workspace: Workspace, plan: Plan, signals: StopSignals) -> Plan:
-    """Asks, publishes the answers, and ends the plan."""
-    release, answered = plan.parent, set[int]()
-    if plan.calls:
+@dataclass
+class Refresh:
+    """The refreshes of a workspace by a recipe."""
+
+    recipe: Recipe
+    workspace: Workspace
+    signals: StopSignals
+
+    @property
+    def planner(self) -> Planner:
+        """What makes plans."""
+        recipe = self.recipe
+        return Planner(
+            self.workspace, recipe.streaming, recipe.domain, recipe.engine, recipe.encoder.model, self.run_stage
+        )
+
+    def carry_out(self, plan: RefreshPlan, base: State) -> State:
+        """Moves users on, asks, publishes and settles. A step that was done before finds its cards."""
+        recipe, workspace = self.recipe, self.workspace
+        moved = self.planner.move_users(plan, base)
+        note(", ".join(f"{name} {n:,}" for name, n in moved.state.counts.items() if n))
+        self.signals.check()
+        release, state = plan.parent, moved.state
+        if moved.prompts:
+            delta = published_delta(workspace, plan)
+            if delta is not None:
+                release, knowledge = delta.outputs["release"], delta.outputs["knowledge"]
+            else:
+                release, knowledge = self._renew(moved)
+            state = settle(moved, knowledge, release, self.run_stage)
+        write_state(workspace, state, plan.base)
+        sweep(workspace, state)
+        renewed = state.counts.get("renewed", 0)
+        note(f"{renewed:,} texts renewed, {state.calls - renewed:,} answers failed; current: {release}")
+        if said := tidy(workspace, recipe.streaming):
+            note(said)
+        return state
+
+    def run_stage(self, stage: Stage, inputs: Mapping[Shard, str], rows: int, about: str) -> dict[str, Card]:
+        """Runs a stage, in this process where it has few rows. See plan.RunStage."""
+        pending, done = pending_shards(self.workspace, stage.folder, inputs)
+        if not pending:
+            return done
+        pool = Pool(here=rows <= HERE_ROWS, max_workers=1 << 10, log_path=str(self.workspace.log_path("refresh")))
+        shown = nullcontext(None) if pool.here else progress(about, len(pending), "shards")
+        with self._session(pool.here), shown as advance:
+            self.signals.arm()
+            on_card = (lambda card: advance(1)) if advance else None
+            return run_stage(self.workspace, stage, inputs, pool, on_card, done=done)
+
+    def encode(self, job: EncodingJob) -> dict[str, Card]:
+        """Runs the encoder where the recipe has it run."""
+        pool = job.pool(str(self.workspace.log_path("encode")))
+        with self._session(pool.here or not job.pending()), progress("encoding", None, "texts") as advance:
+            return job.run(pool, lambda card: advance(int(card.counts["encoded"])))
+
+    def _session(self, here: bool) -> AbstractContextManager[None]:
+        return nullcontext() if here else ray_session(self.recipe.ray, self.workspace.log_path("ray"))
+
+    def _renew(self, moved: Moved) -> tuple[str, str]:
+        """Asks and publishes the answers; the release that is current then, and the folder of the texts."""
+        recipe, plan = self.recipe, moved.plan
         job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding, recipe.quality)
         job = job_of_plan(job, plan)
-        _ask(recipe, workspace, plan, job, signals)
-        signals.check()
-        knowledge = read_knowledge(workspace, job.folder, "user")
-        answered = set(knowledge["id"].to_pylist())
-        if answered:
-            keep = recipe.streaming.partitions
-            release = publish_delta(
-                workspace, plan, knowledge, job, engine=recipe.engine, encoder=recipe.encoder, partitions=keep
-            )
-    finish(workspace, plan, release, answered)
-    note(f"{len(answered):,} texts renewed, {plan.calls - len(answered):,} answers failed; in force: {release}")
-    if said := tidy(workspace, recipe.streaming):
-        note(said)
-    return plan
+        texts = self._ask(moved, GenerateStage(job, recipe.engine, "refresh"))
+        self.signals.check()
+        if not any(card.rows_out for card in texts.values()):
+            return plan.parent, job.folder
+        delta = Delta(
+            self.workspace,
+            plan,
+            job,
+            texts,
+            recipe.engine,
+            recipe.encoder,
+            recipe.streaming.partitions,
+            self.encode,
+        )
+        return delta.publish(), job.folder
 
-
-def _ask(recipe: Recipe, workspace: Workspace, plan: Plan, job: GenerationJob, signals: StopSignals) -> None:
-    """Generates answers for the plan's prompts that are still pending."""
-    inputs, config = prompt_inputs(workspace, "user", plan.prompts), recipe.generate
-    pending, done = pending_shards(workspace, job.folder, inputs)
-    failed = too_many_dead(done.values(), config)
-    again = [s for s in inputs if failed and s.name in done and done[s.name].rows_dead]
-    cards = done
-    if pending or again:
-        rows = {s.name: workspace.count_rows(job.input_file(s)) for s in pending}
-        rows |= {s.name: done[s.name].rows_dead for s in again}
-        drafting = replace(job, decoding=with_latest_pools(workspace, recipe.engine, recipe.decoding))
-        stage = GenerateStage(drafting, recipe.engine, "refresh")
-        with progress("renewing", sum(rows.values())) as advance:
-            watch = ShardWatch(advance, workspace.log_path("shards"), rows)
-            signals.arm()
-            cards = write_texts(recipe, workspace, stage, inputs, rows, watch, done=done, again=again)
-    if too_many_dead(cards.values(), config):
-        check_dead_share(job.artifact(workspace), cards.values(), config)
+    def _ask(self, moved: Moved, stage: GenerateStage) -> Mapping[str, Card]:
+        """Generates answers for the plan's prompts that are still pending."""
+        recipe, workspace, job, config = self.recipe, self.workspace, stage.job, self.recipe.generate
+        inputs = {shard: file.sha256 for shard, file in moved.prompts.items()}
+        pending, done = pending_shards(workspace, job.folder, inputs)
+        failed = too_many_dead(done.values(), config)
+        again = [s for s in inputs if failed and s.name in done and done[s.name].rows_dead]
+        cards: Mapping[str, Card] = done
+        if pending or again:
+            rows = {s.name: workspace.count_rows(job.input_file(s)) for s in pending}
+            rows |= {s.name: done[s.name].rows_dead for s in again}
+            drafting = replace(job, decoding=with_latest_pools(workspace, recipe.engine, recipe.decoding))
+            stage = GenerateStage(drafting, recipe.engine, stage.name)
+            with progress("renewing", sum(rows.values())) as advance:
+                watch = ShardWatch(advance, workspace.log_path("shards"), rows)
+                self.signals.arm()
+                cards = write_texts(recipe, workspace, stage, inputs, rows, watch, done=done, again=again)
+        if too_many_dead(cards.values(), config):
+            check_dead_share(job.artifact(workspace), cards.values(), config)
+        return cards
 
 
 if __name__ == "__main__":

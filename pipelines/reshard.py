@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+from owlrec.claims import claimed
+from owlrec.errors import WorkspaceError
 from owlrec.ops.console import progress, stage_header
 from owlrec.recipe import Recipe
+from owlrec.refresh.state import CLAIM, ROOT, read_state, unfinished_plans
 from owlrec.reshard import reshard
 from owlrec.runner import Pool
 from owlrec.schema import Kind
@@ -14,10 +17,16 @@ from pipelines.session import ray_session
 
 
 def run(recipe: Recipe, workspace: Workspace, kinds: Sequence[Kind] = ()) -> dict[Kind, int]:
-    """Doubles the numbers of shards of some kinds (default: all); the new numbers. Errors: see owlrec.reshard."""
+    """Doubles the numbers of shards of some kinds (default: all); the new numbers.
+
+    Errors: see owlrec.reshard. Raises WorkspaceError where a refresh is running or was interrupted, too: its answers
+    lie in the shards that it was planned with.
+    """
     stage_header("reshard", "twice as many shards")
     rows = int(needed_stage(workspace, "prepare", "the tables are not prepared").counts.get("interactions", 0))
-    with progress("splitting shards", None) as advance:
+    with claimed(workspace, CLAIM, "refresh"), progress("splitting shards", None) as advance:
+        if unfinished_plans(workspace, read_state(workspace).name):
+            raise WorkspaceError(f"{workspace.path(ROOT)}: a refresh was interrupted. Run `owlrec refresh` first.")
 
         def doubled(pool: Pool) -> dict[Kind, int]:
             return reshard(workspace, kinds, pool, lambda card: advance(card.rows_in))

@@ -24,11 +24,11 @@ from owlrec.generation.job import GenerateConfig
 from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.ranking.experiment import RankingConfig
+from owlrec.refresh.config import RefreshConfig
 from owlrec.registry import Registry
 from owlrec.scenario import Scenario, get_scenario
 from owlrec.sources import SourceConfig
 from owlrec.sources.splits import SplitConfig
-from owlrec.streaming.config import StreamingConfig
 
 
 class RayConfig(Config):
@@ -60,7 +60,7 @@ class Recipe(Config):
     encoder: EncoderConfig = EncoderConfig()
     ctr: CTRConfig = CTRConfig()
     ranking: RankingConfig | None = None  # None = no LLM ranker; `ranking: {}` tunes one by the defaults
-    streaming: StreamingConfig = StreamingConfig()
+    streaming: RefreshConfig = RefreshConfig()
     ray: RayConfig = RayConfig()
 
     @field_validator("scenario", mode="before")

@@ -13,14 +13,16 @@ from pipelines import refresh
 
 # Where the function stands that is called at the step, and whether it is done or not even begun.
 STEPS = {
-    "planning": ("owlrec.streaming.planning", "begin", "before"),
-    "planned": ("owlrec.streaming.planning", "begin", "after"),
+    "read": ("owlrec.refresh.plan", "write_plan", "before"),
+    "planned": ("owlrec.refresh.plan", "write_plan", "after"),
+    "moved": ("owlrec.refresh.plan", "budget_cut", "before"),
     "asking": ("pipelines.refresh", "ShardWatch", "on call"),
-    "encoded": ("owlrec.streaming.settling", "stack_partitions", "before"),
-    "published": ("owlrec.streaming.settling", "publish", "after"),
-    "settled": ("owlrec.streaming.settling", "commit", "before"),
-    "committed": ("owlrec.workspace.Workspace", "delete_file", "of PENDING"),
-    "sweeping": ("owlrec.streaming.settling", "sweep", "before"),
+    "encoded": ("owlrec.refresh.apply", "build_release", "before"),
+    "built": ("owlrec.refresh.apply", "make_current", "before"),
+    "published": ("owlrec.refresh.apply", "make_current", "after"),
+    "settled": ("pipelines.refresh", "write_state", "before"),
+    "committed": ("pipelines.refresh", "write_state", "after"),
+    "sweeping": ("pipelines.refresh", "sweep", "before"),
 }
 
 
@@ -32,8 +34,6 @@ def dying(original: Callable[..., Any], when: str) -> Callable[..., Any]:
     def step(*arguments: Any, **options: Any) -> Any:
         if when == "on call":
             return die
-        if when == "of PENDING" and not str(arguments[-1]).endswith("PENDING"):
-            return original(*arguments, **options)
         if when == "after":
             original(*arguments, **options)
         return die()
@@ -44,7 +44,7 @@ def dying(original: Callable[..., Any], when: str) -> Callable[..., Any]:
 if __name__ == "__main__":
     recipe, place, name = sys.argv[1:]
     where, attribute, moment = STEPS[name]
-    owner = Workspace if where.endswith("Workspace") else importlib.import_module(where)
+    owner = importlib.import_module(where)
     setattr(owner, attribute, dying(getattr(owner, attribute), moment))
     refresh.run(load_recipe(recipe, workspace=place), Workspace(place))
     sys.exit(f"the step '{name}' did not come")

@@ -18,10 +18,10 @@ import pytest
 import ray
 
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.releases import current_release, open_release
+from owlrec.refresh.state import dead_files, pointer, read_state
+from owlrec.releases import current_release, list_releases, open_release
 from owlrec.releases.manifest import read_manifest
 from owlrec.schema import INTERACTIONS
-from owlrec.streaming.journal import read_position
 from owlrec.workspace import Workspace
 from pipelines.refresh import run
 from pipelines.stage import STAGES
@@ -121,8 +121,8 @@ def test_refresh_renews_who_moved_on_and_a_second_one_asks_nobody(copies: Callab
     before, full = contents(workspace), current_release(workspace)
     events = moved(workspace, 1)
     write_log(workspace, "one", events)
-    (plan,) = run(recipe, workspace)
-    assert plan.calls == plan.counts["events_new"] == N_MOVED
+    (state,) = run(recipe, workspace)
+    assert state.calls == state.counts["events_new"] == N_MOVED
     after, delta = contents(workspace), read_manifest(workspace, current_release(workspace) or "")
     assert (delta.delta, delta.parent, delta.knowledge) == (True, full, {"user": N_MOVED})
     for user, _, _, moment in events:
@@ -145,9 +145,9 @@ def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: P
     undisturbed, twin = copies("twin")
     for days, name, each in ((1, "one", 1), (2, "two", 8)):
         write_log(twin, name, moved(twin, days, each))
-        assert [plan.calls for plan in run(undisturbed, twin)] == [N_MOVED]
+        assert [state.calls for state in run(undisturbed, twin)] == [N_MOVED]
     write_log(workspace, "one", moved(workspace, 1))
-    for step in ("planning", "planned", "asking", "encoded", "published", "settled", "committed", "sweeping"):
+    for step in killed_refresh.STEPS:
         command = [sys.executable, killed_refresh.__file__, str(published), workspace.root, step]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         assert ran.returncode == -signal.SIGKILL, f"{step}: {ran.stdout}{ran.stderr}"
@@ -155,12 +155,28 @@ def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: P
             write_log(workspace, "two", moved(workspace, 2, 8))
     assert run(recipe, workspace) == []
     assert contents(workspace) == contents(twin)
-    one, other = (read_manifest(w, current_release(w) or "") for w in (workspace, twin))
-    assert one.fingerprint == other.fingerprint
-    positions = read_position(workspace), read_position(twin)
-    assert positions[0] is not None
-    assert positions[1] is not None
-    assert (positions[0].watermark, positions[0].state) == (positions[1].watermark, positions[1].state)
+    states = [read_state(w) for w in (workspace, twin)]
+    assert states[0].watermark == states[1].watermark
+    users = [
+        [u for n in state.shards for u in state.read_users(w, n, recipe.encoder.model)]
+        for w, state in zip((workspace, twin), states, strict=True)
+    ]
+    assert users[0] == users[1]
+    deltas = [[m.knowledge for m in list_releases(w) if m.delta] for w in (workspace, twin)]
+    assert deltas[0] == deltas[1] == [{"user": N_MOVED}] * 2
+    assert len(workspace.names("knowledge")) == len(twin.names("knowledge"))
+
+
+def test_stages_on_ray_leave_what_they_leave_in_this_process(copies: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name, here in (("here", 1000), ("ray", -1)):
+        recipe, workspace = copies(name)
+        monkeypatch.setattr("pipelines.refresh.HERE_ROWS", here)
+        write_log(workspace, "one", [*moved(workspace, 1), (10**9, 1, 4.0, 10**12)])
+        (state,) = run(recipe, workspace)
+        users = [u for n in state.shards for u in state.read_users(workspace, n, recipe.encoder.model)]
+        found.append((contents(workspace), users, state.counts))
+    assert found[0] == found[1]
 
 
 def test_bad_events_are_refused_and_counted_and_the_others_taken(copies: Callable) -> None:
@@ -174,13 +190,12 @@ def test_bad_events_are_refused_and_counted_and_the_others_taken(copies: Callabl
         [*good, good[0], (10**9, item, 4.0, moment), (user, 10**9, 4.0, moment), (None, item, 4.0, moment), future,
          (user, item, 4.0, moment // 1000)],
     )  # fmt: skip
-    (plan,) = run(recipe, workspace, now=now)
+    (state,) = run(recipe, workspace, now=now)
     errors = ("UnknownUser", "UnknownItem", "NullField", "FromTheFuture", "NotMilliseconds")
-    assert {name: plan.counts[f"refused_{name}"] for name in errors} == dict.fromkeys(errors, 1)
-    assert (plan.counts["events_new"], plan.counts["events_twice"], plan.counts["refused"]) == (N_MOVED, 1, 5)
-    (file,) = workspace.names("streaming", "dead")
-    dead = workspace.read_parquet(f"streaming/dead/{file}")
-    assert sorted(dead["error"].to_pylist()) == sorted(errors)
+    assert {name: state.counts[f"refused_{name}"] for name in errors} == dict.fromkeys(errors, 1)
+    assert (state.counts["events_new"], state.counts["events_twice"], state.counts["refused"]) == (N_MOVED, 1, 5)
+    dead = [e for file in dead_files(workspace) for e in workspace.read_parquet(file)["error"].to_pylist()]
+    assert sorted(dead) == sorted(errors)
     assert run(recipe, workspace, now=now) == []
 
 
@@ -202,8 +217,8 @@ def test_watch_goes_on_until_it_is_told_to_stop(published: Path, copies: Callabl
     )
     positions = []
     for name, days in (("two", 2), (None, 3)):
-        wait_for(lambda: (found := read_position(workspace)) is not None and found not in positions, process)
-        positions.append(read_position(workspace))
+        wait_for(lambda: pointer(workspace).current not in (None, *positions), process)
+        positions.append(pointer(workspace).current)
         if name:
             write_log(workspace, name, moved(workspace, days))
     process.send_signal(signal.SIGTERM)

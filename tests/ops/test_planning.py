@@ -9,10 +9,8 @@ from owlrec.generation.job import DECODER
 from owlrec.ops.fleet import FleetConfig, load_fleet
 from owlrec.ops.planning import Runs, Work, engine_seconds, plan
 from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures, measured_workload, per_row
+from owlrec.refresh.state import State, write_state
 from owlrec.shards import Artifact, Card
-from owlrec.streaming.journal import Plan as RefreshPlan
-from owlrec.streaming.journal import begin, commit
-from owlrec.streaming.state import State
 
 
 def exactly(value):
@@ -307,12 +305,8 @@ def test_refreshes_and_cohorts_are_measured_where_they_are(workspace):
     write_run(workspace, folder="other", ends=(220, 230))  # a job of another recipe
     finish(workspace, "prepare", {"users": 20, "items": 40}, {})
     finish(workspace, "cohorts", {"user_cohorts": 4, "item_cohorts": 5}, {"cohorts": "cohorts/c"})
-    refresh = RefreshPlan(
-        fingerprint="p" * 64, base=None, parent="r", encoder="e", watermark=1, horizon=1, state=State(n_shards=1),
-        calls=3, counts={"users_with_news": 5},
-    )  # fmt: skip
-    begin(workspace, refresh)
-    commit(workspace, refresh, refresh.state, "r")
+    workspace.fix_shards({"user": 1})
+    write_state(workspace, State(name="s", n_shards=1, counts={"calls": 3, "users_with_news": 5}), "")
     found = measured_workload(workspace)
     assert found.kinds["refresh"].rows == 20
     assert found.kinds["refresh"].seconds == exactly(1.0)

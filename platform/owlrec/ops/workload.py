@@ -17,11 +17,9 @@ from owlrec.config import Config
 from owlrec.decoding.counters import DecoderCounters
 from owlrec.errors import WorkspaceError
 from owlrec.generation.job import decoder_counters
+from owlrec.refresh.state import pointer, read_state
 from owlrec.schema import KINDS, Kind
 from owlrec.shards import Artifact, Card, Shard, finished_stage
-from owlrec.streaming.journal import ROOT as STREAMING
-from owlrec.streaming.journal import Plan as RefreshPlan
-from owlrec.streaming.journal import read_position
 from owlrec.workspace import Workspace
 
 Call = Literal["user", "item", "cohort", "refresh"]  # what the LLM is asked about; refresh: a user who has moved on
@@ -205,16 +203,13 @@ def _cohorts(workspace: Workspace) -> dict[str, float]:
 
 
 def _last_refresh(workspace: Workspace) -> dict[str, float]:
-    position, prepared = read_position(workspace), finished_stage(workspace, "prepare")
-    if position is None:
-        return {}
-    file = f"{STREAMING}/plans/{position.state.rpartition('/')[2]}/plan.json"
-    plan = RefreshPlan.model_validate(workspace.read_json(file)) if workspace.exists(file) else None
-    acting = plan.counts.get("users_with_news", 0) if plan else 0
-    if not plan or not acting:
+    prepared = finished_stage(workspace, "prepare")
+    state = read_state(workspace) if pointer(workspace).current else None
+    acting = state.counts.get("users_with_news", 0) if state else 0
+    if not state or not acting:
         return {}
     users = float(prepared.counts.get("users", 0)) if prepared else 0.0
-    return {"calls_per_acting": plan.calls / acting} | ({"acting_share": acting / users} if users else {})
+    return {"calls_per_acting": state.calls / acting} | ({"acting_share": acting / users} if users else {})
 
 
 def _sizes(workspace: Workspace, folder: str) -> dict[str, int]:

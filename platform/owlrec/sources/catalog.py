@@ -32,6 +32,11 @@ class ItemCatalog:
             parts.append(table)
         return cls(pa.concat_tables(parts))
 
+    @property
+    def ids(self) -> np.ndarray:
+        """All ids: int64 [n], ascending."""
+        return self._ids
+
     def titles(self, ids: np.ndarray) -> list[str]:
         """The title of each id, in order; "" for an unknown id, a null title or one that is no valid text.
 

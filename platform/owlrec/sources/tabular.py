@@ -99,7 +99,7 @@ class FileFragments(Fragments):
         schemas = []
         for file, (schema, footer) in zip(files, heads, strict=True):
             schemas.append(self._checked_columns(table, file, schema))
-            self.fragments += _fragments_of(table, file, footer, snapshot)
+            self.fragments += fragments_of(table, file, footer, snapshot)
         merged = common_schema(schemas, table)
         if table in ENTITIES:
             self._attributes[table] = merged
@@ -156,7 +156,9 @@ class FileFragments(Fragments):
         return _rename(data, self._source.columns.get(table, {}), table, fragment.path)
 
 
-def _fragments_of(table: TableName, file: SourceFile, footer: pq.FileMetaData | None, snapshot: str) -> list[Fragment]:
+def fragments_of(
+    table: TableName, file: SourceFile, footer: pq.FileMetaData | None, snapshot: str = ""
+) -> list[Fragment]:
     """Runs of row groups of up to FRAGMENT_ROWS, or the whole of a text file."""
     if footer is None:
         rows = max(1, file.bytes * (4 if file.path.endswith(".gz") else 1) // _ROW_BYTES[table])

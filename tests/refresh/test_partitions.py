@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.streaming.partitions import (
+from owlrec.refresh.config import RefreshConfig
+from owlrec.refresh.partitions import (
     Behaviour,
-    FreezeConfig,
     UserState,
     as_of_after,
     bootstrap,
@@ -68,11 +68,11 @@ def test_new_behaviours_are_sorted_in_and_known_ones_left_out() -> None:
     ],
 )
 def test_when_a_short_term_is_due(user: UserState, drift: float, clock: int, reason: str) -> None:
-    assert why_due(user, drift, clock, FreezeConfig()) == reason
+    assert why_due(user, drift, clock, RefreshConfig()) == reason
 
 
 def test_due_by_age_is_known_beforehand() -> None:
-    config = FreezeConfig(freeze_days=2)
+    config = RefreshConfig(freeze_days=2)
     assert due_at(state(5, 9), config) == 5 + 2 * DAY
     assert due_at(state(), config) is None
     assert due_at(state(5, held=1), config) is None

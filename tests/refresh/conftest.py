@@ -1,16 +1,16 @@
-"""The small world of streaming_world.py, published."""
+"""The small world of refresh_world.py, published."""
 
 import pytest
-from streaming_world import WordEncoder, publish_world, write_interactions  # type: ignore[import-not-found]
+from refresh_world import WordEncoder, publish_world, write_interactions  # type: ignore[import-not-found]
 
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding import encoder
 from owlrec.workspace import Workspace
 
 
 @pytest.fixture
 def world(small_world: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A workspace after a whole run, before any refresh; deltas are encoded without a model."""
-    monkeypatch.setattr(EncoderConfig, "load", lambda config: WordEncoder(config))
+    monkeypatch.setattr(encoder, "Encoder", WordEncoder)
     write_interactions(small_world)
     publish_world(small_world)
     return small_world

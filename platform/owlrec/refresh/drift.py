@@ -1,27 +1,17 @@
-"""How far a user's unread behaviours lie from what they did before, and who is worth a call of the LLM.
+"""How far a user's unread behaviours lie from what they did before, and what a call of the LLM is worth.
 
 An interest is the mean of item vectors, weighted by rating; drift is one minus the cosine between that of the short
 term and that of everything read. What cannot be compared, since one side has no vectors, counts as wholly new (1.0).
-Calls go where drift times activity is greatest; ties fall to the smaller id, so that the choice never depends on order.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-from pydantic import Field
-
-from owlrec.config import Config
 
 # Vectors of item ids int64 [n]: (float32 [n, d], mask bool [n]); KnowledgeStore.vectors of kind "item" is one.
 Gather = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 _UNKNOWN = 1.0
-
-
-class SelectionConfig(Config):
-    """How many users a refresh may ask the LLM about."""
-
-    budget_calls: int | None = Field(None, ge=0)  # None: all whose short term is to be frozen
 
 
 def sum_vectors(
@@ -63,9 +53,3 @@ def drifts(unread: np.ndarray, unread_weight: np.ndarray, read: np.ndarray, read
 def priorities(drift: np.ndarray, n_unread: np.ndarray) -> np.ndarray:
     """What a call about each user is worth: drift times activity, log(1 + unread behaviours)."""
     return drift * np.log1p(n_unread)
-
-
-def choose(users: np.ndarray, priority: np.ndarray, config: SelectionConfig) -> np.ndarray:
-    """The ids of those to ask about, ascending: as many as the budget allows, the greatest priorities first."""
-    ranked = np.lexsort((users, -priority))
-    return np.sort(users[ranked[: config.budget_calls]])

@@ -2,13 +2,8 @@
 
 import pytest
 
-from owlrec.prompting.streaming import (
-    StreamingPromptConfig,
-    first_tokens,
-    streaming_fingerprint,
-    streaming_prompt,
-    streaming_system,
-)
+from owlrec.refresh.config import RefreshConfig
+from owlrec.refresh.prompt import first_tokens, refresh_prompt, refresh_system, wording_fingerprint
 from owlrec.scenario import SCENARIOS, Scenario, get_scenario
 
 MOVIES = get_scenario("movies")
@@ -20,7 +15,7 @@ def words(text: str) -> int:
 
 
 def ask(previous: str = "", behaviours: list[tuple[str, float | None]] = SEEN, **config: int) -> tuple[str, str]:
-    return streaming_prompt(MOVIES, previous, behaviours, StreamingPromptConfig(**config), words)
+    return refresh_prompt(MOVIES, previous, behaviours, RefreshConfig(**config), words)
 
 
 def test_cascade_quotes_the_earlier_text_and_only_what_is_new() -> None:
@@ -67,10 +62,10 @@ def test_earlier_text_is_cleaned_of_what_could_end_the_turn() -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda s: s.name)
 def test_prompts_speak_the_scenarios_words_and_leave_no_slot(scenario: Scenario) -> None:
     for previous in ("", "Likes variety."):
-        text, facts = streaming_prompt(scenario, previous, SEEN, StreamingPromptConfig(), words)
+        text, facts = refresh_prompt(scenario, previous, SEEN, RefreshConfig(), words)
         assert scenario.consumed in text
-        assert not set("{}") & set(text + facts + streaming_system(scenario))
-        assert scenario.items in streaming_system(scenario)
+        assert not set("{}") & set(text + facts + refresh_system(scenario))
+        assert scenario.items in refresh_system(scenario)
 
 
 def test_a_prompt_stays_short_however_long_the_history() -> None:
@@ -79,17 +74,17 @@ def test_a_prompt_stays_short_however_long_the_history() -> None:
 
     long = "The user prefers dry, dark comedies and crime stories with a moral, told without haste. " * 20
     many = [(f"A Film of the Usual Length {i} (1996)", 4.0) for i in range(200)]
-    text, _ = streaming_prompt(MOVIES, long, many, StreamingPromptConfig(), tokens)
-    assert tokens(streaming_system(MOVIES)) + tokens(text) < 220
-    text, _ = streaming_prompt(MOVIES, long, many[:4], StreamingPromptConfig(), tokens)
-    assert tokens(streaming_system(MOVIES)) + tokens(text) < 175
+    text, _ = refresh_prompt(MOVIES, long, many, RefreshConfig(), tokens)
+    assert tokens(refresh_system(MOVIES)) + tokens(text) < 220
+    text, _ = refresh_prompt(MOVIES, long, many[:4], RefreshConfig(), tokens)
+    assert tokens(refresh_system(MOVIES)) + tokens(text) < 175
 
 
 def test_fingerprint_sees_budgets_and_scenario() -> None:
     prints = {
-        streaming_fingerprint(StreamingPromptConfig(), MOVIES),
-        streaming_fingerprint(StreamingPromptConfig(previous_tokens=9), MOVIES),
-        streaming_fingerprint(StreamingPromptConfig(partition_tokens=9), MOVIES),
-        streaming_fingerprint(StreamingPromptConfig(), get_scenario("books")),
+        wording_fingerprint(RefreshConfig(), MOVIES),
+        wording_fingerprint(RefreshConfig(previous_tokens=9), MOVIES),
+        wording_fingerprint(RefreshConfig(partition_tokens=9), MOVIES),
+        wording_fingerprint(RefreshConfig(), get_scenario("books")),
     }
     assert len(prints) == 4

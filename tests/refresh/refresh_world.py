@@ -4,35 +4,30 @@ Films 100 to 114 lie in one direction, 115 to 129 in another at a right angle. U
 last of them at START + u - 1; user 1 therefore knows the first direction only.
 """
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from owlrec.encoding.coded_vectors import code_vectors
+from owlrec.encoding.coded_vectors import with_codes
 from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.semantic_ids import SemanticIdConfig
-from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.job import build_job
-from owlrec.prompting.rows import PromptConfig
+from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.generation.worker import GenerateStage
+from owlrec.ops.watching import StopSignals
+from owlrec.recipe import Recipe
+from owlrec.refresh.plan import Moved
+from owlrec.refresh.state import RefreshPlan, State, read_state
 from owlrec.releases import ReleaseInfo, publish
-from owlrec.scenario import get_scenario
-from owlrec.schema import INTERACTIONS, KNOWLEDGE, vectors_schema
+from owlrec.runner import Result, Stage, Work, run_stage
+from owlrec.schema import INTERACTIONS, KNOWLEDGE, vector_matrix, vectors_schema
+from owlrec.shards import Card
 from owlrec.storage import fingerprint
-from owlrec.streaming.asking import job_of_plan
-from owlrec.streaming.config import StreamingConfig
-from owlrec.streaming.journal import Plan, Position
-from owlrec.streaming.planning import make_plan
-from owlrec.streaming.settling import finish, publish_delta
 from owlrec.workspace import Workspace
+from pipelines.refresh import Refresh
 
 START = 1_000_000_000_000  # the histories' as_of; a moment in September 2001
 HOUR, DAY = 3_600_000, 86_400_000
-MOVIES = get_scenario("movies")
-ECHO = EchoEngineConfig(type="echo")
 DIM = 4
 Row = tuple[int, int, float | None, int]  # user, item, rating, timestamp
 
@@ -44,9 +39,7 @@ def interactions(rows: Sequence[Row]) -> pa.Table:
 
 def log_events(workspace: Workspace, rows: Sequence[Row], name: str = "one") -> None:
     """Adds a file to the workspace's log."""
-    path = Path(workspace.path("events", f"{name}.parquet"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(interactions(rows), path)
+    workspace.write_parquet(f"events/{name}.parquet", interactions(rows))
 
 
 def watched(user: int, items: Sequence[int], start: int = START + DAY, rating: float | None = 4.0) -> list[Row]:
@@ -85,14 +78,14 @@ def publish_world(
     ]
     of_users = {u: np.full(DIM, u / 64, dtype=np.float32) for u in users}
     tables = {"user": vectors("user", of_users), "item": vectors("item", {i: direction(i) for i in items})}
-    coded = {kind: code_vectors(table, ids) for kind, table in tables.items()} if ids else {}
+    quantisers: dict[str, Quantiser] = {}
+    for kind, table in tables.items() if ids else ():
+        matrix = vector_matrix(table).astype(np.float32)
+        quantisers[kind] = train_quantiser(matrix, ids)
+        tables[kind] = with_codes(table, code_vectors(quantisers[kind], table["id"].to_numpy(), matrix))
     info = ReleaseInfo(fingerprint=fingerprint(name), model="echo", encoder="minilm")
     return publish(
-        workspace,
-        knowledge=texts,
-        vectors=[coded[kind].table if ids else table for kind, table in tables.items()],
-        quantisers={kind: c.quantiser for kind, c in coded.items()},
-        info=info,
+        workspace, knowledge=texts, vectors=list(tables.values()), quantisers=quantisers or None, info=info
     ).name
 
 
@@ -107,40 +100,88 @@ def write_interactions(workspace: Workspace, later: Sequence[Row] = ()) -> None:
     workspace.write_table("interactions", interactions([*rows, *later]), key="user_id", n_shards=4)
 
 
-def plan_refresh(
-    workspace: Workspace, *, now: int = START + 100 * DAY, shard_rows: int = 100, **config: object
-) -> Plan | None:
-    """make_plan with a token for each blank-separated word."""
-    return make_plan(
-        workspace,
-        StreamingConfig.model_validate(config),
-        MOVIES,
-        encoder="minilm",
-        shard_rows=shard_rows,
-        now=now,
-        count_tokens=lambda: lambda text: len(text.split()),
-    )
+@dataclass
+class Answers(Stage):
+    """In the place of the LLM: answers everything but what is asked about `failed`."""
+
+    asked: GenerateStage
+    failed: Collection[int]
+
+    name = "refresh"
+
+    def __post_init__(self) -> None:
+        self.folder = self.asked.folder
+
+    def run(self, work: Work) -> Result:
+        rows = work.workspace.read_parquet(self.asked.job.input_file(work.shard)).to_pylist()
+        answered = {row["id"]: row["as_of"] for row in rows if row["id"] not in self.failed}
+        texts = {user: f"Renewed text of user {user} as of {as_of}." for user, as_of in sorted(answered.items())}
+        table = knowledge("user", texts, answered)
+        files = {work.shard.file(): work.workspace.write_parquet(work.artifact.path(work.shard.file()), table)}
+        return Result(files, len(rows), len(table), len(rows) - len(table))
 
 
-def prompts_of(workspace: Workspace, plan: Plan) -> dict[int, dict[str, object]]:
-    """A plan's prompts by user."""
-    parts = [workspace.read_parquet(f"{plan.prompts}/{name}") for name in workspace.names(plan.prompts)]
+class AnsweredRefresh(Refresh):
+    """A refresh that needs no engine."""
+
+    failed: Collection[int] = ()
+
+    def _ask(self, moved: Moved, stage: GenerateStage) -> Mapping[str, Card]:
+        inputs = {shard: file.sha256 for shard, file in moved.prompts.items()}
+        return run_stage(self.workspace, Answers(stage, self.failed), inputs)
+
+
+@dataclass
+class Planned:
+    """A plan whose users have moved on, and that nobody has asked about yet."""
+
+    refresh: AnsweredRefresh
+    base: State
+    moved: Moved
+
+    @property
+    def plan(self) -> RefreshPlan:
+        return self.moved.plan
+
+    @property
+    def state(self) -> State:
+        return self.moved.state
+
+    @property
+    def calls(self) -> int:
+        return self.state.calls
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.state.counts
+
+
+def recipe_for(workspace: Workspace, **config: object) -> Recipe:
+    """config: of the section `streaming`."""
+    values = {"name": "t", "scenario": "movies", "workspace": workspace.root, "engine": {"type": "echo"}}
+    return Recipe.model_validate({**values, "source": {"type": "movielens-100k"}, "streaming": config})
+
+
+def plan_refresh(workspace: Workspace, *, now: int = START + 100 * DAY, **config: object) -> Planned | None:
+    """Plans the next refresh; None where there is nothing to do."""
+    refresh = AnsweredRefresh(recipe_for(workspace, **config), workspace, StopSignals())
+    base = read_state(workspace)
+    plan = refresh.planner.read_log(base, now)
+    return plan and Planned(refresh, base, refresh.planner.move_users(plan, base))
+
+
+def prompts_of(workspace: Workspace, planned: Planned) -> dict[int, dict[str, object]]:
+    """A plan's prompts by user, in their order."""
+    folder = planned.state.prompts
+    parts = [workspace.read_parquet(f"{folder}/{name}") for name in workspace.names(folder)]
     return {row["id"]: row for part in parts for row in part.to_pylist()}
 
 
-def carry_out(workspace: Workspace, plan: Plan, failed: Collection[int] = (), partitions: int = 4) -> Position:
+def carry_out(workspace: Workspace, planned: Planned | None, failed: Collection[int] = ()) -> State:
     """What the pipeline does with a plan, with an LLM that answers everything but what is asked about `failed`."""
-    release, asked = plan.parent, prompts_of(workspace, plan)
-    answered = {u: row for u, row in asked.items() if u not in failed}
-    if answered:
-        texts = {u: f"Renewed text of user {u} as of {row['as_of']}." for u, row in answered.items()}
-        table = knowledge("user", texts, {u: row["as_of"] for u, row in answered.items()})
-        job = build_job(MOVIES, PromptConfig(), SamplingConfig(), ECHO)
-        job = job_of_plan(job, plan)
-        release = publish_delta(
-            workspace, plan, table, job, engine=ECHO, encoder=EncoderConfig(), partitions=partitions
-        )
-    return finish(workspace, plan, release, set(answered))
+    assert planned is not None
+    planned.refresh.failed = failed
+    return planned.refresh.carry_out(planned.plan, planned.base)
 
 
 class WordEncoder:

@@ -9,11 +9,9 @@ nothing. No profile is quoted: the earlier text speaks of it.
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
-from pydantic import Field
-
-from owlrec.config import Config
 from owlrec.prompting.framework import quoted_behaviour, scenario_words
 from owlrec.prompting.text import clean_text, fit_recent
+from owlrec.refresh.config import RefreshConfig
 from owlrec.scenario import Scenario
 from owlrec.storage import fingerprint
 
@@ -27,31 +25,24 @@ _FIRST = (
     "The user {consumed} these {items}, oldest first: {behaviours}.\n"
     "Summarise the user's preferences on {items}, considering {factors}."
 )
-_CHARS_A_TOKEN = 12  # more than any tokenizer packs into one
+_CHARS_PER_TOKEN = 12  # more than any tokenizer packs into one
 
 
-class StreamingPromptConfig(Config):
-    """Budgets of a refresh's prompts: with these a whole prompt about films has 115 to 170 tokens (SmolLM2's)."""
-
-    previous_tokens: int = Field(44, ge=0)  # of the earlier text; 0 asks as if there were none
-    partition_tokens: int = Field(72, ge=1)  # of the new behaviours: about 6 film titles with their ratings
-
-
-def streaming_fingerprint(config: StreamingPromptConfig, scenario: Scenario) -> str:
+def wording_fingerprint(config: RefreshConfig, scenario: Scenario) -> str:
     """SHA-256 of all that shapes a prompt besides its user."""
     return fingerprint(config.previous_tokens, config.partition_tokens, scenario, _SYSTEM, _NEXT, _FIRST)
 
 
-def streaming_system(scenario: Scenario) -> str:
+def refresh_system(scenario: Scenario) -> str:
     """The system turn that all prompts of a scenario share."""
     return _SYSTEM.format(items=scenario.items)
 
 
-def streaming_prompt(
+def refresh_prompt(
     scenario: Scenario,
     previous: str,
     behaviours: Sequence[tuple[str, float | None]],
-    config: StreamingPromptConfig,
+    config: RefreshConfig,
     count_tokens: Callable[[str], int],
 ) -> tuple[str, str]:
     """The prompt for one user, and the same facts as sentences of their own.
@@ -79,7 +70,7 @@ def first_tokens(text: str, budget_tokens: int, count_tokens: Callable[[str], in
     """
     if budget_tokens < 1:
         return ""
-    text = clean_text(text, max_chars=_CHARS_A_TOKEN * budget_tokens)
+    text = clean_text(text, max_chars=_CHARS_PER_TOKEN * budget_tokens)
     return _longest(text.split(), " ", budget_tokens, count_tokens) or _longest(text, "", budget_tokens, count_tokens)
 
 

@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from streaming_world import log_events, watched  # type: ignore[import-not-found]
+from refresh_world import DAY, START, log_events, recipe_for, watched  # type: ignore[import-not-found]
 
-from owlrec.errors import EngineError
+from owlrec.errors import EngineError, WorkspaceError
 from owlrec.generation import EchoEngineConfig, worker
 from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
 from owlrec.ops.watching import Stopped, StopSignals
-from owlrec.recipe import Recipe
+from owlrec.refresh.state import dead_files, read_state, unfinished_plans
 from owlrec.releases import open_release
-from owlrec.streaming.journal import pending_plan, read_position
 from owlrec.workspace import Workspace
-from pipelines import refresh
+from pipelines import refresh, reshard
 
 AWAY = [115, 116, 117]
 
@@ -40,15 +39,10 @@ class Server(EchoEngine):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    """What answers in place of the engine that the recipe names."""
+    """The engine of all stages of texts."""
     engine = Server()
     monkeypatch.setattr(worker, "build_engine", lambda *_: engine)
     return engine
-
-
-def recipe_for(workspace: Workspace) -> Recipe:
-    values = {"name": "t", "scenario": "movies", "workspace": workspace.root, "engine": {"type": "echo"}}
-    return Recipe.model_validate({**values, "source": {"type": "movielens-100k"}, "shard_rows": 8})
 
 
 def test_failures_in_numbers_end_the_run_and_the_next_one_asks_for_them_again(world: Workspace, server: Server) -> None:
@@ -56,14 +50,13 @@ def test_failures_in_numbers_end_the_run_and_the_next_one_asks_for_them_again(wo
     server.away = True
     with pytest.raises(EngineError, match="11 of 12 rows failed"):
         refresh.run(recipe_for(world), world)
-    assert (server.asked, read_position(world)) == (12, None)
-    plan = pending_plan(world)
-    assert plan is not None
+    assert (server.asked, read_state(world).name) == (12, "")
+    (plan,) = unfinished_plans(world, "")
     with pytest.raises(EngineError, match="11 of 12 rows failed"):
         refresh.run(recipe_for(world), world)
     assert server.asked == 12 + 11  # the one that was answered stays
     server.away = False
-    assert refresh.run(recipe_for(world), world) == [plan]
+    assert [state.name for state in refresh.run(recipe_for(world), world)] == [plan.name]
     assert server.asked == 12 + 11 + 11
     with open_release(world) as release:
         found = release.store.get("user", [1, 11, 20])
@@ -74,8 +67,8 @@ def test_failures_in_numbers_end_the_run_and_the_next_one_asks_for_them_again(wo
 def test_a_few_failures_hold_nobody_up(world: Workspace, server: Server) -> None:
     log_events(world, [*watched(1, AWAY), *watched(20, range(105, 113))])
     server.away = True
-    (plan,) = refresh.run(recipe_for(world), world)
-    assert (plan.calls, server.asked) == (2, 2)
+    (state,) = refresh.run(recipe_for(world), world)
+    assert (state.calls, server.asked) == (2, 2)
     with open_release(world) as release:
         held, renewed = release.store.get("user", [1, 20])
     assert held is not None
@@ -100,6 +93,45 @@ def test_wish_to_stop_is_honoured_after_the_step_and_the_next_run_goes_on(
         patch.setattr(refresh, "ShardWatch", told_to_stop)
         with pytest.raises(Stopped):
             refresh.run(recipe_for(world), world, signals=signals)
-    assert (server.asked, pending_plan(world) is not None) == (1, True)
+    assert (server.asked, len(unfinished_plans(world, ""))) == (1, 1)
     assert len(refresh.run(recipe_for(world), world)) == 1
     assert server.asked == 1
+
+
+def test_refreshes_on_an_object_store_are_those_on_a_disk(world: Workspace, server: Server, s3_root: str) -> None:
+    remote = Workspace(s3_root)
+    for path in world.entries():
+        remote.write_bytes(path, world.read_bytes(path))
+    found = []
+    for workspace in (world, remote):
+        for name, user in (("one", 1), ("two", 2)):
+            log_events(workspace, [*watched(user, AWAY), *watched(99, [100])], name)
+            (state,) = refresh.run(recipe_for(workspace), workspace)
+            assert (state.calls, state.counts["renewed"]) == (1, 1)
+        assert refresh.run(recipe_for(workspace), workspace) == []
+        with open_release(workspace) as release:
+            rows = release.store.get("user", range(1, 41))
+            vectors = release.store.partitions("user", [1, 2], 4)[0].tolist()
+        users = [u for n in state.shards for u in state.read_users(workspace, n, "minilm")]
+        dead = [workspace.read_parquet(file).to_pylist() for file in dead_files(workspace)]
+        found.append((rows, vectors, users, sorted(map(str, dead)), state.counts))
+    assert found[0] == found[1]
+
+
+def test_a_reshard_waits_for_an_interrupted_refresh(world: Workspace, server: Server) -> None:
+    log_events(world, [r for user in range(1, 12) for r in watched(user, AWAY)])
+    server.away = True
+    with pytest.raises(EngineError):
+        refresh.run(recipe_for(world), world)
+    with pytest.raises(WorkspaceError, match="a refresh was interrupted"):
+        reshard.run(recipe_for(world), world)
+    server.away = False
+    (state,) = refresh.run(recipe_for(world), world)
+    before = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
+    assert reshard.run(recipe_for(world), world, ["user"]) == {"user": 8}
+    state = read_state(world)
+    after = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
+    assert sorted(after, key=lambda u: u.user_id) == sorted(before, key=lambda u: u.user_id)
+    log_events(world, watched(1, [118, 119, 120], START + 9 * DAY), "two")
+    (state,) = refresh.run(recipe_for(world, freeze_drift=0), world)
+    assert (state.calls, state.counts["renewed"], state.n_shards) == (1, 1, 8)

@@ -1,32 +1,32 @@
 """What a refresh decides: whose events are taken in, who is due, who is asked, and that order changes nothing."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming_world import (  # type: ignore[import-not-found]
+from refresh_world import (  # type: ignore[import-not-found]
     DAY,
     HOUR,
-    MOVIES,
     START,
+    AnsweredRefresh,
     carry_out,
     log_events,
     plan_refresh,
     prompts_of,
     publish_world,
+    recipe_for,
     watched,
     write_interactions,
 )
 
 from owlrec.errors import ReleaseError, SourceError
+from owlrec.ops.watching import StopSignals
+from owlrec.refresh.state import State, dead_files, read_state
 from owlrec.releases import current_release, roll_back
 from owlrec.releases.retention import compact
 from owlrec.schema import shard_of
-from owlrec.streaming.config import StreamingConfig
-from owlrec.streaming.journal import read_position
-from owlrec.streaming.planning import make_plan
-from owlrec.streaming.state import State, read_users
 from owlrec.workspace import Workspace
 
 AWAY = [115, 116, 117]  # films at a right angle to all that users 1 to 11 have read
@@ -34,7 +34,7 @@ AWAY = [115, 116, 117]  # films at a right angle to all that users 1 to 11 have 
 
 def user_of(workspace: Workspace, state: State, user: int) -> object:
     shard = int(shard_of(np.array([user]), state.n_shards)[0])
-    return next(u for u in read_users(workspace, state, shard, "minilm") if u.user_id == user)
+    return next(u for u in state.read_users(workspace, shard, "minilm") if u.user_id == user)
 
 
 def in_another_shard(user: int) -> int:
@@ -46,7 +46,7 @@ def test_drifting_user_is_asked_about_and_a_steady_one_is_not(world: Workspace) 
     log_events(world, [*watched(1, AWAY), *watched(2, [106, 107, 108])])
     plan = plan_refresh(world)
     assert (plan.calls, plan.counts["frozen_by_drift"], plan.counts["events_new"]) == (1, 1, 6)
-    assert plan.watermark == START + DAY + 2 * HOUR
+    assert plan.state.watermark == START + DAY + 2 * HOUR
     (prompt,) = prompts_of(world, plan).values()
     assert (prompt["kind"], prompt["id"], prompt["as_of"]) == ("user", 1, START + DAY + 2 * HOUR)
     assert 'Summary so far: "User 1 likes what is told slowly."' in prompt["text"]
@@ -92,20 +92,29 @@ def test_events_in_any_order_are_the_same_plan_to_the_byte(world: Workspace, tmp
     log_events(world, events)
     log_events(twin, [*events[::-1][5:], *events[::-1][:5]])
     one, other = plan_refresh(world), plan_refresh(twin)
-    assert one == other
-    assert one.calls == 2
-    files = sorted(p.relative_to(world.root) for p in Path(world.root, "streaming").rglob("*") if p.is_file())
-    assert len(files) >= 6
-    for file in files:
-        assert Path(world.root, file).read_bytes() == Path(twin.root, file).read_bytes(), file
+    assert one.counts == other.counts
+    assert (one.calls, one.state.watermark) == (2, other.state.watermark)
+    contents = [
+        {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*.parquet")
+            if "events" not in path.parts
+        }
+        for folder in (Path(world.path(one.plan.folder)), Path(twin.path(other.plan.folder)))
+    ]
+    assert len(contents[0]) >= 6
+    assert contents[0] == contents[1]
 
 
-def test_nothing_new_is_no_plan(world: Workspace) -> None:
+def test_nothing_new_is_no_plan_and_repeated_events_change_nobody(world: Workspace) -> None:
     log_events(world, watched(1, AWAY), "one")
-    carry_out(world, plan_refresh(world))
+    before = carry_out(world, plan_refresh(world))
     release = current_release(world)
     assert plan_refresh(world) is None
     log_events(world, watched(1, AWAY), "sent-twice")
+    plan = plan_refresh(world)
+    assert (plan.counts["events_read"], plan.counts["events_new"], plan.calls) == (3, 0, 0)
+    assert carry_out(world, plan).shards == before.shards
     assert plan_refresh(world) is None
     assert current_release(world) == release
 
@@ -113,7 +122,8 @@ def test_nothing_new_is_no_plan(world: Workspace) -> None:
 def test_events_that_the_tables_hold_are_known(world: Workspace) -> None:
     held = world.read_table("interactions").to_pylist()
     log_events(world, [(r["user_id"], r["item_id"], r["rating"], r["timestamp"]) for r in held])
-    assert plan_refresh(world) is None
+    plan = plan_refresh(world)
+    assert (plan.counts["events_read"], plan.counts["events_new"], plan.counts["refused"]) == (len(held), 0, 0)
 
 
 def test_what_the_tables_hold_after_the_history_is_unread(world: Workspace) -> None:
@@ -131,18 +141,18 @@ def test_late_event_finds_its_place_and_one_too_late_is_refused_once(world: Work
     log_events(world, [*watched(1, [106], START + 7 * DAY), *watched(1, [107], START + 7 * DAY - 1)], "two")
     plan = plan_refresh(world, freeze_days=30)
     assert (plan.counts["events_new"], plan.counts["refused_TooLate"]) == (1, 1)
-    assert plan.watermark == START + 10 * DAY
+    assert plan.state.watermark == START + 10 * DAY
     assert [b.item for b in user_of(world, plan.state, 1).short] == [106, 105]
     carry_out(world, plan)
     assert plan_refresh(world, freeze_days=30) is None
-    (file,) = world.names("streaming", "dead")
-    assert world.read_parquet(f"streaming/dead/{file}")["error"].to_pylist() == ["TooLate"]
+    (file,) = dead_files(world)
+    assert world.read_parquet(file)["error"].to_pylist() == ["TooLate"]
 
 
 def test_refused_events_are_reported_once_and_taken_in_when_they_may_be(world: Workspace) -> None:
     log_events(world, watched(99, [105, 106, 107]), "one")
     plan = plan_refresh(world)
-    assert (plan.calls, plan.watermark, plan.counts["refused_UnknownUser"]) == (0, None, 3)
+    assert (plan.calls, plan.counts["events_new"], plan.counts["refused_UnknownUser"]) == (0, 0, 3)
     carry_out(world, plan)
     assert plan_refresh(world) is None
     plan = plan_refresh(world, unknown_users="create")
@@ -158,7 +168,7 @@ def test_event_from_the_future_is_taken_in_once_its_moment_has_come(world: Works
     log_events(world, [*watched(1, [105], START + DAY), *watched(1, [106], START + 2 * DAY)])
     plan = plan_refresh(world, now=START + DAY)
     assert (plan.counts["events_new"], plan.counts["refused_FromTheFuture"]) == (1, 1)
-    assert plan.watermark == START + DAY
+    assert plan.state.watermark == START + DAY
     carry_out(world, plan)
     assert plan_refresh(world, now=START + DAY) is None
     plan = plan_refresh(world, now=START + 2 * DAY)
@@ -179,44 +189,52 @@ def test_user_without_an_earlier_text_is_asked_about_without_one(world: Workspac
     assert "Summary so far" not in prompts_of(world, plan_refresh(world))[1]["text"]
 
 
-def test_only_shards_with_news_are_written_anew(world: Workspace) -> None:
+def test_only_shards_with_news_are_written_again(world: Workspace) -> None:
     other = in_another_shard(1)
     log_events(world, [*watched(1, [105]), *watched(other, [110])], "one")
     first = carry_out(world, plan_refresh(world))
     log_events(world, watched(1, [106], START + 2 * DAY), "two")
     plan = plan_refresh(world)
     mine, theirs = (int(s) for s in shard_of(np.array([1, other]), 4))
-    assert plan.state.shards[theirs].file.startswith(first.state)
-    assert plan.state.shards[mine].file.startswith(plan.states)
+    assert plan.state.shards[theirs] == first.shards[theirs]
+    assert plan.state.shards[mine].file.startswith(plan.plan.folder)
     second = carry_out(world, plan)
-    assert world.exists(plan.state.shards[theirs].file)
-    assert len(world.names("streaming", "states")) == 2
-    assert second.state == plan.states
+    assert world.exists(second.shards[theirs].file)
+    assert not world.exists(first.shards[mine].file)
+    assert world.names("refresh") == sorted(["CURRENT", first.name, second.name])
 
 
-def test_state_outlives_tables_of_another_number_of_parts(world: Workspace) -> None:
-    log_events(world, watched(1, [105]), "one")
+def test_state_outlives_a_split_of_its_shards(world: Workspace) -> None:
+    log_events(world, [*watched(1, [105]), *watched(99, [105])], "one")
     carry_out(world, plan_refresh(world))
-    for name in ("users", "interactions", "histories"):
-        world.write_table(name, world.read_table(name), key="user_id", n_shards=2)
+    tables = {name: world.read_table(name) for name in ("users", "interactions", "histories")}
+    world.grow_shards({"user": 8})
+    for name, table in tables.items():
+        world.write_table(name, table, key="user_id")
     log_events(world, [*watched(1, [106], START + 2 * DAY), *watched(5, [110], START + 2 * DAY)], "two")
-    plan = plan_refresh(world)
+    plan = plan_refresh(world, unknown_users="create")
+    assert plan.counts["events_new"] == 3  # what was deferred among them
     assert len(user_of(world, plan.state, 1).short) == 2
     assert user_of(world, plan.state, 5).text_as_of == START + 4
+    assert user_of(world, plan.state, 99).text_as_of == 0
+    users = [u.user_id for n in plan.state.shards for u in plan.state.read_users(world, n, "minilm")]
+    assert sorted(users) == [1, 5, 99]
 
 
-def test_prompts_are_split_into_files(world: Workspace) -> None:
+def test_prompts_lie_beside_their_users(world: Workspace) -> None:
     log_events(world, [row for user in range(1, 6) for row in watched(user, AWAY)])
-    plan = plan_refresh(world, shard_rows=2)
-    assert world.names(plan.prompts) == ["00000000.parquet", "00000001.parquet", "00000002.parquet"]
+    plan = plan_refresh(world)
     assert sorted(prompts_of(world, plan)) == [1, 2, 3, 4, 5]
+    for name in world.names(plan.state.prompts):
+        ids = world.read_parquet(f"{plan.state.prompts}/{name}")["id"].to_numpy()
+        assert set(shard_of(ids, 4)) == {int(name.removesuffix(".parquet"))}
 
 
 def test_log_that_lost_its_events_is_an_error(world: Workspace) -> None:
     log_events(world, watched(1, AWAY))
     carry_out(world, plan_refresh(world))
     Path(world.path("events", "one.parquet")).unlink()
-    with pytest.raises(SourceError, match=r"the log is empty, but events up to 2001-09-10 .* delete .*streaming"):
+    with pytest.raises(SourceError, match=r"the log is empty, but events up to 2001-09-10 .* delete .*refresh"):
         plan_refresh(world)
 
 
@@ -248,7 +266,7 @@ def test_rolled_back_release_is_not_built_around(world: Workspace) -> None:
     with pytest.raises(ReleaseError, match=f"does not come after {delta}.*`owlrec rollback --to {delta}`.*delete"):
         plan_refresh(world)
     roll_back(world, delta)
-    assert plan_refresh(world).parent == delta
+    assert plan_refresh(world).plan.parent == delta
 
 
 def test_compaction_and_a_new_full_release_are_built_upon(world: Workspace) -> None:
@@ -257,18 +275,17 @@ def test_compaction_and_a_new_full_release_are_built_upon(world: Workspace) -> N
     compacted = compact(world).name
     log_events(world, watched(1, AWAY, START + 2 * DAY), "two")
     plan = plan_refresh(world, freeze_drift=0.3)
-    assert plan.parent == compacted
+    assert plan.plan.parent == compacted
     assert "Renewed text of user 1" in prompts_of(world, plan)[1]["text"]
     carry_out(world, plan)
     full = publish_world(world, "second")
     log_events(world, watched(2, AWAY, START + 3 * DAY), "three")
-    assert plan_refresh(world).parent == full
+    assert plan_refresh(world).plan.parent == full
 
 
 def test_release_of_another_encoder_is_refused(world: Workspace) -> None:
     log_events(world, watched(1, AWAY))
+    planner = AnsweredRefresh(recipe_for(world), world, StopSignals()).planner
     with pytest.raises(ReleaseError, match="encoder 'minilm', but the recipe names 'other'"):
-        make_plan(
-            world, StreamingConfig(), MOVIES, encoder="other", shard_rows=9, now=START + DAY, count_tokens=lambda: len
-        )
-    assert read_position(world) is None
+        replace(planner, encoder="other").read_log(read_state(world), START + DAY)
+    assert not world.exists("refresh")

@@ -1,11 +1,11 @@
-"""Interests and drift by hand, what cannot be compared, and whom the budget chooses."""
+"""Interests and drift by hand and what cannot be compared."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.streaming.drift import SelectionConfig, choose, drifts, priorities, sum_vectors
+from owlrec.refresh.drift import drifts, priorities, sum_vectors
 
 NAN = float("nan")
 TABLE = {1: [1.0, 0.0], 2: [0.0, 1.0], 3: [NAN, 0.0]}
@@ -64,18 +64,3 @@ def test_drift_is_always_a_number_between_0_and_2(vector: list[float], weights: 
 def test_priority_is_drift_times_activity() -> None:
     found = priorities(np.array([0.5, 1.0, 0.0]), np.array([7, 0, 9]))
     assert found == pytest.approx([0.5 * np.log(8), 0.0, 0.0])
-
-
-@pytest.mark.parametrize(
-    ("budget", "chosen"), [(None, [3, 5, 7, 9]), (0, []), (1, [9]), (2, [3, 9]), (3, [3, 5, 9]), (8, [3, 5, 7, 9])]
-)
-def test_budget_goes_to_the_greatest_priority_and_ties_to_the_smaller_id(budget: int | None, chosen: list[int]) -> None:
-    users, worth = np.array([7, 5, 9, 3]), np.array([0.5, 0.5, 2.0, 0.5])
-    assert choose(users, worth, SelectionConfig(budget_calls=budget)).tolist() == chosen
-
-
-@given(st.permutations(range(6)), st.integers(0, 6))
-def test_choice_does_not_depend_on_order(order: list[int], budget: int) -> None:
-    users, worth = np.arange(6), np.array([0.1, 0.3, 0.3, 0.0, 0.3, 0.1])
-    config = SelectionConfig(budget_calls=budget)
-    assert choose(users[order], worth[order], config).tolist() == choose(users, worth, config).tolist()

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from streaming_world import START, interactions  # type: ignore[import-not-found]
+from refresh_world import START, interactions  # type: ignore[import-not-found]
 
+from owlrec.refresh.config import RefreshConfig
+from owlrec.refresh.events import REFUSED, Events, admit, dead_letters, new_refusals, part_future
 from owlrec.schema import DEAD_LETTERS
-from owlrec.streaming.admission import admit, dead_letters, new_refusals, part_future
-from owlrec.streaming.events import REFUSED, Events, EventsConfig
 
 USERS, ITEMS = np.array([1, 2]), np.array([10, 11])
 
@@ -20,9 +20,11 @@ def keys(found: Events) -> list[tuple[int, int, int]]:
 
 
 def test_future_begins_after_the_allowance() -> None:
-    now, later = part_future(events((1, 10, START + 5000), (1, 11, START + 5001)), START, EventsConfig(max_future_s=5))
+    now, later = part_future(events((1, 10, START + 5000), (1, 11, START + 5001)), START, RefreshConfig(max_future_s=5))
     assert keys(now) == [(1, 10, START + 5000)]
-    assert later.to_pylist() == [{"user_id": 1, "item_id": 11, "timestamp": START + 5001, "error": "FromTheFuture"}]
+    assert later.to_pylist() == [
+        {"user_id": 1, "item_id": 11, "rating": 4.0, "timestamp": START + 5001, "error": "FromTheFuture"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -40,13 +42,13 @@ def test_future_begins_after_the_allowance() -> None:
 )
 def test_unknown_ids(rules: dict[str, str], taken: list[tuple[int, int, int]], errors: list[str]) -> None:
     given = events((1, 10, 5), (1, 11, 6), (2, 12, 5), (3, 10, 5), (3, 12, 5))
-    new, refused = admit(given, events((1, 11, 6)), USERS, ITEMS, EventsConfig.model_validate(rules))
+    new, refused = admit(given, events((1, 11, 6)), USERS, ITEMS, RefreshConfig.model_validate(rules))
     assert keys(new) == taken
     assert refused["error"].to_pylist() == errors
 
 
 def test_what_was_taken_in_before_is_never_refused() -> None:
-    new, refused = admit(events((3, 12, 5)), events((3, 12, 5)), USERS, ITEMS, EventsConfig())
+    new, refused = admit(events((3, 12, 5)), events((3, 12, 5)), USERS, ITEMS, RefreshConfig())
     assert (len(new), refused.num_rows) == (0, 0)
 
 

@@ -1,9 +1,9 @@
 """One user's interests as LIBER keeps them (arXiv 2411.14713): what the LLM has read, and a short term still unread.
 
 New behaviours gather in the short term. It is frozen into a partition, all of it, when it is long enough, old enough,
-or when it drifts from what was read before: only then the LLM reads it. The clock is the newest event taken in, never
-the machine's, so that the same events always freeze the same partitions. An answer that fails loses nothing: the short
-term stays, and is asked about again once it has grown by a smallest partition, since the same question would fail
+or when it drifts from what was read before: only then the LLM reads it. The clock is the newest event of the log,
+never the machine's, so that the same events always freeze the same partitions. An answer that fails loses nothing: the
+short term stays, and is asked about again once it has grown by a smallest partition, since the same question would fail
 again.
 """
 
@@ -12,27 +12,27 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+import pyarrow as pa
 
-from owlrec.config import Config
-from owlrec.streaming.events import MS_PER_DAY
+from owlrec.refresh.config import RefreshConfig
+from owlrec.refresh.events import Events
 
 Reason = Literal["", "length", "age", "drift"]
-
-
-class FreezeConfig(Config):
-    """When a user's short term becomes a partition, and how many partitions' vectors are kept."""
-
-    freeze_behaviours: int = Field(6, ge=1)  # about what streaming.partition_tokens holds
-    freeze_days: float = Field(7.0, gt=0)  # between the oldest unread behaviour and the newest event of all
-    freeze_drift: float = Field(0.6, ge=0, le=2)  # cosine distance between what is unread and what was read
-    freeze_min_behaviours: int = Field(3, ge=1)  # fewer are an accident, not a drift
-    partitions: int = Field(4, ge=1, le=256)  # kept vectors a user, newest first; 256: what a release has room for
-
-    @property
-    def freeze_ms(self) -> int:
-        """freeze_days in milliseconds."""
-        return round(self.freeze_days * MS_PER_DAY)
+STATE = pa.schema(
+    [
+        ("user_id", pa.int64()),
+        ("text_as_of", pa.int64()),
+        ("n_partitions", pa.int32()),
+        ("held", pa.int32()),
+        ("times", pa.list_(pa.int64())),  # of the short term, as are items and ratings
+        ("items", pa.list_(pa.int64())),
+        ("ratings", pa.list_(pa.float32())),
+        ("seen_times", pa.list_(pa.int64())),
+        ("seen_items", pa.list_(pa.int64())),
+        ("interest", pa.list_(pa.float32())),
+        ("weight", pa.float32()),
+    ]
+)
 
 
 class Behaviour(NamedTuple):
@@ -86,10 +86,10 @@ def take_in(state: UserState, behaviours: Iterable[Behaviour], horizon: int | No
     return replace(state, short=short, seen=_within(state.seen, horizon))
 
 
-def why_due(state: UserState, drift: float, clock: int, config: FreezeConfig) -> Reason:
+def why_due(state: UserState, drift: float, clock: int, config: RefreshConfig) -> Reason:
     """Why the short term is to be frozen now, "" where it is not.
 
-    drift: see streaming.drift. clock: ms, the newest event of all users.
+    drift: see refresh.drift. clock: ms, the newest event of all users.
     """
     n = len(state.short)
     if n == 0 or (state.held and n < state.held + config.freeze_min_behaviours):
@@ -101,7 +101,7 @@ def why_due(state: UserState, drift: float, clock: int, config: FreezeConfig) ->
     return "drift" if n >= config.freeze_min_behaviours and drift >= config.freeze_drift else ""
 
 
-def due_at(state: UserState, config: FreezeConfig) -> int | None:
+def due_at(state: UserState, config: RefreshConfig) -> int | None:
     """When the short term will be old enough if nothing else happens (ms); None where it never will."""
     waits = state.held and len(state.short) < state.held + config.freeze_min_behaviours
     return None if waits or not state.short else state.short[0].time + config.freeze_ms
@@ -141,3 +141,65 @@ def add_interest(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _within(keys: Sequence[tuple[int, int]], horizon: int | None) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(k for k in keys if horizon is None or k[0] >= horizon))
+
+
+def behaviours(events: Events) -> list[Behaviour]:
+    """Events of one user as behaviors, in their order."""
+    ratings = [None if np.isnan(rating) else rating for rating in events.rating.tolist()]
+    return list(map(Behaviour, events.time.tolist(), events.item.tolist(), ratings))
+
+
+def known_keys(users: Iterable[UserState]) -> Events:
+    """All behaviors that the users still know, without ratings."""
+    keys = [(u.user_id, *key) for u in users for key in (*(b.key for b in u.short), *u.seen)]
+    user, time, item = np.array(keys, dtype=np.int64).reshape(-1, 3).T
+    return Events(user, item, np.full(len(user), np.nan, dtype=np.float32), time)
+
+
+# As a table
+
+
+def to_table(users: Sequence[UserState]) -> pa.Table:
+    """A table of STATE, in the order of `users`."""
+    columns = [
+        [u.user_id for u in users],
+        [u.text_as_of for u in users],
+        [u.n_partitions for u in users],
+        [u.held for u in users],
+        [[b.time for b in u.short] for u in users],
+        [[b.item for b in u.short] for u in users],
+        [[b.rating for b in u.short] for u in users],
+        [[time for time, _ in u.seen] for u in users],
+        [[item for _, item in u.seen] for u in users],
+        [u.interest for u in users],
+        [u.weight for u in users],
+    ]
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, STATE, strict=True)], schema=STATE)
+
+
+def from_table(table: pa.Table, *, interests: bool = True) -> list[UserState]:
+    """The users of a table of STATE; without `interests`, nothing is known of what they liked."""
+    values, lengths = _flat(table, "interest")
+    bounds = np.r_[0, np.cumsum(lengths)]
+    users = []
+    for row, fields in enumerate(table.drop_columns(["interest"]).to_pylist()):
+        interest = values[bounds[row] : bounds[row + 1]] if interests else values[:0]
+        users.append(
+            UserState(
+                user_id=fields["user_id"],
+                text_as_of=fields["text_as_of"],
+                n_partitions=fields["n_partitions"],
+                held=fields["held"],
+                short=tuple(map(Behaviour, fields["times"], fields["items"], fields["ratings"])),
+                seen=tuple(zip(fields["seen_times"], fields["seen_items"], strict=True)),
+                interest=interest,
+                weight=fields["weight"] if interests else 0.0,
+            )
+        )
+    return users
+
+
+def _flat(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """A list column's values, one list after another, and the lists' lengths."""
+    lists = table[column].combine_chunks()
+    return lists.flatten().to_numpy(zero_copy_only=False), lists.value_lengths().to_numpy(zero_copy_only=False)

@@ -1,0 +1,407 @@
+"""The log of new interactions: Parquet files that others only ever add to, and what of it a refresh may take in.
+
+A stream brings events late, twice, out of order and broken. A refresh reads the files that are new or have grown and
+deals their rows by the hash of the user, as `prepare` does; a shard of users puts its own into one canonical order, so
+that nothing depends on the one they came in. An event of an unknown user, of an unknown item or from the future stays
+with its shard until the tables know its id, its moment has come or it is too old: it is looked at again and reported
+once. What is refused is refused row by row, with its reason.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from owlrec.errors import SourceError
+from owlrec.ordered import rows_of, run_starts
+from owlrec.refresh.config import RefreshConfig
+from owlrec.runner import Result, Stage, Work
+from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform, shard_of
+from owlrec.shards import Card, Shard
+from owlrec.sources.buckets import MAX_BUCKETS, read_batches, write_buckets
+from owlrec.sources.files import SourceFile, input_files
+from owlrec.sources.ingest import Grouping, bucket_file, grouped
+from owlrec.sources.raw import Fragment
+from owlrec.sources.tabular import fragments_of, to_milliseconds
+from owlrec.workspace import Workspace
+
+REFUSED = INTERACTIONS.append(pa.field("error", pa.string()))
+_KEY = ["user_id", "item_id", "timestamp", "error"]
+_THREADS = 32  # that open files: on an object store each waits for its answer most of the time
+_REASONS = {
+    "NullField": "user_id, item_id or timestamp is null: write events with all three",
+    "NotMilliseconds": "timestamp {timestamp} is not in milliseconds since 1970 (UTC): convert it",
+    "TooLate": "timestamp {timestamp} is more than streaming.max_lateness_days older than the newest event of the log",
+    "FromTheFuture": "timestamp {timestamp} lies in the future: correct the clock that it comes from",
+    "UnknownUser": "the users table has no such user: run `prepare` with them, or set streaming.unknown_users",
+    "UnknownItem": "the items table has no item {item_id}: run `prepare` with it, or set streaming.unknown_items",
+}
+
+
+@dataclass(frozen=True)
+class Events:
+    """Interactions as columns: user, item and time (ms) int64 [n], rating float32 [n] (NaN: none)."""
+
+    user: np.ndarray
+    item: np.ndarray
+    rating: np.ndarray
+    time: np.ndarray
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> "Events":
+        """Of a table of schema.INTERACTIONS with nulls among the ratings only. A rating that is not finite is none."""
+        rating = table["rating"].to_numpy().astype(np.float32)
+        rating[~np.isfinite(rating)] = np.nan
+        return cls(table["user_id"].to_numpy(), table["item_id"].to_numpy(), rating, table["timestamp"].to_numpy())
+
+    @classmethod
+    def join(cls, parts: Iterable["Events"]) -> "Events":
+        """All events of several."""
+        parts = [cls.from_table(INTERACTIONS.empty_table()), *parts]
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("user", "item", "rating", "time")))
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, rows: np.ndarray) -> "Events":
+        """The events at `rows` (indices or a mask)."""
+        return Events(self.user[rows], self.item[rows], self.rating[rows], self.time[rows])
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of all events in their order."""
+        return hashlib.sha256(b"".join(c.tobytes() for c in (self.user, self.item, self.rating, self.time))).hexdigest()
+
+    def refused(self, error: str) -> pa.Table:
+        """These events as a table of REFUSED."""
+        rating = pa.array(self.rating, from_pandas=True)
+        return pa.table([self.user, self.item, rating, self.time, pa.repeat(error, len(self))], schema=REFUSED)
+
+
+def canonical(events: Events) -> Events:
+    """By user, time and item, each (user, item, time) once; of several ratings the highest stays."""
+    worth = np.where(np.isnan(events.rating), -np.inf, events.rating)
+    events = events.take(np.lexsort((-worth, events.item, events.time, events.user)))
+    return events.take(~_repeats(events))
+
+
+def are_among(events: Events, known: Events) -> np.ndarray:
+    """Which events (each once) have a (user, item, time) that stands among `known`: bool [n]."""
+    both = Events.join([known, events])
+    new = np.arange(len(both)) >= len(known)
+    order = np.lexsort((new, both.item, both.time, both.user))
+    among = np.zeros(len(both), dtype=bool)
+    among[order] = _repeats(both.take(order))
+    return among[len(known) :]
+
+
+def _repeats(events: Events) -> np.ndarray:
+    """Which events of a sorted sequence have the key of the one before them."""
+    return run_starts(events.user, events.item, events.time) < np.arange(len(events))
+
+
+# The log
+
+
+class LogFile(BaseModel):
+    """A file of the log as it was read last."""
+
+    bytes: int
+    e_tag: str
+    rows: int
+    newest: int | None = None  # ms: its largest timestamp
+
+    def same(self, file: SourceFile) -> bool:
+        """Whether nobody has written the file since."""
+        return (self.bytes, self.e_tag) == (file.bytes, file.e_tag)
+
+
+@dataclass(frozen=True)
+class Log:
+    """The log as it stands now, beside what an earlier refresh read of it."""
+
+    path: str
+    files: Mapping[str, SourceFile]  # by name, relative to the path
+    known: Mapping[str, LogFile]
+
+    @classmethod
+    def open(cls, workspace: Workspace, config: RefreshConfig, known: Mapping[str, LogFile]) -> "Log":
+        """Lists the Parquet files of the log, hidden ones left out."""
+        path = config.events or workspace.path("events")
+        try:
+            files = [file for file in input_files(path) if file.path.endswith(".parquet")]
+        except SourceError:  # there are none
+            files = []
+        base = path.rstrip("/") if "://" in path else str(Path(path).expanduser().absolute())
+        names = [file.path.removeprefix(base).strip("/") or file.path.rpartition("/")[2] for file in files]
+        return cls(path, dict(zip(names, files, strict=True)), known)
+
+    @property
+    def unread(self) -> dict[str, SourceFile]:
+        """The files that are new or were written again."""
+        return {n: f for n, f in self.files.items() if n not in self.known or not self.known[n].same(f)}
+
+    @property
+    def kept(self) -> dict[str, LogFile]:
+        """What is known of the other files."""
+        return {n: self.known[n] for n, f in self.files.items() if n in self.known and self.known[n].same(f)}
+
+    def check_watermark(self, newest: int | None, watermark: int | None, restart: str) -> None:
+        """Refuses a log without events, and one that ends before what was taken in already (SourceError).
+
+        newest: of the unread files. restart: the folder to delete in order to begin again.
+        """
+        moments = [newest, *(file.newest for file in self.kept.values())]
+        newest = max((moment for moment in moments if moment is not None), default=None)
+        if watermark is None and newest is None:
+            raise SourceError(
+                f"{self.path}: no events are there. Put Parquet files with the columns {', '.join(INTERACTIONS.names)} "
+                "(ms since 1970, UTC) into it, and only ever add to them; or name another place in streaming.events."
+            )
+        if watermark is not None and (newest is None or newest < watermark):
+            ends = "is empty" if newest is None else f"ends at {_moment(newest)}"
+            raise SourceError(
+                f"{self.path}: the log {ends}, but events up to {_moment(watermark)} were taken in: it has lost "
+                "events, or it is another log. Put its files back or correct streaming.events; to begin again, delete "
+                f"{restart}."
+            )
+
+    def fragments(self) -> tuple[list[Fragment], dict[str, int]]:
+        """The row groups of the unread files, and the rows of each file by its path. Raises SourceError."""
+        files = list(self.unread.values())
+        with ThreadPoolExecutor(min(_THREADS, len(files) or 1)) as pool:
+            footers = list(pool.map(_footer, files))
+        fragments = [
+            f for file, footer in zip(files, footers, strict=True) for f in fragments_of("interactions", file, footer)
+        ]
+        return fragments, {file.path: footer.num_rows for file, footer in zip(files, footers, strict=True)}
+
+
+def _footer(file: SourceFile) -> pq.FileMetaData:
+    with _ParquetErrors(file.path), file.open() as stream:
+        return pq.ParquetFile(stream).metadata
+
+
+class _ParquetErrors:
+    """Names the file that cannot be read."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, pa.ArrowInvalid | OSError):
+            raise SourceError(
+                f"{self.path}: cannot be read as Parquet ({error}). Write a file of the log under another name and "
+                "rename it when it is whole; remove what is broken."
+            ) from error
+
+
+# Reading it
+
+
+@dataclass
+class ReadEvents(Stage):
+    """Reads groups of row groups: a file of usable events by bucket of users, and the dead letters of the others."""
+
+    folder: str
+    grouping: Grouping
+    known: Mapping[str, int]  # rows of a file, by its path, that an earlier refresh has read
+    horizon: int | None  # ms: what is older is too late, and dead where its row is new
+    n_shards: int
+
+    name = "events"
+
+    def run(self, work: Work) -> Result:
+        """See Stage.run."""
+        usable, dead, newest = [INTERACTIONS.empty_table()], [REFUSED.empty_table()], dict[str, int]()
+        for fragment in self.grouping.fragments(work.shard.number):
+            table = _read(fragment)
+            good, late, broken = sort_out(table, self.horizon)
+            if len(valid := table["timestamp"].filter(pa.array(good | late))):
+                newest[fragment.path] = max(pc.max(valid).as_py(), newest.get(fragment.path, 0))
+            new = fragment.first_row + np.arange(table.num_rows) >= self.known.get(fragment.path, 0)
+            dead.append(broken.filter(pa.array(new & pc.is_valid(broken["error"]).to_numpy())))
+            usable.append(table.filter(pa.array(good)))
+        events, letters = pa.concat_tables(usable), dead_letters(pa.concat_tables(dead))
+        path = bucket_file("events", work.shard.number)
+        files = {
+            path: write_buckets(work.workspace, f"{self.folder}/{path}", events, "user_id", self.grouping.user_buckets)
+        }
+        if letters.num_rows:
+            path = f"dead/{work.shard.file()}"
+            files[path] = work.workspace.write_parquet(f"{self.folder}/{path}", letters)
+        holds = np.zeros(self.n_shards, dtype=bool)
+        holds[shard_of(events["user_id"].to_numpy(), self.n_shards)] = True
+        counts = {
+            "newest": json.dumps(newest),
+            "shards": base64.b64encode(np.packbits(holds).tobytes()).decode(),
+            **count_errors(letters),
+        }
+        return Result(files, events.num_rows + letters.num_rows, events.num_rows, letters.num_rows, counts)
+
+
+def event_groups(fragments: Sequence[Fragment], n_shards: int) -> Grouping:
+    """How fragments are read: a bucket is a shard of users where there are not too many of those."""
+    return grouped(fragments, None).model_copy(update={"user_buckets": min(n_shards, MAX_BUCKETS)})
+
+
+def _read(fragment: Fragment) -> pa.Table:
+    path = fragment.path
+    with _ParquetErrors(path), SourceFile(path, fragment.bytes, "").open() as stream:
+        file = pq.ParquetFile(stream)
+        columns = [c for c in INTERACTIONS.names if c in file.schema_arrow.names]
+        table = file.read_row_groups(list(range(*fragment.groups)), columns)
+    if "rating" not in table.column_names:  # implicit feedback
+        table = table.append_column("rating", pa.nulls(table.num_rows, pa.float32()))
+    if "timestamp" in table.column_names:
+        at = table.column_names.index("timestamp")
+        table = table.set_column(at, "timestamp", to_milliseconds(table["timestamp"], "ms", name=path))
+    return conform(table, INTERACTIONS, name=path, first_row=fragment.first_row)
+
+
+def sort_out(table: pa.Table, horizon: int | None) -> tuple[np.ndarray, np.ndarray, pa.Table]:
+    """Which rows can be used, which are too late, and all rows as REFUSED, their `error` null where they are usable."""
+    null = np.zeros(table.num_rows, dtype=bool)
+    for column in ("user_id", "item_id", "timestamp"):
+        null |= pc.is_null(table[column]).to_numpy()
+    time = table["timestamp"].fill_null(0).to_numpy()
+    wrong_unit = ~null & ((time < MILLISECONDS.start) | (time >= MILLISECONDS.stop))
+    late = ~null & ~wrong_unit & (time < (horizon or 0))
+    error = np.full(table.num_rows, None, dtype=object)
+    for mask, name in ((null, "NullField"), (wrong_unit, "NotMilliseconds"), (late, "TooLate")):
+        error[mask] = name
+    rows = table.append_column("error", pa.array(error, pa.string())).cast(REFUSED)
+    return ~null & ~wrong_unit & ~late, late, rows
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """What ReadEvents left, for the shards of users to read."""
+
+    folder: str
+    n_buckets: int
+    n_shards: int
+    newest_by_group: dict[int, int]
+    newest_by_file: dict[str, int]
+    _holds: dict[int, bytes] = field(repr=False)  # by group: a bit for each shard that has an event in it
+
+    @classmethod
+    def of(cls, folder: str, n_shards: int, cards: Iterable[Card]) -> "Buckets":
+        """From the stage's cards."""
+        by_group, by_file, holds = {}, dict[str, int](), {}
+        for card in cards:
+            group, newest = Shard.of_name(card.shard).number, json.loads(str(card.counts["newest"]))
+            by_group[group] = max(newest.values(), default=0)
+            by_file |= {path: max(moment, by_file.get(path, 0)) for path, moment in newest.items()}
+            holds[group] = base64.b64decode(str(card.counts["shards"]))
+        return cls(folder, min(n_shards, MAX_BUCKETS), n_shards, by_group, by_file, holds)
+
+    @property
+    def newest(self) -> int | None:
+        """The largest timestamp that was read."""
+        return max(self.newest_by_file.values(), default=None)
+
+    def shards(self) -> list[int]:
+        """The shards that have events, ascending."""
+        bits = np.zeros(-(-self.n_shards // 8), dtype=np.uint8)
+        for holds in self._holds.values():
+            bits |= np.frombuffer(holds, dtype=np.uint8)
+        return np.flatnonzero(np.unpackbits(bits)[: self.n_shards]).tolist()
+
+    def read(self, workspace: Workspace, shard: int) -> Events:
+        """The events of one shard, in the order of the log."""
+        groups = [g for g, holds in self._holds.items() if holds[shard >> 3] >> (7 - (shard & 7)) & 1]
+        batches = read_batches(workspace, [self._path(group) for group in groups], [shard & (self.n_buckets - 1)])
+        tables = [INTERACTIONS.empty_table(), *(pa.Table.from_batches(of_group) for of_group in batches)]
+        events = Events.from_table(pa.concat_tables(tables))
+        return events.take(shard_of(events.user, self.n_shards) == shard)
+
+    def newest_until(self, workspace: Workspace, limit: int) -> int | None:
+        """The largest timestamp (ms) up to `limit`. Reads only groups that hold later ones: those of broken clocks."""
+        moments = []
+        for group, newest in self.newest_by_group.items():
+            if newest > limit:
+                (batches,) = read_batches(workspace, [self._path(group)], range(self.n_buckets), ["timestamp"])
+                times = np.concatenate([batch.column(0).to_numpy() for batch in batches])
+                newest = int(times[times <= limit].max(initial=0))
+            moments.append(newest)
+        return max(moments, default=0) or None
+
+    def _path(self, group: int) -> str:
+        return f"{self.folder}/{bucket_file('events', group)}"
+
+
+# What is taken in
+
+
+def part_future(events: Events, now: int, config: RefreshConfig) -> tuple[Events, pa.Table]:
+    """The events up to now (ms), and those from the future as REFUSED."""
+    future = events.time > now + round(1000 * config.max_future_s)
+    return events.take(~future), events.take(future).refused("FromTheFuture")
+
+
+def admit(
+    events: Events, known: Events, users: np.ndarray, items: np.ndarray, config: RefreshConfig
+) -> tuple[Events, pa.Table]:
+    """The events (each once) that are new, and those that are refused as REFUSED.
+
+    known: what was taken in before. users, items: the known ids, ascending.
+    """
+    events = events.take(~are_among(events, known))
+    refused = []
+    for column, ids, rule, error in (
+        ("user", users, config.unknown_users, "UnknownUser"),
+        ("item", items, config.unknown_items, "UnknownItem"),
+    ):
+        if rule == "refuse":
+            there = rows_of(ids, getattr(events, column)) >= 0
+            refused.append(events.take(~there).refused(error))
+            events = events.take(there)
+    return events, pa.concat_tables([REFUSED.empty_table(), *refused])
+
+
+def new_refusals(refused: pa.Table, before: pa.Table) -> pa.Table:
+    """Those of `refused` that were not refused before for the same reason, in canonical order."""
+    new = refused.join(before.select(_KEY), keys=_KEY, join_type="left anti").select(REFUSED.names).cast(REFUSED)
+    return new.take(pc.sort_indices(new, sort_keys=[(name, "ascending") for name in _KEY]))
+
+
+def dead_letters(refused: pa.Table) -> pa.Table:
+    """Refused events (REFUSED) as schema.DEAD_LETTERS, in their order."""
+    messages = [
+        f"event of user {row['user_id']} with item {row['item_id']}: {_REASONS[row['error']].format(**row)}."
+        for row in refused.to_pylist()
+    ]
+    n = refused.num_rows
+    columns = {
+        "kind": pa.repeat("user", n),
+        "id": refused["user_id"],
+        "as_of": refused["timestamp"],
+        "stage": pa.repeat("refresh", n),
+        "error": refused["error"],
+        "message": pa.array(messages, pa.string()),
+        "attempts": pa.array(np.ones(n, dtype=np.int32)),
+    }
+    return pa.table(columns, schema=DEAD_LETTERS)
+
+
+def count_errors(letters: pa.Table) -> dict[str, int]:
+    """How many dead letters there are, altogether and by error, as a card counts them."""
+    by_error = {f"refused_{v['values']}": v["counts"] for v in pc.value_counts(letters["error"]).to_pylist()}
+    return {"refused": letters.num_rows, **by_error}
+
+
+def _moment(milliseconds: int) -> str:
+    return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC ({milliseconds})"

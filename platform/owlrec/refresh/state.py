@@ -1,0 +1,223 @@
+"""Where the refreshes of a workspace stand, and how one survives being killed at any moment.
+
+    refresh/CURRENT             a Pointer: names the folder of the last refresh
+    refresh/<fingerprint16>/    one refresh, named by what it was made from
+        events/ interests/ prompts/ settled/    artifacts with a card for each finished shard
+        plan.json               what it is made from, written once the log was read
+        cards/delta/            the release that it built, before that becomes current
+        state.json              what is known after it; written last, before the pointer moves
+
+A state names one file of users for each shard. A shard without news keeps its file from an earlier refresh, and the
+state also says of each shard whether anybody in it waits for a call, or when the next one will, so that the others need
+not be opened. A user whom no event has reached stands in no file. A refresh that is run again finds its cards and goes
+on from there; until the pointer has moved, nothing else has changed but releases.
+"""
+
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import pyarrow as pa
+from pydantic import BaseModel, ValidationError
+
+from owlrec.errors import WorkspaceError
+from owlrec.pointer import Pointer
+from owlrec.refresh.events import REFUSED, LogFile
+from owlrec.refresh.partitions import UserState, from_table
+from owlrec.schema import shard_of
+from owlrec.shards import Card, Shard
+from owlrec.workspace import Workspace
+
+ROOT = "refresh"
+CLAIM = "claims/refresh/CURRENT"
+DELTA = Shard("delta", 0)
+_THREADS = 16  # that delete files: on an object store each waits for its answer most of the time
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class ShardState(BaseModel):
+    """One shard of users."""
+
+    file: str = ""  # of users, relative to the workspace; "" where no event has reached any
+    users: int = 0
+    encoder: str = ""  # whose vectors the interests were summed from
+    waiting: int = 0  # users whose short term is to be frozen, but for whom the budget had no call
+    due_at: int | None = None  # ms: when the next user's short term will be old enough
+    deferred: str = ""  # the file of refused events that may yet be taken in (events.REFUSED); "" for none
+    retry_at: int | None = None  # ms: when the first of those from the future will have come
+
+
+class State(BaseModel):
+    """What is known after a refresh."""
+
+    name: str = ""  # of its folder; "" before the first refresh
+    n_shards: int
+    shards: dict[int, ShardState] = {}
+    watermark: int | None = None  # ms: the newest event that was considered
+    release: str = ""  # current when the refresh ended
+    admitted_by: str = ""  # fingerprint of the tables and rules by which events were deferred
+    log: dict[str, LogFile] = {}
+    counts: dict[str, int] = {}  # of the refresh that led here
+
+    @property
+    def calls(self) -> int:
+        """How many users that refresh asked about."""
+        return self.counts.get("calls", 0)
+
+    @property
+    def prompts(self) -> str:
+        """The folder of its prompts (schema.PROMPTS), by shard of users."""
+        return f"{ROOT}/{self.name}/prompts/user"
+
+    @property
+    def partitions(self) -> str:
+        """The folder of the partitions that it froze (plan.PARTITIONS), by shard of users."""
+        return f"{ROOT}/{self.name}/prompts/partitions/user"
+
+    def split(self, n_shards: int) -> "State":
+        """The same for more shards: each reads the file of the one that it was split from."""
+        if n_shards == self.n_shards:
+            return self
+        shards = {n: s for n in range(n_shards) if (s := self.shards.get(n & (self.n_shards - 1))) is not None}
+        return self.model_copy(update={"n_shards": n_shards, "shards": shards})
+
+    def due_shards(self, clock: int) -> set[int]:
+        """The shards in which somebody waits, or has an old enough short term by `clock` (ms)."""
+        return {n for n, s in self.shards.items() if s.waiting or (s.due_at is not None and s.due_at <= clock)}
+
+    def retried_shards(self, admitted_by: str, until: int) -> set[int]:
+        """The shards with deferred events that may be taken in now. until: ms, the latest moment that is not future."""
+        return {
+            n
+            for n, s in self.shards.items()
+            if s.deferred and (admitted_by != self.admitted_by or (s.retry_at is not None and s.retry_at <= until))
+        }
+
+    def read_users(self, workspace: Workspace, number: int, encoder: str) -> list[UserState]:
+        """The users of a shard, ascending; none where it has no file.
+
+        encoder: what vectors come from now. Interests of another encoder's are left out: they cannot be compared.
+        """
+        shard = self.shards.get(number)
+        if shard is None or not shard.file:
+            return []
+        table = self._own(workspace.read_parquet(shard.file), number)
+        return from_table(table, interests=shard.encoder == encoder)
+
+    def read_deferred(self, workspace: Workspace, number: int) -> pa.Table:
+        """The events of a shard that were refused and may yet be taken in (events.REFUSED)."""
+        shard = self.shards.get(number)
+        if shard is None or not shard.deferred:
+            return REFUSED.empty_table()
+        return self._own(workspace.read_parquet(shard.deferred), number)
+
+    def _own(self, table: pa.Table, number: int) -> pa.Table:
+        """A shard's rows of a file that it may share with others since it was split."""
+        return table.filter(pa.array(shard_of(table["user_id"].to_numpy(), self.n_shards) == number))
+
+
+class RefreshPlan(BaseModel):
+    """What one refresh is made from. Everything else that it decides follows from this and the cards of its stages."""
+
+    fingerprint: str
+    base: str  # the folder of the state that it goes on from; "" for the first refresh
+    recipe: str  # fingerprint of config, wording and encoder
+    parent: str  # the release that it is planned on
+    encoder: str  # whose vectors the parent has
+    now: int  # ms: what is later is from the future
+    clock: int  # ms: the newest event of the log up to now
+    lateness_ms: int
+    budget_calls: int | None
+    n_shards: int
+    shards: list[int]  # that have new events, or in which somebody is or may be due
+    groups: list[int]  # of the events artifact
+    admitted_by: str
+    log: dict[str, LogFile]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.fingerprint[:16]
+
+    @property
+    def folder(self) -> str:
+        """Its folder, relative to the workspace."""
+        return f"{ROOT}/{self.name}"
+
+    def part(self, artifact: str) -> str:
+        """The folder of one of its artifacts, relative to the workspace."""
+        return f"{self.folder}/{artifact}"
+
+    @property
+    def horizon(self) -> int:
+        """ms: no later refresh considers an older event."""
+        return self.clock - self.lateness_ms
+
+
+def pointer(workspace: Workspace) -> Pointer:
+    """What names the last refresh."""
+    return Pointer(workspace, f"{ROOT}/CURRENT")
+
+
+def read_state(workspace: Workspace) -> State:
+    """What is known after the last refresh, by the workspace's shards."""
+    name = pointer(workspace).current
+    n_shards = workspace.n_shards("user")
+    return _read(workspace, f"{ROOT}/{name}/state.json", State).split(n_shards) if name else State(n_shards=n_shards)
+
+
+def write_state(workspace: Workspace, state: State, base: str) -> None:
+    """Ends a refresh: writes its state, then moves the pointer. Raises PointerMoved where another refresh moved it."""
+    workspace.write_json(f"{ROOT}/{state.name}/state.json", state.model_dump(exclude_defaults=True))
+    pointer(workspace).move(state.name, expected=base or None)
+
+
+def write_plan(workspace: Workspace, plan: RefreshPlan) -> None:
+    """Writes down what a refresh is made from."""
+    workspace.write_json(f"{plan.folder}/plan.json", plan.model_dump())
+
+
+def unfinished_plans(workspace: Workspace, base: str) -> list[RefreshPlan]:
+    """The plans of refreshes that go on from a state and have not ended."""
+    names = [n for n in workspace.names(ROOT) if n != base and workspace.exists(ROOT, n, "plan.json")]
+    plans = [_read(workspace, f"{ROOT}/{name}/plan.json", RefreshPlan) for name in names]
+    return [plan for plan in plans if plan.base == base]
+
+
+def sweep(workspace: Workspace, state: State) -> None:
+    """Removes what earlier refreshes left, but for the files that the state names, and dead letters."""
+    needed = {file for shard in state.shards.values() for file in (shard.file, shard.deferred)}
+    files: dict[str, list[str]] = {}
+    for path in workspace.entries(ROOT):
+        name, below, _ = path.partition("/")
+        if below and name != state.name:
+            files.setdefault(name, []).append(f"{ROOT}/{path}")
+    for name, paths in files.items():
+        passed = [path for path in paths if path not in needed and "dead" not in path.split("/")]
+        if len(passed) == len(paths):
+            workspace.delete_dir(ROOT, name)
+            continue
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(workspace.delete_file, passed))
+
+
+def delta_card(plan: RefreshPlan, release: str, knowledge: str) -> Card:
+    """What says that a plan's delta was built. knowledge: the folder of its texts."""
+    outputs = {"release": release, "knowledge": knowledge}
+    return Card(stage="publish", shard=DELTA.name, fingerprint=plan.fingerprint, outputs=outputs)
+
+
+def dead_files(workspace: Workspace, names: Collection[str] = ()) -> list[str]:
+    """The files of all dead letters that refreshes left (schema.DEAD_LETTERS). names: only of these refreshes."""
+    files = [f"{ROOT}/{path}" for path in workspace.entries(ROOT) if "dead" in path.split("/")]
+    return [f for f in files if f.endswith(".parquet") and (not names or f.split("/")[1] in names)]
+
+
+def _read(workspace: Workspace, path: str, model: type[_Model]) -> _Model:
+    try:
+        return model.model_validate(workspace.read_json(path))
+    except ValidationError as error:
+        raise WorkspaceError(
+            f"{workspace.path(path)} was not written by this owlrec ({error.error_count()} mistakes). Delete "
+            f"{workspace.path(ROOT)} to begin the refreshes again: all events are read once more, no text is lost."
+        ) from None
