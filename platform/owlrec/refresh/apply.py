@@ -19,7 +19,7 @@ from owlrec.encoding.coded_vectors import quantiser_folder
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import KnowledgeTexts
 from owlrec.encoding.job import EncodingJob
-from owlrec.errors import OwlRecError, ReleaseError
+from owlrec.errors import OwlRecError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig, GenerationJob
 from owlrec.refresh.config import RefreshConfig

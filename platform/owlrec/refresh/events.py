@@ -244,7 +244,7 @@ class ReadEvents(Stage):
             files[path] = work.workspace.write_parquet(f"{self.folder}/{path}", letters)
         holds = np.zeros(self.n_shards, dtype=bool)
         holds[shard_of(events["user_id"].to_numpy(), self.n_shards)] = True
-        counts = {
+        counts: dict[str, float | int | str] = {
             "newest": json.dumps(newest),
             "shards": base64.b64encode(np.packbits(holds).tobytes()).decode(),
             **count_errors(letters),
@@ -323,8 +323,10 @@ class Buckets:
     def read(self, workspace: Workspace, shard: int) -> Events:
         """The events of one shard, in the order of the log."""
         groups = [g for g, holds in self._holds.items() if holds[shard >> 3] >> (7 - (shard & 7)) & 1]
-        batches = read_batches(workspace, [self._path(group) for group in groups], [shard & (self.n_buckets - 1)])
-        tables = [INTERACTIONS.empty_table(), *(pa.Table.from_batches(of_group) for of_group in batches)]
+        bucket = [shard & (self.n_buckets - 1)]
+        tables = [INTERACTIONS.empty_table()]
+        for group in groups:
+            tables += read_batches(workspace, self._path(group), bucket, self.n_buckets)
         events = Events.from_table(pa.concat_tables(tables))
         return events.take(shard_of(events.user, self.n_shards) == shard)
 
@@ -333,8 +335,8 @@ class Buckets:
         moments = []
         for group, newest in self.newest_by_group.items():
             if newest > limit:
-                (batches,) = read_batches(workspace, [self._path(group)], range(self.n_buckets), ["timestamp"])
-                times = np.concatenate([batch.column(0).to_numpy() for batch in batches])
+                batches = read_batches(workspace, self._path(group), range(self.n_buckets), self.n_buckets)
+                times = np.concatenate([batch["timestamp"].to_numpy() for batch in batches])
                 newest = int(times[times <= limit].max(initial=0))
             moments.append(newest)
         return max(moments, default=0) or None

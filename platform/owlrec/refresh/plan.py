@@ -167,9 +167,9 @@ def _state_after(plan: RefreshPlan, base: State, cards: Mapping[str, Card]) -> S
             users=int(card.counts["users"]),
             encoder=plan.encoder if moved else before.encoder,
             waiting=int(card.counts["due"]),
-            due_at=card.counts.get("due_at"),  # type: ignore[arg-type]
+            due_at=card.counts.get("due_at"),
             deferred=f"{plan.part('interests')}/{deferred}" if deferred in card.files else "",
-            retry_at=card.counts.get("retry_at"),  # type: ignore[arg-type]
+            retry_at=card.counts.get("retry_at"),
         )
     return State(
         name=plan.name,
