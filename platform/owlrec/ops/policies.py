@@ -1,7 +1,7 @@
 """Three ways to know users and to keep what is known fresh, as numbers of calls of the LLM.
 
 individual: a text for every user and item; who has acted since is asked about anew, with the whole prompt (a prompt
-that stays the same keeps its text, see generation/shard_work.py). collective: a text for every cohort (REKI), again
+that stays the same keeps its text, see generation/worker.py). collective: a text for every cohort (REKI), again
 where its members have changed. streaming: texts for every user and item at first, then a rewrite from the new
 behaviours of those whose interests have moved (LIBER).
 """
