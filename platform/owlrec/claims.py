@@ -36,6 +36,12 @@ class Claim(BaseModel):
     expires: float  # seconds since 1970
     failures: int = 0  # workers that died over the shard in this run, of themselves and not because a machine went
 
+    recorded: bool = False  # whether the holder's own death is among them
+
+    def died(self, now: float) -> bool:
+        """Whether the holder's process is gone though its machine is not: it may have died of the shard."""
+        return not self.recorded and self.host == _host() and not self.alive(now)
+
     def alive(self, now: float) -> bool:
         """Whether the holder may still be working."""
         if now >= self.expires:
@@ -63,7 +69,7 @@ class Claims:
                 if present.run != self.run and present.alive(time.time()):
                     return None
                 if present.run == self.run:
-                    failures = present.failures
+                    failures = present.failures + present.died(time.time())
             mine = self._claim(failures)
             if self._swap(path, mine, e_tag):
                 if self._beating is None:
@@ -90,7 +96,7 @@ class Claims:
         with self._lock:
             held = dict(self._held)
         for path, (claim, e_tag) in held.items():
-            self._swap(path, claim.model_copy(update={"failures": claim.failures + 1}), e_tag)
+            self._swap(path, claim.model_copy(update={"failures": claim.failures + 1, "recorded": True}), e_tag)
 
     def close(self) -> None:
         """Gives everything back and stops the heartbeat."""

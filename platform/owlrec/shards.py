@@ -119,15 +119,12 @@ class Artifact:
             if len(finished) < BLOCK:
                 continue
             listed = self.workspace.entries(self.folder, "cards", block)
-            tags = {entry.e_tag for entry in listed.values()}
-            if {tag for tag, _ in self._read_gathered(block)} == tags:
+            if {tag for tag, _ in self._read_gathered(block)} == {entry.e_tag for entry in listed.values()}:
                 continue
-            lines = [
-                {"e_tag": listed[shard_file(Shard.of_name(c.shard).number, ".json")].e_tag, "card": c.model_dump()}
-                for c in finished
-            ]
-            text = "\n".join(json.dumps(line) for line in lines)
-            self.workspace.write_bytes(self.path("gathered", f"{block}.jsonl"), text.encode())
+            # Read again, each with its e_tag: another run may have written one since.
+            read = in_threads(self.workspace.read_tagged, [self.path("cards", block, name) for name in listed])
+            lines = [json.dumps({"e_tag": e_tag, "card": json.loads(data)}) for data, e_tag in read]
+            self.workspace.write_bytes(self.path("gathered", f"{block}.jsonl"), "\n".join(lines).encode())
 
     def _file(self, shard: Shard) -> str:
         return self.path("cards", _block(shard), shard_file(shard.number, ".json"))

@@ -648,10 +648,10 @@ def _written(target: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(target: str) -> Iterator[None]:
-    """Keeps other processes out that swap the same local file. The lock goes with the process that held it."""
-    folder, _, name = target.rpartition("/")
+    """Keeps other processes out that swap files of the same folder. The lock goes with the process that held it."""
+    folder = target.rpartition("/")[0]
     os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/.{name}.lock", "w") as file:
+    with open(f"{folder}/.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
