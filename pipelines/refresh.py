@@ -26,6 +26,7 @@ from owlrec.refresh.apply import (
 from owlrec.refresh.plan import Moved, Planner
 from owlrec.refresh.state import CLAIM, RefreshPlan, State, read_state, sweep, write_state
 from owlrec.releases.build import PART_IDS
+from owlrec.releases.release import pointer as release_pointer
 from owlrec.runner import Pool, Stage, pending_shards, run_stage
 from owlrec.shards import Card, Shard
 from owlrec.workspace import Workspace, shards_for
@@ -121,6 +122,7 @@ class Refresh:
     def _renew(self, moved: Moved) -> tuple[str, str]:
         """Asks and publishes the answers; the release that is current then, and the folder of the texts."""
         recipe, plan = self.recipe, moved.plan
+        release_pointer(self.workspace).refuse_hold()  # before answers are paid for
         job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding, recipe.quality)
         job = job_of_plan(job, plan)
         texts = self._ask(moved, GenerateStage(job, recipe.engine, "refresh"))

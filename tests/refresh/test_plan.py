@@ -176,7 +176,7 @@ def test_event_from_the_future_is_taken_in_once_its_moment_has_come(world: Works
     assert (plan.counts["events_new"], plan.counts["refused"]) == (1, 0)
 
 
-def test_unknown_item_counts_as_behaviour_but_is_not_quoted(world: Workspace) -> None:
+def test_unknown_item_counts_as_behavior_but_is_not_quoted(world: Workspace) -> None:
     log_events(world, [*watched(1, [*range(105, 112), 999]), *watched(2, range(900, 910))])
     plan = plan_refresh(world, unknown_items="create")
     assert list(prompts_of(world, plan)) == [1]  # of user 2 there would be nothing to quote
