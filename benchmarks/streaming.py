@@ -99,7 +99,8 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     for name, table in tables.items():
         workspace.write_table(name, table, key="user_id", n_shards=shards_for(raw.users.num_rows, recipe.shard_rows))
     workspace.write_table("items", raw.items, key="item_id", n_shards=shards_for(raw.items.num_rows, recipe.shard_rows))
-    finish_stage(workspace, "prepare", f"{until:064d}")
+    counts = {"users": raw.users.num_rows, "items": raw.items.num_rows}
+    finish_stage(workspace, "prepare", f"{until:064d}", counts=counts)
     for stage in ("generate", "encode", "publish"):
         importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
     return workspace

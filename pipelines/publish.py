@@ -20,7 +20,7 @@ from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
-_PARTS_ON_RAY = 8  # from 2 million users on; fewer parts are built here in less time than Ray takes to start
+PARTS_ON_RAY = 8  # from 2 million users on; fewer parts are built here in less time than Ray takes to start
 
 
 def run(recipe: Recipe, workspace: Workspace) -> Card:
@@ -32,7 +32,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
         cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
         prepared = needed_stage(workspace, "prepare", "the tables are not prepared").counts
         n_parts = shards_for(max(int(prepared["users"]), int(prepared["items"])), PART_IDS)
-        pool = Pool(here=n_parts < _PARTS_ON_RAY, max_workers=n_parts)
+        pool = Pool(here=n_parts < PARTS_ON_RAY, max_workers=n_parts)
         info = ReleaseInfo(
             fingerprint=encoded.fingerprint,
             model=getattr(recipe.engine, "model", recipe.engine.type),

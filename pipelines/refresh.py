@@ -25,10 +25,13 @@ from owlrec.refresh.apply import (
 )
 from owlrec.refresh.plan import Moved, Planner
 from owlrec.refresh.state import CLAIM, RefreshPlan, State, read_state, sweep, write_state
+from owlrec.releases.build import PART_IDS
+from owlrec.releases.release import pointer as release_pointer
 from owlrec.runner import Pool, Stage, pending_shards, run_stage
 from owlrec.shards import Card, Shard
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, shards_for
 from pipelines.generate import write_texts
+from pipelines.publish import PARTS_ON_RAY
 from pipelines.session import ray_session
 from pipelines.stage import open_workspace, plain_errors, recipe_parser
 
@@ -71,9 +74,7 @@ class Refresh:
     def planner(self) -> Planner:
         """What makes plans."""
         recipe = self.recipe
-        return Planner(
-            self.workspace, recipe.streaming, recipe.domain, recipe.engine, recipe.encoder.model, self.run_stage
-        )
+        return Planner(self.workspace, recipe.streaming, recipe.domain, recipe.engine, recipe.encoder, self.run_stage)
 
     def carry_out(self, plan: RefreshPlan, base: State) -> State:
         """Moves users on, asks, publishes and settles. A step that was done before finds its cards."""
@@ -121,6 +122,7 @@ class Refresh:
     def _renew(self, moved: Moved) -> tuple[str, str]:
         """Asks and publishes the answers; the release that is current then, and the folder of the texts."""
         recipe, plan = self.recipe, moved.plan
+        release_pointer(self.workspace).refuse_hold()  # before answers are paid for
         job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding, recipe.quality)
         job = job_of_plan(job, plan)
         texts = self._ask(moved, GenerateStage(job, recipe.engine, "refresh"))
@@ -137,7 +139,10 @@ class Refresh:
             recipe.streaming.partitions,
             self.encode,
         )
-        return delta.publish(), job.folder
+        n_parts = shards_for(moved.state.calls, PART_IDS)
+        pool = Pool(here=n_parts < PARTS_ON_RAY, max_workers=n_parts)
+        with self._session(pool.here):
+            return delta.publish(n_parts, pool), job.folder
 
     def _ask(self, moved: Moved, stage: GenerateStage) -> Mapping[str, Card]:
         """Generates answers for the plan's prompts that are still pending."""

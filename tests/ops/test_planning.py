@@ -327,7 +327,7 @@ def test_vectors_release_and_decoder_are_measured_where_they_are(workspace):
     }.items():
         workspace.write_bytes(f"vectors/v/{name}", b"x" * size)
     workspace.write_bytes("vectors/v/knowledge-item.parquet", b"x" * 70)
-    workspace.write_bytes("releases/r/store/data.mdb", b"x" * 1000)
+    workspace.write_bytes("releases/r/parts/00000.lmdb", b"x" * 1000)
     finish(workspace, "encode", {"knowledge_user": 18, "knowledge_item": 7}, {"vectors": "vectors/v"})
     finish(workspace, "publish", {"knowledge_user": 18, "knowledge_item": 7}, {"release": "r"})
     found = measured_workload(workspace)

@@ -87,7 +87,7 @@ def test_rating_that_is_no_number_is_none() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([None, 1.0, 2.0]), st.integers(0, 3))))
 def test_canonical_form_does_not_depend_on_order(given_rows: list[tuple[int, int, float | None, int]]) -> None:
     one, other = canonical(events(given_rows)), canonical(events(given_rows[::-1]))
-    assert one.digest() == other.digest()
+    assert (rows(one), one.rating.tobytes()) == (rows(other), other.rating.tobytes())
     assert set(rows(one)) == {(u, i, t) for u, i, _, t in given_rows}
     assert len(one) == len(set(rows(one)))
 

@@ -1,4 +1,4 @@
-"""The rules of one user's state, by hand and as a law: no behaviour is lost or doubled, however events are split."""
+"""The rules of one user's state, by hand and as a law: no behavior is lost or doubled, however events are split."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from owlrec.refresh.config import RefreshConfig
 from owlrec.refresh.partitions import (
-    Behaviour,
+    Behavior,
     UserState,
     as_of_after,
     bootstrap,
@@ -22,31 +22,31 @@ DAY = 86_400_000
 NOTHING = np.zeros(0, dtype=np.float32)
 
 
-def behaviours(*times: int) -> tuple[Behaviour, ...]:
-    return tuple(Behaviour(time, 100 + time % 7, 4.0) for time in times)
+def behaviors(*times: int) -> tuple[Behavior, ...]:
+    return tuple(Behavior(time, 100 + time % 7, 4.0) for time in times)
 
 
 def state(*times: int, **fields: object) -> UserState:
-    return UserState(1, short=behaviours(*times), **fields)  # type: ignore[arg-type]
+    return UserState(1, short=behaviors(*times), **fields)  # type: ignore[arg-type]
 
 
 def test_bootstrap_parts_what_was_read_from_what_came_later() -> None:
-    user = bootstrap(7, 20, [Behaviour(30, 3, None), Behaviour(10, 1, 5.0), Behaviour(20, 2, 4.0)], horizon=15)
-    assert user.short == (Behaviour(30, 3, None),)
+    user = bootstrap(7, 20, [Behavior(30, 3, None), Behavior(10, 1, 5.0), Behavior(20, 2, 4.0)], horizon=15)
+    assert user.short == (Behavior(30, 3, None),)
     assert user.seen == ((20, 2),)  # (10, 1) can never be considered again
     assert (user.text_as_of, user.n_partitions, user.held) == (20, 0, 0)
 
 
 def test_user_whom_nobody_has_read_is_all_short_term() -> None:
-    user = bootstrap(7, None, [Behaviour(10, 1, 5.0)], horizon=None)
-    assert (user.short, user.seen, user.text_as_of) == ((Behaviour(10, 1, 5.0),), (), 0)
+    user = bootstrap(7, None, [Behavior(10, 1, 5.0)], horizon=None)
+    assert (user.short, user.seen, user.text_as_of) == ((Behavior(10, 1, 5.0),), (), 0)
 
 
-def test_new_behaviours_are_sorted_in_and_known_ones_left_out() -> None:
-    user = UserState(1, short=(Behaviour(20, 2, 1.0),), seen=((10, 9), (30, 9)))
-    new = [Behaviour(20, 1, 3.0), Behaviour(20, 2, 5.0), Behaviour(30, 9, 5.0), Behaviour(5, 5, None)]
+def test_new_behaviors_are_sorted_in_and_known_ones_left_out() -> None:
+    user = UserState(1, short=(Behavior(20, 2, 1.0),), seen=((10, 9), (30, 9)))
+    new = [Behavior(20, 1, 3.0), Behavior(20, 2, 5.0), Behavior(30, 9, 5.0), Behavior(5, 5, None)]
     moved = take_in(user, new, horizon=20)
-    assert moved.short == (Behaviour(5, 5, None), Behaviour(20, 1, 3.0), Behaviour(20, 2, 1.0))
+    assert moved.short == (Behavior(5, 5, None), Behavior(20, 1, 3.0), Behavior(20, 2, 1.0))
     assert moved.seen == ((30, 9),)
 
 
@@ -59,7 +59,7 @@ def test_new_behaviours_are_sorted_in_and_known_ones_left_out() -> None:
         (state(*range(5)), 0.6, 6, "drift"),
         (state(*range(5)), 0.59, 6, ""),
         (state(1, 2, 3), 0.6, 8, "drift"),
-        (state(1, 2), 2.0, 8, ""),  # two behaviours are no drift
+        (state(1, 2), 2.0, 8, ""),  # two behaviors are no drift
         (state(1), 0.0, 1 + 7 * DAY, "age"),
         (state(1), 0.0, 7 * DAY, ""),
         (state(*range(8), held=8), 2.0, 9 * DAY, ""),  # the answer about these failed
@@ -83,12 +83,12 @@ def test_freezing_reads_all_of_the_short_term() -> None:
     user = state(10, 20, text_as_of=5, interest=np.array([1.0, 0.0], np.float32), weight=2.0, held=1)
     frozen = freeze(user, np.array([0.5, 1.0], np.float32), 3.0, horizon=15)
     assert frozen.short == ()
-    assert frozen.seen == ((20, behaviours(20)[0].item),)
+    assert frozen.seen == ((20, behaviors(20)[0].item),)
     assert (frozen.text_as_of, frozen.n_partitions, frozen.held, frozen.weight) == (20, 1, 0, 5.0)
     assert frozen.interest.tolist() == [1.5, 1.0]
 
 
-def test_late_behaviours_do_not_move_a_texts_moment_back() -> None:
+def test_late_behaviors_do_not_move_a_texts_moment_back() -> None:
     assert as_of_after(state(10, text_as_of=50)) == 50
     assert freeze(state(10, text_as_of=50), NOTHING, 0.0, None).text_as_of == 50
 
@@ -101,7 +101,7 @@ def test_interest_begins_with_the_first_vectors() -> None:
 
 def test_failed_answer_keeps_everything() -> None:
     held = hold(state(1, 2, 3))
-    assert (held.short, held.held) == (behaviours(1, 2, 3), 3)
+    assert (held.short, held.held) == (behaviors(1, 2, 3), 3)
 
 
 LATENESS = 50
@@ -117,17 +117,17 @@ Key = tuple[int, int]  # time, item
     read=st.sets(st.tuples(st.integers(0, 20), st.integers(0, 3)), max_size=4),
     unread=st.sets(st.tuples(st.integers(21, 40), st.integers(0, 3)), max_size=4),
 )
-def test_no_behaviour_is_lost_or_doubled(rounds: list[tuple[list[Key], str]], read: set[Key], unread: set[Key]) -> None:
+def test_no_behavior_is_lost_or_doubled(rounds: list[tuple[list[Key], str]], read: set[Key], unread: set[Key]) -> None:
     """Rounds bring events in any split, late and repeated; some freeze the short term, in some an answer fails."""
     watermark = max((time for time, _ in read | unread), default=0)
-    user = bootstrap(1, 20, [Behaviour(t, i, None) for t, i in read | unread], watermark - LATENESS)
+    user = bootstrap(1, 20, [Behavior(t, i, None) for t, i in read | unread], watermark - LATENESS)
     accepted, frozen = set(read | unread), list(read)
     for offered, outcome in rounds:
         in_time = {key for key in offered if key[0] >= watermark - LATENESS}
         # What a refresh before has taken in and forgotten lies before the horizon, so it is not offered again.
         accepted |= in_time
         watermark = max([watermark, *(time for time, _ in in_time)])
-        user = take_in(user, [Behaviour(t, i, None) for t, i in sorted(in_time)], watermark - LATENESS)
+        user = take_in(user, [Behavior(t, i, None) for t, i in sorted(in_time)], watermark - LATENESS)
         if outcome == "f" and user.short:
             frozen += [b.key for b in user.short]
             user = freeze(user, NOTHING, 0.0, watermark - LATENESS)
@@ -139,8 +139,8 @@ def test_no_behaviour_is_lost_or_doubled(rounds: list[tuple[list[Key], str]], re
     assert all(time >= watermark - LATENESS for time, _ in user.seen)
 
 
-@given(st.permutations([Behaviour(t, i, None) for t in range(3) for i in range(3)]), st.integers(0, 9))
-def test_order_and_split_of_events_do_not_matter_to_the_short_term(events: list[Behaviour], cut: int) -> None:
+@given(st.permutations([Behavior(t, i, None) for t in range(3) for i in range(3)]), st.integers(0, 9))
+def test_order_and_split_of_events_do_not_matter_to_the_short_term(events: list[Behavior], cut: int) -> None:
     whole = take_in(UserState(1), events, None)
     parts = take_in(take_in(UserState(1), events[:cut], None), events[cut:], None)
     assert whole == parts == take_in(UserState(1), sorted(events), None)

@@ -13,8 +13,10 @@ from owlrec.generation import EchoEngineConfig, worker
 from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
 from owlrec.ops.watching import Stopped, StopSignals
+from owlrec.pointer import PointerHeld
 from owlrec.refresh.state import dead_files, read_state, unfinished_plans
 from owlrec.releases import open_release
+from owlrec.releases.release import pointer
 from owlrec.workspace import Workspace
 from pipelines import refresh, reshard
 
@@ -116,6 +118,16 @@ def test_refreshes_on_an_object_store_are_those_on_a_disk(world: Workspace, serv
         dead = [workspace.read_parquet(file).to_pylist() for file in dead_files(workspace)]
         found.append((rows, vectors, users, sorted(map(str, dead)), state.counts))
     assert found[0] == found[1]
+
+
+def test_nobody_is_asked_while_releases_are_on_hold(world: Workspace, server: Server) -> None:
+    log_events(world, watched(1, AWAY))
+    pointer(world).hold("a bad model", "on-call")
+    with pytest.raises(PointerHeld, match="a bad model"):
+        refresh.run(recipe_for(world), world)
+    assert server.asked == 0
+    pointer(world).lift()
+    assert [state.counts["renewed"] for state in refresh.run(recipe_for(world), world)] == [1]
 
 
 def test_a_reshard_waits_for_an_interrupted_refresh(world: Workspace, server: Server) -> None:

@@ -21,6 +21,7 @@ from refresh_world import (  # type: ignore[import-not-found]
     write_interactions,
 )
 
+from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import ReleaseError, SourceError
 from owlrec.ops.watching import StopSignals
 from owlrec.refresh.state import State, dead_files, read_state
@@ -175,7 +176,7 @@ def test_event_from_the_future_is_taken_in_once_its_moment_has_come(world: Works
     assert (plan.counts["events_new"], plan.counts["refused"]) == (1, 0)
 
 
-def test_unknown_item_counts_as_behaviour_but_is_not_quoted(world: Workspace) -> None:
+def test_unknown_item_counts_as_behavior_but_is_not_quoted(world: Workspace) -> None:
     log_events(world, [*watched(1, [*range(105, 112), 999]), *watched(2, range(900, 910))])
     plan = plan_refresh(world, unknown_items="create")
     assert list(prompts_of(world, plan)) == [1]  # of user 2 there would be nothing to quote
@@ -286,6 +287,6 @@ def test_compaction_and_a_new_full_release_are_built_upon(world: Workspace) -> N
 def test_release_of_another_encoder_is_refused(world: Workspace) -> None:
     log_events(world, watched(1, AWAY))
     planner = AnsweredRefresh(recipe_for(world), world, StopSignals()).planner
-    with pytest.raises(ReleaseError, match="encoder 'minilm', but the recipe names 'other'"):
-        replace(planner, encoder="other").read_log(read_state(world), START + DAY)
+    with pytest.raises(ReleaseError, match=r"encoder 'minilm', but the recipe's is 'other@256'"):
+        replace(planner, encoder=EncoderConfig(model="other")).read_log(read_state(world), START + DAY)
     assert not world.exists("refresh")

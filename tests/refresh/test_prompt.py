@@ -14,8 +14,8 @@ def words(text: str) -> int:
     return len(text.split())
 
 
-def ask(previous: str = "", behaviours: list[tuple[str, float | None]] = SEEN, **config: int) -> tuple[str, str]:
-    return refresh_prompt(MOVIES, previous, behaviours, RefreshConfig(**config), words)
+def ask(previous: str = "", behaviors: list[tuple[str, float | None]] = SEEN, **config: int) -> tuple[str, str]:
+    return refresh_prompt(MOVIES, previous, behaviors, RefreshConfig(**config), words)
 
 
 def test_cascade_quotes_the_earlier_text_and_only_what_is_new() -> None:
@@ -33,12 +33,12 @@ def test_user_without_an_earlier_text_is_asked_about_in_full() -> None:
     assert facts.startswith('The user watched these movies: "Fargo (1996)" 5 stars')
 
 
-def test_nothing_is_asked_without_a_behaviour_that_fits() -> None:
+def test_nothing_is_asked_without_a_behavior_that_fits() -> None:
     assert ask("Likes humour.", []) == ("", "")
     assert ask("Likes humour.", partition_tokens=1) == ("", "")
 
 
-def test_oldest_behaviours_go_first() -> None:
+def test_oldest_behaviors_go_first() -> None:
     text, _ = ask(partition_tokens=6)
     assert "Fargo" not in text
     assert '"Twister (1996)" 1 star; "Alien (1979)"' in text

@@ -9,14 +9,14 @@ from refresh_world import START  # type: ignore[import-not-found]
 
 from owlrec.errors import WorkspaceError
 from owlrec.refresh.events import REFUSED
-from owlrec.refresh.partitions import Behaviour, UserState, from_table, known_keys, to_table
+from owlrec.refresh.partitions import Behavior, UserState, from_table, known_keys, to_table
 from owlrec.refresh.state import ShardState, State, read_state, write_state
 from owlrec.schema import shard_of
 from owlrec.workspace import Workspace
 
 USERS = [
     UserState(
-        3, START, 2, 5, (Behaviour(START, 7, None), Behaviour(START + 1, 8, 4.5)), ((START - 1, 9),),
+        3, START, 2, 5, (Behavior(START, 7, None), Behavior(START + 1, 8, 4.5)), ((START - 1, 9),),
         np.array([0.25, 1.0], np.float32), 9.5,
     ),
     UserState(4),
@@ -41,7 +41,7 @@ def test_users_come_back_as_they_were() -> None:
             st.integers(0, 99),
             st.lists(
                 st.builds(
-                    Behaviour,
+                    Behavior,
                     st.integers(0, 2**42),
                     st.integers(-(2**62), 2**62),
                     st.none() | st.sampled_from([1.0, 4.5]),

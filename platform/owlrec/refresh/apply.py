@@ -26,7 +26,7 @@ from owlrec.refresh.config import RefreshConfig
 from owlrec.refresh.partitions import UserState, freeze, hold, to_table
 from owlrec.refresh.plan import Moved, RunStage
 from owlrec.refresh.state import DELTA, RefreshPlan, State, delta_card, unfinished_plans
-from owlrec.releases.build import PART_IDS, ReleaseInfo, build_release, whole_release
+from owlrec.releases.build import ReleaseInfo, build_release, whole_release
 from owlrec.releases.interface import KnowledgeStore
 from owlrec.releases.lmdb import PartWriter
 from owlrec.releases.manifest import chain
@@ -38,11 +38,11 @@ from owlrec.releases.release import (
     read_codebooks,
 )
 from owlrec.releases.retention import compact, prune
-from owlrec.runner import Result, Stage, Work
+from owlrec.runner import Pool, Result, Stage, Work
 from owlrec.schema import shard_of, vector_matrix, vectors_table
-from owlrec.shards import Artifact, Card, Shard
+from owlrec.shards import Artifact, Card, Shard, in_threads
 from owlrec.storage import fingerprint
-from owlrec.workspace import Workspace, shards_for
+from owlrec.workspace import Workspace
 
 VECTORS = "knowledge-user"
 _FEW_DEAD = 10
@@ -120,20 +120,20 @@ class Delta:
     partitions: int  # vectors that a user keeps
     encode: Callable[[EncodingJob], Mapping[str, Card]]  # where the encoder may run
 
-    def publish(self) -> str:
-        """Makes the delta current and gives its name.
+    def publish(self, n_parts: int, pool: Pool) -> str:
+        """Makes the delta current and gives its name. pool: where its parts are built.
 
         Raises ReleaseError where another release than the plan's parent is current by then, PointerHeld on a HOLD,
         EngineError where the encoder does not load.
         """
         workspace, plan = self.workspace, self.plan
-        rows = sum(card.rows_out for card in self.texts.values())
         folder, vectors = self._encode()
         contents = [f.sha256 for card in (*self.texts.values(), *vectors.values()) for f in card.files.values()]
         info = ReleaseInfo(
             fingerprint=fingerprint("delta", plan.fingerprint, self.partitions, sorted(contents)),
             model=getattr(self.engine, "model", self.engine.type),
             encoder=self.encoder.model,
+            encoder_identity=self.encoder.identity,
             parent=plan.parent,
             delta=True,
         )
@@ -141,7 +141,7 @@ class Delta:
         if manifest is None:
             shards = tuple(Shard.of_name(name).number for name in vectors)
             delta = DeltaRows(self.job.folder, folder, shards, plan.n_shards, plan.parent, self.partitions)
-            manifest = build_release(workspace, info, delta, shards_for(rows, PART_IDS))
+            manifest = build_release(workspace, info, delta, n_parts, pool=pool)
         Artifact(workspace, plan.folder).finish(delta_card(plan, manifest.name, self.job.folder))
         make_current(workspace, manifest.name, expected=plan.parent)
         return manifest.name
@@ -181,8 +181,9 @@ class DeltaRows:
             return
         texts = [f"{self.knowledge}/{Shard('user', number).file()}" for number in numbers]
         files = [f"{self.vectors}/{Shard(VECTORS, number).file('.arrow')}" for number in numbers]
-        knowledge = pa.concat_tables(map(workspace.read_parquet, texts))
-        vectors = pa.concat_tables(map(workspace.map_arrow, files))
+        knowledge = pa.concat_tables(in_threads(workspace.read_parquet, texts))
+        # Not mapped: each file would hold a descriptor.
+        vectors = pa.concat_tables(in_threads(lambda f: pa.ipc.open_file(workspace.open_input(f)).read_all(), files))
         mine = [t.filter(pa.array(shard_of(t["id"].to_numpy(), n_parts) == part)) for t in (knowledge, vectors)]
         writer.add_knowledge("user", mine[0], name=workspace.path(texts[0]))
         with open_release(workspace, self.parent, verify=False) as release:

@@ -1,4 +1,4 @@
-"""How far a user's unread behaviours lie from what they did before, and what a call of the LLM is worth.
+"""How far a user's unread behaviors lie from what they did before, and what a call of the LLM is worth.
 
 An interest is the mean of item vectors, weighted by rating; drift is one minus the cosine between that of the short
 term and that of everything read. What cannot be compared, since one side has no vectors, counts as wholly new (1.0).
@@ -51,5 +51,5 @@ def drifts(unread: np.ndarray, unread_weight: np.ndarray, read: np.ndarray, read
 
 
 def priorities(drift: np.ndarray, n_unread: np.ndarray) -> np.ndarray:
-    """What a call about each user is worth: drift times activity, log(1 + unread behaviours)."""
+    """What a call about each user is worth: drift times activity, log(1 + unread behaviors)."""
     return drift * np.log1p(n_unread)

@@ -8,10 +8,9 @@ once. What is refused is refused row by row, with its reason.
 """
 
 import base64
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +26,7 @@ from owlrec.ordered import rows_of, run_starts
 from owlrec.refresh.config import RefreshConfig
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform, shard_of
-from owlrec.shards import Card, Shard
+from owlrec.shards import Card, Shard, in_threads
 from owlrec.sources.buckets import MAX_BUCKETS, read_batches, write_buckets
 from owlrec.sources.files import SourceFile, input_files
 from owlrec.sources.ingest import Grouping, bucket_file, grouped
@@ -37,7 +36,6 @@ from owlrec.workspace import Workspace
 
 REFUSED = INTERACTIONS.append(pa.field("error", pa.string()))
 _KEY = ["user_id", "item_id", "timestamp", "error"]
-_THREADS = 32  # that open files: on an object store each waits for its answer most of the time
 _REASONS = {
     "NullField": "user_id, item_id or timestamp is null: write events with all three",
     "NotMilliseconds": "timestamp {timestamp} is not in milliseconds since 1970 (UTC): convert it",
@@ -76,10 +74,6 @@ class Events:
     def take(self, rows: np.ndarray) -> "Events":
         """The events at `rows` (indices or a mask)."""
         return Events(self.user[rows], self.item[rows], self.rating[rows], self.time[rows])
-
-    def digest(self) -> str:
-        """SHA-256 (hex) of all events in their order."""
-        return hashlib.sha256(b"".join(c.tobytes() for c in (self.user, self.item, self.rating, self.time))).hexdigest()
 
     def refused(self, error: str) -> pa.Table:
         """These events as a table of REFUSED."""
@@ -178,8 +172,7 @@ class Log:
     def fragments(self) -> tuple[list[Fragment], dict[str, int]]:
         """The row groups of the unread files, and the rows of each file by its path. Raises SourceError."""
         files = list(self.unread.values())
-        with ThreadPoolExecutor(min(_THREADS, len(files) or 1)) as pool:
-            footers = list(pool.map(_footer, files))
+        footers = in_threads(_footer, files)
         fragments = [
             f for file, footer in zip(files, footers, strict=True) for f in fragments_of("interactions", file, footer)
         ]
@@ -187,25 +180,21 @@ class Log:
 
 
 def _footer(file: SourceFile) -> pq.FileMetaData:
-    with _ParquetErrors(file.path), file.open() as stream:
-        return pq.ParquetFile(stream).metadata
+    with _parquet(file) as parquet:
+        return parquet.metadata
 
 
-class _ParquetErrors:
-    """Names the file that cannot be read."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, pa.ArrowInvalid | OSError):
-            raise SourceError(
-                f"{self.path}: cannot be read as Parquet ({error}). Write a file of the log under another name and "
-                "rename it when it is whole; remove what is broken."
-            ) from error
+@contextmanager
+def _parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
+    """A file of the log, open. Raises SourceError where it cannot be read."""
+    try:
+        with file.open() as stream:
+            yield pq.ParquetFile(stream)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SourceError(
+            f"{file.path}: cannot be read as Parquet ({error}). Write a file of the log under another name and rename "
+            "it when it is whole; remove what is broken."
+        ) from error
 
 
 # Reading it
@@ -259,10 +248,9 @@ def event_groups(fragments: Sequence[Fragment], n_shards: int) -> Grouping:
 
 def _read(fragment: Fragment) -> pa.Table:
     path = fragment.path
-    with _ParquetErrors(path), SourceFile(path, fragment.bytes, "").open() as stream:
-        file = pq.ParquetFile(stream)
-        columns = [c for c in INTERACTIONS.names if c in file.schema_arrow.names]
-        table = file.read_row_groups(list(range(*fragment.groups)), columns)
+    with _parquet(SourceFile(path, fragment.bytes, "")) as parquet:
+        columns = [c for c in INTERACTIONS.names if c in parquet.schema_arrow.names]
+        table = parquet.read_row_groups(list(range(*fragment.groups)), columns)
     if "rating" not in table.column_names:  # implicit feedback
         table = table.append_column("rating", pa.nulls(table.num_rows, pa.float32()))
     if "timestamp" in table.column_names:

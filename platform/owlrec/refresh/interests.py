@@ -31,7 +31,7 @@ from owlrec.refresh.events import (
 )
 from owlrec.refresh.partitions import (
     UserState,
-    behaviours,
+    behaviors,
     bootstrap,
     due_at,
     known_keys,
@@ -195,7 +195,7 @@ def advance(
     moved = dict(users) | _bootstrap(tables, np.setdiff1d(ids, list(users)), horizon, gather)
     bounds = [*starts.tolist(), len(events)]
     for id_, start, end in zip(ids.tolist(), bounds[:-1], bounds[1:], strict=True):
-        moved[id_] = take_in(moved[id_], behaviours(events.take(np.arange(start, end))), horizon)
+        moved[id_] = take_in(moved[id_], behaviors(events.take(np.arange(start, end))), horizon)
     return dict(sorted(moved.items()))
 
 
@@ -255,6 +255,6 @@ def _bootstrap(tables: PreparedShard, ids: np.ndarray, horizon: int | None, gath
     users = {}
     for number, (id_, row) in enumerate(zip(ids.tolist(), rows, strict=True)):
         start, end = np.searchsorted(done.user, [id_, id_ + 1])
-        user = bootstrap(id_, row["as_of"], behaviours(done.take(np.arange(start, end))), horizon)
+        user = bootstrap(id_, row["as_of"], behaviors(done.take(np.arange(start, end))), horizon)
         users[id_] = replace(user, interest=sums[number], weight=float(weights[number]))
     return users

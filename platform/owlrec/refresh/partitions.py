@@ -1,6 +1,6 @@
 """One user's interests as LIBER keeps them (arXiv 2411.14713): what the LLM has read, and a short term still unread.
 
-New behaviours gather in the short term. It is frozen into a partition, all of it, when it is long enough, old enough,
+New behaviors gather in the short term. It is frozen into a partition, all of it, when it is long enough, old enough,
 or when it drifts from what was read before: only then the LLM reads it. The clock is the newest event of the log,
 never the machine's, so that the same events always freeze the same partitions. An answer that fails loses nothing: the
 short term stays, and is asked about again once it has grown by a smallest partition, since the same question would fail
@@ -35,7 +35,7 @@ STATE = pa.schema(
 )
 
 
-class Behaviour(NamedTuple):
+class Behavior(NamedTuple):
     """One interaction; sorts by time, then by item."""
 
     time: int  # ms since 1970, UTC
@@ -44,7 +44,7 @@ class Behaviour(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
-        """What tells it from the user's other behaviours."""
+        """What tells it from the user's other behaviors."""
         return self.time, self.item
 
 
@@ -53,35 +53,35 @@ class UserState:
     """What is remembered of one user."""
 
     user_id: int
-    text_as_of: int = 0  # ms: the newest behaviour that the LLM has read; 0 for none
+    text_as_of: int = 0  # ms: the newest behavior that the LLM has read; 0 for none
     n_partitions: int = 0  # frozen and read so far
-    held: int = 0  # behaviours in the short term when an answer about it failed; 0: none did
-    short: tuple[Behaviour, ...] = ()  # unread, sorted
-    # Keys of behaviours that left the short term and might still arrive again, sorted.
+    held: int = 0  # behaviors in the short term when an answer about it failed; 0: none did
+    short: tuple[Behavior, ...] = ()  # unread, sorted
+    # Keys of behaviors that left the short term and might still arrive again, sorted.
     seen: tuple[tuple[int, int], ...] = ()
     # Weighted sum of the vectors of all items read, float32 [d], and the sum of the weights; empty and 0 for none.
     interest: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32), compare=False)
     weight: float = 0.0
 
 
-def bootstrap(user_id: int, as_of: int | None, behaviours: Iterable[Behaviour], horizon: int | None) -> UserState:
-    """The state of a user whom no refresh has met: read up to `as_of` (None: not at all), the later behaviours unread.
+def bootstrap(user_id: int, as_of: int | None, behaviors: Iterable[Behavior], horizon: int | None) -> UserState:
+    """The state of a user whom no refresh has met: read up to `as_of` (None: not at all), the later behaviors unread.
 
-    behaviours: all that the tables hold of the user. horizon: see `take_in`.
+    behaviors: all that the tables hold of the user. horizon: see `take_in`.
     """
-    behaviours = sorted(behaviours)
-    unread = tuple(b for b in behaviours if as_of is None or b.time > as_of)
-    seen = tuple(b.key for b in behaviours[: len(behaviours) - len(unread)])
+    behaviors = sorted(behaviors)
+    unread = tuple(b for b in behaviors if as_of is None or b.time > as_of)
+    seen = tuple(b.key for b in behaviors[: len(behaviors) - len(unread)])
     return UserState(user_id, text_as_of=as_of or 0, short=unread, seen=_within(seen, horizon))
 
 
-def take_in(state: UserState, behaviours: Iterable[Behaviour], horizon: int | None) -> UserState:
-    """`state` with new behaviours in its short term; those that it has seen are left out.
+def take_in(state: UserState, behaviors: Iterable[Behavior], horizon: int | None) -> UserState:
+    """`state` with new behaviors in its short term; those that it has seen are left out.
 
     horizon: ms; no older event will ever be considered again, so what was seen before it is forgotten. None: none was.
     """
     known = {b.key for b in state.short} | set(state.seen)
-    new = {b.key: b for b in behaviours if b.key not in known}
+    new = {b.key: b for b in behaviors if b.key not in known}
     short = tuple(sorted([*state.short, *new.values()]))
     return replace(state, short=short, seen=_within(state.seen, horizon))
 
@@ -108,7 +108,7 @@ def due_at(state: UserState, config: RefreshConfig) -> int | None:
 
 
 def as_of_after(state: UserState) -> int:
-    """The newest behaviour that a text has read once it has read the short term, too."""
+    """The newest behavior that a text has read once it has read the short term, too."""
     return max([state.text_as_of, *(b.time for b in state.short)])
 
 
@@ -143,10 +143,10 @@ def _within(keys: Sequence[tuple[int, int]], horizon: int | None) -> tuple[tuple
     return tuple(sorted(k for k in keys if horizon is None or k[0] >= horizon))
 
 
-def behaviours(events: Events) -> list[Behaviour]:
+def behaviors(events: Events) -> list[Behavior]:
     """Events of one user as behaviors, in their order."""
     ratings = [None if np.isnan(rating) else rating for rating in events.rating.tolist()]
-    return list(map(Behaviour, events.time.tolist(), events.item.tolist(), ratings))
+    return list(map(Behavior, events.time.tolist(), events.item.tolist(), ratings))
 
 
 def known_keys(users: Iterable[UserState]) -> Events:
@@ -190,7 +190,7 @@ def from_table(table: pa.Table, *, interests: bool = True) -> list[UserState]:
                 text_as_of=fields["text_as_of"],
                 n_partitions=fields["n_partitions"],
                 held=fields["held"],
-                short=tuple(map(Behaviour, fields["times"], fields["items"], fields["ratings"])),
+                short=tuple(map(Behavior, fields["times"], fields["items"], fields["ratings"])),
                 seen=tuple(zip(fields["seen_times"], fields["seen_items"], strict=True)),
                 interest=interest,
                 weight=fields["weight"] if interests else 0.0,

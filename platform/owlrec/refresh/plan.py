@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import ReleaseError
 from owlrec.generation import EngineConfig, token_counter
 from owlrec.prompting.rows import Prompt, prompts_table
@@ -56,14 +57,14 @@ class Planner:
     config: RefreshConfig
     scenario: Scenario
     engine: EngineConfig
-    encoder: str  # the recipe's, as releases name it
+    encoder: EncoderConfig
     run: RunStage
 
     @property
     def recipe(self) -> str:
         """Fingerprint of all settings that a plan follows from."""
         config = self.config.model_dump(exclude={"events", "partitions", "compact_after", "keep_releases"})
-        return fingerprint(config, wording_fingerprint(self.config, self.scenario), self.encoder)
+        return fingerprint(config, wording_fingerprint(self.config, self.scenario), self.encoder.identity)
 
     def read_log(self, base: State, now: int) -> RefreshPlan | None:
         """Reads what is new in the log and writes the plan down; None where there is nothing to do.
@@ -110,7 +111,7 @@ class Planner:
             base=base.name,
             recipe=self.recipe,
             parent=parent.name,
-            encoder=self.encoder,
+            encoder=self.encoder.model,
             now=now,
             clock=clock,
             lateness_ms=config.max_lateness_ms,
@@ -263,7 +264,7 @@ class PromptsStage(Stage):
 # The release to build on
 
 
-def parent_release(workspace: Workspace, after: str | None, encoder: str) -> ReleaseManifest:
+def parent_release(workspace: Workspace, after: str | None, encoder: EncoderConfig) -> ReleaseManifest:
     """The current release, to build on.
 
     The pointer's history decides: what a roll-back leaves behind is no longer in it. A release that came after the last
@@ -295,9 +296,10 @@ def parent_release(workspace: Workspace, after: str | None, encoder: str) -> Rel
             f"delete {workspace.path(ROOT)}: the refresh then reads the whole log again."
         )
     manifest = chain(workspace, current)[0]
-    if manifest.encoder != encoder:
+    if manifest.encoder != encoder.model or manifest.encoder_identity not in ("", encoder.identity):
         raise ReleaseError(
-            f"release {current} has the vectors of encoder '{manifest.encoder}', but the recipe names '{encoder}'. "
+            f"release {current} has the vectors of encoder '{manifest.encoder_identity or manifest.encoder}', but the "
+            f"recipe's is '{encoder.identity}'. "
             "Put the encoder back, or run `encode` and `publish` with the new one first."
         )
     return manifest

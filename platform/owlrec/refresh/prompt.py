@@ -18,11 +18,11 @@ from owlrec.storage import fingerprint
 _SYSTEM = "You keep a brief summary of a user's preferences on {items}, with reasons."
 _NEXT = (
     'Summary so far: "{earlier}"\n'
-    "Since then the user {consumed}, oldest first: {behaviours}.\n"
+    "Since then the user {consumed}, oldest first: {behaviors}.\n"
     "Write the summary anew: what still holds, what is new, and why."
 )
 _FIRST = (
-    "The user {consumed} these {items}, oldest first: {behaviours}.\n"
+    "The user {consumed} these {items}, oldest first: {behaviors}.\n"
     "Summarise the user's preferences on {items}, considering {factors}."
 )
 _CHARS_PER_TOKEN = 12  # more than any tokenizer packs into one
@@ -41,25 +41,25 @@ def refresh_system(scenario: Scenario) -> str:
 def refresh_prompt(
     scenario: Scenario,
     previous: str,
-    behaviours: Sequence[tuple[str, float | None]],
+    behaviors: Sequence[tuple[str, float | None]],
     config: RefreshConfig,
     count_tokens: Callable[[str], int],
 ) -> tuple[str, str]:
     """The prompt for one user, and the same facts as sentences of their own.
 
     previous: what the LLM wrote of the user before, "" for nothing.
-    behaviours: (title, rating) of the new partition, oldest first, all with a title; the oldest are dropped until the
+    behaviors: (title, rating) of the new partition, oldest first, all with a title; the oldest are dropped until the
     list fits its budget.
-    Returns two "" where no behaviour is left.
+    Returns two "" where no behavior is left.
     """
-    entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviours]
+    entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviors]
     kept = fit_recent(entries, config.partition_tokens, count_tokens)
     if not kept:
         return "", ""
     earlier = first_tokens(previous, config.previous_tokens, count_tokens)
     words, behaved = scenario_words(scenario, scenario.user_factors), "; ".join(kept)
     template, opening = (_NEXT, f"{earlier} Since then the user") if earlier else (_FIRST, "The user")
-    text = template.format(**words, earlier=earlier, behaviours=behaved)
+    text = template.format(**words, earlier=earlier, behaviors=behaved)
     return text, f"{opening} {scenario.consumed} these {scenario.items}: {behaved}."
 
 

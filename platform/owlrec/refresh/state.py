@@ -13,8 +13,6 @@ not be opened. A user whom no event has reached stands in no file. A refresh tha
 on from there; until the pointer has moved, nothing else has changed but releases.
 """
 
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import pyarrow as pa
@@ -25,13 +23,12 @@ from owlrec.pointer import Pointer
 from owlrec.refresh.events import REFUSED, LogFile
 from owlrec.refresh.partitions import UserState, from_table
 from owlrec.schema import shard_of
-from owlrec.shards import Card, Shard
+from owlrec.shards import Card, Shard, in_threads
 from owlrec.workspace import Workspace
 
 ROOT = "refresh"
 CLAIM = "claims/refresh/CURRENT"
 DELTA = Shard("delta", 0)
-_THREADS = 16  # that delete files: on an object store each waits for its answer most of the time
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -197,8 +194,7 @@ def sweep(workspace: Workspace, state: State) -> None:
         if len(passed) == len(paths):
             workspace.delete_dir(ROOT, name)
             continue
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(workspace.delete_file, passed))
+        in_threads(workspace.delete_file, passed)
 
 
 def delta_card(plan: RefreshPlan, release: str, knowledge: str) -> Card:
@@ -207,10 +203,9 @@ def delta_card(plan: RefreshPlan, release: str, knowledge: str) -> Card:
     return Card(stage="publish", shard=DELTA.name, fingerprint=plan.fingerprint, outputs=outputs)
 
 
-def dead_files(workspace: Workspace, names: Collection[str] = ()) -> list[str]:
-    """The files of all dead letters that refreshes left (schema.DEAD_LETTERS). names: only of these refreshes."""
-    files = [f"{ROOT}/{path}" for path in workspace.entries(ROOT) if "dead" in path.split("/")]
-    return [f for f in files if f.endswith(".parquet") and (not names or f.split("/")[1] in names)]
+def dead_files(workspace: Workspace) -> list[str]:
+    """The files of the events that refreshes refused (schema.DEAD_LETTERS)."""
+    return [f"{ROOT}/{path}" for path in workspace.entries(ROOT) if "dead" in path.split("/")]
 
 
 def _read(workspace: Workspace, path: str, model: type[_Model]) -> _Model:
