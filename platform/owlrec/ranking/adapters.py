@@ -10,7 +10,6 @@ without complaint; ranker.json is what both are checked against.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from owlrec.environment import cache_folder
 from owlrec.errors import EngineError, WorkspaceError
 from owlrec.ranking.checkpoints import Progress
+from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -94,12 +94,6 @@ def open_adapter(workspace: Workspace, folder: str, *, model: str, wording: str)
         return Adapter(where, manifest)
     local = cache_folder("adapters", manifest.sha256[:16])
     for name in _FILES:
-        _copy(local / name, workspace.read_bytes(f"{folder}/{name}"))
+        if not (local / name).exists():
+            Storage(local).write_bytes(name, workspace.read_bytes(f"{folder}/{name}"))
     return Adapter(str(local), manifest)
-
-
-def _copy(target: Path, data: bytes) -> None:
-    if not target.exists():
-        temporary = target.with_name(f".{target.name}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(target)

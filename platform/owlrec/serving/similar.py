@@ -8,9 +8,8 @@ asks meanwhile is told to try again.
 
 import logging
 import math
-import os
+import shutil
 import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ from owlrec.environment import cache_folder
 from owlrec.releases.release import Release
 from owlrec.serving.problems import Problem
 from owlrec.serving.schemas import Kind, Neighbour, Similar
-from owlrec.storage import fingerprint
+from owlrec.storage import Storage, fingerprint
 
 _EXACT_UP_TO = 50_000
 _ROWS_AT_ONCE = 20_000
@@ -128,21 +127,22 @@ def _read(path: Path) -> Any:
 
 def _build(release: Release, kind: Kind, path: Path) -> None:
     faiss = _faiss()
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp")
+    storage = Storage(path.parent)
+    scratch = storage.scratch()
     try:
-        index = None
+        index, file = None, scratch / path.name
         for ids, rows in _unit_vectors(release, kind):
             if index is None:
                 index = _empty_index(faiss, release, kind, rows)
             index.add_with_ids(rows, ids)
         if index is None:
-            temporary.touch()
+            file.touch()
         else:
-            faiss.write_index(index, str(temporary))
-        os.replace(temporary, path)  # of two that build it at once, the later one's stays
+            faiss.write_index(index, str(file))
+        storage.upload(file, path.name)  # of two that build it at once, the later one's stays
         _log.info("built the index of %s vectors of release %s", kind, release.name)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _empty_index(faiss: Any, release: Release, kind: Kind, first: np.ndarray) -> Any:
