@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ _RANGE_BYTES = 8 << 20  # of one ranged read of many in parallel
 _RANGES_AT_ONCE = 12
 _MOST_PIECES = 9_000  # S3 takes 10,000 to a multipart upload
 _LEAST_PIECE = 8 << 20
+_SCRATCH_S = 2 * 86_400.0
 _MEMORY: dict[str, Any] = {}  # the stores of memory:// by name: of this process alone
 
 
@@ -341,9 +343,13 @@ class Storage:
 
     def scratch(self) -> Path:
         """A new local folder to build files in, on the workspace's own disk where it is local, so that `upload` can
-        rename. Remove it when done.
+        rename. Remove it when done; what a killed process left is removed after two days.
         """
         base = Path(self.path(".scratch")) if self.local else cache_folder("scratch")
+        for left in base.iterdir() if base.is_dir() else ():
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _SCRATCH_S:
+                    shutil.rmtree(left)
         folder = base / uuid.uuid4().hex
         folder.mkdir(parents=True)
         return folder
@@ -351,7 +357,7 @@ class Storage:
     # Reading
 
     def read_bytes(self, path: str) -> bytes:
-        """A whole file, large ones by ranges in parallel. Raises WorkspaceError where it is missing."""
+        """A whole file. Raises WorkspaceError where it is missing."""
         return self.read_tagged(path)[0]
 
     def read_tagged(self, path: str) -> tuple[bytes, str]:
