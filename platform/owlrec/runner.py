@@ -9,11 +9,13 @@ import asyncio
 import gc
 import inspect
 import os
+import threading
 import time
 import traceback
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -286,24 +288,28 @@ class _Worker:
 
 def _make_here(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) -> Generator[Card, None, None]:
     worker = _Worker(run)
+    # In a thread of its own, since the caller's may run a loop already: a notebook's, say.
     loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name=f"stage-{run.stage.name}", daemon=True)
+    thread.start()
+    tasks: set[Future[Card | None]] = set()
     try:
         waiting = list(reversed(shards))
-        tasks: set[asyncio.Task[Card | None]] = set()
         while waiting or tasks:
             while waiting and len(tasks) < run.pool.in_flight:
                 shard = waiting.pop()
-                tasks.add(loop.create_task(worker.make(shard, inputs[shard])))
-            finished, tasks = loop.run_until_complete(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED))
+                tasks.add(asyncio.run_coroutine_threadsafe(worker.make(shard, inputs[shard]), loop))
+            finished, tasks = wait(tasks, return_when=FIRST_COMPLETED)
             for task in finished:
                 if (card := task.result()) is not None:
                     yield card
     finally:
         for task in tasks:
             task.cancel()
-        if tasks:
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_default_executor())
+        wait(tasks)
+        asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
         loop.close()
         worker.close()
 

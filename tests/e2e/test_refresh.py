@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import killed_refresh  # type: ignore[import-not-found]
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,6 +92,14 @@ def moved(workspace: Workspace, days: float, each: int = 1) -> list[Row]:
     return rows
 
 
+def assert_same(one: Workspace, other: Workspace) -> None:
+    """The same texts of every user, and vectors that differ by no more than the rounding of another batch."""
+    mine, theirs = contents(one), contents(other)
+    assert {id_: row[:2] for id_, row in mine.items()} == {id_: row[:2] for id_, row in theirs.items()}
+    for id_, (_, _, vectors) in mine.items():
+        np.testing.assert_allclose(vectors, theirs[id_][2], atol=2e-3)
+
+
 def contents(workspace: Workspace) -> dict[int, tuple[str, int, list[list[float]]]]:
     """Text, as_of and all kept vectors of every user."""
     with open_release(workspace) as release:
@@ -154,7 +163,7 @@ def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: P
         if step == "planned":  # newer events, which the plan in hand knows nothing of
             write_log(workspace, "two", moved(workspace, 2, 8))
     assert run(recipe, workspace) == []
-    assert contents(workspace) == contents(twin)
+    assert_same(workspace, twin)
     states = [read_state(w) for w in (workspace, twin)]
     assert states[0].watermark == states[1].watermark
     users = [
