@@ -306,17 +306,27 @@ def _make_here(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) 
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name=f"stage-{run.stage.name}", daemon=True)
     thread.start()
-    tasks: set[Future[Card | None]] = set()
+    tasks: set[Future[Card | BaseException | None]] = set()
+
+    async def made(shard: Shard) -> Card | BaseException | None:
+        try:
+            return await worker.make(shard, inputs[shard])
+        except (KeyboardInterrupt, SystemExit) as stop:
+            return stop  # raised here, it would end the loop and leave the caller waiting
+
     try:
         waiting = list(reversed(shards))
         while waiting or tasks:
             while waiting and len(tasks) < run.pool.in_flight:
                 shard = waiting.pop()
-                tasks.add(asyncio.run_coroutine_threadsafe(worker.make(shard, inputs[shard]), loop))
+                tasks.add(asyncio.run_coroutine_threadsafe(made(shard), loop))
             finished, tasks = wait(tasks, return_when=FIRST_COMPLETED)
             for task in finished:
-                if (card := task.result()) is not None:
-                    yield card
+                result = task.result()
+                if isinstance(result, BaseException):
+                    raise result
+                if result is not None:
+                    yield result
     finally:
         for task in tasks:
             task.cancel()
