@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from owlrec import runner, shards
-from owlrec.claims import Claims, unclaimed
+from owlrec.claims import Claims
 from owlrec.errors import EngineError, OwlRecError, WorkspaceError
 from owlrec.runner import Pool, Result, Stage, Work, WorkerLost, pending_shards, run_stage
 from owlrec.shards import Artifact, Card, Shard
@@ -309,9 +309,6 @@ def test_three_workers_lost_over_one_shard_end_the_run(workspace: Workspace, tmp
         run_stage(workspace, Deadly(deaths, 99, "lost"), INPUTS, pool)
     assert len(list(deaths.iterdir())) == 3
     assert "out of memory" in (tmp_path / "engine.log").read_text()
-    # Ray may end a worker over the next shard: its claim has no holder then.
-    names = [shard.name for shard in SHARDS]
-    assert unclaimed(workspace, f"claims/{FOLDER}", names, "another run") == names
 
 
 def test_files_of_a_gathered_thousand_are_looked_for_at_the_end_of_a_run(
