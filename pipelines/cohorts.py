@@ -30,8 +30,8 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     config, scenario = recipe.cohorts, recipe.domain
     if config is None:
         return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))
-    print_ = fingerprint(prepared.fingerprint, config, collective_fingerprint(scenario))
-    folder = f"cohorts/{print_[:16]}"
+    named = fingerprint(prepared.fingerprint, config, collective_fingerprint(scenario))
+    folder = f"cohorts/{named[:16]}"
     here = int(prepared.counts.get("users", 0)) + int(prepared.counts.get("items", 0)) <= _ROWS_HERE
 
     def body() -> tuple[Counts, Outputs]:
@@ -58,7 +58,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
             note(f"{n:,} cohorts of {kind}s, of {members / n:.0f} members in the mean, {largest:,} in the largest")
         return {**counts}, {"cohorts": folder}
 
-    return execute(workspace, "cohorts", print_, "users and items that are alike", body)
+    return execute(workspace, "cohorts", named, "users and items that are alike", body)
 
 
 def cohorts_folder(recipe: Recipe, workspace: Workspace) -> str | None:

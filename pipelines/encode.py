@@ -24,8 +24,8 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     watch, knowledge = Stopwatch(), needed_stage(workspace, "generate", "no knowledge yet").outputs["knowledge"]
     # What changes a vector, and nothing else: no batch size, device or precision (half on a GPU moves a component by up
     # to 3e-4), and not how many texts there are.
-    print_ = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, knowledge)
-    folder = f"vectors/{print_[:16]}"
+    named = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, knowledge)
+    folder = f"vectors/{named[:16]}"
     job = EncodingJob(workspace, folder, recipe.encoder, _inputs(recipe, workspace, knowledge, folder))
     pool = job.pool(str(workspace.log_path("encode")))
     before, pending = finished_stage(workspace, "encode"), job.pending()

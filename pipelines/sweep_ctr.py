@@ -25,22 +25,22 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
     prepared = needed_stage(workspace, "prepare", "no tables yet")
     encoded = needed_stage(workspace, "encode", "no vectors yet") if arm != "none" else None
-    print_ = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep")
+    named = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep")
     folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
     sources = arm_sources(arm, folders)
     trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
     candidates = config.sweep.candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
-    path = f"{grid_folder(print_)}/sweep.json"
+    path = f"{grid_folder(named)}/sweep.json"
 
     def body() -> tuple[Counts, Outputs]:
         with ray_session(recipe.ray, workspace.log_path("ray")):
             pool = stage_pool(workspace, int(prepared.counts["samples"]))
-            read = reduce_once(workspace, folders, config.knowledge_dim, print_, pool)
+            read = reduce_once(workspace, folders, config.knowledge_dim, named, pool)
             job = GridJob(
                 settings=config,
                 trials=tuple(trials),
                 knowledge={source: dict(read[source]) for source in {*sources.user, *sources.item}},
-                fingerprint=print_,
+                fingerprint=named,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields if config.use_profile else (),
             )
@@ -48,13 +48,13 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
             found = tried(workspace, job, candidates)
         workspace.write_json(path, found)
         for folder in (ENCODED, "vectors"):
-            workspace.delete_dir(grid_folder(print_), folder)
+            workspace.delete_dir(grid_folder(named), folder)
         rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in found]
         table(f"sweep, arm {arm}", ["backbone", "valid AUC", "epochs", "settings"], rows)
         note(f"best: {found[0]['backbone']} with {found[0]['changes']}; put its settings below `ctr:` in the recipe")
         return {"candidates": len(found), "best_valid_auc": found[0]["valid_auc"]}, {"sweep": path}
 
-    return execute(workspace, "sweep_ctr", print_, f"{len(candidates)} settings, {len(trials)} backbones", body)
+    return execute(workspace, "sweep_ctr", named, f"{len(candidates)} settings, {len(trials)} backbones", body)
 
 
 def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:

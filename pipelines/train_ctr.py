@@ -56,9 +56,9 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
         }
         return counts, {"grid": grid_print}
 
-    print_ = fingerprint(grid_print, [t.path for t in grid])
+    named = fingerprint(grid_print, [t.path for t in grid])
     return execute(
-        workspace, "train_ctr", print_, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
+        workspace, "train_ctr", named, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
     )
 
 

@@ -39,7 +39,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
         template_options=config.template_options,
     )
 
-    print_ = fingerprint(tuned_print, config, engine)
+    named = fingerprint(tuned_print, config, engine)
 
     def body() -> tuple[Counts, Outputs]:
         if recipe.split.history_length <= config.data.behaviours:
@@ -72,12 +72,12 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                     on_scored=advance,
                 )
         judgements = judge_models(workspace, job.folder, valid, test, scores, config.calibration)
-        write_results(workspace, print_[:16], results_of(config, judgements))
+        write_results(workspace, named[:16], results_of(config, judgements))
         table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
         counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}
         return counts, {"adapter": job.adapter, "judgements": f"{job.folder}/judgements.json"}
 
-    return execute(workspace, "tune_ranker", print_, f"{engine.model}, {config.data.shots or 'all'} shots", body)
+    return execute(workspace, "tune_ranker", named, f"{engine.model}, {config.data.shots or 'all'} shots", body)
 
 
 if __name__ == "__main__":

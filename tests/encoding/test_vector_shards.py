@@ -30,11 +30,11 @@ def write_shards(
         rows = rows[np.argsort(ids[rows])]
         digests = np.zeros((len(rows), 16), np.uint8)
         digests[:, :8] = ids[rows].astype("<i8")[:, None].view(np.uint8)
-        codes, print_ = np.zeros((len(rows), 0), np.uint16), ""
+        codes, fingerprint = np.zeros((len(rows), 0), np.uint16), ""
         if quantiser:
             codes = np.c_[quantiser.encode(vectors[rows]), rows].astype(np.uint16)
-            print_ = quantiser.fingerprint
-        shard = VectorShard("user", ids[rows], vectors[rows].astype(np.float16), digests, codes, print_)
+            fingerprint = quantiser.fingerprint
+        shard = VectorShard("user", ids[rows], vectors[rows].astype(np.float16), digests, codes, fingerprint)
         table = shard.table()
         workspace.write_arrow(f"v/knowledge-user/{shard_file(number, '.arrow')}", table, table.schema)
     return VectorShards(workspace, "v", "knowledge-user")

@@ -381,9 +381,9 @@ def test_a_source_and_a_workspace_without_a_disk(tmp_path: Path) -> None:
 def test_globs_of_a_bucket(pattern: str, names: list[str]) -> None:
     bucket = Storage("memory://prepare-globs")
     for name in ("a/y.csv", "a/b/c/x.csv", "a/b/x.txt", "b/z.csv"):
-        bucket.write_bytes(f"root/{name}", b"x")
-    found = files.input_files(f"memory://prepare-globs/root/{pattern}")
-    assert [file.path for file in found] == [f"memory://prepare-globs/root/{name}" for name in names]
+        bucket.write_bytes(f"data/{name}", b"x")
+    found = files.input_files(f"memory://prepare-globs/data/{pattern}")
+    assert [file.path for file in found] == [f"memory://prepare-globs/data/{name}" for name in names]
 
 
 @pytest.mark.parametrize("path", ["iceberg:shop.sales.items", "delta:s3://lake/items"])
