@@ -130,10 +130,6 @@ class Workspace(Storage):
             rows = order[bounds[number] : bounds[number + 1]]
             self.write_parquet(table_file(name, number), table.take(pa.array(rows)))
 
-    def table_parts(self, name: str) -> list[str]:
-        """The file names of a table's shards."""
-        return [shard_file(number) for number in self.table_shards(name)]
-
     def log_path(self, name: str) -> Path:
         """A local file for third-party logs: in the workspace, or in the temporary folder where that is remote."""
         base = self.local_path("logs") if self.local else Path("/tmp/owlrec-logs") / fingerprint(self.root)[:8]

@@ -3,7 +3,7 @@
 A user's own cohort by what they liked comes first, that by what they disliked second. Their vectors count alike.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +12,6 @@ from owlrec.cohorts.collaborative import unit
 from owlrec.ordered import run_starts
 from owlrec.schema import MEMBERSHIPS, stable_id
 from owlrec.workspace import Workspace
-
-
-def iterate_memberships(
-    workspace: Workspace, folder: str, kinds: tuple[str, ...] = ("user", "item")
-) -> Iterator[pa.Table]:
-    """The memberships (schema.MEMBERSHIPS) of all users and items, a part at a time."""
-    for kind in kinds:
-        for part in workspace.names(folder, kind):
-            yield memberships(workspace.read_parquet(f"{folder}/{kind}/{part}"))
 
 
 def memberships(cohorts: pa.Table) -> pa.Table:

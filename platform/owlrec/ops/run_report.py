@@ -95,8 +95,7 @@ def collect(
 
 
 def _some_users(workspace: Workspace) -> np.ndarray:
-    part = workspace.table_parts("users")[0]
-    return workspace.read_parquet(f"tables/users/{part}", ["user_id"])["user_id"].to_numpy()
+    return workspace.read_shard("users", 0, ["user_id"])["user_id"].to_numpy()
 
 
 def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
@@ -221,8 +220,9 @@ def _inputs(workspace: Workspace, kind: str, ids: pa.Array) -> list[tuple[str, l
 
 def _rows(workspace: Workspace, table: str, key: str, ids: pa.Array) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for part in workspace.table_parts(table):
-        rows = workspace.read_parquet(f"tables/{table}/{part}")
+    n_shards = len(workspace.table_shards(table))
+    for number in np.unique(shard_of(ids.to_numpy(zero_copy_only=False), n_shards)).tolist():
+        rows = workspace.read_shard(table, number)
         found += rows.filter(pc.is_in(rows[key], ids)).to_pylist()
     return found
 

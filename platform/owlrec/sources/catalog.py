@@ -25,8 +25,8 @@ class ItemCatalog:
     def load(cls, workspace: Workspace) -> "ItemCatalog":
         """Reads the workspace's items table; a title that is no text is none."""
         parts = []
-        for part in workspace.table_parts("items"):
-            table = workspace.read_parquet(f"tables/items/{part}", ["item_id", "title"])
+        for number in workspace.table_shards("items"):
+            table = workspace.read_shard("items", number, ["item_id", "title"])
             if table.schema.field("title").type != pa.string():
                 table = table.set_column(1, "title", pa.nulls(table.num_rows, pa.string()))
             parts.append(table)
