@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from owlrec.claims import Claim, Claims, claimed, unclaimed
+from owlrec.claims import Claim, Claims, claimed, clear_claims, unclaimed
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -105,6 +105,35 @@ def test_heartbeat_moves_the_lease_on_and_notices_its_loss(workspace: Workspace)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     claims.close()
+
+
+def test_a_claim_given_back_while_the_heartbeat_renews_it_stays_gone(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims, swap, renewed = Claims(workspace, "a", lease_s=0.2), workspace.swap_bytes, threading.Event()
+    assert claims.claim(SHARD)
+
+    def renew(path: str, data: bytes, e_tag: str | None) -> str | None:
+        tag = swap(path, data, e_tag)
+        renewed.set()
+        time.sleep(0.1)  # the claim is given back before the heartbeat hears of its new e_tag
+        return tag
+
+    monkeypatch.setattr(workspace, "swap_bytes", renew)
+    assert renewed.wait(10)
+    claims.release(SHARD)
+    assert workspace.entries("claims/a") == {}
+    claims.close()
+
+
+def test_what_a_finished_run_left_is_cleared_and_nothing_else(workspace: Workspace) -> None:
+    mine, theirs = Claims(workspace, "a"), Claims(workspace, "b")
+    assert mine.claim(SHARD)
+    assert theirs.claim("claims/a/user/00000001")
+    clear_claims(workspace, "claims/a", "a")
+    assert list(workspace.entries("claims/a")) == ["user/00000001"]
+    mine.close()
+    theirs.close()
 
 
 def test_unreadable_claim_holds_nothing(workspace: Workspace) -> None:

@@ -57,6 +57,7 @@ class Claims:
         self.storage, self.run, self.lease_s = storage, run, lease_s
         self._held: dict[str, tuple[Claim, str]] = {}  # by path, with the file's e_tag
         self._lock = threading.Lock()
+        self._renewing = threading.Lock()  # a claim that is given back must not be renewed meanwhile
         self._closing = threading.Event()
         self._beating: threading.Thread | None = None
 
@@ -86,10 +87,11 @@ class Claims:
 
     def release(self, path: str) -> None:
         """Gives a claim back."""
-        with self._lock:
-            mine = self._held.pop(path, None)
-        if mine is not None and _read(self.storage, path)[1] == mine[1]:
-            self.storage.delete_file(path)
+        with self._renewing:
+            with self._lock:
+                mine = self._held.pop(path, None)
+            if mine is not None and _read(self.storage, path)[1] == mine[1]:
+                self.storage.delete_file(path)
 
     def record_failure(self) -> None:
         """Notes on all that this process holds that its worker died over it. The claims stay, for the next to read."""
@@ -127,16 +129,24 @@ class Claims:
     def _beat(self) -> None:
         while not self._closing.wait(self.lease_s / _HEARTBEATS):
             with self._lock:
-                held = dict(self._held)
-            for path, (claim, e_tag) in held.items():
-                renewed = claim.model_copy(update={"expires": time.time() + self.lease_s})
-                try:
-                    kept = self._swap(path, renewed, e_tag)
-                except WorkspaceError:
-                    continue  # a full disk or a lost connection: the next beat tries again
-                with self._lock:
-                    if path in self._held and not kept and self._held[path][1] == e_tag:
-                        del self._held[path]
+                held = list(self._held)
+            for path in held:
+                with self._renewing:
+                    self._renew(path)
+
+    def _renew(self, path: str) -> None:
+        with self._lock:
+            mine = self._held.get(path)
+        if mine is None:
+            return
+        claim, e_tag = mine
+        try:
+            kept = self._swap(path, claim.model_copy(update={"expires": time.time() + self.lease_s}), e_tag)
+        except WorkspaceError:
+            return  # a full disk or a lost connection: the next beat tries again
+        with self._lock:
+            if not kept and self._held.get(path) == mine:
+                del self._held[path]
 
 
 def unclaimed(storage: Storage, folder: str, names: Iterable[str], run: str) -> list[str]:
@@ -151,6 +161,15 @@ def unclaimed(storage: Storage, folder: str, names: Iterable[str], run: str) -> 
         if claim is None or claim.run == run or not claim.alive(now):
             free.append(name)
     return free
+
+
+def clear_claims(storage: Storage, folder: str, run: str) -> None:
+    """Gives back what a run that is over still holds in a folder: its workers may have ended without a word."""
+    for name in storage.entries(folder):
+        path = f"{folder}/{name}"
+        claim = _read(storage, path)[0]
+        if claim is not None and claim.run == run:
+            storage.delete_file(path)
 
 
 @contextmanager

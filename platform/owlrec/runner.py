@@ -20,7 +20,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from owlrec.claims import LEASE_S, Claim, Claims, unclaimed
+from owlrec.claims import LEASE_S, Claim, Claims, clear_claims, unclaimed
 from owlrec.errors import EngineError, OwlRecError, WorkspaceError
 from owlrec.quiet import redirect_output
 from owlrec.ray_data import dataset_rows
@@ -215,6 +215,7 @@ def run_stage(
             whole = run.artifact.cards(*sorted({s.kind for s in inputs}))
             cards = {name: card for name, card in cards.items() if name in whole}
             left = [s for s in inputs if s.name not in cards]
+    clear_claims(workspace, run.claims_folder, run.name)
     run.artifact.gather(cards)
     return {shard.name: cards[shard.name] for shard in inputs}
 
