@@ -7,6 +7,7 @@ what the engine was asked and what was encoded with what the texts' own digests 
 
     python -m benchmarks.scale                          # 10^4 users, about a minute
     python -m benchmarks.scale --users 1e6 --items 1e5 --interactions 3e7 --world DIR --workspace DIR --growth
+    python -m benchmarks.scale --users 1e5 --items 1e4 --interactions 3e6 --workspace s3://bucket/scale
 """
 
 import argparse
@@ -21,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import yaml
 from pandas.util import hash_array
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--items", type=float, default=1e3)
     parser.add_argument("--interactions", type=float, default=3e5)
     parser.add_argument("--world", type=Path, help="folder of the source fragments; kept where it is named")
-    parser.add_argument("--workspace", type=Path, help="folder of the run; kept where it is named")
+    parser.add_argument("--workspace", help="folder or object store's URI of the run; kept where it is named")
     parser.add_argument("--cohorts", action="store_true", help="build cohorts and ask about them too")
     parser.add_argument("--growth", action="store_true", help="then add users and behaviors and run again")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="in the recipe: ray.num_cpus=4")
@@ -60,7 +60,7 @@ def main() -> None:
         write_world(world, options.world)
         return
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(world, options.world or Path(folder) / "world", options.workspace or Path(folder) / "workspace")
+        run = Run(world, options.world or Path(folder) / "world", options.workspace or f"{folder}/workspace")
         figures = list(run.measure(cohorts=options.cohorts, changes=options.set))
         if options.growth:
             figures += run.measure_growth()
@@ -70,9 +70,9 @@ def main() -> None:
 class Run:
     """One world and one workspace."""
 
-    def __init__(self, world: World, source: Path, workspace: Path) -> None:
-        self.world, self.source, self.workspace = world, source, workspace
-        self.recipe = workspace.parent / f"{workspace.name}.yaml"
+    def __init__(self, world: World, source: Path, workspace: str) -> None:
+        self.world, self.source, self.workspace = world, source, Workspace(workspace)
+        self.recipe = source / "recipe.yaml"
         self.stages = STAGES
 
     def measure(self, *, cohorts: bool, changes: list[str]) -> Iterator[Figure]:
@@ -120,11 +120,11 @@ class Run:
 
     def _made(self, stage: str, since: float, count: str | None) -> int:
         """A count, or the rows, of the shards that were made since a moment."""
-        cards = Artifact(Workspace(self.workspace), self._card(stage).outputs[_OUTPUTS[stage]]).cards().values()
+        cards = Artifact(self.workspace, self._card(stage).outputs[_OUTPUTS[stage]]).cards().values()
         return sum(int(c.counts[count]) if count else c.rows_out for c in cards if c.finished >= since)
 
     def _card(self, stage: str) -> Card:
-        card = finished_stage(Workspace(self.workspace), stage)
+        card = finished_stage(self.workspace, stage)
         assert card is not None
         return card
 
@@ -142,7 +142,7 @@ class Run:
         recipe: dict[str, Any] = {
             "name": "scale",
             "scenario": "movies",
-            "workspace": str(self.workspace),
+            "workspace": self.workspace.root,
             "source": {"type": "table"} | {t: str(self.source / t) for t in ("users", "items", "interactions")},
             "shard_rows": 8192,
             "prompts": {"mode": "both" if cohorts else "individual", "history_tokens": 128},
@@ -161,12 +161,11 @@ class Run:
             for part in sections:
                 section = section.setdefault(part, {})
             section[name] = yaml.safe_load(value)
-        self.recipe.parent.mkdir(parents=True, exist_ok=True)
         self.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False))
 
     def _lookups(self) -> Iterator[Figure]:
         ids = np.random.default_rng(1).integers(0, self.world.users, LOOKUPS).tolist()
-        with open_release(Workspace(self.workspace)) as release:
+        with open_release(self.workspace) as release:
             start = time.perf_counter()
             missing = sum(answer is None for i in ids for answer in release.store.get("user", [i]))
             single = time.perf_counter() - start
@@ -179,12 +178,12 @@ class Run:
         yield Figure(measure="lookup", method="misses", value=missing, unit=f"of {LOOKUPS:,}")
 
     def _digests(self) -> "Digests":
-        folder = self.workspace / self._card("generate").outputs["knowledge"]
+        folder = self._card("generate").outputs["knowledge"]
         columns = ["id", "prompt_sha256", "text"]
         chunks = []
         for number, kind in enumerate(KINDS):
-            for file in sorted((folder / kind).glob("*.parquet")):
-                ids, *texts = pq.ParquetFile(file).read(columns).columns
+            for name in sorted(self.workspace.entries(folder, kind)):
+                ids, *texts = self.workspace.read_parquet(f"{folder}/{kind}/{name}", columns).columns
                 chunks.append([ids.to_numpy() * len(KINDS) + number, *(hash_array(np.asarray(t)) for t in texts)])
         keys, prompts, answers = (np.concatenate(column) for column in zip(*chunks, strict=True))
         order = np.argsort(keys)

@@ -20,7 +20,7 @@ from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
-PARTS_ON_RAY = 8  # from 2 million users on; fewer parts are built here in less time than Ray takes to start
+PARTS_ON_RAY = 8  # from a million users on; fewer parts are built here in less time than Ray takes to start
 
 
 def run(recipe: Recipe, workspace: Workspace) -> Card:

@@ -1,5 +1,6 @@
-"""Processes that others started, looked at while they may end at any moment."""
+"""Processes that others started, looked at while they may end at any moment, and ports for them."""
 
+import socket
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -14,3 +15,10 @@ def command_lines(processes: Iterable[psutil.Process]) -> dict[psutil.Process, s
             if process.status() != psutil.STATUS_ZOMBIE:
                 found[process] = " ".join(process.cmdline())
     return found
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

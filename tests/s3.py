@@ -38,16 +38,14 @@ def s3_server(bucket: str) -> Iterator[str]:
 @contextmanager
 def s3_process(bucket: str) -> Iterator[str]:
     """The same server as a process of its own: whole runs ask it thousands of times."""
-    import socket
     import subprocess
     import sys
     import time
 
     import boto3
+    from processes import free_port
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = dict(os.environ)

@@ -1,17 +1,22 @@
 """The whole chain on S3, over real HTTP: the same content as on disk; jobs that share a bucket do each shard once."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import chaos  # type: ignore[import-not-found]
+import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
 import s3
+from processes import free_port
 
 from owlrec.encoding.vector_shards import VectorShards
 from owlrec.generation.job import read_knowledge
@@ -62,6 +67,33 @@ def owlrec(*arguments: str) -> str:
     return done.stdout
 
 
+@contextmanager
+def served(workspace: str) -> Iterator[httpx.Client]:
+    """`owlrec serve` over the workspace, ready."""
+    port = free_port()
+    code = "from pipelines.cli import app; app()"
+    command = [sys.executable, "-c", code, "serve", "--workspace", workspace, "--port", str(port), "--max-replicas=1"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as web:
+            await_answer(lambda: web.get("/readyz").status_code == 200, 120)
+            yield web
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(120)
+
+
+def await_answer(holds: Callable[[], bool], seconds: float = 30) -> None:
+    """Waits until a server answers so."""
+    end = time.monotonic() + seconds
+    while True:
+        with suppress(httpx.TransportError):
+            if holds():
+                return
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def content(root: str) -> dict[str, object]:
     """Texts, vectors and what a lookup answers."""
     workspace = Workspace(root)
@@ -93,14 +125,18 @@ def test_the_chain_on_s3_has_the_content_of_the_chain_on_disk(bucket: str, tmp_p
     items = workspace.read_table("items")["item_id"].to_pylist()[:12]
     rows = {"user_id": [user] * 12, "item_id": items, "rating": [5.0] * 12, "timestamp": np.arange(12) + latest + 1}
     workspace.write_parquet("events/new.parquet", pa.table(rows).cast(INTERACTIONS))
-    owlrec("refresh", str(recipe))
-    second = current_release(workspace)
-    assert second != first
-    with open_release(workspace) as release:
-        (knowledge,) = release.store.get("user", [user])
-    assert (knowledge.framework, knowledge.as_of) == ("streaming", latest + 12)
-    owlrec("rollback", "--workspace", remote)
-    assert current_release(workspace) == first
+    with served(remote) as web:
+        before = web.get(f"/v1/knowledge/user/{user}").json()
+        owlrec("refresh", str(recipe))
+        second = current_release(workspace)
+        assert second != first
+        with open_release(workspace) as release:
+            (knowledge,) = release.store.get("user", [user])
+        assert (knowledge.framework, knowledge.as_of) == ("streaming", latest + 12)
+        await_answer(lambda: web.get(f"/v1/knowledge/user/{user}").json()["text"] == knowledge.text)
+        owlrec("rollback", "--workspace", remote)
+        assert current_release(workspace) == first
+        await_answer(lambda: web.get(f"/v1/knowledge/user/{user}").json() == before)
 
 
 def test_two_jobs_at_once_ask_about_every_row_once(bucket: str, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Every stage killed, its files truncated, its disk filled: the same content in the end, every row once.
+"""Every stage killed, its files truncated, its disk filled: the same content in the end, every row once, and nothing
+that was finished made again.
 
-`pytest tests/e2e/test_stages_killed.py --chaos-seeds 20` runs as many seeds as the project's claim rests on; by default
-one does. tests/e2e/test_chaos.py does the same to workers and nodes of a cluster.
+`pytest tests/e2e/test_stages_killed.py --chaos-seeds 20 -s` runs as many seeds as the project's claim rests on, every
+other on Ray, whose workers are killed too; by default one runs. tests/e2e/test_chaos.py harms nodes of a cluster.
 """
 
 import os
@@ -10,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import chaos  # type: ignore[import-not-found]
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -20,7 +23,7 @@ from owlrec.encoding.vector_shards import VectorShards
 from owlrec.generation.job import read_knowledge
 from owlrec.releases import open_release
 from owlrec.schema import INTERACTIONS
-from owlrec.shards import Artifact, needed_stage
+from owlrec.shards import Artifact, Card, needed_stage
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 
@@ -28,16 +31,18 @@ pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = ("prepare", "generate", "encode", "publish", "refresh")
 HARMS = ("kill", "kill", "truncate", "fill disk")
+AT_HAND = 4  # shards that one worker may have begun when it dies: what a kill can cost
 HARMS_PER_STAGE = 3
 USERS = 120
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
-        metafunc.parametrize("seed", range(max(1, metafunc.config.getoption("--chaos-seeds") // 3)))
+        seeds = metafunc.config.getoption("--chaos-seeds")
+        metafunc.parametrize("seed", range(seeds if seeds > 3 else 1))
 
 
-def write_recipe(path: Path, workspace: Path) -> Path:
+def write_recipe(path: Path, workspace: Path, replicas: int = 1) -> Path:
     path.write_text(
         f"""
 name: killed
@@ -47,16 +52,30 @@ source: {{type: movielens-100k, max_users: {USERS}, max_items: 160}}
 shard_rows: 8
 engine: {{type: echo, latency_s: 0.05}}
 sampling: {{max_tokens: 40}}
-encoder: {{model: hashing, semantic_ids: {{train_sample: 64, codes_per_level: 8}}}}
+generate: {{max_replicas: {replicas}, engine_cpus: 1, lease_s: 5}}
+ray: {{num_cpus: 2}}
+encoder: {{model: hashing, replicas: {replicas}, semantic_ids: {{train_sample: 64, codes_per_level: 8}}}}
 streaming: {{freeze_behaviours: 4}}
 """
     )
     return path
 
 
-def start(stage: str, recipe: Path, log: Path) -> subprocess.Popen[bytes]:
+RUN = """
+import sys
+from importlib import import_module
+from pipelines.stage import main
+for module in ("prepare", "publish", "refresh"):
+    for name in {"HERE_ROWS", "PARTS_ON_RAY"} & vars(import_module(f"pipelines.{module}")).keys() if EVERYWHERE else ():
+        setattr(sys.modules[f"pipelines.{module}"], name, 0)  # however few rows there are
+main(import_module(f"pipelines.STAGE").run, "")
+"""
+
+
+def start(stage: str, recipe: Path, log: Path, *, on_ray: bool = False) -> subprocess.Popen[bytes]:
+    code = RUN.replace("EVERYWHERE", str(on_ray)).replace("STAGE", stage)
     with log.open("ab") as file:
-        command = [sys.executable, "-m", f"pipelines.{stage}", "--recipe", str(recipe)]
+        command = [sys.executable, "-c", code, "--recipe", str(recipe)]
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
 
 
@@ -115,10 +134,47 @@ def newest(folder: Path) -> float:
     return max((entry.modified for entry in Storage(folder).entries().values()), default=0.0)
 
 
-def harm(rng: random.Random, stage: str, recipe: Path, folder: Path, log: Path) -> None:
+def finished(folder: Path) -> dict[Path, tuple[str, float]]:
+    """What every shard was made from and when, by its card."""
+    cards = {}
+    for path in folder.glob("**/cards/*/*/*.json"):
+        with suppress(ValueError, OSError):
+            card = Card.model_validate_json(path.read_text())
+            cards[path] = card.fingerprint, card.finished
+    return cards
+
+
+class Counted:
+    """A seed's runs: how many finished shards were made again, and how many may have been."""
+
+    def __init__(self, folder: Path, recipe: Path, log: Path, *, on_ray: bool) -> None:
+        self.folder, self.recipe, self.log, self.on_ray = folder, recipe, log, on_ray
+        self.again = self.damaged = self.at_hand = self.kills = 0
+        self.before: dict[Path, tuple[str, float]] = {}
+        self.started = 0.0
+
+    def start(self, stage: str) -> subprocess.Popen[bytes]:
+        self.before, self.started = finished(self.folder), time.time()
+        return start(stage, self.recipe, self.log, on_ray=self.on_ray)
+
+    def count(self) -> None:
+        """After a run: what was finished before it, of the same inputs, and made again nevertheless."""
+        now = finished(self.folder)
+        self.again += sum(now.get(path, card) != card and now[path][0] == card[0] for path, card in self.before.items())
+
+    def count_kill(self, workers: int) -> None:
+        """After a kill: what was being made stays claimed."""
+        held = [p for p in self.folder.glob("claims/**/0*") if p.is_file() and p.stat().st_mtime >= self.started]
+        self.at_hand += len(held)
+        self.kills += 1
+        assert len(held) <= AT_HAND * workers, held
+
+
+def harm(rng: random.Random, stage: str, runs: Counted) -> None:
     """Starts a stage, waits until it writes, and does it some harm."""
-    kind, before = rng.choice(HARMS), newest(folder)
-    process = start(stage, recipe, log)
+    folder, log = runs.folder, runs.log
+    kind, before = rng.choice((*HARMS, "kill worker") if runs.on_ray else HARMS), newest(folder)
+    process = runs.start(stage)
     deadline = time.monotonic() + 60
     while newest(folder) <= before and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -128,32 +184,48 @@ def harm(rng: random.Random, stage: str, recipe: Path, folder: Path, log: Path) 
         code = process.wait(timeout=120)
         (folder / "filler").unlink()
         assert code == 0 or "Free some space" in log.read_text(), log.read_text()[-3000:]
-        return
-    if process.poll() is None:
+    elif kind == "kill worker":
+        for pid in rng.sample(pids := chaos.replica_pids(), min(1, len(pids))):
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).kill()
+        assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+    elif process.poll() is None:
+        workers = max(1, len(chaos.replica_pids()))
         process.send_signal(signal.SIGKILL)
         process.wait()
+        runs.count_kill(workers)
+    runs.count()
     if kind == "truncate":
         shards = [p for p in folder.rglob("0*.*") if p.suffix in (".parquet", ".arrow") and "events" not in p.parts]
         made = [p for p in shards if p.stat().st_mtime > before and p.stat().st_size]
         if made:
             os.truncate(victim := rng.choice(sorted(made)), rng.randrange(victim.stat().st_size))
+            runs.damaged += 1
 
 
 def test_what_is_killed_and_damaged_ends_as_if_nothing_had_happened(
     seed: int, tmp_path: Path, expected: dict[str, object]
 ) -> None:
-    rng, folder, log = random.Random(seed), tmp_path / "ws", tmp_path / "log"
-    recipe = write_recipe(tmp_path / "recipe.yaml", folder)
+    rng, folder, on_ray = random.Random(seed), tmp_path / "ws", seed % 2 == 1
+    recipe = write_recipe(tmp_path / "recipe.yaml", folder, 2 if on_ray else 1)
+    runs = Counted(folder, recipe, tmp_path / "log", on_ray=on_ray)
     try:
         with chaos.small_disk(folder, "64m"):
             for stage in STAGES:
                 if stage == "refresh":
                     add_events(folder)
                 for _ in range(HARMS_PER_STAGE):
-                    harm(rng, stage, recipe, folder, log)
+                    harm(rng, stage, runs)
                 # A file of an earlier stage may have been truncated: every stage is asked again, as `owlrec run` does.
                 for again in STAGES[: STAGES.index(stage) + 1]:
-                    assert start(again, recipe, log).wait(timeout=120) == 0, log.read_text()[-3000:]
+                    assert runs.start(again).wait(timeout=120) == 0, runs.log.read_text()[-3000:]
+                    runs.count()
             assert content(folder) == expected
     except PermissionError as error:
         pytest.skip(str(error))
+    place = "Ray" if on_ray else "one process"
+    print(
+        f"seed {seed}, {place}: {runs.kills} kills with {runs.at_hand} shards at hand; "
+        f"{runs.again} finished shards made again, {runs.damaged} files damaged"
+    )
+    assert runs.again <= runs.damaged

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from redis_server import free_port, needs_redis, redis_server
+from processes import free_port
+from redis_server import needs_redis, redis_server
 from release_rows import DELTAS, FULL, KINDS, Rows, answers, check, publish_chain, publish_rows, texts
 
 from owlrec.errors import ReleaseError, StoreUnavailableError

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from redis_server import free_port
+from processes import free_port
 from served_world import publish_world
 from test_rank_serve import ITEMS, write_artifacts
 

@@ -10,7 +10,7 @@ import urllib.request
 
 import httpx
 import pytest
-from redis_server import free_port
+from processes import free_port
 from served_world import publish_world
 
 from owlrec.decoding.counters import DecoderCounters

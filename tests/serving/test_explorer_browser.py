@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from redis_server import free_port
+from processes import free_port
 from served_world import publish_world
 from test_explorer_pages import by_ctr_alone, by_ctr_and_llm, explorer, write_tables
 

@@ -14,7 +14,7 @@ from collections import Counter
 
 import pytest
 import uvicorn
-from redis_server import free_port
+from processes import free_port
 from served_world import knowledge_app, publish_world
 from test_ranking import CTR, LLM, Table
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from redis_server import free_port, needs_redis, redis_server
+from processes import free_port
+from redis_server import needs_redis, redis_server
 from served_world import publish_world
 
 from owlrec.releases import current_release, roll_back

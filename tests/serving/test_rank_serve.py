@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from redis_server import free_port
+from processes import free_port
 
 from owlrec import schema
 from owlrec.ctr.artifact import artifact_folder, write_artifact

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from processes import command_lines
-from redis_server import free_port, needs_redis, redis_server
+from processes import command_lines, free_port
+from redis_server import needs_redis, redis_server
 from served_world import publish_world
 from typer.testing import CliRunner
 

@@ -1,14 +1,16 @@
 """Texts -> vectors by hashing words: no model, no download, no torch, thousands of texts a second on one core.
 
 A baseline to compare language models with, and the encoder of large trial runs: texts that share words and word pairs
-are near. scikit-learn's HashingVectorizer counts words and pairs in 2^18 hashed features; a fixed random matrix with
-eight non-zeros per feature, one in each eighth of the vector, projects them and keeps distances in expectation (a
-sparse Johnson-Lindenstrauss transform: Kane and Nelson, JACM 2014, "block construction"). The matrix comes from a hash
-function, not from a random generator, so that it is the same with every version of numpy.
+are near. scikit-learn's HashingVectorizer counts words and pairs in 2^18 hashed features; it gets them as bytes, cut
+in half the time that its own tokenizer takes. A fixed random matrix with eight non-zeros per feature, one in each
+eighth of the vector, projects them and keeps distances in expectation (a sparse Johnson-Lindenstrauss transform: Kane
+and Nelson, JACM 2014, "block construction"). The matrix comes from a hash function, not from a random generator, so
+that it is the same with every version of numpy.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,10 @@ from owlrec.errors import EngineError
 from owlrec.schema import shard_of
 
 HASHING = "hashing"  # encoder.model
-HASHING_IDENTITY = "hashing-256x8"  # change it with anything below: vectors of two versions must not mix
+HASHING_IDENTITY = "hashing-bytes-256x8"  # change it with anything below: vectors of two versions must not mix
 _FEATURES, _DIM, _BLOCKS = 1 << 18, 256, 8
+# What is neither a letter, a digit nor part of a character beyond ASCII separates words.
+_SEPARATED = bytes(b if b >= 128 or chr(b).isalnum() or chr(b) in "'_" else ord(" ") for b in range(256))
 
 
 class HashingEncoder:
@@ -35,7 +39,7 @@ class HashingEncoder:
                 f"the hashing encoder needs scikit-learn ({error}). Run `make setup`, or `pip install 'owlrec[cpu]'`."
             ) from None
         self._batch_size = batch_size
-        self._vectorizer = HashingVectorizer(n_features=_FEATURES, ngram_range=(1, 2), dtype=np.float32)
+        self._vectorizer = HashingVectorizer(n_features=_FEATURES, analyzer=_terms, norm=None, dtype=np.float32)
         self._projection = _projection()
 
     def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
@@ -52,6 +56,12 @@ class HashingEncoder:
             if on_batch:
                 on_batch(len(batch))
         return vectors
+
+
+def _terms(text: str) -> list[bytes]:
+    """The words of a text in lower case, and its pairs of neighbors."""
+    words = text.lower().encode("utf-8", "surrogatepass").translate(_SEPARATED).split()
+    return words + [first + b" " + second for first, second in pairwise(words)]
 
 
 @lru_cache(maxsize=1)

@@ -54,7 +54,7 @@ class EchoEngineConfig(EngineConfig):
 
 
 class EchoEngine(Engine):
-    """A token is a blank-separated word."""
+    """A token is what stands between blanks."""
 
     def __init__(self, config: EchoEngineConfig) -> None:
         self.config = config
@@ -63,7 +63,7 @@ class EchoEngine(Engine):
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
     ) -> Completion:
         """See Engine.complete."""
-        n_prompt = len(system.split()) + len(prompt.split())
+        n_prompt = count_words(system) + count_words(prompt)
         check_length(n_prompt, sampling, self.config.max_model_len)
         if self.config.latency_s:
             await asyncio.sleep(self.config.latency_s)
@@ -80,5 +80,5 @@ class EchoEngine(Engine):
 
 
 def count_words(text: str) -> int:
-    """Blank-separated words."""
-    return len(text.split())
+    """What stands between blanks."""
+    return text.count(" ") + 1 if text else 0

@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 from owlrec.generation.words import QUOTED, words_of
 
@@ -48,12 +49,13 @@ def repeats(
         return True
     if len(set(words)) > _MAX_DISTINCT_SHARE * len(words):
         return False
-    runs = _runs(words)
-    # So many runs, each of them said min_repeats times, are the fewest that cover the share; most texts have none.
-    fewest = max_repeated_share * len(words) / _RUN_WORDS
-    if len(set(runs)) <= len(runs) - fewest * (1 - 1 / min_repeats):
+    # Of the pairs of words within such runs each is said min_repeats times; most texts have too many different pairs.
+    pairs = len(words) - 1
+    within = max_repeated_share * len(words) * (1 - 1 / _RUN_WORDS)
+    if len(set(pairwise(words))) <= pairs - within * (1 - 1 / min_repeats):
+        runs = _runs(words)
         often = {run for run, count in Counter(runs).items() if count >= min_repeats}
-        if _covered_share(words, runs, often) >= max_repeated_share:
+        if often and _covered_share(words, runs, often) >= max_repeated_share:
             return True
     if text.count("\n") < _MIN_LIST_LINES - 1:
         return False

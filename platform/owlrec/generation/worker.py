@@ -32,6 +32,7 @@ from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
+_ASKED_AT_ONCE = 2048  # rows of one shard: more than an engine has in a batch, and far fewer tasks than rows
 METADATA = "metadata"  # the framework of a text that no LLM wrote
 READY_MADE = {"cohort": "collective", "user": "streaming"}  # the framework of prompts from a file, by kind
 
@@ -110,14 +111,22 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
     rows = await asyncio.to_thread(read_prompts, workspace, job, shard, engine, catalog)
     kept, asked = _keep_unchanged(_earlier_texts(work, job), rows)
     gate, cohorts = QualityGate(job.quality, job.scenario), _cohorts(workspace, job, shard)
+    outcomes: dict[int, Outcome] = {}
+    places = iter(range(len(asked)))
+
+    async def ask() -> None:
+        for at in places:
+            outcomes[at] = await _author(job, asked[at], engine, gate, cohorts.get(asked[at].id, ()))
+
     try:
-        outcomes = await asyncio.gather(*(_author(job, row, engine, gate, cohorts.get(row.id, ())) for row in asked))
+        await asyncio.gather(*(ask() for _ in range(min(_ASKED_AT_ONCE, len(asked)))))
     except EngineStopped as error:
         raise WorkerLost(str(error)) from error
     framework = READY_MADE[shard.kind] if shard.kind in job.ready else job.prompts.framework
-    new, dead = to_tables(job, framework, asked, outcomes)
+    became = [outcomes[at] for at in range(len(asked))]
+    new, dead = to_tables(job, framework, asked, became)
     # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for.
-    return await asyncio.to_thread(write_shard, work, kept, new, dead, outcomes)
+    return await asyncio.to_thread(write_shard, work, kept, new, dead, became)
 
 
 def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outcomes: Sequence[Outcome]) -> Result:

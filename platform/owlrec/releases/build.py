@@ -42,7 +42,7 @@ from owlrec.shards import Card, Shard
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shard_file, shards_for
 
-PART_IDS = 262_144  # ids of a kind in a part at most: some 300 MB, which a worker builds in seconds
+PART_IDS = 131_072  # ids of a kind in a part at most: some 150 MB, which a worker builds in seconds
 _READERS = 8  # threads that read shards: on an object store each waits for its answer most of the time
 BUILDS = "releases/.builds"  # which folder a release that is not finished yet is built in
 
