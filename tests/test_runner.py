@@ -316,6 +316,7 @@ def test_files_of_a_gathered_thousand_are_looked_for_at_the_end_of_a_run(
 ) -> None:
     for module in (runner, shards):
         monkeypatch.setattr(module, "BLOCK", 10)  # for a thousand
+    monkeypatch.setattr(shards, "GATHERED", 10)
     workspace = Workspace(s3_root)
     inputs = {Shard("user", number): "i" for number in range(11)}
     run_stage(workspace, Doubling(), dict(list(inputs.items())[:10]))

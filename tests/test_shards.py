@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from owlrec.shards import BLOCK, Artifact, Card, Shard
+from owlrec.shards import BLOCK, GATHERED, Artifact, Card, Shard
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 
@@ -114,9 +114,9 @@ def test_a_copied_workspace_is_hashed_once(artifact: Artifact, tmp_path: Path, c
 
 
 def gathered_artifact(workspace: Workspace) -> Artifact:
-    """2,500 shards without files, the full thousands of which are gathered."""
+    """2,050 shards without files, all gathered but the last fifty, which are few."""
     artifact = Artifact(workspace, "many")
-    for number in range(2 * BLOCK + 500):
+    for number in range(2 * BLOCK + 50):
         artifact.finish(Card(stage="s", shard=Shard("user", number).name, fingerprint=f"{number}"))
     artifact.gather(artifact.cards())
     return artifact
@@ -130,17 +130,24 @@ def test_gathered_thousands_are_one_read_each_and_hide_no_change(workspace: Work
         calls["read_bytes"] = 0
         return [card.fingerprint for card in artifact.cards().values()]
 
-    expected = [str(number) for number in range(2500)]
+    expected = [str(number) for number in range(2050)]
     assert fingerprints() == expected
-    assert calls["read_bytes"] == 2 + 500
+    assert calls["read_bytes"] == 2 + 50
 
     artifact.finish(Card(stage="s", shard=Shard("user", 1234).name, fingerprint="changed"))
     expected[1234] = "changed"
     assert fingerprints() == expected
-    assert calls["read_bytes"] == 2 + 500 + 1
-    artifact.gather(artifact.cards())
+    assert calls["read_bytes"] == 2 + 50 + 1
+    artifact.gather(["user/00001234"])
     assert fingerprints() == expected
-    assert calls["read_bytes"] == 2 + 500
+    assert calls["read_bytes"] == 2 + 50
+
+    for number in range(2050, 2050 + GATHERED):
+        artifact.finish(Card(stage="s", shard=Shard("user", number).name, fingerprint=str(number)))
+        expected.append(str(number))
+    artifact.gather(["user/00002050"])
+    assert fingerprints() == expected
+    assert calls["read_bytes"] == 3
 
     artifact.forget(Shard("user", 7))
     del expected[7]

@@ -146,10 +146,10 @@ def pending_shards(
 
     inputs: a digest of what each shard is made from.
     """
-    kinds = sorted({shard.kind for shard in inputs})
+    kinds, many = sorted({shard.kind for shard in inputs}), len(inputs) > BLOCK
     artifact = Artifact(workspace, folder)
-    done = _done(artifact.cards(*kinds, trusting=True), inputs)
-    if len(done) == len(inputs) > BLOCK:  # nothing else would look at the files of a gathered thousand
+    done = _done(artifact.cards(*kinds, trusting=many), inputs)
+    if len(done) == len(inputs) and many:  # nothing else would look at the files of what was gathered
         done = _done(artifact.cards(*kinds), inputs)
     return [shard for shard in inputs if shard.name not in done], done
 
@@ -181,11 +181,12 @@ def run_stage(
     present = pending_shards(workspace, stage.folder, inputs)[1] if done is None else done
     cards = {name: card for name, card in present.items() if name not in run.again}
     left = [shard for shard in inputs if shard.name not in cards]
-    idle, verified = 0, False
+    idle, verified, new = 0, False, list[str]()
 
     def finish(card: Card) -> None:
         if card.shard not in cards:
             cards[card.shard] = card
+            new.append(card.shard)
             if on_card:
                 on_card(card)
 
@@ -216,7 +217,7 @@ def run_stage(
             cards = {name: card for name, card in cards.items() if name in whole}
             left = [s for s in inputs if s.name not in cards]
     clear_claims(workspace, run.claims_folder, run.name)
-    run.artifact.gather(cards)
+    run.artifact.gather(new)
     return {shard.name: cards[shard.name] for shard in inputs}
 
 

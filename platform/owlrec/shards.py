@@ -20,7 +20,8 @@ from owlrec.errors import WorkspaceError
 from owlrec.storage import Entry, FileEntry
 from owlrec.workspace import Workspace, shard_file
 
-BLOCK = 1000  # shards whose cards lie in one folder, and in one file once all are there
+BLOCK = 1000  # shards whose cards lie in one folder
+GATHERED = 64  # so many cards of a folder, or more, are gathered in one file
 _READERS = 16  # threads: on an object store each waits for its answer most of the time
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -88,8 +89,8 @@ class Artifact:
         """The cards of all shards (of some kinds) whose files are whole, by name, in order: each folder of a thousand
         is listed once, and read as one file where it was gathered.
 
-        trusting: on an object store, where no file is cut off, files of a gathered thousand are not looked for. Who
-        trusts must look at the end: see runner.run_stage.
+        trusting: on an object store, where no file is cut off, files of folders that were gathered are not looked for.
+        Who trusts must look at the end: see runner.run_stage.
         """
         chosen = [kind for kind in self.workspace.names(self.folder, "cards") if not kinds or kind in kinds]
         blocks = [f"{kind}/{name}" for kind in chosen for name in self.workspace.names(self.folder, "cards", kind)]
@@ -127,15 +128,12 @@ class Artifact:
         """Removes a shard's card: its files are no longer what it says, or it is no shard of the artifact any more."""
         self.workspace.delete_file(self._file(shard))
 
-    def gather(self, cards: Mapping[str, Card]) -> None:
-        """Gathers full thousands of finished shards into one file each, where that was not done yet."""
-        blocks: dict[str, list[Card]] = {}
-        for card in cards.values():
-            blocks.setdefault(_block(Shard.of_name(card.shard)), []).append(card)
-        for block, finished in blocks.items():
-            if len(finished) < BLOCK:
-                continue
+    def gather(self, made: Iterable[str]) -> None:
+        """Gathers the cards of each folder into one file, of those folders that hold some of the shards `made`."""
+        for block in sorted({_block(Shard.of_name(name)) for name in made}):
             listed = self.workspace.entries(self.folder, "cards", block)
+            if len(listed) < GATHERED:
+                continue
             if {tag for tag, _ in self._read_gathered(block)} == {entry.e_tag for entry in listed.values()}:
                 continue
             # Read again, each with its e_tag: another run may have written one since.
@@ -153,14 +151,14 @@ class Artifact:
             return None
 
     def _read_block(self, block: str) -> tuple[list[Card], bool]:
-        """The cards of a folder of a thousand, and whether all stand in its gathered file."""
+        """The cards of a folder, and whether all stand in its gathered file."""
         listed = self.workspace.entries(self.folder, "cards", block)
         gathered: dict[str, Card] = {}
-        if len(listed) == BLOCK:
+        if len(listed) >= GATHERED:
             tags = {entry.e_tag: name for name, entry in listed.items()}
             gathered = {tags[tag]: card for tag, card in self._read_gathered(block) if tag in tags}
         cards = [gathered.get(name) or self._read(self.path("cards", block, name)) for name in listed]
-        return [card for card in cards if card is not None], len(gathered) == BLOCK
+        return [card for card in cards if card is not None], 0 < len(gathered) == len(listed)
 
     def _read_gathered(self, block: str) -> list[tuple[str, Card]]:
         path = self.path("gathered", f"{block}.jsonl")
