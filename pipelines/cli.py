@@ -170,6 +170,21 @@ def export(
         note(f"{rows:,} rows in {file}")
 
 
+@app.command("export-vectors")
+def export_vectors_(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    release: Annotated[str | None, typer.Option("--release", help="default: the current one")] = None,
+    artifact: Annotated[str | None, typer.Option("--artifact", help="of export-ctr, for its adapted fields")] = None,
+) -> None:
+    """Write a release's vectors as Parquet by raw id, for a trainer of your own."""
+    from pipelines.export_vectors import run as export_vectors
+
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace)
+        export_vectors(settings, open_workspace(settings), release=release, artifact=artifact)
+
+
 @app.command()
 def lookup(
     kind: Annotated[str, typer.Argument(help="user, item or cohort")],

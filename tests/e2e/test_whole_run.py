@@ -59,6 +59,16 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     exported = CliRunner().invoke(app, ["export-ctr", str(echo_recipe)])
     artifact = exported.stdout.partition("--artifact ")[2].strip()
     assert (workspace / artifact / "model.json").is_file(), exported.stdout
+    vectors = CliRunner().invoke(app, ["export-vectors", str(echo_recipe), "--artifact", artifact])
+    assert vectors.exit_code == 0, vectors.output
+    (folder,) = (workspace / "exports").iterdir()
+    for kind in ("user", "item"):
+        table = pq.read_table(folder / kind)
+        written = [id_ for of, id_, _ in rows if of == kind]
+        assert sorted(table["id"].to_pylist()) == written
+        assert table["raw_id"].to_pylist() == [str(id_) for id_ in table["id"].to_pylist()]
+        assert table["semantic_id"].null_count == 0
+        assert {len(fields) for fields in table["adapted"].to_pylist()} != {0}
 
 
 def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path: Path) -> None:

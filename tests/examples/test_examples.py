@@ -48,7 +48,15 @@ def test_a_source_of_ones_own_gives_tables() -> None:
     users, items, interactions = (part.splitlines()[1:] for part in printed.strip().split("\n\n"))
     assert [len(users), len(items), len(interactions)] == [3, 3, 4]
     assert "Green tea" in items[1]
-    assert interactions[-1].split()[2:] == ["1.0", "1700003600000"]
+    assert interactions[-1].split()[2:] == ["1700003600000", "1.0"]
+
+
+@pytest.mark.e2e
+def test_a_trainer_outside_reads_the_vectors_of_a_release() -> None:
+    rows, components, found = re.findall(r"([\d,]+) rows with vectors of (\d+) .* (0\.\d+)", run("vectors_in_torch"))[0]
+    assert int(rows.replace(",", "")) > 1000
+    assert components == "256"
+    assert float(found) > 0.5
 
 
 @pytest.mark.e2e

@@ -1,0 +1,120 @@
+"""Vectors for trainers of one's own: Parquet by raw id, what a lookup in a release would answer."""
+
+from contextlib import nullcontext
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+
+from owlrec.ctr.artifact import Adapted
+from owlrec.ctr.model_card import read_card
+from owlrec.errors import ReleaseError
+from owlrec.ops.console import note, progress, stage_header
+from owlrec.recipe import Recipe
+from owlrec.releases.release import Release, open_release
+from owlrec.runner import Pool, Result, Stage, Work, run_stage
+from owlrec.schema import TABLES, Kind
+from owlrec.shards import Shard
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
+from pipelines.session import ray_session
+
+FOLDER = "exports"
+_HERE_IDS = 300_000  # that this process looks up in some ten seconds
+_IDS_AT_ONCE = 4096
+
+
+class ExportVectors(Stage):
+    """Shards of the users or items table, as files of the same number."""
+
+    name = "export-vectors"
+
+    def __init__(self, folder: str, release: str, artifact: str | None) -> None:
+        """artifact: whose adaptor's fields are exported, too."""
+        self.folder, self.release, self.artifact = folder, release, artifact
+        self._opened: Release | None = None
+        self._adapted: dict[str, Adapted] = {}
+
+    def open(self, workspace: Workspace, worker: str) -> None:
+        """Opens the release; its parts are fetched as they are asked for."""
+        self._opened = open_release(workspace, self.release, verify=False, lazily=True)
+        if self.artifact is not None:
+            self._adapted = {side: Adapted.open(workspace, self.artifact, side) for side in TABLES}
+
+    def run(self, work: Work) -> Result:
+        """Writes the ids of a shard that have a vector."""
+        kind = cast(Kind, work.shard.kind)
+        rows = work.workspace.read_shard(TABLES[kind], work.shard.number, [f"{kind}_id", "raw_id"])
+        starts = range(0, max(1, len(rows)), _IDS_AT_ONCE)
+        table = pa.concat_tables([self._piece(kind, rows.slice(at, _IDS_AT_ONCE)) for at in starts])
+        path = work.shard.file()
+        work.check()
+        file = work.workspace.write_parquet(work.artifact.path(path), table)
+        return Result({path: file}, rows_in=len(table), rows_out=len(table))
+
+    def close(self) -> None:
+        """Closes the release."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _piece(self, kind: Kind, rows: pa.Table) -> pa.Table:
+        assert self._opened is not None
+        store, ids = self._opened.store, rows[f"{kind}_id"].to_numpy()
+        vectors, there = store.vectors(kind, ids)
+        kept = np.flatnonzero(there)
+        ids, vectors = ids[kept], vectors[kept]
+        codes, coded = store.codes(kind, ids)
+        texts = store.get(kind, ids)
+        columns = {
+            "raw_id": rows["raw_id"].take(pa.array(kept)),
+            "id": pa.array(ids, pa.int64()),
+            "vector": _lists(vectors.astype(np.float16)),
+            "semantic_id": pa.array(
+                [own if there else None for own, there in zip(codes.tolist(), coded.tolist(), strict=True)],
+                pa.list_(pa.uint16()),
+            ),
+            "as_of": pa.array([None if text is None else text.as_of for text in texts], pa.int64()),
+            "release": pa.array([self._opened.name] * len(ids), pa.string()),
+        }
+        if self._adapted:
+            columns["adapted"] = _lists(self._adapted[kind].gather(ids))
+        return pa.table(columns)
+
+
+def _lists(matrix: np.ndarray) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), max(1, matrix.shape[1]))
+
+
+def run(
+    recipe: Recipe, workspace: Workspace, *, release: str | None = None, artifact: str | None = None
+) -> dict[str, str]:
+    """Writes the vectors of a release, by default the current one; the folder of each kind.
+
+    Columns: raw_id, id, vector (float16), semantic_id (uint16, the duplicate digit last, null where there is none),
+    as_of (ms, the newest thing that the text knows), release, and with an artifact of `export-ctr` adapted (float32):
+    what its adaptor makes of the vectors. An id without a vector has no row. Files that are there already stay.
+    Raises ReleaseError where nothing is published, WorkspaceError where there is no such artifact.
+    """
+    stage_header("export-vectors", release or "the current release")
+    if artifact is not None:
+        read_card(workspace, artifact)
+    with open_release(workspace, release, verify=False, lazily=True) as opened:
+        name = opened.name
+        kinds = {kind: opened.store.count(kind) for kind in TABLES}
+    if not any(kinds.values()):
+        raise ReleaseError(f"release {name} holds neither users nor items. Publish some knowledge first.")
+    folder = f"{FOLDER}/{name}{f'-{fingerprint(artifact)[:8]}' if artifact else ''}"
+    stage = ExportVectors(folder, name, artifact)
+    inputs = {Shard(kind, number): name for kind in kinds for number in range(workspace.n_shards(kind))}
+    pool = Pool(
+        here=sum(kinds.values()) <= _HERE_IDS,
+        max_workers=len(inputs),
+        log_path=str(workspace.log_path("export-vectors")),
+    )
+    session = nullcontext() if pool.here else ray_session(recipe.ray, workspace.log_path("ray"))
+    with session, progress("writing vectors", None) as advance:
+        cards = run_stage(workspace, stage, inputs, pool, lambda card: advance(card.rows_out))
+    rows = {kind: sum(card.rows_out for card in cards.values() if card.shard.startswith(f"{kind}/")) for kind in kinds}
+    note(", ".join(f"{n:,} {kind} vectors" for kind, n in rows.items()) + f": {workspace.path(folder)}")
+    return {kind: f"{folder}/{kind}" for kind in kinds}
