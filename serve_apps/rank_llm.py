@@ -37,6 +37,7 @@ class LlmReplica:
             item_retriever(self._workspace, config.item_encoder(settings.encoder, engine), config.projection),
             settings.domain,
             config,
+            settings.split.history_length,
             token_counter(engine),
         )
         self._scorer = Scorer(engine, lora_rank=_ADAPTER_RANK, template_options=config.template_options)

@@ -1,7 +1,8 @@
 """What the LLM is asked about a request's candidates: the user's behaviours that bear on each of them (SUBR, ReLLa), in
 the words that the ranker was tuned on.
 
-A history that comes with the request stands in the place of the one that the workspace knows; nothing is kept of it.
+A user who comes by id is asked about by their latest behaviors, as the samples were. A history that comes with the
+request stands in the place of these; nothing is kept of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,22 +25,26 @@ class QuestionWriter:
         retriever: BehaviourRetriever,
         scenario: Scenario,
         config: RankingConfig,
+        history_length: int,
         count_tokens: Callable[[str], int],
     ) -> None:
-        """config: that the ranker was tuned with; the last of its ways of showing behaviours is asked in."""
+        """config: that the ranker was tuned with; the last of its ways of showing behaviours is asked in.
+        history_length: of the samples that it was tuned on.
+        """
         self._tables = tables
         self._retriever = retriever
         self._scenario = scenario
         self._config = config
+        self._history_length = history_length
         self._count_tokens = count_tokens
         self._shown: Shown = config.data.shown[-1]
 
     def write(self, asked: Rank, candidates: Sequence[int]) -> list[tuple[str, str]]:
         """System turn and user turn about each candidate, in their order; two "" for one without a title."""
         if asked.history is None:
-            behaviours = [] if asked.user_id is None else self._tables.behaviours(asked.user_id)
+            behaviours = [] if asked.user_id is None else self._tables.recent(asked.user_id, self._history_length)
         else:
-            behaviours = [(b.item_id, b.rating) for b in asked.history]
+            behaviours = [(b.item_id, b.rating) for b in asked.history if b.taken]
         items = [item for item, _ in behaviours]
         titles, targets = self._tables.titles(items), self._tables.titles(list(candidates))
         profile = self._profile(asked)
