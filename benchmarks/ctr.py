@@ -206,7 +206,7 @@ def _off_the_trainer(
 ) -> float:
     """The largest difference over the first test samples, each asked for as a request of its own."""
     test = samples.filter(pc.equal(samples["split"], "test")).slice(0, rows).to_pylist()
-    asked = [scorer.score(User(r["user_id"], r["history"], r["history_ratings"]), [r["item_id"]])[0] for r in test]
+    asked = [scorer.score(User.of_sample(r), [r["item_id"]])[0] for r in test]
     with torch.inference_mode():
         trained = model(trainer.batch(torch.arange(len(test)))).double().sigmoid().numpy()
     return float(np.abs(np.array(asked) - trained).max())

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 import pipelines
+from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
 from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
 from owlrec.decoding.options import LEAD_TOKENS
@@ -156,7 +157,7 @@ def prepare(
     """Prompts of every workload, `requests` each, and the texts of the pools: written by plain vLLM, once a machine."""
     recipe = load_recipe(RECIPE)
     raw = MovieLens100KSource(type="movielens-100k").load()
-    histories = build_samples(raw.interactions, recipe.split, recipe.domain.positive_above).histories
+    histories = build_samples(raw.interactions, recipe.split, RATED).histories
     catalog, tokenizer = ItemCatalog(raw.items), load_tokenizer(PACKAGED)
     n_pool = 24 if quick else POOL_TEXTS
     rows = [r for r in histories.to_pylist() if len(r["items"]) >= 8]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.engine import SamplingConfig
@@ -90,7 +91,7 @@ def _speed(prompts: int, rounds: int) -> list[Figure]:
 def _movielens(workspace: Workspace, prompts: int) -> None:
     """Users of MovieLens-100K, some of them twice under another id where more are asked for than there are."""
     raw = MovieLens100KSource(type="movielens-100k").load()
-    histories = build_samples(raw.interactions, SplitConfig(), 3).histories
+    histories = build_samples(raw.interactions, SplitConfig(), RATED).histories
     users, catalog = raw.users, raw.items
     more = max(0, prompts - histories.num_rows)
     if more:  # the same user one behaviour earlier is another prompt

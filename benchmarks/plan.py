@@ -107,6 +107,16 @@ LONG_PARTS = (
         "Recent or retrieved behaviours, for the ranker of 1,024 shots (behind ranking-shots; 25 minutes)?",
     ),
     Part(
+        "outcomes",
+        "outcomes",
+        "What does a CTR model lose where a log holds clicks and impressions in place of ratings (ten minutes)?",
+    ),
+    Part(
+        "resume",
+        "resume",
+        "How soon does a job of 10^5 shards that are done but one start its engine on S3 (six minutes)?",
+    ),
+    Part(
         "scale",
         "scale --users 1e6 --items 1e5 --interactions 3e7 --growth",
         "How fast is the whole chain, in how much memory, and what do 1 % more users cost?",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.samples import RATED, labelled
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation.models import PACKAGED
 from owlrec.ops.fleet import FleetConfig, FleetGroup
@@ -26,7 +27,7 @@ from owlrec.ops.policies import Horizon, Policy, runs_of
 from owlrec.ops.workload import Call, WorkloadFigures, measured_workload
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import pointer
-from owlrec.schema import HISTORIES, INTERACTIONS
+from owlrec.schema import HISTORIES
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.workspace import Workspace, shards_for
@@ -153,12 +154,16 @@ def _prepare(workspace: Workspace, size: tuple[int | None, int | None]) -> None:
     users, first, count = np.unique(order["user_id"].to_numpy(), return_index=True, return_counts=True)
     place = (np.arange(order.num_rows) - np.repeat(first, count)) / np.repeat(count, count)
     read, news = order.filter(pa.array(place < READ)), order.filter(pa.array((place >= READ) & (place < READ + NEWS)))
-    tables = {"users": raw.users, "interactions": read, "histories": _histories(read)}
+    tables = {"users": raw.users, "interactions": labelled(read), "histories": _histories(read)}
     for name, table in tables.items():
         workspace.write_table(name, table, key="user_id", n_shards=shards_for(len(users), SHARD_ROWS))
     workspace.write_table("items", raw.items, key="item_id", n_shards=shards_for(raw.items.num_rows, SHARD_ROWS))
-    workspace.write_parquet("events/news.parquet", news.select(INTERACTIONS.names).cast(INTERACTIONS))
-    counts: dict[str, float | int | str] = {"users": raw.users.num_rows, "items": raw.items.num_rows}
+    workspace.write_parquet("events/news.parquet", news)
+    counts: dict[str, float | int | str] = {
+        "users": raw.users.num_rows,
+        "items": raw.items.num_rows,
+        "labels": RATED.model_dump_json(),
+    }
     finish_stage(workspace, "prepare", "planner" * 8, counts=counts)
 
 

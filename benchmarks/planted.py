@@ -89,6 +89,7 @@ def plant(n_users: int, n_items: int, *, rows_per_user: int = 20, seed: int = 0)
         "timestamp": np.zeros(n, np.int64),
         "history": pa.ListArray.from_arrays(offsets, pa.array(rng.integers(n_items, size=lengths.sum()))),
         "history_ratings": pa.ListArray.from_arrays(offsets, pa.array(ratings.astype(np.float32))),
+        "history_labels": pa.ListArray.from_arrays(offsets, pa.array((ratings > 3).astype(np.float32))),
         "split": names[user_ids],
     }
     return PlantedWorld(

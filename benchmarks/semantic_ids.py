@@ -13,6 +13,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
 from owlrec.encoding.code_quality import QuantisationReport, measure_codes
 from owlrec.encoding.coded_vectors import CODED_KINDS
@@ -21,7 +22,6 @@ from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vecto
 from owlrec.encoding.vector_shards import VectorShards
 from owlrec.encoding.vectors import item_metadata, user_metadata
 from owlrec.errors import SourceError
-from owlrec.scenario import get_scenario
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import SplitConfig, build_samples
@@ -81,7 +81,7 @@ def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
 def _of_metadata(options: argparse.Namespace) -> dict[str, Coded]:
     most = 300 if options.quick else None
     raw = MovieLens100KSource(type="movielens-100k", max_users=most, max_items=most).load()
-    split = build_samples(raw.interactions, SplitConfig(), get_scenario("movies").positive_above)
+    split = build_samples(raw.interactions, SplitConfig(), RATED)
     texts = {
         "user": user_metadata(raw.users, ItemCatalog(raw.items), split.histories),
         "item": item_metadata(raw.items),

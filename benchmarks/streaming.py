@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.samples import RATED, labelled
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.batches import SplitBatches, Tables
 from owlrec.ctr.experiment import CTRConfig, Trial
@@ -32,7 +33,7 @@ from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import State
 from owlrec.releases.release import open_release
-from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES
+from owlrec.schema import HISTORIES, SAMPLES
 from owlrec.shards import finish_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
@@ -93,13 +94,13 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     import importlib
 
     workspace = Workspace(recipe.workspace)
-    interactions = _between(raw, -1, until)
+    interactions = labelled(_between(raw, -1, until))
     histories = _histories(interactions)
     tables = {"users": raw.users, "interactions": interactions, "histories": histories}
     for name, table in tables.items():
         workspace.write_table(name, table, key="user_id", n_shards=shards_for(raw.users.num_rows, recipe.shard_rows))
     workspace.write_table("items", raw.items, key="item_id", n_shards=shards_for(raw.items.num_rows, recipe.shard_rows))
-    counts = {"users": raw.users.num_rows, "items": raw.items.num_rows}
+    counts = {"users": raw.users.num_rows, "items": raw.items.num_rows, "labels": RATED.model_dump_json()}
     finish_stage(workspace, "prepare", f"{until:064d}", counts=counts)
     for stage in ("generate", "encode", "publish"):
         importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
@@ -131,7 +132,7 @@ def _refreshes(
         low, high = start + day * DAY_MS, start + min(day + step, days) * DAY_MS
         events = _between(raw, low, high)
         if events.num_rows:
-            workspace.write_parquet(f"events/{day:04d}.parquet", events.select(INTERACTIONS.names).cast(INTERACTIONS))
+            workspace.write_parquet(f"events/{day:04d}.parquet", events)
         print(f"day {day} of {days}: {events.num_rows} events", file=sys.stderr, flush=True)
         if workspace.exists("events"):
             states = run(recipe, workspace, now=high)
@@ -305,6 +306,7 @@ def _samples(raw: RawTables, start: int, end: int) -> pa.Table:
                 moments[i],
                 items[past].tolist(),
                 ratings[past].tolist(),
+                (ratings[past] > 3).astype(float).tolist(),
                 split,
             )
             for name, value in zip(rows, values, strict=True):

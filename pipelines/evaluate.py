@@ -8,6 +8,7 @@ from owlrec.ops.run_report import collect
 from owlrec.recipe import Recipe
 from owlrec.releases.release import open_release
 from owlrec.shards import Card, needed_stage
+from owlrec.sources.outcomes import Labels
 from owlrec.workspace import Workspace
 from pipelines.stage import Counts, Outputs, execute, main
 
@@ -27,7 +28,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                 results,
                 scores=read_grid_scores(workspace, grid_print, grid),
                 run=recipe.name,
-                protocol=_protocol(recipe),
+                protocol=_protocol(recipe, Labels.of_card(prepared).about),
                 facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
             )
         report = f"reports/{recipe.name}.html"
@@ -62,14 +63,14 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     return execute(workspace, "evaluate", trained.fingerprint, "figures and report", body, always=True)
 
 
-def _protocol(recipe: Recipe) -> str:
+def _protocol(recipe: Recipe, labels: str) -> str:
     """How the figures were made, in a line: an AUC without its split and label rule means nothing."""
     split = recipe.split
     return (
         f"{recipe.source.type}, split by {split.method} {':'.join(map(str, split.ratios))} (split seed {split.seed}), "
-        f"label 1 where rating > {recipe.domain.positive_above:g}, history {split.history_length}; the LLM read the "
-        f"first half of each history, at most {split.llm_history} behaviours, and every sample is later; no sampled "
-        f"negatives; seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
+        f"{labels}, history {split.history_length}; the LLM read the first half of what each user took, at most "
+        f"{split.llm_history} behaviors, and every sample is later; "
+        f"seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
     )
 
 

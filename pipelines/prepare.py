@@ -8,6 +8,7 @@ from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
 from owlrec.runner import Pool, Stage, run_stage
 from owlrec.shards import Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages
+from owlrec.sources.outcomes import Labels
 from owlrec.sources.preparation import Preparation
 from owlrec.sources.prepared import FOLDER, USER_TABLES
 from owlrec.sources.splits import SPLITS
@@ -25,9 +26,9 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     earlier run stay then. Raises WorkspaceError where another `prepare` is at this workspace.
     """
     stage_header("prepare", f"{recipe.source.type} to tables")
-    preparation = Preparation(
-        workspace, recipe.source.open(), recipe.split, recipe.domain.positive_above, recipe.shard_rows
-    )
+    source = recipe.source.open()
+    labels = Labels.of(recipe.labels, source.outcomes, recipe.scenario.positive_above)
+    preparation = Preparation(workspace, source, recipe.split, labels, recipe.shard_rows)
     made_of = preparation.made_of
     done = finished_stage(workspace, "prepare")
     if done is not None and done.counts.get("made_of") == made_of and preparation.whole:
@@ -49,8 +50,8 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
         made, content = preparation.run(make, lambda: forget_stages(workspace, from_stage("prepare")))
         items, users = made.pop("items"), made.pop("all_users")
         note(f"{users:,} users, {items:,} items, {made['interactions']:,} interactions")
-        note(", ".join(f"{made[f'samples_{s}']:,} {s} samples" for s in SPLITS))
-        counts: Counts = {"items": items, **made, "made_of": made_of}
+        note(", ".join(f"{made[f'samples_{s}']:,} {s} samples" for s in SPLITS) + f"; {labels.about}")
+        counts: Counts = {"items": items, **made, "made_of": made_of, "labels": labels.model_dump_json()}
         outputs = {name: f"{FOLDER}/{name}" for name in ("items", *USER_TABLES)}
         card = finish_stage(workspace, "prepare", content, counts=counts, outputs=outputs, seconds=watch.seconds)
         preparation.tidy()

@@ -88,6 +88,7 @@ class CtrReplica:
             user_id=asked["user_id"],
             history=None if history is None else [b["item_id"] for b in history],
             ratings=None if history is None else [b["rating"] for b in history],
+            taken=None if history is None else [b["taken"] for b in history],
             profile=asked["profile"],
         )
         # A thread: torch lets go of the interpreter, and the replica goes on taking requests.

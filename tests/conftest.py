@@ -17,6 +17,7 @@ from s3 import s3_server
 
 from owlrec import schema
 from owlrec.shards import finish_stage
+from owlrec.sources.outcomes import Labels
 from owlrec.workspace import Workspace
 
 # Before anything imports Ray or Hugging Face libraries: they read these once.
@@ -41,7 +42,7 @@ WATCHING = ("serving", "releases", "client")  # folders of tests that ask server
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long the chaos test and the fuzzer go on, and which lane of the suite runs."""
-    parser.addoption("--chaos-seeds", type=int, default=3, help="seeded runs of tests/e2e/test_chaos.py")
+    parser.addoption("--chaos-seeds", type=int, default=1, help="seeded runs of tests/e2e")
     parser.addoption("--fuzz-cases", type=int, default=200, help="requests of tests/serving/test_fuzz.py, at least")
     parser.addoption("--lane", choices=("main", "e2e", "beside"), help="of the suite: see tests/lanes.py")
 
@@ -149,11 +150,13 @@ def small_world(workspace: Workspace) -> Workspace:
             "ratings": pa.array(
                 [[float(1 + (u + k) % 5) for k in range(5)] for u in range(40)], pa.list_(pa.float32())
             ),
+            "passed": pa.array([[]] * 40, pa.list_(pa.int64())),
         },
         schema=schema.HISTORIES,
     )
     workspace.write_table("users", users, key="user_id", n_shards=4)
     workspace.write_table("histories", histories, key="user_id", n_shards=4)
     workspace.write_table("items", items, key="item_id", n_shards=4)
-    finish_stage(workspace, "prepare", "f" * 64)
+    labels = Labels(rule="rating_above", rating_above=3)
+    finish_stage(workspace, "prepare", "f" * 64, counts={"labels": labels.model_dump_json()})
     return workspace

@@ -44,7 +44,7 @@ def test_a_bare_off_is_a_word_and_not_false(tmp_path: Path) -> None:
 
 def test_label_rule_can_be_overridden(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text(GOOD + "positive_above: 4\n")
+    file.write_text(GOOD + "labels: {rating_above: 4}\n")
     assert load_recipe(file).domain.positive_above == 4
 
 
@@ -53,7 +53,7 @@ def test_label_rule_can_be_overridden(tmp_path: Path) -> None:
     [
         ("samplng: {}", "samplng: unknown key. Did you mean 'sampling'?"),
         ("sampling: {max_token: 3}", "sampling.max_token: unknown key. Did you mean 'max_tokens'?"),
-        ("split: {method: usr}", "split.method: Input should be 'user' or 'time' (found 'usr')"),
+        ("split: {method: usr}", "split.method: Input should be 'user', 'time' or 'column' (found 'usr')"),
         ("shard_rows: 0", "shard_rows: Input should be greater than or equal to 1 (found 0)"),
         ("name: again", "key 'name' occurs twice"),
         ("ctr: {seeds: abc}", "ctr.seeds:"),
@@ -112,7 +112,7 @@ WINES = """
 
 def test_a_scenario_may_be_written_out(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text(GOOD.replace(" movies", WINES) + "positive_above: 4\n")
+    file.write_text(GOOD.replace(" movies", WINES) + "labels: {rating_above: 4}\n")
     domain = load_recipe(file).domain
     assert (domain.item, domain.user_factors, domain.positive_above) == ("wine", ("grape", "region"), 4)
     with pytest.raises(RecipeError) as error:

@@ -33,15 +33,23 @@ def test_shards_cover_all_ids_evenly_even_with_a_stride() -> None:
 
 
 def _interactions(**columns: list) -> pa.Table:
-    base = {"user_id": [1], "item_id": [2], "rating": [3.0], "timestamp": [1_000_000_000_000]}
-    return pa.table(base | columns)
+    base = {
+        "user_id": [1],
+        "item_id": [2],
+        "rating": [3.0],
+        "timestamp": [1_000_000_000_000],
+        "label": [0.0],
+        "split": [None],
+    }
+    n = len(columns.get("user_id", [1]))
+    return pa.table({name: columns.get(name, values[:1] * n) for name, values in base.items()})
 
 
 def test_conform_orders_and_types_and_keeps_further_columns() -> None:
-    table = pa.table({"timestamp": [1], "extra": ["x"], "rating": [None], "item_id": [2], "user_id": [1]})
-    conformed = schema.conform(table, schema.INTERACTIONS, name="t")
-    assert conformed.column_names == ["user_id", "item_id", "rating", "timestamp", "extra"]
-    assert conformed.schema.field("rating").type == pa.float32()
+    table = pa.table({"title": ["t"], "extra": ["x"], "raw_id": [7], "item_id": [2]})
+    conformed = schema.conform(table, schema.ITEMS, name="t")
+    assert conformed.column_names == ["item_id", "raw_id", "title", "extra"]
+    assert conformed.schema.field("raw_id").type == pa.string()
 
 
 def test_missing_column_is_named() -> None:

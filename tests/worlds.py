@@ -27,7 +27,9 @@ def write_samples(workspace: Workspace, samples: pa.Table) -> None:
     shards = shard_of(samples["user_id"].to_numpy(), n_shards)
     for number in range(n_shards):
         rows = samples.take(np.flatnonzero(shards == number))
-        history, ratings = rows["history"].combine_chunks(), rows["history_ratings"].combine_chunks()
+        history, ratings, labels = (
+            rows[column].combine_chunks() for column in ("history", "history_ratings", "history_labels")
+        )
         lengths = pc.list_value_length(history).to_numpy()
         ends = np.cumsum(lengths)
         columns = {
@@ -35,6 +37,8 @@ def write_samples(workspace: Workspace, samples: pa.Table) -> None:
             "item_id": pc.list_flatten(history),
             "rating": pc.list_flatten(ratings),
             "timestamp": np.arange(lengths.sum()),
+            "label": np.ones(lengths.sum()) if labels.null_count else pc.list_flatten(labels),
+            "split": pa.nulls(int(lengths.sum())),
         }
         interactions = pa.table(columns).cast(schema.INTERACTIONS)
         stored = {name: rows[name] for name in schema.SAMPLE_ROWS.names if name in rows.column_names}

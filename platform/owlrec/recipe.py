@@ -28,6 +28,7 @@ from owlrec.refresh.config import RefreshConfig
 from owlrec.registry import Registry
 from owlrec.scenario import Scenario, get_scenario
 from owlrec.sources import SourceConfig
+from owlrec.sources.outcomes import LabelConfig
 from owlrec.sources.splits import SplitConfig
 
 
@@ -47,8 +48,7 @@ class Recipe(Config):
     workspace: str
     source: SourceConfig
     split: SplitConfig = SplitConfig()
-    # Overrides the scenario's rule (label 1 where the rating exceeds it).
-    positive_above: float | None = None
+    labels: LabelConfig = LabelConfig()
     shard_rows: int = Field(1024, ge=1)  # about this many users or items a shard: the unit of resuming
     cohorts: CohortsConfig | None = None  # None = no cohorts are built; `cohorts: {}` builds them by the defaults
     prompts: PromptConfig = PromptConfig()
@@ -79,10 +79,13 @@ class Recipe(Config):
 
     @property
     def domain(self) -> Scenario:
-        """The scenario itself, with this recipe's label rule."""
-        if self.positive_above is None:
-            return self.scenario
-        return self.scenario.model_copy(update={"positive_above": self.positive_above})
+        """The scenario itself, as this recipe's label rule has it: a rating that is no grade tells how often."""
+        changes: dict[str, Any] = {}
+        if self.labels.rating_above is not None:
+            changes["positive_above"] = self.labels.rating_above
+        if self.labels.rule == "positives_only":
+            changes |= {"rating_unit": "time", "rating_best": 5, "positive_above": -1}
+        return self.scenario.model_copy(update=changes)
 
 
 def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas: int | None = None) -> Recipe:

@@ -19,6 +19,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import KINDS, Kind, shard_of
 from owlrec.shards import Artifact, Card, Shard, in_threads
+from owlrec.sources.splits import in_histories
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shard_file
 
@@ -148,16 +149,16 @@ class Split(Stage):
                 for half, kept in ((number, ~high), (number + n, high)):
                     part = table.filter(pa.array(kept))
                     if name == "samples":
-                        part = _moved(work.workspace, folder, number, part, half, 2 * n)
+                        part = _moved(work.workspace, number, part, half, 2 * n)
                     target = f"{folder}/{name}/{shard_file(half, suffix)}"
                     files[target] = _write(work.workspace, f"{self.folder}/{target}", part)
                     rows[target] = part.num_rows
         return Result(files, sum(rows.values()), sum(rows.values()), counts=rows)
 
 
-def _moved(workspace: Workspace, folder: str, number: int, samples: pa.Table, half: int, n_shards: int) -> pa.Table:
+def _moved(workspace: Workspace, number: int, samples: pa.Table, half: int, n_shards: int) -> pa.Table:
     """Samples whose histories stand where they do among the interactions of one half."""
-    users = workspace.read_parquet(f"{folder}/interactions/{shard_file(number)}", ["user_id"])["user_id"].to_numpy()
+    users = in_histories(workspace, number, ["user_id"])["user_id"].to_numpy()
     before = np.r_[0, np.cumsum(shard_of(users, n_shards) == half)].astype(np.int32)
     for column in ("history_start", "history_end"):
         place = samples.column_names.index(column)

@@ -21,10 +21,12 @@ class Scenario(Config):
     items: str  # plural noun
     consumed: str  # past tense of what a user does with an item
     history: str  # what the user's list of behaviours is called
-    rating_unit: str  # noun that follows a rating, singular; "" where behaviours carry no graded rating
+    rating_unit: str  # noun that follows a rating, singular; "" where ratings are not quoted
+    passed_over: str = "was shown but left alone"  # past tense, of an item that was there and was not taken
+    rating_best: float = 5  # the highest rating; quoted beside each where it is another than 5
     user_factors: tuple[str, ...]
     item_factors: tuple[str, ...]
-    positive_above: float  # the label is 1 where the rating exceeds this; implicit feedback is written as rating 1
+    positive_above: float  # of rated data: the label is 1 where the rating exceeds this
     text_fields: tuple[str, ...]  # item columns quoted in prompts after the title, where a table has them
     profile_fields: tuple[str, ...] = ("gender", "age", "occupation")
 
@@ -54,6 +56,7 @@ SCENARIOS: dict[str, Scenario] = {
             item="movie",
             items="movies",
             consumed="watched",
+            passed_over="was shown but did not watch",
             history="viewing history",
             rating_unit="star",
             user_factors=(
@@ -86,6 +89,7 @@ SCENARIOS: dict[str, Scenario] = {
             item="book",
             items="books",
             consumed="read",
+            passed_over="was shown but did not read",
             history="reading history",
             rating_unit="star",
             user_factors=_OF_BOOKS,
@@ -98,6 +102,7 @@ SCENARIOS: dict[str, Scenario] = {
             item="song",
             items="songs",
             consumed="played",
+            passed_over="was offered but did not play",
             history="listening history",
             rating_unit="star",
             user_factors=("style", "mood", "rhythm", "listening preference"),
@@ -110,6 +115,7 @@ SCENARIOS: dict[str, Scenario] = {
             item="app",
             items="apps",
             consumed="installed",
+            passed_over="was shown but did not install",
             history="installation history",
             rating_unit="star",
             user_factors=("open-domain tags", "usage patterns", "preferences"),
@@ -122,6 +128,7 @@ SCENARIOS: dict[str, Scenario] = {
             item="ad",
             items="ads",
             consumed="clicked",
+            passed_over="was shown but did not click",
             history="click history",
             rating_unit="",
             user_factors=_OF_ADS,
@@ -134,6 +141,7 @@ SCENARIOS: dict[str, Scenario] = {
             item="news article",
             items="news articles",
             consumed="read",
+            passed_over="was shown but did not open",
             history="reading history",
             rating_unit="",
             user_factors=("topic", "region", "people and organisations", "depth", "tone", "timeliness"),

@@ -30,7 +30,14 @@ TABLE_KINDS: dict[str, Kind] = {
 USERS = pa.schema([("user_id", pa.int64()), ("raw_id", pa.string())])  # then one string column a profile field
 ITEMS = pa.schema([("item_id", pa.int64()), ("raw_id", pa.string()), ("title", pa.string())])  # then attributes
 INTERACTIONS = pa.schema(
-    [("user_id", pa.int64()), ("item_id", pa.int64()), ("rating", pa.float32()), ("timestamp", pa.int64())]
+    [
+        ("user_id", pa.int64()),
+        ("item_id", pa.int64()),
+        ("rating", pa.float32()),  # a grade, or how often; null: none
+        ("timestamp", pa.int64()),
+        ("label", pa.float32()),  # what models learn, in [0, 1]; see sources.outcomes for what was taken or passed over
+        ("split", pa.int8()),  # a predefined one: its place among train, valid and test; null where the source has none
+    ]
 )
 # What the LLM may read of each user, and up to which moment that reaches: written by the sample builder, read by the
 # prompts.
@@ -38,8 +45,9 @@ HISTORIES = pa.schema(
     [
         ("user_id", pa.int64()),
         ("as_of", pa.int64()),
-        ("items", pa.list_(pa.int64())),  # oldest first
+        ("items", pa.list_(pa.int64())),  # that they took, oldest first
         ("ratings", pa.list_(pa.float32())),  # aligned with items
+        ("passed", pa.list_(pa.int64())),  # the last that they passed over up to then, oldest first
     ]
 )
 # What readers of samples get (sources.splits.read_samples): on disk a sample's history is where it stands among the
@@ -52,6 +60,7 @@ SAMPLES = pa.schema(
         ("timestamp", pa.int64()),
         ("history", pa.list_(pa.int64())),  # most recent last, strictly earlier than `timestamp`
         ("history_ratings", pa.list_(pa.float32())),  # aligned with history
+        ("history_labels", pa.list_(pa.float32())),  # aligned with history
         ("split", pa.string()),  # train, valid or test
     ]
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors, fold_in, liked_mask, train_item_factors, unit
+from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors, fold_in, judged, train_item_factors, unit
 from owlrec.errors import SchemaError
 from owlrec.schema import HISTORIES
 from owlrec.workspace import Workspace
@@ -83,7 +83,19 @@ def test_a_behavior_without_a_rating_is_liked() -> None:
         {"user_id": 1, "as_of": 1, "items": [1, 2], "ratings": [3.0, 4.0]},
         {"user_id": 2, "as_of": 1, "items": [3], "ratings": [None]},
     ]
-    assert liked_mask(pa.Table.from_pylist(rows, schema=HISTORIES), 3).tolist() == [False, True, True]
+    items, liked = judged(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
+    assert items.to_pylist() == [[1, 2], [3]]
+    assert liked.tolist() == [False, True, True]
+
+
+def test_what_was_passed_over_is_not_liked() -> None:
+    rows = [
+        {"user_id": 1, "as_of": 1, "items": [1, 2], "ratings": [None, None], "passed": [7]},
+        {"user_id": 2, "as_of": 1, "items": [3], "ratings": [None], "passed": [8, 9]},
+    ]
+    items, liked = judged(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
+    assert items.to_pylist() == [[1, 2, 7], [3, 8, 9]]
+    assert liked.tolist() == [True, True, False, True, False, False]
 
 
 def test_factors_are_mapped_and_fold_in_as_before(tmp_path: Path) -> None:

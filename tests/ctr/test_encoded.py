@@ -107,15 +107,15 @@ def test_bad_samples_leave_nothing_that_passes_for_complete(workspace: Workspace
     assert not workspace.exists(GRID, "samples", "done.json")
 
 
-def test_a_label_beside_zero_and_one_is_named_with_its_file_and_row(workspace: Workspace, toy_world: Any) -> None:
+def test_a_label_outside_zero_to_one_is_named_with_its_file_and_row(workspace: Workspace, toy_world: Any) -> None:
     write_world(workspace, toy_world, 1)
     samples = workspace.read_shard("samples", 0)
     labels = samples["label"].to_numpy().copy()
-    labels[7] = 0.5
+    labels[7] = 1.5
     column = samples.column_names.index("label")
     changed = samples.set_column(column, "label", pa.array(labels, pa.float32()))
     workspace.write_parquet("tables/samples/00000000.parquet", changed)
-    with pytest.raises(SchemaError, match=r"samples/00000000.parquet, row 7: the label is 0.5"):
+    with pytest.raises(SchemaError, match=r"samples/00000000.parquet, row 7: the label is 1.5"):
         encode_tables(workspace, GRID, profile=[], **OPTIONS)
 
 

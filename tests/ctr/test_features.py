@@ -22,7 +22,8 @@ ITEMS = pa.table(
 
 def samples(*rows: tuple[int, int, float, list[int], list[float | None], str]) -> pa.Table:
     user, item, label, history, ratings, split = (list(column) for column in zip(*rows, strict=True))
-    return pa.table([user, item, label, [0] * len(rows), history, ratings, split], schema=SAMPLES)
+    told = [[1.0] * len(items) for items in history]
+    return pa.table([user, item, label, [0] * len(rows), history, ratings, told, split], schema=SAMPLES)
 
 
 TABLE = samples(
@@ -63,7 +64,7 @@ def test_training_samples_by_hand() -> None:
     train = build().splits["train"].whole()
     assert train.items.tolist() == [2, 4]
     assert train.history.tolist() == [[3, 2, 3], [2, 0, 0]]
-    assert train.ratings.tolist() == [[4, 1, 0], [10, 0, 0]]  # rounded, at least 1, at most 10, 0 where there is none
+    assert train.ratings.tolist() == [[1, 1, 0], [10, 0, 0]]  # of ten levels from .2 to 99; 0 where there is none
     assert train.profile.tolist() == [[2, 2], [3, 1]]
     assert train.labels.tolist() == [1, 0]
 
@@ -102,10 +103,19 @@ def test_an_empty_valid_split_is_refused() -> None:
         build_features(USERS, ITEMS, table, attributes=[], profile=[], min_item_count=1)
 
 
-@pytest.mark.parametrize("label", [2.0, 0.5, -1.0, float("nan"), None])
-def test_a_label_beside_zero_and_one_is_refused(label: float | None) -> None:
+def test_soft_labels_are_learned_from_and_judged_as_classes() -> None:
+    more = [samples((1, 10, 0.75, [], [], split), (1, 10, 0.25, [], [], split)) for split in ("train", "valid")]
+    splits = build_features(
+        USERS, ITEMS, pa.concat_tables([TABLE, *more]), attributes=[], profile=[], min_item_count=1
+    ).splits
+    assert splits["train"].whole().labels.tolist() == [1, 0, 0.75, 0.25]
+    assert splits["valid"].whole().labels.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("label", [2.0, -1.0, float("nan"), None])
+def test_a_label_outside_zero_to_one_is_refused(label: float | None) -> None:
     table = pa.concat_tables([TABLE, samples((1, 10, label, [], [], "train"))])  # type: ignore[arg-type]
-    with pytest.raises(SchemaError, match=f"split 'train' has the label {label}; .* 0 and 1"):
+    with pytest.raises(SchemaError, match=f"split 'train' has the label {label}; .* lie in"):
         build_features(USERS, ITEMS, table, attributes=[], profile=[], min_item_count=1)
 
 

@@ -182,9 +182,9 @@ def test_shuffled_permutes_the_vectors_of_each_side_by_the_trials_seed(data: Tra
 def test_two_sources_tell_together_what_neither_tells_alone(toy_world: Any) -> None:
     """A user likes even items where the sum of two signals is positive; each source holds one of the signals.
 
-    In the world of this seed each signal alone, perfectly read, would rank the test rows with an AUC of .84 and .69.
+    In the world of this seed each signal alone, perfectly read, would rank the test rows with an AUC of .86 and .93.
     """
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(0)
     n_users, dim = len(toy_world.users), 8
     signals = rng.uniform(-1, 1, size=(2, n_users))
     noise = rng.normal(size=(2, n_users, dim - 1))

@@ -44,7 +44,8 @@ def interactions() -> pa.Table:
     """Of users 0 to 99, 1 to 15 each; at one moment several, so that order by item decides too."""
     rng = np.random.default_rng(5)
     user = np.repeat(np.arange(100), rng.integers(1, 16, 100))
-    columns = [user, rng.integers(0, 20, len(user)), rng.integers(1, 6, len(user)), rng.integers(0, 9, len(user))]
+    rating = rng.integers(1, 6, len(user))
+    columns = [user, rng.integers(0, 20, len(user)), rating, rng.integers(0, 9, len(user)), rating > 3, rating < 0]
     return pa.table(
         [pa.array(c).cast(f.type) for c, f in zip(columns, schema.INTERACTIONS, strict=True)],
         schema=schema.INTERACTIONS,
@@ -88,7 +89,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toy_world: Any) -> Export
 def requests(world: Any, n: int) -> list[tuple[User, int]]:
     """The first test samples, each as a user who brings their own history."""
     test = world.samples.filter(pc.equal(world.samples["split"], "test")).slice(0, n)
-    return [(User(r["user_id"], r["history"], r["history_ratings"]), r["item_id"]) for r in test.to_pylist()]
+    return [(User.of_sample(r), r["item_id"]) for r in test.to_pylist()]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -175,7 +176,7 @@ def test_profile_is_taken_from_the_request_where_it_names_a_field(exported: Expo
 
 def test_a_history_and_ratings_of_two_lengths_are_refused(exported: Exported) -> None:
     scorer = Scorer.open(exported.workspace, exported.folder)
-    with pytest.raises(SchemaError, match="2 behaviours and 1 ratings"):
+    with pytest.raises(SchemaError, match="2 behaviours, 1 ratings and 2 outcomes"):
         scorer.score(User(1, [1, 2], [3.0]), [3])
 
 

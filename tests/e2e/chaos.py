@@ -115,6 +115,7 @@ def prepare(workspace: Workspace, *, slow_item: bool = False) -> None:
             # Two titles and a rating tell every user's prompt from all others.
             "items": pa.array([[1008 + u % 100, 1008 + u % 97] for u in range(USERS)], pa.list_(pa.int64())),
             "ratings": pa.array([[1.0 + u % 5, 1.0 + u % 3] for u in range(USERS)], pa.list_(pa.float32())),
+            "passed": pa.array([[]] * USERS, pa.list_(pa.int64())),
         },
         schema=schema.HISTORIES,
     )

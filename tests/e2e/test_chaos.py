@@ -1,6 +1,6 @@
 """Exactly once, whatever dies: seeded runs of a real job on a cluster of several nodes, each harmed in its own way.
 
-`pytest tests/e2e/test_chaos.py --chaos-seeds 20` runs as many as the project's claim rests on; by default a few do.
+`pytest tests/e2e/test_chaos.py --chaos-seeds 20` runs as many as the project's claim rests on; by default one does.
 """
 
 import random

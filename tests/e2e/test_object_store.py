@@ -20,8 +20,8 @@ from processes import free_port
 
 from owlrec.encoding.vector_shards import VectorShards
 from owlrec.generation.job import read_knowledge
+from owlrec.refresh.events import EVENTS
 from owlrec.releases import current_release, open_release
-from owlrec.schema import INTERACTIONS
 from owlrec.shards import needed_stage
 from owlrec.workspace import Workspace
 
@@ -124,7 +124,7 @@ def test_the_chain_on_s3_has_the_content_of_the_chain_on_disk(bucket: str, tmp_p
     latest = max(workspace.read_table("interactions")["timestamp"].to_pylist())
     items = workspace.read_table("items")["item_id"].to_pylist()[:12]
     rows = {"user_id": [user] * 12, "item_id": items, "rating": [5.0] * 12, "timestamp": np.arange(12) + latest + 1}
-    workspace.write_parquet("events/new.parquet", pa.table(rows).cast(INTERACTIONS))
+    workspace.write_parquet("events/new.parquet", pa.table(rows).cast(EVENTS))
     with served(remote) as web:
         before = web.get(f"/v1/knowledge/user/{user}").json()
         owlrec("refresh", str(recipe))

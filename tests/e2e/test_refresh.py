@@ -19,10 +19,10 @@ import pytest
 import ray
 
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import dead_files, pointer, read_state
 from owlrec.releases import current_release, list_releases, open_release
 from owlrec.releases.manifest import read_manifest
-from owlrec.schema import INTERACTIONS
 from owlrec.workspace import Workspace
 from pipelines.refresh import run
 from pipelines.stage import STAGES
@@ -74,7 +74,7 @@ def copies(published: Path, tmp_path: Path) -> Callable[[str], tuple[Recipe, Wor
 
 def write_log(workspace: Workspace, name: str, rows: list[Row]) -> None:
     columns = [list(column) for column in zip(*rows, strict=True)]
-    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, INTERACTIONS, strict=True)], schema=INTERACTIONS)
+    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, EVENTS, strict=True)], schema=EVENTS)
     Path(workspace.path("events")).mkdir(exist_ok=True)
     pq.write_table(table, workspace.path("events", f"{name}.parquet"))
 

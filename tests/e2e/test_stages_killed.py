@@ -21,8 +21,8 @@ import pytest
 
 from owlrec.encoding.vector_shards import VectorShards
 from owlrec.generation.job import read_knowledge
+from owlrec.refresh.events import EVENTS
 from owlrec.releases import open_release
-from owlrec.schema import INTERACTIONS
 from owlrec.shards import Artifact, Card, needed_stage
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace
@@ -38,8 +38,7 @@ USERS = 120
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
-        seeds = metafunc.config.getoption("--chaos-seeds")
-        metafunc.parametrize("seed", range(seeds if seeds > 3 else 1))
+        metafunc.parametrize("seed", range(metafunc.config.getoption("--chaos-seeds")))
 
 
 def write_recipe(path: Path, workspace: Path, replicas: int = 1) -> Path:
@@ -86,8 +85,8 @@ def add_events(folder: Path) -> None:
     items = sorted(workspace.read_table("items")["item_id"].to_pylist())
     latest = max(workspace.read_table("interactions")["timestamp"].to_pylist())
     rows = [(u, items[(u + k) % len(items)], 5.0, latest + 1 + k) for u in users for k in range(12)]
-    columns = dict(zip(INTERACTIONS.names, map(list, zip(*rows, strict=True)), strict=True))
-    workspace.write_parquet("events/new.parquet", pa.table(columns, schema=INTERACTIONS))
+    columns = dict(zip(EVENTS.names, map(list, zip(*rows, strict=True)), strict=True))
+    workspace.write_parquet("events/new.parquet", pa.table(columns, schema=EVENTS))
 
 
 def content(folder: Path) -> dict[str, object]:

@@ -20,8 +20,8 @@ from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ops.submission_files import job_folder
+from owlrec.refresh.events import EVENTS
 from owlrec.releases import current_release
-from owlrec.schema import INTERACTIONS
 from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
 from pipelines.submit import CODE
@@ -172,7 +172,7 @@ def write_events(workspace: Workspace) -> list[int]:
     users = sorted(user for user, n in done.items() if n >= 20)[:10]
     items = sorted(set(interactions["item_id"].to_pylist()))
     rows = [(user, items[k], 4.0, newest + number * 36_000 + k) for number, user in enumerate(users) for k in range(8)]
-    columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), INTERACTIONS, strict=True)]
+    columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), EVENTS, strict=True)]
     Path(workspace.path("events")).mkdir()
-    pq.write_table(pa.table(columns, schema=INTERACTIONS), workspace.path("events", "new.parquet"))
+    pq.write_table(pa.table(columns, schema=EVENTS), workspace.path("events", "new.parquet"))
     return users

@@ -26,13 +26,13 @@ def test_a_user_group_is_told_by_what_it_liked_and_disliked() -> None:
     _, text = ask(profile("user", "liked", ["Alien", "Heat"], ["Babe"], ["age 20-29"]))
     assert text.splitlines()[0] == (
         "Most users of this group: age 20-29. Users of this group watched and liked these movies: "
-        '"Alien"; "Heat". They watched and disliked these: "Babe".'
+        '"Alien"; "Heat". They disliked these or left them alone: "Babe".'
     )
 
 
 def test_of_a_group_of_dislikes_the_titles_are_the_disliked() -> None:
     _, text = ask(profile("user", "disliked", ["Babe"], ["Alien"]))
-    assert 'liked these movies: "Alien". They watched and disliked these: "Babe".' in text
+    assert 'liked these movies: "Alien". They disliked these or left them alone: "Babe".' in text
 
 
 def test_a_group_without_titles_is_told_by_its_attributes_alone() -> None:

@@ -119,6 +119,7 @@ def samples_of(counts: dict[int, int], split: str = "test") -> pa.Table:
             "timestamp": 10 + i,
             "history": list(range(100 + i)),
             "history_ratings": None,
+            "history_labels": [1.0] * (100 + i),
             "split": split,
         }
         for user, n in counts.items()

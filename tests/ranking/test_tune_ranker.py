@@ -34,7 +34,8 @@ def prepare(workspace: Workspace) -> None:
             history = rng.integers(2 * len(NOUNS), len(titles), 6).tolist()
             ratings = rng.integers(1, 6, 6).astype(float).tolist()
             row = {"user_id": user, "item_id": item, "label": float(item < len(NOUNS)), "timestamp": moment}
-            rows.append({**row, "history": history, "history_ratings": ratings, "split": split})
+            told = {"history_ratings": ratings, "history_labels": [1.0] * 6}
+            rows.append({**row, "history": history, **told, "split": split})
     workspace.write_table("users", users, key="user_id", n_shards=2)
     workspace.write_table("items", items, key="item_id", n_shards=2)
     write_samples(workspace, pa.Table.from_pylist(rows, schema=schema.SAMPLES))

@@ -27,6 +27,7 @@ from owlrec.ranking.samples import (
 from owlrec.scenario import get_scenario
 from owlrec.schema import SAMPLES, shard_of
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.outcomes import Labels
 from owlrec.sources.splits import SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
@@ -42,7 +43,8 @@ USERS = pa.table({"user_id": pa.array([1, 2], pa.int64()), "gender": ["female", 
 def sample(**changes: Any) -> dict[str, Any]:
     usual = {"user_id": 1, "item_id": 8, "label": 1.0, "timestamp": 1000, "split": "train"}
     history = {"history": [0, 1, 2, 3, 5, 7], "history_ratings": [1.0, 2.0, 3.0, 4.0, 5.0, 1.0]}
-    return {**usual, **history, **changes}
+    row = {**usual, **history, **changes}
+    return {"history_labels": [1.0] * len(row["history"]), **row}
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
@@ -271,7 +273,9 @@ def test_nothing_at_or_after_a_samples_own_moment_is_shown_and_order_is_kept() -
             "timestamp": times,
         }
     )
-    samples = build_samples(interactions, SplitConfig(history_length=30), positive_above=20).samples
+    samples = build_samples(
+        interactions, SplitConfig(history_length=30), Labels(rule="rating_above", rating_above=20)
+    ).samples
     rows = built(samples, behaviours=5).rows.to_pylist()
     assert len(rows) > 100
     for row in rows:

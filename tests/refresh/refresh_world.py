@@ -16,12 +16,14 @@ from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vecto
 from owlrec.generation.worker import GenerateStage
 from owlrec.ops.watching import StopSignals
 from owlrec.recipe import Recipe
+from owlrec.refresh.events import EVENTS
 from owlrec.refresh.plan import Moved
 from owlrec.refresh.state import RefreshPlan, State, read_state
 from owlrec.releases import ReleaseInfo, publish
 from owlrec.runner import Result, Stage, Work, run_stage
-from owlrec.schema import INTERACTIONS, KNOWLEDGE, vector_matrix, vectors_schema
+from owlrec.schema import KNOWLEDGE, vector_matrix, vectors_schema
 from owlrec.shards import Card
+from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.refresh import Refresh
@@ -34,7 +36,7 @@ Row = tuple[int, int, float | None, int]  # user, item, rating, timestamp
 
 def interactions(rows: Sequence[Row]) -> pa.Table:
     columns = zip(*rows, strict=True) if rows else [()] * 4
-    return pa.table(dict(zip(INTERACTIONS.names, map(list, columns), strict=True)), schema=INTERACTIONS)
+    return pa.table(dict(zip(EVENTS.names, map(list, columns), strict=True)), schema=EVENTS)
 
 
 def log_events(workspace: Workspace, rows: Sequence[Row], name: str = "one") -> None:
@@ -97,7 +99,8 @@ def write_interactions(workspace: Workspace, later: Sequence[Row] = ()) -> None:
         for h in histories
         for place, (item, rating) in enumerate(zip(h["items"], h["ratings"], strict=True))
     ]
-    workspace.write_table("interactions", interactions([*rows, *later]), key="user_id", n_shards=4)
+    rated = with_outcomes(interactions([*rows, *later]), Labels(rule="rating_above", rating_above=3), "interactions")
+    workspace.write_table("interactions", rated, key="user_id", n_shards=4)
 
 
 @dataclass

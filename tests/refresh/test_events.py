@@ -19,6 +19,7 @@ from owlrec.refresh.config import RefreshConfig
 from owlrec.refresh.events import Buckets, Events, Log, LogFile, ReadEvents, are_among, canonical, event_groups
 from owlrec.runner import run_stage
 from owlrec.schema import shard_of
+from owlrec.sources.outcomes import Labels
 from owlrec.workspace import Workspace
 
 
@@ -55,7 +56,7 @@ def read(
     fragments, rows = log.fragments()
     grouping = event_groups(fragments, n_shards)
     paths = {file.path: before[name].rows for name, file in log.unread.items() if name in before}
-    stage = ReadEvents("r", grouping, paths, horizon, n_shards)
+    stage = ReadEvents("r", grouping, paths, horizon, n_shards, Labels(rule="rating_above", rating_above=3))
     workspace.delete_dir("r")
     cards = run_stage(workspace, stage, grouping.inputs()).values()
     buckets = Buckets.of("r", n_shards, cards)

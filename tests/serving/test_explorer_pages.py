@@ -34,7 +34,14 @@ def write_tables(workspace):
         }
     )
     histories = pa.table(
-        {"user_id": [1], "as_of": [1000], "items": [[7, 9, 11]], "ratings": [[5.0, None, 3.5]]}, schema=schema.HISTORIES
+        {
+            "user_id": [1],
+            "as_of": [1000],
+            "items": [[7, 9, 11]],
+            "ratings": [[5.0, None, 3.5]],
+            "passed": [[]],
+        },
+        schema=schema.HISTORIES,
     )
     workspace.write_table("users", users, key="user_id", n_shards=4)
     workspace.write_table("items", items, key="item_id", n_shards=2)

@@ -34,7 +34,7 @@ def write_artifacts(workspace):
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     rows = [
-        (user, item, float(item % 2 == 0), 1000, rng.integers(0, ITEMS, 4).tolist(), [3.0] * 4, split)
+        (user, item, float(item % 2 == 0), 1000, rng.integers(0, ITEMS, 4).tolist(), [3.0] * 4, [1.0] * 4, split)
         for user in range(USERS)
         for item in range(ITEMS)
         for split in ["train" if user < 40 else "valid" if user < 50 else "test"]
@@ -45,7 +45,8 @@ def write_artifacts(workspace):
     users = pa.table({"user_id": pa.array(range(USERS), pa.int64()), "raw_id": [str(u) for u in range(USERS)]})
     events = pa.table(
         {"user_id": samples["user_id"], "item_id": samples["item_id"],
-         "rating": pa.array([3.0] * samples.num_rows, pa.float32()), "timestamp": samples["timestamp"]}
+         "rating": pa.array([3.0] * samples.num_rows, pa.float32()), "timestamp": samples["timestamp"],
+         "label": samples["label"], "split": pa.nulls(samples.num_rows, pa.int8())}
     )  # fmt: skip
     for name, table, key in (
         ("users", users, "user_id"),

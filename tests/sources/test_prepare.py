@@ -13,9 +13,10 @@ import pytest
 from owlrec.claims import Claims
 from owlrec.errors import OwlRecError, SchemaError, WorkspaceError
 from owlrec.recipe import Recipe
-from owlrec.schema import SAMPLES, shard_of, stable_id
+from owlrec.schema import INTERACTIONS, SAMPLES, shard_of, stable_id
 from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.sources import files, ingest, tabular
+from owlrec.sources.outcomes import LabelConfig, Labels, with_outcomes
 from owlrec.sources.prepared import table_files
 from owlrec.sources.raw import RawTables
 from owlrec.sources.splits import SplitConfig, build_samples, read_samples
@@ -92,10 +93,12 @@ def test_shards_hold_what_the_whole_holds(tmp_path: Path, split: dict[str, Any])
     folder = write_source(tmp_path / "source")
     card, workspace = prepared(recipe(folder, tmp_path / "ws", split))
     whole = raw(folder)
-    expected = build_samples(whole.interactions, SplitConfig.model_validate(split), positive_above=3)
+    labels = Labels(rule="rating_above", rating_above=3)
+    expected = build_samples(whole.interactions, SplitConfig.model_validate(split), labels)
 
     keys = ("user_id", "timestamp", "item_id")
-    assert by_id(workspace.read_table("interactions"), *keys) == by_id(whole.interactions, *keys)
+    interactions = with_outcomes(whole.interactions, labels, "log").select(INTERACTIONS.names)
+    assert by_id(workspace.read_table("interactions"), *keys) == by_id(interactions, *keys)
     assert by_id(workspace.read_table("users"), "user_id") == by_id(whole.users, "user_id")
     assert by_id(workspace.read_table("items"), "item_id") == by_id(whole.items, "item_id")
     assert by_id(workspace.read_table("histories"), "user_id") == by_id(expected.histories, "user_id")
@@ -234,9 +237,17 @@ def test_bad_values_are_named_by_their_row_in_the_file(tmp_path: Path, column: s
 def test_files_with_and_without_ratings_are_refused(tmp_path: Path) -> None:
     folder = write_source(tmp_path / "source")
     table = interactions(3, "u")
-    write_log(folder, 3, table.set_column(2, "rating", pa.nulls(len(table), pa.int64())))
-    with pytest.raises(SchemaError, match=r"003\.parquet: no row has a rating, but those of .*000\.parquet"):
+    write_log(folder, 3, table.drop_columns("rating"))
+    with pytest.raises(
+        SchemaError, match=r"003\.parquet has neither rating, label, event nor split, but .*000\.parquet has rating"
+    ):
         prepared(recipe(folder, tmp_path / "ws"))
+
+
+def test_a_split_by_column_needs_the_column(tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source")
+    with pytest.raises(SchemaError, match=r"split\.method is column, but the interactions have no column 'split'"):
+        prepared(recipe(folder, tmp_path / "ws", {"method": "column"}))
 
 
 def test_what_is_refused_leaves_the_earlier_tables(tmp_path: Path) -> None:
@@ -247,7 +258,11 @@ def test_what_is_refused_leaves_the_earlier_tables(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match=r"000\.parquet, row 700"):
         prepared(recipe(folder, tmp_path / "ws"))
     with pytest.raises(SchemaError, match="all labels of the train split are the same"):
-        prepared(recipe(write_source(tmp_path / "other"), tmp_path / "ws").model_copy(update={"positive_above": 9}))
+        prepared(
+            recipe(write_source(tmp_path / "other"), tmp_path / "ws").model_copy(
+                update={"labels": LabelConfig(rating_above=9)}
+            )
+        )
     assert {path: entry.sha256 for path, entry in table_files(workspace).items()} == contents
     assert finished_stage(workspace, "prepare") == before
 

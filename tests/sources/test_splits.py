@@ -14,14 +14,18 @@ from pydantic import ValidationError
 from owlrec.errors import LeakageError, SchemaError
 from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLES
 from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.splits import SPLITS, SplitConfig, SplitTables, build_samples, last_behaviours, refuse_leaks
 
 Row = tuple[int, int, Any, int]  # user, item, rating, timestamp
+RATED = pa.schema([field for field in INTERACTIONS if field.name not in ("label", "split")])
+ABOVE_3 = Labels(rule="rating_above", rating_above=3)
+DRAWN = Labels(rule="positives_only", rating_above=3, negatives=1)
 
 
 def table(rows: Sequence[Row]) -> pa.Table:
     columns = zip(*rows, strict=True) if rows else [()] * 4
-    return pa.table(dict(zip(INTERACTIONS.names, map(list, columns), strict=True)), schema=INTERACTIONS)
+    return pa.table(dict(zip(RATED.names, map(list, columns), strict=True)), schema=RATED)
 
 
 def crowd(behaviours: list[tuple[int, Any, int]], n_users: int = 30) -> list[Row]:
@@ -39,23 +43,30 @@ def of_user(tables: SplitTables, user: int) -> tuple[list[dict[str, Any]], dict[
 def test_hand_worked_user() -> None:
     # N = 5, so the LLM reads 3; item 12 comes before 13 at moment 30 because its id is smaller.
     rows = crowd([(14, 4.0, 50), (13, 3.0, 30), (10, 5.0, 10), (11, 1.0, 20), (12, 3.5, 30)])
-    samples, history = of_user(build_samples(table(rows), SplitConfig(history_length=3), positive_above=3), user=7)
-    assert history == {"user_id": 7, "as_of": 30, "items": [10, 11, 12], "ratings": [5.0, 1.0, 3.5]}
+    samples, history = of_user(build_samples(table(rows), SplitConfig(history_length=3), ABOVE_3), user=7)
+    assert history == {"user_id": 7, "as_of": 30, "items": [10, 11, 12], "ratings": [5.0, 1.0, 3.5], "passed": []}
     # Item 13 has the moment of the last behaviour read: no sample, but part of item 14's past.
     assert samples == [
-        {"item_id": 14, "label": 1.0, "timestamp": 50, "history": [11, 12, 13], "history_ratings": [1.0, 3.5, 3.0]}
+        {
+            "item_id": 14,
+            "label": 1.0,
+            "timestamp": 50,
+            "history": [11, 12, 13],
+            "history_ratings": [1.0, 3.5, 3.0],
+            "history_labels": [0.0, 1.0, 0.0],
+        }
     ]
 
 
 def test_samples_of_one_moment_do_not_see_each_other() -> None:
     rows = crowd([(1, 5, 10), (2, 5, 20), (3, 3, 30), (4, 4, 30)])
-    samples, _ = of_user(build_samples(table(rows), SplitConfig(), positive_above=3), user=1)
+    samples, _ = of_user(build_samples(table(rows), SplitConfig(), ABOVE_3), user=1)
     assert [(s["item_id"], s["history"], s["label"]) for s in samples] == [(3, [1, 2], 0.0), (4, [1, 2], 1.0)]
 
 
 def test_the_llm_reads_at_most_its_limit() -> None:
     rows = crowd([(item, 5, item * 10) for item in range(1, 101)])
-    tables = build_samples(table(rows), SplitConfig(llm_history=30), positive_above=3)
+    tables = build_samples(table(rows), SplitConfig(llm_history=30), ABOVE_3)
     samples, history = of_user(tables, user=1)
     assert history["items"] == list(range(1, 31))
     assert history["as_of"] == 300
@@ -65,16 +76,16 @@ def test_the_llm_reads_at_most_its_limit() -> None:
 
 def test_one_behaviour_gives_a_history_and_no_sample() -> None:
     rows = [*crowd([(1, 5, 10), (2, 5, 20)]), (99, 1, 5, 10)]
-    tables = build_samples(table(rows), SplitConfig(), positive_above=3)
+    tables = build_samples(table(rows), SplitConfig(), ABOVE_3)
     samples, history = of_user(tables, user=99)
     assert samples == []
-    assert history == {"user_id": 99, "as_of": 10, "items": [1], "ratings": [5.0]}
+    assert history == {"user_id": 99, "as_of": 10, "items": [1], "ratings": [5.0], "passed": []}
     assert tables.counts["users_without_samples"] == 1
 
 
 def test_counts_add_up() -> None:
     rows = crowd([(1, 5, 10), (2, 2, 10), (3, 5, 20), (4, 5, 30)], n_users=20)
-    assert build_samples(table(rows), SplitConfig(), positive_above=3).counts == {
+    assert build_samples(table(rows), SplitConfig(), ABOVE_3).counts == {
         "interactions": 80,
         "users": 20,
         "users_without_samples": 0,
@@ -89,18 +100,18 @@ def test_counts_add_up() -> None:
         "positives_test": 4,
     }
     tied = crowd([(1, 5, 10), (2, 2, 10), (3, 5, 10), (4, 5, 30)], n_users=20)
-    assert build_samples(table(tied), SplitConfig(), positive_above=3).counts["ties_dropped"] == 20
+    assert build_samples(table(tied), SplitConfig(), ABOVE_3).counts["ties_dropped"] == 20
 
 
 @pytest.mark.parametrize(("n_users", "expected"), [(10, [8, 1, 1]), (943, [754, 94, 95]), (25, [20, 2, 3])])
 def test_users_are_cut_exactly(n_users: int, expected: list[int]) -> None:
-    tables = build_samples(table(crowd([(1, 5, 10), (2, 5, 20)], n_users)), SplitConfig(), positive_above=3)
+    tables = build_samples(table(crowd([(1, 5, 10), (2, 5, 20)], n_users)), SplitConfig(), ABOVE_3)
     assert [tables.counts[f"samples_{name}"] for name in SPLITS] == expected
 
 
 def test_seed_changes_who_is_in_which_split() -> None:
     rows = table(crowd([(1, 5, 10), (2, 5, 20)], 200))
-    splits = [build_samples(rows, SplitConfig(seed=seed), 3).samples["split"].to_pylist() for seed in (0, 0, 1)]
+    splits = [build_samples(rows, SplitConfig(seed=seed), ABOVE_3).samples["split"].to_pylist() for seed in (0, 0, 1)]
     assert splits[0] == splits[1] != splits[2]
 
 
@@ -108,7 +119,7 @@ def test_time_split_puts_equal_timestamps_on_one_side() -> None:
     # Position 16 of the 20 samples lies amid the moment 108, all of which therefore goes to valid.
     moments = [*range(101, 108), *[108] * 10, 109, 110, 111]
     rows = [row for user, moment in enumerate(moments) for row in ((user, 1, 5.0, 10), (user, 2, 5.0, moment))]
-    samples = build_samples(table(rows), SplitConfig(method="time"), positive_above=3).samples.to_pylist()
+    samples = build_samples(table(rows), SplitConfig(method="time"), ABOVE_3).samples.to_pylist()
     assert {name: sorted(s["timestamp"] for s in samples if s["split"] == name) for name in SPLITS} == {
         "train": list(range(101, 108)),
         "valid": [108] * 10 + [109],
@@ -116,10 +127,18 @@ def test_time_split_puts_equal_timestamps_on_one_side() -> None:
     }
 
 
-def test_ratings_null_throughout_are_implicit_feedback() -> None:
+def test_a_predefined_split_is_read_from_its_column() -> None:
+    rows = table(crowd([(item, 5, 10 * item) for item in range(1, 7)], 3))
+    names = pa.array(["valid", "train", "test", "train", "test", "valid"] * 3)
+    samples = build_samples(rows.append_column("split", names), SplitConfig(method="column"), ABOVE_3).samples
+    assert samples["item_id"].to_pylist() == [4, 5, 6] * 3  # the first half is the LLM's, whatever its split
+    assert samples["split"].to_pylist() == ["train", "test", "valid"] * 3
+
+
+def test_positives_without_ratings_are_quoted_without_one() -> None:
     rows = crowd([(1, None, 10), (2, None, 20)])
-    samples, history = of_user(build_samples(table(rows), SplitConfig(), positive_above=0), user=1)
-    assert history["ratings"] == [1.0]
+    samples, history = of_user(build_samples(table(rows), SplitConfig(), DRAWN), user=1)
+    assert history["ratings"] == [None]
     assert samples[0]["label"] == 1.0
 
 
@@ -128,7 +147,7 @@ def test_single_missing_ratings_are_refused(missing: float | None) -> None:
     rows = crowd([(1, 5, 10), (2, 5, 20)])
     rows[3] = (*rows[3][:2], missing, rows[3][3])
     with pytest.raises(SchemaError, match=r"interactions, row 3: rating is null \(1 such rows\)"):
-        build_samples(table(rows), SplitConfig(), positive_above=3)
+        build_samples(table(rows), SplitConfig(), ABOVE_3)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +161,7 @@ def test_single_missing_ratings_are_refused(missing: float | None) -> None:
 )
 def test_an_empty_split_says_what_to_do(rows: list[Row], config: SplitConfig, message: str) -> None:
     with pytest.raises(SchemaError, match=message):
-        build_samples(table(rows), config, positive_above=3)
+        build_samples(table(rows), config, ABOVE_3)
 
 
 def test_zero_ratios_are_refused() -> None:
@@ -161,6 +180,7 @@ def leak_tables(as_of: int, timestamp: int, user: int = 2) -> tuple[pa.Table, pa
             "timestamp": t,
             "history": [],
             "history_ratings": [],
+            "history_labels": [],
             "split": "train",
         }
         for u, t in samples
@@ -179,15 +199,10 @@ def test_later_samples_pass_the_leak_check() -> None:
 
 
 @pytest.mark.parametrize("user", [0, 9])
-def test_a_sample_without_as_of_is_refused(user: int) -> None:
-    with pytest.raises(LeakageError, match=rf"row 1: user {user} has no row in histories"):
-        refuse_leaks(*leak_tables(as_of=1, timestamp=40, user=user))
-
-
-def test_without_histories_any_sample_is_refused() -> None:
+def test_users_of_whom_nothing_was_read_have_no_text_to_leak(user: int) -> None:
+    refuse_leaks(*leak_tables(as_of=50, timestamp=40, user=user))
     samples, histories = leak_tables(as_of=1, timestamp=40)
-    with pytest.raises(LeakageError, match="row 0: user 1 has no row"):
-        refuse_leaks(samples, histories.slice(0, 0))
+    refuse_leaks(samples, histories.slice(0, 0))
 
 
 def oracle(
@@ -206,6 +221,7 @@ def oracle(
                 "as_of": as_of,
                 "items": [item for item, _, _ in behaviours[:n]],
                 "ratings": [rating for _, rating, _ in behaviours[:n]],
+                "passed": [],
             }
         )
         for item, rating, timestamp in behaviours[n:]:
@@ -219,6 +235,7 @@ def oracle(
                         "timestamp": timestamp,
                         "history": [item for item, _, _ in past],
                         "history_ratings": [rating for _, rating, _ in past],
+                        "history_labels": [float(rating > positive_above) for _, rating, _ in past],
                     }
                 )
     return samples, histories
@@ -248,7 +265,7 @@ configs = st.builds(
 @given(logs(), configs)
 def test_builder_agrees_with_the_oracle_and_never_leaks(rows: list[Row], config: SplitConfig) -> None:
     try:
-        tables = build_samples(table(rows), config, positive_above=3)
+        tables = build_samples(table(rows), config, ABOVE_3)
     except SchemaError:
         assume(False)
         return
@@ -281,12 +298,12 @@ def test_builder_agrees_with_the_oracle_and_never_leaks(rows: list[Row], config:
 @given(logs(), configs, st.randoms(use_true_random=False))
 def test_row_order_of_the_log_does_not_matter(rows: list[Row], config: SplitConfig, random: Any) -> None:
     try:
-        tables = build_samples(table(rows), config, positive_above=3)
+        tables = build_samples(table(rows), config, ABOVE_3)
     except SchemaError:
         assume(False)
         return
     shuffled = random.sample(rows, len(rows))
-    again = build_samples(table(shuffled), config, positive_above=3)
+    again = build_samples(table(shuffled), config, ABOVE_3)
     assert again.samples.equals(tables.samples)
     assert again.histories.equals(tables.histories)
 
@@ -295,7 +312,7 @@ def test_row_order_of_the_log_does_not_matter(rows: list[Row], config: SplitConf
 @given(logs(), configs, st.data())
 def test_one_shifted_timestamp_is_caught(rows: list[Row], config: SplitConfig, data: st.DataObject) -> None:
     try:
-        tables = build_samples(table(rows), config, positive_above=3)
+        tables = build_samples(table(rows), config, ABOVE_3)
     except SchemaError:
         assume(False)
         return
@@ -311,17 +328,17 @@ def test_one_shifted_timestamp_is_caught(rows: list[Row], config: SplitConfig, d
 
 def test_long_tables_are_gathered_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table(crowd([(item, 5, item * 10) for item in range(1, 8)]))
-    whole = build_samples(rows, SplitConfig(), positive_above=3)
+    whole = build_samples(rows, SplitConfig(), ABOVE_3)
     monkeypatch.setattr("owlrec.sources.splits._LISTS_PER_CHUNK", 7)
-    parts = build_samples(rows, SplitConfig(), positive_above=3)
+    parts = build_samples(rows, SplitConfig(), ABOVE_3)
     assert parts.samples["history"].num_chunks > 1
     assert parts.samples.equals(whole.samples)
 
 
 def test_movielens_100k_samples() -> None:
     interactions = MovieLens100KSource(type="movielens-100k").load().interactions
-    counts = build_samples(interactions, SplitConfig(), positive_above=3).counts
-    rows = list(zip(*(interactions[c].to_pylist() for c in INTERACTIONS.names), strict=True))
+    counts = build_samples(interactions, SplitConfig(), ABOVE_3).counts
+    rows = list(zip(*(interactions[c].to_pylist() for c in RATED.names), strict=True))
     samples, histories = oracle(rows, SplitConfig(), positive_above=3)
     assert counts["samples"] == len(samples) == 76_329
     assert counts["read_by_llm"] == sum(len(h["items"]) for h in histories) == 22_723
@@ -331,9 +348,9 @@ def test_movielens_100k_samples() -> None:
 
 def test_last_behaviours_are_those_of_a_sample_that_would_come_next() -> None:
     rows = [(2, 7, 4.0, 30), (1, 5, 1.0, 10), (1, 9, 2.0, 30), (1, 8, 3.0, 30), (1, 6, 5.0, 20)]
-    found = last_behaviours(table(rows), 3)
+    found = last_behaviours(with_outcomes(table(rows), ABOVE_3, "rows"), 3)
     assert found.to_pylist() == [
-        {"user_id": 1, "history": [6, 8, 9], "history_ratings": [5.0, 3.0, 2.0]},
-        {"user_id": 2, "history": [7], "history_ratings": [4.0]},
+        {"user_id": 1, "history": [6, 8, 9], "history_ratings": [5.0, 3.0, 2.0], "history_labels": [1.0, 0.0, 0.0]},
+        {"user_id": 2, "history": [7], "history_ratings": [4.0], "history_labels": [1.0]},
     ]
-    assert last_behaviours(table([]), 3).num_rows == 0
+    assert last_behaviours(with_outcomes(table([]), ABOVE_3, "rows"), 3).num_rows == 0

@@ -43,8 +43,8 @@ def test_csv_ids_stay_text_and_attributes_are_kept(tmp_path: Path) -> None:
     assert raw.interactions.to_pydict() == {
         "user_id": [stable_id("007"), stable_id("u8")],
         "item_id": [1, 2],
-        "rating": [4.5, 1.0],
         "timestamp": [T, T + 1],
+        "rating": [4.5, 1.0],
     }
 
 
@@ -78,7 +78,7 @@ def test_columns_are_mapped_per_table(tmp_path: Path) -> None:
         },
     ).load()
     assert raw.items.to_pylist() == [{"item_id": 1, "raw_id": "1", "title": "One"}]
-    assert raw.interactions["rating"].to_pylist() == [1.0]  # no rating column: implicit feedback
+    assert raw.interactions.column_names == ["user_id", "item_id", "timestamp"]  # implicit feedback
 
 
 def test_without_a_users_file_users_come_from_interactions(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.cohorts.attributes import Group, choose_group, count_groups, values_of
-from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors, fold_in, liked_mask, unit
+from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors, fold_in, judged, unit
 from owlrec.cohorts.model import FACETS, Book, CohortModel, attribute_cohort_name, cohort_name
 from owlrec.ordered import rows_of
 from owlrec.scenario import Scenario
@@ -26,7 +26,7 @@ def user_vectors(
 
     ids: int64 [n], ascending; histories: schema.HISTORIES of some of them.
     """
-    items, liked = histories["items"].combine_chunks(), liked_mask(histories, positive_above)
+    items, liked = judged(histories, positive_above)
     place = rows_of(ids, histories["user_id"].to_numpy())
     columns = {"id": pa.array(ids, pa.int64())}
     for name, chosen in (("liked", liked), ("disliked", ~liked)):

@@ -125,11 +125,21 @@ def fold_in(
     return np.where(known[:, None], unit(vectors), np.float32(0)), known
 
 
-def liked_mask(histories: pa.Table, positive_above: float) -> np.ndarray:
-    """bool, aligned with the flattened items of histories: which were liked. Without ratings all were."""
-    ratings = histories["ratings"].combine_chunks().flatten()
-    values = ratings.to_numpy(zero_copy_only=False).astype(np.float32)
-    return np.isnan(values) | (values > positive_above)
+def judged(histories: pa.Table, positive_above: float) -> tuple[pa.ListArray, np.ndarray]:
+    """What each user took or passed over, list<int64> [n], and which of it they liked: bool, aligned with all items.
+
+    Liked is what was taken, and where it was graded, with more than `positive_above`.
+    """
+    items, passed = (histories[column].combine_chunks() for column in ("items", "passed"))
+    values = histories["ratings"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    liked = np.isnan(values) | (values > positive_above)
+    lengths = [column.value_lengths().fill_null(0).to_numpy() for column in (items, passed)]
+    user = np.concatenate([np.repeat(np.arange(len(n)), n) for n in lengths])
+    flat = np.concatenate([items.flatten().to_numpy(), passed.flatten().to_numpy()])
+    order = np.argsort(user, kind="stable")
+    mask = np.concatenate([liked, np.zeros(len(flat) - len(liked), dtype=bool)])
+    offsets = np.r_[0, np.cumsum(lengths[0] + lengths[1])].astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat[order], pa.int64())), mask[order]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from owlrec.cohorts.attributes import values_of
-from owlrec.cohorts.collaborative import liked_mask
+from owlrec.cohorts.collaborative import judged
 from owlrec.config import Config
 from owlrec.ordered import rows_of, run_starts
 from owlrec.scenario import Scenario
@@ -77,7 +77,7 @@ def user_candidates(members: pa.Table, users: pa.Table, histories: pa.Table, sce
     members: schema.COHORTS of the shard; users and histories: its tables.
     """
     ids = members["id"].to_numpy()
-    items, mask = histories["items"].combine_chunks(), liked_mask(histories, scenario.positive_above)
+    items, mask = judged(histories, scenario.positive_above)
     starts = items.offsets.to_numpy() - items.offsets[0].as_py()
     liked = np.diff(np.r_[0, np.cumsum(mask)][starts])
     place = rows_of(histories["user_id"].to_numpy(), ids)

@@ -18,9 +18,11 @@ from pydantic import BaseModel
 from owlrec.ctr.experiment import ENCODED
 from owlrec.ctr.export import read_items, read_vocabularies, write_items, write_vocabularies
 from owlrec.ctr.features import (
+    POSITIVE,
     RESERVED,
     SPLITS,
     Features,
+    Grades,
     Histories,
     SampleFeatures,
     Split,
@@ -28,15 +30,16 @@ from owlrec.ctr.features import (
     distinct_values,
     encode_items,
     item_rows,
+    judged_labels,
     kept_attributes,
     known_items,
-    rating_buckets,
     refuse_labels,
     value_codes,
 )
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.shards import Card, Shard
+from owlrec.sources.splits import in_histories
 from owlrec.workspace import Workspace, shard_file, table_file
 
 # Rows of valid and of test that are scored at most: those of the first shards, whose users are a random draw, since a
@@ -68,20 +71,21 @@ class EncodeSamples(Stage):
         self._item_ids = item_ids(workspace)
 
     def run(self, work: Work) -> Result:
-        """Raises SchemaError for a label that is neither 0 nor 1."""
+        """Raises SchemaError for a label outside [0, 1]."""
         workspace, number = work.workspace, work.shard.number
         columns = ["user_id", "item_id", "label", "split", "history_start", "history_end"]
         rows = workspace.read_shard("samples", number, columns)
-        behaviors = workspace.read_shard("interactions", number, ["item_id", "rating"])
+        behaviors = in_histories(workspace, number, ["item_id", "rating", "label"])
         label = rows["label"].to_numpy()
-        if (odd := ~np.isin(label, (0, 1))).any():
+        if (odd := ~((label >= 0) & (label <= 1))).any():
             raise SchemaError(
                 f"{workspace.path(table_file('samples', number))}, row {odd.argmax()}: the label is "
-                f"{label[odd.argmax()]}; a CTR model's labels are 0 and 1. Run `prepare` again."
+                f"{label[odd.argmax()]}; a CTR model's labels lie in [0, 1]. Run `prepare` again."
             )
         split = pc.index_in(rows["split"], pa.array(SPLITS)).to_numpy()
         order = np.argsort(split, kind="stable")
-        rows, split, label = rows.take(order), split[order], label[order]
+        rows, split = rows.take(order), split[order]
+        label = judged_labels(label[order], split == SPLITS.index("train"))
         items = item_rows(self._item_ids, rows["item_id"].to_numpy())
         of_history = item_rows(self._item_ids, behaviors["item_id"].to_numpy())
         starts, ends = (rows[name].to_numpy().astype(np.int64) for name in ("history_start", "history_end"))
@@ -101,9 +105,10 @@ class EncodeSamples(Stage):
         seen, weight = np.concatenate([items[train], of_history]), np.r_[np.ones(train.sum()), np.cumsum(shown)[:-1]]
         item, of_item = np.unique(seen, return_inverse=True)
         count = np.bincount(of_item, weights=weight, minlength=len(item)).astype(np.int64)
+        ratings = behaviors["rating"].to_numpy()
         tables = {
             "samples": pa.table(samples),
-            "behaviors": pa.table({"item": of_history, "rating": rating_buckets(behaviors["rating"].combine_chunks())}),
+            "behaviors": pa.table({"item": of_history, "rating": ratings, "label": behaviors["label"]}),
             "counts": pa.table({"item": item[count > 0], "count": count[count > 0]}),
         }
         work.check()
@@ -112,9 +117,14 @@ class EncodeSamples(Stage):
             for name, table in tables.items()
             if (path := f"{name}/{shard_file(number, '.arrow')}")
         }
-        counts = {"history_length": int((ends - starts)[train].max(initial=0))}
+        counts: dict[str, float | int | str] = {"history_length": int((ends - starts)[train].max(initial=0))}
+        if not np.isnan(ratings).all():
+            counts["rating_low"], counts["rating_high"] = Grades.of(ratings)
         for code, name in enumerate(SPLITS):
-            counts |= {name: int((split == code).sum()), f"{name}_positives": int(label[split == code].sum())}
+            counts |= {
+                name: int((split == code).sum()),
+                f"{name}_positives": int((label[split == code] >= POSITIVE).sum()),
+            }
         return Result(files, rows_in=len(rows), rows_out=len(rows), counts=counts)
 
     def _profiles(self, workspace: Workspace, number: int, user_ids: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
@@ -161,7 +171,12 @@ def encode_tables(
     for shard in shards:
         of_shard = _map(workspace, encoded, "counts", shard.number)
         counts[of_shard["item"].to_numpy()] += of_shard["count"].to_numpy()
+    graded = [card.counts for card in cards if "rating_low" in card.counts]
     vocabularies = Vocabularies(
+        grades=Grades(
+            min((float(counts["rating_low"]) for counts in graded), default=0.0),
+            max((float(counts["rating_high"]) for counts in graded), default=0.0),
+        ),
         items=known_items(ids, counts, min_item_count),
         attributes=_attribute_values(workspace, attributes),
         profile=_profile_values(
@@ -212,8 +227,9 @@ class _EncodedShards:
         samples, behaviors = (_map(self.workspace, self.folder, name, number) for name in ("samples", "behaviors"))
         profile = [value_codes(samples[name], values) for name, values in self.vocabularies.profile.items()]
         starts, lengths = (samples[name].to_numpy() for name in ("start", "length"))
-        of_history, ratings = (behaviors[name].to_numpy() for name in ("item", "rating"))
-        histories = Histories(starts, lengths, of_history, ratings, self.done.history_length)
+        of_history, rating, label = (behaviors[name].to_numpy() for name in ("item", "rating", "label"))
+        outcomes = self.vocabularies.grades.tokens(rating, label)
+        histories = Histories(starts, lengths, of_history, outcomes, self.done.history_length)
         user_ids, item_ids, items, labels = (samples[n].to_numpy() for n in ("user_id", "item_id", "item", "label"))
         none = np.zeros((len(samples), 0), dtype=np.int32)
         return SampleFeatures(

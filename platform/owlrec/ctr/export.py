@@ -12,7 +12,7 @@ import safetensors.numpy
 import safetensors.torch
 
 from owlrec.ctr.experiment import grid_folder
-from owlrec.ctr.features import ItemFeatures, Vocabularies
+from owlrec.ctr.features import Grades, ItemFeatures, Vocabularies
 from owlrec.ctr.fitting import Trained
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.scores import FILE as SCORES_FILE
@@ -58,6 +58,7 @@ def write_vocabularies(workspace: Workspace, folder: str, vocabularies: Vocabula
         "item": vocabularies.items.cast(pa.string()),
         **{f"attribute{_SEPARATOR}{name}": values for name, values in vocabularies.attributes.items()},
         **{f"profile{_SEPARATOR}{name}": values for name, values in vocabularies.profile.items()},
+        "grades": pa.array([repr(rating) for rating in vocabularies.grades]),  # the lowest and the highest
     }
     # A field without values would vanish from the table, and with it a column of the model's input.
     values = [pa.concat_arrays([pa.array([None], pa.string()), v.cast(pa.string())]) for v in fields.values()]
@@ -78,7 +79,12 @@ def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
         prefix = kind + _SEPARATOR
         return {name.removeprefix(prefix): values for name, values in fields.items() if name.startswith(prefix)}
 
-    return Vocabularies(items=fields["item"].cast(pa.int64()), attributes=of("attribute"), profile=of("profile"))
+    return Vocabularies(
+        items=fields["item"].cast(pa.int64()),
+        attributes=of("attribute"),
+        profile=of("profile"),
+        grades=Grades(*map(float, fields["grades"].to_pylist())),
+    )
 
 
 def write_items(workspace: Workspace, folder: str, items: ItemFeatures, counts: np.ndarray | None = None) -> None:

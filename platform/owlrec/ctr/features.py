@@ -7,8 +7,10 @@ behaviors, which are stored once as well; no sample holds a copy of either. Code
 unseen in training.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +19,17 @@ import pyarrow.compute as pc
 from owlrec.config import Config
 from owlrec.errors import SchemaError
 from owlrec.ordered import rows_of
+from owlrec.sources.outcomes import taken
 
 PADDING, UNKNOWN = 0, 1
 RESERVED = 2  # the first code of a real value, and the first row of a real item
 MAX_ATTRIBUTES = 2
 VALUES_PER_ATTRIBUTE = 4  # an item keeps the first four values of a multi-valued attribute
-RATING_BUCKETS = 10
+POSITIVE = 0.5  # a label from here on is a positive where a class is wanted
+GRADES = 10  # levels that ratings are told apart by
+PASSED = GRADES + 1  # the token of what was passed over
+OUTCOMES = PASSED + 1  # tokens, with 0 for what was taken without a grade
+_FEW = 100  # up to so high a rating is a grade; what goes beyond is a count, whose levels are those of its logarithm
 SPLITS = ("train", "valid", "test")
 
 Segment = tuple[int, int, int]  # rows of one shard: its number, the first and the end
@@ -37,6 +44,33 @@ class FeatureSpec(Config):
     history_length: int
 
 
+class Grades(NamedTuple):
+    """The lowest and the highest rating of a data set: what its ratings are told apart by."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratings: np.ndarray) -> "Grades":
+        """Those of ratings, NaN where there is none."""
+        graded = ratings[~np.isnan(ratings)]
+        return cls(float(graded.min()), float(graded.max())) if len(graded) else cls(0.0, 0.0)
+
+    def tokens(self, ratings: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """What a model reads of each behavior's outcome: uint8 [n].
+
+        0: taken without a grade; 1 to GRADES: the grade, evenly from the lowest to the highest; PASSED: passed over.
+        ratings: float [n], NaN for none; labels: float [n].
+        """
+        low, high = self.low, max(self.high, self.low + 1e-6)
+        clipped = np.clip(np.nan_to_num(ratings, nan=low), low, high)
+        if high > _FEW and low >= 0:
+            clipped, low, high = np.log1p(clipped), math.log1p(low), math.log1p(high)
+        level = 1 + np.rint((clipped - low) / (high - low) * (GRADES - 1))
+        graded = np.where(np.isnan(ratings), 0, level)
+        return np.where(taken(ratings, labels), graded, PASSED).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class Vocabularies:
     """The known values, sorted: the value at position i has code i + 2."""
@@ -44,6 +78,7 @@ class Vocabularies:
     items: pa.Array  # int64: ids that occur in training
     attributes: dict[str, pa.Array]  # string
     profile: dict[str, pa.Array]  # string
+    grades: Grades  # of the ratings in all interactions
 
     def spec(self, history_length: int) -> FeatureSpec:
         """The sizes that follow from these vocabularies."""
@@ -75,7 +110,7 @@ class Histories:
     starts: np.ndarray  # int64 [n]
     lengths: np.ndarray  # int32 [n]
     items: np.ndarray  # int32 [m], row numbers of ItemFeatures
-    ratings: np.ndarray  # uint8 [m]: 1 to 10, 0 for behaviors without a rating
+    ratings: np.ndarray  # uint8 [m]: see Grades.tokens
     width: int  # a model reads at most so many, the latest
 
     def matrices(self, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +138,7 @@ class SampleFeatures:
     items: np.ndarray  # int32 [n]
     histories: Histories
     profile: np.ndarray  # int32 [n, n_profile]
-    labels: np.ndarray  # float32 [n]
+    labels: np.ndarray  # float32 [n], in [0, 1] where samples are trained on, else 0 or 1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -115,7 +150,7 @@ class SampleFeatures:
 
     @property
     def ratings(self) -> np.ndarray:
-        """int32 [n, history_length]: 1 to 10, 0 for padding and for behaviors without a rating."""
+        """int32 [n, history_length]: see Grades.tokens; 0 for padding."""
         return self.histories.matrices(slice(None))[1]
 
     @property
@@ -209,7 +244,7 @@ def build_features(
     min_item_count: an item that training shows less often (as target or in a history) shares the code of unknown
     items, which is thereby trained.
     Raises SchemaError where a split is empty or holds one class only, since neither a loss nor an AUC would mean
-    anything, and for a label that is neither 0 nor 1.
+    anything, and for a label outside [0, 1].
     """
     index = np.sort(items["item_id"].to_numpy())
     history = samples["history"].combine_chunks()
@@ -227,6 +262,7 @@ def build_features(
         items=known_items(index, counts, min_item_count),
         attributes={name: distinct_values([items[name]]) for name in kept_attributes(items.column_names, attributes)},
         profile={name: distinct_values([train_users[name]]) for name in profile if name in users.column_names},
+        grades=Grades.of(_floats(pc.list_flatten(samples["history_ratings"].combine_chunks()))),
     )
     features, length = encode_items([items], vocabularies), max(1, int(lengths[train].max(initial=0)))
     splits = {
@@ -236,14 +272,14 @@ def build_features(
     return Features(vocabularies.spec(length), vocabularies, features, counts, splits)
 
 
-def refuse_labels(split: str, rows: int, labels: set[float]) -> None:
-    """Raises SchemaError where the labels that occur in a split are not both of 0 and 1, or others too."""
-    if odd := [label for label in labels if label not in (0, 1)]:
+def refuse_labels(split: str, rows: int, labels: set[Any]) -> None:
+    """Raises SchemaError where a label that occurs in a split lies outside [0, 1], or all lie on one side of a half."""
+    if odd := [label for label in labels if label is None or not 0 <= label <= 1]:
         raise SchemaError(
-            f"samples: split '{split}' has the label {odd[0]}; a CTR model's labels are 0 and 1. Run `prepare` again, "
-            f"or correct the rows of samples whose label is neither."
+            f"samples: split '{split}' has the label {odd[0]}; a CTR model's labels lie in [0, 1]. Run `prepare` "
+            "again, or correct the rows of samples."
         )
-    if len(labels) < 2:
+    if len({label >= POSITIVE for label in labels}) < 2:
         raise SchemaError(
             f"samples: split '{split}' has {rows} rows and the labels {sorted(labels)}; a CTR model needs both classes "
             f"in each split. Give it more users, or change source.split or the label rule in the recipe."
@@ -297,15 +333,17 @@ def encode_samples(
     samples: pa.Table, users: pa.Table, items: ItemFeatures, vocabularies: Vocabularies, history_length: int
 ) -> SampleFeatures:
     """The arrays of a samples table (schema.SAMPLES); a model reads the last `history_length` behaviors of each."""
-    history, ratings = samples["history"].combine_chunks(), samples["history_ratings"].combine_chunks()
+    columns = ("history", "history_ratings", "history_labels")
+    history, ratings, told = (samples[column].combine_chunks() for column in columns)
     lengths = pc.list_value_length(history).to_numpy()
-    if not np.array_equal(lengths, pc.list_value_length(ratings).to_numpy()):
-        raise SchemaError("samples: history and history_ratings differ in length. Run `prepare` again.")
+    for column in (ratings, told):
+        if not np.array_equal(lengths, pc.list_value_length(column).to_numpy()):
+            raise SchemaError("samples: a history, its ratings and its labels differ in length. Run `prepare` again.")
     histories = Histories(
         starts=(np.cumsum(lengths) - lengths).astype(np.int64),
         lengths=lengths.astype(np.int32),
         items=items.rows(pc.list_flatten(history).to_numpy()),
-        ratings=rating_buckets(pc.list_flatten(ratings)),
+        ratings=vocabularies.grades.tokens(_floats(pc.list_flatten(ratings)), _floats(pc.list_flatten(told))),
         width=history_length,
     )
     profile = np.zeros((samples.num_rows, len(vocabularies.profile)), dtype=np.int32)
@@ -314,13 +352,19 @@ def encode_samples(
         for i, (name, values) in enumerate(vocabularies.profile.items()):
             profile[:, i] = value_codes(users[name].take(where), values)
     item_ids, labels = samples["item_id"].to_numpy(), samples["label"].to_numpy().astype(np.float32)
+    if "split" in samples.column_names:
+        labels = judged_labels(labels, pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
     return SampleFeatures(samples["user_id"].to_numpy(), item_ids, items.rows(item_ids), histories, profile, labels)
 
 
-def rating_buckets(ratings: pa.Array) -> np.ndarray:
-    """uint8 [n]: each rating rounded and brought within 1 to 10, 0 for none."""
-    values = pc.fill_null(ratings, np.nan).to_numpy(zero_copy_only=False)
-    return np.where(np.isnan(values), PADDING, np.clip(np.rint(values), 1, RATING_BUCKETS)).astype(np.uint8)
+def judged_labels(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Soft labels to learn from, 0 or 1 to judge by: float32 [n]. train: bool [n]."""
+    return np.where(train, labels, labels >= POSITIVE).astype(np.float32)
+
+
+def _floats(column: pa.Array) -> np.ndarray:
+    """float64 [n], NaN for null."""
+    return pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
 
 
 def distinct_values(columns: Iterable[pa.ChunkedArray]) -> pa.Array:

@@ -19,7 +19,7 @@ from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.backbones.interface import BackboneInputs, InputShape, TableRows
 from owlrec.ctr.codes import CodeFields, Codes
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
-from owlrec.ctr.features import PADDING, RATING_BUCKETS, FeatureSpec, ItemFeatures
+from owlrec.ctr.features import OUTCOMES, PADDING, FeatureSpec, ItemFeatures
 
 # Small, so that an item that training hardly saw stays near zero: .01 beats .05 by .002 valid AUC on MovieLens-100K.
 _INIT_STD = 0.01
@@ -136,8 +136,8 @@ class CTRModel(nn.Module):
         features, width = spec.features, spec.embed_dim
         self.item = _embedding(features.n_items, width)
         self.attributes = nn.ModuleList(_embedding(size, width) for size in features.attributes.values())
-        self.rating = _embedding(RATING_BUCKETS + 1, width)
-        self.register_buffer("all_ratings", torch.arange(RATING_BUCKETS + 1), persistent=False)
+        self.rating = _embedding(OUTCOMES, width)
+        self.register_buffer("all_ratings", torch.arange(OUTCOMES), persistent=False)
         self.profile = nn.ModuleList(_embedding(size, width) for size in features.profile.values())
         shape = InputShape(
             item_fields=1 + len(features.attributes),

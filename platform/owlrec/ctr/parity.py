@@ -46,8 +46,5 @@ def largest_difference(scorer: Scorer, workspace: Workspace, grid: str, trial: T
             f"last. Run `train_ctr` again."
         )
     chosen = np.unique(np.linspace(0, n - 1, rows).astype(np.int64))
-    ours = [
-        scorer.score(User(row["user_id"], row["history"], row["history_ratings"]), [row["item_id"]])[0]
-        for row in samples.take(chosen).to_pylist()
-    ]
+    ours = [scorer.score(User.of_sample(row), [row["item_id"]])[0] for row in samples.take(chosen).to_pylist()]
     return float(np.abs(np.array(ours) - scored.scores[trial.path][chosen]).max())

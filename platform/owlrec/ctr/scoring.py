@@ -7,6 +7,7 @@ artifact holds, or bring newer ones. The user's side is computed once a request,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,15 @@ class User:
     user_id: int | None = None
     history: Sequence[int] | None = None  # item ids, most recent last
     ratings: Sequence[float | None] | None = None  # aligned with history; None: without ratings
+    taken: Sequence[bool] | None = None  # aligned with history: False of what was passed over; None: all was taken
     profile: Mapping[str, str] = field(default_factory=dict)  # what it names takes the place of what is known
+
+    @classmethod
+    def of_sample(cls, row: Mapping[str, Any]) -> "User":
+        """Who a row of schema.SAMPLES is about, at its moment."""
+        ratings, labels = row["history_ratings"], row["history_labels"]
+        took = [rating is not None or label >= 0.5 for rating, label in zip(ratings, labels, strict=True)]
+        return cls(row["user_id"], row["history"], ratings, took)
 
 
 class Scorer:
@@ -119,15 +128,17 @@ class Scorer:
     def _encode(self, user: User) -> UserStates:
         history = list(user.history or ())
         ratings = [None] * len(history) if user.ratings is None else list(user.ratings)
-        if len(ratings) != len(history):
+        took = [True] * len(history) if user.taken is None else list(user.taken)
+        if not len(ratings) == len(took) == len(history):
             raise SchemaError(
-                f"a user comes with {len(history)} behaviours and {len(ratings)} ratings. Give a rating or null each, "
-                f"or no ratings at all."
+                f"a user comes with {len(history)} behaviours, {len(ratings)} ratings and {len(took)} outcomes. Give a "
+                f"rating or null each, or no ratings at all."
             )
         user_id = pa.array([_NO_ID if user.user_id is None else user.user_id], pa.int64())
         lists = {
             "history": pa.array([history], pa.list_(pa.int64())),
             "history_ratings": pa.array([ratings], pa.list_(pa.float32())),
+            "history_labels": pa.array([[float(t) for t in took]], pa.list_(pa.float32())),
         }
         profile = {name: pa.array([user.profile.get(name)], pa.string()) for name in self.vocabularies.profile}
         return UserStates.encode(

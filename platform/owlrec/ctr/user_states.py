@@ -117,5 +117,6 @@ def _without_behaviors(ids: np.ndarray) -> pa.Table:
             "user_id": ids,
             "history": pa.array(empty, pa.list_(pa.int64())),
             "history_ratings": pa.array(empty, pa.list_(pa.float32())),
+            "history_labels": pa.array(empty, pa.list_(pa.float32())),
         }
     )

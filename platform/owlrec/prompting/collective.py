@@ -61,7 +61,7 @@ def user_group_facts(
     if liked:
         parts.append(f"Users of this group {scenario.consumed} and liked these {scenario.items}: {_list(liked)}.")
     if disliked:
-        parts.append(f"They {scenario.consumed} and disliked these: {_list(disliked)}.")
+        parts.append(f"They disliked these or left them alone: {_list(disliked)}.")
     return " ".join(parts)
 
 

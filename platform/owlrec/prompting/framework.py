@@ -14,6 +14,7 @@ from typing import Literal
 from owlrec.prompting.text import clean_text, fit_recent
 from owlrec.scenario import Scenario
 
+_USUAL_BEST = 5  # rating, which goes without saying
 _USUAL_CHARS = 300  # of a title; longer ones are not remembered
 FrameworkName = Literal["kar", "once", "rlmrec", "trawl"]
 
@@ -27,7 +28,8 @@ class Framework:
     """
 
     user_system: str
-    user_template: str  # must name {behaviours}; {profile} is "" or a sentence with a space after it
+    # Must name {behaviours}; {profile} is "" or a sentence and a space, {passed} is "" or a space and a sentence.
+    user_template: str
     item_system: str
     item_template: str  # must name {description}: the quoted title and, in brackets, the attributes
 
@@ -47,6 +49,7 @@ def user_prompt(
     scenario: Scenario,
     profile: Mapping[str, str],
     behaviours: Sequence[tuple[str, float | None]],
+    passed: Sequence[str] = (),
     *,
     history_tokens: int,
     count_tokens: Callable[[str], int],
@@ -56,7 +59,8 @@ def user_prompt(
     profile: the user's profile fields; empty ones and those the scenario does not name are left out, and all of them
     where the family does not ask for them.
     behaviours: (title, rating) oldest first; a rating of None, or a scenario without graded ratings, quotes the title
-    alone. history_tokens: budget for the list of behaviours; the oldest are dropped until it fits.
+    alone. passed: titles that the user passed over, oldest first.
+    history_tokens: budget for the list of behaviours; the oldest are dropped until it fits.
     Returns two "" where no behaviour is left: a user without one has nothing to reason about.
     """
     entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviours]
@@ -65,9 +69,11 @@ def user_prompt(
         return "", ""
     fields = [f"{f} {clean_text(profile[f], max_chars=60)}" for f in scenario.profile_fields if profile.get(f)]
     behaved, about = "; ".join(kept), f"User: {', '.join(fields)}. " if fields else ""
+    left = "; ".join(quoted_title(title) for title in passed)
+    not_taken = f" The user {scenario.passed_over} these: {left}." if left else ""
     words = scenario_words(scenario, scenario.user_factors)
-    text = framework.user_template.format(**words, profile=about, behaviours=behaved)
-    return text, f"{about}The user {scenario.consumed} these {scenario.items}: {behaved}."
+    text = framework.user_template.format(**words, profile=about, behaviours=behaved, passed=not_taken)
+    return text, f"{about}The user {scenario.consumed} these {scenario.items}: {behaved}.{not_taken}"
 
 
 def item_prompt(
@@ -111,7 +117,8 @@ def quoted_behaviour(scenario: Scenario, title: str, rating: float | None) -> st
     quoted = quoted_title(title)
     if rating is None or not scenario.rating_unit:
         return quoted
-    return f"{quoted} {rating:g} {scenario.rating_unit}{'' if rating == 1 else 's'}"
+    best = f" of {scenario.rating_best:g}" if scenario.rating_best != _USUAL_BEST else ""
+    return f"{quoted} {rating:g}{best} {scenario.rating_unit}{'' if rating == 1 and not best else 's'}"
 
 
 def quoted_title(title: str) -> str:

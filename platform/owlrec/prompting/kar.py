@@ -12,7 +12,7 @@ KAR = Framework(
         "You give a reason from the {history} for each point, in a few clear and brief sentences."
     ),
     user_template=(
-        "{profile}The user {consumed} these {items}, oldest first: {behaviours}.\n"
+        "{profile}The user {consumed} these {items}, oldest first: {behaviours}.{passed}\n"
         "Analyse the user's preferences on {items} and explain them."
     ),
     item_system=(

@@ -17,7 +17,7 @@ ONCE = Framework(
         "You leave out what cannot be told, and write a few short sentences."
     ),
     user_template=(
-        "The user {consumed} these {items}, oldest first: {behaviours}.\n"
+        "The user {consumed} these {items}, oldest first: {behaviours}.{passed}\n"
         "Name the topics that interest this user, then the user's traits."
     ),
     item_system=(

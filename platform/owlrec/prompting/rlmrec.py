@@ -16,7 +16,7 @@ RLMREC = Framework(
         "up the kinds in one or two sentences, then you explain briefly how the {history} shows it."
     ),
     user_template=(
-        "The user {consumed} these {items}, oldest first: {behaviours}.\n"
+        "The user {consumed} these {items}, oldest first: {behaviours}.{passed}\n"
         "What kinds of {items} would appeal to this user, and why?"
     ),
     item_system=(

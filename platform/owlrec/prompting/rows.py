@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -84,26 +85,34 @@ def user_prompts(
     family = FRAMEWORKS[config.framework]
     system = user_system(family, scenario)
     profiles = dict(zip(users["user_id"].to_pylist(), _rows(users), strict=True))
-    items = histories["items"].combine_chunks()
-    titles = catalog.titles(items.flatten().to_numpy(zero_copy_only=False))
-    bounds = np.r_[0, np.cumsum(items.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))].tolist()
-    for row, start, end in zip(histories.drop_columns(["items"]).to_pylist(), bounds[:-1], bounds[1:], strict=True):
+    behaved, passed = (_titles(histories[column], catalog) for column in ("items", "passed"))
+    rows = histories.drop_columns(["items", "passed"]).to_pylist()
+    for row, titles, left in zip(rows, behaved, passed, strict=True):
         id_, as_of = row["user_id"], row["as_of"]
         profile = profiles.get(id_, {})
         if isinstance(profile, str) or (wrong := _wrong(profile, scenario.profile_fields)):
             yield _unusable("user", id_, as_of, profile if isinstance(profile, str) else wrong)
             continue
-        ratings = row["ratings"] or [None] * (end - start)
-        behaviours = [(t, r) for t, r in zip(titles[start:end], ratings, strict=True) if t]
+        ratings = row["ratings"] or [None] * len(titles)
+        behaviours = [(t, r) for t, r in zip(titles, ratings, strict=True) if t]
         text, facts = user_prompt(
             family,
             scenario,
             profile,
             behaviours,
+            [t for t in left if t],
             history_tokens=config.history_tokens,
             count_tokens=count_tokens,
         )
         yield Prompt("user", id_, as_of, system, text, facts)
+
+
+def _titles(lists: pa.ChunkedArray, catalog: ItemCatalog) -> list[list[str]]:
+    """The titles of each list of item ids."""
+    items = lists.combine_chunks()
+    titles = catalog.titles(items.flatten().to_numpy(zero_copy_only=False))
+    bounds = np.r_[0, np.cumsum(items.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))].tolist()
+    return [titles[start:end] for start, end in pairwise(bounds)]
 
 
 def item_prompts(items: pa.Table, scenario: Scenario, framework: FrameworkName) -> Iterator[Prompt | UnusableRow]:

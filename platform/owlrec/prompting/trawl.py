@@ -17,7 +17,7 @@ TRAWL = Framework(
         "You answer with a short summary."
     ),
     user_template=(
-        "{profile}The user {consumed} these {items}, oldest first: {behaviours}.\n"
+        "{profile}The user {consumed} these {items}, oldest first: {behaviours}.{passed}\n"
         "From what you know of these {items}, summarise what the user prefers."
     ),
     item_system=(

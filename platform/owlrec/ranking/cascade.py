@@ -49,7 +49,7 @@ def held_out_lists(samples: pa.Table, *, lists: int, length: int) -> pa.Table:
     drawn = starts[enough[in_hash_order([users[enough]], seed=0)[:lists]]]
     found = rows.take(pa.array((drawn[:, None] + np.arange(length)).ravel()))
     of_first = rows.take(pa.array(np.repeat(drawn, length)))
-    for name in ("timestamp", "history", "history_ratings"):
+    for name in ("timestamp", "history", "history_ratings", "history_labels"):
         found = found.set_column(found.column_names.index(name), SAMPLES.field(name), of_first[name])
     return found
 

@@ -204,8 +204,9 @@ def behaviours_shown(
 ) -> dict[Literal["recent", "retrieved"], Behaviours]:
     """The at most `k` behaviours that a sample's prompt quotes, as the lists that `rank_prompt` takes.
 
-    sample: user_id, item_id, history and history_ratings, the last null or aligned with history; titles: aligned with
-    history, "" for none. A mixed prompt retrieves from what is older than its recent half, so that none stands twice.
+    sample: user_id, item_id, history, history_ratings and history_labels, the last two null or aligned with history;
+    titles: aligned with history, "" for none. What was passed over is not quoted. A mixed prompt retrieves from what is
+    older than its recent half, so that none stands twice.
     Raises SchemaError where the ratings do not match.
     """
     history = sample["history"] or []
@@ -215,7 +216,9 @@ def behaviours_shown(
             f"samples, user {sample['user_id']}, item {sample['item_id']}: {len(history)} behaviours in history, but "
             f"{len(ratings)} in history_ratings. Run `prepare` again."
         )
-    titled = [i for i, title in enumerate(titles) if is_quotable(title)]
+    told = sample.get("history_labels") or [1.0] * len(history)
+    took = [rating is not None or label >= 0.5 for rating, label in zip(ratings, told, strict=True)]
+    titled = [i for i, title in enumerate(titles) if took[i] and is_quotable(title)]
     behaviours = [(titles[i], ratings[i]) for i in titled]
     lately = {"recent": k, "retrieved": 0, "mixed": (k + 1) // 2}[shown]
     n_older = max(0, len(behaviours) - lately)

@@ -30,15 +30,19 @@ from owlrec.shards import Card, Shard, in_threads
 from owlrec.sources.buckets import MAX_BUCKETS, read_batches, write_buckets
 from owlrec.sources.files import SourceFile, input_files
 from owlrec.sources.ingest import Grouping, bucket_file, grouped
+from owlrec.sources.outcomes import EVENTS as EVENT_NAMES
+from owlrec.sources.outcomes import PASSED_OVER, Labels, taken
 from owlrec.sources.raw import Fragment
 from owlrec.sources.tabular import fragments_of, to_milliseconds
 from owlrec.workspace import Workspace
 
-REFUSED = INTERACTIONS.append(pa.field("error", pa.string()))
+EVENTS = pa.schema([INTERACTIONS.field(name) for name in ("user_id", "item_id", "rating", "timestamp")])
+REFUSED = EVENTS.append(pa.field("error", pa.string()))
 _KEY = ["user_id", "item_id", "timestamp", "error"]
 _REASONS = {
     "NullField": "user_id, item_id or timestamp is null: write events with all three",
     "NotMilliseconds": "timestamp {timestamp} is not in milliseconds since 1970 (UTC): convert it",
+    "UnclearOutcome": "its label or event is not one that the tables were prepared with: correct it",
     "TooLate": "timestamp {timestamp} is more than streaming.max_lateness_days older than the newest event of the log",
     "FromTheFuture": "timestamp {timestamp} lies in the future: correct the clock that it comes from",
     "UnknownUser": "the users table has no such user: run `prepare` with them, or set streaming.unknown_users",
@@ -57,7 +61,7 @@ class Events:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Events":
-        """Of a table of schema.INTERACTIONS with nulls among the ratings only. A rating that is not finite is none."""
+        """Of a table of EVENTS with nulls among the ratings only. A rating that is not finite is none."""
         rating = table["rating"].to_numpy().astype(np.float32)
         rating[~np.isfinite(rating)] = np.nan
         return cls(table["user_id"].to_numpy(), table["item_id"].to_numpy(), rating, table["timestamp"].to_numpy())
@@ -65,7 +69,7 @@ class Events:
     @classmethod
     def join(cls, parts: Iterable["Events"]) -> "Events":
         """All events of several."""
-        parts = [cls.from_table(INTERACTIONS.empty_table()), *parts]
+        parts = [cls.from_table(EVENTS.empty_table()), *parts]
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("user", "item", "rating", "time")))
 
     def __len__(self) -> int:
@@ -158,7 +162,7 @@ class Log:
         newest = max((moment for moment in moments if moment is not None), default=None)
         if watermark is None and newest is None:
             raise SourceError(
-                f"{self.path}: no events are there. Put Parquet files with the columns {', '.join(INTERACTIONS.names)} "
+                f"{self.path}: no events are there. Put Parquet files with the columns {', '.join(EVENTS.names)} "
                 "(ms since 1970, UTC) into it, and only ever add to them; or name another place in streaming.events."
             )
         if watermark is not None and (newest is None or newest < watermark):
@@ -209,20 +213,25 @@ class ReadEvents(Stage):
     known: Mapping[str, int]  # rows of a file, by its path, that an earlier refresh has read
     horizon: int | None  # ms: what is older is too late, and dead where its row is new
     n_shards: int
+    labels: Labels
 
     name = "events"
 
     def run(self, work: Work) -> Result:
         """See Stage.run."""
-        usable, dead, newest = [INTERACTIONS.empty_table()], [REFUSED.empty_table()], dict[str, int]()
+        passed = 0
+        usable, dead, newest = [EVENTS.empty_table()], [REFUSED.empty_table()], dict[str, int]()
         for fragment in self.grouping.fragments(work.shard.number):
             table = _read(fragment)
-            good, late, broken = sort_out(table, self.horizon)
+            good, late, broken = sort_out(table, self.horizon, self.labels)
             if len(valid := table["timestamp"].filter(pa.array(good | late))):
                 newest[fragment.path] = max(pc.max(valid).as_py(), newest.get(fragment.path, 0))
             new = fragment.first_row + np.arange(table.num_rows) >= self.known.get(fragment.path, 0)
             dead.append(broken.filter(pa.array(new & pc.is_valid(broken["error"]).to_numpy())))
-            usable.append(table.filter(pa.array(good)))
+            kept = table.filter(pa.array(good))
+            chosen = taken_in(kept, self.labels)
+            passed += kept.num_rows - int(chosen.sum())
+            usable.append(kept.filter(pa.array(chosen)).select(EVENTS.names))
         events, letters = pa.concat_tables(usable), dead_letters(pa.concat_tables(dead))
         path = bucket_file("events", work.shard.number)
         files = {
@@ -235,6 +244,7 @@ class ReadEvents(Stage):
         holds[shard_of(events["user_id"].to_numpy(), self.n_shards)] = True
         counts: dict[str, float | int | str] = {
             "newest": json.dumps(newest),
+            "passed_over": passed,
             "shards": base64.b64encode(np.packbits(holds).tobytes()).decode(),
             **count_errors(letters),
         }
@@ -249,29 +259,55 @@ def event_groups(fragments: Sequence[Fragment], n_shards: int) -> Grouping:
 def _read(fragment: Fragment) -> pa.Table:
     path = fragment.path
     with _parquet(SourceFile(path, fragment.bytes, "")) as parquet:
-        columns = [c for c in INTERACTIONS.names if c in parquet.schema_arrow.names]
+        columns = [c for c in (*EVENTS.names, "label", "event") if c in parquet.schema_arrow.names]
         table = parquet.read_row_groups(list(range(*fragment.groups)), columns)
     if "rating" not in table.column_names:  # implicit feedback
         table = table.append_column("rating", pa.nulls(table.num_rows, pa.float32()))
     if "timestamp" in table.column_names:
         at = table.column_names.index("timestamp")
         table = table.set_column(at, "timestamp", to_milliseconds(table["timestamp"], "ms", name=path))
-    return conform(table, INTERACTIONS, name=path, first_row=fragment.first_row)
+    return conform(table, EVENTS, name=path, first_row=fragment.first_row)
 
 
-def sort_out(table: pa.Table, horizon: int | None) -> tuple[np.ndarray, np.ndarray, pa.Table]:
+def sort_out(table: pa.Table, horizon: int | None, labels: Labels) -> tuple[np.ndarray, np.ndarray, pa.Table]:
     """Which rows can be used, which are too late, and all rows as REFUSED, their `error` null where they are usable."""
+    unclear = unclear_outcomes(table, labels)
     null = np.zeros(table.num_rows, dtype=bool)
     for column in ("user_id", "item_id", "timestamp"):
         null |= pc.is_null(table[column]).to_numpy()
     time = table["timestamp"].fill_null(0).to_numpy()
     wrong_unit = ~null & ((time < MILLISECONDS.start) | (time >= MILLISECONDS.stop))
-    late = ~null & ~wrong_unit & (time < (horizon or 0))
+    unclear &= ~null & ~wrong_unit
+    late = ~null & ~wrong_unit & ~unclear & (time < (horizon or 0))
     error = np.full(table.num_rows, None, dtype=object)
-    for mask, name in ((null, "NullField"), (wrong_unit, "NotMilliseconds"), (late, "TooLate")):
+    reasons = ((null, "NullField"), (wrong_unit, "NotMilliseconds"), (unclear, "UnclearOutcome"), (late, "TooLate"))
+    for mask, name in reasons:
         error[mask] = name
-    rows = table.append_column("error", pa.array(error, pa.string())).cast(REFUSED)
-    return ~null & ~wrong_unit & ~late, late, rows
+    rows = table.select(EVENTS.names).append_column("error", pa.array(error, pa.string())).cast(REFUSED)
+    return ~null & ~wrong_unit & ~unclear & ~late, late, rows
+
+
+def unclear_outcomes(table: pa.Table, labels: Labels) -> np.ndarray:
+    """Which events do not say what became of them where the label rule asks for it: bool [n]."""
+    if labels.rule != "column":
+        return np.zeros(table.num_rows, dtype=bool)
+    if labels.events:
+        known = pc.is_in(table["event"], value_set=pa.array(EVENT_NAMES)) if "event" in table.column_names else None
+        return ~known.to_numpy() if known else np.ones(table.num_rows, dtype=bool)
+    if "label" not in table.column_names:
+        return np.ones(table.num_rows, dtype=bool)
+    label = table["label"].cast(pa.float32()).to_numpy()
+    return ~((label >= 0) & (label <= 1))
+
+
+def taken_in(table: pa.Table, labels: Labels) -> np.ndarray:
+    """Which events tell of something that their user took, bool [n]: what was passed over is no behavior to read."""
+    if labels.rule != "column":
+        return np.ones(table.num_rows, dtype=bool)
+    if labels.events:
+        return pc.not_equal(table["event"], PASSED_OVER).to_numpy()
+    rating = table["rating"].cast(pa.float32()).to_numpy()
+    return taken(rating, table["label"].cast(pa.float32()).to_numpy())
 
 
 @dataclass(frozen=True)
@@ -312,7 +348,7 @@ class Buckets:
         """The events of one shard, in the order of the log."""
         groups = [g for g, holds in self._holds.items() if holds[shard >> 3] >> (7 - (shard & 7)) & 1]
         bucket = [shard & (self.n_buckets - 1)]
-        tables = [INTERACTIONS.empty_table()]
+        tables = [EVENTS.empty_table()]
         for group in groups:
             tables += read_batches(workspace, self._path(group), bucket, self.n_buckets)
         events = Events.from_table(pa.concat_tables(tables))

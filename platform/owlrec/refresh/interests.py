@@ -19,6 +19,7 @@ from owlrec.refresh.budget import DUE, rank_digits
 from owlrec.refresh.config import RefreshConfig
 from owlrec.refresh.drift import Gather, drifts, priorities, sum_vectors
 from owlrec.refresh.events import (
+    EVENTS,
     REFUSED,
     Buckets,
     Events,
@@ -44,6 +45,7 @@ from owlrec.releases.release import Release, open_release
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import HISTORIES, INTERACTIONS, USERS
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.outcomes import taken
 from owlrec.workspace import Workspace
 
 _SCHEMAS = {"users": USERS, "interactions": INTERACTIONS, "histories": HISTORIES}
@@ -167,8 +169,10 @@ class PreparedShard:
         return np.unique(self._rows("users", ids, ["user_id"])["user_id"].to_numpy())
 
     def interactions(self, ids: np.ndarray) -> Events:
-        """All interactions of the users `ids`, by user."""
-        events = Events.from_table(self._rows("interactions", ids, ["user_id", "item_id", "rating", "timestamp"]))
+        """All that the users `ids` took, by user."""
+        rows = self._rows("interactions", ids, INTERACTIONS.names)
+        rows = rows.filter(pa.array(taken(rows["rating"].to_numpy(), rows["label"].to_numpy())))
+        events = Events.from_table(rows.select(EVENTS.names))
         return events.take(np.argsort(events.user, kind="stable"))
 
     def histories(self, ids: np.ndarray) -> dict[int, dict[str, Any]]:

@@ -28,6 +28,7 @@ from owlrec.releases.release import pointer_history
 from owlrec.runner import Result, Stage, Work
 from owlrec.scenario import Scenario
 from owlrec.shards import Artifact, Card, Shard, needed_stage
+from owlrec.sources.outcomes import Labels
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace
 
@@ -74,8 +75,8 @@ class Planner:
         """
         workspace, config = self.workspace, self.config
         parent = parent_release(workspace, base.release or None, self.encoder)
-        prepared = needed_stage(workspace, "prepare", "the tables are not prepared").fingerprint
-        admitted_by = fingerprint(prepared, config.unknown_users, config.unknown_items)
+        prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+        admitted_by = fingerprint(prepared.fingerprint, config.unknown_users, config.unknown_items)
         log = Log.open(workspace, config, base.log)
         retried = base.retried_shards(admitted_by, now + round(1000 * config.max_future_s))
         if not log.unread and not retried:
@@ -94,7 +95,7 @@ class Planner:
         horizon = None if base.watermark is None else base.watermark - config.max_lateness_ms
         grouping = event_groups(fragments, base.n_shards)
         known = {f.path: base.log[n].rows for n, f in log.unread.items() if n in base.log}
-        stage = ReadEvents(folder, grouping, known, horizon, base.n_shards)
+        stage = ReadEvents(folder, grouping, known, horizon, base.n_shards, Labels.of_card(prepared))
         cards = self.run(stage, grouping.inputs(), sum(f.rows for f in fragments), "reading events")
         buckets = Buckets.of(folder, base.n_shards, cards.values())
         log.check_watermark(buckets.newest, base.watermark, workspace.path(ROOT))

@@ -167,6 +167,7 @@ class Behaviour(Request):
 
     item_id: Id
     rating: Score | None = None
+    taken: bool = True  # false of what the user was shown and passed over
 
 
 class Rank(Request):

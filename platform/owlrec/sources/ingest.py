@@ -4,20 +4,20 @@ A shard is a group of fragments. Which fragments are in which group is written d
 all unchanged keeps its number, so that a source that grew by some files has only these read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel
 
-from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.errors import WorkspaceError
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import INTERACTIONS
-from owlrec.shards import Card, Shard
+from owlrec.shards import Shard
 from owlrec.sources.buckets import MAX_BUCKETS, bucket_order, write_buckets
+from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.raw import ENTITIES, TABLE_NAMES, Fragment, Fragments, Piece, Place, TableName
-from owlrec.sources.splits import ratings
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shard_file, shards_for
 
@@ -103,6 +103,7 @@ class Ingest(Stage):
     source: Fragments
     folder: str
     grouping: Grouping
+    labels: Labels
 
     name = "ingest"
 
@@ -115,16 +116,18 @@ class Ingest(Stage):
         files: dict[str, FileEntry] = {}
         counts: dict[str, int] = {}
         for name, pieces in tables.items():
-            data = [_rated(piece) if name == "interactions" else piece.data for piece in pieces]
+            data = [self._labelled(piece) if name == "interactions" else piece.data for piece in pieces]
             table = pa.concat_tables(data)
             counts[name] = table.num_rows
-            if name == "interactions":
-                counts["unrated"] = sum(p.data.num_rows for p in pieces if _unrated(p))
             path = bucket_file(name, work.shard.number)
             buckets = self.grouping.item_buckets if name == "items" else self.grouping.user_buckets
             files[path] = write_buckets(work.workspace, f"{self.folder}/{path}", table, _key(name), buckets)
         rows = sum(counts[name] for name in tables)
         return Result(files, rows_in=rows, rows_out=rows, counts=counts)
+
+    def _labelled(self, piece: Piece) -> pa.Table:
+        table = with_outcomes(piece.data, self.labels, piece.name, piece.first_row)
+        return table.select(INTERACTIONS.names).cast(INTERACTIONS)
 
 
 def bucket_file(table: str, group: int) -> str:
@@ -134,28 +137,6 @@ def bucket_file(table: str, group: int) -> str:
 
 def _key(table: TableName) -> str:
     return ENTITIES[table][0] if table in ENTITIES else "user_id"
-
-
-def _unrated(piece: Piece) -> bool:
-    return piece.data["rating"].null_count == piece.data.num_rows
-
-
-def _rated(piece: Piece) -> pa.Table:
-    """Interactions with a rating each. Raises SchemaError for a null among others."""
-    values = ratings(piece.data["rating"], piece.name, piece.first_row)
-    return piece.data.set_column(2, "rating", pa.array(values, pa.float32()))
-
-
-def refuse_partly_rated(grouping: Grouping, cards: Mapping[str, Card]) -> None:
-    """Raises SchemaError where some fragments have ratings and others have none."""
-    by_group = {Shard.of_name(name).number: card.counts for name, card in cards.items()}
-    unrated = [n for n, counts in by_group.items() if counts.get("unrated")]
-    rated = [n for n, c in by_group.items() if int(c.get("unrated", 0)) < int(c.get("interactions", 0))]
-    if unrated and rated:
-        raise SchemaError(
-            f"{grouping.fragments(unrated[0])[0].path}: no row has a rating, but those of "
-            f"{grouping.fragments(rated[0])[0].path} have. Rate all interactions, or none: leave the column out."
-        )
 
 
 @dataclass(frozen=True)

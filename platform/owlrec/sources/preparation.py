@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from owlrec.errors import SchemaError
 from owlrec.runner import Stage
 from owlrec.schema import Kind
 from owlrec.shards import Artifact, Card, Shard
 from owlrec.sources.buckets import read_batches
-from owlrec.sources.ingest import Grouping, Groups, Ingest, grouped, read_grouping, refuse_partly_rated
+from owlrec.sources.ingest import Grouping, Groups, Ingest, grouped, read_grouping
+from owlrec.sources.outcomes import SPLIT, Labels
 from owlrec.sources.prepared import FOLDER, USER_TABLES, WriteTables, table_files
 from owlrec.sources.raw import TABLE_NAMES, Fragments, TableName, no_rows
 from owlrec.sources.shuffle import Shuffle, Tasks, shuffled_file
 from owlrec.sources.splits import (
+    SPLITS,
     SplitConfig,
     SplitValues,
     refuse_empty,
@@ -38,7 +41,7 @@ class Preparation:
     workspace: Workspace
     source: Fragments
     split: SplitConfig
-    positive_above: float  # a label is 1 where the rating exceeds it
+    labels: Labels
     shard_rows: int  # about so many users or items per shard, where the workspace has no number of shards yet
 
     @property
@@ -50,7 +53,7 @@ class Preparation:
     def made_of(self) -> str:
         """Digest of all that the tables depend on."""
         digests = sorted(fragment.digest for fragment in self.source.fragments)
-        return fingerprint(self.source.meaning, digests, self.source.drop_orphans, self.split, self.positive_above)
+        return fingerprint(self.source.meaning, digests, self.source.drop_orphans, self.split, self.labels)
 
     @property
     def whole(self) -> bool:
@@ -64,6 +67,11 @@ class Preparation:
         before_writing: called when nothing can be refused any more. Raises SourceError or SchemaError, naming file and
         row, where the source breaks the contract.
         """
+        if self.split.method == "column" and SPLIT not in self.source.outcomes:
+            raise SchemaError(
+                f"{self.source.names['interactions']}: split.method is column, but the interactions have no column "
+                f"'{SPLIT}'. Map one under source.columns.interactions, or choose another method."
+            )
         self._make = make
         folder = self._folder
         grouping = grouped(self.source.fragments, read_grouping(self.workspace, folder))
@@ -78,10 +86,11 @@ class Preparation:
         thresholds = split_thresholds(values, self.split)
         counts |= split_counts(values, thresholds)
         refuse_empty(counts, self.split)
-        refuse_one_label(counts, self.positive_above)
+        refuse_one_label(counts, self.labels)
         before_writing()
         self.workspace.fix_shards({kind: tasks[kind].n_shards for kind in tasks})
-        self._write(shuffle, (int(thresholds[0]), int(thresholds[1])), cards)
+        for split, drawn in self._write(shuffle, (int(thresholds[0]), int(thresholds[1])), cards).items():
+            counts[f"samples_{split}"] += drawn
         if not self.source.drop_orphans:
             counts.pop("orphans_dropped")
         files = table_files(self.workspace)
@@ -89,12 +98,11 @@ class Preparation:
 
     @property
     def _folder(self) -> str:
-        return f"ingest/{fingerprint(self.source.meaning)[:16]}"
+        return f"ingest/{fingerprint(self.source.meaning, self.labels)[:16]}"
 
     def _ingest(self, folder: str, grouping: Grouping) -> dict[TableName, Groups]:
         inputs = grouping.inputs()
-        cards = self._make(Ingest(self.source, folder, grouping), inputs, "reading the source", self.rows)
-        refuse_partly_rated(grouping, cards)
+        cards = self._make(Ingest(self.source, folder, grouping, self.labels), inputs, "reading the source", self.rows)
         groups: dict[TableName, Groups] = {}
         for table in TABLE_NAMES:
             numbers = [shard.number for shard in inputs if table in cards[shard.name].counts]
@@ -123,9 +131,7 @@ class Preparation:
     ) -> tuple[Shuffle, dict[str, int], dict[str, Card]]:
         """The stage, its counts and its cards."""
         folder = f"shuffled/{fingerprint(self.made_of, list(tasks.values()))[:16]}"
-        stage = Shuffle(
-            folder, groups, tasks, self.split, self.positive_above, self.source.drop_orphans, self.source.names
-        )
+        stage = Shuffle(folder, groups, tasks, self.split, self.labels, self.source.drop_orphans, self.source.names)
         cards: dict[str, Card] = {}
         kinds: dict[Kind, str] = {"item": "checking items", "user": "bringing users together"}
         for kind, about in kinds.items():
@@ -139,18 +145,19 @@ class Preparation:
             raise no_rows(self.source.names["interactions"])
         return stage, counts, cards
 
-    def _write(self, shuffle: Shuffle, thresholds: tuple[int, int], cards: Mapping[str, Card]) -> None:
-        stage = WriteTables(shuffle.folder, shuffle.tasks, self.split, shuffle.positive_above, thresholds)
-        inputs = {
-            Shard.of_name(name): fingerprint(
-                {path: entry.sha256 for path, entry in card.files.items()}, stage.split, stage.thresholds, stage.tasks
-            )
-            for name, card in cards.items()
-        }
+    def _write(self, shuffle: Shuffle, thresholds: tuple[int, int], cards: Mapping[str, Card]) -> dict[str, int]:
+        """Writes the tables; how many samples of label 0 were drawn, by split."""
+        stage = WriteTables(shuffle.folder, shuffle.tasks, self.split, shuffle.labels, thresholds)
+        settings = (stage.split, stage.thresholds, stage.tasks, stage.labels)
+        files = {name: {path: entry.sha256 for path, entry in card.files.items()} for name, card in cards.items()}
+        # What is drawn depends on which items there are.
+        catalog = [of for name, of in files.items() if name.startswith("item/")] if stage.labels.negatives else None
+        inputs = {Shard.of_name(name): fingerprint(of, *settings, catalog) for name, of in files.items()}
         artifact = Artifact(self.workspace, FOLDER)
         for name in set(artifact.cards()) - {shard.name for shard in inputs}:
             artifact.forget(Shard.of_name(name))  # of a time when there were more tasks
-        self._make(stage, inputs, "writing tables", self.rows)
+        written = self._make(stage, inputs, "writing tables", self.rows).values()
+        return {split: sum(int(card.counts.get(f"drawn_{split}", 0)) for card in written) for split in SPLITS}
 
     def tidy(self) -> None:
         """Removes what only an unfinished run would read again: shuffled rows, and groups that no longer are."""

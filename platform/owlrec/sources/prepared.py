@@ -1,17 +1,20 @@
 """Stage 3 of `prepare`: the tables that all later stages read, shard by shard, every file ascending by id."""
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import Kind
 from owlrec.shards import Artifact, in_threads
-from owlrec.sources.shuffle import Tasks, behaviors_of, read_shuffled
-from owlrec.sources.splits import Samples, SplitConfig, histories, refuse_leaks, sample_rows
+from owlrec.sources.outcomes import Labels
+from owlrec.sources.shuffle import Tasks, read_shuffled, shuffled_items
+from owlrec.sources.splits import Behaviors, Samples, SplitConfig, for_histories, histories, refuse_leaks, sample_rows
 from owlrec.storage import FileEntry
 from owlrec.workspace import Workspace, shard_file
 
@@ -26,11 +29,12 @@ class WriteTables(Stage):
     shuffled: str  # the folder of stage 2
     tasks: Mapping[Kind, Tasks]
     split: SplitConfig
-    positive_above: float
+    labels: Labels
     thresholds: tuple[int, int]
 
     name = "tables"
     folder = FOLDER
+    _catalog: np.ndarray | None = field(default=None, repr=False)
 
     def run(self, work: Work) -> Result:
         """See Stage."""
@@ -39,24 +43,41 @@ class WriteTables(Stage):
         names = ("users", "interactions") if kind == "user" else ("items",)
         shuffled = [read_shuffled(workspace, self.shuffled, name, tasks, work.shard.number) for name in names]
 
+        drawn: Counter[str] = Counter()
+
         def write(shard: tuple[Any, ...]) -> dict[str, FileEntry]:
             number, *rows = shard
-            tables = self._user_tables(*rows) if kind == "user" else {"items": rows[0]}
+            tables = self._user_tables(catalog, *rows) if kind == "user" else {"items": rows[0]}
+            if self.labels.negatives and kind == "user":
+                samples = tables["samples"]
+                drawn.update(samples.filter(pc.equal(samples["label"], 0))["split"].to_pylist())
             files = {f"{name}/{shard_file(number)}": table for name, table in tables.items()}
             return {path: workspace.write_parquet(f"{FOLDER}/{path}", table) for path, table in files.items()}
 
+        catalog = self._items(workspace) if self.labels.negatives else np.zeros(0, dtype=np.int64)
         work.check()
         # In threads: each file waits for its disk or its store.
         written = in_threads(write, list(zip(tasks.shards(work.shard.number), *shuffled, strict=True)))
         rows = sum(table.num_rows for table in shuffled[0])
-        return Result({path: entry for files in written for path, entry in files.items()}, rows, rows)
+        counts = {f"drawn_{split}": n for split, n in drawn.items()}
+        return Result({path: entry for files in written for path, entry in files.items()}, rows, rows, counts=counts)
 
-    def _user_tables(self, users: pa.Table, interactions: pa.Table) -> dict[str, pa.Table]:
-        behaviors = behaviors_of(interactions)
-        samples = Samples.of(behaviors, self.split, self.positive_above)
-        rows = sample_rows(behaviors, samples, self.split, np.array(self.thresholds))
+    def _items(self, workspace: Workspace) -> np.ndarray:
+        if self._catalog is None:
+            self._catalog = shuffled_items(workspace, self.shuffled, self.tasks["item"])
+        return self._catalog
+
+    def close(self) -> None:
+        """See Stage."""
+        self._catalog = None
+
+    def _user_tables(self, catalog: np.ndarray, users: pa.Table, interactions: pa.Table) -> dict[str, pa.Table]:
+        behaviors = Behaviors.of(interactions)
+        samples = Samples.of(behaviors, self.split)
+        rows = sample_rows(behaviors, samples, self.split, np.array(self.thresholds), self.labels, catalog)
         read = histories(behaviors, samples)
         refuse_leaks(rows, read)
+        interactions = for_histories(interactions, self.split)
         return {"users": users, "interactions": interactions, "histories": read, "samples": rows}
 
 

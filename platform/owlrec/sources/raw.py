@@ -20,17 +20,22 @@ from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
 from owlrec.ordered import rows_of
 from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, stable_ids
+from owlrec.sources.outcomes import outcome_columns
 from owlrec.storage import file_digest, fingerprint
 
 TableName = Literal["users", "items", "interactions"]
 TABLE_NAMES: tuple[TableName, ...] = ("items", "users", "interactions")  # items first: they hold the fewest rows
 ENTITIES: dict[TableName, tuple[str, pa.Schema]] = {"users": ("user_id", USERS), "items": ("item_id", ITEMS)}
+_TEXTS = (pa.field("event", pa.string()), pa.field("split", pa.string()))
+_INTERACTION = {field.name: field for field in (*INTERACTIONS, *_TEXTS)}
 ORPHAN_REMEDY = "Add the row, or set source.drop_orphans: true in the recipe."
 
 
 @dataclass(frozen=True)
 class RawTables:
-    """users, items, interactions as in `schema`; `digest` covers the source's config and all bytes read."""
+    """users and items as in `schema`, interactions before a label rule (see interactions_piece); `digest` covers the
+    source's config and all bytes read.
+    """
 
     users: pa.Table
     items: pa.Table
@@ -79,6 +84,7 @@ class Fragments:
     has_users: bool = True  # else the users are those of the interactions
     drop_orphans: bool = False
     names: Mapping[str, str]  # of each table, in errors
+    outcomes: Sequence[str]  # the columns of interactions that tell an outcome, of OUTCOME_COLUMNS
 
     @abstractmethod
     def read(self, fragment: Fragment) -> Iterator[Piece]:
@@ -99,6 +105,7 @@ class LoadedTables(Fragments):
         self._raw, self.counts = raw, raw.counts
         self.fragments = [Fragment("", name, raw.digest, raw.interactions.num_rows)]
         self.meaning, self.names = "", dict.fromkeys(TABLE_NAMES, name)
+        self.outcomes = outcome_columns(raw.interactions.column_names)
 
     def read(self, fragment: Fragment) -> Iterator[Piece]:
         """See Fragments."""
@@ -147,8 +154,8 @@ def finish(
     """Contract tables from whole tables with raw ids.
 
     users: user_id (raw, of any scalar type) and profile fields; None takes the users from the interactions. items:
-    item_id (raw), title and attributes. interactions: user_id, item_id (raw), rating, timestamp (ms, UTC). names: table
-    -> what to call it in errors. Attributes become text or lists of text, nulls "". Raises SchemaError for a null or
+    item_id (raw), title and attributes. interactions: see interactions_piece. names: table -> what to call it in
+    errors. Attributes become text or lists of text, nulls "". Raises SchemaError for a null or
     repeated id, two raw ids with one hash, an exact repeated (user, item, timestamp), a wrong time unit, and, unless
     `drop_orphans`, an interaction whose user or item has no row.
     """
@@ -252,15 +259,18 @@ def entities_piece(table: TableName, data: pa.Table, name: str, first_row: int =
 
 
 def interactions_piece(data: pa.Table, name: str, first_row: int = 0) -> pa.Table:
-    """Interactions as in `schema`, without checking whether their users and items exist.
+    """Interactions with int64 ids, before a label rule, without checking whether their users and items exist.
 
-    data: user_id, item_id (raw), rating, timestamp (ms). Raises SchemaError naming file and row for a null or empty
-    id, a null or misplaced timestamp, or a value of another type.
+    data: user_id, item_id (raw), timestamp (ms) and those of OUTCOME_COLUMNS that there are, which are kept as they
+    stand. Raises SchemaError naming file and row for a null or empty id, a null or misplaced timestamp, or a value of
+    another type.
     """
     ids = {key: id_array(_raw_ids(data, key, name, first_row)) for key in ("user_id", "item_id")}
     _refuse_null(data, "timestamp", name, first_row)
-    table = pa.table({**ids, "rating": data["rating"], "timestamp": data["timestamp"]})
-    table = conform(table, INTERACTIONS, name=name, first_row=first_row)
+    told = outcome_columns(data.column_names)
+    table = pa.table({**ids, "timestamp": data["timestamp"], **{column: data[column] for column in told}})
+    schema = pa.schema([_INTERACTION[column] for column in table.column_names])
+    table = conform(table, schema, name=name, first_row=first_row)
     check_milliseconds(table["timestamp"], name=name, first_row=first_row)
     return table
 

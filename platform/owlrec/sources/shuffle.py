@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 
 from owlrec.ordered import rows_of
 from owlrec.runner import Result, Stage, Work
-from owlrec.schema import INTERACTIONS, Kind, shard_of
+from owlrec.schema import Kind, shard_of
 from owlrec.sources.buckets import read_batches, write_batches
 from owlrec.sources.ingest import Groups
+from owlrec.sources.outcomes import Labels, answered
 from owlrec.sources.raw import (
     Place,
     TableName,
@@ -65,7 +66,7 @@ class Shuffle(Stage):
     groups: Mapping[TableName, Groups]
     tasks: Mapping[Kind, Tasks]
     split: SplitConfig
-    positive_above: float
+    labels: Labels
     drop_orphans: bool
     names: Mapping[str, str]  # of tables, in errors
     _item_ids: np.ndarray | None = field(default=None, repr=False)
@@ -98,10 +99,14 @@ class Shuffle(Stage):
         users = _by_id(users, "user_id")
 
         order = np.lexsort((item, time, user))
+        replied = np.zeros(len(order), dtype=bool)
+        if self.labels.events:
+            replied = answered(user, item, time, interactions["label"].to_numpy())
+            order = order[~replied[order]]
         refuse_repeated_interactions(interactions, where, order)
         orphan_item = rows_of(self._known_items(work.workspace), item) < 0
         orphan_user = rows_of(users["user_id"].to_numpy(), user) < 0
-        rows_in = interactions.num_rows
+        rows_in, n_replied = interactions.num_rows, int(replied.sum())
         if self.drop_orphans:
             order = order[~(orphan_item | orphan_user)[order]]
         else:
@@ -110,12 +115,14 @@ class Shuffle(Stage):
 
         files = self._write(work, "users", users, "user_id")
         files |= self._write(work, "interactions", interactions, "user_id")
-        behaviors = behaviors_of(interactions)
-        samples = Samples.of(behaviors, self.split, self.positive_above)
+        behaviors = Behaviors.of(interactions)
+        samples = Samples.of(behaviors, self.split)
         values = SplitValues.of(behaviors, samples, self.split).table()
         path = shuffled_file("split", work.shard.number)
         files[path] = work.workspace.write_arrow(f"{self.folder}/{path}", values, values.schema)
-        counts = {"all_users": users.num_rows, "orphans_dropped": rows_in - len(order)}
+        orphans = rows_in - n_replied - len(order)
+        counts = {"all_users": users.num_rows, "orphans_dropped": orphans}
+        counts |= {"impressions_answered": n_replied} if self.labels.events else {}
         return Result(files, rows_in, len(order), rows_in - len(order), counts | sample_counts(behaviors, samples))
 
     def _read(
@@ -152,14 +159,18 @@ class Shuffle(Stage):
     def _known_items(self, workspace: Workspace) -> np.ndarray:
         """The ids of all items, ascending: read once a worker, 80 MB of 10^7."""
         if self._item_ids is None:
-            paths = [f"{self.folder}/{shuffled_file('item-ids', task)}" for task in range(len(self.tasks["item"]))]
-            ids = [workspace.map_arrow(path)["item_id"].to_numpy() for path in paths]
-            self._item_ids = np.sort(np.concatenate(ids))
+            self._item_ids = shuffled_items(workspace, self.folder, self.tasks["item"])
         return self._item_ids
 
     def close(self) -> None:
         """See Stage."""
         self._item_ids = None
+
+
+def shuffled_items(workspace: Workspace, folder: str, tasks: Tasks) -> np.ndarray:
+    """The ids of all items, ascending: int64."""
+    paths = [f"{folder}/{shuffled_file('item-ids', task)}" for task in range(len(tasks))]
+    return np.sort(np.concatenate([workspace.map_arrow(path)["item_id"].to_numpy() for path in paths]))
 
 
 def shuffled_file(table: str, task: int) -> str:
@@ -171,13 +182,6 @@ def read_shuffled(workspace: Workspace, folder: str, table: str, tasks: Tasks, t
     """A task's shards of a shuffled table, in the order of `tasks.shards`."""
     n = len(tasks.shards(task))
     return read_batches(workspace, f"{folder}/{shuffled_file(table, task)}", range(n), n)
-
-
-def behaviors_of(interactions: pa.Table) -> Behaviors:
-    """Interactions that are in order already."""
-    columns = (interactions[name].combine_chunks() for name in INTERACTIONS.names)
-    user, item, rating, time = (column.to_numpy() for column in columns)
-    return Behaviors(user, item, time, rating)
 
 
 def _by_id(table: pa.Table, key: str) -> pa.Table:

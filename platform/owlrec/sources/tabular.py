@@ -4,7 +4,7 @@ names.
 Columns that are neither ids nor mapped are kept, as profile fields of users and attributes of items.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from owlrec.errors import SchemaError, did_you_mean
-from owlrec.schema import INTERACTIONS, missing_column
+from owlrec.schema import missing_column
 from owlrec.sources.files import SourceFile, common_schema, file_format, head, input_files, read_file
 from owlrec.sources.lake import is_lake_table, lake_files
+from owlrec.sources.outcomes import outcome_columns
 from owlrec.sources.raw import (
     ENTITIES,
     TABLE_NAMES,
@@ -57,10 +58,7 @@ class TableSource(Source):
         return FileFragments(self)
 
     def load(self) -> RawTables:
-        """The three tables, in memory. No rating column means implicit feedback, written as rating 1.
-
-        Raises as `open`, and SchemaError where their content breaks the contract.
-        """
+        """The three tables, in memory. Raises as `open`, and SchemaError where their content breaks the contract."""
         fragments = self.open()
         pieces = [piece for fragment in fragments.fragments for piece in fragments.read(fragment)]
         if not self.users:
@@ -100,14 +98,28 @@ class FileFragments(Fragments):
         for file, (schema, footer) in zip(files, heads, strict=True):
             schemas.append(self._checked_columns(table, file, schema))
             self.fragments += fragments_of(table, file, footer, snapshot)
-        merged = common_schema(schemas, table)
         if table in ENTITIES:
-            self._attributes[table] = merged
+            self._attributes[table] = common_schema(schemas, table)
+        else:
+            common_schema(schemas, table)
+            self.outcomes = self._common_outcomes(files, schemas)
+
+    def _common_outcomes(self, files: Sequence[SourceFile], schemas: Sequence[pa.Schema]) -> list[str]:
+        first = outcome_columns(schemas[0].names)
+        for file, schema in zip(files, schemas, strict=True):
+            if (other := outcome_columns(schema.names)) != first:
+                mine = " and ".join(other) or "neither rating, label, event nor split"
+                raise SchemaError(
+                    f"{file.path} has {mine}, but {files[0].path} has {' and '.join(first) or 'none of these'}. Give "
+                    "all files of the interactions the same columns."
+                )
+        return first
 
     def _typed(self, table: TableName) -> set[str]:
         """The columns whose types CSV files leave to be guessed, by their names."""
         mapping = self._source.columns.get(table, {})
-        return {mapping.get(c, c) for c in ("rating", "timestamp")} if table == "interactions" else set()
+        numbers = ("rating", "label", "timestamp")
+        return {mapping.get(c, c) for c in numbers} if table == "interactions" else set()
 
     def _checked_columns(self, table: TableName, file: SourceFile, schema: pa.Schema) -> pa.Schema:
         """A file's columns under our names. Raises SchemaError where one that we need is missing."""
@@ -124,11 +136,8 @@ class FileFragments(Fragments):
         table: TableName = fragment.table  # type: ignore[assignment]
         data = self._raw(fragment)
         if table == "interactions":
-            if "rating" not in data.column_names:
-                data = data.append_column("rating", pa.repeat(pa.scalar(1.0, pa.float32()), data.num_rows))
-            data = data.select(INTERACTIONS.names)
             time = to_milliseconds(data["timestamp"], self._source.timestamp_unit, name=name)
-            data = data.set_column(3, "timestamp", time)
+            data = data.select(["user_id", "item_id", *self.outcomes]).append_column("timestamp", time)
             rows = interactions_piece(data, name, first_row)
             yield Piece("interactions", rows, name, first_row)
             if not self.has_users:
