@@ -44,7 +44,7 @@ def sample(**changes: Any) -> dict[str, Any]:
     usual = {"user_id": 1, "item_id": 8, "label": 1.0, "timestamp": 1000, "split": "train"}
     history = {"history": [0, 1, 2, 3, 5, 7], "history_ratings": [1.0, 2.0, 3.0, 4.0, 5.0, 1.0]}
     row = {**usual, **history, **changes}
-    return {"history_labels": [1.0] * len(row["history"]), **row}
+    return {"history_labels": [1.0] * len(row["history"] or []), **row}
 
 
 def table(*rows: dict[str, Any]) -> pa.Table:
