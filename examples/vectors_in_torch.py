@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     log = MovieLens100KSource(type="movielens-100k", max_users=120, max_items=200).load().interactions.to_pandas()
     for kind in ("user", "item"):
         vectors = pd.read_parquet(exported / kind).set_index("raw_id")["vector"]
-        log[f"{kind}_vector"] = log[f"{kind}_id"].astype(str).map(vectors)  # of whom there is no text, no vector
+        log[f"{kind}_vector"] = log[f"{kind}_id"].astype(str).map(vectors)  # none without a text
     log = log.dropna().sort_values("timestamp")
     user, item = (torch.tensor(np.stack(log[f"{kind}_vector"]), dtype=torch.float32) for kind in ("user", "item"))
     labels, train = torch.tensor((log["rating"] > 3).to_numpy()).float(), torch.arange(len(log)) < 0.8 * len(log)

@@ -94,7 +94,7 @@ def run(
     Columns: raw_id, id, vector (float16), semantic_id (uint16, the duplicate digit last, null where there is none),
     as_of (ms, the newest thing that the text knows), release, and with an artifact of `export-ctr` adapted (float32):
     what its adaptor makes of the vectors. An id without a vector has no row. Files that are there already stay.
-    Raises ReleaseError where nothing is published, WorkspaceError where there is no such artifact.
+    Raises ReleaseError where nothing is published, WorkspaceError where the artifact is missing.
     """
     stage_header("export-vectors", release or "the current release")
     if artifact is not None:

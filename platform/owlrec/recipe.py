@@ -79,7 +79,7 @@ class Recipe(Config):
 
     @property
     def domain(self) -> Scenario:
-        """The scenario itself, as this recipe's label rule has it: a rating that is no grade tells how often."""
+        """The scenario itself, as this recipe's label rule has it: of positives alone a rating tells how often."""
         changes: dict[str, Any] = {}
         if self.labels.rating_above is not None:
             changes["positive_above"] = self.labels.rating_above

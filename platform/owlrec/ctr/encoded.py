@@ -18,7 +18,6 @@ from pydantic import BaseModel
 from owlrec.ctr.experiment import ENCODED
 from owlrec.ctr.export import read_items, read_vocabularies, write_items, write_vocabularies
 from owlrec.ctr.features import (
-    POSITIVE,
     RESERVED,
     SPLITS,
     Features,
@@ -39,6 +38,7 @@ from owlrec.ctr.features import (
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.shards import Card, Shard
+from owlrec.sources.outcomes import POSITIVE
 from owlrec.sources.splits import in_histories
 from owlrec.workspace import Workspace, shard_file, table_file
 

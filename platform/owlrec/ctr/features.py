@@ -19,13 +19,12 @@ import pyarrow.compute as pc
 from owlrec.config import Config
 from owlrec.errors import SchemaError
 from owlrec.ordered import rows_of
-from owlrec.sources.outcomes import taken
+from owlrec.sources.outcomes import POSITIVE, taken
 
 PADDING, UNKNOWN = 0, 1
 RESERVED = 2  # the first code of a real value, and the first row of a real item
 MAX_ATTRIBUTES = 2
 VALUES_PER_ATTRIBUTE = 4  # an item keeps the first four values of a multi-valued attribute
-POSITIVE = 0.5  # a label from here on is a positive where a class is wanted
 GRADES = 10  # levels that ratings are told apart by
 PASSED = GRADES + 1  # the token of what was passed over
 OUTCOMES = PASSED + 1  # tokens, with 0 for what was taken without a grade

@@ -22,6 +22,7 @@ from owlrec.ctr.model_card import read_card
 from owlrec.ctr.program import Program, load_program, request_tensors
 from owlrec.ctr.user_states import UserShards, UserStates
 from owlrec.errors import SchemaError
+from owlrec.sources.outcomes import was_taken
 from owlrec.workspace import Workspace
 
 _NO_ID = -1  # of someone unknown, where arrays need a number; looked up nowhere
@@ -41,8 +42,7 @@ class User:
     def of_sample(cls, row: Mapping[str, Any]) -> "User":
         """Who a row of schema.SAMPLES is about, at its moment."""
         ratings, labels = row["history_ratings"], row["history_labels"]
-        took = [rating is not None or label >= 0.5 for rating, label in zip(ratings, labels, strict=True)]
-        return cls(row["user_id"], row["history"], ratings, took)
+        return cls(row["user_id"], row["history"], ratings, list(map(was_taken, ratings, labels)))
 
 
 class Scorer:

@@ -24,6 +24,7 @@ from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.scenario import Scenario
 from owlrec.schema import SAMPLES, by_shard, conform, shard_of
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.outcomes import was_taken
 from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace
 
@@ -217,7 +218,7 @@ def behaviours_shown(
             f"{len(ratings)} in history_ratings. Run `prepare` again."
         )
     told = sample.get("history_labels") or [1.0] * len(history)
-    took = [rating is not None or label >= 0.5 for rating, label in zip(ratings, told, strict=True)]
+    took = list(map(was_taken, ratings, told))
     titled = [i for i, title in enumerate(titles) if took[i] and is_quotable(title)]
     behaviours = [(titles[i], ratings[i]) for i in titled]
     lately = {"recent": k, "retrieved": 0, "mixed": (k + 1) // 2}[shown]

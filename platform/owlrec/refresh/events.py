@@ -301,7 +301,7 @@ def unclear_outcomes(table: pa.Table, labels: Labels) -> np.ndarray:
 
 
 def taken_in(table: pa.Table, labels: Labels) -> np.ndarray:
-    """Which events tell of something that their user took, bool [n]: what was passed over is no behavior to read."""
+    """Which events tell of something that their user took, bool [n]: what was passed over is not read as a behavior."""
     if labels.rule != "column":
         return np.ones(table.num_rows, dtype=bool)
     if labels.events:

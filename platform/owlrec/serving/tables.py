@@ -13,6 +13,7 @@ from owlrec.errors import OwlRecError
 from owlrec.ordered import rows_of
 from owlrec.schema import shard_of
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.outcomes import was_taken
 from owlrec.sources.splits import last_behaviours
 from owlrec.workspace import Workspace
 
@@ -51,7 +52,7 @@ class WorkspaceTables:
             return []
         (found,) = rows.slice(at, 1).to_pylist()
         told = zip(found["history"], found["history_ratings"], found["history_labels"], strict=True)
-        return [(item, rating) for item, rating, label in told if rating is not None or label >= 0.5]
+        return [(item, rating) for item, rating, label in told if was_taken(rating, label)]
 
     def behaviours(self, user: int) -> list[tuple[int, float | None]]:
         """What the LLM read of a user when it wrote their text: (item, rating), oldest first."""

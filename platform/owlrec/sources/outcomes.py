@@ -29,6 +29,7 @@ from owlrec.shards import Card
 OUTCOME_COLUMNS = ("rating", "label", "event")  # of a source's interactions; any may be absent
 SPLIT = "split"  # another one that may be there: a predefined split
 SPLITS = ("train", "valid", "test")
+POSITIVE = 0.5  # a label from here on is that of something taken, and a positive where a class is wanted
 PASSED_OVER = "impression"
 EVENTS = (PASSED_OVER, "click", "play", "install", "purchase")
 Rule = Literal["rating_above", "column", "positives_only"]
@@ -129,7 +130,12 @@ def with_outcomes(table: pa.Table, labels: Labels, name: str, first_row: int = 0
 
 def taken(rating: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Which interactions were taken, bool [n]; the others were passed over. rating: NaN where not graded."""
-    return ~np.isnan(rating) | (label >= 0.5)
+    return ~np.isnan(rating) | (label >= POSITIVE)
+
+
+def was_taken(rating: float | None, label: float) -> bool:
+    """The same of one interaction; rating: None where not graded."""
+    return rating is not None or label >= POSITIVE
 
 
 def answered(user: np.ndarray, item: np.ndarray, time: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -137,7 +143,7 @@ def answered(user: np.ndarray, item: np.ndarray, time: np.ndarray, label: np.nda
     order = np.lexsort((label, time, item, user))
     user, item, time, label = user[order], item[order], time[order], label[order]
     n = len(user)
-    # The next row that is no impression, of the same user and item: rows before it in this order are earlier.
+    # The next row of something taken, of the same user and item: rows before it in this order are earlier.
     following = np.where(label > 0, np.arange(n), n)
     following = np.minimum.accumulate(following[::-1])[::-1] if n else following
     there = following < n
@@ -160,7 +166,8 @@ def drawn_negatives(
     """Items that stand for what was not taken: int64 [n, negatives], -1 where the user has taken every item.
 
     user, time, item: of the positives. took: (user, item) of all that their users ever took. catalog: all item ids,
-    ascending. By popularity, items are drawn from `took` as often as they stand there. A draw is a hash of the positive
+    ascending. By popularity, items are drawn from `took` as often as they stand there, which in a shard of users is a
+    sample of all. A draw is a hash of the positive
     and the seed, so that a sample keeps its negatives whatever else is prepared with it.
     """
     users, place = np.unique(took[0], return_inverse=True)

@@ -43,24 +43,25 @@ class WriteTables(Stage):
         names = ("users", "interactions") if kind == "user" else ("items",)
         shuffled = [read_shuffled(workspace, self.shuffled, name, tasks, work.shard.number) for name in names]
 
-        drawn: Counter[str] = Counter()
-
-        def write(shard: tuple[Any, ...]) -> dict[str, FileEntry]:
+        def write(shard: tuple[Any, ...]) -> tuple[dict[str, FileEntry], Counter[str]]:
             number, *rows = shard
             tables = self._user_tables(catalog, *rows) if kind == "user" else {"items": rows[0]}
+            drawn: Counter[str] = Counter()
             if self.labels.negatives and kind == "user":
-                samples = tables["samples"]
-                drawn.update(samples.filter(pc.equal(samples["label"], 0))["split"].to_pylist())
+                of_zero = tables["samples"].filter(pc.equal(tables["samples"]["label"], 0))
+                drawn.update({n["values"]: n["counts"] for n in pc.value_counts(of_zero["split"]).to_pylist()})
             files = {f"{name}/{shard_file(number)}": table for name, table in tables.items()}
-            return {path: workspace.write_parquet(f"{FOLDER}/{path}", table) for path, table in files.items()}
+            entries = {path: workspace.write_parquet(f"{FOLDER}/{path}", table) for path, table in files.items()}
+            return entries, drawn
 
         catalog = self._items(workspace) if self.labels.negatives else np.zeros(0, dtype=np.int64)
         work.check()
         # In threads: each file waits for its disk or its store.
         written = in_threads(write, list(zip(tasks.shards(work.shard.number), *shuffled, strict=True)))
         rows = sum(table.num_rows for table in shuffled[0])
+        drawn = sum((of_shard for _, of_shard in written), Counter[str]())
         counts = {f"drawn_{split}": n for split, n in drawn.items()}
-        return Result({path: entry for files in written for path, entry in files.items()}, rows, rows, counts=counts)
+        return Result({path: e for files, _ in written for path, e in files.items()}, rows, rows, counts=counts)
 
     def _items(self, workspace: Workspace) -> np.ndarray:
         if self._catalog is None:

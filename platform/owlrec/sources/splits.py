@@ -21,7 +21,7 @@ from owlrec.config import Config
 from owlrec.errors import LeakageError, SchemaError
 from owlrec.ordered import rows_of, run_starts
 from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, shard_of
-from owlrec.sources.outcomes import SPLITS, Labels, drawn_negatives, taken, with_outcomes
+from owlrec.sources.outcomes import POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
 from owlrec.workspace import Workspace
 
 _HASH_RANGE = 1 << 62
@@ -132,7 +132,7 @@ class SplitValues:
         order = np.argsort(value, kind="stable")
         value = value[order]
         last = np.flatnonzero(np.diff(value, append=value[-1:] + 1))
-        total, positives = last + 1, np.cumsum(samples.label[order] >= 0.5, dtype=np.int64)[last]
+        total, positives = last + 1, np.cumsum(samples.label[order] >= POSITIVE, dtype=np.int64)[last]
         users = np.arange(1, len(last) + 1)
         return cls(value[last], users if config.method == "user" else total, total, positives)
 
@@ -275,7 +275,7 @@ def sample_rows(
 
 
 def histories(behaviors: Behaviors, samples: Samples) -> pa.Table:
-    """What the LLM reads of each user (schema.HISTORIES), by user; of those who took nothing there is no row."""
+    """What the LLM reads of each user (schema.HISTORIES), by user; those who took nothing have none."""
     some = np.flatnonzero(samples.n_read)
     end = np.cumsum(samples.n_read)[some]
     start = end - samples.n_read[some]
