@@ -43,6 +43,7 @@ WATCHING = ("serving", "releases", "client")  # folders of tests that ask server
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long the chaos test and the fuzzer go on, and which lane of the suite runs."""
     parser.addoption("--chaos-seeds", type=int, default=1, help="seeded runs of tests/e2e")
+    parser.addoption("--store-users", type=int, default=60, help="users of the chain in tests/e2e/test_object_store.py")
     parser.addoption("--fuzz-cases", type=int, default=200, help="requests of tests/serving/test_fuzz.py, at least")
     parser.addoption("--lane", choices=("main", "e2e", "beside"), help="of the suite: see tests/lanes.py")
 
