@@ -1,9 +1,9 @@
 """`/v1/rank` with 100 candidates: by the CTR model alone, and with the ten best re-ranked by the real SmolLM2.
 
 MovieLens-100K, prepared as pipelines/recipes/movielens-100k-ranker.yaml says; a DIN of one epoch, since a better one is
-no slower; the LLM as it is, through serve_apps.rank_llm, shown recent behaviours, which a user's candidates share, on
-all cores beside everything else. Every request is of another user, so that no prompt is found in the engine's cache but
-what the candidates of one request share.
+no slower; the LLM as it is, through serve_apps.rank_llm, shown behaviors that are retrieved once for the candidates of
+a request, on all cores beside everything else. Every request is of another user, so that no prompt is found in the
+engine's cache but what the candidates of one request share.
 """
 
 import argparse
@@ -74,7 +74,6 @@ def _prepare(folder: Path) -> tuple[Path, Workspace, str]:
     settings = yaml.safe_load(RECIPE.read_text())
     settings |= {"workspace": str(folder / "ws"), "ctr": {"backbones": ["din"], "arms": ["none"], "seeds": [0]}}
     settings["ctr"]["epochs"] = 1
-    settings["ranking"]["data"]["shown"] = ["recent"]
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     owlrec = str(Path(sys.executable).parent / "owlrec")
