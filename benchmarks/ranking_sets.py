@@ -1,10 +1,10 @@
 """What retrieving once for all candidates of a request costs in quality, and by which rule to do so. No LLM reads here.
 
 MovieLens-100K, the recipe `movielens-100k-ranker`. A prompt shows K behaviors: the recent ones, those nearest to the
-candidate (ReLLa), or those nearest to its set of ten candidates, by the mean or by the maximum of the cosines, or each
-candidate's nearest in turns. The reader is a logistic regression, fitted on train, of what a list says of a candidate:
-ratings, plain and weighted by likeness, and how like it is. A list that holds less of what bears on the candidate makes
-it rank worse. Differences are paired by row, with 95 % intervals by users drawn anew.
+candidate (ReLLa), those nearest to its set of ten candidates (by the mean or the maximum of the cosines, or each
+candidate's nearest in turns), or half of each kind. The reader is a logistic regression, fitted on train, of what a
+list says of a candidate: ratings, plain and weighted by likeness, and how like it is. A list that holds less of what
+bears on the candidate makes it rank worse. Differences are paired by row, with 95 % intervals by users drawn anew.
 """
 
 from collections.abc import Callable
@@ -102,11 +102,18 @@ def _turns(cosines: np.ndarray, own: int, k: int) -> np.ndarray:
     return np.sort(np.fromiter(dict.fromkeys(by_turn.tolist()), dtype=np.int64)[:k])
 
 
+def _half_recent(cosines: np.ndarray, own: int, k: int) -> np.ndarray:
+    lately = np.arange(cosines.shape[1])[-((k + 1) // 2) :]
+    older = cosines[:, : cosines.shape[1] - len(lately)]
+    return np.r_[_turns(older, own, k - len(lately)), lately]
+
+
 RULES: dict[str, Rule] = {
     PER_CANDIDATE: lambda cosines, own, k: _first(cosines[own], k),
     "set, mean": lambda cosines, own, k: _first(cosines.mean(axis=0), k),
     "set, maximum": lambda cosines, own, k: _first(cosines.max(axis=0), k),
     "set, in turns": _turns,
+    "half recent, half in turns": _half_recent,
     "recent": lambda cosines, own, k: np.arange(cosines.shape[1])[-k:],
 }
 

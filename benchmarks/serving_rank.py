@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from benchmarks.load import LoadJob
-from benchmarks.serving_processes import free_port, load, process
+from benchmarks.serving_processes import free_port, load, owlrec, process
 from benchmarks.table import Figure
 from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
@@ -37,8 +37,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
     recipe, workspace, artifact = _prepare(folder)
     port = free_port()
     address = f"http://127.0.0.1:{port}/rank"
-    owlrec = Path(sys.executable).parent / "owlrec"
-    command = [str(owlrec), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
+    command = [owlrec(), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
     command += ["--artifact", artifact, "--llm", "--llm-cpus", str(os.cpu_count())]
     with process(command):
         bodies = _requests(workspace)
@@ -76,11 +75,10 @@ def _prepare(folder: Path) -> tuple[Path, Workspace, str]:
     settings["ctr"]["epochs"] = 1
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
-    owlrec = str(Path(sys.executable).parent / "owlrec")
     for command in (
-        [owlrec, "run", str(recipe), "--to", "prepare"],
+        [owlrec(), "run", str(recipe), "--to", "prepare"],
         [sys.executable, "-m", "pipelines.train_ctr", "--recipe", str(recipe)],
-        [owlrec, "export-ctr", str(recipe)],
+        [owlrec(), "export-ctr", str(recipe)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
