@@ -290,9 +290,10 @@ def test_nothing_at_or_after_a_samples_own_moment_is_shown_and_order_is_kept() -
         interactions, SplitConfig(history_length=30), Labels(rule="rating_above", rating_above=20)
     ).samples
     rows = built(samples, k=5).rows.to_pylist()
-    assert len(rows) > 100
+    assert sum(bool(shown(row["text"])) for row in rows) > 100
     for row in rows:
         days = [int(rating.split()[0]) for _, rating in shown(row["text"])]
         assert days == sorted(days)
         assert all(day < 1 + (row["timestamp"] - 10**12) // 86_400_000 for day in days)
-        assert 0 < len(days) <= 5
+        assert len(days) <= 5
+        assert days or row["text"].startswith("Nothing is known")
