@@ -296,4 +296,4 @@ def test_nothing_at_or_after_a_samples_own_moment_is_shown_and_order_is_kept() -
         assert days == sorted(days)
         assert all(day < 1 + (row["timestamp"] - 10**12) // 86_400_000 for day in days)
         assert len(days) <= 5
-        assert days or row["text"].startswith("Nothing is known")
+        assert days or "Nothing is known" in row["text"]
