@@ -157,7 +157,7 @@ def print_prompt(recipe: Recipe, workspace: Workspace) -> int:
     catalog = ItemCatalog.load(workspace)
     prompts = user_prompts(users, histories, catalog, PromptConfig(), recipe.domain, lambda text: len(text.split()))
     longest = max((prompt for prompt in prompts if isinstance(prompt, Prompt)), key=lambda prompt: len(prompt.text))
-    note(f"user {longest.id}:\n{longest.text}")
+    note(f"user {longest.id}:\n{longest.system}\n{longest.text}")
     return longest.id
 
 
