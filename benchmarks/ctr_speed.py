@@ -318,6 +318,7 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
             ),
             profile=np.zeros((n, 0), np.int32),
             labels=rng.integers(0, 2, n).astype(np.float32),
+            weights=np.ones(n, np.float32),
         ),
         None, "cpu",
     )  # fmt: skip

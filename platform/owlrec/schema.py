@@ -71,6 +71,10 @@ SAMPLE_ROWS = pa.schema(
         ("history_end", pa.int32()),
     ]
 )
+# What the LLM makes of pairs of user and item at a moment: its probability of Yes.
+SOFT_LABELS = pa.schema(
+    [("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64()), ("p", pa.float32())]
+)
 # Who is like whom. A user may stand in two rows: one by what they liked, one by what they disliked.
 COHORTS = pa.schema(
     [

@@ -128,6 +128,9 @@ class Histories:
         return replace(self, starts=self.starts[rows], lengths=self.lengths[rows])
 
 
+_COLUMNS = ("user_ids", "item_ids", "items", "profile", "labels", "weights")
+
+
 @dataclass(frozen=True)
 class SampleFeatures:
     """One row for each sample. `items` holds row numbers of ItemFeatures."""
@@ -138,6 +141,7 @@ class SampleFeatures:
     histories: Histories
     profile: np.ndarray  # int32 [n, n_profile]
     labels: np.ndarray  # float32 [n], in [0, 1] where samples are trained on, else 0 or 1
+    weights: np.ndarray  # float32 [n]: how much each counts in training; evaluation is unweighted
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -159,9 +163,8 @@ class SampleFeatures:
 
     def take(self, rows: np.ndarray | slice) -> "SampleFeatures":
         """Some rows, over the same behaviors."""
-        plain = (self.user_ids, self.item_ids, self.items, self.profile, self.labels)
-        user_ids, item_ids, items, profile, labels = (column[rows] for column in plain)
-        return SampleFeatures(user_ids, item_ids, items, self.histories.take(rows), profile, labels)
+        plain = {name: getattr(self, name)[rows] for name in _COLUMNS}
+        return SampleFeatures(histories=self.histories.take(rows), **plain)
 
     @staticmethod
     def concatenated(parts: Iterable["SampleFeatures"]) -> "SampleFeatures":
@@ -174,7 +177,7 @@ class SampleFeatures:
             histories, width = part.histories, part.histories.width
             low = int(histories.starts.min(initial=len(histories.items)))
             high = max(low, int((histories.starts + histories.lengths).max(initial=0)))
-            copied = {name: getattr(part, name) for name in ("user_ids", "item_ids", "items", "profile", "labels")}
+            copied = {name: getattr(part, name) for name in _COLUMNS}
             copied |= {"starts": histories.starts - low + before, "lengths": histories.lengths}
             copied |= {"history": histories.items[low:high], "ratings": histories.ratings[low:high]}
             for name, array in copied.items():
@@ -331,7 +334,9 @@ def _encode_items(items: pa.Table, vocabularies: Vocabularies) -> tuple[np.ndarr
 def encode_samples(
     samples: pa.Table, users: pa.Table, items: ItemFeatures, vocabularies: Vocabularies, history_length: int
 ) -> SampleFeatures:
-    """The arrays of a samples table (schema.SAMPLES); a model reads the last `history_length` behaviors of each."""
+    """The arrays of a samples table (schema.SAMPLES, and `weight` where samples differ in it); a model reads the last
+    `history_length` behaviors of each.
+    """
     columns = ("history", "history_ratings", "history_labels")
     history, ratings, told = (samples[column].combine_chunks() for column in columns)
     lengths = pc.list_value_length(history).to_numpy()
@@ -353,7 +358,16 @@ def encode_samples(
     item_ids, labels = samples["item_id"].to_numpy(), samples["label"].to_numpy().astype(np.float32)
     if "split" in samples.column_names:
         labels = judged_labels(labels, pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
-    return SampleFeatures(samples["user_id"].to_numpy(), item_ids, items.rows(item_ids), histories, profile, labels)
+    weights = samples["weight"].to_numpy() if "weight" in samples.column_names else np.ones(len(labels))
+    return SampleFeatures(
+        samples["user_id"].to_numpy(),
+        item_ids,
+        items.rows(item_ids),
+        histories,
+        profile,
+        labels,
+        weights.astype(np.float32),
+    )
 
 
 def judged_labels(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
