@@ -38,7 +38,7 @@ from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS, SAMPLE_ROWS, shard_of
 from owlrec.workspace import Workspace, table_file
 
-USERS, ITEMS, SEEDS = 4000, 200, (0, 1, 2)
+USERS, ITEMS, SEEDS = 2000, 200, (0, 1, 2)
 SHARE = 0.1  # of the train samples that have a label
 PAIRS = DistillationConfig(alpha=0.5, unlabeled=18)  # as many as a user has lost labels
 CONFIG = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=256, learning_rate=5e-3, epochs=15, patience=3)
