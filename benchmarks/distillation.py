@@ -116,6 +116,7 @@ def write_planted(workspace: Workspace, world: PlantedWorld, share: float, seed:
     for number in range(_SHARDS):
         own = rows.filter(pa.array(shards == number))
         none = pa.array(np.zeros(len(own)), pa.int32())
+        own = own.append_column("weight", pa.array(np.ones(len(own))))
         samples = own.append_column("history_start", none).append_column("history_end", none)
         workspace.write_parquet(table_file("samples", number), samples.select(SAMPLE_ROWS.names).cast(SAMPLE_ROWS))
         log = own.drop_columns("split").append_column("split", pa.nulls(len(own), pa.int8()))

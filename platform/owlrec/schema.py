@@ -37,6 +37,7 @@ INTERACTIONS = pa.schema(
         ("timestamp", pa.int64()),
         ("label", pa.float32()),  # what models learn, in [0, 1]; see sources.outcomes for what was taken or passed over
         ("split", pa.int8()),  # a predefined one: its place among train, valid and test; null where the source has none
+        ("weight", pa.float32()),  # of its samples in training; 1 where the source has none
     ]
 )
 # What the LLM may read of each user, and up to which moment that reaches: written by the sample builder, read by the
@@ -69,6 +70,7 @@ SAMPLE_ROWS = pa.schema(
         *(SAMPLES.field(name) for name in ("user_id", "item_id", "label", "timestamp", "split")),
         ("history_start", pa.int32()),
         ("history_end", pa.int32()),
+        INTERACTIONS.field("weight"),
     ]
 )
 # What the LLM makes of pairs of user and item at a moment: its probability of Yes.

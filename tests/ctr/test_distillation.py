@@ -25,14 +25,13 @@ from owlrec.errors import SchemaError
 from owlrec.schema import SAMPLE_ROWS, SOFT_LABELS, shard_of
 from owlrec.workspace import Workspace, shard_file
 
-SAMPLES = pa.schema([*SAMPLE_ROWS, pa.field("weight", pa.float32())])
 torch.set_num_threads(1)
 KEY = ("user_id", "item_id", "timestamp")
 
 
 def samples(*rows: tuple[Any, ...]) -> pa.Table:
     """user, item, label, timestamp, split, history_start, history_end; each weighs 1."""
-    return pa.table([list(column) for column in zip(*((*row, 1.0) for row in rows), strict=True)], schema=SAMPLES)
+    return pa.table([list(column) for column in zip(*((*row, 1.0) for row in rows), strict=True)], schema=SAMPLE_ROWS)
 
 
 def soft(*rows: tuple[int, int, int, float]) -> pa.Table:
@@ -151,6 +150,18 @@ def test_encoded_samples_carry_blended_labels_and_weights(workspace: Workspace, 
         judged = features.splits[split].whole()
         assert set(judged.labels.tolist()) == {0.0, 1.0}
         assert set(judged.weights.tolist()) == {1.0}
+
+
+def test_encoded_samples_keep_the_weights_of_their_interactions(workspace: Workspace, toy_world: Any) -> None:
+    weights = np.random.default_rng(1).integers(0, 5, len(toy_world.samples)) / 2
+    world = replace(toy_world, samples=toy_world.samples.append_column("weight", pa.array(weights)))
+    features = encoded(workspace, world, soft((3, 5, 0, 0.5)))
+    keys = zip(*(world.samples[name].to_numpy() for name in KEY[:2]), strict=True)
+    of = dict(zip(keys, weights.tolist(), strict=True))
+    train = features.splits["train"].whole()
+    got = dict(zip(zip(train.user_ids, train.item_ids, strict=True), train.weights.tolist(), strict=True))
+    assert len(got) == 110 * 20
+    assert all(of[key] == weight for key, weight in got.items())
 
 
 def test_the_counts_of_items_are_those_of_logged_interactions(workspace: Workspace, toy_world: Any) -> None:

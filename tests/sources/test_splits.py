@@ -18,7 +18,7 @@ from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.splits import SPLITS, SplitConfig, SplitTables, build_samples, last_behaviours, refuse_leaks
 
 Row = tuple[int, int, Any, int]  # user, item, rating, timestamp
-RATED = pa.schema([field for field in INTERACTIONS if field.name not in ("label", "split")])
+RATED = pa.schema([field for field in INTERACTIONS if field.name not in ("label", "split", "weight")])
 ABOVE_3 = Labels(rule="rating_above", rating_above=3)
 DRAWN = Labels(rule="positives_only", rating_above=3, negatives=1)
 

@@ -78,8 +78,9 @@ def blended(samples: pa.Table, soft: pa.Table, alpha: float) -> pa.Table:
     """Samples as they are trained on: those of the train split with blended labels where `soft` has a probability, and
     after all of them the pairs without a label, each with the history of a train sample of its user and moment.
 
-    samples: schema.SAMPLE_ROWS of a shard, with a column weight; soft: schema.SOFT_LABELS of the same users. A pair of
-    a valid or test sample, and one at a moment without a train sample, is left out.
+    samples: schema.SAMPLE_ROWS of a shard; soft: schema.SOFT_LABELS of the same users. A pair of a valid or test
+    sample, and one at a moment without a train sample, is left out. A pair without a label weighs `alpha`, a sample
+    what it weighed.
     """
     keys, probabilities = samples.select(_KEY).to_pandas(), soft.to_pandas().drop_duplicates(_KEY)
     p = keys.merge(probabilities, how="left", on=_KEY)["p"].to_numpy()

@@ -83,7 +83,6 @@ class EncodeSamples(Stage):
                 f"{workspace.path(table_file('samples', number))}, row {odd.argmax()}: the label is "
                 f"{label[odd.argmax()]}; a CTR model's labels lie in [0, 1]. Run `prepare` again."
             )
-        rows = rows.append_column("weight", pa.array(np.ones(len(rows)), pa.float32()))
         positive, n_logged = label >= POSITIVE, len(rows)
         if self.soft_labels is not None:
             soft = self.soft_labels.read(workspace, number)

@@ -31,7 +31,7 @@ def asked_pairs(workspace: Workspace, number: int, config: DistillationConfig, c
     met = workspace.read_shard("interactions", number, ["user_id", "item_id"]).to_pandas()
     met = pd.concat([met, samples[["user_id", "item_id"]]]).drop_duplicates()
     pairs = pd.concat([_first(train, config), _unlabeled(train, met, config, catalog)])
-    pairs = pairs.sort_values(["user_id", "timestamp", "item_id"]).assign(label=0.0, split="train")
+    pairs = pairs.sort_values(["user_id", "timestamp", "item_id"]).assign(label=0.0, split="train", weight=1.0)
     rows = pa.Table.from_pandas(pairs[SAMPLE_ROWS.names], schema=SAMPLE_ROWS, preserve_index=False)
     return with_histories(rows, in_histories(workspace, number, ["item_id", "rating", "label"])).select(SAMPLES.names)
 

@@ -48,7 +48,7 @@ class SplitConfig(Config):
 
 @dataclass(frozen=True)
 class Behaviors:
-    """Interactions of whole users by user, then by timestamp and item: six aligned arrays [n]."""
+    """Interactions of whole users by user, then by timestamp and item: seven aligned arrays [n]."""
 
     user: np.ndarray  # int64
     item: np.ndarray  # int64
@@ -56,6 +56,7 @@ class Behaviors:
     rating: np.ndarray  # float32, NaN where not graded
     label: np.ndarray  # float32
     split: np.ndarray  # int8: a predefined one, -1 where there is none
+    weight: np.ndarray  # float32: of its samples in training
 
     @classmethod
     def ordered(cls, interactions: pa.Table) -> "Behaviors":
@@ -68,10 +69,10 @@ class Behaviors:
     @classmethod
     def of(cls, interactions: pa.Table) -> "Behaviors":
         """Those of a table of schema.INTERACTIONS that is in order already."""
-        columns = (interactions[name] for name in INTERACTIONS.names[:-1])
-        user, item, rating, time, label = (column.to_numpy() for column in columns)
+        names = ("user_id", "item_id", "timestamp", "rating", "label", "weight")
+        user, item, time, rating, label, weight = (interactions[name].to_numpy() for name in names)
         split = interactions["split"].fill_null(-1).to_numpy()
-        return cls(user, item, time, rating, label, split)
+        return cls(user, item, time, rating, label, split, weight)
 
     @property
     def taken(self) -> np.ndarray:
@@ -270,6 +271,7 @@ def sample_rows(
         "split": pa.array(SPLITS).take(pa.array(split)),
         "history_start": start.astype(np.int32),
         "history_end": end.astype(np.int32),
+        "weight": behaviors.weight[row],  # a drawn sample's is that of what was taken
     }
     return pa.table(columns, schema=SAMPLE_ROWS)
 
