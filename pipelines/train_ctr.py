@@ -33,7 +33,8 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     def body() -> tuple[Counts, Outputs]:
         read = encoded if recipe.ctr.arms != ("none",) else None
         written = vector_folders(workspace, read.outputs["vectors"]) if read else {}
-        note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
+        taught = f" and {soft.counts['pairs']:,} probabilities of the LLM" if soft else ""
+        note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples{taught}")
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
             pool = stage_pool(workspace, int(prepared.counts["samples"]))
             results = train_trials(

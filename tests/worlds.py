@@ -45,7 +45,9 @@ def write_samples(workspace: Workspace, samples: pa.Table) -> None:
         stored = {name: rows[name] for name in schema.SAMPLE_ROWS.names if name in rows.column_names}
         stored |= {"history_start": ends - lengths, "history_end": ends}
         stored |= {"weight": rows["weight"] if "weight" in rows.column_names else np.ones(len(rows))}
-        workspace.write_parquet(table_file("samples", number), pa.table(stored).select(schema.SAMPLE_ROWS.names).cast(schema.SAMPLE_ROWS))
+        workspace.write_parquet(
+            table_file("samples", number), pa.table(stored).select(schema.SAMPLE_ROWS.names).cast(schema.SAMPLE_ROWS)
+        )
         workspace.write_parquet(table_file("interactions", number), interactions)
 
 

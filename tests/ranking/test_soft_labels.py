@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from owlrec.ctr.distillation import SoftLabels
+from owlrec.ctr.experiment import trials
+from owlrec.ctr.scores import read_grid_scores
 from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.generation import ENGINES
@@ -24,6 +26,7 @@ from owlrec.shards import finished_stage, needed_stage
 from owlrec.workspace import Workspace
 from pipelines.prepare import run as prepare
 from pipelines.score_pairs import run as score_pairs
+from pipelines.train_ctr import run as train_ctr
 from pipelines.train_ctr import soft_labels
 
 USERS, ITEMS = 60, 20
@@ -247,6 +250,29 @@ def test_training_takes_soft_labels_of_its_own_tables_and_pairs_only(
     later = prepare(shop, workspace)
     with pytest.raises(WorkspaceError, match="Run `score-pairs` again"):
         soft_labels(shop, workspace, later)
+
+
+@pytest.mark.ray
+def test_a_grid_learns_from_soft_labels_and_is_another_one(
+    ray_local: None, shop: Recipe, workspace: Workspace, tmp_path: Path
+) -> None:
+    """Half of the labels are 1, and the LLM says at most .2: a model that learns from it alone says so, too."""
+    ctr = {"backbones": ["dcnv2"], "arms": ["none"], "seeds": [0], "epochs": 2, "learning_rate": 0.02}
+
+    def trained(**distillation: Any) -> tuple[str, float]:
+        taught = {"distillation": distillation} if distillation else {}
+        recipe = recipe_for(tmp_path / "shop", workspace, ctr={**ctr, **taught})
+        grid = train_ctr(recipe, workspace).outputs["grid"]
+        scores = read_grid_scores(workspace, grid, trials(recipe.ctr))
+        assert scores is not None
+        return grid, float(np.mean(list(scores.scores.values())))
+
+    with pytest.raises(WorkspaceError, match="no soft labels yet"):
+        trained(alpha=1.0, unlabeled=4)
+    score_pairs(shop, workspace)
+    plain, taught, half = trained(), trained(alpha=1.0, unlabeled=4), trained(alpha=0.5, unlabeled=4)
+    assert len({plain[0], taught[0], half[0]}) == 3
+    assert taught[1] < 0.2 < half[1] < 0.4 < plain[1]
 
 
 def test_reshard_splits_soft_labels_and_asks_nothing(shop: Recipe, workspace: Workspace) -> None:

@@ -106,20 +106,11 @@ class EncodeSamples(Stage):
             **self._profiles(workspace, number, rows["user_id"]),
         }
         train = (split == SPLITS.index("train")) & ~drawn
-        # How often training shows each behavior: up by one where a history starts, down where it ends.
-        shown = np.bincount(starts[train], minlength=len(of_history) + 1).astype(np.int64)
-        shown -= np.bincount(ends[train], minlength=len(of_history) + 1)
-        seen, weight = np.concatenate([items[train], of_history]), np.r_[np.ones(train.sum()), np.cumsum(shown)[:-1]]
-        seen, weight = np.concatenate([seen, items[drawn]]), np.concatenate([weight, np.zeros(drawn.sum())])
-        item, of_item = np.unique(seen, return_inverse=True)
-        count = np.bincount(of_item, weights=weight, minlength=len(item)).astype(np.int64)
-        pairs = np.bincount(of_item[len(of_item) - drawn.sum() :], minlength=len(item))
-        some = count + pairs > 0
         ratings = behaviors["rating"].to_numpy()
         tables = {
             "samples": pa.table(samples),
             "behaviors": pa.table({"item": of_history, "rating": ratings, "label": behaviors["label"]}),
-            "counts": pa.table({"item": item[some], "count": count[some], "unlabeled": pairs[some]}),
+            "counts": _item_counts(items[train], starts[train], ends[train], of_history, items[drawn]),
         }
         work.check()
         files = {
@@ -144,6 +135,25 @@ class EncodeSamples(Stage):
         users = workspace.read_shard("users", number)
         where = pc.index_in(user_ids, users["user_id"].combine_chunks())
         return {name: users[name].take(where).cast(pa.string()) for name in self.profile if name in users.column_names}
+
+
+def _item_counts(
+    items: np.ndarray, starts: np.ndarray, ends: np.ndarray, of_history: np.ndarray, unlabeled: np.ndarray
+) -> pa.Table:
+    """How often training shows each item: `count`, as target or in a history; `unlabeled`, in pairs without a label.
+
+    items, starts, ends: of train samples, the last two in `of_history`; unlabeled: the items of those pairs.
+    """
+    # How often a history shows each behavior: up by one where it starts, down where it ends.
+    shown = np.bincount(starts, minlength=len(of_history) + 1).astype(np.int64)
+    shown -= np.bincount(ends, minlength=len(of_history) + 1)
+    item, of_item = np.unique(np.concatenate([items, of_history, unlabeled]), return_inverse=True)
+    as_target, in_history, in_pair = np.split(of_item, np.cumsum([len(items), len(of_history)]))
+    count = np.bincount(in_history, weights=np.cumsum(shown)[:-1], minlength=len(item)).astype(np.int64)
+    count += np.bincount(as_target, minlength=len(item))
+    pairs = np.bincount(in_pair, minlength=len(item))
+    some = count + pairs > 0
+    return pa.table({"item": item[some], "count": count[some], "unlabeled": pairs[some]})
 
 
 def item_ids(workspace: Workspace) -> np.ndarray:
