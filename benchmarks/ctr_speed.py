@@ -157,12 +157,14 @@ def _prepare(folder: Path) -> None:
 
 
 def _movielens() -> Any:
+    from benchmarks.samples import RATED
     from owlrec.ctr.features import build_features
     from owlrec.sources.movielens import MovieLens100KSource
     from owlrec.sources.splits import SplitConfig, build_samples
 
     raw = MovieLens100KSource(type="movielens-100k").load()
-    samples = build_samples(raw.interactions, SplitConfig(history_length=HISTORY), 3).samples
+    split = SplitConfig(history_length=HISTORY, cuts=("half",), kar_protocol=True)
+    samples = build_samples(raw.interactions, split, RATED).samples
     return build_features(
         raw.users, raw.items, samples, attributes=("genres", "year"), profile=(), min_item_count=2
     )  # fmt: skip
@@ -318,7 +320,6 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
             ),
             profile=np.zeros((n, 0), np.int32),
             labels=rng.integers(0, 2, n).astype(np.float32),
-            weights=np.ones(n, np.float32),
         ),
         None, "cpu",
     )  # fmt: skip

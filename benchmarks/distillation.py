@@ -36,6 +36,7 @@ from owlrec.ranking.soft_labels import ScorePairs, Teacher, pair_inputs
 from owlrec.runner import run_stage
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS, SAMPLE_ROWS, shard_of
+from owlrec.sources.splits import SplitConfig
 from owlrec.workspace import Workspace, table_file
 
 USERS, ITEMS, SEEDS = 2000, 200, (0, 1, 2)
@@ -147,7 +148,7 @@ def _soft_labels(workspace: Workspace, engine: EngineConfig, pairs: Distillation
     scenario = get_scenario("movies").model_copy(update={"profile_fields": ("taste",)})
     ranking = RankingConfig(data=TuningDataConfig(shown=("recent",)))
     teacher = Teacher(engine, ranking, scenario, EncoderConfig())
-    run_stage(workspace, ScorePairs(teacher, pairs, None), pair_inputs(workspace, pairs))
+    run_stage(workspace, ScorePairs(teacher, pairs, SplitConfig(), None), pair_inputs(workspace, pairs))
     return SoftLabels(teacher.folder, pairs.alpha)
 
 

@@ -26,6 +26,7 @@ from owlrec.schema import SAMPLE_ROWS, SOFT_LABELS, shard_of
 from owlrec.workspace import Workspace, shard_file
 
 torch.set_num_threads(1)
+MOMENT = 1  # of all samples of toy_world
 KEY = ("user_id", "item_id", "timestamp")
 
 
@@ -127,7 +128,7 @@ def test_encoded_samples_carry_blended_labels_and_weights(workspace: Workspace, 
     p = np.random.default_rng(0).random(300).astype(np.float32)
     # Item 99 is nobody's sample: a pair without a label of each of the first 15 users.
     users = np.arange(15)
-    drawn = (users, np.full(15, 99), np.zeros(15, np.int64), np.linspace(0, 1, 15, dtype=np.float32))
+    drawn = (users, np.full(15, 99), np.full(15, MOMENT), np.linspace(0, 1, 15, dtype=np.float32))
     rows = pa.table([np.concatenate(both) for both in zip((*keys, p), drawn, strict=True)], schema=SOFT_LABELS)
     features = encoded(workspace, toy_world, rows, alpha=0.25)
     whole = features.splits["train"].whole()
@@ -155,7 +156,7 @@ def test_encoded_samples_carry_blended_labels_and_weights(workspace: Workspace, 
 def test_encoded_samples_keep_the_weights_of_their_interactions(workspace: Workspace, toy_world: Any) -> None:
     weights = np.random.default_rng(1).integers(0, 5, len(toy_world.samples)) / 2
     world = replace(toy_world, samples=toy_world.samples.append_column("weight", pa.array(weights)))
-    features = encoded(workspace, world, soft((3, 5, 0, 0.5)))
+    features = encoded(workspace, world, soft((3, 5, MOMENT, 0.5)))
     keys = zip(*(world.samples[name].to_numpy() for name in KEY[:2]), strict=True)
     of = dict(zip(keys, weights.tolist(), strict=True))
     train = features.splits["train"].whole()
@@ -169,7 +170,7 @@ def test_the_counts_of_items_are_those_of_logged_interactions(workspace: Workspa
     items = pa.concat_tables([toy_world.items, toy_world.items.slice(0, 1).set_column(0, "item_id", pa.array([20]))])
     world = type(toy_world)(toy_world.users, items, toy_world.samples, toy_world.vectors)
     plain = encoded(workspace, world, soft(), folder="ctr/plain")
-    taught = encoded(workspace, world, soft((3, 20, 0, 0.5)), folder="ctr/taught")
+    taught = encoded(workspace, world, soft((3, 20, MOMENT, 0.5)), folder="ctr/taught")
     assert 20 not in plain.vocabularies.items.to_pylist()
     assert 20 in taught.vocabularies.items.to_pylist()
     np.testing.assert_array_equal(taught.item_counts, plain.item_counts)
@@ -178,11 +179,11 @@ def test_the_counts_of_items_are_those_of_logged_interactions(workspace: Workspa
 
 def test_a_probability_that_is_none_is_named_with_file_and_row(workspace: Workspace, toy_world: Any) -> None:
     with pytest.raises(SchemaError, match=r"soft-labels/x/user/0000000\d.parquet, row 0: p is 1.5"):
-        encoded(workspace, toy_world, soft((3, 5, 0, 1.5)))
+        encoded(workspace, toy_world, soft((3, 5, MOMENT, 1.5)))
 
 
 def test_an_object_store_gives_the_samples_of_a_local_disk(workspace: Workspace, s3_root: str, toy_world: Any) -> None:
-    rows = soft((3, 5, 0, 0.5), (3, 99, 0, 0.125))
+    rows = soft((3, 5, MOMENT, 0.5), (3, 99, MOMENT, 0.125))
     ours, theirs = (
         encoded(where, toy_world, rows).splits["train"].whole() for where in (workspace, Workspace(s3_root))
     )

@@ -14,6 +14,7 @@ from owlrec import schema
 from owlrec.ctr.distillation import DistillationConfig
 from owlrec.errors import WorkspaceError
 from owlrec.ranking.pairs import asked_pairs
+from owlrec.sources.splits import SplitConfig, id_values
 from owlrec.workspace import Workspace
 
 ITEMS = np.arange(0, 60, 2)
@@ -38,7 +39,7 @@ def test_pairs_are_the_train_samples_and_their_past(workspace: Workspace) -> Non
             (2, 10, 1.0, 100, [], "test"),
         ],
     )
-    pairs = asked_pairs(workspace, 0, DistillationConfig(), ITEMS)
+    pairs = asked_pairs(workspace, 0, DistillationConfig(), SplitConfig(), ITEMS)
     assert pairs.schema == schema.SAMPLES
     told = [(r["user_id"], r["item_id"], r["timestamp"], r["history"], r["label"]) for r in pairs.to_pylist()]
     assert told == [(1, 10, 100, [2, 4], 0.0), (1, 12, 200, [2, 4, 10], 0.0)]  # whatever the labels were
@@ -48,7 +49,7 @@ def test_as_many_are_asked_about_as_the_recipe_says(workspace: Workspace) -> Non
     prepare(workspace, [(user, 2 * n, 1.0, 100 + n, [], "train") for user in range(40) for n in range(10)])
 
     def keys(**config: Any) -> set[tuple[int, int, int]]:
-        rows = asked_pairs(workspace, 0, DistillationConfig(**config), ITEMS).to_pylist()
+        rows = asked_pairs(workspace, 0, DistillationConfig(**config), SplitConfig(), ITEMS).to_pylist()
         return {(row["user_id"], row["item_id"], row["timestamp"]) for row in rows}
 
     few, more = keys(labeled=3), keys(labeled=6)
@@ -73,7 +74,7 @@ def test_by_popularity_items_are_drawn_as_often_as_users_met_them(workspace: Wor
     rows = [(user, item, 1.0, 1, list[int](), "train") for user, item in enumerate(met)]
     prepare(workspace, rows)
     config = DistillationConfig(labeled=0, unlabeled=1, unlabeled_by="popularity")
-    pairs = asked_pairs(workspace, 0, config, ITEMS)
+    pairs = asked_pairs(workspace, 0, config, SplitConfig(), ITEMS)
     others = pairs.filter(pa.array(pairs["user_id"].to_numpy() >= 400))["item_id"].to_numpy()
     assert set(others.tolist()) == {0, 2}
     assert (others == 0).mean() == pytest.approx(0.75, abs=0.08)
@@ -104,7 +105,7 @@ def test_no_pair_without_a_label_was_met_or_lies_at_a_moment_of_another_split(da
     moments = {(user, time): history for user, _, _, time, history, split in rows if split == "train"}
     met = {(user, item) for user, item, *_ in rows}
     counts: dict[int, int] = {}
-    for row in asked_pairs(workspace, 0, config, ITEMS).to_pylist():
+    for row in asked_pairs(workspace, 0, config, SplitConfig(), ITEMS).to_pylist():
         assert (row["user_id"], row["item_id"]) not in met
         assert sorted(row["history"]) == sorted(moments[row["user_id"], row["timestamp"]])
         counts[row["user_id"]] = counts.get(row["user_id"], 0) + 1
@@ -113,10 +114,28 @@ def test_no_pair_without_a_label_was_met_or_lies_at_a_moment_of_another_split(da
 
 def test_a_user_who_met_every_item_has_no_pair_without_a_label(workspace: Workspace) -> None:
     prepare(workspace, [(1, item, 1.0, 5, [], "train") for item in (0, 2)] + [(2, 0, 1.0, 5, [], "train")])
-    pairs = asked_pairs(workspace, 0, DistillationConfig(labeled=0, unlabeled=3), np.array([0, 2]))
+    pairs = asked_pairs(workspace, 0, DistillationConfig(labeled=0, unlabeled=3), SplitConfig(), np.array([0, 2]))
     assert [(row["user_id"], row["item_id"]) for row in pairs.to_pylist()] == [(2, 2)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_in_a_split_by_item_no_pair_is_of_an_item_of_valid_or_test(workspace: Workspace, seed: int) -> None:
+    """Also where a drawn sample of label 0 in train is of such an item."""
+    split = SplitConfig(method="item", seed=seed)
+    values = id_values(ITEMS, split)
+    of_train = set(ITEMS[values < np.sort(values)[15]].tolist())
+    cold = next(item for item in ITEMS.tolist() if item not in of_train)
+    rows = []
+    for user in range(20):
+        for time, item in enumerate(np.random.default_rng([seed, user]).permutation(ITEMS)[:6].tolist()):
+            rows.append((user, item, 1.0, time, list[int](), "train" if item in of_train else "test"))
+        rows.append((user, cold, 0.0, 9, list[int](), "train"))
+    prepare(workspace, rows)
+    pairs = asked_pairs(workspace, 0, DistillationConfig(labeled=0, unlabeled=5), split, ITEMS)
+    assert len(pairs) > 40
+    assert set(pairs["item_id"].to_pylist()) <= of_train
 
 
 def test_tables_that_are_not_prepared_are_named(workspace: Workspace) -> None:
     with pytest.raises(WorkspaceError):
-        asked_pairs(workspace, 0, DistillationConfig(), ITEMS)
+        asked_pairs(workspace, 0, DistillationConfig(), SplitConfig(), ITEMS)

@@ -196,7 +196,7 @@ def _made_of(model: CTRModel, tables: Tables, side: str, ids: np.ndarray) -> np.
     n = len(ids)
     nothing, codes = np.zeros(n, np.int32), np.zeros((n, 0), np.int32)
     histories = Histories(np.zeros(n, np.int64), nothing, nothing[:0], np.zeros(0, np.uint8), width=0)
-    rows = SampleFeatures(ids, ids, nothing, histories, codes, *(np.zeros(n, np.float32) for _ in range(2)))
+    rows = SampleFeatures(ids, ids, nothing, histories, codes, np.zeros(n, np.float32))
     with torch.inference_mode():
         fields = model.adapted(SplitTensors(rows, tables, "cpu").batch(torch.arange(n)))
     assert fields is not None

@@ -103,6 +103,7 @@ class EncodeSamples(Stage):
             "length": (ends - starts).astype(np.int32),
             "label": label.astype(np.float32),
             "weight": rows["weight"],
+            "time": rows["timestamp"],
             **self._profiles(workspace, number, rows["user_id"]),
         }
         train = (split == SPLITS.index("train")) & ~drawn
@@ -256,11 +257,10 @@ class _EncodedShards:
         of_history, rating, label = (behaviors[name].to_numpy() for name in ("item", "rating", "label"))
         outcomes = self.vocabularies.grades.tokens(rating, label)
         histories = Histories(starts, lengths, of_history, outcomes, self.done.history_length)
-        user_ids, item_ids, items, labels, weights = (
-            samples[name].to_numpy() for name in ("user_id", "item_id", "item", "label", "weight")
-        )
+        names = ("user_id", "item_id", "item", "label", "time", "weight")
+        user_ids, item_ids, items, labels, times, weights = (samples[name].to_numpy() for name in names)
         profiles = np.stack(profile, axis=1) if profile else np.zeros((len(samples), 0), dtype=np.int32)
-        return SampleFeatures(user_ids, item_ids, items, histories, profiles, labels, weights)
+        return SampleFeatures(user_ids, item_ids, items, histories, profiles, labels, times, weights)
 
 
 class _SplitShards(Sequence[SampleFeatures]):

@@ -128,7 +128,7 @@ class Histories:
         return replace(self, starts=self.starts[rows], lengths=self.lengths[rows])
 
 
-_COLUMNS = ("user_ids", "item_ids", "items", "profile", "labels", "weights")
+_COLUMNS = ("user_ids", "item_ids", "items", "profile", "labels", "times", "weights")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class SampleFeatures:
     histories: Histories
     profile: np.ndarray  # int32 [n, n_profile]
     labels: np.ndarray  # float32 [n], in [0, 1] where samples are trained on, else 0 or 1
-    weights: np.ndarray  # float32 [n]: how much each counts in training; evaluation is unweighted
+    times: np.ndarray | None = None  # int64 [n], ms: they read only knowledge that is earlier; None: of this moment
+    weights: np.ndarray | None = None  # float32 [n]: how much each counts in training; None: all the same
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -163,8 +164,8 @@ class SampleFeatures:
 
     def take(self, rows: np.ndarray | slice) -> "SampleFeatures":
         """Some rows, over the same behaviors."""
-        plain = {name: getattr(self, name)[rows] for name in _COLUMNS}
-        return SampleFeatures(histories=self.histories.take(rows), **plain)
+        columns = {name: array[rows] for name in _COLUMNS if (array := getattr(self, name)) is not None}
+        return SampleFeatures(histories=self.histories.take(rows), **columns)
 
     @staticmethod
     def concatenated(parts: Iterable["SampleFeatures"]) -> "SampleFeatures":
@@ -177,7 +178,7 @@ class SampleFeatures:
             histories, width = part.histories, part.histories.width
             low = int(histories.starts.min(initial=len(histories.items)))
             high = max(low, int((histories.starts + histories.lengths).max(initial=0)))
-            copied = {name: getattr(part, name) for name in _COLUMNS}
+            copied = {name: array for name in _COLUMNS if (array := getattr(part, name)) is not None}
             copied |= {"starts": histories.starts - low + before, "lengths": histories.lengths}
             copied |= {"history": histories.items[low:high], "ratings": histories.ratings[low:high]}
             for name, array in copied.items():
@@ -358,16 +359,10 @@ def encode_samples(
     item_ids, labels = samples["item_id"].to_numpy(), samples["label"].to_numpy().astype(np.float32)
     if "split" in samples.column_names:
         labels = judged_labels(labels, pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
-    weights = samples["weight"].to_numpy() if "weight" in samples.column_names else np.ones(len(labels))
-    return SampleFeatures(
-        samples["user_id"].to_numpy(),
-        item_ids,
-        items.rows(item_ids),
-        histories,
-        profile,
-        labels,
-        weights.astype(np.float32),
-    )
+    times = samples["timestamp"].to_numpy() if "timestamp" in samples.column_names else None
+    weights = samples["weight"].to_numpy() if "weight" in samples.column_names else None
+    user_ids, rows = samples["user_id"].to_numpy(), items.rows(item_ids)
+    return SampleFeatures(user_ids, item_ids, rows, histories, profile, labels, times, weights)
 
 
 def judged_labels(labels: np.ndarray, train: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 users never met, at the moments of train samples.
 
 A pair without a label takes the moment of a train sample of its user, and with it that sample's split and history:
-nothing is asked, or learned, about a moment of valid or test. All draws are hashes of a row's own keys, so a pair stays
-whatever else is prepared with it.
+nothing is asked, or learned, about a moment of valid or test; nor, in a split by item, about the items of these. All
+draws are hashes of a row's own keys, so a pair stays whatever else is prepared with it.
 """
 
 import numpy as np
@@ -13,21 +13,27 @@ import pyarrow as pa
 from owlrec.ctr.distillation import DistillationConfig
 from owlrec.ranking.samples import in_hash_order
 from owlrec.schema import SAMPLE_ROWS, SAMPLES
-from owlrec.sources.outcomes import Labels, drawn_negatives
-from owlrec.sources.splits import in_histories, with_histories
+from owlrec.sources.outcomes import POSITIVE, Labels, drawn_negatives
+from owlrec.sources.splits import SplitConfig, id_values, in_histories, with_histories
 from owlrec.workspace import Workspace
 
 _KEY = ["user_id", "item_id", "timestamp"]
 _HISTORY = ["history_start", "history_end"]
 
 
-def asked_pairs(workspace: Workspace, number: int, config: DistillationConfig, catalog: np.ndarray) -> pa.Table:
+def asked_pairs(
+    workspace: Workspace, number: int, config: DistillationConfig, split: SplitConfig, catalog: np.ndarray
+) -> pa.Table:
     """The pairs of a shard of users (schema.SAMPLES, every label 0), by user, timestamp and item.
 
-    catalog: all item ids, ascending. Raises WorkspaceError where `prepare` has not run.
+    split: by which `prepare` split; catalog: all item ids, ascending. Raises WorkspaceError where it has not run.
     """
     samples = workspace.read_shard("samples", number, SAMPLE_ROWS.names).to_pandas()
-    train = samples[samples["split"] == "train"].drop_duplicates(_KEY)[[*_KEY, *_HISTORY]]
+    train = samples[samples["split"] == "train"].drop_duplicates(_KEY)
+    if split.method == "item":  # values divide the items: up to one of train, all are of train
+        of_train = train["item_id"].to_numpy()[train["label"].to_numpy() >= POSITIVE]
+        catalog = catalog[id_values(catalog, split) <= id_values(of_train, split).max(initial=-1)]
+    train = train[[*_KEY, *_HISTORY]]
     met = workspace.read_shard("interactions", number, ["user_id", "item_id"]).to_pandas()
     met = pd.concat([met, samples[["user_id", "item_id"]]]).drop_duplicates()
     pairs = pd.concat([_first(train, config), _unlabeled(train, met, config, catalog)])

@@ -39,6 +39,7 @@ from owlrec.schema import DEAD_LETTERS, SOFT_LABELS
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.prepared import table_files
+from owlrec.sources.splits import SplitConfig
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
@@ -102,9 +103,11 @@ class ScorePairs(Stage):
 
     name = "score_pairs"
 
-    def __init__(self, teacher: Teacher, pairs: DistillationConfig, vectors: ItemVectors | None) -> None:
-        """vectors: None where behaviors are not retrieved."""
-        self.folder, self.teacher, self.pairs, self.vectors = teacher.folder, teacher, pairs, vectors
+    def __init__(
+        self, teacher: Teacher, pairs: DistillationConfig, split: SplitConfig, vectors: ItemVectors | None
+    ) -> None:
+        """split: by which `prepare` split; vectors: None where behaviors are not retrieved."""
+        self.folder, self.teacher, self.pairs, self.split, self.vectors = teacher.folder, teacher, pairs, split, vectors
         self._scorer: PairScorer | None = None
 
     def open(self, workspace: Workspace, worker: str) -> None:
@@ -122,7 +125,9 @@ class ScorePairs(Stage):
     async def run(self, work: Work) -> Result:
         """See Stage.run. Raises WorkerLost where the engine is gone."""
         workspace = work.workspace
-        pairs = await asyncio.to_thread(asked_pairs, workspace, work.shard.number, self.pairs, self._catalog.ids)
+        pairs = await asyncio.to_thread(
+            asked_pairs, workspace, work.shard.number, self.pairs, self.split, self._catalog.ids
+        )
         answers = _Answers(await asyncio.to_thread(_earlier, work))
         for start in range(0, len(pairs), _ASKED_AT_ONCE):
             rows = pairs.slice(start, _ASKED_AT_ONCE)
