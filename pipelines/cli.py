@@ -86,6 +86,21 @@ def tune_ranker(recipe: RecipePath, workspace: WorkspaceOption = None) -> None:
         _stage("tune_ranker")(settings, open_workspace(settings))
 
 
+@app.command("score-pairs")
+def score_pairs(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    retry_dead: Annotated[
+        bool, typer.Option("--retry-dead", help="ask again about the pairs that ended as dead letters")
+    ] = False,
+    max_replicas: Annotated[int | None, typer.Option("--max-replicas", help="in place of the recipe's own")] = None,
+) -> None:
+    """Write the LLM's probability of Yes for pairs of user and item, which CTR models then learn from."""
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+        _stage("score_pairs")(settings, open_workspace(settings), retry_dead=retry_dead)
+
+
 @app.command("export-ctr")
 def export_ctr(
     recipe: RecipePath,

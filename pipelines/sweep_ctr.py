@@ -17,7 +17,7 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
-from pipelines.train_ctr import vector_folders
+from pipelines.train_ctr import soft_labels, vector_folders
 
 
 def run(recipe: Recipe, workspace: Workspace) -> Card:
@@ -25,7 +25,9 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
     prepared = needed_stage(workspace, "prepare", "no tables yet")
     encoded = needed_stage(workspace, "encode", "no vectors yet") if arm != "none" else None
-    named = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep")
+    soft = soft_labels(recipe, workspace, prepared)
+    made_from = (prepared.fingerprint, encoded and encoded.fingerprint, soft and soft.fingerprint)
+    named = fingerprint(*made_from, config, arm, "sweep")
     folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
     sources = arm_sources(arm, folders)
     trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
@@ -43,6 +45,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                 fingerprint=named,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields if config.use_profile else (),
+                soft_labels=soft.outputs["soft_labels"] if soft else None,
             )
             encode_once(workspace, job, pool)
             found = tried(workspace, job, candidates)

@@ -26,13 +26,15 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
     settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
-    grid_print = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, settings)
+    soft = soft_labels(recipe, workspace, prepared)
+    grid_print = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint)
     grid = trials(recipe.ctr)
 
     def body() -> tuple[Counts, Outputs]:
         read = encoded if recipe.ctr.arms != ("none",) else None
         written = vector_folders(workspace, read.outputs["vectors"]) if read else {}
-        note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
+        taught = f" and {soft.counts['pairs']:,} probabilities of the LLM" if soft else ""
+        note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples{taught}")
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
             pool = stage_pool(workspace, int(prepared.counts["samples"]))
             results = train_trials(
@@ -43,6 +45,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                 fingerprint=grid_print,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields,
+                soft_labels=soft.outputs["soft_labels"] if soft else None,
                 pool=pool,
                 on_trial=lambda result: advance(1),
             )
@@ -60,6 +63,23 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     return execute(
         workspace, "train_ctr", named, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
     )
+
+
+def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | None:
+    """What `score-pairs` wrote for this recipe and these tables; None where the recipe has no distillation.
+
+    Raises WorkspaceError where it has not run for them.
+    """
+    pairs = recipe.ctr.distillation
+    if pairs is None:
+        return None
+    scored = needed_stage(workspace, "score_pairs", "no soft labels yet")
+    if scored.counts["made_for"] != pairs.made_for(prepared.fingerprint):
+        raise WorkspaceError(
+            f"{workspace.root}: the soft labels are of other tables, or of another ctr.distillation. Run `score-pairs` "
+            "again; a pair whose question is the same is not asked about twice."
+        )
+    return scored
 
 
 def vector_folders(workspace: Workspace, folder: str) -> dict[str, dict[str, str]]:

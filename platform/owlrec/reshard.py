@@ -27,7 +27,7 @@ _FOLDER = "reshard"
 _NUMBERED = re.compile(r"(.*)/(\d{8,})(\.parquet|\.arrow)")
 # Where artifacts with shards of users, items or cohorts lie. Releases and ingested fragments have other numbers; the
 # state of refreshes is split as it is read.
-_ROOTS = ("tables", "cohorts", "knowledge", "vectors")
+_ROOTS = ("tables", "cohorts", "knowledge", "vectors", "soft-labels")
 _DEPTH = 3
 _SLASH = "--"  # in the runner's kinds, which are names of folders
 _KIND_OF: dict[str, Kind] = {"prompts": "cohort"}  # where an artifact's shards are not named by their kind

@@ -5,6 +5,7 @@
     cohorts/<fingerprint>/               memberships by shard, prompts, the model; cohorts/CURRENT names the newest
     knowledge/<fingerprint>/<kind>/      texts by shard; dead/<kind>/ where rows died
     vectors/<fingerprint>/<source>-<kind>/   encoded texts by shard; quantisers/ beside them
+    soft-labels/<fingerprint>/user/      an LLM's probabilities of pairs by shard; dead/user/ where rows died
     releases/<name>/                     immutable; releases/CURRENT names the current one
     ctr/, pools/, reports/, logs/        trained models, retrieval pools, what people read
     <artifact>/cards/<kind>/00000000.json    "this shard is done" (owlrec.shards)

@@ -47,6 +47,7 @@ class GridJob(WorkersJob):
     fingerprint: str
     attributes: tuple[str, ...]
     profile: tuple[str, ...]
+    soft_labels: str | None = None  # folder of the probabilities to learn from, for settings.distillation
 
 
 def train_trials(
@@ -58,6 +59,7 @@ def train_trials(
     fingerprint: str,
     attributes: Sequence[str],
     profile: Sequence[str],
+    soft_labels: str | None = None,
     pool: Pool | None = None,
     on_trial: Callable[[TrialResult], None],
 ) -> list[TrialResult]:
@@ -68,6 +70,7 @@ def train_trials(
         holds its vectors (VectorShards). Those that the trials do not need are left alone.
     fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
     attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
+    soft_labels: what `score-pairs` wrote, where config.distillation is given.
     pool: where the samples are encoded.
     on_trial: called with each new result as it is written, from a second thread of this process.
     Returns all results in the order of `trials`. Raises RecipeError, before any training, where an arm's vectors were
@@ -85,6 +88,7 @@ def train_trials(
             fingerprint=fingerprint,
             attributes=tuple(attributes),
             profile=tuple(profile) if config.use_profile else (),
+            soft_labels=soft_labels,
         )
         encode_once(workspace, job, pool)
         with _announcing(workspace, job, on_trial):
@@ -175,14 +179,17 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
 
 def encode_once(workspace: Workspace, job: GridJob, pool: Pool | None = None) -> None:
     """Encodes the samples once for all workers, into the grid's folder; an interrupted grid finds them there."""
+    from owlrec.ctr.distillation import SoftLabels
     from owlrec.ctr.encoded import encode_tables
 
+    distillation, folder = job.settings.distillation, job.soft_labels
     encode_tables(
         workspace,
         grid_folder(job.fingerprint),
         attributes=job.attributes,
         profile=job.profile,
         min_item_count=job.settings.min_item_count,
+        soft_labels=SoftLabels(folder, distillation.alpha) if distillation and folder else None,
         pool=pool,
     )
 

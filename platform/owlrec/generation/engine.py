@@ -119,6 +119,13 @@ class Engine(ABC):
         Raises RowError where this request fails for good.
         """
 
+    async def first_tokens(self, system: str, prompt: str) -> list[tuple[str, float]]:
+        """Texts of the likeliest first tokens of the answer with their log-probabilities, at least one.
+
+        Raises RowError where this request fails for good, EngineError where the engine does not tell.
+        """
+        raise EngineError(f"{type(self).__name__} does not tell how likely its tokens are. Ask vLLM or an HTTP server.")
+
     @abstractmethod
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` alone, by the model's tokenizer or a close upper estimate."""

@@ -80,7 +80,7 @@ class SplitConfig(Config):
 
 @dataclass(frozen=True)
 class Behaviors:
-    """Interactions of whole users by user, then by timestamp and item: six aligned arrays [n]."""
+    """Interactions of whole users by user, then by timestamp and item: seven aligned arrays [n]."""
 
     user: np.ndarray  # int64
     item: np.ndarray  # int64
@@ -88,6 +88,7 @@ class Behaviors:
     rating: np.ndarray  # float32, NaN where not graded
     label: np.ndarray  # float32
     split: np.ndarray  # int8: a predefined one, -1 where there is none
+    weight: np.ndarray  # float32: of its samples in training
 
     @classmethod
     def ordered(cls, interactions: pa.Table) -> "Behaviors":
@@ -100,10 +101,10 @@ class Behaviors:
     @classmethod
     def of(cls, interactions: pa.Table) -> "Behaviors":
         """Those of a table of schema.INTERACTIONS that is in order already."""
-        columns = (interactions[name] for name in INTERACTIONS.names[:-1])
-        user, item, rating, time, label = (column.to_numpy() for column in columns)
+        names = ("user_id", "item_id", "timestamp", "rating", "label", "weight")
+        user, item, time, rating, label, weight = (interactions[name].to_numpy() for name in names)
         split = interactions["split"].fill_null(-1).to_numpy()
-        return cls(user, item, time, rating, label, split)
+        return cls(user, item, time, rating, label, split, weight)
 
     @property
     def taken(self) -> np.ndarray:
@@ -249,9 +250,13 @@ def split_values(behaviors: Behaviors, rows: np.ndarray, config: SplitConfig) ->
         return behaviors.time[rows]
     if config.method == "column":
         return behaviors.split[rows].astype(np.int64)
-    ids = behaviors.user if config.method == "user" else behaviors.item
+    return id_values((behaviors.user if config.method == "user" else behaviors.item)[rows], config)
+
+
+def id_values(ids: np.ndarray, config: SplitConfig) -> np.ndarray:
+    """The salted hash by which a split by user or item divides ids (int64 [n]), train first; int64 [n]."""
     salt = shard_of(np.array([config.seed + 1]), _HASH_RANGE)
-    return shard_of(ids[rows] ^ salt, _HASH_RANGE)
+    return shard_of(ids ^ salt, _HASH_RANGE)
 
 
 def split_thresholds(parts: Sequence[SplitValues], config: SplitConfig) -> np.ndarray:
@@ -365,6 +370,7 @@ def sample_rows(
         "split": pa.array(SPLITS).take(pa.array(split)),
         "history_start": start.astype(np.int32),
         "history_end": end.astype(np.int32),
+        "weight": behaviors.weight[row],  # a drawn sample's is that of what was taken
     }
     return pa.table(columns, schema=SAMPLE_ROWS)
 
