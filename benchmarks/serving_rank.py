@@ -1,9 +1,9 @@
 """`/v1/rank` with 100 candidates: by the CTR model alone, and with the ten best re-ranked by the real SmolLM2.
 
 MovieLens-100K, prepared as pipelines/recipes/movielens-100k-ranker.yaml says; a DIN of one epoch, since a better one is
-no slower; the LLM as it is, through serve_apps.rank_llm, shown recent behaviours, which a user's candidates share, on
-all cores beside everything else. Every request is of another user, so that no prompt is found in the engine's cache but
-what the candidates of one request share.
+no slower; the LLM as it is, through serve_apps.rank_llm, shown behaviors that are retrieved once for the candidates of
+a request, on all cores beside everything else. Every request is of another user, so that no prompt is found in the
+engine's cache but what the candidates of one request share.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from benchmarks.load import LoadJob
-from benchmarks.serving_processes import free_port, load, process
+from benchmarks.serving_processes import free_port, load, owlrec, process
 from benchmarks.table import Figure
 from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
@@ -37,8 +37,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
     recipe, workspace, artifact = _prepare(folder)
     port = free_port()
     address = f"http://127.0.0.1:{port}/rank"
-    owlrec = Path(sys.executable).parent / "owlrec"
-    command = [str(owlrec), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
+    command = [owlrec(), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
     command += ["--artifact", artifact, "--llm", "--llm-cpus", str(os.cpu_count())]
     with process(command):
         bodies = _requests(workspace)
@@ -74,14 +73,12 @@ def _prepare(folder: Path) -> tuple[Path, Workspace, str]:
     settings = yaml.safe_load(RECIPE.read_text())
     settings |= {"workspace": str(folder / "ws"), "ctr": {"backbones": ["din"], "arms": ["none"], "seeds": [0]}}
     settings["ctr"]["epochs"] = 1
-    settings["ranking"]["data"]["shown"] = ["recent"]
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
-    owlrec = str(Path(sys.executable).parent / "owlrec")
     for command in (
-        [owlrec, "run", str(recipe), "--to", "prepare"],
+        [owlrec(), "run", str(recipe), "--to", "prepare"],
         [sys.executable, "-m", "pipelines.train_ctr", "--recipe", str(recipe)],
-        [owlrec, "export-ctr", str(recipe)],
+        [owlrec(), "export-ctr", str(recipe)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

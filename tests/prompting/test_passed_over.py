@@ -103,7 +103,7 @@ def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, k
     for row in asked.select(SAMPLES.names).to_pylist():
         for shown in ("recent", "retrieved", "mixed"):
             titles = CATALOG.titles(np.array(row["history"], dtype=np.int64))
-            behaved = behaviours_shown(row, titles, retriever, 5, shown)  # type: ignore[arg-type]
+            behaved = behaviours_shown(row, titles, range(N_ITEMS), retriever, 5, shown)  # type: ignore[arg-type]
             _, text = rank_prompt(scenario, {}, "the candidate", RankPromptConfig(), count, **behaved)
             assert quoted_as_taken(text, "\0") <= took(behaviors, row["user_id"])
 

@@ -1,10 +1,10 @@
 """Scores candidates with an LLM behind vLLM: the probability of Yes, from the logits of Yes and No alone.
 
 ReLLa (WWW 2024) needs 500 ms a candidate, one prompt at a time. Here any number of candidates of any number of users
-are one call: vLLM batches them, and reads what the prompts of neighbours share once (prompting.rella, layout
-`shared_first`), so questions about one user should stand side by side. The answers' tokens are asked for by id, never
-looked for among the likeliest, where an unlikely answer would silently count as impossible. The last layer runs in
-float32: in bf16 logits of about 20 lie 0.125 apart, and half the candidates of a list would tie.
+are one call: vLLM batches them, and reads once what the prompts of neighbours share (prompting.rella), so questions
+about one user should stand side by side. The answers' tokens are asked for by id, never looked for among the likeliest,
+where an unlikely answer would silently count as impossible. The last layer runs in float32: in bf16 logits of about 20
+lie 0.125 apart, and half the candidates of a list would tie.
 """
 
 import asyncio
