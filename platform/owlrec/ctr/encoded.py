@@ -39,7 +39,7 @@ from owlrec.errors import SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.shards import Card, Shard
 from owlrec.sources.outcomes import POSITIVE
-from owlrec.sources.splits import in_histories
+from owlrec.sources.splits import in_histories, sample_places
 from owlrec.workspace import Workspace, shard_file, table_file
 
 # Rows of valid and of test that are scored at most: those of the first shards, whose users are a random draw, since a
@@ -74,7 +74,7 @@ class EncodeSamples(Stage):
         """Raises SchemaError for a label outside [0, 1]."""
         workspace, number = work.workspace, work.shard.number
         columns = ["user_id", "item_id", "label", "split", "history_start", "history_end"]
-        rows = workspace.read_shard("samples", number, columns)
+        rows = sample_places(workspace, number, columns)
         behaviors = in_histories(workspace, number, ["item_id", "rating", "label"])
         label = rows["label"].to_numpy()
         if (odd := ~((label >= 0) & (label <= 1))).any():

@@ -30,6 +30,7 @@ from owlrec.scenario import Scenario
 from owlrec.schema import KNOWLEDGE, Kind, shard_of, stable_id
 from owlrec.shards import Card, Shard
 from owlrec.storage import file_digest, fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 _ROWS_AT_ONCE = 1 << 14
@@ -122,6 +123,8 @@ class _ImportStage(Stage):
         n_shards = workspace.n_shards(self.kind)
         table = pa.ipc.open_stream(str(self.buckets[shard.number % len(self.buckets)])).read_all()
         mine = shard_of(table["id"].to_numpy(), n_shards) == shard.number
+        if self.kind == "user":
+            mine &= ~read_tombstones(workspace).among(table["id"].to_numpy())
         read_until = _read_until(workspace, shard.number) if self.kind == "user" else {}
         gate = QualityGate(self.job.quality, self.job.scenario)
         judged = [_judge(self.kind, row, read_until, gate) for row in table.filter(pa.array(mine)).to_pylist()]
