@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pydantic import ValidationError
 
 from owlrec.erasure.rows import Rewritten
+from owlrec.errors import WorkspaceError
 from owlrec.shards import Artifact, Card
 from owlrec.workspace import Workspace
 
@@ -40,7 +41,7 @@ def update_cards(workspace: Workspace, paths: Sequence[str], rewritten: Iterable
 def _update(workspace: Workspace, root: str, path: str, files: dict[str, Rewritten]) -> None:
     try:
         card = Card.model_validate_json(workspace.read_bytes(path))
-    except ValidationError:
+    except (ValidationError, WorkspaceError):  # cut off, or removed since it was listed
         return
     changed = {p: f for p, f in files.items() if p in card.files and card.files[p].sha256 != f.entry.sha256}
     if not changed:

@@ -3,6 +3,7 @@
     forgotten/<run>/tombstones.bin    see owlrec.tombstones
     forgotten/<run>/plan.json         which files are read, in chunks
     forgotten/<run>/cards/            that chunks are done, and how many rows they lost
+    forgotten/<run>/cohorts.json      whose texts tell of them alone
     forgotten/<run>/releases.json     which releases held somebody
     forgotten/<run>/copies.json       what nodes must remove from their caches (erasure.copies)
     forgotten/<run>/report.json       written last; no id stands in it
@@ -27,6 +28,7 @@ from pydantic import BaseModel
 from owlrec.claims import claimed
 from owlrec.environment import cache_folder
 from owlrec.erasure.cards import update_cards
+from owlrec.erasure.cohorts import erase_cohorts, quoting_cohorts
 from owlrec.erasure.copies import write_copies
 from owlrec.erasure.places import files_to_read, files_to_remove, shard_numbers
 from owlrec.erasure.profiles import hide_values
@@ -37,7 +39,7 @@ from owlrec.refresh.state import CLAIM
 from owlrec.refresh.state import ROOT as REFRESH
 from owlrec.releases.redis import RedisReleases, forget_in_redis, push_tombstones
 from owlrec.releases.release import current_release
-from owlrec.releases.retention import find_users, rebuild_without_forgotten, remove_releases
+from owlrec.releases.retention import find_rows, rebuild_without_forgotten, remove_releases
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import stable_id
 from owlrec.shards import Card, Shard, forget_stages
@@ -137,7 +139,7 @@ class _Erasure:
     def carry_out(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> Report:
         workspace = self.workspace
         if workspace.entry(f"{self.run}/report.json") is not None:  # of an earlier, finished run: look once more
-            for name in ("report.json", "plan.json", "releases.json", "copies.json"):
+            for name in ("report.json", "plan.json", "cohorts.json", "releases.json", "copies.json"):
                 workspace.delete_file(f"{self.run}/{name}")
             workspace.delete_dir(self.run, "cards")
         self._hide_values()
@@ -145,7 +147,8 @@ class _Erasure:
         listing = list(workspace.entries())
         update_cards(workspace, listing, rewritten, shard_numbers(workspace, self.users))
         _update_logs(workspace, rewritten)
-        found = {place for r in rewritten for place in r.found} | self._erase_releases(pool)
+        cohorts = self._erase_cohorts(listing)
+        found = {place for r in rewritten for place in r.found} | self._erase_releases(cohorts, pool)
         if any(r.rows for r in rewritten if not r.path.startswith("logs/")) or found:
             self._remove_whole()
         self._erase_redis()
@@ -188,21 +191,38 @@ class _Erasure:
             self._note(place, what, len(own), sum(r.rows for r in own), sum(r.bytes for r in own))
         return rewritten
 
-    def _erase_releases(self, pool: Pool | None) -> set[int]:
+    def _erase_cohorts(self, listing: Sequence[str]) -> list[int]:
+        """Removes what tells of the users in cohorts; the ids of the cohorts that lost their texts."""
+        workspace, path = self.workspace, f"{self.run}/cohorts.json"
+        if workspace.entry(path) is None:
+            workspace.write_json(path, quoting_cohorts(workspace, self.users))
+        cohorts: list[int] = workspace.read_json(path)
+        done = erase_cohorts(workspace, cohorts, self.users, listing)
+        update_cards(workspace, listing, done, set())
+        self.changed += [r.path for r in done]
+        size, again = sum(r.bytes for r in done), "cohorts" if cohorts else ""
+        self._note("cohorts' texts", "profiles and texts rewritten", len(done), sum(r.rows for r in done), size, again)
+        if cohorts:
+            forget_stages(workspace, ["cohorts"])
+        return cohorts
+
+    def _erase_releases(self, cohorts: Sequence[int], pool: Pool | None) -> set[int]:
         """Removes the releases that hold somebody; the places of those who were found."""
         workspace, path = self.workspace, f"{self.run}/releases.json"
         current = current_release(workspace)
         if current is None:
             return set()
         if workspace.entry(path) is None:
-            held = find_users(workspace, self.users.ids)
+            held = find_rows(workspace, "user", self.users.ids)
+            others = find_rows(workspace, "cohort", np.array(cohorts, dtype=np.int64))
             places = np.flatnonzero(np.isin(self.users.ids, list(held.ids))).tolist()
-            workspace.write_json(path, {"releases": held.releases, "rows": held.rows, "places": places})
+            names = sorted({*held.releases, *others.releases})
+            workspace.write_json(path, {"releases": names, "rows": held.rows + others.rows, "places": places})
         plan: dict[str, Any] = workspace.read_json(path)
         if not plan["releases"]:
             return set()
         if current in plan["releases"]:
-            name = rebuild_without_forgotten(workspace, pool=pool).name
+            name = rebuild_without_forgotten(workspace, cohorts, pool=pool).name
             self._note("releases", f"built again as {name}", 1)
         files = {
             f"releases/{name}/{file}": entry

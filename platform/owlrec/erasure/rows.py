@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.schema import Kind
 from owlrec.sources.buckets import read_batches, write_batches
 from owlrec.sources.splits import in_histories
 from owlrec.storage import FileEntry, Storage
@@ -23,10 +24,11 @@ _KEYS = ("user_id", "id", "raw_id", "kind")
 
 @dataclass(frozen=True)
 class Users:
-    """Whom to erase. Never written to a file."""
+    """Whom to erase: users, or cohorts that tell of nobody else. Never written to a file."""
 
     ids: np.ndarray  # int64 [n], distinct
     raw: frozenset[str]  # the same by their raw ids
+    kind: Kind = "user"
 
     def rows(self, table: pa.Table, own: bool = False) -> np.ndarray:
         """Which rows of a table are about one of the users, bool [n]: by user_id; else by id or raw_id, where `kind`
@@ -40,7 +42,7 @@ class Users:
             for name in ("id", "raw_id"):
                 found |= self._among(table[name]) if name in names else False
         if "kind" in names:
-            found &= pc.equal(table["kind"], "user").fill_null(False).to_numpy()
+            found &= pc.equal(table["kind"], self.kind).fill_null(False).to_numpy()
         return found
 
     def places(self, table: pa.Table) -> frozenset[int]:

@@ -33,7 +33,7 @@ from owlrec.releases.release import (
 )
 from owlrec.releases.rows import DATABASES, KEY_BYTES, decode_keys, encode_keys
 from owlrec.runner import Pool
-from owlrec.schema import shard_of
+from owlrec.schema import Kind, shard_of
 from owlrec.shards import Artifact, Card
 from owlrec.storage import fingerprint
 from owlrec.tombstones import read_tombstones
@@ -48,6 +48,7 @@ class ChainRows:
     """The rows that a chain answers with."""
 
     chain: Sequence[ReleaseManifest]  # newest first
+    without: frozenset[bytes] = frozenset()  # keys of rows to leave out
 
     def write(self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int) -> None:
         """See ReleaseRows.write."""
@@ -63,6 +64,7 @@ class ChainRows:
                 streams = [_layer(files, database, (part, n_parts) if wider else None) for files, wider in layers]
                 rows = merged_rows(streams)
                 while batch := list(islice(rows, _ROWS_AT_ONCE)):
+                    batch = [row for row in batch if row[0] not in self.without] if self.without else batch
                     writer.add_rows(database, [key for key, _ in batch], [value for _, value in batch])
 
 
@@ -88,17 +90,18 @@ def compact(
     if workspace.local:
         for manifest in manifests:
             check_files(workspace, manifest, hashed=True)
-    return _merged(workspace, manifests, "", pool, on_card)
+    return _merged(workspace, manifests, frozenset(), "", pool, on_card)
 
 
 def _merged(
     workspace: Workspace,
     manifests: Sequence[ReleaseManifest],
+    without: frozenset[bytes],
     forgotten: str,
     pool: Pool | None,
     on_card: Callable[[Card], None] | None,
 ) -> ReleaseManifest:
-    """One release in place of a chain, current. forgotten: the mark of those whom it must not hold, "" for nobody."""
+    """One release in place of a chain, current. forgotten: names what it must not hold, "" for nothing."""
     newest = manifests[0]
     info = ReleaseInfo(
         fingerprint=fingerprint("compaction", [m.fingerprint for m in manifests], forgotten),
@@ -109,7 +112,7 @@ def _merged(
     compacted = whole_release(workspace, info) or build_release(
         workspace,
         info,
-        ChainRows(manifests),
+        ChainRows(manifests, without),
         shards_for(max(newest.totals.values(), default=0), PART_IDS),
         base=manifests,
         quantisers=read_codebooks(workspace, manifests[-1]),
@@ -156,22 +159,22 @@ def _layer(files: Sequence[LmdbFile], database: str, of_part: tuple[int, int] | 
 
 @dataclass(frozen=True)
 class UserRows:
-    """What releases hold of some users."""
+    """What releases hold of some users or cohorts."""
 
     releases: list[str]  # that hold a row of theirs, or are read on top of one that does
     rows: int
     ids: frozenset[int]  # of those with a row
 
 
-def find_users(workspace: Workspace, ids: np.ndarray) -> UserRows:
-    """Looks some users (int64 [n]) up in every release that is kept, whether they are forgotten or not."""
+def find_rows(workspace: Workspace, kind: Kind, ids: np.ndarray) -> UserRows:
+    """Looks some ids (int64 [n]) up in every release that is kept, forgotten users too."""
     manifests = {m.name: m for m in list_releases(workspace)}
     holding, rows, known = set[str](), 0, set[int]()
     for manifest in manifests.values():
         homes = shard_of(ids, len(manifest.parts))
         for part in np.unique(homes).tolist():
             mine = ids[homes == part]
-            keys = encode_keys("user", mine)
+            keys = encode_keys(kind, mine)
             with open_part(workspace, manifest, part) as file:
                 for database in DATABASES:
                     there = [value is not None for value in file.get_many(database, keys)]
@@ -183,17 +186,23 @@ def find_users(workspace: Workspace, ids: np.ndarray) -> UserRows:
 
 
 def rebuild_without_forgotten(
-    workspace: Workspace, *, pool: Pool | None = None, on_card: Callable[[Card], None] | None = None
+    workspace: Workspace,
+    cohorts: Sequence[int] = (),
+    *,
+    pool: Pool | None = None,
+    on_card: Callable[[Card], None] | None = None,
 ) -> ReleaseManifest:
     """Merges the current release and all that it is read on top of into a full one without users who are forgotten, and
-    makes that current. Lookups of all others answer the same.
+    without the texts of some cohorts; makes that current. Lookups of all others answer the same.
 
     pool, on_card: see publish_rows. Raises as `compact` does.
     """
     current = current_release(workspace)
     assert current is not None
     pointer(workspace).refuse_hold()
-    return _merged(workspace, chain(workspace, current), read_tombstones(workspace).mark, pool, on_card)
+    without = frozenset(encode_keys("cohort", np.array(cohorts, dtype=np.int64)))
+    named = fingerprint(read_tombstones(workspace).mark, sorted(cohorts))
+    return _merged(workspace, chain(workspace, current), without, named, pool, on_card)
 
 
 def remove_releases(workspace: Workspace, names: Sequence[str]) -> None:
