@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from owlrec.releases import current_release, list_releases, open_release
 from owlrec.schema import stable_id
 from owlrec.shards import needed_stage
 from owlrec.storage import Storage
-from owlrec.tombstones import FOLDER
+from owlrec.tombstones import FOLDER, read_tombstones
 from owlrec.workspace import Workspace
 from pipelines import cli
 from pipelines.interchange import import_knowledge
@@ -231,3 +233,45 @@ def test_no_byte_is_left_in_a_bucket(s3_root: str, tmp_path: Path, cache: Path, 
     asked.clear()
     run(recipe, workspace, "prepare", "publish")
     assert asked == []
+
+
+def test_a_killed_erasure_is_finished_by_the_same_command(
+    tmp_path: Path, cache: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "source")
+    recipe = load_recipe(write_recipe(tmp_path, str(tmp_path / "whole")))
+    whole_chain(tmp_path, recipe, Workspace(recipe.workspace), trained=False)
+    others = answers(Workspace(recipe.workspace))
+    total = 0
+    for at in (0, *range(1, 400, 9)):  # 0: not killed
+        if at > max(total, 1):
+            assert at > 40  # it was killed at several steps
+            break
+        workspace = Workspace(tmp_path / f"killed-{at}")
+        shutil.copytree(recipe.workspace, workspace.path())
+        done = 0
+        with monkeypatch.context() as dying:
+            for name in ("write_bytes", "delete_file", "delete_dir", "upload"):
+                step = getattr(Storage, name)
+
+                def counted(self: Storage, *rest: Any, step: Any = step, at: int = at, **named: Any) -> Any:
+                    nonlocal done
+                    done += 1
+                    if done == at:
+                        raise KeyboardInterrupt
+                    return step(self, *rest, **named)
+
+                dying.setattr(Storage, name, counted)
+            with suppress(KeyboardInterrupt):
+                forget(workspace, [RAW])
+        total = total or done
+        assert ID in read_tombstones(workspace)
+        report = forget(workspace, [RAW])
+        assert report.unknown == (0 if at else 1), at
+        assert scan(workspace) == {}, at
+        assert answers(workspace) == others, at
+        if at % 5 == 0:
+            asked.clear()
+            run(recipe.model_copy(update={"workspace": workspace.path()}), workspace, "prepare", "publish")
+            assert asked == [], at
+        shutil.rmtree(workspace.path())

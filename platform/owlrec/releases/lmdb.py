@@ -37,6 +37,7 @@ from owlrec.releases.rows import (
     encode_knowledge,
     encode_lists,
     kind_of,
+    speaking,
 )
 from owlrec.schema import KNOWLEDGE, MEMBERSHIPS, conform, shard_of
 from owlrec.tombstones import Tombstones
@@ -314,10 +315,9 @@ class PartWriter:
 
     def add_rows(self, database: str, keys: list[bytes], values: list[bytes]) -> None:
         """Writes rows as they stand in a file, all keys above those before, in one transaction."""
-        if keys and len(self._tombstones):
-            kinds, ids = decode_keys(keys)
-            kept = ~self._tombstones.among(ids) | (kinds != encode_key("user", 0)[0])
-            keys, values = list(compress(keys, kept)), list(compress(values, kept))
+        if len(self._tombstones):
+            told = speaking(keys, self._tombstones)
+            keys, values = list(compress(keys, told)), list(compress(values, told))
         if not keys:
             return
         while True:

@@ -27,7 +27,7 @@ from owlrec.errors import ReleaseError, StoreUnavailableError
 from owlrec.releases.interface import ChainedStore
 from owlrec.releases.manifest import ReleaseManifest, chain
 from owlrec.releases.release import Release, current_release, open_part, read_part_ids
-from owlrec.releases.rows import DATABASES, LAST_PARTITION, RowStore, encode_keys
+from owlrec.releases.rows import DATABASES, LAST_PARTITION, RowStore, encode_keys, speaking
 from owlrec.tombstones import Tombstones, read_tombstones
 from owlrec.workspace import Workspace
 
@@ -333,6 +333,7 @@ def _write_release(
     replace: bool,
     on_rows: Callable[[int], None] | None,
 ) -> None:
+    gone = read_tombstones(workspace)
     client, prefix, lease = (
         releases.client,
         release_prefix(releases.namespace, manifest.name),
@@ -344,15 +345,15 @@ def _write_release(
         for part in parts:
             if not replace and client.exists(f"{prefix}:part:{part}"):
                 continue
-            for rows in _batches(workspace, manifest, part, prefix):
+            for rows in _batches(workspace, manifest, part, prefix, gone):
                 _set_all(releases, rows)
                 client.expire(lease, _LEASE_S)
                 if on_rows:
                     on_rows(len(rows))
-            chunks = (
-                (f"{prefix}:ids:{k}:{part}", read_part_ids(workspace, manifest, part, k)) for k in manifest.knowledge
-            )
-            _set_all(releases, [(key.encode(), ids.astype("<i8").tobytes()) for key, ids in chunks])
+            for kind in manifest.knowledge:
+                ids = read_part_ids(workspace, manifest, part, kind)
+                ids = ids[~gone.among(ids)] if kind == "user" else ids
+                client.set(f"{prefix}:ids:{kind}:{part}", ids.astype("<i8").tobytes())
             client.set(f"{prefix}:part:{part}", sum(manifest.parts[part].rows.values()))
         present = client.exists(*(f"{prefix}:part:{part}" for part in parts))
         if present != len(parts):
@@ -365,14 +366,16 @@ def _write_release(
 
 
 def _batches(
-    workspace: Workspace, manifest: ReleaseManifest, part: int, prefix: str
+    workspace: Workspace, manifest: ReleaseManifest, part: int, prefix: str, gone: Tombstones
 ) -> Iterator[list[tuple[bytes, bytes]]]:
+    """The rows of a part by their keys in Redis, without those of users who are gone."""
     with open_part(workspace, manifest, part) as file:
         for database in DATABASES:
             start = row_prefix(prefix, database)
-            rows = ((start + key, value) for key, value in file.items(database))
+            rows = file.items(database)
             while batch := list(islice(rows, _ROWS_PER_PIPELINE)):
-                yield batch
+                kept = speaking([key for key, _ in batch], gone)
+                yield [(start + key, value) for (key, value), keep in zip(batch, kept, strict=True) if keep]
 
 
 def _set_all(releases: RedisReleases, rows: Iterable[tuple[bytes, bytes]]) -> None:
