@@ -41,6 +41,7 @@ from pipelines.stage import STAGES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 NOW = START + 40 * DAY
+ITEM_TEXT = "Film {} follows a stubborn sheriff through one long winter; its slow, wry tone suits patient viewers."
 
 
 def run(recipe: Recipe, workspace: Workspace, first: str, last: str) -> None:
@@ -72,8 +73,11 @@ def whole_chain(folder: Path, recipe: Recipe, workspace: Workspace, *, trained: 
         for n, name in enumerate(names())
     ]
     rows.append({"id": RAW, "text": "", "as_of": 0})  # a dead letter
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    import_knowledge(recipe, workspace, ImportSource(kind="user", path=str(folder / "texts.jsonl"), format="jsonl"))
+    items = [{"id": f"i{n}", "text": ITEM_TEXT.format(n)} for n in range(ITEMS)]
+    for kind, texts in (("user", rows), ("item", items)):
+        path = folder / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+        import_knowledge(recipe, workspace, ImportSource(kind=kind, path=str(path), format="jsonl"))
     run(recipe, workspace, "encode", "publish")
     write_events(workspace, "first", [RAW, "u1", "u2"], START + 30 * DAY)
     refresh(recipe, workspace, now=NOW)

@@ -137,8 +137,9 @@ class _Erasure:
         self.changed: list[str] = []  # files that were replaced or removed
 
     def carry_out(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> Report:
-        workspace = self.workspace
+        workspace, trained = self.workspace, False
         if workspace.entry(f"{self.run}/report.json") is not None:  # of an earlier, finished run: look once more
+            trained = bool(workspace.read_json(f"{self.run}/report.json")["models"])
             for name in ("report.json", "plan.json", "cohorts.json", "releases.json", "copies.json"):
                 workspace.delete_file(f"{self.run}/{name}")
             workspace.delete_dir(self.run, "cards")
@@ -153,7 +154,7 @@ class _Erasure:
             self._remove_whole()
         self._erase_redis()
         self._erase_outside()
-        trained = any(r.path.startswith("tables/samples/") for r in rewritten)
+        trained |= any(r.path.startswith("tables/samples/") for r in rewritten)
         report = Report(
             users=len(self.users.ids),
             unknown=len(self.users.ids) - len(found),
@@ -212,13 +213,17 @@ class _Erasure:
         current = current_release(workspace)
         if current is None:
             return set()
-        if workspace.entry(path) is None:
-            held = find_rows(workspace, "user", self.users.ids)
-            others = find_rows(workspace, "cohort", np.array(cohorts, dtype=np.int64))
-            places = np.flatnonzero(np.isin(self.users.ids, list(held.ids))).tolist()
-            names = sorted({*held.releases, *others.releases})
-            workspace.write_json(path, {"releases": names, "rows": held.rows + others.rows, "places": places})
-        plan: dict[str, Any] = workspace.read_json(path)
+        # Looked for even where an interrupted run has: another release may have become current since.
+        held = find_rows(workspace, "user", self.users.ids)
+        others = find_rows(workspace, "cohort", np.array(cohorts, dtype=np.int64))
+        plan: dict[str, Any] = {"releases": [], "rows": 0, "places": []}
+        if workspace.entry(path) is not None:
+            plan = workspace.read_json(path)
+        plan["releases"] = sorted({*plan["releases"], *held.releases, *others.releases})
+        plan["rows"] = max(plan["rows"], held.rows + others.rows)
+        found = np.flatnonzero(np.isin(self.users.ids, list(held.ids))).tolist()
+        plan["places"] = sorted({*plan["places"], *found})
+        workspace.write_json(path, plan)
         if not plan["releases"]:
             return set()
         if current in plan["releases"]:
@@ -267,14 +272,12 @@ class _Erasure:
             evicted, held = NodeCache.default().evict({workspace.copy_name(path) for path in self.changed})
             self._note("node cache", "copies removed", evicted)
             self._note("node cache", "copies that a process has open", held)
-        base = Path(workspace.path(".scratch")) if workspace.local else cache_folder("scratch")
-        left = list(base.iterdir()) if workspace.local and base.is_dir() else []
-        for folder in left:
-            shutil.rmtree(folder, ignore_errors=True)
-        files = _unfinished_files(workspace) if workspace.local else []
-        for file in files:
-            file.unlink(missing_ok=True)
-        self._note("unfinished files", "removed", len(left) + len(files))
+        else:
+            scratch = Path(workspace.path(".scratch"))
+            files = [*_unfinished_files(workspace), *(scratch.iterdir() if scratch.is_dir() else ())]
+            for file in files:
+                shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+            self._note("unfinished files", "removed", len(files))
 
     def _models(self) -> list[str]:
         """Folders of what was trained; removed where the caller wants that."""

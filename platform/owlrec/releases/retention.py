@@ -90,21 +90,21 @@ def compact(
     if workspace.local:
         for manifest in manifests:
             check_files(workspace, manifest, hashed=True)
-    return _merged(workspace, manifests, frozenset(), "", pool, on_card)
+    return _merged(workspace, manifests, frozenset(), (), pool, on_card)
 
 
 def _merged(
     workspace: Workspace,
     manifests: Sequence[ReleaseManifest],
     without: frozenset[bytes],
-    forgotten: str,
+    forgotten: tuple[str, ...],
     pool: Pool | None,
     on_card: Callable[[Card], None] | None,
 ) -> ReleaseManifest:
-    """One release in place of a chain, current. forgotten: names what it must not hold, "" for nothing."""
+    """One release in place of a chain, current. forgotten: names what it must not hold."""
     newest = manifests[0]
     info = ReleaseInfo(
-        fingerprint=fingerprint("compaction", [m.fingerprint for m in manifests], forgotten),
+        fingerprint=fingerprint("compaction", [m.fingerprint for m in manifests], *forgotten),
         model=newest.model,
         encoder=newest.encoder,
         parent=newest.name,
@@ -201,7 +201,7 @@ def rebuild_without_forgotten(
     assert current is not None
     pointer(workspace).refuse_hold()
     without = frozenset(encode_keys("cohort", np.array(cohorts, dtype=np.int64)))
-    named = fingerprint(read_tombstones(workspace).mark, sorted(cohorts))
+    named = (read_tombstones(workspace).mark, *map(str, sorted(cohorts)))
     return _merged(workspace, chain(workspace, current), without, named, pool, on_card)
 
 
