@@ -19,6 +19,7 @@ from served_world import knowledge_app  # type: ignore[import-not-found]
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from owlrec.cohorts.model import read_profiles
 from owlrec.erasure.forgetting import forget
 from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.importing import ImportSource
@@ -279,3 +280,41 @@ def test_a_killed_erasure_is_finished_by_the_same_command(
             run(recipe.model_copy(update={"workspace": workspace.path()}), workspace, "prepare", "publish")
             assert asked == [], at
         shutil.rmtree(workspace.path())
+
+
+def test_cohorts_go_on_without_a_representative(tmp_path: Path, cache: Path, asked: list[str]) -> None:
+    write_source(tmp_path / "source")
+    extra = """
+        cohorts:
+          collaborative: {factors: 8}
+          users: {mean_size: 6}
+          items: {mean_size: 8}
+          profiles: {common_share: 0.05}
+        prompts: {mode: both}
+        """
+    recipe = load_recipe(write_recipe(tmp_path, str(tmp_path / "ws"), extra=extra))
+    workspace = Workspace(recipe.workspace)
+    run(recipe, workspace, "prepare", "publish")
+    folder = needed_stage(workspace, "cohorts", "").outputs["cohorts"]
+    profiles = {row["id"]: row for row in read_profiles(workspace, folder).to_pylist()}
+    naming = {id_ for id_, row in profiles.items() if ID in row["representatives"]}
+    quoting = {id_ for id_ in naming if any(MARKER in attribute for attribute in profiles[id_]["attributes"])}
+    assert quoting
+    assert MARKER in str(workspace.read_table("users").to_pylist())
+    others = answers(workspace)
+    assert forget(workspace, [RAW]).unknown == 0
+    assert scan(workspace) == {}
+    assert answers(workspace) == others
+    left = {row["id"]: row for row in read_profiles(workspace, folder).to_pylist()}
+    assert quoting <= profiles.keys() - left.keys() <= naming
+    for id_ in left.keys() - naming:
+        assert left[id_] == profiles[id_]
+    with open_release(workspace) as release:
+        texts = release.store.own_knowledge("cohort", sorted(profiles))
+    known = {id_ for id_, text in zip(sorted(profiles), texts, strict=True) if text}
+    assert known == left.keys()
+    asked.clear()
+    run(recipe, workspace, "prepare", "publish")
+    assert 0 < len(asked) <= len(naming)  # about those who named the user, in other words, and about nobody else
+    assert not any(MARKER in prompt for prompt in asked)
+    assert {row["id"] for row in read_profiles(workspace, folder).to_pylist()} == profiles.keys()
