@@ -102,5 +102,5 @@ class WorkspaceTables:
             rows = self._shard(table, int(shard_of(np.array([id_]), len(shards))[0]))
         except OwlRecError:  # not prepared
             return None
-        at = int(rows_of(rows[key].to_numpy(), np.array([id_]))[0])
-        return None if at < 0 else dict(rows.slice(at, 1).to_pylist()[0])
+        at = int(np.searchsorted(ids := rows[key].to_numpy(), id_, side="right")) - 1  # the last: the newest history
+        return None if at < 0 or ids[at] != id_ else dict(rows.slice(at, 1).to_pylist()[0])
