@@ -46,7 +46,7 @@ def write_source(folder: Path, more: int = 0) -> None:
         pq.write_table(pa.Table.from_pylist(table), folder / f"{name}.parquet")
 
 
-def write_recipe(folder: Path, workspace: str, address: str = "local", extra: str = "") -> Path:
+def write_recipe(folder: Path, workspace: str, extra: str = "") -> Path:
     """The shop's recipe. extra: further lines."""
     source = {
         "type": "table",
@@ -66,7 +66,6 @@ def write_recipe(folder: Path, workspace: str, address: str = "local", extra: st
         streaming: {{partitions: 3}}
         ctr: {{backbones: [din], arms: [none, knowledge], seeds: [0], epochs: 1, use_profile: true}}
         ranking: {{data: {{shots: 8}}, judging: {{valid_samples: 8, test_samples: 8}}}}
-        ray: {{address: "{address}"}}
         """
     )
     path.write_text(text + textwrap.dedent(extra))

@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 from scanned import DAY, ID, ITEMS, MARKER, RAW, START, TEXT, answers, names, scan, write_recipe, write_source
 from served_world import knowledge_app  # type: ignore[import-not-found]
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from owlrec.cohorts.model import read_profiles
+from owlrec.ctr.experiment import trials
+from owlrec.ctr.export import export_trial
+from owlrec.ctr.fitting import train_one
+from owlrec.ctr.reduction import reduce_once
+from owlrec.ctr.training import GridJob, encode_once, load_data
 from owlrec.erasure.forgetting import forget
 from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.importing import ImportSource
@@ -31,7 +35,7 @@ from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import read_state
 from owlrec.releases import current_release, list_releases, open_release
 from owlrec.schema import stable_id
-from owlrec.shards import needed_stage
+from owlrec.shards import finish_stage, needed_stage
 from owlrec.storage import Storage
 from owlrec.tombstones import FOLDER, read_tombstones
 from owlrec.workspace import Workspace
@@ -39,8 +43,9 @@ from pipelines import cli
 from pipelines.interchange import import_knowledge
 from pipelines.refresh import run as refresh
 from pipelines.stage import STAGES
+from pipelines.train_ctr import vector_folders
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+pytestmark = pytest.mark.e2e
 NOW = START + 40 * DAY
 ITEM_TEXT = "Film {} follows a stubborn sheriff through one long winter; its slow, wry tone suits patient viewers."
 
@@ -61,8 +66,27 @@ def write_events(workspace: Workspace, name: str, users: list[str], first: int) 
     workspace.write_parquet(f"events/{name}.parquet", pa.table(columns, schema=EVENTS))
 
 
+def train(recipe: Recipe, workspace: Workspace) -> None:
+    """What `train_ctr` leaves, trained in this process."""
+    grid, encoded = "c" * 64, needed_stage(workspace, "encode", "").outputs["vectors"]
+    folders = vector_folders(workspace, encoded)
+    read = reduce_once(workspace, folders, recipe.ctr.knowledge_dim, grid)
+    job = GridJob(
+        settings=recipe.ctr,
+        trials=trials(recipe.ctr),
+        knowledge={source: dict(of_source) for source, of_source in read.items()},
+        fingerprint=grid,
+        attributes=recipe.domain.text_fields,
+        profile=recipe.domain.profile_fields,
+    )
+    encode_once(workspace, job, None)
+    for trial in job.trials:
+        export_trial(workspace, grid, train_one(trial, load_data(workspace, job), recipe.ctr))
+    finish_stage(workspace, "train_ctr", grid, outputs={"grid": grid})
+
+
 def whole_chain(folder: Path, recipe: Recipe, workspace: Workspace, *, trained: bool) -> None:
-    """Everything that keeps a user: generated and imported texts, a refresh, and models where there is a cluster."""
+    """Everything that keeps a user: generated and imported texts, a refresh; models, reports and exports if trained."""
     run(recipe, workspace, "prepare", "generate")
     as_of = {row["user_id"]: row["as_of"] for row in workspace.read_table("histories").to_pylist()}
     rows = [
@@ -83,7 +107,8 @@ def whole_chain(folder: Path, recipe: Recipe, workspace: Workspace, *, trained: 
     write_events(workspace, "first", [RAW, "u1", "u2"], START + 30 * DAY)
     refresh(recipe, workspace, now=NOW)
     if trained:
-        run(recipe, workspace, "train_ctr", "evaluate")
+        train(recipe, workspace)
+        run(recipe, workspace, "evaluate", "evaluate")
         importlib.import_module("pipelines.export_ctr").run(recipe, workspace)
         importlib.import_module("pipelines.export_vectors").run(recipe, workspace)
         assert recipe.ranking is not None
@@ -117,10 +142,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     NodeCache.default.cache_clear()
 
 
-def test_no_byte_is_left(ray_local: None, tmp_path: Path, cache: Path, asked: list[str]) -> None:
+def test_no_byte_is_left(tmp_path: Path, cache: Path, asked: list[str]) -> None:
     write_source(tmp_path / "source")
-    address = ray.get_runtime_context().gcs_address
-    recipe_file = write_recipe(tmp_path, str(tmp_path / "ws"), address)
+    recipe_file = write_recipe(tmp_path, str(tmp_path / "ws"))
     recipe = load_recipe(recipe_file)
     workspace = Workspace(recipe.workspace)
     whole_chain(tmp_path, recipe, workspace, trained=True)
