@@ -18,7 +18,7 @@ from owlrec.releases.release import current_release, open_release, pointer, roll
 from owlrec.schema import KINDS, Kind
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
-from pipelines import plan, push, serving, submit
+from pipelines import forget, plan, push, serving, submit
 from pipelines.serving import RecipeOption, releases_workspace
 from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors
 
@@ -337,6 +337,7 @@ def doctor(
 app.command()(serving.serve)
 app.command()(serving.keys)
 app.command()(push.push)
+app.command()(forget.forget)
 app.command()(submit.submit)
 app.command()(plan.plan)
 

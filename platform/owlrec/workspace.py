@@ -10,6 +10,7 @@
     ctr/, pools/, reports/, logs/        trained models, retrieval pools, what people read
     <artifact>/cards/<kind>/00000000.json    "this shard is done" (owlrec.shards)
     stages/<stage>.json                  "this stage is done"
+    forgotten/<run>/                     who is forgotten, as keyed hashes, and what was erased (owlrec.tombstones)
 
 A row's shard is the hash of its id by the number of shards of its kind, a power of two, so that more users move nobody.
 """
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from owlrec.errors import WorkspaceError
 from owlrec.schema import TABLE_KINDS, Kind, shard_of
 from owlrec.storage import Storage, fingerprint
+from owlrec.tombstones import read_tombstones
 
 FORMAT = 2  # 1 was the first edition's, which had no workspace.json
 _FILE = "workspace.json"
@@ -109,8 +111,17 @@ class Workspace(Storage):
         return range(self.n_shards(TABLE_KINDS[name]))
 
     def read_shard(self, name: str, number: int, columns: list[str] | None = None) -> pa.Table:
-        """One shard of a table. Raises WorkspaceError where it was never written."""
-        return self.read_parquet(table_file(name, number), columns)
+        """One shard of a table, of users and histories without those who are forgotten. Raises WorkspaceError where it
+        was never written.
+
+        Samples refer to interactions by their places: who reads both leaves users out afterwards.
+        """
+        path = table_file(name, number)
+        table = self.read_parquet(path, columns)
+        if name in ("users", "histories") and len(gone := read_tombstones(self)):
+            owners = table if "user_id" in table.column_names else self.read_parquet(path, ["user_id"])
+            table = table.filter(pa.array(~gone.among(owners["user_id"].to_numpy())))
+        return table
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """All shards of a table, in shard order: for small tables, and for tests. Raises as read_shard."""

@@ -41,7 +41,7 @@ from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import SAMPLE_ROWS
 from owlrec.shards import Card, Shard
 from owlrec.sources.outcomes import POSITIVE
-from owlrec.sources.splits import in_histories
+from owlrec.sources.splits import in_histories, sample_places
 from owlrec.workspace import Workspace, shard_file, table_file
 
 # Rows of valid and of test that are scored at most: those of the first shards, whose users are a random draw, since a
@@ -75,7 +75,7 @@ class EncodeSamples(Stage):
     def run(self, work: Work) -> Result:
         """Raises SchemaError for a label outside [0, 1]."""
         workspace, number = work.workspace, work.shard.number
-        rows = workspace.read_shard("samples", number, SAMPLE_ROWS.names)
+        rows = sample_places(workspace, number, SAMPLE_ROWS.names)
         behaviors = in_histories(workspace, number, ["item_id", "rating", "label"])
         label = rows["label"].to_numpy()
         if (odd := ~((label >= 0) & (label <= 1))).any():

@@ -15,6 +15,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.ordered import rows_of
 from owlrec.schema import shard_of
 from owlrec.sources.splits import last_behaviours
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace, shard_file
 
 _SHARDS_OPEN = 256  # each holds a file descriptor, of which a process often has no more than 1,024
@@ -35,7 +36,8 @@ class UserStates:
     ) -> "UserStates":
         """Of all users of one shard of the tables `users` and `interactions`."""
         users = workspace.read_shard("users", number, ["user_id", *vocabularies.profile])
-        active = last_behaviours(workspace.read_shard("interactions", number), history_length)
+        interactions = read_tombstones(workspace).without(workspace.read_shard("interactions", number))
+        active = last_behaviours(interactions, history_length)
         silent = np.setdiff1d(users["user_id"].to_numpy(), active["user_id"].to_numpy())
         behaviors = pa.concat_tables([active, _without_behaviors(silent)]).sort_by("user_id")
         return cls.encode(behaviors, users, items, vocabularies, history_length)

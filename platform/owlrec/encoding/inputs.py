@@ -64,6 +64,12 @@ class Rows:
     make: Callable[[np.ndarray], np.ndarray]  # the vectors of some rows: int64 [k] -> float [k, dim]
     read: int  # rows that were read, those without a text included
 
+    def take(self, at: np.ndarray) -> "Rows":
+        """Some of the rows: int64 [k], ascending."""
+        if len(at) == len(self.ids):
+            return self
+        return Rows(self.ids[at], self.as_of[at], self.digests[at], lambda rows: self.make(at[rows]), self.read)
+
 
 class Input(Protocol):
     """A source of vectors of one kind; picklable."""

@@ -24,6 +24,7 @@ from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
 from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.storage import fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace, shard_file, table_file
 
 DECODER = "decoder"  # a card's count: what the decoder counted over the shard, as JSON
@@ -143,7 +144,9 @@ def iterate_knowledge(workspace: Workspace, folder: str, kinds: Iterable[Kind] =
     """The texts of a job, one shard at a time. folder: the job's. A file without a card is half-done work."""
     artifact = Artifact(workspace, folder)
     for card in artifact.cards(*kinds).values():
-        yield workspace.read_parquet(artifact.path(Shard.of_name(card.shard).file()))
+        shard = Shard.of_name(card.shard)
+        table = workspace.read_parquet(artifact.path(shard.file()))
+        yield read_tombstones(workspace).without(table, "id") if shard.kind == "user" else table
 
 
 def read_knowledge(workspace: Workspace, folder: str, kind: Kind) -> pa.Table:

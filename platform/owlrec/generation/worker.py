@@ -30,6 +30,7 @@ from owlrec.runner import Result, Stage, Work, WorkerLost
 from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, newest
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 _ASKED_AT_ONCE = 2048  # rows of one shard: more than an engine has in a batch, and far fewer tasks than rows
@@ -109,6 +110,8 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
     """
     workspace, shard = work.workspace, work.shard
     rows = await asyncio.to_thread(read_prompts, workspace, job, shard, engine, catalog)
+    if shard.kind == "user" and len(gone := await asyncio.to_thread(read_tombstones, workspace)):
+        rows = [row for row, out in zip(rows, gone.among([row.id for row in rows]), strict=True) if not out]
     kept, asked = _keep_unchanged(_earlier_texts(work, job), rows)
     gate, cohorts = QualityGate(job.quality, job.scenario), _cohorts(workspace, job, shard)
     outcomes: dict[int, Outcome] = {}

@@ -34,6 +34,7 @@ from owlrec.sources.outcomes import EVENTS as EVENT_NAMES
 from owlrec.sources.outcomes import PASSED_OVER, Labels, taken
 from owlrec.sources.raw import Fragment
 from owlrec.sources.tabular import fragments_of, to_milliseconds
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 EVENTS = pa.schema([INTERACTIONS.field(name) for name in ("user_id", "item_id", "rating", "timestamp")])
@@ -223,10 +224,13 @@ class ReadEvents(Stage):
         usable, dead, newest = [EVENTS.empty_table()], [REFUSED.empty_table()], dict[str, int]()
         for fragment in self.grouping.fragments(work.shard.number):
             table = _read(fragment)
+            # Not left out, since a row's place tells whether it is new.
+            gone = read_tombstones(work.workspace).among(table["user_id"].fill_null(-1).to_numpy())
             good, late, broken = sort_out(table, self.horizon, self.labels)
+            good = good & ~gone
             if len(valid := table["timestamp"].filter(pa.array(good | late))):
                 newest[fragment.path] = max(pc.max(valid).as_py(), newest.get(fragment.path, 0))
-            new = fragment.first_row + np.arange(table.num_rows) >= self.known.get(fragment.path, 0)
+            new = ~gone & (fragment.first_row + np.arange(table.num_rows) >= self.known.get(fragment.path, 0))
             dead.append(broken.filter(pa.array(new & pc.is_valid(broken["error"]).to_numpy())))
             kept = table.filter(pa.array(good))
             chosen = taken_in(kept, self.labels)

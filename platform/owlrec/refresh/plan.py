@@ -30,6 +30,7 @@ from owlrec.scenario import Scenario
 from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.sources.outcomes import Labels
 from owlrec.storage import FileEntry, fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 # What the freezing of a partition needs once its answer is there.
@@ -219,7 +220,7 @@ class PromptsStage(Stage):
         """See Stage.run."""
         workspace, shard = work.workspace, work.shard
         due = workspace.read_parquet(f"{self.candidates}/due/{shard.file()}")
-        chosen = due.filter(pa.array(self.cut.admits(due)))
+        chosen = read_tombstones(workspace).without(due.filter(pa.array(self.cut.admits(due))))
         if not chosen.num_rows:
             return Result({}, due.num_rows)
         users = {u.user_id: u for u in self.state.read_users(workspace, shard.number, self.encoder)}

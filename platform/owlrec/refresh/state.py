@@ -24,6 +24,7 @@ from owlrec.refresh.events import REFUSED, LogFile
 from owlrec.refresh.partitions import UserState, from_table
 from owlrec.schema import shard_of
 from owlrec.shards import Card, Shard, in_threads
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 ROOT = "refresh"
@@ -98,7 +99,7 @@ class State(BaseModel):
         shard = self.shards.get(number)
         if shard is None or not shard.file:
             return []
-        table = self._own(workspace.read_parquet(shard.file), number)
+        table = self._own(workspace, shard.file, number)
         return from_table(table, interests=shard.encoder == encoder)
 
     def read_deferred(self, workspace: Workspace, number: int) -> pa.Table:
@@ -106,10 +107,11 @@ class State(BaseModel):
         shard = self.shards.get(number)
         if shard is None or not shard.deferred:
             return REFUSED.empty_table()
-        return self._own(workspace.read_parquet(shard.deferred), number)
+        return self._own(workspace, shard.deferred, number)
 
-    def _own(self, table: pa.Table, number: int) -> pa.Table:
-        """A shard's rows of a file that it may share with others since it was split."""
+    def _own(self, workspace: Workspace, path: str, number: int) -> pa.Table:
+        """A shard's rows of a file that it may share with others since it was split; nobody who is forgotten."""
+        table = read_tombstones(workspace).without(workspace.read_parquet(path))
         return table.filter(pa.array(shard_of(table["user_id"].to_numpy(), self.n_shards) == number))
 
 

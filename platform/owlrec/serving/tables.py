@@ -15,6 +15,7 @@ from owlrec.schema import shard_of
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import was_taken
 from owlrec.sources.splits import last_behaviours
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 _SHARDS_HELD = 64
@@ -33,7 +34,7 @@ class WorkspaceTables:
         self._catalog: ItemCatalog | None = None
 
     def row(self, kind: str, id_: int) -> dict[str, Any] | None:
-        """A user's or an item's columns; None where there is no such row."""
+        """A user's or an item's columns; None where there is no such row, or the user is forgotten."""
         return self._find(f"{kind}s", f"{kind}_id", id_)
 
     def recent(self, user: int, n: int) -> list[tuple[int, float | None]]:
@@ -42,6 +43,8 @@ class WorkspaceTables:
 
         n: split.history_length, by which the samples that a ranker is tuned on were cut.
         """
+        if user in read_tombstones(self._workspace):
+            return []
         try:
             shards = self._workspace.table_shards("interactions")
             rows = self._last(int(shard_of(np.array([user]), len(shards))[0]), n)
@@ -92,6 +95,8 @@ class WorkspaceTables:
         return self._catalog
 
     def _find(self, table: str, key: str, id_: int) -> dict[str, Any] | None:
+        if key == "user_id" and id_ in read_tombstones(self._workspace):  # shards that are held may be older
+            return None
         try:
             shards = self._workspace.table_shards(table)
             rows = self._shard(table, int(shard_of(np.array([id_]), len(shards))[0]))

@@ -22,6 +22,7 @@ from owlrec.errors import SchemaError
 from owlrec.ordered import rows_of, run_starts
 from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, shard_of
 from owlrec.sources.outcomes import POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 _HASH_RANGE = 1 << 62
@@ -430,10 +431,16 @@ def read_samples(workspace: Workspace, number: int, columns: Sequence[str] | Non
     stored = [name for name in wanted if name in SAMPLE_ROWS.names]
     lists = _HISTORY_COLUMNS
     if not lists.keys() & set(wanted):
-        return workspace.read_shard("samples", number, stored).select(wanted)
-    rows = workspace.read_shard("samples", number, [*stored, "history_start", "history_end"])
+        return sample_places(workspace, number, stored).select(wanted)
+    rows = sample_places(workspace, number, [*stored, "history_start", "history_end"])
     needed = [column for name, column in lists.items() if name in wanted]
     return with_histories(rows, in_histories(workspace, number, needed)).select(wanted)
+
+
+def sample_places(workspace: Workspace, number: int, columns: Sequence[str]) -> pa.Table:
+    """Columns of schema.SAMPLE_ROWS of a shard, without samples of users who are forgotten."""
+    rows = workspace.read_shard("samples", number, list(dict.fromkeys(["user_id", *columns])))
+    return read_tombstones(workspace).without(rows).select(list(columns))
 
 
 def in_histories(workspace: Workspace, number: int, columns: Sequence[str]) -> pa.Table:
