@@ -93,12 +93,11 @@ def export_ctr(
     trial: Annotated[
         str | None, typer.Option("--trial", help="such as din/knowledge/seed-0; default: the best on valid")
     ] = None,
-    half: Annotated[bool, typer.Option("--half", help="what is stored of each id in half precision")] = False,
 ) -> None:
     """Write a trained CTR model as an artifact that a serving process opens."""
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace)
-        exported = _stage("export_ctr")(settings, open_workspace(settings), trial=trial, half=half)
+        exported = _stage("export_ctr")(settings, open_workspace(settings), trial=trial)
         note(f"serve it with --artifact {exported.outputs['model']}")
 
 

@@ -139,6 +139,10 @@ class KnowledgeStore(ABC):
         """The cohorts of each id; None where nothing is said of it, () where it is said that it has none."""
 
     @abstractmethod
+    def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
+        """The last behaviors of each user, oldest first: schema.BEHAVIOR [k]; None of those without any."""
+
+    @abstractmethod
     def count(self, kind: str) -> int:
         """How many ids of this kind have knowledge of their own."""
 
@@ -202,6 +206,10 @@ class ChainedStore(KnowledgeStore, Generic[_Store]):
     def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
         """See KnowledgeStore.memberships."""
         return self._newest(lambda layer, asked: layer.memberships(kind, asked), ids)
+
+    def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
+        """See KnowledgeStore.behaviors."""
+        return self._newest(lambda layer, asked: layer.behaviors(asked), ids)
 
     def count(self, kind: str) -> int:
         """See KnowledgeStore.count."""

@@ -1,0 +1,230 @@
+"""What changes under a trained model: the fields that it makes of the knowledge of users and items, and what users did.
+
+An artifact holds weights; vectors, semantic ids and behaviors are read when a request comes, from the current release.
+Items recur in requests, so what the model makes of them is kept as long as it stays the same.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from owlrec.cohorts.memberships import member_vectors
+from owlrec.ctr.arms import OLDER_PARTITIONS, Form
+from owlrec.ctr.batches import Tables
+from owlrec.ctr.model import CTRModel
+from owlrec.ctr.model_card import Reads
+from owlrec.encoding.projection import Projection
+from owlrec.schema import MEMBERSHIPS
+
+_HELD_BYTES = 1 << 26  # of items' fields in a process: half a million items of 32 numbers
+_NO_ID = -1  # ids are not negative
+
+
+class BehaviorStore(Protocol):
+    """Where the behaviors of users come from."""
+
+    def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
+        """The last behaviors of users, oldest first: schema.BEHAVIOR [k] each."""
+
+
+class Store(BehaviorStore, Protocol):
+    """What is read of a release (owlrec.releases.KnowledgeStore)."""
+
+    def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors of the newest n partitions of each id: float32 [m, n, d], and bool [m, n]."""
+
+    def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """The semantic ids, their duplicate digit last."""
+
+    def cohorts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...]]:
+        """The cohorts of each id."""
+
+
+@dataclass(frozen=True)
+class SideKnowledge:
+    """The knowledge of n users or items, in the form that a model was trained on."""
+
+    vectors: np.ndarray  # float [n, s, d], one a source; d = 0 where only codes are read
+    mask: np.ndarray  # bool [n, s]
+    codes: np.ndarray  # int64 [n, levels]: see VectorTable.gather_codes
+
+
+class KnowledgeSource(Protocol):
+    """Where a model's knowledge comes from."""
+
+    def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
+        """That of users or items, aligned with ids: int64 [n]."""
+
+
+@dataclass(frozen=True)
+class StoreKnowledge:
+    """The knowledge of a release, brought into the form that training read."""
+
+    store: Store
+    reads: Reads
+    form: Form
+    projection: Projection | None  # that the vectors were reduced by
+    levels: int  # of the semantic ids
+
+    def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
+        """See KnowledgeSource. Only what stands under an id itself, as in training: no cohort stands in for it, except
+        as a source of its own.
+        """
+        n, sources = len(ids), self.reads.sources(kind)
+        vectors, mask = np.zeros((n, len(sources), 0), np.float32), np.zeros((n, len(sources)), bool)
+        codes = np.zeros((n, self.levels), dtype=np.int64)
+        if self.form != "codes":
+            vectors, mask = self._vectors(kind, ids, sources)
+        if self.form != "vectors":
+            for row, own in enumerate(self.store.own_codes(kind, ids)):
+                if own:
+                    codes[row] = np.array(own[:-1]) + 1
+        return SideKnowledge(vectors, mask, codes)
+
+    def _vectors(self, kind: str, ids: np.ndarray, sources: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        slots = {source: number for number, source in enumerate(("knowledge", *OLDER_PARTITIONS))}
+        wanted = [slots[source] for source in sources if source in slots]
+        gathered: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        own, there = self.store.own_vectors(kind, ids, 1 + max(wanted)) if wanted else (None, None)
+        for source in sources:
+            if own is not None and there is not None and source in slots:
+                gathered.append(own[:, slots[source]])
+                masks.append(there[:, slots[source]])
+            else:
+                members = pa.table(
+                    {"kind": [kind] * len(ids), "id": ids, "cohorts": self.store.cohorts(kind, ids)}, MEMBERSHIPS
+                )
+                gathered.append(member_vectors(members, self._of_cohorts).astype(np.float16).astype(np.float32))
+                masks.append(np.any(gathered[-1], axis=1))
+        vectors, mask = np.stack(gathered, axis=1), np.stack(masks, axis=1)
+        if self.projection is None:
+            return vectors, mask
+        # Training read them in half precision.
+        reduced = self.projection.apply(vectors.reshape(-1, vectors.shape[2])).astype(np.float16).astype(np.float32)
+        return reduced.reshape(*mask.shape, -1), mask
+
+    def _of_cohorts(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        vectors, mask = self.store.own_vectors("cohort", ids, 1)
+        return vectors[:, 0], mask[:, 0]
+
+
+@dataclass(frozen=True)
+class TableKnowledge:
+    """The vectors that a trial was trained on."""
+
+    tables: Tables
+
+    def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
+        """See KnowledgeSource."""
+        tables = self.tables.users if kind == "user" else self.tables.items
+        vectors, mask = np.zeros((len(ids), len(tables), 0), np.float32), np.zeros((len(ids), len(tables)), bool)
+        codes = np.zeros((len(ids), 0), dtype=np.int64)
+        if self.tables.form != "codes":
+            pairs = [table.gather(ids) for table in tables]
+            vectors, mask = (np.stack(arrays, axis=1) for arrays in zip(*pairs, strict=True))
+        if self.tables.form != "vectors":
+            codes = tables[0].gather_codes(ids)
+        return SideKnowledge(vectors, mask, codes)
+
+
+class FieldCache:
+    """Fields of ids, float32 [width] each, as many as there is room for; the first that came go first. Threads may
+    share it.
+    """
+
+    def __init__(self, width: int, held_bytes: int = _HELD_BYTES) -> None:
+        self._fields = np.empty((max(1, held_bytes // (4 * width)), width), dtype=np.float32)
+        self._ids = np.full(len(self._fields), _NO_ID, dtype=np.int64)
+        self._rows: dict[int, int] = {}
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def gather(self, ids: np.ndarray, make: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """float32 [n, width]. make: gives the fields of ids that are not held: int64 [k] -> float32 [k, width]."""
+        with self._lock:
+            rows = np.fromiter((self._rows.get(id_, -1) for id_ in ids.tolist()), np.int64, len(ids))
+            fields: np.ndarray = self._fields[rows]
+        if (rows >= 0).all():
+            return fields
+        missing, at = np.unique(ids[rows < 0], return_inverse=True)
+        made = make(missing)
+        fields[rows < 0] = made[at]
+        self._keep(missing, made)
+        return fields
+
+    def without(self, ids: np.ndarray) -> "FieldCache":
+        """A copy that has forgotten some ids."""
+        copy = FieldCache(self._fields.shape[1], self._fields.nbytes)
+        with self._lock:
+            held = np.array(list(self._rows.values()), dtype=np.int64)
+            held = held[~np.isin(self._ids[held], ids)]
+            copy._keep(self._ids[held], self._fields[held])
+        return copy
+
+    def _keep(self, ids: np.ndarray, fields: np.ndarray) -> None:
+        with self._lock:
+            for id_, of_id in zip(ids.tolist()[: len(self._ids)], fields, strict=False):
+                if id_ in self._rows:
+                    continue
+                self._rows.pop(int(self._ids[self._next]), None)
+                self._ids[self._next], self._fields[self._next], self._rows[id_] = id_, of_id, self._next
+                self._next = (self._next + 1) % len(self._ids)
+
+
+class LiveState:
+    """What a model is given of users and items at this moment. Threads may share it."""
+
+    def __init__(
+        self,
+        model: CTRModel,
+        knowledge: KnowledgeSource | None,
+        store: BehaviorStore | None = None,
+        items: FieldCache | None = None,
+    ) -> None:
+        """knowledge: None where the model reads none. store: where behaviors come from; None: nobody has any.
+        items: fields of items that are known to be the same here.
+        """
+        self.model, self._knowledge, self._store = model, knowledge, store
+        spec = model.spec
+        self.items = items or FieldCache(max(1, spec.knowledge_fields // 2 * spec.embed_dim))
+        self._nobody = None if knowledge is None else self._made("user", np.array([_NO_ID]))
+
+    def behaviors(self, user_id: int) -> np.ndarray | None:
+        """What the user did last, oldest first: schema.BEHAVIOR [k]; None where nothing is known."""
+        return self._store.behaviors([user_id])[0] if self._store else None
+
+    def fields(self, kind: str, ids: np.ndarray) -> np.ndarray:
+        """What the model makes of the knowledge of users or items: float32 [n, w], an id's fields in a row.
+
+        ids: int64 [n]. Only for a model that reads knowledge.
+        """
+        if kind == "user":
+            return self._made(kind, ids)
+        return self.items.gather(ids, lambda missing: self._made(kind, missing))
+
+    def adapted(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
+        """Batch.adapted of one user's candidates; None where the model reads no knowledge. items: int64 [n]."""
+        if self._nobody is None:
+            return None
+        user = self._nobody if user_id is None else self._made("user", np.array([user_id]))
+        fields = self.fields("item", items)
+        both = np.concatenate([np.broadcast_to(user, fields.shape), fields], axis=1)
+        return torch.from_numpy(both).unflatten(1, (self.model.spec.knowledge_fields, -1))
+
+    def _made(self, kind: str, ids: np.ndarray) -> np.ndarray:
+        assert self._knowledge is not None
+        known = self._knowledge.gather(kind, ids)
+        with torch.inference_mode():
+            vectors = torch.from_numpy(np.asarray(known.vectors, dtype=np.float32))
+            fields = self.model.side_fields(kind, vectors, torch.from_numpy(known.mask), torch.from_numpy(known.codes))
+        made: np.ndarray = fields.flatten(1).numpy()
+        return made
