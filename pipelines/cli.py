@@ -86,6 +86,20 @@ def tune_ranker(recipe: RecipePath, workspace: WorkspaceOption = None) -> None:
         _stage("tune_ranker")(settings, open_workspace(settings))
 
 
+@app.command("train-ctr")
+def train_ctr(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    warm_start: Annotated[
+        str | None, typer.Option("--warm-start", help="go on from this artifact of `owlrec export-ctr`")
+    ] = None,
+) -> None:
+    """Train the CTR models of a recipe, as `owlrec run` does, or go on from an exported one on newer samples."""
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace)
+        _stage("train_ctr")(settings, open_workspace(settings), warm_start=warm_start)
+
+
 @app.command("export-ctr")
 def export_ctr(
     recipe: RecipePath,

@@ -35,6 +35,7 @@ from owlrec.ctr.features import (
     refuse_labels,
     value_codes,
 )
+from owlrec.ctr.warm_start import grown
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.shards import Card, Shard
@@ -150,12 +151,13 @@ def encode_tables(
     attributes: Sequence[str],
     profile: Sequence[str],
     min_item_count: int,
+    before: Vocabularies | None = None,
     pool: Pool | None = None,
 ) -> None:
     """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`; shards that
     are there already are kept, and nothing happens where all is.
 
-    attributes, profile, min_item_count, and errors: as of `build_features`.
+    attributes, profile, min_item_count, and errors: as of `build_features`. before: what the vocabularies grow from.
     """
     encoded = f"{folder}/{ENCODED}"
     if workspace.exists(encoded, _DONE):
@@ -183,6 +185,8 @@ def encode_tables(
             workspace, encoded, profile, {s.number: int(made[s.name].counts["train"]) for s in shards}
         ),
     )
+    if before is not None:
+        vocabularies = grown(vocabularies, before, ids)
     write_vocabularies(workspace, folder, vocabularies)
     write_items(workspace, folder, encode_items(item_shards(workspace, vocabularies), vocabularies), counts)
     length = max(1, *(int(card.counts["history_length"]) for card in cards))
