@@ -150,7 +150,7 @@ def measure_live(folder: Path, options: argparse.Namespace) -> list[Figure]:
     """Latency beside frozen fields, in one process; then a refresh of 50 users and 5 new items under load."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe, workspace, artifact = prepare_live(folder, {"type": "movielens-100k"})
-    live, frozen = compare_frozen(workspace, artifact, requests=500 if options.quick else 5000)
+    live, frozen, new_users = compare_frozen(workspace, artifact, requests=500 if options.quick else 5000)
     followed = refresh_while_serving(recipe, workspace, artifact, users=50, rate=LIVE_RATE)
     errors = followed.load.asked - followed.load.statuses.get("200", 0)
     name = f"ctr in process, {CANDIDATES} candidates"
@@ -160,6 +160,8 @@ def measure_live(folder: Path, options: argparse.Namespace) -> list[Figure]:
         _figure(f"{name}, frozen fields, p50", frozen[0], "ms"),
         _figure(f"{name}, frozen fields, p99", frozen[1], "ms"),
         _figure(f"{name}, p99 live / frozen", live[1] / frozen[1], "times"),
+        _figure(f"{name}, live fields of users who come first, p50", new_users[0], "ms"),
+        _figure(f"{name}, live fields of users who come first, p99", new_users[1], "ms"),
         _figure("refresh of 50 users: other scores after the release", followed.changed_after_s[0], "s"),
         _figure("delta of 5 items: other scores after the release", followed.changed_after_s[1], "s"),
         _figure("scores off the offline scorer's", followed.largest_difference, "at most"),
@@ -205,24 +207,27 @@ class _Frozen(LiveState):
         return torch.from_numpy(both).unflatten(1, (self.model.spec.knowledge_fields, -1))
 
 
-def compare_frozen(workspace: Workspace, artifact: str, requests: int) -> tuple[tuple[float, float], ...]:
-    """p50 and p99 in ms of requests in turns, over the current release and over frozen fields."""
+def compare_frozen(workspace: Workspace, artifact: str, requests: int) -> list[tuple[float, float]]:
+    """p50 and p99 in ms of requests in turns: over the current release, over frozen fields, and over the release where
+    nothing is held of the user.
+    """
     torch.set_num_threads(1)
     opened, draw = Artifact.open(workspace, artifact), np.random.default_rng(0)
     with open_release(workspace) as release:
         live = live_state(opened, release)
         users = np.sort(workspace.read_table("users", ["user_id"])["user_id"].to_numpy())
         items = opened.scorer.items.ids
-        ways, took = (live, _Frozen(live, users, items)), np.zeros((requests, 2))
+        ways, took = (live, _Frozen(live, users, items), live), np.zeros((requests, 3))
         for number in range(-50, requests):  # the first ones warm caches
             user, candidates = int(draw.choice(users)), draw.choice(items, min(CANDIDATES, len(items)), replace=False)
-            for way in (0, 1) if number % 2 else (1, 0):
+            for way in draw.permutation(3):
+                if way == 2:
+                    live.held["user"] = live.held["user"].without(users)
                 start = time.perf_counter()
                 opened.scorer.score(user, candidates, ways[way])
                 if number >= 0:
                     took[number, way] = (time.perf_counter() - start) * 1e3
-    p50, p99 = np.percentile(took, [50, 99], axis=0)
-    return (float(p50[0]), float(p99[0])), (float(p50[1]), float(p99[1]))
+    return [(float(p50), float(p99)) for p50, p99 in np.percentile(took, [50, 99], axis=0).T]
 
 
 def refresh_while_serving(recipe: Path, workspace: Workspace, artifact: str, *, users: int, rate: float) -> Followed:

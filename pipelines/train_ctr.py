@@ -44,7 +44,7 @@ def run(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) 
     def body() -> tuple[Counts, Outputs]:
         read = encoded if recipe.ctr.arms != ("none",) else None
         written = vector_folders(workspace, read.outputs["vectors"]) if read else {}
-        projection = _going_on_from(workspace, warm_start, grid, written) if warm_start else None
+        projection = going_on_from(workspace, warm_start, grid, written) if warm_start else None
         note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
             pool = stage_pool(workspace, int(prepared.counts["samples"]))
@@ -76,7 +76,7 @@ def run(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) 
     )
 
 
-def _going_on_from(
+def going_on_from(
     workspace: Workspace, artifact: str, grid: Sequence[Trial], folders: Mapping[str, Mapping[str, str]]
 ) -> Projection | None:
     """The projection of an artifact, None where its vectors were not reduced. Raises RecipeError where the grid's

@@ -19,6 +19,7 @@ from owlrec.shards import finish_stage
 from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace
 from pipelines.export_ctr import run
+from pipelines.train_ctr import going_on_from, vector_folders
 
 torch.set_num_threads(1)
 GRID = "beef" * 16
@@ -113,3 +114,22 @@ def test_other_samples_than_were_scored_are_refused(trained: Workspace) -> None:
 def test_nothing_trained_is_said(workspace: Workspace) -> None:
     with pytest.raises(WorkspaceError, match="nothing trained yet"):
         run(recipe(workspace), workspace)
+
+
+def test_only_a_trial_that_the_model_fits_may_go_on_from_it(trained: Workspace) -> None:
+    artifact = run(recipe(trained), trained).outputs["model"]  # dcnv2 with knowledge
+    same = Trial(backbone="dcnv2", arm="knowledge", seed=3)
+    folders = vector_folders(trained, "vectors/abc")
+    assert going_on_from(trained, artifact, [same], folders) is None  # its vectors were not reduced
+    for other in (Trial(backbone="din", arm="knowledge", seed=0), Trial(backbone="dcnv2", arm="none", seed=0)):
+        with pytest.raises(RecipeError, match=f"{other.path} cannot go on from {artifact}"):
+            going_on_from(trained, artifact, [same, other], folders)
+    card = trained.read_json(f"{artifact}/model.json")
+    trained.write_json(f"{artifact}/model.json", card | {"reads": card["reads"] | {"encoder": "another"}})
+    with pytest.raises(RecipeError, match="another"):
+        going_on_from(trained, artifact, [same], folders)
+
+
+def test_a_control_is_not_exported(trained: Workspace) -> None:
+    with pytest.raises(RecipeError, match="whose vectors a release holds"):
+        run(recipe(trained), trained, trial="din/shuffled/seed-0")

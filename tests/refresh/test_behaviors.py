@@ -102,3 +102,15 @@ def test_of_two_rows_of_one_behavior_the_releases_own_stays(kept: Workspace) -> 
         "id": 777, "times": [START, START + 1], "items": [104, 7], "ratings": [None, None], "labels": [1.0, 1.0]
     }  # fmt: skip
     assert not np.isnan(before["rating"]).any()
+
+
+def test_an_object_store_keeps_the_same_behaviors(kept: Workspace, s3_root: str) -> None:
+    remote = Workspace(s3_root)
+    for path in kept.entries():
+        remote.write_bytes(path, kept.read_bytes(path))
+    for workspace in (kept, remote):
+        log_events(workspace, [*watched(1, [120]), *watched(3, [121])])
+        refresh.run(recipe_for(workspace), workspace)
+    for user in (1, 2, 3):
+        assert items_of(remote, user) == items_of(kept, user)
+    assert items_of(remote, 3)[-1] == 121

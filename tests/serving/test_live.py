@@ -139,29 +139,36 @@ def test_a_release_of_other_codebooks_is_refused_by_a_model_that_reads_codes(wor
         live_state(artifact, release)
 
 
-def test_fields_of_items_stay_from_a_release_to_its_deltas_but_for_those_that_changed(workspace: Workspace) -> None:
+def test_fields_stay_from_a_release_to_its_deltas_but_for_those_that_changed(workspace: Workspace) -> None:
     made = write_live_world(workspace)
     live = scorer_of(made)
     live.served.refresh()
-    live.score(1, CANDIDATES)
+    for user in (1, 6, 7):
+        live.score(user, CANDIDATES)
 
-    def held() -> FieldCache:
+    def held() -> dict[str, FieldCache]:
         with live.served.lease() as release:
             assert isinstance(release, ScoredRelease)
-            return release.live.items
+            return release.live.held
+
+    def sizes() -> tuple[int, int]:
+        return len(held()["user"]), len(held()["item"])
 
     first = held()
-    assert len(first) == len(CANDIDATES)
-    only_users = Contents(vectors={"user": change().vectors["user"]})
-    made.publish(only_users, "users", delta_of=live.served.name)
+    assert sizes() == (3, len(CANDIDATES))
+    made.publish(Contents(behaviors=change().behaviors), "behaviors", delta_of=live.served.name)
     live.served.refresh()
-    assert held() is first
+    assert held() == first
+    made.publish(Contents(vectors={"user": change().vectors["user"]}), "users", delta_of=live.served.name)
+    live.served.refresh()
+    assert held()["item"] is first["item"]
+    assert sizes() == (1, len(CANDIDATES))
     made.publish(change(), "items", delta_of=live.served.name)
     live.served.refresh()
-    assert len(held()) == len(CANDIDATES) - 6
+    assert sizes() == (1, len(CANDIDATES) - 6)
     made.publish(Contents(vectors={"cohort": {901: [random_vectors(1, 3)[0]]}}), "cohorts", delta_of=live.served.name)
     live.served.refresh()
-    assert len(held()) == 0
+    assert sizes() == (0, 0)
 
 
 def test_the_card_says_what_the_model_reads(world: LiveWorld) -> None:

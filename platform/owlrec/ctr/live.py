@@ -1,11 +1,11 @@
 """What changes under a trained model: the fields that it makes of the knowledge of users and items, and what users did.
 
 An artifact holds weights; vectors, semantic ids and behaviors are read when a request comes, from the current release.
-Items recur in requests, so what the model makes of them is kept as long as it stays the same.
+Items recur in requests, and users in sessions, so what the model makes of them is kept as long as it stays the same.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from owlrec.ctr.model_card import Reads
 from owlrec.encoding.projection import Projection
 from owlrec.schema import MEMBERSHIPS
 
-_HELD_BYTES = 1 << 26  # of items' fields in a process: half a million items of 32 numbers
+_HELD_BYTES = 1 << 26  # of a kind's fields in a process: half a million ids of 32 numbers
 _NO_ID = -1  # ids are not negative
 
 
@@ -153,7 +153,10 @@ class FieldCache:
         with self._lock:
             rows = np.fromiter((self._rows.get(id_, -1) for id_ in ids.tolist()), np.int64, len(ids))
             fields: np.ndarray = self._fields[rows]
-        if (rows >= 0).all():
+        if len(ids) == 1 and rows[0] < 0:  # a user
+            fields = make(ids)
+            self._keep(ids, fields)
+        if len(ids) == 1 or (rows >= 0).all():
             return fields
         missing, at = np.unique(ids[rows < 0], return_inverse=True)
         made = make(missing)
@@ -188,14 +191,14 @@ class LiveState:
         model: CTRModel,
         knowledge: KnowledgeSource | None,
         store: BehaviorStore | None = None,
-        items: FieldCache | None = None,
+        held: Mapping[str, FieldCache] | None = None,
     ) -> None:
         """knowledge: None where the model reads none. store: where behaviors come from; None: nobody has any.
-        items: fields of items that are known to be the same here.
+        held: by kind, fields that are known to be the same here.
         """
         self.model, self._knowledge, self._store = model, knowledge, store
-        spec = model.spec
-        self.items = items or FieldCache(max(1, spec.knowledge_fields // 2 * spec.embed_dim))
+        width = max(1, model.spec.knowledge_fields // 2 * model.spec.embed_dim)
+        self.held = {kind: (held or {}).get(kind) or FieldCache(width) for kind in ("user", "item")}
         self._nobody = None if knowledge is None else self._made("user", np.array([_NO_ID]))
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
@@ -207,15 +210,13 @@ class LiveState:
 
         ids: int64 [n]. Only for a model that reads knowledge.
         """
-        if kind == "user":
-            return self._made(kind, ids)
-        return self.items.gather(ids, lambda missing: self._made(kind, missing))
+        return self.held[kind].gather(ids, lambda missing: self._made(kind, missing))
 
     def adapted(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
         """Batch.adapted of one user's candidates; None where the model reads no knowledge. items: int64 [n]."""
         if self._nobody is None:
             return None
-        user = self._nobody if user_id is None else self._made("user", np.array([user_id]))
+        user = self._nobody if user_id is None else self.fields("user", np.array([user_id]))
         fields = self.fields("item", items)
         both = np.concatenate([np.broadcast_to(user, fields.shape), fields], axis=1)
         return torch.from_numpy(both).unflatten(1, (self.model.spec.knowledge_fields, -1))

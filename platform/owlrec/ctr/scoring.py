@@ -168,15 +168,15 @@ class Artifact:
         projection = Projection.load(workspace, folder, card.grid) if reduced else None
         return cls(Scorer.open(workspace, folder), card, projection)
 
-    def over(self, store: Store, *, dim: int, items: FieldCache | None = None) -> LiveState:
+    def over(self, store: Store, *, dim: int, held: Mapping[str, FieldCache] | None = None) -> LiveState:
         """What its model reads of a release, which must have passed `Reads.refuse_other`.
 
-        dim: components of the release's vectors. items: fields of items that are known to be the same there.
+        dim: components of the release's vectors. held: by kind, fields that are known to be the same there.
         Raises SchemaError for vectors of another length than the model was trained on.
         """
         model, reads = self.scorer.model, self.card.reads
         if reads is None:
-            return LiveState(model, None, store, items)
+            return LiveState(model, None, store, held)
         form = arm_parts(self.card.trial.arm)[1]
         trained_on = len(self.projection.centre) if self.projection else model.spec.knowledge_dim
         if form != "codes" and dim != trained_on:
@@ -185,4 +185,4 @@ class Artifact:
                 "export again on its vectors."
             )
         levels = len(model.spec.user_codes)
-        return LiveState(model, StoreKnowledge(store, reads, form, self.projection, levels), store, items)
+        return LiveState(model, StoreKnowledge(store, reads, form, self.projection, levels), store, held)

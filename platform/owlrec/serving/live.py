@@ -4,7 +4,7 @@ A release whose vectors come from another encoder or codebooks than the model wa
 cannot be opened: the one before stays, and without one the application is not ready.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from owlrec.releases.release import Release, ReleaseSource
 from owlrec.serving.served import ServedReleases
 
 
-def live_state(artifact: Artifact, release: Release, items: FieldCache | None = None) -> LiveState:
-    """What an artifact's model reads of a release. items: fields of items that are known to be the same there.
+def live_state(artifact: Artifact, release: Release, held: Mapping[str, FieldCache] | None = None) -> LiveState:
+    """What an artifact's model reads of a release. held: by kind, fields that are known to be the same there.
 
     Raises ReleaseError for a release of another encoder or codebooks, SchemaError for vectors of another length.
     """
@@ -25,7 +25,7 @@ def live_state(artifact: Artifact, release: Release, items: FieldCache | None = 
     if artifact.card.reads is not None:
         codebooks = {kind: entry.codebooks for kind, entry in manifest.semantic_ids.items()}
         artifact.card.reads.refuse_other(manifest.name, manifest.encoder_identity, codebooks)
-    return artifact.over(release.store, dim=manifest.dim, items=items)
+    return artifact.over(release.store, dim=manifest.dim, held=held)
 
 
 class ScoredRelease(Release):
@@ -37,7 +37,7 @@ class ScoredRelease(Release):
 
 
 class ScoredReleases:
-    """A ReleaseSource of releases that an artifact may read. Fields of items are kept from a release to its deltas."""
+    """A ReleaseSource of releases that an artifact may read. Fields are kept from a release to its deltas."""
 
     def __init__(self, artifact: Artifact, source: ReleaseSource) -> None:
         self._artifact, self._source = artifact, source
@@ -51,28 +51,29 @@ class ScoredReleases:
         """See ReleaseSource.open. Raises as `live_state` does."""
         release = self._source.open(name)
         try:
-            items = unchanged_fields(self._before, release) if self._before else None
-            self._before = ScoredRelease(release, live_state(self._artifact, release, items))
+            held = unchanged_fields(self._before, release) if self._before else None
+            self._before = ScoredRelease(release, live_state(self._artifact, release, held))
         except BaseException:
             release.close()
             raise
         return self._before
 
 
-def unchanged_fields(before: ScoredRelease, release: Release) -> FieldCache | None:
-    """The fields of items that are the same in a release as in the one before; None where nobody can tell.
+def unchanged_fields(before: ScoredRelease, release: Release) -> dict[str, FieldCache]:
+    """By kind, the fields that are the same in a release as in the one before; none where nobody can tell.
 
-    A delta on top of the release before changes those items whose vectors it has, if it leaves cohorts alone.
+    A delta on top of the release before changes those ids whose vectors it has, if it leaves cohorts alone.
     """
     names = [manifest.name for manifest in release.chain]
     delta, store = release.manifest, release.store
     if names[1:] != [manifest.name for manifest in before.chain] or not isinstance(store, ChainedStore):
-        return None
-    newest = store.layers[0]
-    if delta.vectors.get("cohort") or delta.memberships.get("item") or not isinstance(newest, LmdbStore):
-        return None
-    changed = newest.vector_ids("item")
-    return before.live.items.without(changed) if len(changed) else before.live.items
+        return {}
+    newest, same = store.layers[0], {}
+    for kind, held in before.live.held.items() if isinstance(newest, LmdbStore) else ():
+        if not delta.vectors.get("cohort") and not delta.memberships.get(kind):
+            changed = newest.vector_ids(kind)
+            same[kind] = held.without(changed) if len(changed) else held
+    return same
 
 
 class LiveScorer:
