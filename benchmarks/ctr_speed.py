@@ -157,12 +157,14 @@ def _prepare(folder: Path) -> None:
 
 
 def _movielens() -> Any:
+    from benchmarks.samples import RATED
     from owlrec.ctr.features import build_features
     from owlrec.sources.movielens import MovieLens100KSource
     from owlrec.sources.splits import SplitConfig, build_samples
 
     raw = MovieLens100KSource(type="movielens-100k").load()
-    samples = build_samples(raw.interactions, SplitConfig(history_length=HISTORY), 3).samples
+    split = SplitConfig(history_length=HISTORY, cuts=("half",), kar_protocol=True)
+    samples = build_samples(raw.interactions, split, RATED).samples
     return build_features(
         raw.users, raw.items, samples, attributes=("genres", "year"), profile=(), min_item_count=2
     )  # fmt: skip

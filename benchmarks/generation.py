@@ -91,7 +91,7 @@ def _speed(prompts: int, rounds: int) -> list[Figure]:
 def _movielens(workspace: Workspace, prompts: int) -> None:
     """Users of MovieLens-100K, some of them twice under another id where more are asked for than there are."""
     raw = MovieLens100KSource(type="movielens-100k").load()
-    histories = build_samples(raw.interactions, SplitConfig(), RATED).histories
+    histories = build_samples(raw.interactions, SplitConfig(cuts=("half",)), RATED).histories
     users, catalog = raw.users, raw.items
     more = max(0, prompts - histories.num_rows)
     if more:  # the same user one behaviour earlier is another prompt

@@ -66,7 +66,7 @@ def train(folder: Path, log: str, options: argparse.Namespace) -> dict[str, list
             "scenario": "movies",
             "workspace": str(folder / log),
             "source": {"type": "table", "items": f"{folder}/items.parquet", "interactions": f"{folder}/{log}.parquet"},
-            "split": {"history_length": 50},
+            "split": {"history_length": 50, "cuts": "half", "kar_protocol": True},
             "engine": {"type": "echo"},
             "ctr": {"backbones": BACKBONES, "arms": ["none"], "seeds": [0] if options.quick else [0, 1, 2]},
         }

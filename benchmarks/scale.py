@@ -145,6 +145,7 @@ class Run:
             "workspace": self.workspace.root,
             "source": {"type": "table"} | {t: str(self.source / t) for t in ("users", "items", "interactions")},
             "shard_rows": 8192,
+            "split": {"cuts": "now"},  # one text per user
             "prompts": {"mode": "both" if cohorts else "individual", "history_tokens": 128},
             "engine": {"type": "echo", "answer_tokens": 200},
             "sampling": {"max_tokens": 256},

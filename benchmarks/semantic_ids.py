@@ -81,7 +81,7 @@ def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
 def _of_metadata(options: argparse.Namespace) -> dict[str, Coded]:
     most = 300 if options.quick else None
     raw = MovieLens100KSource(type="movielens-100k", max_users=most, max_items=most).load()
-    split = build_samples(raw.interactions, SplitConfig(), RATED)
+    split = build_samples(raw.interactions, SplitConfig(cuts=("half",)), RATED)
     texts = {
         "user": user_metadata(raw.users, ItemCatalog(raw.items), split.histories),
         "item": item_metadata(raw.items),

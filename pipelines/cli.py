@@ -154,6 +154,9 @@ def import_vectors_(
     vectors: Annotated[Path, typer.Argument(help="a .npy file: float [n, dim]")],
     ids: Annotated[Path, typer.Argument(help="the ids, aligned: int64 .npy, or a text file with one raw id a line")],
     kind: Annotated[str, typer.Option("--kind", help="user or item: whom the vectors are about")],
+    as_of_ms: Annotated[
+        int | None, typer.Option("--as-of-ms", help="the last moment that the vectors know of their ids; items: 0")
+    ] = None,
     workspace: WorkspaceOption = None,
 ) -> None:
     """Take in vectors that another encoder made; `owlrec run --from encode` uses them in place of its own."""
@@ -163,7 +166,7 @@ def import_vectors_(
         store, of = open_workspace(load_recipe(recipe, workspace=workspace)), _known(kind)
         if of == "cohort":
             raise OwlRecError("vectors of cohorts cannot be imported, only those of kind user or item.")
-        note(f"{import_vectors(store, of, str(vectors), str(ids)):,} vectors")
+        note(f"{import_vectors(store, of, str(vectors), str(ids), as_of_ms):,} vectors")
 
 
 @app.command()

@@ -30,7 +30,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     config, scenario = recipe.cohorts, recipe.domain
     if config is None:
         return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))
-    named = fingerprint(prepared.fingerprint, config, collective_fingerprint(scenario))
+    named = fingerprint(prepared.fingerprint, config, collective_fingerprint(scenario), recipe.split.cuts)
     folder = f"cohorts/{named[:16]}"
     here = int(prepared.counts.get("users", 0)) + int(prepared.counts.get("items", 0)) <= _ROWS_HERE
 
@@ -48,6 +48,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                 scenario,
                 partial(_ask, scenario=scenario),
                 shard_rows=recipe.shard_rows,
+                cuts=recipe.split.cuts,
                 pool=pool,
                 previous=previous_folder(workspace, folder),
                 on_card=lambda card: advance(1),

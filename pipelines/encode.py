@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 
-from owlrec.ctr.arms import arm_parts
+from owlrec.ctr.arms import DISLIKED, arm_parts
 from owlrec.encoding.imported_vectors import imported_vectors
 from owlrec.encoding.inputs import Input, ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported
 from owlrec.encoding.job import EncodingJob
@@ -69,6 +69,7 @@ def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -
     cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
     if cohorts is not None and arms & reads:
         inputs |= {f"collective-{kind}": Members(cohorts, folder, kind) for kind in TABLES}
+        inputs[f"{DISLIKED}-user"] = Members(cohorts, folder, "user", disliked=True)
     return inputs
 
 

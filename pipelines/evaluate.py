@@ -66,10 +66,12 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
 def _protocol(recipe: Recipe, labels: str) -> str:
     """How the figures were made, in a line: an AUC without its split and label rule means nothing."""
     split = recipe.split
+    cuts = ", ".join(cut if isinstance(cut, str) else f"every {cut.every}" for cut in split.cuts)
+    samples = "what is later than that half" if split.kar_protocol else "every behavior"
     return (
         f"{recipe.source.type}, split by {split.method} {':'.join(map(str, split.ratios))} (split seed {split.seed}), "
-        f"{labels}, history {split.history_length}; the LLM read the first half of what each user took, at most "
-        f"{split.llm_history} behaviors, and every sample is later; "
+        f"{labels}, history {split.history_length}; texts about users: {cuts}, of at most {split.llm_history} "
+        f"behaviors; samples: {samples}, each reads the newest text that is earlier; "
         f"seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
     )
 

@@ -49,7 +49,7 @@ def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None) -> Ca
         workspace.write_bytes(f"{folder}/{PROGRAM}", export_program(scorer.model, example))
         differences = {}
         for name, path in (("model", scorer), ("program", Scorer.open(workspace, folder, program=True))):
-            differences[name] = largest_difference(path, live, workspace, grid, best.trial)
+            differences[name] = largest_difference(path, tables, workspace, grid, best.trial)
             if not differences[name] <= TOLERANCE:
                 raise WorkspaceError(
                     f"{workspace.path(folder)}: the exported {name} scores up to {differences[name]:.1e} off the "

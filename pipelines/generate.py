@@ -59,7 +59,7 @@ def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Ca
     if pending or dead:
         forget_stages(workspace, from_stage("generate"))
         job = replace(job, decoding=_with_released_pools(recipe, workspace))
-        rows = {s.name: workspace.count_rows(job.input_file(s)) for s in pending}
+        rows = {s.name: job.count_prompts(workspace, s) for s in pending}
         rows |= {s.name: done[s.name].rows_dead for s in dead}
         note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
         if dead:

@@ -39,10 +39,10 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
     )
 
 
-def import_vectors(workspace: Workspace, kind: Kind, vectors: str, ids: str) -> int:
+def import_vectors(workspace: Workspace, kind: Kind, vectors: str, ids: str, as_of_ms: int | None = None) -> int:
     """Takes in vectors made elsewhere, which `encode` then prefers to its own for their ids; how many there are."""
     stage_header("import", f"{kind} vectors from {vectors}")
-    return shard_vectors(workspace, kind, vectors, ids).rows
+    return shard_vectors(workspace, kind, vectors, ids, as_of_ms).rows
 
 
 def export_knowledge(workspace: Workspace, path: str, kind: Kind | None = None) -> int:

@@ -20,10 +20,6 @@ class SourceError(OwlRecError):
     """Raw data cannot be read: a missing folder, an unknown layout, an unparsable line."""
 
 
-class LeakageError(OwlRecError):
-    """A training sample is not later than the moment up to which its user's knowledge was written."""
-
-
 class WorkspaceError(OwlRecError):
     """The workspace cannot be written, or an artifact that a stage needs is not there yet."""
 

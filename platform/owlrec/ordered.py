@@ -18,3 +18,26 @@ def run_starts(*columns: np.ndarray) -> np.ndarray:
     for column in columns:
         new[1:] |= column[1:] != column[:-1]
     return np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))
+
+
+def last_rows(ids: np.ndarray) -> np.ndarray:
+    """The last row of each run of equal `ids`, which ascend: int64."""
+    return np.flatnonzero(np.diff(ids, append=ids[-1:] + 1))
+
+
+def newest_rows(ids: np.ndarray, as_of: np.ndarray, wanted: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+    """Where what is known of each of `wanted` stands: int64 of its shape, -1 for nothing.
+
+    ids, as_of: int64 [n], in ascending order of both, the moments of an id apart. before: int64 aligned with wanted;
+    then the newest row whose as_of is strictly earlier, else the newest of all.
+    """
+    if len(ids) == 0:
+        return np.full(np.shape(wanted), -1, dtype=np.int64)
+    rows = np.searchsorted(ids, wanted, side="right") - 1
+    if before is not None:
+        while True:  # as often as an id has rows that are too new
+            late = (rows >= 0) & (ids[rows] == wanted) & (as_of[rows] >= before)
+            if not late.any():
+                break
+            rows = rows - late
+    return np.where((rows >= 0) & (ids[rows] == wanted), rows, -1)

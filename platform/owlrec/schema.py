@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
+from owlrec.ordered import last_rows
 
 Kind = Literal["user", "item", "cohort"]  # what a text or a vector is about
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -39,8 +40,8 @@ INTERACTIONS = pa.schema(
         ("split", pa.int8()),  # a predefined one: its place among train, valid and test; null where the source has none
     ]
 )
-# What the LLM may read of each user, and up to which moment that reaches: written by the sample builder, read by the
-# prompts.
+# What the LLM reads of each user for one text, and up to which moment that reaches: a row per text, in order of user
+# and as_of, written by the sample builder, read by the prompts.
 HISTORIES = pa.schema(
     [
         ("user_id", pa.int64()),
@@ -50,6 +51,7 @@ HISTORIES = pa.schema(
         ("passed", pa.list_(pa.int64())),  # the last that they passed over up to then, oldest first
     ]
 )
+# A sample may read any row whose as_of is strictly earlier than its timestamp; `newest` gives what is published.
 # What readers of samples get (sources.splits.read_samples): on disk a sample's history is where it stands among the
 # rows of its shard of interactions (SAMPLE_ROWS).
 SAMPLES = pa.schema(
@@ -71,18 +73,21 @@ SAMPLE_ROWS = pa.schema(
         ("history_end", pa.int32()),
     ]
 )
-# Who is like whom. A user may stand in two rows: one by what they liked, one by what they disliked.
+# Who is like whom, as of each moment that a text is of. A user may stand in two rows for one: by what they liked, and
+# by what they disliked.
 COHORTS = pa.schema(
     [
         ("kind", pa.string()),  # user or item
         ("id", pa.int64()),
+        ("as_of", pa.int64()),  # ms: what it follows from knows nothing later; 0 for items and where attributes decide
         ("cohort", pa.string()),  # its name; `stable_id` of it is the id of its knowledge
         ("facet", pa.string()),  # of users: liked or disliked; of items: ""
         ("source", pa.string()),  # collaborative, attribute or global
         ("distance", pa.float32()),  # 1 - cosine to the cohort's centre; null where it has none
     ]
 )
-# Whose texts stand in for an id that has none of its own, as a release holds it: the cohort that tells most first.
+# Whose texts stand in for an id that has none of its own, as a release holds it: the cohort that tells most first; one
+# by what a user disliked as the complement of its id (cohorts.memberships.by_facet).
 MEMBERSHIPS = pa.schema([("kind", pa.string()), ("id", pa.int64()), ("cohorts", pa.list_(pa.int64()))])
 # The last that a user did, as a release keeps it for scores: aligned lists, oldest first.
 BEHAVIORS = pa.schema(
@@ -220,6 +225,17 @@ def by_shard(ids: np.ndarray, n_shards: int) -> Iterator[tuple[int, np.ndarray]]
     starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
     for at in np.split(order, starts[1:]) if len(ids) else ():
         yield int(numbers[at[0]]), at
+
+
+def newest(table: pa.Table, key: str = "id") -> pa.Table:
+    """Of rows in order of an id and as_of, those with the last as_of of their id; all where the table has no as_of."""
+    if "as_of" not in table.column_names:
+        return table
+    ids, as_of = table[key].to_numpy(), table["as_of"].to_numpy()
+    last = last_rows(ids)
+    if len(last) == len(ids):
+        return table
+    return table.filter(pa.array(as_of == np.repeat(as_of[last], np.diff(last, prepend=-1))))
 
 
 def conform(table: pa.Table, schema: pa.Schema, *, name: str, first_row: int = 0) -> pa.Table:

@@ -30,7 +30,10 @@ def vectors(ids: list[int], liked: list[list[float] | None], disliked: list[list
             np.array([v or [0, 0] for v in values], np.float32), np.array([v is not None for v in values])
         )
 
-    return pa.table({"id": pa.array(ids, pa.int64()), "liked": column(liked), "disliked": column(disliked)})
+    as_of = pa.array([10 * i for i in ids], pa.int64())
+    return pa.table(
+        {"id": pa.array(ids, pa.int64()), "as_of": as_of, "liked": column(liked), "disliked": column(disliked)}
+    )
 
 
 def routed(
@@ -58,6 +61,18 @@ def test_too_little_history_falls_back_to_attributes_then_to_all() -> None:
         (11, "disliked"): ("user-disliked-000004", "collaborative"),
         (12, "liked"): ("user-all", "global"),  # not in the users table at all
     }
+
+
+def test_a_user_is_routed_as_of_each_history_and_by_attributes_as_of_ever() -> None:
+    table = vectors([10, 10, 11, 11], [None, [1.0, 0.0], None, None], [None, None, None, [0.0, 1.0]])
+    table = table.set_column(1, "as_of", pa.array([5, 9, 5, 9], pa.int64()))
+    found = route(model(), "user", table, lambda: pa.table({"user_id": pa.array([], pa.int64())}), MOVIES).to_pylist()
+    assert [(r["id"], r["as_of"], r["cohort"]) for r in found] == [
+        (10, 0, "user-all"),
+        (10, 9, "user-liked-000004"),
+        (11, 0, "user-all"),
+        (11, 9, "user-disliked-000007"),
+    ]
 
 
 def test_vectors_and_their_nulls_survive_the_table() -> None:

@@ -1,14 +1,16 @@
-"""Memberships as a release wants them, and members' vectors as training wants them."""
+"""Memberships as a release wants them; tests/encoding/test_members.py has the vectors that training reads."""
 
-import numpy as np
+from typing import Any
+
 import pyarrow as pa
 
-from owlrec.cohorts.memberships import member_vectors, memberships
-from owlrec.schema import COHORTS, MEMBERSHIPS, stable_id
+from owlrec.cohorts.memberships import by_facet, memberships
+from owlrec.schema import COHORTS, stable_id
 
 
-def row(id_: int, cohort: str, facet: str = "liked", kind: str = "user") -> dict:
-    return {"kind": kind, "id": id_, "cohort": cohort, "facet": facet, "source": "collaborative", "distance": 0.1}
+def row(id_: int, cohort: str, facet: str = "liked", kind: str = "user", as_of: int = 9) -> dict[str, Any]:
+    keys = {"kind": kind, "id": id_, "as_of": as_of, "cohort": cohort, "facet": facet}
+    return {**keys, "source": "collaborative", "distance": 0.1}
 
 
 def test_the_liked_cohort_comes_first() -> None:
@@ -16,31 +18,26 @@ def test_the_liked_cohort_comes_first() -> None:
         [row(7, "d", "disliked"), row(3, "a"), row(7, "b"), row(5, "i", "", "item")], schema=COHORTS
     )
     assert memberships(table).to_pylist() == [
-        {"kind": "item", "id": 5, "cohorts": [stable_id("i")]},
-        {"kind": "user", "id": 3, "cohorts": [stable_id("a")]},
-        {"kind": "user", "id": 7, "cohorts": [stable_id("b"), stable_id("d")]},
+        {"kind": "item", "id": 5, "cohorts": [stable_id("i")], "as_of": 9},
+        {"kind": "user", "id": 3, "cohorts": [stable_id("a")], "as_of": 9},
+        {"kind": "user", "id": 7, "cohorts": [stable_id("b"), stable_id("d")], "as_of": 9},
     ]
     assert memberships(COHORTS.empty_table()).num_rows == 0
 
 
-def test_a_member_has_the_mean_of_its_cohorts() -> None:
-    members = pa.Table.from_pylist(
-        [
-            {"kind": "user", "id": 1, "cohorts": [10]},
-            {"kind": "user", "id": 2, "cohorts": [10, 20]},
-            {"kind": "user", "id": 3, "cohorts": [99]},
-            {"kind": "user", "id": 4, "cohorts": [99, 20]},
-        ],
-        schema=MEMBERSHIPS,
+def test_memberships_of_two_moments_stay_apart() -> None:
+    table = pa.Table.from_pylist(
+        [row(7, "b", as_of=20), row(7, "d", "disliked", as_of=20), row(7, "a", as_of=10)], COHORTS
     )
-    held = {10: [1, 0], 20: [0, 1]}
-    gathered: list[list[int]] = []
+    assert [(r["as_of"], r["cohorts"]) for r in memberships(table).to_pylist()] == [
+        (10, [stable_id("a")]),
+        (20, [stable_id("b"), stable_id("d")]),
+    ]
 
-    def gather(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        gathered.append(ids.tolist())
-        vectors = np.array([held.get(i, [0, 0]) for i in ids.tolist()], np.float16)
-        return vectors, np.array([i in held for i in ids.tolist()])
 
-    vectors = member_vectors(members, gather)
-    np.testing.assert_allclose(vectors, [[1, 0], [0.7071, 0.7071], [0, 0], [0, 1]], atol=1e-4)
-    assert gathered == [[10, 20, 99]]  # each once
+def test_a_release_marks_what_was_disliked_by_the_complement() -> None:
+    rows = [row(1, "war", "disliked"), row(1, "love"), row(2, "war", "disliked"), row(3, "war", "", "item")]
+    found = memberships(pa.Table.from_pylist(rows, COHORTS), marked=True)["cohorts"].to_pylist()
+    war, love = stable_id("war"), stable_id("love")
+    assert found == [[war], [love, ~war], [~war]]
+    assert list(map(by_facet, found)) == [((war,), ()), ((love,), (war,)), ((), (war,))]

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from owlrec.cohorts.profiles import (
+    LATEST,
     PROFILES,
     ProfileConfig,
     _first,
@@ -12,6 +13,8 @@ from owlrec.cohorts.profiles import (
     best_candidates,
     build_profiles,
     count_members,
+    cut_moments,
+    distinct_texts,
     item_candidates,
     keep_settled,
     user_candidates,
@@ -19,7 +22,9 @@ from owlrec.cohorts.profiles import (
 from owlrec.scenario import get_scenario
 from owlrec.schema import COHORTS, HISTORIES
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import Every
 
+MOVIES = get_scenario("movies")
 CONFIG = ProfileConfig(representatives=2, titles=3, opposite=2)
 
 
@@ -43,6 +48,7 @@ def candidates(numbers: list[int]) -> pa.Table:
         {
             "kind": "user",
             "id": i,
+            "as_of": 0,
             "cohort": cohort[i][0],
             "facet": "liked",
             "source": "collaborative",
@@ -113,7 +119,7 @@ def test_best_keeps_the_least_of_each_cohort_whatever_the_order() -> None:
 
 
 def test_a_disliked_cohort_quotes_dislikes_first() -> None:
-    member = {"kind": "user", "id": 1, "cohort": "d", "facet": "disliked", "source": "collaborative", "distance": 0.1}
+    member = {"kind": "user", "id": 1, "as_of": 7, "cohort": "d", "facet": "disliked", "source": "", "distance": 0.1}
     history = {"user_id": 1, "as_of": 7, "items": [5, 6, 7], "ratings": [1.0, 5.0, 2.0]}
     tables = (
         pa.Table.from_pylist([member], schema=COHORTS),
@@ -122,6 +128,51 @@ def test_a_disliked_cohort_quotes_dislikes_first() -> None:
     )
     row = user_candidates(*tables, get_scenario("movies"), 1).to_pylist()[0]
     assert (row["chosen"], row["opposite"], row["as_of"]) == ([5, 7], [6], 7)
+
+
+def test_a_text_as_of_a_cut_quotes_who_was_a_member_and_what_they_had_done_by_then() -> None:
+    keys = [("c", 1, 5), ("other", 1, 20), ("c", 2, 5), ("c", 3, 30)]
+    members = [
+        {"kind": "user", "id": i, "as_of": as_of, "cohort": c, "facet": "liked", "source": "", "distance": 0.1}
+        for c, i, as_of in keys
+    ]
+    histories = [
+        {"user_id": i, "as_of": as_of, "items": [i, as_of], "ratings": [5.0, 5.0], "passed": []}
+        for i, as_of in ((1, 5), (1, 20), (2, 5), (2, 25), (3, 30))
+    ]
+    tables = (pa.Table.from_pylist(members, COHORTS), pa.table({"user_id": [1, 2, 3]}))
+    found = user_candidates(*tables, pa.Table.from_pylist(histories, HISTORIES), MOVIES, 9, {"half": 10, "now": 99})
+    rows = {(r["cut"], r["cohort"], r["id"]): (r["as_of"], r["chosen"]) for r in found.to_pylist()}
+    assert rows == {
+        ("half", "c", 1): (5, [1, 5]),
+        ("half", "c", 2): (5, [2, 5]),
+        ("now", "other", 1): (20, [1, 20]),
+        ("now", "c", 2): (25, [2, 25]),
+        ("now", "c", 3): (30, [3, 30]),
+    }
+    best = best_candidates([found], 9)
+    texts = build_profiles(best, {"c": 2, "other": 1}, "user", lambda ids: [f"{i}" for i in ids.tolist()], CONFIG)
+    assert {(r["cohort"], r["cut"]): r["as_of"] for r in texts.to_pylist()} == {
+        ("c", "half"): 5,
+        ("c", "now"): 30,  # the newest thing that it quotes
+        ("other", "now"): 20,
+    }
+
+
+def test_the_half_of_a_cohort_is_when_half_of_the_users_have_a_text() -> None:
+    rows = [{"user_id": i, "as_of": as_of, "items": [], "ratings": [], "passed": []} for i, as_of in
+            ((1, 10), (1, 90), (2, 20), (3, 30), (4, 40), (4, 41))]  # fmt: skip
+    histories = pa.Table.from_pylist(rows, HISTORIES)
+    assert cut_moments(histories, ("half", "now")) == {"half": 20, **LATEST}
+    day = 24 * 3_600_000
+    late = histories.set_column(1, "as_of", pa.array([day // 2, 3 * day, day, day, day, 2 * day + 1]))
+    assert list(cut_moments(late, (Every(every="1d"),)).values())[:-1] == [day, 2 * day]
+
+
+def test_of_two_texts_of_one_moment_the_later_cut_stays() -> None:
+    rows = [profile([cut], 1, as_of=as_of, cut=cut) for cut, as_of in (("now", 5), ("half", 5), ("1d 7", 3))]
+    kept = distinct_texts(pa.Table.from_pylist(rows, PROFILES), {"1d 7": 3, "half": 5, **LATEST})
+    assert [(r["cut"], r["as_of"]) for r in kept.to_pylist()] == [("1d 7", 3), ("now", 5)]
 
 
 def test_an_item_stands_for_itself() -> None:

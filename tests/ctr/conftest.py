@@ -44,7 +44,7 @@ def toy_world() -> ToyWorld:
         for item in rng.permutation(N_ITEMS):
             history = rng.integers(0, N_ITEMS, rng.integers(0, 5)).tolist()
             label = float((item % 2 == 0) == bool(likes_even[user]))
-            rows.append((user, int(item), label, 0, history, [3.0] * len(history), [1.0] * len(history), split))
+            rows.append((user, int(item), label, 1, history, [3.0] * len(history), [1.0] * len(history), split))
     columns = [list(column) for column in zip(*rows, strict=True)]
     user_vectors = rng.normal(scale=0.1, size=(N_USERS, DIM))
     user_vectors[:, 0] = 2 * likes_even - 1

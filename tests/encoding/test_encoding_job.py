@@ -214,14 +214,14 @@ def test_metadata_is_encoded_by_shard_with_titles_of_all_items(world: Workspace,
     assert len(counted) == 3  # the item, and both users who took it
 
 
-def test_members_have_the_mean_of_their_cohorts_and_follow_them(world: Workspace, counted: list[str]) -> None:
+def test_members_follow_the_texts_of_their_cohorts(world: Workspace, counted: list[str]) -> None:
     names = ["a", "b", "c"]
     write_knowledge(world, "cohort", {stable_id(name): f"cohort {name}" for name in names[:2]})
     members = {1: ["a"], 2: ["a", "b"], 3: ["c"], 4: ["b", "c"]}
     rows = [
-        {"kind": "user", "id": i, "cohort": c, "facet": ("liked", "disliked")[at], "source": "global", "distance": None}
+        {"kind": "user", "id": i, "as_of": 0, "cohort": c, "facet": "liked", "source": "global", "distance": None}
         for i, of in members.items()
-        for at, c in enumerate(of)
+        for c in of
     ]
     table = pa.Table.from_pylist(rows, COHORTS)
     numbers = shard_of(table["id"].to_numpy(), 8)

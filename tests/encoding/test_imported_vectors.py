@@ -57,7 +57,9 @@ def test_vectors_and_int64_ids_become_shards(tmp_path: Path, prepared: Workspace
 
 def test_raw_ids_are_read_one_per_line(tmp_path: Path, prepared: Workspace, npy: Path) -> None:
     (tmp_path / "ids.txt").write_bytes("\ufeff7\r\nB 00X \n007".encode())
-    import_vectors(prepared, "user", npy, tmp_path / "ids.txt")
+    with pytest.raises(SourceError, match="Set as_of_ms"):
+        import_vectors(prepared, "user", npy, tmp_path / "ids.txt")
+    import_vectors(prepared, "user", npy, tmp_path / "ids.txt", 1_600_000_000_000)
     assert set(rows_of(prepared, "user")) == {7, stable_id("B 00X "), stable_id("007")}
 
 

@@ -34,7 +34,8 @@ def write_shards(
         if quantiser:
             codes = np.c_[quantiser.encode(vectors[rows]), rows].astype(np.uint16)
             fingerprint = quantiser.fingerprint
-        shard = VectorShard("user", ids[rows], vectors[rows].astype(np.float16), digests, codes, fingerprint)
+        as_of = np.zeros(len(rows), np.int64)
+        shard = VectorShard("user", ids[rows], as_of, vectors[rows].astype(np.float16), digests, codes, fingerprint)
         table = shard.table()
         workspace.write_arrow(f"v/knowledge-user/{shard_file(number, '.arrow')}", table, table.schema)
     return VectorShards(workspace, "v", "knowledge-user")
@@ -56,10 +57,42 @@ def test_gather_equals_a_dictionary(held: dict[int, int], others: list[int], n_s
     assert (vectors.dtype, vectors.shape) == (np.float16, (len(wanted), 2))
     assert mask.tolist() == [i in held for i in wanted.tolist()]
     assert vectors.tolist() == [[held[i], 1] if i in held else [0, 0] for i in wanted.tolist()]
-    digests, known = shards.digests(wanted)
-    assert known.tolist() == mask.tolist()
-    assert digests[:, :8].copy().view("<i8")[known, 0].tolist() == wanted[known].tolist()
+    handles = shards.find(wanted)
+    assert (handles >= 0).tolist() == mask.tolist()
+    found = np.zeros(len(wanted), np.int64)
+    for _, shard, at, rows in shards.at(handles):
+        found[at] = shard.ids[rows]
+    assert found[mask].tolist() == wanted[mask].tolist()
     assert sorted(i for number in shards.numbers for i in shards.ids(number).tolist()) == sorted(held)
+
+
+@settings(max_examples=60)
+@given(
+    st.sets(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=30),
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 11)), max_size=20),
+)
+def test_who_names_a_moment_gets_what_was_known_before(
+    known: set[tuple[int, int]], asked: list[tuple[int, int]]
+) -> None:
+    workspace = Workspace(f"memory://{np.random.default_rng().integers(2**62)}")
+    workspace.fix_shards({"user": 2})
+    for number in range(2):
+        keys = [(id_, as_of) for id_, as_of in sorted(known) if shard_of(np.array([id_]), 2)[0] == number]
+        if keys:
+            ids, as_of = np.array(keys).T
+            vectors, no_codes = np.c_[ids, as_of].astype(np.float16), np.zeros((len(ids), 0), np.uint16)
+            table = VectorShard("user", ids, as_of, vectors, np.zeros((len(ids), 16), np.uint8), no_codes).table()
+            workspace.write_arrow(f"v/knowledge-user/{shard_file(number, '.arrow')}", table, table.schema)
+    shards = VectorShards(workspace, "v", "knowledge-user")
+    ids, moments = np.array(asked, np.int64).reshape(-1, 2).T
+    vectors, mask = shards.gather(ids, moments)
+    for (id_, moment), vector, has in zip(asked, vectors.tolist(), mask.tolist(), strict=True):
+        earlier = [as_of for other, as_of in known if other == id_ and as_of < moment]
+        assert has == bool(earlier)
+        assert vector == ([id_, max(earlier)] if earlier else [0, 0])
+    newest, mask = shards.gather(ids)
+    for (id_, _), vector in zip(asked, newest.tolist(), strict=True):
+        assert vector == [id_, max([as_of for other, as_of in known if other == id_], default=0)] or vector == [0, 0]
 
 
 def test_vectors_are_mapped_not_copied(tmp_path: Path) -> None:

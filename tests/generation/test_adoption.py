@@ -48,15 +48,21 @@ def test_rows_become_knowledge_or_dead_letters(small_world: Workspace, tmp_path:
     assert dead_rows(small_world, job) == {109: "FailedQuality", 110: "FailedQuality", -12: "NoId"}
 
 
-def test_text_that_knows_more_than_the_samples_allow_is_refused(small_world: Workspace, tmp_path: Path) -> None:
+def test_texts_of_several_moments_are_kept_however_fresh(small_world: Workspace, tmp_path: Path) -> None:
     rows = [
-        {"id": 1, "text": GOOD, "as_of": AS_OF},
-        {"id": 2, "text": GOOD, "as_of": AS_OF + 2},  # its samples begin after AS_OF + 1
-        {"id": 999, "text": GOOD, "as_of": AS_OF * 2},  # has no samples
+        {"id": 1, "text": GOOD, "as_of": AS_OF * 2},
+        {"id": 2, "text": GOOD, "as_of": AS_OF + 2},
+        {"id": 1, "text": f"{GOOD} Once more.", "as_of": AS_OF},
+        {"id": 2, "text": GOOD, "as_of": AS_OF + 2},
     ]
     job = take_in(small_world, kind="user", path=write(tmp_path / "k.jsonl", rows))
-    assert sorted(read_knowledge(small_world, job.folder, "user")["id"].to_pylist()) == [1, 999]
-    assert dead_rows(small_world, job) == {2: "LeaksTheFuture"}
+    kept = read_knowledge(small_world, job.folder, "user").sort_by([("id", "ascending"), ("as_of", "ascending")])
+    assert list(zip(kept["id"].to_pylist(), kept["as_of"].to_pylist(), strict=True)) == [
+        (1, AS_OF),
+        (1, AS_OF * 2),
+        (2, AS_OF + 2),
+    ]
+    assert dead_rows(small_world, job) == {2: "DuplicateId"}
 
 
 def test_import_replaces_its_kind_and_leaves_the_other(small_world: Workspace, tmp_path: Path) -> None:

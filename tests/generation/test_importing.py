@@ -319,7 +319,7 @@ def test_wrong_parquet_file_is_refused(tmp_path: Path) -> None:
 def test_user_texts_of_no_known_moment_are_refused_at_once(tmp_path: Path, name: str) -> None:
     content = '{"1": {"answer": "x"}}' if name == "a.klg" else json_lines(completion("x", custom_id="1"))
     source = ImportSource(path=str(file(tmp_path, name, content)), kind="user")
-    with pytest.raises(SourceError, match="Set as_of_ms to the time of the last behaviour"):
+    with pytest.raises(SourceError, match="Set as_of_ms to the time of the last behavior"):
         read_knowledge_file(source)
 
 
@@ -457,11 +457,13 @@ def test_arbitrary_bytes_are_bad_rows_or_a_refusal_never_a_crash(
 @settings(max_examples=100)
 @given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-5, 5), max_size=60))
 def test_seen_ids_know_what_a_set_knows(ids: list[int]) -> None:
-    seen, oracle = _SeenIds(), set[int]()
+    seen, oracle = _SeenIds(), set[tuple[int, int]]()
     seen._NEWEST = 4  # type: ignore[misc]
     for id_ in ids:
-        assert seen.add(id_) == (id_ not in oracle)
-        oracle.add(id_)
+        for as_of in (0, id_ % 3):
+            row = item(id_, "text", as_of=as_of)
+            assert seen.add(row) == ((id_, as_of) not in oracle)
+            oracle.add((id_, as_of))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])

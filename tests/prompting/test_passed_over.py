@@ -26,6 +26,7 @@ from owlrec.sources.splits import (
     Samples,
     SplitConfig,
     SplitValues,
+    Texts,
     histories,
     sample_rows,
     split_thresholds,
@@ -71,7 +72,7 @@ def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, k
     scenario, split = SCENARIOS[domain], SplitConfig(passed_over=kept)
     behaviors = Behaviors.ordered(with_outcomes(log, labels, "log"))
     samples = Samples.of(behaviors, split)
-    read = histories(behaviors, samples)
+    read = histories(behaviors, Texts.of(behaviors, split))
 
     for framework in FRAMEWORKS:
         config = PromptConfig(framework=framework)
@@ -82,7 +83,7 @@ def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, k
 
     members = pa.Table.from_pylist(
         [
-            {"kind": "user", "id": u, "cohort": "c", "facet": "liked", "source": "collaborative", "distance": 0.1}
+            {"kind": "user", "id": u, "as_of": 0, "cohort": "c", "facet": "liked", "source": "", "distance": 0.1}
             for u in range(N_USERS)
         ],
         schema=COHORTS,
@@ -118,9 +119,9 @@ def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, k
 def test_what_was_passed_over_is_said_in_the_scenario_s_words() -> None:
     log = {"user_id": [1] * 4, "item_id": [0, 1, 2, 3], "timestamp": [1, 2, 3, 4], "label": [1.0, 0.0, 1.0, 1.0]}
     behaviors = Behaviors.ordered(with_outcomes(pa.table(log), LABELLED, "log"))
-    read = histories(behaviors, Samples.of(behaviors, SplitConfig()))
+    read = histories(behaviors, Texts.of(behaviors, SplitConfig(cuts=("now",))))
     (prompt,) = user_prompts(USERS, read, CATALOG, PromptConfig(), SCENARIOS["ads"], count)
-    assert 'The user clicked these ads, oldest first: "Thing A"; "Thing C". ' in prompt.text  # type: ignore[union-attr]
+    assert 'The user clicked these ads, oldest first: "Thing A"; "Thing C"; "Thing D". ' in prompt.text  # type: ignore[union-attr]
     assert 'The user was shown but did not click these: "Thing B".' in prompt.text  # type: ignore[union-attr]
 
 

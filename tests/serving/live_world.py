@@ -62,7 +62,9 @@ def first_contents() -> Contents:
         contents.vectors[kind] = {
             id_: [newest[id_], older[id_]] if kind == "user" and id_ % 2 == 0 else [newest[id_]] for id_ in range(2, n)
         }
-        contents.cohorts |= {(kind, id_): (901, 902) if id_ % 3 else (902,) for id_ in range(n)}
+        # Every third user has disliked cohort 902, and is in no other; all items are in both.
+        contents.cohorts |= {(kind, id_): (901, 902) for id_ in range(n) if kind == "item" or id_ % 3}
+        contents.cohorts |= {(kind, id_): (~902,) for id_ in range(0, n, 3) if kind == "user"}
     contents.vectors["cohort"] = {901 + n: [vector] for n, vector in enumerate(random_vectors(2, 5))}
     draw = np.random.default_rng(7)
     for user in range(USERS):
@@ -174,11 +176,16 @@ def sources_of(contents: Contents, kind: str) -> dict[str, dict[int, np.ndarray]
     rows = contents.vectors[kind]
     sources = {"knowledge": {id_: partitions[0] for id_, partitions in rows.items()}, "collective": {}}
     if kind == "user":
+        sources["disliked"] = {}
         sources["partition-1"] = {id_: partitions[1] for id_, partitions in rows.items() if len(partitions) > 1}
     for (of_kind, id_), named in contents.cohorts.items():
-        if of_kind == kind and named:
-            mean = np.sum([contents.vectors["cohort"][c][0].astype(np.float32) for c in named], axis=0)
-            sources["collective"][id_] = (mean / np.linalg.norm(mean)).astype(np.float16)
+        for source, cohorts in (
+            ("collective", [c for c in named if c >= 0]),
+            ("disliked", [~c for c in named if c < 0]),
+        ):
+            if of_kind == kind and cohorts:
+                mean = np.sum([contents.vectors["cohort"][c][0].astype(np.float32) for c in cohorts], axis=0)
+                sources[source][id_] = (mean / np.linalg.norm(mean)).astype(np.float16)
     return sources
 
 
@@ -207,7 +214,7 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
             known = np.array(sorted(of_source), dtype=np.int64)
             vectors = np.stack([of_source[id_] for id_ in known.tolist()])
             digests, codes = np.zeros((len(known), 16), np.uint8), np.zeros((len(known), 0), np.uint16)
-            shard = VectorShard(kind, known, vectors, digests, codes, encoder=ENCODER)
+            shard = VectorShard(kind, known, np.zeros(len(known), np.int64), vectors, digests, codes, encoder=ENCODER)
             if name == "knowledge" and arm_parts(arm)[1] != "vectors":
                 quantisers[kind] = train_quantiser(vectors.astype(np.float32), IDS)
                 quantisers[kind].save(workspace, quantiser_folder("vectors/v", f"{name}-{kind}"))

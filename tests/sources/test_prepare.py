@@ -433,6 +433,7 @@ def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatc
 def test_movielens_does_not_need_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "ray_session", None)
     values = {"name": "t", "scenario": "movies", "engine": {"type": "echo"}, "source": {"type": "movielens-100k"}}
+    values["split"] = {"cuts": "half", "kar_protocol": True}
     card, workspace = prepared(Recipe.model_validate({**values, "workspace": str(tmp_path)}))
     assert card.counts["samples"] == 76_329
     assert pc.sum(workspace.read_table("interactions")["rating"]).as_py() == 352_986

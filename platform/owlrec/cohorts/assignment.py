@@ -14,7 +14,6 @@ import pyarrow as pa
 from owlrec.cohorts.attributes import Group, choose_group, count_groups, values_of
 from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors, fold_in, judged, unit
 from owlrec.cohorts.model import FACETS, Book, CohortModel, attribute_cohort_name, cohort_name
-from owlrec.ordered import rows_of
 from owlrec.scenario import Scenario
 from owlrec.schema import COHORTS, Kind
 
@@ -22,28 +21,36 @@ from owlrec.schema import COHORTS, Kind
 def user_vectors(
     ids: np.ndarray, histories: pa.Table, factors: ItemFactors, config: CollaborativeConfig, positive_above: float
 ) -> pa.Table:
-    """The columns id, liked and disliked (see vector_array) of a shard's users.
+    """The columns id, as_of, liked and disliked (see vector_array) of a shard's users, in order of id and as_of: a row
+    for each of their histories, and one as of 0 where they have none.
 
     ids: int64 [n], ascending; histories: schema.HISTORIES of some of them.
     """
     items, liked = judged(histories, positive_above)
-    place = rows_of(ids, histories["user_id"].to_numpy())
-    columns = {"id": pa.array(ids, pa.int64())}
+    silent = np.setdiff1d(ids, histories["user_id"].to_numpy())
+    owner = np.concatenate([histories["user_id"].to_numpy(), silent])
+    as_of = np.concatenate([histories["as_of"].to_numpy(), np.zeros(len(silent), dtype=np.int64)])
+    order = np.lexsort((as_of, owner))
+    columns = {"id": pa.array(owner[order], pa.int64()), "as_of": pa.array(as_of[order], pa.int64())}
     for name, chosen in (("liked", liked), ("disliked", ~liked)):
-        vectors, known = np.zeros((len(ids), factors.vectors.shape[1]), np.float32), np.zeros(len(ids), bool)
-        vectors[place], known[place] = fold_in(factors, config, items, chosen)
-        columns[name] = vector_array(vectors, known)
+        vectors, known = np.zeros((len(owner), factors.vectors.shape[1]), np.float32), np.zeros(len(owner), bool)
+        vectors[: len(histories)], known[: len(histories)] = fold_in(factors, config, items, chosen)
+        columns[name] = vector_array(vectors[order], known[order])
     return pa.table(columns)
 
 
 def item_vectors(ids: np.ndarray, factors: ItemFactors) -> pa.Table:
-    """The columns id and vector of a shard's items."""
+    """The columns id, as_of (0: nobody's behavior is told) and vector of a shard's items."""
     vectors, known = factors.gather(ids)
-    return pa.table({"id": pa.array(ids, pa.int64()), "vector": vector_array(unit(vectors), known)})
+    columns = {"id": ids, "as_of": np.zeros(len(ids), dtype=np.int64), "vector": vector_array(unit(vectors), known)}
+    return pa.table(columns)
 
 
 def groups_without_vectors(kind: Kind, vectors: pa.Table, rows: pa.Table, scenario: Scenario) -> Counter[Group]:
-    """How many of a shard's rows without a first vector each attribute group holds. rows: of the kind's own table."""
+    """How many of a shard's rows without a first vector each attribute group holds.
+
+    vectors: of each row the newest; rows: of the kind's own table, aligned.
+    """
     lonely = rows.filter(vectors["liked" if kind == "user" else "vector"].is_null())
     fields = _fields(kind, scenario)
     return count_groups(values_of(row, fields) for row in lonely.to_pylist())
@@ -52,12 +59,13 @@ def groups_without_vectors(kind: Kind, vectors: pa.Table, rows: pa.Table, scenar
 def route(
     model: CohortModel, kind: Kind, vectors: pa.Table, attributes: Callable[[], pa.Table], scenario: Scenario
 ) -> pa.Table:
-    """The cohorts of some users or items, new ones too (schema.COHORTS).
+    """The cohorts of some users or items, new ones too (schema.COHORTS), in order of id and as_of.
 
-    vectors: columns id and, made by vector_array, `liked` and `disliked` of users or `vector` of items.
-    attributes: gives the rows of the users or items table; asked only where somebody has no vector.
+    vectors: columns id, as_of and, made by vector_array, `liked` and `disliked` of users or `vector` of items.
+    attributes: gives the rows of the users or items table; asked only where somebody has no vector. What follows from
+    them alone is as of 0.
     """
-    ids = vectors["id"].to_numpy()
+    ids, as_of = vectors["id"].to_numpy(), vectors["as_of"].to_numpy()
     tables, alone = [], np.ones(len(ids), dtype=bool)
     for book, (of, column, facet) in FACETS.items():
         if of != kind or book not in model.books:
@@ -66,16 +74,19 @@ def route(
         if facet != "disliked":
             alone[rows] = False
         names, distance = _collaborative(model, book, matrix)
-        tables.append(_table(kind, ids[rows], names, facet, "collaborative", distance))
+        tables.append(_table(kind, ids[rows], as_of[rows], names, facet, "collaborative", distance))
     if alone.any():
         fields, groups = _fields(kind, scenario), model.groups.get(kind, ())
-        lonely = ids[alone]
+        lonely = np.unique(ids[alone])
         rows_of_id: Mapping[int, Mapping[str, Any]] = {row[f"{kind}_id"]: row for row in attributes().to_pylist()}
         chosen = [choose_group(values_of(rows_of_id.get(i, {}), fields), groups) for i in lonely.tolist()]
         names = pa.array([attribute_cohort_name(kind, g) for g in chosen], pa.string())
         source = pa.array(["attribute" if g else "global" for g in chosen], pa.string())
-        tables.append(_table(kind, lonely, names, "liked" if kind == "user" else "", source, None))
-    return pa.concat_tables([COHORTS.empty_table(), *tables])
+        nothing = np.zeros(len(lonely), dtype=np.int64)
+        tables.append(_table(kind, lonely, nothing, names, "liked" if kind == "user" else "", source, None))
+    table = pa.concat_tables([COHORTS.empty_table(), *tables])
+    order = np.lexsort((table["as_of"].to_numpy(), table["id"].to_numpy()))
+    return table.take(pa.array(order))
 
 
 def vector_array(vectors: np.ndarray, known: np.ndarray) -> pa.FixedSizeBinaryArray:
@@ -107,12 +118,19 @@ def _fields(kind: Kind, scenario: Scenario) -> tuple[str, ...]:
 
 
 def _table(
-    kind: str, ids: np.ndarray, names: pa.Array, facet: str, source: str | pa.Array, distance: np.ndarray | None
+    kind: str,
+    ids: np.ndarray,
+    as_of: np.ndarray,
+    names: pa.Array,
+    facet: str,
+    source: str | pa.Array,
+    distance: np.ndarray | None,
 ) -> pa.Table:
     n = len(ids)
     columns = [
         pa.repeat(pa.scalar(kind), n),
         pa.array(ids, pa.int64()),
+        pa.array(as_of, pa.int64()),
         names,
         pa.repeat(pa.scalar(facet), n),
         pa.repeat(pa.scalar(source), n) if isinstance(source, str) else source,

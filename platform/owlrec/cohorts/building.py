@@ -29,10 +29,13 @@ from owlrec.cohorts.collaborative import ItemFactors, train_item_factors
 from owlrec.cohorts.model import FACETS, FACTORS, Book, CohortModel, CohortsConfig
 from owlrec.cohorts.profiles import (
     PROFILES,
+    Moments,
     add_members,
     best_candidates,
     build_profiles,
     count_members,
+    cut_moments,
+    distinct_texts,
     item_candidates,
     keep_settled,
     user_candidates,
@@ -40,13 +43,15 @@ from owlrec.cohorts.profiles import (
 from owlrec.errors import WorkspaceError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.scenario import Scenario
-from owlrec.schema import TABLES, Kind, shard_of, stable_id
+from owlrec.schema import TABLES, Kind, newest, shard_of, stable_id
 from owlrec.shards import Card, Shard
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import Cut
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shards_for
 
 _BATCH_ROWS = 1 << 17  # of a shuffle: 40 MB of candidates
+_MOMENTS = "factors/moments.json"
 _MERGE_ROWS = 1 << 17  # candidates in memory before all but the best of each cohort go
 Ask = Callable[[pa.Table], pa.Table]  # profiles -> schema.PROMPTS about them
 
@@ -85,7 +90,7 @@ class _CohortStage(Stage):
         kind, column, _ = FACETS[book]
         for number in shards:
             table = workspace.map_arrow(f"{self.folder}/{Shard(f'{kind}-vectors', number).file('.arrow')}")
-            yield vector_rows(table[column])[1]
+            yield vector_rows(newest(table)[column])[1]
 
     def earlier_book(self, workspace: Workspace, book: Book) -> Codebook | None:
         """The codebook of the earlier run, where that was of the same space."""
@@ -98,27 +103,32 @@ class _CohortStage(Stage):
 
 @dataclass
 class TrainFactors(_CohortStage):
-    """ALS over a sample of histories: one shard."""
+    """ALS over a sample of histories, the newest of each user: one shard."""
 
+    cuts: Sequence[Cut] = ()
     name = "cohorts: factors"
 
     def run(self, work: Work) -> Result:
-        """Writes the item factors."""
+        """Writes the item factors, and the moments of the cuts."""
         tables, rows, wanted = [], 0, self.config.collaborative.train_users
         for number in work.workspace.table_shards("histories"):
             tables.append(work.workspace.read_shard("histories", number))
-            rows += tables[-1].num_rows
+            rows += len(newest(tables[-1], "user_id"))
             if rows >= wanted:
                 break
         if rows == 0:
             raise WorkspaceError(
                 f"{work.workspace.root}: the histories are empty. Run `prepare` again, with more data."
             )
-        histories = pa.concat_tables(tables).slice(0, wanted)
+        moments = cut_moments(pa.concat_tables(tables), self.cuts)
+        histories = pa.concat_tables([newest(table, "user_id") for table in tables]).slice(0, wanted)
         earlier = ItemFactors.load(work.workspace, f"{self.previous}/{FACTORS}") if self.previous else None
         factors = train_item_factors(histories, self.config.collaborative, earlier)
-        entry = factors.save(work.workspace, work.artifact.path(FACTORS))
-        return Result({FACTORS: entry}, rows_in=histories.num_rows, rows_out=len(factors.ids))
+        files = {
+            FACTORS: factors.save(work.workspace, work.artifact.path(FACTORS)),
+            _MOMENTS: work.workspace.write_json(work.artifact.path(_MOMENTS), moments),
+        }
+        return Result(files, rows_in=histories.num_rows, rows_out=len(factors.ids))
 
 
 @dataclass
@@ -143,8 +153,9 @@ class MakeVectors(_CohortStage):
             histories = workspace.read_shard("histories", number)
             above = self.scenario.positive_above
             vectors = user_vectors(ids, histories, self.factors, self.config.collaborative, above)
-        groups = groups_without_vectors(kind, vectors, rows, self.scenario)
-        columns = vectors.column_names[1:]
+        current = newest(vectors)
+        groups = groups_without_vectors(kind, current, rows, self.scenario)
+        columns = vectors.column_names[2:]
         path, about = work.shard.file(".arrow"), Shard(f"{kind}-groups", number).file(".json")
         files = {
             path: workspace.write_arrow(work.artifact.path(path), vectors, vectors.schema),
@@ -152,7 +163,7 @@ class MakeVectors(_CohortStage):
                 work.artifact.path(about), [[list(map(list, g)), n] for g, n in groups.items()]
             ),
         }
-        counts = {column: len(ids) - vectors[column].null_count for column in columns}
+        counts = {column: len(ids) - current[column].null_count for column in columns}
         return Result(files, rows_in=len(ids), rows_out=len(ids), counts=counts)
 
 
@@ -253,6 +264,7 @@ class FindCandidates(_CohortStage):
 
     name = "cohorts: candidates"
     batches: Mapping[Kind, Sequence[range]] = field(default_factory=dict)  # of shards, by kind
+    moments: Moments = field(default_factory=dict)
 
     def run(self, work: Work) -> Result:
         """Writes a record batch of candidates, and one of numbers of members, for each shard of cohorts."""
@@ -267,8 +279,8 @@ class FindCandidates(_CohortStage):
                 candidates.append(item_candidates(members, table, self.scenario, n))
             else:
                 histories = workspace.read_shard("histories", number)
-                candidates.append(user_candidates(members, table, histories, self.scenario, n))
-            sizes.append(count_members(members, earlier))
+                candidates.append(user_candidates(members, table, histories, self.scenario, n, self.moments))
+            sizes.append(count_members(newest(members), earlier))
         best, counts = best_candidates(candidates, self.config.profiles.representatives), add_members(sizes)
         names, n_shards = counts["cohort"].to_pylist(), workspace.n_shards("cohort")
         shard = dict(zip(names, cohort_shards(names, n_shards).tolist(), strict=True))
@@ -284,7 +296,7 @@ class FindCandidates(_CohortStage):
         earlier = f"{self.previous}/{file}"
         read = self.previous is not None and workspace.exists(earlier)
         members = workspace.read_parquet(f"{self.folder}/{file}")
-        return members, workspace.read_parquet(earlier, ["id", "cohort"]) if read else None
+        return members, newest(workspace.read_parquet(earlier, ["id", "as_of", "cohort"])) if read else None
 
 
 @dataclass
@@ -293,6 +305,7 @@ class WritePrompts(_CohortStage):
 
     name = "cohorts: prompts"
     batches: Mapping[Kind, Sequence[range]] = field(default_factory=dict)
+    moments: Moments = field(default_factory=dict)
     shares: Mapping[Kind, float] = field(default_factory=dict)  # of all ids that the batches hold, by kind
     ask: Ask | None = None
 
@@ -316,10 +329,11 @@ class WritePrompts(_CohortStage):
             tables.append(build_profiles(best, members, kind, self.titles, config))
             counts |= {f"{kind}_cohorts": len(members), f"{kind}_members": sum(members.values())}
             counts[f"{kind}_cohort_largest"] = max(members.values(), default=0)
-        profiles = pa.concat_tables(tables).sort_by("id")
+        profiles = pa.concat_tables(tables)
         before = f"{self.previous}/profiles/{number:08d}.parquet"
         if self.previous is not None and workspace.exists(before):
             profiles, counts["settled"] = keep_settled(profiles, workspace.read_parquet(before), stayed, config)
+        profiles = distinct_texts(profiles, self.moments)
         files = {}
         for name, table in (("profiles", profiles), ("prompts", self.ask(profiles))):
             path = Shard(name, number).file()
@@ -347,13 +361,15 @@ def build_cohorts(
     ask: Ask,
     *,
     shard_rows: int,
+    cuts: Sequence[Cut] = (),
     pool: Pool | None = None,
     previous: str | None = None,
     on_card: Callable[[Card], None] | None = None,
 ) -> dict[str, int]:
     """Builds the cohorts of a prepared workspace in `folder`; returns what there is to count.
 
-    ask: makes prompts of profiles; shard_rows: cohorts in one of their shards, if nothing has fixed it yet. previous:
+    ask: makes prompts of profiles; shard_rows: cohorts in one of their shards, if nothing has fixed it yet. cuts: of
+    the recipe (see profiles.cut_moments). previous:
     the folder of an earlier run, whose names and settled profiles go on. Raises SchemaError where the data cannot be
     clustered: no item that enough users chose.
     """
@@ -365,7 +381,8 @@ def build_cohorts(
         return run_stage(workspace, stage, dict.fromkeys(shards, inputs), pool, on_card)
 
     n_shards = {kind: workspace.n_shards(kind) for kind in TABLES}
-    run(TrainFactors(*settings), ("factors", 1))
+    run(TrainFactors(*settings, cuts), ("factors", 1))
+    moments = {str(cut): int(moment) for cut, moment in workspace.read_json(f"{folder}/{_MOMENTS}").items()}
     made = run(MakeVectors(*settings), *((f"{kind}-vectors", n) for kind, n in n_shards.items()))
     cards = {kind: [made[Shard(f"{kind}-vectors", s).name] for s in range(n)] for kind, n in n_shards.items()}
     plans = [plan for book in FACETS if (plan := _plan(book, cards[FACETS[book][0]], config)) is not None]
@@ -386,8 +403,8 @@ def build_cohorts(
     run(AssignCohorts(*settings), *n_shards.items())
     batches = {kind: _profile_batches(kind, cards[kind], plans) for kind in TABLES}
     shares = {kind: _share(batches[kind], cards[kind]) for kind in TABLES}
-    run(FindCandidates(*settings, batches), *((f"{kind}-candidates", len(b)) for kind, b in batches.items()))
-    done = run(WritePrompts(*settings, batches, shares, ask), ("prompts", workspace.n_shards("cohort")))
+    run(FindCandidates(*settings, batches, moments), *((f"{kind}-candidates", len(b)) for kind, b in batches.items()))
+    done = run(WritePrompts(*settings, batches, moments, shares, ask), ("prompts", workspace.n_shards("cohort")))
     return _summary(list(done.values()))
 
 

@@ -1,46 +1,45 @@
 """Whose texts stand in for a user or item: its cohorts, as a release and as training want them.
 
-A user's own cohort by what they liked comes first, that by what they disliked second. Their vectors count alike.
+A user's own cohort by what they liked comes first, that by what they disliked second.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from owlrec.cohorts.collaborative import unit
 from owlrec.ordered import run_starts
-from owlrec.schema import MEMBERSHIPS, stable_id
+from owlrec.schema import MEMBERSHIPS, newest, stable_id
 from owlrec.workspace import Workspace
 
 
-def memberships(cohorts: pa.Table) -> pa.Table:
-    """The memberships of the ids in a table of cohorts (schema.COHORTS), in ascending order of kind and id."""
+def memberships(cohorts: pa.Table, *, marked: bool = False) -> pa.Table:
+    """The memberships in a table of cohorts (schema.COHORTS), in ascending order of kind, id and as_of.
+
+    Columns of schema.MEMBERSHIPS, then as_of: since when the list holds. marked: whether a cohort by what users
+    disliked is its complement, as in a release (`by_facet`).
+    """
     names = cohorts["cohort"].combine_chunks().dictionary_encode()
     number = np.array([stable_id(name) for name in names.dictionary.to_pylist()], dtype=np.int64)
     later = np.array([facet == "disliked" for facet in cohorts["facet"].to_pylist()], dtype=bool)
-    ids, kinds = cohorts["id"].to_numpy(), np.array(cohorts["kind"].to_pylist(), dtype=str)
-    order = np.lexsort((later, ids, kinds))
+    ids, as_of = cohorts["id"].to_numpy(), cohorts["as_of"].to_numpy()
+    kinds = np.array(cohorts["kind"].to_pylist(), dtype=str)
+    order = np.lexsort((later, as_of, ids, kinds))
     of = number[names.indices.to_numpy()][order] if len(order) else np.zeros(0, dtype=np.int64)
-    ids, kinds = ids[order], kinds[order]
-    start = np.unique(run_starts(ids, kinds))
+    if marked:
+        of = np.where(later[order], ~of, of)
+    ids, as_of, kinds = ids[order], as_of[order], kinds[order]
+    start = np.unique(run_starts(as_of, ids, kinds))
     lists = pa.ListArray.from_arrays(pa.array(np.r_[start, len(ids)], pa.int32()), pa.array(of, pa.int64()))
-    return pa.table([pa.array(kinds[start], pa.string()), pa.array(ids[start]), lists], schema=MEMBERSHIPS)
+    table = pa.table([pa.array(kinds[start], pa.string()), pa.array(ids[start]), lists], schema=MEMBERSHIPS)
+    return table.append_column("as_of", pa.array(as_of[start]))
 
 
-def member_vectors(table: pa.Table, gather: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Of each member the mean of its cohorts' vectors, of length 1: float32 [n, d]; zeros where none has a vector.
-
-    table: n rows of schema.MEMBERSHIPS. gather: vectors [k, d] and mask bool [k] of int64 [k] ids of cohorts, each
-    asked for once however many members it has.
+def by_facet(listed: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a release's list of a member the cohorts by what they liked or by what they are, and those by what they
+    disliked, which it holds as the complement of their ids.
     """
-    lists = table["cohorts"].combine_chunks()
-    cohorts, at = np.unique(lists.flatten().to_numpy(), return_inverse=True)
-    vectors, known = gather(cohorts)
-    member = np.repeat(np.arange(len(table)), lists.value_lengths().to_numpy())[known[at]]
-    total = np.zeros((len(table), vectors.shape[1]), dtype=np.float32)
-    np.add.at(total, member, vectors[at[known[at]]].astype(np.float32))
-    return unit(total)
+    return tuple(c for c in listed if c >= 0), tuple(~c for c in listed if c < 0)
 
 
 class CohortNames:
@@ -51,7 +50,8 @@ class CohortNames:
         self._of: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by kind: ids ascending, and numbers of names
         for kind in ("user", "item"):
             parts = [
-                workspace.read_parquet(f"{folder}/{kind}/{p}", ["id", "cohort"]) for p in workspace.names(folder, kind)
+                newest(workspace.read_parquet(f"{folder}/{kind}/{p}", ["id", "as_of", "cohort"]))
+                for p in workspace.names(folder, kind)
             ]
             table = pa.concat_tables(parts)
             names = table["cohort"].combine_chunks().dictionary_encode()

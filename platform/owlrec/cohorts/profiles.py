@@ -21,7 +21,8 @@ from owlrec.cohorts.collaborative import judged
 from owlrec.config import Config
 from owlrec.ordered import rows_of, run_starts
 from owlrec.scenario import Scenario
-from owlrec.schema import Kind, stable_id
+from owlrec.schema import Kind, newest, stable_id
+from owlrec.sources.splits import Cut, Every
 
 PROFILES = pa.schema(
     [
@@ -31,6 +32,7 @@ PROFILES = pa.schema(
         ("facet", pa.string()),
         ("source", pa.string()),
         ("size", pa.int64()),  # members; an estimate where only a sample of the shards was read
+        ("cut", pa.string()),  # which of the cohort's texts this is: see Moments
         ("as_of", pa.int64()),  # ms: of the latest behavior that the profile rests on; 0 for items
         ("titles", pa.list_(pa.string())),  # liked, or disliked where that is the facet; of items, their own
         ("opposite", pa.list_(pa.string())),  # the other way round
@@ -41,6 +43,7 @@ PROFILES = pa.schema(
 CANDIDATES = pa.schema(
     [
         ("cohort", pa.string()),
+        ("cut", pa.string()),
         ("facet", pa.string()),
         ("source", pa.string()),
         ("rank", pa.float32()),  # ascending
@@ -60,6 +63,29 @@ MEMBERS = pa.schema(
 )
 
 
+NOW = "now"  # the cut after everything that is known
+Moments = Mapping[str, int]  # cut -> ms: a cohort's text as of a cut quotes what its members had done up to then
+LATEST: Moments = {NOW: np.iinfo(np.int64).max}
+
+
+def cut_moments(histories: pa.Table, cuts: Sequence[Cut]) -> dict[str, int]:
+    """The moments of a recipe's cuts, for texts that many users share.
+
+    A sample may read nothing that is as late as itself, so a text that quotes members up to yesterday serves none of
+    the past: `half` here is the moment by which half of the users have a text of their own. `now` is always among them,
+    to be published. histories: schema.HISTORIES of a sample of users.
+    """
+    as_of, moments = histories["as_of"].to_numpy(), {}
+    first = as_of[np.unique(run_starts(histories["user_id"].to_numpy()))]
+    for cut in cuts:
+        if cut == "half":
+            moments["half"] = int(np.quantile(first, 0.5, method="lower"))
+        elif isinstance(cut, Every):
+            for number in range(int(as_of.min()) // cut.period_ms + 1, -(-int(as_of.max()) // cut.period_ms)):
+                moments[f"{cut.every} {number}"] = number * cut.period_ms
+    return {**moments, **LATEST}
+
+
 class ProfileConfig(Config):
     """How much of a cohort its prompt quotes, and how far it may move before it is asked about again."""
 
@@ -71,11 +97,26 @@ class ProfileConfig(Config):
     settled_share: float = Field(0.3, ge=0, le=1)
 
 
-def user_candidates(members: pa.Table, users: pa.Table, histories: pa.Table, scenario: Scenario, n: int) -> pa.Table:
-    """The best `n` representatives of each cohort (CANDIDATES) within one shard of users.
+def user_candidates(
+    members: pa.Table, users: pa.Table, histories: pa.Table, scenario: Scenario, n: int, moments: Moments = LATEST
+) -> pa.Table:
+    """The best `n` representatives of each cohort and cut (CANDIDATES) within one shard of users.
 
     members: schema.COHORTS of the shard; users and histories: its tables.
     """
+
+    def up_to(table: pa.Table, key: str, moment: int) -> pa.Table:
+        return newest(table.filter(pc.less_equal(table["as_of"], moment)), key)
+
+    return pa.concat_tables(
+        _users_at(up_to(members, "id", moment), users, up_to(histories, "user_id", moment), scenario, n, cut)
+        for cut, moment in moments.items()
+    )
+
+
+def _users_at(
+    members: pa.Table, users: pa.Table, histories: pa.Table, scenario: Scenario, n: int, cut: str
+) -> pa.Table:
     ids = members["id"].to_numpy()
     items, mask = judged(histories, scenario.positive_above)
     starts = items.offsets.to_numpy() - items.offsets[0].as_py()
@@ -89,25 +130,26 @@ def user_candidates(members: pa.Table, users: pa.Table, histories: pa.Table, sce
         own = slice(starts[at], starts[at + 1]) if at >= 0 else slice(0)
         attributes = [f"{field} {value}" for field, value in values_of(user, scenario.profile_fields)]
         rows.append((int(as_of[at]) if at >= 0 else 0, flat[own][mask[own]], flat[own][~mask[own]], attributes))
-    return _candidates(members, best, rank, rows)
+    return _candidates(members, best, rank, rows, cut)
 
 
 def item_candidates(members: pa.Table, items: pa.Table, scenario: Scenario, n: int) -> pa.Table:
-    """As user_candidates, of a shard of items."""
+    """As user_candidates, of a shard of items, whose one cut is `now`."""
     ids = members["id"].to_numpy()
     best, rank = _best(members, np.ones(len(ids)), n)
     rows = [
         (0, ids[[at]], ids[:0], _attributes(item, scenario.text_fields))
         for item, at in zip(_rows(items, "item_id", ids[best]), best.tolist(), strict=True)
     ]
-    return _candidates(members, best, rank, rows)
+    return _candidates(members, best, rank, rows, NOW)
 
 
 def best_candidates(tables: Sequence[pa.Table], n: int) -> pa.Table:
-    """The best `n` of each cohort among candidates of several shards."""
+    """The best `n` of each cohort and cut among candidates of several shards."""
     table = pa.concat_tables([CANDIDATES.empty_table(), *tables])
     rank, ids = table["rank"].to_numpy(), table["id"].to_numpy()
-    return table.take(pa.array(_first(_codes(table["cohort"]), rank, ids, n)))
+    texts = pa.chunked_array([pc.binary_join_element_wise(table["cohort"], table["cut"], "\n").combine_chunks()])
+    return table.take(pa.array(_first(_codes(texts), rank, ids, n)))
 
 
 def count_members(members: pa.Table, earlier: pa.Table | None) -> pa.Table:
@@ -136,10 +178,10 @@ def build_profiles(
     titles: Callable[[np.ndarray], list[str]],
     config: ProfileConfig,
 ) -> pa.Table:
-    """The profiles (PROFILES) of the cohorts that best_candidates are of, by id. titles: of item ids."""
-    cohorts: dict[str, list[dict[str, Any]]] = {}
+    """The profiles (PROFILES) of the cohorts that best_candidates are of, by id and as_of. titles: of item ids."""
+    texts: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in best.to_pylist():
-        cohorts.setdefault(row["cohort"], []).append(row)
+        texts.setdefault((row["cohort"], row["cut"]), []).append(row)
     rows = [
         {
             "id": stable_id(name),
@@ -147,30 +189,38 @@ def build_profiles(
             "kind": kind,
             "facet": members[0]["facet"],
             "source": members[0]["source"],
-            "size": sizes[name],
+            "size": sizes.get(name, 0),
+            "cut": cut,
             "as_of": max(m["as_of"] for m in members),
             "titles": _shared_titles((m["chosen"] for m in members), titles, config.titles),
             "opposite": _shared_titles((m["opposite"] for m in members), titles, config.opposite),
             "attributes": _common([m["attributes"] for m in members], config.common_share),
             "representatives": sorted(m["id"] for m in members),
         }
-        for name, members in cohorts.items()
+        for (name, cut), members in texts.items()
     ]
-    return pa.Table.from_pylist(sorted(rows, key=itemgetter("id")), schema=PROFILES)
+    return pa.Table.from_pylist(sorted(rows, key=itemgetter("id", "as_of")), schema=PROFILES)
+
+
+def distinct_texts(profiles: pa.Table, moments: Moments) -> pa.Table:
+    """Profiles by id and as_of; of two that have both in common the one of the later cut."""
+    rows = sorted(profiles.to_pylist(), key=lambda row: moments.get(row["cut"], 0))
+    distinct = {(row["id"], row["as_of"]): row for row in rows}
+    return pa.Table.from_pylist([distinct[key] for key in sorted(distinct)], schema=PROFILES)
 
 
 def keep_settled(
     new: pa.Table, previous: pa.Table, stayed: Mapping[str, int], config: ProfileConfig
 ) -> tuple[pa.Table, int]:
-    """`new` profiles, but the earlier one of each cohort that has settled, and how many these are.
+    """`new` profiles, but the earlier one of each cohort and cut that has settled, and how many these are.
 
     stayed: how many of a cohort's members were in it before. It has settled where the share of members, of those then
     and now together, that came or went is at most `settled_share`, and so is that of titles.
     """
-    before = {row["cohort"]: row for row in previous.to_pylist()}
+    before = {(row["cohort"], row["cut"]): row for row in previous.to_pylist()}
     rows, kept = [], 0
     for row in new.to_pylist():
-        old = before.get(row["cohort"])
+        old = before.get((row["cohort"], row["cut"]))
         if old is not None:
             both = stayed.get(row["cohort"], 0)
             moved = max(
@@ -212,6 +262,7 @@ def _candidates(
     best: np.ndarray,
     rank: np.ndarray,
     rows: Sequence[tuple[int, np.ndarray, np.ndarray, list[str]]],
+    cut: str,
 ) -> pa.Table:
     """rows: as_of, liked and disliked items and attributes of each of the best."""
     chosen = members.take(pa.array(best))
@@ -219,6 +270,7 @@ def _candidates(
     swapped = [(b, a) if facet == "disliked" else (a, b) for facet, (_, a, b, _) in zip(facets, rows, strict=True)]
     columns = [
         chosen["cohort"],
+        pa.repeat(pa.scalar(cut), len(chosen)),
         chosen["facet"],
         chosen["source"],
         pa.array(rank, pa.float32()),

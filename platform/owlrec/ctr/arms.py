@@ -27,6 +27,7 @@ Arm = Literal[
     "metadata+codes",
 ]
 Form = Literal["vectors", "codes", "both"]
+DISLIKED = "disliked"  # of a user's cohort by what they disliked, beside "collective" of what they liked
 # Of a user's interests, before the one that "knowledge" holds (LIBER, arXiv 2411.14713); the newest first.
 OLDER_PARTITIONS = ("partition-1", "partition-2", "partition-3")
 
@@ -51,9 +52,9 @@ class ArmSources:
 def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
     """Which of the vectors that were given an arm reads.
 
-    `collective` reads the knowledge of cohorts, `both` that and the individual knowledge, `streaming` a user's older
-    interest partitions too, as many as were given. `shuffled` reads individual knowledge, or collective knowledge where
-    there is no other.
+    `collective` reads the knowledge of cohorts, of users by what they liked and, where that was given, by what they
+    disliked; `both` that and the individual knowledge; `streaming` a user's older interest partitions too, as many as
+    were given. `shuffled` reads individual knowledge, or collective knowledge where there is no other.
     given: source -> the sides ("user", "item") of which it has vectors.
     Raises RecipeError where a source that the arm needs was not given.
     """
@@ -77,8 +78,8 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
                 f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
                 f"run it with a recipe that yields them, or leave the arm out."
             )
-    older = tuple(p for p in OLDER_PARTITIONS if reads == "streaming" and "user" in given.get(p, ()))
-    return ArmSources(user=needed + older, item=needed)
+    further = OLDER_PARTITIONS if reads == "streaming" else (DISLIKED,) if "collective" in needed else ()
+    return ArmSources(user=needed + tuple(s for s in further if "user" in given.get(s, ())), item=needed)
 
 
 def bases(arm: Arm) -> tuple[Arm, ...]:

@@ -68,8 +68,9 @@ class SplitTensors:
         batch = Batch(tensors[0], tensors[1], tensors[2], tensors[3], distinct=DistinctItems.of(items, history))
         if self.tables is None:
             return batch
-        user, user_codes = _known(self.tables.users, samples.user_ids[at], self.tables.form)
-        item, item_codes = _known(self.tables.items, samples.item_ids[at], self.tables.form)
+        times = None if samples.times is None else samples.times[at]
+        user, user_codes = _known(self.tables.users, samples.user_ids[at], times, self.tables.form)
+        item, item_codes = _known(self.tables.items, samples.item_ids[at], times, self.tables.form)
         return replace(batch, user=user, item=item, user_codes=user_codes, item_codes=item_codes)
 
 
@@ -163,16 +164,28 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _known(tables: Sequence[VectorTable], ids: np.ndarray, form: Form) -> tuple[Knowledge | None, Codes | None]:
-    """Vectors and semantic ids of one side, as far as the form asks for them, each distinct id once."""
-    inverse, distinct = pd.factorize(ids)  # by hashes: np.unique would sort
-    rows = torch.from_numpy(inverse.astype(np.int64))
+def _known(
+    tables: Sequence[VectorTable], ids: np.ndarray, times: np.ndarray | None, form: Form
+) -> tuple[Knowledge | None, Codes | None]:
+    """Vectors and semantic ids of one side, as far as the form asks for them, each distinct row once.
+
+    times: int64 [b], ms; an id's newest knowledge that is strictly earlier is read, or the newest of all without them.
+    """
+    read = tables if form != "codes" else tables[:1]
+    found = [table.find(ids, times) for table in read]
+    inverse, _ = pd.factorize(found[0])  # by hashes: np.unique would sort
+    for rows in found[1:]:
+        another, distinct = pd.factorize(rows)
+        inverse, _ = pd.factorize(inverse.astype(np.int64) * max(1, len(distinct)) + another)
+    first = np.zeros(inverse.max(initial=-1) + 1, dtype=np.int64)
+    first[inverse[::-1]] = np.arange(len(ids))[::-1]  # where each distinct combination first occurs
+    at, distinct_rows = torch.from_numpy(inverse.astype(np.int64)), [rows[first] for rows in found]
     knowledge, codes = None, None
     if form != "codes":
-        gathered = zip(*(table.gather(distinct) for table in tables), strict=True)
-        vectors, mask = (np.stack(arrays, axis=1) for arrays in gathered)
-        refuse_non_finite(vectors, distinct)
-        knowledge = Knowledge(torch.from_numpy(vectors), torch.from_numpy(mask), rows)
+        vectors = np.stack([t.vectors_at(rows) for t, rows in zip(tables, distinct_rows, strict=True)], axis=1)
+        refuse_non_finite(vectors, ids[first])
+        mask = np.stack([rows >= 0 for rows in distinct_rows], axis=1)
+        knowledge = Knowledge(torch.from_numpy(vectors), torch.from_numpy(mask), at)
     if form != "vectors":
-        codes = Codes(torch.from_numpy(tables[0].gather_codes(distinct)), rows)
+        codes = Codes(torch.from_numpy(tables[0].codes_at(distinct_rows[0])), at)
     return knowledge, codes

@@ -74,7 +74,7 @@ class EncodeSamples(Stage):
     def run(self, work: Work) -> Result:
         """Raises SchemaError for a label outside [0, 1]."""
         workspace, number = work.workspace, work.shard.number
-        columns = ["user_id", "item_id", "label", "split", "history_start", "history_end"]
+        columns = ["user_id", "item_id", "label", "timestamp", "split", "history_start", "history_end"]
         rows = workspace.read_shard("samples", number, columns)
         behaviors = in_histories(workspace, number, ["item_id", "rating", "label"])
         label = rows["label"].to_numpy()
@@ -97,6 +97,7 @@ class EncodeSamples(Stage):
             "start": starts,
             "length": (ends - starts).astype(np.int32),
             "label": label.astype(np.float32),
+            "time": rows["timestamp"],
             **self._profiles(workspace, number, rows["user_id"]),
         }
         train = split == SPLITS.index("train")
@@ -234,11 +235,10 @@ class _EncodedShards:
         of_history, rating, label = (behaviors[name].to_numpy() for name in ("item", "rating", "label"))
         outcomes = self.vocabularies.grades.tokens(rating, label)
         histories = Histories(starts, lengths, of_history, outcomes, self.done.history_length)
-        user_ids, item_ids, items, labels = (samples[n].to_numpy() for n in ("user_id", "item_id", "item", "label"))
-        none = np.zeros((len(samples), 0), dtype=np.int32)
-        return SampleFeatures(
-            user_ids, item_ids, items, histories, np.stack(profile, axis=1) if profile else none, labels
-        )
+        names = ("user_id", "item_id", "item", "label", "time")
+        user_ids, item_ids, items, labels, times = (samples[name].to_numpy() for name in names)
+        profiles = np.stack(profile, axis=1) if profile else np.zeros((len(samples), 0), dtype=np.int32)
+        return SampleFeatures(user_ids, item_ids, items, histories, profiles, labels, times)
 
 
 class _SplitShards(Sequence[SampleFeatures]):

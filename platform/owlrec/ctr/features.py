@@ -138,6 +138,7 @@ class SampleFeatures:
     histories: Histories
     profile: np.ndarray  # int32 [n, n_profile]
     labels: np.ndarray  # float32 [n], in [0, 1] where samples are trained on, else 0 or 1
+    times: np.ndarray | None = None  # int64 [n], ms: they read only knowledge that is earlier; None: of this moment
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -161,7 +162,8 @@ class SampleFeatures:
         """Some rows, over the same behaviors."""
         plain = (self.user_ids, self.item_ids, self.items, self.profile, self.labels)
         user_ids, item_ids, items, profile, labels = (column[rows] for column in plain)
-        return SampleFeatures(user_ids, item_ids, items, self.histories.take(rows), profile, labels)
+        times = None if self.times is None else self.times[rows]
+        return SampleFeatures(user_ids, item_ids, items, self.histories.take(rows), profile, labels, times)
 
     @staticmethod
     def concatenated(parts: Iterable["SampleFeatures"]) -> "SampleFeatures":
@@ -174,7 +176,8 @@ class SampleFeatures:
             histories, width = part.histories, part.histories.width
             low = int(histories.starts.min(initial=len(histories.items)))
             high = max(low, int((histories.starts + histories.lengths).max(initial=0)))
-            copied = {name: getattr(part, name) for name in ("user_ids", "item_ids", "items", "profile", "labels")}
+            names = ("user_ids", "item_ids", "items", "profile", "labels", "times")
+            copied = {name: array for name in names if (array := getattr(part, name)) is not None}
             copied |= {"starts": histories.starts - low + before, "lengths": histories.lengths}
             copied |= {"history": histories.items[low:high], "ratings": histories.ratings[low:high]}
             for name, array in copied.items():
@@ -353,7 +356,9 @@ def encode_samples(
     item_ids, labels = samples["item_id"].to_numpy(), samples["label"].to_numpy().astype(np.float32)
     if "split" in samples.column_names:
         labels = judged_labels(labels, pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
-    return SampleFeatures(samples["user_id"].to_numpy(), item_ids, items.rows(item_ids), histories, profile, labels)
+    times = samples["timestamp"].to_numpy() if "timestamp" in samples.column_names else None
+    user_ids = samples["user_id"].to_numpy()
+    return SampleFeatures(user_ids, item_ids, items.rows(item_ids), histories, profile, labels, times)
 
 
 def judged_labels(labels: np.ndarray, train: np.ndarray) -> np.ndarray:

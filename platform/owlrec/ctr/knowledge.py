@@ -1,66 +1,84 @@
-"""Knowledge vectors and semantic ids by id: what the CTR models read while they train.
+"""Knowledge vectors and semantic ids by id and moment: what the CTR models read while they train.
 
-Both forms are gathered alike. A small table is held in memory; a large one stays in the memory-mapped shards that
-`encode` or `reduction` wrote, from which a batch copies the rows it asks for. An id without knowledge is normal (a new
-user): it yields zeros and a mask, never an error.
+A sample names its moment and finds the newest row of an id that is strictly earlier: no text from later reaches it. A
+row that was found has a number, by which vectors and codes are then read, each row once however many samples found it.
+A small table is held in memory; a large one stays in the memory-mapped shards that `encode` or `reduction` wrote, from
+which a batch copies the rows it asks for. An id without knowledge is normal (a new user): it yields zeros and a mask,
+never an error.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
-from owlrec.encoding.vector_shards import VectorShard, VectorShards
+from owlrec.encoding.vector_shards import VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.ordered import rows_of
-from owlrec.schema import by_shard, shard_of
+from owlrec.ordered import newest_rows, rows_of, run_starts
+from owlrec.schema import shard_of
 
 # Up to so many bytes a worker holds a table itself. Users' vectors are read from the few shards that a window of
 # samples is of, those of items from all shards in each batch.
 _HELD_BYTES = {"user": 1 << 27, "item": 1 << 31}
 
 
-class VectorTable(Protocol):
+class VectorTable(ABC):
     """Vectors of users or of items."""
 
+    code_sizes: tuple[int, ...]  # how many codes each level of the semantic ids has; empty where they were not coded
+
     @property
+    @abstractmethod
     def dim(self) -> int:
         """Components of a vector."""
 
-    @property
-    def code_sizes(self) -> tuple[int, ...]:
-        """How many codes each level of the semantic ids has; empty where the vectors were not coded."""
+    @abstractmethod
+    def find(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+        """The row that is to be read of each id: the newest, of those whose as_of is strictly earlier than `before`.
 
-    def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors of `ids`, in their order.
-
-        ids: int64 [b], any order, repeats allowed. Returns [b, dim], zeros where an id has none, and bool [b], True
-        where it has one.
+        ids: int64 [b], any order, repeats allowed; before: int64 [b], ms. Returns int64 [b], -1 where there is none.
         """
 
-    def gather_codes(self, ids: np.ndarray) -> np.ndarray:
-        """The semantic ids of `ids`, in their order: int64 [b, levels], each code plus one, zeros where an id has none;
-        the duplicate digit, which says nothing of an id, is left out. Raises SchemaError where there are no codes.
+    @abstractmethod
+    def vectors_at(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of rows that `find` gave: float16 [b, dim], zeros for -1."""
+
+    @abstractmethod
+    def codes_at(self, rows: np.ndarray) -> np.ndarray:
+        """Their semantic ids: int64 [b, levels], each code plus one, zeros for -1; the duplicate digit, which says
+        nothing of an id, is left out. Raises SchemaError where there are no codes.
         """
 
+    @abstractmethod
     def ids_in(self, number: int, n_shards: int) -> np.ndarray:
         """The ids of one of `n_shards` shards that have a vector: int64 [n], ascending."""
 
+    @abstractmethod
     def shuffled(self, seed: int) -> "VectorTable":
-        """The control arm: the same ids, vectors and codes, but no id keeps its own."""
+        """The control arm: the same ids and moments, but no id keeps a vector or code of its own."""
+
+    def gather(self, ids: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors that `find` finds, [b, dim], zeros where an id has none, and bool [b], True where it has one."""
+        rows = self.find(ids, before)
+        return self.vectors_at(rows), rows >= 0
+
+    def gather_codes(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+        """The semantic ids that `find` finds: see codes_at."""
+        return self.codes_at(self.find(ids, before))
 
 
 @dataclasses.dataclass(frozen=True)
-class KnowledgeTable:
-    """A VectorTable in memory: `ids[i]` has `vectors[i]`, or `vectors[rows[i]]` where rows is given; codes likewise."""
+class KnowledgeTable(VectorTable):
+    """A VectorTable in memory: row i is of `ids[i]` as of `as_of[i]`."""
 
     ids: np.ndarray  # int64 [n], ascending
     vectors: np.ndarray  # float16 [n, d]
-    rows: np.ndarray | None = None  # int64 [n]: a permutation, so that a shuffled table copies no vector
+    as_of: np.ndarray | None = None  # int64 [n], ms, ascending for an id; None: known at any time
     codes: np.ndarray | None = None  # uint16 [n, levels], without the duplicate digit
     code_sizes: tuple[int, ...] = ()
+    order: np.ndarray | None = None  # int64 [n]: whose vector and code each row has, where they were shuffled
 
     @property
     def dim(self) -> int:
@@ -70,40 +88,38 @@ class KnowledgeTable:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See VectorTable; vectors are of the type that the table holds."""
-        vectors = np.zeros((len(ids), self.dim), dtype=self.vectors.dtype)
-        rows, mask = self._rows(ids)
-        vectors[mask] = self.vectors[rows]
-        return vectors, mask
+    def find(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+        """See VectorTable."""
+        rows = rows_of(self.ids, ids) if self.as_of is None else newest_rows(self.ids, self.as_of, ids, before)
+        return rows if self.order is None else np.where(rows < 0, -1, self.order[rows])
 
-    def gather_codes(self, ids: np.ndarray) -> np.ndarray:
+    def vectors_at(self, rows: np.ndarray) -> np.ndarray:
+        """See VectorTable; of the type that the table holds."""
+        vectors = np.zeros((len(rows), self.dim), dtype=self.vectors.dtype)
+        vectors[rows >= 0] = self.vectors[rows[rows >= 0]]
+        return vectors
+
+    def codes_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         if self.codes is None:
             raise _uncoded()
-        codes = np.zeros((len(ids), len(self.code_sizes)), dtype=np.int64)
-        rows, mask = self._rows(ids)
-        codes[mask] = self.codes[rows].astype(np.int64) + 1
+        codes = np.zeros((len(rows), len(self.code_sizes)), dtype=np.int64)
+        codes[rows >= 0] = self.codes[rows[rows >= 0]].astype(np.int64) + 1
         return codes
 
     def ids_in(self, number: int, n_shards: int) -> np.ndarray:
         """See VectorTable."""
-        return self.ids[shard_of(self.ids, n_shards) == number]
-
-    def _rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of vectors and codes of the ids that have one, and which these are."""
-        rows = rows_of(self.ids, ids)
-        mask = rows >= 0
-        return rows[mask] if self.rows is None else self.rows[rows[mask]], mask
+        ids = np.unique(self.ids)
+        return ids[shard_of(ids, n_shards) == number]
 
     def shuffled(self, seed: int) -> "KnowledgeTable":
-        """See VectorTable; for more than one row."""
-        rows = _cycle(len(self.ids), seed)
-        return dataclasses.replace(self, rows=rows if self.rows is None else self.rows[rows])
+        """See VectorTable; for more than one id."""
+        order = _wrong_rows(self.ids, seed)
+        return dataclasses.replace(self, order=order if self.order is None else self.order[order])
 
 
 @dataclasses.dataclass(frozen=True)
-class MappedTable:
+class MappedTable(VectorTable):
     """A VectorTable in shards on disk. Shuffled, vectors change hands within their shard, which is as random a set of
     ids as any; a shard's only id has none then.
     """
@@ -117,20 +133,29 @@ class MappedTable:
         """Components of a vector."""
         return self.shards.dim
 
-    def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def find(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
         """See VectorTable."""
-        vectors, mask = np.zeros((len(ids), self.dim), dtype=np.float16), np.zeros(len(ids), dtype=bool)
-        for shard, at, rows in self._rows(ids):
-            vectors[at], mask[at] = shard.vectors[rows], True
-        return vectors, mask
+        handles = self.shards.find(ids, before)
+        if self.seed is not None:
+            for number, _, at, rows in self.shards.at(handles):
+                order = _wrong_rows_in(self.shards, number, self.seed)
+                handles[at] = -1 if order is None else handles[at] - rows + order[rows]
+        return handles
 
-    def gather_codes(self, ids: np.ndarray) -> np.ndarray:
+    def vectors_at(self, rows: np.ndarray) -> np.ndarray:
+        """See VectorTable."""
+        vectors = np.zeros((len(rows), self.dim), dtype=np.float16)
+        for _, shard, at, of_shard in self.shards.at(rows):
+            vectors[at] = shard.vectors[of_shard]
+        return vectors
+
+    def codes_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         if not self.code_sizes:
             raise _uncoded()
-        codes = np.zeros((len(ids), len(self.code_sizes)), dtype=np.int64)
-        for shard, at, rows in self._rows(ids):
-            codes[at] = shard.codes[rows, :-1].astype(np.int64) + 1
+        codes = np.zeros((len(rows), len(self.code_sizes)), dtype=np.int64)
+        for _, shard, at, of_shard in self.shards.at(rows):
+            codes[at] = shard.codes[of_shard, :-1].astype(np.int64) + 1
         return codes
 
     def ids_in(self, number: int, n_shards: int) -> np.ndarray:
@@ -141,16 +166,6 @@ class MappedTable:
     def shuffled(self, seed: int) -> "MappedTable":
         """See VectorTable."""
         return dataclasses.replace(self, seed=seed)
-
-    def _rows(self, ids: np.ndarray) -> Iterator[tuple[VectorShard, np.ndarray, np.ndarray]]:
-        """By shard: which of `ids` have a vector there, and in which row it stands."""
-        for number, at in by_shard(ids, self.shards.n_shards):
-            shard = self.shards.shard(number)
-            if shard is None or (self.seed is not None and len(shard.ids) < 2):
-                continue
-            rows = rows_of(shard.ids, ids[at])
-            at, rows = at[rows >= 0], rows[rows >= 0]
-            yield shard, at, rows if self.seed is None else _cycle_of_shard(len(shard.ids), self.seed, number)[rows]
 
 
 def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held: bool = True) -> VectorTable:
@@ -167,7 +182,7 @@ def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held
         )
     if not held or sum(entry.bytes for entry in entries.values()) > _HELD_BYTES[shards.kind]:
         return MappedTable(shards, code_sizes)
-    ids, vectors, codes = [], [], []
+    ids, as_of, vectors, codes = [], [], [], []
     for number in shards.numbers:
         if (shard := shards.shard(number)) is None or not len(shard.ids):
             continue
@@ -178,12 +193,13 @@ def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held
             )
         # Copied one by one: views of all shards would hold as many files open.
         ids.append(np.array(shard.ids))
+        as_of.append(np.array(shard.as_of))
         vectors.append(np.array(shard.vectors))
         codes.append(np.array(shard.codes[:, : len(code_sizes)]))
     if not ids:
         return MappedTable(shards, code_sizes)
     order = np.argsort(np.concatenate(ids), kind="stable")
-    table = KnowledgeTable(np.concatenate(ids)[order], np.concatenate(vectors)[order])
+    table = KnowledgeTable(*(np.concatenate(arrays)[order] for arrays in (ids, vectors, as_of)))
     if not code_sizes:
         return table
     return dataclasses.replace(table, codes=np.concatenate(codes)[order], code_sizes=code_sizes)
@@ -213,15 +229,26 @@ def refuse_non_finite(vectors: np.ndarray, ids: np.ndarray) -> None:
         )
 
 
-def _cycle(n: int, *seed: int) -> np.ndarray:
-    """int64 [n]: a permutation that is one random cycle through all rows, so it has no fixed point for n > 1."""
-    order = np.random.default_rng(seed).permutation(n)
-    rows = np.empty(n, dtype=np.int64)
-    rows[order] = np.roll(order, -1)
-    return rows
+def _wrong_rows(ids: np.ndarray, *seed: int) -> np.ndarray:
+    """int64 [n]: for each row one of another id, so that all ids are on one random cycle; of an id's rows the first
+    gets the other's first, and so on, and those without a counterpart its last. ids: ascending.
+    """
+    starts = np.unique(run_starts(ids))
+    counts = np.diff(starts, append=len(ids))
+    order = np.random.default_rng(seed).permutation(len(starts))
+    other = np.empty(len(starts), dtype=np.int64)
+    other[order] = np.roll(order, -1)
+    owner = np.repeat(np.arange(len(starts)), counts)
+    nth = np.arange(len(ids)) - starts[owner]
+    return starts[other[owner]] + np.minimum(nth, counts[other[owner]] - 1)
 
 
-_cycle_of_shard = lru_cache(maxsize=256)(_cycle)
+@lru_cache(maxsize=256)
+def _wrong_rows_in(shards: VectorShards, number: int, seed: int) -> np.ndarray | None:
+    """The same within a shard; None where it has one id only."""
+    shard = shards.shard(number)
+    assert shard is not None
+    return _wrong_rows(shard.ids, seed, number) if len(np.unique(shard.ids)) > 1 else None
 
 
 def _uncoded() -> SchemaError:

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from owlrec.cohorts.memberships import member_vectors
-from owlrec.ctr.arms import OLDER_PARTITIONS, Form
+from owlrec.cohorts.collaborative import unit
+from owlrec.ctr.arms import DISLIKED, OLDER_PARTITIONS, Form
 from owlrec.ctr.batches import Tables
 from owlrec.ctr.model import CTRModel
 from owlrec.ctr.model_card import Reads
 from owlrec.encoding.projection import Projection
-from owlrec.schema import MEMBERSHIPS
 
 _HELD_BYTES = 1 << 26  # of a kind's fields in a process: half a million ids of 32 numbers
 _NO_ID = -1  # ids are not negative
@@ -41,8 +39,8 @@ class Store(BehaviorStore, Protocol):
     def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
         """The semantic ids, their duplicate digit last."""
 
-    def cohorts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...]]:
-        """The cohorts of each id."""
+    def facets(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The cohorts of each id, and those of users by what they disliked."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +95,9 @@ class StoreKnowledge:
                 gathered.append(own[:, slots[source]])
                 masks.append(there[:, slots[source]])
             else:
-                members = pa.table(
-                    {"kind": [kind] * len(ids), "id": ids, "cohorts": self.store.cohorts(kind, ids)}, MEMBERSHIPS
-                )
-                gathered.append(member_vectors(members, self._of_cohorts).astype(np.float16).astype(np.float32))
-                masks.append(np.any(gathered[-1], axis=1))
+                vectors, known = self._of_members(kind, ids, facet=int(source == DISLIKED))
+                gathered.append(vectors)
+                masks.append(known)
         vectors, mask = np.stack(gathered, axis=1), np.stack(masks, axis=1)
         if self.projection is None:
             return vectors, mask
@@ -109,27 +105,35 @@ class StoreKnowledge:
         reduced = self.projection.apply(vectors.reshape(-1, vectors.shape[2])).astype(np.float16).astype(np.float32)
         return reduced.reshape(*mask.shape, -1), mask
 
-    def _of_cohorts(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        vectors, mask = self.store.own_vectors("cohort", ids, 1)
-        return vectors[:, 0], mask[:, 0]
+    def _of_members(self, kind: str, ids: np.ndarray, facet: int) -> tuple[np.ndarray, np.ndarray]:
+        """The means of cohorts' vectors, as `encode` makes them, and who has one. facet: 1 of what users disliked."""
+        groups = [facets[facet] for facets in self.store.facets(kind, ids)]
+        cohorts, at = np.unique(np.array([c for group in groups for c in group], np.int64), return_inverse=True)
+        vectors, known = self.store.own_vectors("cohort", cohorts, 1)
+        member = np.repeat(np.arange(len(ids)), [len(group) for group in groups])[known[at, 0]]
+        total = np.zeros((len(ids), vectors.shape[2]), dtype=np.float32)
+        np.add.at(total, member, vectors[at[known[at, 0]], 0])
+        return unit(total).astype(np.float16).astype(np.float32), np.bincount(member, minlength=len(ids)) > 0
 
 
 @dataclass(frozen=True)
 class TableKnowledge:
-    """The vectors that a trial was trained on."""
+    """The vectors that a trial was trained on, as a sample of some moment read them."""
 
     tables: Tables
+    before: int | None = None  # ms: only what is strictly earlier; None: the newest
 
     def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
         """See KnowledgeSource."""
         tables = self.tables.users if kind == "user" else self.tables.items
         vectors, mask = np.zeros((len(ids), len(tables), 0), np.float32), np.zeros((len(ids), len(tables)), bool)
         codes = np.zeros((len(ids), 0), dtype=np.int64)
+        before = None if self.before is None else np.full(len(ids), self.before)
         if self.tables.form != "codes":
-            pairs = [table.gather(ids) for table in tables]
+            pairs = [table.gather(ids, before) for table in tables]
             vectors, mask = (np.stack(arrays, axis=1) for arrays in zip(*pairs, strict=True))
         if self.tables.form != "vectors":
-            codes = tables[0].gather_codes(ids)
+            codes = tables[0].gather_codes(ids, before)
         return SideKnowledge(vectors, mask, codes)
 
 

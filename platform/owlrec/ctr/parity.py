@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.ctr.batches import Tables
 from owlrec.ctr.experiment import Trial
-from owlrec.ctr.live import LiveState
+from owlrec.ctr.live import LiveState, TableKnowledge
 from owlrec.ctr.scores import read_grid_scores
 from owlrec.ctr.scoring import Scorer, User
 from owlrec.errors import WorkspaceError
@@ -20,12 +21,12 @@ TOLERANCE = 1e-5  # in probability; float32 sums in another order differ by some
 
 
 def largest_difference(
-    scorer: Scorer, live: LiveState, workspace: Workspace, grid: str, trial: Trial, *, rows: int = 200
+    scorer: Scorer, tables: Tables | None, workspace: Workspace, grid: str, trial: Trial, *, rows: int = 200
 ) -> float:
     """Over `rows` test samples, evenly spaced over the first shards: the largest difference in probability from what
     the trial scored.
 
-    live: with the vectors that the trial read. Raises WorkspaceError where the trial left no test scores, or of other
+    tables: that the trial read. Raises WorkspaceError where the trial left no test scores, or of other
     samples than the workspace has.
     """
     scored = read_grid_scores(workspace, grid, [trial])
@@ -48,5 +49,9 @@ def largest_difference(
             f"last. Run `train_ctr` again."
         )
     chosen = np.unique(np.linspace(0, n - 1, rows).astype(np.int64))
-    ours = [scorer.score(User.of_sample(row), [row["item_id"]], live)[0] for row in samples.take(chosen).to_pylist()]
+    ours = []
+    for row in samples.take(chosen).to_pylist():
+        # A sample reads what was known before it, each in a state of its own.
+        known = TableKnowledge(tables, row["timestamp"]) if tables else None
+        ours.append(scorer.score(User.of_sample(row), [row["item_id"]], LiveState(scorer.model, known))[0])
     return float(np.abs(np.array(ours) - scored.scores[trial.path][chosen]).max())

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.decoding.options import LEAD_TOKENS
+from owlrec.schema import newest
 from owlrec.workspace import Workspace
 
 FOLDER = "pools"  # of a workspace; one folder a release inside
@@ -79,7 +80,7 @@ def write_release_pools(
 
     pools: dict[str, _Newest] = {}
     for table in knowledge:
-        usable = [r for r in table.to_pylist() if r["text"] and not r["relaxed"]]
+        usable = [r for r in newest(table).to_pylist() if r["text"] and not r["relaxed"]]
         texts, ended = [r["text"] for r in usable], [r["finish_reason"] == "stop" for r in usable]
         names = [[row["kind"]] for row in usable]
         if cohorts_of is not None:
@@ -92,8 +93,8 @@ def write_release_pools(
             for name in pools_of_row:
                 pools.setdefault(name, _Newest(max_tokens)).add(row["as_of"], row["id"], tokens)
     written = {}
-    for name, newest in pools.items():
-        rows = newest.rows()
+    for name, texts_of_pool in pools.items():
+        rows = texts_of_pool.rows()
         sequences, ids = [r[2] for r in rows], [r[1] for r in rows]
         pool = write_pool(root, name, sequences, ids, identity=identity, max_tokens=max_tokens)
         written[name] = len(pool.tokens)

@@ -20,6 +20,7 @@ from owlrec.encoding.vector_shards import VectorShard
 from owlrec.errors import SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
 from owlrec.schema import Kind, shard_of, stable_id
+from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
 _SLICE_VALUES = 1 << 22  # 32 MB as float64
@@ -43,15 +44,23 @@ def imported_vectors(workspace: Workspace, kind: str) -> ImportedVectors | None:
     return ImportedVectors.model_validate(workspace.read_json(_card(kind)))
 
 
-def import_vectors(workspace: Workspace, kind: Kind, npy_path: str | Path, ids_path: str | Path) -> ImportedVectors:
+def import_vectors(
+    workspace: Workspace, kind: Kind, npy_path: str | Path, ids_path: str | Path, as_of_ms: int | None = None
+) -> ImportedVectors:
     """Shards n vectors of one kind into the workspace; those imported before go.
 
     npy_path: float [n, dim]. ids_path: int64 [n] as .npy, taken as they are, or else a text file with one raw id per
-    line (gzip or not), turned into ids by schema.stable_id; aligned with the vectors.
-    Raises SourceError for a file that cannot be read, another shape or type, numbers of rows that differ, a component
-    that is not finite or too large for float16 (naming the row, from 0), an empty or a duplicate id; nothing is written
-    then. Raises WorkspaceError where the workspace was never prepared.
+    line (gzip or not), turned into ids by schema.stable_id; aligned with the vectors. as_of_ms: the last moment that
+    the vectors know of their ids; only later samples read them. Items, which depend on nobody's behavior, are 0 then.
+    Raises SourceError for vectors of users without as_of_ms, for a file that cannot be read, another shape or type,
+    numbers of rows that differ, a component that is not finite or too large for float16 (naming the row, from 0), an
+    empty or a duplicate id; nothing is written then. Raises WorkspaceError where the workspace was never prepared.
     """
+    if kind == "user" and as_of_ms is None:
+        raise SourceError(
+            f"{npy_path}: nothing says up to which moment these vectors know their users. Set as_of_ms (--as-of-ms) to "
+            "the time of the last behavior that shaped them, ms since 1970, UTC: only later samples will read them."
+        )
     vectors = _array(npy_path)
     if vectors.dtype.kind != "f" or vectors.ndim != 2 or 0 in vectors.shape:
         raise SourceError(
@@ -63,11 +72,12 @@ def import_vectors(workspace: Workspace, kind: Kind, npy_path: str | Path, ids_p
         buckets, digest = _spill(vectors, npy_path, ids_path, n_shards, scratch)
         for bucket in buckets:
             _refuse_duplicates(bucket, ids_path)
+        named = fingerprint(digest, as_of_ms or 0)
         imported = ImportedVectors(
-            folder=f"vectors/imported/{digest[:16]}-{kind}", rows=len(vectors), dim=vectors.shape[1]
+            folder=f"vectors/imported/{named[:16]}-{kind}", rows=len(vectors), dim=vectors.shape[1]
         )
         for bucket in buckets:
-            _write_shards(workspace, imported.folder, kind, n_shards, bucket)
+            _write_shards(workspace, imported.folder, kind, n_shards, bucket, as_of_ms or 0)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     workspace.write_json(_card(kind), imported.model_dump(mode="json"))
@@ -122,14 +132,15 @@ def _refuse_duplicates(bucket: np.ndarray, path: str | Path) -> None:
         )
 
 
-def _write_shards(workspace: Workspace, folder: str, kind: str, n_shards: int, bucket: np.ndarray) -> None:
+def _write_shards(workspace: Workspace, folder: str, kind: str, n_shards: int, bucket: np.ndarray, as_of: int) -> None:
     rows = np.array(bucket)
     numbers = shard_of(rows["id"], n_shards)
     order = np.lexsort((rows["id"], numbers))
     for at in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
         vectors = rows["vector"][at]
         digests = digests_of([vector.tobytes() for vector in vectors])
-        table = VectorShard(kind, rows["id"][at], vectors, digests, np.zeros((len(at), 0), np.uint16)).table()
+        moments, no_codes = np.full(len(at), as_of, dtype=np.int64), np.zeros((len(at), 0), np.uint16)
+        table = VectorShard(kind, rows["id"][at], moments, vectors, digests, no_codes).table()
         workspace.write_arrow(f"{folder}/{shard_file(int(numbers[at[0]]), '.arrow')}", table, table.schema)
 
 

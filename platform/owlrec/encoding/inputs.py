@@ -5,7 +5,7 @@
   of the window. The history reaches the CTR model as ids anyway.
 * metadata: the control. What the prompts held, without an LLM: where it helps as much as knowledge does, the LLM added
   nothing.
-* collective: of a member the mean of its cohorts' vectors.
+* collective: the vector of a member's cohort; of users, of what they liked, beside `disliked`.
 
 Vectors that were imported take the place of an id's own.
 """
@@ -14,11 +14,15 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from owlrec.cohorts.memberships import member_vectors, memberships
+from owlrec.cohorts.collaborative import unit
+from owlrec.cohorts.memberships import memberships
 from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.encoding.hashing_encoder import HashingEncoder
 from owlrec.encoding.vector_shards import DIGEST_BYTES, VectorShard, VectorShards
@@ -55,6 +59,7 @@ class Rows:
     """The rows of a shard that get a vector."""
 
     ids: np.ndarray  # int64 [n], ascending
+    as_of: np.ndarray  # int64 [n], ms: what each vector is made from knows nothing later; ascending for an id
     digests: np.ndarray  # uint8 [n, 16]: of what each vector is made from
     make: Callable[[np.ndarray], np.ndarray]  # the vectors of some rows: int64 [k] -> float [k, dim]
     read: int  # rows that were read, those without a text included
@@ -96,8 +101,9 @@ class KnowledgeTexts:
     def rows(self, resources: Resources, number: int) -> Rows:
         """See Input."""
         path = self.path(number)
-        table = resources.workspace.read_parquet(path, ["id", "text"])
-        return text_rows(resources, path, table["id"].to_numpy(), table["text"].to_pylist())
+        table = resources.workspace.read_parquet(path, ["id", "as_of", "text"])
+        keys = table["id"].to_numpy(), table["as_of"].to_numpy()
+        return text_rows(resources, path, *keys, table["text"].to_pylist())
 
     def path(self, number: int) -> str:
         """The file of a shard."""
@@ -119,12 +125,13 @@ class ItemMetadata:
     def rows(self, resources: Resources, number: int) -> Rows:
         """See Input."""
         path = table_file("items", number)
-        return text_rows(resources, path, *item_metadata(resources.workspace.read_parquet(path)))
+        ids, texts = item_metadata(resources.workspace.read_parquet(path))
+        return text_rows(resources, path, ids, np.zeros(len(ids), dtype=np.int64), texts)
 
 
 @dataclass(frozen=True)
 class UserMetadata:
-    """Profiles of the users table and the histories that the LLM read."""
+    """Profiles of the users table and the histories that the LLM read, each as of the moment of its text."""
 
     def digests(self, workspace: Workspace) -> dict[int, str]:
         """See Input."""
@@ -141,16 +148,23 @@ class UserMetadata:
         workspace = resources.workspace
         users = workspace.read_parquet(table_file("users", number))
         path = table_file("histories", number)
-        return text_rows(resources, path, *user_metadata(users, resources.catalog, workspace.read_parquet(path)))
+        histories = workspace.read_parquet(path)
+        ids, texts = user_metadata(users, resources.catalog, histories)
+        return text_rows(resources, path, ids, histories["as_of"].to_numpy(), texts)
 
 
 @dataclass(frozen=True)
 class Members:
-    """The cohorts of users or items, whose knowledge vectors are in a folder of vectors."""
+    """The cohorts of users or items, of one facet, whose knowledge vectors are in a folder of vectors.
+
+    A member's vector changes where its cohorts do and where these get another text: each time a row, which may quote
+    nothing later than its as_of.
+    """
 
     cohorts: str
     vectors: str
     kind: Kind
+    disliked: bool = False  # the cohorts of what users disliked, in place of the others
 
     def digests(self, workspace: Workspace) -> dict[int, str]:
         """See Input."""
@@ -164,20 +178,49 @@ class Members:
 
     def rows(self, resources: Resources, number: int) -> Rows:
         """See Input."""
-        path = f"{self.cohorts}/{self.kind}/{shard_file(number)}"
-        table = memberships(resources.workspace.read_parquet(path))
+        table = resources.workspace.read_parquet(f"{self.cohorts}/{self.kind}/{shard_file(number)}")
+        disliked = pc.equal(table["facet"], "disliked")
+        table = memberships(table.filter(disliked if self.disliked else pc.invert(disliked)))
         shards = VectorShards(resources.workspace, self.vectors, "knowledge-cohort")
-        lists = table["cohorts"].combine_chunks()
-        starts = lists.offsets.to_numpy()
-        digests, known = shards.digests(lists.flatten().to_numpy())
-        kept = np.unique(np.repeat(np.arange(len(table)), np.diff(starts))[known])
-        spans = zip(starts[kept].tolist(), starts[kept + 1].tolist(), strict=True)
-        made_from = [digests[first:end][known[first:end]].tobytes() for first, end in spans]
+        ids, as_of, lists = _moments_of_members(table, shards)
+        owner = np.repeat(np.arange(len(ids)), [len(cohorts) for cohorts in lists])
+        cohorts = np.array([cohort for of_row in lists for cohort in of_row], dtype=np.int64)
+        handles = shards.find(cohorts, as_of[owner] + 1 if len(owner) else None)
+        digests = np.zeros((len(handles), DIGEST_BYTES), dtype=np.uint8)
+        for _, shard, at, rows in shards.at(handles):
+            digests[at] = shard.digests[rows]
+        known = handles >= 0
+        bounds = np.searchsorted(owner, np.arange(len(ids) + 1))
+        made_from = [digests[a:b][known[a:b]].tobytes() for a, b in pairwise(bounds.tolist())]
 
         def make(rows: np.ndarray) -> np.ndarray:
-            return member_vectors(table.take(kept[rows]), shards.gather)
+            wanted = np.flatnonzero(known & np.isin(owner, rows))
+            place = np.zeros(len(ids), dtype=np.int64)
+            place[rows] = np.arange(len(rows))
+            total = np.zeros((len(rows), shards.dim), dtype=np.float32)
+            for _, shard, at, of_shard in shards.at(handles[wanted]):
+                np.add.at(total, place[owner[wanted[at]]], shard.vectors[of_shard].astype(np.float32))
+            return unit(total)
 
-        return Rows(table["id"].to_numpy()[kept], digests_of(made_from), make, len(table))
+        return Rows(ids, as_of, digests_of(made_from), make, len(table))
+
+
+def _moments_of_members(table: pa.Table, shards: VectorShards) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
+    """The ids, moments and cohorts of the rows that members have, in order: from when a member is in a cohort, or that
+    has a text, to when either changes.
+
+    table: memberships.memberships, of one kind; shards: of the cohorts' knowledge.
+    """
+    ids, as_of = table["id"].to_pylist(), table["as_of"].to_pylist()
+    lists = table["cohorts"].to_pylist()
+    texts = {cohort: shards.moments(cohort) for cohort in {cohort for of_row in lists for cohort in of_row}}
+    found: list[tuple[int, int, list[int]]] = []
+    for row, (id_, since, cohorts) in enumerate(zip(ids, as_of, lists, strict=True)):
+        until = as_of[row + 1] if row + 1 < len(ids) and ids[row + 1] == id_ else None
+        moments = {max(since, moment) for cohort in cohorts for moment in texts[cohort]}
+        found += [(id_, moment, cohorts) for moment in sorted(moments) if until is None or moment < until]
+    keys = np.array([row[:2] for row in found], dtype=np.int64).reshape(-1, 2)
+    return keys[:, 0], keys[:, 1], [row[2] for row in found]
 
 
 @dataclass(frozen=True)
@@ -202,7 +245,8 @@ class WithImported:
         """See Input."""
         workspace, imported = resources.workspace, self._imported(resources.workspace, number)
         there = workspace.entry(self.texts.path(number)) is not None
-        own = self.texts.rows(resources, number) if there else text_rows(resources, "", np.zeros(0, np.int64), [])
+        none = np.zeros(0, np.int64)
+        own = self.texts.rows(resources, number) if there else text_rows(resources, "", none, none, [])
         return own if imported is None else _merged(own, imported)
 
     def _imported(self, workspace: Workspace, number: int) -> VectorShard | None:
@@ -210,17 +254,18 @@ class WithImported:
         return VectorShard.read(workspace, path) if workspace.entry(path) else None
 
 
-def text_rows(resources: Resources, path: str, ids: np.ndarray, texts: Sequence[str | None]) -> Rows:
-    """The rows of texts aligned with `ids`. A row whose text is empty has no vector: downstream it is a miss with its
-    learned default, not a zero that looks like knowledge.
+def text_rows(resources: Resources, path: str, ids: np.ndarray, as_of: np.ndarray, texts: Sequence[str | None]) -> Rows:
+    """The rows of texts aligned with `ids` and `as_of`. Where a text is empty there is no vector: downstream that is a
+    miss with its learned default, not a zero that looks like knowledge.
 
-    path: the file that they were read from. Raises SchemaError where the ids do not ascend.
+    path: the file that they were read from. Raises SchemaError where the rows are not in order of id and as_of.
     """
-    bad = np.flatnonzero(ids[1:] <= ids[:-1])
+    bad = np.flatnonzero((ids[1:] < ids[:-1]) | ((ids[1:] == ids[:-1]) & (as_of[1:] <= as_of[:-1])))
     if len(bad):
         raise SchemaError(
-            f"{resources.workspace.path(path)}, row {bad[0] + 1}: id {ids[bad[0] + 1]} follows {ids[bad[0]]}, but the "
-            "ids of a shard ascend, each once. Delete the file and run its stage again."
+            f"{resources.workspace.path(path)}, row {bad[0] + 1}: id {ids[bad[0] + 1]} as of {as_of[bad[0] + 1]} "
+            f"follows {ids[bad[0]]} as of {as_of[bad[0]]}, but the rows of a shard ascend by both, each once. Delete "
+            "the file and run its stage again."
         )
     full = [row for row, text in enumerate(texts) if text and text.strip()]
     kept = [str(texts[row]) for row in full]
@@ -229,7 +274,7 @@ def text_rows(resources: Resources, path: str, ids: np.ndarray, texts: Sequence[
         return resources.encoder.encode([kept[row] for row in rows.tolist()])
 
     digests = digests_of([text.encode("utf-8", "surrogatepass") for text in kept])
-    return Rows(np.asarray(ids, dtype=np.int64)[full], digests, make, len(ids))
+    return Rows(np.asarray(ids, dtype=np.int64)[full], np.asarray(as_of, dtype=np.int64)[full], digests, make, len(ids))
 
 
 def digests_of(contents: Sequence[bytes]) -> np.ndarray:
@@ -247,7 +292,7 @@ def _tags(workspace: Workspace, folder: str, suffix: str = ".parquet") -> dict[i
 def _merged(own: Rows, imported: VectorShard) -> Rows:
     kept = np.flatnonzero(~np.isin(own.ids, imported.ids))
     ids = np.concatenate([own.ids[kept], imported.ids])
-    order = np.argsort(ids)
+    order = np.argsort(ids, kind="stable")
 
     def make(rows: np.ndarray) -> np.ndarray:
         at = order[rows]
@@ -258,4 +303,6 @@ def _merged(own: Rows, imported: VectorShard) -> Rows:
             vectors[fresh] = own.make(kept[at[fresh]])
         return vectors
 
-    return Rows(ids[order], np.concatenate([own.digests[kept], imported.digests])[order], make, own.read)
+    as_of = np.concatenate([own.as_of[kept], imported.as_of])
+    digests = np.concatenate([own.digests[kept], imported.digests])
+    return Rows(ids[order], as_of[order], digests[order], make, own.read)

@@ -12,9 +12,8 @@ import numpy as np
 from owlrec.encoding.coded_vectors import quantiser_folder
 from owlrec.encoding.inputs import Input, Resources, Rows
 from owlrec.encoding.semantic_ids import Quantiser, code_vectors
-from owlrec.encoding.vector_shards import VectorShard
+from owlrec.encoding.vector_shards import DIGEST_BYTES, VectorShard
 from owlrec.errors import WorkspaceError
-from owlrec.ordered import rows_of
 from owlrec.runner import Result, Stage, Work
 
 
@@ -44,7 +43,7 @@ class EncodeStage(Stage):
             vectors[at >= 0] = earlier.vectors[at[at >= 0]]
         no_codes = np.zeros((len(at), 0), dtype=np.uint16)
         kind, identity = name.rpartition("-")[2], self.resources.config.identity
-        shard = VectorShard(kind, rows.ids, vectors, rows.digests, no_codes, encoder=identity)
+        shard = VectorShard(kind, rows.ids, rows.as_of, vectors, rows.digests, no_codes, encoder=identity)
         if (quantiser := self._quantiser(name)) is not None:
             shard = _coded(shard, earlier, at, quantiser)
         work.check()
@@ -74,14 +73,22 @@ def _earlier(work: Work, path: str) -> VectorShard | None:
 
 
 def _unchanged(rows: Rows, earlier: VectorShard | None) -> np.ndarray:
-    """Of each row, the row of the earlier shard that was made from the same, or -1: int64 [n]."""
+    """Of each row, the row of the earlier shard that is of the same id and was made from the same, or -1: int64 [n].
+
+    The as_of is no part of it: a text that was found to hold for longer keeps its vector.
+    """
     if earlier is None:
         return np.full(len(rows.ids), -1, dtype=np.int64)
-    at = rows_of(earlier.ids, rows.ids)
-    there = np.flatnonzero(at >= 0)
-    changed = (earlier.digests[at[there]] != rows.digests[there]).any(axis=1)
-    at[there[changed]] = -1
-    return at
+    known = {key: row for row, key in enumerate(_keys(earlier.ids, earlier.digests))}
+    return np.fromiter((known.get(key, -1) for key in _keys(rows.ids, rows.digests)), np.int64, len(rows.ids))
+
+
+def _keys(ids: np.ndarray, digests: np.ndarray) -> list[tuple[int, bytes]]:
+    joined = digests.tobytes()
+    return [
+        (id_, joined[at : at + DIGEST_BYTES])
+        for id_, at in zip(ids.tolist(), range(0, len(joined), DIGEST_BYTES), strict=True)
+    ]
 
 
 def _coded(shard: VectorShard, earlier: VectorShard | None, at: np.ndarray, quantiser: Quantiser) -> VectorShard:

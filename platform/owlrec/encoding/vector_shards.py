@@ -1,8 +1,9 @@
 """Vectors on disk: one Arrow file per shard of ids, memory-mapped and gathered by id.
 
 `encode` writes them, training, releases and refreshes read them. A file holds the rows of one shard in ascending order
-of id, uncompressed, so that a reader maps what it needs and copies only the rows it asks for; from an object store each
-file is fetched once per node. An id without a vector is normal (a new user): it yields zeros and a mask, no error.
+of id and as_of, uncompressed, so that a reader maps what it needs and copies only the rows it asks for; from an object
+store each file is fetched once per node. Who asks on behalf of a sample names its moment and gets what was known
+before. An id without a vector is normal (a new user): it yields zeros and a mask, no error.
 """
 
 import threading
@@ -18,12 +19,13 @@ import pyarrow as pa
 from owlrec.encoding.coded_vectors import codes_of, quantiser_folder, with_codes
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.ordered import rows_of
-from owlrec.schema import Kind, shard_of, vectors_schema, vectors_table
+from owlrec.ordered import newest_rows
+from owlrec.schema import Kind, by_shard, shard_of, vectors_schema, vectors_table
 from owlrec.workspace import Workspace, shard_file
 
 DIGEST_BYTES = 16  # BLAKE2b-128 of what a vector was made from
 _MOST_OPEN = 256  # a mapped file keeps a descriptor, of which a process often has no more than 1,024
+_ROWS_PER_SHARD = 1 << 32  # what a handle leaves room for
 _QUANTISER, _ENCODER = b"quantiser", b"encoder"
 
 
@@ -33,6 +35,7 @@ class VectorShard:
 
     kind: str
     ids: np.ndarray  # int64 [n], ascending
+    as_of: np.ndarray  # int64 [n], ms: what the vector stands for knows nothing later; ascending and distinct for an id
     vectors: np.ndarray  # float16 [n, dim]
     digests: np.ndarray  # uint8 [n, 16]: of what each vector was made from
     codes: np.ndarray  # uint16 [n, levels + 1], the duplicate digit last; [n, 0] where no quantiser coded them
@@ -50,6 +53,7 @@ class VectorShard:
             return cls(
                 kind=str(table["kind"][0]) if len(table) else "",
                 ids=_whole(table["id"]).to_numpy(),
+                as_of=_whole(table["as_of"]).to_numpy(),
                 vectors=vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size),
                 digests=_bytes_matrix(_whole(table["digest"])),
                 codes=codes_of(table)[0],
@@ -63,15 +67,16 @@ class VectorShard:
             ) from None
 
     def table(self) -> pa.Table:
-        """The rows as written: vectors_schema and `digest`."""
+        """The rows as written: vectors_schema, `digest` and `as_of`."""
         n = len(self.ids)
         plain = with_codes(vectors_table(self.kind, self.ids, self.vectors), self.codes)
         digests = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(DIGEST_BYTES), n, [None, pa.py_buffer(np.ascontiguousarray(self.digests, dtype=np.uint8))]
         )
         schema = vectors_schema(self.vectors.shape[1]).append(pa.field("digest", pa.binary(DIGEST_BYTES)))
+        schema = schema.append(pa.field("as_of", pa.int64()))
         schema = schema.with_metadata({_QUANTISER: self.quantiser.encode(), _ENCODER: self.encoder.encode()})
-        return pa.table([*plain.columns, digests], schema=schema)
+        return pa.table([*plain.columns, digests, pa.array(self.as_of, pa.int64())], schema=schema)
 
 
 class VectorShards:
@@ -130,18 +135,18 @@ class VectorShards:
             return self._open[number]
 
     def ids(self, number: int) -> np.ndarray:
-        """The ids of one shard that have a vector: int64 [n], ascending."""
+        """The ids of one shard that have a vector: int64 [n], ascending and distinct."""
         shard = self.shard(number)
-        return np.zeros(0, dtype=np.int64) if shard is None else shard.ids
+        return np.zeros(0, dtype=np.int64) if shard is None else np.unique(shard.ids)
 
-    def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors of `ids`, in their order.
+    def gather(self, ids: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The newest vectors of `ids`, in their order.
 
-        ids: int64 [b], any order, repeats allowed. Returns float16 [b, dim], zeros where an id has none, and bool [b],
-        True where it has one.
+        ids: int64 [b], any order, repeats allowed. before: int64 [b], ms: only what is strictly earlier counts.
+        Returns float16 [b, dim], zeros where an id has none, and bool [b], True where it has one.
         """
         vectors, mask = np.zeros((len(ids), self.dim), dtype=np.float16), np.zeros(len(ids), dtype=bool)
-        for shard, at, rows in self._rows(ids):
+        for shard, at, rows in self._rows(ids, before):
             vectors[at], mask[at] = shard.vectors[rows], True
         return vectors, mask
 
@@ -167,12 +172,33 @@ class VectorShards:
             codes[at], mask[at] = shard.codes[rows], True
         return codes, mask
 
-    def digests(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the vectors of `ids` were made from: uint8 [b, 16] and bool [b], as `gather` returns vectors."""
-        digests, mask = np.zeros((len(ids), DIGEST_BYTES), dtype=np.uint8), np.zeros(len(ids), dtype=bool)
-        for shard, at, rows in self._rows(ids):
-            digests[at], mask[at] = shard.digests[rows], True
-        return digests, mask
+    def moments(self, id_: int) -> list[int]:
+        """The as_of (ms) of each vector of an id, ascending."""
+        shard = self.shard(int(shard_of(np.array([id_]), self.n_shards)[0]))
+        if shard is None:
+            return []
+        low, high = np.searchsorted(shard.ids, [id_, id_ + 1])
+        moments: list[int] = shard.as_of[low:high].tolist()
+        return moments
+
+    def find(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+        """What `gather` would read: int64 [b], a number for each row of these vectors, -1 where an id has none."""
+        handles = np.full(len(ids), -1, dtype=np.int64)
+        for shard, at, rows in self._rows(ids, before):
+            handles[at] = shard_of(shard.ids[:1], self.n_shards)[0] * _ROWS_PER_SHARD + rows
+        return handles
+
+    def at(self, handles: np.ndarray) -> Iterator[tuple[int, VectorShard, np.ndarray, np.ndarray]]:
+        """By shard, its number first: which of `handles` (see find; -1 among them) are rows of it, and which rows."""
+        known = np.flatnonzero(handles >= 0)
+        numbers, rows = np.divmod(handles[known], _ROWS_PER_SHARD)
+        order = np.argsort(numbers, kind="stable")
+        starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+        for of_shard in np.split(order, starts[1:]) if len(known) else ():
+            number = int(numbers[of_shard[0]])
+            shard = self.shard(number)
+            assert shard is not None
+            yield number, shard, known[of_shard], rows[of_shard]
 
     def sample(self, rows: int, seed: int, numbers: Iterable[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids and vectors of at most `rows` ids: int64 [n] and float16 [n, dim], always the same for a seed.
@@ -190,16 +216,15 @@ class VectorShards:
                 left -= len(ids[-1])
         return np.concatenate(ids), np.concatenate(vectors)
 
-    def _rows(self, ids: np.ndarray) -> Iterator[tuple[VectorShard, np.ndarray, np.ndarray]]:
-        """By shard: which of `ids` have a row there, and which row."""
+    def _rows(
+        self, ids: np.ndarray, before: np.ndarray | None = None
+    ) -> Iterator[tuple[VectorShard, np.ndarray, np.ndarray]]:
+        """By shard: which of `ids` have a row there, and which row: the newest, of those before a moment."""
         ids = np.asarray(ids, dtype=np.int64)
-        numbers = shard_of(ids, self.n_shards)
-        order = np.argsort(numbers, kind="stable")
-        starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
-        for at in np.split(order, starts[1:]) if len(ids) else ():
-            if (shard := self.shard(int(numbers[at[0]]))) is None:
+        for number, at in by_shard(ids, self.n_shards):
+            if (shard := self.shard(number)) is None:
                 continue
-            rows = rows_of(shard.ids, ids[at])
+            rows = newest_rows(shard.ids, shard.as_of, ids[at], None if before is None else before[at])
             known = rows >= 0
             if known.any():
                 yield shard, at[known], rows[known]

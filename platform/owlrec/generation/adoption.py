@@ -2,9 +2,8 @@
 
 All imports of a workspace make up one job, in which each replaces what an earlier one brought of its kind. A file of
 any length is read once: its rows are dealt into buckets by the hash of their id on the local disk, and each bucket then
-becomes whole shards. Two things are refused to a row besides what the file reader refuses: a user's text that knows
-more of the user than the samples allow would leak the future into training, and a flagged text cannot be asked for
-again, so `retry` and `fall_back` send it to the dead letters.
+becomes whole shards. A text may know as much of a user as it likes, since no sample before its as_of reads it. A
+flagged text cannot be asked for again, so `retry` and `fall_back` send it to the dead letters.
 """
 
 import itertools
@@ -122,36 +121,20 @@ class _ImportStage(Stage):
         n_shards = workspace.n_shards(self.kind)
         table = pa.ipc.open_stream(str(self.buckets[shard.number % len(self.buckets)])).read_all()
         mine = shard_of(table["id"].to_numpy(), n_shards) == shard.number
-        read_until = _read_until(workspace, shard.number) if self.kind == "user" else {}
         gate = QualityGate(self.job.quality, self.job.scenario)
-        judged = [_judge(self.kind, row, read_until, gate) for row in table.filter(pa.array(mine)).to_pylist()]
+        judged = [_judge(self.kind, row, gate) for row in table.filter(pa.array(mine)).to_pylist()]
         rows, outcomes = [row for row, _ in judged], [outcome for _, outcome in judged]
         knowledge, dead = to_tables(self.job, self.framework, rows, outcomes)
         return write_shard(work, KNOWLEDGE.empty_table(), knowledge, dead, outcomes)
 
 
-def _read_until(workspace: Workspace, number: int) -> dict[int, int]:
-    """Up to which moment (ms) the samples allow the text of each user of a shard to know them."""
-    table = workspace.read_shard("histories", number, ["user_id", "as_of"])
-    return dict(zip(table["user_id"].to_pylist(), table["as_of"].to_pylist(), strict=True))
-
-
-def _judge(
-    kind: Kind, row: dict[str, object], read_until: dict[int, int], gate: QualityGate
-) -> tuple[Prompt | UnusableRow, Outcome]:
+def _judge(kind: Kind, row: dict[str, object], gate: QualityGate) -> tuple[Prompt | UnusableRow, Outcome]:
     id_, as_of = int(str(row["id"])), int(str(row["as_of"]))
     if row["error"]:
         error, message = str(row["error"]), str(row["message"])
         return UnusableRow(kind, id_, as_of, error, message), Outcome(BadRow(message, error))
     text, asked, reason = str(row["text"]), str(row["prompt"]), str(row["finish_reason"])
     prompt = Prompt(kind, id_, as_of, "", asked, "")
-    allowed = read_until.get(id_)
-    if allowed is not None and as_of > allowed:
-        message = (
-            f"user {id_}: the text knows the user up to {as_of}, but samples begin after {allowed}. "
-            "Import a text of an earlier moment, or prepare the workspace with a later split."
-        )
-        return prompt, Outcome(BadRow(message, "LeaksTheFuture"))
     answer = Completion(text, int(str(row["prompt_tokens"])), int(str(row["output_tokens"])), reason)
     flags = gate.flags(text, prompt=asked, finish_reason=reason)
     if gate.action(flags) != "keep":

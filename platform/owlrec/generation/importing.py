@@ -6,6 +6,7 @@ samples that are not later would leak.
 """
 
 import itertools
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ class NoId(Unusable):
 
 
 class DuplicateId(Unusable):
-    """An earlier row has this id; that one was taken."""
+    """An earlier row has this id and as_of; that one was taken."""
 
 
 class NoAsOf(Unusable):
@@ -88,7 +89,7 @@ class RefusedRow:
 
 
 def read_knowledge_file(source: ImportSource) -> Iterator[ImportedRow | RefusedRow]:
-    """The rows of a file, in order; memory holds a batch of them and 8 bytes an id, KAR's JSON excepted.
+    """The rows of a file, in order; memory holds a batch of them and 8 bytes per text, KAR's JSON excepted.
 
     Ids are `schema.stable_id` of the file's, except in OwlRec's own exports (known by their columns), whose ids are
     taken as they are, and of which rows of other kinds are passed over. Raises SourceError at once for a missing file,
@@ -137,7 +138,7 @@ def _check_options(source: ImportSource, format_: Format) -> None:
     if source.kind == "user" and source.as_of_ms is None and not says_as_of:
         raise SourceError(
             f"{source.path}: the format does not say up to which moment its texts know their users. Set as_of_ms to "
-            "the time of the last behaviour that any prompt held (ms since 1970, UTC): samples must be later."
+            "the time of the last behavior that any prompt held (ms since 1970, UTC): only later samples read them."
         )
 
 
@@ -169,8 +170,8 @@ def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterat
                 continue
             raw_id = _raw_id(record)
             row = _row(record, raw_id, source, ours)
-            if not seen.add(row.id):
-                raise DuplicateId(f"an earlier row has id {row.id} too; keep one row an id")
+            if not seen.add(row):
+                raise DuplicateId(f"an earlier row has id {row.id} as of {row.as_of} too; keep one row of both")
         except Unusable as problem:
             message = str(problem).encode(errors="replace").decode()[:_SHOWN_CHARACTERS]
             yield RefusedRow(number, raw_id, type(problem).__name__, message)
@@ -268,8 +269,8 @@ def _count(value: object) -> int:
 
 
 class _SeenIds:
-    """A set of int64 ids at 8 bytes each, where Python's own takes about 80: a sorted array, and a small set of the
-    newest.
+    """A set of pairs of id and as_of at 8 bytes each, where Python's own takes about 150: a sorted array of 64-bit
+    hashes, and a small set of the newest.
     """
 
     _NEWEST = 1 << 18
@@ -278,12 +279,13 @@ class _SeenIds:
         self._newest: set[int] = set()
         self._sorted = np.zeros(0, np.int64)
 
-    def add(self, id_: int) -> bool:
-        """Adds an id; False where it was there already."""
-        place = self._sorted.searchsorted(id_)
-        if id_ in self._newest or (place < len(self._sorted) and self._sorted[place] == id_):
+    def add(self, row: ImportedRow) -> bool:
+        """Adds a row; False where its id and as_of were there already."""
+        key = hash(struct.pack("<qq", row.id, row.as_of))
+        place = self._sorted.searchsorted(key)
+        if key in self._newest or (place < len(self._sorted) and self._sorted[place] == key):
             return False
-        self._newest.add(id_)
+        self._newest.add(key)
         if len(self._newest) == self._NEWEST:
             newest = np.fromiter(self._newest, np.int64, self._NEWEST)
             # "stable" is a merge sort: it makes one pass over what is sorted already.

@@ -89,6 +89,11 @@ class GenerationJob:
             return f"{self.ready[shard.kind]}/{shard_file(shard.number)}"
         return table_file(TABLES[_kind(shard)], shard.number)
 
+    def count_prompts(self, workspace: Workspace, shard: Shard) -> int:
+        """How many prompts a shard has, about: one per item, cohort or history."""
+        of_users = shard.kind == "user" and "user" not in self.ready
+        return workspace.count_rows(table_file("histories", shard.number) if of_users else self.input_file(shard))
+
 
 def build_job(
     scenario: Scenario,

@@ -27,7 +27,7 @@ from owlrec.generation.quality import Flag, QualityGate
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
 from owlrec.ray_data import on_ray
 from owlrec.runner import Result, Stage, Work, WorkerLost
-from owlrec.schema import DEAD_LETTERS, KNOWLEDGE
+from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, newest
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
@@ -130,13 +130,13 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
 
 
 def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outcomes: Sequence[Outcome]) -> Result:
-    """Writes a shard's texts, ascending by id, and its dead letters.
+    """Writes a shard's texts, ascending by id and as_of, and its dead letters.
 
     kept: texts that cost nothing this time. outcomes: of the rows of `new` and `dead`.
     """
     work.check()
     workspace, artifact, shard = work.workspace, work.artifact, work.shard
-    knowledge = pa.concat_tables([kept, new]).sort_by("id")
+    knowledge = pa.concat_tables([kept, new]).sort_by([("id", "ascending"), ("as_of", "ascending")])
     files = {shard.file(): workspace.write_parquet(artifact.path(shard.file()), knowledge)}
     letters = dead_file(shard.name)
     if dead.num_rows:
@@ -236,7 +236,7 @@ def _cohorts(workspace: Workspace, job: GenerationJob, shard: Shard) -> dict[int
     if job.cohorts is None or job.decoding.mode == "off" or shard.kind in job.ready or not workspace.exists(path):
         return {}
     found: dict[int, list[str]] = {}
-    table = workspace.read_parquet(path, ["id", "cohort"])
+    table = newest(workspace.read_parquet(path, ["id", "as_of", "cohort"]))
     for id_, cohort in zip(table["id"].to_pylist(), table["cohort"].to_pylist(), strict=True):
         found.setdefault(id_, []).append(cohort)
     return found

@@ -37,7 +37,7 @@ from owlrec.releases.manifest import (
 from owlrec.releases.release import ANY, check_files, make_current, read_part_ids
 from owlrec.releases.rows import DATABASES, KEY_ORDER
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.schema import Kind, shard_of
+from owlrec.schema import Kind, newest, shard_of
 from owlrec.shards import Card, Shard
 from owlrec.sources.splits import last_behaviors
 from owlrec.storage import FileEntry, fingerprint
@@ -106,7 +106,9 @@ class TableRows:
 
 @dataclass(frozen=True)
 class ShardRows:
-    """Rows as `prepare`, `generate`, `encode` and `cohorts` wrote them: a part is a union of their shards."""
+    """The newest rows of each id that `prepare`, `generate`, `encode` and `cohorts` wrote: a part is a union of their
+    shards.
+    """
 
     knowledge: str  # the artifacts' folders, relative to the workspace
     vectors: str
@@ -127,7 +129,7 @@ class ShardRows:
         for kind in KEY_ORDER if self.cohorts else ():
             table, name = self._read(workspace, self.cohorts or "", kind, ".parquet", kind, part, n_parts)
             if table is not None and kind != "cohort":
-                writer.add_memberships(kind, memberships(table), name=name)
+                writer.add_memberships(kind, memberships(table, marked=True).drop_columns(["as_of"]), name=name)
         if self.history_length:
             table, name = self._read(workspace, "tables", "interactions", ".parquet", "user", part, n_parts, self._last)
             if table is not None:
@@ -170,7 +172,7 @@ class ShardRows:
             tables = {path: table for path, table in zip(paths, pool.map(read, paths), strict=True) if table}
         if not tables:
             return None, ""
-        table = pa.concat_tables(tables.values())
+        table = pa.concat_tables([newest(table) for table in tables.values()])
         return _of_part(table, part, n_parts) if n_shards < n_parts else table, workspace.path(next(iter(tables)))
 
 

@@ -14,6 +14,8 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 
+from owlrec.cohorts.memberships import by_facet
+
 _Value = TypeVar("_Value")
 _Store = TypeVar("_Store", bound="KnowledgeStore")
 
@@ -107,7 +109,11 @@ class KnowledgeStore(ABC):
 
     def cohorts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...]]:
         """The cohorts of each id, the one that tells most first; an empty tuple where it has none."""
-        return [group or () for group in self.memberships(kind, ids)]
+        return [liked + disliked for liked, disliked in self.facets(kind, ids)]
+
+    def facets(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The cohorts of each id, and apart from them those of users by what they disliked."""
+        return [by_facet(group or ()) for group in self.memberships(kind, ids)]
 
     def _stand_ins(self, kind: str, ids: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
         """The cohorts of each id, and all of them, each once."""
@@ -136,7 +142,9 @@ class KnowledgeStore(ABC):
 
     @abstractmethod
     def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
-        """The cohorts of each id; None where nothing is said of it, () where it is said that it has none."""
+        """The cohorts of each id, as `by_facet` reads them; None where nothing is said of it, () where it is said that
+        it has none.
+        """
 
     @abstractmethod
     def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:

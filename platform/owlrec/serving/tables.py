@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from owlrec.errors import OwlRecError
-from owlrec.ordered import rows_of
 from owlrec.schema import shard_of
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
@@ -74,5 +73,5 @@ class WorkspaceTables:
             rows = self._shard(table, int(shard_of(np.array([id_]), len(shards))[0]))
         except OwlRecError:  # not prepared
             return None
-        at = int(rows_of(rows[key].to_numpy(), np.array([id_]))[0])
-        return None if at < 0 else dict(rows.slice(at, 1).to_pylist()[0])
+        at = int(np.searchsorted(ids := rows[key].to_numpy(), id_, side="right")) - 1  # the last: the newest history
+        return None if at < 0 or ids[at] != id_ else dict(rows.slice(at, 1).to_pylist()[0])

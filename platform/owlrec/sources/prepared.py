@@ -14,7 +14,7 @@ from owlrec.schema import Kind
 from owlrec.shards import Artifact, in_threads
 from owlrec.sources.outcomes import Labels
 from owlrec.sources.shuffle import Tasks, read_shuffled, shuffled_items
-from owlrec.sources.splits import Behaviors, Samples, SplitConfig, for_histories, histories, refuse_leaks, sample_rows
+from owlrec.sources.splits import Behaviors, Samples, SplitConfig, Texts, for_histories, histories, sample_rows
 from owlrec.storage import FileEntry
 from owlrec.workspace import Workspace, shard_file
 
@@ -76,8 +76,7 @@ class WriteTables(Stage):
         behaviors = Behaviors.of(interactions)
         samples = Samples.of(behaviors, self.split)
         rows = sample_rows(behaviors, samples, self.split, np.array(self.thresholds), self.labels, catalog)
-        read = histories(behaviors, samples)
-        refuse_leaks(rows, read)
+        read = histories(behaviors, Texts.of(behaviors, self.split))
         interactions = for_histories(interactions, self.split)
         return {"users": users, "interactions": interactions, "histories": read, "samples": rows}
 

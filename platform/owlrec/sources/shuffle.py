@@ -27,7 +27,7 @@ from owlrec.sources.raw import (
     refuse_repeated_interactions,
     with_raw_ids,
 )
-from owlrec.sources.splits import Behaviors, Samples, SplitConfig, SplitValues, sample_counts
+from owlrec.sources.splits import Behaviors, Samples, SplitConfig, SplitValues, Texts, sample_counts
 from owlrec.workspace import Workspace, shard_file
 
 
@@ -123,7 +123,8 @@ class Shuffle(Stage):
         orphans = rows_in - n_replied - len(order)
         counts = {"all_users": users.num_rows, "orphans_dropped": orphans}
         counts |= {"impressions_answered": n_replied} if self.labels.events else {}
-        return Result(files, rows_in, len(order), rows_in - len(order), counts | sample_counts(behaviors, samples))
+        counts |= sample_counts(behaviors, samples, Texts.of(behaviors, self.split))
+        return Result(files, rows_in, len(order), rows_in - len(order), counts)
 
     def _read(
         self, workspace: Workspace, table: TableName, buckets: Sequence[int]

@@ -1,24 +1,24 @@
-"""Splits each user's behaviors: the first are for the LLM to read, the later ones are samples to train and test on.
+"""Which of a user's behaviors the LLM reads up to which moment, and which are samples to train and test on.
 
-The rule is KAR's (RecSys 2024): the LLM reads the first min((N+1)//2, 30) behaviors, of those that the user took. What
-a user passed over is a sample, too, and never read as taken. Counting alone leaks, though,
-because the data sets' clocks are coarse: a sample with the timestamp of the last behavior read may have happened
-before it. So `as_of` is that timestamp, samples must be strictly later, and a sample's own history is strictly earlier
-than the sample.
+A text is about a user as of a moment, its cut: it quotes the newest behaviors that the user took up to then. `half` is
+KAR's (RecSys 2024): the first min((N+1)//2, 30); `now` ends with the newest; `every` cuts at each multiple of a period
+that the user lived through. One rule keeps the future out: a sample reads the newest text whose as_of is strictly
+earlier than itself, else a learned default. So any behavior may be a sample, and what a user passed over is one, too,
+and never read as taken. Under KAR's protocol only what is later than the half is.
 
 Everything but the splits' two thresholds is a matter of one user, so a shard of users is built without the others.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from owlrec.config import Config
-from owlrec.errors import LeakageError, SchemaError
+from owlrec.errors import SchemaError
 from owlrec.ordered import rows_of, run_starts
 from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, shard_of
 from owlrec.sources.outcomes import POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
@@ -31,19 +31,51 @@ PASSED_QUOTED = 10  # of what a user passed over, an LLM reads so much at most
 _TAKEN_ALONE = {b"histories_of": b"taken"}  # in the schema of stored interactions
 _HISTORY_COLUMNS = {"history": "item_id", "history_ratings": "rating", "history_labels": "label"}
 _EDGES = 4096  # of one round of the search for a threshold
+_HOURS = {"h": 1, "d": 24, "w": 168}
+
+
+class Every(Config):
+    """Cuts at each multiple of a period since 1970, UTC."""
+
+    every: str = Field(pattern=r"^[1-9][0-9]*[hdw]$")  # hours, days or weeks: 30d
+
+    @property
+    def period_ms(self) -> int:
+        """The period in milliseconds."""
+        return int(self.every[:-1]) * _HOURS[self.every[-1]] * 3_600_000
+
+
+Cut = Literal["half", "now"] | Every
 
 
 class SplitConfig(Config):
-    """How behaviors become samples: `user` keeps a user in one split, `time` trains on the past only, `column` reads
-    the split of each from a column `split` of the interactions (train, valid or test).
+    """How behaviors become texts and samples: `user` keeps a user in one split, `item` an item (those of valid and test
+    are cold), `time` trains on the past only, `column` reads the split of each from a column `split` of the
+    interactions (train, valid or test).
     """
 
-    method: Literal["user", "time", "column"] = "user"
+    # As of which moments the LLM writes about users. A sample reads the newest text that is earlier than itself; the
+    # newest of all is published.
+    cuts: tuple[Cut, ...] = Field(default=("half", "now"), min_length=1)
+    kar_protocol: bool = False  # samples are only what is later than the half that the LLM reads, as in the paper
+    method: Literal["user", "item", "time", "column"] = "user"
     ratios: tuple[PositiveInt, PositiveInt, PositiveInt] = (8, 1, 1)
     history_length: int = Field(default=10, ge=1)  # behaviors that a CTR model sees before a sample
     passed_over: bool = True  # whether these hold what was passed over; false where little of what is shown is taken
     llm_history: int = Field(default=30, ge=1)  # behaviors that the LLM reads at most: the papers' 30
-    seed: int = Field(default=0, ge=0)  # method user only
+    seed: int = Field(default=0, ge=0)  # methods user and item only
+
+    @field_validator("cuts", mode="before")
+    @classmethod
+    def _one_cut(cls, cuts: Any) -> Any:
+        return (cuts,) if isinstance(cuts, (str, dict, Every)) else cuts
+
+    @field_validator("cuts")
+    @classmethod
+    def _distinct(cls, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
+        if len(set(cuts)) < len(cuts):
+            raise ValueError("a cut is named twice. Name each once.")
+        return cuts
 
 
 @dataclass(frozen=True)
@@ -80,37 +112,99 @@ class Behaviors:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Which rows of some behaviors the LLM reads, and which are samples. Users ascend."""
+class Texts:
+    """What the LLM reads of users: one row per text, by user, then by as_of. No two of a user have the same as_of."""
 
-    start: np.ndarray  # int64 [users]: each user's first row
-    n_read: np.ndarray  # int64 [users]: how many behaviors the LLM reads, all of them taken; 0 of users who took none
-    as_of: np.ndarray  # int64 [users]: the timestamp of the last of these; of users without any, before their first row
-    read: np.ndarray  # int64: the rows that it reads, user by user
+    user: np.ndarray  # int64 [n]: the place of the user among those of the behaviors
+    as_of: np.ndarray  # int64 [n], ms: the text quotes nothing later
+    start: np.ndarray  # int64 [n]: of what it quotes, as a range of the rows that were taken
+    end: np.ndarray  # int64 [n]
+
+    @classmethod
+    def of(cls, behaviors: Behaviors, config: SplitConfig) -> "Texts":
+        """Those of each cut, of the users who took something."""
+        time, place = behaviors.time, _places(behaviors.user)
+        took = np.flatnonzero(behaviors.taken)
+        time, place = time[took], place[took]
+        first = np.flatnonzero(np.diff(place, prepend=-1))  # of each user's, among the rows that were taken
+        last = np.append(first[1:], len(took))[: len(first)] - 1
+        user, as_of, end = [], [], []
+        for cut in config.cuts:
+            match cut:
+                case "half":
+                    at = first + np.minimum((last - first + 2) // 2, config.llm_history) - 1
+                    moment = time[at]
+                case "now":
+                    at, moment = last, time[last]
+                case Every():
+                    at, moment = _at_multiples(behaviors, time, place, last, cut.period_ms)
+            user.append(place[at])
+            as_of.append(moment)
+            end.append(at + 1)
+        users, moments, ends = (np.concatenate(arrays) for arrays in (user, as_of, end))
+        order = np.lexsort((ends, moments, users))
+        users, moments, ends = users[order], moments[order], ends[order]
+        # Of two texts of one moment the one that read more stays.
+        kept = np.append((users[1:] != users[:-1]) | (moments[1:] != moments[:-1]), True)[: len(users)]
+        users, moments, ends = users[kept], moments[kept], ends[kept]
+        start = np.maximum(first[np.searchsorted(place[first], users)], ends - config.llm_history)
+        return cls(users, moments, start, ends)
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def quoted(self) -> np.ndarray:
+        """The behaviors that some text quotes, among those that were taken: int64, ascending."""
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        size = int(self.end.max()) + 1
+        change = np.bincount(self.start, minlength=size) - np.bincount(self.end, minlength=size)
+        return np.flatnonzero(np.cumsum(change))
+
+
+def _at_multiples(
+    behaviors: Behaviors, time: np.ndarray, place: np.ndarray, last: np.ndarray, period: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The cuts of `every`: the last behavior taken before each, among those that were taken, and the cut's moment.
+
+    A cut after which the user was never seen again would say no more than `now`, so there is none.
+    """
+    cut = (time // period + 1) * period
+    ends = np.append((cut[1:] != cut[:-1]) | (place[1:] != place[:-1]), True)[: len(cut)]
+    at = np.flatnonzero(ends)
+    until = np.maximum.reduceat(behaviors.time, np.flatnonzero(np.diff(_places(behaviors.user), prepend=-1)))
+    at = at[until[place[at]] > cut[at]]
+    return at, cut[at]
+
+
+def _places(user: np.ndarray) -> np.ndarray:
+    """Which user of these each row is of, from 0: int64 [n]. Users ascend."""
+    return np.cumsum(np.diff(user, prepend=user[:1]) != 0)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which rows of some behaviors are samples, in their order."""
+
     row: np.ndarray  # int64 [samples]
     label: np.ndarray  # float32 [samples]
-    ties: int  # behaviors that are no sample because they have the timestamp `as_of`
+    ties: int = 0  # behaviors that are none because they have the timestamp of the last one that the LLM reads
 
     @classmethod
     def of(cls, behaviors: Behaviors, config: SplitConfig) -> "Samples":
-        """Applies the rule above."""
-        user, time, took = behaviors.user, behaviors.time, behaviors.taken
-        first = run_starts(user)
-        start = np.flatnonzero(first == np.arange(len(user)))
-        place = np.cumsum(first == np.arange(len(user))) - 1
-        total = np.cumsum(took)
-        before = total[start] - took[start] if len(start) else np.zeros(0, dtype=np.int64)
-        rank = total - before[place]  # of each row that was taken among its user's, from 1
-        n_taken = np.diff(np.append(before, total[-1:]))
-        n_read = np.minimum((n_taken + 1) // 2, config.llm_history)
-        read = np.flatnonzero(took & (rank <= n_read[place]))
-        as_of = time[start] - 1
-        as_of[n_read > 0] = time[read[np.cumsum(n_read)[n_read > 0] - 1]]
-        later = time > as_of[place]
-        unread = ~took | (rank > n_read[place])
-        row = np.flatnonzero(unread & later)
-        ties = int((took & unread & ~later).sum())
-        return cls(start, n_read, as_of, read, row, behaviors.label[row], ties)
+        """All of them, or, under KAR's protocol, those later than the half that the LLM reads."""
+        if not config.kar_protocol:
+            return cls(np.arange(len(behaviors.user)), behaviors.label)
+        half, place = Texts.of(behaviors, config.model_copy(update={"cuts": ("half",)})), _places(behaviors.user)
+        took = behaviors.taken
+        read = np.zeros(len(took), dtype=bool)
+        read[np.flatnonzero(took)[half.quoted]] = True
+        last = np.full(int(place[-1]) + 1 if len(place) else 0, -1)
+        last[half.user] = half.as_of
+        later = behaviors.time > last[place]
+        row = np.flatnonzero(~read & later)
+        return cls(row, behaviors.label[row], int((took & ~read & ~later).sum()))
 
 
 @dataclass(frozen=True)
@@ -149,14 +243,15 @@ class SplitValues:
 
 def split_values(behaviors: Behaviors, rows: np.ndarray, config: SplitConfig) -> np.ndarray:
     """What decides the split of the samples at some rows: their timestamp, their predefined split, or the salted hash
-    of their user; int64 [n].
+    of their user or item; int64 [n].
     """
     if config.method == "time":
         return behaviors.time[rows]
     if config.method == "column":
         return behaviors.split[rows].astype(np.int64)
+    ids = behaviors.user if config.method == "user" else behaviors.item
     salt = shard_of(np.array([config.seed + 1]), _HASH_RANGE)
-    return shard_of(behaviors.user[rows] ^ salt, _HASH_RANGE)
+    return shard_of(ids[rows] ^ salt, _HASH_RANGE)
 
 
 def split_thresholds(parts: Sequence[SplitValues], config: SplitConfig) -> np.ndarray:
@@ -274,34 +369,50 @@ def sample_rows(
     return pa.table(columns, schema=SAMPLE_ROWS)
 
 
-def histories(behaviors: Behaviors, samples: Samples) -> pa.Table:
-    """What the LLM reads of each user (schema.HISTORIES), by user; those who took nothing have none."""
-    some = np.flatnonzero(samples.n_read)
-    end = np.cumsum(samples.n_read)[some]
-    start = end - samples.n_read[some]
-    passed, bounds = _passed_over(behaviors, samples)
+def histories(behaviors: Behaviors, texts: Texts) -> pa.Table:
+    """What the LLM reads (schema.HISTORIES), by user and as_of; of users who took nothing there is none."""
+    took = np.flatnonzero(behaviors.taken)
+    starts = np.flatnonzero(np.diff(_places(behaviors.user), prepend=-1))
     columns = {
-        "user_id": behaviors.user[samples.start[some]],
-        "as_of": samples.as_of[some],
-        "items": _lists(behaviors.item[samples.read], start, end),
-        "ratings": _lists(behaviors.rating[samples.read], start, end, nulls=True),
-        "passed": _lists(passed, np.maximum(bounds[some], bounds[some + 1] - PASSED_QUOTED), bounds[some + 1]),
+        "user_id": behaviors.user[starts[texts.user]],
+        "as_of": texts.as_of,
+        "items": _lists(behaviors.item[took], texts.start, texts.end),
+        "ratings": _lists(behaviors.rating[took], texts.start, texts.end, nulls=True),
+        "passed": _lists(*_passed_over(behaviors, texts)),
     }
     return pa.table(columns, schema=HISTORIES)
 
 
-def _passed_over(behaviors: Behaviors, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-    """The items that users passed over up to their as_of, user by user, and where each user's begin: [users + 1].
-
-    What they took up to then as well is left out.
+def _passed_over(behaviors: Behaviors, texts: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The last items that users passed over up to each text's as_of, as ranges of one array; what they took up to then
+    as well is left out.
     """
-    place = np.repeat(np.arange(len(samples.start)), np.diff(samples.start, append=len(behaviors.user)))
-    row = np.flatnonzero(~behaviors.taken & (behaviors.time <= samples.as_of[place]))
-    if len(row):
-        items, code = np.unique(behaviors.item, return_inverse=True)
-        key = place * len(items) + code
-        row = row[~np.isin(key[row], key[samples.read])]
-    return behaviors.item[row], np.searchsorted(place[row], np.arange(len(samples.start) + 1))
+    place, took = _places(behaviors.user), behaviors.taken
+    passed = np.flatnonzero(~took)
+    if not len(passed) or not len(texts):
+        none = np.zeros(len(texts), dtype=np.int64)
+        return behaviors.item[:0], none, none
+    items, code = np.unique(behaviors.item, return_inverse=True)
+    key = place * len(items) + code
+    taken, at = np.unique(key[took], return_index=True)  # the first time that each user took each item
+    known = rows_of(taken, key[passed])
+    first_taken = np.where(known >= 0, behaviors.time[took][at[known]], np.iinfo(np.int64).max)
+    place, time = place[passed], behaviors.time[passed]
+    chosen, n = [np.zeros(0, dtype=np.int64)], 0
+    start, end = np.zeros(len(texts), dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
+    nth = np.arange(len(texts)) - run_starts(texts.user)
+    for of_each in range(int(nth.max()) + 1):  # one text of each user at a time
+        text = np.flatnonzero(nth == of_each)
+        as_of = np.full(int(place[-1]) + 1, np.iinfo(np.int64).min)
+        has = texts.user[text] < len(as_of)
+        as_of[texts.user[text[has]]] = texts.as_of[text[has]]
+        rows = np.flatnonzero((time <= as_of[place]) & (first_taken > as_of[place]))
+        last = np.searchsorted(place[rows], texts.user[text], side="right")
+        first = np.searchsorted(place[rows], texts.user[text])
+        start[text], end[text] = n + np.maximum(first, last - PASSED_QUOTED), n + last
+        chosen.append(passed[rows])
+        n += len(rows)
+    return behaviors.item[np.concatenate(chosen)], start, end
 
 
 def read_samples(workspace: Workspace, number: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -375,24 +486,26 @@ def build_samples(interactions: pa.Table, config: SplitConfig, labels: Labels) -
     samples = Samples.of(behaviors, config)
     values = [SplitValues.of(behaviors, samples, config)]
     thresholds = split_thresholds(values, config)
-    counts = {**sample_counts(behaviors, samples), **split_counts(values, thresholds)}
+    texts = Texts.of(behaviors, config)
+    counts = {**sample_counts(behaviors, samples, texts), **split_counts(values, thresholds)}
     refuse_empty(counts, config)
     rows = sample_rows(behaviors, samples, config, thresholds, labels, np.unique(behaviors.item))
     kept = slice(None) if config.passed_over else behaviors.taken
     names = {"item_id": behaviors.item, "rating": behaviors.rating, "label": behaviors.label}
     lists = pa.table({name: values[kept] for name, values in names.items()})
-    read = histories(behaviors, samples)
-    refuse_leaks(rows, read)
+    read = histories(behaviors, texts)
     return SplitTables(with_histories(rows, lists).select(SAMPLES.names), read, counts)
 
 
-def sample_counts(behaviors: Behaviors, samples: Samples) -> dict[str, int]:
+def sample_counts(behaviors: Behaviors, samples: Samples, texts: Texts) -> dict[str, int]:
     """What the report says of some users; add up over shards."""
+    users = len(np.unique(behaviors.user))
     return {
         "interactions": len(behaviors.user),
-        "users": len(samples.start),
-        "users_without_samples": len(samples.start) - len(np.unique(behaviors.user[samples.row])),
-        "read_by_llm": int(samples.n_read.sum()),
+        "users": users,
+        "users_without_samples": users - len(np.unique(behaviors.user[samples.row])),
+        "texts": len(texts),
+        "read_by_llm": len(texts.quoted),
         "ties_dropped": samples.ties,
         "samples": len(samples.row),
     }
@@ -418,27 +531,6 @@ def last_behaviors(interactions: pa.Table, history_length: int) -> pa.Table:
         "labels": _lists(behaviors.label, start, end),
     }
     return pa.table(columns, schema=BEHAVIORS)
-
-
-def refuse_leaks(samples: pa.Table, histories: pa.Table) -> None:
-    """Raises LeakageError, naming the first user, where a sample is not later than its user's `as_of`. A user without a
-    history has no text.
-    """
-    if samples.num_rows == 0:
-        return
-    user, time = samples["user_id"].to_numpy(), samples["timestamp"].to_numpy()
-    known, as_of = histories["user_id"].to_numpy(), histories["as_of"].to_numpy()
-    order = np.argsort(known, kind="stable")
-    known, as_of = known[order], as_of[order]
-    place = rows_of(known, user)
-    leaks = (place >= 0) & (time <= as_of[place]) if len(known) else np.zeros(len(user), dtype=bool)
-    if leaks.any():
-        row = int(leaks.argmax())
-        raise LeakageError(
-            f"samples, row {row}: user {user[row]} has a sample at timestamp {time[row]}, but the LLM read their "
-            f"history up to {as_of[place[row]]} ({int(leaks.sum())} such samples). Run `prepare` again: samples must "
-            "be later than what was read."
-        )
 
 
 def _lists(values: np.ndarray, start: np.ndarray, end: np.ndarray, *, nulls: bool = False) -> pa.ChunkedArray:
