@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from owlrec.cohorts.collaborative import unit
+from owlrec.ctr.adaptor import TrainedTower
 from owlrec.ctr.arms import DISLIKED, OLDER_PARTITIONS, Form
 from owlrec.ctr.batches import Tables
 from owlrec.ctr.model import CTRModel
@@ -203,6 +204,9 @@ class LiveState:
         self.model, self._knowledge, self._store = model, knowledge, store
         width = max(1, model.spec.knowledge_fields // 2 * model.spec.embed_dim)
         self.held = {kind: (held or {}).get(kind) or FieldCache(width) for kind in ("user", "item")}
+        adaptor = model.adaptor
+        towers = {"user": adaptor.user, "item": adaptor.item} if adaptor else {}
+        self._towers = {kind: TrainedTower(tower, adaptor.shared) for kind, tower in towers.items() if adaptor}
         self._nobody = None if knowledge is None else self._made("user", np.array([_NO_ID]))
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
@@ -229,7 +233,12 @@ class LiveState:
         assert self._knowledge is not None
         known = self._knowledge.gather(kind, ids)
         with torch.inference_mode():
-            vectors = torch.from_numpy(np.asarray(known.vectors, dtype=np.float32))
-            fields = self.model.side_fields(kind, vectors, torch.from_numpy(known.mask), torch.from_numpy(known.codes))
-        made: np.ndarray = fields.flatten(1).numpy()
+            forms: list[torch.Tensor] = []
+            if self._towers:
+                vectors = torch.from_numpy(np.asarray(known.vectors, dtype=np.float32))
+                forms.append(self._towers[kind](vectors, torch.from_numpy(known.mask)))
+            if self.model.code_fields is not None:
+                codes = self.model.code_fields.user if kind == "user" else self.model.code_fields.item
+                forms.append(codes(torch.from_numpy(known.codes)))
+            made: np.ndarray = torch.cat(forms, dim=1).numpy()
         return made

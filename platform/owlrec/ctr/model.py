@@ -219,20 +219,6 @@ class CTRModel(nn.Module):
             forms.append(self.code_fields(batch.user_codes, batch.item_codes))
         return torch.stack(forms, dim=2).flatten(1, 2) if forms else None
 
-    def side_fields(self, kind: str, vectors: Tensor, mask: Tensor, codes: Tensor) -> Tensor:
-        """float32 [n, knowledge_fields / 2, e]: the part of `adapted` that n users or items have in it.
-
-        kind: "user" or "item"; vectors: float32 [n, s, d]; mask: bool [n, s]; codes: int64 [n, levels]. What the model
-        does not read may be empty.
-        """
-        forms: list[Tensor] = []
-        if self.adaptor is not None:
-            tower = self.adaptor.user if kind == "user" else self.adaptor.item
-            forms.append(tower(vectors, mask, self.adaptor.shared))
-        if self.code_fields is not None:
-            forms.append((self.code_fields.user if kind == "user" else self.code_fields.item)(codes))
-        return torch.stack(forms, dim=1)
-
 
 def _embedding(size: int, dim: int) -> nn.Embedding:
     table = nn.Embedding(size, dim, padding_idx=PADDING)
