@@ -172,10 +172,14 @@ class FieldCache:
     def without(self, ids: np.ndarray) -> "FieldCache":
         """A copy that has forgotten some ids."""
         copy = FieldCache(self._fields.shape[1], self._fields.nbytes)
-        with self._lock:
+        with self._lock:  # for some milliseconds: requests wait for it
             held = np.array(list(self._rows.values()), dtype=np.int64)
-            held = held[~np.isin(self._ids[held], ids)]
-            copy._keep(self._ids[held], self._fields[held])
+            kept, fields = self._ids[held], self._fields[held]
+        same = np.flatnonzero(~np.isin(kept, ids))
+        n = len(same)
+        copy._ids[:n], copy._fields[:n] = kept[same], fields[same]
+        copy._rows = dict(zip(kept[same].tolist(), range(n), strict=True))
+        copy._next = n % len(copy._ids)
         return copy
 
     def _keep(self, ids: np.ndarray, fields: np.ndarray) -> None:
