@@ -101,6 +101,20 @@ def score_pairs(
         _stage("score_pairs")(settings, open_workspace(settings), retry_dead=retry_dead)
 
 
+@app.command("train-ctr")
+def train_ctr(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    warm_start: Annotated[
+        str | None, typer.Option("--warm-start", help="go on from this artifact of `owlrec export-ctr`")
+    ] = None,
+) -> None:
+    """Train the CTR models of a recipe, as `owlrec run` does, or go on from an exported one on newer samples."""
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace)
+        _stage("train_ctr")(settings, open_workspace(settings), warm_start=warm_start)
+
+
 @app.command("export-ctr")
 def export_ctr(
     recipe: RecipePath,
@@ -108,12 +122,11 @@ def export_ctr(
     trial: Annotated[
         str | None, typer.Option("--trial", help="such as din/knowledge/seed-0; default: the best on valid")
     ] = None,
-    half: Annotated[bool, typer.Option("--half", help="what is stored of each id in half precision")] = False,
 ) -> None:
     """Write a trained CTR model as an artifact that a serving process opens."""
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace)
-        exported = _stage("export_ctr")(settings, open_workspace(settings), trial=trial, half=half)
+        exported = _stage("export_ctr")(settings, open_workspace(settings), trial=trial)
         note(f"serve it with --artifact {exported.outputs['model']}")
 
 

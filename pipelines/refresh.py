@@ -1,4 +1,6 @@
-"""Renews the texts of users who have moved on: a delta release on top of the current one, for few and short calls."""
+"""Renews the behaviors of users with new events, and the texts of those who have moved on: a delta release on top of
+the current one, for few and short calls.
+"""
 
 import time
 from collections.abc import Mapping
@@ -83,7 +85,7 @@ class Refresh:
         note(", ".join(f"{name} {n:,}" for name, n in moved.state.counts.items() if n))
         self.signals.check()
         release, state = plan.parent, moved.state
-        if moved.prompts:
+        if moved.prompts or moved.behaviors:
             delta = published_delta(workspace, plan)
             if delta is not None:
                 release, knowledge = delta.outputs["release"], delta.outputs["knowledge"]
@@ -120,18 +122,18 @@ class Refresh:
         return nullcontext() if here else ray_session(self.recipe.ray, self.workspace.log_path("ray"))
 
     def _renew(self, moved: Moved) -> tuple[str, str]:
-        """Asks and publishes the answers; the release that is current then, and the folder of the texts."""
+        """Asks, and publishes answers and behaviors; the release that is current then, and the folder of the texts."""
         recipe, plan = self.recipe, moved.plan
         release_pointer(self.workspace).refuse_hold()  # before answers are paid for
         job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding, recipe.quality)
         job = job_of_plan(job, plan)
-        texts = self._ask(moved, GenerateStage(job, recipe.engine, "refresh"))
+        texts = self._ask(moved, GenerateStage(job, recipe.engine, "refresh")) if moved.prompts else {}
         self.signals.check()
-        if not any(card.rows_out for card in texts.values()):
+        if not moved.behaviors and not any(card.rows_out for card in texts.values()):
             return plan.parent, job.folder
         delta = Delta(
             self.workspace,
-            plan,
+            moved,
             job,
             texts,
             recipe.engine,
@@ -139,7 +141,7 @@ class Refresh:
             recipe.streaming.partitions,
             self.encode,
         )
-        n_parts = shards_for(moved.state.calls, PART_IDS)
+        n_parts = shards_for(max(moved.state.calls, moved.state.counts["users_with_news"]), PART_IDS)
         pool = Pool(here=n_parts < PARTS_ON_RAY, max_workers=n_parts)
         with self._session(pool.here):
             return delta.publish(n_parts, pool), job.folder

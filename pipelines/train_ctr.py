@@ -1,12 +1,16 @@
 """The grid of CTR trials on Ray Train: every backbone with every arm and seed, on the same samples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from owlrec.ctr.experiment import summarise, trials
+from owlrec.ctr.artifact import read_by
+from owlrec.ctr.experiment import Trial, summarise, trials
+from owlrec.ctr.model_card import read_card
 from owlrec.ctr.reduction import reduce_once
+from owlrec.ctr.scoring import Artifact
 from owlrec.ctr.training import needs_ray, stage_pool, train_trials
-from owlrec.errors import WorkspaceError
+from owlrec.encoding.projection import Projection
+from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.runner import Pool
@@ -20,19 +24,28 @@ from pipelines.stage import Counts, Outputs, execute, main
 _NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures", "checkpoint_steps", "sweep"}
 
 
-def run(recipe: Recipe, workspace: Workspace) -> Card:
-    """Trains the trials that have no result yet; of arm "none" alone without vectors too."""
+def run(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) -> Card:
+    """Trains the trials that have no result yet; of arm "none" alone without vectors too.
+
+    warm_start: the folder of an artifact of `export_ctr`, relative to the workspace: all trials go on from its weights.
+    Raises RecipeError where a trial has another backbone or arm than it, or vectors come from another encoder.
+    """
     prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
     settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
     soft = soft_labels(recipe, workspace, prepared)
-    grid_print = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint)
+    made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
+    if warm_start is not None:
+        read_card(workspace, warm_start)  # complains where there is none
+        made_from.append(workspace.digest(f"{warm_start}/model.safetensors"))
+    grid_print = fingerprint(*made_from)
     grid = trials(recipe.ctr)
 
     def body() -> tuple[Counts, Outputs]:
         read = encoded if recipe.ctr.arms != ("none",) else None
         written = vector_folders(workspace, read.outputs["vectors"]) if read else {}
+        projection = going_on_from(workspace, warm_start, grid, written) if warm_start else None
         taught = f" and {soft.counts['pairs']:,} probabilities of the LLM" if soft else ""
         note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples{taught}")
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
@@ -41,11 +54,12 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                 workspace,
                 recipe.ctr,
                 grid,
-                knowledge=reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_print, pool),
+                knowledge=reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_print, pool, projection),
                 fingerprint=grid_print,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields,
                 soft_labels=soft.outputs["soft_labels"] if soft else None,
+                warm_start=warm_start,
                 pool=pool,
                 on_trial=lambda result: advance(1),
             )
@@ -80,6 +94,28 @@ def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | 
             "again; a pair whose question is the same is not asked about twice."
         )
     return scored
+
+
+def going_on_from(
+    workspace: Workspace, artifact: str, grid: Sequence[Trial], folders: Mapping[str, Mapping[str, str]]
+) -> Projection | None:
+    """The projection of an artifact, None where its vectors were not reduced. Raises RecipeError where the grid's
+    trials cannot go on from its weights.
+    """
+    card = read_card(workspace, artifact)
+    for trial in grid:
+        if (trial.backbone, trial.arm) != (card.trial.backbone, card.trial.arm):
+            raise RecipeError(
+                f"ctr: trial {trial.path} cannot go on from {artifact}, a {card.trial.backbone} with arm "
+                f"{card.trial.arm}. Name this backbone and arm alone under ctr.backbones and ctr.arms."
+            )
+        reads = read_by(workspace, trial, folders)
+        if reads != card.reads:
+            raise RecipeError(
+                f"ctr: trial {trial.path} cannot go on from {artifact}: it reads {reads}, but that model was trained "
+                f"on {card.reads}. Put encoder and semantic ids back, or train without --warm-start."
+            )
+    return Artifact.open(workspace, artifact).projection
 
 
 def vector_folders(workspace: Workspace, folder: str) -> dict[str, dict[str, str]]:

@@ -63,6 +63,12 @@ def write_vectors(workspace: Workspace, folder: str, name: str, table: Knowledge
         if table.codes is not None:
             codes = np.column_stack([table.codes[rows], np.zeros(n, np.uint16)]).astype(np.uint16)
         shard = VectorShard(
-            kind, table.ids[rows], np.zeros(n, np.int64), table.vectors[rows], np.zeros((n, 16), np.uint8), codes
+            kind,
+            table.ids[rows],
+            np.zeros(n, np.int64),
+            table.vectors[rows],
+            np.zeros((n, 16), np.uint8),
+            codes,
+            encoder="e",
         ).table()
         workspace.write_arrow(f"{folder}/{name}/{shard_file(number, '.arrow')}", shard, shard.schema)

@@ -92,8 +92,21 @@ COHORTS = pa.schema(
         ("distance", pa.float32()),  # 1 - cosine to the cohort's centre; null where it has none
     ]
 )
-# Whose texts stand in for an id that has none of its own, as a release holds it: the cohort that tells most first.
+# Whose texts stand in for an id that has none of its own, as a release holds it: the cohort that tells most first; one
+# by what a user disliked as the complement of its id (cohorts.memberships.by_facet).
 MEMBERSHIPS = pa.schema([("kind", pa.string()), ("id", pa.int64()), ("cohorts", pa.list_(pa.int64()))])
+# The last that a user did, as a release keeps it for scores: aligned lists, oldest first.
+BEHAVIORS = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("times", pa.list_(pa.int64())),  # ms since 1970, UTC
+        ("items", pa.list_(pa.int64())),
+        ("ratings", pa.list_(pa.float32())),  # null where not graded
+        ("labels", pa.list_(pa.float32())),
+    ]
+)
+# One of them in memory; NaN: not graded.
+BEHAVIOR = np.dtype([("time", "<i8"), ("item", "<i8"), ("rating", "<f4"), ("label", "<f4")])
 # Prompts that were made before the shard that asks them: of cohorts, and of a refresh.
 PROMPTS = pa.schema(
     [

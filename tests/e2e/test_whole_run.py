@@ -58,7 +58,7 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     assert "semantic id " in looked_up.stdout
     assert "<td>knowledge-item</td>" in report
     assert "no knowledge" in looked_up.stdout
-    exported = CliRunner().invoke(app, ["export-ctr", str(echo_recipe)])
+    exported = CliRunner().invoke(app, ["export-ctr", str(echo_recipe), "--trial", "dcnv2/knowledge/seed-0"])
     artifact = exported.stdout.partition("--artifact ")[2].strip()
     assert (workspace / artifact / "model.json").is_file(), exported.stdout
     vectors = CliRunner().invoke(app, ["export-vectors", str(echo_recipe), "--artifact", artifact])

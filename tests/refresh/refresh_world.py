@@ -24,6 +24,7 @@ from owlrec.runner import Result, Stage, Work, run_stage
 from owlrec.schema import KNOWLEDGE, vector_matrix, vectors_schema
 from owlrec.shards import Card
 from owlrec.sources.outcomes import Labels, with_outcomes
+from owlrec.sources.splits import last_behaviors
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.refresh import Refresh
@@ -67,9 +68,13 @@ def vectors(kind: str, rows: dict[int, np.ndarray]) -> pa.Table:
 
 
 def publish_world(
-    workspace: Workspace, name: str = "first", without_text: Collection[int] = (), ids: SemanticIdConfig | None = None
+    workspace: Workspace,
+    name: str = "first",
+    without_text: Collection[int] = (),
+    ids: SemanticIdConfig | None = None,
+    history_length: int = 0,
 ) -> str:
-    """A full release of the world's users and films, with semantic ids where asked for."""
+    """A full release of the world's users and films, with semantic ids and behaviors where asked for."""
     users = [u for u in range(1, 41) if u not in without_text]
     items = range(100, 130)
     texts = [
@@ -85,9 +90,15 @@ def publish_world(
         matrix = vector_matrix(table).astype(np.float32)
         quantisers[kind] = train_quantiser(matrix, ids)
         tables[kind] = with_codes(table, code_vectors(quantisers[kind], table["id"].to_numpy(), matrix))
-    info = ReleaseInfo(fingerprint=fingerprint(name), model="echo", encoder="minilm")
+    info = ReleaseInfo(fingerprint=fingerprint(name), model="echo", encoder="minilm", history_length=history_length)
+    behaviors = [last_behaviors(workspace.read_table("interactions"), history_length)] if history_length else []
     return publish(
-        workspace, knowledge=texts, vectors=list(tables.values()), quantisers=quantisers or None, info=info
+        workspace,
+        knowledge=texts,
+        vectors=list(tables.values()),
+        behaviors=behaviors,
+        quantisers=quantisers or None,
+        info=info,
     ).name
 
 

@@ -36,6 +36,7 @@ from owlrec.ctr.features import (
     refuse_labels,
     value_codes,
 )
+from owlrec.ctr.warm_start import grown
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import SAMPLE_ROWS
@@ -173,6 +174,7 @@ def encode_tables(
     profile: Sequence[str],
     min_item_count: int,
     soft_labels: SoftLabels | None = None,
+    before: Vocabularies | None = None,
     pool: Pool | None = None,
 ) -> None:
     """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`; shards that
@@ -181,6 +183,7 @@ def encode_tables(
     attributes, profile, min_item_count, and errors: as of `build_features`. soft_labels: probabilities to blend with
     the labels of train; their pairs without a label are trained on as well. An item that only such pairs show is known,
     too; the counts of items remain those of logged interactions.
+    before: what the vocabularies grow from.
     """
     encoded = f"{folder}/{ENCODED}"
     if workspace.exists(encoded, _DONE):
@@ -210,6 +213,8 @@ def encode_tables(
             workspace, encoded, profile, {s.number: int(made[s.name].counts["train"]) for s in shards}
         ),
     )
+    if before is not None:
+        vocabularies = grown(vocabularies, before, ids)
     write_vocabularies(workspace, folder, vocabularies)
     write_items(workspace, folder, encode_items(item_shards(workspace, vocabularies), vocabularies), counts)
     length = max(1, *(int(card.counts["history_length"]) for card in cards))

@@ -5,7 +5,7 @@ selects on test, which flatters every figure). Vectors are gathered by id, from 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from owlrec.ctr.checkpoint import CheckpointFile
 from owlrec.ctr.codes import code_sizes
 from owlrec.ctr.epochs import Epochs
 from owlrec.ctr.experiment import CTRConfig, Metrics, Trial, TrialResult
-from owlrec.ctr.features import Features, Split
+from owlrec.ctr.features import Features, Split, Vocabularies
 from owlrec.ctr.knowledge import VectorTable, refuse_two_sizes
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.order import scan_steps, segments
@@ -80,11 +80,13 @@ def train_one(
     config: CTRConfig,
     worker: Worker = ALONE,
     checkpoint: CheckpointFile | None = None,
+    begin: Callable[[CTRModel, Vocabularies], None] | None = None,
 ) -> Trained:
     """Trains a trial to its best valid AUC, and scores valid and test with that epoch's weights.
 
     Where world_size exceeds 1, every rank of the process group must call it; all return the same metrics and weights.
     checkpoint: the trial goes on from it where it exists, and writes it. Whoever has stored the result deletes it.
+    begin: gives the new model other weights than random ones (WarmStart.load_into).
     Raises RecipeError where training diverges, or where the arm's vectors are missing; WorkspaceError for a checkpoint
     of another model.
     """
@@ -102,7 +104,10 @@ def train_one(
         user_codes=code_sizes(tables.users) if tables and tables.form != "vectors" else (),
         item_codes=code_sizes(tables.items) if tables and tables.form != "vectors" else (),
     )
-    model = CTRModel(spec, data.features.items).to(worker.device)
+    model = CTRModel(spec, data.features.items)
+    if begin is not None:
+        begin(model, data.features.vocabularies)
+    model = model.to(worker.device)
     train, labels = splits["train"].split, _columns(splits["valid"].split, "labels")[0]
     if checkpoint is not None:
         checkpoint = checkpoint.of(

@@ -1,5 +1,7 @@
 """A plan carried out: texts, vectors, a delta release, then every user's state as the answers left it.
 
+The delta has the last behaviors of all users with new events, and texts and vectors of those who were asked about.
+
 Texts and vectors are made by the stages of a whole run, over the plan's prompts. A new text's vector becomes the user's
 partition 0 and the vectors before it move on by one (LIBER fuses several), as far as they are kept. Its semantic id
 comes from the codebooks of the release that the delta stands on: new ones would leave the ids of all other users
@@ -7,7 +9,7 @@ without a meaning. A user whose answer failed keeps the text of the parent relea
 refresh.partitions).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -109,10 +111,10 @@ def published_delta(workspace: Workspace, plan: RefreshPlan) -> Card | None:
 
 @dataclass(frozen=True)
 class Delta:
-    """Encodes a plan's texts and publishes them on top of the release that it was planned on."""
+    """Encodes a plan's texts and publishes them, and behaviors, on top of the release that it was planned on."""
 
     workspace: Workspace
-    plan: RefreshPlan
+    moved: Moved
     job: GenerationJob
     texts: Mapping[str, Card]  # the job's shards
     engine: EngineConfig
@@ -126,9 +128,10 @@ class Delta:
         Raises ReleaseError where another release than the plan's parent is current by then, PointerHeld on a HOLD,
         EngineError where the encoder does not load.
         """
-        workspace, plan = self.workspace, self.plan
-        folder, vectors = self._encode()
+        workspace, plan, behaviors = self.workspace, self.moved.plan, self.moved.behaviors
+        folder, vectors = self._encode() if any(card.rows_out for card in self.texts.values()) else ("", {})
         contents = [f.sha256 for card in (*self.texts.values(), *vectors.values()) for f in card.files.values()]
+        contents += [file.sha256 for file in behaviors.values()]
         info = ReleaseInfo(
             fingerprint=fingerprint("delta", plan.fingerprint, self.partitions, sorted(contents)),
             model=getattr(self.engine, "model", self.engine.type),
@@ -140,7 +143,9 @@ class Delta:
         manifest = whole_release(workspace, info)
         if manifest is None:
             shards = tuple(Shard.of_name(name).number for name in vectors)
-            delta = DeltaRows(self.job.folder, folder, shards, plan.n_shards, plan.parent, self.partitions)
+            moved = tuple(shard.number for shard in behaviors)
+            folders = (self.job.folder, folder, f"{plan.part('interests')}/behaviors")
+            delta = DeltaRows(*folders, shards, moved, plan.n_shards, plan.parent, self.partitions)
             manifest = build_release(workspace, info, delta, n_parts, pool=pool)
         Artifact(workspace, plan.folder).finish(delta_card(plan, manifest.name, self.job.folder))
         make_current(workspace, manifest.name, expected=plan.parent)
@@ -149,7 +154,7 @@ class Delta:
     def _encode(self) -> tuple[str, dict[str, Card]]:
         """The folder of the vectors, with their semantic ids, and the cards of the shards with texts."""
         workspace = self.workspace
-        quantiser = read_codebooks(workspace, chain(workspace, self.plan.parent)[-1]).get("user")
+        quantiser = read_codebooks(workspace, chain(workspace, self.moved.plan.parent)[-1]).get("user")
         codebooks = quantiser.fingerprint if quantiser else ""
         folder = f"vectors/{fingerprint('delta', self.job.fingerprint, self.encoder.identity, codebooks)[:16]}"
         config = self.encoder
@@ -164,11 +169,13 @@ class Delta:
 
 @dataclass(frozen=True)
 class DeltaRows:
-    """The rows of a delta: renewed texts, and their vectors before those of earlier partitions."""
+    """The rows of a delta: renewed texts, their vectors before those of earlier partitions, and behaviors."""
 
     knowledge: str  # folders, relative to the workspace
     vectors: str
-    shards: tuple[int, ...]  # of users, of `n_shards`
+    behaviors: str
+    shards: tuple[int, ...]  # of users with new texts, of `n_shards`
+    moved: tuple[int, ...]  # those with new behaviors
     n_shards: int
     parent: str
     partitions: int
@@ -176,9 +183,17 @@ class DeltaRows:
     def write(self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int) -> None:
         """See releases.build.Rows.write."""
         common = min(n_parts, self.n_shards) - 1  # an id's shard and its part have these bits in common
-        numbers = [number for number in self.shards if number & common == part & common]
-        if not numbers:
-            return
+        if numbers := [number for number in self.shards if number & common == part & common]:
+            self._write_texts(workspace, writer, part, n_parts, numbers)
+        if numbers := [number for number in self.moved if number & common == part & common]:
+            files = [f"{self.behaviors}/{Shard('user', number).file()}" for number in numbers]
+            rows = pa.concat_tables(in_threads(workspace.read_parquet, files))
+            mine = rows.filter(pa.array(shard_of(rows["id"].to_numpy(), n_parts) == part))
+            writer.add_behaviors(mine, name=workspace.path(files[0]))
+
+    def _write_texts(
+        self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int, numbers: Sequence[int]
+    ) -> None:
         texts = [f"{self.knowledge}/{Shard('user', number).file()}" for number in numbers]
         files = [f"{self.vectors}/{Shard(VECTORS, number).file('.arrow')}" for number in numbers]
         knowledge = pa.concat_tables(in_threads(workspace.read_parquet, texts))

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.refresh.behaviors import renewed_behaviors
 from owlrec.refresh.budget import DUE, rank_digits
 from owlrec.refresh.config import RefreshConfig
 from owlrec.refresh.drift import Gather, drifts, priorities, sum_vectors
@@ -107,6 +108,9 @@ class InterestsStage(Stage):
         if len(events):
             users = advance(tables, users, events, plan.horizon, self.resources.item_vectors)
             write("users", to_table(list(users.values())))
+            moved = [users[id_] for id_ in np.unique(events.user).tolist()]
+            if (renewed := renewed_behaviors(moved, self.resources.release)).num_rows:
+                write("behaviors", renewed)
         due, next_due = assess(
             list(users.values()), plan.clock, self.config, self.resources.catalog, self.resources.item_vectors
         )

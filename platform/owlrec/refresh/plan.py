@@ -145,7 +145,9 @@ class Planner:
         for shard, card in asked.items():
             state.shards[shard.number].waiting -= card.rows_out
         state.counts = _counts([*of_events, *cards.values(), *asked.values()])
-        return Moved(plan, state, {shard: card.files[shard.file()] for shard, card in asked.items()})
+        moved = {Shard.of_name(name): card.files for name, card in cards.items()}
+        behaviors = {s: files[path] for s, files in moved.items() if (path := f"behaviors/{s.file()}") in files}
+        return Moved(plan, state, {shard: card.files[shard.file()] for shard, card in asked.items()}, behaviors)
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ class Moved:
     plan: RefreshPlan
     state: State  # with all new events in their users' short terms
     prompts: Mapping[Shard, FileEntry]  # by shard
+    behaviors: Mapping[Shard, FileEntry]  # by shard with new events, where the parent release keeps behaviors
 
 
 def _state_after(plan: RefreshPlan, base: State, cards: Mapping[str, Card]) -> State:

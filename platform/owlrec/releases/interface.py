@@ -14,6 +14,7 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 
+from owlrec.cohorts.memberships import by_facet
 from owlrec.tombstones import Tombstones
 
 _Value = TypeVar("_Value")
@@ -109,7 +110,11 @@ class KnowledgeStore(ABC):
 
     def cohorts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...]]:
         """The cohorts of each id, the one that tells most first; an empty tuple where it has none."""
-        return [group or () for group in self.memberships(kind, ids)]
+        return [liked + disliked for liked, disliked in self.facets(kind, ids)]
+
+    def facets(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The cohorts of each id, and apart from them those of users by what they disliked."""
+        return [by_facet(group or ()) for group in self.memberships(kind, ids)]
 
     def _stand_ins(self, kind: str, ids: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
         """The cohorts of each id, and all of them, each once."""
@@ -138,7 +143,13 @@ class KnowledgeStore(ABC):
 
     @abstractmethod
     def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
-        """The cohorts of each id; None where nothing is said of it, () where it is said that it has none."""
+        """The cohorts of each id, as `by_facet` reads them; None where nothing is said of it, () where it is said that
+        it has none.
+        """
+
+    @abstractmethod
+    def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
+        """The last behaviors of each user, oldest first: schema.BEHAVIOR [k]; None of those without any."""
 
     @abstractmethod
     def count(self, kind: str) -> int:
@@ -205,6 +216,10 @@ class ChainedStore(KnowledgeStore, Generic[_Store]):
         """See KnowledgeStore.memberships."""
         return self._newest(lambda layer, asked: layer.memberships(kind, asked), ids)
 
+    def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
+        """See KnowledgeStore.behaviors."""
+        return self._newest(lambda layer, asked: layer.behaviors(asked), ids)
+
     def count(self, kind: str) -> int:
         """See KnowledgeStore.count."""
         return self._totals.get(kind, 0)
@@ -259,6 +274,10 @@ class TombstonedStore(KnowledgeStore):
     def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
         """See KnowledgeStore.memberships."""
         return self._without(kind, ids, self._store.memberships(kind, ids))
+
+    def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
+        """See KnowledgeStore.behaviors."""
+        return self._without("user", ids, self._store.behaviors(ids))
 
     def count(self, kind: str) -> int:
         """See KnowledgeStore.count: as the release was built, those who are forgotten since included."""

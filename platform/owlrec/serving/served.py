@@ -20,6 +20,7 @@ from owlrec.serving.telemetry import Telemetry
 from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
+REFRESH_S = 1.0  # between two looks for another release, where nothing else is asked for
 _log = logging.getLogger("owlrec.serving")
 
 
@@ -132,9 +133,9 @@ class ServedReleases:
 
 @asynccontextmanager
 async def following(
-    served: ServedReleases, every_s: float, telemetry: Telemetry, *, on_swap: Callable[[str | None], None]
+    served: ServedReleases, every_s: float, telemetry: Telemetry, *, on_swap: Callable[[str | None], None] | None = None
 ) -> AsyncIterator[None]:
-    """Follows the pointer for the block: an application's lifespan.
+    """Follows the pointer for the block: an application's or a replica's life.
 
     on_swap: called, from a thread, with the name of the release that took another's place.
     """
@@ -145,7 +146,8 @@ async def following(
             await asyncio.sleep(every_s)
             if await asyncio.to_thread(served.refresh):
                 telemetry.count("swaps")
-                await asyncio.to_thread(on_swap, served.name)
+                if on_swap is not None:
+                    await asyncio.to_thread(on_swap, served.name)
             with suppress(Problem), served.lease() as release:
                 age = datetime.now(UTC) - datetime.fromisoformat(release.manifest.created)
                 telemetry.gauge("release_age_s", age.total_seconds())

@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt, field_validator
 from owlrec.config import Config
 from owlrec.errors import SchemaError
 from owlrec.ordered import rows_of, run_starts
-from owlrec.schema import HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, shard_of
+from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, shard_of
 from owlrec.sources.outcomes import POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
 from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
@@ -524,11 +524,11 @@ def sample_counts(behaviors: Behaviors, samples: Samples, texts: Texts) -> dict[
     }
 
 
-def last_behaviours(interactions: pa.Table, history_length: int) -> pa.Table:
-    """What a CTR model reads of each user from now on: one row per user, ascending, with their last behaviors.
+def last_behaviors(interactions: pa.Table, history_length: int) -> pa.Table:
+    """What a model reads of each user from now on (schema.BEHAVIORS): one row per user, ascending, with at most
+    `history_length` behaviors, in the order of samples' histories.
 
-    interactions: as `prepare` has written them. Columns user_id, history, history_ratings and history_labels, as in
-    schema.SAMPLES.
+    interactions: a shard of them, as `prepare` has written it.
     """
     if _holds_taken_alone(interactions):
         interactions = interactions.filter(_taken(interactions))
@@ -537,11 +537,13 @@ def last_behaviours(interactions: pa.Table, history_length: int) -> pa.Table:
     end = np.r_[start[1:], len(behaviors.user)]
     start = np.maximum(start, end - history_length)
     columns = {
-        "history": _lists(behaviors.item, start, end),
-        "history_ratings": _lists(behaviors.rating, start, end, nulls=True),
-        "history_labels": _lists(behaviors.label, start, end),
+        "id": ids,
+        "times": _lists(behaviors.time, start, end),
+        "items": _lists(behaviors.item, start, end),
+        "ratings": _lists(behaviors.rating, start, end, nulls=True),
+        "labels": _lists(behaviors.label, start, end),
     }
-    return pa.table({"user_id": ids, **columns})
+    return pa.table(columns, schema=BEHAVIORS)
 
 
 def _lists(values: np.ndarray, start: np.ndarray, end: np.ndarray, *, nulls: bool = False) -> pa.ChunkedArray:
