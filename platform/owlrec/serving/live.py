@@ -14,7 +14,6 @@ from owlrec.releases.interface import ChainedStore
 from owlrec.releases.lmdb import LmdbStore
 from owlrec.releases.release import Release, ReleaseSource
 from owlrec.serving.served import ServedReleases
-from owlrec.tombstones import Tombstones
 
 
 def live_state(artifact: Artifact, release: Release, held: Mapping[str, FieldCache] | None = None) -> LiveState:
@@ -49,7 +48,7 @@ class ScoredReleases:
         """See ReleaseSource.current."""
         return self._source.current()
 
-    def forgotten(self) -> Tombstones:
+    def forgotten(self) -> str:
         """See ReleaseSource.forgotten."""
         return self._source.forgotten()
 
