@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from owlrec.ctr.experiment import summarise, trials
 from owlrec.ctr.reduction import reduce_once
 from owlrec.ctr.training import needs_ray, stage_pool, train_trials
+from owlrec.encoding.vector_shards import partitions_folder
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.runner import Pool
-from owlrec.shards import Card, finished_stage, needed_stage
+from owlrec.shards import Artifact, Card, finished_stage, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session
@@ -26,12 +27,13 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
     settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
-    grid_print = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, settings)
+    partitions = partitions_read(recipe, workspace)
+    grid_print = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, settings, *partitions)
     grid = trials(recipe.ctr)
 
     def body() -> tuple[Counts, Outputs]:
         read = encoded if recipe.ctr.arms != ("none",) else None
-        written = vector_folders(workspace, read.outputs["vectors"]) if read else {}
+        written = written_vectors(recipe, workspace, read)
         note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
             pool = stage_pool(workspace, int(prepared.counts["samples"]))
@@ -62,14 +64,31 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     )
 
 
-def vector_folders(workspace: Workspace, folder: str) -> dict[str, dict[str, str]]:
-    """Source -> side -> the folder that holds the vectors <source>-<side>, of all that `encode` wrote of a side."""
+def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, str]]:
+    """Source -> side -> the folder that holds the vectors <source>-<side>, of all that was written of a side."""
     sources: dict[str, dict[str, str]] = {}
-    for name in workspace.names(folder):
-        source, _, side = name.rpartition("-")
-        if side in ("user", "item"):
-            sources.setdefault(source, {})[side] = folder
+    for folder in folders:
+        for name in workspace.names(folder):
+            source, _, side = name.rpartition("-")
+            if side in ("user", "item"):
+                sources.setdefault(source, {})[side] = folder
     return sources
+
+
+def written_vectors(recipe: Recipe, workspace: Workspace, encoded: Card | None) -> dict[str, dict[str, str]]:
+    """The same of what `encode` wrote, and of the partitions that refreshes have read, where an arm reads them."""
+    folders = [encoded.outputs["vectors"]] if encoded else []
+    return vector_folders(workspace, *folders, *_partitions(recipe))
+
+
+def partitions_read(recipe: Recipe, workspace: Workspace) -> list[str]:
+    """Digests of those partitions: what a grid depends on."""
+    cards = [c for folder in _partitions(recipe) for c in Artifact(workspace, folder).cards().values()]
+    return sorted(file.sha256 for card in cards for file in card.files.values())
+
+
+def _partitions(recipe: Recipe) -> list[str]:
+    return [partitions_folder(recipe.encoder.identity)] if "streaming" in recipe.ctr.arms else []
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""A sample's slots of interest partitions: the newest ones that are strictly earlier, however they are stored."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from owlrec.ctr.batches import SplitTensors, Tables
+from owlrec.ctr.experiment import Trial
+from owlrec.ctr.features import Histories, SampleFeatures
+from owlrec.ctr.fitting import tables_of
+from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable
+from owlrec.ctr.partition_slots import partition_slots
+from owlrec.ctr.reduction import open_tables
+from owlrec.encoding.vector_shards import PARTITIONS, VectorShard, VectorShards, partitions_folder
+from owlrec.schema import shard_of
+from owlrec.workspace import Workspace, shard_file
+
+IDS = np.array([1, 1, 1, 1, 2, 5, 5])
+AS_OF = np.array([10, 20, 30, 40, 15, 7, 8])
+VECTORS = np.arange(1, 8, dtype=np.float16)[:, None] * np.ones(2, dtype=np.float16)
+
+
+def store(workspace: Workspace, name: str = PARTITIONS) -> str:
+    """The rows above in four shards."""
+    folder = partitions_folder("minilm")
+    workspace.fix_shards({"user": 4})
+    for number in range(4):
+        mine = shard_of(IDS, 4) == number
+        digests, codes = np.zeros((mine.sum(), 16), np.uint8), np.zeros((mine.sum(), 0), np.uint16)
+        table = VectorShard("user", IDS[mine], AS_OF[mine], VECTORS[mine], digests, codes).table()
+        workspace.write_arrow(f"{folder}/{name}/{shard_file(number, '.arrow')}", table, table.schema)
+    return folder
+
+
+@pytest.fixture(params=["held", "mapped"])
+def partitions(request: pytest.FixtureRequest, workspace: Workspace) -> VectorTable:
+    if request.param == "held":
+        return KnowledgeTable(IDS, VECTORS, AS_OF)
+    return MappedTable(VectorShards(workspace, store(workspace), PARTITIONS))
+
+
+def read(partitions: VectorTable, ids: list[int], before: list[int] | None) -> list[list[float]]:
+    """The first components of what the slots read of each id, 0 for nothing."""
+    moments = None if before is None else np.array(before)
+    slots = [of["user"] for of in partition_slots(partitions).values()]
+    found = [slot.vectors_at(slot.find(np.array(ids), moments))[:, 0] for slot in slots]
+    return np.stack(found, axis=1).tolist()
+
+
+def test_slots_read_the_newest_partitions_before_a_sample(partitions: VectorTable) -> None:
+    assert read(partitions, [1, 1, 1, 1, 2, 3, 5], [41, 40, 11, 10, 16, 99, 8]) == [
+        [4, 3, 2], [3, 2, 1], [1, 0, 0], [0, 0, 0], [5, 0, 0], [0, 0, 0], [6, 0, 0],
+    ]  # fmt: skip
+    assert read(partitions, [1, 5], None) == [[4, 3, 2], [7, 6, 0]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), unique=True, max_size=12),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 10)), max_size=8),
+)
+def test_no_sample_reads_a_partition_of_its_moment_or_later(
+    kept: list[tuple[int, int]], samples: list[tuple[int, int]]
+) -> None:
+    rows = np.array(sorted(kept), dtype=np.int64).reshape(-1, 2)
+    table = KnowledgeTable(rows[:, 0], np.ones((len(rows), 1), np.float16), rows[:, 1])
+    asked = np.array(samples, dtype=np.int64).reshape(-1, 2)
+    for older, of in enumerate(partition_slots(table).values()):
+        found = of["user"].find(asked[:, 0], asked[:, 1])
+        for (id_, moment), row in zip(samples, found.tolist(), strict=True):
+            earlier = [as_of for other, as_of in sorted(kept) if other == id_ and as_of < moment]
+            expected = earlier[-1 - older] if len(earlier) > older else None
+            assert (rows[row].tolist() if row >= 0 else None) == (None if expected is None else [id_, expected])
+
+
+def test_the_arm_streaming_reads_partitions_and_what_it_reads_differs_from_knowledge(workspace: Workspace) -> None:
+    folder = store(workspace)
+    store(workspace, "knowledge-user")
+    workspace.fix_shards({"item": 1})
+    digests, codes = np.zeros((1, 16), np.uint8), np.zeros((1, 0), np.uint16)
+    table = VectorShard("item", np.array([9]), np.array([0]), VECTORS[:1], digests, codes).table()
+    workspace.write_arrow(f"{folder}/knowledge-item/{shard_file(0, '.arrow')}", table, table.schema)
+    given_ = open_tables(workspace, {"knowledge": {"user": folder, "item": folder}, "streaming": {"user": folder}})
+    masks = {}
+    for arm in ("knowledge", "streaming"):
+        tables = tables_of(Trial.model_validate({"backbone": "din", "arm": arm, "seed": 0}), given_)
+        assert isinstance(tables, Tables)
+        none = np.zeros(0, np.int32)
+        histories = Histories(np.zeros(2, np.int64), np.zeros(2, np.int32), none, none, 1)
+        samples = SampleFeatures(
+            np.array([1, 2]), np.array([9, 9]), np.zeros(2, np.int32), histories, np.zeros((2, 0), np.int32),
+            np.zeros(2, np.float32), np.array([25, 15]),
+        )  # fmt: skip
+        user = SplitTensors(samples, tables, "cpu").batch(torch.arange(2)).user
+        assert user is not None
+        masks[arm] = user.mask[user.rows].tolist()
+    assert masks["knowledge"] == [[True], [False]]
+    assert masks["streaming"] == [[True, True, True, False], [False] * 4]
