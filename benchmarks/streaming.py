@@ -21,13 +21,12 @@ import pyarrow as pa
 
 from benchmarks.samples import RATED, labelled
 from benchmarks.table import Figure, options_parser, show
-from owlrec.ctr.arms import PARTITION_SLOTS, STREAMING
+from owlrec.ctr.arms import STREAMING
 from owlrec.ctr.comparison import GridScores, weigh
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import build_features
 from owlrec.ctr.fitting import TrainingData, train_one
 from owlrec.ctr.knowledge import KnowledgeTable, VectorTable, open_vectors
-from owlrec.ctr.partition_slots import partition_slots
 from owlrec.ctr.reduction import reduced
 from owlrec.encoding.vector_shards import PARTITIONS, VectorShards, partitions_folder
 from owlrec.generation import EchoEngineConfig, EngineConfig, VllmEngineConfig, token_counter
@@ -349,16 +348,15 @@ def _aucs(
     )
     tables = reduced(tables, CTRConfig().knowledge_dim)  # as `train_ctr` does
     fixed, partitions, items = tables["fixed"], tables["partitions"], tables["items"]
-    slots = partition_slots(partitions)
     users: dict[str, dict[str, VectorTable]] = {
         "fixed": {"knowledge": fixed},
         "full": {"knowledge": _joined(fixed, tables["again"])},
         "streaming": {"knowledge": _joined(fixed, partitions)},
-        "partitions": {"knowledge": fixed, STREAMING: partitions, **{slot: of["user"] for slot, of in slots.items()}},
+        "partitions": {"knowledge": fixed, STREAMING: partitions},
     }
     test = features.splits["test"].whole()
     read = {name: np.mean(sources["knowledge"].find(test.user_ids, test.times) >= 0) for name, sources in users.items()}
-    read["partitions"] = np.mean(slots[PARTITION_SLOTS[0]]["user"].find(test.user_ids, test.times) >= 0)
+    read["partitions"] = np.mean(partitions.find(test.user_ids, test.times) >= 0)
     assert read["partitions"] > 0, "no sample reads a partition"
     for backbone in backbones:
         scores: dict[str, np.ndarray] = {}

@@ -29,8 +29,8 @@ Arm = Literal[
 Form = Literal["vectors", "codes", "both"]
 DISLIKED = "disliked"  # of a user's cohort by what they disliked, beside "collective" of what they liked
 STREAMING = "streaming"  # the source in which refreshes keep a vector of each partition of a user's interests
-# A sample's slots for those that are earlier than it, the newest first (LIBER, arXiv 2411.14713).
-PARTITION_SLOTS = ("partition-1", "partition-2", "partition-3")
+# Of a user's texts, before the newest one in the slot of "knowledge" (LIBER, arXiv 2411.14713); the newest first.
+OLDER_PARTITIONS = ("partition-1", "partition-2", "partition-3")
 
 
 def arm_parts(arm: Arm) -> tuple[str, Form]:
@@ -54,8 +54,9 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
     """Which of the vectors that were given an arm reads.
 
     `collective` reads the knowledge of cohorts, of users by what they liked and, where that was given, by what they
-    disliked; `both` that and the individual knowledge; `streaming` the newest partitions of a user's interests too,
-    which a refresh has read. `shuffled` reads individual knowledge, or collective knowledge where there is no other.
+    disliked; `both` that and the individual knowledge; `streaming` the newest texts of a user, those of partitions
+    that refreshes have read among them. `shuffled` reads individual knowledge, or collective knowledge where there is
+    no other.
     given: source -> the sides ("user", "item") of which it has vectors.
     Raises RecipeError where a source that the arm needs was not given.
     """
@@ -87,13 +88,13 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
                 "this encoder. Run `owlrec refresh` first, or leave the arm out: without partitions it would be "
                 "`knowledge`."
             )
-        further = PARTITION_SLOTS
+        further = OLDER_PARTITIONS
     return ArmSources(user=needed + further, item=needed)
 
 
 def stored_sources(sources: ArmSources) -> set[str]:
     """The sources that hold what an arm reads: partitions stand in one."""
-    return {STREAMING if source in PARTITION_SLOTS else source for source in (*sources.user, *sources.item)}
+    return {STREAMING if source in OLDER_PARTITIONS else source for source in (*sources.user, *sources.item)}
 
 
 def bases(arm: Arm) -> tuple[Arm, ...]:

@@ -12,10 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from owlrec.ctr.arms import STREAMING
 from owlrec.ctr.experiment import grid_folder
 from owlrec.ctr.knowledge import KnowledgeTable, VectorTable, open_vectors, refuse_non_finite, refuse_two_sizes
-from owlrec.ctr.partition_slots import partition_slots
 from owlrec.encoding.coded_vectors import quantiser_folder
 from owlrec.encoding.projection import Projection, ProjectionConfig, fit_projection
 from owlrec.encoding.vector_shards import VectorShards
@@ -96,8 +94,7 @@ def reduced_folders(workspace: Workspace, folders: Folders, fingerprint: str) ->
 
 
 def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) -> dict[str, dict[str, VectorTable]]:
-    """Source -> side -> vectors and semantic ids; the slots of partitions are sources, too. held: whether small tables
-    are read into memory.
+    """Source -> side -> vectors and semantic ids. held: whether small tables are read into memory.
 
     Raises as `open_vectors` does.
     """
@@ -107,11 +104,10 @@ def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) ->
         quantiser = shards.quantiser()
         return open_vectors(shards, tuple(quantiser.sizes) if quantiser else (), held=held)
 
-    tables = {
+    return {
         source: {side: opened(folder, f"{source}-{side}") for side, folder in sides.items()}
         for source, sides in folders.items()
     }
-    return tables | partition_slots(tables[STREAMING]["user"]) if STREAMING in tables else tables
 
 
 def reduced(tables: Mapping[Name, KnowledgeTable], components: int | None) -> dict[Name, KnowledgeTable]:

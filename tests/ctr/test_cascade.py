@@ -1,4 +1,4 @@
-"""A sample's slots of interest partitions: the newest ones that are strictly earlier, however they are stored."""
+"""A sample's slots of a user's texts: the newest ones that are strictly earlier, however they are stored."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from owlrec.ctr.batches import SplitTensors, Tables
+from owlrec.ctr.cascade import cascade_slots
 from owlrec.ctr.experiment import Trial
 from owlrec.ctr.features import Histories, SampleFeatures
 from owlrec.ctr.fitting import tables_of
 from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable
-from owlrec.ctr.partition_slots import partition_slots
 from owlrec.ctr.reduction import open_tables
 from owlrec.encoding.vector_shards import PARTITIONS, VectorShard, VectorShards, partitions_folder
 from owlrec.schema import shard_of
@@ -22,14 +22,14 @@ AS_OF = np.array([10, 20, 30, 40, 15, 7, 8])
 VECTORS = np.arange(1, 8, dtype=np.float16)[:, None] * np.ones(2, dtype=np.float16)
 
 
-def store(workspace: Workspace, name: str = PARTITIONS) -> str:
-    """The rows above in four shards."""
+def store(workspace: Workspace, name: str = PARTITIONS, later: int = 0) -> str:
+    """The rows above in four shards, each so many ms later."""
     folder = partitions_folder("minilm")
     workspace.fix_shards({"user": 4})
     for number in range(4):
         mine = shard_of(IDS, 4) == number
         digests, codes = np.zeros((mine.sum(), 16), np.uint8), np.zeros((mine.sum(), 0), np.uint16)
-        table = VectorShard("user", IDS[mine], AS_OF[mine], VECTORS[mine], digests, codes).table()
+        table = VectorShard("user", IDS[mine], AS_OF[mine] + later, VECTORS[mine], digests, codes).table()
         workspace.write_arrow(f"{folder}/{name}/{shard_file(number, '.arrow')}", table, table.schema)
     return folder
 
@@ -41,42 +41,53 @@ def partitions(request: pytest.FixtureRequest, workspace: Workspace) -> VectorTa
     return MappedTable(VectorShards(workspace, store(workspace), PARTITIONS))
 
 
+RUNS = KnowledgeTable(np.array([1, 1, 2, 8]), np.full((4, 2), 50, np.float16), np.array([5, 25, 99, 1]))
+
+
 def read(partitions: VectorTable, ids: list[int], before: list[int] | None) -> list[list[float]]:
-    """The first components of what the slots read of each id, 0 for nothing."""
+    """The first components of what the slots read of each id, 0 for nothing, 50 for a text of a whole run."""
     moments = None if before is None else np.array(before)
-    slots = [of["user"] for of in partition_slots(partitions).values()]
-    found = [slot.vectors_at(slot.find(np.array(ids), moments))[:, 0] for slot in slots]
-    return np.stack(found, axis=1).tolist()
+    slots = cascade_slots(RUNS, partitions)
+    return np.stack([s.vectors_at(s.find(np.array(ids), moments))[:, 0] for s in slots], axis=1).tolist()
 
 
-def test_slots_read_the_newest_partitions_before_a_sample(partitions: VectorTable) -> None:
-    assert read(partitions, [1, 1, 1, 1, 2, 3, 5], [41, 40, 11, 10, 16, 99, 8]) == [
-        [4, 3, 2], [3, 2, 1], [1, 0, 0], [0, 0, 0], [5, 0, 0], [0, 0, 0], [6, 0, 0],
+def test_slots_read_the_newest_texts_before_a_sample_of_runs_and_partitions(partitions: VectorTable) -> None:
+    assert read(partitions, [1, 1, 1, 1, 1, 2, 3, 5, 8], [41, 40, 25, 10, 5, 16, 99, 8, 2]) == [
+        [4, 3, 50, 2], [3, 50, 2, 1], [2, 1, 50, 0], [50, 0, 0, 0], [0, 0, 0, 0], [5, 0, 0, 0], [0, 0, 0, 0],
+        [6, 0, 0, 0], [50, 0, 0, 0],
     ]  # fmt: skip
-    assert read(partitions, [1, 5], None) == [[4, 3, 2], [7, 6, 0]]
+    assert read(partitions, [1, 2, 5], None) == [[4, 3, 50, 2], [50, 5, 0, 0], [7, 6, 0, 0]]
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), unique=True, max_size=12),
-    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 10)), max_size=8),
-)
-def test_no_sample_reads_a_partition_of_its_moment_or_later(
-    kept: list[tuple[int, int]], samples: list[tuple[int, int]]
+def test_users_of_either_have_a_text() -> None:
+    table = KnowledgeTable(IDS, VECTORS, AS_OF)
+    assert cascade_slots(RUNS, table)[0].ids_in(0, 1).tolist() == [1, 2, 5, 8]
+
+
+rows = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), unique=True, max_size=12)
+
+
+@given(rows, rows, st.lists(st.tuples(st.integers(0, 4), st.integers(0, 10)), max_size=8))
+def test_no_sample_reads_a_text_of_its_moment_or_later(
+    runs: list[tuple[int, int]], kept: list[tuple[int, int]], samples: list[tuple[int, int]]
 ) -> None:
-    rows = np.array(sorted(kept), dtype=np.int64).reshape(-1, 2)
-    table = KnowledgeTable(rows[:, 0], np.ones((len(rows), 1), np.float16), rows[:, 1])
+    tables = []
+    for of_table in (runs, kept):
+        table = np.array(sorted(of_table), dtype=np.int64).reshape(-1, 2)
+        tables.append(KnowledgeTable(table[:, 0], np.ones((len(table), 1), np.float16), table[:, 1]))
     asked = np.array(samples, dtype=np.int64).reshape(-1, 2)
-    for older, of in enumerate(partition_slots(table).values()):
-        found = of["user"].find(asked[:, 0], asked[:, 1])
-        for (id_, moment), row in zip(samples, found.tolist(), strict=True):
-            earlier = [as_of for other, as_of in sorted(kept) if other == id_ and as_of < moment]
-            expected = earlier[-1 - older] if len(earlier) > older else None
-            assert (rows[row].tolist() if row >= 0 else None) == (None if expected is None else [id_, expected])
+    for older, slot in enumerate(cascade_slots(*tables)):
+        found = slot.find(asked[:, 0], asked[:, 1])
+        moments = np.full(len(found), -1)
+        moments[found >= 0] = slot.as_of_at(found[found >= 0])
+        for (id_, moment), as_of in zip(samples, moments.tolist(), strict=True):
+            earlier = sorted({at for other, at in (*runs, *kept) if other == id_ and at < moment})
+            assert as_of == (earlier[-1 - older] if len(earlier) > older else -1)
 
 
 def test_the_arm_streaming_reads_partitions_and_what_it_reads_differs_from_knowledge(workspace: Workspace) -> None:
     folder = store(workspace)
-    store(workspace, "knowledge-user")
+    store(workspace, "knowledge-user", later=1)
     workspace.fix_shards({"item": 1})
     digests, codes = np.zeros((1, 16), np.uint8), np.zeros((1, 0), np.uint16)
     table = VectorShard("item", np.array([9]), np.array([0]), VECTORS[:1], digests, codes).table()
@@ -96,4 +107,4 @@ def test_the_arm_streaming_reads_partitions_and_what_it_reads_differs_from_knowl
         assert user is not None
         masks[arm] = user.mask[user.rows].tolist()
     assert masks["knowledge"] == [[True], [False]]
-    assert masks["streaming"] == [[True, True, True, False], [False] * 4]
+    assert masks["streaming"] == [[True] * 4, [False] * 4]  # of user 1 both tables have two
