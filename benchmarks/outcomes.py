@@ -1,8 +1,7 @@
 """What a CTR model loses where a log says click or no click in place of a rating: MovieLens-100K, told in both ways.
 
 Ratings above 3 become clicks, the others impressions that were passed over. Both logs go through `prepare` and
-`train-ctr` with the same settings. The samples are not quite the same: of an impression log the LLM reads what was
-clicked, so that other behaviors are left for training and test.
+`train-ctr` with the same settings and give the same samples. What is lost are the grades of the histories.
 
     python -m benchmarks.outcomes               # DIN and DCN-V2, three seeds, some ten minutes
 """
@@ -66,7 +65,7 @@ def train(folder: Path, log: str, options: argparse.Namespace) -> dict[str, list
             "scenario": "movies",
             "workspace": str(folder / log),
             "source": {"type": "table", "items": f"{folder}/items.parquet", "interactions": f"{folder}/{log}.parquet"},
-            "split": {"history_length": 50, "cuts": "half", "kar_protocol": True},
+            "split": {"history_length": 50},
             "engine": {"type": "echo"},
             "ctr": {"backbones": BACKBONES, "arms": ["none"], "seeds": [0] if options.quick else [0, 1, 2]},
         }
