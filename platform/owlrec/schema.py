@@ -116,6 +116,7 @@ PROMPTS = pa.schema(
         ("system", pa.string()),
         ("text", pa.string()),
         ("facts", pa.string()),  # in a sentence: what stands in for an answer that cannot be used
+        ("earlier_tokens", pa.int32()),  # above 0: how much it quotes of the answer to the id's prompt before it
     ]
 )
 KNOWLEDGE = pa.schema(

@@ -159,10 +159,12 @@ def _item_counts(
 
 
 def item_ids(workspace: Workspace) -> np.ndarray:
-    """int64: of all items, ascending."""
+    """int64: of all items that `prepare` read, ascending; those of a grid stay whatever refreshes bring."""
     shards = workspace.table_shards("items")
     return np.sort(
-        np.concatenate([workspace.read_shard("items", n, ["item_id"])["item_id"].to_numpy() for n in shards])
+        np.concatenate(
+            [workspace.read_parquet(table_file("items", n), ["item_id"])["item_id"].to_numpy() for n in shards]
+        )
     )
 
 
@@ -243,9 +245,9 @@ def evaluated(sizes: Sequence[int]) -> list[int]:
 
 
 def item_shards(workspace: Workspace, vocabularies: Vocabularies) -> Iterator[pa.Table]:
-    """The shards of the items table, with those columns that are encoded."""
+    """The shards of the prepared items table, with those columns that are encoded."""
     for number in workspace.table_shards("items"):
-        yield workspace.read_shard("items", number, ["item_id", *vocabularies.attributes])
+        yield workspace.read_parquet(table_file("items", number), ["item_id", *vocabularies.attributes])
 
 
 class _EncodedShards:
@@ -297,7 +299,7 @@ def _attribute_values(workspace: Workspace, attributes: Sequence[str]) -> dict[s
     shards = workspace.table_shards("items")
     columns = workspace.parquet_file(table_file("items", 0)).schema_arrow.names
     return {
-        name: distinct_values(workspace.read_shard("items", number, [name])[name] for number in shards)
+        name: distinct_values(workspace.read_parquet(table_file("items", number), [name])[name] for number in shards)
         for name in kept_attributes(columns, attributes)
     }
 

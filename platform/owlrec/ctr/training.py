@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from owlrec.config import Config
-from owlrec.ctr.arms import arm_sources
+from owlrec.ctr.arms import arm_sources, stored_sources
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, finished_trials, grid_folder
 from owlrec.ctr.worker import Worker
 from owlrec.errors import root_mistake
@@ -82,8 +82,7 @@ def train_trials(
     done = {result.trial for result in finished_trials(workspace, fingerprint, trials)}
     pending = tuple(trial for trial in trials if trial not in done)
     if pending:
-        read = [arm_sources(trial.arm, knowledge) for trial in pending]
-        needed = {source for sources in read for source in (*sources.user, *sources.item)}
+        needed = {source for trial in pending for source in stored_sources(arm_sources(trial.arm, knowledge))}
         job = GridJob(
             settings=config,
             trials=pending,

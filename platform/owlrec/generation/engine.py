@@ -140,6 +140,7 @@ class EngineConfig(Config):
     shapes_output: ClassVar[tuple[str, ...]]  # the fields that answers depend on: no batch size, threads or time-outs
 
     type: str  # of a subclass: a Literal of its name in ENGINES
+    max_model_len: int = 8192  # tokens of a prompt and its answer together, at most
 
     def shaping(self) -> dict[str, Any]:
         """What answers depend on besides the weights, as JSON can hold it."""

@@ -46,7 +46,6 @@ class HttpEngineConfig(EngineConfig):
     timeout_s: float = Field(120.0, gt=0)
     max_attempts: int = Field(5, ge=1)
     backoff_s: float = Field(1.0, gt=0)  # before the second attempt; doubles after each, up to a minute
-    max_model_len: int = 8192
 
     @property
     def model_identity(self) -> str:

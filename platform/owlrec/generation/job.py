@@ -25,7 +25,7 @@ from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
 from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.tombstones import read_tombstones
-from owlrec.workspace import Workspace, shard_file, table_file
+from owlrec.workspace import ITEM_UPDATES, Workspace, shard_file, table_file
 
 DECODER = "decoder"  # a card's count: what the decoder counted over the shard, as JSON
 _SHARD_TABLES: dict[Kind, tuple[str, ...]] = {"user": ("users", "histories"), "item": ("items",)}
@@ -125,12 +125,16 @@ def table_inputs(workspace: Workspace, kinds: Iterable[Kind] = ("user", "item"))
         for card in Artifact(workspace, "tables").cards().values()
         for path, file in card.files.items()
     }
+    updates = Artifact(workspace, ITEM_UPDATES).cards("item")
     inputs = {}
     for kind in kinds:
         for number in range(workspace.n_shards(kind)):
             files = [f"{table}/{shard_file(number)}" for table in _SHARD_TABLES[kind]]
             digests = [written.get(file, prepared.fingerprint) for file in files]
-            inputs[Shard(kind, number)] = fingerprint(kind, number, digests)
+            shard = Shard(kind, number)
+            if shard.name in updates:
+                digests.append(updates[shard.name].files[shard.file()].sha256)
+            inputs[shard] = fingerprint(kind, number, digests)
     return inputs
 
 
