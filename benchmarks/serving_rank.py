@@ -215,12 +215,13 @@ def compare_frozen(workspace: Workspace, artifact: str, requests: int) -> list[t
         live = live_state(opened, release)
         users = np.sort(workspace.read_table("users", ["user_id"])["user_id"].to_numpy())
         items = opened.scorer.items.ids
-        ways, took = (live, _Frozen(live, users, items), live), np.zeros((requests, 3))
+        fresh = live_state(opened, release)
+        ways, took = (live, _Frozen(fresh, users, items), fresh), np.zeros((requests, 3))
         for number in range(-50, requests):  # the first ones warm caches
             user, candidates = int(draw.choice(users)), draw.choice(items, min(CANDIDATES, len(items)), replace=False)
             for way in draw.permutation(3):
                 if way == 2:
-                    live.held["user"] = live.held["user"].without(users)
+                    fresh.held["user"] = fresh.held["user"].without(users)
                 start = time.perf_counter()
                 opened.scorer.score(user, candidates, ways[way])
                 if number >= 0:
