@@ -193,7 +193,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class DeltaRows:
-    """The rows of a delta: new texts of items and users, their vectors before those of earlier partitions, behaviors."""
+    """The rows of a delta: new texts of items and users, vectors before those of earlier partitions, behaviors."""
 
     knowledge: str  # folders, relative to the workspace
     vectors: str
