@@ -12,7 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,6 @@ from benchmarks.planted import PlantedWorld, plant, sentence_vectors, trait_vect
 from benchmarks.samples import all_samples
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.arms import Arm
-from owlrec.ctr.artifact import Adapted
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitTensors
 from owlrec.ctr.comparison import Evidence, GridScores, weigh
@@ -34,18 +33,21 @@ from owlrec.ctr.experiment import CTRConfig, Trial, finished_trials, summarise, 
 from owlrec.ctr.features import build_features
 from owlrec.ctr.fitting import TrainingData, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.live import LiveState, TableKnowledge
 from owlrec.ctr.metrics import auc, gauc
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.program import export_program, load_program
 from owlrec.ctr.scores import read_grid_scores
 from owlrec.ctr.scoring import Scorer, User
 from owlrec.ctr.slices import COLD_ITEM_BELOW, slices_of
-from owlrec.ctr.user_states import UserShards, UserStates
 from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.releases.rows import encode_behaviors
+from owlrec.schema import BEHAVIOR
 from owlrec.shards import finished_stage
-from owlrec.workspace import Workspace, shard_file
+from owlrec.sources.splits import last_behaviors
+from owlrec.workspace import Workspace
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k.yaml"
 ARMS: tuple[Arm, ...] = ("none", "knowledge", "shuffled", "metadata")
@@ -163,33 +165,47 @@ def _export(options: argparse.Namespace) -> Iterator[Figure]:
         tables = data.tables(Trial(backbone="din", arm="knowledge", seed=0))
         assert tables is not None
         length = features.spec.history_length
-        for number in workspace.table_shards("users"):
-            made = UserStates.of_shard(workspace, number, features.items, features.vocabularies, length).table([])
-            workspace.write_arrow(f"states/{shard_file(number, '.arrow')}", made, made.schema)
-        states = UserShards(workspace, "states", length)
+        store = _Behaviors(workspace, length)
         for backbone in options.backbones:
             torch.manual_seed(0)
             model = CTRModel(ModelSpec.of(features.spec, backbone, 384, recipe.ctr), features.items).eval()
-            adapted = {side: Adapted.of(model, tables, side, "float32") for side in ("user", "item")}
-            scorer = Scorer(model, features.items, features.vocabularies, states, adapted)
-            example = scorer.batch(int(users["user_id"][0].as_py()), features.items.ids[:3])
+            live = LiveState(model, TableKnowledge(tables), store)
+            scorer = Scorer(model, features.items, features.vocabularies)
+            example = scorer.batch(int(users["user_id"][0].as_py()), features.items.ids[:3], live)
             program = load_program(export_program(model, example))
-            by_program = Scorer(model, features.items, features.vocabularies, states, adapted, program)
+            by_program = Scorer(model, features.items, features.vocabularies, program=program)
             trainer = SplitTensors(features.splits["test"].whole(), tables, "cpu")
             for method, path in (("model", scorer), ("program", by_program)):
-                off = _off_the_trainer(path, model, trainer, samples)
+                off = _off_the_trainer(path, live, trainer, samples)
                 for threads in (1, 2):
                     torch.set_num_threads(threads)
                     requests = 50 if options.quick else REQUESTS
-                    yield _latency(path, users["user_id"].to_numpy(), f"{backbone}, {method}", threads, off, requests)
+                    label = f"{backbone}, {method}"
+                    yield _latency(path, live, users["user_id"].to_numpy(), label, threads, off, requests)
 
 
-def _latency(scorer: Scorer, users: np.ndarray, method: str, threads: int, off: float, requests: int) -> Figure:
+class _Behaviors:
+    """In the place of a release: the interactions' last behaviors."""
+
+    def __init__(self, workspace: Workspace, length: int) -> None:
+        shards = (workspace.read_shard("interactions", n) for n in workspace.table_shards("interactions"))
+        tables = [last_behaviors(shard, length) for shard in shards]
+        self._rows = {id_: v for t in tables for id_, v in zip(t["id"].to_pylist(), encode_behaviors(t), strict=True)}
+
+    def behaviors(self, ids: Sequence[int]) -> list[np.ndarray | None]:
+        """See KnowledgeStore.behaviors."""
+        found = (self._rows.get(id_) for id_ in ids)
+        return [None if value is None else np.frombuffer(value, BEHAVIOR) for value in found]
+
+
+def _latency(
+    scorer: Scorer, live: LiveState, users: np.ndarray, method: str, threads: int, off: float, requests: int
+) -> Figure:
     rng, took = np.random.default_rng(1), []
     for number in range(requests + 20):
         user, candidates = int(rng.choice(users)), rng.choice(scorer.items.ids, CANDIDATES)
         start = time.perf_counter()
-        scorer.score(user, candidates)
+        scorer.score(user, candidates, live)
         if number >= 20:  # the first ones warm caches
             took.append((time.perf_counter() - start) * 1e3)
     p50, p99 = np.percentile(took, [50, 99])
@@ -202,13 +218,13 @@ def _latency(scorer: Scorer, users: np.ndarray, method: str, threads: int, off: 
 
 
 def _off_the_trainer(
-    scorer: Scorer, model: CTRModel, trainer: SplitTensors, samples: pa.Table, rows: int = 50
+    scorer: Scorer, live: LiveState, trainer: SplitTensors, samples: pa.Table, rows: int = 50
 ) -> float:
     """The largest difference over the first test samples, each asked for as a request of its own."""
     test = samples.filter(pc.equal(samples["split"], "test")).slice(0, rows).to_pylist()
-    asked = [scorer.score(User.of_sample(r), [r["item_id"]])[0] for r in test]
+    asked = [scorer.score(User.of_sample(r), [r["item_id"]], live)[0] for r in test]
     with torch.inference_mode():
-        trained = model(trainer.batch(torch.arange(len(test)))).double().sigmoid().numpy()
+        trained = live.model(trainer.batch(torch.arange(len(test)))).double().sigmoid().numpy()
     return float(np.abs(np.array(asked) - trained).max())
 
 

@@ -3,8 +3,9 @@ texts and vectors, each server alone on the machine with the load generator.
 
 Parts (--only): `store`, `http` (latency at 200 requests/s, greatest rate for 1 and for 256 ids), `swaps` (publish,
 swap and roll back under load), `overload` (five times what it can take), `memory` (what further replicas add), `rank`
-(by CTR alone and re-ranked by SmolLM2, see benchmarks.serving_rank). Feast runs from an environment of its own:
-`--feast DIR/bin/python`, made by `python -m venv DIR; DIR/bin/pip install feast`.
+(by CTR alone and re-ranked by SmolLM2, see benchmarks.serving_rank), `live` (how a refresh reaches scores, beside
+frozen fields). Feast runs from an environment of its own: `--feast DIR/bin/python`, made by `python -m venv DIR;
+DIR/bin/pip install feast`.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import pyarrow as pa
 
 from benchmarks.load import LoadJob
 from benchmarks.serving_processes import free_port, load, peer, process, serving, wait_for_port
-from benchmarks.serving_rank import measure_rank
+from benchmarks.serving_rank import measure_live, measure_rank
 from benchmarks.table import Figure, options_parser, show
 from owlrec.releases import KnowledgeStore, ReleaseInfo, open_release, publish, roll_back
 from owlrec.schema import KNOWLEDGE, vectors_table
@@ -31,7 +32,7 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 DIM, BATCH = 384, 256
-PARTS = ("store", "http", "swaps", "overload", "memory", "rank")
+PARTS = ("store", "http", "swaps", "overload", "memory", "rank", "live")
 OURS, PLAIN, FEAST = "owlrec", "FastAPI + SQLite", "Feast"
 BATCH_PATH = "/v1/knowledge:batchGet"
 
@@ -46,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="owlrec-serving-") as name:
         folder = Path(name)
         parts = {"store": _store, "http": _http, "swaps": _swaps, "overload": _overload, "memory": _memory}
-        parts["rank"] = measure_rank
+        parts |= {"rank": measure_rank, "live": measure_live}
         for part in options.only:
             figures += parts[part](folder / part, options)
     show("serving", figures, options)

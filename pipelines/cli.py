@@ -18,7 +18,7 @@ from owlrec.releases.release import current_release, open_release, pointer, roll
 from owlrec.schema import KINDS, Kind
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
-from pipelines import plan, push, serving, submit
+from pipelines import forget, plan, push, serving, submit
 from pipelines.serving import RecipeOption, releases_workspace
 from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors
 
@@ -86,6 +86,35 @@ def tune_ranker(recipe: RecipePath, workspace: WorkspaceOption = None) -> None:
         _stage("tune_ranker")(settings, open_workspace(settings))
 
 
+@app.command("score-pairs")
+def score_pairs(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    retry_dead: Annotated[
+        bool, typer.Option("--retry-dead", help="ask again about the pairs that ended as dead letters")
+    ] = False,
+    max_replicas: Annotated[int | None, typer.Option("--max-replicas", help="in place of the recipe's own")] = None,
+) -> None:
+    """Write the LLM's probability of Yes for pairs of user and item, which CTR models then learn from."""
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+        _stage("score_pairs")(settings, open_workspace(settings), retry_dead=retry_dead)
+
+
+@app.command("train-ctr")
+def train_ctr(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    warm_start: Annotated[
+        str | None, typer.Option("--warm-start", help="go on from this artifact of `owlrec export-ctr`")
+    ] = None,
+) -> None:
+    """Train the CTR models of a recipe, as `owlrec run` does, or go on from an exported one on newer samples."""
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace)
+        _stage("train_ctr")(settings, open_workspace(settings), warm_start=warm_start)
+
+
 @app.command("export-ctr")
 def export_ctr(
     recipe: RecipePath,
@@ -93,12 +122,11 @@ def export_ctr(
     trial: Annotated[
         str | None, typer.Option("--trial", help="such as din/knowledge/seed-0; default: the best on valid")
     ] = None,
-    half: Annotated[bool, typer.Option("--half", help="what is stored of each id in half precision")] = False,
 ) -> None:
     """Write a trained CTR model as an artifact that a serving process opens."""
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace)
-        exported = _stage("export_ctr")(settings, open_workspace(settings), trial=trial, half=half)
+        exported = _stage("export_ctr")(settings, open_workspace(settings), trial=trial)
         note(f"serve it with --artifact {exported.outputs['model']}")
 
 
@@ -322,6 +350,7 @@ def doctor(
 app.command()(serving.serve)
 app.command()(serving.keys)
 app.command()(push.push)
+app.command()(forget.forget)
 app.command()(submit.submit)
 app.command()(plan.plan)
 

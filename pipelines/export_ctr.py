@@ -1,13 +1,14 @@
 """The trial with the best valid AUC as an artifact that a serving process opens, checked against the trainer."""
 
-from owlrec.ctr.arms import arm_parts, arm_sources
-from owlrec.ctr.artifact import PROGRAM, SIDES, artifact_folder, write_artifact
+from owlrec.ctr.arms import arm_parts, arm_sources, stored_sources
+from owlrec.ctr.artifact import PROGRAM, RELEASED, read_by, write_artifact
 from owlrec.ctr.encoded import item_shards
 from owlrec.ctr.experiment import TrialResult, finished_trials, grid_folder, trials
 from owlrec.ctr.export import read_vocabularies
 from owlrec.ctr.features import encode_items
 from owlrec.ctr.fitting import tables_of
-from owlrec.ctr.model_card import ModelCard, Precision, finish_artifact
+from owlrec.ctr.live import LiveState, TableKnowledge
+from owlrec.ctr.model_card import ModelCard, finish_artifact
 from owlrec.ctr.parity import TOLERANCE, largest_difference
 from owlrec.ctr.program import export_program
 from owlrec.ctr.reduction import open_tables, reduced_folders
@@ -19,40 +20,37 @@ from owlrec.shards import Card, finished_stage, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.stage import Counts, Outputs, execute, main
-from pipelines.train_ctr import shard_pool, vector_folders
+from pipelines.train_ctr import shard_pool, written_vectors
 
 
-def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half: bool = False) -> Card:
+def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None) -> Card:
     """Writes the artifact; its folder is the manifest's output `model`.
 
-    trial: its path (din/knowledge/seed-0), in place of the best one. half: fields of knowledge as float16.
+    trial: its path (din/knowledge/seed-0), in place of the best one.
     """
     grid = needed_stage(workspace, "train_ctr", "nothing trained yet").outputs["grid"]
     encoded = finished_stage(workspace, "encode")
     best = _chosen(finished_trials(workspace, grid, trials(recipe.ctr)), trial)
-    precision: Precision = "float16" if half else "float32"
 
     def body() -> tuple[Counts, Outputs]:
-        written = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
+        written = written_vectors(recipe, workspace, encoded)
         folders = reduced_folders(workspace, written, grid)
         sources = arm_sources(best.arm, folders)
-        read = {source: folders[source] for source in {*sources.user, *sources.item}}
+        read = {source: folders[source] for source in stored_sources(sources)}
         tables = tables_of(best.trial, open_tables(workspace, read, held=False))
         vocabularies = read_vocabularies(workspace, grid_folder(grid))
         items = encode_items(item_shards(workspace, vocabularies), vocabularies)
-        folder = artifact_folder(grid, best.trial)
         projection = next((path for name in read if folders is not written for path in folders[name].values()), None)
         with shard_pool(recipe, workspace) as pool:
-            rows = write_artifact(
-                workspace, grid, best, items, tables, precision=precision, projection=projection, pool=pool
-            )
-        scorer = Scorer.load(workspace, folder)
-        example = scorer.batch(User(history=items.ids[:1].tolist()), items.ids[:3].tolist() or [0, 0, 0])
+            folder = write_artifact(workspace, grid, best.trial, items, projection=projection, pool=pool)
+        scorer = Scorer.open(workspace, folder)
+        live = LiveState(scorer.model, TableKnowledge(tables) if tables else None)
+        example = scorer.batch(User(history=items.ids[:1].tolist()), items.ids[:3].tolist() or [0, 0, 0], live)
         workspace.write_bytes(f"{folder}/{PROGRAM}", export_program(scorer.model, example))
         differences = {}
-        for name, path in (("model", scorer), ("program", Scorer.load(workspace, folder, program=True))):
-            differences[name] = largest_difference(path, workspace, grid, best.trial)
-            if not differences[name] <= TOLERANCE[precision]:
+        for name, path in (("model", scorer), ("program", Scorer.open(workspace, folder, program=True))):
+            differences[name] = largest_difference(path, tables, workspace, grid, best.trial)
+            if not differences[name] <= TOLERANCE:
                 raise WorkspaceError(
                     f"{workspace.path(folder)}: the exported {name} scores up to {differences[name]:.1e} off the "
                     f"trainer's test scores. Were tables or vectors rewritten since? Run `train_ctr` again."
@@ -61,36 +59,37 @@ def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None, half:
         card = ModelCard(
             trial=best.trial,
             grid=grid,
-            precision=precision,
-            users=rows["users"],
             items=len(items.ids),
-            adapted={side: rows[f"adapted-{side}"] for side in SIDES if tables is not None},
+            reads=read_by(workspace, best.trial, folders),
             valid=best.valid,
             test=best.test,
         )
         finish_artifact(workspace, folder, card)
-        counts: Counts = {"users": card.users, "items": card.items}
+        counts: Counts = {"items": card.items}
         counts |= {f"{name}_difference": difference for name, difference in differences.items()}
         return counts, {"model": folder}
 
     return execute(
         workspace,
         "export_ctr",
-        fingerprint(grid, best.trial, precision),
+        fingerprint(grid, best.trial),
         f"{best.trial.path} as an artifact",
         body,
     )
 
 
 def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
-    """The best on valid among trials that could be served: shuffled knowledge is a control, not a model."""
-    servable = {r.trial.path: r for r in results if arm_parts(r.arm)[0] != "shuffled"}
+    """The best on valid among the trials whose vectors a release holds: the others are controls."""
+    servable = {r.trial.path: r for r in results if arm_parts(r.arm)[0] in RELEASED}
     if path is not None and path not in servable:
-        raise RecipeError(f"there is no trained trial '{path}' to export.{did_you_mean(path, servable)}")
+        raise RecipeError(
+            f"there is no trained trial '{path}' to export, of an arm whose vectors a release holds "
+            f"({', '.join(RELEASED)}).{did_you_mean(path, servable)}"
+        )
     if not servable:
-        raise WorkspaceError("no trial of the recipe's arms has finished, or only shuffled ones. Run `train_ctr`.")
+        raise WorkspaceError("no trial of the recipe's arms has finished, or only controls. Run `train_ctr`.")
     return servable[path] if path else max(servable.values(), key=lambda r: r.valid.auc)
 
 
 if __name__ == "__main__":
-    main(run, __doc__ or "", half="fields of knowledge as float16: half the size")
+    main(run, __doc__ or "")

@@ -6,14 +6,16 @@ from typing import cast
 import numpy as np
 import pyarrow as pa
 
-from owlrec.ctr.artifact import Adapted
+from owlrec.ctr.live import LiveState
 from owlrec.ctr.model_card import read_card
-from owlrec.errors import ReleaseError
+from owlrec.ctr.scoring import Artifact
+from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import TABLES, Kind
+from owlrec.serving.live import live_state
 from owlrec.shards import Shard
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
@@ -33,13 +35,13 @@ class ExportVectors(Stage):
         """artifact: whose adaptor's fields are exported, too."""
         self.folder, self.release, self.artifact = folder, release, artifact
         self._opened: Release | None = None
-        self._adapted: dict[str, Adapted] = {}
+        self._live: LiveState | None = None
 
     def open(self, workspace: Workspace, worker: str) -> None:
         """Opens the release; its parts are fetched as they are asked for."""
         self._opened = open_release(workspace, self.release, verify=False, lazily=True)
         if self.artifact is not None:
-            self._adapted = {side: Adapted.open(workspace, self.artifact, side) for side in TABLES}
+            self._live = live_state(Artifact.open(workspace, self.artifact), self._opened)
 
     def run(self, work: Work) -> Result:
         """Writes the ids of a shard that have a vector."""
@@ -77,8 +79,8 @@ class ExportVectors(Stage):
             "as_of": pa.array([None if text is None else text.as_of for text in texts], pa.int64()),
             "release": pa.array([self._opened.name] * len(ids), pa.string()),
         }
-        if self._adapted:
-            columns["adapted"] = _lists(self._adapted[kind].gather(ids))
+        if self._live is not None:
+            columns["adapted"] = _lists(self._live.fields(kind, ids))
         return pa.table(columns)
 
 
@@ -94,11 +96,12 @@ def run(
     Columns: raw_id, id, vector (float16), semantic_id (uint16, the duplicate digit last, null where there is none),
     as_of (ms, the newest thing that the text knows), release, and with an artifact of `export-ctr` adapted (float32):
     what its adaptor makes of the vectors. An id without a vector has no row. Files that are there already stay.
-    Raises ReleaseError where nothing is published, WorkspaceError where the artifact is missing.
+    Raises ReleaseError where nothing is published, or the artifact's model was trained on other vectors; WorkspaceError
+    where the artifact is missing, or its model reads no knowledge.
     """
     stage_header("export-vectors", release or "the current release")
-    if artifact is not None:
-        read_card(workspace, artifact)
+    if artifact is not None and read_card(workspace, artifact).reads is None:
+        raise WorkspaceError(f"{workspace.path(artifact)}: its model reads no knowledge, so it has no adapted fields.")
     with open_release(workspace, release, verify=False, lazily=True) as opened:
         name = opened.name
         kinds = {kind: opened.store.count(kind) for kind in TABLES}

@@ -15,6 +15,7 @@ from owlrec.releases.release import current_release
 from owlrec.runner import Pool
 from owlrec.schema import KINDS
 from owlrec.shards import Card, needed_stage
+from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shards_for
 from pipelines.cohorts import cohorts_folder
 from pipelines.session import ray_session
@@ -26,18 +27,20 @@ PARTS_ON_RAY = 8  # from a million users on; fewer parts are built here in less 
 def run(recipe: Recipe, workspace: Workspace) -> Card:
     """Publishes what `encode` finished. Publishing the same contents again makes the same release current."""
     encoded = needed_stage(workspace, "encode", "no vectors yet")
+    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    named = fingerprint(encoded.fingerprint, prepared.fingerprint)  # of texts and vectors, and of behaviors
 
     def body() -> tuple[Counts, Outputs]:
         folder = encoded.outputs["vectors"]
         cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
-        prepared = needed_stage(workspace, "prepare", "the tables are not prepared").counts
-        n_parts = shards_for(max(int(prepared["users"]), int(prepared["items"])), PART_IDS)
+        n_parts = shards_for(max(int(prepared.counts["users"]), int(prepared.counts["items"])), PART_IDS)
         pool = Pool(here=n_parts < PARTS_ON_RAY, max_workers=n_parts)
         info = ReleaseInfo(
-            fingerprint=encoded.fingerprint,
+            fingerprint=named,
             model=getattr(recipe.engine, "model", recipe.engine.type),
             encoder=recipe.encoder.model,
             encoder_identity=recipe.encoder.identity,
+            history_length=recipe.split.history_length,
             parent=current_release(workspace),
         )
         session = nullcontext() if pool.here else ray_session(recipe.ray, workspace.log_path("ray"))
@@ -45,7 +48,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
             manifest = publish_rows(
                 workspace,
                 info,
-                ShardRows(encoded.outputs["knowledge"], folder, cohorts),
+                ShardRows(encoded.outputs["knowledge"], folder, cohorts, recipe.split.history_length),
                 n_parts,
                 quantisers=read_quantisers(workspace, folder, "knowledge"),
                 pool=pool,
@@ -58,7 +61,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
         counts |= {"pools": len(pools)} if pools else {}
         return counts, {"release": manifest.name}
 
-    return execute(workspace, "publish", encoded.fingerprint, "an immutable release", body)
+    return execute(workspace, "publish", named, "an immutable release", body)
 
 
 def _write_pools(recipe: Recipe, workspace: Workspace, encoded: Card, release: str) -> dict[str, int]:

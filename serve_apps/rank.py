@@ -1,13 +1,14 @@
 """Ranking as a Ray Serve application: `serve run serve_apps.rank:app workspace=runs/shop artifact=models/…`.
 
 Deployments that are scaled each for itself: the ingress, which holds the deadline; the CTR scorer, which opens an
-artifact that `owlrec export-ctr` wrote; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank_llm). A
-new artifact or adapter is taken in by `reconfigure`: change `user_config` in the Serve configuration and deploy; no
-replica restarts. (A change of `args` builds the application anew.)
+artifact that `owlrec export-ctr` wrote and follows the current release; and, with `recipe=shop.yaml`, the LLM that
+re-ranks (serve_apps.rank_llm). A new artifact or adapter is taken in by `reconfigure`: change `user_config` in the
+Serve configuration and deploy; no replica restarts. (A change of `args` builds the application anew.)
 """
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,6 +26,8 @@ from owlrec.serving.problems import Problem
 from owlrec.serving.rank_api import build_rank_api
 from owlrec.serving.ranking import Cascade
 from owlrec.serving.schemas import Rank
+from owlrec.serving.served import REFRESH_S, WorkspaceReleases, following
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
 from serve_apps.stopping import asked_to_stop
@@ -59,7 +62,7 @@ class RankArgs(Config):
 
 
 class CtrReplica:
-    """Scores candidates with an exported CTR model.
+    """Scores candidates with an exported CTR model, over the current release.
 
     Without @serve.batch: a request is a batch already, of one user whose side is computed once, and waiting for the
     requests of others would cost each of them that wait.
@@ -70,14 +73,30 @@ class CtrReplica:
         import torch
 
         torch.set_num_threads(threads)
+        log_with_serve()
         self._workspace = Workspace(workspace)
+        self._telemetry = RayTelemetry("rank")
         self._scorer: Any = None
+        self._following = AsyncExitStack()
 
-    def reconfigure(self, config: dict[str, Any]) -> None:
-        """Opens {"artifact": folder}; requests at work keep the scorer that they began with."""
-        from owlrec.ctr.scoring import Scorer
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Opens {"artifact": folder} and the current release; requests at work keep the scorer that they began with."""
+        from owlrec.ctr.scoring import Artifact
+        from owlrec.serving.live import LiveScorer
 
-        self._scorer = Scorer.open(self._workspace, config["artifact"])
+        artifact = await asyncio.to_thread(Artifact.open, self._workspace, config["artifact"])
+        scorer, stack = LiveScorer(artifact, WorkspaceReleases(self._workspace)), AsyncExitStack()
+        await stack.enter_async_context(following(scorer.served, REFRESH_S, self._telemetry))
+        before, self._scorer = self._scorer, scorer
+        stopped, self._following = self._following, stack
+        await stopped.aclose()
+        if before is not None:
+            before.served.close()
+
+    async def problem(self) -> str | None:
+        """What keeps it from scoring; None where nothing does."""
+        problem: str | None = self._scorer.problem()
+        return problem
 
     async def score(self, asked: dict[str, Any], candidates: Sequence[int]) -> list[float]:
         """See owlrec.serving.ranking.Backend."""
@@ -92,7 +111,10 @@ class CtrReplica:
             profile=asked["profile"],
         )
         # A thread: torch lets go of the interpreter, and the replica goes on taking requests.
-        scores = await asyncio.to_thread(self._scorer.score, user, candidates)
+        try:
+            scores = await asyncio.to_thread(self._scorer.score, user, candidates)
+        except Problem as problem:  # which cannot travel between processes
+            raise ServingError(str(problem)) from None
         return [float(score) for score in scores]
 
 
@@ -121,8 +143,15 @@ class RankReplica:
         log_with_serve()
         self._limits = Limits(max_active=settings.max_active, timeout_s=35.0)  # above the longest deadline
         self._telemetry = RayTelemetry("rank")
+        self._problem = ctr.problem
         self._ctr = _Remote(ctr)
-        self._cascade = Cascade(self._ctr, _Remote(llm) if llm else None, self._telemetry)
+        workspace = Workspace(settings.workspace)
+        self._cascade = Cascade(
+            self._ctr,
+            _Remote(llm) if llm else None,
+            self._telemetry,
+            forgotten=lambda user: user in read_tombstones(workspace),
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready, asked_to_stop)
@@ -137,10 +166,9 @@ class RankReplica:
     async def _ready(self) -> str | None:
         try:
             async with asyncio.timeout(_READY_WITHIN_S):
-                await self._ctr.score(Rank(history=[], candidates=[0]), [0])
+                return await self._problem.remote()
         except Exception as error:
             return f"the CTR model does not answer ({type(error).__name__})"
-        return None
 
 
 def app(args: RankArgs) -> serve.Application:

@@ -1,15 +1,20 @@
 """The LLM of the ranking application: one vLLM engine a replica, which answers Yes or No about each candidate."""
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from ray import serve
 
+from owlrec.errors import ServingError
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.serving.problems import Problem
 from owlrec.serving.rankers import RankerChoice, RankerInForce, open_ranker
 from owlrec.serving.schemas import Rank
+from owlrec.serving.served import REFRESH_S, ServedReleases, WorkspaceReleases, following
 from owlrec.serving.tables import WorkspaceTables
+from owlrec.serving.telemetry import NoTelemetry
 from owlrec.workspace import Workspace
 
 _REQUESTS = 4  # at once: more share the engine's steps and all miss their deadlines
@@ -26,18 +31,20 @@ class LlmReplica:
         from owlrec.prompting.rella import rank_fingerprint
         from owlrec.ranking.items import item_retriever
         from owlrec.ranking.scorer import Scorer
-        from owlrec.serving.questions import QuestionWriter
+        from owlrec.serving.questions import QuestionWriter, recent_of
 
         settings = Recipe.model_validate(recipe)
         config = settings.ranking or RankingConfig()
         engine = config.ranking_engine(settings.engine)
         self._workspace = Workspace(workspace)
+        self._served = ServedReleases(WorkspaceReleases(self._workspace))
+        self._following = AsyncExitStack()
         self._writer = QuestionWriter(
             WorkspaceTables(self._workspace),
             item_retriever(self._workspace, config.item_encoder(settings.encoder, engine), config.projection),
             settings.domain,
             config,
-            settings.split.history_length,
+            recent_of(self._served),
             token_counter(engine),
         )
         self._scorer = Scorer(engine, lora_rank=_ADAPTER_RANK, template_options=config.template_options)
@@ -48,13 +55,18 @@ class LlmReplica:
         }
         self._ranker = RankerInForce(None, None)
 
-    def reconfigure(self, choice: dict[str, Any]) -> None:
+    async def reconfigure(self, choice: dict[str, Any]) -> None:
         """Takes in a RankerChoice; requests at work keep the one that they began with."""
         self._ranker = open_ranker(self._workspace, choice, **self._made_for)
+        await self._following.aclose()
+        await self._following.enter_async_context(following(self._served, REFRESH_S, NoTelemetry()))
 
     async def score(self, asked: dict[str, Any], candidates: Sequence[int]) -> list[float]:
         """See owlrec.serving.ranking.Backend."""
-        questions = self._writer.write(Rank(**asked, candidates=list(candidates)), candidates)
+        try:
+            questions = self._writer.write(Rank(**asked, candidates=list(candidates)), candidates)
+        except Problem as problem:  # which cannot travel between processes
+            raise ServingError(str(problem)) from None
         ranker = self._ranker
         found = await self._scorer.score(questions, ranker.adapter)
         return ranker.probabilities(found.probabilities)

@@ -53,7 +53,7 @@ def test_label_rule_can_be_overridden(tmp_path: Path) -> None:
     [
         ("samplng: {}", "samplng: unknown key. Did you mean 'sampling'?"),
         ("sampling: {max_token: 3}", "sampling.max_token: unknown key. Did you mean 'max_tokens'?"),
-        ("split: {method: usr}", "split.method: Input should be 'user', 'time' or 'column' (found 'usr')"),
+        ("split: {method: usr}", "split.method: Input should be 'user', 'item', 'time' or 'column' (found 'usr')"),
         ("shard_rows: 0", "shard_rows: Input should be greater than or equal to 1 (found 0)"),
         ("name: again", "key 'name' occurs twice"),
         ("ctr: {seeds: abc}", "ctr.seeds:"),

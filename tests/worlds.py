@@ -39,11 +39,15 @@ def write_samples(workspace: Workspace, samples: pa.Table) -> None:
             "timestamp": np.arange(lengths.sum()),
             "label": np.ones(lengths.sum()) if labels.null_count else pc.list_flatten(labels),
             "split": pa.nulls(int(lengths.sum())),
+            "weight": np.ones(lengths.sum()),
         }
         interactions = pa.table(columns).cast(schema.INTERACTIONS)
         stored = {name: rows[name] for name in schema.SAMPLE_ROWS.names if name in rows.column_names}
         stored |= {"history_start": ends - lengths, "history_end": ends}
-        workspace.write_parquet(table_file("samples", number), pa.table(stored).cast(schema.SAMPLE_ROWS))
+        stored |= {"weight": rows["weight"] if "weight" in rows.column_names else np.ones(len(rows))}
+        workspace.write_parquet(
+            table_file("samples", number), pa.table(stored).select(schema.SAMPLE_ROWS.names).cast(schema.SAMPLE_ROWS)
+        )
         workspace.write_parquet(table_file("interactions", number), interactions)
 
 
@@ -59,6 +63,12 @@ def write_vectors(workspace: Workspace, folder: str, name: str, table: Knowledge
         if table.codes is not None:
             codes = np.column_stack([table.codes[rows], np.zeros(n, np.uint16)]).astype(np.uint16)
         shard = VectorShard(
-            kind, table.ids[rows], np.zeros(n, np.int64), table.vectors[rows], np.zeros((n, 16), np.uint8), codes
+            kind,
+            table.ids[rows],
+            np.zeros(n, np.int64),
+            table.vectors[rows],
+            np.zeros((n, 16), np.uint8),
+            codes,
+            encoder="e",
         ).table()
         workspace.write_arrow(f"{folder}/{name}/{shard_file(number, '.arrow')}", shard, shard.schema)

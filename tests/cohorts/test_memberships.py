@@ -4,7 +4,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from owlrec.cohorts.memberships import memberships
+from owlrec.cohorts.memberships import by_facet, memberships
 from owlrec.schema import COHORTS, stable_id
 
 
@@ -33,3 +33,11 @@ def test_memberships_of_two_moments_stay_apart() -> None:
         (10, [stable_id("a")]),
         (20, [stable_id("b"), stable_id("d")]),
     ]
+
+
+def test_a_release_marks_what_was_disliked_by_the_complement() -> None:
+    rows = [row(1, "war", "disliked"), row(1, "love"), row(2, "war", "disliked"), row(3, "war", "", "item")]
+    found = memberships(pa.Table.from_pylist(rows, COHORTS), marked=True)["cohorts"].to_pylist()
+    war, love = stable_id("war"), stable_id("love")
+    assert found == [[war], [love, ~war], [~war]]
+    assert list(map(by_facet, found)) == [((war,), ()), ((love,), (war,)), ((), (war,))]

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 from worlds import write_vectors, write_world
 
-from owlrec.ctr.artifact import artifact_folder, write_artifact
+from owlrec.ctr.artifact import write_artifact
 from owlrec.ctr.encoded import encode_tables, open_features
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.export import export_trial
 from owlrec.ctr.fitting import TrainingData, train_one
+from owlrec.ctr.live import LiveState, TableKnowledge
 from owlrec.ctr.reduction import open_tables, reduce_once
 from owlrec.ctr.scores import read_grid_scores
 from owlrec.ctr.scoring import Scorer
@@ -33,14 +34,13 @@ def figures(workspace: Workspace, world: Any) -> tuple[Any, np.ndarray, np.ndarr
     stored = read_grid_scores(workspace, GRID, [TRIAL])
     assert stored is not None
     tables = data.tables(TRIAL)
-    rows = write_artifact(
-        workspace, GRID, trained.result, data.features.items, tables, projection=folders["knowledge"]["user"]
-    )
-    assert rows == {"users": 150, "adapted-user": 150, "adapted-item": 20}
-    folder = artifact_folder(GRID, TRIAL)
+    assert tables is not None
+    folder = write_artifact(workspace, GRID, TRIAL, data.features.items, projection=folders["knowledge"]["user"])
     assert workspace.exists(folder, "projection.json")
-    scorer = Scorer.load(workspace, folder)
-    return trained.result.test, stored.scores[TRIAL.path], scorer.score(3, range(20))
+    assert len(workspace.names(folder, "profiles")) == 4
+    scorer = Scorer.open(workspace, folder)
+    scores = scorer.score(3, range(20), LiveState(scorer.model, TableKnowledge(tables)))
+    return trained.result.test, stored.scores[TRIAL.path], scores
 
 
 def test_an_object_store_gives_the_figures_of_a_local_disk(workspace: Workspace, s3_root: str, toy_world: Any) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -13,14 +12,14 @@ from worlds import write_samples, write_vectors, write_world
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.export import export_trial, write_vocabularies
 from owlrec.ctr.fitting import train_one
-from owlrec.ctr.model_card import read_card
-from owlrec.ctr.scoring import Scorer
+from owlrec.ctr.model_card import Reads, read_card
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.recipe import Recipe
 from owlrec.shards import finish_stage
 from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace
 from pipelines.export_ctr import run
+from pipelines.train_ctr import going_on_from, vector_folders
 
 torch.set_num_threads(1)
 GRID = "beef" * 16
@@ -66,32 +65,28 @@ def test_the_best_trial_on_valid_is_exported_and_checked(trained: Workspace) -> 
     manifest = run(recipe(trained), trained)
     assert manifest.outputs["model"] == f"models/{GRID[:16]}-dcnv2-knowledge-seed-0"
     assert trained.names(manifest.outputs["model"]) == [
-        "adapted-item",
-        "adapted-user",
         "cards",
-        "defaults.safetensors",
         "items.safetensors",
         "model.json",
         "model.safetensors",
+        "profiles",
         "program.pt2",
         "spec.json",
-        "users",
         "vocabularies.parquet",
     ]
     card = read_card(trained, manifest.outputs["model"])
-    assert (card.users, card.items, card.adapted) == (150, 20, {"user": 150, "item": 20})
+    assert card.items == 20
+    assert card.reads == Reads(user=("knowledge",), item=("knowledge",), encoder="e", codebooks={})
     assert card.valid.auc == 0.8
     for path in ("model", "program"):
         assert float(manifest.counts[f"{path}_difference"]) < 1e-5
-    scores = Scorer.open(trained, manifest.outputs["model"], program=True).score(3, range(20))
-    np.testing.assert_allclose(scores, Scorer.open(trained, manifest.outputs["model"]).score(3, range(20)), atol=1e-6)
     assert run(recipe(trained), trained) == manifest  # done already
 
 
 def test_a_trial_may_be_named(trained: Workspace) -> None:
-    manifest = run(recipe(trained), trained, trial="din/none/seed-0", half=True)
+    manifest = run(recipe(trained), trained, trial="din/none/seed-0")
     assert manifest.outputs["model"].endswith("din-none-seed-0")
-    assert read_card(trained, manifest.outputs["model"]).adapted == {}
+    assert read_card(trained, manifest.outputs["model"]).reads is None
     with pytest.raises(RecipeError, match=r"no trained trial 'din/nono/seed-0'.*Did you mean 'din/none/seed-0'"):
         run(recipe(trained), trained, trial="din/nono/seed-0")
     with pytest.raises(RecipeError, match="no trained trial"):
@@ -106,7 +101,7 @@ def test_scores_off_the_trainers_are_refused(trained: Workspace) -> None:
     with pytest.raises(WorkspaceError, match=r"scores up to .* off the trainer's.*train_ctr"):
         run(recipe(trained), trained)
     with pytest.raises(WorkspaceError, match=r"no finished artifact is there"):
-        Scorer.open(trained, f"models/{GRID[:16]}-dcnv2-knowledge-seed-0")
+        read_card(trained, f"models/{GRID[:16]}-dcnv2-knowledge-seed-0")
 
 
 def test_other_samples_than_were_scored_are_refused(trained: Workspace) -> None:
@@ -119,3 +114,22 @@ def test_other_samples_than_were_scored_are_refused(trained: Workspace) -> None:
 def test_nothing_trained_is_said(workspace: Workspace) -> None:
     with pytest.raises(WorkspaceError, match="nothing trained yet"):
         run(recipe(workspace), workspace)
+
+
+def test_only_a_trial_that_the_model_fits_may_go_on_from_it(trained: Workspace) -> None:
+    artifact = run(recipe(trained), trained).outputs["model"]  # dcnv2 with knowledge
+    same = Trial(backbone="dcnv2", arm="knowledge", seed=3)
+    folders = vector_folders(trained, "vectors/abc")
+    assert going_on_from(trained, artifact, [same], folders) is None  # its vectors were not reduced
+    for other in (Trial(backbone="din", arm="knowledge", seed=0), Trial(backbone="dcnv2", arm="none", seed=0)):
+        with pytest.raises(RecipeError, match=f"{other.path} cannot go on from {artifact}"):
+            going_on_from(trained, artifact, [same, other], folders)
+    card = trained.read_json(f"{artifact}/model.json")
+    trained.write_json(f"{artifact}/model.json", card | {"reads": card["reads"] | {"encoder": "another"}})
+    with pytest.raises(RecipeError, match="another"):
+        going_on_from(trained, artifact, [same], folders)
+
+
+def test_a_control_is_not_exported(trained: Workspace) -> None:
+    with pytest.raises(RecipeError, match="whose vectors a release holds"):
+        run(recipe(trained), trained, trial="din/shuffled/seed-0")

@@ -1,6 +1,7 @@
 """An exported artifact scores as the trainer did, by the model and by the program, whoever asks."""
 
 import dataclasses
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,13 @@ from owlrec.ctr.export import export_trial, write_vocabularies
 from owlrec.ctr.features import Split
 from owlrec.ctr.fitting import Trained, TrainingData, score, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.live import LiveState, TableKnowledge
 from owlrec.ctr.model_card import ModelCard, finish_artifact, read_card
 from owlrec.ctr.program import export_program
-from owlrec.ctr.scoring import Scorer, User
+from owlrec.ctr.scoring import Artifact, Scorer, User
 from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.releases.rows import encode_behaviors
+from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 
 torch.set_num_threads(1)
@@ -30,7 +34,7 @@ GRID = "0123456789abcdef" * 4
 NOBODY, NOTHING = 10**12, 10**13  # ids that no table has
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Exported:
     """A workspace with an artifact, and the trial that it was made of."""
 
@@ -39,6 +43,17 @@ class Exported:
     trained: Trained
     data: TrainingData
 
+    def scorer(self, *, program: bool = False) -> Scorer:
+        """The artifact, opened."""
+        return Scorer.open(self.workspace, self.folder, program=program)
+
+    @cached_property
+    def live(self) -> LiveState:
+        """With the vectors that the trial read, and the interactions' last behaviors."""
+        tables = self.data.tables(self.trained.result.trial)
+        store: Any = Behaviors(self.data.features.spec.history_length)
+        return LiveState(self.trained.model, TableKnowledge(tables) if tables else None, store)
+
 
 def interactions() -> pa.Table:
     """Of users 0 to 99, 1 to 15 each; at one moment several, so that order by item decides too."""
@@ -46,18 +61,27 @@ def interactions() -> pa.Table:
     user = np.repeat(np.arange(100), rng.integers(1, 16, 100))
     rating = rng.integers(1, 6, len(user))
     columns = [user, rng.integers(0, 20, len(user)), rating, rng.integers(0, 9, len(user)), rating > 3, rating < 0]
+    columns.append(np.ones(len(user)))
     return pa.table(
         [pa.array(c).cast(f.type) for c, f in zip(columns, schema.INTERACTIONS, strict=True)],
         schema=schema.INTERACTIONS,
     )
 
 
+class Behaviors:
+    """In the place of a release: what the interactions say that users did last."""
+
+    def __init__(self, length: int) -> None:
+        rows = last_behaviors(interactions(), length)
+        self._rows = dict(zip(rows["id"].to_pylist(), encode_behaviors(rows), strict=True))
+
+    def behaviors(self, ids: Any) -> list[np.ndarray | None]:
+        found = map(self._rows.get, ids)
+        return [None if value is None else np.frombuffer(value, schema.BEHAVIOR) for value in found]
+
+
 def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exported:
-    for name, table, key in (
-        ("users", world.users, "user_id"),
-        ("items", world.items, "item_id"),
-        ("interactions", interactions(), "user_id"),
-    ):
+    for name, table, key in (("users", world.users, "user_id"), ("items", world.items, "item_id")):
         workspace.write_table(name, table, key=key, n_shards=4)
     users, items = world.vectors
     # Some ids have no knowledge: the first tenth of users and the odd items.
@@ -67,14 +91,13 @@ def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exporte
     trained = train_one(trial, data, CONFIG)
     export_trial(workspace, GRID, trained)
     write_vocabularies(workspace, grid_folder(GRID), data.features.vocabularies)
-    write_artifact(workspace, GRID, trained.result, data.features.items, data.tables(trial))
-    folder = artifact_folder(GRID, trial)
-    scorer = Scorer.load(workspace, folder)
-    workspace.write_bytes(f"{folder}/program.pt2", export_program(scorer.model, scorer.batch(3, [1, 2, 3])))
+    folder = write_artifact(workspace, GRID, trial, data.features.items)
+    made = Exported(workspace, folder, trained, data)
+    example = made.scorer().batch(3, [1, 2, 3], made.live)
+    workspace.write_bytes(f"{folder}/program.pt2", export_program(made.live.model, example))
     figures = {"valid": trained.result.valid, "test": trained.result.test}
-    card = ModelCard(trial=trial, grid=GRID, precision="float32", users=0, items=0, adapted={}, **figures)
-    finish_artifact(workspace, folder, card)
-    return Exported(workspace, folder, trained, data)
+    finish_artifact(workspace, folder, ModelCard(trial=trial, grid=GRID, items=0, reads=None, **figures))
+    return made
 
 
 def every_other(table: KnowledgeTable) -> KnowledgeTable:
@@ -96,11 +119,11 @@ def requests(world: Any, n: int) -> list[tuple[User, int]]:
 @pytest.mark.parametrize("arm", ["none", "knowledge"])
 def test_both_paths_score_as_the_trainer_did(workspace: Workspace, toy_world: Any, backbone: str, arm: Arm) -> None:
     made = export(workspace, toy_world, backbone, arm)
-    by_model, by_program = (Scorer.open(workspace, made.folder, program=p) for p in (False, True))
+    by_model, by_program = (made.scorer(program=p) for p in (False, True))
     asked = requests(toy_world, 25)
     expected = made.trained.test.scores[:25]
     for scorer in (by_model, by_program):
-        alone = np.concatenate([scorer.score(user, [item]) for user, item in asked])
+        alone = np.concatenate([scorer.score(user, [item], made.live) for user, item in asked])
         np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-5)
     # A request of many: as the trainer scores the same user's rows one beside the other.
     user, candidates = asked[4][0], np.r_[np.arange(20), 7, 7]
@@ -113,46 +136,46 @@ def test_both_paths_score_as_the_trainer_did(workspace: Workspace, toy_world: An
         made.trained.model, SplitBatches(Split.of(samples), made.data.tables(made.trained.result.trial), "cpu")
     )
     for scorer in (by_model, by_program):
-        found = scorer.score(user, candidates)
+        found = scorer.score(user, candidates, made.live)
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("arm", ["both", "streaming"])
-def test_several_vectors_an_id_are_adapted_beforehand(workspace: Workspace, toy_world: Any, arm: Arm) -> None:
+def test_several_vectors_of_an_id_are_fused(workspace: Workspace, toy_world: Any, arm: Arm) -> None:
     made = export(workspace, toy_world, "dcnv2", arm)
-    scorer = Scorer.open(workspace, made.folder)
-    found = np.concatenate([scorer.score(user, [item]) for user, item in requests(toy_world, 25)])
+    scorer = made.scorer()
+    found = np.concatenate([scorer.score(user, [item], made.live) for user, item in requests(toy_world, 25)])
     np.testing.assert_allclose(found, made.trained.test.scores[:25], rtol=0, atol=1e-5)
 
 
 def test_a_user_comes_by_id_with_their_last_behaviours(exported: Exported) -> None:
-    scorer = Scorer.open(exported.workspace, exported.folder)
+    scorer, live = exported.scorer(), exported.live
     table = interactions().sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("item_id", "ascending")])
     length = exported.data.features.spec.history_length
     for user_id in (0, 42, 99):
         rows = table.filter(pc.equal(table["user_id"], user_id)).to_pylist()[-length:]
         brought = User(user_id, [r["item_id"] for r in rows], [r["rating"] for r in rows])
-        assert scorer.score(user_id, range(20)).tolist() == scorer.score(brought, range(20)).tolist()
+        assert scorer.score(user_id, range(20), live).tolist() == scorer.score(brought, range(20), live).tolist()
     # Of user 120 there is a profile and knowledge, but no behaviour.
-    assert scorer.score(120, [1, 2]).tolist() == scorer.score(User(120, []), [1, 2]).tolist()
-    longer = scorer.score(User(5, [9, 9, *range(length)]), [3])
-    assert longer.tolist() == scorer.score(User(5, range(length)), [3]).tolist()
+    assert scorer.score(120, [1, 2], live).tolist() == scorer.score(User(120, []), [1, 2], live).tolist()
+    longer = scorer.score(User(5, [9, 9, *range(length)]), [3], live)
+    assert longer.tolist() == scorer.score(User(5, range(length)), [3], live).tolist()
 
 
 def test_whom_and_what_nobody_knows_gets_defaults(exported: Exported) -> None:
-    scorer = Scorer.open(exported.workspace, exported.folder)
-    scores = scorer.score(NOBODY, [3, NOTHING, NOTHING + 1])
+    scorer, live = exported.scorer(), exported.live
+    scores = scorer.score(NOBODY, [3, NOTHING, NOTHING + 1], live)
     assert np.isfinite(scores).all()
     assert scores[1] == scores[2]
-    assert scores.tolist() == scorer.score(User(), [3, NOTHING, NOTHING]).tolist()
-    assert scores.tolist() == scorer.score(User(history=[]), [3, NOTHING, NOTHING]).tolist()
-    assert np.isfinite(scorer.score(User(history=[NOTHING, 3], ratings=[None, 99.0]), [3])).all()
-    assert scorer.score(3, []).tolist() == []
+    assert scores.tolist() == scorer.score(User(), [3, NOTHING, NOTHING], live).tolist()
+    assert scores.tolist() == scorer.score(User(history=[]), [3, NOTHING, NOTHING], live).tolist()
+    assert np.isfinite(scorer.score(User(history=[NOTHING, 3], ratings=[None, 99.0]), [3], live)).all()
+    assert scorer.score(3, [], live).tolist() == []
 
 
 def test_an_id_without_knowledge_gets_the_learned_default(exported: Exported, toy_world: Any) -> None:
-    scorer, adaptor = Scorer.open(exported.workspace, exported.folder), exported.trained.model.adaptor
+    adaptor = exported.trained.model.adaptor
     assert adaptor is not None
     with torch.no_grad():
         for side, tower, known in (("user", adaptor.user, 20), ("item", adaptor.item, 4)):
@@ -160,35 +183,24 @@ def test_an_id_without_knowledge_gets_the_learned_default(exported: Exported, to
             vector = torch.from_numpy(toy_world.vectors[index].gather(np.array([known]))[0]).float()[:, None]
             of_known = tower(vector, torch.ones(1, 1, dtype=torch.bool), adaptor.shared)
             missing = tower(torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool), adaptor.shared)
-            found = scorer.adapted[side].gather(np.array([known, 3, NOBODY]))
+            found = exported.live.fields(side, np.array([known, 3, NOBODY]))
             np.testing.assert_allclose(found, torch.cat([of_known, missing, missing]).numpy(), atol=1e-6)
 
 
 def test_profile_is_taken_from_the_request_where_it_names_a_field(exported: Exported, toy_world: Any) -> None:
-    scorer = Scorer.open(exported.workspace, exported.folder)
+    scorer, live = exported.scorer(), exported.live
     known = toy_world.users["gender"].to_pylist()[7]
     other = {"f": "m", "m": "f"}[known]
-    assert scorer.score(User(7, profile={"gender": known}), [3]) == scorer.score(7, [3])
-    assert scorer.score(User(7, profile={"gender": other}), [3]) != scorer.score(7, [3])
-    assert scorer.score(User(7, profile={"gender": "?"}), [3]) != scorer.score(7, [3])
-    assert scorer.score(User(7, profile={"shoes": "44"}), [3]) == scorer.score(7, [3])
+    assert scorer.score(User(7, profile={"gender": known}), [3], live) == scorer.score(7, [3], live)
+    assert scorer.score(User(7, profile={"gender": other}), [3], live) != scorer.score(7, [3], live)
+    assert scorer.score(User(7, profile={"gender": "?"}), [3], live) != scorer.score(7, [3], live)
+    assert scorer.score(User(7, profile={"shoes": "44"}), [3], live) == scorer.score(7, [3], live)
 
 
 def test_a_history_and_ratings_of_two_lengths_are_refused(exported: Exported) -> None:
-    scorer = Scorer.open(exported.workspace, exported.folder)
-    with pytest.raises(SchemaError, match="2 behaviours, 1 ratings and 2 outcomes"):
-        scorer.score(User(1, [1, 2], [3.0]), [3])
-
-
-def test_half_precision_moves_scores_a_little(workspace: Workspace, toy_world: Any) -> None:
-    made = export(workspace, toy_world, "dcnv2", "knowledge")
-    full = Scorer.open(workspace, made.folder).score(20, range(20))
-    tables = made.data.tables(made.trained.result.trial)
-    write_artifact(workspace, GRID, made.trained.result, made.data.features.items, tables, precision="float16")
-    half = Scorer.load(workspace, made.folder)
-    fields = workspace.map_arrow(f"{made.folder}/adapted-user/00000000.arrow")["fields"]
-    assert fields.type.value_type == pa.float16()
-    np.testing.assert_allclose(half.score(20, range(20)), full, atol=1e-3)
+    scorer, live = exported.scorer(), exported.live
+    with pytest.raises(SchemaError, match="2 behaviors, 1 ratings and 2 outcomes"):
+        scorer.score(User(1, [1, 2], [3.0]), [3], live)
 
 
 def test_unfinished_and_damaged_artifacts_are_refused(workspace: Workspace, toy_world: Any) -> None:
@@ -196,16 +208,16 @@ def test_unfinished_and_damaged_artifacts_are_refused(workspace: Workspace, toy_
     folder = made.folder
     assert folder == artifact_folder(GRID, made.trained.result.trial)
     assert read_card(workspace, folder).trial == made.trained.result.trial
-    path = f"{folder}/users/00000000.arrow"
+    path = f"{folder}/profiles/00000000.arrow"
     workspace.write_bytes(path, workspace.read_bytes(path)[:-5])
-    with pytest.raises(WorkspaceError, match=r"users/00000000.arrow cannot be read"):
-        Scorer.open(workspace, folder)
+    with pytest.raises(WorkspaceError, match=r"profiles/00000000.arrow cannot be read"):
+        Artifact.open(workspace, folder)
     workspace.delete_file(path)
     with pytest.raises(WorkspaceError, match=r"holds 3 shards of users.*export"):
-        Scorer.open(workspace, folder)
+        Artifact.open(workspace, folder)
     workspace.write_bytes(f"{folder}/items.safetensors", b"no tensors")
     with pytest.raises(WorkspaceError, match=r"items.safetensors is damaged"):
-        Scorer.open(workspace, folder)
+        Artifact.open(workspace, folder)
     workspace.delete_file(f"{folder}/model.json")
     with pytest.raises(WorkspaceError, match=r"no finished artifact is there"):
-        Scorer.open(workspace, folder)
+        Artifact.open(workspace, folder)

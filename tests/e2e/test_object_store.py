@@ -119,7 +119,7 @@ def content(root: str) -> dict[str, object]:
     found: dict[str, object] = {}
     with open_release(workspace) as release:
         for kind in ("user", "item"):
-            texts = read_knowledge(workspace, knowledge, kind).sort_by("id")
+            texts = read_knowledge(workspace, knowledge, kind).sort_by([("id", "ascending"), ("as_of", "ascending")])
             ids = texts["id"].to_numpy()
             found[f"{kind} texts"] = texts.select(["id", "as_of", "text", "prompt_sha256"]).to_pylist()
             found[f"{kind} vectors"] = VectorShards(workspace, folder, f"knowledge-{kind}").gather(ids)[0].tobytes()

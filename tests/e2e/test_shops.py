@@ -85,4 +85,5 @@ ray: {{num_cpus: 2}}
     else:
         assert shares[1] == pytest.approx(1 / 5)  # four drawn for each
     texts = read_knowledge(workspace, needed_stage(workspace, "generate", "").outputs["knowledge"], "user")
-    assert texts.num_rows == USERS
+    assert len(texts["id"].unique()) == USERS
+    assert texts.num_rows == prepared["texts"] > USERS  # as of half and now

@@ -104,10 +104,11 @@ def content(folder: Path) -> dict[str, object]:
                 assert workspace.digest(f"{artifact}/{path}") == file.sha256, (artifact, path)
     with open_release(workspace) as release:
         for kind in ("user", "item"):
-            texts = read_knowledge(workspace, encoded.outputs["knowledge"], kind).sort_by("id")
-            ids = texts["id"].to_numpy()
-            assert len(set(ids.tolist())) == len(ids)
-            there[f"{kind} texts"] = texts.select(["id", "text"]).to_pylist()
+            texts = read_knowledge(workspace, encoded.outputs["knowledge"], kind)
+            texts = texts.sort_by([("id", "ascending"), ("as_of", "ascending")])
+            ids, keys = texts["id"].to_numpy(), texts.select(["id", "as_of"]).to_pylist()
+            assert len({(key["id"], key["as_of"]) for key in keys}) == len(keys)
+            there[f"{kind} texts"] = texts.select(["id", "as_of", "text"]).to_pylist()
             vectors = VectorShards(workspace, encoded.outputs["vectors"], f"knowledge-{kind}").gather(ids)[0]
             there[f"{kind} vectors"] = vectors.tobytes()
             there[f"{kind} lookups"] = [(k.as_of, k.text) for k in release.store.get(kind, ids.tolist())]

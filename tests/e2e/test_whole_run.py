@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,10 +28,10 @@ def owlrec(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def knowledge_rows(workspace: Path) -> list[tuple[str, int, str]]:
+def knowledge_rows(workspace: Path) -> list[tuple[str, int, int, str]]:
     files = [f for f in workspace.glob("knowledge/*/*/*.parquet") if f.parent.name in ("user", "item")]
-    rows = [r for f in files for r in pq.read_table(f, columns=["kind", "id", "text"]).to_pylist()]
-    return sorted((r["kind"], r["id"], r["text"]) for r in rows)
+    rows = [r for f in files for r in pq.read_table(f, columns=["kind", "id", "as_of", "text"]).to_pylist()]
+    return sorted((r["kind"], r["id"], r["as_of"], r["text"]) for r in rows)
 
 
 def test_run_writes_everything_and_a_second_run_asks_no_llm(
@@ -40,7 +41,8 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     assert first.returncode == 0, first.stdout + first.stderr
     workspace = tmp_path / "ws"
     rows = knowledge_rows(workspace)
-    assert len(rows) == len({r[:2] for r in rows}) == 180
+    assert len(rows) == len({r[:3] for r in rows})
+    assert Counter(kind for kind, _ in {r[:2] for r in rows}) == {"user": 60, "item": 120}
     report = next(workspace.glob("reports/*.html")).read_text()
     assert "AUC" in report
     assert "invented words" in report  # who wrote the texts decides what a reader is warned of
@@ -56,7 +58,7 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     assert "semantic id " in looked_up.stdout
     assert "<td>knowledge-item</td>" in report
     assert "no knowledge" in looked_up.stdout
-    exported = CliRunner().invoke(app, ["export-ctr", str(echo_recipe)])
+    exported = CliRunner().invoke(app, ["export-ctr", str(echo_recipe), "--trial", "dcnv2/knowledge/seed-0"])
     artifact = exported.stdout.partition("--artifact ")[2].strip()
     assert (workspace / artifact / "model.json").is_file(), exported.stdout
     vectors = CliRunner().invoke(app, ["export-vectors", str(echo_recipe), "--artifact", artifact])
@@ -64,7 +66,7 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     (folder,) = (workspace / "exports").iterdir()
     for kind in ("user", "item"):
         table = pq.read_table(folder / kind)
-        written = [id_ for of, id_, _ in rows if of == kind]
+        written = sorted({id_ for of, id_, _, _ in rows if of == kind})
         assert sorted(table["id"].to_pylist()) == written
         assert table["raw_id"].to_pylist() == [str(id_) for id_ in table["id"].to_pylist()]
         assert table["semantic_id"].null_count == 0
@@ -96,10 +98,11 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
     resumed = owlrec("run", str(echo_recipe), "--to", "generate")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     rows = knowledge_rows(workspace)
-    assert len(rows) == len({r[:2] for r in rows}) == 180
+    assert len(rows) == len({r[:3] for r in rows})
+    assert Counter(kind for kind, _ in {r[:2] for r in rows}) == {"user": 60, "item": 120}
     assert f"{12 - len(done)} of 12 shards to do" in resumed.stdout
     manifest = json.loads((workspace / "stages" / "generate.json").read_text())
-    assert manifest["counts"]["user_rows_out"] == 60
+    assert manifest["counts"]["user_rows_out"] == len(rows) - 120
 
 
 def test_dry_run_touches_nothing(echo_recipe: Path, tmp_path: Path) -> None:

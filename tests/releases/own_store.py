@@ -7,6 +7,7 @@ import numpy as np
 from release_rows import Rows  # type: ignore[import-not-found]
 
 from owlrec.releases import Knowledge, KnowledgeStore, Release, ReleaseManifest
+from owlrec.schema import BEHAVIOR
 
 
 class MemoryStore(KnowledgeStore):
@@ -35,6 +36,10 @@ class MemoryStore(KnowledgeStore):
     def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
         return [self._rows.cohorts.get((kind, int(i))) for i in ids]
 
+    def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
+        found = [self._rows.behaviors.get(int(i)) for i in ids]
+        return [None if rows is None else np.array(rows, dtype=BEHAVIOR) for rows in found]
+
     def count(self, kind: str) -> int:
         return len(self.ids(kind))
 
@@ -55,6 +60,9 @@ class MemoryReleases:
 
     def current(self) -> str | None:
         return self.held[self._url][1].name if self._url in self.held else None
+
+    def forgotten(self) -> str:
+        return ""
 
     def open(self, name: str) -> Release:
         rows, manifest = self.held[self._url]

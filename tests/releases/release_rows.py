@@ -8,11 +8,12 @@ import pyarrow as pa
 
 from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
 from owlrec.releases import KnowledgeStore, ReleaseInfo, ReleaseManifest, publish
-from owlrec.schema import KNOWLEDGE, MEMBERSHIPS, vectors_schema
+from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, vectors_schema
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 Key = tuple[str, int]  # kind, id
+Behavior = tuple[int, int, float | None, float]  # time, item, rating, label
 KINDS = ("user", "item", "cohort")
 # A byte tells the codes of the first level apart, but not those of the second.
 CODE_SIZES = (4, 300)
@@ -33,6 +34,7 @@ class Rows:
     vectors: dict[Key, list[list[float]]] = field(default_factory=dict)  # a partition each, newest first
     cohorts: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     codes: dict[Key, tuple[int, ...]] = field(default_factory=dict)  # of users and items with a vector, digit last
+    behaviors: dict[int, list[Behavior]] = field(default_factory=dict)  # of users, oldest first
 
     def update(self, newer: "Rows") -> None:
         self.texts |= newer.texts
@@ -40,6 +42,7 @@ class Rows:
         self.codes = {k: c for k, c in self.codes.items() if k not in newer.vectors} | newer.codes
         self.vectors |= newer.vectors
         self.cohorts |= newer.cohorts
+        self.behaviors |= newer.behaviors
 
     def knowledge(self, kind: str, id_: int) -> tuple[int, str, str, str] | None:
         """as_of, text, framework, quality that `get` must give."""
@@ -83,11 +86,16 @@ def tables(rows: Rows, dim: int = 2) -> dict[str, list[pa.Table]]:
         for number, vector in enumerate(partitions)
     ]
     members = [{"kind": kind, "id": id_, "cohorts": cohorts} for (kind, id_), cohorts in rows.cohorts.items()]
+    behaviors = [
+        {"id": user, **{name: [row[at] for row in rows] for at, name in enumerate(BEHAVIORS.names[1:])}}
+        for user, rows in rows.behaviors.items()
+    ]
     with_partition = vectors_schema(dim).append(pa.field("partition", pa.int8()))
     return {
         "knowledge": [pa.Table.from_pylist(texts, KNOWLEDGE)],
         "vectors": [pa.Table.from_pylist(vectors, with_partition)],
         "memberships": [pa.Table.from_pylist(members, MEMBERSHIPS)],
+        "behaviors": [pa.Table.from_pylist(behaviors, BEHAVIORS)],
     }
 
 
@@ -104,8 +112,14 @@ def publish_rows(workspace: Workspace, label: str, rows: Rows, delta_of: str | N
     return publish(workspace, **tables(rows), quantisers=None if delta_of else QUANTISERS, info=info)
 
 
+def told(rows: np.ndarray | None) -> list[Behavior] | None:
+    """Behaviors as a release gives them, None in place of NaN."""
+    return rows if rows is None else [(t, i, None if r != r else r, label) for t, i, r, label in rows.tolist()]
+
+
 def check(store: KnowledgeStore, rows: Rows, ids: range) -> None:
     """Every answer of a store is what the dicts say."""
+    assert [told(found) for found in store.behaviors(ids)] == [rows.behaviors.get(i) for i in ids]
     for kind in KINDS:
         found = [k and (k.as_of, k.text, k.framework, k.quality) for k in store.get(kind, ids)]
         assert found == [rows.knowledge(kind, i) for i in ids]
@@ -135,12 +149,14 @@ FULL = Rows(
     vectors={("user", 1): [[1, 0], [2, 0]], ("cohort", 8): [[3, 4]]},
     cohorts={("user", 2): (8,)},
     codes={("user", 1): (3, 299, 0)},
+    behaviors={1: [(10, 5, None, 1.0), (20, 6, 0.5, 0.0)], 9: [(30, 7, 4.0, 1.0)]},
 )
 DELTAS = [
     Rows(
         texts={("user", 1): (3000, "uno", "ok"), ("item", 5): (0, "film", "short")},
         vectors={("user", 1): [[5, 5]], ("item", 5): [[0, 1]]},
         codes={("item", 5): (1, 256, 300)},
+        behaviors={1: [(20, 6, 0.5, 0.0), (40, 8, None, 1.0)]},
     ),
     Rows(texts={("cohort", 8): (4000, "peace", "ok")}, cohorts={("user", 4): (8,), ("user", 2): ()}),
 ]

@@ -18,11 +18,12 @@ from owlrec.releases import ReleaseInfo, ShardRows, build, current_release, open
 from owlrec.releases.build import BUILDS
 from owlrec.releases.lmdb import part_of
 from owlrec.runner import Pool
-from owlrec.schema import COHORTS, shard_of, stable_id
+from owlrec.schema import COHORTS, INTERACTIONS, shard_of, stable_id
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
 N = 60  # users and items
+LAST = 3  # behaviors that a release keeps
 COHORT = stable_id("c")
 INFO = ReleaseInfo(fingerprint=fingerprint("shards"), model="m", encoder="e")
 
@@ -39,7 +40,22 @@ def world() -> Rows:
                 rows.vectors[kind, id_] = [[float(id_), 1.0]]
                 rows.codes[kind, id_] = (*(int(random.integers(0, size)) for size in CODE_SIZES), id_ * 1000)
     rows.cohorts = {("user", id_): (COHORT,) for id_ in range(0, N, 5)}
+    rows.behaviors = {
+        user: [(100 + n, n, float(n % 5) if n % 2 else None, float(n % 2)) for n in range(max(0, user - LAST), user)]
+        for user in range(1, N)
+    }
     return rows
+
+
+def interactions() -> pa.Table:
+    """What `behaviors` of the world are the last of: user n's first item is 0, and so on up to n - 1."""
+    rows = [
+        {"user_id": user, "item_id": n, "timestamp": 100 + n, "label": float(n % 2)}
+        | ({"rating": float(n % 5)} if n % 2 else {})
+        for user in range(1, N)
+        for n in range(user)
+    ]
+    return pa.Table.from_pylist(rows, INTERACTIONS)
 
 
 def write_shards(workspace: Workspace, rows: Rows, shards: dict[str, int]) -> ShardRows:
@@ -67,7 +83,8 @@ def write_shards(workspace: Workspace, rows: Rows, shards: dict[str, int]) -> Sh
                     workspace.write_arrow(path, shard, shard.schema)
                 elif shard.num_rows:
                     workspace.write_parquet(path, shard)
-    return ShardRows("knowledge/k", "vectors/v", "cohorts/c")
+    workspace.write_table("interactions", interactions(), key="user_id")
+    return ShardRows("knowledge/k", "vectors/v", "cohorts/c", LAST)
 
 
 @pytest.mark.parametrize("n_parts", [1, 4, 16])
@@ -127,14 +144,15 @@ def test_codes_of_other_codebooks_are_refused(workspace):
 KILLED = """
 import sys, time
 sys.path[:0] = [{platform!r}, {tests!r}]
-from test_build import INFO, QUANTISERS, ShardRows, Workspace, publish_rows
+from test_build import INFO, LAST, QUANTISERS, ShardRows, Workspace, publish_rows
 class Slow(ShardRows):
     def write(self, workspace, writer, part, n_parts):
         if part == 2:
             print("in the middle", flush=True)
             time.sleep(60)
         super().write(workspace, writer, part, n_parts)
-publish_rows(Workspace({root!r}), INFO, Slow("knowledge/k", "vectors/v", "cohorts/c"), 4, quantisers=QUANTISERS)
+slow = Slow("knowledge/k", "vectors/v", "cohorts/c", LAST)
+publish_rows(Workspace({root!r}), INFO, slow, 4, quantisers=QUANTISERS)
 """
 
 

@@ -33,7 +33,8 @@ def test_compaction_gives_one_full_release_with_the_same_answers(workspace):
     assert manifest.codes == {"user": 1, "item": 1}
     assert manifest.memberships == {"user": 2}
     assert (manifest.as_of_min, manifest.as_of_max) == (0, 4000)
-    assert written == [4 + 3 + 2 + 2]
+    assert manifest.behaviors == {"user": 2}
+    assert written == [4 + 3 + 2 + 2 + 2]
     assert current_release(workspace) == manifest.name
     with open_release(workspace) as opened:
         check(opened.store, answers(), range(10))
@@ -61,7 +62,7 @@ def test_rows_are_copied_in_bounded_batches(workspace, monkeypatch):
     monkeypatch.setattr(retention, "_ROWS_AT_ONCE", 3)
     monkeypatch.setattr("owlrec.releases.lmdb._READ_ROWS", 1)
     compact(workspace)
-    assert sizes == [3, 1, 3, 2, 2]
+    assert sizes == [3, 1, 3, 2, 2, 2]
     with open_release(workspace) as opened:
         check(opened.store, answers(), range(10))
 

@@ -10,15 +10,21 @@ import pyarrow as pa
 import pytest
 import torch
 from processes import free_port
+from release_rows import Rows, tables
 
 from owlrec import schema
-from owlrec.ctr.artifact import artifact_folder, write_artifact
+from owlrec.ctr.artifact import write_artifact
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.export import export_trial, write_vocabularies
 from owlrec.ctr.features import build_features
 from owlrec.ctr.fitting import TrainingData, train_one
 from owlrec.ctr.model_card import ModelCard, finish_artifact
-from owlrec.ctr.scoring import Scorer
+from owlrec.ctr.scoring import Artifact
+from owlrec.errors import ServingError
+from owlrec.releases import ReleaseInfo, current_release, publish
+from owlrec.serving.live import LiveScorer
+from owlrec.serving.served import WorkspaceReleases
+from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 
 pytestmark = [
@@ -42,18 +48,15 @@ def write_artifacts(workspace):
     samples = pa.table([list(column) for column in zip(*rows, strict=True)], schema=schema.SAMPLES)
     ids, titles = pa.array(range(ITEMS), pa.int64()), [f"Film {i}" for i in range(ITEMS)]
     items = pa.table({"item_id": ids, "raw_id": titles, "title": titles, "genres": [["A"]] * ITEMS})
-    users = pa.table({"user_id": pa.array(range(USERS), pa.int64()), "raw_id": [str(u) for u in range(USERS)]})
+    users = pa.table({"user_id": pa.array(range(USERS), pa.int64())})
     events = pa.table(
         {"user_id": samples["user_id"], "item_id": samples["item_id"],
          "rating": pa.array([3.0] * samples.num_rows, pa.float32()), "timestamp": samples["timestamp"],
          "label": samples["label"], "split": pa.nulls(samples.num_rows, pa.int8())}
     )  # fmt: skip
-    for name, table, key in (
-        ("users", users, "user_id"),
-        ("items", items, "item_id"),
-        ("interactions", events, "user_id"),
-    ):
-        workspace.write_table(name, table, key=key, n_shards=1)
+    text = Rows(texts={("item", 0): (0, "a film", "ok")})
+    info = ReleaseInfo(fingerprint="f" * 64, model="m", encoder="e", history_length=4)
+    publish(workspace, **tables(text) | {"behaviors": [last_behaviors(events, 4)]}, info=info)
     features = build_features(users, items, samples, attributes=["genres"], profile=[], min_item_count=1)
     config = CTRConfig(batch_size=128, epochs=3, embed_dim=8, hidden_dims=(16, 8), learning_rate=1e-2)
     folders = []
@@ -63,11 +66,9 @@ def write_artifacts(workspace):
         trained = train_one(trial, data, config)
         export_trial(workspace, grid, trained)
         write_vocabularies(workspace, grid_folder(grid), features.vocabularies)
-        write_artifact(workspace, grid, trained.result, features.items, None)
-        folder = artifact_folder(grid, trial)
+        folder = write_artifact(workspace, grid, trial, features.items)
         figures = {"valid": trained.result.valid, "test": trained.result.test}
-        card = ModelCard(trial=trial, grid=grid, precision="float32", users=USERS, items=ITEMS, adapted={}, **figures)
-        finish_artifact(workspace, folder, card)
+        finish_artifact(workspace, folder, ModelCard(trial=trial, grid=grid, items=ITEMS, reads=None, **figures))
         folders.append(folder)
     return folders
 
@@ -106,6 +107,16 @@ def served(ray_local, tmp_path_factory):
     serve.shutdown()
 
 
+def own_scores(workspace, folder):
+    """What the scorer of an artifact says of user 55 over the current release."""
+    scorer = LiveScorer(Artifact.open(workspace, folder), WorkspaceReleases(workspace))
+    assert scorer.served.refresh()
+    try:
+        return scorer.score(55, range(ITEMS))
+    finally:
+        scorer.served.close()
+
+
 def ask(address, **asked):
     body = {"user_id": 55, "candidates": list(range(ITEMS)), "top_k": ITEMS, "deadline_ms": 5000, **asked}
     response = httpx.post(f"{address}/v1/rank", json=body, timeout=40)
@@ -129,7 +140,7 @@ def order(answer):
 def test_the_ctr_order_is_the_scorers_own(served):
     address, workspace, folders, _ = served
     assert httpx.get(f"{address}/readyz").status_code == 200
-    scores = Scorer.open(workspace, folders[0]).score(55, range(ITEMS))
+    scores = own_scores(workspace, folders[0])
     answer = ask(address)
     assert order(answer) == np.argsort(-scores, kind="stable").tolist()
     assert {i % 2 for i in order(answer)[:10]} == {0}
@@ -214,7 +225,7 @@ def test_what_is_at_work_is_finished_when_replicas_are_asked_to_stop(served):
 def test_another_model_is_deployed_in_its_place(served):
     address, workspace, folders, deploy = served
     deploy(folders[1])
-    expected = Scorer.open(workspace, folders[1]).score(55, range(ITEMS))
+    expected = own_scores(workspace, folders[1])
     end = time.monotonic() + 30
     while order(ask(address)) != np.argsort(-expected, kind="stable").tolist():
         assert time.monotonic() < end
@@ -225,9 +236,38 @@ def test_a_replica_takes_in_another_model_without_a_restart(served):
     from serve_apps.rank import CtrReplica
 
     _, workspace, folders, _ = served
-    replica = CtrReplica(workspace.path(), 1)
     asked = {"user_id": 55, "history": None, "profile": {}}
-    for folder in folders:
-        replica.reconfigure({"artifact": folder})
-        scores = asyncio.run(replica.score(asked, list(range(ITEMS))))
-        np.testing.assert_allclose(scores, Scorer.open(workspace, folder).score(55, range(ITEMS)), atol=1e-6)
+
+    async def scored():
+        replica = CtrReplica(workspace.path(), 1)
+        for folder in folders:
+            await replica.reconfigure({"artifact": folder})
+            assert await replica.problem() is None
+            yield folder, await replica.score(asked, list(range(ITEMS)))
+
+    async def both():
+        return [pair async for pair in scored()]
+
+    for folder, scores in asyncio.run(both()):
+        np.testing.assert_allclose(scores, own_scores(workspace, folder), atol=1e-6)
+
+
+def test_a_release_of_another_encoder_is_not_ready(ray_local, tmp_path):
+    from serve_apps.rank import CtrReplica
+
+    workspace = Workspace(tmp_path / "ws")
+    (folder, _) = write_artifacts(workspace)
+    card = workspace.read_json(f"{folder}/model.json")
+    reads = {"user": ["knowledge"], "item": ["knowledge"], "encoder": "minilm@256", "codebooks": {}}
+    workspace.write_json(f"{folder}/model.json", card | {"reads": reads})
+
+    async def problem():
+        replica = CtrReplica(workspace.path(), 1)
+        await replica.reconfigure({"artifact": folder})
+        with pytest.raises(ServingError):
+            await replica.score({"user_id": 55, "history": None, "profile": {}}, [1, 2])
+        return await replica.problem()
+
+    found = asyncio.run(problem())
+    assert current_release(workspace) in found
+    assert "minilm@256" in found

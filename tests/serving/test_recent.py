@@ -1,15 +1,21 @@
 """What the LLM ranker reads of a user who comes by id is what a sample of this moment would have held."""
 
 import pyarrow as pa
+import pytest
+from release_rows import Rows, tables  # type: ignore[import-not-found]
 
+from owlrec.releases import ReleaseInfo, publish
 from owlrec.schema import INTERACTIONS
-from owlrec.serving.tables import WorkspaceTables
+from owlrec.serving.problems import Problem
+from owlrec.serving.questions import Recent, recent_of
+from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.sources.outcomes import Labels, with_outcomes
-from owlrec.sources.splits import SplitConfig, for_histories
+from owlrec.sources.splits import SplitConfig, for_histories, last_behaviors
 from owlrec.workspace import Workspace
 
 
-def write(workspace: Workspace, split: SplitConfig) -> WorkspaceTables:
+def recent(workspace: Workspace, split: SplitConfig) -> Recent:
+    """Of a release that was published from a small log."""
     log = pa.table(
         {
             "user_id": [1] * 6 + [2],
@@ -19,21 +25,27 @@ def write(workspace: Workspace, split: SplitConfig) -> WorkspaceTables:
         }
     )
     table = with_outcomes(log, Labels(rule="column", rating_above=3), "log").select(INTERACTIONS.names)
-    workspace.write_table("interactions", for_histories(table, split), key="user_id", n_shards=1)
-    return WorkspaceTables(workspace)
+    behaviors = last_behaviors(for_histories(table, split), split.history_length)
+    info = ReleaseInfo(fingerprint="f" * 64, model="m", encoder="e", history_length=split.history_length)
+    rows = tables(Rows(texts={("item", 10): (0, "a film", "ok")}))
+    publish(workspace, **rows | {"behaviors": [behaviors]}, info=info)
+    served = ServedReleases(WorkspaceReleases(workspace))
+    assert served.refresh()
+    return recent_of(served)
 
 
 def test_the_latest_that_were_taken_come_last(workspace: Workspace) -> None:
-    tables = write(workspace, SplitConfig())
-    assert tables.recent(1, 4) == [(13, None), (15, None)]  # of the last four two were passed over
-    assert tables.recent(2, 4) == []
-    assert tables.recent(3, 4) == []
+    told = recent(workspace, SplitConfig(history_length=4))
+    assert told(1) == [(13, None), (15, None)]  # of the last four two were passed over
+    assert told(2) == []
+    assert told(3) == []
 
 
 def test_what_was_passed_over_takes_no_place_where_the_split_leaves_it_out(workspace: Workspace) -> None:
-    tables = write(workspace, SplitConfig(passed_over=False))
-    assert tables.recent(1, 3) == [(11, None), (13, None), (15, None)]
+    told = recent(workspace, SplitConfig(history_length=3, passed_over=False))
+    assert told(1) == [(11, None), (13, None), (15, None)]
 
 
-def test_nothing_is_known_before_prepare(workspace: Workspace) -> None:
-    assert WorkspaceTables(workspace).recent(1, 4) == []
+def test_nothing_is_told_before_a_release_is_there(workspace: Workspace) -> None:
+    with pytest.raises(Problem):
+        recent_of(ServedReleases(WorkspaceReleases(workspace)))(1)

@@ -16,10 +16,10 @@ from owlrec.errors import SchemaError
 from owlrec.schema import INTERACTIONS, newest
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.outcomes import Labels, with_outcomes
-from owlrec.sources.splits import SPLITS, Every, SplitConfig, SplitTables, build_samples, last_behaviours
+from owlrec.sources.splits import SPLITS, Every, SplitConfig, SplitTables, build_samples, last_behaviors
 
 Row = tuple[int, int, Any, int]  # user, item, rating, timestamp
-RATED = pa.schema([field for field in INTERACTIONS if field.name not in ("label", "split")])
+RATED = pa.schema([field for field in INTERACTIONS if field.name not in ("label", "split", "weight")])
 ABOVE_3 = Labels(rule="rating_above", rating_above=3)
 HOUR = 3_600_000  # ms
 DRAWN = Labels(rule="positives_only", rating_above=3, negatives=1)
@@ -369,11 +369,11 @@ def test_movielens_100k_samples() -> None:
     assert sum(counts[f"positives_{name}"] for name in SPLITS) == sum(s["label"] for s in samples)
 
 
-def test_last_behaviours_are_those_of_a_sample_that_would_come_next() -> None:
+def test_last_behaviors_are_those_of_a_sample_that_would_come_next() -> None:
     rows = [(2, 7, 4.0, 30), (1, 5, 1.0, 10), (1, 9, 2.0, 30), (1, 8, 3.0, 30), (1, 6, 5.0, 20)]
-    found = last_behaviours(with_outcomes(table(rows), ABOVE_3, "rows"), 3)
+    found = last_behaviors(with_outcomes(table(rows), ABOVE_3, "rows"), 3)
     assert found.to_pylist() == [
-        {"user_id": 1, "history": [6, 8, 9], "history_ratings": [5.0, 3.0, 2.0], "history_labels": [1.0, 0.0, 0.0]},
-        {"user_id": 2, "history": [7], "history_ratings": [4.0], "history_labels": [1.0]},
+        {"id": 1, "times": [20, 30, 30], "items": [6, 8, 9], "ratings": [5.0, 3.0, 2.0], "labels": [1.0, 0.0, 0.0]},
+        {"id": 2, "times": [30], "items": [7], "ratings": [4.0], "labels": [1.0]},
     ]
-    assert last_behaviours(with_outcomes(table([]), ABOVE_3, "rows"), 3).num_rows == 0
+    assert last_behaviors(with_outcomes(table([]), ABOVE_3, "rows"), 3).num_rows == 0

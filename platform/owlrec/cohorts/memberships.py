@@ -13,10 +13,11 @@ from owlrec.schema import MEMBERSHIPS, newest, stable_id
 from owlrec.workspace import Workspace
 
 
-def memberships(cohorts: pa.Table) -> pa.Table:
+def memberships(cohorts: pa.Table, *, marked: bool = False) -> pa.Table:
     """The memberships in a table of cohorts (schema.COHORTS), in ascending order of kind, id and as_of.
 
-    Columns of schema.MEMBERSHIPS, then as_of: since when the list holds.
+    Columns of schema.MEMBERSHIPS, then as_of: since when the list holds. marked: whether a cohort by what users
+    disliked is its complement, as in a release (`by_facet`).
     """
     names = cohorts["cohort"].combine_chunks().dictionary_encode()
     number = np.array([stable_id(name) for name in names.dictionary.to_pylist()], dtype=np.int64)
@@ -25,11 +26,20 @@ def memberships(cohorts: pa.Table) -> pa.Table:
     kinds = np.array(cohorts["kind"].to_pylist(), dtype=str)
     order = np.lexsort((later, as_of, ids, kinds))
     of = number[names.indices.to_numpy()][order] if len(order) else np.zeros(0, dtype=np.int64)
+    if marked:
+        of = np.where(later[order], ~of, of)
     ids, as_of, kinds = ids[order], as_of[order], kinds[order]
     start = np.unique(run_starts(as_of, ids, kinds))
     lists = pa.ListArray.from_arrays(pa.array(np.r_[start, len(ids)], pa.int32()), pa.array(of, pa.int64()))
     table = pa.table([pa.array(kinds[start], pa.string()), pa.array(ids[start]), lists], schema=MEMBERSHIPS)
     return table.append_column("as_of", pa.array(as_of[start]))
+
+
+def by_facet(listed: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a release's list of a member the cohorts by what they liked or by what they are, and those by what they
+    disliked, which it holds as the complement of their ids.
+    """
+    return tuple(c for c in listed if c >= 0), tuple(~c for c in listed if c < 0)
 
 
 class CohortNames:

@@ -12,6 +12,7 @@ by attention as in LIBER (arXiv 2411.14713, User Interest Fusion), so that the a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class Knowledge:
 
 
 class Experts(nn.Module):
-    """n experts, each in_dim -> hidden_dim -> out_dim. `mixed` evaluates those of several such groups at once."""
+    """n experts, each in_dim -> hidden_dim -> out_dim. `Layers` evaluates those of several such groups at once."""
 
     def __init__(self, n: int, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -44,23 +45,34 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, out_dim).uniform_(-bound, bound))
 
 
-def mixed(x: Tensor, default: Tensor, groups: Sequence[Experts], gate: nn.Linear) -> tuple[Tensor, Tensor]:
-    """float32 [b, out_dim] and [out_dim], not negative: the outputs of all experts, weighed by the gate's softmax, for
-    each row of x: float32 [b, in_dim], and for default: float32 [in_dim].
+class Layers(NamedTuple):
+    """Several groups of experts and their gate, joined: of n experts, each layer is one product."""
 
-    gate: one output for each expert, in the groups' order.
-    """
-    weight, bias = torch.cat([group.weight for group in groups]), torch.cat([group.bias for group in groups])
-    layers = [*(group.first for group in groups), gate]  # one product: they read the same input
-    first, first_bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-    n, hidden_dim, _ = weight.shape
-    # The default, which is learned, joins behind the first layer: before it, all of x would need a gradient too.
-    of_both = torch.cat([F.linear(x, first, first_bias), F.linear(default[None], first, first_bias)])
-    hidden, logits = of_both.split([n * hidden_dim, n], dim=1)
-    by_expert = hidden.relu().unflatten(1, (n, hidden_dim)).transpose(0, 1)
-    outputs = torch.baddbmm(bias.unsqueeze(1), by_expert, weight).relu()
-    found = (outputs * torch.softmax(logits, dim=1).T.unsqueeze(2)).sum(0)
-    return found[:-1], found[-1]
+    first: Tensor  # float32 [n * hidden_dim + n, in_dim]: the first layers, then the gate
+    first_bias: Tensor
+    weight: Tensor  # float32 [n, hidden_dim, out_dim]
+    bias: Tensor  # float32 [n, out_dim]
+
+    @classmethod
+    def joined(cls, groups: Sequence[Experts], gate: nn.Linear) -> "Layers":
+        """gate: one output for each expert, in the groups' order."""
+        layers = [*(group.first for group in groups), gate]  # they read the same input
+        first, first_bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        return cls(first, first_bias, torch.cat([g.weight for g in groups]), torch.cat([g.bias for g in groups]))
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the first layers and the gate make of x: float32 [b, in_dim]."""
+        return F.linear(x, self.first, self.first_bias)
+
+    def mixed(self, read: Tensor) -> Tensor:
+        """float32 [b, out_dim], not negative: the outputs of all experts, weighed by the gate's softmax. read: see
+        `read`.
+        """
+        n, hidden_dim, _ = self.weight.shape
+        hidden, logits = read.split([n * hidden_dim, n], dim=1)
+        by_expert = hidden.relu().unflatten(1, (n, hidden_dim)).transpose(0, 1)
+        outputs = torch.baddbmm(self.bias.unsqueeze(1), by_expert, self.weight).relu()
+        return (outputs * torch.softmax(logits, dim=1).T.unsqueeze(2)).sum(0)
 
 
 class Fusion(nn.Module):
@@ -116,9 +128,25 @@ class Tower(nn.Module):
 
         Raises ValueError for another number of sources.
         """
-        x = self.fused(vectors, mask)
-        of_vectors, of_default = mixed(x, self.default, (shared, self.experts), self.gate)
-        return torch.where(mask.any(dim=1, keepdim=True), of_vectors, of_default)
+        x, layers = self.fused(vectors, mask), Layers.joined((shared, self.experts), self.gate)
+        # The default, which is learned, joins behind the first layer: before it, all of x would need a gradient too.
+        mixed = layers.mixed(torch.cat([layers.read(x), layers.read(self.default[None])]))
+        return torch.where(mask.any(dim=1, keepdim=True), mixed[:-1], mixed[-1])
+
+
+class TrainedTower:
+    """A tower that learns no more, its layers joined once: for the few ids of a request that is most of the work."""
+
+    def __init__(self, tower: Tower, shared: Experts) -> None:
+        self._tower = tower
+        with torch.inference_mode():
+            self._layers = Layers.joined((shared, tower.experts), tower.gate)
+            self._default = self._layers.mixed(self._layers.read(tower.default[None]))
+
+    def __call__(self, vectors: Tensor, mask: Tensor) -> Tensor:
+        """See Tower.forward."""
+        mixed = self._layers.mixed(self._layers.read(self._tower.fused(vectors, mask)))
+        return torch.where(mask.any(dim=1, keepdim=True), mixed, self._default)
 
 
 class Adaptor(nn.Module):

@@ -5,7 +5,7 @@ selects on test, which flatters every figure). Vectors are gathered by id, from 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from owlrec.ctr import metrics
-from owlrec.ctr.arms import arm_parts, arm_sources
+from owlrec.ctr.arms import STREAMING, arm_parts, arm_sources
 from owlrec.ctr.batches import SplitBatches, Tables
+from owlrec.ctr.cascade import cascade_slots
 from owlrec.ctr.checkpoint import CheckpointFile
 from owlrec.ctr.codes import code_sizes
 from owlrec.ctr.epochs import Epochs
 from owlrec.ctr.experiment import CTRConfig, Metrics, Trial, TrialResult
-from owlrec.ctr.features import Features, Split
+from owlrec.ctr.features import Features, Split, Vocabularies
 from owlrec.ctr.knowledge import VectorTable, refuse_two_sizes
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.order import scan_steps, segments
@@ -56,12 +57,14 @@ def tables_of(trial: Trial, knowledge: Mapping[str, Mapping[str, VectorTable]]) 
     if trial.arm == "none":
         return None
     sources = arm_sources(trial.arm, knowledge)
-    users = {f"{source} vectors of users": knowledge[source]["user"] for source in sources.user}
+    of_user = ("knowledge", STREAMING) if arm_parts(trial.arm)[0] == "streaming" else sources.user
+    users = {f"{source} vectors of users": knowledge[source]["user"] for source in of_user}
     items = {f"{source} vectors of items": knowledge[source]["item"] for source in sources.item}
     reads, form = arm_parts(trial.arm)
     if form != "codes":
         refuse_two_sizes({**users, **items})
-    tables = Tables(tuple(users.values()), tuple(items.values()), form)
+    of_users = tuple(users.values()) if reads != "streaming" else cascade_slots(*users.values())
+    tables = Tables(of_users, tuple(items.values()), form)
     return tables.shuffled(trial.seed) if reads == "shuffled" else tables
 
 
@@ -80,11 +83,13 @@ def train_one(
     config: CTRConfig,
     worker: Worker = ALONE,
     checkpoint: CheckpointFile | None = None,
+    begin: Callable[[CTRModel, Vocabularies], None] | None = None,
 ) -> Trained:
     """Trains a trial to its best valid AUC, and scores valid and test with that epoch's weights.
 
     Where world_size exceeds 1, every rank of the process group must call it; all return the same metrics and weights.
     checkpoint: the trial goes on from it where it exists, and writes it. Whoever has stored the result deletes it.
+    begin: gives the new model other weights than random ones (WarmStart.load_into).
     Raises RecipeError where training diverges, or where the arm's vectors are missing; WorkspaceError for a checkpoint
     of another model.
     """
@@ -102,7 +107,10 @@ def train_one(
         user_codes=code_sizes(tables.users) if tables and tables.form != "vectors" else (),
         item_codes=code_sizes(tables.items) if tables and tables.form != "vectors" else (),
     )
-    model = CTRModel(spec, data.features.items).to(worker.device)
+    model = CTRModel(spec, data.features.items)
+    if begin is not None:
+        begin(model, data.features.vocabularies)
+    model = model.to(worker.device)
     train, labels = splits["train"].split, _columns(splits["valid"].split, "labels")[0]
     if checkpoint is not None:
         checkpoint = checkpoint.of(

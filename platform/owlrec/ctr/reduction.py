@@ -55,11 +55,16 @@ class ReduceVectors(Stage):
 
 
 def reduce_once(
-    workspace: Workspace, folders: Folders, components: int | None, fingerprint: str, pool: Pool | None = None
+    workspace: Workspace,
+    folders: Folders,
+    components: int | None,
+    fingerprint: str,
+    pool: Pool | None = None,
+    projection: Projection | None = None,
 ) -> Folders:
     """The folders that the trials of a grid read in place of `folders` (`reduced_folders`), written where they are not
     there yet: vectors of at most `components`, of length 1, and the projection. None, or vectors that have no more,
-    leave all where it is.
+    leave all where it is. projection: is applied in place of one that is fitted on these vectors.
 
     Raises SchemaError where two tables differ in size, or for a vector that is not finite.
     """
@@ -72,9 +77,8 @@ def reduce_once(
     if components is None or workspace.exists(kept, _DONE) or all(s.dim <= components for s in shards.values()):
         return reduced_folders(workspace, folders, fingerprint)
     refuse_two_sizes({f"vectors {name}": open_vectors(of_name, held=False) for name, of_name in shards.items()})
-    _fit([of_name.sample(_FIT_ROWS, seed=0)[1] for of_name in shards.values()], components).save(
-        workspace, kept, fingerprint
-    )
+    fitted = projection or _fit([s.sample(_FIT_ROWS, seed=0)[1] for s in shards.values()], components)
+    fitted.save(workspace, kept, fingerprint)
     stage = ReduceVectors(kept, fingerprint, {name: of_name.folder for name, of_name in shards.items()})
     inputs = {Shard(name, number): fingerprint for name, of_name in shards.items() for number in of_name.numbers}
     run_stage(workspace, stage, inputs, pool)

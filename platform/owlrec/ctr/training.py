@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from owlrec.config import Config
-from owlrec.ctr.arms import arm_sources
+from owlrec.ctr.arms import arm_sources, stored_sources
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, finished_trials, grid_folder
 from owlrec.ctr.worker import Worker
 from owlrec.errors import root_mistake
@@ -47,6 +47,8 @@ class GridJob(WorkersJob):
     fingerprint: str
     attributes: tuple[str, ...]
     profile: tuple[str, ...]
+    soft_labels: str | None = None  # folder of the probabilities to learn from, for settings.distillation
+    warm_start: str | None = None  # the artifact that the trials go on from
 
 
 def train_trials(
@@ -58,6 +60,8 @@ def train_trials(
     fingerprint: str,
     attributes: Sequence[str],
     profile: Sequence[str],
+    soft_labels: str | None = None,
+    warm_start: str | None = None,
     pool: Pool | None = None,
     on_trial: Callable[[TrialResult], None],
 ) -> list[TrialResult]:
@@ -68,6 +72,8 @@ def train_trials(
         holds its vectors (VectorShards). Those that the trials do not need are left alone.
     fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
     attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
+    soft_labels: what `score-pairs` wrote, where config.distillation is given.
+    warm_start: the folder of an artifact whose weights all trials go on from.
     pool: where the samples are encoded.
     on_trial: called with each new result as it is written, from a second thread of this process.
     Returns all results in the order of `trials`. Raises RecipeError, before any training, where an arm's vectors were
@@ -76,8 +82,7 @@ def train_trials(
     done = {result.trial for result in finished_trials(workspace, fingerprint, trials)}
     pending = tuple(trial for trial in trials if trial not in done)
     if pending:
-        read = [arm_sources(trial.arm, knowledge) for trial in pending]
-        needed = {source for sources in read for source in (*sources.user, *sources.item)}
+        needed = {source for trial in pending for source in stored_sources(arm_sources(trial.arm, knowledge))}
         job = GridJob(
             settings=config,
             trials=pending,
@@ -85,6 +90,8 @@ def train_trials(
             fingerprint=fingerprint,
             attributes=tuple(attributes),
             profile=tuple(profile) if config.use_profile else (),
+            soft_labels=soft_labels,
+            warm_start=warm_start,
         )
         encode_once(workspace, job, pool)
         with _announcing(workspace, job, on_trial):
@@ -155,6 +162,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     from owlrec.ctr.export import export_trial
     from owlrec.ctr.fitting import train_one
     from owlrec.ctr.memory import keep_freed_memory
+    from owlrec.ctr.warm_start import WarmStart
 
     keep_freed_memory()
     job = GridJob.model_validate(loop_config["job"])
@@ -163,11 +171,12 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     # training.
     done = {result.trial for result in finished_trials(workspace, job.fingerprint, job.trials)}
     data = load_data(workspace, job)
+    begin = WarmStart.open(workspace, job.warm_start).load_into if job.warm_start else None
     for trial in job.trials:
         if trial not in done:
             path = f"{grid_folder(job.fingerprint)}/{trial.path}/checkpoint.safetensors"
             checkpoint = CheckpointFile(workspace, path, job.settings.checkpoint_steps)
-            trained = train_one(trial, data, job.settings, worker, checkpoint)
+            trained = train_one(trial, data, job.settings, worker, checkpoint, begin)
             if worker.rank == 0:
                 export_trial(workspace, job.fingerprint, trained)
                 checkpoint.delete()
@@ -175,14 +184,19 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
 
 def encode_once(workspace: Workspace, job: GridJob, pool: Pool | None = None) -> None:
     """Encodes the samples once for all workers, into the grid's folder; an interrupted grid finds them there."""
+    from owlrec.ctr.distillation import SoftLabels
     from owlrec.ctr.encoded import encode_tables
+    from owlrec.ctr.export import read_vocabularies
 
+    distillation, folder = job.settings.distillation, job.soft_labels
     encode_tables(
         workspace,
         grid_folder(job.fingerprint),
         attributes=job.attributes,
         profile=job.profile,
         min_item_count=job.settings.min_item_count,
+        soft_labels=SoftLabels(folder, distillation.alpha) if distillation and folder else None,
+        before=read_vocabularies(workspace, job.warm_start) if job.warm_start else None,
         pool=pool,
     )
 

@@ -39,7 +39,9 @@ from owlrec.releases.rows import DATABASES, KEY_ORDER
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import Kind, newest, shard_of
 from owlrec.shards import Card, Shard
+from owlrec.sources.splits import last_behaviors
 from owlrec.storage import FileEntry, fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace, shard_file, shards_for
 
 PART_IDS = 131_072  # ids of a kind in a part at most: some 150 MB, which a worker builds in seconds
@@ -54,6 +56,7 @@ class ReleaseInfo(Config):
     model: str
     encoder: str
     encoder_identity: str = ""  # EncoderConfig.identity, which changes with its weights; "" of a delta: as its parent
+    history_length: int = 0  # behaviors that it keeps of each user at most; 0 of a delta: as its parent
     parent: str | None = None  # what is current before it, if anything
     delta: bool = False  # only rows that are new or changed; what it lacks is read from `parent`
 
@@ -72,19 +75,19 @@ class TableRows:
     knowledge: pa.Table | None  # schema.KNOWLEDGE
     vectors: pa.Table | None  # schema.vectors_schema, with a column `partition` where ids have several
     memberships: pa.Table | None  # schema.MEMBERSHIPS
+    behaviors: pa.Table | None = None  # schema.BEHAVIORS
 
     @classmethod
-    def of(
-        cls, knowledge: Iterable[pa.Table], vectors: Iterable[pa.Table], memberships: Iterable[pa.Table]
-    ) -> "TableRows":
-        """Those of several tables each."""
-        tables = (list(knowledge), list(vectors), list(memberships))
-        return cls(*(pa.concat_tables(t, promote_options="default") if t else None for t in tables))
+    def of(cls, *tables: Iterable[pa.Table]) -> "TableRows":
+        """Those of several tables each, in the order of the fields."""
+        listed = map(list, tables)
+        return cls(*(pa.concat_tables(t, promote_options="default") if t else None for t in listed))
 
     @property
     def most_ids(self) -> int:
         """Rows of its longest table."""
-        return max((t.num_rows for t in (self.knowledge, self.vectors, self.memberships) if t is not None), default=0)
+        tables = (self.knowledge, self.vectors, self.memberships, self.behaviors)
+        return max((t.num_rows for t in tables if t is not None), default=0)
 
     def write(self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int) -> None:
         """See ReleaseRows.write."""
@@ -98,15 +101,20 @@ class TableRows:
             rows = _of_part(table, part, n_parts)
             for kind in KEY_ORDER:
                 add(kind, rows.filter(pc.equal(rows["kind"], kind)), name=f"{name} to publish")
+        if self.behaviors is not None:
+            writer.add_behaviors(_of_part(self.behaviors, part, n_parts), name="behaviors to publish")
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """The newest rows of each id that `generate`, `encode` and `cohorts` wrote: a part is a union of their shards."""
+    """The newest rows of each id that `prepare`, `generate`, `encode` and `cohorts` wrote: a part is a union of their
+    shards.
+    """
 
     knowledge: str  # the artifacts' folders, relative to the workspace
     vectors: str
     cohorts: str | None = None
+    history_length: int = 0  # of the behaviors that are taken from the interactions; 0: none are
 
     def write(self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int) -> None:
         """See ReleaseRows.write."""
@@ -122,13 +130,30 @@ class ShardRows:
         for kind in KEY_ORDER if self.cohorts else ():
             table, name = self._read(workspace, self.cohorts or "", kind, ".parquet", kind, part, n_parts)
             if table is not None and kind != "cohort":
-                writer.add_memberships(kind, memberships(table).drop_columns(["as_of"]), name=name)
+                writer.add_memberships(kind, memberships(table, marked=True).drop_columns(["as_of"]), name=name)
+        if self.history_length:
+            table, name = self._read(workspace, "tables", "interactions", ".parquet", "user", part, n_parts, self._last)
+            if table is not None:
+                writer.add_behaviors(table, name=name)
+
+    def _last(self, interactions: pa.Table) -> pa.Table:
+        return last_behaviors(interactions, self.history_length)
 
     @staticmethod
     def _read(
-        workspace: Workspace, folder: str, below: str, suffix: str, kind: Kind, part: int, n_parts: int
+        workspace: Workspace,
+        folder: str,
+        below: str,
+        suffix: str,
+        kind: Kind,
+        part: int,
+        n_parts: int,
+        made: Callable[[pa.Table], pa.Table] | None = None,
     ) -> tuple[pa.Table | None, str]:
-        """A part's rows of one artifact, and what to call them in errors; None where it has none of the kind."""
+        """A part's rows of one artifact, and what to call them in errors; None where it has none of the kind.
+
+        made: what is made of each shard, so that no more than a few are held whole.
+        """
         n_shards = workspace.layout.shards.get(kind, 0)
         if not n_shards:
             return None, ""
@@ -139,7 +164,8 @@ class ShardRows:
             if workspace.entry(path) is None:
                 return None
             if suffix == ".parquet":
-                return workspace.read_parquet(path)
+                table = workspace.read_parquet(path)
+                return made(table) if made else table
             # Not through the node's cache, which is for what is read more than once.
             return pa.ipc.open_file(workspace.open_input(path)).read_all()
 
@@ -158,6 +184,7 @@ def publish(
     vectors: Iterable[pa.Table],
     info: ReleaseInfo,
     memberships: Iterable[pa.Table] = (),
+    behaviors: Iterable[pa.Table] = (),
     quantisers: Mapping[str, Quantiser] | None = None,
 ) -> ReleaseManifest:
     """Publishes rows in memory, a delta's few, and makes the release current. `publish_rows` takes what lies in shards.
@@ -167,7 +194,7 @@ def publish(
     """
     existing = whole_release(workspace, info)
     if existing is None:
-        rows = TableRows.of(knowledge, vectors, memberships)
+        rows = TableRows.of(knowledge, vectors, memberships, behaviors)
         existing = build_release(workspace, info, rows, shards_for(rows.most_ids, PART_IDS), quantisers=quantisers)
     make_current(workspace, existing.name, expected=info.parent or ANY)
     return existing
@@ -218,7 +245,7 @@ def build_release(
     if info.delta and quantisers:
         raise ValueError("a delta's vectors have the codes of its parent's quantisers: give it none.")
     base = _parents(workspace, info) if info.delta else base
-    info = _with_encoder(info, base)
+    info = _inherited(info, base)
     build = _begin(workspace, info)
     folder = f"releases/{build['name']}"
     try:
@@ -266,7 +293,8 @@ class PartStage(Stage):
         workspace, number = work.workspace, work.shard.number
         scratch = workspace.scratch()
         try:
-            writer = PartWriter(scratch / "part.lmdb", codes=self.codes, dim=self.dim)
+            gone = read_tombstones(workspace)
+            writer = PartWriter(scratch / "part.lmdb", codes=self.codes, dim=self.dim, tombstones=gone)
             try:
                 self.rows.write(workspace, writer, number, self.n_parts)
             except BaseException:
@@ -339,15 +367,18 @@ def _parents(workspace: Workspace, info: ReleaseInfo) -> list[ReleaseManifest]:
         ) from None
 
 
-def _with_encoder(info: ReleaseInfo, base: Sequence[ReleaseManifest]) -> ReleaseInfo:
-    """Refuses a release on top of vectors of another encoder; says whose the vectors are where `info` does not."""
+def _inherited(info: ReleaseInfo, base: Sequence[ReleaseManifest]) -> ReleaseInfo:
+    """`info` with what it does not say: whose the vectors are, and how many behaviors are kept. Refuses a release on
+    top of vectors of another encoder.
+    """
     given, before = info.encoder_identity, base[0].encoder_identity if base else ""
     if given and before and given != before:
         raise ReleaseError(
             f"release {base[0].name} has vectors of encoder {before}, but those to publish on top of it are of {given}."
             " Put the encoder back, or run `encode` and `publish` with the new one first."
         )
-    return info.model_copy(update={"encoder_identity": given or before})
+    length = info.history_length or (base[0].history_length if base else 0)
+    return info.model_copy(update={"encoder_identity": given or before, "history_length": length})
 
 
 def _build_file(info: ReleaseInfo) -> str:
@@ -412,6 +443,7 @@ def _manifest(
         vectors=sums["vectors"],
         partitions=sums["partitions"],
         memberships=sums["memberships"],
+        behaviors=sums["behaviors"],
         codes=sums["codes"],
         semantic_ids=dict(codes),
         totals=dict(Counter(sums["new"]) + Counter(base[0].totals)) if info.delta else sums["knowledge"],

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,16 @@ from owlrec.releases.rows import (
     RowStore,
     byte_rows,
     decode_keys,
+    encode_behaviors,
     encode_key,
     encode_keys,
     encode_knowledge,
     encode_lists,
     kind_of,
+    speaking,
 )
-from owlrec.schema import KNOWLEDGE, MEMBERSHIPS, conform, shard_of
+from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, conform, shard_of
+from owlrec.tombstones import Tombstones
 
 _TRANSACTION_ROWS = 20_000  # bounds the dirty pages LMDB holds in memory: about 20 MB of texts
 _READ_ROWS = 1000  # about 1 MB of texts
@@ -99,10 +102,10 @@ class LmdbFile:
             yield from batch
             after = batch[-1][0] + b"\0"  # the least key above it
 
-    def ids(self, kind: str, limit: int | None = None) -> np.ndarray:
-        """The ids of a kind with knowledge, at most `limit`: int64, ascending."""
+    def ids(self, kind: str, limit: int | None = None, database: str = "knowledge") -> np.ndarray:
+        """The ids of a kind that a database has a row of, at most `limit`: int64, ascending."""
         first, pieces, left = encode_key(kind, 0), [np.zeros(0, dtype=np.int64)], limit
-        with self._env.begin(db=self._databases["knowledge"]) as transaction:
+        with self._env.begin(db=self._databases[database]) as transaction:
             cursor = transaction.cursor()
             keys = cursor.iternext(values=False) if cursor.set_range(first) else iter(())
             while batch := list(islice(keys, _TRANSACTION_ROWS if left is None else min(left, _TRANSACTION_ROWS))):
@@ -185,6 +188,11 @@ class LmdbStore(RowStore):
         pieces = [self._part(number).ids(kind, limit) for number in range(len(self._parts))]
         return np.sort(np.concatenate(pieces))[:limit]
 
+    def vector_ids(self, kind: str) -> np.ndarray:
+        """The ids of a kind that have a vector, ascending: for deltas, which are small."""
+        pieces = [self._part(number).ids(kind, database="vectors") for number in range(len(self._parts))]
+        return np.unique(np.concatenate(pieces))
+
     def close(self) -> None:
         """See KnowledgeStore.close."""
         for part in self._parts:
@@ -216,12 +224,20 @@ def warm(path: Path) -> None:
 class PartWriter:
     """Writes one part. Each database takes cohorts, then items, then users, and a kind's rows in one call."""
 
-    def __init__(self, path: Path, *, codes: Mapping[str, SemanticIdEntry], dim: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        codes: Mapping[str, SemanticIdEntry],
+        dim: int = 0,
+        tombstones: Tombstones | None = None,
+    ) -> None:
         """path: the file to make; its folder exists, the file does not. codes: how semantic ids are written, by kind.
-        dim: components of a vector; 0: the first one decides.
+        dim: components of a vector; 0: the first one decides. tombstones: of users whose rows are left out.
         """
         self.path, self.dim = path, dim
         self.codes = codes
+        self._tombstones = tombstones or Tombstones()
         self._env = lmdb.open(
             str(path),
             subdir=False,
@@ -303,8 +319,27 @@ class PartWriter:
                 raise SchemaError(f"{name}: the cohorts of {kind} {ids[row]} hold a null. Leave that cohort out.")
             self.add_rows("memberships", encode_keys(kind, ids), encode_lists(lists))
 
+    def add_behaviors(self, table: pa.Table, *, name: str) -> None:
+        """Writes the last behaviors of users (schema.BEHAVIORS), in any order.
+
+        Raises SchemaError for a null, a user who occurs twice, or lists that are not aligned.
+        """
+        table = conform(table, BEHAVIORS, name=name)
+        _refuse_nulls(table, BEHAVIORS.names, name)
+        for batch in _ascending(table.select(BEHAVIORS.names), "user", "behaviors", name):
+            try:
+                values = encode_behaviors(batch)
+            except ValueError as error:
+                raise SchemaError(
+                    f"{name}: the behaviors of a user are not aligned ({error}). Run `prepare`."
+                ) from None
+            self.add_rows("behaviors", encode_keys("user", batch["id"].to_numpy()), values)
+
     def add_rows(self, database: str, keys: list[bytes], values: list[bytes]) -> None:
         """Writes rows as they stand in a file, all keys above those before, in one transaction."""
+        if len(self._tombstones):
+            told = speaking(keys, self._tombstones)
+            keys, values = list(compress(keys, told)), list(compress(values, told))
         if not keys:
             return
         while True:

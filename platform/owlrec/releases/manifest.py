@@ -12,7 +12,7 @@ from owlrec.errors import ReleaseError, WorkspaceError, did_you_mean
 from owlrec.storage import FileEntry
 from owlrec.workspace import Workspace
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "release.json"
 WAY_BACK = "Roll back to the previous release (`owlrec rollback`), or publish again."
 
@@ -48,6 +48,8 @@ class ReleaseManifest(BaseModel):
     partitions: dict[str, int] = {}  # vectors of older interest partitions
     memberships: dict[str, int] = {}
     codes: dict[str, int] = {}  # newest vectors whose semantic ids are known, or known to be none
+    behaviors: dict[str, int] = {}  # users whose last behaviors it holds
+    history_length: int = 0  # so many of each at most; 0 where it holds none
     semantic_ids: dict[str, SemanticIdEntry] = {}  # by kind; the codebooks are in the oldest release of a chain
     totals: dict[str, int] = {}  # ids with knowledge of their own, its parents' included
     dim: int

@@ -1,10 +1,11 @@
 """The rows of a release as bytes, the same in LMDB and in Redis, and the store that reads them.
 
 A key is one byte for the kind and the id as eight big-endian bytes, so that byte order is numeric order; vectors of
-older interest partitions follow their id's newest one, under its key and one byte more. Four databases hold values:
+older interest partitions follow their id's newest one, under its key and one byte more. Five databases hold values:
 `knowledge` (as_of, framework, quality, text), `vectors` (raw float16), `memberships` (cohort ids, each as eight
-big-endian bytes) and `codes` (semantic ids as owlrec.encoding.packed_codes writes them; empty: none). Whole columns are
-encoded at once: a loop over 10^8 rows in Python would cost hours.
+big-endian bytes), `codes` (semantic ids as owlrec.encoding.packed_codes writes them; empty: none) and, of users,
+`behaviors` (24 bytes each, schema.BEHAVIOR). Whole columns are encoded at once: a loop over 10^8 rows in Python
+would cost hours.
 """
 
 import struct
@@ -19,9 +20,10 @@ import pyarrow.compute as pc
 from owlrec.encoding.packed_codes import unpack_codes
 from owlrec.errors import ReleaseError, SchemaError, did_you_mean
 from owlrec.releases.interface import Knowledge, KnowledgeStore
-from owlrec.schema import Kind
+from owlrec.schema import BEHAVIOR, Kind
+from owlrec.tombstones import Tombstones
 
-DATABASES = ("knowledge", "vectors", "memberships", "codes")
+DATABASES = ("knowledge", "vectors", "memberships", "codes", "behaviors")
 KEY_ORDER: tuple[Kind, ...] = ("cohort", "item", "user")  # kinds as their keys ascend
 KEY_BYTES = 9
 LAST_PARTITION = 255  # one byte of a key
@@ -60,6 +62,15 @@ def decode_keys(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """The kinds (their bytes, uint8) and ids (int64) of keys."""
     table = np.frombuffer(b"".join(key[:KEY_BYTES] for key in keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
     return table[:, 0], np.ascontiguousarray(table[:, 1:]).view(">i8").ravel().astype(np.int64)
+
+
+def speaking(keys: Sequence[bytes], tombstones: Tombstones) -> list[bool]:
+    """Of each key whether its row may be told: not that of a user who is forgotten."""
+    if not keys or not len(tombstones):
+        return [True] * len(keys)
+    kinds, ids = decode_keys(keys)
+    told: list[bool] = (~tombstones.among(ids) | (kinds != _KIND_BYTES["user"][0])).tolist()
+    return told
 
 
 def kind_of(byte: int) -> str:
@@ -112,6 +123,22 @@ def encode_lists(lists: pa.ListArray) -> list[bytes]:
     offsets = lists.offsets.to_numpy().astype(np.int64) * 8
     data = lists.values.to_numpy().astype(">i8").tobytes()
     return [data[start:end] for start, end in pairwise(offsets.tolist())]
+
+
+def encode_behaviors(table: pa.Table) -> list[bytes]:
+    """The values of behaviors (schema.BEHAVIORS): schema.BEHAVIOR after each other, NaN for no rating.
+
+    Raises ValueError where the lists of a row differ in length.
+    """
+    lists = {name: table[f"{name}s"].combine_chunks() for name in BEHAVIOR.names or ()}
+    offsets = np.r_[0, np.cumsum(lists["time"].value_lengths().to_numpy())]
+    rows = np.empty(offsets[-1], dtype=BEHAVIOR)
+    for name, column in lists.items():
+        if not np.array_equal(column.value_lengths().to_numpy(), np.diff(offsets)):
+            raise ValueError(f"{name}s and times differ in length")
+        rows[name] = column.flatten().to_numpy(zero_copy_only=False)
+    data, bounds = rows.tobytes(), (offsets * BEHAVIOR.itemsize).tolist()
+    return [data[start:end] for start, end in pairwise(bounds)]
 
 
 class RowStore(KnowledgeStore):
@@ -173,6 +200,11 @@ class RowStore(KnowledgeStore):
         """See KnowledgeStore.memberships."""
         values = self.values("memberships", kind, ids)
         return [None if v is None else struct.unpack(f">{len(v) // 8}q", v) for v in values]
+
+    def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
+        """See KnowledgeStore.behaviors."""
+        values = self.values("behaviors", "user", ids)
+        return [None if value is None else np.frombuffer(value, dtype=BEHAVIOR) for value in values]
 
     def count(self, kind: str) -> int:
         """See KnowledgeStore.count."""

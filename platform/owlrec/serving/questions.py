@@ -2,10 +2,11 @@
 words that the ranker was tuned on. Retrieved for the set, they are the same in each prompt, so the engine reads them
 once.
 
-A user who comes by id is asked about by their latest behaviors, as the samples were. A history that comes with the
-request stands in the place of these; nothing is kept of it.
+A user who comes by id is asked about by the behaviors that the current release holds, cut as the samples were. A
+history that comes with the request stands in the place of these; nothing is kept of it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 from owlrec.prompting.rella import rank_prompt
@@ -14,7 +15,23 @@ from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.ranking.samples import Shown, behaviours_shown
 from owlrec.scenario import Scenario
 from owlrec.serving.schemas import Rank
+from owlrec.serving.served import ServedReleases
 from owlrec.serving.tables import WorkspaceTables
+from owlrec.sources.outcomes import taken
+
+Recent = Callable[[int], list[tuple[int, float | None]]]  # user -> (item, rating) of what they took, oldest first
+
+
+def recent_of(served: ServedReleases) -> Recent:
+    """What a user took among the last behaviors that the current release holds; raises Problem (503) without one."""
+
+    def recent(user: int) -> list[tuple[int, float | None]]:
+        with served.lease() as release:
+            (found,) = release.store.behaviors([user])
+        rows = [] if found is None else found[taken(found["rating"], found["label"])].tolist()
+        return [(item, None if math.isnan(rating) else rating) for _, item, rating, _ in rows]
+
+    return recent
 
 
 class QuestionWriter:
@@ -26,24 +43,22 @@ class QuestionWriter:
         retriever: BehaviourRetriever,
         scenario: Scenario,
         config: RankingConfig,
-        history_length: int,
+        recent: Recent,
         count_tokens: Callable[[str], int],
     ) -> None:
-        """config: that the ranker was tuned with; the last of its ways of showing behaviours is asked in.
-        history_length: of the samples that it was tuned on.
-        """
+        """config: that the ranker was tuned with; the last of its ways of showing behaviours is asked in."""
         self._tables = tables
         self._retriever = retriever
         self._scenario = scenario
         self._config = config
-        self._history_length = history_length
+        self._recent = recent
         self._count_tokens = count_tokens
         self._shown: Shown = config.data.shown[-1]
 
     def write(self, asked: Rank, candidates: Sequence[int]) -> list[tuple[str, str]]:
         """System turn and user turn about each candidate, in their order; two "" for one without a title."""
         if asked.history is None:
-            behaviours = [] if asked.user_id is None else self._tables.recent(asked.user_id, self._history_length)
+            behaviours = [] if asked.user_id is None else self._recent(asked.user_id)
         else:
             behaviours = [(b.item_id, b.rating) for b in asked.history if b.taken]
         items = [item for item, _ in behaviours]

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from owlrec.errors import OwlRecError
-from owlrec.ordered import rows_of
 from owlrec.schema import shard_of
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.outcomes import was_taken
-from owlrec.sources.splits import last_behaviours
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 _SHARDS_HELD = 64
@@ -27,32 +25,11 @@ class WorkspaceTables:
         """workspace: prepared, or not."""
         self._workspace = workspace
         self._shard = lru_cache(maxsize=_SHARDS_HELD)(workspace.read_shard)
-        self._last = lru_cache(maxsize=_SHARDS_HELD)(
-            lambda number, n: last_behaviours(workspace.read_shard("interactions", number), n)
-        )
         self._catalog: ItemCatalog | None = None
 
     def row(self, kind: str, id_: int) -> dict[str, Any] | None:
-        """A user's or an item's columns; None where there is no such row."""
+        """A user's or an item's columns; None where there is no such row, or the user is forgotten."""
         return self._find(f"{kind}s", f"{kind}_id", id_)
-
-    def recent(self, user: int, n: int) -> list[tuple[int, float | None]]:
-        """What a user took among their last `n` behaviors, as a sample of this moment would tell it: (item, rating),
-        oldest first.
-
-        n: split.history_length, by which the samples that a ranker is tuned on were cut.
-        """
-        try:
-            shards = self._workspace.table_shards("interactions")
-            rows = self._last(int(shard_of(np.array([user]), len(shards))[0]), n)
-        except OwlRecError:  # not prepared
-            return []
-        at = int(rows_of(rows["user_id"].to_numpy(), np.array([user]))[0])
-        if at < 0:
-            return []
-        (found,) = rows.slice(at, 1).to_pylist()
-        told = zip(found["history"], found["history_ratings"], found["history_labels"], strict=True)
-        return [(item, rating) for item, rating, label in told if was_taken(rating, label)]
 
     def behaviours(self, user: int) -> list[tuple[int, float | None]]:
         """What the LLM read of a user when it wrote their text: (item, rating), oldest first."""
@@ -92,6 +69,8 @@ class WorkspaceTables:
         return self._catalog
 
     def _find(self, table: str, key: str, id_: int) -> dict[str, Any] | None:
+        if key == "user_id" and id_ in read_tombstones(self._workspace):  # shards that are held may be older
+            return None
         try:
             shards = self._workspace.table_shards(table)
             rows = self._shard(table, int(shard_of(np.array([id_]), len(shards))[0]))
