@@ -181,7 +181,7 @@ def test_what_was_answered_is_not_asked_again(shop: Recipe, workspace: Workspace
     assert card.fingerprint != first.fingerprint
     # Another wording: all of them, in a folder of their own.
     other = recipe_for(
-        tmp_path / "shop", workspace, ranking={"data": {"behaviours": 3}, "prompt": {"layout": "shared_first"}}
+        tmp_path / "shop", workspace, ranking={"data": {"behaviours": 3}, "prompt": {"retrieved_for": "candidate"}}
     )
     n = len(asked)
     assert score_pairs(other, workspace).outputs != first.outputs

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from owlrec.ctr.distillation import DistillationConfig
 from owlrec.encoding.encoder import EncoderConfig
@@ -26,6 +27,7 @@ from owlrec.generation.job import dead_file
 from owlrec.prompting.rella import rank_fingerprint
 from owlrec.ranking.adapters import Adapter, open_adapter
 from owlrec.ranking.calibration import IsotonicScaling, PlattScaling
+from owlrec.ranking.candidate_sets import with_candidates
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.items import ItemVectors
 from owlrec.ranking.last_layer import LastLayerConfig
@@ -39,12 +41,13 @@ from owlrec.schema import DEAD_LETTERS, SOFT_LABELS
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.prepared import table_files
-from owlrec.sources.splits import SplitConfig
+from owlrec.sources.splits import SplitConfig, read_samples
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
 ROOT = "soft-labels"
 _ROWS = SOFT_LABELS.append(pa.field("question", pa.binary(16)))  # BLAKE2b of both turns
+_MOMENTS = ("user_id", "item_id", "timestamp")
 _ASKED_AT_ONCE = 4096  # questions that are held at a time
 _USER_TABLES = ("users", "interactions", "samples")
 Key = tuple[int, int, int]  # user_id, item_id, timestamp
@@ -125,9 +128,10 @@ class ScorePairs(Stage):
     async def run(self, work: Work) -> Result:
         """See Stage.run. Raises WorkerLost where the engine is gone."""
         workspace = work.workspace
-        pairs = await asyncio.to_thread(
-            asked_pairs, workspace, work.shard.number, self.pairs, self.split, self._catalog.ids
-        )
+        number, catalog = work.shard.number, self._catalog.ids
+        pairs = await asyncio.to_thread(asked_pairs, workspace, number, self.pairs, self.split, catalog)
+        logged = await asyncio.to_thread(read_samples, workspace, number, _MOMENTS)
+        pairs = await asyncio.to_thread(with_candidates, pairs, logged, catalog)
         answers = _Answers(await asyncio.to_thread(_earlier, work))
         for start in range(0, len(pairs), _ASKED_AT_ONCE):
             rows = pairs.slice(start, _ASKED_AT_ONCE)
@@ -145,8 +149,8 @@ class ScorePairs(Stage):
         if self.vectors is None:
             retriever = BehaviourRetriever(np.zeros(0, np.int64), np.zeros((0, 1), np.float32))
         else:
-            behaviors = pairs["history"].combine_chunks().flatten().to_numpy()
-            retriever = self.vectors.retriever(np.concatenate([pairs["item_id"].to_numpy(), behaviors]))
+            items = [pc.list_flatten(pairs[name]).to_numpy() for name in ("candidates", "history")]
+            retriever = self.vectors.retriever(np.concatenate(items))
         teacher, users = self.teacher, read_users(workspace, pairs["user_id"].to_numpy())
         return ask_about(
             pairs,
