@@ -95,9 +95,6 @@ def _prepare(folder: Path) -> tuple[Path, Workspace, str]:
     settings = yaml.safe_load(RECIPE.read_text())
     settings |= {"workspace": str(folder / "ws"), "ctr": {"backbones": ["din"], "arms": ["none"], "seeds": [0]}}
     settings["ctr"]["epochs"] = 1
-    # The release that behaviors are read from takes texts: which they are does not change what ranking costs.
-    settings["ranking"]["engine"], settings["engine"] = settings["engine"], {"type": "echo"}
-    settings["encoder"] = {"model": "hashing"}
     recipe, workspace, artifact = _run_and_export(folder, settings, last="prepare")
     _publish_behaviors(workspace, settings["split"]["history_length"])
     return recipe, workspace, artifact

@@ -225,7 +225,7 @@ def test_an_engine_that_is_gone_ends_the_worker(tmp_path: Path, workspace: Works
 def test_retrieved_behaviors_are_those_of_the_ranker(tmp_path: Path, workspace: Workspace, shop: Recipe) -> None:
     """By default a served question shows retrieved behaviors; `recent` shows others and needs no vectors."""
     score_pairs(shop, workspace)
-    assert all("most like the movie in question" in question for question in asked if "1. " in question)
+    assert all("most like the movies in question" in question for question in asked if "1. " in question)
     assert any("1. " in question for question in asked)
     asked.clear()
     recent = {"data": {"behaviours": 3, "shown": ["recent"]}}
