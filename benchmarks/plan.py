@@ -107,6 +107,16 @@ LONG_PARTS = (
         "Recent or retrieved behaviours, for the ranker of 1,024 shots (behind ranking-shots; 25 minutes)?",
     ),
     Part(
+        "distillation",
+        "distillation",
+        "What does a teacher that knows a planted truth make up for where nine tenths of the labels are missing?",
+    ),
+    Part(
+        "ranking-sets",
+        "ranking_sets",
+        "What does it cost to retrieve behaviors once for a request's candidates, and by which rule (five minutes)?",
+    ),
+    Part(
         "outcomes",
         "outcomes",
         "What does a CTR model lose where a log holds clicks and impressions in place of ratings (ten minutes)?",

@@ -1,7 +1,8 @@
 """The LLM ranker's speed and exactness: candidates a second, adapters beside peft, tuning beside TRL, retrieval.
 
-`prefix`: 50 candidates for one user with a history of 30, MovieLens-100K prompts, SmolLM2-135M in bf16; the same
-prompts with and without vLLM's prefix cache, and one at a time through transformers as ReLLa's released code does.
+`prefix`: 50 candidates for one user, shown 30 behaviors (retrieved once for all candidates, or for each) in prompts of
+MovieLens-100K, SmolLM2-135M in bf16; the same prompts with and without vLLM's prefix cache, and one at a time through
+transformers as ReLLa's released code does.
 `parity`: a random adapter on 200 prompts in float32, vLLM against peft. `tuning`: tokens/s of tuning steps on the same
 rows, model, adapter and batch as TRL's SFTTrainer. `retrieval`: one candidate against histories of 10^5 and 10^6.
 Every engine and trainer runs in a process of its own. How well it ranks: `benchmarks.ranking_quality`.
@@ -58,20 +59,15 @@ def main() -> None:
 def measure_prefix(folder: Path, quick: bool) -> list[Figure]:
     """Candidates a second, by how much of a prompt the candidates share."""
     rounds = 1 if quick else 5
-    asked = {
-        f"{shown}, {layout}": lists_of_questions(rounds + 1, shown, layout)
-        for shown, layout in (("recent", "shared_first"), ("mixed", "shared_first"), ("mixed", "target_last"))
-    }
     figures = []
-    for name, lists in asked.items():
-        if quick and not name.startswith("recent"):
-            continue
+    for retrieved_for in ("set",) if quick else ("set", "candidate"):
+        name, lists = f"retrieved for each {retrieved_for}", lists_of_questions(rounds + 1, retrieved_for)
         speeds = {}
         for caching in (True, False):
             job = {"do": "score", "lists": lists, "args": {"enable_prefix_caching": caching}}
             found = in_process(folder, job)
             speeds["prefix cache" if caching else "no prefix cache"] = CANDIDATES / np.array(found["seconds"])
-        if name.startswith("recent") and not quick:
+        if retrieved_for == "set" and not quick:
             found = in_process(folder, {"do": "one_by_one", "lists": lists[:3]})
             speeds["transformers, one at a time"] = CANDIDATES / np.array(found["seconds"])
         base = statistics.median(speeds["no prefix cache"])
@@ -95,7 +91,7 @@ def measure_prefix(folder: Path, quick: bool) -> list[Figure]:
 def measure_parity(folder: Path, quick: bool) -> list[Figure]:
     """How far a probability in vLLM is from peft's, and what an adapter costs."""
     n, timed = 20 if quick else 200, 20
-    lists = lists_of_questions(-(-n // CANDIDATES), "recent", "target_last", history=10)
+    lists = lists_of_questions(-(-n // CANDIDATES), "set", history=10)
     questions = [q for asked in lists for q in asked][:n]
     adapter = str(folder / "adapter")
     expected = np.array(in_process(folder, {"do": "peft", "questions": questions, "adapter": adapter})["scores"])
@@ -129,7 +125,7 @@ def measure_parity(folder: Path, quick: bool) -> list[Figure]:
 def measure_tuning(folder: Path, quick: bool) -> list[Figure]:
     """Real tokens a second of tuning, beside TRL where it is installed."""
     rows, batch, history = (64, 16, 10) if quick else (256, 32, HISTORY)  # four steps at least: two of ours are timed
-    lists = lists_of_questions(-(-rows // CANDIDATES), "mixed", "shared_first", history)
+    lists = lists_of_questions(-(-rows // CANDIDATES), "candidate", history)
     questions = [q for asked in lists for q in asked][:rows]
     answers = [YES if i % 2 else NO for i in range(rows)]
     job = {"questions": questions, "answers": answers, "batch": batch, "micro": 8, "dtype": "bfloat16"}
@@ -195,9 +191,9 @@ def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
     return figures
 
 
-def lists_of_questions(n_users: int, shown: str, layout: str, history: int = HISTORY) -> list[list[Question]]:
+def lists_of_questions(n_users: int, retrieved_for: str, history: int = HISTORY) -> list[list[Question]]:
     """Of each of `n_users` MovieLens-100K users with a long history, the questions about 50 films they had not seen.
-    Shows `history` behaviours.
+    Shows `history` behaviours, retrieved once for a set of candidates or for each.
 
     Retrieved behaviours are drawn at random: which they are does not change the cost.
     """
@@ -207,25 +203,20 @@ def lists_of_questions(n_users: int, shown: str, layout: str, history: int = HIS
     for row in raw.interactions.to_pylist():
         seen.setdefault(row["user_id"], []).append((row["timestamp"], row["item_id"], row["rating"]))
     count = token_counter(VllmEngineConfig(**ENGINE))
-    config = RankPromptConfig(layout=layout, history_tokens=1024)  # type: ignore[arg-type]
+    config = RankPromptConfig(retrieved_for=retrieved_for, history_tokens=1024)  # type: ignore[arg-type]
+    profile, scenario = {"gender": "female", "age": "30"}, get_scenario("movies")
     rng = np.random.default_rng(0)
     lists = []
     for user in sorted(u for u, of in seen.items() if len(of) >= 2 * HISTORY)[:n_users]:
         behaviours = [(titles[item], rating) for _, item, rating in sorted(seen[user])]
         fresh = sorted(set(titles) - {item for _, item, _ in seen[user]})
-        lately = history if shown == "recent" else history // 2
-        asked = []
+        asked: list[Question] = []
+        retrieved: list[tuple[str, float]] = []
         for item in rng.choice(fresh, CANDIDATES, replace=False).tolist():
-            older = behaviours[:-lately]
-            drawn = sorted(rng.choice(len(older), history - lately, replace=False).tolist())
-            retrieved = [older[i] for i in drawn]
-            profile = {"gender": "female", "age": "30"}
-            scenario = get_scenario("movies")
-            asked.append(
-                rank_prompt(
-                    scenario, profile, titles[item], config, count, recent=behaviours[-lately:], retrieved=retrieved
-                )
-            )
+            if not retrieved or retrieved_for == "candidate":
+                drawn = sorted(rng.choice(len(behaviours), history, replace=False).tolist())
+                retrieved = [behaviours[i] for i in drawn]
+            asked.append(rank_prompt(scenario, profile, titles[item], config, count, retrieved=retrieved))
         lists.append(asked)
     return lists
 

@@ -11,9 +11,11 @@ from benchmarks.table import Figure
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.errors import EngineError
 from owlrec.ranking.calibration import load_calibration
+from owlrec.ranking.candidate_sets import with_candidates
 from owlrec.ranking.cascade import held_out_lists, judge_cascade
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.recipe import Recipe
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
@@ -63,6 +65,7 @@ def ctr_scores(recipe: Recipe, workspace: Workspace, samples: pa.Table, asked: p
 def llm_scores(recipe: Recipe, workspace: Workspace, folder: str, asked: pa.Table) -> np.ndarray:
     """The ranker's, in the way that its adapter was tuned for last: float64 [rows of asked], nan for none."""
     data = (recipe.ranking or RankingConfig()).data
+    asked = with_candidates(asked, asked, ItemCatalog.load(workspace).ids)
     rows = ask_ranker(recipe, workspace, folder, asked, k=data.behaviours, ways=data.shown[-1:])
     if len(rows) != len(asked):
         raise EngineError("cascade: a candidate of the lists has no title. Give all items titles.")

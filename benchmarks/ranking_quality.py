@@ -3,7 +3,8 @@
 MovieLens-100K, the recipe `movielens-100k-ranker`, SmolLM2-135M; the `tune_ranker` stage with other settings each time.
 `shots`: tuned on few samples, beside DIN and DCN-V2 trained on the very same ones. `lengths`: K behaviours, recent,
 retrieved or mixed, as the model is and tuned. `longer`: the ranker of the most shots, asked with more behaviours than
-it was tuned on. `mixture`: tuned on recent or retrieved prompts alone, or on both.
+it was tuned on. `mixture`: tuned on recent or retrieved prompts alone, or on both. `sets`: behaviors retrieved once for
+a set of candidates, or for each candidate, on as many shots.
 `cascade`: DIN, trained on the whole train split, orders held-out lists, and the ranker of the most shots re-orders
 their heads. Differences are paired by row, with 95 % intervals by users drawn anew.
 
@@ -25,22 +26,22 @@ import pipelines
 from benchmarks.ranking_cascade import cascade_figures
 from benchmarks.ranking_peers import ctr_results
 from benchmarks.ranking_scores import Scored, ask_ranker, auc_figure, scored
-from benchmarks.samples import all_samples
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.ops.console import note
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.judging import Judgement
-from owlrec.ranking.samples import draw_shots
+from owlrec.ranking.samples import draw_samples
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.shards import finished_stage
+from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.prepare import run as prepare
 from pipelines.tune_ranker import run as tune_ranker
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k-ranker.yaml"
-PARTS = ("shots", "lengths", "longer", "mixture", "cascade")
+PARTS = ("shots", "lengths", "longer", "mixture", "sets", "cascade")
 WAYS = ("recent", "retrieved", "mixed")
 _FIXED_TOKENS, _BEHAVIOUR_TOKENS = 115, 17.5  # of a prompt, about: without behaviours, and for each
 _START_S = 60  # of Ray, an engine and their models, for each run
@@ -68,6 +69,7 @@ class Run:
     judged: tuple[str, ...]
     zero_shot: bool = False
     asked: tuple[str, ...] = ("recent", "retrieved")  # how its samples are asked while it is tuned
+    retrieved_for: str = "set"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Bench:
         o, values = self.options, self.recipe.model_dump(mode="json")
         changed: dict[str, dict[str, Any]] = {
             "data": {"seed": run.seed, "shots": run.shots, "behaviours": run.behaviours, "shown": run.asked},
+            "prompt": {"retrieved_for": run.retrieved_for},
             "tuning": {"seed": run.seed, "epochs": o.epochs},
             "judging": {
                 "shown": run.judged,
@@ -180,6 +183,11 @@ def runs_of(part: str, o: Namespace) -> list[Run]:
             for seed in o.seeds
             for asked in (("recent", "retrieved"), ("recent",), ("retrieved",))
         ],
+        "sets": [
+            Run(seed, o.length_shots, o.shown, ("retrieved",), retrieved_for=retrieved_for)
+            for seed in o.seeds
+            for retrieved_for in ("candidate", "set")
+        ],
     }
     return by_part[part]
 
@@ -261,8 +269,8 @@ def by_longer(bench: Bench) -> list[Figure]:
     _, folder = bench.tuned(run)
     recipe, workspace = bench.recipe_of(run), bench.workspace
     assert recipe.ranking is not None
-    samples = all_samples(workspace)
-    asked = samples.take(pa.array(draw_shots(samples, rows, recipe.ranking.judging.seed, "test")))
+    catalog = ItemCatalog.load(workspace).ids
+    asked = draw_samples(workspace, "test", rows, recipe.ranking.judging.seed, catalog, exactly=True)
     figures = []
     for k in bench.options.behaviours:
         file = f"{bench.kept(run)}/longer-{k}-{rows}.parquet"
@@ -294,6 +302,20 @@ def by_mixture(bench: Bench) -> list[Figure]:
     return figures
 
 
+def by_sets(bench: Bench) -> list[Figure]:
+    """The same samples, asked with behaviors for each candidate or for its set."""
+    figures: list[Figure] = []
+    for seed in bench.options.seeds:
+        found = {}
+        for run in runs_of("sets", bench.options):
+            if run.seed == seed:
+                measure = f"retrieved for each {run.retrieved_for}, {run.shots} shots, seed {seed}"
+                figures += bench.figures(run, measure)
+                found[run.retrieved_for] = scored(bench.tuned(run)[0]["tuned"], "retrieved")
+        figures.append(auc_figure(f"for a set, seed {seed}", "set - candidate", found["set"], found["candidate"]))
+    return figures
+
+
 def by_cascade(bench: Bench) -> list[Figure]:
     """Blends of DIN and the ranker of the most shots."""
     run = runs_of("cascade", bench.options)[0]
@@ -301,7 +323,14 @@ def by_cascade(bench: Bench) -> list[Figure]:
     return cascade_figures(bench.recipe_of(run), bench.workspace, folder, bench.kept(run), bench.options.lists)
 
 
-FIGURES = {"shots": by_shots, "lengths": by_lengths, "longer": by_longer, "mixture": by_mixture, "cascade": by_cascade}
+FIGURES = {
+    "shots": by_shots,
+    "lengths": by_lengths,
+    "longer": by_longer,
+    "mixture": by_mixture,
+    "sets": by_sets,
+    "cascade": by_cascade,
+}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ def ask_ranker(
     ways: tuple[Shown, ...],
     zero_shot: bool = False,
 ) -> pa.Table:
-    """samples.TUNING_ROWS and a column of scores, "tuned" and where asked for "zero-shot": float64, nan for none."""
+    """samples.TUNING_ROWS and a column of scores, "tuned" and where asked for "zero-shot": float64, nan for none.
+
+    samples: with their candidates (candidate_sets.with_candidates).
+    """
     config = recipe.ranking or RankingConfig()
     engine = config.ranking_engine(recipe.engine)
     rows = ask_about(

@@ -25,9 +25,8 @@ PEERS = Path(__file__).parent / "serving_peers"
 def serving(workspace: Workspace, replicas: int = 1) -> Iterator[str]:
     """`owlrec serve` on the workspace; its address."""
     port = free_port()
-    owlrec = Path(sys.executable).parent / "owlrec"
     options = {"--workspace": workspace.path(), "--port": port, "--replicas": replicas, "--max-replicas": replicas}
-    with process([str(owlrec), "serve", *(str(word) for option in options.items() for word in option)]):
+    with process([owlrec(), "serve", *(str(word) for option in options.items() for word in option)]):
         for path in ("readyz", "explorer/readyz"):  # the latter comes last: nothing is started any more under load
             wait_for_answer(f"http://127.0.0.1:{port}/{path}")
         yield f"http://127.0.0.1:{port}"
@@ -101,6 +100,11 @@ def wait_for_port(port: int, seconds: float = 60) -> None:
             if time.monotonic() > end:
                 raise
             time.sleep(0.1)
+
+
+def owlrec() -> str:
+    """The command of this environment."""
+    return str(Path(sys.executable).parent / "owlrec")
 
 
 def free_port() -> int:

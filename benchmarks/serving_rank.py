@@ -2,9 +2,9 @@
 a refresh reaches its scores while requests go on.
 
 MovieLens-100K, prepared as pipelines/recipes/movielens-100k-ranker.yaml says; a DIN of one epoch, since a better one is
-no slower; the LLM as it is, through serve_apps.rank_llm, shown recent behaviours, which a user's candidates share, on
-all cores beside everything else. Every request is of another user, so that no prompt is found in the engine's cache but
-what the candidates of one request share.
+no slower; the LLM as it is, through serve_apps.rank_llm, shown behaviors that are retrieved once for the candidates of
+a request, on all cores beside everything else. Every request is of another user, so that no prompt is found in the
+engine's cache but what the candidates of one request share.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import torch
 import yaml
 
 from benchmarks.load import LoadJob, LoadResult
-from benchmarks.serving_processes import free_port, load, process, wait_for_answer
+from benchmarks.serving_processes import free_port, load, owlrec, process, wait_for_answer
 from benchmarks.table import Figure
 from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.features import Histories, SampleFeatures
@@ -59,8 +59,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
     recipe, workspace, artifact = _prepare(folder)
     port = free_port()
     address = f"http://127.0.0.1:{port}/rank"
-    owlrec = Path(sys.executable).parent / "owlrec"
-    command = [str(owlrec), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
+    command = [owlrec(), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
     command += ["--artifact", artifact, "--llm", "--llm-cpus", str(os.cpu_count())]
     with process(command):
         bodies = _requests(workspace)
@@ -96,7 +95,6 @@ def _prepare(folder: Path) -> tuple[Path, Workspace, str]:
     settings = yaml.safe_load(RECIPE.read_text())
     settings |= {"workspace": str(folder / "ws"), "ctr": {"backbones": ["din"], "arms": ["none"], "seeds": [0]}}
     settings["ctr"]["epochs"] = 1
-    settings["ranking"]["data"]["shown"] = ["recent"]
     recipe, workspace, artifact = _run_and_export(folder, settings, last="prepare")
     _publish_behaviors(workspace, settings["split"]["history_length"])
     return recipe, workspace, artifact

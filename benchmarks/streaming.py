@@ -11,7 +11,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ import pyarrow as pa
 
 from benchmarks.samples import RATED, labelled
 from benchmarks.table import Figure, options_parser, show
-from owlrec.ctr.batches import SplitBatches, Tables
+from owlrec.ctr.arms import STREAMING
+from owlrec.ctr.comparison import GridScores, weigh
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import build_features
-from owlrec.ctr.fitting import TrainingData, score, train_one
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.metrics import auc
+from owlrec.ctr.fitting import TrainingData, train_one
+from owlrec.ctr.knowledge import KnowledgeTable, VectorTable, open_vectors
 from owlrec.ctr.reduction import reduced
-from owlrec.generation import VllmEngineConfig, token_counter
+from owlrec.encoding.vector_shards import PARTITIONS, VectorShards, partitions_folder
+from owlrec.generation import EchoEngineConfig, EngineConfig, VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED
+from owlrec.ordered import run_starts
 from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import State
@@ -58,11 +61,11 @@ def main() -> None:
     if options.only in (None, "cost"):
         figures += _cost(raw, options.days or (5 if options.quick else 30))
     if options.only == "worth" or (options.only is None and not options.quick):
-        figures += _worth(raw, options.knowledge)
+        figures += _worth(raw, options.knowledge, quick=options.quick)
     show("streaming refresh", figures, options)
 
 
-def _recipe(workspace: str, engine: dict[str, Any]) -> Recipe:
+def _recipe(workspace: str, engine: dict[str, Any], encoder: dict[str, Any] | None = None) -> Recipe:
     values = {
         "name": "replay",
         "scenario": "movies",
@@ -71,6 +74,7 @@ def _recipe(workspace: str, engine: dict[str, Any]) -> Recipe:
         "shard_rows": 128,
         "prompts": {"history_tokens": 128},
         "engine": engine,
+        "encoder": encoder or {},
         "sampling": {"max_tokens": 64},
         "quality": {"policy": {"repetition": "keep"}},
         "decoding": {"mode": "strict"},
@@ -175,20 +179,21 @@ def _cost(raw: RawTables, days: int) -> list[Figure]:
     ]
 
 
-def _worth(raw: RawTables, knowledge: Path | None) -> list[Figure]:
+def _worth(raw: RawTables, knowledge: Path | None, *, quick: bool) -> list[Figure]:
     start, end = _until(raw, 0.6), _until(raw, 0.8)
-    engine = VllmEngineConfig(type="vllm", model=PACKAGED, max_model_len=1024, max_num_seqs=8)
+    engine: EngineConfig = VllmEngineConfig(type="vllm", model=PACKAGED, max_model_len=1024, max_num_seqs=8)
+    encoder = {}
+    if quick:
+        engine, encoder = EchoEngineConfig(type="echo"), {"model": "hashing"}
     count = token_counter(engine)
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        recipe = _recipe(first, engine.model_dump())
+        recipe = _recipe(first, engine.model_dump(), encoder)
         if knowledge is not None:
             shutil.copytree(knowledge, Path(first) / "knowledge")
         workspace = _full_run(raw, recipe, start)
+        everyone = raw.users["user_id"].to_numpy()
         with open_release(workspace) as release:
-            everyone = raw.users["user_id"].to_numpy()
-            fixed = _user_vectors(release, everyone)
-            items = raw.items["item_id"].to_numpy()
-            item_vectors = _table(items, *release.store.vectors("item", items))
+            fixed, items = _table(release, "user", everyone), _table(release, "item", raw.items["item_id"].to_numpy())
         tokens: list[tuple[int, int, int]] = []
         moved: list[tuple[float, float]] = []
         calls, seconds, before = 0, time.perf_counter(), fixed
@@ -199,38 +204,52 @@ def _worth(raw: RawTables, knowledge: Path | None) -> list[Figure]:
             calls += state.calls
             tokens += list(_tokens(raw, recipe, workspace, state, moment, count))
             with open_release(workspace) as release:
-                after = _user_vectors(release, everyone)
+                after = _table(release, "user", everyone)
             moved += list(_moves(workspace, state, before, after))
             before = after
         seconds = time.perf_counter() - seconds
-        full = _recipe(second, engine.model_dump())
+        shards = VectorShards(workspace, partitions_folder(recipe.encoder.identity), PARTITIONS)
+        partitions = open_vectors(shards)
+        assert isinstance(partitions, KnowledgeTable)
+        full = _recipe(second, engine.model_dump(), encoder)
         shutil.copytree(Path(first) / "knowledge", Path(second) / "knowledge")  # prompts that stay the same are kept
         with open_release(_full_run(raw, full, end)) as release:
-            anew = _user_vectors(release, everyone)
-        arms = {"fixed": fixed, "full run again": anew, "streaming": before}
+            again = _table(release, "user", everyone)
         figures = [*_token_figures(tokens), *_move_figures(moved)]
         measure = f"{days} days, a refresh a week"
         figures.append(Figure(measure=measure, method="streaming", value=calls, unit=f"calls ({seconds:.0f} s)"))
-        return [*figures, *_aucs(raw, start, end, arms, item_vectors)]
+        tables = {"fixed": fixed, "again": again, "partitions": partitions, "items": items}
+        backbones, seeds = (BACKBONES[:1], SEEDS[:1]) if quick else (BACKBONES, SEEDS)
+        return [*figures, *_aucs(raw, start, end, tables, backbones, seeds)]
 
 
-def _user_vectors(release: Any, users: np.ndarray) -> KnowledgeTable:
-    return _table(users, *release.store.vectors("user", users))
+def _table(release: Any, kind: str, ids: np.ndarray) -> KnowledgeTable:
+    """The release's vectors, each as of its text."""
+    vectors, known = release.store.vectors(kind, ids)
+    as_of = np.array([text.as_of for text in release.store.get(kind, ids[known])], dtype=np.int64)
+    order = np.argsort(ids[known])
+    return KnowledgeTable(ids[known][order], vectors[known][order].astype(np.float16), as_of[order])
 
 
-def _table(ids: np.ndarray, vectors: np.ndarray, mask: np.ndarray) -> KnowledgeTable:
-    known, order = ids[mask], np.argsort(ids[mask])
-    return KnowledgeTable(known[order], vectors[mask][order].astype(np.float16))
+def _joined(*tables: KnowledgeTable) -> KnowledgeTable:
+    """The rows of several tables in one; of two as of one moment the first table's stays."""
+    columns = [(t.ids, t.vectors, t.as_of) for t in tables]
+    ids, vectors, as_of = (np.concatenate(arrays) for arrays in zip(*columns, strict=True))
+    order = np.lexsort((as_of, ids))
+    first = run_starts(ids[order], as_of[order]) == np.arange(len(ids))
+    return KnowledgeTable(*(array[order[first]] for array in (ids, vectors, as_of)))
 
 
 def _tokens(
     raw: RawTables, recipe: Recipe, workspace: Workspace, state: State, moment: int, count: Any
 ) -> Iterator[tuple[int, int, int]]:
-    """Of each user who is asked about: tokens of the refresh's prompt, of a full run's, and of one that quotes all."""
-    asked = {}
+    """Of each user who is asked about: tokens of the refresh's first prompt, of a full run's, and of one that quotes
+    all.
+    """
+    asked: dict[int, int] = {}
     for name in workspace.names(state.prompts):
         for row in workspace.read_parquet(f"{state.prompts}/{name}").to_pylist():
-            asked[row["id"]] = count(row["system"]) + count(row["text"])
+            asked.setdefault(row["id"], count(row["system"]) + count(row["text"]))
     histories = _histories(_between(raw, -1, moment))
     histories = histories.filter(pa.array(np.isin(histories["user_id"].to_numpy(), list(asked))))
     catalog = ItemCatalog(raw.items)
@@ -266,11 +285,12 @@ def _moves(
     """Of each user renewed who had a text before: drift, and one minus the cosine of the two vectors."""
     for name in workspace.names(state.partitions):
         table = workspace.read_parquet(f"{state.partitions}/{name}")
-        ids = table["user_id"].to_numpy()
-        (old, had), (new, has) = before.gather(ids), after.gather(ids)
-        old, new = old.astype(np.float32), new.astype(np.float32)
+        ids, first = np.unique(table["user_id"].to_numpy(), return_index=True)
+        found = before.find(ids), after.find(ids)
+        both = (found[0] >= 0) & (found[1] >= 0)
+        old, new = (t.vectors_at(rows).astype(np.float32) for t, rows in zip((before, after), found, strict=True))
         cosine = (old * new).sum(axis=1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1), 1e-9)
-        for drift, change in zip(table["drift"].to_numpy()[had & has], 1 - cosine[had & has], strict=True):
+        for drift, change in zip(table["drift"].to_numpy()[first][both], 1 - cosine[both], strict=True):
             yield float(drift), float(change)
 
 
@@ -315,32 +335,51 @@ def _samples(raw: RawTables, start: int, end: int) -> pa.Table:
 
 
 def _aucs(
-    raw: RawTables, start: int, end: int, arms: dict[str, KnowledgeTable], items: KnowledgeTable
+    raw: RawTables,
+    start: int,
+    end: int,
+    tables: dict[str, KnowledgeTable],
+    backbones: Sequence[str],
+    seeds: Sequence[int],
 ) -> Iterator[Figure]:
-    samples = _samples(raw, start, end)
-    features = build_features(raw.users, raw.items, samples, attributes=["genres"], profile=[], min_item_count=2)
-    arms = reduced({**arms, "items": items}, CTRConfig().knowledge_dim)  # as `train_ctr` does
-    items = arms.pop("items")
-    data = TrainingData(features, {"knowledge": {"user": arms["fixed"], "item": items}})
+    """Each arm's model trained and tested on what was known before each sample, and its difference to `fixed`."""
+    features = build_features(
+        raw.users, raw.items, _samples(raw, start, end), attributes=["genres"], profile=[], min_item_count=2
+    )
+    tables = reduced(tables, CTRConfig().knowledge_dim)  # as `train_ctr` does
+    fixed, partitions, items = tables["fixed"], tables["partitions"], tables["items"]
+    users: dict[str, dict[str, VectorTable]] = {
+        "fixed": {"knowledge": fixed},
+        "full": {"knowledge": _joined(fixed, tables["again"])},
+        "streaming": {"knowledge": _joined(fixed, partitions)},
+        "partitions": {"knowledge": fixed, STREAMING: partitions},
+    }
     test = features.splits["test"].whole()
-    for backbone in BACKBONES:
-        found: dict[str, list[float]] = {}
-        for seed in SEEDS:
-            none = train_one(Trial(backbone=backbone, arm="none", seed=seed), data, CTRConfig())
-            found.setdefault("no knowledge", []).append(none.result.test.auc)
-            model = train_one(Trial(backbone=backbone, arm="knowledge", seed=seed), data, CTRConfig()).model
-            for name, users in arms.items():
-                scores = score(model, SplitBatches(features.splits["test"], Tables((users,), (items,)), "cpu"))
-                found.setdefault(name, []).append(auc(test.labels, scores))
-        for name, aucs in found.items():
-            has = arms[name].gather(test.user_ids)[1].mean() if name in arms else 0.0
-            difference = float(np.mean(aucs)) - float(np.mean(found["fixed"]))
-            unit = (
-                f"AUC (±{np.std(aucs, ddof=1):.4f}, {difference:+.4f} to fixed; {has:.0%} of samples have a user text)"
-            )
-            yield Figure(
-                measure=f"days after, {backbone}", method=name, value=round(float(np.mean(aucs)), 4), unit=unit
-            )
+    read = {name: np.mean(sources["knowledge"].find(test.user_ids, test.times) >= 0) for name, sources in users.items()}
+    read["partitions"] = np.mean(partitions.find(test.user_ids, test.times) >= 0)
+    assert read["partitions"] > 0, "no sample reads a partition"
+    for backbone in backbones:
+        scores: dict[str, np.ndarray] = {}
+        aucs: dict[str, list[float]] = {}
+        for seed, (name, sources) in product(seeds, [("no knowledge", {}), *users.items()]):
+            arm = "none" if not sources else "streaming" if name == "partitions" else "knowledge"
+            knowledge = {source: {"user": table} for source, table in sources.items()}
+            knowledge.setdefault("knowledge", {})["item"] = items
+            trial = Trial.model_validate({"backbone": backbone, "arm": arm, "seed": seed})
+            trained = train_one(trial, TrainingData(features, knowledge), CTRConfig())
+            scores[f"{name}/{seed}"] = trained.test.scores
+            aucs.setdefault(name, []).append(trained.result.test.auc)
+        grid = GridScores(trained.test.user_ids, trained.test.labels, scores)
+        pairs = {name: [(f"{name}/{seed}", f"fixed/{seed}") for seed in seeds] for name in aucs if name != "fixed"}
+        evidence = weigh(grid, pairs)
+        for name, found in aucs.items():
+            share = f"; {read[name]:.0%} of samples read one" if name in read else ""
+            unit = f"AUC{share}"
+            if name in evidence and (interval := evidence[name].interval):
+                difference = float(np.mean(found)) - float(np.mean(aucs["fixed"]))
+                unit += f"; {difference:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] to fixed"
+            value = round(float(np.mean(found)), 4)
+            yield Figure(measure=f"days after, {backbone}", method=name, value=value, unit=unit)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An LLM ranks on a pandas frame: behaviours retrieved for each candidate, one question each, the probability of Yes.
+"""An LLM ranks on a pandas frame: behaviours retrieved for the candidates, one question each, the probability of Yes.
 
     python examples/llm_ranking_on_pandas.py
     python examples/llm_ranking_on_pandas.py --model Qwen/Qwen3-4B-Instruct-2507
@@ -27,7 +27,7 @@ FILMS = {
 
 
 def main() -> None:
-    """Prints the candidates with their probability, what was shown for each, the likeliest first."""
+    """Prints what was shown, and the candidates with their probability, the likeliest first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PACKAGED)
     engine = VllmEngineConfig(type="vllm", model=parser.parse_args().model, max_model_len=512, max_num_seqs=8)
@@ -39,16 +39,12 @@ def main() -> None:
     history, candidates = history.join(items, on="item_id"), candidates.join(items.title, on="item_id")
     vectors = Encoder(EncoderConfig()).encode((items.title + ", a film about " + items.about).tolist())
     retriever = BehaviourRetriever(items.index.to_numpy(), vectors)
-    positions = retriever.retrieve(history.item_id.to_numpy(), candidates.item_id.to_numpy(), k=3)
-    shown = [history.iloc[row[row >= 0]] for row in positions]
-    candidates["shown"] = [", ".join(frame.title) for frame in shown]
+    shown = history.iloc[retriever.retrieve(history.item_id.to_numpy(), candidates.item_id.to_numpy(), k=3)]
+    print(f"shown: {', '.join(shown.title)}")
 
     movies, prompt, count = get_scenario("movies"), RankPromptConfig(), token_counter(engine)
-    quoted = [list(zip(frame.title, frame.rating.astype(float), strict=True)) for frame in shown]
-    questions = [
-        rank_prompt(movies, {"age": "35"}, title, prompt, count, retrieved=behaviours)
-        for title, behaviours in zip(candidates.title, quoted, strict=True)
-    ]
+    quoted = list(zip(shown.title, shown.rating.astype(float), strict=True))
+    questions = [rank_prompt(movies, {"age": "35"}, t, prompt, count, retrieved=quoted) for t in candidates.title]
     scorer = Scorer(engine)
     candidates["p_yes"] = asyncio.run(scorer.score(questions)).probabilities
     scorer.close()

@@ -18,7 +18,7 @@ from owlrec.releases.release import current_release, open_release, pointer, roll
 from owlrec.schema import KINDS, Kind
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
-from pipelines import plan, push, serving, submit
+from pipelines import forget, plan, push, serving, submit
 from pipelines.serving import RecipeOption, releases_workspace
 from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors
 
@@ -84,6 +84,21 @@ def tune_ranker(recipe: RecipePath, workspace: WorkspaceOption = None) -> None:
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace)
         _stage("tune_ranker")(settings, open_workspace(settings))
+
+
+@app.command("score-pairs")
+def score_pairs(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    retry_dead: Annotated[
+        bool, typer.Option("--retry-dead", help="ask again about the pairs that ended as dead letters")
+    ] = False,
+    max_replicas: Annotated[int | None, typer.Option("--max-replicas", help="in place of the recipe's own")] = None,
+) -> None:
+    """Write the LLM's probability of Yes for pairs of user and item, which CTR models then learn from."""
+    with plain_errors():
+        settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+        _stage("score_pairs")(settings, open_workspace(settings), retry_dead=retry_dead)
 
 
 @app.command("train-ctr")
@@ -335,6 +350,7 @@ def doctor(
 app.command()(serving.serve)
 app.command()(serving.keys)
 app.command()(push.push)
+app.command()(forget.forget)
 app.command()(submit.submit)
 app.command()(plan.plan)
 

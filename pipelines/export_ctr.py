@@ -1,6 +1,6 @@
 """The trial with the best valid AUC as an artifact that a serving process opens, checked against the trainer."""
 
-from owlrec.ctr.arms import arm_parts, arm_sources
+from owlrec.ctr.arms import arm_parts, arm_sources, stored_sources
 from owlrec.ctr.artifact import PROGRAM, RELEASED, read_by, write_artifact
 from owlrec.ctr.encoded import item_shards
 from owlrec.ctr.experiment import TrialResult, finished_trials, grid_folder, trials
@@ -20,7 +20,7 @@ from owlrec.shards import Card, finished_stage, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.stage import Counts, Outputs, execute, main
-from pipelines.train_ctr import shard_pool, vector_folders
+from pipelines.train_ctr import shard_pool, written_vectors
 
 
 def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None) -> Card:
@@ -33,10 +33,10 @@ def run(recipe: Recipe, workspace: Workspace, *, trial: str | None = None) -> Ca
     best = _chosen(finished_trials(workspace, grid, trials(recipe.ctr)), trial)
 
     def body() -> tuple[Counts, Outputs]:
-        written = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
+        written = written_vectors(recipe, workspace, encoded)
         folders = reduced_folders(workspace, written, grid)
         sources = arm_sources(best.arm, folders)
-        read = {source: folders[source] for source in {*sources.user, *sources.item}}
+        read = {source: folders[source] for source in stored_sources(sources)}
         tables = tables_of(best.trial, open_tables(workspace, read, held=False))
         vocabularies = read_vocabularies(workspace, grid_folder(grid))
         items = encode_items(item_shards(workspace, vocabularies), vocabularies)

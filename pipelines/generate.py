@@ -21,7 +21,7 @@ from owlrec.ops.console import note, progress, stage_header
 from owlrec.ops.shard_log import ShardWatch
 from owlrec.recipe import Recipe
 from owlrec.releases.release import current_release
-from owlrec.runner import Pool, pending_shards, run_stage
+from owlrec.runner import Pool, Stage, pending_shards, run_stage
 from owlrec.shards import Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
@@ -88,16 +88,21 @@ def run(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Ca
 def write_texts(
     recipe: Recipe,
     workspace: Workspace,
-    stage: GenerateStage,
+    stage: Stage,
     inputs: Mapping[Shard, str],
     rows: Mapping[str, int],
     on_card: Callable[[Card], None],
     *,
     done: Mapping[str, Card],
     again: Collection[Shard] = (),
+    engine: EngineConfig | None = None,
 ) -> dict[str, Card]:
-    """Runs a stage of texts, in this process where that takes seconds. rows: of the shards to do, by their names."""
-    config, engine = recipe.generate, recipe.engine
+    """Runs a stage that asks an engine on its replicas (`generate:` in the recipe), in this process where that takes
+    seconds.
+
+    rows: of the shards to do, by their names. engine: default: the recipe's.
+    """
+    config, engine = recipe.generate, engine or recipe.engine
     light = not isinstance(engine, VllmEngineConfig) and config.most_replicas == 1
     pool = Pool(
         here=light and sum(rows.values()) <= _HERE_ROWS,

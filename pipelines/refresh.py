@@ -1,5 +1,5 @@
-"""Renews the behaviors of users with new events, and the texts of those who have moved on: a delta release on top of
-the current one, for few and short calls.
+"""Renews the behaviors of users with new events, and the texts of those who have moved on and of items that are new or
+changed: a delta release on top of the current one, for few and short calls.
 """
 
 import time
@@ -17,6 +17,7 @@ from owlrec.ops.watching import StopSignals, repeat
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.apply import (
     Delta,
+    Renewed,
     interrupted_plan,
     job_of_plan,
     published_delta,
@@ -26,6 +27,7 @@ from owlrec.refresh.apply import (
     with_latest_pools,
 )
 from owlrec.refresh.plan import Moved, Planner
+from owlrec.refresh.prompt import RefreshPrompts
 from owlrec.refresh.state import CLAIM, RefreshPlan, State, read_state, sweep, write_state
 from owlrec.releases.build import PART_IDS
 from owlrec.releases.release import pointer as release_pointer
@@ -76,26 +78,27 @@ class Refresh:
     def planner(self) -> Planner:
         """What makes plans."""
         recipe = self.recipe
-        return Planner(self.workspace, recipe.streaming, recipe.domain, recipe.engine, recipe.encoder, self.run_stage)
+        tokens = recipe.prompts.history_tokens, recipe.sampling.max_tokens
+        prompts = RefreshPrompts(recipe.domain, recipe.engine, *tokens)
+        framework = recipe.prompts.framework
+        return Planner(self.workspace, recipe.streaming, prompts, framework, recipe.encoder, self.run_stage)
 
     def carry_out(self, plan: RefreshPlan, base: State) -> State:
-        """Moves users on, asks, publishes and settles. A step that was done before finds its cards."""
+        """Takes items in, moves users on, asks, publishes and settles. A step that was done before finds its cards."""
         recipe, workspace = self.recipe, self.workspace
-        moved = self.planner.move_users(plan, base)
+        moved = self.planner.move_on(plan, base)
         note(", ".join(f"{name} {n:,}" for name, n in moved.state.counts.items() if n))
         self.signals.check()
-        release, state = plan.parent, moved.state
+        renewed = Renewed(plan.parent)
         if moved.prompts or moved.behaviors:
-            delta = published_delta(workspace, plan)
-            if delta is not None:
-                release, knowledge = delta.outputs["release"], delta.outputs["knowledge"]
-            else:
-                release, knowledge = self._renew(moved)
-            state = settle(moved, knowledge, release, self.run_stage)
+            renewed = published_delta(workspace, plan) or self._renew(moved)
+        state = settle(moved, renewed, recipe.encoder, self.run_stage)
         write_state(workspace, state, plan.base)
         sweep(workspace, state)
-        renewed = state.counts.get("renewed", 0)
-        note(f"{renewed:,} texts renewed, {state.calls - renewed:,} answers failed; current: {release}")
+        users, items = state.counts["renewed"], state.counts["items_renewed"]
+        failed = state.calls + state.item_calls - users - items
+        note(f"texts of {users:,} partitions of users and of {items:,} items; {failed:,} answers failed")
+        note(f"current: {renewed.release}")
         if said := tidy(workspace, recipe.streaming):
             note(said)
         return state
@@ -121,8 +124,8 @@ class Refresh:
     def _session(self, here: bool) -> AbstractContextManager[None]:
         return nullcontext() if here else ray_session(self.recipe.ray, self.workspace.log_path("ray"))
 
-    def _renew(self, moved: Moved) -> tuple[str, str]:
-        """Asks, and publishes answers and behaviors; the release that is current then, and the folder of the texts."""
+    def _renew(self, moved: Moved) -> Renewed:
+        """Asks, and publishes answers and behaviors."""
         recipe, plan = self.recipe, moved.plan
         release_pointer(self.workspace).refuse_hold()  # before answers are paid for
         job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding, recipe.quality)
@@ -130,7 +133,7 @@ class Refresh:
         texts = self._ask(moved, GenerateStage(job, recipe.engine, "refresh")) if moved.prompts else {}
         self.signals.check()
         if not moved.behaviors and not any(card.rows_out for card in texts.values()):
-            return plan.parent, job.folder
+            return Renewed(plan.parent, job.folder)
         delta = Delta(
             self.workspace,
             moved,
@@ -141,10 +144,11 @@ class Refresh:
             recipe.streaming.partitions,
             self.encode,
         )
-        n_parts = shards_for(max(moved.state.calls, moved.state.counts["users_with_news"]), PART_IDS)
+        state = moved.state
+        n_parts = shards_for(max(state.calls + state.item_calls, state.counts["users_with_news"]), PART_IDS)
         pool = Pool(here=n_parts < PARTS_ON_RAY, max_workers=n_parts)
         with self._session(pool.here):
-            return delta.publish(n_parts, pool), job.folder
+            return delta.publish(n_parts, pool)
 
     def _ask(self, moved: Moved, stage: GenerateStage) -> Mapping[str, Card]:
         """Generates answers for the plan's prompts that are still pending."""

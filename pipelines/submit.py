@@ -16,7 +16,7 @@ from owlrec.ops.submission import Submission, existing, start, submission_name
 from owlrec.recipe import load_recipe
 from pipelines.stage import STAGES, plain_errors
 
-PIPELINES = (*STAGES, "tune_ranker", "refresh", "export_ctr", "sweep_ctr")
+PIPELINES = (*STAGES, "tune_ranker", "score_pairs", "refresh", "export_ctr", "sweep_ctr")
 _ROOT = Path(__file__).resolve().parent.parent
 CODE = {
     f"{submission_files.CODE_ROOT}/owlrec": Path(owlrec.__file__).parent,

@@ -6,7 +6,7 @@ and its first seed. Only valid figures are reported: who chooses must not see th
 
 from typing import Any
 
-from owlrec.ctr.arms import arm_parts, arm_sources
+from owlrec.ctr.arms import arm_parts, arm_sources, stored_sources
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, grid_folder
 from owlrec.ctr.reduction import reduce_once
 from owlrec.ctr.training import GridJob, encode_once, load_data, stage_pool
@@ -17,7 +17,7 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
-from pipelines.train_ctr import vector_folders
+from pipelines.train_ctr import partitions_read, soft_labels, written_vectors
 
 
 def run(recipe: Recipe, workspace: Workspace) -> Card:
@@ -25,8 +25,10 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
     prepared = needed_stage(workspace, "prepare", "no tables yet")
     encoded = needed_stage(workspace, "encode", "no vectors yet") if arm != "none" else None
-    named = fingerprint(prepared.fingerprint, encoded and encoded.fingerprint, config, arm, "sweep")
-    folders = vector_folders(workspace, encoded.outputs["vectors"]) if encoded else {}
+    soft = soft_labels(recipe, workspace, prepared)
+    made_from = (prepared.fingerprint, encoded and encoded.fingerprint, soft and soft.fingerprint)
+    named = fingerprint(*made_from, config, arm, *partitions_read(recipe, workspace), "sweep")
+    folders = written_vectors(recipe, workspace, encoded)
     sources = arm_sources(arm, folders)
     trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
     candidates = config.sweep.candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
@@ -39,10 +41,11 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
             job = GridJob(
                 settings=config,
                 trials=tuple(trials),
-                knowledge={source: dict(read[source]) for source in {*sources.user, *sources.item}},
+                knowledge={source: dict(read[source]) for source in stored_sources(sources)},
                 fingerprint=named,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields if config.use_profile else (),
+                soft_labels=soft.outputs["soft_labels"] if soft else None,
             )
             encode_once(workspace, job, pool)
             found = tried(workspace, job, candidates)

@@ -3,18 +3,19 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from owlrec.ctr import scoring
 from owlrec.ctr.artifact import read_by
 from owlrec.ctr.experiment import Trial, summarise, trials
 from owlrec.ctr.model_card import read_card
 from owlrec.ctr.reduction import reduce_once
-from owlrec.ctr.scoring import Artifact
 from owlrec.ctr.training import needs_ray, stage_pool, train_trials
 from owlrec.encoding.projection import Projection
+from owlrec.encoding.vector_shards import partitions_folder
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe
 from owlrec.runner import Pool
-from owlrec.shards import Card, finished_stage, needed_stage
+from owlrec.shards import Artifact, Card, finished_stage, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session
@@ -34,7 +35,9 @@ def run(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) 
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
     settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
-    made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings]
+    soft = soft_labels(recipe, workspace, prepared)
+    made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
+    made_from += partitions_read(recipe, workspace)
     if warm_start is not None:
         read_card(workspace, warm_start)  # complains where there is none
         made_from.append(workspace.digest(f"{warm_start}/model.safetensors"))
@@ -43,9 +46,10 @@ def run(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) 
 
     def body() -> tuple[Counts, Outputs]:
         read = encoded if recipe.ctr.arms != ("none",) else None
-        written = vector_folders(workspace, read.outputs["vectors"]) if read else {}
+        written = written_vectors(recipe, workspace, read)
         projection = going_on_from(workspace, warm_start, grid, written) if warm_start else None
-        note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples")
+        taught = f" and {soft.counts['pairs']:,} probabilities of the LLM" if soft else ""
+        note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples{taught}")
         with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
             pool = stage_pool(workspace, int(prepared.counts["samples"]))
             results = train_trials(
@@ -56,6 +60,7 @@ def run(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) 
                 fingerprint=grid_print,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields,
+                soft_labels=soft.outputs["soft_labels"] if soft else None,
                 warm_start=warm_start,
                 pool=pool,
                 on_trial=lambda result: advance(1),
@@ -74,6 +79,23 @@ def run(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) 
     return execute(
         workspace, "train_ctr", named, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
     )
+
+
+def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | None:
+    """What `score-pairs` wrote for this recipe and these tables; None where the recipe has no distillation.
+
+    Raises WorkspaceError where it has not run for them.
+    """
+    pairs = recipe.ctr.distillation
+    if pairs is None:
+        return None
+    scored = needed_stage(workspace, "score_pairs", "no soft labels yet")
+    if scored.counts["made_for"] != pairs.made_for(prepared.fingerprint):
+        raise WorkspaceError(
+            f"{workspace.root}: the soft labels are of other tables, or of another ctr.distillation. Run `score-pairs` "
+            "again; a pair whose question is the same is not asked about twice."
+        )
+    return scored
 
 
 def going_on_from(
@@ -95,17 +117,34 @@ def going_on_from(
                 f"ctr: trial {trial.path} cannot go on from {artifact}: it reads {reads}, but that model was trained "
                 f"on {card.reads}. Put encoder and semantic ids back, or train without --warm-start."
             )
-    return Artifact.open(workspace, artifact).projection
+    return scoring.Artifact.open(workspace, artifact).projection
 
 
-def vector_folders(workspace: Workspace, folder: str) -> dict[str, dict[str, str]]:
-    """Source -> side -> the folder that holds the vectors <source>-<side>, of all that `encode` wrote of a side."""
+def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, str]]:
+    """Source -> side -> the folder that holds the vectors <source>-<side>, of all that was written of a side."""
     sources: dict[str, dict[str, str]] = {}
-    for name in workspace.names(folder):
-        source, _, side = name.rpartition("-")
-        if side in ("user", "item"):
-            sources.setdefault(source, {})[side] = folder
+    for folder in folders:
+        for name in workspace.names(folder):
+            source, _, side = name.rpartition("-")
+            if side in ("user", "item"):
+                sources.setdefault(source, {})[side] = folder
     return sources
+
+
+def written_vectors(recipe: Recipe, workspace: Workspace, encoded: Card | None) -> dict[str, dict[str, str]]:
+    """The same of what `encode` wrote, and of the partitions that refreshes have read, where an arm reads them."""
+    folders = [encoded.outputs["vectors"]] if encoded else []
+    return vector_folders(workspace, *folders, *_partitions(recipe))
+
+
+def partitions_read(recipe: Recipe, workspace: Workspace) -> list[str]:
+    """Digests of those partitions: what a grid depends on."""
+    cards = [c for folder in _partitions(recipe) for c in Artifact(workspace, folder).cards().values()]
+    return sorted(file.sha256 for card in cards for file in card.files.values())
+
+
+def _partitions(recipe: Recipe) -> list[str]:
+    return [partitions_folder(recipe.encoder.identity)] if "streaming" in recipe.ctr.arms else []
 
 
 @contextmanager

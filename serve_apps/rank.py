@@ -27,6 +27,7 @@ from owlrec.serving.rank_api import build_rank_api
 from owlrec.serving.ranking import Cascade
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import REFRESH_S, WorkspaceReleases, following
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
 from serve_apps.stopping import asked_to_stop
@@ -143,7 +144,14 @@ class RankReplica:
         self._limits = Limits(max_active=settings.max_active, timeout_s=35.0)  # above the longest deadline
         self._telemetry = RayTelemetry("rank")
         self._problem = ctr.problem
-        self._cascade = Cascade(_Remote(ctr), _Remote(llm) if llm else None, self._telemetry)
+        self._ctr = _Remote(ctr)
+        workspace = Workspace(settings.workspace)
+        self._cascade = Cascade(
+            self._ctr,
+            _Remote(llm) if llm else None,
+            self._telemetry,
+            forgotten=lambda user: user in read_tombstones(workspace),
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready, asked_to_stop)

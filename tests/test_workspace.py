@@ -7,7 +7,7 @@ import pytest
 
 from owlrec.errors import WorkspaceError
 from owlrec.shards import finish_stage, finished_stage, forget_stages
-from owlrec.workspace import Workspace, shard_file, shards_for
+from owlrec.workspace import ITEM_UPDATES, Workspace, as_texts, shard_file, shards_for
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -20,6 +20,26 @@ def test_tables_round_trip_in_shards(any_workspace: Workspace) -> None:
     any_workspace.write_table("users", table, key="id", n_shards=8)
     assert len(any_workspace.table_shards("users")) == 8
     assert any_workspace.read_table("users").sort_by("id") == table
+
+
+def test_items_that_came_after_prepare_stand_over_the_table(any_workspace: Workspace) -> None:
+    items = {"item_id": [1, 2, 3], "raw_id": ["1", "2", "3"], "title": ["A", "B", "C"], "tags": [["x"], [], ["y"]]}
+    any_workspace.write_table("items", pa.table(items), key="item_id", n_shards=1)
+    updates = {"item_id": [2, 9], "raw_id": ["2", "9"], "title": ["New B", "I"], "tags": ["x, y", ""], "seen": [1, 2]}
+    any_workspace.write_parquet(f"{ITEM_UPDATES}/item/{shard_file(0)}", pa.table(updates))
+    table = any_workspace.read_shard("items", 0)
+    assert table["item_id"].to_pylist() == [1, 2, 3, 9]
+    assert table["title"].to_pylist() == ["A", "New B", "C", "I"]
+    assert table["tags"].to_pylist() == [["x"], ["x, y"], ["y"], []]
+    titles = any_workspace.read_shard("items", 0, ["title"])
+    assert titles.to_pydict() == {"title": ["A", "New B", "C", "I"]}
+
+
+def test_texts_and_lists_of_texts_become_each_other() -> None:
+    text, texts = pa.string(), pa.list_(pa.string())
+    table = pa.table({"a": pa.array(["x", ""], text), "b": pa.array([["x", "y"], None], texts)})
+    wanted = pa.schema([("a", texts), ("b", text), ("c", text), ("d", texts)])
+    assert as_texts(table, wanted).to_pydict() == {"a": [["x"], []], "b": ["x, y", ""], "c": ["", ""], "d": [[], []]}
 
 
 def test_missing_artifacts_say_which_stage_to_run(workspace: Workspace) -> None:

@@ -39,11 +39,15 @@ def write_samples(workspace: Workspace, samples: pa.Table) -> None:
             "timestamp": np.arange(lengths.sum()),
             "label": np.ones(lengths.sum()) if labels.null_count else pc.list_flatten(labels),
             "split": pa.nulls(int(lengths.sum())),
+            "weight": np.ones(lengths.sum()),
         }
         interactions = pa.table(columns).cast(schema.INTERACTIONS)
         stored = {name: rows[name] for name in schema.SAMPLE_ROWS.names if name in rows.column_names}
         stored |= {"history_start": ends - lengths, "history_end": ends}
-        workspace.write_parquet(table_file("samples", number), pa.table(stored).cast(schema.SAMPLE_ROWS))
+        stored |= {"weight": rows["weight"] if "weight" in rows.column_names else np.ones(len(rows))}
+        workspace.write_parquet(
+            table_file("samples", number), pa.table(stored).select(schema.SAMPLE_ROWS.names).cast(schema.SAMPLE_ROWS)
+        )
         workspace.write_parquet(table_file("interactions", number), interactions)
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -126,6 +126,14 @@ class NodeCache:
                 f"{self.folder}: {size:,} bytes do not fit on this node's disk. Free some space there, or set "
                 "OWLREC_CACHE to a folder on a larger disk."
             ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def evict(self, names: Collection[str]) -> tuple[int, int]:
+        """Removes all copies of some files (Storage.copy_name); how many, and how many stay since somebody has them
+        open.
+        """
+        copies = [path for path, _, _ in self._copies() if path.name.partition("-")[0] in names]
+        evicted = sum(self._evict(path) for path in copies)
+        return evicted, len(copies) - evicted
 
     def _evict(self, path: Path) -> bool:
         """Removes a copy unless somebody has it open; whether it did."""

@@ -21,13 +21,13 @@ from owlrec.schema import KINDS, Kind, shard_of
 from owlrec.shards import Artifact, Card, Shard, in_threads
 from owlrec.sources.splits import in_histories
 from owlrec.storage import FileEntry, fingerprint
-from owlrec.workspace import Workspace, shard_file
+from owlrec.workspace import ITEM_UPDATES, Workspace, shard_file
 
 _FOLDER = "reshard"
 _NUMBERED = re.compile(r"(.*)/(\d{8,})(\.parquet|\.arrow)")
 # Where artifacts with shards of users, items or cohorts lie. Releases and ingested fragments have other numbers; the
-# state of refreshes is split as it is read.
-_ROOTS = ("tables", "cohorts", "knowledge", "vectors")
+# state of refreshes, but for the items that they changed, is split as it is read.
+_ROOTS = ("tables", "cohorts", "knowledge", "vectors", "soft-labels", ITEM_UPDATES)
 _DEPTH = 3
 _SLASH = "--"  # in the runner's kinds, which are names of folders
 _KIND_OF: dict[str, Kind] = {"prompts": "cohort"}  # where an artifact's shards are not named by their kind

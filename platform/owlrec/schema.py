@@ -38,6 +38,7 @@ INTERACTIONS = pa.schema(
         ("timestamp", pa.int64()),
         ("label", pa.float32()),  # what models learn, in [0, 1]; see sources.outcomes for what was taken or passed over
         ("split", pa.int8()),  # a predefined one: its place among train, valid and test; null where the source has none
+        ("weight", pa.float32()),  # of its samples in training; 1 where the source has none
     ]
 )
 # What the LLM reads of each user for one text, and up to which moment that reaches: a row per text, in order of user
@@ -71,7 +72,12 @@ SAMPLE_ROWS = pa.schema(
         *(SAMPLES.field(name) for name in ("user_id", "item_id", "label", "timestamp", "split")),
         ("history_start", pa.int32()),
         ("history_end", pa.int32()),
+        INTERACTIONS.field("weight"),
     ]
+)
+# What the LLM makes of pairs of user and item at a moment: its probability of Yes.
+SOFT_LABELS = pa.schema(
+    [("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64()), ("p", pa.float32())]
 )
 # Who is like whom, as of each moment that a text is of. A user may stand in two rows for one: by what they liked, and
 # by what they disliked.
@@ -110,6 +116,7 @@ PROMPTS = pa.schema(
         ("system", pa.string()),
         ("text", pa.string()),
         ("facts", pa.string()),  # in a sentence: what stands in for an answer that cannot be used
+        ("earlier_tokens", pa.int32()),  # above 0: how much it quotes of the answer to the id's prompt before it
     ]
 )
 KNOWLEDGE = pa.schema(

@@ -484,10 +484,14 @@ class Storage:
         current = self.entry(path)
         if current is None:
             raise self._missing(path)
-        key = hashlib.sha256(f"{self.path(path)}\0{current.e_tag}".encode()).hexdigest()
+        key = f"{self.copy_name(path)}-{hashlib.sha256(current.e_tag.encode()).hexdigest()[:32]}"
         return NodeCache.default().open(
             key, current.bytes, lambda file: self.download(path, file), entry.sha256 if entry else None
         )
+
+    def copy_name(self, path: str) -> str:
+        """What the names of a file's copies in the caches of nodes begin with, whatever its content was then."""
+        return hashlib.sha256(self.path(path).encode()).hexdigest()[:32]
 
     # Errors
 

@@ -5,10 +5,14 @@
     cohorts/<fingerprint>/               memberships by shard, prompts, the model; cohorts/CURRENT names the newest
     knowledge/<fingerprint>/<kind>/      texts by shard; dead/<kind>/ where rows died
     vectors/<fingerprint>/<source>-<kind>/   encoded texts by shard; quantisers/ beside them
+    soft-labels/<fingerprint>/user/      an LLM's probabilities of pairs by shard; dead/user/ where rows died
     releases/<name>/                     immutable; releases/CURRENT names the current one
+    refresh/<fingerprint>/               what a refresh is made from and leaves; refresh/CURRENT names the last
+    refresh/items/                       rows of the items table that came after `prepare`
     ctr/, pools/, reports/, logs/        trained models, retrieval pools, what people read
     <artifact>/cards/<kind>/00000000.json    "this shard is done" (owlrec.shards)
     stages/<stage>.json                  "this stage is done"
+    forgotten/<run>/                     who is forgotten, as keyed hashes, and what was erased (owlrec.tombstones)
 
 A row's shard is the hash of its id by the number of shards of its kind, a power of two, so that more users move nobody.
 """
@@ -18,13 +22,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from owlrec.errors import WorkspaceError
 from owlrec.schema import TABLE_KINDS, Kind, shard_of
 from owlrec.storage import Storage, fingerprint
+from owlrec.tombstones import read_tombstones
 
 FORMAT = 2  # 1 was the first edition's, which had no workspace.json
+ITEM_UPDATES = "refresh/items"  # an artifact: by shard, the rows of items that stand over those of the prepared table
 _FILE = "workspace.json"
 _TRIES = 10
 
@@ -108,8 +115,23 @@ class Workspace(Storage):
         return range(self.n_shards(TABLE_KINDS[name]))
 
     def read_shard(self, name: str, number: int, columns: list[str] | None = None) -> pa.Table:
-        """One shard of a table. Raises WorkspaceError where it was never written."""
-        return self.read_parquet(table_file(name, number), columns)
+        """One shard of a table: of users and histories without those who are forgotten, of items with the rows that
+        came after `prepare` (ascending by id then). Raises WorkspaceError where it was never written.
+
+        Samples refer to interactions by their places: who reads both leaves users out afterwards.
+        """
+        path = table_file(name, number)
+        if name == "items" and self.entry(updated := f"{ITEM_UPDATES}/item/{shard_file(number)}") is not None:
+            table = self.read_parquet(path, columns and list({*columns, "item_id"}))
+            updates = as_texts(self.read_parquet(updated), table.schema)
+            others = pc.invert(pc.is_in(table["item_id"], value_set=updates["item_id"].combine_chunks()))
+            table = pa.concat_tables([table.filter(others), updates]).sort_by("item_id")
+            return table.select(columns) if columns else table
+        table = self.read_parquet(path, columns)
+        if name in ("users", "histories") and len(gone := read_tombstones(self)):
+            owners = table if "user_id" in table.column_names else self.read_parquet(path, ["user_id"])
+            table = table.filter(pa.array(~gone.among(owners["user_id"].to_numpy())))
+        return table
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """All shards of a table, in shard order: for small tables, and for tests. Raises as read_shard."""
@@ -135,6 +157,25 @@ class Workspace(Storage):
         base = self.local_path("logs") if self.local else Path("/tmp/owlrec-logs") / fingerprint(self.root)[:8]
         base.mkdir(parents=True, exist_ok=True)
         return base / f"{name}.log"
+
+
+def as_texts(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Rows of items in the columns of another items table: what is missing is empty, a text and a list of texts become
+    each other.
+    """
+    return pa.table([_as_texts(table, field) for field in schema], schema=schema)
+
+
+def _as_texts(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
+    is_list = pa.types.is_list(field.type)
+    if field.name not in table.column_names:
+        return pa.array([[] if is_list else ""] * len(table), field.type)
+    column = table[field.name]
+    if is_list and not pa.types.is_list(column.type):
+        return pa.array([[text] if text else [] for text in column.to_pylist()], field.type)
+    if pa.types.is_list(column.type) and not is_list:
+        return pa.array([", ".join(texts or ()) for texts in column.to_pylist()], field.type)
+    return column.cast(field.type)
 
 
 def shard_file(number: int, suffix: str = ".parquet") -> str:

@@ -69,8 +69,8 @@ def test_batches_of_shards_are_those_of_the_whole(toy_world: Any) -> None:
     for steps in (lambda s: epoch_steps(s, 64, 1, 1), lambda s: scan_steps(s, 650, 1700, 100)):
         pairs = list(zip(one.batches(steps((2200,))), several.batches(steps(sizes)), strict=True))
         assert len(pairs) > 10
-        for (batch, labels), (other, other_labels) in pairs:
-            assert torch.equal(labels, other_labels)
+        for (batch, targets), (other, other_targets) in pairs:
+            assert torch.equal(targets.labels, other_targets.labels)
             both = list(zip(tensors(batch), tensors(other), strict=True))
             assert len(both) == 13
             assert all(torch.equal(a, b) for a, b in both)

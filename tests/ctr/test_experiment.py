@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from owlrec.ctr.arms import Arm, ArmSources, arm_parts, arm_sources, bases
+from owlrec.ctr.arms import Arm, ArmSources, arm_parts, arm_sources, bases, stored_sources
 from owlrec.ctr.comparison import GridScores
 from owlrec.ctr.experiment import (
     ArmSummary,
@@ -27,9 +27,7 @@ ALL = {
     "knowledge": BOTH,
     "collective": BOTH,
     "metadata": BOTH,
-    "partition-1": ("user",),
-    "partition-2": ("user",),
-    "partition-3": ("user",),
+    "streaming": ("user",),
 }
 
 
@@ -112,9 +110,15 @@ def test_default_grid_holds_the_four_arms_that_every_run_has_vectors_for() -> No
     assert CTRConfig().arms == ("none", "knowledge", "shuffled", "metadata")
 
 
-def test_streaming_reads_the_older_partitions_that_exist() -> None:
-    assert arm_sources("streaming", {"knowledge": BOTH, "partition-2": ("user",)}).user == ("knowledge", "partition-2")
-    assert arm_sources("streaming", {"knowledge": BOTH, "partition-1": ("item",)}).user == ("knowledge",)
+def test_streaming_without_partitions_is_refused_and_is_never_silently_knowledge() -> None:
+    for given in ({"knowledge": BOTH}, {"knowledge": BOTH, "streaming": ("item",)}):
+        with pytest.raises(RecipeError, match=r"ctr\.arms: arm 'streaming' needs .* `owlrec refresh`"):
+            arm_sources("streaming", given)
+
+
+def test_partitions_stand_in_one_source() -> None:
+    assert stored_sources(arm_sources("streaming", ALL)) == {"knowledge", "streaming"}
+    assert stored_sources(arm_sources("both", ALL)) == {"knowledge", "collective"}
 
 
 def test_shuffled_reads_collective_knowledge_where_there_is_no_other() -> None:
@@ -127,7 +131,7 @@ def test_shuffled_reads_collective_knowledge_where_there_is_no_other() -> None:
         ("both", {"knowledge": BOTH}, r"arm 'both' needs collective vectors\. `encode` wrote none of users and items"),
         ("both", {"collective": BOTH}, r"arm 'both' needs knowledge vectors\."),
         ("collective", {"collective": ("user",)}, r"arm 'collective' needs collective vectors\. .* none of items"),
-        ("streaming", {"partition-1": ("user",)}, r"arm 'streaming' needs knowledge vectors\."),
+        ("streaming", {"streaming": ("user",)}, r"arm 'streaming' needs knowledge vectors\."),
         ("shuffled", {"metadata": BOTH}, r"arm 'shuffled' needs knowledge vectors\."),
         ("metadata", {}, r"arm 'metadata' needs metadata vectors\. .*leave the arm out"),
     ],

@@ -61,6 +61,7 @@ def interactions() -> pa.Table:
     user = np.repeat(np.arange(100), rng.integers(1, 16, 100))
     rating = rng.integers(1, 6, len(user))
     columns = [user, rng.integers(0, 20, len(user)), rating, rng.integers(0, 9, len(user)), rating > 3, rating < 0]
+    columns.append(np.ones(len(user)))
     return pa.table(
         [pa.array(c).cast(f.type) for c, f in zip(columns, schema.INTERACTIONS, strict=True)],
         schema=schema.INTERACTIONS,

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from owlrec.encoding.vector_shards import PARTITIONS, VectorShards, partitions_folder
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import dead_files, pointer, read_state
@@ -49,6 +50,8 @@ def published(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path
             shard_rows: 20
             engine: {{type: echo}}
             sampling: {{max_tokens: 40}}
+            split: {{cuts: half}}
+            prompts: {{history_tokens: 1000}}
             streaming: {{partitions: 3}}
             ray: {{address: "{ray.get_runtime_context().gcs_address}"}}
             """
@@ -92,20 +95,38 @@ def moved(workspace: Workspace, days: float, each: int = 1) -> list[Row]:
     return rows
 
 
+def write_items(workspace: Workspace, name: str, rows: list[tuple[int, int, str]]) -> None:
+    columns = dict(zip(("item_id", "timestamp", "title"), map(list, zip(*rows, strict=True)), strict=True))
+    workspace.write_parquet(f"events/items/{name}.parquet", pa.table(columns))
+
+
 def assert_same(one: Workspace, other: Workspace) -> None:
-    """The same texts of every user, and vectors that differ by no more than the rounding of another batch."""
-    mine, theirs = contents(one), contents(other)
-    assert {id_: row[:2] for id_, row in mine.items()} == {id_: row[:2] for id_, row in theirs.items()}
-    for id_, (_, _, vectors) in mine.items():
-        np.testing.assert_allclose(vectors, theirs[id_][2], atol=2e-3)
+    """The same texts of every user and item, and vectors that differ by no more than the rounding of another batch."""
+    for kind in ("user", "item"):
+        mine, theirs = contents(one, kind), contents(other, kind)
+        assert {id_: row[:2] for id_, row in mine.items()} == {id_: row[:2] for id_, row in theirs.items()}
+        for id_, (_, _, vectors) in mine.items():
+            np.testing.assert_allclose(vectors, theirs[id_][2], atol=2e-3)
+    assert one.read_table("items").to_pylist() == other.read_table("items").to_pylist()
 
 
-def contents(workspace: Workspace) -> dict[int, tuple[str, int, list[list[float]]]]:
-    """Text, as_of and all kept vectors of every user."""
+def stored(workspace: Workspace, recipe: Recipe) -> dict[tuple[int, int], list[float]]:
+    """The vector of each partition that was read, by user and as_of."""
+    shards = VectorShards(workspace, partitions_folder(recipe.encoder.identity), PARTITIONS)
+    found = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
+    return {
+        (id_, moment): vector
+        for shard in found
+        for id_, moment, vector in zip(shard.ids.tolist(), shard.as_of.tolist(), shard.vectors.tolist(), strict=True)
+    }
+
+
+def contents(workspace: Workspace, kind: str = "user") -> dict[int, tuple[str, int, list[list[float]]]]:
+    """Text, as_of and all kept vectors of every user, or item."""
     with open_release(workspace) as release:
-        ids = release.store.ids("user")
-        rows, there = release.store.partitions("user", ids, 8)
-        found = release.store.get("user", ids)
+        ids = release.store.ids(kind)
+        rows, there = release.store.partitions(kind, ids, 8)
+        found = release.store.get(kind, ids)
     return {
         k.id: (k.text, k.as_of, vectors[mask].tolist())
         for k, vectors, mask in zip(found, rows, there, strict=True)
@@ -150,20 +171,39 @@ def test_refresh_renews_who_moved_on_and_a_second_one_asks_nobody(copies: Callab
 
 
 def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: Path, copies: Callable) -> None:
-    recipe, workspace = copies("killed")
-    undisturbed, twin = copies("twin")
-    for days, name, each in ((1, "one", 1), (2, "two", 8)):
-        write_log(twin, name, moved(twin, days, each))
-        assert [state.calls for state in run(undisturbed, twin)] == [N_MOVED]
-    write_log(workspace, "one", moved(workspace, 1))
+    """Both read several partitions of each user, and the second has a new item among its events."""
+    (_, workspace), (_, twin) = copies("killed"), copies("twin")
+    short = published.parent / "short-prompts.yaml"
+    short.write_text(published.read_text().replace("history_tokens: 1000", "history_tokens: 24"))
+    recipe = load_recipe(short)
+    new, old = 900_001, int(workspace.read_table("items")["item_id"][0].as_py())
+    first, second = moved(workspace, 1), moved(workspace, 2, 8)
+    second += [(user, new, 5.0, moment + 1) for user, _, _, moment in second[7::8]]
+    items = [(new, 10**12, "Brand New (1999)"), (old, 10**12, "An Old One, Restored"), (old, 10**12 - 1, "An Old One")]
+    write_log(twin, "one", first)
+    write_items(twin, "one", items[1:])
+    calls = [(state.calls, state.item_calls) for state in run(recipe, twin)]
+    write_log(twin, "two", second)
+    write_items(twin, "two", items[:1])
+    calls += [(state.calls, state.item_calls) for state in run(recipe, twin)]
+    assert all(users >= 2 * N_MOVED for users, _ in calls)
+    assert [items for _, items in calls] == [1, 1]
+    write_log(workspace, "one", first[::-1])
+    write_items(workspace, "one", items[:0:-1])
     for step in killed_refresh.STEPS:
-        command = [sys.executable, killed_refresh.__file__, str(published), workspace.root, step]
+        command = [sys.executable, killed_refresh.__file__, str(short), workspace.root, step]
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         assert ran.returncode == -signal.SIGKILL, f"{step}: {ran.stdout}{ran.stderr}"
-        if step == "planned":  # newer events, which the plan in hand knows nothing of
-            write_log(workspace, "two", moved(workspace, 2, 8))
+        if step == "planned":  # newer events and items, which the plan in hand knows nothing of; sent twice
+            write_log(workspace, "two", [*second[::-1], *second[:5]])
+            write_items(workspace, "two", items)
     assert run(recipe, workspace) == []
     assert_same(workspace, twin)
+    mine, theirs = stored(workspace, recipe), stored(twin, recipe)
+    assert len(mine) == sum(users for users, _ in calls)
+    assert mine.keys() == theirs.keys()
+    for key, vector in mine.items():
+        np.testing.assert_allclose(vector, theirs[key], atol=2e-3)
     states = [read_state(w) for w in (workspace, twin)]
     assert states[0].watermark == states[1].watermark
     users = [
@@ -172,7 +212,7 @@ def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: P
     ]
     assert users[0] == users[1]
     deltas = [[m.knowledge for m in list_releases(w) if m.delta] for w in (workspace, twin)]
-    assert deltas[0] == deltas[1] == [{"user": N_MOVED}] * 2
+    assert deltas[0] == deltas[1] == [{"item": 1, "user": N_MOVED}] * 2
     assert len(workspace.names("knowledge")) == len(twin.names("knowledge"))
 
 

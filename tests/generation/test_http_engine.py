@@ -115,6 +115,25 @@ def test_answer_of_another_shape_is_a_failed_request(server: _Server) -> None:
         ask(server.server_port)
 
 
+def test_first_tokens_are_asked_for_with_their_log_probabilities(server: _Server) -> None:
+    told = [{"token": "Yes", "logprob": -0.25}, {"token": " no", "logprob": -1.5}]
+    choice = {"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": told}]}}
+    server.replies = [(503, {}, {}), (200, {}, {"choices": [choice]}), (200, {}, answer("Yes"))]
+    config = HttpEngineConfig(
+        type="http", base_url=f"http://127.0.0.1:{server.server_port}/v1", model="m", backoff_s=0.01
+    )
+
+    async def twice() -> None:
+        engine = HttpEngine(config)
+        assert await engine.first_tokens("be brief", "hi") == [("Yes", -0.25), (" no", -1.5)]
+        with pytest.raises(RequestFailed, match="no log-probabilities"):
+            await engine.first_tokens("be brief", "hi")
+
+    asyncio.run(twice())
+    body = server.bodies[1]
+    assert (body["max_tokens"], body["logprobs"], body["top_logprobs"], body["temperature"]) == (1, True, 20, 0.0)
+
+
 def test_too_long_a_prompt_is_never_sent(server: _Server) -> None:
     with pytest.raises(PromptTooLong, match="context of 50"):
         ask(server.server_port, "word " * 200, max_model_len=50)

@@ -15,7 +15,7 @@ from owlrec.generation.engine import Completion, Engine, RequestFailed, Sampling
 from owlrec.generation.job import GenerationJob, build_job, prompt_inputs, table_inputs
 from owlrec.generation.quality import QualityConfig
 from owlrec.generation.worker import GenerateStage
-from owlrec.prompting.rows import Prompt, PromptConfig, prompts_table
+from owlrec.prompting.rows import EARLIER, Prompt, PromptConfig, prompts_table
 from owlrec.runner import ShardTaken, Work, pending_shards
 from owlrec.scenario import get_scenario
 from owlrec.shards import Shard
@@ -284,3 +284,51 @@ def test_prompts_from_a_file_are_asked_as_they_stand(small_world: Workspace) -> 
     assert pending_shards(small_world, job.folder, inputs) == ([], {shard.name: card})
     small_world.write_parquet("c/00000000.parquet", prompts_table(prompts[:1]))
     assert pending_shards(small_world, job.folder, prompt_inputs(small_world, "cohort", "c"))[0] == [shard]
+
+
+def chained(n: int, user: int = 7) -> list[Prompt]:
+    """Prompts of which each but the first goes on from the answer to the one before it."""
+    first = Prompt("user", user, 1, "system", f"What of {user} is old?", "facts")
+    rest = [
+        Prompt("user", user, at, "system", f'So far: "{EARLIER}". What of {user} is new {at}?', f"{EARLIER} Then.", 6)
+        for at in range(2, n + 1)
+    ]
+    return [first, *rest]
+
+
+def test_chained_prompts_quote_the_answer_before_them_and_are_texts_of_their_own(small_world: Workspace) -> None:
+    small_world.write_parquet("u/00000000.parquet", prompts_table([*chained(3), *chained(2, user=9)]))
+    inputs, job = prompt_inputs(small_world, "user", "u"), replace(job_with(), ready={"user": "u"})
+    (shard,) = inputs
+    engine = Scripted(lambda prompt, _: f"Answer {prompt[-2]} of a viewer who likes a slow and wry tale best.")
+    card = run_shard(small_world, job, shard, engine, inputs[shard])
+    asked = sorted(prompt for prompt, _ in engine.asked)
+    assert asked == [
+        'So far: "Answer 2 of a viewer who". What of 7 is new 3?',
+        'So far: "Answer d of a viewer who". What of 7 is new 2?',
+        'So far: "Answer d of a viewer who". What of 9 is new 2?',
+        "What of 7 is old?",
+        "What of 9 is old?",
+    ]
+    rows = small_world.read_parquet(texts_file(job, shard)).to_pylist()
+    assert [(row["id"], row["as_of"], row["text"][:8]) for row in rows] == [
+        (7, 1, "Answer d"), (7, 2, "Answer 2"), (7, 3, "Answer 3"), (9, 1, "Answer d"), (9, 2, "Answer 2"),
+    ]  # fmt: skip
+    assert (card.rows_in, card.rows_out, card.rows_dead) == (5, 5, 0)
+
+
+def test_chain_ends_where_an_answer_fails_and_goes_on_from_what_was_kept(small_world: Workspace) -> None:
+    small_world.write_parquet("u/00000000.parquet", prompts_table([*chained(4), *chained(1, user=9)]))
+    inputs, job = prompt_inputs(small_world, "user", "u"), replace(job_with(), ready={"user": "u"})
+    (shard,) = inputs
+    engine = Scripted(lambda prompt, _: RequestFailed("away") if "new 3" in prompt else GOOD)
+    card = run_shard(small_world, job, shard, engine, inputs[shard])
+    assert (card.rows_out, card.rows_dead, len(engine.asked)) == (3, 1, 4)  # the fourth was never asked
+    assert small_world.read_parquet(dead_letters_file(job, shard))["as_of"].to_pylist() == [3]
+    again = Scripted(lambda *_: GOOD)
+    card = run_shard(small_world, job, shard, again, "another digest")
+    assert [prompt[-6:] for prompt, _ in again.asked] == ["new 3?", "new 4?"]
+    assert again.asked[0][0].startswith('So far: "The film follows a stubborn sheriff"')
+    rows = small_world.read_parquet(texts_file(job, shard))
+    assert rows["as_of"].to_pylist() == [1, 2, 3, 4, 1]
+    assert card.rows_dead == 0

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.cohorts.profiles import ProfileConfig, best_candidates, build_profiles, user_candidates
+from owlrec.generation import EchoEngineConfig
 from owlrec.prompting.collective import cohort_prompts
 from owlrec.prompting.rella import RankPromptConfig, rank_prompt
 from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, user_prompts
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.ranking.samples import behaviours_shown
-from owlrec.refresh.config import RefreshConfig
 from owlrec.refresh.events import EVENTS, taken_in
-from owlrec.refresh.prompt import refresh_prompt
+from owlrec.refresh.prompt import RefreshPrompts
 from owlrec.scenario import SCENARIOS
 from owlrec.schema import COHORTS, SAMPLES
 from owlrec.sources.catalog import ItemCatalog
@@ -103,7 +103,7 @@ def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, k
     for row in asked.select(SAMPLES.names).to_pylist():
         for shown in ("recent", "retrieved", "mixed"):
             titles = CATALOG.titles(np.array(row["history"], dtype=np.int64))
-            behaved = behaviours_shown(row, titles, retriever, 5, shown)  # type: ignore[arg-type]
+            behaved = behaviours_shown(row, titles, range(N_ITEMS), retriever, 5, shown)  # type: ignore[arg-type]
             _, text = rank_prompt(scenario, {}, "the candidate", RankPromptConfig(), count, **behaved)
             assert quoted_as_taken(text, "\0") <= took(behaviors, row["user_id"])
 
@@ -112,7 +112,7 @@ def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, k
     for user in range(N_USERS):
         items = fresh.filter(pa.array(fresh["user_id"].to_numpy() == user))["item_id"].to_numpy()
         behaved_: list[tuple[str, Any]] = [(title, None) for title in CATALOG.titles(items)]
-        text, _ = refresh_prompt(scenario, "", behaved_, RefreshConfig(), count)
+        text, _ = RefreshPrompts(scenario, EchoEngineConfig(type="echo"), 256, 128).after_text("", behaved_)
         assert quoted_as_taken(text, "\0") <= took(behaviors, user)
 
 

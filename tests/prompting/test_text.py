@@ -1,9 +1,10 @@
 """Untrusted text becomes safe to quote; histories fit their budget."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.prompting.text import clean_text, fit_recent
+from owlrec.prompting.text import clean_text, first_tokens, fit_recent, in_budget
 
 
 def test_template_tokens_and_controls_go() -> None:
@@ -44,3 +45,28 @@ def test_kept_run_is_the_longest_that_fits(entries: list[str], budget: int) -> N
     assert sum(map(len, kept)) <= budget
     if len(kept) < len(entries):
         assert sum(map(len, entries[len(entries) - len(kept) - 1 :])) > budget
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(0, ""), (1, "one"), (3, "one two three"), (9, "one two three four")])
+def test_beginning_of_a_text_is_cut_at_whole_words(budget: int, kept: str) -> None:
+    assert first_tokens("one two\nthree  four", budget, words) == kept
+
+
+def test_text_without_blanks_is_cut_inside() -> None:
+    assert first_tokens("深い物語が好き", 3, len) == "深い物"
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.integers(1, 12))
+def test_runs_within_a_budget_hold_every_entry_once_and_none_could_be_longer(sizes: list[int], budget: int) -> None:
+    entries = [" ".join(["word"] * n) for n in sizes]
+    ends = in_budget(entries, budget, words)
+    starts = [0, *ends[:-1]] if ends else []
+    assert (ends[-1] if ends else 0) == len(entries)
+    for start, end in zip(starts, ends, strict=True):
+        assert end > start
+        assert sum(sizes[start:end]) <= budget or end == start + 1
+        assert end == len(sizes) or sum(sizes[start : end + 1]) > budget

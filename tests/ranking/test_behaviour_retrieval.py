@@ -20,19 +20,27 @@ def ints(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int64)
 
 
-def reference(ids: np.ndarray, vectors: np.ndarray, history: np.ndarray, candidate: int, k: int) -> list[int]:
-    """Sorts the whole history by (cosine, newness) in exact sums; behaviours without a cosine last."""
+def reference(ids: np.ndarray, vectors: np.ndarray, history: np.ndarray, candidates: np.ndarray, k: int) -> list[int]:
+    """Each candidate with a vector sorts the whole history by (cosine, newness) in exact sums; then they take turns."""
     unit = dict(zip(ids.tolist(), unit_rows(vectors).astype(np.float64), strict=True))
     unit = {id_: vector for id_, vector in unit.items() if vector.any()}
+    known = [p for p in range(len(history)) if int(history[p]) in unit]
 
-    def rank(position: int) -> tuple[float, int]:
-        item = int(history[position])
-        if item not in unit or candidate not in unit:
-            return math.inf, -position
-        return -round(math.fsum(unit[item] * unit[candidate]), 12), -position
+    def nearness(candidate: int, position: int) -> tuple[float, int]:
+        return -round(math.fsum(unit[int(history[position])] * unit[candidate]), 12), -position
 
-    chosen = sorted(sorted(range(len(history)), key=rank)[:k])
-    return chosen + [-1] * (k - len(chosen))
+    wanted = sorted(set(candidates.tolist()) & unit.keys())
+    orders = [sorted(nearness(candidate, position) for position in known) for candidate in wanted]
+    shown: list[int] = []
+    for turn in range(len(known) if wanted else 0):
+        shown += [-newness for _, newness in sorted(order[turn] for order in orders)]
+    shown += sorted(set(range(len(history))) - set(shown), reverse=True)
+    return sorted(list(dict.fromkeys(shown))[:k])
+
+
+def each(retriever: BehaviourRetriever, history: np.ndarray, candidates: np.ndarray, k: int) -> list[list[int]]:
+    """What each candidate is shown by itself."""
+    return [retriever.retrieve(history, ints(candidate), k).tolist() for candidate in candidates]
 
 
 @st.composite
@@ -52,10 +60,12 @@ def worlds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 @settings(max_examples=500)
 def test_same_as_brute_force(world: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]) -> None:
     ids, vectors, history, candidates, k = world
-    found = BehaviourRetriever(ids, vectors).retrieve(history, candidates, k)
+    retriever = BehaviourRetriever(ids, vectors)
+    found = retriever.retrieve(history, candidates, k)
     assert found.dtype == np.int64
-    assert found.shape == (len(candidates), k)
-    assert found.tolist() == [reference(ids, vectors, history, int(c), k) for c in candidates]
+    assert found.tolist() == reference(ids, vectors, history, candidates, k)
+    expected = [reference(ids, vectors, history, ints(candidate), k) for candidate in candidates]
+    assert each(retriever, history, candidates, k) == expected
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sampled_from([2, 17, 64]))
@@ -68,59 +78,69 @@ def test_same_as_brute_force_with_real_valued_vectors_and_exact_copies(seed: int
     history, candidates = rng.choice(ids, 300), rng.choice(ids, 3)
     retriever = BehaviourRetriever(ids, vectors)
     found = retriever.retrieve(history, candidates, k)
-    assert found.tolist() == [reference(ids, vectors, history, int(c), k) for c in candidates]
-    alone = [retriever.retrieve(retriever.look_up(history), candidates[i : i + 1], k)[0].tolist() for i in range(3)]
-    assert found.tolist() == alone  # whoever else is asked about changes nothing
+    assert found.tolist() == reference(ids, vectors, history, candidates, k)
+    shuffled = np.r_[candidates[::-1], candidates]  # neither order nor repeats count
+    np.testing.assert_array_equal(retriever.retrieve(retriever.look_up(history), shuffled, k), found)
 
 
 def test_ids_that_start_at_one_are_not_row_numbers() -> None:
     retriever = BehaviourRetriever(ints(1, 2, 3, 4), np.eye(4, dtype=np.float32))
     history = ints(4, 3, 2, 1)
     for item in (1, 2, 3, 4):
-        assert history[retriever.retrieve(history, ints(item), 1)[0, 0]] == item
+        assert history[retriever.retrieve(history, ints(item), 1)] == [item]
 
 
 def test_ids_with_gaps_at_either_end_and_between_are_found_or_missed_exactly() -> None:
     retriever = BehaviourRetriever(ints(10, 20, 30), np.eye(3, dtype=np.float32))
     history = ints(9, 10, 19, 20, 21, 30, 31)
-    assert [retriever.retrieve(history, ints(i), 1)[0, 0] for i in (10, 20, 30)] == [1, 3, 5]
-    assert [retriever.retrieve(history, ints(i), 1)[0, 0] for i in (9, 19, 21, 31)] == [6, 6, 6, 6]  # the newest
+    assert each(retriever, history, ints(10, 20, 30), 1) == [[1], [3], [5]]
+    assert each(retriever, history, ints(9, 19, 21, 31), 1) == [[6]] * 4  # the newest
 
 
 def test_a_long_vector_is_no_nearer_than_a_short_one() -> None:
     retriever = BehaviourRetriever(ints(0, 1, 2), np.array([[1, 0], [1, 0.1], [100, 100]], dtype=np.float32))
-    assert retriever.retrieve(ints(2, 1, 2), ints(0), 1).tolist() == [[1]]
+    assert retriever.retrieve(ints(2, 1, 2), ints(0), 1).tolist() == [1]
 
 
 def test_order_is_that_of_the_history_not_of_the_cosine() -> None:
     retriever = BehaviourRetriever(ints(0, 1, 2), np.array([[1, 0], [1, 1], [0, 1]], dtype=np.float32))
-    assert retriever.retrieve(ints(2, 1, 0, 2), ints(0), 2).tolist() == [[1, 2]]
-    assert retriever.retrieve(ints(0, 2, 1, 2), ints(0), 2).tolist() == [[0, 2]]
+    assert retriever.retrieve(ints(2, 1, 0, 2), ints(0), 2).tolist() == [1, 2]
+    assert retriever.retrieve(ints(0, 2, 1, 2), ints(0), 2).tolist() == [0, 2]
 
 
 def test_of_equals_the_newer_is_taken() -> None:
     retriever = BehaviourRetriever(ints(0, 1), np.array([[1, 0], [2, 0]], dtype=np.float32))
-    assert retriever.retrieve(ints(0, 1, 0, 1, 0), ints(0), 2).tolist() == [[3, 4]]
+    assert retriever.retrieve(ints(0, 1, 0, 1, 0), ints(0), 2).tolist() == [3, 4]
 
 
 def test_behaviours_without_a_vector_fill_up_newest_first() -> None:
     retriever = BehaviourRetriever(ints(0, 1, 2), np.array([[1, 0], [-1, 0], [0, 0]], dtype=np.float32))
     history = ints(1, NEITHER, 2, NEITHER, 0)
-    assert retriever.retrieve(history, ints(0), 2).tolist() == [[0, 4]]  # the opposite comes before an unknown one
-    assert retriever.retrieve(history, ints(0), 4).tolist() == [[0, 2, 3, 4]]
-    assert retriever.retrieve(history, ints(2, NEITHER), 3).tolist() == [[2, 3, 4]] * 2  # nothing to compare by
+    assert retriever.retrieve(history, ints(0), 2).tolist() == [0, 4]  # the opposite comes before an unknown one
+    assert retriever.retrieve(history, ints(0), 4).tolist() == [0, 2, 3, 4]
+    assert retriever.retrieve(history, ints(2, NEITHER), 3).tolist() == [2, 3, 4]  # nothing to compare by
+    assert retriever.retrieve(history, ints(2, NEITHER, 0), 2).tolist() == [0, 4]  # they take no turn
 
 
 def test_candidates_own_earlier_occurrences_are_nearest() -> None:
     retriever = BehaviourRetriever(ints(0, 1), np.array([[1, 0], [1, 0.01]], dtype=np.float32))
-    assert retriever.retrieve(ints(0, 1, 0, 1), ints(0), 2).tolist() == [[0, 2]]
+    assert retriever.retrieve(ints(0, 1, 0, 1), ints(0), 2).tolist() == [0, 2]
 
 
-def test_short_and_empty_histories_are_padded_at_the_end() -> None:
+def test_each_candidate_gets_its_nearest_before_one_gets_its_second() -> None:
+    """Items 1 and 2 are as like as can be to 0; 4 and 5 are only a little like 3."""
+    vectors = np.array([[1, 0], [1, 0], [1, 0.01], [0, 1], [1, 1], [1, 0.9]], dtype=np.float32)
+    retriever, history = BehaviourRetriever(np.arange(6), vectors), ints(1, 5, 2, 4)
+    assert each(retriever, history, ints(0, 3), 2) == [[0, 2], [1, 3]]
+    assert retriever.retrieve(history, ints(0, 3), 2).tolist() == [0, 3]
+    assert retriever.retrieve(history, ints(0, 3), 3).tolist() == [0, 2, 3]  # the nearer of the second nearest
+
+
+def test_short_and_empty_histories_are_shown_whole() -> None:
     retriever = BehaviourRetriever(ints(0), np.ones((1, 2), dtype=np.float32))
-    assert retriever.retrieve(ints(NEITHER, 0), ints(0), 4).tolist() == [[0, 1, -1, -1]]
-    assert retriever.retrieve(ints(), ints(0, 0), 2).tolist() == [[-1, -1]] * 2
-    assert retriever.retrieve(ints(0), ints(), 2).shape == (0, 2)
+    assert retriever.retrieve(ints(NEITHER, 0), ints(0), 4).tolist() == [0, 1]
+    assert retriever.retrieve(ints(), ints(0, 0), 2).tolist() == []
+    assert retriever.retrieve(ints(0, NEITHER, 0), ints(), 2).tolist() == [1, 2]
     with pytest.raises(ValueError, match="k is 0"):
         retriever.retrieve(ints(0), ints(0), 0)
 
@@ -128,7 +148,7 @@ def test_short_and_empty_histories_are_padded_at_the_end() -> None:
 def test_more_candidates_than_scores_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     retriever = BehaviourRetriever(np.arange(50), rng.normal(size=(50, 4)))
-    history, candidates = rng.integers(0, 50, 200), np.arange(50)
+    history, candidates = rng.integers(0, 50, 200), rng.choice(50, 20, replace=False)
     whole = retriever.retrieve(history, candidates, 5)
     monkeypatch.setattr("owlrec.ranking.retrieval._SCORES_AT_ONCE", 150)
     np.testing.assert_array_equal(retriever.retrieve(history, candidates, 5), whole)
@@ -141,9 +161,10 @@ def test_threads_that_share_a_history_find_what_one_finds(monkeypatch: pytest.Mo
     history, candidates = rng.integers(0, 1001, 900), rng.integers(0, 1001, 5)
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     monkeypatch.setattr("owlrec.ranking.retrieval._BLOCK_BYTES", 16 * 4 * 7)  # blocks of seven rows
-    found = BehaviourRetriever(np.arange(1001), vectors).retrieve(history, candidates, 9)
-    for candidate, positions in zip(candidates, found, strict=True):
-        assert positions.tolist() == reference(np.arange(1001), vectors, history, candidate, 9)
+    retriever = BehaviourRetriever(np.arange(1001), vectors)
+    for asked in (candidates, candidates[:1]):
+        expected = reference(np.arange(1001), vectors, history, asked, 9)
+        assert retriever.retrieve(history, asked, 9).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -167,9 +188,9 @@ def vectors_table(kinds: list[str], ids: list[int], vectors: np.ndarray) -> pa.T
 def test_table_in_any_order_gives_its_items_only() -> None:
     table = vectors_table(["item", "user", "item"], [7, 1, 3], np.array([[1, 0], [0, 1], [0, 1]]))
     retriever = BehaviourRetriever.from_table(table)
-    assert retriever.retrieve(ints(3, 7, 3, 7), ints(7, 3), 2).tolist() == [[1, 3], [0, 2]]
-    assert retriever.retrieve(ints(3, 7, 3, 7), ints(1), 2).tolist() == [[2, 3]]  # a user's vector is no item's
-    assert BehaviourRetriever.from_table(table.slice(1, 1)).retrieve(ints(3, 7), ints(7), 1).tolist() == [[1]]
+    assert each(retriever, ints(3, 7, 3, 7), ints(7, 3), 2) == [[1, 3], [0, 2]]
+    assert each(retriever, ints(3, 7, 3, 7), ints(1), 2) == [[2, 3]]  # a user's vector is not an item's
+    assert each(BehaviourRetriever.from_table(table.slice(1, 1)), ints(3, 7), ints(7), 1) == [[1]]
 
 
 def test_projection_takes_out_what_all_items_share() -> None:
@@ -179,7 +200,7 @@ def test_projection_takes_out_what_all_items_share() -> None:
     table = vectors_table(["item"] * 40, list(range(40)), shared)
     projection = fit_projection(shared.astype(np.float32), ProjectionConfig(components=8))
     history = rng.permutation(40)
-    found = BehaviourRetriever.from_table(table, projection).retrieve(history, np.arange(40), 5)
+    found = each(BehaviourRetriever.from_table(table, projection), history, np.arange(40), 5)
     centred = unit_rows(own - own.mean(axis=0))
     for item in range(40):
         expected = np.argsort(-centred[history] @ centred[item], kind="stable")[:5]

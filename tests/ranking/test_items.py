@@ -67,6 +67,6 @@ def test_vectors_that_encode_has_written_are_read(small_world: Workspace) -> Non
 def test_like_items_are_near(small_world: Workspace) -> None:
     """Odd films are dramas, even ones comedies; only their genres' letters tell them apart from afar."""
     retriever = item_retriever(small_world, EncoderConfig(), ProjectionConfig())
-    found = retriever.retrieve(np.arange(100, 120), np.array([121, 122]), 8)
-    assert (found[0] % 2 == 1).mean() > 0.7
-    assert (found[1] % 2 == 0).mean() > 0.7
+    odd, even = (retriever.retrieve(np.arange(100, 120), np.array([candidate]), 8) for candidate in (121, 122))
+    assert (odd % 2 == 1).mean() > 0.7
+    assert (even % 2 == 0).mean() > 0.7

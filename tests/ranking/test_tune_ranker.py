@@ -10,11 +10,15 @@ from toy_taste import NOUNS, toy_texts  # type: ignore[import-not-found]
 from worlds import write_samples
 
 from owlrec import schema
+from owlrec.ctr.distillation import SoftLabels
+from owlrec.ctr.metrics import auc
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
+from owlrec.ranking.calibration import load_calibration
 from owlrec.ranking.results import read_results
 from owlrec.recipe import Recipe
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace
+from pipelines.score_pairs import run as score_pairs
 from pipelines.tune_ranker import run
 
 
@@ -84,6 +88,25 @@ def test_the_stage_tunes_calibrates_and_judges(
 
     assert run(recipe, workspace) == manifest
     assert "done already" in capsys.readouterr().out
+
+    # What CTR models learn from is the tuned model's answer, calibrated, about pairs that it was not tuned on, too.
+    ctr = {"distillation": {"unlabeled": 2}}
+    scored = score_pairs(Recipe.model_validate({**recipe.model_dump(), "ctr": ctr}), workspace)
+    assert "tuned" in capsys.readouterr().out
+    rows = [
+        row
+        for number in workspace.table_shards("samples")
+        for row in SoftLabels(scored.outputs["soft_labels"], 0.5).read(workspace, number).to_pylist()
+    ]
+    assert {row["user_id"] for row in rows} == set(range(30))
+    assert len(rows) == scored.counts["pairs"] > 30 * 6
+    p, item = (np.array([row[name] for row in rows]) for name in ("p", "item_id"))
+    new = item < 2 * len(NOUNS)
+    assert auc((item[new] < len(NOUNS)).astype(float), p[new]) > 0.9
+    beside = manifest.outputs["adapter"].rpartition("/")[0]
+    calibration = load_calibration(workspace, f"{beside}/calibration-tuned-mixed.json")
+    assert p.min() >= calibration.apply(np.array([0.0]))[0] - 1e-6
+    assert p.max() <= calibration.apply(np.array([1.0]))[0] + 1e-6
 
 
 def test_what_the_stage_lacks_is_named(workspace: Workspace) -> None:

@@ -1,7 +1,7 @@
 """ReiT's data: nested shots, each sample asked in both ways side by side, nothing of the future, no silent loss."""
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +13,13 @@ from worlds import write_samples
 from owlrec.errors import RecipeError, SchemaError
 from owlrec.prompting.rella import RankPromptConfig
 from owlrec.ranking import samples as samples_module
+from owlrec.ranking.candidate_sets import with_candidates
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.ranking.samples import (
     TUNING_ROWS,
+    Shown,
     TuningData,
-    TuningDataConfig,
     ask_about,
-    build_tuning_data,
     draw_samples,
     draw_shots,
     read_users,
@@ -51,13 +51,24 @@ def table(*rows: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=SAMPLES)
 
 
-def built(samples: pa.Table, **config: Any) -> TuningData:
-    prompt = RankPromptConfig()
-    config = {"shots": None, "behaviours": 3, **config}
-    movies = get_scenario("movies")
-    return build_tuning_data(
-        samples, USERS, CATALOG, RETRIEVER, movies, TuningDataConfig(**config), prompt, lambda text: len(text.split())
-    )
+def built(
+    samples: pa.Table,
+    *,
+    shots: int | None = None,
+    k: int = 3,
+    ways: tuple[Shown, ...] = ("recent", "retrieved"),
+    retrieved_for: Literal["set", "candidate"] = "candidate",
+) -> TuningData:
+    """What is asked about the first `shots` of the train split, each candidate by itself."""
+    drawn = samples.take(pa.array(draw_shots(samples, shots, 0)))
+    return asked(with_candidates(drawn, samples, CATALOG.ids), k=k, ways=ways, retrieved_for=retrieved_for)
+
+
+def asked(
+    samples: pa.Table, *, k: int, ways: tuple[Shown, ...], retrieved_for: Literal["set", "candidate"] = "candidate"
+) -> TuningData:
+    movies, prompt = get_scenario("movies"), RankPromptConfig(retrieved_for=retrieved_for)
+    return ask_about(samples, USERS, CATALOG, RETRIEVER, movies, prompt, lambda text: len(text.split()), k=k, ways=ways)
 
 
 def shown(text: str) -> list[tuple[int, str]]:
@@ -98,9 +109,19 @@ def test_a_sample_is_asked_with_recent_then_with_retrieved_behaviours() -> None:
         assert row["system"]
 
 
+def test_samples_of_one_moment_are_shown_the_same_and_as_like_as_one_of_them() -> None:
+    """Even items are alike, and so are odd ones: 8 by itself is shown 0, 2 and the newest; together with 9, the newest
+    of both."""
+    pair = table(sample(), sample(item_id=9))
+    one, other = built(pair, ways=("retrieved",), k=2, retrieved_for="candidate").rows["text"].to_pylist()
+    assert ([i for i, _ in shown(one)], [i for i, _ in shown(other)]) == ([0, 2], [5, 7])
+    one, other = built(pair, ways=("retrieved",), k=2, retrieved_for="set").rows["text"].to_pylist()
+    assert [i for i, _ in shown(one)] == [i for i, _ in shown(other)] == [2, 7]
+
+
 @pytest.mark.parametrize("ways", [("recent", "retrieved"), ("retrieved", "recent"), ("recent",), ("retrieved",)])
-def test_rows_are_interleaved_in_the_configured_ways(ways: tuple[str, ...]) -> None:
-    rows = built(many(60), shown=ways).rows
+def test_rows_are_interleaved_in_the_configured_ways(ways: tuple[Shown, ...]) -> None:
+    rows = built(many(60), ways=ways).rows
     assert rows["shown"].to_pylist() == list(ways) * (rows.num_rows // len(ways))
     keys = rows.select(["user_id", "item_id", "timestamp"]).to_pylist()
     for start in range(0, len(keys), len(ways)):
@@ -108,9 +129,9 @@ def test_rows_are_interleaved_in_the_configured_ways(ways: tuple[str, ...]) -> N
 
 
 def test_a_mixed_prompt_shows_recent_and_older_ones_like_the_candidate_and_none_twice() -> None:
-    (row,) = built(table(sample()), shown=("mixed",)).rows.to_pylist()
+    (row,) = built(table(sample()), ways=("mixed",)).rows.to_pylist()
     assert row["shown"] == "mixed"
-    alike, _, lately = row["text"].partition("The user watched these movies last")
+    lately, _, alike = row["text"].partition("Of all movies")
     # Of three, the two newest; of those before them the newest that is even, as the candidate is.
     assert (shown(alike), shown(lately)) == ([(2, "3 stars")], [(5, "5 stars"), (7, "1 star")])
 
@@ -118,8 +139,8 @@ def test_a_mixed_prompt_shows_recent_and_older_ones_like_the_candidate_and_none_
 @given(st.lists(st.integers(0, N_ITEMS + 1), max_size=9), st.integers(1, 6))
 def test_a_mixed_prompt_has_as_many_behaviours_as_any_other(history: list[int], k: int) -> None:
     one = table(sample(history=history, history_ratings=None))
-    ways = ("recent", "retrieved", "mixed")
-    counts = [len(shown(row["text"])) for row in built(one, shown=ways, behaviours=k).rows.to_pylist()]
+    ways: tuple[Shown, ...] = ("recent", "retrieved", "mixed")
+    counts = [len(shown(row["text"])) for row in built(one, ways=ways, k=k).rows.to_pylist()]
     assert counts == [min(k, sum(item < UNTITLED for item in history))] * 3
 
 
@@ -127,20 +148,11 @@ def test_any_split_can_be_asked_about() -> None:
     samples = many(200)
     for split in ("valid", "test"):
         rows = draw_shots(samples, None, 0, split)
-        asked = ask_about(
-            samples.take(pa.array(rows)),
-            USERS,
-            CATALOG,
-            RETRIEVER,
-            get_scenario("movies"),
-            RankPromptConfig(),
-            len,
-            k=3,
-            ways=("recent",),
-        )
+        drawn = with_candidates(samples.take(pa.array(rows)), samples, CATALOG.ids)
+        data = asked(drawn, k=3, ways=("recent",))
         expected = [row for row in samples.to_pylist() if row["split"] == split]
-        assert asked.counts["samples"] == len(expected)
-        assert {row["timestamp"] for row in asked.rows.to_pylist()} <= {row["timestamp"] for row in expected}
+        assert data.counts["samples"] == len(expected)
+        assert {row["timestamp"] for row in data.rows.to_pylist()} <= {row["timestamp"] for row in expected}
 
 
 def test_fewer_shots_are_the_beginning_of_more() -> None:
@@ -181,9 +193,10 @@ def test_shards_are_drawn_from_as_the_whole_table_is(workspace: Workspace, n_sha
     write_samples(workspace, samples)
     for split, seed in (("train", 0), ("test", 3)):
         expected = samples.take(pa.array(draw_shots(samples, None, seed, split)[:limit]))
-        assert draw_samples(workspace, split, limit, seed).to_pylist() == expected.to_pylist()
+        expected = with_candidates(expected, samples, CATALOG.ids)
+        assert draw_samples(workspace, split, limit, seed, CATALOG.ids).to_pylist() == expected.to_pylist()
     with pytest.raises(RecipeError, match="201 are asked for"):
-        draw_samples(workspace, "train", 201, 0, exactly=True)
+        draw_samples(workspace, "train", 201, 0, CATALOG.ids, exactly=True)
 
 
 def test_a_draw_holds_few_rows_and_reads_few_histories(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +210,7 @@ def test_a_draw_holds_few_rows_and_reads_few_histories(workspace: Workspace, mon
         return original(workspace, number, columns)
 
     monkeypatch.setattr(samples_module, "read_samples", spy)
-    drawn = draw_samples(workspace, "train", 1, 0)
+    drawn = draw_samples(workspace, "train", 1, 0, CATALOG.ids)
     assert [number for number, _ in read[:8]] == list(range(8))
     assert [whole for _, whole in read] == [False] * 8 + [True]
     assert read[-1][0] == shard_of(drawn["user_id"].to_numpy(), 8)[0]
@@ -237,7 +250,7 @@ def test_a_candidate_without_text_is_skipped_and_counted(item: int) -> None:
 
 def test_behaviours_without_a_title_leave_their_place_to_others() -> None:
     history = [4, 1, UNTITLED, 99, 3, INVISIBLE]
-    recent, retrieved = built(table(sample(history=history, history_ratings=None)), behaviours=2).rows.to_pylist()
+    recent, retrieved = built(table(sample(history=history, history_ratings=None)), k=2).rows.to_pylist()
     assert shown(recent["text"]) == [(1, ""), (3, "")]
     assert shown(retrieved["text"]) == [(4, ""), (3, "")]
 
@@ -276,10 +289,11 @@ def test_nothing_at_or_after_a_samples_own_moment_is_shown_and_order_is_kept() -
     samples = build_samples(
         interactions, SplitConfig(history_length=30), Labels(rule="rating_above", rating_above=20)
     ).samples
-    rows = built(samples, behaviours=5).rows.to_pylist()
-    assert len(rows) > 100
+    rows = built(samples, k=5).rows.to_pylist()
+    assert sum(bool(shown(row["text"])) for row in rows) > 100
     for row in rows:
         days = [int(rating.split()[0]) for _, rating in shown(row["text"])]
         assert days == sorted(days)
         assert all(day < 1 + (row["timestamp"] - 10**12) // 86_400_000 for day in days)
-        assert 0 < len(days) <= 5
+        assert len(days) <= 5
+        assert days or "Nothing is known" in row["text"]

@@ -6,6 +6,7 @@ last of them at START + u - 1; user 1 therefore knows the first direction only.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -116,10 +117,10 @@ def write_interactions(workspace: Workspace, later: Sequence[Row] = ()) -> None:
 
 @dataclass
 class Answers(Stage):
-    """In the place of the LLM: answers everything but what is asked about `failed`."""
+    """In the place of the LLM: answers everything but what is asked about `failed`: ids, or (kind, id, as_of)."""
 
     asked: GenerateStage
-    failed: Collection[int]
+    failed: Collection[object]
 
     name = "refresh"
 
@@ -127,10 +128,14 @@ class Answers(Stage):
         self.folder = self.asked.folder
 
     def run(self, work: Work) -> Result:
+        kind = work.shard.kind
         rows = work.workspace.read_parquet(self.asked.job.input_file(work.shard)).to_pylist()
-        answered = {row["id"]: row["as_of"] for row in rows if row["id"] not in self.failed}
-        texts = {user: f"Renewed text of user {user} as of {as_of}." for user, as_of in sorted(answered.items())}
-        table = knowledge("user", texts, answered)
+        tables = [KNOWLEDGE.empty_table()]
+        for row in rows:
+            if row["id"] not in self.failed and (kind, row["id"], row["as_of"]) not in self.failed:
+                text = f"Renewed text of {kind} {row['id']} as of {row['as_of']}."
+                tables.append(knowledge(kind, {row["id"]: text}, {row["id"]: row["as_of"]}))
+        table = pa.concat_tables(tables)
         files = {work.shard.file(): work.workspace.write_parquet(work.artifact.path(work.shard.file()), table)}
         return Result(files, len(rows), len(table), len(rows) - len(table))
 
@@ -138,7 +143,7 @@ class Answers(Stage):
 class AnsweredRefresh(Refresh):
     """A refresh that needs no engine."""
 
-    failed: Collection[int] = ()
+    failed: Collection[object] = ()
 
     def _ask(self, moved: Moved, stage: GenerateStage) -> Mapping[str, Card]:
         inputs = {shard: file.sha256 for shard, file in moved.prompts.items()}
@@ -170,28 +175,38 @@ class Planned:
         return self.state.counts
 
 
-def recipe_for(workspace: Workspace, **config: object) -> Recipe:
+def recipe_for(workspace: Workspace, history_tokens: int = 256, **config: object) -> Recipe:
     """config: of the section `streaming`."""
     values = {"name": "t", "scenario": "movies", "workspace": workspace.root, "engine": {"type": "echo"}}
-    return Recipe.model_validate({**values, "source": {"type": "movielens-100k"}, "streaming": config})
+    prompts = {"history_tokens": history_tokens}
+    return Recipe.model_validate(
+        {**values, "source": {"type": "movielens-100k"}, "prompts": prompts, "streaming": config}
+    )
 
 
-def plan_refresh(workspace: Workspace, *, now: int = START + 100 * DAY, **config: object) -> Planned | None:
+def plan_refresh(workspace: Workspace, *, now: int = START + 100 * DAY, **config: Any) -> Planned | None:
     """Plans the next refresh; None where there is nothing to do."""
     refresh = AnsweredRefresh(recipe_for(workspace, **config), workspace, StopSignals())
     base = read_state(workspace)
     plan = refresh.planner.read_log(base, now)
-    return plan and Planned(refresh, base, refresh.planner.move_users(plan, base))
+    return plan and Planned(refresh, base, refresh.planner.move_on(plan, base))
+
+
+def partition_prompts(workspace: Workspace, planned: Planned) -> list[dict[str, object]]:
+    """A plan's prompts about users, in their order."""
+    folder = planned.state.prompts
+    return [row for name in workspace.names(folder) for row in workspace.read_parquet(f"{folder}/{name}").to_pylist()]
 
 
 def prompts_of(workspace: Workspace, planned: Planned) -> dict[int, dict[str, object]]:
-    """A plan's prompts by user, in their order."""
-    folder = planned.state.prompts
-    parts = [workspace.read_parquet(f"{folder}/{name}") for name in workspace.names(folder)]
-    return {row["id"]: row for part in parts for row in part.to_pylist()}
+    """The same by user, of whom each has one."""
+    rows = partition_prompts(workspace, planned)
+    by_user = {row["id"]: row for row in rows}
+    assert len(by_user) == len(rows)
+    return by_user  # type: ignore[return-value]
 
 
-def carry_out(workspace: Workspace, planned: Planned | None, failed: Collection[int] = ()) -> State:
+def carry_out(workspace: Workspace, planned: Planned | None, failed: Collection[object] = ()) -> State:
     """What the pipeline does with a plan, with an LLM that answers everything but what is asked about `failed`."""
     assert planned is not None
     planned.refresh.failed = failed

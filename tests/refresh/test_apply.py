@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,9 @@ from refresh_world import (  # type: ignore[import-not-found]
 
 from owlrec.claims import claimed
 from owlrec.decoding import DecodingConfig
+from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.semantic_ids import SemanticIdConfig
+from owlrec.encoding.vector_shards import PARTITIONS, VectorShards, partitions_folder
 from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.generation import EchoEngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig
@@ -37,6 +41,7 @@ from owlrec.refresh.config import RefreshConfig
 from owlrec.refresh.state import CLAIM, dead_files, read_state, write_state
 from owlrec.releases import current_release, list_releases, open_release, roll_back
 from owlrec.releases.manifest import chain, read_manifest
+from owlrec.reshard import reshard
 from owlrec.shards import Card
 from owlrec.workspace import Workspace
 from pipelines import refresh
@@ -130,6 +135,80 @@ def test_failed_answer_keeps_the_old_text_and_asks_again_only_when_the_user_has_
     assert prompts_of(world, plan)[1]["text"].count('"Film') == 6  # what failed is asked about, too
     carry_out(world, plan)
     assert text_of(world, 1).startswith("Renewed")
+
+
+def test_backlog_leaves_a_vector_of_each_partition_and_the_newest_text(world: Workspace) -> None:
+    log_events(world, watched(1, range(100, 125)))
+    planned = plan_refresh(world, history_tokens=30, partitions=6)  # six titles of five words
+    state = carry_out(world, planned)
+    texts = [f"Renewed text of user 1 as of {START + DAY + hour * HOUR}." for hour in (5, 11, 17, 23, 24)]
+    assert text_of(world, 1) == texts[-1]
+    assert partitions_of(world, 1) == [*(vector_of(text) for text in reversed(texts)), [1 / 64] * DIM]
+    assert read_manifest(world, state.release).knowledge == {"user": 1}
+    (user,) = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
+    assert (user.short, user.n_partitions, user.text_as_of) == ((), 5, START + DAY + 24 * HOUR)
+
+
+def stored(world: Workspace) -> dict[tuple[int, int], list[float]]:
+    """The vectors of all partitions that refreshes have read, by user and as_of."""
+    shards = VectorShards(world, partitions_folder(EncoderConfig().identity), PARTITIONS)
+    found = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
+    for shard in found:
+        keys = list(zip(shard.ids.tolist(), shard.as_of.tolist(), strict=True))
+        assert keys == sorted(set(keys))
+        assert shard.encoder == EncoderConfig().identity
+    return {
+        (id_, moment): vector
+        for shard in found
+        for id_, moment, vector in zip(shard.ids.tolist(), shard.as_of.tolist(), shard.vectors.tolist(), strict=True)
+    }
+
+
+def test_vectors_of_all_partitions_are_kept_where_arms_read_them(world: Workspace) -> None:
+    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans"))
+    log_events(world, watched(1, range(100, 112)))
+    carry_out(world, plan_refresh(world, history_tokens=30, partitions=1))
+    log_events(world, [*watched(1, AWAY, START + 3 * DAY), *watched(2, AWAY, START + 3 * DAY)], "two")
+    carry_out(world, plan_refresh(world, freeze_drift=0, partitions=1))
+    moments = {
+        1: [START + DAY + 5 * HOUR, START + DAY + 11 * HOUR, START + 3 * DAY + 2 * HOUR],
+        2: [START + 3 * DAY + 2 * HOUR],
+    }
+    assert stored(world) == {
+        (user, as_of): vector_of(f"Renewed text of user {user} as of {as_of}.")
+        for user, of_user in moments.items()
+        for as_of in of_user
+    }
+    assert len(partitions_of(world, 1)) == 1  # the release keeps what it was told to
+    assert reshard(world, ["user"]) == {"user": 8}
+    assert len(stored(world)) == 4
+
+
+def test_backlog_is_frozen_as_far_as_it_was_answered(world: Workspace) -> None:
+    log_events(world, watched(1, range(100, 125)))
+    failed = [("user", 1, START + DAY + hour * HOUR) for hour in (17, 23, 24)]  # what goes on from a failure fails
+    state = carry_out(world, plan_refresh(world, history_tokens=30), failed)
+    (user,) = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
+    assert (len(user.short), user.n_partitions, user.held) == (13, 2, 13)
+    assert (user.text_as_of, state.counts["renewed"]) == (START + DAY + 11 * HOUR, 2)
+    assert text_of(world, 1).endswith(f"as of {START + DAY + 11 * HOUR}.")
+
+
+def test_older_partitions_make_room_for_those_of_one_refresh(world: Workspace) -> None:
+    with open_release(world) as release:
+        new = pa.concat_tables([vectors("user", {1: np.full(DIM, n), 2: np.full(DIM, 10 + n)}) for n in range(3)])
+        table = stack_partitions(new.sort_by("id"), release.store, 2)
+        assert sorted(
+            zip(
+                table["id"].to_pylist(),
+                table["partition"].to_pylist(),
+                [v[0] for v in table["vector"].to_pylist()],
+                strict=True,
+            )
+        ) == [(1, 0, 2), (1, 1, 1), (2, 0, 12), (2, 1, 11)]
+        table = stack_partitions(new.sort_by("id"), release.store, 4)
+        assert table.num_rows == 8
+        assert {v[0] for v in table.filter(pc.equal(table["partition"], 3))["vector"].to_pylist()} == {1 / 64, 2 / 64}
 
 
 def test_refresh_of_which_every_answer_fails_publishes_nothing_and_moves_on(world: Workspace) -> None:

@@ -1,4 +1,4 @@
-"""Whom the budget chooses: the greatest priorities, ties by the smaller id, in whatever shards and order they stand."""
+"""What the budget chooses: the greatest priorities, ties by the smaller id, in whatever shards and order they stand."""
 
 import json
 from collections import Counter
@@ -17,8 +17,11 @@ from owlrec.workspace import Workspace
 
 
 def due(ids: Sequence[int], priorities: Sequence[float]) -> pa.Table:
+    """A partition of each id; those of an id that occurs again are its next ones."""
     n = len(ids)
-    return pa.table([pa.array(ids, pa.int64()), ["age"] * n, np.zeros(n, np.float32), priorities], schema=DUE)
+    parts = [list(ids[:at]).count(id_) for at, id_ in enumerate(ids)]
+    columns = [pa.array(ids, pa.int64()), parts, [0] * n, ["age"] * n, np.zeros(n, np.float32), priorities]
+    return pa.table(columns, schema=DUE)
 
 
 def chosen(workspace: Workspace, shards: Sequence[pa.Table], calls: int | None) -> list[int]:
@@ -69,4 +72,15 @@ def test_only_shards_of_the_last_bin_are_read(workspace: Workspace, monkeypatch:
     monkeypatch.setattr(Workspace, "read_parquet", lambda w, path: (files.append(path), read(w, path))[1])
     assert chosen(workspace, [due([1], [4.0]), due([2, 3], [1.0, 9.0]), due([4], [0.1])], 3) == [1, 2, 3]
     assert files == ["f/due/user/00000001.parquet"]
-    assert Cut(1.0, 2).admits(due([2, 3, 1], [1.0, 1.0, 0.9])).tolist() == [True, False, False]
+    assert Cut(1.0, 2, 0).admits(due([2, 3, 1], [1.0, 1.0, 0.9])).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("calls", "ids"),
+    [(1, [4]), (2, [4, 4]), (3, [4, 4, 6]), (4, [4, 4, 4, 6]), (5, [4, 4, 4, 6, 6])],
+)
+def test_budget_may_end_within_a_users_partitions(workspace: Workspace, calls: int, ids: list[int]) -> None:
+    """User 4's are worth 3, 2 and 1, user 6's 1.5 and nothing, as are those of user 8."""
+    tables = [due([4, 4, 4], [3.0, 2.0, 1.0]), due([6, 6], [1.5, 0.0]), due([8, 8], [0.0, 0.0])]
+    assert chosen(workspace, tables, calls) == ids
+    assert chosen(workspace, tables, 6) == [4, 4, 4, 6, 6, 8]

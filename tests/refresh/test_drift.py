@@ -16,22 +16,31 @@ def gather(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.array([i in TABLE for i in ids.tolist()], dtype=bool)
 
 
-def test_sums_are_weighted_by_rating_and_skip_what_has_no_vector() -> None:
-    items = np.array([1, 2, 9, 3, 2, 1])
-    ratings = np.array([3, 5, 4, 4, NAN, -2], dtype=np.float32)
-    sums, weights = sum_vectors(items, ratings, np.array([3, 0, 3]), gather)
-    # 3 of the first and 5 of the second direction, item 9 unknown; nothing; item 3 broken, no rating is 1, -2 is 0.
-    assert sums.tolist() == [[3, 5], [0, 0], [0, 1]]
-    assert weights.tolist() == [8, 0, 1]
+def sums(items: list[int], ratings: list[float], lengths: list[int], above: float = 3) -> np.ndarray:
+    return sum_vectors(np.array(items, np.int64), np.array(ratings, np.float32), np.array(lengths), gather, above)
+
+
+def test_what_was_liked_is_weighted_by_rating_and_summed_apart_from_what_was_not() -> None:
+    found = sums([1, 2, 1, 9, 3, 2, 1], [4, 5, 3, 4, 4, NAN, -2], [4, 0, 3])
+    # 4 of the first and 5 of the second direction, one of the first disliked, item 9 unknown; nothing; item 3 broken, a
+    # missing rating is liked and weighs 1, one of -2 is not.
+    assert found.tolist() == [[[4, 5], [1, 0]], [[0, 0], [0, 0]], [[0, 1], [1, 0]]]
+    assert sums([1], [-2], [1], above=-5).tolist() == [[[0, 0], [0, 0]]]  # above the bound, of no weight
 
 
 def test_sums_of_nothing_at_all() -> None:
-    sums, weights = sum_vectors(np.zeros(0, np.int64), np.zeros(0, np.float32), np.array([0]), gather)
-    assert (sums.shape, weights.tolist()) == ((1, 2), [0.0])
+    assert sums([], [], [0]).tolist() == [[[0, 0], [0, 0]]]
+
+
+def drift(unread: list[list[float]], read: list[list[float]]) -> float:
+    return float(drifts(np.array([unread], np.float32), np.array([read], np.float32))[0])
+
+
+NONE = [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
-    ("unread", "read", "drift"),
+    ("unread", "read", "expected"),
     [
         ([1, 0], [5, 0], 0.0),
         ([1, 0], [0, 5], 1.0),
@@ -40,25 +49,32 @@ def test_sums_of_nothing_at_all() -> None:
         ([3, 4], [4, 3], 1 - 24 / 25),
     ],
 )
-def test_drift_is_one_minus_the_cosine(unread: list[float], read: list[float], drift: float) -> None:
-    one = np.ones(1)
-    found = drifts(np.array([unread], np.float32), one, np.array([read], np.float32), one)
-    assert found[0] == pytest.approx(drift, abs=1e-12)
+def test_drift_is_one_minus_the_cosine(unread: list[float], read: list[float], expected: float) -> None:
+    for other in (NONE, [1.0, 0.0]):  # of a side that only one of them has, or in which they agree
+        assert drift([unread, other], [read, NONE]) == pytest.approx(expected, abs=1e-12)
+        assert drift([other, unread], [other, read]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_likes_and_dislikes_of_one_kind_do_not_cancel() -> None:
+    mixed = sums([1, 1, 1, 1], [5, 1, 4, 2], [2, 2])
+    assert drifts(mixed[:1], mixed[1:]).tolist() == [0]
+
+
+def test_who_comes_to_dislike_what_they_liked_has_drifted() -> None:
+    liked, disliked = sums([1, 1], [5, 1], [1, 1])
+    assert drift(disliked.tolist(), liked.tolist()) == 1.0
 
 
 def test_what_cannot_be_compared_counts_as_new() -> None:
-    vectors = np.array([[1, 0], [1, 0], [0, 0]], np.float32)
-    assert drifts(vectors, np.array([0, 1, 1]), vectors, np.array([1, 0, 1])).tolist() == [1, 1, 1]
-    assert drifts(np.zeros((1, 0), np.float32), np.zeros(1), np.zeros((1, 0), np.float32), np.zeros(1)).tolist() == [1]
+    assert drift([[1, 0], NONE], [NONE, NONE]) == 1.0
+    assert drift([NONE, NONE], [[1, 0], [1, 0]]) == 1.0
+    assert drifts(np.zeros((1, 2, 0), np.float32), np.zeros((1, 2, 0), np.float32)).tolist() == [1]
 
 
-@given(
-    st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=2), st.lists(st.floats(0, 9), min_size=2, max_size=2)
-)
-def test_drift_is_always_a_number_between_0_and_2(vector: list[float], weights: tuple[float, float]) -> None:
-    rows = np.array([vector], np.float32)
-    found = drifts(rows, np.array(weights[:1]), rows, np.array(weights[1:]))
-    assert 0 <= found[0] <= 2
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=8, max_size=8))
+def test_drift_is_always_a_number_between_0_and_2(values: list[float]) -> None:
+    rows = np.array(values, np.float32).reshape(2, 1, 2, 2)
+    assert 0 <= drifts(rows[0], rows[1])[0] <= 2
 
 
 def test_priority_is_drift_times_activity() -> None:

@@ -52,7 +52,7 @@ def read(
 ) -> Reading:
     """Reads the log's unread files. known: rows by file at the refresh before, whose files have grown since."""
     before = {name: LogFile(bytes=0, e_tag="", rows=n) for name, n in (known or {}).items()}
-    log = Log.open(workspace, RefreshConfig.model_validate(config), before)
+    log = Log.events(workspace, RefreshConfig.model_validate(config), before)
     fragments, rows = log.fragments()
     grouping = event_groups(fragments, n_shards)
     paths = {file.path: before[name].rows for name, file in log.unread.items() if name in before}
@@ -143,14 +143,14 @@ def test_event_at_the_horizon_is_in_time(workspace: Workspace) -> None:
 
 def test_file_that_nobody_has_written_since_is_not_read(workspace: Workspace) -> None:
     log_events(workspace, [(1, 5, 4.0, START - DAY)], "old")
-    before = Log.open(workspace, RefreshConfig(), {})
+    before = Log.events(workspace, RefreshConfig(), {})
     (old,) = before.files.values()
     known = {"old.parquet": LogFile(bytes=old.bytes, e_tag=old.e_tag, rows=1, newest=START - DAY)}
     log_events(workspace, [(1, 6, 4.0, START)], "new")
-    log = Log.open(workspace, RefreshConfig(), known)
+    log = Log.events(workspace, RefreshConfig(), known)
     assert (list(log.unread), log.kept) == (["new.parquet"], known)
     log_events(workspace, [(1, 5, 4.0, START - DAY), (1, 6, 4.0, START)], "old")
-    assert sorted(Log.open(workspace, RefreshConfig(), known).unread) == ["new.parquet", "old.parquet"]
+    assert sorted(Log.events(workspace, RefreshConfig(), known).unread) == ["new.parquet", "old.parquet"]
 
 
 def test_broken_rows_are_refused_and_the_others_taken(workspace: Workspace) -> None:
@@ -215,7 +215,7 @@ def test_value_of_another_type_is_named_by_file_and_row(workspace: Workspace) ->
 
 
 def test_empty_log_at_first_says_what_to_put_there(workspace: Workspace) -> None:
-    log = Log.open(workspace, RefreshConfig(), {})
+    log = Log.events(workspace, RefreshConfig(), {})
     assert log.fragments() == ([], {})
     with pytest.raises(SourceError, match=r"events: no events are there\. Put Parquet files with the columns user_id"):
         log.check_watermark(None, None, "refresh")
@@ -223,7 +223,7 @@ def test_empty_log_at_first_says_what_to_put_there(workspace: Workspace) -> None
 
 @pytest.mark.parametrize(("newest", "ends"), [(None, "is empty"), (START, "ends at 2001-09-09 01:46:40 UTC")])
 def test_log_behind_the_watermark_is_refused(workspace: Workspace, newest: int | None, ends: str) -> None:
-    log = Log.open(workspace, RefreshConfig(), {})
+    log = Log.events(workspace, RefreshConfig(), {})
     with pytest.raises(SourceError, match=f"the log {ends}.*to begin again, delete refresh"):
         log.check_watermark(newest, START + 1, "refresh")
     log.check_watermark(START + 1, START + 1, "refresh")

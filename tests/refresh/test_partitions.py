@@ -9,17 +9,17 @@ from owlrec.refresh.config import RefreshConfig
 from owlrec.refresh.partitions import (
     Behavior,
     UserState,
-    as_of_after,
     bootstrap,
     due_at,
     freeze,
     hold,
+    next_as_of,
     take_in,
     why_due,
 )
 
 DAY = 86_400_000
-NOTHING = np.zeros(0, dtype=np.float32)
+NOTHING = np.zeros((0, 0), dtype=np.float32)
 
 
 def behaviors(*times: int) -> tuple[Behavior, ...]:
@@ -79,24 +79,25 @@ def test_due_by_age_is_known_beforehand() -> None:
     assert why_due(state(5, 9), 0.0, 5 + 2 * DAY, config) == "age"
 
 
-def test_freezing_reads_all_of_the_short_term() -> None:
-    user = state(10, 20, text_as_of=5, interest=np.array([1.0, 0.0], np.float32), weight=2.0, held=1)
-    frozen = freeze(user, np.array([0.5, 1.0], np.float32), 3.0, horizon=15)
-    assert frozen.short == ()
+def test_freezing_reads_a_partition_and_leaves_the_rest() -> None:
+    user = state(10, 20, 30, text_as_of=5, interest=np.array([[1, 0], [0, 0]], np.float32), held=1)
+    frozen = freeze(user, 2, 20, np.array([[0.5, 1], [2, 0]], np.float32), horizon=15)
+    assert frozen.short == behaviors(30)
     assert frozen.seen == ((20, behaviors(20)[0].item),)
-    assert (frozen.text_as_of, frozen.n_partitions, frozen.held, frozen.weight) == (20, 1, 0, 5.0)
-    assert frozen.interest.tolist() == [1.5, 1.0]
+    assert (frozen.text_as_of, frozen.n_partitions, frozen.held) == (20, 1, 0)
+    assert frozen.interest.tolist() == [[1.5, 1.0], [2.0, 0.0]]
 
 
-def test_late_behaviors_do_not_move_a_texts_moment_back() -> None:
-    assert as_of_after(state(10, text_as_of=50)) == 50
-    assert freeze(state(10, text_as_of=50), NOTHING, 0.0, None).text_as_of == 50
+def test_each_text_of_a_user_has_a_moment_of_its_own_not_before_what_it_quotes() -> None:
+    assert next_as_of(behaviors(10, 60), before=50) == 60
+    assert next_as_of(behaviors(10), before=50) == 51  # late ones
+    assert next_as_of(behaviors(50, 50), before=50) == 51  # those of one moment that fill two partitions
 
 
 def test_interest_begins_with_the_first_vectors() -> None:
-    assert freeze(state(1), np.array([1.0], np.float32), 1.0, None).interest.tolist() == [1.0]
-    kept = freeze(state(1, interest=np.array([2.0], np.float32)), NOTHING, 0.0, None)
-    assert kept.interest.tolist() == [2.0]
+    assert freeze(state(1), 1, 1, np.array([[1.0], [0.0]], np.float32), None).interest.tolist() == [[1.0], [0.0]]
+    kept = freeze(state(1, interest=np.array([[2.0], [3.0]], np.float32)), 1, 1, NOTHING, None)
+    assert kept.interest.tolist() == [[2.0], [3.0]]
 
 
 def test_failed_answer_keeps_everything() -> None:
@@ -116,9 +117,12 @@ Key = tuple[int, int]  # time, item
     ),
     read=st.sets(st.tuples(st.integers(0, 20), st.integers(0, 3)), max_size=4),
     unread=st.sets(st.tuples(st.integers(21, 40), st.integers(0, 3)), max_size=4),
+    reads=st.integers(1, 8),
 )
-def test_no_behavior_is_lost_or_doubled(rounds: list[tuple[list[Key], str]], read: set[Key], unread: set[Key]) -> None:
-    """Rounds bring events in any split, late and repeated; some freeze the short term, in some an answer fails."""
+def test_no_behavior_is_lost_or_doubled(
+    rounds: list[tuple[list[Key], str]], read: set[Key], unread: set[Key], reads: int
+) -> None:
+    """Rounds bring events in any split, late and repeated; some freeze a part, in some an answer fails."""
     watermark = max((time for time, _ in read | unread), default=0)
     user = bootstrap(1, 20, [Behavior(t, i, None) for t, i in read | unread], watermark - LATENESS)
     accepted, frozen = set(read | unread), list(read)
@@ -129,8 +133,10 @@ def test_no_behavior_is_lost_or_doubled(rounds: list[tuple[list[Key], str]], rea
         watermark = max([watermark, *(time for time, _ in in_time)])
         user = take_in(user, [Behavior(t, i, None) for t, i in sorted(in_time)], watermark - LATENESS)
         if outcome == "f" and user.short:
-            frozen += [b.key for b in user.short]
-            user = freeze(user, NOTHING, 0.0, watermark - LATENESS)
+            n = min(reads, len(user.short))
+            frozen += [b.key for b in user.short[:n]]
+            as_of = next_as_of(user.short[:n], user.text_as_of)
+            user = freeze(user, n, as_of, NOTHING, watermark - LATENESS)
         elif outcome == "h":
             user = hold(user)
     everything = sorted(frozen + [b.key for b in user.short])

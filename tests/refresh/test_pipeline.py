@@ -1,13 +1,24 @@
 """The pipeline's steps without Ray: answers that fail in numbers, and a wish to stop between two steps."""
 
 import os
+import shutil
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from refresh_world import DAY, START, log_events, recipe_for, watched  # type: ignore[import-not-found]
+from refresh_world import (  # type: ignore[import-not-found]
+    DAY,
+    START,
+    AnsweredRefresh,
+    log_events,
+    recipe_for,
+    watched,
+)
 
+from owlrec.encoding.vector_shards import PARTITIONS, VectorShards, partitions_folder
 from owlrec.errors import EngineError, WorkspaceError
 from owlrec.generation import EchoEngineConfig, worker
 from owlrec.generation.echo_engine import EchoEngine
@@ -106,17 +117,16 @@ def test_refreshes_on_an_object_store_are_those_on_a_disk(world: Workspace, serv
         remote.write_bytes(path, world.read_bytes(path))
     found = []
     for workspace in (world, remote):
+        recipe = recipe_for(workspace, history_tokens=40)  # eight titles
         for name, user in (("one", 1), ("two", 2)):
-            log_events(workspace, [*watched(user, AWAY), *watched(99, [100])], name)
-            (state,) = refresh.run(recipe_for(workspace), workspace)
-            assert (state.calls, state.counts["renewed"]) == (1, 1)
-        assert refresh.run(recipe_for(workspace), workspace) == []
-        with open_release(workspace) as release:
-            rows = release.store.get("user", range(1, 41))
-            vectors = release.store.partitions("user", [1, 2], 4)[0].tolist()
-        users = [u for n in state.shards for u in state.read_users(workspace, n, "minilm")]
+            log_events(workspace, [*watched(user, [*range(115, 125), 500]), *watched(99, [100])], name)
+            row = {"item_id": [500], "timestamp": [START + user], "title": [f"Heat {user}"]}
+            workspace.write_parquet(f"events/items/{name}.parquet", pa.table(row))
+            (state,) = refresh.run(recipe, workspace)
+            assert (state.calls, state.counts["renewed"], state.counts["items_renewed"]) == (2, 2, 1)
+        assert refresh.run(recipe, workspace) == []
         dead = [workspace.read_parquet(file).to_pylist() for file in dead_files(workspace)]
-        found.append((rows, vectors, users, sorted(map(str, dead)), state.counts))
+        found.append((left(workspace), sorted(map(str, dead))))
     assert found[0] == found[1]
 
 
@@ -147,3 +157,68 @@ def test_a_reshard_waits_for_an_interrupted_refresh(world: Workspace, server: Se
     log_events(world, watched(1, [118, 119, 120], START + 9 * DAY), "two")
     (state,) = refresh.run(recipe_for(world, freeze_drift=0), world)
     assert (state.calls, state.counts["renewed"], state.n_shards) == (1, 1, 8)
+
+
+def left(workspace: Workspace) -> dict[str, Any]:
+    """What a refresh leaves to others, and to the next one."""
+    state = read_state(workspace)
+    with open_release(workspace) as release:
+        store = release.store
+        texts = {kind: store.get(kind, store.ids(kind)) for kind in ("user", "item")}
+        vectors = {kind: store.partitions(kind, store.ids(kind), 8)[0].tolist() for kind in ("user", "item")}
+    folder = partitions_folder(recipe_for(workspace).encoder.identity)
+    shards = [shard for n in range(4) if (shard := VectorShards(workspace, folder, PARTITIONS).shard(n)) is not None]
+    return {
+        "texts": texts,
+        "vectors": vectors,
+        "partitions": [(s.ids.tolist(), s.as_of.tolist(), s.vectors.tolist()) for s in shards],
+        "items": workspace.read_table("items").to_pylist(),
+        "users": [u for n in state.shards for u in state.read_users(workspace, n, "minilm")],
+        "counts": state.counts,
+    }
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "owlrec.refresh.plan.write_plan",
+        "owlrec.refresh.plan.ItemsStage",
+        "owlrec.refresh.plan.InterestsStage",
+        "owlrec.refresh.plan.PromptsStage",
+        "owlrec.refresh.apply.build_release",
+        "owlrec.refresh.apply.make_current",
+        "owlrec.refresh.apply.UpsertItems",
+        "owlrec.refresh.apply.StorePartitions",
+        "owlrec.refresh.apply.SettleStage",
+        "pipelines.refresh.write_state",
+        "pipelines.refresh.sweep",
+    ],
+)
+def test_items_and_partitions_outlive_an_end_at_any_step(
+    world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """An interrupted refresh, whose logs have another order, leaves what an undisturbed one does."""
+    monkeypatch.setattr(refresh, "Refresh", AnsweredRefresh)
+    twin = Workspace(shutil.copytree(world.root, tmp_path / "twin"))
+    events = [*watched(1, [*range(100, 120), 500]), *watched(2, AWAY)]
+    items = {
+        "item_id": ["500", "101", "101"],
+        "timestamp": [START, START + 1, START],
+        "title": ["Heat (1995)", "Film 1, restored", "Film 1"],
+    }
+    for workspace, order in ((world, slice(None, None, -1)), (twin, slice(None))):
+        log_events(workspace, events[order])
+        table = pa.table({name: values[order] for name, values in items.items()})
+        workspace.write_parquet("events/items/one.parquet", table)
+    recipe, moment = recipe_for(world, history_tokens=30), START + 100 * DAY
+    assert [state.calls for state in refresh.run(recipe, twin, now=moment)] == [5]  # four partitions of user 1
+    with monkeypatch.context() as patch:
+        patch.setattr(step, lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            refresh.run(recipe, world, now=moment)
+    refresh.run(recipe, world, now=moment)
+    mine, theirs = left(world), left(twin)
+    assert mine == theirs
+    assert len(mine["items"]) == 31
+    assert sum(len(ids) for ids, *_ in mine["partitions"]) == 5
+    assert refresh.run(recipe, world, now=moment) == []

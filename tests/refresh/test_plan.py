@@ -1,5 +1,6 @@
 """What a refresh decides: whose events are taken in, who is due, who is asked, and that order changes nothing."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from refresh_world import (  # type: ignore[import-not-found]
     AnsweredRefresh,
     carry_out,
     log_events,
+    partition_prompts,
     plan_refresh,
     prompts_of,
     publish_world,
@@ -24,6 +26,7 @@ from refresh_world import (  # type: ignore[import-not-found]
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import ReleaseError, SourceError
 from owlrec.ops.watching import StopSignals
+from owlrec.prompting.rows import EARLIER
 from owlrec.refresh.state import State, dead_files, read_state
 from owlrec.releases import current_release, roll_back
 from owlrec.releases.retention import compact
@@ -84,6 +87,59 @@ def test_budget_asks_about_the_most_active_and_the_others_wait_their_turn(world:
         carry_out(world, plan)
         log_events(world, watched(20, [film], START + 2 * DAY + number * DAY // 2), f"later-{number}")
     assert asked == [2, 3, 1]
+
+
+BACKLOG = [(1, 100 + n % 30, 4.0, START + DAY + n * 1000) for n in range(500)]
+
+
+def quoted(prompt: dict[str, object]) -> list[str]:
+    return re.findall(r'"(Film [^"]*)" 4 stars', str(prompt["text"]))
+
+
+def test_backlog_longer_than_a_prompt_is_quoted_in_full_over_several(world: Workspace) -> None:
+    log_events(world, BACKLOG[::-1])
+    plan = plan_refresh(world)
+    prompts = partition_prompts(world, plan)
+    # A quoted title has 5 tokens (of the echo engine, words), and a prompt takes 256: 51 titles.
+    assert [len(quoted(prompt)) for prompt in prompts] == [51] * 9 + [41]
+    titles = [f"Film {item - 100} (19{70 + item - 100})" for _, item, _, _ in BACKLOG]
+    assert [title for prompt in prompts for title in quoted(prompt)] == titles
+    ends = [*range(50, 500, 51), 499]
+    assert [prompt["as_of"] for prompt in prompts] == [BACKLOG[end][3] for end in ends]
+    assert 'Summary so far: "User 1 likes what is told slowly."' in str(prompts[0]["text"])
+    assert all(f'Summary so far: "{EARLIER}"' in str(prompt["text"]) for prompt in prompts[1:])
+    assert (plan.calls, plan.counts["frozen_by_length"]) == (10, 10)
+
+
+def test_budget_ends_within_a_backlog_and_the_rest_waits_unread(world: Workspace) -> None:
+    log_events(world, [*BACKLOG, *watched(2, AWAY)])
+    read, asked, budgets = [], [], (3, 4, 20)
+    for number, budget in enumerate(budgets):
+        plan = plan_refresh(world, budget_calls=budget)
+        prompts = partition_prompts(world, plan)
+        asked.append(sorted({int(str(prompt["id"])) for prompt in prompts}))
+        read += [title for prompt in prompts if prompt["id"] == 1 for title in quoted(prompt)]
+        state = carry_out(world, plan)
+        user = user_of(world, state, 1)
+        assert [b.time for b in user.short] == [time for *_, time in BACKLOG[len(read) :]]
+        assert user.text_as_of == BACKLOG[len(read) - 1][3]
+        log_events(world, watched(20, [124 + number], START + 2 * DAY + number * HOUR), f"later-{number}")
+    assert len(read) == 500
+    assert read[:3] == ["Film 0 (1970)", "Film 1 (1971)", "Film 2 (1972)"]
+    # User 1's drift, .29 times log(501), is more than user 2's, 1 times log(4); once 153 were read, less of it is left.
+    assert asked == [[1], [1, 2], [1]]
+
+
+def test_behaviors_of_one_moment_fill_partitions_with_moments_of_their_own(world: Workspace) -> None:
+    log_events(world, [(1, item, 4.0, START + DAY) for item in range(100, 130)])
+    moments = [prompt["as_of"] for prompt in partition_prompts(world, plan_refresh(world, history_tokens=50))]
+    assert moments == [START + DAY, START + DAY + 1, START + DAY + 2]
+
+
+def test_nobody_keeps_an_engine_for_longer_than_a_hundred_partitions(world: Workspace) -> None:
+    log_events(world, BACKLOG)
+    plan = plan_refresh(world, history_tokens=1)
+    assert (plan.calls, plan.counts["due"], plan.counts["left_waiting"]) == (100, 500, 400)
 
 
 def test_events_in_any_order_are_the_same_plan_to_the_byte(world: Workspace, tmp_path: Path) -> None:
@@ -275,7 +331,7 @@ def test_compaction_and_a_new_full_release_are_built_upon(world: Workspace) -> N
     carry_out(world, plan_refresh(world))
     compacted = compact(world).name
     log_events(world, watched(1, AWAY, START + 2 * DAY), "two")
-    plan = plan_refresh(world, freeze_drift=0.3)
+    plan = plan_refresh(world, freeze_drift=0.1)
     assert plan.plan.parent == compacted
     assert "Renewed text of user 1" in prompts_of(world, plan)[1]["text"]
     carry_out(world, plan)

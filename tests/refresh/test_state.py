@@ -17,7 +17,7 @@ from owlrec.workspace import Workspace
 USERS = [
     UserState(
         3, START, 2, 5, (Behavior(START, 7, None), Behavior(START + 1, 8, 4.5)), ((START - 1, 9),),
-        np.array([0.25, 1.0], np.float32), 9.5,
+        np.array([[0.25, 1.0], [0, 2]], np.float32),
     ),
     UserState(4),
 ]  # fmt: skip
@@ -28,7 +28,7 @@ LATER = pa.table([[4], [7], [None], [START], ["UnknownItem"]], schema=REFUSED)
 def test_users_come_back_as_they_were() -> None:
     back = from_table(to_table(USERS))
     assert back == USERS
-    assert [u.interest.tolist() for u in back] == [[0.25, 1.0], []]
+    assert [u.interest.tolist() for u in back] == [[[0.25, 1.0], [0, 2]], []]
 
 
 @given(
@@ -67,9 +67,9 @@ def saved(workspace: Workspace) -> State:
 
 def test_interests_of_another_encoder_are_forgotten(workspace: Workspace) -> None:
     state = saved(workspace)
-    assert state.read_users(workspace, 0, "minilm")[0].weight == 9.5
+    assert state.read_users(workspace, 0, "minilm")[0].interest.shape == (2, 2)
     other = state.read_users(workspace, 0, "other")[0]
-    assert (other.weight, len(other.interest), other.short) == (0.0, 0, USERS[0].short)
+    assert (other.interest.size, other.short) == (0, USERS[0].short)
     assert state.read_users(workspace, 1, "minilm") == []
     assert state.read_deferred(workspace, 1).num_rows == 0
 

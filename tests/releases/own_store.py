@@ -61,6 +61,9 @@ class MemoryReleases:
     def current(self) -> str | None:
         return self.held[self._url][1].name if self._url in self.held else None
 
+    def forgotten(self) -> str:
+        return ""
+
     def open(self, name: str) -> Release:
         rows, manifest = self.held[self._url]
         return Release(MemoryStore(rows, manifest.dim), [manifest])

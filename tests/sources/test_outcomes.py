@@ -32,6 +32,13 @@ def test_labels_and_events_are_taken_as_logged() -> None:
     assert resolved(graded) == ([4, None, None], [1, 0, 1])
 
 
+def test_weights_are_taken_as_they_stand_and_are_1_elsewhere() -> None:
+    labels = Labels(rule="positives_only", rating_above=0)
+    for columns, weights in (({"weight": [0, 2, 0.5]}, [0, 2, 0.5]), ({}, [1, 1, 1])):
+        found = with_outcomes(pa.table({**COLUMNS, **columns}), labels, "log.csv")["weight"]
+        assert (found.to_pylist(), found.type) == (weights, pa.float32())
+
+
 def test_positives_alone_count_how_often_where_they_say_so() -> None:
     assert resolved({}) == ([None] * 3, [1, 1, 1])
     assert resolved({"rating": [12, 1, None]}, rule="positives_only") == ([12, 1, None], [1, 1, 1])
@@ -42,6 +49,9 @@ def test_positives_alone_count_how_often_where_they_say_so() -> None:
     [
         ({"label": [1, 0, 2]}, {}, r"log\.csv, row 102: the label is 2, but it must lie in \[0, 1\]"),
         ({"label": [1, None, 1]}, {}, r"row 101: the label is nan"),
+        ({"weight": [1, 0, -0.5]}, {}, r"log\.csv, row 102: the weight is -0\.5, but it must be a number"),
+        ({"weight": [1, None, 1]}, {}, r"row 101: the weight is None"),
+        ({"weight": [float("inf"), 1, 1]}, {}, r"row 100: the weight is inf"),
         ({"event": ["click", "clik", "play"]}, {}, r"row 101: the event is 'clik'.*Did you mean 'click'"),
         ({"event": ["click", None, "play"]}, {}, r"row 101: the event is 'None'"),
         ({"rating": [1, None, 2]}, {}, r"row 101: rating is null \(1 such rows\).*positives_only"),

@@ -222,11 +222,16 @@ def test_a_fragment_without_a_column_is_refused_before_anything_is_written(tmp_p
         ("user_id", "", r"003\.parquet, row 432: user_id is empty"),
         ("item_id", None, r"003\.parquet, row 432: item_id is null"),
         ("rating", None, r"003\.parquet, row 432: rating is null"),
+        ("weight", -1.0, r"003\.parquet, row 432: the weight is -1.0, but it must be"),
+        ("weight", None, r"003\.parquet, row 432: the weight is None"),
     ],
 )
 def test_bad_values_are_named_by_their_row_in_the_file(tmp_path: Path, column: str, value: Any, message: str) -> None:
     folder = write_source(tmp_path / "source")
-    table = interactions(3, "u")
+    if column == "weight":
+        for number in range(N_FILES):
+            write_log(folder, number, interactions(number, "u").append_column("weight", pa.array([0.5] * ROWS)))
+    table = pq.read_table(folder / "log" / "003.parquet")
     values = table[column].to_pylist()
     values[432] = value
     write_log(folder, 3, table.set_column(table.column_names.index(column), column, pa.array(values)))
@@ -239,9 +244,41 @@ def test_files_with_and_without_ratings_are_refused(tmp_path: Path) -> None:
     table = interactions(3, "u")
     write_log(folder, 3, table.drop_columns("rating"))
     with pytest.raises(
-        SchemaError, match=r"003\.parquet has neither rating, label, event nor split, but .*000\.parquet has rating"
+        SchemaError,
+        match=r"003\.parquet has neither rating, label, event, split nor weight, but .*000\.parquet has rating",
     ):
         prepared(recipe(folder, tmp_path / "ws"))
+
+
+def test_weights_reach_the_samples_that_are_trained_on(tmp_path: Path) -> None:
+    """Those of positives and of what is drawn for them; without the column all weigh 1."""
+    folder = write_source(tmp_path / "source", n_files=2)
+    _, workspace = prepared(recipe(folder, tmp_path / "plain"))
+    assert set(workspace.read_table("samples")["weight"].to_pylist()) == {1.0}
+    weight: dict[tuple[int, int, int], float] = {}
+    for number in range(2):
+        table = interactions(number, "").drop_columns("rating")
+        weights = np.random.default_rng(number).integers(0, 9, len(table)) / 4
+        keys = (np.char.lstrip(table["item_id"].to_numpy().astype(str), "i"), table["timestamp"].to_numpy())
+        write_log(folder, number, table.append_column("importance", pa.array(weights)))
+        for user, item, time, of in zip(table["user_id"].to_pylist(), *keys, weights, strict=True):
+            weight[int(user), stable_id(f"i{item}"), time] = of
+    columns = {"interactions": {"weight": "importance"}}
+    pq.write_table(pa.table({"user_id": [str(n) for n in range(N_USERS)]}), folder / "users.parquet")
+    _, workspace = prepared(recipe(folder, tmp_path / "weighted", columns=columns))
+    rows = workspace.read_table("samples").to_pylist()
+    taken_at: dict[tuple[int, int], set[float]] = {}
+    for (user, _, time), of in weight.items():
+        taken_at.setdefault((user, time), set()).add(of)
+    drawn = 0
+    for row in rows:
+        key = (row["user_id"], row["item_id"], row["timestamp"])
+        if row["label"] == 1:
+            assert row["weight"] == weight[key]
+        else:
+            drawn += 1
+            assert row["weight"] in taken_at[row["user_id"], row["timestamp"]]
+    assert 0 < drawn < len(rows)
 
 
 def test_a_split_by_column_needs_the_column(tmp_path: Path) -> None:

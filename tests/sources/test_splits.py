@@ -19,7 +19,7 @@ from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.splits import SPLITS, Every, SplitConfig, SplitTables, build_samples, last_behaviors
 
 Row = tuple[int, int, Any, int]  # user, item, rating, timestamp
-RATED = pa.schema([field for field in INTERACTIONS if field.name not in ("label", "split")])
+RATED = pa.schema([field for field in INTERACTIONS if field.name not in ("label", "split", "weight")])
 ABOVE_3 = Labels(rule="rating_above", rating_above=3)
 HOUR = 3_600_000  # ms
 DRAWN = Labels(rule="positives_only", rating_above=3, negatives=1)

@@ -282,7 +282,9 @@ class FindCandidates(_CohortStage):
                 candidates.append(user_candidates(members, table, histories, self.scenario, n, self.moments))
             sizes.append(count_members(newest(members), earlier))
         best, counts = best_candidates(candidates, self.config.profiles.representatives), add_members(sizes)
-        names, n_shards = counts["cohort"].to_pylist(), workspace.n_shards("cohort")
+        # A cohort of an earlier cut may have no member any more.
+        names = list(dict.fromkeys([*counts["cohort"].to_pylist(), *best["cohort"].to_pylist()]))
+        n_shards = workspace.n_shards("cohort")
         shard = dict(zip(names, cohort_shards(names, n_shards).tolist(), strict=True))
         files = {}
         for step, made in (("candidates", best), ("members", counts)):

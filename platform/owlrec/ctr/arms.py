@@ -1,8 +1,8 @@
 """The arms of an experiment: what each reads of users and items, in which form, and what it is compared with.
 
 An arm's name is what it reads ("knowledge"), followed by nothing where it reads vectors, by "-codes" where it reads
-their semantic ids alone, and by "+codes" where it reads both. Vectors of cohorts and of older interest partitions have
-no semantic ids.
+their semantic ids alone, and by "+codes" where it reads both. Vectors of cohorts and of interest partitions have no
+semantic ids.
 """
 
 from collections.abc import Collection, Mapping
@@ -28,7 +28,8 @@ Arm = Literal[
 ]
 Form = Literal["vectors", "codes", "both"]
 DISLIKED = "disliked"  # of a user's cohort by what they disliked, beside "collective" of what they liked
-# Of a user's interests, before the one that "knowledge" holds (LIBER, arXiv 2411.14713); the newest first.
+STREAMING = "streaming"  # the source in which refreshes keep a vector of each partition of a user's interests
+# Of a user's texts, before the newest one in the slot of "knowledge" (LIBER, arXiv 2411.14713); the newest first.
 OLDER_PARTITIONS = ("partition-1", "partition-2", "partition-3")
 
 
@@ -53,8 +54,9 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
     """Which of the vectors that were given an arm reads.
 
     `collective` reads the knowledge of cohorts, of users by what they liked and, where that was given, by what they
-    disliked; `both` that and the individual knowledge; `streaming` a user's older interest partitions too, as many as
-    were given. `shuffled` reads individual knowledge, or collective knowledge where there is no other.
+    disliked; `both` that and the individual knowledge; `streaming` the newest texts of a user, those of partitions
+    that refreshes have read among them. `shuffled` reads individual knowledge, or collective knowledge where there is
+    no other.
     given: source -> the sides ("user", "item") of which it has vectors.
     Raises RecipeError where a source that the arm needs was not given.
     """
@@ -78,8 +80,21 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
                 f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
                 f"run it with a recipe that yields them, or leave the arm out."
             )
-    further = OLDER_PARTITIONS if reads == "streaming" else (DISLIKED,) if "collective" in needed else ()
-    return ArmSources(user=needed + tuple(s for s in further if "user" in given.get(s, ())), item=needed)
+    further: tuple[str, ...] = (DISLIKED,) if "collective" in needed and "user" in given.get(DISLIKED, ()) else ()
+    if reads == "streaming":
+        if "user" not in given.get(STREAMING, ()):
+            raise RecipeError(
+                "ctr.arms: arm 'streaming' needs the interest partitions of users, but no refresh has read any with "
+                "this encoder. Run `owlrec refresh` first, or leave the arm out: without partitions it would be "
+                "`knowledge`."
+            )
+        further = OLDER_PARTITIONS
+    return ArmSources(user=needed + further, item=needed)
+
+
+def stored_sources(sources: ArmSources) -> set[str]:
+    """The sources that hold what an arm reads: partitions stand in one."""
+    return {STREAMING if source in OLDER_PARTITIONS else source for source in (*sources.user, *sources.item)}
 
 
 def bases(arm: Arm) -> tuple[Arm, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from owlrec.ctr.adaptor import Knowledge
 from owlrec.ctr.arms import Form
@@ -74,6 +75,25 @@ class SplitTensors:
         return replace(batch, user=user, item=item, user_codes=user_codes, item_codes=item_codes)
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What a batch is to score, and how much each row counts."""
+
+    labels: Tensor  # float32 [b], in [0, 1]
+    weights: Tensor | None = None  # float32 [b]; None: all the same
+
+    @classmethod
+    def of(cls, samples: SampleFeatures, rows: Tensor) -> "Targets":
+        """Those of some rows (int64 [b])."""
+        at = rows.numpy()
+        weights = None if samples.weights is None else torch.from_numpy(samples.weights[at])
+        return cls(torch.from_numpy(samples.labels[at]), weights)
+
+    def loss(self, logits: Tensor) -> Tensor:
+        """The weighted log-loss, summed over the rows and divided by their number, so that ranks add up."""
+        return F.binary_cross_entropy_with_logits(logits, self.labels, self.weights)
+
+
 class SplitBatches:
     """A split with its knowledge, and the batches on a device that any sequence of steps over it gives."""
 
@@ -81,21 +101,21 @@ class SplitBatches:
         self.split, self.tables, self.device = split, tables, device
         self._held: tuple[tuple[Segment, ...], SplitTensors] | None = None
 
-    def batches(self, steps: Iterable[Step]) -> Generator[tuple[Batch, Tensor], None, None]:
-        """Batch and labels (float32 [b]) of each step, on the device. Close it where it is not read to its end."""
+    def batches(self, steps: Iterable[Step]) -> Generator[tuple[Batch, Targets], None, None]:
+        """Batch and targets of each step, on the device. Close it where it is not read to its end."""
         pinned = torch.device(self.device).type == "cuda"
 
-        def assembled() -> Iterator[tuple[Batch, Tensor]]:
+        def assembled() -> Iterator[tuple[Batch, Targets]]:
             if pinned:
                 torch.cuda.set_device(self.device)  # of this thread: pinning on another would start up a second GPU
             for step in steps:
                 samples = self._window(step.window)
-                made = samples.assembled(step.rows), torch.from_numpy(samples.samples.labels[step.rows.numpy()])
-                yield (_mapped(made[0], Tensor.pin_memory), made[1].pin_memory()) if pinned else made
+                made = samples.assembled(step.rows), Targets.of(samples.samples, step.rows)
+                yield (_mapped(made[0], Tensor.pin_memory), _mapped(made[1], Tensor.pin_memory)) if pinned else made
 
         with closing(ahead(assembled(), _AHEAD)) as ready:
-            for batch, labels in ready:
-                yield on_device(batch, self.device), labels.to(self.device, non_blocking=True)
+            for batch, targets in ready:
+                yield on_device(batch, self.device), on_device(targets, self.device)
 
     def _window(self, window: tuple[Segment, ...]) -> SplitTensors:
         if self._held is None or self._held[0] != window:
@@ -144,9 +164,12 @@ def ahead(source: Iterator[T], n: int) -> Generator[T, None, None]:
         thread.join()
 
 
-def on_device(batch: Batch, device: str) -> Batch:
-    """The batch there, in the types that models compute with. From pinned memory the copy runs beside the step."""
-    return _mapped(batch, lambda tensor: _widened(tensor.to(device, non_blocking=True)))
+def on_device(value: T, device: str) -> T:
+    """A batch or its targets there, in the types that models compute with. From pinned memory the copy runs beside the
+    step.
+    """
+    moved: T = _mapped(value, lambda tensor: _widened(tensor.to(device, non_blocking=True)))
+    return moved
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel
 
+from owlrec.ctr.distillation import SoftLabels, blended
 from owlrec.ctr.experiment import ENCODED
 from owlrec.ctr.export import read_items, read_vocabularies, write_items, write_vocabularies
 from owlrec.ctr.features import (
@@ -38,9 +39,10 @@ from owlrec.ctr.features import (
 from owlrec.ctr.warm_start import grown
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
+from owlrec.schema import SAMPLE_ROWS
 from owlrec.shards import Card, Shard
 from owlrec.sources.outcomes import POSITIVE
-from owlrec.sources.splits import in_histories
+from owlrec.sources.splits import in_histories, sample_places
 from owlrec.workspace import Workspace, shard_file, table_file
 
 # Rows of valid and of test that are scored at most: those of the first shards, whose users are a random draw, since a
@@ -63,9 +65,9 @@ class EncodeSamples(Stage):
 
     name = "train_ctr"
 
-    def __init__(self, folder: str, profile: Sequence[str]) -> None:
+    def __init__(self, folder: str, profile: Sequence[str], soft_labels: SoftLabels | None = None) -> None:
         """profile: columns of users."""
-        self.folder, self.profile = folder, tuple(profile)
+        self.folder, self.profile, self.soft_labels = folder, tuple(profile), soft_labels
 
     def open(self, workspace: Workspace, worker: str) -> None:
         """Reads the ids of all items."""
@@ -74,8 +76,7 @@ class EncodeSamples(Stage):
     def run(self, work: Work) -> Result:
         """Raises SchemaError for a label outside [0, 1]."""
         workspace, number = work.workspace, work.shard.number
-        columns = ["user_id", "item_id", "label", "timestamp", "split", "history_start", "history_end"]
-        rows = workspace.read_shard("samples", number, columns)
+        rows = sample_places(workspace, number, SAMPLE_ROWS.names)
         behaviors = in_histories(workspace, number, ["item_id", "rating", "label"])
         label = rows["label"].to_numpy()
         if (odd := ~((label >= 0) & (label <= 1))).any():
@@ -83,10 +84,15 @@ class EncodeSamples(Stage):
                 f"{workspace.path(table_file('samples', number))}, row {odd.argmax()}: the label is "
                 f"{label[odd.argmax()]}; a CTR model's labels lie in [0, 1]. Run `prepare` again."
             )
+        positive, n_logged = label >= POSITIVE, len(rows)
+        if self.soft_labels is not None:
+            soft = self.soft_labels.read(workspace, number)
+            rows = blended(rows, soft, self.soft_labels.alpha)
         split = pc.index_in(rows["split"], pa.array(SPLITS)).to_numpy()
         order = np.argsort(split, kind="stable")
-        rows, split = rows.take(order), split[order]
-        label = judged_labels(label[order], split == SPLITS.index("train"))
+        rows, split, drawn = rows.take(order), split[order], order >= n_logged
+        positive = np.append(positive, np.zeros(len(rows) - n_logged, dtype=bool))[order]
+        label = judged_labels(rows["label"].to_numpy(), split == SPLITS.index("train"))
         items = item_rows(self._item_ids, rows["item_id"].to_numpy())
         of_history = item_rows(self._item_ids, behaviors["item_id"].to_numpy())
         starts, ends = (rows[name].to_numpy().astype(np.int64) for name in ("history_start", "history_end"))
@@ -97,21 +103,16 @@ class EncodeSamples(Stage):
             "start": starts,
             "length": (ends - starts).astype(np.int32),
             "label": label.astype(np.float32),
+            "weight": rows["weight"],
             "time": rows["timestamp"],
             **self._profiles(workspace, number, rows["user_id"]),
         }
-        train = split == SPLITS.index("train")
-        # How often training shows each behavior: up by one where a history starts, down where it ends.
-        shown = np.bincount(starts[train], minlength=len(of_history) + 1).astype(np.int64)
-        shown -= np.bincount(ends[train], minlength=len(of_history) + 1)
-        seen, weight = np.concatenate([items[train], of_history]), np.r_[np.ones(train.sum()), np.cumsum(shown)[:-1]]
-        item, of_item = np.unique(seen, return_inverse=True)
-        count = np.bincount(of_item, weights=weight, minlength=len(item)).astype(np.int64)
+        train = (split == SPLITS.index("train")) & ~drawn
         ratings = behaviors["rating"].to_numpy()
         tables = {
             "samples": pa.table(samples),
             "behaviors": pa.table({"item": of_history, "rating": ratings, "label": behaviors["label"]}),
-            "counts": pa.table({"item": item[count > 0], "count": count[count > 0]}),
+            "counts": _item_counts(items[train], starts[train], ends[train], of_history, items[drawn]),
         }
         work.check()
         files = {
@@ -125,7 +126,8 @@ class EncodeSamples(Stage):
         for code, name in enumerate(SPLITS):
             counts |= {
                 name: int((split == code).sum()),
-                f"{name}_positives": int((label[split == code] >= POSITIVE).sum()),
+                f"{name}_positives": int(positive[split == code].sum()),
+                f"{name}_unlabeled": int(drawn[split == code].sum()),
             }
         return Result(files, rows_in=len(rows), rows_out=len(rows), counts=counts)
 
@@ -137,11 +139,32 @@ class EncodeSamples(Stage):
         return {name: users[name].take(where).cast(pa.string()) for name in self.profile if name in users.column_names}
 
 
+def _item_counts(
+    items: np.ndarray, starts: np.ndarray, ends: np.ndarray, of_history: np.ndarray, unlabeled: np.ndarray
+) -> pa.Table:
+    """How often training shows each item: `count`, as target or in a history; `unlabeled`, in pairs without a label.
+
+    items, starts, ends: of train samples, the last two in `of_history`; unlabeled: the items of those pairs.
+    """
+    # How often a history shows each behavior: up by one where it starts, down where it ends.
+    shown = np.bincount(starts, minlength=len(of_history) + 1).astype(np.int64)
+    shown -= np.bincount(ends, minlength=len(of_history) + 1)
+    item, of_item = np.unique(np.concatenate([items, of_history, unlabeled]), return_inverse=True)
+    as_target, in_history, in_pair = np.split(of_item, np.cumsum([len(items), len(of_history)]))
+    count = np.bincount(in_history, weights=np.cumsum(shown)[:-1], minlength=len(item)).astype(np.int64)
+    count += np.bincount(as_target, minlength=len(item))
+    pairs = np.bincount(in_pair, minlength=len(item))
+    some = count + pairs > 0
+    return pa.table({"item": item[some], "count": count[some], "unlabeled": pairs[some]})
+
+
 def item_ids(workspace: Workspace) -> np.ndarray:
-    """int64: of all items, ascending."""
+    """int64: of all items that `prepare` read, ascending; those of a grid stay whatever refreshes bring."""
     shards = workspace.table_shards("items")
     return np.sort(
-        np.concatenate([workspace.read_shard("items", n, ["item_id"])["item_id"].to_numpy() for n in shards])
+        np.concatenate(
+            [workspace.read_parquet(table_file("items", n), ["item_id"])["item_id"].to_numpy() for n in shards]
+        )
     )
 
 
@@ -152,35 +175,41 @@ def encode_tables(
     attributes: Sequence[str],
     profile: Sequence[str],
     min_item_count: int,
+    soft_labels: SoftLabels | None = None,
     before: Vocabularies | None = None,
     pool: Pool | None = None,
 ) -> None:
     """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`; shards that
     are there already are kept, and nothing happens where all is.
 
-    attributes, profile, min_item_count, and errors: as of `build_features`. before: what the vocabularies grow from.
+    attributes, profile, min_item_count, and errors: as of `build_features`. soft_labels: probabilities to blend with
+    the labels of train; their pairs without a label are trained on as well. An item that only such pairs show is known,
+    too; the counts of items remain those of logged interactions.
+    before: what the vocabularies grow from.
     """
     encoded = f"{folder}/{ENCODED}"
     if workspace.exists(encoded, _DONE):
         return
     shards = [Shard("user", number) for number in workspace.table_shards("samples")]
-    made = run_stage(workspace, EncodeSamples(encoded, profile), dict.fromkeys(shards, encoded), pool)
+    made = run_stage(workspace, EncodeSamples(encoded, profile, soft_labels), dict.fromkeys(shards, encoded), pool)
     cards = [made[shard.name] for shard in shards]
     for split in SPLITS:
-        rows, positives = (_total(cards, name) for name in (split, f"{split}_positives"))
-        refuse_labels(split, rows, {float(label) for label, n in enumerate((rows - positives, positives)) if n})
+        rows, positives, unlabeled = (_total(cards, split + of) for of in ("", "_positives", "_unlabeled"))
+        of_zero = rows - unlabeled - positives
+        refuse_labels(split, rows, {float(label) for label, n in enumerate((of_zero, positives)) if n})
     ids = item_ids(workspace)
-    counts = np.zeros(len(ids) + RESERVED, dtype=np.int64)
+    counts, pairs = (np.zeros(len(ids) + RESERVED, dtype=np.int64) for _ in range(2))
     for shard in shards:
         of_shard = _map(workspace, encoded, "counts", shard.number)
         counts[of_shard["item"].to_numpy()] += of_shard["count"].to_numpy()
+        pairs[of_shard["item"].to_numpy()] += of_shard["unlabeled"].to_numpy()
     graded = [card.counts for card in cards if "rating_low" in card.counts]
     vocabularies = Vocabularies(
         grades=Grades(
             min((float(counts["rating_low"]) for counts in graded), default=0.0),
             max((float(counts["rating_high"]) for counts in graded), default=0.0),
         ),
-        items=known_items(ids, counts, min_item_count),
+        items=known_items(ids, counts + pairs, min_item_count),
         attributes=_attribute_values(workspace, attributes),
         profile=_profile_values(
             workspace, encoded, profile, {s.number: int(made[s.name].counts["train"]) for s in shards}
@@ -216,9 +245,9 @@ def evaluated(sizes: Sequence[int]) -> list[int]:
 
 
 def item_shards(workspace: Workspace, vocabularies: Vocabularies) -> Iterator[pa.Table]:
-    """The shards of the items table, with those columns that are encoded."""
+    """The shards of the prepared items table, with those columns that are encoded."""
     for number in workspace.table_shards("items"):
-        yield workspace.read_shard("items", number, ["item_id", *vocabularies.attributes])
+        yield workspace.read_parquet(table_file("items", number), ["item_id", *vocabularies.attributes])
 
 
 class _EncodedShards:
@@ -235,10 +264,10 @@ class _EncodedShards:
         of_history, rating, label = (behaviors[name].to_numpy() for name in ("item", "rating", "label"))
         outcomes = self.vocabularies.grades.tokens(rating, label)
         histories = Histories(starts, lengths, of_history, outcomes, self.done.history_length)
-        names = ("user_id", "item_id", "item", "label", "time")
-        user_ids, item_ids, items, labels, times = (samples[name].to_numpy() for name in names)
+        names = ("user_id", "item_id", "item", "label", "time", "weight")
+        user_ids, item_ids, items, labels, times, weights = (samples[name].to_numpy() for name in names)
         profiles = np.stack(profile, axis=1) if profile else np.zeros((len(samples), 0), dtype=np.int32)
-        return SampleFeatures(user_ids, item_ids, items, histories, profiles, labels, times)
+        return SampleFeatures(user_ids, item_ids, items, histories, profiles, labels, times, weights)
 
 
 class _SplitShards(Sequence[SampleFeatures]):
@@ -270,7 +299,7 @@ def _attribute_values(workspace: Workspace, attributes: Sequence[str]) -> dict[s
     shards = workspace.table_shards("items")
     columns = workspace.parquet_file(table_file("items", 0)).schema_arrow.names
     return {
-        name: distinct_values(workspace.read_shard("items", number, [name])[name] for number in shards)
+        name: distinct_values(workspace.read_parquet(table_file("items", number), [name])[name] for number in shards)
         for name in kept_attributes(columns, attributes)
     }
 

@@ -12,7 +12,6 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from owlrec.ctr.batches import SplitBatches
 from owlrec.ctr.checkpoint import CheckpointFile, Progress, random_states, restore_random_states
@@ -87,10 +86,10 @@ class Epochs:
         model.train()
         started = time.perf_counter()
         with closing(split.batches(islice(order, progress.batches, None))) as batches:
-            for batch, labels in batches:
+            for batch, targets in batches:
                 with autocast:
                     logits = model(batch)
-                loss = F.binary_cross_entropy_with_logits(logits.float(), labels)
+                loss = targets.loss(logits.float())
                 self.optimisers.zero_grad()
                 loss.backward()
                 self.optimisers.step()

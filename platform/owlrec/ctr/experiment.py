@@ -19,6 +19,7 @@ from owlrec.config import Config
 from owlrec.ctr.arms import Arm, bases
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.comparison import Evidence, GridScores, weigh
+from owlrec.ctr.distillation import DistillationConfig
 from owlrec.ctr.metrics import relative_improvement
 from owlrec.ctr.slices import SliceMetrics, mean_slices
 from owlrec.ctr.sweep import SweepConfig
@@ -67,6 +68,7 @@ class CTRConfig(Config):
     # Components that the adaptor reads of a knowledge vector: the first principal ones where it has more. None = all.
     knowledge_dim: int | None = Field(default=64, ge=1)
     adaptor: AdaptorConfig = AdaptorConfig()
+    distillation: DistillationConfig | None = None  # None = labels alone; else `score-pairs` comes before training
     sweep: SweepConfig = SweepConfig()  # what `pipelines.sweep_ctr` tries
     # Off, as in KAR: with few training users, demographics overfit (MovieLens-100K: valid AUC -.002 to -.004).
     use_profile: bool = False

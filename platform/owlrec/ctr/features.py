@@ -128,6 +128,9 @@ class Histories:
         return replace(self, starts=self.starts[rows], lengths=self.lengths[rows])
 
 
+_COLUMNS = ("user_ids", "item_ids", "items", "profile", "labels", "times", "weights")
+
+
 @dataclass(frozen=True)
 class SampleFeatures:
     """One row for each sample. `items` holds row numbers of ItemFeatures."""
@@ -139,6 +142,7 @@ class SampleFeatures:
     profile: np.ndarray  # int32 [n, n_profile]
     labels: np.ndarray  # float32 [n], in [0, 1] where samples are trained on, else 0 or 1
     times: np.ndarray | None = None  # int64 [n], ms: they read only knowledge that is earlier; None: of this moment
+    weights: np.ndarray | None = None  # float32 [n]: how much each counts in training; None: all the same
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -160,10 +164,8 @@ class SampleFeatures:
 
     def take(self, rows: np.ndarray | slice) -> "SampleFeatures":
         """Some rows, over the same behaviors."""
-        plain = (self.user_ids, self.item_ids, self.items, self.profile, self.labels)
-        user_ids, item_ids, items, profile, labels = (column[rows] for column in plain)
-        times = None if self.times is None else self.times[rows]
-        return SampleFeatures(user_ids, item_ids, items, self.histories.take(rows), profile, labels, times)
+        columns = {name: array[rows] for name in _COLUMNS if (array := getattr(self, name)) is not None}
+        return SampleFeatures(histories=self.histories.take(rows), **columns)
 
     @staticmethod
     def concatenated(parts: Iterable["SampleFeatures"]) -> "SampleFeatures":
@@ -176,8 +178,7 @@ class SampleFeatures:
             histories, width = part.histories, part.histories.width
             low = int(histories.starts.min(initial=len(histories.items)))
             high = max(low, int((histories.starts + histories.lengths).max(initial=0)))
-            names = ("user_ids", "item_ids", "items", "profile", "labels", "times")
-            copied = {name: array for name in names if (array := getattr(part, name)) is not None}
+            copied = {name: array for name in _COLUMNS if (array := getattr(part, name)) is not None}
             copied |= {"starts": histories.starts - low + before, "lengths": histories.lengths}
             copied |= {"history": histories.items[low:high], "ratings": histories.ratings[low:high]}
             for name, array in copied.items():
@@ -334,7 +335,9 @@ def _encode_items(items: pa.Table, vocabularies: Vocabularies) -> tuple[np.ndarr
 def encode_samples(
     samples: pa.Table, users: pa.Table, items: ItemFeatures, vocabularies: Vocabularies, history_length: int
 ) -> SampleFeatures:
-    """The arrays of a samples table (schema.SAMPLES); a model reads the last `history_length` behaviors of each."""
+    """The arrays of a samples table (schema.SAMPLES, and `weight` where samples differ in it); a model reads the last
+    `history_length` behaviors of each.
+    """
     columns = ("history", "history_ratings", "history_labels")
     history, ratings, told = (samples[column].combine_chunks() for column in columns)
     lengths = pc.list_value_length(history).to_numpy()
@@ -357,8 +360,9 @@ def encode_samples(
     if "split" in samples.column_names:
         labels = judged_labels(labels, pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
     times = samples["timestamp"].to_numpy() if "timestamp" in samples.column_names else None
-    user_ids = samples["user_id"].to_numpy()
-    return SampleFeatures(user_ids, item_ids, items.rows(item_ids), histories, profile, labels, times)
+    weights = samples["weight"].to_numpy() if "weight" in samples.column_names else None
+    user_ids, rows = samples["user_id"].to_numpy(), items.rows(item_ids)
+    return SampleFeatures(user_ids, item_ids, rows, histories, profile, labels, times, weights)
 
 
 def judged_labels(labels: np.ndarray, train: np.ndarray) -> np.ndarray:

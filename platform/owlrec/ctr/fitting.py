@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from owlrec.ctr import metrics
-from owlrec.ctr.arms import arm_parts, arm_sources
+from owlrec.ctr.arms import STREAMING, arm_parts, arm_sources
 from owlrec.ctr.batches import SplitBatches, Tables
+from owlrec.ctr.cascade import cascade_slots
 from owlrec.ctr.checkpoint import CheckpointFile
 from owlrec.ctr.codes import code_sizes
 from owlrec.ctr.epochs import Epochs
@@ -56,12 +57,14 @@ def tables_of(trial: Trial, knowledge: Mapping[str, Mapping[str, VectorTable]]) 
     if trial.arm == "none":
         return None
     sources = arm_sources(trial.arm, knowledge)
-    users = {f"{source} vectors of users": knowledge[source]["user"] for source in sources.user}
+    of_user = ("knowledge", STREAMING) if arm_parts(trial.arm)[0] == "streaming" else sources.user
+    users = {f"{source} vectors of users": knowledge[source]["user"] for source in of_user}
     items = {f"{source} vectors of items": knowledge[source]["item"] for source in sources.item}
     reads, form = arm_parts(trial.arm)
     if form != "codes":
         refuse_two_sizes({**users, **items})
-    tables = Tables(tuple(users.values()), tuple(items.values()), form)
+    of_users = tuple(users.values()) if reads != "streaming" else cascade_slots(*users.values())
+    tables = Tables(of_users, tuple(items.values()), form)
     return tables.shuffled(trial.seed) if reads == "shuffled" else tables
 
 

@@ -42,6 +42,10 @@ class VectorTable(ABC):
         """
 
     @abstractmethod
+    def as_of_at(self, rows: np.ndarray) -> np.ndarray:
+        """The as_of (ms) of rows that `find` gave, none of them -1: int64 [b]."""
+
+    @abstractmethod
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
         """The vectors of rows that `find` gave: float16 [b, dim], zeros for -1."""
 
@@ -93,6 +97,11 @@ class KnowledgeTable(VectorTable):
         rows = rows_of(self.ids, ids) if self.as_of is None else newest_rows(self.ids, self.as_of, ids, before)
         return rows if self.order is None else np.where(rows < 0, -1, self.order[rows])
 
+    def as_of_at(self, rows: np.ndarray) -> np.ndarray:
+        """See VectorTable; for a table that knows it."""
+        assert self.as_of is not None
+        return self.as_of[rows]
+
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable; of the type that the table holds."""
         vectors = np.zeros((len(rows), self.dim), dtype=self.vectors.dtype)
@@ -141,6 +150,13 @@ class MappedTable(VectorTable):
                 order = _wrong_rows_in(self.shards, number, self.seed)
                 handles[at] = -1 if order is None else handles[at] - rows + order[rows]
         return handles
+
+    def as_of_at(self, rows: np.ndarray) -> np.ndarray:
+        """See VectorTable."""
+        moments = np.zeros(len(rows), dtype=np.int64)
+        for _, shard, at, of_shard in self.shards.at(rows):
+            moments[at] = shard.as_of[of_shard]
+        return moments
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""

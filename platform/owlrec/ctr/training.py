@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from owlrec.config import Config
-from owlrec.ctr.arms import arm_sources
+from owlrec.ctr.arms import arm_sources, stored_sources
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, finished_trials, grid_folder
 from owlrec.ctr.worker import Worker
 from owlrec.errors import root_mistake
@@ -47,6 +47,7 @@ class GridJob(WorkersJob):
     fingerprint: str
     attributes: tuple[str, ...]
     profile: tuple[str, ...]
+    soft_labels: str | None = None  # folder of the probabilities to learn from, for settings.distillation
     warm_start: str | None = None  # the artifact that the trials go on from
 
 
@@ -59,6 +60,7 @@ def train_trials(
     fingerprint: str,
     attributes: Sequence[str],
     profile: Sequence[str],
+    soft_labels: str | None = None,
     warm_start: str | None = None,
     pool: Pool | None = None,
     on_trial: Callable[[TrialResult], None],
@@ -70,6 +72,7 @@ def train_trials(
         holds its vectors (VectorShards). Those that the trials do not need are left alone.
     fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
     attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
+    soft_labels: what `score-pairs` wrote, where config.distillation is given.
     warm_start: the folder of an artifact whose weights all trials go on from.
     pool: where the samples are encoded.
     on_trial: called with each new result as it is written, from a second thread of this process.
@@ -79,8 +82,7 @@ def train_trials(
     done = {result.trial for result in finished_trials(workspace, fingerprint, trials)}
     pending = tuple(trial for trial in trials if trial not in done)
     if pending:
-        read = [arm_sources(trial.arm, knowledge) for trial in pending]
-        needed = {source for sources in read for source in (*sources.user, *sources.item)}
+        needed = {source for trial in pending for source in stored_sources(arm_sources(trial.arm, knowledge))}
         job = GridJob(
             settings=config,
             trials=pending,
@@ -88,6 +90,7 @@ def train_trials(
             fingerprint=fingerprint,
             attributes=tuple(attributes),
             profile=tuple(profile) if config.use_profile else (),
+            soft_labels=soft_labels,
             warm_start=warm_start,
         )
         encode_once(workspace, job, pool)
@@ -181,15 +184,18 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
 
 def encode_once(workspace: Workspace, job: GridJob, pool: Pool | None = None) -> None:
     """Encodes the samples once for all workers, into the grid's folder; an interrupted grid finds them there."""
+    from owlrec.ctr.distillation import SoftLabels
     from owlrec.ctr.encoded import encode_tables
     from owlrec.ctr.export import read_vocabularies
 
+    distillation, folder = job.settings.distillation, job.soft_labels
     encode_tables(
         workspace,
         grid_folder(job.fingerprint),
         attributes=job.attributes,
         profile=job.profile,
         min_item_count=job.settings.min_item_count,
+        soft_labels=SoftLabels(folder, distillation.alpha) if distillation and folder else None,
         before=read_vocabularies(workspace, job.warm_start) if job.warm_start else None,
         pool=pool,
     )

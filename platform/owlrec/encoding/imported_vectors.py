@@ -21,6 +21,7 @@ from owlrec.errors import SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
 from owlrec.schema import Kind, shard_of, stable_id
 from owlrec.storage import fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace, shard_file
 
 _SLICE_VALUES = 1 << 22  # 32 MB as float64
@@ -134,6 +135,8 @@ def _refuse_duplicates(bucket: np.ndarray, path: str | Path) -> None:
 
 def _write_shards(workspace: Workspace, folder: str, kind: str, n_shards: int, bucket: np.ndarray, as_of: int) -> None:
     rows = np.array(bucket)
+    if kind == "user":
+        rows = rows[~read_tombstones(workspace).among(rows["id"])]
     numbers = shard_of(rows["id"], n_shards)
     order = np.lexsort((rows["id"], numbers))
     for at in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):

@@ -31,7 +31,7 @@ from owlrec.errors import SchemaError
 from owlrec.schema import Kind
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
-from owlrec.workspace import Workspace, shard_file, table_file
+from owlrec.workspace import ITEM_UPDATES, Workspace, shard_file, table_file
 
 
 class Resources:
@@ -63,6 +63,12 @@ class Rows:
     digests: np.ndarray  # uint8 [n, 16]: of what each vector is made from
     make: Callable[[np.ndarray], np.ndarray]  # the vectors of some rows: int64 [k] -> float [k, dim]
     read: int  # rows that were read, those without a text included
+
+    def take(self, at: np.ndarray) -> "Rows":
+        """Some of the rows: int64 [k], ascending."""
+        if len(at) == len(self.ids):
+            return self
+        return Rows(self.ids[at], self.as_of[at], self.digests[at], lambda rows: self.make(at[rows]), self.read)
 
 
 class Input(Protocol):
@@ -116,7 +122,7 @@ class ItemMetadata:
 
     def digests(self, workspace: Workspace) -> dict[int, str]:
         """See Input."""
-        return _tags(workspace, "tables/items")
+        return _item_tags(workspace)
 
     def count(self, workspace: Workspace, number: int) -> int:
         """See Input."""
@@ -124,9 +130,8 @@ class ItemMetadata:
 
     def rows(self, resources: Resources, number: int) -> Rows:
         """See Input."""
-        path = table_file("items", number)
-        ids, texts = item_metadata(resources.workspace.read_parquet(path))
-        return text_rows(resources, path, ids, np.zeros(len(ids), dtype=np.int64), texts)
+        ids, texts = item_metadata(resources.workspace.read_shard("items", number))
+        return text_rows(resources, table_file("items", number), ids, np.zeros(len(ids), dtype=np.int64), texts)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class UserMetadata:
     def digests(self, workspace: Workspace) -> dict[int, str]:
         """See Input."""
         tables = [_tags(workspace, f"tables/{name}") for name in ("users", "histories")]
-        titles = _tags(workspace, "tables/items")
+        titles = _item_tags(workspace)
         return {number: fingerprint(*(tags.get(number) for tags in tables), titles) for number in tables[0]}
 
     def count(self, workspace: Workspace, number: int) -> int:
@@ -287,6 +292,15 @@ def _tags(workspace: Workspace, folder: str, suffix: str = ".parquet") -> dict[i
     """By number, the e_tag of each shard's file in a folder."""
     files = workspace.entries(folder)
     return {int(name.removesuffix(suffix)): entry.e_tag for name, entry in files.items() if name.endswith(suffix)}
+
+
+def _item_tags(workspace: Workspace) -> dict[int, str]:
+    """Of the items table, with what came after `prepare`."""
+    updates = _tags(workspace, f"{ITEM_UPDATES}/item")
+    return {
+        number: fingerprint(tag, updates[number]) if number in updates else tag
+        for number, tag in _tags(workspace, "tables/items").items()
+    }
 
 
 def _merged(own: Rows, imported: VectorShard) -> Rows:

@@ -15,6 +15,7 @@ from owlrec.encoding.semantic_ids import Quantiser, code_vectors
 from owlrec.encoding.vector_shards import DIGEST_BYTES, VectorShard
 from owlrec.errors import WorkspaceError
 from owlrec.runner import Result, Stage, Work
+from owlrec.tombstones import read_tombstones
 
 
 class EncodeStage(Stage):
@@ -32,6 +33,8 @@ class EncodeStage(Stage):
         name, number = work.shard.kind, work.shard.number
         source = self.inputs[name]
         rows = source.rows(self.resources, number)
+        if name.endswith("-user"):
+            rows = rows.take(np.flatnonzero(~read_tombstones(work.workspace).among(rows.ids)))
         path = work.artifact.path(work.shard.file(".arrow"))
         earlier = _earlier(work, path)
         at = _unchanged(rows, earlier)

@@ -21,9 +21,11 @@ from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.ordered import newest_rows
 from owlrec.schema import Kind, by_shard, shard_of, vectors_schema, vectors_table
+from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
 DIGEST_BYTES = 16  # BLAKE2b-128 of what a vector was made from
+PARTITIONS = "streaming-user"  # what refreshes write: a vector of each interest partition of a user, by its as_of
 _MOST_OPEN = 256  # a mapped file keeps a descriptor, of which a process often has no more than 1,024
 _ROWS_PER_SHARD = 1 << 32  # what a handle leaves room for
 _QUANTISER, _ENCODER = b"quantiser", b"encoder"
@@ -228,6 +230,11 @@ class VectorShards:
             known = rows >= 0
             if known.any():
                 yield shard, at[known], rows[known]
+
+
+def partitions_folder(encoder: str) -> str:
+    """The folder of PARTITIONS by an encoder (EncoderConfig.identity), relative to the workspace."""
+    return f"vectors/{fingerprint('partitions', encoder)[:16]}"
 
 
 def shard_order(n_shards: int, seed: int) -> list[int]:

@@ -29,6 +29,7 @@ from owlrec.scenario import Scenario
 from owlrec.schema import KNOWLEDGE, Kind, shard_of, stable_id
 from owlrec.shards import Card, Shard
 from owlrec.storage import file_digest, fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 _ROWS_AT_ONCE = 1 << 14
@@ -121,6 +122,8 @@ class _ImportStage(Stage):
         n_shards = workspace.n_shards(self.kind)
         table = pa.ipc.open_stream(str(self.buckets[shard.number % len(self.buckets)])).read_all()
         mine = shard_of(table["id"].to_numpy(), n_shards) == shard.number
+        if self.kind == "user":
+            mine &= ~read_tombstones(workspace).among(table["id"].to_numpy())
         gate = QualityGate(self.job.quality, self.job.scenario)
         judged = [_judge(self.kind, row, gate) for row in table.filter(pa.array(mine)).to_pylist()]
         rows, outcomes = [row for row, _ in judged], [outcome for _, outcome in judged]

@@ -7,6 +7,7 @@ text of its length does. It is never the default: knowledge from it is worthless
 
 import asyncio
 import hashlib
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
@@ -24,6 +25,7 @@ shelter tunnel valley window bridge cabin door echo field gate hill lamp meadow 
 bends carries drifts enters follows gathers holds invites joins keeps leads mends needs offers passes questions
 returns settles turns unites visits waits yields answers builds climbs divides expects finds grows
 """
+_ONE_TOKEN = SamplingConfig(max_tokens=1)
 _SENTENCE = 15  # words; sentences drawn at random repeat themselves as little as good texts do
 _DRAW = random.Random(0)
 _SENTENCES = [" ".join(_DRAW.sample(_VOCABULARY.split(), _SENTENCE)) + "." for _ in range(1 << 12)]
@@ -73,6 +75,12 @@ class EchoEngine(Engine):
         drawn = [_SENTENCES[(first + i * stride) % len(_SENTENCES)] for i in range(sentences)]
         text = " ".join([f"echo-{digest.hex()[:8]}:", *drawn])
         return Completion(text, n_prompt, sentences * _SENTENCE + 1, "stop")
+
+    async def first_tokens(self, system: str, prompt: str) -> list[tuple[str, float]]:
+        """See Engine.first_tokens: Yes and No, as likely as the digest of the prompt says."""
+        check_length(count_words(system) + count_words(prompt), _ONE_TOKEN, self.config.max_model_len)
+        yes = (int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6]) + 0.5) / (1 << 48)
+        return [("Yes", math.log(yes)), ("No", math.log1p(-yes))]
 
     def count_tokens(self, text: str) -> int:
         """See count_words."""

@@ -119,6 +119,13 @@ class Engine(ABC):
         Raises RowError where this request fails for good.
         """
 
+    async def first_tokens(self, system: str, prompt: str) -> list[tuple[str, float]]:
+        """Texts of the likeliest first tokens of the answer with their log-probabilities, at least one.
+
+        Raises RowError where this request fails for good, EngineError where the engine does not tell.
+        """
+        raise EngineError(f"{type(self).__name__} does not tell how likely its tokens are. Ask vLLM or an HTTP server.")
+
     @abstractmethod
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` alone, by the model's tokenizer or a close upper estimate."""
@@ -133,6 +140,7 @@ class EngineConfig(Config):
     shapes_output: ClassVar[tuple[str, ...]]  # the fields that answers depend on: no batch size, threads or time-outs
 
     type: str  # of a subclass: a Literal of its name in ENGINES
+    max_model_len: int = 8192  # tokens of a prompt and its answer together, at most
 
     def shaping(self) -> dict[str, Any]:
         """What answers depend on besides the weights, as JSON can hold it."""

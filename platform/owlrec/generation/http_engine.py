@@ -8,7 +8,7 @@ engine: the recipe must name the server.
 import asyncio
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import httpx
 from pydantic import Field
@@ -28,6 +28,9 @@ from owlrec.generation.engine import (
     check_length,
 )
 
+_TOP_LOGPROBS = 20  # OpenAI's and vLLM's highest
+_T = TypeVar("_T")
+
 
 class HttpEngineConfig(EngineConfig):
     """base_url ends before /chat/completions, for example http://localhost:8000/v1."""
@@ -43,7 +46,6 @@ class HttpEngineConfig(EngineConfig):
     timeout_s: float = Field(120.0, gt=0)
     max_attempts: int = Field(5, ge=1)
     backoff_s: float = Field(1.0, gt=0)  # before the second attempt; doubles after each, up to a minute
-    max_model_len: int = 8192
 
     @property
     def model_identity(self) -> str:
@@ -81,23 +83,32 @@ class HttpEngine(Engine):
 
         Raises RequestFailed after `max_attempts`, naming the last status.
         """
+        body = self._body(system, prompt, sampling)
+        if sampling.repetition_penalty != 1.0:  # not in OpenAI's protocol; vLLM and SGLang take it
+            body["repetition_penalty"] = sampling.repetition_penalty
+        if extra:
+            body["vllm_xargs"] = dict(extra)
+        async with self._slots:
+            return await self._with_retries(body, _completion)
+
+    async def first_tokens(self, system: str, prompt: str) -> list[tuple[str, float]]:
+        """See Engine.first_tokens: as many as OpenAI's protocol gives. Raises RequestFailed as `complete` does."""
+        body = self._body(system, prompt, SamplingConfig(max_tokens=1))
+        async with self._slots:
+            return await self._with_retries(body | {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}, _first_tokens)
+
+    def _body(self, system: str, prompt: str, sampling: SamplingConfig) -> dict[str, Any]:
         check_length(self.count_tokens(system) + self.count_tokens(prompt), sampling, self.config.max_model_len)
         messages = [{"role": "system", "content": system}] if system else []
-        body: dict[str, Any] = {
+        return {
             "model": self.config.model,
             "messages": [*messages, {"role": "user", "content": prompt}],
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
         }
-        if sampling.repetition_penalty != 1.0:  # not in OpenAI's protocol; vLLM and SGLang take it
-            body["repetition_penalty"] = sampling.repetition_penalty
-        if extra:
-            body["vllm_xargs"] = dict(extra)
-        async with self._slots:
-            return await self._with_retries(body)
 
-    async def _with_retries(self, body: dict[str, Any]) -> Completion:
+    async def _with_retries(self, body: dict[str, Any], read: Callable[[httpx.Response, str, int], _T]) -> _T:
         if self._client is None:  # made here, since a client belongs to the event loop that first uses it
             limits = httpx.Limits(max_connections=self.config.concurrency)
             self._client = httpx.AsyncClient(timeout=self.config.timeout_s, headers=self._headers, limits=limits)
@@ -112,7 +123,7 @@ class HttpEngine(Engine):
             else:
                 failure = RequestFailed
                 if response.status_code == 200:
-                    return _completion(response, url, attempt)
+                    return read(response, url, attempt)
                 problem = f"HTTP {response.status_code} from {url}: {response.text[:200]}"
                 if response.status_code == 400 and "context" in response.text.lower():
                     raise PromptTooLong(problem)
@@ -138,6 +149,16 @@ def _retry_after_s(response: httpx.Response) -> float:
         return min(60.0, float(response.headers.get("Retry-After", 0)))
     except ValueError:  # an HTTP date; the back-off alone must do
         return 0.0
+
+
+def _first_tokens(response: httpx.Response, url: str, attempt: int) -> list[tuple[str, float]]:
+    try:
+        told = response.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return [(str(entry["token"]), float(entry["logprob"])) for entry in [told[0], *told[1:]]]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise RequestFailed(
+            f"{url} answered 200 but no log-probabilities ({type(error).__name__}: {error})", attempt
+        ) from None
 
 
 def _completion(response: httpx.Response, url: str, attempt: int) -> Completion:

@@ -24,7 +24,8 @@ from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
 from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.storage import fingerprint
-from owlrec.workspace import Workspace, shard_file, table_file
+from owlrec.tombstones import read_tombstones
+from owlrec.workspace import ITEM_UPDATES, Workspace, shard_file, table_file
 
 DECODER = "decoder"  # a card's count: what the decoder counted over the shard, as JSON
 _SHARD_TABLES: dict[Kind, tuple[str, ...]] = {"user": ("users", "histories"), "item": ("items",)}
@@ -124,12 +125,16 @@ def table_inputs(workspace: Workspace, kinds: Iterable[Kind] = ("user", "item"))
         for card in Artifact(workspace, "tables").cards().values()
         for path, file in card.files.items()
     }
+    updates = Artifact(workspace, ITEM_UPDATES).cards("item")
     inputs = {}
     for kind in kinds:
         for number in range(workspace.n_shards(kind)):
             files = [f"{table}/{shard_file(number)}" for table in _SHARD_TABLES[kind]]
             digests = [written.get(file, prepared.fingerprint) for file in files]
-            inputs[Shard(kind, number)] = fingerprint(kind, number, digests)
+            shard = Shard(kind, number)
+            if shard.name in updates:
+                digests.append(updates[shard.name].files[shard.file()].sha256)
+            inputs[shard] = fingerprint(kind, number, digests)
     return inputs
 
 
@@ -143,7 +148,9 @@ def iterate_knowledge(workspace: Workspace, folder: str, kinds: Iterable[Kind] =
     """The texts of a job, one shard at a time. folder: the job's. A file without a card is half-done work."""
     artifact = Artifact(workspace, folder)
     for card in artifact.cards(*kinds).values():
-        yield workspace.read_parquet(artifact.path(Shard.of_name(card.shard).file()))
+        shard = Shard.of_name(card.shard)
+        table = workspace.read_parquet(artifact.path(shard.file()))
+        yield read_tombstones(workspace).without(table, "id") if shard.kind == "user" else table
 
 
 def read_knowledge(workspace: Workspace, folder: str, kind: Kind) -> pa.Table:

@@ -1,4 +1,7 @@
-"""One thread steps a vllm.LLMEngine, any number of callers await their rows."""
+"""One thread steps a vllm.LLMEngine, any number of callers await their rows.
+
+A row whose caller has given up is dropped: a ranking that missed its deadline must not delay the next.
+"""
 
 import asyncio
 import queue
@@ -99,6 +102,8 @@ class Stepping:
                 pending = self._inbox.get()
                 if pending is None:
                     return
+                if pending.future.cancelled():
+                    continue
                 counter += 1
                 try:
                     prompt = {"prompt_token_ids": pending.prompt_token_ids}
@@ -107,7 +112,12 @@ class Stepping:
                     waiting[name] = pending
                 except ValueError as error:  # this request only: a length or an option that vLLM refuses
                     _resolve(pending, RequestRefused(f"vLLM refused the request: {error}"))
-            finished = [output for output in engine.step() if output.finished]
+            if given_up := [name for name, pending in waiting.items() if pending.future.cancelled()]:
+                engine.abort_request(given_up)
+                for name in given_up:
+                    del waiting[name]
+                continue
+            finished = [output for output in engine.step() if output.finished and output.request_id in waiting]
             counts: dict[str, tuple[int, int, int]] = {}
             if finished and self._drafts:
                 ids = [output.request_id for output in finished]

@@ -2,13 +2,14 @@
 
 Every row of the shard ends in exactly one of the two tables. A text that the quality gate flags is kept with its flag,
 asked for again with other sampling, replaced by a sentence of the row's own facts, or sent to the dead letters, as
-the recipe's `quality.policy` says. Rows whose prompt is what it was keep their text.
+the recipe's `quality.policy` says. Rows whose prompt is what it was keep their text. A prompt that goes on from the
+answer to the one before it (of the same id) waits for that; where it failed the prompt is left out, of both tables.
 """
 
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,14 +28,17 @@ from owlrec.generation.quality import Flag, QualityGate
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
 from owlrec.ray_data import on_ray
 from owlrec.runner import Result, Stage, Work, WorkerLost
-from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, newest
+from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, TABLES, newest
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 _ASKED_AT_ONCE = 2048  # rows of one shard: more than an engine has in a batch, and far fewer tasks than rows
 METADATA = "metadata"  # the framework of a text that no LLM wrote
-READY_MADE = {"cohort": "collective", "user": "streaming"}  # the framework of prompts from a file, by kind
+READY_MADE = {"cohort": "collective", "user": "streaming"}  # frameworks of prompts from a file, unless the recipe's
+
+Row = Prompt | UnusableRow
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Outcome:
     first_flags: tuple[Flag, ...] = ()
     retries: int = 0
     fallback: str = ""
+
+    @property
+    def text(self) -> str | None:
+        """What was written, None where nothing was."""
+        return None if isinstance(self.result, RowError) else self.fallback or self.result.text
 
     @property
     def actions(self) -> list[str]:
@@ -109,22 +118,31 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
     """
     workspace, shard = work.workspace, work.shard
     rows = await asyncio.to_thread(read_prompts, workspace, job, shard, engine, catalog)
-    kept, asked = _keep_unchanged(_earlier_texts(work, job), rows)
+    if shard.kind == "user" and len(gone := await asyncio.to_thread(read_tombstones, workspace)):
+        rows = [row for row, out in zip(rows, gone.among([row.id for row in rows]), strict=True) if not out]
+    kept, chains = _keep_unchanged(_earlier_texts(work, job), rows, engine.count_tokens)
     gate, cohorts = QualityGate(job.quality, job.scenario), _cohorts(workspace, job, shard)
-    outcomes: dict[int, Outcome] = {}
-    places = iter(range(len(asked)))
+    answers: list[list[tuple[Row, Outcome]]] = [[] for _ in chains]
+    places = iter(range(len(chains)))
 
     async def ask() -> None:
         for at in places:
-            outcomes[at] = await _author(job, asked[at], engine, gate, cohorts.get(asked[at].id, ()))
+            for row in chains[at]:
+                if answers[at] and isinstance(row, Prompt):
+                    row = row.after(answers[at][-1][1].text or "", engine.count_tokens)
+                outcome = await _author(job, row, engine, gate, cohorts.get(row.id, ()))
+                answers[at].append((row, outcome))
+                if outcome.text is None:
+                    break
 
     try:
-        await asyncio.gather(*(ask() for _ in range(min(_ASKED_AT_ONCE, len(asked)))))
+        await asyncio.gather(*(ask() for _ in range(min(_ASKED_AT_ONCE, len(chains)))))
     except EngineStopped as error:
         raise WorkerLost(str(error)) from error
-    framework = READY_MADE[shard.kind] if shard.kind in job.ready else job.prompts.framework
-    became = [outcomes[at] for at in range(len(asked))]
-    new, dead = to_tables(job, framework, asked, became)
+    framework = READY_MADE.get(shard.kind) if shard.kind in job.ready else None
+    asked = [pair for chain in answers for pair in chain]
+    became = [outcome for _, outcome in asked]
+    new, dead = to_tables(job, framework or job.prompts.framework, [row for row, _ in asked], became)
     # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for.
     return await asyncio.to_thread(write_shard, work, kept, new, dead, became)
 
@@ -168,11 +186,11 @@ def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outco
 
 def read_prompts(
     workspace: Workspace, job: GenerationJob, shard: Shard, engine: Engine, catalog: ItemCatalog | None
-) -> list[Prompt | UnusableRow]:
+) -> list[Row]:
     """The shard's prompts, in table order; "" texts and rows that cannot be read included."""
-    rows = workspace.read_parquet(job.input_file(shard))
     if shard.kind in job.ready:
-        return list(prompts_from_table(rows))
+        return list(prompts_from_table(workspace.read_parquet(job.input_file(shard))))
+    rows = workspace.read_shard(TABLES[shard.kind], shard.number)  # type: ignore[index]
     if shard.kind == "item":
         return list(item_prompts(rows, job.scenario, job.prompts.framework))
     assert catalog is not None
@@ -197,9 +215,7 @@ def _earlier_texts(work: Work, job: GenerationJob) -> pa.Table:
     return table.filter(pc.equal(table["fingerprint"], job.fingerprint))
 
 
-async def _author(
-    job: GenerationJob, row: Prompt | UnusableRow, engine: Engine, gate: QualityGate, cohorts: Sequence[str]
-) -> Outcome:
+async def _author(job: GenerationJob, row: Row, engine: Engine, gate: QualityGate, cohorts: Sequence[str]) -> Outcome:
     """Asks for one row's text, as often as the gate wants."""
     try:
         if isinstance(row, UnusableRow):
@@ -256,23 +272,34 @@ def _digest(row: Prompt) -> str:
 
 
 def _keep_unchanged(
-    earlier: pa.Table, rows: Sequence[Prompt | UnusableRow]
-) -> tuple[pa.Table, list[Prompt | UnusableRow]]:
-    """Knowledge for those rows that ask what an earlier text answered, and the rows that are still to be asked."""
+    earlier: pa.Table, rows: Sequence[Row], count_tokens: Callable[[str], int]
+) -> tuple[pa.Table, list[list[Row]]]:
+    """Knowledge for those rows that ask what an earlier text answered, and the rows that are still to be asked: those
+    of a chain, each of which goes on from the answer to the one before it, in one list.
+    """
     place = {
         key: i for i, key in enumerate(zip(*(earlier[c].to_pylist() for c in ("id", "prompt_sha256")), strict=True))
     }
-    found, moments, asked = [], [], []
+    found, moments = list[int](), list[int]()
+    chains = list[list[Row]]()
+    open_, last = False, -1  # whether the row before is still to be asked; else where its text stands
     for row in rows:
+        if isinstance(row, Prompt) and row.earlier_tokens:
+            if open_:
+                chains[-1].append(row)
+                continue
+            row = row.after(earlier["text"][last].as_py(), count_tokens)
         at = place.get((row.id, _digest(row))) if isinstance(row, Prompt) else None
+        open_ = at is None
         if at is None:
-            asked.append(row)
+            chains.append([row])
         else:
+            last = at
             found.append(at)
             moments.append(row.as_of)
     kept = earlier.take(np.array(found, dtype=np.int64))
     as_of = KNOWLEDGE.get_field_index("as_of")
-    return kept.set_column(as_of, KNOWLEDGE.field(as_of), pa.array(moments, pa.int64())), asked
+    return kept.set_column(as_of, KNOWLEDGE.field(as_of), pa.array(moments, pa.int64())), chains
 
 
 def _total(table: pa.Table, column: str) -> int:
@@ -280,7 +307,7 @@ def _total(table: pa.Table, column: str) -> int:
 
 
 def to_tables(
-    job: GenerationJob, framework: str, rows: Sequence[Prompt | UnusableRow], outcomes: Sequence[Outcome]
+    job: GenerationJob, framework: str, rows: Sequence[Row], outcomes: Sequence[Outcome]
 ) -> tuple[pa.Table, pa.Table]:
     """Knowledge and dead letters of rows and what became of them.
 
@@ -300,7 +327,7 @@ def to_tables(
         [row.kind for row, _, _ in good],
         [row.id for row, _, _ in good],
         [row.as_of for row, _, _ in good],
-        [outcome.fallback or answer.text for _, outcome, answer in good],
+        [outcome.text for _, outcome, _ in good],
         [METADATA if outcome.fallback else framework for _, outcome, _ in good],
         [_digest(row) for row, _, _ in good],
         [job.fingerprint] * n,

@@ -2,10 +2,9 @@
 candidate, and an answer that may only be Yes or No.
 
 The structure follows the paper, the wording is ours. One function writes all its variants: the behaviours shown are the
-most recent ones, those retrieved for the candidate, or both. The paper's layout, `target_last`, names the candidate
-after all behaviours. `shared_first` begins with what all of a user's candidates share, to the letter, and names the
-candidate before the behaviours retrieved for it: an engine that keeps prefixes then reads profile and recent behaviours
-once a user. With recent behaviours alone the two are the same.
+most recent ones, retrieved ones, or both. The candidate comes last, so an engine that keeps prefixes reads once what
+the candidates of a request share: profile and recent behaviours, and the retrieved ones where they are those of the
+whole set. The paper retrieves for each candidate, which leaves little to share.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,19 +28,19 @@ _SYSTEM_GRADED = (
 _SYSTEM_UNGRADED = "You judge from a user's {history} whether it is likely that the user {consumed} one more {item}."
 _RECENT = "The user {consumed} these {items} last, in this order:{behaviours}"
 _RETRIEVED = (
-    "Of all {items} that the user {consumed}, these are most like the {item} in question, in this order:{behaviours}"
+    "Of all {items} that the user {consumed}, these are most like the {asked} in question, in this order:{behaviours}"
 )
 _NO_HISTORY = "Nothing is known of the user's {history}."
-_TARGET = "The {item} in question is {target}."
 _QUESTION_GRADED = "Will the user like the {item} {target}?"
 _QUESTION_UNGRADED = "Is it likely that the user {consumed} the {item} {target}?"
 _INSTRUCTION = f"Answer only {YES} or {NO}."
 
 
 class RankPromptConfig(Config):
-    """Where the candidate stands, and how much of a history is quoted."""
+    """For what behaviors are retrieved, and how much of a history is quoted."""
 
-    layout: Literal["target_last", "shared_first"] = "target_last"
+    # set: once for all candidates of a request, which then share all but their own title; candidate: for each (ReLLa).
+    retrieved_for: Literal["set", "candidate"] = "set"
     # For each list: about 28 film titles; the paper gains nothing beyond prompts of 700.
     history_tokens: int = Field(512, ge=0)
 
@@ -49,7 +48,7 @@ class RankPromptConfig(Config):
 def rank_fingerprint(config: RankPromptConfig, scenario: Scenario) -> str:
     """SHA-256 of all that shapes a prompt besides its row: what was tuned on one wording must not score another."""
     graded, ungraded = (_SYSTEM_GRADED, _QUESTION_GRADED), (_SYSTEM_UNGRADED, _QUESTION_UNGRADED)
-    shared = (_RECENT, _RETRIEVED, _NO_HISTORY, _TARGET, _INSTRUCTION)
+    shared = (_RECENT, _RETRIEVED, _NO_HISTORY, _INSTRUCTION)
     return fingerprint(config, scenario, graded if scenario.rating_unit else ungraded, shared)
 
 
@@ -84,18 +83,17 @@ def rank_prompt(
     """
     if not is_quotable(target):
         return "", ""
-    words = scenario_words(scenario, scenario.user_factors) | {"target": quoted_title(target)}
+    asked = scenario.items if config.retrieved_for == "set" else scenario.item
+    words = scenario_words(scenario, scenario.user_factors) | {"target": quoted_title(target), "asked": asked}
 
     def listed(template: str, behaviours: Sequence[tuple[str, float | None]]) -> str:
         lines = _numbered(scenario, behaviours, config.history_tokens, count_tokens)
         return template.format(**words, behaviours=lines) if lines else ""
 
     lately, alike = listed(_RECENT, recent), listed(_RETRIEVED, retrieved)
-    named = _TARGET.format(**words) if alike else ""
     unknown = "" if lately or alike else _NO_HISTORY.format(**words)
     question = (_QUESTION_GRADED if scenario.rating_unit else _QUESTION_UNGRADED).format(**words)
-    body = (lately, named, alike) if config.layout == "shared_first" else (alike, lately)
-    parts = (_profile_sentence(scenario, profile), unknown, *body, question, _INSTRUCTION)
+    parts = (_profile_sentence(scenario, profile), unknown, lately, alike, question, _INSTRUCTION)
     return rank_system(scenario), "\n".join(part for part in parts if part)
 
 

@@ -1,7 +1,7 @@
 """Turns the shards of the users, histories and items tables into prompts, one a row."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from owlrec.prompting.framework import Framework, FrameworkName, item_prompt, it
 from owlrec.prompting.kar import KAR
 from owlrec.prompting.once import ONCE
 from owlrec.prompting.rlmrec import RLMREC
+from owlrec.prompting.text import first_tokens
 from owlrec.prompting.trawl import TRAWL
 from owlrec.scenario import Scenario
 from owlrec.schema import PROMPTS
@@ -21,6 +22,7 @@ from owlrec.storage import fingerprint
 
 # A prompt quotes a few hundred characters of a field; a field of this length is no title or description but a mistake.
 _MAX_FIELD_CHARS = 100_000
+EARLIER = "\x02earlier\x03"  # where a prompt quotes what was answered before: no title has control characters
 
 FRAMEWORKS: dict[FrameworkName, Framework] = {"kar": KAR, "once": ONCE, "rlmrec": RLMREC, "trawl": TRAWL}
 
@@ -48,6 +50,14 @@ class Prompt:
     system: str  # the same for all rows of a kind
     text: str
     facts: str  # the row's own facts in a sentence: what stands in for an answer that cannot be used
+    # Above 0: a prompt that goes on from the answer to the same id's prompt before it, and quotes so much of that.
+    earlier_tokens: int = 0
+
+    def after(self, answer: str, count_tokens: Callable[[str], int]) -> "Prompt":
+        """The prompt with the beginning of an answer in the place of EARLIER."""
+        earlier = first_tokens(answer, self.earlier_tokens, count_tokens)
+        text, facts = (value.replace(EARLIER, earlier) for value in (self.text, self.facts))
+        return replace(self, text=text, facts=facts, earlier_tokens=0)
 
 
 @dataclass(frozen=True, slots=True)

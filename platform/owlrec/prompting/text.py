@@ -6,6 +6,7 @@ or a whole page. What is removed could otherwise end the user's turn early and l
 
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 # Turn, sentence and instruction markers of the chat templates in use (ChatML, Llama 2 and 3, Gemma, Mistral,
@@ -16,6 +17,7 @@ TEMPLATE_TOKEN = re.compile(
     re.IGNORECASE,
 )
 _MARKUP = re.compile(r"[<\[]")
+_CHARS_PER_TOKEN = 12  # more than any tokenizer packs into one
 _ROOM = 50  # times the wanted length that are read at all: a page of controls in place of a title costs no seconds
 
 
@@ -58,3 +60,36 @@ def fit_recent(entries: Sequence[str], budget_tokens: int, count_tokens: Callabl
         if spent > budget_tokens:
             return entries[len(entries) - kept :]
     return entries
+
+
+def first_tokens(text: str, budget_tokens: int, count_tokens: Callable[[str], int]) -> str:
+    """The beginning of `text`, cleaned, in whole words that make at most `budget_tokens`.
+
+    Where not even the first word fits, as in a script that puts no blanks between words, it is cut inside.
+    """
+    if budget_tokens < 1:
+        return ""
+    text = clean_text(text, max_chars=_CHARS_PER_TOKEN * budget_tokens)
+    if count_tokens(text) <= budget_tokens:
+        return text
+    return _longest(text.split(), " ", budget_tokens, count_tokens) or _longest(text, "", budget_tokens, count_tokens)
+
+
+def _longest(pieces: Sequence[str], glue: str, budget_tokens: int, count_tokens: Callable[[str], int]) -> str:
+    ends = range(1, len(pieces) + 1)
+    return glue.join(pieces[: bisect_right(ends, budget_tokens, key=lambda end: count_tokens(glue.join(pieces[:end])))])
+
+
+def in_budget(entries: Sequence[str], budget_tokens: int, count_tokens: Callable[[str], int]) -> list[int]:
+    """Where to part `entries`, so that each run of them has at most `budget_tokens`, or is a single longer entry.
+
+    Returns the end of each run, ascending; the last one is len(entries). None is left out.
+    """
+    ends, spent = list[int](), 0
+    for place, entry in enumerate(entries):
+        tokens = count_tokens(entry)
+        if place and spent + tokens > budget_tokens:
+            ends.append(place)
+            spent = 0
+        spent += tokens
+    return [*ends, len(entries)] if entries else []

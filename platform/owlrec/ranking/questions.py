@@ -25,7 +25,7 @@ def write_questions(
 
     Valid rows are asked in the ways that are judged and in those that are tuned on, which tell when to stop. Only the
     drawn samples, their users and their items' vectors are read whole. Returns the counts of all three, by split.
-    Raises RecipeError and SchemaError as `build_tuning_data` does.
+    Raises RecipeError as `draw_samples` and SchemaError as `ask_about` does.
     """
     catalog, data, judging = ItemCatalog.load(workspace), config.data, config.judging
     valid_ways = tuple(dict.fromkeys((*judging.shown, *data.shown)))
@@ -36,8 +36,8 @@ def write_questions(
     }
     counts: dict[str, int] = {}
     for split, (limit, seed, ways) in draws.items():
-        samples = draw_samples(workspace, split, limit, seed, exactly=split == "train")
-        items = np.concatenate([samples["item_id"].to_numpy(), pc.list_flatten(samples["history"]).to_numpy()])
+        samples = draw_samples(workspace, split, limit, seed, catalog.ids, exactly=split == "train")
+        items = np.concatenate([pc.list_flatten(samples[name]).to_numpy() for name in ("candidates", "history")])
         asked = ask_about(
             samples,
             read_users(workspace, samples["user_id"].to_numpy()),

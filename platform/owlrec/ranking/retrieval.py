@@ -1,10 +1,13 @@
-"""Semantic user behaviour retrieval (SUBR; ReLLa, WWW 2024): the behaviours of a history that are most like a
-candidate, in the order in which they happened.
+"""Semantic user behaviour retrieval (SUBR; ReLLa, WWW 2024): the behaviours of a history that are most like some
+candidates, in the order in which they happened.
 
-An LLM loses the thread of a long history; the K behaviours that bear on the candidate tell more than the K latest in as
-few tokens. The released code ranks by inner product on two of three data sets, and on the third takes row numbers for
-ids that start at 1, so that it shows the neighbours of what it found. Here ids are looked up, and all vectors have
-length 1.
+An LLM loses the thread of a long history; the K behaviours that bear on the question tell more than the K latest in as
+few tokens. The paper retrieves for one candidate. Here a set of them takes turns: what is nearest to each comes first,
+then what is second nearest to each, so that no candidate is left without its own (the mean and the maximum of the
+cosines, which let some take it all, predict labels worse: benchmarks/ranking_sets.py).
+
+The released code ranks by inner product on two of three data sets, and on the third takes row numbers for ids that
+start at 1, so that it shows the neighbours of what it found. Here ids are looked up, and all vectors have length 1.
 
 Exact at any length: one pass over the vectors of a history's distinct items, of whose behaviours only those of the
 items that may be among the nearest are looked at. The pass gathers vectors a block at a time and multiplies them while
@@ -94,31 +97,36 @@ class BehaviourRetriever:
         return History(len(rows), grouped[starts], positions, np.r_[starts, len(positions)])
 
     def retrieve(self, history: np.ndarray | History, candidates: np.ndarray, k: int) -> np.ndarray:
-        """For each candidate the `k` behaviours nearest to it by cosine, in the order in which they happened.
+        """The `k` behaviours nearest to a set of candidates by cosine, in the order in which they happened.
 
-        history: int64 [h], item ids, oldest first, or what `look_up` made of them; candidates: int64 [m], item ids.
-        Returns int64 [m, k]: ascending positions in the history, then -1 where it has fewer than k behaviours.
+        history: int64 [h], item ids, oldest first, or what `look_up` made of them; candidates: int64 [m], item ids, in
+        any order, repeats allowed. Returns int64 [min(h, k)]: ascending positions in the history.
 
-        Of equally near ones the newer is taken. Behaviours whose item has no vector come after all that have one, the
-        newest first; a candidate without a vector gets the k newest of all. So a history of k behaviours always shows
-        k. An earlier occurrence of the candidate itself is allowed, and is nearest: that a user comes back to an item
-        is part of the history. Raises ValueError where k < 1.
+        The candidates take turns: first come the behaviours that are the nearest to one of them, then those that are
+        the second nearest, and so on; within a turn the nearer first, of equally near ones the newer. Behaviours whose
+        item has no vector come after all that have one, the newest first; candidates without vectors take no turn, and
+        where none has one the k newest are shown. So a history of k behaviours always shows k. An earlier occurrence of
+        a candidate itself is allowed, and is nearest: that a user comes back to an item is part of the history. Raises
+        ValueError where k < 1.
         """
         if k < 1:
             raise ValueError(f"k is {k}, but at least one behaviour must be asked for")
         opened = history if isinstance(history, History) else self.look_up(history)
-        rows = self._rows(candidates)
-        newest = np.arange(max(0, opened.n_behaviours - k), opened.n_behaviours)
-        found = np.full((len(rows), k), -1, dtype=np.int64)
-        found[:, : len(newest)] = newest
-        known = np.flatnonzero(rows >= 0) if 0 < len(newest) < opened.n_behaviours else rows[:0]
+        n, rows = opened.n_behaviours, np.unique(self._rows(candidates))
+        rows = rows[rows >= 0]
+        if n <= k or len(rows) == 0:
+            return np.arange(max(0, n - k), n)
         at_once = max(1, _SCORES_AT_ONCE // max(1, len(opened.rows)))
-        for start in range(0, len(known), at_once):
-            places = known[start : start + at_once]
-            queries = self._vectors[rows[places]]
-            for place, query, cosines in zip(places, queries, self._cosines(queries, opened.rows), strict=True):
-                found[place] = self._nearest(opened, query, cosines, k)
-        return found
+        nearest = []
+        for start in range(0, len(rows), at_once):
+            queries = self._vectors[rows[start : start + at_once]]
+            cosines = self._cosines(queries, opened.rows)
+            nearest += [self._nearest(opened, *of_one, k) for of_one in zip(queries, cosines, strict=True)]
+        chosen = _in_turns(nearest)[:k]
+        if len(chosen) < k:
+            without = np.setdiff1d(np.arange(n), opened.positions, assume_unique=True)
+            chosen = np.r_[chosen, without[len(chosen) - k :]]
+        return np.sort(chosen)
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
         """int64 [n]: the row of each id's vector, -1 where it has none."""
@@ -150,8 +158,10 @@ class BehaviourRetriever:
             list(pool.map(multiply, ends[:-1], ends[1:]))
         return cosines
 
-    def _nearest(self, history: History, query: np.ndarray, cosines: np.ndarray, k: int) -> np.ndarray:
-        """int64 [k], ascending: the positions to take from a history of more than k behaviours.
+    def _nearest(
+        self, history: History, query: np.ndarray, cosines: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of at most k behaviours, the nearest first, and their cosines: int64 and float64 [<= k].
 
         query: float32 [d]; cosines: float32 [u], its rounded products with the history's items.
         """
@@ -165,11 +175,17 @@ class BehaviourRetriever:
         newest = [history.positions[max(a, b - k) : b] for a, b in zip(history.starts[items], ends, strict=True)]
         positions = np.concatenate([ends[:0], *newest])
         cosine = np.repeat(exact, [len(own) for own in newest])
-        chosen = positions[np.lexsort((-positions, -cosine))[:k]]
-        if len(chosen) < k:
-            without = np.setdiff1d(np.arange(history.n_behaviours), history.positions, assume_unique=True)
-            chosen = np.r_[chosen, without[len(chosen) - k :]]
-        return np.sort(chosen)
+        order = np.lexsort((-positions, -cosine))[:k]
+        return positions[order], cosine[order]
+
+
+def _in_turns(nearest: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """int64 [n]: each position once. nearest: of each candidate, positions and cosines, the nearest first."""
+    positions, cosines = (np.concatenate(columns) for columns in zip(*nearest, strict=True))
+    turns = np.concatenate([np.arange(len(own)) for own, _ in nearest])
+    ordered = positions[np.lexsort((-positions, -cosines, turns))]
+    _, first = np.unique(ordered, return_index=True)
+    return ordered[np.sort(first)]
 
 
 def _threads() -> int:

@@ -1,5 +1,5 @@
 """ReLLa's tuning data (ReiT, WWW 2024): each sample asked twice, once with its most recent behaviours and once with
-those most like its candidate.
+retrieved ones: those most like the candidates of a request, or, as in the paper, those most like its own candidate.
 
 Without the mixture the paper loses .008 to .016 AUC. K shots are the first K of one order of the train split, so that
 64 are among 256; the order is a hash of each sample's own keys, hence the same however the table is sharded, and a
@@ -20,9 +20,10 @@ from pydantic import Field
 from owlrec.config import Config
 from owlrec.errors import RecipeError, SchemaError
 from owlrec.prompting.rella import NO, YES, RankPromptConfig, is_quotable, rank_prompt
+from owlrec.ranking.candidate_sets import hash_ranks, with_candidates
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.scenario import Scenario
-from owlrec.schema import SAMPLES, by_shard, conform, shard_of
+from owlrec.schema import SAMPLES, by_shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import was_taken
 from owlrec.sources.splits import read_samples
@@ -42,7 +43,6 @@ TUNING_ROWS = pa.schema(
     ]
 )
 _ORDER = ("user_id", "item_id", "timestamp")  # what a sample's place among the shots is a hash of
-_HASH_RANGE = 1 << 62
 
 
 class TuningDataConfig(Config):
@@ -64,29 +64,6 @@ class TuningData:
     counts: dict[str, int]
 
 
-def build_tuning_data(
-    samples: pa.Table,
-    users: pa.Table,
-    catalog: ItemCatalog,
-    retriever: BehaviourRetriever,
-    scenario: Scenario,
-    config: TuningDataConfig,
-    prompt: RankPromptConfig,
-    count_tokens: Callable[[str], int],
-) -> TuningData:
-    """The tuning rows of a samples table (schema.SAMPLES): of the first `shots` of its train split.
-
-    users: user_id and profile fields; a user without a row has no profile. A sample whose candidate has no title is
-    skipped and counted, not made up for, so that shots stay nested. Raises RecipeError where the train split has fewer
-    samples than `shots`, and SchemaError as `ask_about` does.
-    """
-    samples = conform(samples, SAMPLES, name="samples").select(SAMPLES.names)
-    drawn = samples.take(pa.array(draw_shots(samples, config.shots, config.seed)))
-    return ask_about(
-        drawn, users, catalog, retriever, scenario, prompt, count_tokens, k=config.behaviours, ways=config.shown
-    )
-
-
 def ask_about(
     samples: pa.Table,
     users: pa.Table,
@@ -99,10 +76,12 @@ def ask_about(
     k: int,
     ways: Sequence[Shown],
 ) -> TuningData:
-    """Rows of all `samples` (schema.SAMPLES), of whatever split, each asked in all `ways` with at most `k` behaviours.
+    """Rows of all `samples` (schema.SAMPLES and the column of `with_candidates`), of whatever split, each asked in all
+    `ways` with at most `k` behaviours.
 
-    A behaviour without a title is passed over before any are chosen. Raises SchemaError for a label other than 0 and 1,
-    or ratings that do not match their history.
+    users: user_id and profile fields; a user without a row has no profile. A sample whose candidate has no title is
+    skipped and counted. A behaviour without a title is passed over before any are chosen. Raises SchemaError for a
+    label other than 0 and 1, or ratings that do not match their history.
     """
     profiles = _profiles(users, samples["user_id"], scenario)
     rows: list[dict[str, Any]] = []
@@ -114,8 +93,9 @@ def ask_about(
             skipped += 1
             continue
         profile = profiles.get(sample["user_id"], {})
+        together = sample["candidates"] if prompt.retrieved_for == "set" else [sample["item_id"]]
         for shown in ways:
-            lists = behaviours_shown(sample, titles, retriever, k, shown)
+            lists = behaviours_shown(sample, titles, together, retriever, k, shown)
             system, text = rank_prompt(scenario, profile, target, prompt, count_tokens, **lists)
             keys = {name: sample[name] for name in _ORDER}
             rows.append({**keys, "shown": shown, "system": system, "text": text, "answer": answer})
@@ -138,11 +118,13 @@ def draw_shots(samples: pa.Table, shots: int | None, seed: int, split: str = "tr
     return rows[in_hash_order([samples[name].to_numpy()[rows] for name in _ORDER], seed)][:shots]
 
 
-def draw_samples(workspace: Workspace, split: str, limit: int | None, seed: int, *, exactly: bool = False) -> pa.Table:
-    """What `draw_shots` draws of a prepared workspace, as schema.SAMPLES: at most `limit`, in the seed's order.
+def draw_samples(
+    workspace: Workspace, split: str, limit: int | None, seed: int, catalog: np.ndarray, *, exactly: bool = False
+) -> pa.Table:
+    """What `draw_shots` draws of a prepared workspace, with their candidates: at most `limit`, in the seed's order.
 
     Reads the keys of one shard after the other, holds the `limit` first of them, and then reads the histories of these
-    alone. exactly: raises RecipeError where there are fewer.
+    alone. catalog: int64 [n], all item ids (see with_candidates). exactly: raises RecipeError where there are fewer.
     """
     best, total = pa.table({name: pa.array([], pa.int64()) for name in (*_ORDER, "shard", "row")}), 0
     for number in workspace.table_shards("samples"):
@@ -150,9 +132,9 @@ def draw_samples(workspace: Workspace, split: str, limit: int | None, seed: int,
         rows = np.flatnonzero(pc.equal(keys["split"], split).to_numpy(zero_copy_only=False))
         total += len(rows)
         if limit is not None and len(best) == limit:  # most rows come after all that are held
-            ranks = (_hash_ranks([t[name].to_numpy() for name in _ORDER], seed) for t in (keys.take(rows), best))
-            of_shard, of_best = ranks
-            rows = rows[of_shard <= of_best.max()]
+            ranks = (hash_ranks([t[name].to_numpy() for name in _ORDER], seed) for t in (keys.take(rows), best))
+            own, held = ranks
+            rows = rows[own <= held.max()]
         drawn = keys.take(rows).select(_ORDER)
         drawn = drawn.append_column("shard", pa.array(np.full(len(rows), number), pa.int64()))
         both = pa.concat_tables([best, drawn.append_column("row", pa.array(rows, pa.int64()))])
@@ -161,10 +143,11 @@ def draw_samples(workspace: Workspace, split: str, limit: int | None, seed: int,
         _refuse_fewer(limit, total, split)
     shards, rows = best["shard"].to_numpy(), best["row"].to_numpy()
     order = np.argsort(shards, kind="stable")
-    read = [
-        read_samples(workspace, int(number)).take(rows[order[shards[order] == number]]) for number in np.unique(shards)
-    ]
-    return pa.concat_tables([SAMPLES.empty_table(), *read]).take(np.argsort(order))
+    read = [with_candidates(SAMPLES.empty_table(), SAMPLES.empty_table(), catalog)]
+    for number in np.unique(shards):
+        of_shard = read_samples(workspace, int(number))
+        read.append(with_candidates(of_shard.take(rows[order[shards[order] == number]]), of_shard, catalog))
+    return pa.concat_tables(read).take(np.argsort(order))
 
 
 def read_users(workspace: Workspace, ids: np.ndarray) -> pa.Table:
@@ -182,14 +165,7 @@ def in_hash_order(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
 
     keys: int64 [n] each, together different for every row.
     """
-    return np.lexsort((*keys, _hash_ranks(keys, seed)))
-
-
-def _hash_ranks(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    rank = shard_of(np.array([seed + 1]), _HASH_RANGE)
-    for key in keys:
-        rank = shard_of(rank ^ key, _HASH_RANGE)
-    return rank
+    return np.lexsort((*keys, hash_ranks(keys, seed)))
 
 
 def _refuse_fewer(shots: int, rows: int, split: str) -> None:
@@ -201,20 +177,26 @@ def _refuse_fewer(shots: int, rows: int, split: str) -> None:
 
 
 def behaviours_shown(
-    sample: Mapping[str, Any], titles: Sequence[str], retriever: BehaviourRetriever, k: int, shown: Shown
+    sample: Mapping[str, Any],
+    titles: Sequence[str],
+    candidates: Sequence[int],
+    retriever: BehaviourRetriever,
+    k: int,
+    shown: Shown,
 ) -> dict[Literal["recent", "retrieved"], Behaviours]:
     """The at most `k` behaviours that a sample's prompt quotes, as the lists that `rank_prompt` takes.
 
-    sample: user_id, item_id, history, history_ratings and history_labels, the last two null or aligned with history;
-    titles: aligned with history, "" for none. What was passed over is not quoted. A mixed prompt retrieves from what is
-    older than its recent half, so that none stands twice.
+    sample: user_id, history, history_ratings and history_labels, the last two null or aligned with history;
+    titles: aligned with history, "" for none; candidates: item ids, for all of which together behaviors are retrieved.
+    What was passed over is not quoted. A mixed prompt retrieves from what is older than its recent half, so that none
+    stands twice.
     Raises SchemaError where the ratings do not match.
     """
     history = sample["history"] or []
     ratings = sample["history_ratings"] or [None] * len(history)
     if len(ratings) != len(history):
         raise SchemaError(
-            f"samples, user {sample['user_id']}, item {sample['item_id']}: {len(history)} behaviours in history, but "
+            f"samples, user {sample['user_id']}: {len(history)} behaviours in history, but "
             f"{len(ratings)} in history_ratings. Run `prepare` again."
         )
     told = sample.get("history_labels") or [1.0] * len(history)
@@ -228,8 +210,8 @@ def behaviours_shown(
         lists["recent"] = behaviours[n_older:]
     if k > lately:
         older = np.array([history[i] for i in titled[:n_older]], dtype=np.int64)
-        found = retriever.retrieve(older, np.array([sample["item_id"]], dtype=np.int64), k - lately)[0]
-        lists["retrieved"] = [behaviours[i] for i in found if i >= 0]
+        found = retriever.retrieve(older, np.array(candidates, dtype=np.int64), k - lately)
+        lists["retrieved"] = [behaviours[i] for i in found]
     return lists
 
 

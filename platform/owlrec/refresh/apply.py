@@ -2,15 +2,17 @@
 
 The delta has the last behaviors of all users with new events, and texts and vectors of those who were asked about.
 
-Texts and vectors are made by the stages of a whole run, over the plan's prompts. A new text's vector becomes the user's
-partition 0 and the vectors before it move on by one (LIBER fuses several), as far as they are kept. Its semantic id
-comes from the codebooks of the release that the delta stands on: new ones would leave the ids of all other users
-without a meaning. A user whose answer failed keeps the text of the parent release and the short term (see
-refresh.partitions).
+Texts and vectors are made by the stages of a whole run, over the plan's prompts. The vector of a user's newest text
+becomes partition 0 and those before it move on (LIBER fuses several), as far as they are kept. Its semantic id comes
+from the codebooks of the release that the delta stands on: new ones would leave the ids of all others without a
+meaning. A user whose answer failed keeps the text of the parent release and the short term (see refresh.partitions), an
+item's is asked about again with the next refresh (see refresh.items).
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +21,16 @@ from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import find_pools
 from owlrec.encoding.coded_vectors import quantiser_folder
 from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.inputs import KnowledgeTexts
+from owlrec.encoding.inputs import Input, KnowledgeTexts
 from owlrec.encoding.job import EncodingJob
+from owlrec.encoding.vector_shards import PARTITIONS, VectorShard, partitions_folder
 from owlrec.errors import OwlRecError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig, GenerationJob
+from owlrec.ordered import run_starts
 from owlrec.refresh.config import RefreshConfig
-from owlrec.refresh.partitions import UserState, freeze, hold, to_table
+from owlrec.refresh.items import UpsertItems
+from owlrec.refresh.partitions import UserState, as_interest, freeze, hold, to_table
 from owlrec.refresh.plan import Moved, RunStage
 from owlrec.refresh.state import DELTA, RefreshPlan, State, delta_card, unfinished_plans
 from owlrec.releases.build import ReleaseInfo, build_release, whole_release
@@ -41,12 +46,12 @@ from owlrec.releases.release import (
 )
 from owlrec.releases.retention import compact, prune
 from owlrec.runner import Pool, Result, Stage, Work
-from owlrec.schema import shard_of, vector_matrix, vectors_table
+from owlrec.schema import Kind, newest, shard_of, vector_matrix, vectors_table
 from owlrec.shards import Artifact, Card, Shard, in_threads
 from owlrec.storage import fingerprint
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, shard_file
 
-VECTORS = "knowledge-user"
+_KINDS: tuple[Kind, ...] = ("item", "user")  # as keys ascend
 _FEW_DEAD = 10
 
 
@@ -74,7 +79,8 @@ def job_of_plan(job: GenerationJob, plan: RefreshPlan) -> GenerationJob:
     A plan that is made again, since another release became current, finds the answers to the questions that it shares.
     """
     named = fingerprint(job.fingerprint, "refresh after", plan.base)
-    return replace(job, fingerprint=named, ready={"user": f"{plan.part('prompts')}/user"})
+    ready = {"item": f"{plan.part('items')}/prompts/item", "user": f"{plan.part('prompts')}/user"}
+    return replace(job, fingerprint=named, ready=ready)
 
 
 def too_many_dead(cards: Iterable[Card], config: GenerateConfig) -> bool:
@@ -103,10 +109,22 @@ def with_latest_pools(workspace: Workspace, engine: EngineConfig, decoding: Deco
 # The delta
 
 
-def published_delta(workspace: Workspace, plan: RefreshPlan) -> Card | None:
-    """What was published of a plan (outputs release and knowledge), if that is current or was before what is."""
+@dataclass(frozen=True)
+class Renewed:
+    """What a plan's answers have become."""
+
+    release: str  # current then
+    knowledge: str = ""  # folders of texts and vectors, relative to the workspace; "" where there are none
+    vectors: str = ""
+    user_shards: tuple[int, ...] = ()  # of users with vectors
+
+
+def published_delta(workspace: Workspace, plan: RefreshPlan) -> Renewed | None:
+    """What was published of a plan, if that is current or was before what is."""
     card = Artifact(workspace, plan.folder).card(DELTA)
-    return card if card is not None and card.outputs["release"] in pointer_history(workspace) else None
+    if card is None or card.outputs["release"] not in pointer_history(workspace):
+        return None
+    return Renewed(**card.outputs, user_shards=tuple(json.loads(str(card.counts["user_shards"]))))
 
 
 @dataclass(frozen=True)
@@ -122,8 +140,8 @@ class Delta:
     partitions: int  # vectors that a user keeps
     encode: Callable[[EncodingJob], Mapping[str, Card]]  # where the encoder may run
 
-    def publish(self, n_parts: int, pool: Pool) -> str:
-        """Makes the delta current and gives its name. pool: where its parts are built.
+    def publish(self, n_parts: int, pool: Pool) -> Renewed:
+        """Makes the delta current. pool: where its parts are built.
 
         Raises ReleaseError where another release than the plan's parent is current by then, PointerHeld on a HOLD,
         EngineError where the encoder does not load.
@@ -142,95 +160,139 @@ class Delta:
         )
         manifest = whole_release(workspace, info)
         if manifest is None:
-            shards = tuple(Shard.of_name(name).number for name in vectors)
-            moved = tuple(shard.number for shard in behaviors)
+            shards = tuple(Shard.of_name(name) for name, card in self.texts.items() if card.rows_out)
             folders = (self.job.folder, folder, f"{plan.part('interests')}/behaviors")
-            delta = DeltaRows(*folders, shards, moved, plan.n_shards, plan.parent, self.partitions)
+            delta = DeltaRows(*folders, shards, tuple(behaviors), plan.parent, self.partitions)
             manifest = build_release(workspace, info, delta, n_parts, pool=pool)
-        Artifact(workspace, plan.folder).finish(delta_card(plan, manifest.name, self.job.folder))
+        numbers = [Shard.of_name(name).number for name in vectors if name.startswith("knowledge-user/")]
+        outputs = {"release": manifest.name, "knowledge": self.job.folder, "vectors": folder}
+        Artifact(workspace, plan.folder).finish(delta_card(plan, outputs, numbers))
         make_current(workspace, manifest.name, expected=plan.parent)
-        return manifest.name
+        return Renewed(**outputs, user_shards=tuple(numbers))
 
     def _encode(self) -> tuple[str, dict[str, Card]]:
         """The folder of the vectors, with their semantic ids, and the cards of the shards with texts."""
-        workspace = self.workspace
-        quantiser = read_codebooks(workspace, chain(workspace, self.moved.plan.parent)[-1]).get("user")
-        codebooks = quantiser.fingerprint if quantiser else ""
-        folder = f"vectors/{fingerprint('delta', self.job.fingerprint, self.encoder.identity, codebooks)[:16]}"
-        config = self.encoder
-        if quantiser is not None:
-            quantiser.save(workspace, quantiser_folder(folder, VECTORS))
-        else:
-            config = config.model_copy(update={"semantic_ids": None})
-        cards = self.encode(EncodingJob(workspace, folder, config, {VECTORS: KnowledgeTexts(self.job.folder, "user")}))
-        mine = {Shard(VECTORS, Shard.of_name(n).number).name for n, card in self.texts.items() if card.rows_out}
+        workspace, identity = self.workspace, self.encoder.identity
+        quantisers = read_codebooks(workspace, chain(workspace, self.moved.plan.parent)[-1])
+        codebooks = [quantisers[kind].fingerprint if kind in quantisers else "" for kind in _KINDS]
+        folder = f"vectors/{fingerprint('delta', self.job.fingerprint, identity, codebooks)[:16]}"
+        inputs: dict[str, Input] = {}
+        for kind in _KINDS:
+            name = f"knowledge-{kind}"
+            if kind in quantisers:
+                quantisers[kind].save(workspace, quantiser_folder(folder, name))
+            if any(Shard.of_name(shard).kind == kind for shard in self.texts):
+                inputs[name] = KnowledgeTexts(self.job.folder, kind)
+        # None are fitted, and those that are there are used.
+        config = self.encoder.model_copy(update={"semantic_ids": None})
+        cards = self.encode(EncodingJob(workspace, folder, config, inputs))
+        texts = {Shard.of_name(name): card for name, card in self.texts.items() if card.rows_out}
+        mine = {Shard(f"knowledge-{shard.kind}", shard.number).name for shard in texts}
         return folder, {name: card for name, card in cards.items() if name in mine}
 
 
 @dataclass(frozen=True)
 class DeltaRows:
-    """The rows of a delta: renewed texts, their vectors before those of earlier partitions, and behaviors."""
+    """The rows of a delta: new texts of items and users, vectors before those of earlier partitions, behaviors."""
 
     knowledge: str  # folders, relative to the workspace
     vectors: str
     behaviors: str
-    shards: tuple[int, ...]  # of users with new texts, of `n_shards`
-    moved: tuple[int, ...]  # those with new behaviors
-    n_shards: int
+    shards: tuple[Shard, ...]  # of items and users with new texts
+    moved: tuple[Shard, ...]  # of users with new behaviors
     parent: str
     partitions: int
 
     def write(self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int) -> None:
-        """See releases.build.Rows.write."""
-        common = min(n_parts, self.n_shards) - 1  # an id's shard and its part have these bits in common
-        if numbers := [number for number in self.shards if number & common == part & common]:
-            self._write_texts(workspace, writer, part, n_parts, numbers)
-        if numbers := [number for number in self.moved if number & common == part & common]:
-            files = [f"{self.behaviors}/{Shard('user', number).file()}" for number in numbers]
+        """See releases.build.ReleaseRows.write."""
+        for kind in _KINDS:
+            common = min(n_parts, workspace.n_shards(kind)) - 1  # an id's shard and its part have these bits in common
+            mine = [s for s in self.shards if s.kind == kind and s.number & common == part & common]
+            if mine:
+                self._write_texts(workspace, writer, kind, mine, part, n_parts)
+        common = min(n_parts, workspace.n_shards("user")) - 1
+        if files := [f"{self.behaviors}/{s.file()}" for s in self.moved if s.number & common == part & common]:
             rows = pa.concat_tables(in_threads(workspace.read_parquet, files))
-            mine = rows.filter(pa.array(shard_of(rows["id"].to_numpy(), n_parts) == part))
-            writer.add_behaviors(mine, name=workspace.path(files[0]))
+            mine_of_part = rows.filter(pa.array(shard_of(rows["id"].to_numpy(), n_parts) == part))
+            writer.add_behaviors(mine_of_part, name=workspace.path(files[0]))
 
     def _write_texts(
-        self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int, numbers: Sequence[int]
+        self, workspace: Workspace, writer: PartWriter, kind: Kind, shards: Sequence[Shard], part: int, n_parts: int
     ) -> None:
-        texts = [f"{self.knowledge}/{Shard('user', number).file()}" for number in numbers]
-        files = [f"{self.vectors}/{Shard(VECTORS, number).file('.arrow')}" for number in numbers]
+        texts = [f"{self.knowledge}/{shard.file()}" for shard in shards]
+        files = [f"{self.vectors}/knowledge-{kind}/{shard_file(shard.number, '.arrow')}" for shard in shards]
         knowledge = pa.concat_tables(in_threads(workspace.read_parquet, texts))
         # Not mapped: each file would hold a descriptor.
         vectors = pa.concat_tables(in_threads(lambda f: pa.ipc.open_file(workspace.open_input(f)).read_all(), files))
-        mine = [t.filter(pa.array(shard_of(t["id"].to_numpy(), n_parts) == part)) for t in (knowledge, vectors)]
-        writer.add_knowledge("user", mine[0], name=workspace.path(texts[0]))
-        with open_release(workspace, self.parent, verify=False) as release:
-            stacked = stack_partitions(mine[1], release.store, self.partitions)
-        if stacked.num_rows:
-            writer.add_vectors("user", stacked, name=workspace.path(files[0]))
+        knowledge, vectors = (
+            t.filter(pa.array(shard_of(t["id"].to_numpy(), n_parts) == part)) for t in (knowledge, vectors)
+        )
+        writer.add_knowledge(kind, newest(knowledge), name=workspace.path(texts[0]))
+        if kind == "user":
+            with open_release(workspace, self.parent, verify=False) as release:
+                vectors = stack_partitions(vectors, release.store, self.partitions)
+        if vectors.num_rows:
+            writer.add_vectors(kind, vectors, name=workspace.path(files[0]))
 
 
 def stack_partitions(vectors: pa.Table, store: KnowledgeStore, partitions: int) -> pa.Table:
     """The vectors of users with those of their earlier partitions behind them; a column `partition` counts from 0.
 
-    vectors: schema.vectors_schema, one new vector per user, whose codes it keeps; earlier ones have none. store: the
-    parent release's.
+    vectors: schema.vectors_schema, the rows of a user together, oldest first. Earlier ones have no codes. store: the
+    parent release's. partitions: how many of a user are kept.
     """
-    ids = vectors["id"].to_numpy()
-    rows, owners, numbers = [vector_matrix(vectors)], [ids], [np.zeros(len(ids), dtype=np.int32)]
+    given = vectors["id"].to_numpy()
+    ids, first, place, counts = np.unique(given, return_index=True, return_inverse=True, return_counts=True)
+    number = ((first + counts - 1)[place] - np.arange(len(given))).astype(np.int32)
+    kept = number < partitions
+    new = vectors.filter(pa.array(kept))
+    rows, owners, numbers = [vector_matrix(new)], [given[kept]], [number[kept]]
     if len(ids) and partitions > 1:
         earlier, known = store.own_vectors("user", ids, partitions - 1)
         owner, at = np.nonzero(known)
+        moved = at + counts[owner]
+        owner, at, moved = (column[moved < partitions] for column in (owner, at, moved))
         rows.append(earlier[owner, at].astype(np.float16))
         owners.append(ids[owner])
-        numbers.append((at + 1).astype(np.int32))
+        numbers.append(moved.astype(np.int32))
     table = vectors_table("user", np.concatenate(owners), np.concatenate(rows))
-    codes = pa.concat_arrays(
-        [vectors["codes"].combine_chunks(), table["codes"].combine_chunks().slice(0, len(table) - len(ids))]
-    )
+    codes = [new["codes"].combine_chunks(), table["codes"].combine_chunks().slice(0, len(table) - len(new))]
     column = table.schema.get_field_index("codes")
-    table = table.set_column(column, table.schema.field(column), codes)
+    table = table.set_column(column, table.schema.field(column), pa.concat_arrays(codes))
     return table.append_column("partition", pa.array(np.concatenate(numbers)))
 
 
 # States
+
+
+class StorePartitions(Stage):
+    """Shards of users with new texts: the vector of each, by user and as_of, beside those of all earlier refreshes.
+
+    A text's vector stays there after the release has dropped it: samples of any moment read what was known before.
+    """
+
+    name = "partitions"
+
+    def __init__(self, vectors: str, encoder: EncoderConfig) -> None:
+        """vectors: the folder of the plan's."""
+        self.folder, self.vectors = partitions_folder(encoder.identity), vectors
+
+    def run(self, work: Work) -> Result:
+        """See Stage.run."""
+        workspace, number = work.workspace, work.shard.number
+        new = VectorShard.read(workspace, f"{self.vectors}/knowledge-user/{shard_file(number, '.arrow')}")
+        tables = [replace(new, codes=new.codes[:, :0], quantiser="").table()]
+        path = work.artifact.path(work.shard.file(".arrow"))
+        if workspace.entry(path) is not None:
+            tables.append(VectorShard.read(workspace, path).table())
+        table = pa.concat_tables(tables)
+        keys = [table["id"].to_numpy(), table["as_of"].to_numpy()]
+        order = np.lexsort((np.arange(len(table)), *keys[::-1]))
+        first = run_starts(*(key[order] for key in keys)) == np.arange(len(table))
+        table = table.take(pa.array(order[first])).combine_chunks()
+        work.check()
+        files = {work.shard.file(".arrow"): workspace.write_arrow(path, table, table.schema)}
+        return Result(files, len(table), len(table))
 
 
 class SettleStage(Stage):
@@ -247,37 +309,47 @@ class SettleStage(Stage):
     def run(self, work: Work) -> Result:
         """See Stage.run."""
         workspace, shard = work.workspace, work.shard
-        partitions = workspace.read_parquet(f"{self.prompts}/partitions/{shard.file()}")
-        asked = {row["user_id"]: row for row in partitions.to_pylist()}
-        texts = f"{self.knowledge}/{shard.file()}"
-        answered = set(workspace.read_parquet(texts, ["id"])["id"].to_pylist()) & asked.keys()
-        users: list[UserState] = []
+        asked: dict[int, list[dict[str, Any]]] = {}
+        for row in workspace.read_parquet(f"{self.prompts}/partitions/{shard.file()}").to_pylist():
+            asked.setdefault(row["user_id"], []).append(row)
+        texts = workspace.read_parquet(f"{self.knowledge}/{shard.file()}", ["id", "as_of"])
+        answered = set(zip(texts["id"].to_pylist(), texts["as_of"].to_pylist(), strict=True))
+        users, renewed = list[UserState](), 0
         for user in self.state.read_users(workspace, shard.number, self.encoder):
-            row = asked.get(user.user_id)
-            if row is None:
-                users.append(user)
-            elif user.user_id in answered:
-                vector_sum = np.array(row["vector_sum"], dtype=np.float32)
-                users.append(freeze(user, vector_sum, row["weight"], self.horizon))
-            else:
-                users.append(hold(user))
+            for row in asked.get(user.user_id, ()):
+                if (user.user_id, row["as_of"]) not in answered:
+                    user = hold(user)
+                    break
+                interest = as_interest(np.array(row["interest"], dtype=np.float32))
+                user = freeze(user, row["length"], row["as_of"], interest, self.horizon)
+                renewed += 1
+            users.append(user)
         work.check()
         files = {shard.file(): workspace.write_parquet(work.artifact.path(shard.file()), to_table(users))}
-        return Result(files, len(users), len(users), counts={"renewed": len(answered)})
+        return Result(files, len(users), len(users), counts={"renewed": renewed})
 
 
-def settle(moved: Moved, knowledge: str, release: str, run: RunStage) -> State:
-    """The state once the answers are there. release: current by then."""
-    stage = SettleStage(moved, knowledge)
-    cards = run(stage, dict.fromkeys(moved.prompts, moved.plan.fingerprint), moved.state.calls, "settling")
+def settle(moved: Moved, renewed: Renewed, encoder: EncoderConfig, run: RunStage) -> State:
+    """The state once the answers are there, and items and partitions stand where others read them."""
+    plan, calls = moved.plan, moved.state.calls + moved.state.item_calls
+    items = dict.fromkeys(moved.new_items, plan.fingerprint)
+    of_items = run(UpsertItems(plan, renewed.knowledge), items, len(items), "settling items")
+    with_vectors = {Shard(PARTITIONS, number): plan.fingerprint for number in renewed.user_shards}
+    run(StorePartitions(renewed.vectors, encoder), with_vectors, calls, "storing partitions")
+    stage = SettleStage(moved, renewed.knowledge)
+    users = {shard: plan.fingerprint for shard in moved.prompts if shard.kind == "user"}
+    cards = run(stage, users, calls, "settling")
     shards = dict(moved.state.shards)
     for name in cards:
         shard = Shard.of_name(name)
-        update = {"file": f"{stage.folder}/{shard.file()}", "encoder": moved.plan.encoder}
+        update = {"file": f"{stage.folder}/{shard.file()}", "encoder": plan.encoder}
         shards[shard.number] = shards[shard.number].model_copy(update=update)
-    renewed = sum(int(card.counts["renewed"]) for card in cards.values())
-    counts = moved.state.counts | {"renewed": renewed}
-    return moved.state.model_copy(update={"shards": shards, "counts": counts, "release": release})
+    counts = {
+        "renewed": sum(int(card.counts["renewed"]) for card in cards.values()),
+        "items_renewed": sum(int(card.counts["items_renewed"]) for card in of_items.values()),
+    }
+    counts = moved.state.counts | counts
+    return moved.state.model_copy(update={"shards": shards, "counts": counts, "release": renewed.release})
 
 
 # Afterwards

@@ -1,4 +1,7 @@
-"""Whom a refresh asks about: calls go where drift times activity is greatest, ties to the smaller id.
+"""What a refresh asks: calls go where drift times activity is greatest, ties to the smaller id.
+
+A long backlog takes several calls, one per partition, of which each is worth less than the one before: less is unread
+by then. So the budget may end in the middle of a backlog, and the rest waits.
 
 The choice is a threshold over all shards' candidates, found without bringing them together: shards count theirs by the
 first digits of their rank, and only the bin in which the budget ends is read, digit by digit, as a radix sort would.
@@ -15,37 +18,49 @@ import pyarrow as pa
 from owlrec.shards import Card, Shard
 from owlrec.workspace import Workspace
 
-# A user whose short term is to be frozen.
-DUE = pa.schema([("user_id", pa.int64()), ("reason", pa.string()), ("drift", pa.float32()), ("priority", pa.float64())])
+# A partition to freeze.
+DUE = pa.schema(
+    [
+        ("user_id", pa.int64()),
+        ("partition", pa.int32()),  # which of the user's, from 0
+        ("end", pa.int32()),  # how much of the short term is read once it is
+        ("reason", pa.string()),
+        ("drift", pa.float32()),
+        ("priority", pa.float64()),
+    ]
+)
 _AT_ONCE = 1 << 20  # candidates that are sorted in memory
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The last of those who are asked about."""
+    """The last partition that is asked about."""
 
     priority: float
     user_id: int
+    partition: int
 
     def admits(self, due: pa.Table) -> np.ndarray:
         """Which rows of DUE are asked about: bool [n]."""
-        priority, ids = due["priority"].to_numpy(), due["user_id"].to_numpy()
-        return (priority > self.priority) | ((priority == self.priority) & (ids <= self.user_id))
+        priority, ids, partition = (due[name].to_numpy() for name in ("priority", "user_id", "partition"))
+        earlier = (ids < self.user_id) | ((ids == self.user_id) & (partition <= self.partition))
+        return (priority > self.priority) | ((priority == self.priority) & earlier)
 
 
-EVERYONE = Cut(-1.0, 0)  # priorities are never negative
-NOBODY = Cut(np.inf, 0)
+EVERYONE = Cut(-1.0, 0, 0)  # priorities are never negative
+NOBODY = Cut(np.inf, 0, 0)
 
 
 def rank_digits(due: pa.Table) -> np.ndarray:
-    """The rank of candidates (DUE) as eight digits of 16 bits: int64 [n, 8], smaller ones first.
+    """The rank of candidates (DUE) as nine digits of 16 bits: int64 [n, 9], smaller ones first.
 
-    The bits of a float that is not negative ascend as it does: four digits of the priority, inverted, four of the id.
+    The bits of a float that is not negative ascend as it does: four digits of the priority, inverted, four of the id,
+    one of the partition.
     """
     priority = np.abs(due["priority"].to_numpy())  # -0.0 is 0.0
     keys = [~priority.view(np.uint64), due["user_id"].to_numpy().view(np.uint64) ^ np.uint64(1 << 63)]
     digits = [key >> np.uint64(shift) & np.uint64(0xFFFF) for key in keys for shift in (48, 32, 16, 0)]
-    return np.stack(digits, axis=1).astype(np.int64)
+    return np.stack([*digits, due["partition"].to_numpy().astype(np.uint64)], axis=1).astype(np.int64)
 
 
 def budget_cut(workspace: Workspace, folder: str, cards: Mapping[str, Card], budget: int | None) -> Cut:
@@ -90,6 +105,6 @@ def _with_prefix(workspace: Workspace, files: list[str], prefix: list[int]) -> I
 
 def _last(due: pa.Table, n: int) -> Cut:
     """The n-th candidate."""
-    priority, ids = due["priority"].to_numpy(), due["user_id"].to_numpy()
-    row = np.lexsort((ids, -priority))[n - 1]
-    return Cut(float(priority[row]), int(ids[row]))
+    priority, ids, partition = (due[name].to_numpy() for name in ("priority", "user_id", "partition"))
+    row = np.lexsort((partition, ids, -priority))[n - 1]
+    return Cut(float(priority[row]), int(ids[row]), int(partition[row]))

@@ -20,16 +20,13 @@ class RefreshConfig(Config):
     unknown_users: Literal["create", "refuse"] = "refuse"
     unknown_items: Literal["create", "refuse"] = "refuse"
 
-    freeze_behaviours: int = Field(6, ge=1)  # about what partition_tokens holds
+    freeze_behaviours: int = Field(6, ge=1)  # so many unread ones are read; more than a prompt holds, by several
     freeze_days: float = Field(7.0, gt=0)  # between the oldest unread behavior and the newest event of all
     freeze_drift: float = Field(0.6, ge=0, le=2)  # cosine distance between what is unread and what was read
     freeze_min_behaviours: int = Field(3, ge=1)  # fewer are an accident, not a drift
     partitions: int = Field(4, ge=1, le=256)  # kept vectors per user, newest first; 256: what a release has room for
-    budget_calls: int | None = Field(None, ge=0)  # users a refresh may ask about; None: all whose short term is due
-
-    # Of a prompt: with these a whole one about films has 115 to 170 tokens (SmolLM2's).
-    previous_tokens: int = Field(44, ge=0)  # of the earlier text; 0 asks as if there were none
-    partition_tokens: int = Field(72, ge=1)  # of the new behaviors: about 6 film titles with their ratings
+    # Calls about users, one per partition; None: about all that is due. Items are asked about beside them.
+    budget_calls: int | None = Field(None, ge=0)
 
     compact_after: int | None = Field(24, ge=1)  # deltas on top of a full release; None = never by itself
     keep_releases: int = Field(3, ge=1)  # of those that were current; none younger than an hour goes

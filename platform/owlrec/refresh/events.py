@@ -11,7 +11,7 @@ import base64
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,10 +32,12 @@ from owlrec.sources.files import SourceFile, input_files
 from owlrec.sources.ingest import Grouping, bucket_file, grouped
 from owlrec.sources.outcomes import EVENTS as EVENT_NAMES
 from owlrec.sources.outcomes import PASSED_OVER, Labels, taken
-from owlrec.sources.raw import Fragment
+from owlrec.sources.raw import Fragment, TableName
 from owlrec.sources.tabular import fragments_of, to_milliseconds
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
+ITEMS = "items"  # the folder of the log that holds rows of the items table: see refresh.items
 EVENTS = pa.schema([INTERACTIONS.field(name) for name in ("user_id", "item_id", "rating", "timestamp")])
 REFUSED = EVENTS.append(pa.field("error", pa.string()))
 _KEY = ["user_id", "item_id", "timestamp", "error"]
@@ -128,20 +130,31 @@ class Log:
     """The log as it stands now, beside what an earlier refresh read of it."""
 
     path: str
+    table: TableName  # interactions or items
     files: Mapping[str, SourceFile]  # by name, relative to the path
     known: Mapping[str, LogFile]
 
     @classmethod
-    def open(cls, workspace: Workspace, config: RefreshConfig, known: Mapping[str, LogFile]) -> "Log":
-        """Lists the Parquet files of the log, hidden ones left out."""
-        path = config.events or workspace.path("events")
+    def events(cls, workspace: Workspace, config: RefreshConfig, known: Mapping[str, LogFile]) -> "Log":
+        """The log of events, without what stands in its folder `items`."""
+        log = cls._open(config.events or workspace.path("events"), "interactions", known)
+        return replace(log, files={name: f for name, f in log.files.items() if not name.startswith(f"{ITEMS}/")})
+
+    @classmethod
+    def items(cls, workspace: Workspace, config: RefreshConfig, known: Mapping[str, LogFile]) -> "Log":
+        """The log of items: the folder `items` of that of events."""
+        return cls._open(f"{(config.events or workspace.path('events')).rstrip('/')}/{ITEMS}", "items", known)
+
+    @classmethod
+    def _open(cls, path: str, table: TableName, known: Mapping[str, LogFile]) -> "Log":
+        """Lists the Parquet files of a log, hidden ones left out."""
         try:
             files = [file for file in input_files(path) if file.path.endswith(".parquet")]
         except SourceError:  # there are none
             files = []
         base = path.rstrip("/") if "://" in path else str(Path(path).expanduser().absolute())
         names = [file.path.removeprefix(base).strip("/") or file.path.rpartition("/")[2] for file in files]
-        return cls(path, dict(zip(names, files, strict=True)), known)
+        return cls(path, table, dict(zip(names, files, strict=True)), known)
 
     @property
     def unread(self) -> dict[str, SourceFile]:
@@ -152,6 +165,14 @@ class Log:
     def kept(self) -> dict[str, LogFile]:
         """What is known of the other files."""
         return {n: self.known[n] for n, f in self.files.items() if n in self.known and self.known[n].same(f)}
+
+    def read(self, rows: Mapping[str, int], newest: Mapping[str, int]) -> dict[str, LogFile]:
+        """What is known once the unread files were read, too. rows, newest (ms): by the path of a file."""
+        unread = {
+            name: LogFile(bytes=f.bytes, e_tag=f.e_tag, rows=rows[f.path], newest=newest.get(f.path))
+            for name, f in self.unread.items()
+        }
+        return self.kept | unread
 
     def check_watermark(self, newest: int | None, watermark: int | None, restart: str) -> None:
         """Refuses a log without events, and one that ends before what was taken in already (SourceError).
@@ -178,18 +199,18 @@ class Log:
         files = list(self.unread.values())
         footers = in_threads(_footer, files)
         fragments = [
-            f for file, footer in zip(files, footers, strict=True) for f in fragments_of("interactions", file, footer)
+            f for file, footer in zip(files, footers, strict=True) for f in fragments_of(self.table, file, footer)
         ]
         return fragments, {file.path: footer.num_rows for file, footer in zip(files, footers, strict=True)}
 
 
 def _footer(file: SourceFile) -> pq.FileMetaData:
-    with _parquet(file) as parquet:
+    with open_parquet(file) as parquet:
         return parquet.metadata
 
 
 @contextmanager
-def _parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
+def open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
     """A file of the log, open. Raises SourceError where it cannot be read."""
     try:
         with file.open() as stream:
@@ -223,10 +244,13 @@ class ReadEvents(Stage):
         usable, dead, newest = [EVENTS.empty_table()], [REFUSED.empty_table()], dict[str, int]()
         for fragment in self.grouping.fragments(work.shard.number):
             table = _read(fragment)
+            # Not left out, since a row's place tells whether it is new.
+            gone = read_tombstones(work.workspace).among(table["user_id"].fill_null(-1).to_numpy())
             good, late, broken = sort_out(table, self.horizon, self.labels)
+            good = good & ~gone
             if len(valid := table["timestamp"].filter(pa.array(good | late))):
                 newest[fragment.path] = max(pc.max(valid).as_py(), newest.get(fragment.path, 0))
-            new = fragment.first_row + np.arange(table.num_rows) >= self.known.get(fragment.path, 0)
+            new = ~gone & (fragment.first_row + np.arange(table.num_rows) >= self.known.get(fragment.path, 0))
             dead.append(broken.filter(pa.array(new & pc.is_valid(broken["error"]).to_numpy())))
             kept = table.filter(pa.array(good))
             chosen = taken_in(kept, self.labels)
@@ -258,7 +282,7 @@ def event_groups(fragments: Sequence[Fragment], n_shards: int) -> Grouping:
 
 def _read(fragment: Fragment) -> pa.Table:
     path = fragment.path
-    with _parquet(SourceFile(path, fragment.bytes, "")) as parquet:
+    with open_parquet(SourceFile(path, fragment.bytes, "")) as parquet:
         columns = [c for c in (*EVENTS.names, "label", "event") if c in parquet.schema_arrow.names]
         table = parquet.read_row_groups(list(range(*fragment.groups)), columns)
     if "rating" not in table.column_names:  # implicit feedback

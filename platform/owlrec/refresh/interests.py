@@ -1,4 +1,4 @@
-"""A shard of users moved on: their new events go into short terms, and whose short term is due becomes a candidate.
+"""A shard of users moved on: their new events go into short terms, and the partitions of those due are candidates.
 
 A worker holds the users of one shard, the items' titles and the parent release. Candidates are written with their
 priorities, and the card counts those by bin, so that the budget is divided without bringing users together.
@@ -31,7 +31,9 @@ from owlrec.refresh.events import (
     new_refusals,
     part_future,
 )
+from owlrec.refresh.items import with_new_items
 from owlrec.refresh.partitions import (
+    Behavior,
     UserState,
     behaviors,
     bootstrap,
@@ -41,6 +43,7 @@ from owlrec.refresh.partitions import (
     to_table,
     why_due,
 )
+from owlrec.refresh.prompt import RefreshPrompts
 from owlrec.refresh.state import RefreshPlan, State
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Result, Stage, Work
@@ -55,22 +58,21 @@ _SCHEMAS = {"users": USERS, "interactions": INTERACTIONS, "histories": HISTORIES
 class Resources:
     """What all shards of a process share, loaded when it is first needed. Pickling leaves what was loaded behind."""
 
-    def __init__(self, workspace: Workspace, parent: str) -> None:
-        """parent: the release that a refresh builds on."""
-        self.workspace, self.parent = workspace, parent
+    def __init__(self, workspace: Workspace, plan: RefreshPlan) -> None:
+        self.workspace, self.plan = workspace, plan
 
-    def __reduce__(self) -> tuple[type["Resources"], tuple[Workspace, str]]:
-        return Resources, (self.workspace, self.parent)
+    def __reduce__(self) -> tuple[type["Resources"], tuple[Workspace, RefreshPlan]]:
+        return Resources, (self.workspace, self.plan)
 
     @cached_property
     def catalog(self) -> ItemCatalog:
-        """The titles of all items."""
-        return ItemCatalog.load(self.workspace)
+        """The titles of all items, those that the plan brings included."""
+        return with_new_items(self.workspace, self.plan)
 
     @cached_property
     def release(self) -> Release:
-        """The parent, open."""
-        return open_release(self.workspace, self.parent, verify=False)
+        """The release that the plan builds on, open."""
+        return open_release(self.workspace, self.plan.parent, verify=False)
 
     def item_vectors(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See drift.Gather."""
@@ -88,9 +90,18 @@ class InterestsStage(Stage):
 
     name = "interests"
 
-    def __init__(self, plan: RefreshPlan, base: State, buckets: Buckets, config: RefreshConfig, resources: Resources):
+    def __init__(
+        self,
+        plan: RefreshPlan,
+        base: State,
+        buckets: Buckets,
+        config: RefreshConfig,
+        prompts: RefreshPrompts,
+        resources: Resources,
+    ) -> None:
         self.folder = plan.part("interests")
-        self.plan, self.base, self.buckets, self.config, self.resources = plan, base, buckets, config, resources
+        self.plan, self.base, self.buckets, self.config = plan, base, buckets, config
+        self.prompts, self.resources = prompts, resources
 
     def run(self, work: Work) -> Result:
         """See Stage.run."""
@@ -106,14 +117,14 @@ class InterestsStage(Stage):
             files[path] = workspace.write_parquet(work.artifact.path(path), table)
 
         if len(events):
-            users = advance(tables, users, events, plan.horizon, self.resources.item_vectors)
+            liked_above = self.prompts.scenario.positive_above
+            users = advance(tables, users, events, plan.horizon, self.resources.item_vectors, liked_above)
             write("users", to_table(list(users.values())))
-            moved = [users[id_] for id_ in np.unique(events.user).tolist()]
-            if (renewed := renewed_behaviors(moved, self.resources.release)).num_rows:
+            with_news = [users[id_] for id_ in np.unique(events.user).tolist()]
+            if (renewed := renewed_behaviors(with_news, self.resources.release)).num_rows:
                 write("behaviors", renewed)
-        due, next_due = assess(
-            list(users.values()), plan.clock, self.config, self.resources.catalog, self.resources.item_vectors
-        )
+        moved, catalog = list(users.values()), self.resources.catalog
+        due, next_due = assess(moved, plan.clock, self.config, self.prompts, catalog, self.resources.item_vectors)
         for name, table in (("deferred", deferred), ("dead", letters), ("due", due)):
             if table.num_rows:
                 write(name, table)
@@ -192,15 +203,20 @@ class PreparedShard:
 
 
 def advance(
-    tables: PreparedShard, users: Mapping[int, UserState], events: Events, horizon: int | None, gather: Gather
+    tables: PreparedShard,
+    users: Mapping[int, UserState],
+    events: Events,
+    horizon: int | None,
+    gather: Gather,
+    liked_above: float,
 ) -> dict[int, UserState]:
     """All users of a shard with their new events, by id, ascending.
 
     users: those whom an earlier refresh has met. events: new ones of this shard, in canonical order. horizon: see
-    partitions.take_in.
+    partitions.take_in. liked_above: see drift.sum_vectors.
     """
     ids, starts = np.unique(events.user, return_index=True)
-    moved = dict(users) | _bootstrap(tables, np.setdiff1d(ids, list(users)), horizon, gather)
+    moved = dict(users) | _bootstrap(tables, np.setdiff1d(ids, list(users)), horizon, gather, liked_above)
     bounds = [*starts.tolist(), len(events)]
     for id_, start, end in zip(ids.tolist(), bounds[:-1], bounds[1:], strict=True):
         moved[id_] = take_in(moved[id_], behaviors(events.take(np.arange(start, end))), horizon)
@@ -208,9 +224,14 @@ def advance(
 
 
 def assess(
-    users: Sequence[UserState], clock: int, config: RefreshConfig, catalog: ItemCatalog, gather: Gather
+    users: Sequence[UserState],
+    clock: int,
+    config: RefreshConfig,
+    prompts: RefreshPrompts,
+    catalog: ItemCatalog,
+    gather: Gather,
 ) -> tuple[pa.Table, int | None]:
-    """Whose short term is due (DUE), and when the next one will be by its age alone (ms, None: never).
+    """The partitions that are due (DUE), and when the next short term will be by its age alone (ms, None: never).
 
     A short term of which no item has a title is not due: there would be nothing to quote.
     """
@@ -218,25 +239,35 @@ def assess(
     if not unread:
         return DUE.empty_table(), None
     items, ratings, lengths = short_columns(unread)
-    sums, weights = sum_vectors(items, ratings, lengths, gather)
+    sums = sum_vectors(items, ratings, lengths, gather, prompts.scenario.positive_above)
     read = np.zeros_like(sums)
     for row, user in enumerate(unread):
-        if len(user.interest) == sums.shape[1]:
+        if user.interest.shape == sums.shape[1:]:
             read[row] = user.interest
-    drift = drifts(sums, weights, read, np.array([u.weight for u in unread]))
-    worth = priorities(drift, lengths)
-    titled = np.array([bool(title) for title in catalog.titles(items)])
-    quotable = np.logical_or.reduceat(titled, np.cumsum(lengths) - lengths)
+    drift = drifts(sums, read)
+    titles, starts = catalog.titles(items), np.cumsum(lengths) - lengths
     due, waits = [], []
     for row, user in enumerate(unread):
-        if not quotable[row]:
+        ends = parted(user.short, titles[starts[row] : starts[row] + lengths[row]], prompts)
+        if not ends:
             continue
         if reason := why_due(user, float(drift[row]), clock, config):
-            due.append((user.user_id, reason, drift[row], worth[row]))
+            worth = priorities(drift[row], lengths[row] - np.array([0, *ends[:-1]]))
+            due += [(user.user_id, n, end, reason, drift[row], worth[n]) for n, end in enumerate(ends)]
         else:
             waits.append(due_at(user, config))
     columns = [pa.array([row[i] for row in due], f.type) for i, f in enumerate(DUE)]
     return pa.table(columns, schema=DUE), min((moment for moment in waits if moment is not None), default=None)
+
+
+def parted(short: Sequence[Behavior], titles: Sequence[str], prompts: RefreshPrompts) -> list[int]:
+    """Where the partitions of a short term end, each as long as a prompt may quote; none where no item has a title.
+
+    titles: aligned with `short`, "" for none. A behavior without one belongs to the partition before it.
+    """
+    titled = [place for place, title in enumerate(titles) if title]
+    ends = prompts.ends([(titles[place], short[place].rating) for place in titled])
+    return [titled[end] if end < len(titled) else len(short) for end in ends]
 
 
 def short_columns(users: Sequence[UserState]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -249,7 +280,9 @@ def short_columns(users: Sequence[UserState]) -> tuple[np.ndarray, np.ndarray, n
     )
 
 
-def _bootstrap(tables: PreparedShard, ids: np.ndarray, horizon: int | None, gather: Gather) -> dict[int, UserState]:
+def _bootstrap(
+    tables: PreparedShard, ids: np.ndarray, horizon: int | None, gather: Gather, liked_above: float
+) -> dict[int, UserState]:
     """Users whom no refresh has met, by id."""
     if not len(ids):
         return {}
@@ -259,10 +292,10 @@ def _bootstrap(tables: PreparedShard, ids: np.ndarray, horizon: int | None, gath
     items = np.array([i for row in rows for i in row["items"]], dtype=np.int64)
     graded = [row["ratings"] or [None] * len(row["items"]) for row in rows]
     ratings = np.array([r for given in graded for r in given], dtype=np.float32)  # None becomes NaN
-    sums, weights = sum_vectors(items, ratings, np.array([len(row["items"]) for row in rows]), gather)
+    sums = sum_vectors(items, ratings, np.array([len(row["items"]) for row in rows]), gather, liked_above)
     users = {}
     for number, (id_, row) in enumerate(zip(ids.tolist(), rows, strict=True)):
         start, end = np.searchsorted(done.user, [id_, id_ + 1])
         user = bootstrap(id_, row["as_of"], behaviors(done.take(np.arange(start, end))), horizon)
-        users[id_] = replace(user, interest=sums[number], weight=float(weights[number]))
+        users[id_] = replace(user, interest=sums[number])
     return users

@@ -1,7 +1,8 @@
 """One user's interests as LIBER keeps them (arXiv 2411.14713): what the LLM has read, and a short term still unread.
 
-New behaviors gather in the short term. It is frozen into a partition, all of it, when it is long enough, old enough,
-or when it drifts from what was read before: only then the LLM reads it. The clock is the newest event of the log,
+New behaviors gather in the short term. It is frozen, all of it, when it is long enough, old enough, or when it drifts
+from what was read before: into one partition, or into several where it is longer than a prompt. Only then the LLM reads
+it, one partition after another. The clock is the newest event of the log,
 never the machine's, so that the same events always freeze the same partitions. An answer that fails loses nothing: the
 short term stays, and is asked about again once it has grown by a smallest partition, since the same question would fail
 again.
@@ -30,7 +31,6 @@ STATE = pa.schema(
         ("seen_times", pa.list_(pa.int64())),
         ("seen_items", pa.list_(pa.int64())),
         ("interest", pa.list_(pa.float32())),
-        ("weight", pa.float32()),
     ]
 )
 
@@ -48,6 +48,11 @@ class Behavior(NamedTuple):
         return self.time, self.item
 
 
+def no_interest() -> np.ndarray:
+    """Of a user of whom nothing was read."""
+    return np.zeros((0, 0), dtype=np.float32)
+
+
 @dataclass(frozen=True)
 class UserState:
     """What is remembered of one user."""
@@ -59,9 +64,8 @@ class UserState:
     short: tuple[Behavior, ...] = ()  # unread, sorted
     # Keys of behaviors that left the short term and might still arrive again, sorted.
     seen: tuple[tuple[int, int], ...] = ()
-    # Weighted sum of the vectors of all items read, float32 [d], and the sum of the weights; empty and 0 for none.
-    interest: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32), compare=False)
-    weight: float = 0.0
+    # Of all items read (drift.sum_vectors): float32 [2, d], [0, 0] for none.
+    interest: np.ndarray = field(default_factory=no_interest, compare=False)
 
 
 def bootstrap(user_id: int, as_of: int | None, behaviors: Iterable[Behavior], horizon: int | None) -> UserState:
@@ -107,25 +111,28 @@ def due_at(state: UserState, config: RefreshConfig) -> int | None:
     return None if waits or not state.short else state.short[0].time + config.freeze_ms
 
 
-def as_of_after(state: UserState) -> int:
-    """The newest behavior that a text has read once it has read the short term, too."""
-    return max([state.text_as_of, *(b.time for b in state.short)])
+def next_as_of(behaviors: Iterable[Behavior], before: int) -> int:
+    """The as_of (ms) of a text that reads a partition after a text of `before`: the newest behavior that it quotes.
+
+    Later than `before` in any case, so that no two texts of a user have one moment: a partition of late behaviors, or
+    the next one of the same moment, comes a millisecond after.
+    """
+    return max([before + 1, *(b.time for b in behaviors)])
 
 
-def freeze(state: UserState, vector_sum: np.ndarray, weight: float, horizon: int | None) -> UserState:
-    """The state once the LLM has read the short term.
+def freeze(state: UserState, n: int, as_of: int, interest: np.ndarray, horizon: int | None) -> UserState:
+    """The state once the LLM has read the first `n` behaviors of the short term.
 
-    vector_sum, weight: of the short term's items, as UserState.interest has them. horizon: see `take_in`.
+    as_of: of what it wrote. interest: of the items, as UserState has it. horizon: see `take_in`.
     """
     return replace(
         state,
-        text_as_of=as_of_after(state),
+        text_as_of=as_of,
         n_partitions=state.n_partitions + 1,
         held=0,
-        short=(),
-        seen=_within([*state.seen, *(b.key for b in state.short)], horizon),
-        interest=add_interest(state.interest, vector_sum),
-        weight=state.weight + weight,
+        short=state.short[n:],
+        seen=_within([*state.seen, *(b.key for b in state.short[:n])], horizon),
+        interest=add_interest(state.interest, interest),
     )
 
 
@@ -136,7 +143,12 @@ def hold(state: UserState) -> UserState:
 
 def add_interest(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The sum of two interests, either of which may be empty."""
-    return one + other if len(one) == len(other) else (one if len(one) else other)
+    return one + other if one.shape == other.shape else (one if one.size else other)
+
+
+def as_interest(values: np.ndarray) -> np.ndarray:
+    """An interest that was written flat: float32 [2, d]."""
+    return values.astype(np.float32).reshape(2, -1) if len(values) else no_interest()
 
 
 def _within(keys: Sequence[tuple[int, int]], horizon: int | None) -> tuple[tuple[int, int], ...]:
@@ -171,8 +183,7 @@ def to_table(users: Sequence[UserState]) -> pa.Table:
         [[b.rating for b in u.short] for u in users],
         [[time for time, _ in u.seen] for u in users],
         [[item for _, item in u.seen] for u in users],
-        [u.interest for u in users],
-        [u.weight for u in users],
+        [u.interest.reshape(-1) for u in users],
     ]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, STATE, strict=True)], schema=STATE)
 
@@ -183,7 +194,7 @@ def from_table(table: pa.Table, *, interests: bool = True) -> list[UserState]:
     bounds = np.r_[0, np.cumsum(lengths)]
     users = []
     for row, fields in enumerate(table.drop_columns(["interest"]).to_pylist()):
-        interest = values[bounds[row] : bounds[row + 1]] if interests else values[:0]
+        interest = as_interest(values[bounds[row] : bounds[row + 1]] if interests else values[:0])
         users.append(
             UserState(
                 user_id=fields["user_id"],
@@ -193,7 +204,6 @@ def from_table(table: pa.Table, *, interests: bool = True) -> list[UserState]:
                 short=tuple(map(Behavior, fields["times"], fields["items"], fields["ratings"])),
                 seen=tuple(zip(fields["seen_times"], fields["seen_items"], strict=True)),
                 interest=interest,
-                weight=fields["weight"] if interests else 0.0,
             )
         )
     return users

@@ -6,43 +6,50 @@ of all these are the same plan, so that one that was killed is found again by it
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import ReleaseError
-from owlrec.generation import EngineConfig, token_counter
+from owlrec.prompting.framework import FrameworkName
 from owlrec.prompting.rows import Prompt, prompts_table
 from owlrec.refresh.budget import Cut, budget_cut
 from owlrec.refresh.config import RefreshConfig
 from owlrec.refresh.drift import sum_vectors
-from owlrec.refresh.events import Buckets, Log, LogFile, ReadEvents, event_groups
+from owlrec.refresh.events import Buckets, Log, ReadEvents, event_groups
 from owlrec.refresh.interests import InterestsStage, Resources, short_columns
-from owlrec.refresh.partitions import UserState, as_of_after
-from owlrec.refresh.prompt import refresh_prompt, refresh_system, wording_fingerprint
+from owlrec.refresh.items import ItemBuckets, ItemsStage, ReadItems, item_groups, unwritten_shards
+from owlrec.refresh.partitions import UserState, next_as_of
+from owlrec.refresh.prompt import RefreshPrompts
 from owlrec.refresh.state import ROOT, RefreshPlan, ShardState, State, write_plan
 from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain
 from owlrec.releases.release import pointer_history
 from owlrec.runner import Result, Stage, Work
-from owlrec.scenario import Scenario
 from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.sources.outcomes import Labels
+from owlrec.sources.raw import Fragment
 from owlrec.storage import FileEntry, fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 # What the freezing of a partition needs once its answer is there.
 PARTITIONS = pa.schema(
     [
         ("user_id", pa.int64()),
+        ("as_of", pa.int64()),  # of its text
+        ("length", pa.int32()),  # behaviors that it reads
         ("reason", pa.string()),  # length, age or drift
         ("drift", pa.float32()),
-        ("vector_sum", pa.list_(pa.float32())),
-        ("weight", pa.float32()),
+        ("interest", pa.list_(pa.float32())),  # drift.sum_vectors of them, flat
     ]
 )
+# A user's partitions are read one after another: more would keep an engine for one user. The rest waits.
+_MOST_PARTITIONS = 100
 _COUNTS = (
+    *("items_read", "items_new", "items_refused", "item_calls"),
     *("events_read", "events_twice", "events_new", "users_with_news", "refused", "due", "calls"),
     *("frozen_by_length", "frozen_by_age", "frozen_by_drift"),
 )
@@ -56,8 +63,8 @@ class Planner:
 
     workspace: Workspace
     config: RefreshConfig
-    scenario: Scenario
-    engine: EngineConfig
+    prompts: RefreshPrompts
+    framework: FrameworkName  # of the prompts about items
     encoder: EncoderConfig
     run: RunStage
 
@@ -65,48 +72,49 @@ class Planner:
     def recipe(self) -> str:
         """Fingerprint of all settings that a plan follows from."""
         config = self.config.model_dump(exclude={"events", "partitions", "compact_after", "keep_releases"})
-        return fingerprint(config, wording_fingerprint(self.config, self.scenario), self.encoder.identity)
+        return fingerprint(config, self.prompts.fingerprint, self.framework, self.encoder.identity)
 
     def read_log(self, base: State, now: int) -> RefreshPlan | None:
-        """Reads what is new in the log and writes the plan down; None where there is nothing to do.
+        """Reads what is new in the logs and writes the plan down; None where there is nothing to do.
 
-        now: ms since 1970, UTC. Raises SourceError where the log cannot be read, has no events at first, or has lost
-        some; ReleaseError where there is no release to build on.
+        now: ms since 1970, UTC. Raises SourceError where a log cannot be read, has no events at first, or has lost
+        some; SchemaError where a file of the item log lacks a column; ReleaseError where there is no release to build
+        on.
         """
         workspace, config = self.workspace, self.config
         parent = parent_release(workspace, base.release or None, self.encoder)
         prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
-        admitted_by = fingerprint(prepared.fingerprint, config.unknown_users, config.unknown_items)
-        log = Log.open(workspace, config, base.log)
-        retried = base.retried_shards(admitted_by, now + round(1000 * config.max_future_s))
-        if not log.unread and not retried:
-            log.check_watermark(None, base.watermark, workspace.path(ROOT))
+        log = Log.events(workspace, config, base.log)
+        items = Log.items(workspace, config, base.item_log)
+        listed = {name: (file.bytes, file.e_tag) for name, file in items.files.items()}
+        admitted_by = fingerprint(prepared.fingerprint, config.unknown_users, config.unknown_items, listed)
+        retried = base.retried_shards(admitted_by, now + self._future_ms)
+        restart = workspace.path(ROOT)
+        if not log.unread and not retried and not items.unread:
+            if base.watermark is not None or not items.files:
+                log.check_watermark(None, base.watermark, restart)
             return None
-        fragments, rows = log.fragments()
+        (fragments, rows), (of_items, item_rows) = log.fragments(), items.fragments()
         made_from = fingerprint(
             base.name,
             base.n_shards,
             parent.fingerprint,
-            sorted(fragment.digest for fragment in fragments),
+            sorted(fragment.digest for fragment in (*fragments, *of_items)),
             admitted_by,
             self.recipe,
         )
-        folder = f"{ROOT}/{made_from[:16]}/events"
+        folder = f"{ROOT}/{made_from[:16]}"
         horizon = None if base.watermark is None else base.watermark - config.max_lateness_ms
         grouping = event_groups(fragments, base.n_shards)
         known = {f.path: base.log[n].rows for n, f in log.unread.items() if n in base.log}
-        stage = ReadEvents(folder, grouping, known, horizon, base.n_shards, Labels.of_card(prepared))
+        stage = ReadEvents(f"{folder}/events", grouping, known, horizon, base.n_shards, Labels.of_card(prepared))
         cards = self.run(stage, grouping.inputs(), sum(f.rows for f in fragments), "reading events")
-        buckets = Buckets.of(folder, base.n_shards, cards.values())
-        log.check_watermark(buckets.newest, base.watermark, workspace.path(ROOT))
-        newest = buckets.newest_until(workspace, now + round(1000 * config.max_future_s))
+        buckets = Buckets.of(f"{folder}/events", base.n_shards, cards.values())
+        if log.unread or base.watermark is not None:
+            log.check_watermark(buckets.newest, base.watermark, restart)
+        item_shards = self._read_items(f"{folder}/item-log", items, of_items, base)
+        newest = buckets.newest_until(workspace, now + self._future_ms)
         clock = max(newest or 0, base.watermark or 0)
-        read = {
-            name: LogFile(
-                bytes=file.bytes, e_tag=file.e_tag, rows=rows[file.path], newest=buckets.newest_by_file.get(file.path)
-            )
-            for name, file in log.unread.items()
-        }
         plan = RefreshPlan(
             fingerprint=made_from,
             base=base.name,
@@ -119,34 +127,62 @@ class Planner:
             budget_calls=config.budget_calls,
             n_shards=base.n_shards,
             shards=sorted({*buckets.shards(), *retried, *base.due_shards(clock)}),
-            groups=[shard.number for shard in grouping.inputs()],
+            item_shards=item_shards,
             admitted_by=admitted_by,
-            log=log.kept | read,
+            log=log.read(rows, buckets.newest_by_file),
+            item_log=items.read(item_rows, {}),
         )
         write_plan(workspace, plan)
         return plan
 
-    def move_users(self, plan: RefreshPlan, base: State) -> "Moved":
-        """Takes the events in, and writes the questions about those whom the budget chooses."""
-        workspace, resources = self.workspace, Resources(self.workspace, plan.parent)
+    @property
+    def _future_ms(self) -> int:
+        return round(1000 * self.config.max_future_s)
+
+    def _read_items(self, folder: str, log: Log, fragments: Sequence[Fragment], base: State) -> list[int]:
+        """Reads the item log; the shards to look at."""
+        n_shards = self.workspace.n_shards("item")
+        grouping = item_groups(fragments, n_shards)
+        known = {f.path: base.item_log[n].rows for n, f in log.unread.items() if n in base.item_log}
+        stage = ReadItems(folder, grouping, known, n_shards)
+        self.run(stage, grouping.inputs(), sum(f.rows for f in fragments), "reading items")
+        buckets = ItemBuckets.of(self.workspace, folder, n_shards)
+        return sorted({*buckets.shards, *unwritten_shards(self.workspace)})
+
+    def move_on(self, plan: RefreshPlan, base: State) -> "Moved":
+        """Takes items and events in, and writes the questions about those whom the budget chooses."""
+        workspace, resources = self.workspace, Resources(self.workspace, plan)
+        of_log = list(Artifact(workspace, plan.part("item-log")).cards().values())
+        log = ItemBuckets.of(workspace, plan.part("item-log"), workspace.n_shards("item"))
+        items = ItemsStage(plan, log, self.prompts.scenario, self.framework, plan.now + self._future_ms)
+        inputs = {Shard("item", number): plan.fingerprint for number in plan.item_shards}
+        of_items = self.run(items, inputs, sum(card.rows_out for card in of_log), "taking items in")
         of_events = list(Artifact(workspace, plan.part("events")).cards().values())
         buckets = Buckets.of(plan.part("events"), plan.n_shards, of_events)
         inputs = {Shard("user", number): plan.fingerprint for number in plan.shards}
         rows = sum(base.shards[n].users for n in plan.shards if n in base.shards)
-        stage = InterestsStage(plan, base, buckets, self.config, resources)
+        stage = InterestsStage(plan, base, buckets, self.config, self.prompts, resources)
         cards = self.run(stage, inputs, rows + sum(card.rows_out for card in of_events), "moving users on")
         state = _state_after(plan, base, cards)
         cut = budget_cut(workspace, stage.folder, cards, plan.budget_calls)
         due = {Shard.of_name(name): int(card.counts["due"]) for name, card in cards.items() if card.counts["due"]}
-        ask = PromptsStage(plan, state, cut, self.config, self.scenario, self.engine, resources)
+        ask = PromptsStage(plan, state, cut, self.prompts, resources)
         written = self.run(ask, dict.fromkeys(due, plan.fingerprint), sum(due.values()), "writing prompts")
         asked = {Shard.of_name(name): card for name, card in written.items() if card.rows_out}
         for shard, card in asked.items():
             state.shards[shard.number].waiting -= card.rows_out
-        state.counts = _counts([*of_events, *cards.values(), *asked.values()])
+        state.counts = _counts([*of_log, *of_items.values(), *of_events, *cards.values(), *asked.values()])
+        prompts = {shard: card.files[shard.file()] for shard, card in asked.items()}
+        new_items = []
+        for name, card in of_items.items():
+            shard = Shard.of_name(name)
+            if file := card.files.get(f"prompts/{shard.file()}"):
+                prompts[shard] = file
+            if any(path.startswith(("rows/", "prompts/")) for path in card.files):
+                new_items.append(shard)
         moved = {Shard.of_name(name): card.files for name, card in cards.items()}
         behaviors = {s: files[path] for s, files in moved.items() if (path := f"behaviors/{s.file()}") in files}
-        return Moved(plan, state, {shard: card.files[shard.file()] for shard, card in asked.items()}, behaviors)
+        return Moved(plan, state, prompts, behaviors, tuple(new_items))
 
 
 @dataclass(frozen=True)
@@ -155,8 +191,9 @@ class Moved:
 
     plan: RefreshPlan
     state: State  # with all new events in their users' short terms
-    prompts: Mapping[Shard, FileEntry]  # by shard
+    prompts: Mapping[Shard, FileEntry]  # by shard of users and items
     behaviors: Mapping[Shard, FileEntry]  # by shard with new events, where the parent release keeps behaviors
+    new_items: tuple[Shard, ...]  # with rows that are to stand, or prompts
 
 
 def _state_after(plan: RefreshPlan, base: State, cards: Mapping[str, Card]) -> State:
@@ -184,6 +221,7 @@ def _state_after(plan: RefreshPlan, base: State, cards: Mapping[str, Card]) -> S
         release=plan.parent,
         admitted_by=plan.admitted_by,
         log=plan.log,
+        item_log=plan.item_log,
     )
 
 
@@ -198,71 +236,84 @@ def _counts(cards: Iterable[Card]) -> dict[str, int]:
 
 
 class PromptsStage(Stage):
-    """Shards with candidates: the prompts of those who are asked about, and their partitions."""
+    """Shards with candidates: the prompts of the partitions that are asked about, and what their freezing needs."""
 
     name = "prompts"
 
     def __init__(
-        self,
-        plan: RefreshPlan,
-        state: State,
-        cut: Cut,
-        config: RefreshConfig,
-        scenario: Scenario,
-        engine: EngineConfig,
-        resources: Resources,
+        self, plan: RefreshPlan, state: State, cut: Cut, prompts: RefreshPrompts, resources: Resources
     ) -> None:
         """state: with all new events."""
         self.folder, self.candidates = plan.part("prompts"), plan.part("interests")
-        self.state, self.cut, self.config, self.encoder = state, cut, config, plan.encoder
-        self.scenario, self.engine, self.resources = scenario, engine, resources
-        self._count_tokens: Callable[[str], int] | None = None
+        self.state, self.cut, self.encoder = state, cut, plan.encoder
+        self.prompts, self.resources = prompts, resources
 
     def run(self, work: Work) -> Result:
         """See Stage.run."""
         workspace, shard = work.workspace, work.shard
         due = workspace.read_parquet(f"{self.candidates}/due/{shard.file()}")
-        chosen = due.filter(pa.array(self.cut.admits(due)))
+        first = pc.less(due["partition"], _MOST_PARTITIONS).to_numpy()
+        chosen = read_tombstones(workspace).without(due.filter(pa.array(self.cut.admits(due) & first)))
         if not chosen.num_rows:
             return Result({}, due.num_rows)
-        users = {u.user_id: u for u in self.state.read_users(workspace, shard.number, self.encoder)}
-        asked = [users[id_] for id_ in chosen["user_id"].to_pylist()]
+        ids = set(chosen["user_id"].to_pylist())
+        users = {u.user_id: u for u in self.state.read_users(workspace, shard.number, self.encoder) if u.user_id in ids}
+        parts = list(_parts(chosen, users))
+        prompts = self._prompts(parts)
         tables = {
-            shard.file(): prompts_table(self._prompts(asked)),
-            f"partitions/{shard.file()}": self._partitions(asked, chosen),
+            shard.file(): prompts_table(prompts),
+            f"partitions/{shard.file()}": self._partitions(parts, [prompt.as_of for prompt in prompts], chosen),
         }
         work.check()
         files = {path: workspace.write_parquet(work.artifact.path(path), table) for path, table in tables.items()}
         reasons = Counter(chosen["reason"].to_pylist())
-        counts = {"calls": len(asked), **{f"frozen_by_{reason}": n for reason, n in reasons.items()}}
-        return Result(files, due.num_rows, len(asked), counts=counts)
+        counts = {"calls": len(parts), **{f"frozen_by_{reason}": n for reason, n in reasons.items()}}
+        return Result(files, due.num_rows, len(parts), counts=counts)
 
     def close(self) -> None:
         """See Stage.close."""
         self.resources.close()
 
-    def _partitions(self, users: Sequence[UserState], due: pa.Table) -> pa.Table:
-        sums, weights = sum_vectors(*short_columns(users), self.resources.item_vectors)
-        columns = [due["user_id"], due["reason"], due["drift"], pa.array(list(sums), PARTITIONS.field(3).type), weights]
+    def _partitions(self, parts: Sequence[UserState], moments: Sequence[int], due: pa.Table) -> pa.Table:
+        items, ratings, lengths = short_columns(parts)
+        liked_above = self.prompts.scenario.positive_above
+        sums = sum_vectors(items, ratings, lengths, self.resources.item_vectors, liked_above)
+        columns = [
+            due["user_id"],
+            moments,
+            lengths,
+            due["reason"],
+            due["drift"],
+            pa.array(list(sums.reshape(len(sums), -1)), PARTITIONS.field("interest").type),
+        ]
         return pa.table(columns, schema=PARTITIONS)
 
-    def _prompts(self, users: Sequence[UserState]) -> Iterator[Prompt]:
-        """What to ask about the short term of each of `users`, beside what the parent release says of them."""
-        if self._count_tokens is None:  # a tokenizer takes seconds to load
-            self._count_tokens = token_counter(self.engine)
-        system, catalog = refresh_system(self.scenario), self.resources.catalog
-        earlier = self.resources.release.store.own_knowledge("user", [u.user_id for u in users])
-        for user, knowledge in zip(users, earlier, strict=True):
-            titles = catalog.titles(np.array([b.item for b in user.short], dtype=np.int64))
-            quoted = [(title, b.rating) for title, b in zip(titles, user.short, strict=True) if title]
-            text, facts = refresh_prompt(
-                self.scenario, knowledge.text if knowledge else "", quoted, self.config, self._count_tokens
-            )
-            as_of = max(as_of_after(user), knowledge.as_of if knowledge else 0)
-            yield Prompt("user", user.user_id, as_of, system, text, facts)
+    def _prompts(self, parts: Sequence[UserState]) -> list[Prompt]:
+        """What to ask about each part, beside what the parent release or the answer about the part before it says."""
+        store, catalog, prompts = self.resources.release.store, self.resources.catalog, list[Prompt]()
+        texts = store.own_knowledge("user", [part.user_id for part in parts])
+        for part, earlier in zip(parts, texts, strict=True):
+            titles = catalog.titles(np.array([b.item for b in part.short], dtype=np.int64))
+            quoted = [(title, b.rating) for title, b in zip(titles, part.short, strict=True) if title]
+            if prompts and prompts[-1].id == part.user_id:
+                before = prompts[-1].as_of
+                text, facts, room = self.prompts.after_answer(quoted)
+            else:
+                before = max(part.text_as_of, earlier.as_of if earlier else 0)
+                text, facts = self.prompts.after_text(earlier.text if earlier else "", quoted)
+                room = 0
+            as_of = next_as_of(part.short, before)
+            prompts.append(Prompt("user", part.user_id, as_of, self.prompts.system, text, facts, room))
+        return prompts
 
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_count_tokens": None}
+
+def _parts(due: pa.Table, users: Mapping[int, UserState]) -> Iterator[UserState]:
+    """Of each partition (a row of DUE) its user, with the behaviors of the partition alone as the short term."""
+    start = 0
+    for id_, partition, end in zip(*(due[name].to_pylist() for name in ("user_id", "partition", "end")), strict=True):
+        start = start if partition else 0
+        yield replace(users[id_], short=users[id_].short[start:end])
+        start = end
 
 
 # The release to build on

@@ -1,17 +1,20 @@
 """LIBER's cascading prompts (arXiv 2411.14713): what the LLM wrote of a user before, and what the user did since.
 
 From the paper: a long history is read one partition at a time, each beside the text of those before it, so that a
-prompt stays short however long the history is. Ours: the wording and the budgets. The earlier text stands in quotes,
-because the quality gate counts nothing quoted as an echo, and it opens the facts too, so that a fallback forgets
-nothing. No profile is quoted: the earlier text speaks of it.
+prompt stays short however long the history is. Ours: the wording and the budgets. A partition is as long as the history
+of any other prompt; the earlier text is quoted as far as the engine's context allows, which is nearly always whole. It
+stands in quotes, because the quality gate counts nothing quoted as an echo, and it opens the facts too, so that a
+fallback forgets nothing. No profile is quoted: the earlier text speaks of it.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
+from owlrec.generation import EngineConfig, token_counter
 from owlrec.prompting.framework import quoted_behaviour, scenario_words
-from owlrec.prompting.text import clean_text, fit_recent
-from owlrec.refresh.config import RefreshConfig
+from owlrec.prompting.rows import EARLIER
+from owlrec.prompting.text import first_tokens, in_budget
 from owlrec.scenario import Scenario
 from owlrec.storage import fingerprint
 
@@ -25,55 +28,66 @@ _FIRST = (
     "The user {consumed} these {items}, oldest first: {behaviors}.\n"
     "Summarise the user's preferences on {items}, considering {factors}."
 )
-_CHARS_PER_TOKEN = 12  # more than any tokenizer packs into one
+_CHAT_TOKENS = 64  # what a chat template adds, and more
+
+Behaviors = Sequence[tuple[str, float | None]]  # (title, rating), oldest first, all with a title
 
 
-def wording_fingerprint(config: RefreshConfig, scenario: Scenario) -> str:
-    """SHA-256 of all that shapes a prompt besides its user."""
-    return fingerprint(config.previous_tokens, config.partition_tokens, scenario, _SYSTEM, _NEXT, _FIRST)
+@dataclass(frozen=True)
+class RefreshPrompts:
+    """How a refresh asks: the wording, and what of it fits the model."""
 
+    scenario: Scenario
+    engine: EngineConfig
+    history_tokens: int  # of the behaviors that a prompt quotes: prompts.history_tokens
+    answer_tokens: int  # sampling.max_tokens
 
-def refresh_system(scenario: Scenario) -> str:
-    """The system turn that all prompts of a scenario share."""
-    return _SYSTEM.format(items=scenario.items)
+    def __reduce__(self) -> tuple[type["RefreshPrompts"], tuple[Scenario, EngineConfig, int, int]]:
+        return RefreshPrompts, (self.scenario, self.engine, self.history_tokens, self.answer_tokens)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that shapes a prompt besides its user."""
+        budgets = (self.history_tokens, self.answer_tokens, self.engine.max_model_len)
+        return fingerprint(*budgets, self.scenario, _SYSTEM, _NEXT, _FIRST)
 
-def refresh_prompt(
-    scenario: Scenario,
-    previous: str,
-    behaviors: Sequence[tuple[str, float | None]],
-    config: RefreshConfig,
-    count_tokens: Callable[[str], int],
-) -> tuple[str, str]:
-    """The prompt for one user, and the same facts as sentences of their own.
+    @cached_property
+    def count_tokens(self) -> Callable[[str], int]:
+        """As the engine would. Remembers, since most titles stand in many histories."""
+        return lru_cache(maxsize=1 << 16)(token_counter(self.engine))
 
-    previous: what the LLM wrote of the user before, "" for nothing.
-    behaviors: (title, rating) of the new partition, oldest first, all with a title; the oldest are dropped until the
-    list fits its budget.
-    Returns two "" where no behavior is left.
-    """
-    entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviors]
-    kept = fit_recent(entries, config.partition_tokens, count_tokens)
-    if not kept:
-        return "", ""
-    earlier = first_tokens(previous, config.previous_tokens, count_tokens)
-    words, behaved = scenario_words(scenario, scenario.user_factors), "; ".join(kept)
-    template, opening = (_NEXT, f"{earlier} Since then the user") if earlier else (_FIRST, "The user")
-    text = template.format(**words, earlier=earlier, behaviors=behaved)
-    return text, f"{opening} {scenario.consumed} these {scenario.items}: {behaved}."
+    @cached_property
+    def system(self) -> str:
+        """The system turn that all prompts of a scenario share."""
+        return _SYSTEM.format(items=self.scenario.items)
 
+    def ends(self, behaviors: Behaviors) -> list[int]:
+        """Where to part behaviors so that each partition fits a prompt; a longer one is a partition of its own."""
+        return in_budget(self._quoted(behaviors), self.history_tokens, self.count_tokens)
 
-def first_tokens(text: str, budget_tokens: int, count_tokens: Callable[[str], int]) -> str:
-    """The beginning of `text`, cleaned, in whole words that make at most `budget_tokens`.
+    def after_text(self, earlier: str, behaviors: Behaviors) -> tuple[str, str]:
+        """The prompt about one partition, and the same facts as sentences of their own.
 
-    Where not even the first word fits, as in a script that puts no blanks between words, it is cut inside.
-    """
-    if budget_tokens < 1:
-        return ""
-    text = clean_text(text, max_chars=_CHARS_PER_TOKEN * budget_tokens)
-    return _longest(text.split(), " ", budget_tokens, count_tokens) or _longest(text, "", budget_tokens, count_tokens)
+        earlier: what the LLM wrote of the user before, "" for nothing.
+        """
+        text, facts, room = self.after_answer(behaviors)
+        if earlier := first_tokens(earlier, room, self.count_tokens):
+            return text.replace(EARLIER, earlier), facts.replace(EARLIER, earlier)
+        behaved = "; ".join(self._quoted(behaviors))
+        words = scenario_words(self.scenario, self.scenario.user_factors)
+        return _FIRST.format(**words, behaviors=behaved), f"The user {self._facts(behaved)}"
 
+    def after_answer(self, behaviors: Behaviors) -> tuple[str, str, int]:
+        """The same with EARLIER in the place of the earlier text, and how many tokens may take it."""
+        behaved = "; ".join(self._quoted(behaviors))
+        words = scenario_words(self.scenario, self.scenario.user_factors)
+        text = _NEXT.format(**words, earlier=EARLIER, behaviors=behaved)
+        taken = self.count_tokens(self.system) + self.count_tokens(text) + self.answer_tokens + _CHAT_TOKENS
+        facts = f"{EARLIER} Since then the user {self._facts(behaved)}"
+        return text, facts, max(1, self.engine.max_model_len - taken)  # too little is the engine's error to tell
 
-def _longest(pieces: Sequence[str], glue: str, budget_tokens: int, count_tokens: Callable[[str], int]) -> str:
-    ends = range(1, len(pieces) + 1)
-    return glue.join(pieces[: bisect_right(ends, budget_tokens, key=lambda end: count_tokens(glue.join(pieces[:end])))])
+    def _quoted(self, behaviors: Behaviors) -> list[str]:
+        return [quoted_behaviour(self.scenario, title, rating) for title, rating in behaviors]
+
+    def _facts(self, behaved: str) -> str:
+        return f"{self.scenario.consumed} these {self.scenario.items}: {behaved}."

@@ -1,8 +1,10 @@
 """Where the refreshes of a workspace stand, and how one survives being killed at any moment.
 
     refresh/CURRENT             a Pointer: names the folder of the last refresh
+    refresh/items/              rows of items that stand over the prepared table: see refresh.items
     refresh/<fingerprint16>/    one refresh, named by what it was made from
-        events/ interests/ prompts/ settled/    artifacts with a card for each finished shard
+        events/ interests/ prompts/ settled/    artifacts with a card for each finished shard; of items:
+        item-log/ items/
         plan.json               what it is made from, written once the log was read
         cards/delta/            the release that it built, before that becomes current
         state.json              what is known after it; written last, before the pointer moves
@@ -13,6 +15,8 @@ not be opened. A user whom no event has reached stands in no file. A refresh tha
 on from there; until the pointer has moved, nothing else has changed but releases.
 """
 
+import json
+from collections.abc import Sequence
 from typing import TypeVar
 
 import pyarrow as pa
@@ -24,7 +28,8 @@ from owlrec.refresh.events import REFUSED, LogFile
 from owlrec.refresh.partitions import UserState, from_table
 from owlrec.schema import shard_of
 from owlrec.shards import Card, Shard, in_threads
-from owlrec.workspace import Workspace
+from owlrec.tombstones import read_tombstones
+from owlrec.workspace import ITEM_UPDATES, Workspace
 
 ROOT = "refresh"
 CLAIM = "claims/refresh/CURRENT"
@@ -54,12 +59,18 @@ class State(BaseModel):
     release: str = ""  # current when the refresh ended
     admitted_by: str = ""  # fingerprint of the tables and rules by which events were deferred
     log: dict[str, LogFile] = {}
+    item_log: dict[str, LogFile] = {}
     counts: dict[str, int] = {}  # of the refresh that led here
 
     @property
     def calls(self) -> int:
-        """How many users that refresh asked about."""
+        """How many partitions of users that refresh asked about."""
         return self.counts.get("calls", 0)
+
+    @property
+    def item_calls(self) -> int:
+        """How many items it asked about."""
+        return self.counts.get("item_calls", 0)
 
     @property
     def prompts(self) -> str:
@@ -98,7 +109,7 @@ class State(BaseModel):
         shard = self.shards.get(number)
         if shard is None or not shard.file:
             return []
-        table = self._own(workspace.read_parquet(shard.file), number)
+        table = self._own(workspace, shard.file, number)
         return from_table(table, interests=shard.encoder == encoder)
 
     def read_deferred(self, workspace: Workspace, number: int) -> pa.Table:
@@ -106,10 +117,11 @@ class State(BaseModel):
         shard = self.shards.get(number)
         if shard is None or not shard.deferred:
             return REFUSED.empty_table()
-        return self._own(workspace.read_parquet(shard.deferred), number)
+        return self._own(workspace, shard.deferred, number)
 
-    def _own(self, table: pa.Table, number: int) -> pa.Table:
-        """A shard's rows of a file that it may share with others since it was split."""
+    def _own(self, workspace: Workspace, path: str, number: int) -> pa.Table:
+        """A shard's rows of a file that it may share with others since it was split; nobody who is forgotten."""
+        table = read_tombstones(workspace).without(workspace.read_parquet(path))
         return table.filter(pa.array(shard_of(table["user_id"].to_numpy(), self.n_shards) == number))
 
 
@@ -127,9 +139,10 @@ class RefreshPlan(BaseModel):
     budget_calls: int | None
     n_shards: int
     shards: list[int]  # that have new events, or in which somebody is or may be due
-    groups: list[int]  # of the events artifact
+    item_shards: list[int]  # that have rows in the item log, or items without an answer
     admitted_by: str
     log: dict[str, LogFile]
+    item_log: dict[str, LogFile]
 
     @property
     def name(self) -> str:
@@ -187,7 +200,7 @@ def sweep(workspace: Workspace, state: State) -> None:
     files: dict[str, list[str]] = {}
     for path in workspace.entries(ROOT):
         name, below, _ = path.partition("/")
-        if below and name != state.name:
+        if below and name != state.name and not path.startswith(f"{ITEM_UPDATES.rpartition('/')[2]}/"):
             files.setdefault(name, []).append(f"{ROOT}/{path}")
     for name, paths in files.items():
         passed = [path for path in paths if path not in needed and "dead" not in path.split("/")]
@@ -197,10 +210,10 @@ def sweep(workspace: Workspace, state: State) -> None:
         in_threads(workspace.delete_file, passed)
 
 
-def delta_card(plan: RefreshPlan, release: str, knowledge: str) -> Card:
-    """What says that a plan's delta was built. knowledge: the folder of its texts."""
-    outputs = {"release": release, "knowledge": knowledge}
-    return Card(stage="publish", shard=DELTA.name, fingerprint=plan.fingerprint, outputs=outputs)
+def delta_card(plan: RefreshPlan, outputs: dict[str, str], user_shards: Sequence[int]) -> Card:
+    """What says that a plan's delta was built. outputs: the release, and the folders of its texts and vectors."""
+    counts: dict[str, float | int | str] = {"user_shards": json.dumps(user_shards)}
+    return Card(stage="publish", shard=DELTA.name, fingerprint=plan.fingerprint, outputs=outputs, counts=counts)
 
 
 def dead_files(workspace: Workspace) -> list[str]:

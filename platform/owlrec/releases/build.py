@@ -41,6 +41,7 @@ from owlrec.schema import Kind, newest, shard_of
 from owlrec.shards import Card, Shard
 from owlrec.sources.splits import last_behaviors
 from owlrec.storage import FileEntry, fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace, shard_file, shards_for
 
 PART_IDS = 131_072  # ids of a kind in a part at most: some 150 MB, which a worker builds in seconds
@@ -292,7 +293,8 @@ class PartStage(Stage):
         workspace, number = work.workspace, work.shard.number
         scratch = workspace.scratch()
         try:
-            writer = PartWriter(scratch / "part.lmdb", codes=self.codes, dim=self.dim)
+            gone = read_tombstones(workspace)
+            writer = PartWriter(scratch / "part.lmdb", codes=self.codes, dim=self.dim, tombstones=gone)
             try:
                 self.rows.write(workspace, writer, number, self.n_parts)
             except BaseException:

@@ -15,6 +15,7 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 
 from owlrec.cohorts.memberships import by_facet
+from owlrec.tombstones import Tombstones
 
 _Value = TypeVar("_Value")
 _Store = TypeVar("_Store", bound="KnowledgeStore")
@@ -244,6 +245,61 @@ class ChainedStore(KnowledgeStore, Generic[_Store]):
             missing = [row for row in missing if values[row] is None]
             if not missing:
                 break
+        return values
+
+
+class TombstonedStore(KnowledgeStore):
+    """A store that says nothing of users who are forgotten, whatever it still holds."""
+
+    def __init__(self, store: KnowledgeStore, tombstones: Tombstones) -> None:
+        """store: closed with this one."""
+        self.remote = store.remote
+        self._store, self._tombstones = store, tombstones
+
+    def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
+        """See KnowledgeStore.own_knowledge."""
+        return self._without(kind, ids, self._store.own_knowledge(kind, ids))
+
+    def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """See KnowledgeStore.own_vectors."""
+        rows, mask = self._store.own_vectors(kind, ids, n)
+        gone = self._gone(kind, ids)
+        rows[gone], mask[gone] = 0, False
+        return rows, mask
+
+    def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """See KnowledgeStore.own_codes."""
+        return self._without(kind, ids, self._store.own_codes(kind, ids))
+
+    def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
+        """See KnowledgeStore.memberships."""
+        return self._without(kind, ids, self._store.memberships(kind, ids))
+
+    def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
+        """See KnowledgeStore.behaviors."""
+        return self._without("user", ids, self._store.behaviors(ids))
+
+    def count(self, kind: str) -> int:
+        """See KnowledgeStore.count: as the release was built, those who are forgotten since included."""
+        return self._store.count(kind)
+
+    def ids(self, kind: str, limit: int | None = None) -> np.ndarray:
+        """See KnowledgeStore.ids."""
+        if kind != "user":
+            return self._store.ids(kind, limit)
+        ids = self._store.ids(kind, None if limit is None else limit + len(self._tombstones))
+        return ids[~self._tombstones.among(ids)][:limit]
+
+    def close(self) -> None:
+        """See KnowledgeStore.close."""
+        self._store.close()
+
+    def _gone(self, kind: str, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._tombstones.among(ids) if kind == "user" else np.zeros(len(ids), dtype=bool)
+
+    def _without(self, kind: str, ids: Sequence[int] | np.ndarray, values: list[_Value | None]) -> list[_Value | None]:
+        for row in np.flatnonzero(self._gone(kind, ids)).tolist():
+            values[row] = None
         return values
 
 

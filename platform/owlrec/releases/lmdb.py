@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,10 @@ from owlrec.releases.rows import (
     encode_knowledge,
     encode_lists,
     kind_of,
+    speaking,
 )
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, conform, shard_of
+from owlrec.tombstones import Tombstones
 
 _TRANSACTION_ROWS = 20_000  # bounds the dirty pages LMDB holds in memory: about 20 MB of texts
 _READ_ROWS = 1000  # about 1 MB of texts
@@ -222,12 +224,20 @@ def warm(path: Path) -> None:
 class PartWriter:
     """Writes one part. Each database takes cohorts, then items, then users, and a kind's rows in one call."""
 
-    def __init__(self, path: Path, *, codes: Mapping[str, SemanticIdEntry], dim: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        codes: Mapping[str, SemanticIdEntry],
+        dim: int = 0,
+        tombstones: Tombstones | None = None,
+    ) -> None:
         """path: the file to make; its folder exists, the file does not. codes: how semantic ids are written, by kind.
-        dim: components of a vector; 0: the first one decides.
+        dim: components of a vector; 0: the first one decides. tombstones: of users whose rows are left out.
         """
         self.path, self.dim = path, dim
         self.codes = codes
+        self._tombstones = tombstones or Tombstones()
         self._env = lmdb.open(
             str(path),
             subdir=False,
@@ -327,6 +337,9 @@ class PartWriter:
 
     def add_rows(self, database: str, keys: list[bytes], values: list[bytes]) -> None:
         """Writes rows as they stand in a file, all keys above those before, in one transaction."""
+        if len(self._tombstones):
+            told = speaking(keys, self._tombstones)
+            keys, values = list(compress(keys, told)), list(compress(values, told))
         if not keys:
             return
         while True:

@@ -7,6 +7,7 @@ It is a copy of a workspace's releases, each under a prefix of its own:
     {namespace}:r:{release}:{database}:{key}    one row; key and value as in owlrec.releases.rows
     {namespace}:r:{release}:ids:{kind}:{p}      the ids with knowledge of a part, ascending, as little-endian int64
     {namespace}:pushing:{release}               while a push writes it: no prune takes its rows
+    {namespace}:forgotten, …:mark               the workspace's tombstones (Tombstones.to_bytes, .mark)
     {namespace}:current                         JSON {"release", "history"}, switched last
 
 A delta has its own rows under its own prefix and is read on top of its parent, as on disk. A release that loses its
@@ -26,7 +27,8 @@ from owlrec.errors import ReleaseError, StoreUnavailableError
 from owlrec.releases.interface import ChainedStore
 from owlrec.releases.manifest import ReleaseManifest, chain
 from owlrec.releases.release import Release, current_release, open_part, read_part_ids
-from owlrec.releases.rows import DATABASES, RowStore, encode_keys
+from owlrec.releases.rows import DATABASES, LAST_PARTITION, RowStore, encode_keys, speaking
+from owlrec.tombstones import Tombstones, read_tombstones
 from owlrec.workspace import Workspace
 
 NAMESPACE = "owlrec"
@@ -183,7 +185,18 @@ class RedisReleases:
         manifests = self.chain(name)
         newest, layers = manifests[0], [RedisStore(self.client, m, self.namespace) for m in manifests]
         store = ChainedStore(layers, dim=newest.dim, totals=newest.totals) if newest.delta else layers[0]
-        return Release(store, manifests)  # its codebooks stay with the workspace
+        return Release(store, manifests, tombstones=self.tombstones())  # its codebooks stay with the workspace
+
+    def tombstones(self) -> Tombstones:
+        """Who is forgotten, as the last push or `owlrec forget` said."""
+        with explained():
+            raw = self.client.get(f"{self.namespace}:forgotten")
+        return Tombstones.from_bytes(raw) if raw else Tombstones()
+
+    def forgotten(self) -> str:
+        """See ReleaseSource.forgotten."""
+        with explained():
+            return (self.client.get(f"{self.namespace}:forgotten:mark") or b"").decode()
 
 
 # Pushing
@@ -208,6 +221,7 @@ def push(
     name = name or current_release(workspace)
     if name is None:
         raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
+    push_tombstones(workspace, releases)
     for manifest in reversed(chain(workspace, name)):  # oldest first: a delta is never there without its parent
         if replace or releases.manifest(manifest.name) is None:
             _write_release(workspace, releases, manifest, replace, on_rows)
@@ -262,6 +276,35 @@ def prune_redis(releases: RedisReleases, *, keep: int = 3) -> list[str]:
     return sorted(removed)
 
 
+def push_tombstones(workspace: Workspace, releases: RedisReleases) -> None:
+    """Has Redis know at once who is forgotten. Raises StoreUnavailableError where it does not answer."""
+    if len(gone := read_tombstones(workspace)):
+        with explained():
+            name = f"{releases.namespace}:forgotten"
+            releases.client.mset({name: gone.to_bytes(), f"{name}:mark": gone.mark})
+
+
+def forget_in_redis(releases: RedisReleases, ids: np.ndarray) -> int:
+    """Removes all rows of some users (int64 [n]) from all releases that Redis holds; how many there were."""
+    prefix, removed = release_prefix(releases.namespace, "").encode(), 0
+    with explained():
+        client = releases.client
+        manifests = [key[len(prefix) : -len(b":manifest")].decode() for key in client.scan_iter(prefix + b"*:manifest")]
+        for release in manifests:
+            manifest, start = releases.manifest(release), release_prefix(releases.namespace, release)
+            for batch in np.array_split(ids, max(1, -(-len(ids) // _KEYS_PER_UNLINK))):
+                keys = [row_prefix(start, name) + key for name in DATABASES for key in encode_keys("user", batch)]
+                older = range(1, LAST_PARTITION + 1) if manifest and manifest.partitions.get("user") else ()
+                keys += [row_prefix(start, "vectors") + key for p in older for key in encode_keys("user", batch, p)]
+                removed += client.unlink(*keys)
+            for part in range(len(manifest.parts)) if manifest else ():
+                path = f"{start}:ids:user:{part}"
+                listed = np.frombuffer(client.get(path) or b"", dtype="<i8")
+                if np.isin(listed, ids).any():
+                    client.set(path, listed[~np.isin(listed, ids)].tobytes())
+    return removed
+
+
 def release_prefix(namespace: str, name: str) -> str:
     """The prefix of all keys of a release."""
     return f"{namespace}:r:{name}"
@@ -290,6 +333,7 @@ def _write_release(
     replace: bool,
     on_rows: Callable[[int], None] | None,
 ) -> None:
+    gone = read_tombstones(workspace)
     client, prefix, lease = (
         releases.client,
         release_prefix(releases.namespace, manifest.name),
@@ -301,15 +345,15 @@ def _write_release(
         for part in parts:
             if not replace and client.exists(f"{prefix}:part:{part}"):
                 continue
-            for rows in _batches(workspace, manifest, part, prefix):
+            for rows in _batches(workspace, manifest, part, prefix, gone):
                 _set_all(releases, rows)
                 client.expire(lease, _LEASE_S)
                 if on_rows:
                     on_rows(len(rows))
-            chunks = (
-                (f"{prefix}:ids:{k}:{part}", read_part_ids(workspace, manifest, part, k)) for k in manifest.knowledge
-            )
-            _set_all(releases, [(key.encode(), ids.astype("<i8").tobytes()) for key, ids in chunks])
+            for kind in manifest.knowledge:
+                ids = read_part_ids(workspace, manifest, part, kind)
+                ids = ids[~gone.among(ids)] if kind == "user" else ids
+                client.set(f"{prefix}:ids:{kind}:{part}", ids.astype("<i8").tobytes())
             client.set(f"{prefix}:part:{part}", sum(manifest.parts[part].rows.values()))
         present = client.exists(*(f"{prefix}:part:{part}" for part in parts))
         if present != len(parts):
@@ -322,14 +366,16 @@ def _write_release(
 
 
 def _batches(
-    workspace: Workspace, manifest: ReleaseManifest, part: int, prefix: str
+    workspace: Workspace, manifest: ReleaseManifest, part: int, prefix: str, gone: Tombstones
 ) -> Iterator[list[tuple[bytes, bytes]]]:
+    """The rows of a part by their keys in Redis, without those of users who are gone."""
     with open_part(workspace, manifest, part) as file:
         for database in DATABASES:
             start = row_prefix(prefix, database)
-            rows = ((start + key, value) for key, value in file.items(database))
+            rows = file.items(database)
             while batch := list(islice(rows, _ROWS_PER_PIPELINE)):
-                yield batch
+                kept = speaking([key for key, _ in batch], gone)
+                yield [(start + key, value) for (key, value), keep in zip(batch, kept, strict=True) if keep]
 
 
 def _set_all(releases: RedisReleases, rows: Iterable[tuple[bytes, bytes]]) -> None:

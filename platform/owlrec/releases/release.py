@@ -24,7 +24,7 @@ from owlrec.errors import OwlRecError, ReleaseError, did_you_mean
 from owlrec.node_cache import NodeCache
 from owlrec.pointer import Pointer, PointerMoved
 from owlrec.registry import Registry
-from owlrec.releases.interface import ChainedStore, KnowledgeStore
+from owlrec.releases.interface import ChainedStore, KnowledgeStore, TombstonedStore
 from owlrec.releases.lmdb import LmdbFile, LmdbStore, warm
 from owlrec.releases.manifest import (
     MANIFEST,
@@ -37,6 +37,7 @@ from owlrec.releases.manifest import (
 )
 from owlrec.releases.rows import DATABASES, KEY_ORDER
 from owlrec.storage import FileEntry
+from owlrec.tombstones import Tombstones, read_tombstones
 from owlrec.workspace import Workspace
 
 _TRIES = 10  # to open what is current: each fails only where the pointer moved and the old release went meanwhile
@@ -49,11 +50,18 @@ class Release:
     """One release, open for reading together with all that it is read on top of; a context manager."""
 
     def __init__(
-        self, store: KnowledgeStore, chain: Sequence[ReleaseManifest], workspace: Workspace | None = None
+        self,
+        store: KnowledgeStore,
+        chain: Sequence[ReleaseManifest],
+        workspace: Workspace | None = None,
+        tombstones: Tombstones | None = None,
     ) -> None:
-        """chain: newest first. workspace: that has its codebooks, where they are within reach."""
+        """chain: newest first. workspace: that has its codebooks, where they are within reach. tombstones: of users of
+        whom nothing is said.
+        """
         self.manifest = chain[0]
-        self.store = store
+        self.tombstones = tombstones or Tombstones()
+        self.store = TombstonedStore(store, self.tombstones) if len(self.tombstones) else store
         self.chain = tuple(chain)
         self._workspace = workspace
 
@@ -61,6 +69,11 @@ class Release:
     def name(self) -> str:
         """The name of its folder."""
         return self.manifest.name
+
+    @property
+    def version(self) -> str:
+        """The name, and who is forgotten: of two releases of one version every answer is the same."""
+        return f"{self.name}+{self.tombstones.mark}" if self.tombstones.mark else self.name
 
     def quantisers(self) -> dict[str, Quantiser]:
         """By kind, what its vectors' semantic ids are made with; none for a kind without."""
@@ -194,7 +207,7 @@ def _open(workspace: Workspace, name: str, verify: bool, warmed: bool, lazily: b
                 layers[-1].open_all(_AT_ONCE)
         opened.pop_all()
     store = ChainedStore(layers, dim=newest.dim, totals=newest.totals) if newest.delta else layers[0]
-    return Release(store, manifests, workspace)
+    return Release(store, manifests, workspace, read_tombstones(workspace))
 
 
 def _open_layer(workspace: Workspace, manifest: ReleaseManifest, warmed: bool) -> LmdbStore:
@@ -305,6 +318,9 @@ class ReleaseSource(Protocol):
 
     def current(self) -> str | None:
         """The name of the current release; None where nothing was published yet."""
+
+    def forgotten(self) -> str:
+        """The mark of those who are forgotten (Tombstones.mark): where it changed, a release must be opened again."""
 
     def open(self, name: str) -> Release:
         """Opens a release. Raises ReleaseError or StoreUnavailableError."""

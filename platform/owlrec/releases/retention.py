@@ -8,12 +8,14 @@ over them.
 
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby, islice
 from operator import itemgetter
+
+import numpy as np
 
 from owlrec.decoding.release_pools import FOLDER as POOLS
 from owlrec.errors import ReleaseError
@@ -29,11 +31,12 @@ from owlrec.releases.release import (
     pointer_history,
     read_codebooks,
 )
-from owlrec.releases.rows import DATABASES, KEY_BYTES, decode_keys
+from owlrec.releases.rows import DATABASES, KEY_BYTES, decode_keys, encode_keys
 from owlrec.runner import Pool
-from owlrec.schema import shard_of
+from owlrec.schema import Kind, shard_of
 from owlrec.shards import Artifact, Card
 from owlrec.storage import fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace, shards_for
 
 _ROWS_AT_ONCE = 20_000  # about 20 MB of texts
@@ -45,6 +48,7 @@ class ChainRows:
     """The rows that a chain answers with."""
 
     chain: Sequence[ReleaseManifest]  # newest first
+    without: frozenset[bytes] = frozenset()  # keys of rows to leave out
 
     def write(self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int) -> None:
         """See ReleaseRows.write."""
@@ -60,6 +64,7 @@ class ChainRows:
                 streams = [_layer(files, database, (part, n_parts) if wider else None) for files, wider in layers]
                 rows = merged_rows(streams)
                 while batch := list(islice(rows, _ROWS_AT_ONCE)):
+                    batch = [row for row in batch if row[0] not in self.without] if self.without else batch
                     writer.add_rows(database, [key for key, _ in batch], [value for _, value in batch])
 
 
@@ -85,8 +90,21 @@ def compact(
     if workspace.local:
         for manifest in manifests:
             check_files(workspace, manifest, hashed=True)
+    return _merged(workspace, manifests, frozenset(), (), pool, on_card)
+
+
+def _merged(
+    workspace: Workspace,
+    manifests: Sequence[ReleaseManifest],
+    without: frozenset[bytes],
+    forgotten: tuple[str, ...],
+    pool: Pool | None,
+    on_card: Callable[[Card], None] | None,
+) -> ReleaseManifest:
+    """One release in place of a chain, current. forgotten: names what it must not hold."""
+    newest = manifests[0]
     info = ReleaseInfo(
-        fingerprint=fingerprint("compaction", [m.fingerprint for m in manifests]),
+        fingerprint=fingerprint("compaction", [m.fingerprint for m in manifests], *forgotten),
         model=newest.model,
         encoder=newest.encoder,
         parent=newest.name,
@@ -94,7 +112,7 @@ def compact(
     compacted = whole_release(workspace, info) or build_release(
         workspace,
         info,
-        ChainRows(manifests),
+        ChainRows(manifests, without),
         shards_for(max(newest.totals.values(), default=0), PART_IDS),
         base=manifests,
         quantisers=read_codebooks(workspace, manifests[-1]),
@@ -137,6 +155,76 @@ def _layer(files: Sequence[LmdbFile], database: str, of_part: tuple[int, int] | 
     while batch := list(islice(rows, _ROWS_AT_ONCE)):
         mine = shard_of(decode_keys([key for key, _ in batch])[1], n_parts) == part
         yield from (row for row, keep in zip(batch, mine.tolist(), strict=True) if keep)
+
+
+@dataclass(frozen=True)
+class UserRows:
+    """What releases hold of some users or cohorts."""
+
+    releases: list[str]  # that hold a row of theirs, or are read on top of one that does
+    rows: int
+    ids: frozenset[int]  # of those with a row
+
+
+def find_rows(workspace: Workspace, kind: Kind, ids: np.ndarray) -> UserRows:
+    """Looks some ids (int64 [n]) up in every release that is kept, forgotten users too."""
+    manifests = {m.name: m for m in list_releases(workspace)}
+    holding, rows, known = set[str](), 0, set[int]()
+    for manifest in manifests.values():
+        homes = shard_of(ids, len(manifest.parts))
+        for part in np.unique(homes).tolist():
+            mine = ids[homes == part]
+            keys = encode_keys(kind, mine)
+            with open_part(workspace, manifest, part) as file:
+                for database in DATABASES:
+                    there = [value is not None for value in file.get_many(database, keys)]
+                    rows += sum(there)
+                    known |= set(mine[there].tolist())
+                    holding |= {manifest.name} if any(there) else set()
+    dependent = [name for name in manifests if {m.name for m in _chain_of(manifests, name)} & holding]
+    return UserRows(dependent, rows, frozenset(known))
+
+
+def rebuild_without_forgotten(
+    workspace: Workspace,
+    cohorts: Sequence[int] = (),
+    *,
+    pool: Pool | None = None,
+    on_card: Callable[[Card], None] | None = None,
+) -> ReleaseManifest:
+    """Merges the current release and all that it is read on top of into a full one without users who are forgotten, and
+    without the texts of some cohorts; makes that current. Lookups of all others answer the same.
+
+    pool, on_card: see publish_rows. Raises as `compact` does.
+    """
+    current = current_release(workspace)
+    assert current is not None
+    pointer(workspace).refuse_hold()
+    without = frozenset(encode_keys("cohort", np.array(cohorts, dtype=np.int64)))
+    named = (read_tombstones(workspace).mark, *map(str, sorted(cohorts)))
+    return _merged(workspace, chain(workspace, current), without, named, pool, on_card)
+
+
+def remove_releases(workspace: Workspace, names: Sequence[str]) -> None:
+    """Removes releases, their retrieval pools, and all unfinished builds. None of them may be needed by the current
+    one.
+    """
+    for name in names:
+        workspace.delete_dir(POOLS, name)
+        workspace.delete_file(f"releases/{name}/{MANIFEST}")
+        workspace.delete_dir("releases", name)
+    for file in workspace.names(BUILDS):
+        name = str(workspace.read_json(f"{BUILDS}/{file}")["name"])
+        workspace.delete_file(f"{BUILDS}/{file}")
+        if not workspace.exists("releases", name, MANIFEST):
+            workspace.delete_dir("releases", name)
+
+
+def _chain_of(manifests: Mapping[str, ReleaseManifest], name: str) -> Iterator[ReleaseManifest]:
+    step: str | None = name
+    while step and (manifest := manifests.get(step)):
+        yield manifest
+        step = manifest.parent if manifest.delta else None
 
 
 def prune(workspace: Workspace, keep: int = 3, min_age_s: float = 3600.0) -> list[str]:

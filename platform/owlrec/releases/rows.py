@@ -21,6 +21,7 @@ from owlrec.encoding.packed_codes import unpack_codes
 from owlrec.errors import ReleaseError, SchemaError, did_you_mean
 from owlrec.releases.interface import Knowledge, KnowledgeStore
 from owlrec.schema import BEHAVIOR, Kind
+from owlrec.tombstones import Tombstones
 
 DATABASES = ("knowledge", "vectors", "memberships", "codes", "behaviors")
 KEY_ORDER: tuple[Kind, ...] = ("cohort", "item", "user")  # kinds as their keys ascend
@@ -61,6 +62,15 @@ def decode_keys(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """The kinds (their bytes, uint8) and ids (int64) of keys."""
     table = np.frombuffer(b"".join(key[:KEY_BYTES] for key in keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
     return table[:, 0], np.ascontiguousarray(table[:, 1:]).view(">i8").ravel().astype(np.int64)
+
+
+def speaking(keys: Sequence[bytes], tombstones: Tombstones) -> list[bool]:
+    """Of each key whether its row may be told: not that of a user who is forgotten."""
+    if not keys or not len(tombstones):
+        return [True] * len(keys)
+    kinds, ids = decode_keys(keys)
+    told: list[bool] = (~tombstones.among(ids) | (kinds != _KIND_BYTES["user"][0])).tolist()
+    return told
 
 
 def kind_of(byte: int) -> str:

@@ -103,7 +103,7 @@ def build_knowledge_api(
             raise Problem(422, "is no 64-bit integer", field="id")
         as_bytes = BYTES_TYPE in accept
         with served.lease() as release:
-            tag = f'"{release.name}.{"f2" if as_bytes else "json"}"'
+            tag = f'"{release.version}.{"f2" if as_bytes else "json"}"'
             headers = {"etag": tag, "vary": "accept", "cache-control": "no-cache"}
             if tag in [t.strip().removeprefix("W/") for t in if_none_match.split(",")]:
                 return Response(None, 304, {**headers, RELEASE_HEADER: release.name})

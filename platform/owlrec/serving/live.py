@@ -33,6 +33,7 @@ class ScoredRelease(Release):
 
     def __init__(self, release: Release, live: LiveState) -> None:
         super().__init__(release.store, release.chain)
+        self.tombstones = release.tombstones  # which its store honors already
         self.live = live
 
 
@@ -46,6 +47,10 @@ class ScoredReleases:
     def current(self) -> str | None:
         """See ReleaseSource.current."""
         return self._source.current()
+
+    def forgotten(self) -> str:
+        """See ReleaseSource.forgotten."""
+        return self._source.forgotten()
 
     def open(self, name: str) -> ScoredRelease:
         """See ReleaseSource.open. Raises as `live_state` does."""

@@ -1,5 +1,6 @@
-"""What the LLM is asked about a request's candidates: the user's behaviours that bear on each of them (SUBR, ReLLa), in
-the words that the ranker was tuned on.
+"""What the LLM is asked about a request's candidates: the user's behaviours that bear on them (SUBR, ReLLa), in the
+words that the ranker was tuned on. Retrieved for the set, they are the same in each prompt, so the engine reads them
+once.
 
 A user who comes by id is asked about by the behaviors that the current release holds, cut as the samples were. A
 history that comes with the request stands in the place of these; nothing is kept of it.
@@ -61,20 +62,21 @@ class QuestionWriter:
         else:
             behaviours = [(b.item_id, b.rating) for b in asked.history if b.taken]
         items = [item for item, _ in behaviours]
+        sample = {
+            "user_id": asked.user_id,
+            "history": items,
+            "history_ratings": [rating for _, rating in behaviours],
+        }
         titles, targets = self._tables.titles(items), self._tables.titles(list(candidates))
-        profile = self._profile(asked)
-        questions = []
-        for item, target in zip(candidates, targets, strict=True):
-            sample = {
-                "user_id": asked.user_id,
-                "item_id": item,
-                "history": items,
-                "history_ratings": [rating for _, rating in behaviours],
-            }
-            lists = behaviours_shown(sample, titles, self._retriever, self._config.data.behaviours, self._shown)
-            prompt = self._config.prompt
-            questions.append(rank_prompt(self._scenario, profile, target, prompt, self._count_tokens, **lists))
-        return questions
+        profile, prompt, k = self._profile(asked), self._config.prompt, self._config.data.behaviours
+        sets = [list(candidates)] if prompt.retrieved_for == "set" else [[item] for item in candidates]
+        shown = [behaviours_shown(sample, titles, one, self._retriever, k, self._shown) for one in sets]
+        if prompt.retrieved_for == "set":
+            shown *= len(targets)
+        return [
+            rank_prompt(self._scenario, profile, target, prompt, self._count_tokens, **lists)
+            for target, lists in zip(targets, shown, strict=True)
+        ]
 
     def _profile(self, asked: Rank) -> dict[str, str]:
         row = self._tables.row("user", asked.user_id) if asked.user_id is not None else None

@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 
+from owlrec.erasure.copies import ErasedCopies
 from owlrec.errors import OwlRecError
 from owlrec.releases.release import Release, ReleaseSource, current_release, open_release
 from owlrec.serving.problems import Problem
 from owlrec.serving.telemetry import Telemetry
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 REFRESH_S = 1.0  # between two looks for another release, where nothing else is asked for
@@ -31,10 +33,18 @@ class WorkspaceReleases:
         """
         self._workspace = workspace
         self._verify = verify
+        self._copies = ErasedCopies(workspace)
 
     def current(self) -> str | None:
         """See ReleaseSource.current."""
         return current_release(self._workspace)
+
+    def forgotten(self) -> str:
+        """See ReleaseSource.forgotten. Evicts what this node has of files that were erased."""
+        mark = read_tombstones(self._workspace).mark
+        if mark:
+            self._copies.evict()
+        return mark
 
     def open(self, name: str) -> Release:
         """See ReleaseSource.open."""
@@ -65,8 +75,8 @@ class ServedReleases:
         return held.release.name if held else None
 
     def refresh(self) -> bool:
-        """Opens what is current now, if it is another release; whether it swapped. Never raises an OwlRecError: where
-        something is wrong, `error` says so and the release of before stays.
+        """Opens what is current now, if it is another release or somebody was forgotten since; whether it swapped.
+        Never raises an OwlRecError: where something is wrong, `error` says so and the release of before stays.
         """
         with self._refreshing:
             try:
@@ -74,7 +84,8 @@ class ServedReleases:
                 if name is None:
                     self.error = "no release is current any more" if self._held else "nothing was published yet"
                     return False
-                if name == self.name:
+                held = self._held
+                if held and (name, self._source.forgotten()) == (held.release.name, held.release.tombstones.mark):
                     self.error = None
                     return False
                 release = self._source.open(name)

@@ -26,6 +26,7 @@ from owlrec.storage import Storage, fingerprint
 _EXACT_UP_TO = 50_000
 _ROWS_AT_ONCE = 20_000
 _LISTS_SEARCHED = 32
+_MOST_FORGOTTEN = 100  # neighbors that are looked up besides, in case they are forgotten
 _TRAINED_ON = 64  # vectors a list, from the whole of them
 
 _log = logging.getLogger("owlrec.serving")
@@ -53,11 +54,14 @@ class SimilarEntities:
         index = self._index(release, asked.kind)
         if index is None:
             return []
-        scores, ids = index.search(question[None], asked.limit + 1)
+        # An index may be older than a wish to be forgotten, until the release without that user comes.
+        spare = min(len(release.tombstones), _MOST_FORGOTTEN) if asked.kind == "user" else 0
+        scores, ids = index.search(question[None], asked.limit + 1 + spare)
+        gone = release.tombstones.among(ids[0]) if spare else np.zeros(ids.shape[1], dtype=bool)
         near = [
             Neighbour(id=id_, score=round(min(1.0, score), 6))
-            for id_, score in zip(ids[0].tolist(), scores[0].tolist(), strict=True)
-            if id_ >= 0 and id_ != asked.id
+            for id_, score, forgotten in zip(ids[0].tolist(), scores[0].tolist(), gone.tolist(), strict=True)
+            if id_ >= 0 and id_ != asked.id and not forgotten
         ]
         return near[: asked.limit]
 

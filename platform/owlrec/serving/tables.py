@@ -12,6 +12,7 @@ import numpy as np
 from owlrec.errors import OwlRecError
 from owlrec.schema import shard_of
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
 _SHARDS_HELD = 64
@@ -27,7 +28,7 @@ class WorkspaceTables:
         self._catalog: ItemCatalog | None = None
 
     def row(self, kind: str, id_: int) -> dict[str, Any] | None:
-        """A user's or an item's columns; None where there is no such row."""
+        """A user's or an item's columns; None where there is no such row, or the user is forgotten."""
         return self._find(f"{kind}s", f"{kind}_id", id_)
 
     def behaviours(self, user: int) -> list[tuple[int, float | None]]:
@@ -68,6 +69,8 @@ class WorkspaceTables:
         return self._catalog
 
     def _find(self, table: str, key: str, id_: int) -> dict[str, Any] | None:
+        if key == "user_id" and id_ in read_tombstones(self._workspace):  # shards that are held may be older
+            return None
         try:
             shards = self._workspace.table_shards(table)
             rows = self._shard(table, int(shard_of(np.array([id_]), len(shards))[0]))

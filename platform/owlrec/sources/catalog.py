@@ -3,11 +3,13 @@
 10^7 titles take about 0.5 GB a process there, and several times that in a Python dict.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.ordered import rows_of
+from owlrec.ordered import last_rows, rows_of
 from owlrec.workspace import Workspace
 
 
@@ -15,22 +17,23 @@ class ItemCatalog:
     """Titles by item id."""
 
     def __init__(self, items: pa.Table) -> None:
-        """items: a table with `item_id` and `title`, in any order."""
+        """items: a table with `item_id` and `title`, in any order; of several rows of an item the last one counts."""
         ids = items["item_id"].to_numpy()
         order = np.argsort(ids, kind="stable")
+        order = order[last_rows(ids[order])]
         self._ids = ids[order]
         self._titles = items["title"].combine_chunks().take(pa.array(order))
 
     @classmethod
-    def load(cls, workspace: Workspace) -> "ItemCatalog":
-        """Reads the workspace's items table; a title that is no text is none."""
+    def load(cls, workspace: Workspace, more: Sequence[pa.Table] = ()) -> "ItemCatalog":
+        """Reads the workspace's items table; a title that is no text is none. more: rows that stand over it."""
         parts = []
         for number in workspace.table_shards("items"):
             table = workspace.read_shard("items", number, ["item_id", "title"])
             if table.schema.field("title").type != pa.string():
                 table = table.set_column(1, "title", pa.nulls(table.num_rows, pa.string()))
             parts.append(table)
-        return cls(pa.concat_tables(parts))
+        return cls(pa.concat_tables([*parts, *more]))
 
     @property
     def ids(self) -> np.ndarray:

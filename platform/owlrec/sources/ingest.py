@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
@@ -19,6 +20,7 @@ from owlrec.sources.buckets import MAX_BUCKETS, bucket_order, write_buckets
 from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.raw import ENTITIES, TABLE_NAMES, Fragment, Fragments, Piece, Place, TableName
 from owlrec.storage import FileEntry, fingerprint
+from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace, shard_file, shards_for
 
 KIND = "fragments"
@@ -115,8 +117,11 @@ class Ingest(Stage):
                 tables.setdefault(piece.table, []).append(piece)
         files: dict[str, FileEntry] = {}
         counts: dict[str, int] = {}
+        gone = read_tombstones(work.workspace)
         for name, pieces in tables.items():
             data = [self._labelled(piece) if name == "interactions" else piece.data for piece in pieces]
+            if name != "items":
+                data = [gone.without(table) for table in data]
             table = pa.concat_tables(data)
             counts[name] = table.num_rows
             path = bucket_file(name, work.shard.number)
@@ -165,15 +170,18 @@ class Groups:
         """How many buckets the files have."""
         return self.grouping.item_buckets if self.table == "items" else self.grouping.user_buckets
 
-    def place(self, number: int, bucket: int, row: int) -> Place:
+    def place(self, workspace: Workspace, number: int, bucket: int, row: int) -> Place:
         """Where the row of a bucket of a group's file stands in the source: only for errors, since it reads the group
         again.
         """
+        gone = read_tombstones(workspace)
         for fragment in self.grouping.fragments(number):
             for piece in self.source.read(fragment):
                 if piece.table == self.table:
-                    order, bounds = bucket_order(piece.data[_key(self.table)].to_numpy(), self.n_buckets)
-                    rows = order[bounds[bucket] : bounds[bucket + 1]]
+                    ids = piece.data[_key(self.table)].to_numpy()
+                    kept = np.flatnonzero(~gone.among(ids)) if self.table != "items" else np.arange(len(ids))
+                    order, bounds = bucket_order(ids[kept], self.n_buckets)
+                    rows = kept[order[bounds[bucket] : bounds[bucket + 1]]]
                     if row < len(rows):
                         at = int(rows[row])
                         raw = self.source.raw_ids(piece, at) if self.table == "interactions" else ("", "")

@@ -28,6 +28,7 @@ from owlrec.shards import Card
 
 OUTCOME_COLUMNS = ("rating", "label", "event")  # of a source's interactions; any may be absent
 SPLIT = "split"  # another one that may be there: a predefined split
+WEIGHT = "weight"  # and another: how much its samples count in training
 SPLITS = ("train", "valid", "test")
 POSITIVE = 0.5  # a label from here on is that of something taken, and a positive where a class is wanted
 PASSED_OVER = "impression"
@@ -107,11 +108,11 @@ class Labels(BaseModel, frozen=True):
 
 
 def with_outcomes(table: pa.Table, labels: Labels, name: str, first_row: int = 0) -> pa.Table:
-    """Interactions with `rating` (null: not graded), `label` and `split` (null: not predefined), in place of the
-    columns that the source has.
+    """Interactions with `rating` (null: not graded), `label`, `split` (null: not predefined) and `weight`, in place of
+    the columns that the source has.
 
     name, first_row: of the table, in errors. Raises SchemaError naming the row of a label outside [0, 1], an event or a
-    split of an unknown name, or a rating that the rule needs and that is null.
+    split of an unknown name, a rating that the rule needs and that is null, or a weight that is negative or none.
     """
     rating = _ratings(table, labels, name, first_row)
     if labels.rule == "rating_above":
@@ -122,10 +123,16 @@ def with_outcomes(table: pa.Table, labels: Labels, name: str, first_row: int = 0
         label = _event_labels(table, name, first_row)
     else:
         label = _logged_labels(table, name, first_row)
-    split = _splits(table, name, first_row)
-    rest = table.drop_columns([column for column in (*OUTCOME_COLUMNS, SPLIT) if column in table.column_names])
-    rest = rest.append_column("rating", pa.array(rating, pa.float32(), from_pandas=True))
-    return rest.append_column("label", pa.array(label, pa.float32())).append_column(SPLIT, split)
+    columns = {
+        "rating": pa.array(rating, pa.float32(), from_pandas=True),
+        "label": pa.array(label, pa.float32()),
+        SPLIT: _splits(table, name, first_row),
+        WEIGHT: pa.array(_weights(table, name, first_row)),
+    }
+    table = table.drop_columns(outcome_columns(table.column_names))
+    for column, values in columns.items():
+        table = table.append_column(column, values)
+    return table
 
 
 def taken(rating: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -257,6 +264,21 @@ def _splits(table: pa.Table, name: str, first_row: int) -> pa.Array:
     return place.cast(pa.int8())
 
 
+def _weights(table: pa.Table, name: str, first_row: int) -> np.ndarray:
+    """float32 [n]."""
+    if WEIGHT not in table.column_names:
+        return np.ones(table.num_rows, dtype=np.float32)
+    values = table[WEIGHT].cast(pa.float32()).to_numpy().astype(np.float32)
+    wrong = ~((values >= 0) & (values < np.inf))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise SchemaError(
+            f"{name}, row {first_row + row}: the weight is {table[WEIGHT][row].as_py()}, but it must be a number "
+            f"that is not negative ({int(wrong.sum())} such rows). Correct it; without the column every row weighs 1."
+        )
+    return values
+
+
 def outcome_columns(columns: Sequence[str]) -> list[str]:
-    """Those of a source's columns that tell an outcome, or a predefined split."""
-    return [column for column in (*OUTCOME_COLUMNS, SPLIT) if column in columns]
+    """Those of a source's columns that tell an outcome, a predefined split, or a weight."""
+    return [column for column in (*OUTCOME_COLUMNS, SPLIT, WEIGHT) if column in columns]

@@ -140,7 +140,7 @@ class Shuffle(Stage):
         def where(row: int) -> Place:
             for number, bucket, batch in rows:
                 if row < batch.num_rows:
-                    return groups.place(number, bucket, row)
+                    return groups.place(workspace, number, bucket, row)
                 row -= batch.num_rows
             raise IndexError(row)
 

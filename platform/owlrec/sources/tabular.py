@@ -108,7 +108,7 @@ class FileFragments(Fragments):
         first = outcome_columns(schemas[0].names)
         for file, schema in zip(files, schemas, strict=True):
             if (other := outcome_columns(schema.names)) != first:
-                mine = " and ".join(other) or "neither rating, label, event nor split"
+                mine = " and ".join(other) or "neither rating, label, event, split nor weight"
                 raise SchemaError(
                     f"{file.path} has {mine}, but {files[0].path} has {' and '.join(first) or 'none of these'}. Give "
                     "all files of the interactions the same columns."
@@ -118,7 +118,7 @@ class FileFragments(Fragments):
     def _typed(self, table: TableName) -> set[str]:
         """The columns whose types CSV files leave to be guessed, by their names."""
         mapping = self._source.columns.get(table, {})
-        numbers = ("rating", "label", "timestamp")
+        numbers = ("rating", "label", "timestamp", "weight")
         return {mapping.get(c, c) for c in numbers} if table == "interactions" else set()
 
     def _checked_columns(self, table: TableName, file: SourceFile, schema: pa.Schema) -> pa.Schema:

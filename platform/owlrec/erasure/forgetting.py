@@ -1,0 +1,331 @@
+"""Forgets users: tombstones first, which silence them at once, then the erasure of what each place keeps.
+
+    forgotten/<run>/tombstones.bin    see owlrec.tombstones
+    forgotten/<run>/plan.json         which files are read, in chunks
+    forgotten/<run>/cards/            that chunks are done, and how many rows they lost
+    forgotten/<run>/cohorts.json      whose texts tell of them alone
+    forgotten/<run>/releases.json     which releases held somebody
+    forgotten/<run>/copies.json       what nodes must remove from their caches (erasure.copies)
+    forgotten/<run>/report.json       written last; no id stands in it
+
+A run that was killed goes on when the same users are named again: every step finds what it has done. Run it while no
+stage is running: a stage that began before the tombstones were written may write a user once more. The same command
+then finds and removes that, too.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from owlrec.claims import claimed
+from owlrec.environment import cache_folder
+from owlrec.erasure.cards import update_cards
+from owlrec.erasure.cohorts import erase_cohorts, quoting_cohorts
+from owlrec.erasure.copies import write_copies
+from owlrec.erasure.places import files_to_read, files_to_remove, shard_numbers
+from owlrec.erasure.profiles import hide_values
+from owlrec.erasure.rows import Rewritten, Users, erase, erase_lines
+from owlrec.errors import WorkspaceError
+from owlrec.node_cache import NodeCache
+from owlrec.refresh.state import CLAIM
+from owlrec.refresh.state import ROOT as REFRESH
+from owlrec.releases.redis import RedisReleases, forget_in_redis, push_tombstones
+from owlrec.releases.release import current_release
+from owlrec.releases.retention import find_rows, rebuild_without_forgotten, remove_releases
+from owlrec.runner import Pool, Result, Stage, Work, run_stage
+from owlrec.schema import stable_id
+from owlrec.shards import Card, Shard, forget_stages
+from owlrec.storage import FileEntry, Storage, fingerprint
+from owlrec.tombstones import write_tombstones
+from owlrec.workspace import Workspace
+
+_NOTE = (
+    "CTR models, the LLM ranker and cohorts have no parameters that belong to one user. Those named under `models` "
+    "were trained on rows of these users; --drop-models deletes them, and the next run trains again."
+)
+
+
+class Place(BaseModel):
+    """One line of the report."""
+
+    place: str
+    done: str  # rows removed, files removed, ...
+    files: int = 0
+    rows: int = 0
+    bytes: int = 0
+    again: str = ""  # the stage that makes it again
+
+
+class Report(BaseModel):
+    """What was erased. Holds no id."""
+
+    users: int
+    unknown: int  # of them, of whom nothing was kept anywhere
+    finished: float = 0  # seconds since 1970
+    places: list[Place] = []
+    models: list[str] = []  # folders of what was trained on rows of these users
+    note: str = _NOTE
+
+
+def forget(
+    workspace: Workspace,
+    raw_ids: Iterable[str],
+    *,
+    redis: RedisReleases | None = None,
+    drop_models: bool = False,
+    pool: Pool | None = None,
+    on_card: Callable[[Card], None] | None = None,
+) -> Report:
+    """Forgets users by their raw ids; what was erased where. A user whom nothing knows is counted, and stays out.
+
+    redis: where releases were pushed to. pool: where files are read, by default in this process; on_card: see
+    run_stage. Raises WorkspaceError where `prepare`, a refresh or another erasure is running, or a reshard is
+    unfinished; PointerHeld where the current release holds a user and a HOLD keeps it. The users are silent even then.
+    """
+    users = _users(raw_ids)
+    run = write_tombstones(workspace, users.ids)
+    if redis is not None:
+        push_tombstones(workspace, redis)
+    with claimed(workspace, "claims/prepare", "prepare, reshard or forget"), claimed(workspace, CLAIM, "refresh"):
+        if workspace.exists("reshard", "plan.json"):
+            raise WorkspaceError(f"{workspace.path('reshard')}: a reshard is not finished. Run `owlrec reshard` first.")
+        return _Erasure(workspace, users, run, redis, drop_models).carry_out(pool, on_card)
+
+
+def _users(raw_ids: Iterable[str]) -> Users:
+    raw = frozenset(raw_ids)
+    return Users(np.unique(np.array([stable_id(name) for name in raw], dtype=np.int64)), raw)
+
+
+class EraseRows(Stage):
+    """Chunks of files, from which the rows of users are removed."""
+
+    name = "forget"
+
+    def __init__(self, folder: str, chunks: Mapping[str, Sequence[Sequence[str]]], users: Users) -> None:
+        """chunks: of each place's files."""
+        self.folder, self.chunks, self.users = folder, chunks, users
+
+    def run(self, work: Work) -> Result:
+        """See Stage.run."""
+        done: list[Rewritten] = []
+        for path in self.chunks[work.shard.kind][work.shard.number]:
+            if work.workspace.entry(path) is not None:
+                done += erase(work.workspace, path, self.users)
+        lines = [{**asdict(r), "entry": r.entry.model_dump(), "found": sorted(r.found)} for r in done]
+        rows = sum(r.rows for r in done)
+        return Result({}, rows_in=rows, rows_dead=rows, counts={"rewritten": json.dumps(lines)})
+
+
+class _Erasure:
+    """One run."""
+
+    def __init__(
+        self, workspace: Workspace, users: Users, run: str, redis: RedisReleases | None, drop_models: bool
+    ) -> None:
+        self.workspace, self.users, self.run = workspace, users, run
+        self.redis, self.drop_models = redis, drop_models
+        self.places: list[Place] = []
+        self.changed: list[str] = []  # files that were replaced or removed
+
+    def carry_out(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> Report:
+        workspace, trained = self.workspace, False
+        if workspace.entry(f"{self.run}/report.json") is not None:  # of an earlier, finished run: look once more
+            trained = bool(workspace.read_json(f"{self.run}/report.json")["models"])
+            for name in ("report.json", "plan.json", "cohorts.json", "releases.json", "copies.json"):
+                workspace.delete_file(f"{self.run}/{name}")
+            workspace.delete_dir(self.run, "cards")
+        self._hide_values()
+        rewritten = self._erase_rows(pool, on_card)
+        listing = list(workspace.entries())
+        update_cards(workspace, listing, rewritten, shard_numbers(workspace, self.users))
+        _update_logs(workspace, rewritten)
+        cohorts = self._erase_cohorts(listing)
+        found = {place for r in rewritten for place in r.found} | self._erase_releases(cohorts, pool)
+        if any(r.rows for r in rewritten if not r.path.startswith("logs/")) or found:
+            self._remove_whole()
+        self._erase_redis()
+        self._erase_outside()
+        trained |= any(r.path.startswith("tables/samples/") for r in rewritten)
+        report = Report(
+            users=len(self.users.ids),
+            unknown=len(self.users.ids) - len(found),
+            finished=time.time(),
+            places=self.places,
+            models=self._models() if trained else [],
+        )
+        workspace.write_json(f"{self.run}/report.json", report.model_dump())
+        return report
+
+    def _hide_values(self) -> None:
+        files, values = hide_values(self.workspace, self.users)
+        if files:
+            self.places.append(Place(place="ctr, models", done="profile values hidden", files=files, rows=values))
+
+    def _erase_rows(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> list[Rewritten]:
+        workspace, path = self.workspace, f"{self.run}/plan.json"
+        if workspace.entry(path) is None:
+            workspace.write_json(path, files_to_read(workspace, workspace.entries(), self.users))
+        chunks: dict[str, list[list[str]]] = workspace.read_json(path)
+        stage = EraseRows(self.run, chunks, self.users)
+        inputs = {Shard(place, n): self.run for place, of_place in chunks.items() for n in range(len(of_place))}
+        cards = run_stage(workspace, stage, inputs, pool, on_card)
+        rewritten: list[Rewritten] = []
+        for place in chunks:
+            own = [
+                _rewritten(line)
+                for name, card in cards.items()
+                if Shard.of_name(name).kind == place
+                for line in json.loads(str(card.counts["rewritten"]))
+            ]
+            rewritten += own
+            self.changed += [r.path for r in own]
+            what = "lines removed" if place == "logs" else "rows removed"
+            self._note(place, what, len(own), sum(r.rows for r in own), sum(r.bytes for r in own))
+        return rewritten
+
+    def _erase_cohorts(self, listing: Sequence[str]) -> list[int]:
+        """Removes what tells of the users in cohorts; the ids of the cohorts that lost their texts."""
+        workspace, path = self.workspace, f"{self.run}/cohorts.json"
+        if workspace.entry(path) is None:
+            workspace.write_json(path, quoting_cohorts(workspace, self.users))
+        cohorts: list[int] = workspace.read_json(path)
+        done = erase_cohorts(workspace, cohorts, self.users, listing)
+        update_cards(workspace, listing, done, set())
+        self.changed += [r.path for r in done]
+        size, again = sum(r.bytes for r in done), "cohorts" if cohorts else ""
+        self._note("cohorts' texts", "profiles and texts rewritten", len(done), sum(r.rows for r in done), size, again)
+        if cohorts:
+            forget_stages(workspace, ["cohorts"])
+        return cohorts
+
+    def _erase_releases(self, cohorts: Sequence[int], pool: Pool | None) -> set[int]:
+        """Removes the releases that hold somebody; the places of those who were found."""
+        workspace, path = self.workspace, f"{self.run}/releases.json"
+        current = current_release(workspace)
+        if current is None:
+            return set()
+        # Looked for even where an interrupted run has: another release may have become current since.
+        held = find_rows(workspace, "user", self.users.ids)
+        others = find_rows(workspace, "cohort", np.array(cohorts, dtype=np.int64))
+        plan: dict[str, Any] = {"releases": [], "rows": 0, "places": []}
+        if workspace.entry(path) is not None:
+            plan = workspace.read_json(path)
+        plan["releases"] = sorted({*plan["releases"], *held.releases, *others.releases})
+        plan["rows"] = max(plan["rows"], held.rows + others.rows)
+        found = np.flatnonzero(np.isin(self.users.ids, list(held.ids))).tolist()
+        plan["places"] = sorted({*plan["places"], *found})
+        workspace.write_json(path, plan)
+        if not plan["releases"]:
+            return set()
+        if current in plan["releases"]:
+            name = rebuild_without_forgotten(workspace, cohorts, pool=pool).name
+            self._note("releases", f"built again as {name}", 1)
+        files = {
+            f"releases/{name}/{file}": entry
+            for name in plan["releases"]
+            for file, entry in workspace.entries("releases", name).items()
+        }
+        self.changed += files
+        remove_releases(workspace, plan["releases"])
+        self._note(
+            "releases", f"removed {', '.join(plan['releases'])}", len(files), plan["rows"],
+            sum(entry.bytes for entry in files.values()),
+        )  # fmt: skip
+        for root in {workspace.root, workspace.base}:
+            for name in plan["releases"]:
+                for index in cache_folder("similar", fingerprint(root)[:8]).glob(f"{name}-*"):
+                    index.unlink(missing_ok=True)
+        return set(plan["places"])
+
+    def _remove_whole(self) -> None:
+        workspace = self.workspace
+        entries = workspace.entries()
+        for about, removal in files_to_remove(workspace, {p: e.bytes for p, e in entries.items()}).items():
+            for path in removal.files:
+                workspace.delete_file(path)
+            self.changed += removal.files
+            self._note(about, "removed", len(removal.files), 0, removal.bytes, removal.again)
+            if about == "reports":
+                forget_stages(workspace, ["evaluate"])
+
+    def _erase_redis(self) -> None:
+        if self.redis is not None:
+            self._note("redis", "rows removed", 0, forget_in_redis(self.redis, self.users.ids))
+
+    def _erase_outside(self) -> None:
+        """What lies on this machine, not in the workspace."""
+        workspace = self.workspace
+        if not workspace.local:
+            logs = Storage(workspace.log_path("forget").parent)
+            lines = [line for path in logs.entries() for line in erase_lines(logs, path, self.users)]
+            self._note("logs of this machine", "lines removed", len(lines), sum(line.rows for line in lines))
+            write_copies(workspace, self.run, self.changed)
+            evicted, held = NodeCache.default().evict({workspace.copy_name(path) for path in self.changed})
+            self._note("node cache", "copies removed", evicted)
+            self._note("node cache", "copies that a process has open", held)
+        else:
+            scratch = Path(workspace.path(".scratch"))
+            files = [*_unfinished_files(workspace), *(scratch.iterdir() if scratch.is_dir() else ())]
+            for file in files:
+                shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+            self._note("unfinished files", "removed", len(files))
+
+    def _models(self) -> list[str]:
+        """Folders of what was trained; removed where the caller wants that."""
+        workspace = self.workspace
+        made = (("ctr", "result.json"), ("models", "model.json"), ("ranking", "ranker.json"))
+        folders = sorted(
+            {
+                f"{root}/{path.partition('/')[0]}"
+                for root, card in made
+                for path in workspace.entries(root)
+                if path.endswith(f"/{card}")
+            }
+        )
+        if self.drop_models and folders:
+            for folder in folders:
+                workspace.delete_dir(folder)
+            forget_stages(workspace, ["train_ctr", "evaluate", "export_ctr", "tune_ranker"])
+            self._note("models", "removed", len(folders), again="train_ctr")
+        return folders
+
+    def _note(self, place: str, done: str, files: int, rows: int = 0, size: int = 0, again: str = "") -> None:
+        if files or rows:
+            self.places.append(Place(place=place, done=done, files=files, rows=rows, bytes=size, again=again))
+
+
+def _rewritten(line: dict[str, Any]) -> Rewritten:
+    return Rewritten(**{**line, "entry": FileEntry(**line["entry"]), "found": frozenset(line["found"])})
+
+
+def _update_logs(workspace: Workspace, rewritten: Iterable[Rewritten]) -> None:
+    """Has refreshes know the files of the log that were rewritten for those that they have read."""
+    events = {r.path.removeprefix("events/"): r for r in rewritten if r.path.startswith("events/")}
+    for name in workspace.names(REFRESH) if events else ():
+        for path in (f"{REFRESH}/{name}/state.json", f"{REFRESH}/{name}/plan.json"):
+            if workspace.entry(path) is None:
+                continue
+            content, changed = workspace.read_json(path), False
+            for file, known in content.get("log", {}).items():
+                if (new := events.get(file)) is not None and known["e_tag"] == new.before:
+                    known |= {"bytes": new.entry.bytes, "e_tag": new.entry.e_tag, "rows": new.left}
+                    changed = True
+            if changed:
+                workspace.write_json(path, content)
+
+
+def _unfinished_files(workspace: Workspace) -> list[Path]:
+    """What killed writers left under temporary names."""
+    found = []
+    for folder, _, names in os.walk(workspace.path()):
+        found += [Path(folder, name) for name in names if name.startswith(".") and name.endswith(".tmp")]
+    return found
