@@ -23,6 +23,7 @@ def without_user_1() -> object:
     rows = answers()
     for held in (rows.texts, rows.vectors, rows.codes):
         held.pop(("user", 1), None)
+    rows.behaviors.pop(1, None)
     return rows
 
 
@@ -154,7 +155,7 @@ def test_redis_is_silent_at_once_and_then_empty(workspace: Workspace, redis: Red
     check_store = redis.open(name).store
     assert check_store.get("user", [1]) == [None]
     assert any(key.endswith(b"u" + user) for key in redis.client.held)
-    assert forget_in_redis(redis, np.array([1, 77])) == 7  # two of texts, vectors and codes, and an older vector
+    assert forget_in_redis(redis, np.array([1, 77])) == 9  # two of texts, vectors, codes and behaviors; an older vector
     assert not any(b"u" + user in key for key in redis.client.held)
     assert not any(user[::-1] in value for key, value in redis.client.held.items() if b":ids:user" in key)
     assert check_store.get("user", [3])[0].text == "three"

@@ -68,6 +68,7 @@ def write_samples(workspace: Workspace) -> None:
         "timestamp": np.arange(7),
         "label": np.ones(7),
         "split": pa.nulls(7),
+        "weight": np.ones(7),
     }
     workspace.write_parquet(table_file("interactions", 0), pa.table(columns).cast(INTERACTIONS))
     samples = {
@@ -78,6 +79,7 @@ def write_samples(workspace: Workspace) -> None:
         "split": ["train"] * 4,
         "history_start": [0, 2, 2, 5],
         "history_end": [1, 3, 4, 6],
+        "weight": [1.0] * 4,
     }
     workspace.write_parquet(table_file("samples", 0), pa.table(samples).cast(SAMPLE_ROWS))
 
