@@ -155,9 +155,9 @@ class LiveWorld:
         found: dict[str, dict[str, KnowledgeTable]] = {}
         for kind in SIDES:
             for name, rows in sources_of(contents, kind).items():
-                ids = np.array(sorted(rows), dtype=np.int64)
-                vectors = np.stack([rows[id_] for id_ in ids.tolist()])
-                table = KnowledgeTable(ids, projection.apply(vectors).astype(np.float16))
+                ids, as_of = np.array(sorted(rows), dtype=np.int64).T
+                vectors = np.stack([rows[key] for key in sorted(rows)])
+                table = KnowledgeTable(ids, projection.apply(vectors).astype(np.float16), as_of)
                 if name == "knowledge" and kind in self.quantisers:
                     quantiser = self.quantisers[kind]
                     codes = code_vectors(quantiser, ids, vectors)[:, :-1]
@@ -171,13 +171,17 @@ class LiveWorld:
         return fingerprint("grid", self.trained.result.arm)
 
 
-def sources_of(contents: Contents, kind: str) -> dict[str, dict[int, np.ndarray]]:
-    """Source -> id -> vector, by hand."""
+def sources_of(contents: Contents, kind: str) -> dict[str, dict[tuple[int, int], np.ndarray]]:
+    """Source -> (id, as_of) -> vector, by hand: a user's earlier partitions are of earlier moments."""
     rows = contents.vectors[kind]
-    sources = {"knowledge": {id_: partitions[0] for id_, partitions in rows.items()}, "collective": {}}
+    sources = {"knowledge": {(id_, 0): partitions[0] for id_, partitions in rows.items()}, "collective": {}}
     if kind == "user":
         sources["disliked"] = {}
-        sources["partition-1"] = {id_: partitions[1] for id_, partitions in rows.items() if len(partitions) > 1}
+        sources["streaming"] = {
+            (id_, -number): vector
+            for id_, partitions in rows.items()
+            for number, vector in enumerate(partitions[1:], 1)
+        }
     for (of_kind, id_), named in contents.cohorts.items():
         for source, cohorts in (
             ("collective", [c for c in named if c >= 0]),
@@ -185,7 +189,7 @@ def sources_of(contents: Contents, kind: str) -> dict[str, dict[int, np.ndarray]
         ):
             if of_kind == kind and cohorts:
                 mean = np.sum([contents.vectors["cohort"][c][0].astype(np.float32) for c in cohorts], axis=0)
-                sources[source][id_] = (mean / np.linalg.norm(mean)).astype(np.float16)
+                sources[source][id_, 0] = (mean / np.linalg.norm(mean)).astype(np.float16)
     return sources
 
 
@@ -211,10 +215,10 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
     sources: dict[str, dict[str, str]] = {}
     for kind in SIDES:
         for name, of_source in sources_of(contents, kind).items():
-            known = np.array(sorted(of_source), dtype=np.int64)
-            vectors = np.stack([of_source[id_] for id_ in known.tolist()])
+            known, as_of = np.array(sorted(of_source), dtype=np.int64).T
+            vectors = np.stack([of_source[key] for key in sorted(of_source)])
             digests, codes = np.zeros((len(known), 16), np.uint8), np.zeros((len(known), 0), np.uint16)
-            shard = VectorShard(kind, known, np.zeros(len(known), np.int64), vectors, digests, codes, encoder=ENCODER)
+            shard = VectorShard(kind, known, as_of, vectors, digests, codes, encoder=ENCODER)
             if name == "knowledge" and arm_parts(arm)[1] != "vectors":
                 quantisers[kind] = train_quantiser(vectors.astype(np.float32), IDS)
                 quantisers[kind].save(workspace, quantiser_folder("vectors/v", f"{name}-{kind}"))
