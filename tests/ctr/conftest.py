@@ -1,5 +1,6 @@
 """A toy world in which only a user's knowledge vector tells what the user likes."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +26,14 @@ class ToyWorld:
 
     @property
     def data(self) -> TrainingData:
-        """All sources hold the same vectors here; of older interest partitions there is one."""
+        """All sources hold the same vectors here; of older interest partitions there is one, a millisecond older."""
         features = build_features(
             self.users, self.items, self.samples, attributes=["genres"], profile=["gender"], min_item_count=1
         )
         sides = dict(zip(("user", "item"), self.vectors, strict=True))
         sources = {source: sides for source in ("knowledge", "collective", "metadata")}
-        return TrainingData(features, {**sources, "partition-1": {"user": self.vectors[0]}})
+        partition = dataclasses.replace(self.vectors[0], as_of=np.full(N_USERS, -1))
+        return TrainingData(features, {**sources, "streaming": {"user": partition}})
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +69,7 @@ def toy_world() -> ToyWorld:
         ),
         samples=pa.table(columns, schema=schema.SAMPLES),
         vectors=(
-            KnowledgeTable(np.arange(N_USERS), user_vectors.astype(np.float16)),
+            KnowledgeTable(np.arange(N_USERS), user_vectors.astype(np.float16), np.zeros(N_USERS, np.int64)),
             KnowledgeTable(np.arange(N_ITEMS), item_vectors.astype(np.float16)),
         ),
     )

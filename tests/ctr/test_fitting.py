@@ -114,7 +114,7 @@ def test_arm_without_vectors_is_refused(data: TrainingData) -> None:
     [
         ("knowledge", "knowledge", "item", "users have 8 .* knowledge vectors of items have 3"),
         ("both", "collective", "user", "users have 8 .* collective vectors of users have 3"),
-        ("streaming", "partition-1", "user", "users have 8 .* partition-1 vectors of users have 3"),
+        ("streaming", "streaming", "user", "users have 8 .* streaming vectors of users have 3"),
     ],
 )
 def test_vectors_of_two_encoders_are_refused(

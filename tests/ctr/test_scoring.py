@@ -85,7 +85,7 @@ def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exporte
         workspace.write_table(name, table, key=key, n_shards=4)
     users, items = world.vectors
     # Some ids have no knowledge: the first tenth of users and the odd items.
-    tables = {"user": KnowledgeTable(users.ids[15:], users.vectors[15:]), "item": every_other(items)}
+    tables = {"user": KnowledgeTable(users.ids[15:], users.vectors[15:], users.as_of[15:]), "item": every_other(items)}
     data = TrainingData(world.data.features, {**world.data.knowledge, "knowledge": tables})
     trial = Trial(backbone=backbone, arm=arm, seed=0)
     trained = train_one(trial, data, CONFIG)
