@@ -378,7 +378,8 @@ def run_command(words: list[str]) -> str:
 @pytest.mark.ray
 def test_the_walk_publishes_looks_up_and_goes_back(walk: Walk) -> None:
     first, again = walk.output("owlrec run shop.yaml --to publish")
-    assert "100/100 rows" in first
+    (rows,) = re.findall(r"writing knowledge: (\d+)/\1 rows", first)
+    assert int(rows) > 100  # 60 users as of half and now, 40 items
     assert "is current" in first
     assert "all 6 shards done already" in again
     (looked_up,) = walk.output("owlrec lookup")
