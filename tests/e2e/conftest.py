@@ -27,6 +27,7 @@ def echo_recipe(tmp_path: Path) -> Path:
             scenario: movies
             workspace: {tmp_path / "ws"}
             source: {{type: movielens-100k, max_users: 60, max_items: 120}}
+            split: {{cuts: half}} # one text per user
             shard_rows: 20
             engine: {{type: echo, latency_s: 0.3}}
             sampling: {{max_tokens: 40}}
