@@ -52,7 +52,8 @@ def write_artifacts(workspace):
     events = pa.table(
         {"user_id": samples["user_id"], "item_id": samples["item_id"],
          "rating": pa.array([3.0] * samples.num_rows, pa.float32()), "timestamp": samples["timestamp"],
-         "label": samples["label"], "split": pa.nulls(samples.num_rows, pa.int8())}
+         "label": samples["label"], "split": pa.nulls(samples.num_rows, pa.int8()),
+         "weight": pa.array([1.0] * samples.num_rows, pa.float32())}
     )  # fmt: skip
     text = Rows(texts={("item", 0): (0, "a film", "ok")})
     info = ReleaseInfo(fingerprint="f" * 64, model="m", encoder="e", history_length=4)
