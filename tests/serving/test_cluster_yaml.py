@@ -13,10 +13,9 @@ import pytest
 import yaml
 from processes import free_port
 from served_world import publish_world
-from test_rank_serve import ITEMS, write_artifacts
+from test_rank_serve import ITEMS, own_scores, write_artifacts
 
 from owlrec import Client
-from owlrec.ctr.scoring import Scorer
 from owlrec.serving.keys import new_key
 from owlrec.workspace import Workspace
 
@@ -80,7 +79,7 @@ def test_it_deploys_and_a_changed_user_config_restarts_nothing(ray_local, tmp_pa
     from ray.serve.schema import ServeDeploySchema
 
     workspace = Workspace(tmp_path / "ws")
-    release, folders = publish_world(workspace, "first"), write_artifacts(workspace)
+    folders, release = write_artifacts(workspace), publish_world(workspace, "first")  # which is current then
     (tmp_path / "keys.txt").write_text(LINE)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
@@ -126,7 +125,7 @@ def order(owl):
 
 
 def expected(workspace, artifact):
-    return np.argsort(-Scorer.open(workspace, artifact).score(55, range(ITEMS)), kind="stable").tolist()
+    return np.argsort(-own_scores(workspace, artifact), kind="stable").tolist()
 
 
 def replicas():
