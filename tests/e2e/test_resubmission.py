@@ -67,11 +67,17 @@ def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
         done = shards(workspace)
         assert 0 < done < 12
 
-        resumed = started(head, *submit, "--no-preflight")
+        resumed, lines = started(head, *submit, "--no-preflight"), [""]
+
+        def read_on() -> bool:
+            lines.append(resumed.stdout.readline() if resumed.stdout else "")
+            return "shards to do" in lines[-1]
+
+        wait_until(read_on, 120, "what is to do")  # the job's log follows the job by seconds
         wait_until(lambda: shards(workspace) > done, 120, "a further shard")
         kill_head(head)
         resumed.kill()
-        output = resumed.stdout.read() if resumed.stdout else ""
+        output = "".join(lines)
         assert f"job {job['submission_id']}-2 started" in output
         assert f"{12 - done} of 12 shards to do" in output
     done = shards(workspace)
