@@ -297,7 +297,7 @@ def test_a_killed_erasure_is_finished_by_the_same_command(
         workspace.delete_dir("claims")  # whose process would be gone
         assert ID in read_tombstones(workspace)
         report = forget(workspace, [RAW])
-        assert report.unknown == (0 if at else 1), at
+        assert report.unknown == (0 if 0 < at < total else 1), at  # the last step lets go of the claim
         assert scan(workspace) == {}, at
         assert answers(workspace) == others, at
         if at % 2 == 0:
