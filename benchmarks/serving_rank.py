@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -320,7 +321,9 @@ def _interactions(workspace: Workspace) -> Iterator[pa.Table]:
 
 
 def _refresh(recipe: Path) -> None:
-    _run("pipelines.cli", "refresh", str(recipe))
+    """At the lowest priority, since on one machine it takes the server's cores; a cluster has others for it."""
+    code = "from pipelines.cli import app; app()"
+    subprocess.run(["nice", "-n", "19", sys.executable, "-c", code, "refresh", str(recipe)], check=True)
 
 
 def _publish_items(workspace: Workspace, ids: np.ndarray) -> None:
@@ -350,7 +353,12 @@ def _followed(
             if not moved and current_release(workspace) != first:
                 moved = time.monotonic()
             asked = time.monotonic()
-            changed = changed + 1 if _scores(address, user, candidates) != before else 0
+            try:
+                now = _scores(address, user, candidates)
+            except urllib.error.HTTPError as error:  # overloaded for a moment: the load counts it
+                error.close()
+                continue
+            changed = changed + 1 if now != before else 0
             since = asked if changed <= 1 else since
             if moved and changed >= 10:
                 made.result()
