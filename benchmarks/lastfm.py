@@ -66,7 +66,7 @@ def main() -> None:
     run_stages(path, options.data)
     figures = [Figure(measure="to the report", method="owlrec", value=time.monotonic() - began, unit="s")]
     figures += aucs(recipe, workspace)
-    user = print_prompt(recipe, workspace)
+    user = show_prompt(recipe, workspace)
     figures.append(rank_served(path, workspace, user))
     show("a music shop", figures, options)
 
@@ -151,7 +151,7 @@ def aucs(recipe: Recipe, workspace: Workspace) -> list[Figure]:
     ]
 
 
-def print_prompt(recipe: Recipe, workspace: Workspace) -> int:
+def show_prompt(recipe: Recipe, workspace: Workspace) -> int:
     """Prints what an LLM would be asked about a user with many plays, and returns the user."""
     users, histories = workspace.read_shard("users", 0), workspace.read_shard("histories", 0)
     catalog = ItemCatalog.load(workspace)

@@ -6,7 +6,7 @@ retrieved or mixed, as the model is and tuned. `longer`: the ranker of the most 
 it was tuned on. `mixture`: tuned on recent or retrieved prompts alone, or on both. `sets`: behaviors retrieved once for
 a set of candidates, or for each candidate, on as many shots.
 `cascade`: DIN, trained on the whole train split, orders held-out lists, and the ranker of the most shots re-orders
-their heads. Differences are paired by row, with 95 % intervals by users drawn anew.
+their heads. Differences are paired by row, with 95 % intervals by resampling users.
 
 What is done stays in the workspace, to the tuning step, so the same command goes on where it was interrupted. Before it
 begins it says what is left to do and how long that should take here. --quick fills the same tables from a few samples:

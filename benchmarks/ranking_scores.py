@@ -82,7 +82,7 @@ def scored(table: pa.Table, way: str, column: str = "score") -> Scored:
 
 def auc_figure(measure: str, method: str, ours: Scored, base: Scored | None = None) -> Figure:
     """An AUC, or by how much it is above that of `base`, whose rows are the same; rows that one left unscored count
-    in neither. The interval is of 95 %, users drawn anew.
+    in neither. The interval is of 95 %, users resampled.
     """
     columns = [ours.scores] if base is None else [ours.scores, base.scores]
     known = np.isfinite(columns).all(axis=0)

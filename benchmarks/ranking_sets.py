@@ -4,7 +4,7 @@ MovieLens-100K, the recipe `movielens-100k-ranker`. A prompt shows K behaviors: 
 candidate (ReLLa), those nearest to its set of ten candidates (by the mean or the maximum of the cosines, or each
 candidate's nearest in turns), or half of each kind. The reader is a logistic regression, fitted on train, of what a
 list says of a candidate: ratings, plain and weighted by likeness, and how like it is. A list that holds less of what
-bears on the candidate makes it rank worse. Differences are paired by row, with 95 % intervals by users drawn anew.
+bears on the candidate makes it rank worse. Differences are paired by row, with 95 % intervals by resampling users.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 Deployments that are scaled each for itself: the ingress, which holds the deadline; the CTR scorer, which opens an
 artifact that `owlrec export-ctr` wrote and follows the current release; and, with `recipe=shop.yaml`, the LLM that
 re-ranks (serve_apps.rank_llm). A new artifact or adapter is taken in by `reconfigure`: change `user_config` in the
-Serve configuration and deploy; no replica restarts. (A change of `args` builds the application anew.)
+Serve configuration and deploy; no replica restarts. (A change of `args` builds the application again.)
 """
 
 import asyncio
@@ -27,7 +27,6 @@ from owlrec.serving.rank_api import build_rank_api
 from owlrec.serving.ranking import Cascade
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import REFRESH_S, WorkspaceReleases, following
-from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
 from serve_apps.stopping import asked_to_stop
@@ -145,13 +144,7 @@ class RankReplica:
         self._telemetry = RayTelemetry("rank")
         self._problem = ctr.problem
         self._ctr = _Remote(ctr)
-        workspace = Workspace(settings.workspace)
-        self._cascade = Cascade(
-            self._ctr,
-            _Remote(llm) if llm else None,
-            self._telemetry,
-            forgotten=lambda user: user in read_tombstones(workspace),
-        )
+        self._cascade = Cascade(self._ctr, _Remote(llm) if llm else None, self._telemetry)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready, asked_to_stop)

@@ -225,6 +225,14 @@ def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:
     return (x % np.uint64(n_shards)).astype(np.int64)
 
 
+def hash_of(*keys: int | np.ndarray) -> np.ndarray:
+    """A hash of aligned keys (int64 [n] each) and numbers, int64 [n] in [0, 2^62): a draw that hangs on a row alone."""
+    mixed = np.zeros(1, dtype=np.int64)
+    for key in keys:
+        mixed = shard_of(mixed ^ np.asarray(key, dtype=np.int64), 1 << 62)
+    return mixed
+
+
 def by_shard(ids: np.ndarray, n_shards: int) -> Iterator[tuple[int, np.ndarray]]:
     """Each shard that some of `ids` (int64 [n]) belong to, and the positions of those."""
     numbers = shard_of(ids, n_shards)

@@ -4,8 +4,8 @@
     forgotten/<run>/tombstones.bin   a record for each id of one `owlrec forget`; written first, never changed
 
 The id itself is not kept: what is stored is BLAKE2b of it under the workspace's key, beside 20 bits of a cheaper hash,
-so that of the millions of ids in a table only one in 2^20 per tombstone is hashed in Python. Whoever holds key and file
-can test whether a given id was forgotten, which is what they are for.
+so that of the millions of ids in a table only one in 2^20 per tombstone is hashed in Python. Key and file
+together tell whether a given id was forgotten, which is what they are for.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ class _Latest:
             read, names, tombstones = self._runs.get(storage.base, (0.0, (), Tombstones()))
         if time.monotonic() - read < _FRESH_S and read:
             return tombstones
-        # `key` is no run, and a run whose folder was removed by hand has no file.
+        # `key` is not a run, and a run whose folder was removed by hand has no file.
         now = tuple(name for name in storage.names(FOLDER) if name != "key")
         if now != names:
             paths = [f"{FOLDER}/{name}/{_FILE}" for name in now]

@@ -1,4 +1,4 @@
-"""The set that a sample's behaviors are retrieved for: of one moment, of one size, whoever else is drawn."""
+"""The set that a sample's behaviors are retrieved for: of one moment, of one size, whatever else is drawn."""
 
 from typing import Any
 

@@ -3,13 +3,16 @@
 import os
 from pathlib import Path
 
-from release_rows import Rows, publish_rows
+import pyarrow as pa
+from release_rows import Rows, publish_rows, tables
 
+from owlrec.releases import ReleaseInfo, publish
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.readiness import Stopping, never_stopping
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
+from owlrec.sources.splits import SplitConfig, for_histories, last_behaviors
 from owlrec.workspace import Workspace
 
 SCRIPT = '<script>alert(1)</script> \u2028 it\'s "war" ☃'
@@ -38,6 +41,17 @@ def world(label: str) -> Rows:
 def publish_world(workspace: Workspace, label: str) -> str:
     """Publishes `world(label)`, current from then on; its name."""
     return publish_rows(workspace, label, world(label)).name
+
+
+def served_behaviors(workspace: Workspace, interactions: pa.Table, split: SplitConfig) -> ServedReleases:
+    """A release, open, that holds users' last behaviors, and beside them one text."""
+    behaviors = last_behaviors(for_histories(interactions, split), split.history_length)
+    info = ReleaseInfo(fingerprint="f" * 64, model="m", encoder="e", history_length=split.history_length)
+    rows = tables(Rows(texts={("item", 10): (0, "a film", "ok")}))
+    publish(workspace, **rows | {"behaviors": [behaviors]}, info=info)
+    served = ServedReleases(WorkspaceReleases(workspace))
+    assert served.refresh()
+    return served
 
 
 def knowledge_app(

@@ -3,6 +3,7 @@ refused.
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from owlrec.releases import Release, open_release, roll_back
 from owlrec.serving.live import LiveScorer, ScoredRelease, live_state
 from owlrec.serving.problems import Problem
 from owlrec.serving.served import WorkspaceReleases
+from owlrec.tombstones import write_tombstones
 from owlrec.workspace import Workspace
 
 NEW = [100, 101, 102, 103, 104]  # items that stand in no table
@@ -96,6 +98,21 @@ def test_a_roll_back_brings_the_old_scores_back(workspace: Workspace) -> None:
     roll_back(workspace)
     assert live.served.refresh()
     assert live.score(6, CANDIDATES).tolist() == first.tolist()
+
+
+def test_a_forgotten_user_is_ranked_for_as_somebody_unknown(workspace: Workspace) -> None:
+    made = write_live_world(workspace)
+    live = scorer_of(made)
+    live.served.refresh()
+    unknown, before = live.score(User(), CANDIDATES), live.score(6, CANDIDATES)
+    told = User(6, [1, 2], profile={"gender": "F"})
+    with_history = live.score(replace(told, user_id=None), CANDIDATES)
+    assert not np.array_equal(before, unknown)
+    write_tombstones(workspace, np.array([6]))
+    assert live.served.refresh()
+    assert live.score(6, CANDIDATES).tolist() == unknown.tolist()
+    assert live.score(told, CANDIDATES).tolist() == with_history.tolist()
+    assert live.score(7, CANDIDATES).tolist() != unknown.tolist()
 
 
 def test_a_history_in_the_request_takes_the_place_of_the_releases(world: LiveWorld) -> None:

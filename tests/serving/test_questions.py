@@ -6,22 +6,20 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pytest
-from release_rows import Rows, tables  # type: ignore[import-not-found]
+from served_world import served_behaviors
 
 from owlrec.ranking.candidate_sets import SET_SIZE, with_candidates
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.ranking.samples import Shown, ask_about
-from owlrec.releases import ReleaseInfo, publish
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS
 from owlrec.serving.questions import QuestionWriter, recent_of
 from owlrec.serving.schemas import Rank
-from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.tables import WorkspaceTables
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import Labels, with_outcomes
-from owlrec.sources.splits import SplitConfig, build_samples, for_histories, last_behaviors
+from owlrec.sources.splits import SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
 N_USERS, N_ITEMS, NOW = 8, 60, 1000
@@ -56,12 +54,7 @@ def log() -> pa.Table:
 
 def writer(workspace: Workspace, config: RankingConfig) -> QuestionWriter:
     interactions = with_outcomes(log(), LABELS, "log").select(INTERACTIONS.names)
-    behaviors = last_behaviors(for_histories(interactions, SPLIT), SPLIT.history_length)
-    info = ReleaseInfo(fingerprint="f" * 64, model="m", encoder="e", history_length=SPLIT.history_length)
-    rows = tables(Rows(texts={("item", 10): (0, "a film", "ok")}))
-    publish(workspace, **rows | {"behaviors": [behaviors]}, info=info)
-    served = ServedReleases(WorkspaceReleases(workspace))
-    assert served.refresh()
+    served = served_behaviors(workspace, interactions, SPLIT)
     workspace.write_table("users", USERS, key="user_id", n_shards=2)
     workspace.write_table("items", ITEMS, key="item_id", n_shards=1)
     retriever = BehaviourRetriever(np.arange(N_ITEMS), VECTORS)

@@ -57,19 +57,6 @@ def test_by_the_ctr_model_alone():
     assert ids(ranked(Table(CTR), top_k=2)) == [2, 3]
 
 
-def test_a_forgotten_user_is_ranked_for_as_somebody_unknown():
-    class Named(Table):
-        async def score(self, asked, candidates):
-            self.named = (asked.user_id, asked.history)
-            return await super().score(asked, candidates)
-
-    backends = [Named(CTR), Named(LLM)]
-    cascade = Cascade(*backends, forgotten=lambda user: user == 7)
-    for user, named in ((7, (None, [])), (8, (8, None))):
-        asyncio.run(cascade.rank(Rank(user_id=user, candidates=[1, 2], mode="llm")))
-        assert [backend.named for backend in backends] == [named, named]
-
-
 def test_the_shortest_deadline_leaves_the_ctr_model_some_time():
     assert ids(ranked(Table(CTR), deadline_ms=10)) == [2, 3, 4, 5, 1]
 

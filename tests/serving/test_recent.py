@@ -1,16 +1,17 @@
 """What the LLM ranker reads of a user who comes by id is what a sample of this moment would have held."""
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from release_rows import Rows, tables  # type: ignore[import-not-found]
+from served_world import served_behaviors
 
-from owlrec.releases import ReleaseInfo, publish
 from owlrec.schema import INTERACTIONS
 from owlrec.serving.problems import Problem
 from owlrec.serving.questions import Recent, recent_of
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.sources.outcomes import Labels, with_outcomes
-from owlrec.sources.splits import SplitConfig, for_histories, last_behaviors
+from owlrec.sources.splits import SplitConfig
+from owlrec.tombstones import write_tombstones
 from owlrec.workspace import Workspace
 
 
@@ -25,13 +26,15 @@ def recent(workspace: Workspace, split: SplitConfig) -> Recent:
         }
     )
     table = with_outcomes(log, Labels(rule="column", rating_above=3), "log").select(INTERACTIONS.names)
-    behaviors = last_behaviors(for_histories(table, split), split.history_length)
-    info = ReleaseInfo(fingerprint="f" * 64, model="m", encoder="e", history_length=split.history_length)
-    rows = tables(Rows(texts={("item", 10): (0, "a film", "ok")}))
-    publish(workspace, **rows | {"behaviors": [behaviors]}, info=info)
+    return recent_of(served_behaviors(workspace, table, split))
+
+
+def test_of_a_forgotten_user_nothing_is_told(workspace: Workspace) -> None:
+    recent(workspace, SplitConfig())
+    write_tombstones(workspace, np.array([1]))
     served = ServedReleases(WorkspaceReleases(workspace))
     assert served.refresh()
-    return recent_of(served)
+    assert recent_of(served)(1) == []
 
 
 def test_the_latest_that_were_taken_come_last(workspace: Workspace) -> None:

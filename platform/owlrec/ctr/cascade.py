@@ -60,10 +60,6 @@ class CascadeTable(VectorTable):
         """See VectorTable; raises SchemaError."""
         return self.partitions.codes_at(rows)
 
-    def ids_in(self, number: int, n_shards: int) -> np.ndarray:
-        """See VectorTable."""
-        return np.union1d(self.runs.ids_in(number, n_shards), self.partitions.ids_in(number, n_shards))
-
     def shuffled(self, seed: int) -> "CascadeTable":
         """See VectorTable."""
         return replace(self, runs=self.runs.shuffled(seed), partitions=self.partitions.shuffled(seed))

@@ -17,7 +17,6 @@ import numpy as np
 from owlrec.encoding.vector_shards import VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.ordered import newest_rows, rows_of, run_starts
-from owlrec.schema import shard_of
 
 # Up to so many bytes a worker holds a table itself. Users' vectors are read from the few shards that a window of
 # samples is of, those of items from all shards in each batch.
@@ -54,10 +53,6 @@ class VectorTable(ABC):
         """Their semantic ids: int64 [b, levels], each code plus one, zeros for -1; the duplicate digit, which says
         nothing of an id, is left out. Raises SchemaError where there are no codes.
         """
-
-    @abstractmethod
-    def ids_in(self, number: int, n_shards: int) -> np.ndarray:
-        """The ids of one of `n_shards` shards that have a vector: int64 [n], ascending."""
 
     @abstractmethod
     def shuffled(self, seed: int) -> "VectorTable":
@@ -116,11 +111,6 @@ class KnowledgeTable(VectorTable):
         codes[rows >= 0] = self.codes[rows[rows >= 0]].astype(np.int64) + 1
         return codes
 
-    def ids_in(self, number: int, n_shards: int) -> np.ndarray:
-        """See VectorTable."""
-        ids = np.unique(self.ids)
-        return ids[shard_of(ids, n_shards) == number]
-
     def shuffled(self, seed: int) -> "KnowledgeTable":
         """See VectorTable; for more than one id."""
         order = _wrong_rows(self.ids, seed)
@@ -173,11 +163,6 @@ class MappedTable(VectorTable):
         for _, shard, at, of_shard in self.shards.at(rows):
             codes[at] = shard.codes[of_shard, :-1].astype(np.int64) + 1
         return codes
-
-    def ids_in(self, number: int, n_shards: int) -> np.ndarray:
-        """See VectorTable."""
-        assert n_shards == self.shards.n_shards, f"{n_shards} shards of a table that has {self.shards.n_shards}"
-        return self.shards.ids(number)
 
     def shuffled(self, seed: int) -> "MappedTable":
         """See VectorTable."""

@@ -78,7 +78,7 @@ def _earlier(work: Work, path: str) -> VectorShard | None:
 def _unchanged(rows: Rows, earlier: VectorShard | None) -> np.ndarray:
     """Of each row, the row of the earlier shard that is of the same id and was made from the same, or -1: int64 [n].
 
-    The as_of is no part of it: a text that was found to hold for longer keeps its vector.
+    It leaves the as_of out: a text that was found to hold for longer keeps its vector.
     """
     if earlier is None:
         return np.full(len(rows.ids), -1, dtype=np.int64)

@@ -136,11 +136,6 @@ class VectorShards:
             self._open.move_to_end(number)
             return self._open[number]
 
-    def ids(self, number: int) -> np.ndarray:
-        """The ids of one shard that have a vector: int64 [n], ascending and distinct."""
-        shard = self.shard(number)
-        return np.zeros(0, dtype=np.int64) if shard is None else np.unique(shard.ids)
-
     def gather(self, ids: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The newest vectors of `ids`, in their order.
 

@@ -1,7 +1,7 @@
 """What a generation run writes: its job, which shards there are, and the texts that it left.
 
 A job's fingerprint covers the meaning of its texts only: scenario and wording, the model and its number formats, how
-tokens are chosen and texts judged. How fast or on what they are written is no part of it, nor is lossless drafting.
+tokens are chosen and texts judged. How fast or on what they are written stays out of it, and so does lossless drafting.
 """
 
 from collections import Counter

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.ordered import rows_of, run_starts
-from owlrec.schema import shard_of
+from owlrec.schema import hash_of
 
 SET_SIZE = 10  # as many as a cascade asks the LLM about by default
-_HASH_RANGE = 1 << 62
 _DRAWS = 4 * SET_SIZE  # some are drawn twice, some the user has met
 
 
@@ -29,14 +28,14 @@ def with_candidates(samples: pa.Table, logged: pa.Table, catalog: np.ndarray) ->
     keeps those that come first by a hash of user, moment and item.
     """
     user, item, time = (logged[name].to_numpy() for name in ("user_id", "item_id", "timestamp"))
-    rank = hash_ranks([user, time, item], seed=0)
+    rank = hash_of(1, user, time, item)
     order = np.lexsort((rank, time, user))
     user, item, time = user[order], item[order], time[order]
     starts = np.flatnonzero(run_starts(user, time) == np.arange(len(user)))
     ends = np.r_[starts[1:], len(user)]
-    moment = hash_ranks([user[starts], time[starts]], seed=0)
+    moment = hash_of(1, user[starts], time[starts])
     by_hash = np.argsort(moment)
-    keys = hash_ranks([samples["user_id"].to_numpy(), samples["timestamp"].to_numpy()], seed=0)
+    keys = hash_of(1, samples["user_id"].to_numpy(), samples["timestamp"].to_numpy())
     at = by_hash[rows_of(moment[by_hash], keys)]
     histories = samples["history"].to_pylist()
     sets = [
@@ -44,14 +43,6 @@ def with_candidates(samples: pa.Table, logged: pa.Table, catalog: np.ndarray) ->
         for own, row, history, key in zip(samples["item_id"].to_numpy(), at, histories, keys.tolist(), strict=True)
     ]
     return samples.append_column("candidates", pa.array(sets, pa.list_(pa.int64())))
-
-
-def hash_ranks(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """int64 [n] in [0, 2^62): a hash of each row's keys (int64 [n] each) and the seed."""
-    rank = shard_of(np.array([seed + 1]), _HASH_RANGE)
-    for key in keys:
-        rank = shard_of(rank ^ key, _HASH_RANGE)
-    return rank
 
 
 def _candidates(own: int, logged: np.ndarray, history: Sequence[int], catalog: np.ndarray, seed: int) -> np.ndarray:

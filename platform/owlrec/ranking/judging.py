@@ -33,7 +33,7 @@ class Judgement(BaseModel):
     rows: int
     unscored: int  # rows whose question could not be asked; they count nowhere
     auc: float
-    interval: Interval | None  # 95 %, users drawn anew; None with fewer than two users
+    interval: Interval | None  # 95 %, users resampled; None with fewer than two users
     gauc: float | None  # None where no user has both classes
     accuracy: float  # calibrated, at one half
     log_loss: float  # calibrated

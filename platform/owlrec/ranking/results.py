@@ -19,7 +19,7 @@ class RankerResult(BaseModel):
     shown: str  # samples.Shown; "" for a CTR model
     seed: int
     auc: float
-    interval: Interval | None = None  # 95 %, users drawn anew
+    interval: Interval | None = None  # 95 %, users resampled
 
 
 def results_of(config: RankingConfig, judgements: list[Judgement]) -> list[RankerResult]:

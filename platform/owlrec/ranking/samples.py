@@ -20,10 +20,10 @@ from pydantic import Field
 from owlrec.config import Config
 from owlrec.errors import RecipeError, SchemaError
 from owlrec.prompting.rella import NO, YES, RankPromptConfig, is_quotable, rank_prompt
-from owlrec.ranking.candidate_sets import hash_ranks, with_candidates
+from owlrec.ranking.candidate_sets import with_candidates
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.scenario import Scenario
-from owlrec.schema import SAMPLES, by_shard
+from owlrec.schema import SAMPLES, by_shard, hash_of
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import was_taken
 from owlrec.sources.splits import read_samples
@@ -132,7 +132,7 @@ def draw_samples(
         rows = np.flatnonzero(pc.equal(keys["split"], split).to_numpy(zero_copy_only=False))
         total += len(rows)
         if limit is not None and len(best) == limit:  # most rows come after all that are held
-            ranks = (hash_ranks([t[name].to_numpy() for name in _ORDER], seed) for t in (keys.take(rows), best))
+            ranks = (hash_of(seed + 1, *(t[name].to_numpy() for name in _ORDER)) for t in (keys.take(rows), best))
             own, held = ranks
             rows = rows[own <= held.max()]
         drawn = keys.take(rows).select(_ORDER)
@@ -161,11 +161,11 @@ def read_users(workspace: Workspace, ids: np.ndarray) -> pa.Table:
 
 
 def in_hash_order(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """Rows in an order that follows from the seed and each row's own keys, whoever else is there: int64 [n] positions.
+    """Rows in an order by the seed and each row's own keys, whatever other rows there are: int64 [n] positions.
 
     keys: int64 [n] each, together different for every row.
     """
-    return np.lexsort((*keys, hash_ranks(keys, seed)))
+    return np.lexsort((*keys, hash_of(seed + 1, *keys)))
 
 
 def _refuse_fewer(shots: int, rows: int, split: str) -> None:

@@ -5,6 +5,7 @@ cannot be opened: the one before stays, and without one the application is not r
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -89,10 +90,15 @@ class LiveScorer:
         self._scorer = artifact.scorer
 
     def score(self, user: int | User, candidates: Sequence[int]) -> np.ndarray:
-        """See Scorer.score; all of it over one release. Raises Problem (503) where there is none."""
+        """See Scorer.score; all of it over one release, for who is forgotten as for somebody unknown. Raises Problem
+        (503) where there is none.
+        """
+        asking = user if isinstance(user, User) else User(user)
         with self.served.lease() as release:
             assert isinstance(release, ScoredRelease)
-            return self._scorer.score(user, candidates, release.live)
+            if asking.user_id is not None and asking.user_id in release.tombstones:
+                asking = replace(asking, user_id=None)
+            return self._scorer.score(asking, candidates, release.live)
 
     def problem(self) -> str | None:
         """What keeps it from scoring; None where nothing does."""

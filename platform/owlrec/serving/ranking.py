@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from owlrec.serving.problems import Problem
@@ -29,15 +29,8 @@ class Backend(Protocol):
 class Cascade:
     """Ranks with a CTR model and, where there is one, an LLM."""
 
-    def __init__(
-        self,
-        ctr: Backend,
-        llm: Backend | None,
-        telemetry: Telemetry | None = None,
-        forgotten: Callable[[int], bool] | None = None,
-    ) -> None:
-        """forgotten: whether a user is, who is then ranked for as somebody unknown; asked from a thread."""
-        self._ctr, self._forgotten = ctr, forgotten
+    def __init__(self, ctr: Backend, llm: Backend | None, telemetry: Telemetry | None = None) -> None:
+        self._ctr = ctr
         self._llm = llm
         self._telemetry = telemetry or NoTelemetry()
 
@@ -46,8 +39,6 @@ class Cascade:
 
         Raises Problem (503) where not even the CTR model answers in time.
         """
-        if self._forgotten and asked.user_id is not None and await asyncio.to_thread(self._forgotten, asked.user_id):
-            asked = asked.model_copy(update={"user_id": None, "history": asked.history or []})
         whole_s = asked.deadline_ms / 1000
         due = time.monotonic() + whole_s - min(_MARGIN_S, whole_s / 10)
         ctr = await self._ctr_scores(asked, due)

@@ -26,7 +26,7 @@ class ItemCatalog:
 
     @classmethod
     def load(cls, workspace: Workspace, more: Sequence[pa.Table] = ()) -> "ItemCatalog":
-        """Reads the workspace's items table; a title that is no text is none. more: rows that stand over it."""
+        """Reads the workspace's items table; titles other than text are left out. more: rows that stand over it."""
         parts = []
         for number in workspace.table_shards("items"):
             table = workspace.read_shard("items", number, ["item_id", "title"])

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 from owlrec.config import Config
 from owlrec.errors import SchemaError, did_you_mean
 from owlrec.ordered import rows_of
-from owlrec.schema import shard_of
+from owlrec.schema import hash_of
 from owlrec.shards import Card
 
 OUTCOME_COLUMNS = ("rating", "label", "event")  # of a source's interactions; any may be absent
@@ -36,7 +36,6 @@ EVENTS = (PASSED_OVER, "click", "play", "install", "purchase")
 Rule = Literal["rating_above", "column", "positives_only"]
 # An impression that its user acts on within so long was not passed over.
 ANSWER_MS = 24 * 3_600_000
-_HASH_RANGE = 1 << 62
 _ROUNDS = 20  # of drawing again what the user took; then the user's whole catalog is looked through
 
 
@@ -187,7 +186,7 @@ def drawn_negatives(
         for attempt in range(_ROUNDS):
             if not len(missing):
                 break
-            mixed = _mixed(labels.seed, number, attempt, user[missing], time[missing], item[missing])
+            mixed = hash_of(labels.seed, number, attempt, user[missing], time[missing], item[missing])
             chosen = source[mixed % len(source)]
             key = rows_of(catalog, chosen) + of_user[missing]
             twice = (found[missing, :number] == chosen[:, None]).any(axis=1) & (len(catalog) > 4 * labels.negatives)
@@ -197,17 +196,9 @@ def drawn_negatives(
         for row in missing.tolist():  # of users who took nearly everything, or of few items
             left = np.setdiff1d(catalog, took[1][took[0] == user[row]])
             if len(left):
-                at = _mixed(labels.seed, number, _ROUNDS, user[[row]], time[[row]], item[[row]])[0] % len(left)
+                at = hash_of(labels.seed, number, _ROUNDS, user[[row]], time[[row]], item[[row]])[0] % len(left)
                 found[row, number] = left[at]
     return found
-
-
-def _mixed(*parts: int | np.ndarray) -> np.ndarray:
-    """A hash of aligned int64 arrays and numbers, int64 [n] in [0, 2^62)."""
-    mixed = np.zeros(1, dtype=np.int64)
-    for part in parts:
-        mixed = shard_of(mixed ^ np.asarray(part, dtype=np.int64), _HASH_RANGE)
-    return mixed
 
 
 def _ratings(table: pa.Table, labels: Labels, name: str, first_row: int) -> np.ndarray:
@@ -225,15 +216,8 @@ def _ratings(table: pa.Table, labels: Labels, name: str, first_row: int) -> np.n
 
 
 def _logged_labels(table: pa.Table, name: str, first_row: int) -> np.ndarray:
-    values = table["label"].cast(pa.float32()).to_numpy().astype(np.float32)
-    wrong = ~((values >= 0) & (values <= 1))
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise SchemaError(
-            f"{name}, row {first_row + row}: the label is {values[row]:g}, but it must lie in [0, 1] "
-            f"({int(wrong.sum())} such rows). Correct it, or map another column under source.columns.interactions."
-        )
-    return values
+    advice = "Correct it, or map another column under source.columns.interactions."
+    return _numbers(table, "label", name, first_row, 1.0, "lie in [0, 1]", advice)
 
 
 def _event_labels(table: pa.Table, name: str, first_row: int) -> np.ndarray:
@@ -268,13 +252,22 @@ def _weights(table: pa.Table, name: str, first_row: int) -> np.ndarray:
     """float32 [n]."""
     if WEIGHT not in table.column_names:
         return np.ones(table.num_rows, dtype=np.float32)
-    values = table[WEIGHT].cast(pa.float32()).to_numpy().astype(np.float32)
-    wrong = ~((values >= 0) & (values < np.inf))
+    advice = "Correct it; without the column every row weighs 1."
+    largest = float(np.finfo(np.float32).max)
+    return _numbers(table, WEIGHT, name, first_row, largest, "be a number that is not negative", advice)
+
+
+def _numbers(
+    table: pa.Table, column: str, name: str, first_row: int, most: float, must: str, advice: str
+) -> np.ndarray:
+    """A column of numbers from 0 to `most`, float32 [n]. Raises SchemaError naming the first row that has another."""
+    values = table[column].cast(pa.float32()).to_numpy().astype(np.float32)
+    wrong = ~((values >= 0) & (values <= most))
     if wrong.any():
         row = int(wrong.argmax())
         raise SchemaError(
-            f"{name}, row {first_row + row}: the weight is {table[WEIGHT][row].as_py()}, but it must be a number "
-            f"that is not negative ({int(wrong.sum())} such rows). Correct it; without the column every row weighs 1."
+            f"{name}, row {first_row + row}: the {column} is {table[column][row].as_py()}, but it must {must} "
+            f"({int(wrong.sum())} such rows). {advice}"
         )
     return values
 

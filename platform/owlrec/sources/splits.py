@@ -20,12 +20,11 @@ from pydantic import Field, PositiveInt, field_validator
 from owlrec.config import Config
 from owlrec.errors import SchemaError
 from owlrec.ordered import rows_of, run_starts
-from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, shard_of
+from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, hash_of
 from owlrec.sources.outcomes import POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
 from owlrec.tombstones import read_tombstones
 from owlrec.workspace import Workspace
 
-_HASH_RANGE = 1 << 62
 # Lists are gathered this many at a time: it bounds the index arrays, and Arrow's 32-bit list offsets cannot overflow.
 _LISTS_PER_CHUNK = 1 << 20
 PASSED_QUOTED = 10  # of what a user passed over, an LLM reads so much at most
@@ -256,8 +255,7 @@ def split_values(behaviors: Behaviors, rows: np.ndarray, config: SplitConfig) ->
 
 def id_values(ids: np.ndarray, config: SplitConfig) -> np.ndarray:
     """The salted hash by which a split by user or item divides ids (int64 [n]), train first; int64 [n]."""
-    salt = shard_of(np.array([config.seed + 1]), _HASH_RANGE)
-    return shard_of(ids ^ salt, _HASH_RANGE)
+    return hash_of(config.seed + 1, ids)
 
 
 def split_thresholds(parts: Sequence[SplitValues], config: SplitConfig) -> np.ndarray:
