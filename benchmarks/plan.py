@@ -59,6 +59,7 @@ PARTS = (
 )
 
 LONG_PARTS = (
+    Part("serving-live", "serving --only live", "How soon does a refresh reach scores, and what do live vectors cost?"),
     Part(
         "decoding-all",
         "decoding --frameworks kar",

@@ -59,7 +59,7 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
     """Serves in the Ray session that is open; calls on_ready once all applications answer."""
     from ray import serve
 
-    from serve_apps import explorer, knowledge, rank
+    from serve_apps import explorer, knowledge
 
     # Without the proxy's access log, which has paths, and with them ids; replicas write one without.
     serve.start(
@@ -72,6 +72,8 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
     )
     applications = {"knowledge": ("/", knowledge.app(lookup))}
     if args.artifact:
+        from serve_apps import rank  # which brings torch
+
         ranking = rank.RankArgs(**common, artifact=args.artifact, recipe=args.recipe, llm_cpus=args.llm_cpus)
         applications["rank"] = ("/rank", rank.app(ranking))
     applications["explorer"] = ("/explorer", explorer.app(explorer.ExplorerArgs(**common)))

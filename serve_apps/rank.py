@@ -1,9 +1,11 @@
 """Ranking as a Ray Serve application: `serve run serve_apps.rank:app workspace=runs/shop artifact=models/…`.
 
-Deployments that are scaled each for itself: the ingress, which holds the deadline; the CTR scorer, which opens an
-artifact that `owlrec export-ctr` wrote and follows the current release; and, with `recipe=shop.yaml`, the LLM that
-re-ranks (serve_apps.rank_llm). A new artifact or adapter is taken in by `reconfigure`: change `user_config` in the
-Serve configuration and deploy; no replica restarts. (A change of `args` builds the application again.)
+Two deployments, each scaled for itself: the ingress, which opens an artifact that `owlrec export-ctr` wrote, follows
+the current release and holds the deadline; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank_llm).
+The CTR model works in the ingress: its millisecond would cost three more as a call to another process.
+
+A new artifact or adapter is taken in by `reconfigure`: change `user_config` in the Serve configuration and deploy; no
+replica restarts. (A change of `args` builds the application again.)
 """
 
 import asyncio
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from pydantic import Field
 from ray import serve
@@ -18,15 +21,18 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from owlrec.config import Config
+from owlrec.ctr.scoring import Artifact, User
 from owlrec.environment import api_keys
 from owlrec.errors import ServingError
 from owlrec.serving.guard import Limits
 from owlrec.serving.keys import KeyRing
+from owlrec.serving.live import LiveScorer
 from owlrec.serving.problems import Problem
 from owlrec.serving.rank_api import build_rank_api
 from owlrec.serving.ranking import Cascade
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import REFRESH_S, WorkspaceReleases, following
+from owlrec.serving.telemetry import Telemetry
 from owlrec.workspace import Workspace
 from serve_apps.binding import refuse_open_binding
 from serve_apps.stopping import asked_to_stop
@@ -39,7 +45,6 @@ _WATCHED: dict[str, Any] = {
     "health_check_timeout_s": 10,
     "logging_config": {"encoding": "JSON", "enable_access_log": False},
 }
-_READY_WITHIN_S = 2.0
 
 
 class RankArgs(Config):
@@ -52,39 +57,31 @@ class RankArgs(Config):
     calibration: str | None = None  # of the LLM's scores; None = what was fitted with the adapter, if there is one
     keys_file: str | None = None
     max_active: int = Field(64, ge=1)  # of one replica of the ingress; beyond it and Serve's queue, requests get 503
-    max_replicas: int = Field(1, ge=1)  # of the ingress
-    max_ctr_replicas: int = Field(2, ge=1)
+    max_replicas: int = Field(1, ge=1)  # of the ingress, each with a CTR model
     max_llm_replicas: int = Field(1, ge=1)
     llm_cpus: float = Field(1.0, gt=0)  # of each LLM replica: the cores that its engine may use
     ctr_threads: int = Field(1, ge=1)  # of torch, in each replica
-    num_cpus: float = Field(0.5, ge=0)  # of each deployment's replicas
+    num_cpus: float = Field(1.0, ge=0)  # of each replica of the ingress
 
 
-class CtrReplica:
-    """Scores candidates with an exported CTR model, over the current release.
+class CtrModel:
+    """An exported CTR model over the current release, as the cascade's backend.
 
     Without @serve.batch: a request is a batch already, of one user whose side is computed once, and waiting for the
     requests of others would cost each of them that wait.
     """
 
-    def __init__(self, workspace: str, threads: int) -> None:
+    def __init__(self, workspace: Workspace, telemetry: Telemetry) -> None:
         """workspace: that holds the artifacts."""
-        import torch
-
-        torch.set_num_threads(threads)
-        log_with_serve()
-        self._workspace = Workspace(workspace)
-        self._telemetry = RayTelemetry("rank")
-        self._scorer: Any = None
+        self._workspace = workspace
+        self._telemetry = telemetry
+        self._scorer: LiveScorer | None = None
         self._following = AsyncExitStack()
 
-    async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Opens {"artifact": folder} and the current release; requests at work keep the scorer that they began with."""
-        from owlrec.ctr.scoring import Artifact
-        from owlrec.serving.live import LiveScorer
-
-        artifact = await asyncio.to_thread(Artifact.open, self._workspace, config["artifact"])
-        scorer, stack = LiveScorer(artifact, WorkspaceReleases(self._workspace)), AsyncExitStack()
+    async def open(self, artifact: str) -> None:
+        """Opens an artifact and the current release; requests at work keep the model that they began with."""
+        opened = await asyncio.to_thread(Artifact.open, self._workspace, artifact)
+        scorer, stack = LiveScorer(opened, WorkspaceReleases(self._workspace)), AsyncExitStack()
         await stack.enter_async_context(following(scorer.served, REFRESH_S, self._telemetry))
         before, self._scorer = self._scorer, scorer
         stopped, self._following = self._following, stack
@@ -92,29 +89,26 @@ class CtrReplica:
         if before is not None:
             before.served.close()
 
-    async def problem(self) -> str | None:
+    def problem(self) -> str | None:
         """What keeps it from scoring; None where nothing does."""
-        problem: str | None = self._scorer.problem()
-        return problem
+        return self._scorer.problem() if self._scorer else "no model is loaded yet"
 
-    async def score(self, asked: dict[str, Any], candidates: Sequence[int]) -> list[float]:
-        """See owlrec.serving.ranking.Backend."""
-        from owlrec.ctr.scoring import User
-
-        history = asked["history"]
+    async def score(self, asked: Rank, candidates: Sequence[int]) -> Sequence[float]:
+        """See owlrec.serving.ranking.Backend. Raises Problem (503) without a release."""
+        if self._scorer is None:
+            raise Problem(503, "no model is loaded yet", headers={"Retry-After": "1"})
+        history = asked.history
         user = User(
-            user_id=asked["user_id"],
-            history=None if history is None else [b["item_id"] for b in history],
-            ratings=None if history is None else [b["rating"] for b in history],
-            taken=None if history is None else [b["taken"] for b in history],
-            profile=asked["profile"],
+            user_id=asked.user_id,
+            history=None if history is None else [b.item_id for b in history],
+            ratings=None if history is None else [b.rating for b in history],
+            taken=None if history is None else [b.taken for b in history],
+            profile=asked.profile,
         )
-        # A thread: torch lets go of the interpreter, and the replica goes on taking requests.
-        try:
-            scores = await asyncio.to_thread(self._scorer.score, user, candidates)
-        except Problem as problem:  # which cannot travel between processes
-            raise ServingError(str(problem)) from None
-        return [float(score) for score in scores]
+        # Without a thread: torch lets go of the interpreter at every operation, and threads that fight for it halve the
+        # rate of requests. It takes milliseconds, and nobody gains by taking turns.
+        scores: list[float] = self._scorer.score(user, candidates).tolist()
+        return scores
 
 
 class _Remote:
@@ -134,17 +128,21 @@ class _Remote:
 class RankReplica:
     """Takes requests, and holds their deadline."""
 
-    def __init__(self, args: dict[str, Any], ctr: DeploymentHandle, llm: DeploymentHandle | None = None) -> None:
-        """args: of RankArgs. llm: a deployment with a method `score` like CtrReplica's; None where none ranks."""
+    def __init__(self, args: dict[str, Any], llm: DeploymentHandle | None = None) -> None:
+        """args: of RankArgs. llm: a deployment with a method `score` like LlmReplica's; None where none ranks."""
         settings = RankArgs.model_validate(args)
+        torch.set_num_threads(settings.ctr_threads)
         self._keys = KeyRing(settings.keys_file, api_keys())
         refuse_open_binding(self._keys)
         log_with_serve()
         self._limits = Limits(max_active=settings.max_active, timeout_s=35.0)  # above the longest deadline
         self._telemetry = RayTelemetry("rank")
-        self._problem = ctr.problem
-        self._ctr = _Remote(ctr)
+        self._ctr = CtrModel(Workspace(settings.workspace), self._telemetry)
         self._cascade = Cascade(self._ctr, _Remote(llm) if llm else None, self._telemetry)
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Takes in {"artifact": folder}."""
+        await self._ctr.open(config["artifact"])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready, asked_to_stop)
@@ -157,11 +155,7 @@ class RankReplica:
             raise ServingError(str(problem)) from None
 
     async def _ready(self) -> str | None:
-        try:
-            async with asyncio.timeout(_READY_WITHIN_S):
-                return await self._problem.remote()
-        except Exception as error:
-            return f"the CTR model does not answer ({type(error).__name__})"
+        return self._ctr.problem()
 
 
 def app(args: RankArgs) -> serve.Application:
@@ -176,24 +170,13 @@ def app(args: RankArgs) -> serve.Application:
 
 
 def rank_application(args: RankArgs, llm: serve.Application | None) -> serve.Application:
-    """The ingress and the CTR scorer around a deployment that re-ranks. llm: has a method `score` like CtrReplica's;
-    None where none ranks.
-    """
+    """The ingress around a deployment that re-ranks. llm: has a method `score` like LlmReplica's."""
     busy = BackpressureConfig(status_code=503, retry_after_s=1)
-    ctr = serve.deployment(
-        CtrReplica,
-        name="CtrScorer",
-        ray_actor_options={"num_cpus": args.num_cpus},
-        user_config={"artifact": args.artifact},
-        autoscaling_config={**_SCALING, "max_replicas": args.max_ctr_replicas, "target_ongoing_requests": 4},
-        max_ongoing_requests=16,
-        max_queued_requests=args.max_active,
-        **_WATCHED,
-    ).bind(args.workspace, args.ctr_threads)
     ingress = serve.deployment(
         RankReplica,
         name="Rank",
         ray_actor_options={"num_cpus": args.num_cpus},
+        user_config={"artifact": args.artifact},
         autoscaling_config={
             **_SCALING,
             "max_replicas": args.max_replicas,
@@ -206,5 +189,5 @@ def rank_application(args: RankArgs, llm: serve.Application | None) -> serve.App
         graceful_shutdown_timeout_s=40,  # above the longest deadline
         **_WATCHED,
     )
-    application: serve.Application = ingress.bind(args.model_dump(), ctr, llm)
+    application: serve.Application = ingress.bind(args.model_dump(), llm)
     return application

@@ -24,7 +24,7 @@ def test_import_paths_build_with_their_arguments(name: str) -> None:
     apps = {a["name"]: {d.name for d in built(a)} for a in serve_config(overlay(name))["applications"]}
     assert apps["knowledge"] == {"Knowledge"}
     assert apps["explorer"] == {"Explorer"}
-    assert apps.get("rank", {"Rank", "CtrScorer"}) == {"Rank", "CtrScorer"}
+    assert apps.get("rank", {"Rank"}) == {"Rank"}
     assert ("rank" in apps) == (name == "prod")
 
 

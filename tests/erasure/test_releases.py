@@ -1,11 +1,12 @@
 """Releases without users: lookups, parts, chains and copies in Redis."""
 
-import fnmatch
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from own_store import MemoryStore  # type: ignore[import-not-found]
+from redis_server import needs_redis, redis_server  # type: ignore[import-not-found]
 from release_rows import FULL, answers, check, publish_chain, publish_rows, texts  # type: ignore[import-not-found]
 
 from owlrec.releases import current_release, list_releases, open_release
@@ -77,72 +78,18 @@ def test_what_is_published_later_leaves_them_out(workspace: Workspace) -> None:
     assert find_rows(workspace, "user", np.array([1])).rows == 0
 
 
-class Server:
-    """As much of Redis as a push and a lookup use."""
-
-    def __init__(self) -> None:
-        self.held: dict[bytes, bytes] = {}
-
-    @staticmethod
-    def _bytes(value: object) -> bytes:
-        return value if isinstance(value, bytes) else str(value).encode()
-
-    def set(self, key: object, value: object, ex: int | None = None) -> None:
-        self.held[self._bytes(key)] = self._bytes(value)
-
-    def mset(self, values: dict[object, object]) -> None:
-        for key, value in values.items():
-            self.set(key, value)
-
-    def get(self, key: object) -> bytes | None:
-        return self.held.get(self._bytes(key))
-
-    def mget(self, keys: list[object]) -> list[bytes | None]:
-        return [self.get(key) for key in keys]
-
-    def getrange(self, key: object, start: int, end: int) -> bytes:
-        return (self.get(key) or b"")[start : None if end == -1 else end + 1]
-
-    def exists(self, *keys: object) -> int:
-        return sum(self._bytes(key) in self.held for key in keys)
-
-    def expire(self, key: object, seconds: int) -> None:
-        pass
-
-    def unlink(self, *keys: object) -> int:
-        return sum(self.held.pop(self._bytes(key), None) is not None for key in keys)
-
-    delete = unlink
-
-    def scan_iter(self, match: object = b"*", count: int = 0) -> Iterator[bytes]:
-        pattern = self._bytes(match).decode()
-        return iter([key for key in self.held if fnmatch.fnmatchcase(key.decode("latin-1"), pattern)])
-
-    def pipeline(self, transaction: bool = False) -> "Pipeline":
-        return Pipeline(self)
-
-
-class Pipeline:
-    """Calls that are made when they are executed."""
-
-    def __init__(self, server: Server) -> None:
-        self._server, self._calls = server, []
-
-    def __getattr__(self, name: str):
-        return lambda *arguments: self._calls.append((name, arguments))
-
-    def execute(self) -> list[object]:
-        return [getattr(self._server, name)(*arguments) for name, arguments in self._calls]
-
-
 @pytest.fixture
-def redis() -> RedisReleases:
-    pytest.importorskip("redis")
-    releases = RedisReleases("redis://localhost:1/0")
-    releases.client = Server()
-    return releases
+def redis(tmp_path: Path) -> Iterator[RedisReleases]:
+    with redis_server(tmp_path) as url:
+        yield RedisReleases(url)
 
 
+def held(redis: RedisReleases) -> dict[bytes, bytes]:
+    """Every key of the server with what it holds."""
+    return {key: redis.client.get(key) for key in redis.client.scan_iter()}
+
+
+@needs_redis
 def test_redis_is_silent_at_once_and_then_empty(workspace: Workspace, redis: RedisReleases) -> None:
     publish_chain(workspace)
     name = push(workspace, redis)
@@ -154,14 +101,14 @@ def test_redis_is_silent_at_once_and_then_empty(workspace: Workspace, redis: Red
     assert redis.forgotten() == read_tombstones(workspace).mark
     check_store = redis.open(name).store
     assert check_store.get("user", [1]) == [None]
-    assert any(key.endswith(b"u" + user) for key in redis.client.held)
+    assert any(key.endswith(b"u" + user) for key in held(redis))
     assert forget_in_redis(redis, np.array([1, 77])) == 9  # two of texts, vectors, codes and behaviors; an older vector
-    assert not any(b"u" + user in key for key in redis.client.held)
-    assert not any(user[::-1] in value for key, value in redis.client.held.items() if b":ids:user" in key)
+    assert not any(b"u" + user in key for key in held(redis))
+    assert not any(user[::-1] in value for key, value in held(redis).items() if b":ids:user" in key)
     assert check_store.get("user", [3])[0].text == "three"
     assert push(workspace, redis, replace=True) == name  # nothing of it comes back
-    assert not any(user[::-1] in value for key, value in redis.client.held.items() if b":ids:user" in key)
-    assert not any(b"u" + user in key for key in redis.client.held)
+    assert not any(user[::-1] in value for key, value in held(redis).items() if b":ids:user" in key)
+    assert not any(b"u" + user in key for key in held(redis))
 
 
 def test_a_store_of_any_kind_can_be_silenced(workspace: Workspace) -> None:

@@ -68,7 +68,7 @@ def filled_in(workspace, artifact, keys_file):
     rank["args"]["artifact"] = artifact
     rank["deployments"] = [d for d in rank["deployments"] if d["name"] != "LlmScorer"]
     by_name = {d["name"]: d for d in rank["deployments"]}
-    by_name["CtrScorer"]["user_config"] = {"artifact": artifact}
+    by_name["Rank"]["user_config"] = {"artifact": artifact}
     return config
 
 
@@ -101,7 +101,7 @@ def test_it_deploys_and_a_changed_user_config_restarts_nothing(ray_local, tmp_pa
             assert "The LLM did not have its say: no LLM is deployed." in ranking
             assert httpx.get(f"{address}/rank/v1/rank").status_code == 401
             before = replicas()
-            next(a for a in config["applications"] if a["name"] == "rank")["deployments"][1]["user_config"] = {
+            next(a for a in config["applications"] if a["name"] == "rank")["deployments"][0]["user_config"] = {
                 "artifact": folders[1]
             }
             deploy()
