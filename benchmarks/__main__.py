@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.pages import RESULTS, Result, render_pages
 from benchmarks.plan import LONG_PARTS, PARTS, Part
 from owlrec.ops.console import note
-from owlrec.ops.run_report import hardware_line
+from owlrec.ops.report import hardware_line
 
 _EVERY = {part.name: part for part in (*PARTS, *LONG_PARTS)}
 

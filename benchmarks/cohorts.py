@@ -30,8 +30,7 @@ from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
 from owlrec.cohorts.assignment import vector_array
 from owlrec.cohorts.building import AssignCohorts, build_cohorts
-from owlrec.cohorts.clustering import ClusterConfig, Codebook, train_cells
-from owlrec.cohorts.collaborative import unit
+from owlrec.cohorts.clustering import ClusterConfig, Codebook, train_cells, unit
 from owlrec.cohorts.model import CohortModel, CohortsConfig
 from owlrec.ctr.experiment import finished_trials, summarise, trials
 from owlrec.recipe import RayConfig, Recipe, load_recipe

@@ -25,22 +25,25 @@ from benchmarks.arms import arm_figure
 from benchmarks.planted import PlantedWorld, plant, sentence_vectors, trait_vectors
 from benchmarks.samples import all_samples
 from benchmarks.table import Figure, options_parser, show
-from owlrec.ctr.arms import Arm
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitTensors
-from owlrec.ctr.comparison import Evidence, GridScores, weigh
-from owlrec.ctr.experiment import CTRConfig, Trial, finished_trials, summarise, trials
+from owlrec.ctr.experiment import (
+    COLD_ITEM_BELOW,
+    CTRConfig,
+    Trial,
+    finished_trials,
+    read_grid_scores,
+    slices_of,
+    summarise,
+    trials,
+)
 from owlrec.ctr.features import build_features
-from owlrec.ctr.fitting import TrainingData, train_one
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.live import LiveState, TableKnowledge
-from owlrec.ctr.metrics import auc, gauc
+from owlrec.ctr.knowledge import Arm, KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
-from owlrec.ctr.program import export_program, load_program
-from owlrec.ctr.scores import read_grid_scores
-from owlrec.ctr.scoring import Scorer, User
-from owlrec.ctr.slices import COLD_ITEM_BELOW, slices_of
+from owlrec.ctr.scoring import LiveState, Scorer, TableKnowledge, User, export_program, load_program
+from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.evaluation import Evidence, GridScores, auc, gauc, weigh
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.releases.rows import encode_behaviors

@@ -179,9 +179,9 @@ def _ours(task: dict[str, Any]) -> float:
 
     from owlrec.ctr.experiment import CTRConfig, Trial
     from owlrec.ctr.features import Split
-    from owlrec.ctr.fitting import TrainingData, train_one
     from owlrec.ctr.knowledge import KnowledgeTable
-    from owlrec.ctr.reduction import reduced
+    from owlrec.ctr.pca import reduced
+    from owlrec.ctr.trainer import TrainingData, train_one
 
     features = _movielens()
     train = features.splits["train"].whole()
@@ -303,7 +303,7 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
     from owlrec.ctr.experiment import CTRConfig
     from owlrec.ctr.features import RESERVED, FeatureSpec, Histories, ItemFeatures, SampleFeatures
     from owlrec.ctr.model import CTRModel, ModelSpec
-    from owlrec.ctr.optimiser import Optimisers
+    from owlrec.ctr.trainer import Optimisers
 
     rng = np.random.default_rng(0)
     codes = np.arange(n_items + RESERVED, dtype=np.int32)

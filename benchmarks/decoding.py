@@ -27,9 +27,9 @@ from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
 from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
 from owlrec.decoding.options import LEAD_TOKENS
-from owlrec.environment import cache_folder
 from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, resolve_model
 from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
+from owlrec.process import cache_folder
 from owlrec.prompting.framework import FrameworkName
 from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, item_prompts, user_prompts
 from owlrec.recipe import load_recipe

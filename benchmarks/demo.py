@@ -10,10 +10,10 @@ import pipelines
 from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, summarise, trials
-from owlrec.ops.run_report import STAGES
+from owlrec.ops.report import REPORTED_STAGES
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.releases.interface import measure_lookup
 from owlrec.releases.release import open_release
+from owlrec.releases.rows import measure_lookup
 from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 def read(recipe: Recipe, workspace: Workspace) -> list[Figure]:
     """Seconds of each stage, rows, a lookup, and the table of arms."""
-    stages = {stage: manifest for stage in STAGES if (manifest := finished_stage(workspace, stage))}
+    stages = {stage: manifest for stage in REPORTED_STAGES if (manifest := finished_stage(workspace, stage))}
     figures = [Figure(measure="stage", method=name, value=stage.seconds, unit="s") for name, stage in stages.items()]
     for what in ("users", "items", "samples_train"):
         figures.append(Figure(measure="rows", method=what, value=stages["prepare"].counts[what], unit=""))

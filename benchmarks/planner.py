@@ -21,10 +21,19 @@ import pyarrow as pa
 from benchmarks.samples import RATED, labelled
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation.models import PACKAGED
-from owlrec.ops.fleet import FleetConfig, FleetGroup
-from owlrec.ops.planning import Runs, Work, plan
-from owlrec.ops.policies import Horizon, Policy, runs_of
-from owlrec.ops.workload import Call, WorkloadFigures, measured_workload
+from owlrec.ops.cost import (
+    Call,
+    FleetConfig,
+    FleetGroup,
+    Horizon,
+    Policy,
+    Runs,
+    Work,
+    WorkloadFigures,
+    measured_workload,
+    plan,
+    runs_of,
+)
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import pointer
 from owlrec.schema import HISTORIES

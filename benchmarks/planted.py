@@ -17,9 +17,9 @@ import pyarrow as pa
 from owlrec import schema
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.ctr.features import build_features
-from owlrec.ctr.fitting import TrainingData
 from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.reduction import reduced
+from owlrec.ctr.pca import reduced
+from owlrec.ctr.trainer import TrainingData
 from owlrec.encoding.encoder import Encoder
 
 HISTORY = 5

@@ -28,7 +28,7 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.encoding.projection import unit_rows
 from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED, load_tokenizer, resolve_model
-from owlrec.prompting.rella import NO, YES, RankPromptConfig, rank_prompt
+from owlrec.prompting.ranking import NO, YES, RankPromptConfig, rank_prompt
 from owlrec.scenario import get_scenario
 from owlrec.sources.movielens import MovieLens100KSource
 
@@ -270,7 +270,7 @@ def _work_peft(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from owlrec.ranking.answers import find_answers, yes_probability
+    from owlrec.ranking.scorer import find_answers, yes_probability
 
     torch.manual_seed(0)
     net, render, tokenizer = _transformers("float32")
@@ -289,10 +289,8 @@ def _work_peft(job: dict[str, Any]) -> dict[str, Any]:
 def _work_tune(job: dict[str, Any]) -> dict[str, Any]:
     import pyarrow as pa
 
-    from owlrec.ranking.checkpoints import Progress
-    from owlrec.ranking.examples import tokenise
     from owlrec.ranking.experiment import TuningConfig
-    from owlrec.ranking.tuning import load_model, tune
+    from owlrec.ranking.tuning import Progress, load_model, tokenise, tune
 
     rows = [
         {"user_id": 0, "item_id": i, "system": q[0], "text": q[1], "answer": answer}
@@ -373,7 +371,7 @@ def _transformers(dtype: str) -> tuple[Any, Callable[[Question], list[int]], Any
     import torch
     from transformers import AutoModelForCausalLM
 
-    from owlrec.generation.chat import render_chat
+    from owlrec.generation.models import render_chat
 
     torch.set_num_threads(os.cpu_count() or 1)
     tokenizer = load_tokenizer(PACKAGED)

@@ -10,10 +10,10 @@ from benchmarks.samples import all_samples
 from benchmarks.table import Figure
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.errors import EngineError
-from owlrec.ranking.calibration import load_calibration
-from owlrec.ranking.candidate_sets import with_candidates
+from owlrec.evaluation import load_calibration
 from owlrec.ranking.cascade import held_out_lists, judge_cascade
 from owlrec.ranking.experiment import RankingConfig
+from owlrec.ranking.retrieval import with_candidates
 from owlrec.recipe import Recipe
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint

@@ -6,9 +6,9 @@ import pyarrow as pa
 from benchmarks.samples import all_samples
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Features, build_features
-from owlrec.ctr.fitting import Trained, TrainingData, train_one
+from owlrec.ctr.trainer import Trained, TrainingData, train_one
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.results import RankerResult, write_results
+from owlrec.ranking.judging import RankerResult, write_results
 from owlrec.ranking.samples import draw_shots
 from owlrec.scenario import Scenario
 from owlrec.workspace import Workspace

@@ -7,16 +7,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from benchmarks.table import Figure
-from owlrec.ctr.intervals import bootstrap_aucs, percentile_interval
-from owlrec.ctr.metrics import auc
+from owlrec.evaluation import auc, bootstrap_aucs, percentile_interval
 from owlrec.generation import token_counter
 from owlrec.generation.models import model_identity
-from owlrec.prompting.rella import YES, rank_fingerprint
-from owlrec.ranking.adapters import open_adapter
+from owlrec.prompting.ranking import YES, rank_fingerprint
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.items import item_retriever
 from owlrec.ranking.lora import score_questions
+from owlrec.ranking.retrieval import item_retriever
 from owlrec.ranking.samples import Shown, ask_about
+from owlrec.ranking.tuning import open_adapter
 from owlrec.recipe import Recipe
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace

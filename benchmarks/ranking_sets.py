@@ -21,7 +21,7 @@ from benchmarks.ranking_scores import Scored, auc_figure
 from benchmarks.table import Figure, options_parser, show
 from owlrec.encoding.projection import unit_rows
 from owlrec.ordered import rows_of
-from owlrec.ranking.items import ItemVectors
+from owlrec.ranking.retrieval import ItemVectors
 from owlrec.ranking.samples import draw_samples
 from owlrec.recipe import load_recipe
 from owlrec.shards import finished_stage

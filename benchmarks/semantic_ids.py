@@ -15,12 +15,16 @@ import numpy as np
 
 from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
-from owlrec.encoding.code_quality import QuantisationReport, measure_codes
-from owlrec.encoding.coded_vectors import CODED_KINDS
 from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
-from owlrec.encoding.vector_shards import VectorShards
-from owlrec.encoding.vectors import item_metadata, user_metadata
+from owlrec.encoding.semantic_ids import (
+    QuantisationReport,
+    Quantiser,
+    SemanticIdConfig,
+    code_vectors,
+    measure_codes,
+    train_quantiser,
+)
+from owlrec.encoding.vectors import CODED_KINDS, VectorShards, item_metadata, user_metadata
 from owlrec.errors import SourceError
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource

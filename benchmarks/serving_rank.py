@@ -2,7 +2,7 @@
 a refresh reaches its scores while requests go on.
 
 MovieLens-100K, prepared as pipelines/recipes/movielens-100k-ranker.yaml says; a DIN of one epoch, since a better one is
-no slower; the LLM as it is, through serve_apps.rank_llm, shown behaviors that are retrieved once for the candidates of
+no slower; the LLM as it is, through serve_apps.rank, shown behaviors that are retrieved once for the candidates of
 a request, on all cores beside everything else. Every request is of another user, so that no prompt is found in the
 engine's cache but what the candidates of one request share.
 """
@@ -34,9 +34,8 @@ from benchmarks.table import Figure
 from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.features import Histories, SampleFeatures
 from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.live import LiveState
-from owlrec.ctr.scoring import Artifact
-from owlrec.encoding.hashing_encoder import HashingEncoder
+from owlrec.ctr.scoring import Artifact, LiveState
+from owlrec.encoding.encoder import HashingEncoder
 from owlrec.refresh.events import EVENTS
 from owlrec.releases import ReleaseInfo, current_release, open_release, publish
 from owlrec.schema import KNOWLEDGE, vectors_table

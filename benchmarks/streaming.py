@@ -21,14 +21,13 @@ import pyarrow as pa
 
 from benchmarks.samples import RATED, labelled
 from benchmarks.table import Figure, options_parser, show
-from owlrec.ctr.arms import STREAMING
-from owlrec.ctr.comparison import GridScores, weigh
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import build_features
-from owlrec.ctr.fitting import TrainingData, train_one
-from owlrec.ctr.knowledge import KnowledgeTable, VectorTable, open_vectors
-from owlrec.ctr.reduction import reduced
-from owlrec.encoding.vector_shards import PARTITIONS, VectorShards, partitions_folder
+from owlrec.ctr.knowledge import STREAMING, KnowledgeTable, VectorTable, open_vectors
+from owlrec.ctr.pca import reduced
+from owlrec.ctr.trainer import TrainingData, train_one
+from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
+from owlrec.evaluation import GridScores, weigh
 from owlrec.generation import EchoEngineConfig, EngineConfig, VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED
 from owlrec.ordered import run_starts

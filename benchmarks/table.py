@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from owlrec.ops.console import note, table
-from owlrec.ops.run_report import hardware_line
+from owlrec.ops.report import hardware_line
 
 
 class Figure(BaseModel):

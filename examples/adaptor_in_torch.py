@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from owlrec.ctr.adaptor import Adaptor, Knowledge
 from owlrec.ctr.experiment import AdaptorConfig
-from owlrec.ctr.metrics import auc
+from owlrec.evaluation import auc
 
 USERS, ITEMS, DIM, WIDTH = 400, 20, 32, 8
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from owlrec.prompting.framework import item_prompt, item_system
-from owlrec.prompting.kar import KAR
+from owlrec.prompting.frameworks import KAR
 from owlrec.recipe import load_recipe
 from owlrec.releases import open_release
 from owlrec.workspace import Workspace

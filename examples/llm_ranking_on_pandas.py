@@ -14,7 +14,7 @@ import pandas as pd
 from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED
-from owlrec.prompting.rella import RankPromptConfig, rank_prompt
+from owlrec.prompting.ranking import RankPromptConfig, rank_prompt
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.ranking.scorer import Scorer
 from owlrec.scenario import get_scenario

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from owlrec.ctr.metrics import auc
+from owlrec.evaluation import auc
 from owlrec.sources.movielens import MovieLens100KSource
 
 RECIPE = """

@@ -148,7 +148,7 @@ def import_(
     workspace: WorkspaceOption = None,
 ) -> None:
     """Take in knowledge that was made elsewhere; `owlrec run --from encode` goes on from there."""
-    from owlrec.generation.importing import ImportSource
+    from owlrec.generation.import_export import ImportSource
     from pipelines.interchange import import_knowledge
 
     with plain_errors():

@@ -9,14 +9,12 @@ from owlrec.cohorts.building import build_cohorts
 from owlrec.cohorts.model import POINTER, previous_folder
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress
-from owlrec.pointer import Pointer
-from owlrec.prompting.collective import cohort_prompts, collective_fingerprint
-from owlrec.prompting.rows import prompts_table
+from owlrec.prompting.rows import cohort_prompts, collective_fingerprint, prompts_table
 from owlrec.recipe import Recipe
 from owlrec.runner import Pool
 from owlrec.scenario import Scenario
 from owlrec.shards import Card, finished_stage, needed_stage
-from owlrec.storage import fingerprint
+from owlrec.storage import Pointer, fingerprint
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main

@@ -2,10 +2,17 @@
 
 from contextlib import nullcontext
 
-from owlrec.ctr.arms import DISLIKED, arm_parts
-from owlrec.encoding.imported_vectors import imported_vectors
-from owlrec.encoding.inputs import Input, ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported
-from owlrec.encoding.job import EncodingJob
+from owlrec.ctr.knowledge import DISLIKED, arm_parts
+from owlrec.encoding.inputs import (
+    Input,
+    ItemMetadata,
+    KnowledgeTexts,
+    Members,
+    UserMetadata,
+    WithImported,
+    imported_vectors,
+)
+from owlrec.encoding.stage import EncodingJob
 from owlrec.errors import SourceError
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe

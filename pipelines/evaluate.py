@@ -1,10 +1,8 @@
 """What the run found: samples of knowledge, a timed lookup, the table of arms, and a self-contained HTML report."""
 
-from owlrec.ctr.experiment import finished_trials, trials
-from owlrec.ctr.scores import read_grid_scores
+from owlrec.ctr.experiment import finished_trials, read_grid_scores, trials
 from owlrec.ops.console import note, table
-from owlrec.ops.report import arm_rows, comparison_rows, render_report
-from owlrec.ops.run_report import collect
+from owlrec.ops.report import arm_rows, collect, comparison_rows, render_report
 from owlrec.recipe import Recipe
 from owlrec.releases.release import open_release
 from owlrec.shards import Card, needed_stage

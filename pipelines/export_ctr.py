@@ -1,18 +1,13 @@
 """The trial with the best valid AUC as an artifact that a serving process opens, checked against the trainer."""
 
-from owlrec.ctr.arms import arm_parts, arm_sources, stored_sources
-from owlrec.ctr.artifact import PROGRAM, RELEASED, read_by, write_artifact
-from owlrec.ctr.encoded import item_shards
+from owlrec.ctr.artifact import PROGRAM, RELEASED, ModelCard, finish_artifact, read_by, write_artifact
+from owlrec.ctr.dataset import item_shards
 from owlrec.ctr.experiment import TrialResult, finished_trials, grid_folder, trials
-from owlrec.ctr.export import read_vocabularies
 from owlrec.ctr.features import encode_items
-from owlrec.ctr.fitting import tables_of
-from owlrec.ctr.live import LiveState, TableKnowledge
-from owlrec.ctr.model_card import ModelCard, finish_artifact
-from owlrec.ctr.parity import TOLERANCE, largest_difference
-from owlrec.ctr.program import export_program
-from owlrec.ctr.reduction import open_tables, reduced_folders
-from owlrec.ctr.scoring import Scorer, User
+from owlrec.ctr.knowledge import arm_parts, arm_sources, stored_sources
+from owlrec.ctr.pca import open_tables, reduced_folders
+from owlrec.ctr.scoring import TOLERANCE, LiveState, Scorer, TableKnowledge, User, export_program, largest_difference
+from owlrec.ctr.trainer import read_vocabularies, tables_of
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe

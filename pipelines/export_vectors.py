@@ -6,9 +6,8 @@ from typing import cast
 import numpy as np
 import pyarrow as pa
 
-from owlrec.ctr.live import LiveState
-from owlrec.ctr.model_card import read_card
-from owlrec.ctr.scoring import Artifact
+from owlrec.ctr.artifact import read_card
+from owlrec.ctr.scoring import Artifact, LiveState
 from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe

@@ -17,8 +17,7 @@ from owlrec.generation.job import (
     table_inputs,
 )
 from owlrec.generation.worker import GenerateStage
-from owlrec.ops.console import note, progress, stage_header
-from owlrec.ops.shard_log import ShardWatch
+from owlrec.ops.console import ShardWatch, note, progress, stage_header
 from owlrec.recipe import Recipe
 from owlrec.releases.release import current_release
 from owlrec.runner import Pool, Stage, pending_shards, run_stage

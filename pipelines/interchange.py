@@ -1,10 +1,8 @@
 """Knowledge in and out: a file made elsewhere stands in for `generate`; what was generated goes out as one file."""
 
-from owlrec.encoding.imported_vectors import import_vectors as shard_vectors
+from owlrec.encoding.inputs import import_vectors as shard_vectors
 from owlrec.errors import WorkspaceError
-from owlrec.generation.adoption import adopt
-from owlrec.generation.exporting import export_jsonl, export_parquet
-from owlrec.generation.importing import ImportSource
+from owlrec.generation.import_export import ImportSource, adopt, export_jsonl, export_parquet
 from owlrec.generation.job import add_cards, iterate_knowledge
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe

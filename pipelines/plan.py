@@ -7,12 +7,9 @@ from typing import Annotated
 import typer
 
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
-from owlrec.ops import plan_report
+from owlrec.ops import cost as plan_report
 from owlrec.ops.console import note, stage_header
-from owlrec.ops.fleet import load_fleet
-from owlrec.ops.planning import Work
-from owlrec.ops.policies import POLICIES, Horizon
-from owlrec.ops.workload import measured_workload
+from owlrec.ops.cost import POLICIES, Horizon, Work, load_fleet, measured_workload
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.workspace import Workspace
 from pipelines.stage import plain_errors
@@ -40,7 +37,7 @@ def plan(
     plot: Annotated[str | None, typer.Option("--plot", help="an .svg file: what saves what, as a waterfall")] = None,
 ) -> None:
     """Estimate GPU-hours, time, storage and cost of a large batch from the figures of a small run."""
-    from owlrec.ops.run_report import hardware_line
+    from owlrec.ops.report import hardware_line
 
     with plain_errors():
         if (file := recipe or named) is None or not fleet:

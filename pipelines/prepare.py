@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from owlrec.claims import claimed
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
 from owlrec.runner import Pool, Stage, run_stage
-from owlrec.shards import Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages
+from owlrec.shards import Card, Shard, Stopwatch, claimed, finish_stage, finished_stage, forget_stages
 from owlrec.sources.outcomes import Labels
-from owlrec.sources.preparation import Preparation
-from owlrec.sources.prepared import FOLDER, USER_TABLES
+from owlrec.sources.preparation import TABLES, USER_TABLES, Preparation
 from owlrec.sources.splits import SPLITS
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session
@@ -52,7 +50,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
         note(f"{users:,} users, {items:,} items, {made['interactions']:,} interactions")
         note(", ".join(f"{made[f'samples_{s}']:,} {s} samples" for s in SPLITS) + f"; {labels.about}")
         counts: Counts = {"items": items, **made, "made_of": made_of, "labels": labels.model_dump_json()}
-        outputs = {name: f"{FOLDER}/{name}" for name in ("items", *USER_TABLES)}
+        outputs = {name: f"{TABLES}/{name}" for name in ("items", *USER_TABLES)}
         card = finish_stage(workspace, "prepare", content, counts=counts, outputs=outputs, seconds=watch.seconds)
         preparation.tidy()
         return card

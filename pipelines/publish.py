@@ -2,9 +2,9 @@
 
 from contextlib import nullcontext
 
-from owlrec.cohorts.memberships import CohortNames
+from owlrec.cohorts.model import CohortNames
 from owlrec.decoding.release_pools import FOLDER, write_release_pools
-from owlrec.encoding.coded_vectors import read_quantisers
+from owlrec.encoding.vectors import read_quantisers
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.job import iterate_knowledge
 from owlrec.generation.models import load_tokenizer

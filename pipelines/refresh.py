@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-from owlrec.claims import claimed
-from owlrec.encoding.job import EncodingJob
+from owlrec.encoding.stage import EncodingJob
 from owlrec.generation.job import build_job, check_dead_share
 from owlrec.generation.worker import GenerateStage
-from owlrec.ops.console import note, progress, stage_header
-from owlrec.ops.shard_log import ShardWatch
+from owlrec.ops.console import ShardWatch, note, progress, stage_header
 from owlrec.ops.watching import StopSignals, repeat
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.apply import (
@@ -27,12 +25,11 @@ from owlrec.refresh.apply import (
     with_latest_pools,
 )
 from owlrec.refresh.plan import Moved, Planner
-from owlrec.refresh.prompt import RefreshPrompts
-from owlrec.refresh.state import CLAIM, RefreshPlan, State, read_state, sweep, write_state
+from owlrec.refresh.state import CLAIM, RefreshPlan, RefreshPrompts, State, read_state, sweep, write_state
 from owlrec.releases.build import PART_IDS
 from owlrec.releases.release import pointer as release_pointer
 from owlrec.runner import Pool, Stage, pending_shards, run_stage
-from owlrec.shards import Card, Shard
+from owlrec.shards import Card, Shard, claimed
 from owlrec.workspace import Workspace, shards_for
 from pipelines.generate import write_texts
 from pipelines.publish import PARTS_ON_RAY

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
-from owlrec.claims import claimed
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import progress, stage_header
 from owlrec.recipe import Recipe
-from owlrec.refresh.state import CLAIM, ROOT, read_state, unfinished_plans
+from owlrec.refresh.state import CLAIM, REFRESH_FOLDER, read_state, unfinished_plans
 from owlrec.reshard import reshard
 from owlrec.runner import Pool
 from owlrec.schema import Kind
-from owlrec.shards import needed_stage
+from owlrec.shards import claimed, needed_stage
 from owlrec.workspace import Workspace
 from pipelines.prepare import HERE_ROWS
 from pipelines.session import ray_session
@@ -26,7 +25,9 @@ def run(recipe: Recipe, workspace: Workspace, kinds: Sequence[Kind] = ()) -> dic
     rows = int(needed_stage(workspace, "prepare", "the tables are not prepared").counts.get("interactions", 0))
     with claimed(workspace, CLAIM, "refresh"), progress("splitting shards", None) as advance:
         if unfinished_plans(workspace, read_state(workspace).name):
-            raise WorkspaceError(f"{workspace.path(ROOT)}: a refresh was interrupted. Run `owlrec refresh` first.")
+            raise WorkspaceError(
+                f"{workspace.path(REFRESH_FOLDER)}: a refresh was interrupted. Run `owlrec refresh` first."
+            )
 
         def doubled(pool: Pool) -> dict[Kind, int]:
             return reshard(workspace, kinds, pool, lambda card: advance(card.rows_in))

@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 
 from owlrec.errors import RecipeError
+from owlrec.evaluation import load_calibration
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.job import check_dead_share
-from owlrec.ops.console import note, progress, stage_header, warn
-from owlrec.ops.shard_log import ShardWatch
-from owlrec.ranking.adapters import open_adapter
-from owlrec.ranking.calibration import load_calibration
+from owlrec.ops.console import ShardWatch, note, progress, stage_header, warn
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.items import ItemVectors
-from owlrec.ranking.soft_labels import ScorePairs, Teacher, pair_inputs
+from owlrec.ranking.questions import ScorePairs, Teacher, pair_inputs
+from owlrec.ranking.retrieval import ItemVectors
+from owlrec.ranking.tuning import open_adapter
 from owlrec.recipe import Recipe
 from owlrec.runner import pending_shards
 from owlrec.shards import Artifact, Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from owlrec.ctr.model_card import read_card
-from owlrec.environment import api_keys
+from owlrec.ctr.artifact import read_card
 from owlrec.errors import ServingError
 from owlrec.ops.console import note
+from owlrec.process import api_keys
 from owlrec.recipe import RayConfig, load_recipe
 from owlrec.workspace import Workspace
 from pipelines.session import ray_session

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from owlrec.quiet import native_errors_to
+from owlrec.process import native_errors_to
 from owlrec.recipe import RayConfig
 from pipelines import SOURCE_ROOT
 

@@ -9,7 +9,9 @@ import typer
 
 import owlrec
 from owlrec.errors import OwlRecError, RecipeError, did_you_mean
-from owlrec.ops import preflight, submission_client, submission_files
+from owlrec.ops import submission as preflight
+from owlrec.ops import submission as submission_files
+from owlrec.ops import submission_client
 from owlrec.ops.console import note, warn
 from owlrec.ops.doctor import Check
 from owlrec.ops.submission import Submission, existing, start, submission_name

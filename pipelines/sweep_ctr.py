@@ -6,9 +6,9 @@ and its first seed. Only valid figures are reported: who chooses must not see th
 
 from typing import Any
 
-from owlrec.ctr.arms import arm_parts, arm_sources, stored_sources
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, grid_folder
-from owlrec.ctr.reduction import reduce_once
+from owlrec.ctr.knowledge import arm_parts, arm_sources, stored_sources
+from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.training import GridJob, encode_once, load_data, stage_pool
 from owlrec.ops.console import note, table
 from owlrec.recipe import Recipe
@@ -87,7 +87,7 @@ def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) 
 def _try(candidate: dict[str, Any], workspace: Workspace, job: dict[str, Any]) -> None:
     from ray import tune
 
-    from owlrec.ctr.fitting import train_one
+    from owlrec.ctr.trainer import train_one
 
     tried_, parsed = candidate["candidate"], GridJob.model_validate(job)
     settings = CTRConfig.model_validate({**parsed.settings.model_dump(), **tried_["changes"]})

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from owlrec.ctr import scoring
-from owlrec.ctr.artifact import read_by
+from owlrec.ctr.artifact import read_by, read_card
 from owlrec.ctr.experiment import Trial, summarise, trials
-from owlrec.ctr.model_card import read_card
-from owlrec.ctr.reduction import reduce_once
+from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.training import needs_ray, stage_pool, train_trials
 from owlrec.encoding.projection import Projection
-from owlrec.encoding.vector_shards import partitions_folder
+from owlrec.encoding.vectors import partitions_folder
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.ops.console import note, progress
 from owlrec.recipe import Recipe

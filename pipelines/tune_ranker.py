@@ -5,13 +5,12 @@ as it is.
 from owlrec.errors import RecipeError
 from owlrec.generation import token_counter
 from owlrec.ops.console import note, progress, table, warn
-from owlrec.prompting.rella import rank_fingerprint
-from owlrec.ranking.adapters import Adapter
-from owlrec.ranking.items import ItemVectors
-from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row
+from owlrec.prompting.ranking import rank_fingerprint
+from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row, results_of, write_results
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import write_questions
-from owlrec.ranking.results import results_of, write_results
+from owlrec.ranking.retrieval import ItemVectors
+from owlrec.ranking.tuning import Adapter
 from owlrec.recipe import Recipe
 from owlrec.shards import Card, needed_stage
 from owlrec.storage import fingerprint

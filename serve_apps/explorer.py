@@ -12,19 +12,18 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from owlrec.config import Config
-from owlrec.environment import api_keys
 from owlrec.errors import ServingError
+from owlrec.process import api_keys
 from owlrec.serving.explorer.pages import build_explorer
 from owlrec.serving.guard import Limits
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig
+from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import Rank, RankAnswer
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
-from owlrec.serving.tables import WorkspaceTables
 from owlrec.workspace import Workspace
-from serve_apps.binding import refuse_open_binding
-from serve_apps.stopping import asked_to_stop
+from serve_apps.binding import asked_to_stop, refuse_open_binding
 from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 

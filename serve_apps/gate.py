@@ -11,7 +11,7 @@ from functools import cache
 import uvicorn
 from starlette.middleware import Middleware
 
-from owlrec.serving.gate import Gate, GateMiddleware
+from owlrec.serving.guard import Gate, GateMiddleware
 
 GATE = Gate()
 

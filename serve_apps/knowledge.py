@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 
 from owlrec.config import Config
-from owlrec.environment import api_keys
+from owlrec.process import api_keys
 from owlrec.releases.release import ReleaseSource, open_store
 from owlrec.serving.guard import Limits
 from owlrec.serving.keys import KeyRing
@@ -21,8 +21,7 @@ from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
 from owlrec.workspace import Workspace
-from serve_apps.binding import refuse_open_binding
-from serve_apps.stopping import asked_to_stop
+from serve_apps.binding import asked_to_stop, refuse_open_binding
 from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 _AT_ONCE_LOCAL = 4  # a lookup in a mapped file computes: more at once only wait for each other

@@ -72,7 +72,7 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
     )
     applications = {"knowledge": ("/", knowledge.app(lookup))}
     if args.artifact:
-        from serve_apps import rank  # which brings torch
+        from serve_apps import rank
 
         ranking = rank.RankArgs(**common, artifact=args.artifact, recipe=args.recipe, llm_cpus=args.llm_cpus)
         applications["rank"] = ("/rank", rank.app(ranking))

@@ -1,7 +1,7 @@
 """Ranking as a Ray Serve application: `serve run serve_apps.rank:app workspace=runs/shop artifact=models/…`.
 
 Two deployments, each scaled for itself: the ingress, which opens an artifact that `owlrec export-ctr` wrote, follows
-the current release and holds the deadline; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank_llm).
+the current release and holds the deadline; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank).
 The CTR model works in the ingress: its millisecond would cost three more as a call to another process.
 
 A new artifact or adapter is taken in by `reconfigure`: change `user_config` in the Serve configuration and deploy; no
@@ -22,21 +22,112 @@ from ray.serve.handle import DeploymentHandle
 
 from owlrec.config import Config
 from owlrec.ctr.scoring import Artifact, User
-from owlrec.environment import api_keys
 from owlrec.errors import ServingError
-from owlrec.serving.guard import Limits
+from owlrec.process import api_keys
+from owlrec.ranking.experiment import RankingConfig
+from owlrec.recipe import Recipe, load_recipe
+from owlrec.serving.guard import Limits, NoTelemetry, Telemetry
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.live import LiveScorer
 from owlrec.serving.problems import Problem
-from owlrec.serving.rank_api import build_rank_api
-from owlrec.serving.ranking import Cascade
+from owlrec.serving.questions import WorkspaceTables
+from owlrec.serving.rank_api import Cascade, RankerChoice, RankerInForce, build_rank_api, open_ranker
 from owlrec.serving.schemas import Rank
-from owlrec.serving.served import REFRESH_S, WorkspaceReleases, following
-from owlrec.serving.telemetry import Telemetry
+from owlrec.serving.served import REFRESH_S, ServedReleases, WorkspaceReleases, following
 from owlrec.workspace import Workspace
-from serve_apps.binding import refuse_open_binding
-from serve_apps.stopping import asked_to_stop
+from serve_apps.binding import asked_to_stop, refuse_open_binding
 from serve_apps.telemetry import RayTelemetry, log_with_serve
+
+# ------------------------------------------------------------------------------------------------------------- rank llm
+# The LLM of the ranking application: one vLLM engine a replica, which answers Yes or No about each candidate.
+
+
+_REQUESTS = 4  # at once: more share the engine's steps and all miss their deadlines
+_ADAPTER_RANK = 64  # of the largest adapter that may be swapped in
+
+
+class LlmReplica:
+    """Scores candidates with a recipe's ranker."""
+
+    def __init__(self, workspace: str, recipe: dict[str, Any]) -> None:
+        """workspace: prepared; recipe: of Recipe. Starts the engine, which takes from seconds to minutes."""
+        from owlrec.generation import token_counter
+        from owlrec.generation.models import model_identity
+        from owlrec.prompting.ranking import rank_fingerprint
+        from owlrec.ranking.retrieval import item_retriever
+        from owlrec.ranking.scorer import Scorer
+        from owlrec.serving.questions import QuestionWriter, recent_of
+
+        settings = Recipe.model_validate(recipe)
+        config = settings.ranking or RankingConfig()
+        engine = config.ranking_engine(settings.engine)
+        self._workspace = Workspace(workspace)
+        self._served = ServedReleases(WorkspaceReleases(self._workspace))
+        self._following = AsyncExitStack()
+        self._writer = QuestionWriter(
+            WorkspaceTables(self._workspace),
+            item_retriever(self._workspace, config.item_encoder(settings.encoder, engine), config.projection),
+            settings.domain,
+            config,
+            recent_of(self._served),
+            token_counter(engine),
+        )
+        self._scorer = Scorer(engine, lora_rank=_ADAPTER_RANK, template_options=config.template_options)
+        self._made_for = {
+            "model": model_identity(engine.model, engine.revision),
+            "wording": rank_fingerprint(config.prompt, settings.domain),
+            "shown": config.data.shown[-1],
+        }
+        self._ranker = RankerInForce(None, None)
+
+    async def reconfigure(self, choice: dict[str, Any]) -> None:
+        """Takes in a RankerChoice; requests at work keep the one that they began with."""
+        self._ranker = open_ranker(self._workspace, choice, **self._made_for)
+        await self._following.aclose()
+        await self._following.enter_async_context(following(self._served, REFRESH_S, NoTelemetry()))
+
+    async def score(self, asked: dict[str, Any], candidates: Sequence[int]) -> list[float]:
+        """See owlrec.serving.rank_api.Backend."""
+        try:
+            questions = self._writer.write(Rank(**asked, candidates=list(candidates)), candidates)
+        except Problem as problem:  # which cannot travel between processes
+            raise ServingError(str(problem)) from None
+        ranker = self._ranker
+        found = await self._scorer.score(questions, ranker.adapter)
+        return ranker.probabilities(found.probabilities)
+
+
+def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: int, cpus: float) -> serve.Application:
+    """The deployment. recipe: a file, read here, so that replicas on other machines need not have it. cpus: of a
+    replica, to which Ray gives as many threads.
+
+    Raises RecipeError where the recipe has no vLLM engine to rank with.
+    """
+    settings = load_recipe(recipe)
+    (settings.ranking or RankingConfig()).ranking_engine(settings.engine)
+    deployment = serve.deployment(
+        LlmReplica,
+        name="LlmScorer",
+        ray_actor_options={"num_cpus": cpus, "num_gpus": settings.generate.engine_gpus},
+        user_config=choice.model_dump(),
+        autoscaling_config={
+            "min_replicas": 1,
+            "max_replicas": max_replicas,
+            "target_ongoing_requests": _REQUESTS / 2,
+            "upscale_delay_s": 10,
+            "downscale_delay_s": 600,  # an engine that was stopped too soon takes minutes to come back
+        },
+        max_ongoing_requests=_REQUESTS,
+        max_queued_requests=_REQUESTS,
+        health_check_timeout_s=60,
+        logging_config={"encoding": "JSON", "enable_access_log": False},
+    )
+    application: serve.Application = deployment.bind(workspace, settings.model_dump(mode="json"))
+    return application
+
+
+# ----------------------------------------------------------------------------------------------------------------- rank
+
 
 _SCALING = {"min_replicas": 1, "upscale_delay_s": 5, "downscale_delay_s": 120}
 # A replica that is stuck, or whose machine is gone, is noticed within 10 s.
@@ -94,7 +185,7 @@ class CtrModel:
         return self._scorer.problem() if self._scorer else "no model is loaded yet"
 
     async def score(self, asked: Rank, candidates: Sequence[int]) -> Sequence[float]:
-        """See owlrec.serving.ranking.Backend. Raises Problem (503) without a release."""
+        """See owlrec.serving.rank_api.Backend. Raises Problem (503) without a release."""
         if self._scorer is None:
             raise Problem(503, "no model is loaded yet", headers={"Retry-After": "1"})
         history = asked.history
@@ -162,8 +253,7 @@ def app(args: RankArgs) -> serve.Application:
     """Builds the application: what `serve run` and `serve deploy` call, with one argument."""
     if args.recipe is None:
         return rank_application(args, None)
-    from owlrec.serving.rankers import RankerChoice
-    from serve_apps.rank_llm import llm_scorer
+    from owlrec.serving.rank_api import RankerChoice
 
     choice = RankerChoice(adapter=args.adapter, calibration=args.calibration)
     return rank_application(args, llm_scorer(args.workspace, args.recipe, choice, args.max_llm_replicas, args.llm_cpus))

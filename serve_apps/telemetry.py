@@ -25,7 +25,7 @@ _GAUGES = {
 
 
 class RayTelemetry:
-    """Telemetry of one replica (owlrec.serving.telemetry)."""
+    """Telemetry of one replica (owlrec.serving.guard)."""
 
     def __init__(self, app: str) -> None:
         """app: tells applications apart; Ray itself tells replicas apart."""

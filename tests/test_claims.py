@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from owlrec.claims import Claim, Claims, claimed, clear_claims, unclaimed
 from owlrec.errors import WorkspaceError
+from owlrec.shards import Claim, Claims, claimed, clear_claims, unclaimed
 from owlrec.workspace import Workspace
 
 SHARD = "claims/a/user/00000000"

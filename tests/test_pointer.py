@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from owlrec.errors import WorkspaceError
-from owlrec.pointer import Pointer, PointerHeld, PointerMoved
-from owlrec.storage import Storage
+from owlrec.storage import Pointer, PointerHeld, PointerMoved, Storage
 
 
 @pytest.fixture(params=["local", "memory"])

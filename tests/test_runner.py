@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from owlrec import runner, shards
-from owlrec.claims import Claims
 from owlrec.errors import EngineError, OwlRecError, WorkspaceError
 from owlrec.runner import Pool, Result, Stage, Work, WorkerLost, pending_shards, run_stage
-from owlrec.shards import Artifact, Card, Shard
+from owlrec.shards import Artifact, Card, Claims, Shard
 from owlrec.workspace import Workspace
 
 FOLDER = "doubled/f"

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec import tombstones
+from owlrec import workspace as tombstones
 from owlrec.storage import Storage
-from owlrec.tombstones import FOLDER, Tombstones, read_tombstones, write_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import TOMBSTONES, Tombstones, Workspace, read_tombstones, write_tombstones
 
 IDS = st.sets(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=40)
 
@@ -17,7 +16,7 @@ IDS = st.sets(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=40)
 @given(forgotten=IDS, asked=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60))
 def test_a_set_answers_as_a_set_does(forgotten: set[int], asked: list[int]) -> None:
     storage = Storage("memory://tombstones")
-    storage.delete_dir(FOLDER)
+    storage.delete_dir(TOMBSTONES)
     write_tombstones(storage, np.array(sorted(forgotten)))
     gone = read_tombstones(storage)
     everybody = np.array([*asked, *forgotten], dtype=np.int64)
@@ -56,7 +55,7 @@ def test_no_id_stands_in_a_file_and_other_keys_give_other_bytes(workspace: Works
     content = []
     for store in (workspace, other):
         run = write_tombstones(store, np.array([id_]))
-        files = [store.read_bytes(f"{FOLDER}/{path}") for path in store.entries(FOLDER)]
+        files = [store.read_bytes(f"{TOMBSTONES}/{path}") for path in store.entries(TOMBSTONES)]
         for word in (id_.to_bytes(8, "little"), id_.to_bytes(8, "big"), str(id_).encode()):
             assert not any(word in data for data in files)
         content.append(store.read_bytes(f"{run}/tombstones.bin"))

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from owlrec import schema
 from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.encoding.vector_shards import VectorShard
+from owlrec.encoding.vectors import VectorShard
 from owlrec.schema import shard_of
 from owlrec.workspace import Workspace, shard_file, table_file
 

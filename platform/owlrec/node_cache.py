@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from owlrec.environment import cache_bytes, cache_folder
 from owlrec.errors import WorkspaceError
+from owlrec.process import cache_bytes, cache_folder
 
 _STALE_S = 3600.0  # a download writes all the time: an hour without a change means that its process is gone
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from owlrec.cohorts.model import CohortsConfig
-from owlrec.config import Config
+from owlrec.config import Config, Registry
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.decoding import DecodingConfig
 from owlrec.encoding.encoder import EncoderConfig
@@ -24,8 +24,7 @@ from owlrec.generation.job import GenerateConfig
 from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.refresh.config import RefreshConfig
-from owlrec.registry import Registry
+from owlrec.refresh.events import RefreshConfig
 from owlrec.scenario import Scenario, get_scenario
 from owlrec.sources import SourceConfig
 from owlrec.sources.outcomes import LabelConfig

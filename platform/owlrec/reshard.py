@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel
 
-from owlrec.claims import claimed
 from owlrec.errors import WorkspaceError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import KINDS, Kind, shard_of
-from owlrec.shards import Artifact, Card, Shard, in_threads
+from owlrec.shards import Artifact, Card, Shard, claimed, in_threads
 from owlrec.sources.splits import in_histories
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, shard_file

@@ -5,7 +5,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from owlrec.client.exchange import Answer, Call, ClientError, Failure, RetryPolicy, Send, Wait, exchange
+from owlrec.client import Answer, Call, ClientError, Failure, RetryPolicy, Send, Wait, exchange
 
 CALL = Call("GET", "/v1/thing/7", lambda answer: answer.body.decode(), route="/v1/thing/{id}")
 POLICY = RetryPolicy(attempts=4, first_wait_s=0.1, longest_wait_s=0.3, timeout_s=2, total_s=10)

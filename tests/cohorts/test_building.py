@@ -10,15 +10,14 @@ import pytest
 
 from owlrec.cohorts import building, clustering
 from owlrec.cohorts.building import AssignCohorts, _batches, build_cohorts, cohort_shards
-from owlrec.cohorts.clustering import ClusterConfig
-from owlrec.cohorts.collaborative import CollaborativeConfig
+from owlrec.cohorts.clustering import ClusterConfig, CollaborativeConfig
 from owlrec.cohorts.model import POINTER, CohortsConfig, previous_folder, read_profiles
 from owlrec.errors import SchemaError
-from owlrec.pointer import Pointer
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.schema import HISTORIES, PROMPTS
 from owlrec.shards import Artifact, Shard
+from owlrec.storage import Pointer
 from owlrec.workspace import Workspace
 
 MOVIES = get_scenario("movies")

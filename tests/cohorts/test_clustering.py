@@ -15,8 +15,8 @@ from owlrec.cohorts.clustering import (
     nearest_rows,
     train_cells,
     train_centroids,
+    unit,
 )
-from owlrec.cohorts.collaborative import unit
 from owlrec.errors import SchemaError
 
 CONFIG = ClusterConfig(mean_size=20)  # 2 to 50 members

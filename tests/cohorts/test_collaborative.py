@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors, fold_in, judged, train_item_factors, unit
+from owlrec.cohorts.clustering import CollaborativeConfig, ItemFactors, fold_in, judged, train_item_factors, unit
 from owlrec.errors import SchemaError
 from owlrec.schema import HISTORIES
 from owlrec.workspace import Workspace

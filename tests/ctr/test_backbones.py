@@ -10,16 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from owlrec.ctr.backbones import BACKBONES
-from owlrec.ctr.backbones.autoint import AutoInt, FieldAttention
-from owlrec.ctr.backbones.dcnv1 import CrossNetwork, DCNv1
-from owlrec.ctr.backbones.dcnv2 import DCNv2
-from owlrec.ctr.backbones.deepfm import DeepFM, pair_sum
-from owlrec.ctr.backbones.dien import DIEN, AttentionalGRU
-from owlrec.ctr.backbones.din import DIN
-from owlrec.ctr.backbones.fibinet import BilinearPairs, FiBiNET, FieldWeights
-from owlrec.ctr.backbones.fignn import STATE_DIM, FieldGraph, FiGNN
+from owlrec.ctr.backbones.attention import (
+    FIGNN_STATE_DIM,
+    AutoInt,
+    BilinearPairs,
+    FiBiNET,
+    FieldAttention,
+    FieldGraph,
+    FieldWeights,
+    FiGNN,
+)
+from owlrec.ctr.backbones.crosses import CompressedInteraction, CrossNetwork, DCNv1, DCNv2, DeepFM, XDeepFM, pair_sum
 from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape
-from owlrec.ctr.backbones.xdeepfm import CompressedInteraction, XDeepFM
+from owlrec.ctr.backbones.sequences import DIEN, DIN, AttentionalGRU
 from owlrec.errors import RecipeError
 
 B, L, E = 6, 4, 5
@@ -305,7 +308,7 @@ def test_fignn_adds_the_start_after_each_of_two_steps() -> None:
     assert isinstance(model, FiGNN)
     start = model.attention(given.fields())
     edges = model.graph.edges(start)
-    assert start.shape == (B, 8, STATE_DIM)
+    assert start.shape == (B, 8, FIGNN_STATE_DIM)
     states = model.graph.step(start, edges) + start
     states = model.graph.step(states, edges) + start
     for row, nodes in enumerate(states):

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from owlrec.ctr.batches import SplitBatches, SplitTensors, ahead
+from owlrec.ctr.batches import SplitBatches, SplitTensors, ahead, epoch_steps, scan_steps
 from owlrec.ctr.experiment import Trial
 from owlrec.ctr.features import Split
-from owlrec.ctr.order import epoch_steps, scan_steps
 
 
 def waiting_threads() -> int:

@@ -7,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from owlrec.ctr.batches import SplitTensors, Tables
-from owlrec.ctr.cascade import cascade_slots
 from owlrec.ctr.experiment import Trial
 from owlrec.ctr.features import Histories, SampleFeatures
-from owlrec.ctr.fitting import tables_of
-from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable
-from owlrec.ctr.reduction import open_tables
-from owlrec.encoding.vector_shards import PARTITIONS, VectorShard, VectorShards, partitions_folder
+from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable, cascade_slots
+from owlrec.ctr.pca import open_tables
+from owlrec.ctr.trainer import tables_of
+from owlrec.encoding.vectors import PARTITIONS, VectorShard, VectorShards, partitions_folder
 from owlrec.schema import shard_of
 from owlrec.workspace import Workspace, shard_file
 

@@ -7,12 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from owlrec.ctr.batches import SplitBatches
-from owlrec.ctr.checkpoint import CheckpointFile, Progress
+from owlrec.ctr.batches import SplitBatches, Step
 from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.fitting import train_one
-from owlrec.ctr.optimiser import Optimisers
-from owlrec.ctr.order import Step
+from owlrec.ctr.trainer import CheckpointFile, Optimisers, Progress, train_one
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from owlrec.ctr import comparison
-from owlrec.ctr.comparison import GridScores, weigh
-from owlrec.ctr.delong import delong_test
-from owlrec.ctr.intervals import bootstrap_aucs, percentile_interval
+from owlrec import evaluation as comparison
+from owlrec.evaluation import GridScores, bootstrap_aucs, delong_test, percentile_interval, weigh
 
 
 def grid(draw: int = 0, users: int = 40, rows: int = 10) -> GridScores:

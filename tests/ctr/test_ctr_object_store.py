@@ -6,14 +6,11 @@ import numpy as np
 from worlds import write_vectors, write_world
 
 from owlrec.ctr.artifact import write_artifact
-from owlrec.ctr.encoded import encode_tables, open_features
-from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
-from owlrec.ctr.export import export_trial
-from owlrec.ctr.fitting import TrainingData, train_one
-from owlrec.ctr.live import LiveState, TableKnowledge
-from owlrec.ctr.reduction import open_tables, reduce_once
-from owlrec.ctr.scores import read_grid_scores
-from owlrec.ctr.scoring import Scorer
+from owlrec.ctr.dataset import encode_tables, open_features
+from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder, read_grid_scores
+from owlrec.ctr.pca import open_tables, reduce_once
+from owlrec.ctr.scoring import LiveState, Scorer, TableKnowledge
+from owlrec.ctr.trainer import TrainingData, export_trial, train_one
 from owlrec.workspace import Workspace
 
 CONFIG = CTRConfig(batch_size=128, learning_rate=0.01, epochs=1, embed_dim=8, hidden_dims=(16, 8))

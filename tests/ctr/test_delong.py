@@ -5,9 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.ctr.delong import clustered_difference, delong_test, placements
-from owlrec.ctr.intervals import bootstrap_aucs
-from owlrec.ctr.metrics import auc
+from owlrec.evaluation import auc, bootstrap_aucs, clustered_difference, delong_test, placements
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4)), min_size=2, max_size=40))

@@ -16,11 +16,10 @@ from worlds import write_world
 from benchmarks.distillation import CONFIG, PAIRS, model_aucs
 from benchmarks.planted import plant
 from owlrec.ctr.batches import Targets
-from owlrec.ctr.distillation import DistillationConfig, SoftLabels, blended
-from owlrec.ctr.encoded import encode_tables, open_features
-from owlrec.ctr.experiment import CTRConfig, Trial
+from owlrec.ctr.dataset import encode_tables, open_features
+from owlrec.ctr.experiment import CTRConfig, DistillationConfig, SoftLabels, Trial, blended
 from owlrec.ctr.features import Features, SampleFeatures, Split
-from owlrec.ctr.fitting import TrainingData, train_one
+from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.errors import SchemaError
 from owlrec.schema import SAMPLE_ROWS, SOFT_LABELS, shard_of
 from owlrec.workspace import Workspace, shard_file

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 from worlds import write_samples, write_world
 
-from owlrec.ctr import encoded
-from owlrec.ctr.encoded import encode_tables, evaluated, open_features
+from owlrec.ctr import dataset as encoded
+from owlrec.ctr.dataset import encode_tables, evaluated, open_features
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import SPLITS, Features, ItemFeatures, build_features
-from owlrec.ctr.fitting import TrainingData, train_one
+from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.errors import SchemaError
 from owlrec.workspace import Workspace
 

@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from owlrec.ctr.arms import Arm, ArmSources, arm_parts, arm_sources, bases, stored_sources
-from owlrec.ctr.comparison import GridScores
 from owlrec.ctr.experiment import (
     ArmSummary,
     CTRConfig,
     Metrics,
+    SliceMetrics,
     Trial,
     TrialResult,
     summarise,
     trials,
 )
-from owlrec.ctr.metrics import auc
-from owlrec.ctr.slices import SliceMetrics
+from owlrec.ctr.knowledge import Arm, ArmSources, arm_parts, arm_sources, bases, stored_sources
 from owlrec.errors import RecipeError
+from owlrec.evaluation import GridScores, auc
 
 BOTH = ("user", "item")
 ALL = {

@@ -7,13 +7,11 @@ import pyarrow.compute as pc
 import pytest
 
 from owlrec.ctr.batches import SplitBatches
-from owlrec.ctr.experiment import CTRConfig, Trial, finished_trials, grid_folder
-from owlrec.ctr.export import export_trial, load_trial, read_vocabularies, write_vocabularies
+from owlrec.ctr.experiment import CTRConfig, Trial, finished_trials, grid_folder, read_grid_scores
 from owlrec.ctr.features import Split, encode_items, encode_samples
-from owlrec.ctr.fitting import score, train_one
-from owlrec.ctr.metrics import auc, gauc
-from owlrec.ctr.scores import read_grid_scores
+from owlrec.ctr.trainer import export_trial, load_trial, read_vocabularies, score, train_one, write_vocabularies
 from owlrec.errors import WorkspaceError
+from owlrec.evaluation import auc, gauc
 from owlrec.workspace import Workspace
 
 CONFIG = CTRConfig(batch_size=256, epochs=1, embed_dim=8, hidden_dims=(16, 8), use_profile=True)

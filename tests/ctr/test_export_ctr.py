@@ -9,10 +9,9 @@ import pytest
 import torch
 from worlds import write_samples, write_vectors, write_world
 
+from owlrec.ctr.artifact import Reads, read_card
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
-from owlrec.ctr.export import export_trial, write_vocabularies
-from owlrec.ctr.fitting import train_one
-from owlrec.ctr.model_card import Reads, read_card
+from owlrec.ctr.trainer import export_trial, train_one, write_vocabularies
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.recipe import Recipe
 from owlrec.shards import finish_stage

@@ -11,17 +11,14 @@ import pytest
 import torch
 from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 
-from owlrec.ctr import fitting
-from owlrec.ctr.arms import Arm
+from owlrec.ctr import trainer as fitting
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches, SplitTensors
-from owlrec.ctr.epochs import Epochs
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial
 from owlrec.ctr.features import Split
-from owlrec.ctr.fitting import TrainingData, score, train_one
-from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.knowledge import Arm, KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
-from owlrec.ctr.worker import Worker
+from owlrec.ctr.trainer import Epochs, TrainingData, Worker, score, train_one
 from owlrec.errors import RecipeError, SchemaError
 
 torch.set_num_threads(1)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.ctr.intervals import Interval, WeightedAUC, bootstrap_aucs, percentile_interval
-from owlrec.ctr.metrics import auc
+from owlrec.evaluation import Interval, WeightedAUC, auc, bootstrap_aucs, percentile_interval
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=40))

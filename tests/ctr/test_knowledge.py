@@ -10,7 +10,7 @@ from worlds import write_vectors
 
 from owlrec.ctr import knowledge
 from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable, open_vectors
-from owlrec.encoding.vector_shards import VectorShards
+from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.schema import shard_of
 from owlrec.workspace import Workspace

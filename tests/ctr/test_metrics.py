@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from owlrec.ctr.metrics import auc, equal_mass_calibration_error, gauc, log_loss, relative_improvement
+from owlrec.evaluation import auc, equal_mass_calibration_error, gauc, log_loss, relative_improvement
 
 
 def test_auc_by_hand() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 
 from owlrec.ctr.experiment import CTRConfig
-from owlrec.ctr.optimiser import Optimisers, RowwiseAdagrad, large_tables, learning_rate_factor, mean_over_ranks
+from owlrec.ctr.trainer import Optimisers, RowwiseAdagrad, large_tables, learning_rate_factor, mean_over_ranks
 
 
 class TwoTables(nn.Module):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.ctr import order
-from owlrec.ctr.order import Step, epoch_steps, scan_steps
+from owlrec.ctr import batches as order
+from owlrec.ctr.batches import Step, epoch_steps, scan_steps
 
 
 def rows_of(step: Step, sizes: tuple[int, ...]) -> list[int]:

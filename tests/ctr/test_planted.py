@@ -23,9 +23,9 @@ from benchmarks.planted import (
 )
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial
-from owlrec.ctr.fitting import TrainingData, train_one
-from owlrec.ctr.metrics import auc
+from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.evaluation import auc
 
 torch.set_num_threads(1)
 CONFIG = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=256, learning_rate=0.005, epochs=12, patience=4)

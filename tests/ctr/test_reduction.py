@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from worlds import write_vectors
 
-from owlrec.ctr import reduction
+from owlrec.ctr import pca as reduction
 from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.reduction import open_tables, reduce_once, reduced, reduced_folders
+from owlrec.ctr.pca import open_tables, reduce_once, reduced, reduced_folders
 from owlrec.encoding.projection import Projection, unit_rows
 from owlrec.errors import SchemaError
 from owlrec.workspace import Workspace

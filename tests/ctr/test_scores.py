@@ -4,8 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from owlrec.ctr.experiment import Trial
-from owlrec.ctr.scores import FILE, ScoredRows, read_grid_scores
+from owlrec.ctr.experiment import SCORES_FILE, ScoredRows, Trial, read_grid_scores
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -15,7 +14,7 @@ FIRST, SECOND, MISSING = (Trial(backbone="din", arm="none", seed=seed) for seed 
 
 def write(workspace: Workspace, trial: Trial, items: list[int], scores: list[float]) -> str:
     users, labels = np.array([2**60, 1, 1]), np.array([1, 0, 1], dtype=np.float32)
-    path = f"ctr/{FINGERPRINT[:16]}/{trial.path}/{FILE}"
+    path = f"ctr/{FINGERPRINT[:16]}/{trial.path}/{SCORES_FILE}"
     workspace.write_parquet(path, ScoredRows(users, np.array(items), labels, np.array(scores)).to_table())
     return path
 

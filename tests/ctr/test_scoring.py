@@ -11,18 +11,14 @@ import pytest
 import torch
 
 from owlrec import schema
-from owlrec.ctr.artifact import artifact_folder, write_artifact
+from owlrec.ctr.artifact import ModelCard, artifact_folder, finish_artifact, read_card, write_artifact
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial, grid_folder
-from owlrec.ctr.export import export_trial, write_vocabularies
 from owlrec.ctr.features import Split
-from owlrec.ctr.fitting import Trained, TrainingData, score, train_one
 from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.live import LiveState, TableKnowledge
-from owlrec.ctr.model_card import ModelCard, finish_artifact, read_card
-from owlrec.ctr.program import export_program
-from owlrec.ctr.scoring import Artifact, Scorer, User
+from owlrec.ctr.scoring import Artifact, LiveState, Scorer, TableKnowledge, User, export_program
+from owlrec.ctr.trainer import Trained, TrainingData, export_trial, score, train_one, write_vocabularies
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.releases.rows import encode_behaviors
 from owlrec.sources.splits import last_behaviors

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from owlrec.ctr.slices import SliceMetrics, mean_slices, slice_metrics, slices_of
+from owlrec.ctr.experiment import SliceMetrics, mean_slices, slice_metrics, slices_of
 
 # Item 3 is a target five times; 4 is one four times and occurs once in a history; 5 four times in all; 1 is unknown.
 COUNTS = np.array([0, 9, 0, 5, 5, 4, *[0] * 25])

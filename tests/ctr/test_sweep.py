@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 from test_training import FINGERPRINT, GRID, SIDES, prepare
 
-from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
-from owlrec.ctr.sweep import SweepConfig
+from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, SweepConfig
 from owlrec.ctr.training import GridJob, encode_once
 from owlrec.workspace import Workspace
 from pipelines.sweep_ctr import tried

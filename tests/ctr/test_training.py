@@ -11,8 +11,7 @@ from processes import command_lines
 from worlds import write_vectors, write_world
 
 from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, grid_folder
-from owlrec.ctr.export import read_vocabularies
-from owlrec.ctr.fitting import train_one
+from owlrec.ctr.trainer import read_vocabularies, train_one
 from owlrec.ctr.training import train_trials
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.workspace import Workspace

@@ -9,15 +9,12 @@ import pytest
 import torch
 from worlds import write_vectors, write_world
 
-from owlrec.ctr.artifact import write_artifact
-from owlrec.ctr.encoded import encode_tables, open_features
+from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
+from owlrec.ctr.dataset import WarmStart, carried_over, encode_tables, grown, open_features
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial, grid_folder
-from owlrec.ctr.export import export_trial, read_vocabularies
 from owlrec.ctr.features import RESERVED, UNKNOWN, Grades, Vocabularies
-from owlrec.ctr.fitting import TrainingData, train_one
-from owlrec.ctr.model_card import ModelCard, finish_artifact
-from owlrec.ctr.reduction import open_tables, reduce_once
-from owlrec.ctr.warm_start import WarmStart, carried_over, grown
+from owlrec.ctr.pca import open_tables, reduce_once
+from owlrec.ctr.trainer import TrainingData, export_trial, read_vocabularies, train_one
 from owlrec.encoding.projection import Projection
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.workspace import Workspace

@@ -10,8 +10,8 @@ import pytest
 from tiny_engine import VOCAB, Decoder, half_right, prompts, tiny_model, token_lists  # type: ignore[import-not-found]
 
 from owlrec.decoding import DecodingConfig, request_arguments
-from owlrec.decoding.acceptance import AcceptanceRates
 from owlrec.decoding.pools import write_pool
+from owlrec.decoding.retrieval import AcceptanceRates
 from owlrec.errors import EngineError
 
 pytestmark = pytest.mark.vllm

@@ -4,9 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sealed import brute_force
 
-from owlrec.decoding.live import LivePool
-from owlrec.decoding.matching import match_live, match_sealed
-from owlrec.decoding.sealed import build_pool
+from owlrec.decoding.index import LivePool, build_pool, match_live, match_sealed
 
 texts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), max_size=8)
 

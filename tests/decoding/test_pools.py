@@ -2,10 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from owlrec.decoding.index import LIVE, SEALED, PoolError, open_pool
 from owlrec.decoding.options import DecodingConfig
 from owlrec.decoding.pools import Pools, write_pool
-from owlrec.decoding.sealed import PoolError, open_pool
-from owlrec.decoding.shelf import LIVE, SEALED
 
 
 def write(root: Path, name: str, texts: list[list[int]], ids: list[int] | None = None, identity: str = "m") -> None:

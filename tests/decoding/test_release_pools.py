@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from owlrec.decoding.index import BORDER, PoolError, open_pool
 from owlrec.decoding.release_pools import answer_tokens, opening_tokens, pools_identity, write_release_pools
-from owlrec.decoding.sealed import BORDER, PoolError, open_pool
 from owlrec.schema import KNOWLEDGE
 
 

@@ -3,11 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.acceptance import CELLS, EVIDENCE, AcceptanceRates
-from owlrec.decoding.live import LivePool
-from owlrec.decoding.retrieval import Drafts, draft_rows
-from owlrec.decoding.sealed import build_pool
-from owlrec.decoding.shelf import CONTEXT, LIVE, NOTHING, SEALED, TEXT, Shelf
+from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, Shelf, build_pool
+from owlrec.decoding.retrieval import CELLS, EVIDENCE, AcceptanceRates, Drafts, draft_rows
 
 HALF = np.full((4, CELLS), 0.5)
 

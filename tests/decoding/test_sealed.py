@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.matching import match_sealed
-from owlrec.decoding.sealed import BORDER, DEPTH, CorruptPool, PoolError, build_pool, open_pool, rebuild_pool
+from owlrec.decoding.index import (
+    BORDER,
+    DEPTH,
+    CorruptPool,
+    PoolError,
+    build_pool,
+    match_sealed,
+    open_pool,
+    rebuild_pool,
+)
 
 texts = st.lists(st.lists(st.integers(0, 3), max_size=50), max_size=6)
 

@@ -17,7 +17,7 @@ def _cpu_kernels() -> None:
     """What vLLM does when a worker starts: its Triton kernels are replaced by C++ ones on a CPU."""
     from vllm.platforms import current_platform
 
-    import owlrec.decoding.compiled  # noqa: F401  # before the search through modules, which numba's would end
+    import owlrec.decoding.index  # noqa: F401  # before the search through modules, which numba's would end
 
     current_platform.import_kernels()
     current_platform.register_triton_kernel_overrides()

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
-from owlrec.decoding.controller import Controller, StepTimes
-from owlrec.decoding.counters import DecoderCounters
+from owlrec.decoding.controller import Controller, DecoderCounters, StepTimes
 
 VOCAB = 96
 EOS = 0

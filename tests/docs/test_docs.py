@@ -20,10 +20,9 @@ import yaml
 from documents import DOCUMENTS, PAGES, ROOT, Block, anchors, blocks, inline_codes, links, name_of, prose
 from pydantic.fields import FieldInfo
 
-from owlrec.config import Config
-from owlrec.ops.fleet import FleetConfig
+from owlrec.config import Config, Registry
+from owlrec.ops.cost import FleetConfig
 from owlrec.recipe import Recipe, _models_in, _StrictLoader
-from owlrec.registry import Registry
 from pipelines.cli import app
 
 # Commands stand in blocks without a language, or of "sh".
@@ -406,14 +405,12 @@ def test_python_on_the_serving_page_gets_its_answers(walk: Walk, monkeypatch: py
     """Its Clients ask the applications themselves, over the walk's release, in place of a server."""
     from fastapi.testclient import TestClient
 
-    from owlrec.serving.guard import Limits
+    from owlrec.serving.guard import Limits, NoTelemetry
     from owlrec.serving.keys import KeyRing
     from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
-    from owlrec.serving.rank_api import build_rank_api
-    from owlrec.serving.ranking import Cascade
+    from owlrec.serving.rank_api import Cascade, build_rank_api
     from owlrec.serving.served import ServedReleases, WorkspaceReleases
     from owlrec.serving.similar import SimilarEntities
-    from owlrec.serving.telemetry import NoTelemetry
     from owlrec.workspace import Workspace
 
     class Descending:
@@ -444,7 +441,7 @@ def test_python_on_the_serving_page_gets_its_answers(walk: Walk, monkeypatch: py
 
         original = httpx.Client.__init__
         monkeypatch.setattr(
-            "owlrec.client.clients.httpx.Client",
+            "owlrec.client.httpx.Client",
             type("Asks", (httpx.Client,), {"__init__": lambda self, **_: original(self, transport=Applications())}),
         )
         for block in pythons(ROOT / "docs" / "serving.md"):

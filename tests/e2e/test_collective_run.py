@@ -7,10 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from owlrec.cohorts.model import POINTER, read_profiles
-from owlrec.pointer import Pointer
 from owlrec.recipe import load_recipe
 from owlrec.releases.release import open_release
 from owlrec.shards import Artifact, Shard, finished_stage
+from owlrec.storage import Pointer
 from owlrec.workspace import Workspace
 from pipelines.cli import app
 from pipelines.stage import STAGES

@@ -23,7 +23,7 @@ import s3
 from processes import free_port
 
 from benchmarks.worlds import World, write_world
-from owlrec.encoding.vector_shards import VectorShards
+from owlrec.encoding.vectors import VectorShards
 from owlrec.generation.job import read_knowledge
 from owlrec.refresh.events import EVENTS
 from owlrec.releases import current_release, open_release

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from owlrec.encoding.vector_shards import PARTITIONS, VectorShards, partitions_folder
+from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import dead_files, pointer, read_state

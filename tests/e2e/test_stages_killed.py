@@ -19,7 +19,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.vector_shards import VectorShards
+from owlrec.encoding.vectors import VectorShards
 from owlrec.generation.job import read_knowledge
 from owlrec.refresh.events import EVENTS
 from owlrec.releases import open_release

@@ -19,7 +19,7 @@ from heads import ROOT, Head, free_port, knowledge_rows, local_head, owlrec, owl
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
-from owlrec.ops.submission_files import job_folder
+from owlrec.ops.submission import job_folder
 from owlrec.refresh.events import EVENTS
 from owlrec.releases import current_release
 from owlrec.shards import finished_stage

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.vector_shards import VectorShards
+from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SourceError
 from owlrec.recipe import Recipe
 from owlrec.schema import KNOWLEDGE, TABLE_KINDS, TABLES, shard_of

@@ -8,14 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.coded_vectors import read_quantisers, read_reports
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.hashing_encoder import HashingEncoder
-from owlrec.encoding.imported_vectors import import_vectors
-from owlrec.encoding.inputs import ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported
-from owlrec.encoding.job import EncodingJob
+from owlrec.encoding.encoder import EncoderConfig, HashingEncoder
+from owlrec.encoding.inputs import ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported, import_vectors
 from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors
-from owlrec.encoding.vector_shards import VectorShards
+from owlrec.encoding.stage import EncodingJob
+from owlrec.encoding.vectors import VectorShards, read_quantisers, read_reports
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool
 from owlrec.schema import COHORTS, HISTORIES, KNOWLEDGE, shard_of, stable_id

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.hashing_encoder import HashingEncoder
+from owlrec.encoding.encoder import EncoderConfig, HashingEncoder
 from owlrec.errors import EngineError
 
 NONZERO, SIGNS = [5, 53, 91, 123, 144, 165, 207, 249], [1, -1, -1, 1, 1, -1, -1, 1]  # of "owl"

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from owlrec.encoding import imported_vectors as module
-from owlrec.encoding.imported_vectors import import_vectors, imported_vectors
-from owlrec.encoding.vector_shards import VectorShards
+from owlrec.encoding import inputs as module
+from owlrec.encoding.inputs import import_vectors, imported_vectors
+from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SourceError, WorkspaceError
 from owlrec.schema import shard_of, stable_id
 from owlrec.workspace import Workspace

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Members, Resources, Rows
-from owlrec.encoding.vector_shards import VectorShard
+from owlrec.encoding.vectors import VectorShard
 from owlrec.schema import COHORTS, stable_id
 from owlrec.workspace import Workspace
 

@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from owlrec.encoding.code_quality import QuantisationReport, measure_codes
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.encoding.semantic_ids import (
+    QuantisationReport,
+    Quantiser,
+    SemanticIdConfig,
+    code_vectors,
+    measure_codes,
+    train_quantiser,
+)
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.schema import shard_of
 from owlrec.workspace import Workspace

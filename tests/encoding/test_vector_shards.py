@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.encoding import vector_shards
+from owlrec.encoding import vectors as vector_shards
 from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
-from owlrec.encoding.vector_shards import VectorShard, VectorShards
+from owlrec.encoding.vectors import VectorShard, VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.schema import shard_of
 from owlrec.workspace import Workspace, shard_file

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from owlrec.erasure.copies import ErasedCopies, write_copies
+from owlrec.erasure.forgetting import ErasedCopies, write_copies
 from owlrec.node_cache import NodeCache
-from owlrec.tombstones import FOLDER
-from owlrec.workspace import Workspace
+from owlrec.workspace import TOMBSTONES, Workspace
 
 
 def test_open_copies_are_evicted_later(s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +24,7 @@ def test_open_copies_are_evicted_later(s3_root: str, tmp_path: Path, monkeypatch
     contents = lambda: sorted(f.read_bytes() for f in (tmp_path / "files").iterdir() if f.suffix != ".lock")  # noqa: E731
     assert copies.evict() == 0
     assert contents() == [b"new", b"old", b"other"]
-    write_copies(workspace, f"{FOLDER}/run", ["a.bin", "c.bin"])
+    write_copies(workspace, f"{TOMBSTONES}/run", ["a.bin", "c.bin"])
     assert copies.evict() == 1
     assert contents() == [b"new", b"other"]
     opened.close()

@@ -3,9 +3,9 @@
 import pyarrow as pa
 from scanned import user
 
-from owlrec.ctr.export import VOCABULARIES, read_vocabularies, write_vocabularies
 from owlrec.ctr.features import Grades, Vocabularies
-from owlrec.erasure.profiles import hide_values
+from owlrec.ctr.trainer import VOCABULARIES, read_vocabularies, write_vocabularies
+from owlrec.erasure.rows import hide_values
 from owlrec.workspace import Workspace
 
 

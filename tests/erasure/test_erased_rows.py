@@ -9,7 +9,7 @@ import pytest
 from owlrec.erasure import rows as rows_module
 from owlrec.erasure.rows import Users, erase
 from owlrec.schema import INTERACTIONS, SAMPLE_ROWS
-from owlrec.sources.buckets import read_batches, write_buckets
+from owlrec.sources.ingest import read_batches, write_buckets
 from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace, table_file
 

@@ -11,13 +11,12 @@ from worlds import write_samples
 from owlrec.erasure.forgetting import forget
 from owlrec.errors import WorkspaceError
 from owlrec.schema import SAMPLES
-from owlrec.tombstones import FOLDER, read_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import TOMBSTONES, Workspace, read_tombstones
 from pipelines import cli
 
 
 def content(workspace: Workspace) -> dict[str, object]:
-    return {p: e for p, e in workspace.entries().items() if not p.startswith((FOLDER, "claims"))}
+    return {p: e for p, e in workspace.entries().items() if not p.startswith((TOMBSTONES, "claims"))}
 
 
 def test_an_unknown_id_is_counted_and_changes_nothing(small_world: Workspace) -> None:
@@ -41,8 +40,8 @@ def test_models_are_named_and_dropped_on_demand(small_world: Workspace) -> None:
     assert (report.unknown, report.models) == (0, ["ctr/grid", "models/grid-din"])
     assert small_world.exists("models/grid-din")
     assert {(p.place, p.rows) for p in report.places} == {("tables", 4)}  # user, history, sample, interaction
-    (run,) = [name for name in small_world.names(FOLDER) if name != "key"]
-    written = json.dumps(small_world.read_json(f"{FOLDER}/{run}/report.json"))
+    (run,) = [name for name in small_world.names(TOMBSTONES) if name != "key"]
+    written = json.dumps(small_world.read_json(f"{TOMBSTONES}/{run}/report.json"))
     assert json.loads(written)["models"] == report.models
     again = forget(small_world, ["5"], drop_models=True)
     assert (again.unknown, again.models) == (1, report.models)

@@ -20,16 +20,15 @@ from typer.testing import CliRunner
 
 from owlrec.cohorts.model import read_profiles
 from owlrec.ctr.experiment import trials
-from owlrec.ctr.export import export_trial
-from owlrec.ctr.fitting import train_one
-from owlrec.ctr.reduction import reduce_once
+from owlrec.ctr.pca import reduce_once
+from owlrec.ctr.trainer import export_trial, train_one
 from owlrec.ctr.training import GridJob, encode_once, load_data
 from owlrec.erasure.forgetting import forget
-from owlrec.generation.echo_engine import EchoEngine
-from owlrec.generation.importing import ImportSource
+from owlrec.generation.engines import EchoEngine
+from owlrec.generation.import_export import ImportSource
 from owlrec.node_cache import NodeCache
-from owlrec.ranking.items import ItemVectors
 from owlrec.ranking.questions import write_questions
+from owlrec.ranking.retrieval import ItemVectors
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import read_state
@@ -37,8 +36,7 @@ from owlrec.releases import current_release, list_releases, open_release
 from owlrec.schema import stable_id
 from owlrec.shards import finish_stage, needed_stage
 from owlrec.storage import Storage
-from owlrec.tombstones import FOLDER, read_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import TOMBSTONES, Workspace, read_tombstones
 from pipelines import cli
 from pipelines.interchange import import_knowledge
 from pipelines.refresh import run as refresh
@@ -186,8 +184,8 @@ def test_no_byte_is_left(tmp_path: Path, cache: Path, asked: list[str]) -> None:
     assert scan(workspace) == {}
     assert scan(Storage(cache)) == {}
     assert answers(workspace) == others
-    (run_folder,) = [name for name in workspace.names(FOLDER) if name != "key"]
-    report = workspace.read_json(f"{FOLDER}/{run_folder}/report.json")
+    (run_folder,) = [name for name in workspace.names(TOMBSTONES) if name != "key"]
+    report = workspace.read_json(f"{TOMBSTONES}/{run_folder}/report.json")
     assert (report["users"], report["unknown"]) == (2, 1)
     rows = {place["place"]: place["rows"] for place in report["places"]}
     assert rows["logs"] == 2
@@ -220,7 +218,7 @@ def until_missing(web: TestClient, path: str, started: float) -> None:
 def test_a_server_knows_within_two_seconds(tmp_path: Path, cache: Path) -> None:
     from served_world import publish_world
 
-    from owlrec.tombstones import write_tombstones
+    from owlrec.workspace import write_tombstones
 
     workspace = Workspace(tmp_path / "ws")
     publish_world(workspace, "first")

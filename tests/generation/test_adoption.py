@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from owlrec.errors import SourceError, WorkspaceError
-from owlrec.generation.adoption import adopt
-from owlrec.generation.importing import ImportSource
+from owlrec.generation.import_export import ImportSource, adopt
 from owlrec.generation.job import GenerationJob, dead_file, read_knowledge
 from owlrec.generation.quality import QualityConfig
 from owlrec.scenario import get_scenario

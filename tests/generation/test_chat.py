@@ -3,8 +3,8 @@
 import pytest
 from jinja2 import TemplateError
 
-from owlrec.generation.chat import render_chat
 from owlrec.generation.engine import RequestRefused
+from owlrec.generation.models import render_chat
 
 
 class Tokenizer:

@@ -13,8 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.errors import SchemaError, SourceError, WorkspaceError
-from owlrec.generation.exporting import export_jsonl, export_parquet
-from owlrec.generation.importing import ImportedRow, ImportSource, RefusedRow, read_knowledge_file
+from owlrec.generation.import_export import (
+    ImportedRow,
+    ImportSource,
+    RefusedRow,
+    export_jsonl,
+    export_parquet,
+    read_knowledge_file,
+)
 from owlrec.schema import KNOWLEDGE
 
 BIG = 2**63 - 1  # 19 digits: as a raw id it would be hashed

@@ -11,7 +11,7 @@ import pytest
 
 from owlrec.errors import EngineError
 from owlrec.generation.engine import PromptTooLong, RequestFailed, RequestRefused, RequestTimedOut, SamplingConfig
-from owlrec.generation.http_engine import HttpEngine, HttpEngineConfig
+from owlrec.generation.engines import HttpEngine, HttpEngineConfig
 
 NO_ANSWER = 202  # the server falls asleep first
 

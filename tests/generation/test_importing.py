@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from owlrec.errors import SourceError
 from owlrec.generation import knowledge_files
-from owlrec.generation.importing import ImportedRow, ImportSource, RefusedRow, _SeenIds, read_knowledge_file
+from owlrec.generation.import_export import ImportedRow, ImportSource, RefusedRow, _SeenIds, read_knowledge_file
 from owlrec.schema import stable_id
 
 T = 1_700_000_000_000

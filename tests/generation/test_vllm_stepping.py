@@ -5,7 +5,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
-from owlrec.generation.vllm_stepping import Answer, Stepping
+from owlrec.generation.vllm_engine import Answer, Stepping
 
 
 class Engine:

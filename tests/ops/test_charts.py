@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from owlrec.ops.charts import _nice_step, bar_chart, histogram, points_chart, standalone, waterfall_chart
+from owlrec.ops.report import _nice_step, bar_chart, histogram, points_chart, standalone, waterfall_chart
 
 
 @pytest.mark.parametrize(("raw", "step"), [(0.9, 1), (1, 1), (1.2, 2), (2.3, 2.5), (0.003, 0.005), (60, 100)])

@@ -3,11 +3,17 @@
 import pytest
 
 from owlrec.errors import RecipeError
-from owlrec.ops.fleet import FleetConfig
-from owlrec.ops.levers import levers
-from owlrec.ops.planning import Work
-from owlrec.ops.policies import Horizon, runs_of, stored_of
-from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures
+from owlrec.ops.cost import (
+    Estimate,
+    FleetConfig,
+    Horizon,
+    KindFigures,
+    Work,
+    WorkloadFigures,
+    levers,
+    runs_of,
+    stored_of,
+)
 
 
 def exactly(value):

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from owlrec.errors import RecipeError
-from owlrec.ops.fleet import load_fleet
+from owlrec.ops.cost import load_fleet
 from owlrec.shards import Artifact, Card, Shard
 from owlrec.workspace import Workspace
 from pipelines.plan import main, row_count

@@ -3,12 +3,22 @@
 import numpy as np
 import pytest
 
-from owlrec.decoding.counters import DecoderCounters, StepSums
+from owlrec.decoding.controller import DecoderCounters, StepSums
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.generation.job import DECODER
-from owlrec.ops.fleet import FleetConfig, load_fleet
-from owlrec.ops.planning import Runs, Work, engine_seconds, plan
-from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures, measured_workload, per_row
+from owlrec.ops.cost import (
+    Estimate,
+    FleetConfig,
+    KindFigures,
+    Runs,
+    Work,
+    WorkloadFigures,
+    engine_seconds,
+    load_fleet,
+    measured_workload,
+    per_row,
+    plan,
+)
 from owlrec.refresh.state import State, write_state
 from owlrec.shards import Artifact, Card
 

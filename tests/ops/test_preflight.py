@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from owlrec.errors import ClusterError
-from owlrec.ops import preflight
-from owlrec.ops.preflight import GpuDemand, check_gpus, check_head, gpu_demand, http_address, judge, refuse
+from owlrec.ops import submission as preflight
 from owlrec.ops.preflight_probe import MARK
+from owlrec.ops.submission import GpuDemand, check_gpus, check_head, gpu_demand, http_address, judge, refuse
 from owlrec.recipe import load_recipe
 
 NODE = {"address": "10.0.0.1", "resources": {"CPU": 4, "GPU": 0}, "python": "3.11.7", "problem": ""}

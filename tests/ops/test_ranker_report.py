@@ -2,12 +2,10 @@
 
 import pytest
 
-from owlrec.ctr.intervals import Interval
-from owlrec.ops.report import ranker_rows, render_report
-from owlrec.ops.report_data import ReportData
+from owlrec.evaluation import Interval
+from owlrec.ops.report import ReportData, ranker_rows, render_report
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.judging import Judgement
-from owlrec.ranking.results import RankerResult, read_results, results_of, write_results
+from owlrec.ranking.judging import Judgement, RankerResult, read_results, results_of, write_results
 from owlrec.workspace import Workspace
 
 

@@ -6,15 +6,22 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from owlrec.ctr.comparison import Evidence, GridScores
-from owlrec.ctr.experiment import Metrics, PairedDifference, TrialResult
-from owlrec.ctr.intervals import Interval
-from owlrec.ctr.slices import SliceMetrics
-from owlrec.decoding.counters import DecoderCounters, StepSums
-from owlrec.encoding.code_quality import QuantisationReport
-from owlrec.ops.report import arm_rows, comparison_rows, heat_rows, render_report, slice_rows
-from owlrec.ops.report_data import ArmFigures, KnowledgeSample, ReportData, StageFigures
-from owlrec.ops.run_report import arm_figures
+from owlrec.ctr.experiment import Metrics, PairedDifference, SliceMetrics, TrialResult
+from owlrec.decoding.controller import DecoderCounters, StepSums
+from owlrec.encoding.semantic_ids import QuantisationReport
+from owlrec.evaluation import Evidence, GridScores, Interval
+from owlrec.ops.report import (
+    ArmFigures,
+    KnowledgeSample,
+    ReportData,
+    StageFigures,
+    arm_figures,
+    arm_rows,
+    comparison_rows,
+    heat_rows,
+    render_report,
+    slice_rows,
+)
 
 EVIL = "<script>alert('x')</script>"
 

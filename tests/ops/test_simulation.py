@@ -3,11 +3,18 @@
 import numpy as np
 import pytest
 
-from owlrec.ops.fleet import FleetConfig
-from owlrec.ops.plan_report import check_by_simulation, simulated_groups
-from owlrec.ops.planning import Runs, Work, plan
+from owlrec.ops.cost import (
+    Estimate,
+    FleetConfig,
+    KindFigures,
+    Runs,
+    Work,
+    WorkloadFigures,
+    check_by_simulation,
+    plan,
+    simulated_groups,
+)
 from owlrec.ops.simulation import SimulatedGroup, simulate
-from owlrec.ops.workload import Estimate, KindFigures, WorkloadFigures
 
 SEEDS = 8
 

@@ -12,8 +12,19 @@ import yaml
 
 from owlrec.errors import ClusterError, RecipeError
 from owlrec.ops import submission
-from owlrec.ops.submission import Attempt, Submission, existing, exit_code, follow, start, submission_name
-from owlrec.ops.submission_files import RECIPE, job_folder, refuse_local_paths, runtime_env
+from owlrec.ops.submission import (
+    RECIPE,
+    Attempt,
+    Submission,
+    existing,
+    exit_code,
+    follow,
+    job_folder,
+    refuse_local_paths,
+    runtime_env,
+    start,
+    submission_name,
+)
 from owlrec.recipe import Recipe, load_recipe
 
 JOB = Submission("generate-shop-0123", "python -m pipelines.generate", {"working_dir": "/x"})

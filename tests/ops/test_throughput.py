@@ -2,7 +2,7 @@
 
 import pytest
 
-from owlrec.ops.throughput import throughput
+from owlrec.ops.report import throughput
 from owlrec.shards import Card
 
 

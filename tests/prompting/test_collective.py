@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from owlrec.cohorts.profiles import PROFILES
-from owlrec.prompting.collective import cohort_prompts
+from owlrec.prompting.rows import cohort_prompts
 from owlrec.scenario import SCENARIOS, get_scenario
 
 

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from owlrec.cohorts.profiles import ProfileConfig, best_candidates, build_profiles, user_candidates
 from owlrec.generation import EchoEngineConfig
-from owlrec.prompting.collective import cohort_prompts
-from owlrec.prompting.rella import RankPromptConfig, rank_prompt
-from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, user_prompts
+from owlrec.prompting.ranking import RankPromptConfig, rank_prompt
+from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, cohort_prompts, user_prompts
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.ranking.samples import behaviours_shown
 from owlrec.refresh.events import EVENTS, taken_in
-from owlrec.refresh.prompt import RefreshPrompts
+from owlrec.refresh.state import RefreshPrompts
 from owlrec.scenario import SCENARIOS
 from owlrec.schema import COHORTS, SAMPLES
 from owlrec.sources.catalog import ItemCatalog

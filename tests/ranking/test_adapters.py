@@ -10,12 +10,10 @@ from safetensors.torch import save
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 
-from owlrec.ctr.worker import ALONE
+from owlrec.ctr.trainer import ALONE
 from owlrec.errors import EngineError, WorkspaceError
-from owlrec.ranking.adapters import open_adapter, save_adapter
-from owlrec.ranking.checkpoints import Progress
 from owlrec.ranking.experiment import TuningConfig
-from owlrec.ranking.tuning import load_model, score, tune
+from owlrec.ranking.tuning import Progress, load_model, open_adapter, save_adapter, score, tune
 from owlrec.workspace import Workspace
 
 MADE_FOR = {"model": "tiny:1", "wording": "w" * 64}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from owlrec.errors import EngineError
 from owlrec.generation.models import load_tokenizer
-from owlrec.ranking.answers import Answers, find_answers, likely_answers, yes_probability
+from owlrec.ranking.scorer import Answers, find_answers, likely_answers, yes_probability
 
 WORDS = ("Yes", "No", "yes", "no", "YES", "NO", "Not", "yesterday")
 CHATML = (

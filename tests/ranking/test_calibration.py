@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.ctr.metrics import auc, log_loss
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.ranking.calibration import (
+from owlrec.evaluation import (
     CalibrationMethod,
     IsotonicScaling,
     PlattScaling,
+    auc,
     expected_calibration_error,
     fit_calibration,
     load_calibration,
+    log_loss,
     save_calibration,
 )
 from owlrec.workspace import Workspace

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from owlrec.errors import RecipeError
 from owlrec.ranking.cascade import held_out_lists, judge_cascade, ndcg, reorder
 from owlrec.schema import SAMPLES
-from owlrec.serving.ranking import Cascade
+from owlrec.serving.rank_api import Cascade
 from owlrec.serving.schemas import Rank
 
 CTR = np.array([0.9, 0.2, 0.7, 0.5])

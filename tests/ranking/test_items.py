@@ -7,7 +7,7 @@ import pytest
 
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.projection import ProjectionConfig
-from owlrec.ranking.items import ItemVectors, item_retriever
+from owlrec.ranking.retrieval import ItemVectors, item_retriever
 from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace, table_file
 

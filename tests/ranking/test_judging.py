@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from owlrec.errors import SchemaError
-from owlrec.ranking.calibration import load_calibration
+from owlrec.evaluation import load_calibration
 from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge, judge_models, judgement_row
 from owlrec.ranking.samples import TUNING_ROWS
 from owlrec.workspace import Workspace

@@ -12,10 +12,9 @@ from owlrec.encoding.projection import ProjectionConfig
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer
-from owlrec.ranking import last_layer
+from owlrec.ranking import retrieval as last_layer
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.items import item_retriever
-from owlrec.ranking.last_layer import LastLayerConfig, LastLayerEncoder
+from owlrec.ranking.retrieval import LastLayerConfig, LastLayerEncoder, item_retriever
 from owlrec.workspace import Workspace
 
 TEXTS = ["Bright River; genres: drama", "Dark Star", " ", "Bright House; genres: comedy, drama"]

@@ -15,7 +15,7 @@ from owlrec.releases import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
-from serve_apps.rank_llm import LlmReplica
+from serve_apps.rank import LlmReplica
 
 NOWHERE = 10**6  # an item without a title
 

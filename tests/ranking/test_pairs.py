@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from worlds import write_samples
 
 from owlrec import schema
-from owlrec.ctr.distillation import DistillationConfig
+from owlrec.ctr.experiment import DistillationConfig
 from owlrec.errors import WorkspaceError
-from owlrec.ranking.pairs import asked_pairs
+from owlrec.ranking.samples import asked_pairs
 from owlrec.sources.splits import SplitConfig, id_values
 from owlrec.workspace import Workspace
 

@@ -12,10 +12,9 @@ from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig
-from owlrec.generation.chat import render_chat
 from owlrec.generation.engine import EmptyPrompt, PromptTooLong
-from owlrec.generation.models import load_tokenizer
-from owlrec.prompting.rella import RankPromptConfig, rank_prompt
+from owlrec.generation.models import load_tokenizer, render_chat
+from owlrec.prompting.ranking import RankPromptConfig, rank_prompt
 from owlrec.ranking.scorer import Question, Scorer, Scores, scoring_engine
 from owlrec.scenario import get_scenario
 

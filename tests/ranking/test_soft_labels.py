@@ -10,14 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from owlrec.ctr.distillation import SoftLabels
-from owlrec.ctr.experiment import trials
-from owlrec.ctr.scores import read_grid_scores
+from owlrec.ctr.experiment import SoftLabels, read_grid_scores, trials
 from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.generation import ENGINES
 from owlrec.generation.engine import Completion, Engine, EngineConfig, EngineStopped, RequestRefused, SamplingConfig
-from owlrec.ranking.soft_labels import Teacher
+from owlrec.ranking.questions import Teacher
 from owlrec.recipe import Recipe
 from owlrec.reshard import reshard
 from owlrec.runner import WorkerLost

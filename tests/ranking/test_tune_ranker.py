@@ -10,11 +10,10 @@ from toy_taste import NOUNS, toy_texts  # type: ignore[import-not-found]
 from worlds import write_samples
 
 from owlrec import schema
-from owlrec.ctr.distillation import SoftLabels
-from owlrec.ctr.metrics import auc
+from owlrec.ctr.experiment import SoftLabels
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
-from owlrec.ranking.calibration import load_calibration
-from owlrec.ranking.results import read_results
+from owlrec.evaluation import auc, load_calibration
+from owlrec.ranking.judging import read_results
 from owlrec.recipe import Recipe
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace

@@ -12,13 +12,23 @@ from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from torch import Tensor
 from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 
-from owlrec.ctr.metrics import auc
-from owlrec.ctr.worker import ALONE
+from owlrec.ctr.trainer import ALONE
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
-from owlrec.ranking.checkpoints import Checkpoint, Progress
-from owlrec.ranking.examples import Examples, tokenise
+from owlrec.evaluation import auc
 from owlrec.ranking.experiment import TuningConfig
-from owlrec.ranking.tuning import Schedule, Tuned, answer_logits, load_model, micro_batches, score, tune
+from owlrec.ranking.tuning import (
+    Checkpoint,
+    Examples,
+    Progress,
+    Schedule,
+    Tuned,
+    answer_logits,
+    load_model,
+    micro_batches,
+    score,
+    tokenise,
+    tune,
+)
 
 FAST: dict[str, Any] = {"dtype": "float32", "learning_rate": 0.02, "batch_rows": 16, "micro_tokens": 1024, "epochs": 3}
 

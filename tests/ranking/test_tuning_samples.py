@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from worlds import write_samples
 
 from owlrec.errors import RecipeError, SchemaError
-from owlrec.prompting.rella import RankPromptConfig
+from owlrec.prompting.ranking import RankPromptConfig
 from owlrec.ranking import samples as samples_module
-from owlrec.ranking.candidate_sets import with_candidates
-from owlrec.ranking.retrieval import BehaviourRetriever
+from owlrec.ranking.retrieval import BehaviourRetriever, with_candidates
 from owlrec.ranking.samples import (
     TUNING_ROWS,
     Shown,

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.generation.models import load_tokenizer
-from owlrec.prompting.rella import NO, YES, RankPromptConfig, rank_prompt
-from owlrec.ranking.examples import Examples, tokenise
+from owlrec.prompting.ranking import NO, YES, RankPromptConfig, rank_prompt
 from owlrec.ranking.samples import TUNING_ROWS
+from owlrec.ranking.tuning import Examples, tokenise
 from owlrec.scenario import get_scenario
 
 NOUNS = ("River", "Star", "House", "Song", "Garden", "Train", "Letter", "Winter")

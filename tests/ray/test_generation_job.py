@@ -5,7 +5,6 @@ import time
 
 import pytest
 
-from owlrec.claims import Claims
 from owlrec.errors import EngineError
 from owlrec.generation import EchoEngineConfig, HttpEngineConfig
 from owlrec.generation.engine import SamplingConfig
@@ -21,6 +20,7 @@ from owlrec.generation.worker import GenerateStage
 from owlrec.prompting.rows import PromptConfig
 from owlrec.runner import Pool, pending_shards, run_stage
 from owlrec.scenario import get_scenario
+from owlrec.shards import Claims
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]

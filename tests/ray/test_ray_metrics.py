@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from owlrec.decoding.counters import DecoderCounters
+from owlrec.decoding.controller import DecoderCounters
 from owlrec.shards import Card
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -44,8 +44,8 @@ def exposed(what: str, expected: dict[str, float], *updates: Any) -> dict[str, f
     @ray.remote(num_cpus=0)
     class Runner:
         def count(self, *parts: Any) -> None:
-            from owlrec.generation.decoder_metrics import DecoderMetrics
-            from owlrec.stage_metrics import StageMetrics
+            from owlrec.generation.worker import DecoderMetrics
+            from owlrec.runner import StageMetrics
 
             if what == "decoder":
                 decoder = DecoderMetrics(NAME)

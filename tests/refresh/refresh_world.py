@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.coded_vectors import with_codes
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.encoding.vectors import with_codes
 from owlrec.generation.worker import GenerateStage
 from owlrec.ops.watching import StopSignals
 from owlrec.recipe import Recipe

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from refresh_world import START, interactions  # type: ignore[import-not-found]
 
-from owlrec.refresh.config import RefreshConfig
-from owlrec.refresh.events import REFUSED, Events, admit, dead_letters, new_refusals, part_future
+from owlrec.refresh.events import REFUSED, Events, RefreshConfig, admit, dead_letters, new_refusals, part_future
 from owlrec.schema import DEAD_LETTERS
 
 USERS, ITEMS = np.array([1, 2]), np.array([10, 11])

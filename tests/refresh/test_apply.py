@@ -26,23 +26,22 @@ from refresh_world import (  # type: ignore[import-not-found]
     watched,
 )
 
-from owlrec.claims import claimed
 from owlrec.decoding import DecodingConfig
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.semantic_ids import SemanticIdConfig
-from owlrec.encoding.vector_shards import PARTITIONS, VectorShards, partitions_folder
+from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
 from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.generation import EchoEngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig
-from owlrec.pointer import PointerMoved
 from owlrec.refresh import apply
 from owlrec.refresh.apply import interrupted_plan, stack_partitions, tidy, too_many_dead, with_latest_pools
-from owlrec.refresh.config import RefreshConfig
+from owlrec.refresh.events import RefreshConfig
 from owlrec.refresh.state import CLAIM, dead_files, read_state, write_state
 from owlrec.releases import current_release, list_releases, open_release, roll_back
 from owlrec.releases.manifest import chain, read_manifest
 from owlrec.reshard import reshard
-from owlrec.shards import Card
+from owlrec.shards import Card, claimed
+from owlrec.storage import PointerMoved
 from owlrec.workspace import Workspace
 from pipelines import refresh
 

@@ -14,8 +14,7 @@ from refresh_world import (  # type: ignore[import-not-found]
     watched,
 )
 
-from owlrec.refresh.behaviors import renewed_behaviors
-from owlrec.refresh.partitions import Behavior, UserState
+from owlrec.refresh.partitions import Behavior, UserState, renewed_behaviors
 from owlrec.releases import compact, current_release, list_releases, open_release
 from owlrec.releases.manifest import read_manifest
 from owlrec.workspace import Workspace

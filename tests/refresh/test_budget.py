@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from owlrec.refresh import budget
-from owlrec.refresh.budget import DUE, Cut, budget_cut, rank_digits
+from owlrec.refresh import interests as budget
+from owlrec.refresh.interests import DUE, Cut, budget_cut, rank_digits
 from owlrec.shards import Card, Shard
 from owlrec.workspace import Workspace
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.refresh.drift import drifts, priorities, sum_vectors
+from owlrec.refresh.interests import drifts, priorities, sum_vectors
 
 NAN = float("nan")
 TABLE = {1: [1.0, 0.0], 2: [0.0, 1.0], 3: [NAN, 0.0]}

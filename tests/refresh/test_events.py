@@ -15,8 +15,17 @@ from refresh_world import DAY, START, interactions, log_events  # type: ignore[i
 
 from owlrec.errors import SchemaError, SourceError
 from owlrec.ops.watching import is_transient
-from owlrec.refresh.config import RefreshConfig
-from owlrec.refresh.events import Buckets, Events, Log, LogFile, ReadEvents, are_among, canonical, event_groups
+from owlrec.refresh.events import (
+    Buckets,
+    Events,
+    Log,
+    LogFile,
+    ReadEvents,
+    RefreshConfig,
+    are_among,
+    canonical,
+    event_groups,
+)
 from owlrec.runner import run_stage
 from owlrec.schema import shard_of
 from owlrec.sources.outcomes import Labels

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.refresh.config import RefreshConfig
+from owlrec.refresh.events import RefreshConfig
 from owlrec.refresh.partitions import (
     Behavior,
     UserState,

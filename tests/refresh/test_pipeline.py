@@ -18,16 +18,16 @@ from refresh_world import (  # type: ignore[import-not-found]
     watched,
 )
 
-from owlrec.encoding.vector_shards import PARTITIONS, VectorShards, partitions_folder
+from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
 from owlrec.errors import EngineError, WorkspaceError
 from owlrec.generation import EchoEngineConfig, worker
-from owlrec.generation.echo_engine import EchoEngine
 from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
+from owlrec.generation.engines import EchoEngine
 from owlrec.ops.watching import Stopped, StopSignals
-from owlrec.pointer import PointerHeld
 from owlrec.refresh.state import dead_files, read_state, unfinished_plans
 from owlrec.releases import open_release
 from owlrec.releases.release import pointer
+from owlrec.storage import PointerHeld
 from owlrec.workspace import Workspace
 from pipelines import refresh, reshard
 

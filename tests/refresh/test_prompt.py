@@ -4,7 +4,7 @@ import pytest
 
 from owlrec.generation import EchoEngineConfig
 from owlrec.prompting.rows import EARLIER, Prompt
-from owlrec.refresh.prompt import RefreshPrompts
+from owlrec.refresh.state import RefreshPrompts
 from owlrec.scenario import SCENARIOS, Scenario, get_scenario
 
 MOVIES = get_scenario("movies")

@@ -33,7 +33,7 @@ PUBLISH_STEPS = [
     "owlrec.shards.Artifact.finish",
     "owlrec.releases.build._manifest",
     "owlrec.releases.build.make_current",
-    "owlrec.pointer.Pointer._swap",
+    "owlrec.storage.Pointer._swap",
 ]
 
 
@@ -66,7 +66,7 @@ COMPACT_STEPS = [
     "owlrec.storage.Storage.upload",
     "owlrec.releases.build._manifest",
     "owlrec.releases.retention.make_current",
-    "owlrec.pointer.Pointer._swap",
+    "owlrec.storage.Pointer._swap",
 ]
 
 

@@ -106,7 +106,7 @@ def test_any_chain_answers_alike_in_any_pieces(full, delta, part_ids, at_once, r
 
 
 def test_semantic_ids_are_copied(workspace, releases):
-    from owlrec.encoding.packed_codes import pack_codes
+    from owlrec.encoding.semantic_ids import pack_codes
     from owlrec.releases.manifest import SemanticIdEntry
 
     publish_rows(workspace, "full", FULL)

@@ -10,7 +10,6 @@ import pytest
 
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
 from owlrec.node_cache import NodeCache
-from owlrec.pointer import PointerHeld
 from owlrec.releases import (
     ReleaseInfo,
     build,
@@ -26,7 +25,7 @@ from owlrec.releases.lmdb import part_of
 from owlrec.releases.manifest import read_manifest
 from owlrec.releases.release import make_current, pointer
 from owlrec.schema import KNOWLEDGE, vectors_schema
-from owlrec.storage import fingerprint
+from owlrec.storage import PointerHeld, fingerprint
 from owlrec.workspace import Workspace
 
 

@@ -9,21 +9,17 @@ import pyarrow as pa
 import torch
 from worlds import write_world  # type: ignore[import-not-found]
 
-from owlrec.ctr.arms import Arm, arm_parts
-from owlrec.ctr.artifact import read_by, write_artifact
+from owlrec.ctr.artifact import ModelCard, finish_artifact, read_by, write_artifact
 from owlrec.ctr.batches import SplitTensors
-from owlrec.ctr.encoded import encode_tables, open_features
+from owlrec.ctr.dataset import encode_tables, open_features
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
-from owlrec.ctr.export import export_trial
 from owlrec.ctr.features import Histories, SampleFeatures
-from owlrec.ctr.fitting import Trained, TrainingData, tables_of, train_one
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.model_card import ModelCard, finish_artifact
-from owlrec.ctr.reduction import open_tables, reduce_once, reduced_folders
-from owlrec.encoding.coded_vectors import quantiser_folder
+from owlrec.ctr.knowledge import Arm, KnowledgeTable, arm_parts
+from owlrec.ctr.pca import open_tables, reduce_once, reduced_folders
+from owlrec.ctr.trainer import Trained, TrainingData, export_trial, tables_of, train_one
 from owlrec.encoding.projection import Projection
 from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
-from owlrec.encoding.vector_shards import VectorShard
+from owlrec.encoding.vectors import VectorShard, quantiser_folder
 from owlrec.releases import ReleaseInfo, ReleaseManifest, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, SAMPLES, vectors_schema
 from owlrec.storage import fingerprint

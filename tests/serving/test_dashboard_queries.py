@@ -13,7 +13,7 @@ import pytest
 from processes import free_port
 from served_world import publish_world
 
-from owlrec.decoding.counters import DecoderCounters
+from owlrec.decoding.controller import DecoderCounters
 from owlrec.generation import EchoEngineConfig
 from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.job import build_job, table_inputs
@@ -121,7 +121,7 @@ def count_elsewhere():
     @ray.remote(num_cpus=0)
     class Engine:
         def count(self):
-            from owlrec.generation.decoder_metrics import _COUNTS, DecoderMetrics
+            from owlrec.generation.worker import _COUNTS, DecoderMetrics
 
             counters = DecoderCounters(counts={**dict.fromkeys(_COUNTS, 1.0), "hits_own": 1.0})
             DecoderMetrics("engine").update(counters)
@@ -129,7 +129,7 @@ def count_elsewhere():
     @ray.remote(num_cpus=0)
     class Ranker:
         async def rank(self):
-            from owlrec.serving.ranking import Cascade
+            from owlrec.serving.rank_api import Cascade
             from owlrec.serving.schemas import Rank
             from serve_apps.telemetry import RayTelemetry
 

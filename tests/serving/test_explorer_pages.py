@@ -11,14 +11,13 @@ from starlette.testclient import TestClient
 
 from owlrec import schema
 from owlrec.errors import ServingError
-from owlrec.serving.explorer.pages import build_explorer
-from owlrec.serving.explorer.text import Paragraph, paragraphs
+from owlrec.serving.explorer.pages import Paragraph, build_explorer, paragraphs
 from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.knowledge_api import KnowledgeConfig
+from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import RankAnswer
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
-from owlrec.serving.tables import WorkspaceTables
 from owlrec.workspace import Workspace
 
 

@@ -6,7 +6,7 @@ import socket
 import httpx
 import uvicorn
 
-from owlrec.serving.gate import Gate, GateMiddleware
+from owlrec.serving.guard import Gate, GateMiddleware
 from serve_apps import gate as of_process
 from serve_apps import laptop
 

@@ -17,17 +17,15 @@ from live_world import (  # type: ignore[import-not-found]
     write_live_world,
 )
 
-from owlrec.ctr.arms import Arm
-from owlrec.ctr.live import FieldCache
-from owlrec.ctr.model_card import read_card
-from owlrec.ctr.scoring import Artifact, User
+from owlrec.ctr.artifact import read_card
+from owlrec.ctr.knowledge import Arm
+from owlrec.ctr.scoring import Artifact, FieldCache, User
 from owlrec.errors import ReleaseError
 from owlrec.releases import Release, open_release, roll_back
 from owlrec.serving.live import LiveScorer, ScoredRelease, live_state
 from owlrec.serving.problems import Problem
 from owlrec.serving.served import WorkspaceReleases
-from owlrec.tombstones import write_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, write_tombstones
 
 NEW = [100, 101, 102, 103, 104]  # items that stand in no table
 CANDIDATES = [*range(ITEMS), *NEW]

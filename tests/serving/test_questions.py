@@ -8,15 +8,13 @@ import pyarrow as pa
 import pytest
 from served_world import served_behaviors
 
-from owlrec.ranking.candidate_sets import SET_SIZE, with_candidates
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import BehaviourRetriever
+from owlrec.ranking.retrieval import SET_SIZE, BehaviourRetriever, with_candidates
 from owlrec.ranking.samples import Shown, ask_about
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS
-from owlrec.serving.questions import QuestionWriter, recent_of
+from owlrec.serving.questions import QuestionWriter, WorkspaceTables, recent_of
 from owlrec.serving.schemas import Rank
-from owlrec.serving.tables import WorkspaceTables
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.splits import SplitConfig, build_samples

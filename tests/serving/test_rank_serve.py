@@ -13,19 +13,17 @@ from processes import free_port
 from release_rows import Rows, tables
 
 from owlrec import schema
-from owlrec.ctr.artifact import write_artifact
+from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
-from owlrec.ctr.export import export_trial, write_vocabularies
 from owlrec.ctr.features import build_features
-from owlrec.ctr.fitting import TrainingData, train_one
-from owlrec.ctr.model_card import ModelCard, finish_artifact
 from owlrec.ctr.scoring import Artifact
+from owlrec.ctr.trainer import TrainingData, export_trial, train_one, write_vocabularies
 from owlrec.releases import ReleaseInfo, current_release, publish
+from owlrec.serving.guard import NoTelemetry
 from owlrec.serving.live import LiveScorer
 from owlrec.serving.problems import Problem
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import WorkspaceReleases
-from owlrec.serving.telemetry import NoTelemetry
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 

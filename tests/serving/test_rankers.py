@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from owlrec.errors import EngineError, WorkspaceError
-from owlrec.ranking.adapters import save_adapter
-from owlrec.ranking.calibration import IsotonicScaling, PlattScaling, save_calibration
-from owlrec.ranking.checkpoints import Progress
-from owlrec.serving.rankers import open_ranker
+from owlrec.evaluation import IsotonicScaling, PlattScaling, save_calibration
+from owlrec.ranking.tuning import Progress, save_adapter
+from owlrec.serving.rank_api import open_ranker
 
 MADE_FOR = {"model": "tiny:1", "wording": "w" * 64}
 PLATT = PlattScaling(slope=2.0, intercept=-1.0)

@@ -7,13 +7,11 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
-from owlrec.serving.guard import Limits
+from owlrec.serving.guard import Limits, NoTelemetry
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.problems import Problem
-from owlrec.serving.rank_api import build_rank_api
-from owlrec.serving.ranking import Cascade
+from owlrec.serving.rank_api import Cascade, build_rank_api
 from owlrec.serving.schemas import Rank
-from owlrec.serving.telemetry import NoTelemetry
 
 CTR = {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.5, 5: 0.2}
 LLM = {1: 0.99, 2: 0.3, 3: 0.8, 4: 0.6, 5: 0.0}

@@ -11,8 +11,7 @@ from owlrec.serving.questions import Recent, recent_of
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.splits import SplitConfig
-from owlrec.tombstones import write_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, write_tombstones
 
 
 def recent(workspace: Workspace, split: SplitConfig) -> Recent:

@@ -10,14 +10,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from owlrec.claims import Claims
 from owlrec.errors import OwlRecError, SchemaError, WorkspaceError
 from owlrec.recipe import Recipe
 from owlrec.schema import INTERACTIONS, SAMPLES, shard_of, stable_id
-from owlrec.shards import Artifact, Card, finished_stage
+from owlrec.shards import Artifact, Card, Claims, finished_stage
 from owlrec.sources import files, ingest, tabular
 from owlrec.sources.outcomes import LabelConfig, Labels, with_outcomes
-from owlrec.sources.prepared import table_files
+from owlrec.sources.preparation import table_files
 from owlrec.sources.raw import RawTables
 from owlrec.sources.splits import SplitConfig, build_samples, read_samples
 from owlrec.sources.tabular import TableSource

@@ -2,7 +2,7 @@
 
 import pytest
 
-from owlrec.sources.titles import natural_title, title_year
+from owlrec.sources.raw import natural_title, title_year
 
 
 @pytest.mark.parametrize(

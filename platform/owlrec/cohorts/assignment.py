@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from owlrec.cohorts.attributes import Group, choose_group, count_groups, values_of
-from owlrec.cohorts.collaborative import CollaborativeConfig, ItemFactors, fold_in, judged, unit
+from owlrec.cohorts.clustering import CollaborativeConfig, ItemFactors, fold_in, judged, unit
 from owlrec.cohorts.model import FACETS, Book, CohortModel, attribute_cohort_name, cohort_name
+from owlrec.cohorts.profiles import Group, choose_group, count_groups, values_of
 from owlrec.scenario import Scenario
 from owlrec.schema import COHORTS, Kind
 

@@ -15,17 +15,17 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.cohorts.assignment import groups_without_vectors, item_vectors, route, user_vectors, vector_rows
-from owlrec.cohorts.attributes import large_groups
 from owlrec.cohorts.clustering import (
     CELL_SAMPLE,
     Codebook,
+    ItemFactors,
     Sizes,
     name_centroids,
     nearest_rows,
     train_cells,
     train_centroids,
+    train_item_factors,
 )
-from owlrec.cohorts.collaborative import ItemFactors, train_item_factors
 from owlrec.cohorts.model import FACETS, FACTORS, Book, CohortModel, CohortsConfig
 from owlrec.cohorts.profiles import (
     PROFILES,
@@ -38,6 +38,7 @@ from owlrec.cohorts.profiles import (
     distinct_texts,
     item_candidates,
     keep_settled,
+    large_groups,
     user_candidates,
 )
 from owlrec.errors import WorkspaceError

@@ -8,23 +8,225 @@ serves best. No torch here: the recipe loads this module at every call.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, field_validator
+import pyarrow as pa
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from owlrec.config import Config
-from owlrec.ctr.arms import Arm, bases
 from owlrec.ctr.backbones import BACKBONES
-from owlrec.ctr.comparison import Evidence, GridScores, weigh
-from owlrec.ctr.distillation import DistillationConfig
-from owlrec.ctr.metrics import relative_improvement
-from owlrec.ctr.slices import SliceMetrics, mean_slices
-from owlrec.ctr.sweep import SweepConfig
-from owlrec.errors import RecipeError
-from owlrec.workspace import Workspace
+from owlrec.ctr.features import RESERVED
+from owlrec.ctr.knowledge import Arm, bases
+from owlrec.errors import RecipeError, SchemaError, WorkspaceError
+from owlrec.evaluation import Evidence, GridScores, auc, log_loss, relative_improvement, weigh
+from owlrec.schema import SOFT_LABELS
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, shard_file
+
+# ---------------------------------------------------------------------------------------------------------------- sweep
+# Which settings a sweep tries: learning rates times sizes of the adaptor, judged on the valid split alone.
+#
+# No torch and no Ray here: the recipe loads this module at every call. `pipelines.sweep_ctr` runs it.
+
+
+class SweepConfig(Config):
+    """Values of CTRConfig.learning_rate and of AdaptorConfig's fields; every combination is tried."""
+
+    learning_rates: tuple[float, ...] = Field(default=(1e-3, 2e-3, 4e-3), min_length=1)
+    shared_experts: tuple[int, ...] = Field(default=(2,), min_length=1)
+    dedicated_experts: tuple[int, ...] = Field(default=(2, 5), min_length=1)
+    hidden_dims: tuple[int, ...] = Field(default=(32,), min_length=1)  # of an expert
+
+    def candidates(self, *, adaptor: bool) -> list[dict[str, Any]]:
+        """What each candidate changes of CTRConfig. adaptor: False where the arm has none: then only rates differ."""
+        if not adaptor:
+            return [{"learning_rate": rate} for rate in self.learning_rates]
+        sizes = product(self.learning_rates, self.shared_experts, self.dedicated_experts, self.hidden_dims)
+        return [
+            {
+                "learning_rate": rate,
+                "adaptor": {"shared_experts": shared, "dedicated_experts": dedicated, "hidden_dim": hidden},
+            }
+            for rate, shared, dedicated, hidden in sizes
+        ]
+
+
+# --------------------------------------------------------------------------------------------------------- distillation
+# Distillation: a CTR model learns from an LLM's P(yes) beside the labels, also of pairs that have no label.
+#
+# Of a pair with a label y and a probability p the loss is (1 - a) BCE(y) + a BCE(p), which is the BCE of the blended
+# label (1 - a) y + a p; of a pair without a label it is a BCE(p). So training needs no second loss: labels lie between
+# 0 and 1, and samples have weights. `owlrec score-pairs` asks the LLM and writes the probabilities
+# (ranking.soft_labels).
+#
+# Leaks: only pairs at the moment of a train sample of the same user are learned from, so a pair without a label is in
+# that sample's split, earlier than the threshold of a split by time, and reads that sample's history. Valid and test
+# keep their labels and are never blended.
+
+
+_KEY = ["user_id", "item_id", "timestamp"]
+_MOMENT = ["user_id", "timestamp"]
+
+
+class DistillationConfig(Config):
+    """Which pairs the LLM is asked about, and how much its answers count."""
+
+    alpha: float = Field(0.5, gt=0, le=1)  # the share of the LLM's probability in the loss; the label has the rest
+    labeled: int | None = Field(None, ge=0)  # train samples of each user, at most; None = all
+    unlabeled: int = Field(0, ge=0)  # pairs of each user with items that they never met, at most
+    unlabeled_by: Literal["uniform", "popularity"] = "uniform"  # how these items are drawn
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _some_pairs(self) -> "DistillationConfig":
+        if self.labeled == 0 and self.unlabeled == 0:
+            raise ValueError("labeled and unlabeled are both 0, so the LLM would be asked nothing; raise one of them")
+        return self
+
+    @property
+    def asks(self) -> dict[str, Any]:
+        """The settings that decide which pairs the LLM is asked about."""
+        return self.model_dump(mode="json", exclude={"alpha"})
+
+    def made_for(self, tables: str) -> str:
+        """Digest of the tables (their fingerprint) and of which of their pairs are asked about."""
+        return fingerprint(tables, self.asks)
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """What `score-pairs` wrote, and how much it counts; picklable."""
+
+    folder: str
+    alpha: float
+
+    def read(self, workspace: Workspace, number: int) -> pa.Table:
+        """A shard's probabilities (schema.SOFT_LABELS).
+
+        Raises WorkspaceError where the file is missing, SchemaError, naming file and row, for one outside [0, 1].
+        """
+        path = f"{self.folder}/user/{shard_file(number)}"
+        table = workspace.read_parquet(path, SOFT_LABELS.names)
+        p = table["p"].to_numpy()
+        if (odd := ~((p >= 0) & (p <= 1))).any():
+            raise SchemaError(
+                f"{workspace.path(path)}, row {odd.argmax()}: p is {p[odd.argmax()]}, but it is a probability. Delete "
+                "the file and run `score-pairs` again."
+            )
+        return table
+
+
+def blended(samples: pa.Table, soft: pa.Table, alpha: float) -> pa.Table:
+    """Samples as they are trained on: those of the train split with blended labels where `soft` has a probability, and
+    after all of them the pairs without a label, each with the history of a train sample of its user and moment.
+
+    samples: schema.SAMPLE_ROWS of a shard; soft: schema.SOFT_LABELS of the same users. A pair of a valid or test
+    sample, and one at a moment without a train sample, is left out. A pair without a label weighs `alpha`, a sample
+    what it weighed.
+    """
+    keys, probabilities = samples.select(_KEY).to_pandas(), soft.to_pandas().drop_duplicates(_KEY)
+    p = keys.merge(probabilities, how="left", on=_KEY)["p"].to_numpy()
+    train = (samples["split"].to_numpy() == "train") & ~np.isnan(p)
+    label = samples["label"].to_numpy()
+    label = np.where(train, (1 - alpha) * label + alpha * p, label).astype(np.float32)
+    place = samples.column_names.index("label")
+    samples = samples.set_column(place, "label", pa.array(label))
+
+    known = keys.drop_duplicates().assign(known=True)
+    of_none = probabilities.merge(known, how="left", on=_KEY)
+    of_none = of_none[of_none["known"].isna()].drop(columns="known")
+    moments = samples.select([*_MOMENT, "split", "history_start", "history_end"]).to_pandas()
+    moments = moments[moments["split"] == "train"].drop_duplicates(_MOMENT)
+    drawn = of_none.merge(moments, how="inner", on=_MOMENT)
+    drawn = drawn.rename(columns={"p": "label"}).assign(weight=np.float32(alpha))
+    added = pa.Table.from_pandas(drawn[samples.column_names], schema=samples.schema, preserve_index=False)
+    return pa.concat_tables([samples, added])
+
+
+# --------------------------------------------------------------------------------------------------------------- slices
+# Parts of a split by how much the model can know of the row's user or item: that is where an LLM's knowledge should
+# pay, and an average over all rows hides it.
+#
+# Only training data and the row's own history define a slice, nothing that the test split alone tells. A history is
+# seen cut to the longest one in training (`features.build_features`).
+
+
+COLD_USER_BELOW = 5  # behaviours in the row's history
+COLD_ITEM_BELOW = 5  # occurrences in the training samples, as target or in a history
+_HISTORY_FROM = (0, 1, 3, 6, 11, 21, 51)  # each bucket's least length; the last one is open
+
+
+class SliceMetrics(BaseModel):
+    """Of a part of a split. auc is None where the part has one class only."""
+
+    rows: int
+    auc: float | None
+    log_loss: float
+
+
+def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Name -> bool [n]: which rows of a split are of cold or warm users, of cold or warm items, and of each history
+    length. Slices without a row are left out.
+
+    items: int [n], row numbers of ItemFeatures, and lengths: int [n], of histories as they are read, of each row;
+    item_counts: features.Features.item_counts. An item that the items table lacks is cold, however often it occurs.
+    """
+    cold_user = lengths < COLD_USER_BELOW
+    cold_item = (item_counts[items] < COLD_ITEM_BELOW) | (items < RESERVED)
+    found = {
+        "cold users": cold_user,
+        "warm users": ~cold_user,
+        "cold items": cold_item,
+        "warm items": ~cold_item,
+    }
+    bucket = np.searchsorted(_HISTORY_FROM, lengths, side="right") - 1
+    for number, start in enumerate(_HISTORY_FROM):
+        found[_history_name(number, start)] = bucket == number
+    return {name: rows for name, rows in found.items() if rows.any()}
+
+
+def slice_metrics(labels: np.ndarray, scores: np.ndarray, slices: Mapping[str, np.ndarray]) -> dict[str, SliceMetrics]:
+    """The metrics of each slice's rows; slices as `slices_of` returns them."""
+    found = {}
+    for name, rows in slices.items():
+        area = auc(labels[rows], scores[rows])
+        found[name] = SliceMetrics(
+            rows=int(rows.sum()),
+            auc=None if np.isnan(area) else area,
+            log_loss=log_loss(labels[rows], scores[rows]),
+        )
+    return found
+
+
+def mean_slices(seeds: Sequence[Mapping[str, SliceMetrics]]) -> dict[str, SliceMetrics]:
+    """The mean over trials that scored the same rows; an auc that is None in one of them is None in all."""
+    by_name: dict[str, list[SliceMetrics]] = {}
+    for slices in seeds:
+        for name, of_seed in slices.items():
+            by_name.setdefault(name, []).append(of_seed)
+    found = {}
+    for name, each in by_name.items():
+        aucs = [m.auc for m in each if m.auc is not None]
+        found[name] = SliceMetrics(
+            rows=each[0].rows,
+            auc=float(np.mean(aucs)) if aucs else None,
+            log_loss=float(np.mean([m.log_loss for m in each])),
+        )
+    return found
+
+
+def _history_name(number: int, start: int) -> str:
+    if number + 1 == len(_HISTORY_FROM):
+        return f"history {start}+"
+    end = _HISTORY_FROM[number + 1] - 1
+    return f"history {start}" if start == end else f"history {start}-{end}"
+
+
+# ----------------------------------------------------------------------------------------------------------- experiment
 
 
 class AdaptorConfig(Config):
@@ -252,3 +454,71 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _std(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+# The test scores of a trial, kept beside its model so that arms can be compared row by row long after training.
+#
+# Ids, labels and scores, nothing else: no texts, no histories, no profile. They are of at most
+# `encoded.EVALUATED_ROWS` rows, and only the vectors that a comparison is about are in memory.
+
+
+SCORES_FILE = "test_scores.parquet"
+SCORES = pa.schema([("user_id", pa.int64()), ("item_id", pa.int64()), ("label", pa.float32()), ("score", pa.float64())])
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """One row for each sample of a split that was scored, in the order of the samples table."""
+
+    user_ids: np.ndarray  # int64 [n]
+    item_ids: np.ndarray  # int64 [n]
+    labels: np.ndarray  # float32 [n]
+    scores: np.ndarray  # float64 [n], probabilities
+
+    def to_table(self) -> pa.Table:
+        """As `SCHEMA`."""
+        return pa.table([self.user_ids, self.item_ids, self.labels, self.scores], schema=SCORES)
+
+
+def read_grid_scores(workspace: Workspace, fingerprint: str, trials: Iterable[Trial]) -> GridScores | None:
+    """The test scores of those of `trials` that left any (older versions left none); None where none did.
+
+    Raises WorkspaceError where two trials were not scored on the same rows.
+    """
+    first: pa.Table | None = None
+    paths: dict[str, str] = {}
+    for trial in trials:
+        path = f"{grid_folder(fingerprint)}/{trial.path}/{SCORES_FILE}"
+        if not workspace.exists(path):
+            continue
+        rows = workspace.read_parquet(path, [name for name in SCORES.names if name != "score"])
+        first = rows if first is None else first
+        if not rows.equals(first):
+            raise WorkspaceError(
+                f"{workspace.path(path)} scores other rows ({rows.num_rows}) than the first trial of its grid does "
+                f"({first.num_rows}). Delete the folder {workspace.path(grid_folder(fingerprint))} and run `train_ctr` "
+                f"again."
+            )
+        paths[trial.path] = path
+    if first is None:
+        return None
+    scores = _StoredScores(workspace, paths)
+    return GridScores(first["user_id"].to_numpy(), first["label"].to_numpy(), scores)
+
+
+class _StoredScores(Mapping[str, np.ndarray]):
+    """The scores of trials by their path, read when they are asked for."""
+
+    def __init__(self, workspace: Workspace, paths: Mapping[str, str]) -> None:
+        self._workspace, self._paths = workspace, paths
+
+    def __getitem__(self, trial: str) -> np.ndarray:
+        scores: np.ndarray = self._workspace.read_parquet(self._paths[trial], ["score"])["score"].to_numpy()
+        return scores
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)

@@ -9,14 +9,123 @@ never an error.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal, cast
 
 import numpy as np
 
-from owlrec.encoding.vector_shards import VectorShards
-from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.encoding.vectors import VectorShards
+from owlrec.errors import RecipeError, SchemaError, WorkspaceError
 from owlrec.ordered import newest_rows, rows_of, run_starts
+
+# ----------------------------------------------------------------------------------------------------------------- arms
+# The arms of an experiment: what each reads of users and items, in which form, and what it is compared with.
+#
+# An arm's name is what it reads ("knowledge"), followed by nothing where it reads vectors, by "-codes" where it reads
+# their semantic ids alone, and by "+codes" where it reads both. Vectors of cohorts and of interest partitions have no
+# semantic ids.
+
+
+Arm = Literal[
+    "none",
+    "knowledge",
+    "knowledge-codes",
+    "knowledge+codes",
+    "collective",
+    "both",
+    "streaming",
+    "shuffled",
+    "shuffled-codes",
+    "shuffled+codes",
+    "metadata",
+    "metadata-codes",
+    "metadata+codes",
+]
+Form = Literal["vectors", "codes", "both"]
+DISLIKED = "disliked"  # of a user's cohort by what they disliked, beside "collective" of what they liked
+STREAMING = "streaming"  # the source in which refreshes keep a vector of each partition of a user's interests
+# Of a user's texts, before the newest one in the slot of "knowledge" (LIBER, arXiv 2411.14713); the newest first.
+OLDER_PARTITIONS = ("partition-1", "partition-2", "partition-3")
+
+
+def arm_parts(arm: Arm) -> tuple[str, Form]:
+    """What an arm reads (an arm without a form), and in which form."""
+    forms: dict[str, Form] = {"-codes": "codes", "+codes": "both"}
+    for suffix, form in forms.items():
+        if arm.endswith(suffix):
+            return arm.removesuffix(suffix), form
+    return arm, "vectors"
+
+
+@dataclass(frozen=True)
+class ArmSources:
+    """The sources of the vectors that an arm reads, a side; their order is that of the adaptor's slots."""
+
+    user: tuple[str, ...] = ()
+    item: tuple[str, ...] = ()
+
+
+def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
+    """Which of the vectors that were given an arm reads.
+
+    `collective` reads the knowledge of cohorts, of users by what they liked and, where that was given, by what they
+    disliked; `both` that and the individual knowledge; `streaming` the newest texts of a user, those of partitions
+    that refreshes have read among them. `shuffled` reads individual knowledge, or collective knowledge where there is
+    no other.
+    given: source -> the sides ("user", "item") of which it has vectors.
+    Raises RecipeError where a source that the arm needs was not given.
+    """
+    needed: tuple[str, ...]
+    reads, _ = arm_parts(arm)
+    match reads:
+        case "none":
+            needed = ()
+        case "both":
+            needed = ("knowledge", "collective")
+        case "streaming":
+            needed = ("knowledge",)
+        case "shuffled":
+            needed = ("collective",) if "knowledge" not in given and "collective" in given else ("knowledge",)
+        case _:
+            needed = (reads,)
+    for source in needed:
+        missing = [f"{side}s" for side in ("user", "item") if side not in given.get(source, ())]
+        if missing:
+            raise RecipeError(
+                f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
+                f"run it with a recipe that yields them, or leave the arm out."
+            )
+    further: tuple[str, ...] = (DISLIKED,) if "collective" in needed and "user" in given.get(DISLIKED, ()) else ()
+    if reads == "streaming":
+        if "user" not in given.get(STREAMING, ()):
+            raise RecipeError(
+                "ctr.arms: arm 'streaming' needs the interest partitions of users, but no refresh has read any with "
+                "this encoder. Run `owlrec refresh` first, or leave the arm out: without partitions it would be "
+                "`knowledge`."
+            )
+        further = OLDER_PARTITIONS
+    return ArmSources(user=needed + further, item=needed)
+
+
+def stored_sources(sources: ArmSources) -> set[str]:
+    """The sources that hold what an arm reads: partitions stand in one."""
+    return {STREAMING if source in OLDER_PARTITIONS else source for source in (*sources.user, *sources.item)}
+
+
+def bases(arm: Arm) -> tuple[Arm, ...]:
+    """What an arm is compared with: no knowledge, as many parameters reading the wrong ids' knowledge, and, where it
+    reads semantic ids, the vectors alone.
+    """
+    reads, form = arm_parts(arm)
+    shuffled: dict[Form, Arm] = {"vectors": "shuffled", "codes": "shuffled-codes", "both": "shuffled+codes"}
+    found: list[Arm] = ["none", shuffled[form], *([] if form == "vectors" else [cast(Arm, reads)])]
+    return tuple(base for base in found if arm not in ("none", base))
+
+
+# ------------------------------------------------------------------------------------------------------------ knowledge
+
 
 # Up to so many bytes a worker holds a table itself. Users' vectors are read from the few shards that a window of
 # samples is of, those of items from all shards in each batch.
@@ -254,3 +363,80 @@ def _wrong_rows_in(shards: VectorShards, number: int, seed: int) -> np.ndarray |
 
 def _uncoded() -> SchemaError:
     return SchemaError("these vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again.")
+
+
+# -------------------------------------------------------------------------------------------------------------- cascade
+# A user's texts as a sample may see them (LIBER, arXiv 2411.14713): the newest ones that are earlier, one per slot.
+#
+# Whole runs write one text per cut, refreshes one per partition of the interests since. In order of as_of they are
+# what a release stacks up: the first slot of the adaptor's tower reads the newest text before the sample, the second
+# the one before that, and the fusion weighs them.
+
+
+_NEVER = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True)
+class CascadeTable(VectorTable):
+    """A VectorTable of the texts in two, of which each slot reads the one that stands `older` places before the newest.
+
+    Rows are those of both tables by turns: 2 i is row i of the first, 2 i + 1 that of the second.
+    """
+
+    runs: VectorTable
+    partitions: VectorTable
+    older: int = 0
+    code_sizes: tuple[int, ...] = ()  # partitions have no semantic ids
+
+    @property
+    def dim(self) -> int:
+        """Components of a vector."""
+        return self.partitions.dim
+
+    def find(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+        """See VectorTable."""
+        rows = self._newest(ids, before)
+        for _ in range(self.older):  # what is strictly earlier than the one that was found
+            there = np.flatnonzero(rows >= 0)
+            rows[there] = self._newest(ids[there], self.as_of_at(rows[there]))
+        return rows
+
+    def as_of_at(self, rows: np.ndarray) -> np.ndarray:
+        """See VectorTable."""
+        moments = np.empty(len(rows), dtype=np.int64)
+        for side, table in enumerate((self.runs, self.partitions)):
+            mine = rows % 2 == side
+            moments[mine] = table.as_of_at(rows[mine] // 2)
+        return moments
+
+    def vectors_at(self, rows: np.ndarray) -> np.ndarray:
+        """See VectorTable."""
+        vectors = np.zeros((len(rows), self.dim), dtype=np.float16)
+        for side, table in enumerate((self.runs, self.partitions)):
+            mine = (rows >= 0) & (rows % 2 == side)
+            vectors[mine] = table.vectors_at(rows[mine] // 2)
+        return vectors
+
+    def codes_at(self, rows: np.ndarray) -> np.ndarray:
+        """See VectorTable; raises SchemaError."""
+        return self.partitions.codes_at(rows)
+
+    def shuffled(self, seed: int) -> "CascadeTable":
+        """See VectorTable."""
+        return replace(self, runs=self.runs.shuffled(seed), partitions=self.partitions.shuffled(seed))
+
+    def _newest(self, ids: np.ndarray, before: np.ndarray | None) -> np.ndarray:
+        rows = [table.find(ids, before) for table in (self.runs, self.partitions)]
+        moments = np.full((2, len(ids)), _NEVER, dtype=np.int64)
+        for table, found, of_table in zip((self.runs, self.partitions), rows, moments, strict=True):
+            of_table[found >= 0] = table.as_of_at(found[found >= 0])
+        later = moments[1] > moments[0]
+        return np.where(later, 2 * rows[1] + 1, np.where(rows[0] >= 0, 2 * rows[0], -1))
+
+
+def cascade_slots(runs: VectorTable, partitions: VectorTable) -> tuple[VectorTable, ...]:
+    """The slots of the arm `streaming`, the newest text first.
+
+    runs: texts of whole runs; partitions: those that refreshes have read.
+    """
+    return tuple(CascadeTable(runs, partitions, older) for older in range(1 + len(OLDER_PARTITIONS)))

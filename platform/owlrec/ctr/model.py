@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from owlrec.config import Config
-from owlrec.ctr.adaptor import Adaptor, Knowledge
+from owlrec.ctr.adaptor import Adaptor, CodeFields, Codes, Knowledge
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.backbones.interface import BackboneInputs, InputShape, TableRows
-from owlrec.ctr.codes import CodeFields, Codes
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
 from owlrec.ctr.features import OUTCOMES, PADDING, FeatureSpec, ItemFeatures
 

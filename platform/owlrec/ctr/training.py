@@ -16,11 +16,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from owlrec.config import Config
-from owlrec.ctr.arms import arm_sources, stored_sources
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, finished_trials, grid_folder
-from owlrec.ctr.worker import Worker
+from owlrec.ctr.knowledge import arm_sources, stored_sources
+from owlrec.ctr.trainer import Worker
 from owlrec.errors import root_mistake
-from owlrec.quiet import redirect_output
+from owlrec.process import redirect_output
 from owlrec.runner import Pool
 from owlrec.workspace import Workspace
 
@@ -158,11 +158,8 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     """What each worker runs."""
     workspace: Workspace = loop_config["workspace"]
     redirect_output(workspace.log_path("train_ctr"))
-    from owlrec.ctr.checkpoint import CheckpointFile
-    from owlrec.ctr.export import export_trial
-    from owlrec.ctr.fitting import train_one
-    from owlrec.ctr.memory import keep_freed_memory
-    from owlrec.ctr.warm_start import WarmStart
+    from owlrec.ctr.dataset import WarmStart
+    from owlrec.ctr.trainer import CheckpointFile, export_trial, keep_freed_memory, train_one
 
     keep_freed_memory()
     job = GridJob.model_validate(loop_config["job"])
@@ -184,9 +181,9 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
 
 def encode_once(workspace: Workspace, job: GridJob, pool: Pool | None = None) -> None:
     """Encodes the samples once for all workers, into the grid's folder; an interrupted grid finds them there."""
-    from owlrec.ctr.distillation import SoftLabels
-    from owlrec.ctr.encoded import encode_tables
-    from owlrec.ctr.export import read_vocabularies
+    from owlrec.ctr.dataset import encode_tables
+    from owlrec.ctr.experiment import SoftLabels
+    from owlrec.ctr.trainer import read_vocabularies
 
     distillation, folder = job.settings.distillation, job.soft_labels
     encode_tables(
@@ -203,9 +200,9 @@ def encode_once(workspace: Workspace, job: GridJob, pool: Pool | None = None) ->
 
 def load_data(workspace: Workspace, job: GridJob) -> Any:
     """fitting.TrainingData of a job whose samples are encoded: mapped, not read."""
-    from owlrec.ctr.encoded import open_features
-    from owlrec.ctr.fitting import TrainingData
-    from owlrec.ctr.reduction import open_tables
+    from owlrec.ctr.dataset import open_features
+    from owlrec.ctr.pca import open_tables
+    from owlrec.ctr.trainer import TrainingData
 
     features = open_features(workspace, grid_folder(job.fingerprint))
     return TrainingData(features, open_tables(workspace, job.knowledge))

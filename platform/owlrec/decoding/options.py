@@ -79,7 +79,7 @@ def engine_arguments(config: DecodingConfig, identity: str, *, cpu: bool | None 
     return {
         "speculative_config": {
             "method": "custom_class",
-            "model": "owlrec.decoding.proposer.RetrievalProposer",
+            "model": "owlrec.decoding.drafter.RetrievalProposer",
             "num_speculative_tokens": config.max_draft,
         },
         "worker_cls": f"owlrec.decoding.{'cpu_worker.RetrievalCpuWorker' if cpu else 'gpu_worker.RetrievalGpuWorker'}",

@@ -16,10 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from owlrec.decoding.live import LivePool
+from owlrec.decoding.index import (
+    LIVE,
+    SEALED,
+    CorruptPool,
+    LivePool,
+    PoolError,
+    SealedPool,
+    Shelf,
+    build_pool,
+    open_pool,
+    rebuild_pool,
+)
 from owlrec.decoding.options import DecodingConfig
-from owlrec.decoding.sealed import CorruptPool, PoolError, SealedPool, build_pool, open_pool, rebuild_pool
-from owlrec.decoding.shelf import LIVE, SEALED, Shelf
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
 _log = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ import torch
 import vllm
 from vllm.v1.sample import rejection_sampler
 
-from owlrec.decoding.controller import Controller, StepTimes, band_of_rows
-from owlrec.decoding.counters import DecoderCounters, StepSums
+from owlrec.decoding.controller import Controller, DecoderCounters, StepSums, StepTimes, band_of_rows
+from owlrec.decoding.drafter import RetrievalProposer
 from owlrec.decoding.options import VLLM_VERSION
-from owlrec.decoding.proposer import RetrievalProposer
 from owlrec.decoding.verification import Verifier
 from owlrec.errors import EngineError
 

@@ -8,7 +8,7 @@ vector of kilobytes: in a store, as a categorical feature, or to choose a retrie
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +17,6 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from owlrec.config import Config
-from owlrec.encoding.packed_codes import check_codes
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.schema import shard_of
 from owlrec.storage import fingerprint
@@ -25,6 +24,69 @@ from owlrec.workspace import Workspace
 
 if TYPE_CHECKING:
     import faiss
+
+# --------------------------------------------------------------------------------------------------------- packed codes
+# Semantic ids as bytes: one a level (two where it has more than 256 codes), then the duplicate digit, if it is not 0.
+#
+# The digit takes as few bytes as it needs, and none for 0, so that an id of 3 x 256 codes is 3 bytes, or 4 where
+# others share its codes. Bytes sort as the codes do: what begins alike is alike.
+
+
+_ONE_BYTE = 1 << 8
+
+
+def pack_codes(codes: np.ndarray, sizes: Sequence[int]) -> list[bytes]:
+    """The bytes of semantic ids: integers [n, levels + 1], the digit last; sizes: how many codes each level has.
+
+    Raises SchemaError for another number of levels, and for a code that its level does not have.
+    """
+    codes = np.asarray(codes)
+    if codes.ndim != 2 or codes.shape[1] != len(sizes) + 1:
+        raise SchemaError(
+            f"semantic ids: they are {list(codes.shape)}, but [n, {len(sizes) + 1}] is meant: {len(sizes)} codes and "
+            "the duplicate digit. Code the vectors with the quantiser of the release."
+        )
+    check_codes(codes[:, :-1], sizes, "Code the vectors with the quantiser of the release.")
+    columns = [codes[:, level : level + 1].astype(f">u{_width(size)}") for level, size in enumerate(sizes)]
+    heads = np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns], axis=1)
+    return [head.tobytes() + _digit_bytes(digit) for head, digit in zip(heads, codes[:, -1].tolist(), strict=True)]
+
+
+def check_codes(codes: np.ndarray, sizes: Sequence[int], remedy: str) -> None:
+    """Raises SchemaError, which ends in the remedy, for a code [n, levels] that its level does not have."""
+    bad = np.argwhere((codes < 0) | (codes >= np.array(sizes)))
+    if len(bad):
+        row, level = bad[0]
+        raise SchemaError(
+            f"semantic ids, row {row}: code {codes[row, level]} of level {level}, which has {sizes[level]} codes. "
+            f"{remedy}"
+        )
+
+
+def unpack_codes(value: bytes, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The codes and, last, the duplicate digit that `pack_codes` made a value of."""
+    codes, at = [], 0
+    for size in sizes:
+        codes.append(int.from_bytes(value[at : at + _width(size)], "big"))
+        at += _width(size)
+    return (*codes, int.from_bytes(value[at:], "big"))
+
+
+def packed_bytes(digits: Iterable[int], sizes: Sequence[int]) -> int:
+    """How many bytes the semantic ids with these duplicate digits take."""
+    return sum(len(_digit_bytes(digit)) + sum(map(_width, sizes)) for digit in digits)
+
+
+def _width(size: int) -> int:
+    return 1 if size <= _ONE_BYTE else 2
+
+
+def _digit_bytes(digit: int) -> bytes:
+    return digit.to_bytes((digit.bit_length() + 7) // 8, "big")
+
+
+# --------------------------------------------------------------------------------------------------------- semantic ids
+
 
 _ROWS_AT_ONCE = 1 << 13  # of an encoding: the beam search then takes some 200 MB at d = 384
 _FILE = "codebooks.safetensors"
@@ -267,3 +329,56 @@ def _nearest_centroid(vectors: np.ndarray, book: np.ndarray) -> np.ndarray:
 
 def _slices(n: int) -> Iterator[slice]:
     return (slice(start, start + _ROWS_AT_ONCE) for start in range(0, n, _ROWS_AT_ONCE))
+
+
+# --------------------------------------------------------------------------------------------------------- code quality
+# What semantic ids are worth on the vectors that they stand for: are they unique, are all codes used, what is lost.
+
+
+_ROWS_AT_ONCE = 1 << 13
+
+
+class QuantisationReport(Config):
+    """Figures of one quantiser on some vectors."""
+
+    vectors: int  # of the sample that was measured; of more vectors fewer ids are unique
+    unique_rate: float  # distinct ids per vector, without the duplicate digit; TorchEasyRec asks for more than .7
+    unique_rate_with_digit: float  # 1: no two vectors share one
+    code_usage: tuple[float, ...]  # of each level: the share of its codes that occur
+    relative_error: float  # mean squared error by the vectors' mean square: 0 is exact, 1 no better than zeros
+    bytes_per_entity: float  # the codes and the digit, packed as a release holds them
+
+    @property
+    def mean_code_usage(self) -> float:
+        """The share of all codes of all levels that occur, levels counting alike."""
+        return sum(self.code_usage) / len(self.code_usage)
+
+    def counts(self) -> dict[str, float]:
+        """What a stage's manifest says of it."""
+        return {
+            "ids_unique_rate": self.unique_rate,
+            "ids_unique_rate_with_digit": self.unique_rate_with_digit,
+            "ids_code_usage": self.mean_code_usage,
+            "ids_relative_error": self.relative_error,
+        }
+
+
+def measure_codes(quantiser: "Quantiser", codes: np.ndarray, vectors: np.ndarray) -> QuantisationReport:
+    """Measures semantic ids on a sample of vectors.
+
+    codes: uint16 [n, levels + 1], the duplicate digit last; vectors: float [n, d], aligned; n >= 1.
+    """
+    levels, sizes = codes[:, :-1], quantiser.sizes
+    error = energy = 0.0
+    for start in range(0, len(codes), _ROWS_AT_ONCE):
+        exact = np.asarray(vectors[start : start + _ROWS_AT_ONCE], dtype=np.float64)
+        error += float(np.square(exact - quantiser.decode(levels[start : start + _ROWS_AT_ONCE])).sum())
+        energy += float(np.square(exact).sum())
+    return QuantisationReport(
+        vectors=len(codes),
+        unique_rate=len(np.unique(levels, axis=0)) / len(codes),
+        unique_rate_with_digit=len(np.unique(codes, axis=0)) / len(codes),
+        code_usage=tuple(len(np.unique(column)) / size for column, size in zip(levels.T, sizes, strict=True)),
+        relative_error=error / max(energy, float(np.finfo(np.float64).tiny)),
+        bytes_per_entity=packed_bytes(codes[:, -1].tolist(), sizes) / len(codes),
+    )

@@ -1,15 +1,115 @@
 """Tables of texts -> vectors tables, in memory, and the texts of the metadata-only control arm (see inputs.py)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from owlrec.encoding.encoder import TextEncoder
-from owlrec.errors import SchemaError
-from owlrec.schema import vectors_table
+from owlrec.encoding.semantic_ids import (
+    QuantisationReport,
+    Quantiser,
+    SemanticIdConfig,
+    code_vectors,
+    measure_codes,
+    train_quantiser,
+)
+from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.ordered import newest_rows
+from owlrec.schema import Kind, by_shard, shard_of, vectors_schema, vectors_table
 from owlrec.sources.catalog import ItemCatalog
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, shard_file
+
+# -------------------------------------------------------------------------------------------------------- coded vectors
+# The codes of vectors tables: codebooks of their own for the vectors of each source and kind.
+#
+# Users and items are coded apart. Their texts read differently ("the user prefers", "the film tells"), so that a
+# common first level would spend its codes on telling users from items, which their keys do already; and a refresh,
+# which brings new vectors of users, needs the users' codebooks alone. Cohorts have no codes: a cohort is a category
+# itself. Codebooks are fitted once, on a bounded sample; whatever is encoded later is coded by the same ones.
+
+
+CODED_KINDS = ("user", "item")
+CODED_SOURCES = ("knowledge", "metadata")  # members of a cohort share its vector, and have its name for a category
+_REPORT = "report.json"
+
+
+def fit_codebooks(
+    workspace: Workspace, folder: str, name: str, ids: np.ndarray, vectors: np.ndarray, config: SemanticIdConfig
+) -> QuantisationReport:
+    """Fits codebooks on a sample of the vectors `name` of a folder, keeps them beside these, and measures them.
+
+    ids: int64 [n]; vectors: float [n, d], aligned. Codebooks that another run has kept meanwhile stay.
+    Raises SchemaError as train_quantiser.
+    """
+    train_quantiser(vectors, config).save(workspace, quantiser_folder(folder, name))
+    quantiser = Quantiser.load(workspace, quantiser_folder(folder, name))
+    report = measure_codes(quantiser, code_vectors(quantiser, ids, vectors), vectors)
+    workspace.write_json(f"{quantiser_folder(folder, name)}/{_REPORT}", report.model_dump(mode="json"))
+    return report
+
+
+def with_codes(table: pa.Table, codes: np.ndarray) -> pa.Table:
+    """A vectors table with these semantic ids: uint16 [n, levels + 1], aligned with its rows."""
+    n, width = codes.shape
+    offsets = pa.array(np.arange(n + 1, dtype=np.int32) * width)
+    lists = pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(codes, dtype=np.uint16).reshape(-1)))
+    column = table.schema.get_field_index("codes")
+    return table.set_column(column, table.schema.field(column), lists)
+
+
+def codes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """The semantic ids in a vectors table: (uint16 [n, width], mask bool [n]), zeros and False where a row has none.
+
+    Raises SchemaError where rows have different numbers of codes.
+    """
+    lists = table["codes"].combine_chunks()
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    widths = np.unique(lengths[lengths > 0])
+    if len(widths) > 1:
+        raise SchemaError(
+            f"vectors: rows have {' and '.join(map(str, widths))} codes. Their codes are of different quantisers: run "
+            "`encode` again."
+        )
+    mask = lengths > 0
+    codes = np.zeros((len(lengths), int(widths[0]) if len(widths) else 0), dtype=np.uint16)
+    codes[mask] = pc.list_flatten(lists).to_numpy(zero_copy_only=False).reshape(mask.sum(), codes.shape[1])
+    return codes, mask
+
+
+def read_quantisers(workspace: Workspace, folder: str, source: str) -> dict[str, Quantiser]:
+    """By kind, the quantisers of a source whose vectors `encode` wrote into a folder; those that are not there are left
+    out.
+    """
+    places = {kind: quantiser_folder(folder, f"{source}-{kind}") for kind in CODED_KINDS}
+    return {kind: Quantiser.load(workspace, place) for kind, place in places.items() if workspace.exists(place)}
+
+
+def read_reports(workspace: Workspace, folder: str) -> dict[str, QuantisationReport]:
+    """The reports on the vectors in a folder, by the name of their table ("knowledge-user")."""
+    names = workspace.names(quantiser_folder(folder, ""))
+    files = {name: f"{quantiser_folder(folder, name)}/{_REPORT}" for name in names}
+    return {
+        name: QuantisationReport.model_validate(workspace.read_json(file))
+        for name, file in files.items()
+        if workspace.exists(file)
+    }
+
+
+def quantiser_folder(folder: str, name: str) -> str:
+    """Where the codebooks of the vectors `name` of a folder are."""
+    return f"{folder}/quantisers/{name}".rstrip("/")
+
+
+# -------------------------------------------------------------------------------------------------------------- vectors
+
 
 _NO_ATTRIBUTES = {"user_id", "item_id", "raw_id", "title"}
 
@@ -95,3 +195,239 @@ def _attributes(row: Mapping[str, Any]) -> list[str]:
         if name not in _NO_ATTRIBUTES and text:
             parts.append(f"{name}: {text}")
     return parts
+
+
+# -------------------------------------------------------------------------------------------------------- vector shards
+# Vectors on disk: one Arrow file per shard of ids, memory-mapped and gathered by id.
+#
+# `encode` writes them, training, releases and refreshes read them. A file holds the rows of one shard in ascending
+# order of id and as_of, uncompressed, so that a reader maps what it needs and copies only the rows it asks for; from
+# an object store each file is fetched once per node. Who asks on behalf of a sample names its moment and gets what was
+# known before. An id without a vector is normal (a new user): it yields zeros and a mask, no error.
+
+
+DIGEST_BYTES = 16  # BLAKE2b-128 of what a vector was made from
+PARTITIONS = "streaming-user"  # what refreshes write: a vector of each interest partition of a user, by its as_of
+_MOST_OPEN = 256  # a mapped file keeps a descriptor, of which a process often has no more than 1,024
+_ROWS_PER_SHARD = 1 << 32  # what a handle leaves room for
+_QUANTISER, _ENCODER = b"quantiser", b"encoder"
+
+
+@dataclass(frozen=True)
+class VectorShard:
+    """The rows of one file."""
+
+    kind: str
+    ids: np.ndarray  # int64 [n], ascending
+    as_of: np.ndarray  # int64 [n], ms: what the vector stands for knows nothing later; ascending and distinct for an id
+    vectors: np.ndarray  # float16 [n, dim]
+    digests: np.ndarray  # uint8 [n, 16]: of what each vector was made from
+    codes: np.ndarray  # uint16 [n, levels + 1], the duplicate digit last; [n, 0] where no quantiser coded them
+    quantiser: str = ""  # fingerprint of the codebooks
+    encoder: str = ""  # identity of the encoder
+    mapped: pa.Table | None = field(default=None, repr=False, compare=False)  # what the arrays lie in: kept open
+
+    @classmethod
+    def read(cls, workspace: Workspace, path: str) -> "VectorShard":
+        """Maps a file. Raises WorkspaceError where it is missing or damaged."""
+        table = workspace.map_arrow(path)
+        try:
+            about = table.schema.metadata or {}
+            vectors = _whole(table["vector"])
+            return cls(
+                kind=str(table["kind"][0]) if len(table) else "",
+                ids=_whole(table["id"]).to_numpy(),
+                as_of=_whole(table["as_of"]).to_numpy(),
+                vectors=vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size),
+                digests=_bytes_matrix(_whole(table["digest"])),
+                codes=codes_of(table)[0],
+                quantiser=about.get(_QUANTISER, b"").decode(),
+                encoder=about.get(_ENCODER, b"").decode(),
+                mapped=table,
+            )
+        except (KeyError, AttributeError, ValueError) as error:
+            raise WorkspaceError(
+                f"{workspace.path(path)} holds no vectors of this version ({error}). Delete it and run `encode` again."
+            ) from None
+
+    def table(self) -> pa.Table:
+        """The rows as written: vectors_schema, `digest` and `as_of`."""
+        n = len(self.ids)
+        plain = with_codes(vectors_table(self.kind, self.ids, self.vectors), self.codes)
+        digests = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(DIGEST_BYTES), n, [None, pa.py_buffer(np.ascontiguousarray(self.digests, dtype=np.uint8))]
+        )
+        schema = vectors_schema(self.vectors.shape[1]).append(pa.field("digest", pa.binary(DIGEST_BYTES)))
+        schema = schema.append(pa.field("as_of", pa.int64()))
+        schema = schema.with_metadata({_QUANTISER: self.quantiser.encode(), _ENCODER: self.encoder.encode()})
+        return pa.table([*plain.columns, digests, pa.array(self.as_of, pa.int64())], schema=schema)
+
+
+class VectorShards:
+    """The vectors of one source and kind ("knowledge-user") in a folder that `encode` wrote.
+
+    Opens a shard when it is first asked for and keeps the 256 last used. Threads may share it; processes get their own
+    by pickling.
+    """
+
+    def __init__(self, workspace: Workspace, folder: str, name: str) -> None:
+        """Reads nothing yet. name: `<source>-<kind>`, whose kind says how many shards there are."""
+        self.workspace, self.folder, self.name = workspace, folder, name
+        self.kind = cast(Kind, name.rpartition("-")[2])
+        self.n_shards = workspace.n_shards(self.kind)
+        self._open: OrderedDict[int, VectorShard | None] = OrderedDict()
+        self._lock = threading.Lock()
+        self._quantiser: Quantiser | None = None
+
+    def __reduce__(self) -> tuple[type["VectorShards"], tuple[Workspace, str, str]]:
+        return VectorShards, (self.workspace, self.folder, self.name)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The shards that have a file, ascending; lists the folder."""
+        suffix = shard_file(0, ".arrow")[8:]
+        names = self.workspace.names(self.folder, self.name)
+        return [int(name.removesuffix(suffix)) for name in names if name.endswith(suffix)]
+
+    @cached_property
+    def dim(self) -> int:
+        """Components of a vector. Raises WorkspaceError where no shard has a file."""
+        # Nearly always the first shard is there; only else the folder is listed.
+        if (shard := self.shard(0) or next(map(self.shard, self.numbers), None)) is not None:
+            return int(shard.vectors.shape[1])
+        raise WorkspaceError(
+            f"{self.workspace.path(self.folder, self.name)} holds no vectors. Run `encode` first, with the same recipe."
+        )
+
+    def quantiser(self) -> Quantiser | None:
+        """The codebooks of the codes, None where these vectors were not coded."""
+        if self._quantiser is None:
+            folder = quantiser_folder(self.folder, self.name)
+            self._quantiser = Quantiser.load(self.workspace, folder) if self.workspace.exists(folder) else None
+        return self._quantiser
+
+    def shard(self, number: int) -> VectorShard | None:
+        """The rows of one shard, mapped; None where nothing was encoded for it."""
+        with self._lock:
+            if number not in self._open:
+                path = f"{self.folder}/{self.name}/{shard_file(number, '.arrow')}"
+                there = self.workspace.entry(path) is not None
+                self._open[number] = VectorShard.read(self.workspace, path) if there else None
+                while len(self._open) > _MOST_OPEN:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(number)
+            return self._open[number]
+
+    def gather(self, ids: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The newest vectors of `ids`, in their order.
+
+        ids: int64 [b], any order, repeats allowed. before: int64 [b], ms: only what is strictly earlier counts.
+        Returns float16 [b, dim], zeros where an id has none, and bool [b], True where it has one.
+        """
+        vectors, mask = np.zeros((len(ids), self.dim), dtype=np.float16), np.zeros(len(ids), dtype=bool)
+        for shard, at, rows in self._rows(ids, before):
+            vectors[at], mask[at] = shard.vectors[rows], True
+        return vectors, mask
+
+    def codes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The semantic ids of `ids`, in their order: uint16 [b, levels + 1], the duplicate digit last, zeros where an
+        id has none, and bool [b], True where it has one.
+
+        Raises SchemaError where the vectors were not coded, or a shard by other codebooks than the folder's.
+        """
+        quantiser = self.quantiser()
+        if quantiser is None:
+            raise SchemaError(
+                f"{self.name} vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again."
+            )
+        codes = np.zeros((len(ids), len(quantiser.codebooks) + 1), dtype=np.uint16)
+        mask = np.zeros(len(ids), dtype=bool)
+        for shard, at, rows in self._rows(ids):
+            if shard.quantiser != quantiser.fingerprint:
+                raise SchemaError(
+                    f"{self.name}: shard {shard_of(shard.ids[:1], self.n_shards)[0]} was coded by codebooks "
+                    f"{shard.quantiser[:8] or 'none'}, but the folder has {quantiser.fingerprint[:8]}. Run `encode`."
+                )
+            codes[at], mask[at] = shard.codes[rows], True
+        return codes, mask
+
+    def moments(self, id_: int) -> list[int]:
+        """The as_of (ms) of each vector of an id, ascending."""
+        shard = self.shard(int(shard_of(np.array([id_]), self.n_shards)[0]))
+        if shard is None:
+            return []
+        low, high = np.searchsorted(shard.ids, [id_, id_ + 1])
+        moments: list[int] = shard.as_of[low:high].tolist()
+        return moments
+
+    def find(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+        """What `gather` would read: int64 [b], a number for each row of these vectors, -1 where an id has none."""
+        handles = np.full(len(ids), -1, dtype=np.int64)
+        for shard, at, rows in self._rows(ids, before):
+            handles[at] = shard_of(shard.ids[:1], self.n_shards)[0] * _ROWS_PER_SHARD + rows
+        return handles
+
+    def at(self, handles: np.ndarray) -> Iterator[tuple[int, VectorShard, np.ndarray, np.ndarray]]:
+        """By shard, its number first: which of `handles` (see find; -1 among them) are rows of it, and which rows."""
+        known = np.flatnonzero(handles >= 0)
+        numbers, rows = np.divmod(handles[known], _ROWS_PER_SHARD)
+        order = np.argsort(numbers, kind="stable")
+        starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+        for of_shard in np.split(order, starts[1:]) if len(known) else ():
+            number = int(numbers[of_shard[0]])
+            shard = self.shard(number)
+            assert shard is not None
+            yield number, shard, known[of_shard], rows[of_shard]
+
+    def sample(self, rows: int, seed: int, numbers: Iterable[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and vectors of at most `rows` ids: int64 [n] and float16 [n, dim], always the same for a seed.
+
+        Takes whole shards, in random order or in that of `numbers`, until there are enough. Shards are a hash of the
+        id, so their ids are a random draw; memory holds `rows` vectors, and only those shards are read.
+        """
+        ids, vectors, left = [np.zeros(0, np.int64)], [np.zeros((0, self.dim), np.float16)], rows
+        for number in shard_order(self.n_shards, seed) if numbers is None else numbers:
+            if left <= 0:
+                break
+            if (shard := self.shard(number)) is not None:
+                ids.append(shard.ids[:left])
+                vectors.append(shard.vectors[:left])
+                left -= len(ids[-1])
+        return np.concatenate(ids), np.concatenate(vectors)
+
+    def _rows(
+        self, ids: np.ndarray, before: np.ndarray | None = None
+    ) -> Iterator[tuple[VectorShard, np.ndarray, np.ndarray]]:
+        """By shard: which of `ids` have a row there, and which row: the newest, of those before a moment."""
+        ids = np.asarray(ids, dtype=np.int64)
+        for number, at in by_shard(ids, self.n_shards):
+            if (shard := self.shard(number)) is None:
+                continue
+            rows = newest_rows(shard.ids, shard.as_of, ids[at], None if before is None else before[at])
+            known = rows >= 0
+            if known.any():
+                yield shard, at[known], rows[known]
+
+
+def partitions_folder(encoder: str) -> str:
+    """The folder of PARTITIONS by an encoder (EncoderConfig.identity), relative to the workspace."""
+    return f"vectors/{fingerprint('partitions', encoder)[:16]}"
+
+
+def shard_order(n_shards: int, seed: int) -> list[int]:
+    """The shards in the random order in which samples take them."""
+    return [int(number) for number in np.random.default_rng(seed).permutation(n_shards)]
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; copies only where it is in several, which combine_chunks always does."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _bytes_matrix(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """uint8 [n, width] of a fixed-size binary column, without copying."""
+    width = column.type.byte_width
+    if not len(column):
+        return np.zeros((0, width), dtype=np.uint8)
+    flat = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+    return flat[column.offset * width : (column.offset + len(column)) * width].reshape(len(column), width)

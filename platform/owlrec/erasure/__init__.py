@@ -1,1 +1,1 @@
-"""Forgetting users: removes what a workspace keeps of those whom owlrec.tombstones has silenced."""
+"""Forgetting users: removes what a workspace keeps of those whom owlrec.workspace has silenced."""

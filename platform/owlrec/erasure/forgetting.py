@@ -1,6 +1,6 @@
 """Forgets users: tombstones first, which silence them at once, then the erasure of what each place keeps.
 
-    forgotten/<run>/tombstones.bin    see owlrec.tombstones
+    forgotten/<run>/tombstones.bin    see owlrec.workspace
     forgotten/<run>/plan.json         which files are read, in chunks
     forgotten/<run>/cards/            that chunks are done, and how many rows they lost
     forgotten/<run>/cohorts.json      whose texts tell of them alone
@@ -15,37 +15,160 @@ then finds and removes that, too.
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
 
-from owlrec.claims import claimed
-from owlrec.environment import cache_folder
-from owlrec.erasure.cards import update_cards
-from owlrec.erasure.cohorts import erase_cohorts, quoting_cohorts
-from owlrec.erasure.copies import write_copies
-from owlrec.erasure.places import files_to_read, files_to_remove, shard_numbers
-from owlrec.erasure.profiles import hide_values
-from owlrec.erasure.rows import Rewritten, Users, erase, erase_lines
+from owlrec.erasure.rows import (
+    Rewritten,
+    Users,
+    erase,
+    erase_cohorts,
+    erase_lines,
+    hide_values,
+    of_users,
+    quoting_cohorts,
+    update_cards,
+)
 from owlrec.errors import WorkspaceError
 from owlrec.node_cache import NodeCache
+from owlrec.process import cache_folder
 from owlrec.refresh.state import CLAIM
-from owlrec.refresh.state import ROOT as REFRESH
+from owlrec.refresh.state import REFRESH_FOLDER as REFRESH
 from owlrec.releases.redis import RedisReleases, forget_in_redis, push_tombstones
 from owlrec.releases.release import current_release
 from owlrec.releases.retention import find_rows, rebuild_without_forgotten, remove_releases
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.schema import stable_id
-from owlrec.shards import Card, Shard, forget_stages
+from owlrec.schema import shard_of, stable_id
+from owlrec.shards import Card, Shard, claimed, forget_stages
 from owlrec.storage import FileEntry, Storage, fingerprint
-from owlrec.tombstones import write_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import TOMBSTONES, Workspace, write_tombstones
+
+# --------------------------------------------------------------------------------------------------------------- places
+# Where a workspace may keep a user: which files are read for their rows, and what is removed whole.
+#
+# Files of shards of users are read only where the number is that of a user's shard, now or before a reshard; tables
+# that are not sharded by user are read as far as their ids. What cannot be read row by row is removed and made again
+# by the stage that wrote it: shuffled rows, what cohorts were built from, encoded samples, retrieval pools, reports.
+
+
+_NUMBERED = re.compile(r".*/(\d{8,})\.(?:parquet|arrow)")
+_CHUNK = 16  # files of one step, after which a killed run goes on
+# What other parts of the erasure know how to treat, and what holds nobody.
+_NOT_HERE = ("releases", "forgotten", "claims", "stages")
+_WHOLE = (  # what goes, and the stage that makes it again
+    (re.compile(r"shuffled/.*"), "shuffled rows", "prepare"),
+    (re.compile(r"pools/.*"), "retrieval pools", "publish"),
+    (re.compile(r"cohorts/[^/]+/user-[^/]*(vectors|groups|candidates|members|samples)/.*"), "cohort drafts", "cohorts"),
+    (re.compile(r"ctr/[^/]+/samples/.*"), "encoded samples", "train_ctr"),
+    (re.compile(r"reports/.*"), "reports", "evaluate"),
+)
+_OTHERS = re.compile(r".*/(?:items?|cohort|item-[^/]*|[^/]*-item|[^/]*-cohort|prompts)/\d{8,}\.(?:parquet|arrow)")
+_LOGS = re.compile(r"logs/.*")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Files that are removed whole."""
+
+    files: list[str]
+    bytes: int
+    again: str  # the stage that makes them again
+
+
+def files_to_read(workspace: Workspace, paths: Iterable[str], users: Users) -> dict[str, list[list[str]]]:
+    """Of a workspace's files those that may hold rows of the users, by the first folder of their path, in chunks."""
+    numbers = shard_numbers(workspace, users)
+    places: dict[str, list[str]] = {}
+    known = set(paths)
+    for path in sorted(known):
+        place = path.partition("/")[0]
+        if place in _NOT_HERE or any(pattern.fullmatch(path) for pattern, _, _ in _WHOLE):
+            continue
+        if path.startswith("tables/interactions/") and path.replace("interactions", "samples") in known:
+            continue  # done with its samples
+        if path.startswith("tables/erasing/") or not _may_hold(path, numbers):
+            continue
+        places.setdefault(place, []).append(path)
+    return {place: [files[at : at + _CHUNK] for at in range(0, len(files), _CHUNK)] for place, files in places.items()}
+
+
+def files_to_remove(workspace: Workspace, sizes: Mapping[str, int]) -> dict[str, Removal]:
+    """By what they are, the files that go whole. sizes: of all files by path."""
+    found: dict[str, Removal] = {}
+    for pattern, about, stage in _WHOLE:
+        files = [path for path in sizes if pattern.fullmatch(path)]
+        if files:
+            found[about] = Removal(files, sum(sizes[path] for path in files), stage)
+    return found
+
+
+def shard_numbers(workspace: Workspace, users: Users) -> set[int]:
+    """The numbers that shards of the users have, or had when there were fewer."""
+    n, numbers = workspace.layout.shards.get("user", 1), set[int]()
+    while n:
+        numbers |= set(shard_of(users.ids, n).tolist())
+        n //= 2
+    return numbers
+
+
+def _may_hold(path: str, numbers: set[int]) -> bool:
+    if _LOGS.fullmatch(path):
+        return True
+    if not path.endswith((".parquet", ".arrow")) or _OTHERS.fullmatch(path):
+        return False
+    match = _NUMBERED.fullmatch(path)
+    if match is None or path.startswith(("ingest/", "events/")):
+        return True
+    return not of_users(path) or int(match[1]) in numbers
+
+
+# --------------------------------------------------------------------------------------------------------------- copies
+# Copies of erased files in the caches of nodes.
+#
+# An erasure cannot reach another machine's disk. It leaves the hashed names of the files that it replaced or removed,
+# and each server's process evicts what its own node has of them, as soon as nobody has it open.
+
+
+_FILE = "copies.json"
+
+
+def write_copies(workspace: Workspace, run: str, paths: Iterable[str]) -> None:
+    """Says which files' copies must go. run: the folder of the erasure."""
+    workspace.write_json(f"{run}/{_FILE}", sorted({workspace.copy_name(path) for path in paths}))
+
+
+class ErasedCopies:
+    """What a node has still to evict of a workspace."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace, self._done = workspace, set[str]()
+
+    def evict(self) -> int:
+        """Removes the copies of erasures that it has not been through yet; how many stay, since they are open."""
+        workspace, left = self._workspace, 0
+        if workspace.local:
+            return 0
+        for run in set(workspace.names(TOMBSTONES)) - {"key"} - self._done:
+            path = f"{TOMBSTONES}/{run}/{_FILE}"
+            if workspace.entry(path) is None:
+                continue
+            held = NodeCache.default().evict(set(workspace.read_json(path)))[1]
+            left += held
+            if not held:
+                self._done.add(run)
+        return left
+
+
+# ----------------------------------------------------------------------------------------------------------- forgetting
+
 
 _NOTE = (
     "CTR models, the LLM ranker and cohorts have no parameters that belong to one user. Those named under `models` "

@@ -6,14 +6,23 @@ name, in the same format; nothing else in it changes.
 
 import json
 import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
-from owlrec.schema import Kind
-from owlrec.sources.buckets import read_batches, write_batches
+from owlrec.cohorts.profiles import banded
+from owlrec.errors import WorkspaceError
+from owlrec.schema import Kind, by_shard, shard_of
+from owlrec.shards import Artifact, Card, Shard
+from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.ingest import read_batches, write_batches
 from owlrec.sources.splits import in_histories
 from owlrec.storage import FileEntry, Storage
 from owlrec.workspace import Workspace, table_file
@@ -201,3 +210,233 @@ def erase_lines(storage: Storage, path: str, users: Users) -> list[Rewritten]:
         return []
     entry = storage.write_bytes(path, b"".join(kept))
     return [Rewritten(path, len(lines) - len(kept), len(data) - entry.bytes, len(kept), e_tag, entry)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- cards
+# Cards after their files were rewritten: a shard that lost a user is as done as it was, with other digests.
+
+
+_CARD = re.compile(r"(.+)/cards/.+/(\d{8,})\.json")
+_NUMBER = re.compile(r".*/(\d{8,})\.\w+")
+
+
+def update_cards(workspace: Workspace, paths: Sequence[str], rewritten: Iterable[Rewritten], numbers: set[int]) -> None:
+    """Writes the cards that name rewritten files again, with these and the rows that are left.
+
+    paths: of all files of the workspace. numbers: that shards of the users may have (places.shard_numbers). A card that
+    knows a file already as it is now is left alone.
+    """
+    cards: dict[str, list[tuple[int, str]]] = {}
+    for path in paths:
+        if match := _CARD.fullmatch(path):
+            cards.setdefault(match[1], []).append((int(match[2]), path))
+    by_artifact: dict[str, dict[str, Rewritten]] = {}
+    for file in rewritten:
+        roots = [root for root in cards if file.path.startswith(f"{root}/")]
+        if roots:
+            root = max(roots, key=len)
+            by_artifact.setdefault(root, {})[file.path[len(root) + 1 :]] = file
+    for root, files in by_artifact.items():
+        # A card of several shards has the number of one of them under fewer shards.
+        own = {int(match[1]) for path in files if (match := _NUMBER.fullmatch(f"/{path}"))}
+        for number, path in cards[root]:
+            if number in numbers | own:
+                _update(workspace, root, path, files)
+
+
+def _update(workspace: Workspace, root: str, path: str, files: dict[str, Rewritten]) -> None:
+    try:
+        card = Card.model_validate_json(workspace.read_bytes(path))
+    except (ValidationError, WorkspaceError):  # cut off, or removed since it was listed
+        return
+    changed = {p: f for p, f in files.items() if p in card.files and card.files[p].sha256 != f.entry.sha256}
+    if not changed:
+        return
+    tables = {p for p in card.files if not p.startswith("dead/")}
+    dead = sum(file.rows for p, file in changed.items() if p.startswith("dead/"))
+    # Of several tables, the users' is the one that rows are counted by.
+    out = sum(f.rows for p, f in changed.items() if p in tables and (len(tables) == 1 or p.startswith("users/")))
+    update = {
+        "files": card.files | {p: file.entry for p, file in changed.items()},
+        "rows_in": max(0, card.rows_in - out - dead),
+        "rows_out": max(0, card.rows_out - out),
+        "rows_dead": max(0, card.rows_dead - dead),
+    }
+    Artifact(workspace, root).finish(card.model_copy(update=update))
+
+
+# ------------------------------------------------------------------------------------------------------------- profiles
+# Profile values that only forgotten users had, in the vocabularies of CTR models.
+#
+# A vocabulary lists every value that training has seen; one that nobody else has would name its user. It gives way to
+# a random word, so that all other values keep their codes.
+
+
+_FILE = "vocabularies.parquet"
+_PREFIX = "profile/"
+
+
+def hide_values(workspace: Workspace, users: Users) -> tuple[int, int]:
+    """Hides the values of users who still stand in the table of users; how many files were rewritten, and how many
+    values each of them lost together.
+    """
+    files = [f"{root}/{path}" for root in ("ctr", "models") for path in workspace.entries(root) if path.endswith(_FILE)]
+    fields = {field for path in files for field in _fields(workspace, path)}
+    if not fields:
+        return 0, 0
+    own = _own_values(workspace, users, fields)
+    for number in workspace.table_shards("users") if any(own.values()) else ():
+        table = _table(workspace, number, fields)
+        others = table.filter(pa.array(~users.rows(table)))
+        for field in [name for name, values in own.items() if values and name in others.column_names]:
+            own[field] -= set(pc.unique(others[field].cast(pa.string())).to_pylist())
+        if not any(own.values()):
+            break
+    changed = [n for path in files if any(own.values()) and (n := _rewrite(workspace, path, own))]
+    return len(changed), sum(changed)
+
+
+def _fields(workspace: Workspace, path: str) -> Iterable[str]:
+    names = pc.unique(workspace.read_parquet(path, ["field"])["field"]).to_pylist()
+    return [name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)]
+
+
+def _table(workspace: Workspace, number: int, fields: set[str]) -> pa.Table:
+    path = table_file("users", number)
+    names = workspace.parquet_file(path).schema_arrow.names
+    return workspace.read_parquet(path, ["user_id", *(name for name in names if name in fields)])
+
+
+def _own_values(workspace: Workspace, users: Users, fields: set[str]) -> dict[str, set[str]]:
+    """By field, the values of the users."""
+    found: dict[str, set[str]] = {field: set() for field in fields}
+    for number, _ in by_shard(users.ids, workspace.n_shards("user")):
+        table = _table(workspace, number, fields)
+        mine = table.filter(pa.array(users.rows(table)))
+        for field in fields & set(mine.column_names):
+            found[field] |= set(mine[field].cast(pa.string()).drop_null().to_pylist())
+    return found
+
+
+def _rewrite(workspace: Workspace, path: str, hidden: dict[str, set[str]]) -> int:
+    table = workspace.read_parquet(path)
+    fields, values = table["field"].to_pylist(), table["value"].to_pylist()
+    rows = [
+        row
+        for row, (field, value) in enumerate(zip(fields, values, strict=True))
+        if field.startswith(_PREFIX) and value in hidden.get(field.removeprefix(_PREFIX), ())
+    ]
+    if rows:
+        new = np.array(values, dtype=object)
+        new[rows] = [f"forgotten-{secrets.token_hex(8)}" for _ in rows]
+        at = table.column_names.index("value")
+        workspace.write_parquet(path, table.set_column(at, "value", pa.array(new, pa.string())))
+    return len(rows)
+
+
+# -------------------------------------------------------------------------------------------------------------- cohorts
+# Cohorts whose texts quote somebody who is forgotten.
+#
+# A cohort's profile names its representatives and quotes what they have in common, so that their texts go on without
+# one of them. Where it quotes something that none of the others has, it tells of that one alone: then the profile, the
+# prompt, the text and its vector go, and the next run writes them again from those who are left.
+
+
+_ROOT = "cohorts"
+
+
+def quoting_cohorts(workspace: Workspace, users: Users) -> list[int]:
+    """The ids of the cohorts whose profiles, in any folder of cohorts, quote what only these users have."""
+    others = _Others(workspace)
+    found = set[int]()
+    for path in _profiles(workspace):
+        for row in _naming(workspace.read_parquet(path), users).to_pylist():
+            left = np.setdiff1d(np.array(row["representatives"], dtype=np.int64), users.ids)
+            if row["kind"] == "user" and not others.have(left, row):
+                found.add(row["id"])
+    return sorted(found)
+
+
+def erase_cohorts(workspace: Workspace, cohorts: Sequence[int], users: Users, paths: Iterable[str]) -> list[Rewritten]:
+    """Removes what stands of some cohorts in their folders, texts and vectors, and the users from the other profiles.
+
+    paths: of all files of the workspace. The cards of prompts that were lost go, too: the next run makes them again.
+    """
+    gone = Users(np.array(cohorts, dtype=np.int64), frozenset(), "cohort")
+    numbers = _numbers(workspace, gone.ids)
+    done: list[Rewritten] = []
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        kind, number = folder.rpartition("/")[2], name.partition(".")[0]
+        if number.isdigit() and int(number) in numbers and (kind == "cohort" or kind.endswith("-cohort")):
+            done += erase(workspace, path, gone) if path.startswith(("knowledge/", "vectors/")) else []
+    for path in _profiles(workspace):  # last: they say what is to be done
+        folder, _, name = path.rpartition("/profiles/")
+        prompts = f"{folder}/prompts/{name}"
+        lost = erase(workspace, prompts, gone) if workspace.entry(prompts) is not None else []
+        if lost:
+            Artifact(workspace, folder).forget(Shard("prompts", int(name.partition(".")[0])))
+        done += [*lost, *_without(workspace, path, gone, users)]
+    return done
+
+
+def _without(workspace: Workspace, path: str, cohorts: Users, users: Users) -> list[Rewritten]:
+    table, before = workspace.read_parquet(path), workspace.entry(path)
+    named = _naming(table, users)
+    assert before is not None
+    if not len(named):
+        return []
+    kept = table.filter(pa.array(~np.isin(table["id"].to_numpy(), cohorts.ids)))
+    lists = [[r for r in row if r not in set(users.ids.tolist())] for row in kept["representatives"].to_pylist()]
+    at = kept.column_names.index("representatives")
+    kept = kept.set_column(at, kept.schema.field(at), pa.array(lists, kept.schema.field(at).type))
+    entry = workspace.write_parquet(path, kept)
+    return [Rewritten(path, len(table) - len(kept), before.bytes - entry.bytes, len(kept), before.e_tag, entry)]
+
+
+def _profiles(workspace: Workspace) -> list[str]:
+    folders = [f"{_ROOT}/{name}/profiles" for name in workspace.names(_ROOT)]
+    return [f"{folder}/{name}" for folder in folders for name in workspace.names(folder)]
+
+
+def _naming(profiles: pa.Table, users: Users) -> pa.Table:
+    """The profiles of users' cohorts that name one of the users."""
+    lists = profiles["representatives"].combine_chunks()
+    named = np.isin(lists.flatten().to_numpy(), users.ids)
+    rows = np.zeros(len(profiles), dtype=bool)
+    rows[pc.list_parent_indices(lists).to_numpy()[named]] = True
+    return profiles.filter(pa.array(rows & pc.equal(profiles["kind"], "user").to_numpy()))
+
+
+def _numbers(workspace: Workspace, ids: np.ndarray) -> set[int]:
+    """The numbers that shards of these cohorts have, or had before a reshard."""
+    n, numbers = workspace.layout.shards.get("cohort", 1), set[int]()
+    while n:
+        numbers |= set(shard_of(ids, n).tolist())
+        n //= 2
+    return numbers
+
+
+class _Others:
+    """What the other representatives have."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    @cached_property
+    def _catalog(self) -> ItemCatalog:
+        return ItemCatalog.load(self._workspace)
+
+    def have(self, ids: np.ndarray, profile: Mapping[str, Any]) -> bool:
+        """Whether some users (int64 [n]) together have every attribute and every title that a profile quotes."""
+        attributes, items = set[str](), list[int]()
+        for number, at in by_shard(ids, self._workspace.n_shards("user")):
+            mine = pa.array(ids[at])
+            users = self._workspace.read_shard("users", number)
+            for row in users.filter(pc.is_in(users["user_id"], mine)).to_pylist():
+                attributes |= {f"{name} {banded(str(value))}" for name, value in row.items() if value is not None}
+            histories = self._workspace.read_shard("histories", number, ["user_id", "items"])
+            of_mine = histories.filter(pc.is_in(histories["user_id"], mine))["items"]
+            items += [item for row in of_mine.to_pylist() for item in row or ()]
+        titles = set(self._catalog.titles(np.array(items, dtype=np.int64))) if items else set()
+        return set(profile["attributes"]) <= attributes and {*profile["titles"], *profile["opposite"]} <= titles

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Annotated
 
+from owlrec.config import Registry
 from owlrec.decoding import DecodingConfig
-from owlrec.generation.echo_engine import EchoEngine, EchoEngineConfig
 from owlrec.generation.engine import Engine, EngineConfig
-from owlrec.generation.http_engine import HttpEngine, HttpEngineConfig
+from owlrec.generation.engines import EchoEngine, EchoEngineConfig, HttpEngine, HttpEngineConfig
 from owlrec.generation.vllm_engine import VllmEngine, VllmEngineConfig
-from owlrec.registry import Registry
 from owlrec.storage import fingerprint
 
 __all__ = [
@@ -31,8 +30,8 @@ ENGINES: Registry[EngineConfig] = Registry(
     "engine",
     {
         "vllm": "owlrec.generation.vllm_engine.VllmEngineConfig",
-        "http": "owlrec.generation.http_engine.HttpEngineConfig",
-        "echo": "owlrec.generation.echo_engine.EchoEngineConfig",
+        "http": "owlrec.generation.engines.HttpEngineConfig",
+        "echo": "owlrec.generation.engines.EchoEngineConfig",
     },
 )
 EngineSection = Annotated[EngineConfig, ENGINES]  # a recipe's `engine:` section

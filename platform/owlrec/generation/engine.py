@@ -14,7 +14,7 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.decoding import DecodingConfig
-from owlrec.decoding.counters import DecoderCounters
+from owlrec.decoding.controller import DecoderCounters
 from owlrec.errors import EngineError
 
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 from pydantic import Field
 
-from owlrec.claims import LEASE_S
 from owlrec.config import Config
 from owlrec.decoding import DecodingConfig
-from owlrec.decoding.counters import DecoderCounters, add_counters
+from owlrec.decoding.controller import DecoderCounters, add_counters
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, engine_fingerprint
 from owlrec.generation.engine import SamplingConfig
@@ -22,10 +21,9 @@ from owlrec.generation.quality import QualityConfig
 from owlrec.prompting.rows import PromptConfig, template_fingerprint
 from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
-from owlrec.shards import Artifact, Card, Shard, needed_stage
+from owlrec.shards import LEASE_S, Artifact, Card, Shard, needed_stage
 from owlrec.storage import fingerprint
-from owlrec.tombstones import read_tombstones
-from owlrec.workspace import ITEM_UPDATES, Workspace, shard_file, table_file
+from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file
 
 DECODER = "decoder"  # a card's count: what the decoder counted over the shard, as JSON
 _SHARD_TABLES: dict[Kind, tuple[str, ...]] = {"user": ("users", "histories"), "item": ("items",)}

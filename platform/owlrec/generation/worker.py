@@ -18,21 +18,77 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.decoding import request_arguments
-from owlrec.decoding.counters import DecoderCounters
+from owlrec.decoding.controller import DecoderCounters
 from owlrec.errors import WorkspaceError
 from owlrec.generation import EngineConfig, build_engine
-from owlrec.generation.decoder_metrics import DecoderMetrics
 from owlrec.generation.engine import BadRow, Completion, EmptyPrompt, Engine, EngineStopped, FailedQuality, RowError
 from owlrec.generation.job import DECODER, GenerationJob, dead_file
 from owlrec.generation.quality import Flag, QualityGate
+from owlrec.process import on_ray
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
-from owlrec.ray_data import on_ray
 from owlrec.runner import Result, Stage, Work, WorkerLost
 from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, TABLES, newest
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.tombstones import read_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, read_tombstones
+
+# ------------------------------------------------------------------------------------------------------ decoder metrics
+# The decoder's counters as metrics of the Ray cluster, which every node's agent exposes to Prometheus.
+#
+# vLLM's own speculation metrics leave out steps without drafts; these count every step. Ray prefixes `ray_` and
+# appends `_total`: `ray_owlrec_decoder_accepted_total{engine="…"}`.
+
+
+_COUNTS = {
+    "steps": "Steps of the engine",
+    "rows": "Rows of all steps",
+    "tokens": "Tokens emitted",
+    "drafted": "Draft tokens verified",
+    "accepted": "Draft tokens accepted",
+    "relaxed": "Draft tokens accepted by the relaxed rule alone",
+    "unknown_pools": "Pools named by requests that are not there",
+    "bad_rules": "Relaxed rules of requests that were refused",
+    "retrieval_s": "Seconds spent on retrieval",
+    "verification_s": "Seconds spent on verification",
+}
+_HITS = "hits_"  # and the source that gave the drafts
+
+
+class DecoderMetrics:
+    """One engine's metrics; made inside a Ray worker."""
+
+    def __init__(self, engine: str) -> None:
+        """engine: tells engines of a cluster apart."""
+        from ray.util.metrics import Counter
+
+        self._metrics: dict[str, Any] = {
+            name: Counter(f"owlrec_decoder_{_full(name)}", about, ("engine",)) for name, about in _COUNTS.items()
+        }
+        self._hits = Counter(
+            "owlrec_decoder_hits", "Drafts proposed, by the source that gave them", ("engine", "source")
+        )
+        self._tags = {"engine": engine}
+        self._before: dict[str, float] = {}
+
+    def update(self, counters: DecoderCounters) -> None:
+        """Adds what came since the last call."""
+        for name, value in counters.counts.items():
+            grown = value - self._before.get(name, 0)
+            self._before[name] = value
+            if grown <= 0:
+                continue
+            if name.startswith(_HITS):
+                self._hits.inc(grown, {**self._tags, "source": name.removeprefix(_HITS)})
+            elif name in self._metrics:
+                self._metrics[name].inc(grown, self._tags)
+
+
+def _full(name: str) -> str:
+    return f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name
+
+
+# --------------------------------------------------------------------------------------------------------------- worker
+
 
 _ASKED_AT_ONCE = 2048  # rows of one shard: more than an engine has in a batch, and far fewer tasks than rows
 METADATA = "metadata"  # the framework of a text that no LLM wrote

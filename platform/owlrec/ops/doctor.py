@@ -18,8 +18,8 @@ from typing import Literal
 
 import psutil
 
-from owlrec.environment import package_folder
 from owlrec.errors import OwlRecError
+from owlrec.process import package_folder
 from owlrec.workspace import Workspace
 
 GIB = 1 << 30

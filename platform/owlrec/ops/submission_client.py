@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from owlrec.errors import ClusterError
-from owlrec.ops import preflight
+from owlrec.ops import submission as preflight
 from owlrec.ops.console import note
 from owlrec.ops.doctor import Check
 from owlrec.ops.submission import Jobs, exit_code, follow

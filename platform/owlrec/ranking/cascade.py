@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel
 
-from owlrec.ctr import metrics
+from owlrec import evaluation as metrics
 from owlrec.errors import RecipeError
 from owlrec.ranking.samples import in_hash_order
 from owlrec.schema import SAMPLES, conform

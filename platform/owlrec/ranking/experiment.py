@@ -11,10 +11,10 @@ from owlrec.config import Config
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.projection import ProjectionConfig
 from owlrec.errors import RecipeError
+from owlrec.evaluation import CalibrationMethod
 from owlrec.generation import EngineConfig, VllmEngineConfig
-from owlrec.prompting.rella import RankPromptConfig
-from owlrec.ranking.calibration import CalibrationMethod
-from owlrec.ranking.last_layer import LastLayerConfig
+from owlrec.prompting.ranking import RankPromptConfig
+from owlrec.ranking.retrieval import LastLayerConfig
 from owlrec.ranking.samples import Shown, TuningDataConfig
 
 

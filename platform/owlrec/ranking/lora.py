@@ -16,9 +16,9 @@ from owlrec.ctr.training import WorkersJob, fit_workers, looking_meanwhile, this
 from owlrec.errors import EngineError, root_mistake
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer, model_identity, resolve_model
-from owlrec.quiet import redirect_output
-from owlrec.ranking.adapters import Adapter, open_adapter, save_adapter
+from owlrec.process import redirect_output
 from owlrec.ranking.experiment import TuningConfig
+from owlrec.ranking.tuning import Adapter, open_adapter, save_adapter
 from owlrec.workspace import Workspace
 
 _AT_ONCE = 256  # questions of a call of the actor: how often progress shows
@@ -124,9 +124,7 @@ def _tune(loop_config: dict[str, Any]) -> None:
     import pyarrow.compute as pc
     from safetensors.torch import save
 
-    from owlrec.ranking.checkpoints import Checkpoint, Progress
-    from owlrec.ranking.examples import tokenise
-    from owlrec.ranking.tuning import Schedule, load_model, tune
+    from owlrec.ranking.tuning import Checkpoint, Progress, Schedule, load_model, tokenise, tune
 
     job = TuningJob.model_validate(loop_config["job"])
     worker = this_worker(job.settings.threads)

@@ -1,16 +1,37 @@
 """Writes what a run of the ranker asks: the shots that it is tuned on, and the valid and test rows that judge it."""
 
-from collections.abc import Callable
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.ctr.experiment import DistillationConfig
+from owlrec.encoding.encoder import EncoderConfig
+from owlrec.errors import OwlRecError, WorkspaceError
+from owlrec.evaluation import IsotonicScaling, PlattScaling
+from owlrec.generation import EngineConfig, engine_fingerprint, token_counter
+from owlrec.generation.engine import EmptyPrompt, EngineStopped, RowError
+from owlrec.generation.job import dead_file
+from owlrec.prompting.ranking import rank_fingerprint
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.items import ItemVectors
-from owlrec.ranking.samples import ask_about, draw_samples, read_users
+from owlrec.ranking.retrieval import BehaviourRetriever, ItemVectors, LastLayerConfig, with_candidates
+from owlrec.ranking.samples import Shown, ask_about, asked_pairs, draw_samples, read_users
+from owlrec.ranking.scorer import PairScorer, open_scorer
+from owlrec.ranking.tuning import Adapter, open_adapter
+from owlrec.runner import Result, Stage, Work, WorkerLost
 from owlrec.scenario import Scenario
+from owlrec.schema import DEAD_LETTERS, SOFT_LABELS
+from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
-from owlrec.workspace import Workspace
+from owlrec.sources.preparation import table_files
+from owlrec.sources.splits import SplitConfig, read_samples
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, shard_file
 
 
 def write_questions(
@@ -52,3 +73,239 @@ def write_questions(
         workspace.write_parquet(f"{folder}/{split}.parquet", asked.rows)
         counts |= {f"{split}_{name}": count for name, count in asked.counts.items()}
     return counts
+
+
+# ---------------------------------------------------------------------------------------------------------- soft labels
+# The stage behind `owlrec score-pairs`: an LLM's P(yes) of pairs of user and item, for CTR models to learn from.
+#
+# A pair is asked about as the ranker asks when it serves: the same wording, the same choice of behaviors, all strictly
+# earlier than the pair. Rows whose question is what it was keep their probability, so more pairs or more users cost
+# what is new. A pair that cannot be asked is a dead letter, and training falls back to its label.
+#
+#     soft-labels/<fingerprint>/user/00000000.parquet    schema.SOFT_LABELS, and a digest of each question
+#     soft-labels/<fingerprint>/dead/user/...            schema.DEAD_LETTERS, where rows died
+
+
+SOFT_LABELS_FOLDER = "soft-labels"
+_ROWS = SOFT_LABELS.append(pa.field("question", pa.binary(16)))  # BLAKE2b of both turns
+_MOMENTS = ("user_id", "item_id", "timestamp")
+_ASKED_AT_ONCE = 4096  # questions that are held at a time
+_USER_TABLES = ("users", "interactions", "samples")
+Key = tuple[int, int, int]  # user_id, item_id, timestamp
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The LLM that is asked, and how."""
+
+    engine: EngineConfig
+    config: RankingConfig
+    scenario: Scenario
+    encoder: EncoderConfig | LastLayerConfig  # of the vectors by which behaviors are retrieved
+    adapter: str | None = None  # a folder that `tune-ranker` wrote; None = the model as it is
+    adapter_sha256: str = ""
+    calibration: PlattScaling | IsotonicScaling | None = None
+
+    @property
+    def shown(self) -> Shown:
+        """How behaviors are shown: as they are when the ranker serves."""
+        return self.config.data.shown[-1]
+
+    @property
+    def wording(self) -> str:
+        """See prompting.rella.rank_fingerprint."""
+        return rank_fingerprint(self.config.prompt, self.scenario)
+
+    @property
+    def folder(self) -> str:
+        """Of its answers, named by all that they depend on besides the pairs."""
+        retrieved = (self.encoder.identity, self.config.projection) if self.shown != "recent" else None
+        shows = (self.shown, self.config.data.behaviours, retrieved, self.config.template_options)
+        made_by = (engine_fingerprint(self.engine), self.adapter_sha256, self.calibration)
+        return f"{SOFT_LABELS_FOLDER}/{fingerprint(self.wording, shows, made_by)[:16]}"
+
+    def open_adapter(self, workspace: Workspace) -> Adapter | None:
+        """Raises WorkspaceError where it is damaged, EngineError where it was tuned for another model or wording."""
+        if self.adapter is None:
+            return None
+        return open_adapter(workspace, self.adapter, model=self.engine.model_identity, wording=self.wording)
+
+
+def pair_inputs(workspace: Workspace, config: DistillationConfig) -> dict[Shard, str]:
+    """The shards of users, each with a digest of what its questions are made from."""
+    files = {path: entry.sha256 for path, entry in table_files(workspace).items()}
+    titles = fingerprint({path: digest for path, digest in files.items() if path.startswith("items/")})
+    inputs = {}
+    for number in workspace.table_shards("samples"):
+        own = [files.get(f"{table}/{shard_file(number)}") for table in _USER_TABLES]
+        inputs[Shard("user", number)] = fingerprint(own, titles, config.asks)
+    return inputs
+
+
+class ScorePairs(Stage):
+    """Asks about the pairs of a shard of users."""
+
+    name = "score_pairs"
+
+    def __init__(
+        self, teacher: Teacher, pairs: DistillationConfig, split: SplitConfig, vectors: ItemVectors | None
+    ) -> None:
+        """split: by which `prepare` split; vectors: None where behaviors are not retrieved."""
+        self.folder, self.teacher, self.pairs, self.split, self.vectors = teacher.folder, teacher, pairs, split, vectors
+        self._scorer: PairScorer | None = None
+
+    def open(self, workspace: Workspace, worker: str) -> None:
+        """See Stage.open."""
+        self._catalog = ItemCatalog.load(workspace)
+        self._count = token_counter(self.teacher.engine)
+        adapter = self.teacher.open_adapter(workspace)
+        self._adapter = adapter.folder if adapter else None
+        self._scorer = open_scorer(
+            self.teacher.engine,
+            lora_rank=adapter.manifest.rank if adapter else None,
+            template_options=self.teacher.config.template_options,
+        )
+
+    async def run(self, work: Work) -> Result:
+        """See Stage.run. Raises WorkerLost where the engine is gone."""
+        workspace = work.workspace
+        number, catalog = work.shard.number, self._catalog.ids
+        pairs = await asyncio.to_thread(asked_pairs, workspace, number, self.pairs, self.split, catalog)
+        logged = await asyncio.to_thread(read_samples, workspace, number, _MOMENTS)
+        pairs = await asyncio.to_thread(with_candidates, pairs, logged, catalog)
+        answers = _Answers(await asyncio.to_thread(_earlier, work))
+        for start in range(0, len(pairs), _ASKED_AT_ONCE):
+            rows = pairs.slice(start, _ASKED_AT_ONCE)
+            await self._ask(rows, await asyncio.to_thread(self._questions, workspace, rows), answers)
+        return await asyncio.to_thread(self._write, work, answers)
+
+    def close(self) -> None:
+        """See Stage.close."""
+        if self._scorer is not None:
+            self._scorer.close()
+            self._scorer = None
+
+    def _questions(self, workspace: Workspace, pairs: pa.Table) -> pa.Table:
+        """samples.TUNING_ROWS of the pairs whose item has a title; their answers mean nothing."""
+        if self.vectors is None:
+            retriever = BehaviourRetriever(np.zeros(0, np.int64), np.zeros((0, 1), np.float32))
+        else:
+            items = [pc.list_flatten(pairs[name]).to_numpy() for name in ("candidates", "history")]
+            retriever = self.vectors.retriever(np.concatenate(items))
+        teacher, users = self.teacher, read_users(workspace, pairs["user_id"].to_numpy())
+        return ask_about(
+            pairs,
+            users,
+            self._catalog,
+            retriever,
+            teacher.scenario,
+            teacher.config.prompt,
+            self._count,
+            k=teacher.config.data.behaviours,
+            ways=(teacher.shown,),
+        ).rows
+
+    async def _ask(self, pairs: pa.Table, questions: pa.Table, answers: "_Answers") -> None:
+        assert self._scorer is not None
+        asked = {_key(row): (row["system"], row["text"]) for row in questions.to_pylist()}
+        for row in pairs.select(["user_id", "item_id", "timestamp"]).to_pylist():
+            if _key(row) not in asked:
+                answers.fail(_key(row), EmptyPrompt("the item has no title, so there is nothing to ask about"))
+        digests = {key: _digest(*turns) for key, turns in asked.items()}
+        new = [key for key in asked if not answers.keep(key, digests[key])]
+        try:
+            found = await self._scorer.score([asked[key] for key in new], self._adapter)
+        except ExceptionGroup as group:
+            mistakes = group.subgroup(OwlRecError)
+            if mistakes is None:
+                raise
+            first = mistakes.exceptions[0]
+            raise WorkerLost(str(first)) if isinstance(first, EngineStopped) else first from group
+        answers.tokens += found.prompt_tokens
+        calibration, p = self.teacher.calibration, found.probabilities
+        p = calibration.apply(np.nan_to_num(p)) if calibration else p
+        for place, key in enumerate(new):
+            if place in found.failures:
+                answers.fail(key, found.failures[place])
+            else:
+                answers.add(key, digests[key], float(p[place]))
+
+    def _write(self, work: Work, answers: "_Answers") -> Result:
+        work.check()
+        workspace, artifact, shard = work.workspace, work.artifact, work.shard
+        files = {shard.file(): workspace.write_parquet(artifact.path(shard.file()), answers.table())}
+        letters = dead_file(shard.name)
+        if answers.dead:
+            files[letters] = workspace.write_parquet(artifact.path(letters), answers.letters())
+        else:
+            workspace.delete_file(artifact.path(letters))
+        return Result(
+            files,
+            rows_in=len(answers.rows) + len(answers.dead),
+            rows_out=len(answers.rows),
+            rows_dead=len(answers.dead),
+            counts={"asked": answers.asked, "prompt_tokens": answers.tokens},
+        )
+
+
+class _Answers:
+    """What is known of a shard's pairs so far, by key: user_id, item_id, timestamp."""
+
+    def __init__(self, earlier: Mapping[bytes, float]) -> None:
+        """earlier: probabilities by the digest of their question."""
+        self._earlier = earlier
+        self.rows: list[tuple[int, int, int, float, bytes]] = []
+        self.dead: list[tuple[Key, RowError]] = []
+        self.asked = self.tokens = 0
+
+    def keep(self, key: Key, question: bytes) -> bool:
+        """Whether the question was answered before; then that answer stands."""
+        if question in self._earlier:
+            self.rows.append((*key, self._earlier[question], question))
+        return question in self._earlier
+
+    def add(self, key: Key, question: bytes, probability: float) -> None:
+        """Takes in a new answer."""
+        self.asked += 1
+        self.rows.append((*key, probability, question))
+
+    def fail(self, key: Key, error: RowError) -> None:
+        """Takes in a pair that cannot be asked about."""
+        self.dead.append((key, error))
+
+    def table(self) -> pa.Table:
+        """The answers, by user, timestamp and item."""
+        self.rows.sort(key=lambda row: (row[0], row[2], row[1]))
+        columns = zip(*self.rows, strict=True) if self.rows else ([] for _ in _ROWS)
+        return pa.table([pa.array(c, f.type) for c, f in zip(columns, _ROWS, strict=True)], schema=_ROWS)
+
+    def letters(self) -> pa.Table:
+        """The dead letters; as_of is the pair's moment."""
+        rows = [
+            ("user", key[0], key[2], "score_pairs", error.name, f"item {key[1]}: {error}", error.attempts)
+            for key, error in self.dead
+        ]
+        columns = zip(*rows, strict=True)
+        return pa.table([pa.array(c, f.type) for c, f in zip(columns, DEAD_LETTERS, strict=True)], schema=DEAD_LETTERS)
+
+
+def _digest(system: str, text: str) -> bytes:
+    return hashlib.blake2b(f"{system}\0{text}".encode(), digest_size=16).digest()
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    return row["user_id"], row["item_id"], row["timestamp"]
+
+
+def _earlier(work: Work) -> dict[bytes, float]:
+    """What this teacher answered in the shard before, of whatever pairs. The card is not asked: a run that was killed
+    between the file and the card must not pay twice.
+    """
+    path = work.artifact.path(work.shard.file())
+    if work.workspace.entry(path) is None:
+        return {}
+    try:
+        table = work.workspace.read_parquet(path, ["question", "p"])
+    except WorkspaceError:  # damaged: ask again
+        return {}
+    return dict(zip(table["question"].to_pylist(), table["p"].to_pylist(), strict=True))

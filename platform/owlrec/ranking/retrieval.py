@@ -18,17 +18,173 @@ candidate's company changes nothing.
 """
 
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
-from owlrec.encoding.projection import Projection, unit_rows
-from owlrec.errors import SchemaError
-from owlrec.ordered import rows_of
-from owlrec.schema import vector_matrix
+from owlrec.config import Config
+from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.inputs import ItemMetadata, Resources
+from owlrec.encoding.projection import Projection, ProjectionConfig, fit_projection, unit_rows
+from owlrec.encoding.stage import EncodeStage
+from owlrec.encoding.vectors import VectorShards
+from owlrec.errors import EngineError, SchemaError
+from owlrec.generation.models import load_tokenizer, model_identity, resolve_model
+from owlrec.ordered import rows_of, run_starts
+from owlrec.runner import Pool, run_stage
+from owlrec.schema import hash_of, vector_matrix
+from owlrec.shards import Shard, finished_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
+
+# ------------------------------------------------------------------------------------------------------- candidate sets
+# The candidates among which a sample's behaviors are retrieved, so that a ranker is tuned on what it is served.
+#
+# A request asks about several candidates, and behaviors are retrieved once for all of them. A sample is one candidate;
+# those that its request may have held besides are, first, what was logged for its user at the same moment (an
+# impression list, or a positive with its drawn negatives), whose history is the same to the letter, and then items
+# drawn from the catalog in place of what a recall stage would have added. The draw hangs on user and moment alone:
+# samples of one moment share their set however many are drawn, and nothing that the user did later tells what is
+# shown.
+
+
+SET_SIZE = 10  # as many as a cascade asks the LLM about by default
+_DRAWS = 4 * SET_SIZE  # some are drawn twice, some the user has met
+
+
+def with_candidates(samples: pa.Table, logged: pa.Table, catalog: np.ndarray) -> pa.Table:
+    """`samples` with a column `candidates`: list<int64>, at most SET_SIZE different items, ascending, the sample's own
+    among them. Shorter only where the catalog has too few items that the user has not met.
+
+    samples: user_id, item_id, timestamp and history; logged: user_id, item_id and timestamp of at least all samples of
+    these users at these moments, in any order; catalog: int64 [n], all item ids. Of a longer logged list the sample
+    keeps those that come first by a hash of user, moment and item.
+    """
+    user, item, time = (logged[name].to_numpy() for name in ("user_id", "item_id", "timestamp"))
+    rank = hash_of(1, user, time, item)
+    order = np.lexsort((rank, time, user))
+    user, item, time = user[order], item[order], time[order]
+    starts = np.flatnonzero(run_starts(user, time) == np.arange(len(user)))
+    ends = np.r_[starts[1:], len(user)]
+    moment = hash_of(1, user[starts], time[starts])
+    by_hash = np.argsort(moment)
+    keys = hash_of(1, samples["user_id"].to_numpy(), samples["timestamp"].to_numpy())
+    at = by_hash[rows_of(moment[by_hash], keys)]
+    histories = samples["history"].to_pylist()
+    sets = [
+        _candidates(own, item[starts[row] : ends[row]], history or (), catalog, key)
+        for own, row, history, key in zip(samples["item_id"].to_numpy(), at, histories, keys.tolist(), strict=True)
+    ]
+    return samples.append_column("candidates", pa.array(sets, pa.list_(pa.int64())))
+
+
+def _candidates(own: int, logged: np.ndarray, history: Sequence[int], catalog: np.ndarray, seed: int) -> np.ndarray:
+    found = dict.fromkeys([int(own), *logged.tolist()])
+    if len(found) < SET_SIZE:
+        drawn = catalog[np.random.default_rng(seed).integers(0, len(catalog), _DRAWS)].tolist()
+        met = set(history)
+        found |= dict.fromkeys(other for other in drawn if other not in met)
+    return np.sort(list(found)[:SET_SIZE])
+
+
+# ----------------------------------------------------------------------------------------------------------- last layer
+# Item vectors from the ranker's own model: its last layer's states, averaged over an item's text (ReLLa, WWW 2024).
+#
+# ReLLa hooks the last layer while the model generates with a cache, so that its released code averages a single token.
+# Here one forward pass reads the text. A lead-in stands before it and is left out of the mean: a causal model parks
+# its attention on the first token, whose state is huge and says nothing of the text.
+
+
+_LEAD = "An item of a catalogue: "
+_BATCH_TOKENS = 2048  # padded; of one forward pass
+_VERSION = 1  # of what is read and how it is averaged
+
+
+class LastLayerConfig(Config):
+    """model, revision: as of an engine."""
+
+    model: str
+    revision: str | None = None
+    max_tokens: int = Field(128, ge=1)  # of a text: a longer one is cut, since title and attributes come first
+
+    @property
+    def identity(self) -> str:
+        """What the vectors depend on, for fingerprints."""
+        return f"last-layer-{_VERSION}@{self.max_tokens}:{model_identity(self.model, self.revision)}"
+
+    def load(self) -> "LastLayerEncoder":
+        """The encoder. Raises EngineError as it does."""
+        return LastLayerEncoder(self)
+
+
+class LastLayerEncoder:
+    """A loaded model; on a GPU where there is one."""
+
+    def __init__(self, config: LastLayerConfig) -> None:
+        """Raises EngineError where the model cannot be loaded."""
+        import torch
+        from transformers import AutoModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self._config = config
+        self._tokenizer = load_tokenizer(config.model, config.revision)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            folder = resolve_model(config.model)
+            model = AutoModel.from_pretrained(folder, revision=config.revision, dtype=torch.bfloat16)
+        except (OSError, ValueError, KeyError) as error:
+            raise EngineError(
+                f"{config.model} cannot be read for item vectors: {error}. Name a causal LM that transformers loads, "
+                "or set ranking.item_vectors: encoder."
+            ) from None
+        self._model = model.to(self._device).eval()
+
+    def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
+        """Vectors aligned with `texts`: float32 [n, hidden size], of length 1; an empty text gets zeros.
+
+        on_batch: called with how many more texts are done.
+        """
+        lead = self._tokenizer(_LEAD)["input_ids"]
+        tokens = [
+            self._tokenizer(text, add_special_tokens=False)["input_ids"][: self._config.max_tokens]
+            if text.strip()
+            else []
+            for text in texts
+        ]
+        vectors = np.zeros((len(texts), self._model.config.get_text_config().hidden_size), dtype=np.float32)
+        order = [row for row in sorted(range(len(texts)), key=lambda row: -len(tokens[row])) if tokens[row]]
+        while order:
+            at_once = max(1, _BATCH_TOKENS // (len(lead) + len(tokens[order[0]])))
+            rows, order = order[:at_once], order[at_once:]
+            vectors[rows] = self._pooled(lead, [tokens[row] for row in rows])
+            if on_batch:
+                on_batch(len(rows))
+        return vectors
+
+    def _pooled(self, lead: Sequence[int], batch: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 [b, hidden size]. Padding stands on the right, where a causal model's own positions never see it."""
+        import torch
+
+        ids = torch.zeros(len(batch), len(lead) + len(batch[0]), dtype=torch.int64)
+        own = torch.zeros(len(batch), ids.shape[1], 1)
+        for row, tokens in enumerate(batch):
+            ids[row, : len(lead) + len(tokens)] = torch.tensor([*lead, *tokens])
+            own[row, len(lead) : len(lead) + len(tokens)] = 1 / len(tokens)
+        with torch.no_grad():
+            states = self._model(input_ids=ids.to(self._device), use_cache=False).last_hidden_state.float()
+        pooled = (states * own.to(self._device)).sum(dim=1)
+        unit: np.ndarray = torch.nn.functional.normalize(pooled).cpu().numpy()
+        return unit
+
+
+# ------------------------------------------------------------------------------------------------------------ retrieval
+
 
 _PRODUCT_ERROR = 1e-5  # of a float32 cosine at most; 5e-7 was seen with 128 and with 512 dimensions
 _SCORES_AT_ONCE = 1 << 24  # cosines held at a time: 64 MB
@@ -191,3 +347,81 @@ def _in_turns(nearest: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 def _threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list names what nested loops may use
     return int(asked) if asked.strip().isdigit() else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- items
+# The vectors by which behaviors are compared with a candidate: item texts encoded by shard, projected, found by id.
+#
+# ReLLa pools the LLM's own last layer (ranking.item_vectors: llm). A sentence encoder, the default, was trained to
+# tell texts apart, costs a fraction, and stays the same where the ranker's model changes; where `encode` has written
+# the vectors of the same texts, they are read from there.
+
+
+_NAME = "metadata-item"  # as `encode` names the vectors of titles and attributes
+
+
+@dataclass(frozen=True)
+class ItemVectors:
+    """The vectors of all items on disk, and the space in which they are compared."""
+
+    shards: VectorShards
+    projection: Projection
+
+    @classmethod
+    def encoded(
+        cls,
+        workspace: Workspace,
+        encoder: EncoderConfig | LastLayerConfig,
+        projection: ProjectionConfig,
+        pool: Pool | None = None,
+    ) -> "ItemVectors":
+        """Of the workspace's items. encoder: as RankingConfig.item_encoder chooses it.
+
+        A later call encodes the items whose texts have changed since; the projection is fitted once for these items
+        and settings, on a bounded sample.
+        """
+        texts = ItemMetadata()
+        digests = texts.digests(workspace)
+        folder = _of_encode(workspace, encoder) or f"ranking/items-{fingerprint(encoder.identity)[:16]}"
+        if folder.startswith("ranking/"):
+            resources = Resources(workspace, encoder)  # type: ignore[arg-type] # either loads and is named alike
+            stage = EncodeStage(folder, resources, {_NAME: texts})
+            run_stage(workspace, stage, {Shard(_NAME, number): digest for number, digest in digests.items()}, pool)
+        shards = VectorShards(workspace, folder, _NAME)
+        fitted_for = fingerprint(encoder.identity, projection, digests)
+        kept = f"ranking/projections/{fitted_for[:16]}"
+        if not workspace.exists(kept, "projection.json"):
+            _, vectors = shards.sample(projection.fit_items, projection.seed)
+            fit_projection(vectors, projection).save(workspace, kept, fitted_for)
+        return cls(shards, Projection.load(workspace, kept, fitted_for))
+
+    def retriever(self, items: np.ndarray | None = None) -> BehaviourRetriever:
+        """Over some items (int64 [n], any order, repeats allowed), or over all of them for None, in memory."""
+        if items is not None:
+            ids = np.unique(items)
+            vectors, mask = self.shards.gather(ids)
+            return BehaviourRetriever(ids[mask], self.projection.apply(vectors[mask]))
+        all_ids, projected = [np.zeros(0, np.int64)], [np.zeros((0, len(self.projection.directions)), np.float32)]
+        for number in self.shards.numbers:
+            if (shard := self.shards.shard(number)) is not None:
+                all_ids.append(np.array(shard.ids))  # a view would hold the file open
+                projected.append(self.projection.apply(shard.vectors))
+        order = np.argsort(np.concatenate(all_ids), kind="stable")
+        return BehaviourRetriever(np.concatenate(all_ids)[order], np.concatenate(projected)[order])
+
+
+def item_retriever(
+    workspace: Workspace, encoder: EncoderConfig | LastLayerConfig, projection: ProjectionConfig
+) -> BehaviourRetriever:
+    """The retriever over all of the workspace's items; arguments: see ItemVectors.encoded."""
+    return ItemVectors.encoded(workspace, encoder, projection).retriever()
+
+
+def _of_encode(workspace: Workspace, encoder: EncoderConfig | LastLayerConfig) -> str | None:
+    """Where `encode` has put item vectors of this encoder; its card is forgotten when tables are prepared again."""
+    card = finished_stage(workspace, "encode")
+    if card is None or not workspace.exists(card.outputs["vectors"], _NAME):
+        return None
+    shards = VectorShards(workspace, card.outputs["vectors"], _NAME)
+    first = shards.shard(shards.numbers[0])
+    return card.outputs["vectors"] if first is not None and first.encoder == encoder.identity else None

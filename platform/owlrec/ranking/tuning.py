@@ -8,22 +8,267 @@ one position that the loss sees: they would cost more than the layers of a small
 once a step, which gives what one worker would have computed, however unevenly the rows fell.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
-from owlrec.ctr.metrics import auc
-from owlrec.ctr.worker import ALONE, Worker
-from owlrec.errors import EngineError, RecipeError
-from owlrec.ranking.checkpoints import Checkpoint, Progress
-from owlrec.ranking.examples import Examples
+from owlrec.config import Config
+from owlrec.ctr.trainer import ALONE, Worker, metadata_of
+from owlrec.errors import EngineError, RecipeError, WorkspaceError
+from owlrec.evaluation import auc
+from owlrec.generation.models import render_chat
+from owlrec.process import cache_folder
+from owlrec.prompting.ranking import YES
 from owlrec.ranking.experiment import TuningConfig
+from owlrec.ranking.scorer import Answers, find_answers, likely_answers
+from owlrec.storage import Storage
+from owlrec.workspace import Workspace
+
+# ------------------------------------------------------------------------------------------------------------- examples
+# Tuning rows as token ids: prompts that end where the answer begins, and the one token that should follow.
+#
+# The loss sees that token alone. The end of the turn, which every answer shares, would be learnt in a few steps and
+# then halve what Yes and No weigh.
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows to tune on, or to judge by."""
+
+    prompts: list[np.ndarray]  # int32, each of its own length
+    labels: np.ndarray  # bool [n]: whether the answer is Yes
+    answers: Answers  # one token each
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n]: tokens of each prompt."""
+        return np.array([len(prompt) for prompt in self.prompts], dtype=np.int64)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int64 [n]: the token that should follow each prompt."""
+        return np.where(self.labels, self.answers.yes[0], self.answers.no[0])
+
+
+def tokenise(
+    rows: pa.Table, tokenizer: Any, *, max_tokens: int, template_options: Mapping[str, Any] | None = None
+) -> Examples:
+    """The rows (samples.TUNING_ROWS) in the model's chat template.
+
+    Raises EngineError where Yes and No cannot be told by their first token, RecipeError where a prompt is longer than
+    `max_tokens`.
+    """
+    answers = likely_answers(tokenizer, find_answers(tokenizer), template_options=template_options)
+    prompts = []
+    for row in rows.select(["user_id", "item_id", "system", "text"]).to_pylist():
+        ids = render_chat(tokenizer, row["system"], row["text"], template_options)
+        if len(ids) > max_tokens:
+            raise RecipeError(
+                f"ranking.tuning.max_tokens: the prompt of user {row['user_id']} and item {row['item_id']} has "
+                f"{len(ids)} tokens, but {max_tokens} are allowed. Lower ranking.prompt.history_tokens, which drops "
+                "the oldest behaviours, or raise max_tokens."
+            )
+        prompts.append(np.array(ids, dtype=np.int32))
+    labels = np.array([answer == YES for answer in rows["answer"].to_pylist()], dtype=bool)
+    return Examples(prompts, labels, answers)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+# Where a tuning run stands, as one safetensors file: adapter, optimiser, the best adapter so far, and the counts.
+#
+# One file, so that a reader never sees the adapter of one step with the optimiser of another. What else a run depends
+# on follows from its seed and its step (see `tuning`).
+
+
+_VERSION = "1"
+
+
+class Progress(Config):
+    """What has been done so far."""
+
+    step: int = 0
+    losses: tuple[float, ...] = ()  # of each step
+    valid_aucs: tuple[tuple[int, float], ...] = ()  # step, AUC
+    best_auc: float = -1.0
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best
+
+    def after_step(self, loss: float) -> "Progress":
+        """One step later."""
+        return self.model_copy(update={"step": self.step + 1, "losses": (*self.losses, loss)})
+
+    def after_evaluation(self, auc: float) -> "Progress":
+        """With one more AUC of the valid split."""
+        found = {"valid_aucs": (*self.valid_aucs, (self.step, auc))}
+        if auc > self.best_auc:
+            return self.model_copy(update={**found, "best_auc": auc, "best_step": self.step, "stale": 0})
+        return self.model_copy(update={**found, "stale": self.stale + 1})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All tensors by the names of the adapter's weights."""
+
+    progress: Progress
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]]  # AdamW's exp_avg and exp_avg_sq
+    best: Mapping[str, Tensor]
+
+    @classmethod
+    def of(
+        cls, progress: Progress, weights: Mapping[str, Tensor], optimiser: Optimizer, best: Mapping[str, Tensor]
+    ) -> "Checkpoint":
+        """Of a running optimiser."""
+        moments = {
+            kind: {name: optimiser.state[weight][kind] for name, weight in weights.items()}
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
+        return cls(progress, dict(weights), moments, dict(best))
+
+    def restore(self, weights: Mapping[str, Tensor], optimiser: Optimizer) -> None:
+        """Puts weights and moments where they were. Raises WorkspaceError where the adapter has another shape."""
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        if shapes != {name: tuple(weight.shape) for name, weight in self.weights.items()}:
+            raise WorkspaceError(
+                "the checkpoint is of another adapter (other modules, rank or model). Delete it to tune from the start."
+            )
+        for name, weight in weights.items():
+            weight.data.copy_(self.weights[name])
+            state: dict[str, Any] = optimiser.state[weight]
+            state["step"] = weight.new_tensor(float(self.progress.step), device="cpu")
+            for kind, tensors in self.moments.items():
+                state[kind] = tensors[name].to(weight.device, weight.dtype).clone()
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        groups = {"weights": self.weights, "best": self.best, **self.moments}
+        tensors = {f"{group}/{n}": t.detach().cpu().contiguous() for group, of in groups.items() for n, t in of.items()}
+        return save(tensors, {"version": _VERSION, "progress": self.progress.model_dump_json()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Checkpoint":
+        """What `to_bytes` wrote. Raises WorkspaceError where it is damaged or of another version."""
+        try:
+            about = metadata_of(data)
+            if about["version"] != _VERSION:
+                raise ValueError(f"it is of version {about['version']}")
+            groups: dict[str, dict[str, Tensor]] = {g: {} for g in ("weights", "best", "exp_avg", "exp_avg_sq")}
+            for path, tensor in load(data).items():
+                group, _, name = path.partition("/")
+                groups[group][name] = tensor
+            progress = Progress.model_validate_json(about["progress"])
+        except (SafetensorError, ValidationError, KeyError, ValueError) as error:
+            raise WorkspaceError(f"the checkpoint is damaged ({error}). Delete it to tune from the start.") from None
+        moments = {kind: groups[kind] for kind in ("exp_avg", "exp_avg_sq")}
+        return cls(progress, groups["weights"], moments, groups["best"])
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+# A tuned adapter on disk: the folder that peft and vLLM load as it is, and beside their files what it was tuned for.
+#
+#     adapter_config.json, adapter_model.safetensors    as peft writes them
+#     ranker.json                                       model, wording and settings; written last
+#
+# vLLM loads an adapter of whatever model into whatever model of the same shape, and a prompt in another wording scores
+# without complaint; ranker.json is what both are checked against.
+
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class RankerManifest(BaseModel):
+    """What an adapter was tuned for, and how that went."""
+
+    model: str  # its identity (generation.models.model_identity)
+    wording: str  # prompting.rella.rank_fingerprint
+    rank: int
+    progress: Progress
+    sha256: str  # of the weights
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter on a local disk."""
+
+    folder: str
+    manifest: RankerManifest
+
+
+def save_adapter(
+    workspace: Workspace,
+    folder: str,
+    weights: bytes,
+    settings: Mapping[str, Any],
+    *,
+    model: str,
+    wording: str,
+    progress: Progress,
+) -> None:
+    """Writes the folder. weights: a safetensors file; settings: peft's; model, wording: see RankerManifest."""
+    workspace.write_json(f"{folder}/{_FILES[0]}", dict(settings))
+    workspace.write_bytes(f"{folder}/{_FILES[1]}", weights)
+    manifest = RankerManifest(
+        model=model,
+        wording=wording,
+        rank=settings["r"],
+        progress=progress,
+        sha256=hashlib.sha256(weights).hexdigest(),
+    )
+    workspace.write_json(f"{folder}/ranker.json", manifest.model_dump(mode="json"))
+
+
+def open_adapter(workspace: Workspace, folder: str, *, model: str, wording: str) -> Adapter:
+    """What `save_adapter` wrote, on a local disk: copied into OwlRec's cache from an object store.
+
+    Raises WorkspaceError where it is missing or damaged, EngineError where it was tuned for another model or wording.
+    """
+    where = workspace.path(folder)
+    about = workspace.read_json(f"{folder}/ranker.json")
+    weights = workspace.read_bytes(f"{folder}/{_FILES[1]}")
+    try:
+        manifest = RankerManifest.model_validate(about)
+        if manifest.sha256 != hashlib.sha256(weights).hexdigest():
+            raise ValueError("its weights are not those that were written")
+    except ValidationError as error:
+        raise WorkspaceError(f"{where}/ranker.json is damaged ({error.errors()[0]['msg']}). Tune again.") from None
+    except ValueError as error:
+        raise WorkspaceError(f"{where} is damaged: {error}. Delete the folder and tune again.") from None
+    if manifest.model != model:
+        raise EngineError(
+            f"{where} is an adapter of {manifest.model}, but the ranker's model is {model}. Name the model that it was "
+            "tuned for, or tune one for this model."
+        )
+    if manifest.wording != wording:
+        raise EngineError(
+            f"{where} was tuned on prompts of another wording ({manifest.wording[:8]}, not {wording[:8]}). Use the "
+            "ranking.prompt and the scenario that it was tuned with, or tune again."
+        )
+    if workspace.local:
+        return Adapter(where, manifest)
+    local = cache_folder("adapters", manifest.sha256[:16])
+    for name in _FILES:
+        if not (local / name).exists():
+            Storage(local).write_bytes(name, workspace.read_bytes(f"{folder}/{name}"))
+    return Adapter(str(local), manifest)
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+
 
 # With beta2 = 0.999 the second moment of a run of a hundred steps still remembers the first.
 _BETAS = (0.9, 0.99)

@@ -14,28 +14,70 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from owlrec.config import Config
 from owlrec.errors import SourceError
 from owlrec.ordered import rows_of, run_starts
-from owlrec.refresh.config import RefreshConfig
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform, shard_of
 from owlrec.shards import Card, Shard, in_threads
-from owlrec.sources.buckets import MAX_BUCKETS, read_batches, write_buckets
 from owlrec.sources.files import SourceFile, input_files
-from owlrec.sources.ingest import Grouping, bucket_file, grouped
+from owlrec.sources.ingest import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
 from owlrec.sources.outcomes import EVENTS as EVENT_NAMES
 from owlrec.sources.outcomes import PASSED_OVER, Labels, taken
 from owlrec.sources.raw import Fragment, TableName
 from owlrec.sources.tabular import fragments_of, to_milliseconds
-from owlrec.tombstones import read_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, read_tombstones
+
+# --------------------------------------------------------------------------------------------------------------- config
+# The recipe's section `streaming`: where new events come from, when a user's text is renewed, how chains are kept.
+
+
+MS_PER_DAY = 86_400_000
+
+
+class RefreshConfig(Config):
+    """Where the log is and what of it is taken in; whose text is renewed; how long chains of deltas may grow."""
+
+    events: str | None = None  # a folder or a file of Parquet, on any store; None = `events` in the workspace
+    max_lateness_days: float = Field(3.0, ge=0)  # behind the newest event of the log; what is older is refused
+    max_future_s: float = Field(300.0, ge=0)  # clocks differ by minutes; what is later comes from a broken one
+    # create: a user who stands in no table gets a text of their own; an item that stands in none counts as a
+    # behavior, but has neither a title to quote nor a vector.
+    unknown_users: Literal["create", "refuse"] = "refuse"
+    unknown_items: Literal["create", "refuse"] = "refuse"
+
+    freeze_behaviours: int = Field(6, ge=1)  # so many unread ones are read; more than a prompt holds, by several
+    freeze_days: float = Field(7.0, gt=0)  # between the oldest unread behavior and the newest event of all
+    freeze_drift: float = Field(0.6, ge=0, le=2)  # cosine distance between what is unread and what was read
+    freeze_min_behaviours: int = Field(3, ge=1)  # fewer are an accident, not a drift
+    partitions: int = Field(4, ge=1, le=256)  # kept vectors per user, newest first; 256: what a release has room for
+    # Calls about users, one per partition; None: about all that is due. Items are asked about beside them.
+    budget_calls: int | None = Field(None, ge=0)
+
+    compact_after: int | None = Field(24, ge=1)  # deltas on top of a full release; None = never by itself
+    keep_releases: int = Field(3, ge=1)  # of those that were current; none younger than an hour goes
+
+    @property
+    def max_lateness_ms(self) -> int:
+        """max_lateness_days in milliseconds."""
+        return round(self.max_lateness_days * MS_PER_DAY)
+
+    @property
+    def freeze_ms(self) -> int:
+        """freeze_days in milliseconds."""
+        return round(self.freeze_days * MS_PER_DAY)
+
+
+# --------------------------------------------------------------------------------------------------------------- events
+
 
 ITEMS = "items"  # the folder of the log that holds rows of the items table: see refresh.items
 EVENTS = pa.schema([INTERACTIONS.field(name) for name in ("user_id", "item_id", "rating", "timestamp")])

@@ -6,24 +6,22 @@ priorities, and the card counts those by bin, so that the budget is divided with
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.refresh.behaviors import renewed_behaviors
-from owlrec.refresh.budget import DUE, rank_digits
-from owlrec.refresh.config import RefreshConfig
-from owlrec.refresh.drift import Gather, drifts, priorities, sum_vectors
 from owlrec.refresh.events import (
     EVENTS,
     REFUSED,
     Buckets,
     Events,
+    RefreshConfig,
     admit,
     canonical,
     count_errors,
@@ -39,18 +37,183 @@ from owlrec.refresh.partitions import (
     bootstrap,
     due_at,
     known_keys,
+    renewed_behaviors,
     take_in,
     to_table,
     why_due,
 )
-from owlrec.refresh.prompt import RefreshPrompts
-from owlrec.refresh.state import RefreshPlan, State
+from owlrec.refresh.state import RefreshPlan, RefreshPrompts, State
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import HISTORIES, INTERACTIONS, USERS
+from owlrec.shards import Card, Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import taken
 from owlrec.workspace import Workspace
+
+# --------------------------------------------------------------------------------------------------------------- budget
+# What a refresh asks: calls go where drift times activity is greatest, ties to the smaller id.
+#
+# A long backlog takes several calls, one per partition, of which each is worth less than the one before: less is
+# unread by then. So the budget may end in the middle of a backlog, and the rest waits.
+#
+# The choice is a threshold over all shards' candidates, found without bringing them together: shards count theirs by
+# the first digits of their rank, and only the bin in which the budget ends is read, digit by digit, as a radix sort
+# would.
+
+
+# A partition to freeze.
+DUE = pa.schema(
+    [
+        ("user_id", pa.int64()),
+        ("partition", pa.int32()),  # which of the user's, from 0
+        ("end", pa.int32()),  # how much of the short term is read once it is
+        ("reason", pa.string()),
+        ("drift", pa.float32()),
+        ("priority", pa.float64()),
+    ]
+)
+_AT_ONCE = 1 << 20  # candidates that are sorted in memory
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The last partition that is asked about."""
+
+    priority: float
+    user_id: int
+    partition: int
+
+    def admits(self, due: pa.Table) -> np.ndarray:
+        """Which rows of DUE are asked about: bool [n]."""
+        priority, ids, partition = (due[name].to_numpy() for name in ("priority", "user_id", "partition"))
+        earlier = (ids < self.user_id) | ((ids == self.user_id) & (partition <= self.partition))
+        return (priority > self.priority) | ((priority == self.priority) & earlier)
+
+
+EVERYONE = Cut(-1.0, 0, 0)  # priorities are never negative
+NOBODY = Cut(np.inf, 0, 0)
+
+
+def rank_digits(due: pa.Table) -> np.ndarray:
+    """The rank of candidates (DUE) as nine digits of 16 bits: int64 [n, 9], smaller ones first.
+
+    The bits of a float that is not negative ascend as it does: four digits of the priority, inverted, four of the id,
+    one of the partition.
+    """
+    priority = np.abs(due["priority"].to_numpy())  # -0.0 is 0.0
+    keys = [~priority.view(np.uint64), due["user_id"].to_numpy().view(np.uint64) ^ np.uint64(1 << 63)]
+    digits = [key >> np.uint64(shift) & np.uint64(0xFFFF) for key in keys for shift in (48, 32, 16, 0)]
+    return np.stack([*digits, due["partition"].to_numpy().astype(np.uint64)], axis=1).astype(np.int64)
+
+
+def budget_cut(workspace: Workspace, folder: str, cards: Mapping[str, Card], budget: int | None) -> Cut:
+    """Where the budget (None: no end) ends among the candidates of all shards.
+
+    folder, cards: of InterestsStage. Holds a million candidates at most, whatever their number.
+    """
+    if budget == 0:
+        return NOBODY
+    bins = {name: json.loads(str(card.counts["bins"])) for name, card in cards.items() if card.counts["due"]}
+    counts: Counter[int] = Counter()
+    for of_shard in bins.values():
+        counts.update({int(digit): n for digit, n in of_shard.items()})
+    if budget is None or counts.total() <= budget:
+        return EVERYONE
+    prefix: list[int] = []
+    files: list[str] = []
+    left = budget
+    while True:
+        for digit in sorted(counts):
+            if counts[digit] >= left:
+                break
+            left -= counts[digit]
+        prefix.append(digit)
+        if len(prefix) == 1:
+            holders = [Shard.of_name(name) for name, of_shard in bins.items() if str(digit) in of_shard]
+            files = [f"{folder}/due/{shard.file()}" for shard in holders]
+        tables = _with_prefix(workspace, files, prefix)
+        if counts[digit] <= _AT_ONCE:
+            return _last(pa.concat_tables(tables), left)
+        counts = Counter()
+        for table in tables:
+            counts.update(rank_digits(table)[:, len(prefix)].tolist())
+
+
+def _with_prefix(workspace: Workspace, files: list[str], prefix: list[int]) -> Iterator[pa.Table]:
+    """The candidates whose rank begins so."""
+    for file in files:
+        due = workspace.read_parquet(file)
+        yield due.filter(pa.array((rank_digits(due)[:, : len(prefix)] == prefix).all(axis=1)))
+
+
+def _last(due: pa.Table, n: int) -> Cut:
+    """The n-th candidate."""
+    priority, ids, partition = (due[name].to_numpy() for name in ("priority", "user_id", "partition"))
+    row = np.lexsort((partition, ids, -priority))[n - 1]
+    return Cut(float(priority[row]), int(ids[row]), int(partition[row]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- drift
+# How far a user's unread behaviors lie from what they did before, and what a call of the LLM is worth.
+#
+# An interest is two sums of item vectors: of what was liked, weighted by rating, and of what was graded no higher than
+# the scenario's bound. In one sum they would cancel wherever a user likes and dislikes films of one kind. Drift is one
+# minus the cosine between the interest of the short term and that of everything read, the larger one of the two sides.
+# Where neither side can be compared, since one interest has no vectors of it, all is new (1.0): a user who comes to
+# dislike what they liked has drifted.
+
+
+# Vectors of item ids int64 [n]: (float32 [n, d], mask bool [n]); KnowledgeStore.vectors of kind "item" is one.
+Gather = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+_UNKNOWN = 1.0
+
+
+def sum_vectors(
+    items: np.ndarray, ratings: np.ndarray, lengths: np.ndarray, gather: Gather, liked_above: float
+) -> np.ndarray:
+    """The interest of each list: float32 [m, 2, d], the weighted sum of what was liked, then that of what was not.
+
+    items, ratings: int64 and float [n], all lists one after another; lengths: int [m]. What was liked has a rating
+    above `liked_above`, by which it is weighted, or none (NaN) and weight 1; what was not has weight 1. An item without
+    a finite vector has weight 0.
+    """
+    ids, place = np.unique(items, return_inverse=True)
+    vectors, known = gather(ids)
+    known = known & np.isfinite(vectors).all(axis=1)
+    disliked = ratings <= liked_above  # False for NaN
+    weights = np.where(np.isnan(ratings) | disliked, 1.0, np.maximum(ratings, 0.0)).astype(np.float32)
+    weights *= known[place]
+    sums = np.zeros((len(lengths), 2, vectors.shape[1]), dtype=np.float32)
+    bounds = np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    for row, (start, end) in enumerate(pairwise(bounds)):  # bounds what is in memory at once
+        used = start + np.flatnonzero(weights[start:end])
+        for side in (0, 1):
+            mine = used[disliked[used] == bool(side)]
+            sums[row, side] = (weights[mine, None] * vectors[place[mine]]).sum(axis=0)
+    return sums
+
+
+def drifts(unread: np.ndarray, read: np.ndarray) -> np.ndarray:
+    """Of each pair of interests 1 - cosine of the side that differs more: float64 [n] in [0, 2].
+
+    unread, read: float [n, 2, d]. A side that has no length in either is left out; 1.0 where both are.
+    """
+    unread, read = unread.astype(np.float64), read.astype(np.float64)
+    lengths = np.linalg.norm(unread, axis=2) * np.linalg.norm(read, axis=2)
+    comparable = lengths > 0
+    cosine = (unread * read).sum(axis=2) / np.where(comparable, lengths, 1.0)
+    of_sides = np.where(comparable, 1.0 - np.clip(cosine, -1.0, 1.0), -1.0)
+    return np.where(comparable.any(axis=1), of_sides.max(axis=1), _UNKNOWN)
+
+
+def priorities(drift: np.ndarray, n_unread: np.ndarray) -> np.ndarray:
+    """What a call about each user is worth: drift times activity, log(1 + unread behaviors)."""
+    return drift * np.log1p(n_unread)
+
+
+# ------------------------------------------------------------------------------------------------------------ interests
+
 
 _SCHEMAS = {"users": USERS, "interactions": INTERACTIONS, "histories": HISTORIES}
 

@@ -25,10 +25,9 @@ from owlrec.runner import Result, Stage, Work
 from owlrec.scenario import Scenario
 from owlrec.schema import DEAD_LETTERS, MILLISECONDS, missing_column, shard_of
 from owlrec.shards import Artifact, Card, Shard
-from owlrec.sources.buckets import MAX_BUCKETS, read_batches, write_buckets
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.files import SourceFile
-from owlrec.sources.ingest import Grouping, bucket_file, grouped
+from owlrec.sources.ingest import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
 from owlrec.sources.raw import Fragment, entities_piece
 from owlrec.sources.tabular import to_milliseconds
 from owlrec.workspace import ITEM_UPDATES, Workspace, as_texts, shard_file, table_file

@@ -16,15 +16,11 @@ from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import ReleaseError
 from owlrec.prompting.framework import FrameworkName
 from owlrec.prompting.rows import Prompt, prompts_table
-from owlrec.refresh.budget import Cut, budget_cut
-from owlrec.refresh.config import RefreshConfig
-from owlrec.refresh.drift import sum_vectors
-from owlrec.refresh.events import Buckets, Log, ReadEvents, event_groups
-from owlrec.refresh.interests import InterestsStage, Resources, short_columns
+from owlrec.refresh.events import Buckets, Log, ReadEvents, RefreshConfig, event_groups
+from owlrec.refresh.interests import Cut, InterestsStage, Resources, budget_cut, short_columns, sum_vectors
 from owlrec.refresh.items import ItemBuckets, ItemsStage, ReadItems, item_groups, unwritten_shards
 from owlrec.refresh.partitions import UserState, next_as_of
-from owlrec.refresh.prompt import RefreshPrompts
-from owlrec.refresh.state import ROOT, RefreshPlan, ShardState, State, write_plan
+from owlrec.refresh.state import REFRESH_FOLDER, RefreshPlan, RefreshPrompts, ShardState, State, write_plan
 from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain
 from owlrec.releases.release import pointer_history
 from owlrec.runner import Result, Stage, Work
@@ -32,8 +28,7 @@ from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.sources.outcomes import Labels
 from owlrec.sources.raw import Fragment
 from owlrec.storage import FileEntry, fingerprint
-from owlrec.tombstones import read_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, read_tombstones
 
 # What the freezing of a partition needs once its answer is there.
 PARTITIONS = pa.schema(
@@ -89,7 +84,7 @@ class Planner:
         listed = {name: (file.bytes, file.e_tag) for name, file in items.files.items()}
         admitted_by = fingerprint(prepared.fingerprint, config.unknown_users, config.unknown_items, listed)
         retried = base.retried_shards(admitted_by, now + self._future_ms)
-        restart = workspace.path(ROOT)
+        restart = workspace.path(REFRESH_FOLDER)
         if not log.unread and not retried and not items.unread:
             if base.watermark is not None or not items.files:
                 log.check_watermark(None, base.watermark, restart)
@@ -103,7 +98,7 @@ class Planner:
             admitted_by,
             self.recipe,
         )
-        folder = f"{ROOT}/{made_from[:16]}"
+        folder = f"{REFRESH_FOLDER}/{made_from[:16]}"
         horizon = None if base.watermark is None else base.watermark - config.max_lateness_ms
         grouping = event_groups(fragments, base.n_shards)
         known = {f.path: base.log[n].rows for n, f in log.unread.items() if n in base.log}
@@ -348,7 +343,7 @@ def parent_release(workspace: Workspace, after: str | None, encoder: EncoderConf
         raise ReleaseError(
             f"the current release {current} does not come after {after}, which the refreshes go on from: it was "
             f"rolled back. Make that one current again (`owlrec rollback --to {after}`); or, to go on from {current}, "
-            f"delete {workspace.path(ROOT)}: the refresh then reads the whole log again."
+            f"delete {workspace.path(REFRESH_FOLDER)}: the refresh then reads the whole log again."
         )
     manifest = chain(workspace, current)[0]
     if manifest.encoder != encoder.model or manifest.encoder_identity not in ("", encoder.identity):

@@ -16,22 +16,115 @@ on from there; until the pointer has moved, nothing else has changed but release
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from owlrec.errors import WorkspaceError
-from owlrec.pointer import Pointer
+from owlrec.generation import EngineConfig, token_counter
+from owlrec.prompting.framework import first_tokens, in_budget, quoted_behaviour, scenario_words
+from owlrec.prompting.rows import EARLIER
 from owlrec.refresh.events import REFUSED, LogFile
 from owlrec.refresh.partitions import UserState, from_table
+from owlrec.scenario import Scenario
 from owlrec.schema import shard_of
 from owlrec.shards import Card, Shard, in_threads
-from owlrec.tombstones import read_tombstones
-from owlrec.workspace import ITEM_UPDATES, Workspace
+from owlrec.storage import Pointer, fingerprint
+from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones
 
-ROOT = "refresh"
+# --------------------------------------------------------------------------------------------------------------- prompt
+# LIBER's cascading prompts (arXiv 2411.14713): what the LLM wrote of a user before, and what the user did since.
+#
+# From the paper: a long history is read one partition at a time, each beside the text of those before it, so that a
+# prompt stays short however long the history is. Ours: the wording and the budgets. A partition is as long as the
+# history of any other prompt; the earlier text is quoted as far as the engine's context allows, which is nearly always
+# whole. It stands in quotes, because the quality gate counts nothing quoted as an echo, and it opens the facts too, so
+# that a fallback forgets nothing. No profile is quoted: the earlier text speaks of it.
+
+
+_SYSTEM = "You keep a brief summary of a user's preferences on {items}, with reasons."
+_NEXT = (
+    'Summary so far: "{earlier}"\n'
+    "Since then the user {consumed}, oldest first: {behaviors}.\n"
+    "Write the summary anew: what still holds, what is new, and why."
+)
+_FIRST = (
+    "The user {consumed} these {items}, oldest first: {behaviors}.\n"
+    "Summarise the user's preferences on {items}, considering {factors}."
+)
+_CHAT_TOKENS = 64  # what a chat template adds, and more
+
+Behaviors = Sequence[tuple[str, float | None]]  # (title, rating), oldest first, all with a title
+
+
+@dataclass(frozen=True)
+class RefreshPrompts:
+    """How a refresh asks: the wording, and what of it fits the model."""
+
+    scenario: Scenario
+    engine: EngineConfig
+    history_tokens: int  # of the behaviors that a prompt quotes: prompts.history_tokens
+    answer_tokens: int  # sampling.max_tokens
+
+    def __reduce__(self) -> tuple[type["RefreshPrompts"], tuple[Scenario, EngineConfig, int, int]]:
+        return RefreshPrompts, (self.scenario, self.engine, self.history_tokens, self.answer_tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that shapes a prompt besides its user."""
+        budgets = (self.history_tokens, self.answer_tokens, self.engine.max_model_len)
+        return fingerprint(*budgets, self.scenario, _SYSTEM, _NEXT, _FIRST)
+
+    @cached_property
+    def count_tokens(self) -> Callable[[str], int]:
+        """As the engine would. Remembers, since most titles stand in many histories."""
+        return lru_cache(maxsize=1 << 16)(token_counter(self.engine))
+
+    @cached_property
+    def system(self) -> str:
+        """The system turn that all prompts of a scenario share."""
+        return _SYSTEM.format(items=self.scenario.items)
+
+    def ends(self, behaviors: Behaviors) -> list[int]:
+        """Where to part behaviors so that each partition fits a prompt; a longer one is a partition of its own."""
+        return in_budget(self._quoted(behaviors), self.history_tokens, self.count_tokens)
+
+    def after_text(self, earlier: str, behaviors: Behaviors) -> tuple[str, str]:
+        """The prompt about one partition, and the same facts as sentences of their own.
+
+        earlier: what the LLM wrote of the user before, "" for nothing.
+        """
+        text, facts, room = self.after_answer(behaviors)
+        if earlier := first_tokens(earlier, room, self.count_tokens):
+            return text.replace(EARLIER, earlier), facts.replace(EARLIER, earlier)
+        behaved = "; ".join(self._quoted(behaviors))
+        words = scenario_words(self.scenario, self.scenario.user_factors)
+        return _FIRST.format(**words, behaviors=behaved), f"The user {self._facts(behaved)}"
+
+    def after_answer(self, behaviors: Behaviors) -> tuple[str, str, int]:
+        """The same with EARLIER in the place of the earlier text, and how many tokens may take it."""
+        behaved = "; ".join(self._quoted(behaviors))
+        words = scenario_words(self.scenario, self.scenario.user_factors)
+        text = _NEXT.format(**words, earlier=EARLIER, behaviors=behaved)
+        taken = self.count_tokens(self.system) + self.count_tokens(text) + self.answer_tokens + _CHAT_TOKENS
+        facts = f"{EARLIER} Since then the user {self._facts(behaved)}"
+        return text, facts, max(1, self.engine.max_model_len - taken)  # too little is the engine's error to tell
+
+    def _quoted(self, behaviors: Behaviors) -> list[str]:
+        return [quoted_behaviour(self.scenario, title, rating) for title, rating in behaviors]
+
+    def _facts(self, behaved: str) -> str:
+        return f"{self.scenario.consumed} these {self.scenario.items}: {behaved}."
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+REFRESH_FOLDER = "refresh"
 CLAIM = "claims/refresh/CURRENT"
 DELTA = Shard("delta", 0)
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -75,12 +168,12 @@ class State(BaseModel):
     @property
     def prompts(self) -> str:
         """The folder of its prompts (schema.PROMPTS), by shard of users."""
-        return f"{ROOT}/{self.name}/prompts/user"
+        return f"{REFRESH_FOLDER}/{self.name}/prompts/user"
 
     @property
     def partitions(self) -> str:
         """The folder of the partitions that it froze (plan.PARTITIONS), by shard of users."""
-        return f"{ROOT}/{self.name}/prompts/partitions/user"
+        return f"{REFRESH_FOLDER}/{self.name}/prompts/partitions/user"
 
     def split(self, n_shards: int) -> "State":
         """The same for more shards: each reads the file of the one that it was split from."""
@@ -152,7 +245,7 @@ class RefreshPlan(BaseModel):
     @property
     def folder(self) -> str:
         """Its folder, relative to the workspace."""
-        return f"{ROOT}/{self.name}"
+        return f"{REFRESH_FOLDER}/{self.name}"
 
     def part(self, artifact: str) -> str:
         """The folder of one of its artifacts, relative to the workspace."""
@@ -166,19 +259,23 @@ class RefreshPlan(BaseModel):
 
 def pointer(workspace: Workspace) -> Pointer:
     """What names the last refresh."""
-    return Pointer(workspace, f"{ROOT}/CURRENT")
+    return Pointer(workspace, f"{REFRESH_FOLDER}/CURRENT")
 
 
 def read_state(workspace: Workspace) -> State:
     """What is known after the last refresh, by the workspace's shards."""
     name = pointer(workspace).current
     n_shards = workspace.n_shards("user")
-    return _read(workspace, f"{ROOT}/{name}/state.json", State).split(n_shards) if name else State(n_shards=n_shards)
+    return (
+        _read(workspace, f"{REFRESH_FOLDER}/{name}/state.json", State).split(n_shards)
+        if name
+        else State(n_shards=n_shards)
+    )
 
 
 def write_state(workspace: Workspace, state: State, base: str) -> None:
     """Ends a refresh: writes its state, then moves the pointer. Raises PointerMoved where another refresh moved it."""
-    workspace.write_json(f"{ROOT}/{state.name}/state.json", state.model_dump(exclude_defaults=True))
+    workspace.write_json(f"{REFRESH_FOLDER}/{state.name}/state.json", state.model_dump(exclude_defaults=True))
     pointer(workspace).move(state.name, expected=base or None)
 
 
@@ -189,8 +286,10 @@ def write_plan(workspace: Workspace, plan: RefreshPlan) -> None:
 
 def unfinished_plans(workspace: Workspace, base: str) -> list[RefreshPlan]:
     """The plans of refreshes that go on from a state and have not ended."""
-    names = [n for n in workspace.names(ROOT) if n != base and workspace.exists(ROOT, n, "plan.json")]
-    plans = [_read(workspace, f"{ROOT}/{name}/plan.json", RefreshPlan) for name in names]
+    names = [
+        n for n in workspace.names(REFRESH_FOLDER) if n != base and workspace.exists(REFRESH_FOLDER, n, "plan.json")
+    ]
+    plans = [_read(workspace, f"{REFRESH_FOLDER}/{name}/plan.json", RefreshPlan) for name in names]
     return [plan for plan in plans if plan.base == base]
 
 
@@ -198,14 +297,14 @@ def sweep(workspace: Workspace, state: State) -> None:
     """Removes what earlier refreshes left, but for the files that the state names, and dead letters."""
     needed = {file for shard in state.shards.values() for file in (shard.file, shard.deferred)}
     files: dict[str, list[str]] = {}
-    for path in workspace.entries(ROOT):
+    for path in workspace.entries(REFRESH_FOLDER):
         name, below, _ = path.partition("/")
         if below and name != state.name and not path.startswith(f"{ITEM_UPDATES.rpartition('/')[2]}/"):
-            files.setdefault(name, []).append(f"{ROOT}/{path}")
+            files.setdefault(name, []).append(f"{REFRESH_FOLDER}/{path}")
     for name, paths in files.items():
         passed = [path for path in paths if path not in needed and "dead" not in path.split("/")]
         if len(passed) == len(paths):
-            workspace.delete_dir(ROOT, name)
+            workspace.delete_dir(REFRESH_FOLDER, name)
             continue
         in_threads(workspace.delete_file, passed)
 
@@ -218,7 +317,7 @@ def delta_card(plan: RefreshPlan, outputs: dict[str, str], user_shards: Sequence
 
 def dead_files(workspace: Workspace) -> list[str]:
     """The files of the events that refreshes refused (schema.DEAD_LETTERS)."""
-    return [f"{ROOT}/{path}" for path in workspace.entries(ROOT) if "dead" in path.split("/")]
+    return [f"{REFRESH_FOLDER}/{path}" for path in workspace.entries(REFRESH_FOLDER) if "dead" in path.split("/")]
 
 
 def _read(workspace: Workspace, path: str, model: type[_Model]) -> _Model:
@@ -227,5 +326,6 @@ def _read(workspace: Workspace, path: str, model: type[_Model]) -> _Model:
     except ValidationError as error:
         raise WorkspaceError(
             f"{workspace.path(path)} was not written by this owlrec ({error.error_count()} mistakes). Delete "
-            f"{workspace.path(ROOT)} to begin the refreshes again: all events are read once more, no text is lost."
+            f"{workspace.path(REFRESH_FOLDER)} to begin the refreshes again: all events are read once more, no text is "
+            "lost."
         ) from None

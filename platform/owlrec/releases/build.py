@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.cohorts.memberships import memberships
+from owlrec.cohorts.model import memberships
 from owlrec.config import Config
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import OwlRecError, ReleaseError, SchemaError
@@ -41,8 +41,7 @@ from owlrec.schema import Kind, newest, shard_of
 from owlrec.shards import Card, Shard
 from owlrec.sources.splits import last_behaviors
 from owlrec.storage import FileEntry, fingerprint
-from owlrec.tombstones import read_tombstones
-from owlrec.workspace import Workspace, shard_file, shards_for
+from owlrec.workspace import Workspace, read_tombstones, shard_file, shards_for
 
 PART_IDS = 131_072  # ids of a kind in a part at most: some 150 MB, which a worker builds in seconds
 _READERS = 8  # threads that read shards: on an object store each waits for its answer most of the time

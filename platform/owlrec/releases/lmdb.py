@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.encoding.coded_vectors import codes_of
-from owlrec.encoding.packed_codes import pack_codes
+from owlrec.encoding.semantic_ids import pack_codes
+from owlrec.encoding.vectors import codes_of
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
 from owlrec.node_cache import CachedFile
 from owlrec.releases.manifest import SemanticIdEntry
@@ -41,7 +41,7 @@ from owlrec.releases.rows import (
     speaking,
 )
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, conform, shard_of
-from owlrec.tombstones import Tombstones
+from owlrec.workspace import Tombstones
 
 _TRANSACTION_ROWS = 20_000  # bounds the dirty pages LMDB holds in memory: about 20 MB of texts
 _READ_ROWS = 1000  # about 1 MB of texts

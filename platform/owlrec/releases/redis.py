@@ -24,12 +24,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from owlrec.errors import ReleaseError, StoreUnavailableError
-from owlrec.releases.interface import ChainedStore
 from owlrec.releases.manifest import ReleaseManifest, chain
 from owlrec.releases.release import Release, current_release, open_part, read_part_ids
-from owlrec.releases.rows import DATABASES, LAST_PARTITION, RowStore, encode_keys, speaking
-from owlrec.tombstones import Tombstones, read_tombstones
-from owlrec.workspace import Workspace
+from owlrec.releases.rows import DATABASES, LAST_PARTITION, ChainedStore, RowStore, encode_keys, speaking
+from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
 NAMESPACE = "owlrec"
 _HISTORY = 100  # swaps remembered

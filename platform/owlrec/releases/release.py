@@ -19,12 +19,10 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from owlrec.config import Registry
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import OwlRecError, ReleaseError, did_you_mean
 from owlrec.node_cache import NodeCache
-from owlrec.pointer import Pointer, PointerMoved
-from owlrec.registry import Registry
-from owlrec.releases.interface import ChainedStore, KnowledgeStore, TombstonedStore
 from owlrec.releases.lmdb import LmdbFile, LmdbStore, warm
 from owlrec.releases.manifest import (
     MANIFEST,
@@ -35,10 +33,9 @@ from owlrec.releases.manifest import (
     part_file,
     quantiser_folder,
 )
-from owlrec.releases.rows import DATABASES, KEY_ORDER
-from owlrec.storage import FileEntry
-from owlrec.tombstones import Tombstones, read_tombstones
-from owlrec.workspace import Workspace
+from owlrec.releases.rows import DATABASES, KEY_ORDER, ChainedStore, KnowledgeStore, TombstonedStore
+from owlrec.storage import FileEntry, Pointer, PointerMoved
+from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
 _TRIES = 10  # to open what is current: each fails only where the pointer moved and the old release went meanwhile
 _AT_ONCE = 8  # parts that are fetched, or hashed, at a time; each is fetched by a dozen ranged reads

@@ -36,8 +36,7 @@ from owlrec.runner import Pool
 from owlrec.schema import Kind, shard_of
 from owlrec.shards import Artifact, Card
 from owlrec.storage import fingerprint
-from owlrec.tombstones import read_tombstones
-from owlrec.workspace import Workspace, shards_for
+from owlrec.workspace import Workspace, read_tombstones, shards_for
 
 _ROWS_AT_ONCE = 20_000  # about 20 MB of texts
 _ABANDONED_AFTER_S = 24 * 3600.0  # a build finishes a part every few minutes

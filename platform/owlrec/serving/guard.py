@@ -6,12 +6,14 @@ replica counts for itself; Serve's own queue limit, before it, refuses what does
 
 import asyncio
 import base64
+import json
 import logging
 import re
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,15 +22,63 @@ from owlrec.config import Config
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.problems import MEDIA_TYPE, Problem, problem_bytes
 from owlrec.serving.schemas import REQUEST_ID_HEADER
-from owlrec.serving.telemetry import NoTelemetry, Telemetry, log_request
+
+# ------------------------------------------------------------------------------------------------------------ telemetry
+# What an application says about itself while it serves: one line of log a request, and numbers for Prometheus.
+#
+# Neither holds what was asked about or answered: a request is logged under its route, never under its path or body.
+
+
+_log = logging.getLogger("owlrec.serving.access")
+
+
+class Telemetry(Protocol):
+    """Where numbers go."""
+
+    def count(self, name: str, n: float = 1, tags: Mapping[str, str] | None = None) -> None:
+        """Adds to a counter."""
+
+    def time(self, stage: str, seconds: float) -> None:
+        """How long a stage of one request took."""
+
+    def gauge(self, name: str, value: float) -> None:
+        """What something stands at."""
+
+
+class NoTelemetry:
+    """Numbers go nowhere."""
+
+    def count(self, name: str, n: float = 1, tags: Mapping[str, str] | None = None) -> None:
+        """See Telemetry.count."""
+
+    def time(self, stage: str, seconds: float) -> None:
+        """See Telemetry.time."""
+
+    def gauge(self, name: str, value: float) -> None:
+        """See Telemetry.gauge."""
+
+
+def log_request(*, request_id: str, key: str, method: str, route: str, status: int, seconds: float) -> None:
+    """One JSON line. route: the template of the path. key: the name of the API key, never the key."""
+    line = {
+        "request_id": request_id,
+        "key": key,
+        "method": method,
+        "route": route,
+        "status": status,
+        "ms": round(seconds * 1e3, 2),
+    }
+    _log.info(json.dumps(line))
+
+
+# ---------------------------------------------------------------------------------------------------------------- guard
+
 
 OPEN_PATHS = ("/healthz", "/readyz")  # what a load balancer asks, without a key
 TOO_MANY = "too many requests at once; try again"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOOPBACK_NAMES = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 _METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
-
-_log = logging.getLogger("owlrec.serving")
 
 
 class Limits(Config):
@@ -215,3 +265,68 @@ def check_binding(host: str | None, keys: KeyRing) -> str | None:
         f"the HTTP server listens on {host}, beyond this machine, but no API key is asked for. Make one with `owlrec "
         f"keys NAME >> keys.txt` and name the file (keys_file=keys.txt), or listen on 127.0.0.1."
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------- gate
+# Refuses what a server process cannot take on before anything else is done for it.
+#
+# Beyond its capacity a server pays for every request that it refuses with one that it could have answered. So the gate
+# stands before routing, keys, logs and limits, and refuses with bytes that were written once, over a connection that
+# stays open. What passes it meets the guard (owlrec.serving.guard).
+
+
+_ALWAYS = (*OPEN_PATHS, "/-/healthz", "/-/routes")  # full is not dead
+
+
+class Gate:
+    """Of one process. Open until it is narrowed."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self._limit: int | None = None
+        self._on_refusal: Callable[[], None] | None = None
+        self._messages: tuple[dict[str, object], dict[str, object]] | None = None
+
+    def narrow(self, limit: int, retry_after_s: int, on_refusal: Callable[[], None] | None = None) -> None:
+        """Lets `limit` requests in at once from now on. on_refusal: called for each that is refused."""
+        body = problem_bytes(503, TOO_MANY)
+        headers = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), "retry-after": str(retry_after_s)}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self._messages = (
+            {"type": "http.response.start", "status": 503, "headers": raw},
+            {"type": "http.response.body", "body": body},
+        )
+        self._limit, self._on_refusal = limit, on_refusal
+
+    def refusal(self, scope: Scope) -> tuple[dict[str, object], dict[str, object]] | None:
+        """The messages that refuse a request; None for one that may come in."""
+        if self._limit is None or self.inside < self._limit or scope["path"].endswith(_ALWAYS):
+            return None
+        if self._on_refusal:
+            self._on_refusal()
+        return self._messages
+
+
+class GateMiddleware:
+    """The gate as an ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+        self._app = app
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request, or refuses it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        gate = self._gate
+        refusal = gate.refusal(scope)
+        if refusal:
+            for message in refusal:
+                await send(message)
+            return
+        gate.inside += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            gate.inside -= 1

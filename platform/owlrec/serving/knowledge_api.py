@@ -16,14 +16,19 @@ from pydantic import Field
 from starlette.responses import Response
 
 from owlrec.config import Config
-from owlrec.releases.interface import Knowledge
 from owlrec.releases.release import Release
-from owlrec.serving.following_app import following_app
-from owlrec.serving.guard import Guard, Limits
+from owlrec.releases.rows import Knowledge
+from owlrec.serving.guard import Guard, Limits, NoTelemetry, Telemetry
 from owlrec.serving.keys import KeyRing
-from owlrec.serving.openapi import BYTES, PROBLEMS, PROBLEMS_OF_ONE, complete_document
-from owlrec.serving.problems import Problem
-from owlrec.serving.readiness import Stopping, never_stopping
+from owlrec.serving.problems import (
+    BYTES,
+    PROBLEMS,
+    PROBLEMS_OF_ONE,
+    Problem,
+    Stopping,
+    complete_document,
+    never_stopping,
+)
 from owlrec.serving.schemas import (
     BYTES_TYPE,
     DEFAULT_FIELDS,
@@ -41,10 +46,8 @@ from owlrec.serving.schemas import (
     SingleAnswer,
     What,
 )
-from owlrec.serving.served import ServedReleases
-from owlrec.serving.similar import SimilarEntities
-from owlrec.serving.telemetry import NoTelemetry, Telemetry
-from owlrec.serving.vector_text import vectors_as_bytes, vectors_as_json
+from owlrec.serving.served import ServedReleases, following_app
+from owlrec.serving.similar import SimilarEntities, vectors_as_bytes, vectors_as_json
 
 _T = TypeVar("_T")
 

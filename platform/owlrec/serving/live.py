@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from owlrec.ctr.live import FieldCache, LiveState
-from owlrec.ctr.scoring import Artifact, User
-from owlrec.releases.interface import ChainedStore
+from owlrec.ctr.scoring import Artifact, FieldCache, LiveState, User
 from owlrec.releases.lmdb import LmdbStore
 from owlrec.releases.release import Release, ReleaseSource
+from owlrec.releases.rows import ChainedStore
 from owlrec.serving.served import ServedReleases
 
 

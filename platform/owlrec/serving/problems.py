@@ -5,17 +5,18 @@ What clients sent and what went wrong inside stay out of the answers: a message 
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from owlrec.errors import OwlRecError, StoreUnavailableError
-from owlrec.serving.schemas import FieldError, ProblemDocument
+from owlrec.serving.schemas import BYTES_TYPE, FieldError, Health, ProblemDocument
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -83,3 +84,75 @@ def _field_error(error: Any) -> FieldError:
     for part in parts:
         field += f"[{part}]" if isinstance(part, int) else f".{str(part)[:60]}" if field else str(part)[:60]
     return FieldError(field=field or str(where), message=error["msg"].removeprefix("Value error, "))
+
+
+# -------------------------------------------------------------------------------------------------------------- openapi
+# What the OpenAPI documents of all applications say alike: the errors, and how to come in.
+
+
+_PROBLEM = "#/components/schemas/ProblemDocument"
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ProblemDocument, "description": about}
+    for status, about in {
+        400: "the request cannot be read",
+        401: "no valid API key",
+        403: "not a request of this machine, where no key is asked for",
+        413: "the body is too large",
+        422: "a field is wrong; the message names it",
+        503: "overloaded, or what it needs is not at hand: try again",
+        504: "not answered in time",
+    }.items()
+}
+PROBLEMS_OF_ONE: dict[int | str, dict[str, Any]] = {
+    **PROBLEMS,
+    404: {"model": ProblemDocument, "description": "nothing is known of this id"},
+}
+
+
+BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {BYTES_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+def complete_document(app: FastAPI, *, keys: bool) -> None:
+    """Makes the document of `app` say of what type errors are and, with `keys`, that requests need one."""
+
+    def document() -> dict[str, Any]:
+        if not app.openapi_schema:
+            made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            for operation in (o for path in made["paths"].values() for o in path.values()):
+                for response in operation["responses"].values():
+                    content = response.get("content", {})
+                    if _PROBLEM in str(content.get("application/json")):  # FastAPI knows one type for all models
+                        content[MEDIA_TYPE] = content.pop("application/json")
+            if keys:
+                made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                made["security"] = [{"key": []}]
+            app.openapi_schema = made
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+# ------------------------------------------------------------------------------------------------------------ readiness
+# What /readyz answers: the truth, for load balancers to go by.
+
+
+Stopping = Callable[[], bool]  # whether this process was asked to stop
+
+
+def never_stopping() -> bool:
+    """Of a process that nobody asks."""
+    return False
+
+
+def readiness(
+    problem: str | None, stopping: Stopping, *, release: str | None = None, note: str | None = None
+) -> Response:
+    """200, or 503 with what keeps it from answering. A process that was asked to stop finishes what it has and is not
+    ready from then on, so that nothing new is sent to it. note: what is wrong though requests are answered.
+    """
+    problem = "stopping" if stopping() else problem
+    health = Health(status="not ready" if problem else "ready", release=release, problem=problem or note)
+    return Response(health.model_dump_json(), 503 if problem else 200, media_type="application/json")

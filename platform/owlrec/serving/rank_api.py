@@ -1,19 +1,199 @@
 """Ranking over HTTP: an ASGI application around a cascade."""
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 from fastapi import FastAPI
+from pydantic import Field
 from starlette.responses import Response
 
 from owlrec import __version__
-from owlrec.serving.guard import Guard, Limits
+from owlrec.config import Config
+from owlrec.evaluation import IsotonicScaling, PlattScaling, load_calibration
+from owlrec.ranking.tuning import open_adapter
+from owlrec.serving.guard import Guard, Limits, NoTelemetry, Telemetry
 from owlrec.serving.keys import KeyRing
-from owlrec.serving.openapi import PROBLEMS, complete_document
-from owlrec.serving.problems import install_problem_handlers
-from owlrec.serving.ranking import Cascade
-from owlrec.serving.readiness import Stopping, never_stopping, readiness
-from owlrec.serving.schemas import Health, Rank, RankAnswer
-from owlrec.serving.telemetry import Telemetry
+from owlrec.serving.problems import (
+    PROBLEMS,
+    Problem,
+    Stopping,
+    complete_document,
+    install_problem_handlers,
+    never_stopping,
+    readiness,
+)
+from owlrec.serving.schemas import Health, Rank, RankAnswer, Ranked, Why
+from owlrec.workspace import Workspace
+
+# -------------------------------------------------------------------------------------------------------------- rankers
+# Which ranker is in force: an adapter or the model as it is, and the map that makes its scores probabilities.
+#
+# `owlrec tune-ranker` fits a calibration for each way of asking and leaves it beside the adapter, where it is found
+# without being named. A score that it was not fitted for would come out wrong but plausible, so the way of asking is
+# part of the file's name.
+
+
+_log = logging.getLogger("owlrec.serving")
+
+
+class RankerChoice(Config):
+    """What is put in force; paths are relative to the workspace."""
+
+    adapter: str | None = None  # a folder that `owlrec tune-ranker` wrote; None = the model as it is
+    calibration: str | None = Field(None, min_length=1)  # a file; None = the adapter's own, where it has one
+
+
+@dataclass(frozen=True)
+class RankerInForce:
+    """A checked choice."""
+
+    adapter: str | None  # a local folder
+    calibration: PlattScaling | IsotonicScaling | None
+
+    def probabilities(self, scores: np.ndarray) -> list[float]:
+        """Scores of Yes as probabilities, calibrated where there is a calibration. scores: [n]; nan stays nan."""
+        if self.calibration is None:
+            return [float(score) for score in scores]
+        known = ~np.isnan(scores)
+        found = np.full(len(scores), np.nan)
+        found[known] = self.calibration.apply(scores[known])
+        return found.tolist()
+
+
+def open_ranker(
+    workspace: Workspace, choice: Mapping[str, str | None], *, model: str, wording: str, shown: str
+) -> RankerInForce:
+    """Opens a RankerChoice. model, wording: that the adapter must be of (see open_adapter); shown: how behaviours are
+    shown in questions.
+
+    Raises WorkspaceError for what is missing or damaged, EngineError for an adapter of another model or wording.
+    """
+    asked = RankerChoice.model_validate(choice)
+    adapter, file = None, asked.calibration
+    if asked.adapter is not None:
+        adapter = open_adapter(workspace, asked.adapter, model=model, wording=wording).folder
+        beside = f"{asked.adapter.rstrip('/').rpartition('/')[0]}/calibration-tuned-{shown}.json"
+        if file is None and workspace.exists(beside):
+            file = beside
+    calibration = load_calibration(workspace, file) if file else None
+    _log.info("ranker: adapter %s, calibration %s", asked.adapter, file)
+    return RankerInForce(adapter, calibration)
+
+
+# -------------------------------------------------------------------------------------------------------------- ranking
+# The cascade: a CTR model puts all candidates in order, an LLM re-orders the head of it within the deadline.
+#
+# What the LLM has not said by then is not waited for: the CTR order goes out, marked as degraded. A recommendation
+# that is late is worth nothing, and one by the CTR model is what there was before the LLM came.
+
+
+_MARGIN_S = 0.01  # kept for writing the answer, but no more than a tenth of what there is
+
+
+class Backend(Protocol):
+    """Something that scores candidates: a deployment's handle, or a test."""
+
+    async def score(self, asked: Rank, candidates: Sequence[int]) -> Sequence[float]:
+        """A probability for each candidate, in their order; nan where one could not be scored."""
+
+
+class Cascade:
+    """Ranks with a CTR model and, where there is one, an LLM."""
+
+    def __init__(self, ctr: Backend, llm: Backend | None, telemetry: Telemetry | None = None) -> None:
+        self._ctr = ctr
+        self._llm = llm
+        self._telemetry = telemetry or NoTelemetry()
+
+    async def rank(self, asked: Rank) -> RankAnswer:
+        """Candidates in order, at the deadline at the latest.
+
+        Raises Problem (503) where not even the CTR model answers in time.
+        """
+        whole_s = asked.deadline_ms / 1000
+        due = time.monotonic() + whole_s - min(_MARGIN_S, whole_s / 10)
+        ctr = await self._ctr_scores(asked, due)
+        # Ties, and what is no number, keep the order in which the candidates came.
+        order = sorted(range(len(ctr)), key=lambda row: -ctr[row] if not math.isnan(ctr[row]) else math.inf)
+        head = order if asked.mode == "llm" else order[: asked.rerank] if asked.mode == "cascade" else []
+        said, reason = await self._llm_scores(asked, [asked.candidates[row] for row in head], due)
+        llm = {row: score for row, score in zip(head, said, strict=True) if not math.isnan(score)} if said else {}
+        if said and len(llm) < len(head):
+            reason = f"the LLM could not score {len(head) - len(llm)} of {len(head)} candidates"
+        if reason:
+            self._telemetry.count("degraded", tags={"reason": reason.partition(" of ")[0][:60]})
+        places = {row: place for place, row in enumerate(order, 1)}
+        weight = asked.llm_weight
+        mixed = {
+            row: weight * score + (1 - weight) * (ctr[row] if not math.isnan(ctr[row]) else score)
+            for row, score in llm.items()
+        }
+        by_llm = sorted(llm, key=lambda row: (-mixed[row], places[row]))
+        final = [*by_llm, *(row for row in order if row not in llm)][: asked.top_k]
+        results = [
+            Ranked(
+                id=asked.candidates[row],
+                score=_number(mixed.get(row, ctr[row])),
+                by="llm" if row in llm else "ctr",
+                why=Why(ctr_score=_number(ctr[row]), ctr_place=places[row], llm_score=llm.get(row))
+                if asked.explain
+                else None,
+            )
+            for row in final
+        ]
+        return RankAnswer(mode=asked.mode, degraded=reason is not None, reason=reason, results=results)
+
+    async def _ctr_scores(self, asked: Rank, due: float) -> Sequence[float]:
+        try:
+            return await self._timed("ctr", self._ctr, asked, asked.candidates, due)
+        except TimeoutError:
+            detail = "the CTR model did not answer within the deadline"
+        except Problem:
+            raise
+        except Exception:
+            _log.exception("the CTR model failed")
+            detail = "the CTR model is not available"
+        raise Problem(503, detail, headers={"Retry-After": "1"})
+
+    async def _llm_scores(
+        self, asked: Rank, candidates: Sequence[int], due: float
+    ) -> tuple[Sequence[float], str | None]:
+        """Scores, or none and the reason."""
+        if not candidates:
+            return (), None
+        if self._llm is None:
+            return (), "no LLM is deployed"
+        try:
+            return await self._timed("llm", self._llm, asked, candidates, due), None
+        except TimeoutError:
+            return (), "the LLM did not answer within the deadline"
+        except Exception as error:
+            _log.warning("the LLM is not available: %s", type(error).__name__)
+            return (), "the LLM is not available"
+
+    async def _timed(
+        self, stage: str, backend: Backend, asked: Rank, candidates: Sequence[int], due: float
+    ) -> Sequence[float]:
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, due - start)):
+                return await backend.score(asked, candidates)
+        finally:
+            self._telemetry.time(stage, time.monotonic() - start)
+
+
+def _number(score: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(score) else score
+
+
+# ------------------------------------------------------------------------------------------------------------- rank api
 
 
 def build_rank_api(

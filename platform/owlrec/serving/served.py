@@ -11,14 +11,20 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
+from typing import Any
 
-from owlrec.erasure.copies import ErasedCopies
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from owlrec import __version__
+from owlrec.erasure.forgetting import ErasedCopies
 from owlrec.errors import OwlRecError
 from owlrec.releases.release import Release, ReleaseSource, current_release, open_release
-from owlrec.serving.problems import Problem
-from owlrec.serving.telemetry import Telemetry
-from owlrec.tombstones import read_tombstones
-from owlrec.workspace import Workspace
+from owlrec.serving.guard import Telemetry
+from owlrec.serving.problems import Problem, Stopping, install_problem_handlers, readiness
+from owlrec.serving.schemas import Health
+from owlrec.serving.similar import SimilarEntities
+from owlrec.workspace import Workspace, read_tombstones
 
 REFRESH_S = 1.0  # between two looks for another release, where nothing else is asked for
 _log = logging.getLogger("owlrec.serving")
@@ -161,3 +167,40 @@ async def following(
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
+
+
+# -------------------------------------------------------------------------------------------------------- following app
+# What the applications over releases share: they follow the release in force, answer mistakes with problem documents,
+# and tell at /readyz whether they can answer.
+
+
+def following_app(
+    title: str,
+    served: ServedReleases,
+    similar: SimilarEntities,
+    *,
+    refresh_s: float,
+    telemetry: Telemetry,
+    stopping: Stopping,
+    **options: Any,
+) -> FastAPI:
+    """An application without routes of its own. It follows the pointer as long as it runs.
+
+    refresh_s: how often the pointer is asked for. options: of FastAPI.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with following(served, refresh_s, telemetry, on_swap=similar.forget_all_but):
+            yield
+
+    app = FastAPI(title=title, version=__version__, lifespan=lifespan, **options)
+    install_problem_handlers(app)
+
+    @app.get("/readyz", response_model=Health, responses={503: {"model": Health}})
+    async def readyz() -> Response:
+        """Whether lookups can be answered: a release is loaded."""
+        missing = None if served.name else served.error or "no release is loaded yet"
+        return readiness(missing, stopping, release=served.name, note=served.error)
+
+    return app

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from owlrec.registry import Registry
+from owlrec.config import Registry
 from owlrec.sources.raw import Source
 
 SOURCES: Registry[Source] = Registry(

@@ -4,19 +4,271 @@ The packaged copy lets everything run on real data without a download. Its terms
 files are read where pip put them and never copied into this repository.
 """
 
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from owlrec.environment import package_folder
 from owlrec.errors import SourceError
-from owlrec.sources.movielens_files import GENRES_100K, LAYOUTS, item_table, milliseconds, user_table
-from owlrec.sources.raw import RawTables, Source, finish, input_file
-from owlrec.sources.subset import keep_subset
+from owlrec.process import package_folder
+from owlrec.sources.raw import RawTables, Source, finish, input_file, keep_subset, natural_title, title_year
+
+# ------------------------------------------------------------------------------------------------------ movielens files
+# The three file layouts of MovieLens: `u.data` (100K), `ratings.dat` (1M, 10M) and `ratings.csv` (20M and later).
+#
+# Codes are spelt out (gender, age bands, occupations), since they end up in prompts. Ratings, of which there are up to
+# 3 * 10^7, are parsed by Arrow; only when that fails is the file read line by line, to name the first bad line.
+
+
+GENRES_100K = [
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
+]
+_NO_GENRE = {"unknown", "(no genres listed)", ""}
+_GENDERS = {"F": "female", "M": "male"}
+_AGE_BANDS = {
+    "1": "under 18",
+    "18": "18-24",
+    "25": "25-34",
+    "35": "35-44",
+    "45": "45-49",
+    "50": "50-55",
+    "56": "56 or older",
+}
+_OCCUPATIONS = [
+    "other",
+    "academic or educator",
+    "artist",
+    "clerical or administrative worker",
+    "college or graduate student",
+    "customer service worker",
+    "doctor or health care worker",
+    "executive or manager",
+    "farmer",
+    "homemaker",
+    "K-12 student",
+    "lawyer",
+    "programmer",
+    "retired",
+    "sales or marketing worker",
+    "scientist",
+    "self-employed",
+    "technician or engineer",
+    "tradesman or craftsman",
+    "unemployed",
+    "writer",
+]
+
+
+@dataclass(frozen=True)
+class FolderTables:
+    """Tables with raw ids as `raw.finish` wants them, the files they came from, and the file name of each table."""
+
+    users: pa.Table | None
+    items: pa.Table
+    interactions: pa.Table
+    files: list[Path]
+    names: dict[str, str]
+
+
+def user_table(ids: Sequence, genders: Sequence, ages: Sequence, occupations: Sequence, zips: Sequence) -> pa.Table:
+    """Users with profile fields gender, age, occupation and zip, all strings, from aligned sequences."""
+    return pa.table(
+        {
+            "user_id": pa.array([str(i) for i in ids], pa.string()),
+            "gender": pa.array([_GENDERS.get(g, g) for g in genders], pa.string()),
+            "age": pa.array([str(a) for a in ages], pa.string()),
+            "occupation": pa.array(list(occupations), pa.string()),
+            "zip": pa.array([str(z) for z in zips], pa.string()),
+        }
+    )
+
+
+def item_table(
+    ids: Sequence, titles: Sequence, genres: Sequence[Sequence[str]], released: Sequence[str | None] | None = None
+) -> pa.Table:
+    """Items with title, genres (list of strings) and year, from aligned sequences.
+
+    released: dates that end in a year ("01-Jan-1995") or None, used where the title names no year.
+    """
+    years = [title_year(title) for title in titles]
+    if released is not None:
+        years = [year or (date or "")[-4:] for year, date in zip(years, released, strict=True)]
+    return pa.table(
+        {
+            "item_id": pa.array([str(i) for i in ids], pa.string()),
+            "title": pa.array([natural_title(title) for title in titles], pa.string()),
+            "genres": pa.array([[g for g in row if g not in _NO_GENRE] for row in genres], pa.list_(pa.string())),
+            "year": pa.array(years, pa.string()),
+        }
+    )
+
+
+def milliseconds(seconds: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Timestamps of MovieLens, in seconds, as ms."""
+    return pc.multiply(seconds.cast(pa.int64()), 1000)
+
+
+def _read_u(folder: Path) -> FolderTables:
+    users, items, ratings = (input_file(folder / name) for name in ("u.user", "u.item", "u.data"))
+    ids, ages, genders, occupations, zips = _columns(users, (f for _, f in _fields(users, "|", 5)))
+    rows = [fields for _, fields in _fields(items, "|", 5 + len(GENRES_100K))]
+    genres = [[name for name, flag in zip(GENRES_100K, row[5:], strict=True) if flag == "1"] for row in rows]
+    return FolderTables(
+        users=user_table(ids, genders, ages, occupations, zips),
+        items=item_table([r[0] for r in rows], [r[1] for r in rows], genres, released=[r[2] for r in rows]),
+        interactions=_read_ratings(ratings, "\t"),
+        files=[users, items, ratings],
+        names={"users": "u.user", "items": "u.item", "interactions": "u.data"},
+    )
+
+
+def _read_dat(folder: Path) -> FolderTables:
+    movies, ratings = input_file(folder / "movies.dat"), input_file(folder / "ratings.dat")
+    files, users = [movies, ratings], None
+    if (folder / "users.dat").is_file():  # 10M comes without
+        files.append(folder / "users.dat")
+        ids, genders, ages, codes, zips = _columns(files[-1], (f for _, f in _fields(files[-1], "::", 5)))
+        occupations = [_OCCUPATIONS[int(c)] if c.isdigit() and int(c) < len(_OCCUPATIONS) else c for c in codes]
+        users = user_table(ids, genders, [_AGE_BANDS.get(a, a) for a in ages], occupations, zips)
+    ids, titles, genres = _columns(movies, (f for _, f in _fields(movies, "::", 3)))
+    return FolderTables(
+        users=users,
+        items=item_table(ids, titles, [g.split("|") for g in genres]),
+        interactions=_read_ratings(ratings, "::"),
+        files=files,
+        names={"users": "users.dat", "items": "movies.dat", "interactions": "ratings.dat"},
+    )
+
+
+def _read_csv(folder: Path) -> FolderTables:
+    movies, ratings = input_file(folder / "movies.csv"), input_file(folder / "ratings.csv")
+    reader = csv.reader(io.StringIO(_text(movies)))
+    _check_header(movies, next(reader, []), ["movieId", "title", "genres"])
+    rows = []
+    for row in reader:
+        if len(row) != 3:
+            raise _bad_line(movies, reader.line_num, f"{len(row)} fields where 3 are expected (movieId,title,genres)")
+        rows.append(row)
+    ids, titles, genres = _columns(movies, rows)
+    return FolderTables(
+        users=None,
+        items=item_table(ids, titles, [g.split("|") for g in genres]),
+        interactions=_read_ratings(ratings, ",", header=True),
+        files=[movies, ratings],
+        names={"users": "ratings.csv", "items": "movies.csv", "interactions": "ratings.csv"},
+    )
+
+
+LAYOUTS: dict[str, Callable[[Path], FolderTables]] = {
+    "ratings.dat": _read_dat,
+    "u.data": _read_u,
+    "ratings.csv": _read_csv,
+}
+
+
+def _text(file: Path) -> str:
+    """A text file's content. 10M and later are UTF-8; the older sets are latin-1, which is hardly ever valid UTF-8."""
+    data = file.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _fields(file: Path, separator: str, n: int) -> Iterator[tuple[int, list[str]]]:
+    """Line numbers (from 1) and fields of lines that hold any. Raises SourceError for a line without `n` fields."""
+    for number, line in enumerate(_text(file).split("\n"), start=1):
+        line = line.rstrip("\r")
+        if line.strip():
+            fields = line.split(separator)
+            if len(fields) != n:
+                raise _bad_line(
+                    file, number, f"{len(fields)} fields where {n} are expected, separated by {separator!r}"
+                )
+            yield number, fields
+
+
+def _check_header(file: Path, found: list[str], expected: list[str]) -> None:
+    if found != expected:
+        raise _bad_line(file, 1, f"the header is {','.join(found)} where {','.join(expected)} is expected")
+
+
+def _columns(file: Path, rows: Iterable[list[str]]) -> list[list[str]]:
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    if not columns:
+        raise SourceError(f"{file}: the file has no rows. Unpack the archive again.")
+    return columns
+
+
+def _read_ratings(file: Path, separator: str, *, header: bool = False) -> pa.Table:
+    """user_id, item_id, rating and timestamp (ms) of a ratings file. Raises SourceError naming the first bad line."""
+    names = ["user_id", "item_id", "rating", "timestamp"]
+    types = {"user_id": pa.int64(), "item_id": pa.int64(), "rating": pa.float32(), "timestamp": pa.int64()}
+    columns = list(names)
+    if separator == "::":
+        # Arrow splits at one character only: ":" makes an empty column between two fields, and type null keeps it so.
+        columns = ["user_id", "gap1", "item_id", "gap2", "rating", "gap3", "timestamp"]
+        types |= {"gap1": pa.null(), "gap2": pa.null(), "gap3": pa.null()}
+    if header:
+        with file.open(encoding="utf-8") as lines:
+            _check_header(file, lines.readline().strip().split(","), ["userId", "movieId", "rating", "timestamp"])
+    try:
+        table = pacsv.read_csv(
+            file,
+            read_options=pacsv.ReadOptions(column_names=columns, skip_rows=1 if header else 0),
+            parse_options=pacsv.ParseOptions(delimiter=separator[0], quote_char=False),
+            convert_options=pacsv.ConvertOptions(column_types=types, null_values=[""]),
+        ).select(names)
+        problem = "" if not any(table[c].null_count for c in names) else "a value is missing"
+    except pa.ArrowInvalid as error:
+        problem = str(error)
+    if problem:
+        _refuse_first_bad_rating(file, separator, header)
+        raise SourceError(f"{file}: {problem}. Correct the file, or unpack the archive again.")
+    return table.set_column(3, "timestamp", milliseconds(table["timestamp"]))
+
+
+def _refuse_first_bad_rating(file: Path, separator: str, header: bool) -> None:
+    for number, fields in _fields(file, separator, 4):
+        if header and number == 1:
+            continue
+        try:
+            int(fields[0]), int(fields[1]), float(fields[2]), int(fields[3])
+        except ValueError as error:
+            raise _bad_line(file, number, str(error)) from None
+
+
+def _bad_line(file: Path, number: int, problem: str) -> SourceError:
+    return SourceError(f"{file}, line {number}: {problem}. Correct or delete the line, or unpack the archive again.")
+
+
+# ------------------------------------------------------------------------------------------------------------ movielens
 
 
 class MovieLens100KSource(Source):

@@ -6,9 +6,10 @@ columns and check it row by row; the checks that need all rows of an id (`refuse
 Ids are hashed once per distinct raw id, never per interaction.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,44 @@ import pyarrow.compute as pc
 from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
 from owlrec.ordered import rows_of
-from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, stable_ids
+from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, shard_of, stable_ids
 from owlrec.sources.outcomes import outcome_columns
 from owlrec.storage import file_digest, fingerprint
+
+# --------------------------------------------------------------------------------------------------------------- titles
+# Film titles as people write them: an LLM knows "The Usual Suspects" better than a catalogue's "Usual Suspects, The".
+#
+# The year stays in the title, because it tells remakes apart, and is also returned by itself as an attribute.
+
+
+_ARTICLES = (
+    r"The|A|An|Le|La|Les|L'|Un|Une|"  # English, French
+    r"Il|Lo|Gli|I|Uno|Una|El|Los|Las|O|Os|As|"  # Italian, Spanish, Portuguese
+    r"Der|Die|Das|Den|Ein|Eine|De|Het|Een|Det|En|Ett"  # German, Dutch, Scandinavian
+)
+# An article counts only at the end of the title or of an alternative title in brackets, so "Paris, Texas" stays.
+_TRAILING_ARTICLE = re.compile(rf"(^|\((?:a\.k\.a\. )?)([^()]+), ({_ARTICLES})(?=\)|\s*\(|\s*$)")
+_YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)")
+
+
+def natural_title(title: str) -> str:
+    """`title` with trailing articles in front: "Usual Suspects, The (1995)" becomes "The Usual Suspects (1995)"."""
+
+    def moved(match: re.Match[str]) -> str:
+        opening, name, article = match.groups()
+        return f"{opening}{article}{'' if article.endswith(chr(39)) else ' '}{name}"
+
+    return _TRAILING_ARTICLE.sub(moved, title.strip())
+
+
+def title_year(title: str) -> str:
+    """The last four-digit year in brackets in `title`, or ""."""
+    years = _YEAR.findall(title)
+    return years[-1] if years else ""
+
+
+# ------------------------------------------------------------------------------------------------------------------ raw
+
 
 TableName = Literal["users", "items", "interactions"]
 TABLE_NAMES: tuple[TableName, ...] = ("items", "users", "interactions")  # items first: they hold the fewest rows
@@ -425,3 +461,42 @@ def refuse_orphans(
                 f"{place.name}, row {place.row}: {kind}_id '{place.user if kind == 'user' else place.item}' has no "
                 f"row in {names[f'{kind}s']} ({int(orphan.sum())} such interactions so far). {remedy}"
             )
+
+
+# --------------------------------------------------------------------------------------------------------------- subset
+# A smaller copy of a data set that behaves like the whole: users drawn by hash, then the items that they touched.
+#
+# Drawing users by the hash of their id needs no random state: the same recipe gives the same users on any machine, and
+# a larger `max_users` gives a superset of them.
+
+
+# A modulus this large keeps the hash whole, so that the order does not follow the shards, which are its low bits.
+_ORDER = 1 << 62
+
+
+def keep_subset(raw: RawTables, *, max_users: int | None, max_items: int | None) -> RawTables:
+    """`raw` with the `max_users` users of the smallest hash, and of their items the `max_items` most frequent.
+
+    Interactions with other users or items go, then users and items without interactions. With neither limit, `raw` as
+    it is. Ties between equally frequent items fall to the smaller item_id.
+    """
+    if max_users is None and max_items is None:
+        return raw
+    interactions = raw.interactions
+    if max_users is not None:
+        ids = raw.users["user_id"].to_numpy()
+        kept = ids[np.lexsort((ids, shard_of(ids, _ORDER)))[:max_users]]
+        interactions = _rows_in(interactions, "user_id", kept)
+    if max_items is not None:
+        ids, frequency = np.unique(interactions["item_id"].to_numpy(), return_counts=True)
+        interactions = _rows_in(interactions, "item_id", ids[np.lexsort((ids, -frequency))[:max_items]])
+    return replace(
+        raw,
+        users=_rows_in(raw.users, "user_id", interactions["user_id"].unique().to_numpy()),
+        items=_rows_in(raw.items, "item_id", interactions["item_id"].unique().to_numpy()),
+        interactions=interactions,
+    )
+
+
+def _rows_in(table: pa.Table, column: str, values: np.ndarray) -> pa.Table:
+    return table.filter(pc.is_in(table[column], value_set=pa.array(values)))

@@ -16,8 +16,7 @@ import pyarrow.compute as pc
 from owlrec.ordered import rows_of
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import Kind, shard_of
-from owlrec.sources.buckets import read_batches, write_batches
-from owlrec.sources.ingest import Groups
+from owlrec.sources.ingest import Groups, read_batches, write_batches
 from owlrec.sources.outcomes import Labels, answered
 from owlrec.sources.raw import (
     Place,

@@ -22,8 +22,7 @@ from owlrec.errors import SchemaError
 from owlrec.ordered import rows_of, run_starts
 from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, hash_of
 from owlrec.sources.outcomes import POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
-from owlrec.tombstones import read_tombstones
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, read_tombstones
 
 # Lists are gathered this many at a time: it bounds the index arrays, and Arrow's 32-bit list offsets cannot overflow.
 _LISTS_PER_CHUNK = 1 << 20

@@ -14,8 +14,16 @@ import pyarrow.parquet as pq
 
 from owlrec.errors import SchemaError, did_you_mean
 from owlrec.schema import missing_column
-from owlrec.sources.files import SourceFile, common_schema, file_format, head, input_files, read_file
-from owlrec.sources.lake import is_lake_table, lake_files
+from owlrec.sources.files import (
+    SourceFile,
+    common_schema,
+    file_format,
+    head,
+    input_files,
+    is_lake_table,
+    lake_files,
+    read_file,
+)
 from owlrec.sources.outcomes import outcome_columns
 from owlrec.sources.raw import (
     ENTITIES,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from owlrec.registry import Registry
+from owlrec.config import Registry
 
 if TYPE_CHECKING:
     from owlrec.ctr.backbones.interface import Backbone
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 BACKBONES: "Registry[Backbone]" = Registry(
     "backbone",
     {
-        "din": "owlrec.ctr.backbones.din.DIN",
-        "dien": "owlrec.ctr.backbones.dien.DIEN",
-        "dcnv1": "owlrec.ctr.backbones.dcnv1.DCNv1",
-        "dcnv2": "owlrec.ctr.backbones.dcnv2.DCNv2",
-        "deepfm": "owlrec.ctr.backbones.deepfm.DeepFM",
-        "xdeepfm": "owlrec.ctr.backbones.xdeepfm.XDeepFM",
-        "autoint": "owlrec.ctr.backbones.autoint.AutoInt",
-        "fibinet": "owlrec.ctr.backbones.fibinet.FiBiNET",
-        "fignn": "owlrec.ctr.backbones.fignn.FiGNN",
+        "din": "owlrec.ctr.backbones.sequences.DIN",
+        "dien": "owlrec.ctr.backbones.sequences.DIEN",
+        "dcnv1": "owlrec.ctr.backbones.crosses.DCNv1",
+        "dcnv2": "owlrec.ctr.backbones.crosses.DCNv2",
+        "deepfm": "owlrec.ctr.backbones.crosses.DeepFM",
+        "xdeepfm": "owlrec.ctr.backbones.crosses.XDeepFM",
+        "autoint": "owlrec.ctr.backbones.attention.AutoInt",
+        "fibinet": "owlrec.ctr.backbones.attention.FiBiNET",
+        "fignn": "owlrec.ctr.backbones.attention.FiGNN",
     },
 )

@@ -1,0 +1,552 @@
+"""The clients: the same calls, sent by httpx, blocking or from asyncio.
+
+    from owlrec import Client
+    with Client("http://127.0.0.1:8000", api_key="owl_…") as owl:
+        owl.get("user", 7).text
+        owl.vectors("item", [1, 2, 3]).rows
+
+Both may be used by many threads or tasks at once, and keep their connections open between calls.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Generic, Literal, Self, TypedDict, TypeVar, Unpack, cast
+from urllib.parse import urlencode
+
+import httpx
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError
+
+from owlrec import client as calls
+from owlrec.config import Config
+from owlrec.errors import OwlRecError
+from owlrec.serving.schemas import (
+    BYTES_TYPE,
+    DEFAULT_FIELDS,
+    DIM_HEADER,
+    RELEASE_HEADER,
+    REQUEST_ID_HEADER,
+    BatchAnswer,
+    BatchGet,
+    Behaviour,
+    FieldError,
+    Health,
+    Kind,
+    Mode,
+    ProblemDocument,
+    Rank,
+    RankAnswer,
+    ReleaseAnswer,
+    Request,
+    Similar,
+    SimilarAnswer,
+    SingleAnswer,
+    What,
+)
+
+# ------------------------------------------------------------------------------------------------------------- exchange
+# When to ask again, without any input or output: a generator that says what to do next, and is told how it went.
+#
+# Every call is a read, so each may be repeated. Waits double and are drawn at random (full jitter), so that clients
+# that were refused together do not come back together; a server that names a moment (Retry-After) is not asked before
+# it.
+
+
+T = TypeVar("T")
+# 500 too: a replica that dies under a request shows as one.
+ASKED_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class ClientError(OwlRecError):
+    """A call that brought no answer: refused, failed for good, or never sent because it is wrong."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        errors: Sequence[FieldError] = (),
+        request_id: str | None = None,
+    ) -> None:
+        """status: of the last answer, None where there was none. errors: which fields are wrong. request_id: under
+        which the server's log has the request.
+        """
+        super().__init__(message)
+        self.status = status
+        self.errors = tuple(errors)
+        self.request_id = request_id
+
+
+class RetryPolicy(Config):
+    """How often and how long a call is tried."""
+
+    attempts: int = Field(4, ge=1)  # in all
+    first_wait_s: float = Field(0.1, gt=0)  # at most, before the second attempt; then twice as long each time
+    longest_wait_s: float = Field(5.0, gt=0)
+    timeout_s: float = Field(5.0, gt=0)  # of one attempt
+    total_s: float = Field(15.0, gt=0)  # of a call: attempts and waits
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back."""
+
+    status: int
+    headers: Mapping[str, str]  # keys in any case
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why nothing came back."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One question and how its answer is read. service: which address it goes to. extra_s: what it may take beyond
+    the policy's times, since it says itself how long an answer may take.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    read: Callable[[Answer], T]
+    service: Literal["knowledge", "rank"] = "knowledge"
+    route: str | None = None  # the path without ids, for messages; None = `path` holds none
+    body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    extra_s: float = 0.0
+    expected: frozenset[int] = frozenset({200})  # statuses that `read` takes
+    may_miss: bool = False  # None is read where the server says that it knows nothing of the id
+
+
+@dataclass(frozen=True)
+class Send:
+    """To do next: send the call. timeout_s: after which to give up, the whole answer read."""
+
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Wait:
+    """To do next: nothing, for so long."""
+
+    seconds: float
+
+
+def exchange(
+    call: Call[T],
+    policy: RetryPolicy,
+    clock: Callable[[], float] = time.monotonic,
+    draw: Callable[[], float] = random.random,
+) -> Generator[Send | Wait, Answer | Failure | None, T]:
+    """The steps of one call; a Send is answered with an Answer or a Failure, a Wait with None.
+
+    clock: seconds; draw: a random number in [0, 1). Returns what the call reads. Raises ClientError.
+    """
+    due = clock() + policy.total_s + call.extra_s
+    attempt = 0
+    while True:
+        attempt += 1
+        outcome = yield Send(min(policy.timeout_s + call.extra_s, max(0.001, due - clock())))
+        if isinstance(outcome, Answer):
+            if outcome.status in call.expected:
+                return _read(call, outcome)
+            if call.may_miss and _is_miss(outcome):
+                return cast(T, None)
+            if outcome.status not in ASKED_AGAIN:
+                raise _refusal(call, outcome)
+        wait = draw() * min(policy.longest_wait_s, policy.first_wait_s * 2 ** (attempt - 1))
+        if isinstance(outcome, Answer):
+            wait = max(wait, _retry_after_s(outcome))
+        if attempt == policy.attempts or clock() + wait >= due:
+            raise _given_up(call, outcome, attempt)
+        yield Wait(wait)
+
+
+def _refusal(call: Call[T], answer: Answer) -> ClientError:
+    """The error that an answer stands for."""
+    problem = _problem(answer)
+    detail = problem.detail if problem else "and nothing about it that OwlRec would say. Check the address."
+    request_id = answer.headers.get(REQUEST_ID_HEADER)
+    message = f"{_where(call)}: {answer.status}, {detail}" + (f" (request {request_id})" if request_id else "")
+    return ClientError(message, status=answer.status, errors=problem.errors if problem else (), request_id=request_id)
+
+
+def _given_up(call: Call[T], outcome: Answer | Failure | None, attempts: int) -> ClientError:
+    if isinstance(outcome, Answer):
+        error = _refusal(call, outcome)
+        error.args = (f"{error}, after {attempts} attempts",)
+        return error
+    reason = outcome.reason if outcome else "nothing came back"
+    return ClientError(f"{_where(call)}: {reason}, after {attempts} attempts. Does the server run at that address?")
+
+
+def _problem(answer: Answer) -> ProblemDocument | None:
+    try:
+        return ProblemDocument.model_validate_json(answer.body)
+    except ValidationError:
+        return None
+
+
+def _is_miss(answer: Answer) -> bool:
+    """Whether a 404 says that nothing is known of the id, rather than that there is no such path."""
+    problem = _problem(answer) if answer.status == 404 else None
+    return problem is not None and [e.field for e in problem.errors] == ["id"]
+
+
+def _read(call: Call[T], answer: Answer) -> T:
+    try:
+        return call.read(answer)
+    except (ValueError, KeyError):  # a ValidationError is a ValueError
+        raise ClientError(
+            f"{_where(call)}: the answer is not this version of OwlRec's. Check the address, and `owlrec.__version__`.",
+            status=answer.status,
+        ) from None
+
+
+def _where(call: Call[T]) -> str:
+    """The route, without ids: errors end in logs."""
+    return f"{call.method} {call.route or call.path}"
+
+
+def _retry_after_s(answer: Answer) -> float:
+    """What the header asks to wait: seconds, or a date (RFC 9110, section 10.2.3); 0 without."""
+    value = answer.headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value[:9])
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- calls
+# What can be asked of OwlRec's endpoints: each question as a Call, made and read without any input or output.
+#
+# Questions are checked by the server's own schemas before they leave, so that a mistake costs no round trip.
+
+
+Ids = Sequence[int] | np.ndarray
+_M = TypeVar("_M", bound=BaseModel)
+_R = TypeVar("_R", bound=Request)
+_JSON = {"content-type": "application/json"}
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Vectors aligned with the ids that were asked for, all of one release."""
+
+    release: str
+    rows: np.ndarray  # float16 [n, d]; zeros where `mask` is False
+    mask: np.ndarray  # bool [n]
+
+
+class RankOptions(TypedDict, total=False):
+    """What a ranking may say beside its candidates; see schemas.Rank for limits and defaults."""
+
+    user_id: int | None
+    history: Sequence[Behaviour | dict[str, Any]] | None  # latest last, in place of what is known of the user
+    profile: dict[str, str]
+    mode: Mode
+    top_k: int
+    rerank: int
+    llm_weight: float
+    deadline_ms: int
+    explain: bool
+
+
+def get(kind: Kind, id: int, fields: Sequence[What]) -> Call[SingleAnswer | None]:
+    """One entity; None where nothing is known of it."""
+    _validated(BatchGet, {"kind": kind, "ids": [_plain(id)], "fields": list(fields)})
+    query = urlencode([("fields", one) for one in fields])
+    path, route = f"/v1/knowledge/{kind}/{int(id)}?{query}", "/v1/knowledge/{kind}/{id}"
+    return Call("GET", path, _reader(SingleAnswer), route=route, may_miss=True)
+
+
+def batch_get(kind: Kind, ids: Ids, fields: Sequence[What]) -> Call[BatchAnswer]:
+    """Up to 1,000 entities, aligned with `ids`."""
+    body = _json(_validated(BatchGet, {"kind": kind, "ids": _plain(ids), "fields": list(fields)}))
+    return Call("POST", "/v1/knowledge:batchGet", _reader(BatchAnswer), body=body, headers=_JSON)
+
+
+def vectors(kind: Kind, ids: Ids) -> Call[Vectors]:
+    """Up to 1,000 vectors, as raw float16."""
+    asked = _plain(ids)
+    body = _json(_validated(BatchGet, {"kind": kind, "ids": asked}))
+
+    def read(answer: Answer) -> Vectors:
+        rows = np.frombuffer(answer.body, "<f2").reshape(len(asked), int(answer.headers[DIM_HEADER]))
+        mask = ~np.isnan(rows).any(axis=1)
+        return Vectors(answer.headers[RELEASE_HEADER], np.where(mask[:, None], rows, np.float16(0)), mask)
+
+    return Call("POST", "/v1/knowledge:batchGet", read, body=body, headers={**_JSON, "accept": BYTES_TYPE})
+
+
+def similar(
+    kind: Kind, id: int | None, vector: Sequence[float] | np.ndarray | None, limit: int
+) -> Call[SimilarAnswer | None]:
+    """The entities nearest to one of them or to a vector; None where the one has no vector."""
+    body = _json(_validated(Similar, {"kind": kind, "id": _plain(id), "vector": _plain(vector), "limit": limit}))
+    return Call("POST", "/v1/knowledge:similar", _reader(SimilarAnswer), body=body, headers=_JSON, may_miss=True)
+
+
+def current_release() -> Call[ReleaseAnswer]:
+    """The release in force."""
+    return Call("GET", "/v1/releases/current", _reader(ReleaseAnswer))
+
+
+def readiness() -> Call[Health]:
+    """Whether lookups can be answered; a server that is not ready says why."""
+    return Call("GET", "/readyz", _reader(Health), expected=frozenset({200, 503}))
+
+
+def rank(candidates: Ids, options: RankOptions) -> Call[RankAnswer]:
+    """Candidates in order. It may take as long as its own deadline says."""
+    asked = _validated(Rank, {"candidates": _plain(candidates), **{k: _plain(v) for k, v in options.items()}})
+    return Call(
+        "POST",
+        "/v1/rank",
+        _reader(RankAnswer),
+        "rank",
+        body=_json(asked),
+        headers=_JSON,
+        extra_s=asked.deadline_ms / 1000,
+    )
+
+
+def _reader(model: type[_M]) -> Any:
+    return lambda answer: model.model_validate_json(answer.body)
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers and arrays as Python's own, which is what schemas take; everything else as it is."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _validated(model: type[_R], values: Mapping[str, Any]) -> _R:
+    """The request. Raises ClientError where the schema says that it is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        errors = [_field_error(e["loc"], e["msg"]) for e in error.errors(include_input=False, include_url=False)]
+        told = f"{errors[0].field}: {errors[0].message}"
+        raise ClientError(f"{model.__name__} was not sent, for it is wrong: {told}", errors=errors) from None
+
+
+def _json(asked: Request) -> bytes:
+    return asked.model_dump_json(exclude_unset=True, exclude_none=True).encode()
+
+
+def _field_error(where: tuple[int | str, ...], message: str) -> FieldError:
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
+    return FieldError(field=field or "body", message=message.removeprefix("Value error, "))
+
+
+# -------------------------------------------------------------------------------------------------------------- clients
+
+
+class _Addresses:
+    """What both clients are made with."""
+
+    def __init__(self, url: str, rank_url: str | None, api_key: str | None, policy: RetryPolicy | None) -> None:
+        self._policy = policy or RetryPolicy()
+        self._urls = {"knowledge": url.rstrip("/"), "rank": (rank_url or url).rstrip("/")}
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        for one in self._urls.values():
+            if not one.startswith(("http://", "https://")):
+                raise ClientError(f"'{one}' is no address. It begins with http:// or https://.")
+
+    def _request(self, call: Call[T]) -> dict[str, Any]:
+        url = self._urls[call.service] + call.path
+        return {"method": call.method, "url": url, "content": call.body, "headers": {**self._headers, **call.headers}}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._urls['knowledge']!r})"  # never the key
+
+
+class Client(_Addresses):
+    """The blocking client, a context manager that closes its connections."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        rank_url: str | None = None,
+        api_key: str | None = None,
+        policy: RetryPolicy | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        """url: of the knowledge application, with its route prefix if it has one. rank_url: of the ranking application,
+        where it is another. transport: in place of the network, for tests. Raises ClientError for what is no address.
+        """
+        super().__init__(url, rank_url, api_key, policy)
+        self._http = httpx.Client(transport=transport)
+
+    def get(self, kind: Kind, id: int, fields: Sequence[What] = DEFAULT_FIELDS) -> SingleAnswer | None:
+        """What is known of one id, None where nothing is. Raises ClientError, as all calls do."""
+        return self._run(calls.get(kind, id, fields))
+
+    def batch_get(self, kind: Kind, ids: Ids, fields: Sequence[What] = DEFAULT_FIELDS) -> BatchAnswer:
+        """What is known of up to 1,000 ids, aligned with them and all of one release; `found` is False for a miss."""
+        return self._run(calls.batch_get(kind, ids, fields))
+
+    def vectors(self, kind: Kind, ids: Ids) -> Vectors:
+        """The vectors of up to 1,000 ids, aligned with them, with a mask."""
+        return self._run(calls.vectors(kind, ids))
+
+    def similar(
+        self,
+        kind: Kind,
+        id: int | None = None,
+        *,
+        vector: Sequence[float] | np.ndarray | None = None,
+        limit: int = 10,
+    ) -> SimilarAnswer | None:
+        """The entities nearest to one of them or to a vector, None where the one has no vector."""
+        return self._run(calls.similar(kind, id, vector, limit))
+
+    def current_release(self) -> ReleaseAnswer:
+        """The release that lookups are answered from."""
+        return self._run(calls.current_release())
+
+    def readiness(self) -> Health:
+        """Whether lookups can be answered; `problem` says why not."""
+        return self._run(calls.readiness())
+
+    def rank(self, candidates: Ids, **options: Unpack[RankOptions]) -> RankAnswer:
+        """Candidates in order, the best first. options: see RankOptions."""
+        return self._run(calls.rank(candidates, options))
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, call: Call[T]) -> T:
+        steps, outcome = exchange(call, self._policy), None
+        while True:
+            try:
+                step = steps.send(outcome)
+            except StopIteration as done:
+                return cast(T, done.value)
+            outcome = self._send(call, step.timeout_s) if isinstance(step, Send) else None
+            if isinstance(step, Wait):
+                time.sleep(step.seconds)
+
+    def _send(self, call: Call[T], timeout_s: float) -> Answer | Failure:
+        end = time.monotonic() + timeout_s
+        try:
+            with self._http.stream(**self._request(call), timeout=timeout_s) as response:
+                parts = []
+                for part in response.iter_bytes():
+                    if time.monotonic() > end:  # httpx's time-out is of each read: a server that trickles would pass it
+                        return _too_slow(timeout_s)
+                    parts.append(part)
+                return Answer(response.status_code, response.headers, b"".join(parts))
+        except httpx.TimeoutException:
+            return _too_slow(timeout_s)
+        except httpx.HTTPError as error:
+            return Failure(str(error) or type(error).__name__)
+
+
+class AsyncClient(_Addresses):
+    """The same for asyncio: an async context manager whose calls are awaited."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        rank_url: str | None = None,
+        api_key: str | None = None,
+        policy: RetryPolicy | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """See Client."""
+        super().__init__(url, rank_url, api_key, policy)
+        self._http = httpx.AsyncClient(transport=transport)
+
+    async def get(self, kind: Kind, id: int, fields: Sequence[What] = DEFAULT_FIELDS) -> SingleAnswer | None:
+        """See Client.get."""
+        return await self._run(calls.get(kind, id, fields))
+
+    async def batch_get(self, kind: Kind, ids: Ids, fields: Sequence[What] = DEFAULT_FIELDS) -> BatchAnswer:
+        """See Client.batch_get."""
+        return await self._run(calls.batch_get(kind, ids, fields))
+
+    async def vectors(self, kind: Kind, ids: Ids) -> Vectors:
+        """See Client.vectors."""
+        return await self._run(calls.vectors(kind, ids))
+
+    async def similar(
+        self,
+        kind: Kind,
+        id: int | None = None,
+        *,
+        vector: Sequence[float] | np.ndarray | None = None,
+        limit: int = 10,
+    ) -> SimilarAnswer | None:
+        """See Client.similar."""
+        return await self._run(calls.similar(kind, id, vector, limit))
+
+    async def current_release(self) -> ReleaseAnswer:
+        """See Client.current_release."""
+        return await self._run(calls.current_release())
+
+    async def readiness(self) -> Health:
+        """See Client.readiness."""
+        return await self._run(calls.readiness())
+
+    async def rank(self, candidates: Ids, **options: Unpack[RankOptions]) -> RankAnswer:
+        """See Client.rank."""
+        return await self._run(calls.rank(candidates, options))
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _run(self, call: Call[T]) -> T:
+        steps, outcome = exchange(call, self._policy), None
+        while True:
+            try:
+                step = steps.send(outcome)
+            except StopIteration as done:
+                return cast(T, done.value)
+            outcome = await self._send(call, step.timeout_s) if isinstance(step, Send) else None
+            if isinstance(step, Wait):
+                await asyncio.sleep(step.seconds)
+
+    async def _send(self, call: Call[T], timeout_s: float) -> Answer | Failure:
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._http.request(**self._request(call), timeout=timeout_s)
+            return Answer(response.status_code, response.headers, response.content)
+        except (TimeoutError, httpx.TimeoutException):
+            return _too_slow(timeout_s)
+        except httpx.HTTPError as error:
+            return Failure(str(error) or type(error).__name__)
+
+
+def _too_slow(timeout_s: float) -> Failure:
+    return Failure(f"no answer within {timeout_s:.3g} s")

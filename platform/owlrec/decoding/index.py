@@ -1,0 +1,561 @@
+"""The one door to numba: kernels of this package are compiled, cached on disk, and run without the GIL.
+
+numba refuses to decorate at all where it finds no writable folder for its cache (a read-only image without a home), so
+such a place compiles afresh at every start instead of failing.
+"""
+
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba  # type: ignore[import-untyped]
+import numpy as np
+from llvmlite.binding import ffi  # type: ignore[import-untyped]
+
+from owlrec.errors import EngineError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _answer_without_dict() -> None:
+    """vLLM 0.32 asks every value of every module for its `__dict__` when an engine starts.
+
+    See triton_utils/dispatcher.py:138. llvmlite's library object answers with a foreign function, which ends the start
+    of any engine after numba is imported.
+    """
+    lookup = ffi._lib_wrapper.__getattr__
+
+    def getattr_(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return lookup(self, name)
+
+    ffi._lib_wrapper.__getattr__ = getattr_
+
+
+_answer_without_dict()
+
+
+def compiled(function: F) -> F:
+    """`function` as a numba kernel (nopython, nogil), cached where the disk allows it."""
+    try:
+        kernel: F = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        kernel = numba.njit(nogil=True)(function)
+    return kernel
+
+
+def typed_list(arrays: list[Any]) -> Any:
+    """`arrays` (all of one type, at least one) as the list that kernels take."""
+    return numba.typed.List(arrays)
+
+
+# --------------------------------------------------------------------------------------------------------------- sealed
+# The sealed tier of a retrieval pool: token sequences and a suffix array over them, memory-mapped and never changed.
+#
+# The order is that of the texts read *backwards* from each position, because a query starts from the end of a context:
+# one binary search then finds where the context would stand, and the longest matches are its neighbours on both sides
+# (REST, NAACL 2024, keeps forward order and needs one search for each match length). Keys are compared to `DEPTH`
+# tokens, which bounds building to five sorts: a match of 32 tokens is as good as a longer one. 9 bytes a token: 4 of
+# text, 4 of order, 1 of shared lengths.
+
+
+DEPTH = 32
+NAMELESS = -1  # the id of a document that nobody asks for
+BORDER = -1  # stands between documents, so that no match crosses from one to the next
+_FORMAT = 1
+_ARRAYS = ("tokens", "order", "shared", "documents")
+_MAX_TOKENS = 2**31 - 1
+
+
+class PoolError(EngineError):
+    """A retrieval pool cannot be used: written for another model, of another format, or damaged."""
+
+
+class CorruptPool(PoolError):
+    """A pool's files do not match its manifest."""
+
+
+class SealedPool:
+    """Documents of one cohort, searchable.
+
+    tokens: int32 [n], documents one after another, each followed by BORDER.
+    order: int32 [m], the positions p that have a token before and at them, sorted by the text before p read backwards.
+    shared: uint8 [m], how many tokens (at most DEPTH) the keys of order[i-1] and order[i] share.
+    documents: int64 [d, 3] of id, start and end in `tokens`, sorted by id.
+    """
+
+    def __init__(self, tokens: np.ndarray, order: np.ndarray, shared: np.ndarray, documents: np.ndarray) -> None:
+        self.tokens, self.order, self.shared, self.documents = tokens, order, shared, documents
+
+    def document(self, id_: int) -> np.ndarray:
+        """The tokens of document `id_`, int32 [length], empty where the pool has none of that id."""
+        at = int(np.searchsorted(self.documents[:, 0], id_))
+        if id_ == NAMELESS or at == len(self.documents) or self.documents[at, 0] != id_:
+            return self.tokens[:0]
+        start, end = self.documents[at, 1:]
+        return self.tokens[start:end]
+
+    def save(self, folder: str | os.PathLike[str], identity: str) -> None:
+        """Writes the pool to `folder`, replacing what is there, so that a reader finds the old or the new one whole.
+
+        identity: names the model and tokenizer whose token ids these are; `open_pool` refuses any other.
+        """
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary.mkdir()
+        files = {}
+        for name in _ARRAYS:
+            np.save(temporary / f"{name}.npy", getattr(self, name))
+            files[name] = _checksum(temporary / f"{name}.npy")
+        manifest = {
+            "format": _FORMAT,
+            "identity": identity,
+            "depth": DEPTH,
+            "tokens": len(self.tokens),
+            "documents": len(self.documents),
+            "crc32": files,
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        if target.exists():
+            # Readers that have mapped the old files keep them: the inodes live until they are closed.
+            retired = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
+            target.rename(retired)
+            temporary.rename(target)
+            shutil.rmtree(retired)
+        else:
+            temporary.rename(target)
+
+
+def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[int] | None = None) -> SealedPool:
+    """Sorts token sequences into a sealed pool: about a second a million tokens.
+
+    ids: one a sequence (user or item ids), for `SealedPool.document`; None where all are NAMELESS.
+    Raises ValueError for a negative token id, doubled ids, or more than 2^31 tokens.
+    """
+    parts = [np.asarray(s, dtype=np.int32) for s in sequences]
+    lengths = np.array([len(p) for p in parts], dtype=np.int64)
+    ends = np.cumsum(lengths + 1) - 1
+    n = int(ends[-1] + 1) if len(parts) else 0
+    if n > _MAX_TOKENS:
+        raise ValueError(f"a sealed pool holds at most {_MAX_TOKENS} tokens, not {n}: split the cohort")
+    tokens = np.full(n, BORDER, dtype=np.int32)
+    for part, end in zip(parts, ends, strict=True):
+        if len(part) and part.min() < 0:
+            raise ValueError(f"token ids are not negative, but a sequence holds {part.min()}")
+        tokens[end - len(part) : end] = part
+    names = np.full(len(parts), NAMELESS, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
+    named = names[names != NAMELESS]
+    if len(names) != len(parts) or len(np.unique(named)) != len(named):
+        raise ValueError(
+            f"{len(parts)} sequences need as many distinct ids, not {len(names)} with {len(np.unique(named))} distinct"
+        )
+    documents = np.stack([names, ends - lengths, ends], axis=1) if len(parts) else np.zeros((0, 3), dtype=np.int64)
+    order = _sort_backwards(tokens)
+    return SealedPool(
+        tokens, order, _shared_lengths(tokens, order), documents[np.argsort(documents[:, 0], kind="stable")]
+    )
+
+
+def open_pool(folder: str | os.PathLike[str], identity: str) -> SealedPool:
+    """Maps a saved pool into memory after checking every file's CRC-32.
+
+    Raises CorruptPool where a file is missing or differs from the manifest, PoolError where the pool belongs to another
+    model or tokenizer than `identity`.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    if manifest.get("format") != _FORMAT or manifest.get("depth") != DEPTH:
+        raise CorruptPool(
+            f"pool {folder}: format {manifest.get('format')} is not the expected {_FORMAT}. Build the pool anew."
+        )
+    if manifest.get("identity") != identity:
+        raise PoolError(
+            f"pool {folder} holds tokens of {manifest.get('identity')}, but the engine runs {identity}. "
+            f"Build the pool anew with this model, or point decoding.pools at another folder."
+        )
+    return SealedPool(*(_map_checked(folder, name, manifest) for name in _ARRAYS))
+
+
+def rebuild_pool(folder: str | os.PathLike[str]) -> SealedPool:
+    """Sorts a damaged pool anew from its tokens, where those and its documents are intact. Raises CorruptPool where
+    they are not."""
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    tokens = np.array(_map_checked(folder, "tokens", manifest))
+    documents = np.array(_map_checked(folder, "documents", manifest))
+    order = _sort_backwards(tokens)
+    return SealedPool(tokens, order, _shared_lengths(tokens, order), documents)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        return manifest
+    except (OSError, ValueError) as error:
+        raise CorruptPool(f"pool {folder}: manifest.json cannot be read ({error}). Build the pool anew.") from None
+
+
+def _map_checked(folder: Path, name: str, manifest: dict[str, Any]) -> np.ndarray:
+    file = folder / f"{name}.npy"
+    try:
+        if _checksum(file) != manifest["crc32"][name]:
+            raise CorruptPool(f"pool {folder}: {file.name} differs from its checksum. Build the pool anew.")
+        # Copy-on-write, though nobody writes: kernels take writable and read-only arrays for two types and compile for
+        # each.
+        array: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
+        return array.view(np.ndarray)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptPool(f"pool {folder}: {file.name} cannot be read ({error}). Build the pool anew.") from None
+
+
+def _checksum(file: Path) -> int:
+    crc = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _sort_backwards(tokens: np.ndarray) -> np.ndarray:
+    """Prefix doubling, backwards: ranks by the last 1, 2, 4, … DEPTH tokens before each position, until all differ."""
+    before = np.arange(len(tokens)) - np.maximum.accumulate(np.where(tokens == BORDER, np.arange(len(tokens)) + 1, 0))
+    before = np.maximum(before, 0)  # tokens between a position and the border before it
+    positions = np.flatnonzero((before > 0) & (tokens != BORDER))
+    rank = np.zeros(len(tokens), dtype=np.int64)
+    # Positions at a border are keys of nobody's, but the second half of no key either: only p - k with k < before[p]
+    # are read.
+    rank[1:] = tokens[:-1].astype(np.int64) + 1
+    order = positions
+    width = 1
+    while width <= DEPTH and len(positions):
+        if width == 1:
+            key = rank[positions]
+        else:
+            half = width // 2
+            beyond = before[positions] > half
+            key = rank[positions] * (len(tokens) + 1)
+            key[beyond] += rank[positions[beyond] - half]
+        by_key = np.argsort(key, kind="stable")
+        order, key = positions[by_key], key[by_key]
+        new = np.concatenate([[True], key[1:] != key[:-1]])
+        rank[order] = np.cumsum(new)
+        if new.all():
+            break
+        width *= 2
+    return order.astype(np.int32)
+
+
+@compiled
+def _shared_lengths(tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
+    shared = np.zeros(len(order), dtype=np.uint8)
+    for i in range(1, len(order)):
+        a, b, n = order[i - 1] - 1, order[i] - 1, 0
+        while n < DEPTH and a >= 0 and b >= 0 and tokens[a] == tokens[b] and tokens[a] != BORDER:
+            a -= 1
+            b -= 1
+            n += 1
+        shared[i] = n
+    return shared
+
+
+# ----------------------------------------------------------------------------------------------------------------- live
+# The live tier of a retrieval pool: an n-gram index that grows by one finished text at a time.
+#
+# For each of the `LEVELS` n, a table holds the latest position after each hash of n tokens, and every position links
+# to the one before it with the same hash: inserting a token is a few stores, and the latest texts are found first.
+# Hashes collide without harm, since the search compares the tokens themselves. 36 bytes a token when full, 72 just
+# after growing; bounded, oldest texts dropped first.
+
+
+LEVELS = (1, 2, 4, 8)
+_NO_POSITION = -1
+_FIRST_CAPACITY = 1 << 10
+_KEPT_SHARE = 0.75  # of max_tokens stays when the pool is full: dropping text by text would rebuild at every insertion
+
+
+class LivePool:
+    """Recent texts of one cohort, searchable at once.
+
+    tokens: int32 [capacity], each text followed by BORDER. size: int64 [1], tokens in use.
+    heads: int32 [levels, capacity], latest position by hash. earlier: int32 [levels, capacity], the position before it.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        """max_tokens: bound on tokens held, borders included; beyond it the oldest texts go."""
+        if max_tokens < _FIRST_CAPACITY:
+            raise ValueError(f"a live pool needs room for at least {_FIRST_CAPACITY} tokens, not {max_tokens}")
+        self.max_tokens = max_tokens
+        self.dropped = 0  # texts
+        self._allocate(_FIRST_CAPACITY)
+
+    def __len__(self) -> int:
+        return int(self.size[0])
+
+    def insert(self, sequence: Sequence[int] | np.ndarray) -> bool:
+        """Adds one text; returns whether the arrays were replaced by larger ones, so that holders of the old ones must
+        fetch them anew.
+
+        A text longer than half the pool is cut to its end. Raises ValueError for a negative token id.
+        """
+        new = np.asarray(sequence, dtype=np.int32)[-(self.max_tokens // 2) :]
+        if len(new) == 0:
+            return False
+        if new.min() < 0:
+            raise ValueError(f"token ids are not negative, but a text holds {new.min()}")
+        replaced = self._make_room(len(new) + 1)
+        _insert(self.tokens, self.size, self.heads, self.earlier, new)
+        return replaced
+
+    def sequences(self) -> list[np.ndarray]:
+        """The texts held, oldest first, each int32 [length]."""
+        used = self.tokens[: len(self)]
+        return [part[:-1] for part in np.split(used, np.flatnonzero(used == BORDER) + 1) if len(part)]
+
+    def _make_room(self, extra: int) -> bool:
+        needed = len(self) + extra
+        if needed <= min(len(self.tokens), self.max_tokens):
+            return False
+        kept = self.sequences()
+        if needed > self.max_tokens:
+            room = int(self.max_tokens * _KEPT_SHARE) - extra
+            first = len(kept)
+            while first and room >= len(kept[first - 1]) + 1:
+                first -= 1
+                room -= len(kept[first]) + 1
+            self.dropped += first
+            kept = kept[first:]
+            needed = sum(len(k) + 1 for k in kept) + extra
+        capacity = len(self.tokens)
+        while capacity < needed:
+            capacity *= 2
+        kept = [k.copy() for k in kept]
+        self._allocate(capacity)
+        for sequence in kept:
+            _insert(self.tokens, self.size, self.heads, self.earlier, sequence)
+        return True
+
+    def _allocate(self, capacity: int) -> None:
+        self.tokens = np.full(capacity, BORDER, dtype=np.int32)
+        self.size = np.zeros(1, dtype=np.int64)
+        self.heads = np.full((len(LEVELS), capacity), _NO_POSITION, dtype=np.int32)
+        self.earlier = np.full((len(LEVELS), capacity), _NO_POSITION, dtype=np.int32)
+
+
+@compiled
+def hash_before(tokens: np.ndarray, end: int, n: int, mask: int) -> int:
+    """Hash of the `n` tokens before position `end`, within `mask` (a power of two less one)."""
+    value = np.uint64(0x9E3779B97F4A7C15)
+    for i in range(end - n, end):
+        value = (value ^ np.uint64(tokens[i])) * np.uint64(0xBF58476D1CE4E5B9)
+        value ^= value >> np.uint64(29)
+    return np.int64(value & np.uint64(mask))  # type: ignore[return-value]  # numba knows no Python integers
+
+
+@compiled
+def _insert(tokens: np.ndarray, size: np.ndarray, heads: np.ndarray, earlier: np.ndarray, new: np.ndarray) -> None:
+    start, mask = size[0], heads.shape[1] - 1
+    tokens[start : start + len(new)] = new
+    tokens[start + len(new)] = BORDER
+    for position in range(start + 1, start + len(new)):  # positions with a token before and at them
+        for level, n in enumerate(LEVELS):
+            if position - start >= n:
+                slot = hash_before(tokens, position, n, mask)
+                earlier[level, position] = heads[level, slot]
+                heads[level, slot] = position
+    size[0] = start + len(new) + 1
+
+
+# ------------------------------------------------------------------------------------------------------------- matching
+# Where a context has occurred before: the longest matches of its end in a sealed pool, a live pool or a single text.
+#
+# All three give the same thing, so that one drafting rule serves them: up to as many candidates as the caller's arrays
+# hold, each the position that follows an earlier occurrence and the number of tokens it shares with the context's end,
+# longest first. Shorter matches are included where there is room: a single long match is often worth less than several
+# shorter ones that agree.
+
+
+@compiled
+def shared_length(tokens: np.ndarray, position: int, context: np.ndarray) -> int:
+    """How many tokens before `position` equal the end of `context`, at most DEPTH, stopping at a border."""
+    n, size = 0, len(context)
+    limit = min(DEPTH, position, size)
+    while n < limit and tokens[position - 1 - n] == context[size - 1 - n]:
+        n += 1
+    return n
+
+
+@compiled
+def match_sealed(
+    tokens: np.ndarray,
+    order: np.ndarray,
+    shared: np.ndarray,
+    context: np.ndarray,
+    positions: np.ndarray,
+    lengths: np.ndarray,
+) -> int:
+    """The longest matches of the end of `context` in a sealed pool (see SealedPool for the first three).
+
+    positions, lengths: int64 [at most this many], filled. Returns how many were found.
+    """
+    low, high, size = 0, len(order), len(context)
+    while low < high:
+        middle = (low + high) // 2
+        at, less = order[middle] - 1, False
+        for i in range(DEPTH):
+            theirs = tokens[at - i] if at - i >= 0 else BORDER
+            ours = context[size - 1 - i] if i < size else BORDER
+            if theirs != ours:
+                less = theirs < ours
+                break
+            if ours == BORDER:
+                break
+        if less:
+            low = middle + 1
+        else:
+            high = middle
+    left, right = low - 1, low
+    left_length = shared_length(tokens, order[left], context) if left >= 0 else 0
+    right_length = shared_length(tokens, order[right], context) if right < len(order) else 0
+    found = 0
+    while found < len(positions) and (left_length > 0 or right_length > 0):
+        if left_length >= right_length:
+            positions[found], lengths[found] = order[left], left_length
+            left_length = min(left_length, int(shared[left]))
+            left -= 1
+        else:
+            positions[found], lengths[found] = order[right], right_length
+            right += 1
+            right_length = min(right_length, int(shared[right])) if right < len(order) else 0
+        found += 1
+    return found
+
+
+@compiled
+def keep_longest(positions: np.ndarray, lengths: np.ndarray, found: int, position: int, length: int) -> int:
+    """Inserts a candidate into the `found` longest so far, sorted by length; of equal ones the earlier inserted
+    stand first."""
+    room = len(positions)
+    if found == room and lengths[found - 1] >= length:
+        return found
+    at = min(found, room - 1)
+    while at > 0 and lengths[at - 1] < length:
+        positions[at], lengths[at] = positions[at - 1], lengths[at - 1]
+        at -= 1
+    positions[at], lengths[at] = position, length
+    return min(found + 1, room)
+
+
+@compiled
+def match_live(
+    tokens: np.ndarray,
+    heads: np.ndarray,
+    earlier: np.ndarray,
+    context: np.ndarray,
+    positions: np.ndarray,
+    lengths: np.ndarray,
+) -> int:
+    """The longest matches of the end of `context` among the latest texts of a live pool (see LivePool for the first
+    three).
+
+    At each level the latest len(positions) occurrences are looked at, so a longer match that is older than those may be
+    missed among texts that repeat themselves much; what is found is then at least as long as that level.
+    """
+    mask, size, found, above = heads.shape[1] - 1, len(context), 0, DEPTH + 1
+    for level in range(len(LEVELS) - 1, -1, -1):
+        n = LEVELS[level]
+        if size < n or found == len(positions):
+            continue
+        position = heads[level, hash_before(context, size, n, mask)]
+        for _ in range(len(positions)):
+            if position < 0:
+                break
+            length = shared_length(tokens, position, context)
+            if n <= length < above:  # shorter ones are collisions, longer ones were found at the level above
+                found = keep_longest(positions, lengths, found, position, length)
+            position = earlier[level, position]
+        above = n
+    return found
+
+
+@compiled
+def match_text(text: np.ndarray, end: int, context: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> int:
+    """The longest matches of the end of `context` in one text, at positions before `end`; of equal ones the latest
+    stand first."""
+    found, size = 0, len(context)
+    if size == 0:
+        return 0
+    last = context[size - 1]
+    for position in range(end - 1, 0, -1):
+        if text[position - 1] == last:
+            found = keep_longest(positions, lengths, found, position, shared_length(text, position, context))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- shelf
+# The texts that a retrieval call may search, held as the lists of arrays that compiled kernels take.
+#
+# A row names its sources by kind and place, so that one call serves rows of any pools. Places are reused: building
+# numba's lists anew for each change would cost more than the search.
+
+
+NOTHING, SEALED, LIVE, TEXT, CONTEXT = -1, 0, 1, 2, 3  # kinds of source; CONTEXT is the row's own prompt and output
+
+_NO_TOKENS = np.zeros(0, np.int32)
+_STAND_INS: dict[int, tuple[np.ndarray, ...]] = {
+    SEALED: (_NO_TOKENS, _NO_TOKENS, np.zeros(0, np.uint8)),
+    LIVE: (_NO_TOKENS, np.zeros((1, 0), np.int32), np.zeros((1, 0), np.int32)),
+    TEXT: (_NO_TOKENS,),
+}
+
+
+class Shelf:
+    """Places for sealed pools, live pools and single texts."""
+
+    def __init__(self) -> None:
+        # Place 0 of each kind holds a stand-in that nothing names: numba cannot pass an empty list.
+        self.lists: dict[int, tuple[Any, ...]] = {
+            k: tuple(typed_list([a]) for a in arrays) for k, arrays in _STAND_INS.items()
+        }
+        self._free: dict[int, list[int]] = {kind: [] for kind in _STAND_INS}
+
+    def add_sealed(self, pool: SealedPool) -> int:
+        """Gives a sealed pool a place."""
+        return self._add(SEALED, (pool.tokens, pool.order, pool.shared))
+
+    def add_live(self, pool: LivePool) -> int:
+        """Gives a live pool a place."""
+        return self._add(LIVE, (pool.tokens, pool.heads, pool.earlier))
+
+    def renew_live(self, place: int, pool: LivePool) -> None:
+        """Puts a live pool's arrays at its place anew, after they were replaced."""
+        self._set(LIVE, place, (pool.tokens, pool.heads, pool.earlier))
+
+    def add_text(self, tokens: np.ndarray) -> int:
+        """Gives a single text a place. tokens: int32 [n]."""
+        # A border at the end: only a row's own context may be read on past its end, into its draft.
+        return self._add(TEXT, (np.append(tokens, np.int32(BORDER)),))
+
+    def remove(self, kind: int, place: int) -> None:
+        """Frees a place; what stood there may then be unmapped."""
+        self._set(kind, place, _STAND_INS[kind])
+        self._free[kind].append(place)
+
+    def _add(self, kind: int, arrays: tuple[np.ndarray, ...]) -> int:
+        if self._free[kind]:
+            place = self._free[kind].pop()
+            self._set(kind, place, arrays)
+            return place
+        for list_, array in zip(self.lists[kind], arrays, strict=True):
+            list_.append(array)
+        return len(self.lists[kind][0]) - 1
+
+    def _set(self, kind: int, place: int, arrays: tuple[np.ndarray, ...]) -> None:
+        for list_, array in zip(self.lists[kind], arrays, strict=True):
+            list_[place] = array

@@ -1,0 +1,127 @@
+"""ReLLa's question (WWW 2024, arXiv 2308.11131): a user in a sentence, numbered behaviours with their ratings, one
+candidate, and an answer that may only be Yes or No.
+
+The structure follows the paper, the wording is ours. One function writes all its variants: the behaviours shown are the
+most recent ones, retrieved ones, or both. The candidate comes last, so an engine that keeps prefixes reads once what
+the candidates of a request share: profile and recent behaviours, and the retrieved ones where they are those of the
+whole set. The paper retrieves for each candidate, which leaves little to share.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from owlrec.config import Config
+from owlrec.prompting.framework import (
+    clean_text,
+    enumerate_words,
+    fit_recent,
+    quoted_behaviour,
+    quoted_title,
+    scenario_words,
+)
+from owlrec.scenario import Scenario
+from owlrec.storage import fingerprint
+
+YES, NO = "Yes", "No"  # the answers that are tuned for and scored
+
+# The system turn holds what no row changes. A scenario without ratings asks for the act itself.
+_SYSTEM_GRADED = (
+    "You judge from a user's {history} whether the user will like one more {item}. "
+    "The more {unit}s the user gave, the better the user liked the {item}."
+)
+_SYSTEM_UNGRADED = "You judge from a user's {history} whether it is likely that the user {consumed} one more {item}."
+_RECENT = "The user {consumed} these {items} last, in this order:{behaviours}"
+_RETRIEVED = (
+    "Of all {items} that the user {consumed}, these are most like the {asked} in question, in this order:{behaviours}"
+)
+_NO_HISTORY = "Nothing is known of the user's {history}."
+_QUESTION_GRADED = "Will the user like the {item} {target}?"
+_QUESTION_UNGRADED = "Is it likely that the user {consumed} the {item} {target}?"
+_INSTRUCTION = f"Answer only {YES} or {NO}."
+
+
+class RankPromptConfig(Config):
+    """For what behaviors are retrieved, and how much of a history is quoted."""
+
+    # set: once for all candidates of a request, which then share all but their own title; candidate: for each (ReLLa).
+    retrieved_for: Literal["set", "candidate"] = "set"
+    # For each list: about 28 film titles; the paper gains nothing beyond prompts of 700.
+    history_tokens: int = Field(512, ge=0)
+
+
+def rank_fingerprint(config: RankPromptConfig, scenario: Scenario) -> str:
+    """SHA-256 of all that shapes a prompt besides its row: what was tuned on one wording must not score another."""
+    graded, ungraded = (_SYSTEM_GRADED, _QUESTION_GRADED), (_SYSTEM_UNGRADED, _QUESTION_UNGRADED)
+    shared = (_RECENT, _RETRIEVED, _NO_HISTORY, _INSTRUCTION)
+    return fingerprint(config, scenario, graded if scenario.rating_unit else ungraded, shared)
+
+
+def rank_system(scenario: Scenario) -> str:
+    """The system turn that all prompts of a scenario share."""
+    template = _SYSTEM_GRADED if scenario.rating_unit else _SYSTEM_UNGRADED
+    return template.format(**scenario_words(scenario, scenario.user_factors))
+
+
+def rank_prompt(
+    scenario: Scenario,
+    profile: Mapping[str, str],
+    target: str,
+    config: RankPromptConfig,
+    count_tokens: Callable[[str], int],
+    *,
+    recent: Sequence[tuple[str, float | None]] = (),
+    retrieved: Sequence[tuple[str, float | None]] = (),
+) -> tuple[str, str]:
+    """System turn and user turn that ask whether the user will like one candidate.
+
+    profile: the user's profile fields; empty ones and those that the scenario does not name are left out.
+    target: the candidate's title. recent, retrieved: (title, rating), oldest first; either may be empty, and a
+    behaviour without a title is left out. A rating is quoted as it stands, since only the source knows its scale: what
+    is out of range is for whoever reads the source to refuse. A rating of None, or a scenario without graded ratings,
+    quotes the title alone.
+
+    Of each list the oldest are dropped until it fits `history_tokens`; candidate and question always stand, the title
+    cut to 120 characters. The lists have a budget each, so that the shared beginning depends on no candidate. Where no
+    behaviour is left the prompt says that none is known. Returns two "" where the candidate has no title: there is
+    nothing to ask about.
+    """
+    if not is_quotable(target):
+        return "", ""
+    asked = scenario.items if config.retrieved_for == "set" else scenario.item
+    words = scenario_words(scenario, scenario.user_factors) | {"target": quoted_title(target), "asked": asked}
+
+    def listed(template: str, behaviours: Sequence[tuple[str, float | None]]) -> str:
+        lines = _numbered(scenario, behaviours, config.history_tokens, count_tokens)
+        return template.format(**words, behaviours=lines) if lines else ""
+
+    lately, alike = listed(_RECENT, recent), listed(_RETRIEVED, retrieved)
+    unknown = "" if lately or alike else _NO_HISTORY.format(**words)
+    question = (_QUESTION_GRADED if scenario.rating_unit else _QUESTION_UNGRADED).format(**words)
+    parts = (_profile_sentence(scenario, profile), unknown, lately, alike, question, _INSTRUCTION)
+    return rank_system(scenario), "\n".join(part for part in parts if part)
+
+
+def is_quotable(title: str) -> bool:
+    """Whether anything of a title is left once it is cleaned."""
+    return quoted_title(title) != quoted_title("")
+
+
+def _profile_sentence(scenario: Scenario, profile: Mapping[str, str]) -> str:
+    values = {field: clean_text(profile.get(field) or "", max_chars=60) for field in scenario.profile_fields}
+    facts = tuple(f"{field} is {value}" for field, value in values.items() if value)
+    return f"The user's {enumerate_words(facts)}." if facts else ""
+
+
+def _numbered(
+    scenario: Scenario,
+    behaviours: Sequence[tuple[str, float | None]],
+    budget_tokens: int,
+    count_tokens: Callable[[str], int],
+) -> str:
+    """The latest behaviours that fit, oldest first, each after its number on a line of its own; "" where none does."""
+    entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviours if is_quotable(title)]
+    numbering = count_tokens(f"\n{len(entries)}. ")  # apart: counts of titles are remembered, of numbered lines not
+    kept = fit_recent(entries, budget_tokens, lambda entry: count_tokens(entry) + numbering)
+    return "".join(f"\n{number}. {entry}" for number, entry in enumerate(kept, 1))
