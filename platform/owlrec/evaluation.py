@@ -221,7 +221,7 @@ def percentile_interval(values: np.ndarray, level: float = 0.95) -> Interval:
     return Interval(low=float(low), high=float(high))
 
 
-# ------------------------------------------------------------------------------------------------ many rows, closed form
+# ----------------------------------------------------------------------------------------------- many rows, closed form
 # The cluster bootstrap's standard error in closed form (Obuchowski, Biometrics 1997), by the midrank placements of Sun
 # and Xu (IEEE Signal Processing Letters 2014), which take sorting instead of comparing every pair.
 
