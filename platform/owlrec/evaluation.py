@@ -1,10 +1,5 @@
-"""AUC, gAUC, RelaImp, log-loss and calibration error of click predictions, in float64 and without a Python loop.
-
-AUC is the Mann-Whitney rank sum, tied scores sharing their mean rank. gAUC (group AUC; Zhu et al., "Optimized Cost
-per Click in Taobao Display Advertising", KDD 2017) averages each user's own AUC weighted by impressions: it leaves
-out what tells users apart and keeps what orders one user's items, which is what a ranking is used for. Both are nan
-where no group holds the two classes. A NaN among scores or a label that is no label is refused: sorted among the
-others it would yield a figure that looks like any other.
+"""Evaluation that CTR models and rankers share: AUC, gAUC, log-loss, calibration errors, intervals by the cluster
+bootstrap, comparisons of arms, Platt scaling.
 """
 
 import math
@@ -18,6 +13,15 @@ from pydantic import BaseModel, Field, ValidationError
 from owlrec.config import Config
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.workspace import Workspace
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+# AUC, gAUC, RelaImp, log-loss and calibration error of click predictions, in float64 and without a Python loop.
+#
+# AUC is the Mann-Whitney rank sum, tied scores sharing their mean rank. gAUC (group AUC; Zhu et al., "Optimized Cost
+# per Click in Taobao Display Advertising", KDD 2017) averages each user's own AUC weighted by impressions: it leaves
+# out what tells users apart and keeps what orders one user's items, which is what a ranking is used for. Both are nan
+# where no group holds the two classes. A NaN among scores or a label that is no label is refused: sorted among the
+# others it would yield a figure that looks like any other.
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
