@@ -31,6 +31,7 @@ from owlrec import evaluation as metrics
 from owlrec.ctr.adaptor import code_sizes
 from owlrec.ctr.batches import SplitBatches, Tables, epoch_steps, scan_steps, segments
 from owlrec.ctr.experiment import (
+    SCORES_FILE,
     CTRConfig,
     Metrics,
     ScoredRows,
