@@ -27,12 +27,13 @@ from owlrec.shards import Artifact, Card, needed_stage
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = ("prepare", "generate", "encode", "publish", "refresh")
 HARMS = ("kill", "kill", "truncate", "fill disk")
 AT_HAND = 4  # shards that one worker may have begun when it dies: what a kill can cost
 HARMS_PER_STAGE = 3
+ENDS_WITHIN_S = 600  # a stage, Ray's start included, on a machine that is busy with something else
 USERS = 120
 
 
@@ -119,7 +120,7 @@ def run_undisturbed(recipe: Path, folder: Path, log: Path) -> dict[str, object]:
     for stage in STAGES:
         if stage == "refresh":
             add_events(folder)
-        assert start(stage, recipe, log).wait(timeout=120) == 0, log.read_text()[-2000:]
+        assert start(stage, recipe, log).wait(timeout=ENDS_WITHIN_S) == 0, log.read_text()[-2000:]
     return content(folder)
 
 
@@ -181,14 +182,14 @@ def harm(rng: random.Random, stage: str, runs: Counted) -> None:
     time.sleep(rng.random() * 0.4)
     if kind == "fill disk":
         chaos.fill(folder / "filler")
-        code = process.wait(timeout=120)
+        code = process.wait(timeout=ENDS_WITHIN_S)
         (folder / "filler").unlink()
         assert code == 0 or "Free some space" in log.read_text(), log.read_text()[-3000:]
     elif kind == "kill worker":
         for pid in rng.sample(pids := chaos.replica_pids(), min(1, len(pids))):
             with suppress(psutil.NoSuchProcess):
                 psutil.Process(pid).kill()
-        assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+        assert process.wait(timeout=ENDS_WITHIN_S) == 0, log.read_text()[-3000:]
     elif process.poll() is None:
         workers = max(1, len(chaos.replica_pids()))
         process.send_signal(signal.SIGKILL)
@@ -218,7 +219,7 @@ def test_what_is_killed_and_damaged_ends_as_if_nothing_had_happened(
                     harm(rng, stage, runs)
                 # A file of an earlier stage may have been truncated: every stage is asked again, as `owlrec run` does.
                 for again in STAGES[: STAGES.index(stage) + 1]:
-                    assert runs.start(again).wait(timeout=120) == 0, runs.log.read_text()[-3000:]
+                    assert runs.start(again).wait(timeout=ENDS_WITHIN_S) == 0, runs.log.read_text()[-3000:]
                     runs.count()
             assert content(folder) == expected
     except PermissionError as error:
