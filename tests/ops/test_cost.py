@@ -343,6 +343,8 @@ def test_savings_add_up_from_everything_again_to_the_estimate():
     )
     collective = {"everything again each time": 0, "collective texts": again - 11 * 51 * 8}
     assert saved("collective") == pytest.approx(collective)
+    # A second moment of each user is written about in the full run alone.
+    assert saved("collective", texts_per_user=2.0)["collective texts"] == pytest.approx(again + 4000 - 11 * 51 * 8)
 
 
 def test_decoder_and_spot_machines_save_time_and_price():

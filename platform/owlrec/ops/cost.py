@@ -608,9 +608,9 @@ def savings(
     RecipeError as `demand` and `estimate_cost` do.
     """
     asked, once = demand(policy, horizon, workload), horizon.model_copy(update={"refreshes": 0})
-    full = demand("individual", once, workload)
+    everybody: Texts = {"user": horizon.users, "item": horizon.items}
+    again = replace(demand("individual", once, workload), per_refresh=everybody, refreshes=horizon.refreshes)
     plain, steady = workload.without_decoder(), fleet.on_demand()
-    again = replace(full, per_refresh=full.first, refreshes=horizon.refreshes)
     ways = [("everything again each time", plain, steady, again)]
     if policy != "collective" and horizon.refreshes:
         ways.append(("texts with the same prompt kept", plain, steady, demand("individual", horizon, workload)))
