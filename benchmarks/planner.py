@@ -1,9 +1,9 @@
-"""The planner against measurement: a small run of MovieLens-100K, plans made from it, and the whole of it as it went.
+"""The planner against measurement: a small run of MovieLens-100K, estimates from it, and the whole of it as it went.
 
 Of every user the first 60 % of behaviours are in the tables, the next 20 % come as events. A small world of 200 users
 is asked about individually and by cohorts, then refreshed; its figures plan three policies for all 943 users and 1,682
 items: a text for each (individual), for each cohort (collective), and a refresh of who has acted (streaming). Then
-these three are run and the errors printed: calls, tokens, and time, which is that of the stage with its start, for the
+these three are run and the errors printed: texts, tokens, and time, which is that of the stage with its start, for the
 refresh that of its calls. Finished runs stay in --workspace and are not run again; 20 to 40 minutes on two cores.
 
 `--measured A --against B C` prints the errors of plans from a finished run A for finished runs B and C, and runs none.
@@ -22,17 +22,16 @@ from benchmarks.samples import RATED, labelled
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation.models import PACKAGED
 from owlrec.ops.cost import (
-    Call,
+    Demand,
     FleetConfig,
     FleetGroup,
     Horizon,
     Policy,
-    Runs,
-    Work,
-    WorkloadFigures,
+    TextKind,
+    Workload,
+    demand,
+    estimate_cost,
     measured_workload,
-    plan,
-    runs_of,
 )
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import pointer
@@ -46,7 +45,7 @@ SIZES = {"small": (200, 320), "whole": (None, None)}
 QUICK = {"small": (60, 100), "whole": (150, 250)}
 MACHINE = {"name": "this machine", "accelerator": "CPU", "gpus": 1, "price_per_gpu_hour": 0.0}
 SHARD_ROWS = 128
-Taken = dict[str, float]  # calls, tokens and seconds, by name
+Taken = dict[str, float]  # texts, tokens and seconds, by name
 
 
 def main() -> None:
@@ -68,51 +67,51 @@ def _of_three_policies(options: argparse.Namespace) -> Iterator[Figure]:
     small = _run(folder / "small", sizes["small"], tokens, "both", refresh=True)
     individual = _run(folder / "individual", sizes["whole"], tokens, "individual", refresh=True)
     collective = _run(folder / "collective", sizes["whole"], tokens, "collective")
-    workload = measured_workload(small)
+    workload = measured_workload(small, SHARD_ROWS)
     prepared = finished_stage(individual, "prepare")
     assert prepared is not None
     horizon = Horizon(users=int(prepared.counts["users"]), items=int(prepared.counts["items"]), refreshes=1)
-    policies: dict[Policy, tuple[Mapping[Call, int], Workspace]] = {
-        "individual": (runs_of("individual", horizon, workload).first, individual),
-        "collective": (runs_of("collective", horizon, workload).first, collective),
-        "streaming": (runs_of("streaming", horizon, workload).each, individual),
+    policies: dict[Policy, tuple[Mapping[TextKind, int], Workspace]] = {
+        "individual": (demand("individual", horizon, workload).first, individual),
+        "collective": (demand("collective", horizon, workload).first, collective),
+        "streaming": (demand("streaming", horizon, workload).per_refresh, individual),
     }
-    for policy, (calls, workspace) in policies.items():
-        yield from _compared(policy, _planned(workload, calls), _taken(workspace, streaming=policy == "streaming"))
+    for policy, (texts, workspace) in policies.items():
+        yield from _compared(policy, _planned(workload, texts), _taken(workspace, streaming=policy == "streaming"))
 
 
 def _of_finished(options: argparse.Namespace) -> Iterator[Figure]:
-    workload = measured_workload(Workspace(options.measured))
+    workload = measured_workload(Workspace(options.measured), SHARD_ROWS)
     for name in options.against:
         workspace = Workspace(name)
-        measured = measured_workload(workspace)
-        calls = {call: f.rows for call, f in measured.kinds.items() if call in workload.kinds and call != "refresh"}
+        measured = measured_workload(workspace, SHARD_ROWS)
+        texts = {kind: f.rows for kind, f in measured.texts.items() if kind in workload.texts and kind != "refresh"}
         taken = _taken(workspace, streaming=False)
-        yield from _compared(Path(name).name, _planned(workload, calls), taken)
+        yield from _compared(Path(name).name, _planned(workload, texts), taken)
 
 
-def _planned(workload: WorkloadFigures, calls: Mapping[Call, int]) -> Taken:
-    started = {} if "refresh" not in calls else {"startup_s": 0.0}
+def _planned(workload: Workload, texts: Mapping[TextKind, int]) -> Taken:
+    started = {} if "refresh" not in texts else {"startup_s": 0.0}
     fleet = FleetConfig(groups=[FleetGroup.model_validate({**MACHINE, **started})])
-    found = plan(workload, fleet, Runs(calls), Work(SHARD_ROWS))
+    estimate = estimate_cost(workload, fleet, Demand(texts))
     return {
-        "calls": float(sum(calls.values())),
-        "prompt tokens": found.prompt_tokens.expected,
-        "output tokens": found.output_tokens.expected,
-        "seconds": 3600 * found.wall_hours.expected,
+        "texts": float(sum(texts.values())),
+        "prompt tokens": estimate.expected("prompt tokens"),
+        "output tokens": estimate.expected("output tokens"),
+        "seconds": 3600 * estimate.expected("generate: wall hours"),
     }
 
 
 def _taken(workspace: Workspace, *, streaming: bool) -> Taken:
     """What a finished run took, by its cards."""
-    stage, kinds = finished_stage(workspace, "generate"), measured_workload(workspace).kinds
+    stage, workload = finished_stage(workspace, "generate"), measured_workload(workspace, SHARD_ROWS)
     assert stage is not None
-    rows = {call: figures for call, figures in kinds.items() if (call == "refresh") == streaming}
+    rows = {kind: f.rows for kind, f in workload.texts.items() if (kind == "refresh") == streaming}
     return {
-        "calls": float(sum(f.rows for f in rows.values())),
-        "prompt tokens": sum(f.rows * f.prompt_tokens.expected for f in rows.values()),
-        "output tokens": sum(f.rows * f.output_tokens.expected for f in rows.values()),
-        "seconds": sum(f.rows * f.seconds.expected for f in rows.values()) if streaming else stage.seconds,
+        "texts": float(sum(rows.values())),
+        "prompt tokens": float(workload.total("prompt_tokens", rows)[1]),
+        "output tokens": float(workload.total("output_tokens", rows)[1]),
+        "seconds": float(workload.total("engine_s", rows)[1]) if streaming else stage.seconds,
     }
 
 

@@ -1,4 +1,4 @@
-"""What knowledge would take before it is paid for: time, GPU-hours, cost and storage, from a small run's figures."""
+"""What knowledge would cost before it is paid for: from generation to serving, by a small run's figures."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
-from owlrec.ops import cost as plan_report
 from owlrec.ops.console import note, stage_header
-from owlrec.ops.cost import POLICIES, Horizon, Work, load_fleet, measured_workload
+from owlrec.ops.cost import POLICIES, Horizon, load_fleet, measured_workload, report
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.workspace import Workspace
 from pipelines.stage import plain_errors
@@ -34,9 +33,8 @@ def plan(
     cohorts: Annotated[str, typer.Option("--cohorts", help="default: in proportion, as measured")] = "0",
     renewed_share: Annotated[float, typer.Option(min=0, max=1, help="of cohorts, asked again at a refresh")] = 1.0,
     json_file: Annotated[str | None, typer.Option("--json", help="a file that every figure is written to")] = None,
-    plot: Annotated[str | None, typer.Option("--plot", help="an .svg file: what saves what, as a waterfall")] = None,
 ) -> None:
-    """Estimate GPU-hours, time, storage and cost of a large batch from the figures of a small run."""
+    """Estimate time, GPU-hours, cost, storage and serving of a large batch from the figures of a small run."""
     from owlrec.ops.report import hardware_line
 
     with plain_errors():
@@ -48,20 +46,19 @@ def plan(
         shares = {"acting_share": acting_share, "renewed_share": renewed_share}
         horizon = Horizon.model_validate({**counts, **shares, "refreshes": refreshes})
         settings = load_recipe(file, workspace=workspace)
-        store, machines, work = Workspace(settings.workspace), load_fleet(fleet), _work(settings)
-        workload = measured_workload(store)
+        store, machines = Workspace(settings.workspace), load_fleet(fleet)
+        workload = measured_workload(store, settings.shard_rows, _in_flight(settings))
         stage_header("plan", f"estimates, extrapolated from {workload.measured} in {store.path(workload.run)}")
         note(f"if this machine made it: {hardware_line()}")
-        report = plan_report.report(workload, machines, horizon, chosen, work)
-        _write(json_file, json.dumps(report.figures, indent=1))
-        _write(plot, report.waterfall)
+        figures = report(workload, machines, horizon, chosen)
+        if json_file:
+            _write(json_file, json.dumps(figures, indent=1, default=list))
 
 
-def _work(recipe: Recipe) -> Work:
-    job, decoding = recipe.generate, recipe.decoding
+def _in_flight(recipe: Recipe) -> int:
+    """How many shards share an engine's batch."""
     batch = getattr(recipe.engine, "max_num_seqs", getattr(recipe.engine, "concurrency", 1))
-    at_once = max(1, min(job.shards_in_flight, round(batch / recipe.shard_rows)))
-    return Work(recipe.shard_rows, at_once, 0 if decoding.mode == "off" else decoding.pool_tokens)
+    return max(1, min(recipe.generate.shards_in_flight, round(batch / recipe.shard_rows)))
 
 
 def row_count(text: str) -> int:
@@ -75,12 +72,11 @@ def row_count(text: str) -> int:
     return int(value)
 
 
-def _write(file: str | None, text: str) -> None:
-    if file:
-        try:
-            Path(file).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise WorkspaceError(f"{file}: cannot be written ({error.strerror}). Name another file.") from None
+def _write(file: str, text: str) -> None:
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise WorkspaceError(f"{file}: cannot be written ({error.strerror}). Name another file.") from None
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -103,6 +104,18 @@ def test_every_text_is_encoded_once_and_coded(world: Workspace, counted: list[st
     assert shard is not None
     assert (shard.quantiser, shard.encoder, shard.kind) == (quantiser.fingerprint, CONFIG.identity, "user")
     assert read_reports(world, "vectors/v")["knowledge-user"].vectors == 200
+
+
+def test_cards_say_how_fast_the_encoder_was_without_its_start(
+    world: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("owlrec.encoding.inputs.Stopwatch", lambda: SimpleNamespace(seconds=10_000.0))  # of its start
+    write_knowledge(world, "user", texts_of(200))
+    by_name = knowledge_job(world).run(Pool())
+    cards = by_name.values()
+    assert encoded(by_name) == 0  # by the last pass, which only added codes
+    assert sum(int(card.counts["timed_texts"]) for card in cards) == 200
+    assert sum(float(card.counts["timed_s"]) for card in cards) == pytest.approx(-10_000, abs=600)
 
 
 def test_a_finished_job_loads_no_encoder(world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from owlrec.encoding.vectors import DIGEST_BYTES, VectorShard, VectorShards, ite
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
 from owlrec.schema import Kind, shard_of, stable_id
+from owlrec.shards import Stopwatch
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file
@@ -42,6 +43,7 @@ class Resources:
 
     def __init__(self, workspace: Workspace, config: EncoderConfig) -> None:
         self.workspace, self.config = workspace, config
+        self.load_s = 0.0  # what loading the encoder took
 
     def __reduce__(self) -> tuple[type["Resources"], tuple[Workspace, EncoderConfig]]:
         return Resources, (self.workspace, self.config)
@@ -49,7 +51,10 @@ class Resources:
     @cached_property
     def encoder(self) -> Encoder | HashingEncoder:
         """The recipe's encoder. Raises EngineError where it cannot be loaded."""
-        return self.config.load()
+        watch = Stopwatch()
+        encoder = self.config.load()
+        self.load_s = watch.seconds
+        return encoder
 
     @cached_property
     def catalog(self) -> ItemCatalog:

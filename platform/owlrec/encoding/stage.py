@@ -27,9 +27,11 @@ from owlrec.encoding.vectors import (
 from owlrec.errors import WorkspaceError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import Kind
-from owlrec.shards import Artifact, Card, Shard
+from owlrec.shards import Artifact, Card, Shard, Stopwatch
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, read_tombstones
+
+TIMED_TEXTS, TIMED_SECONDS = "timed_texts", "timed_s"  # counts of a card, see _timed
 
 
 class EncodeStage(Stage):
@@ -44,6 +46,7 @@ class EncodeStage(Stage):
 
     def run(self, work: Work) -> Result:
         """Encodes one shard. Raises OwlRecError as the input, the encoder and the quantiser do."""
+        watch, loaded_s = Stopwatch(), self.resources.load_s
         name, number = work.shard.kind, work.shard.number
         source = self.inputs[name]
         rows = source.rows(self.resources, number)
@@ -66,11 +69,12 @@ class EncodeStage(Stage):
         work.check()
         table = shard.table()
         file = work.workspace.write_arrow(path, table, table.schema)
+        seconds = watch.seconds - (self.resources.load_s - loaded_s)
         return Result(
             files={work.shard.file(".arrow"): file},
             rows_in=rows.read,
             rows_out=len(at),
-            counts={"encoded": len(new), "kept": len(at) - len(new)},
+            counts={"encoded": len(new), "kept": len(at) - len(new), **_timed(len(new), seconds, work.earlier)},
         )
 
     def _quantiser(self, name: str) -> Quantiser | None:
@@ -78,6 +82,16 @@ class EncodeStage(Stage):
             workspace, folder = self.resources.workspace, quantiser_folder(self.folder, name)
             self._quantisers[name] = Quantiser.load(workspace, folder) if workspace.exists(folder) else None
         return self._quantisers.get(name)
+
+
+def _timed(texts: int, seconds: float, earlier: Card | None) -> dict[str, float | int | str]:
+    """How many texts were encoded in how many seconds, for whoever asks how fast that is. A pass that only adds codes
+    adds its seconds to those of the pass that encoded.
+    """
+    if not texts and earlier is not None:
+        texts = int(earlier.counts.get(TIMED_TEXTS, 0))
+        seconds += float(earlier.counts.get(TIMED_SECONDS, 0))
+    return {TIMED_TEXTS: texts, TIMED_SECONDS: round(seconds, 3)}
 
 
 def _earlier(work: Work, path: str) -> VectorShard | None:

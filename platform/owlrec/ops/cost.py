@@ -1,17 +1,17 @@
-"""What a finished run says of the work that a row takes: tokens, bytes and engine time, each with the range that its
-shards span.
+"""What a large batch would cost: rows x tokens per row / measured speed x price, each with a range.
 
-The range covers the spread between the measured shards (`per_row` says how) and nothing else: that the millions of rows
-to come are like those measured is the user's assumption. An engine answers in the order of asking, so that the time
-between the ends of two of its shards is what the later one cost, however many it has at hand.
+`Workload` is what one row took in a finished run: tokens, bytes and seconds of `generate`, `encode` and `publish`, read
+from the cards of their shards. `FleetConfig` is the user's machines and prices; no figure of any machine is built in.
+A range covers the spread between the measured shards (`per_row` says how) and nothing else: that the rows to come are
+like the measured ones is the user's assumption.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import yaml
@@ -19,179 +19,189 @@ from pydantic import Field, ValidationError, model_validator
 
 from owlrec.config import Config
 from owlrec.decoding.controller import DecoderCounters
+from owlrec.encoding.stage import TIMED_SECONDS, TIMED_TEXTS
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.generation.job import decoder_counters
-from owlrec.generation.shard_plan import consecutive_ids, shard_sizes
 from owlrec.ops.console import note, table, warn
-from owlrec.ops.report import standalone, waterfall_chart
-from owlrec.ops.simulation import SimulatedGroup, simulate
 from owlrec.refresh.state import pointer, read_state
-from owlrec.schema import KINDS, Kind
-from owlrec.shards import Artifact, Card, Shard, Stopwatch, finished_stage
+from owlrec.releases.manifest import read_manifest
+from owlrec.schema import BEHAVIOR, KINDS
+from owlrec.shards import Artifact, Card, Shard, finished_stage
 from owlrec.workspace import Workspace
 
-Call = Literal["user", "item", "cohort", "refresh"]  # what the LLM is asked about; refresh: a user who has moved on
+Range = np.ndarray  # float64 [3]: low, expected, high
+TextKind = Literal["user", "item", "cohort", "refresh"]  # what a text is about; refresh: a user who has moved on
+Texts = Mapping[TextKind, int]  # how many of each kind
+Policy = Literal["individual", "collective", "streaming"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+_EXPECTED = 1
+_NONE = np.zeros(3)
 _ONE_SHARD_FACTOR = 2.0  # a single shard shows no spread: from half to double is a guess, and looks like one
+_MEMBERSHIP_BYTES = 40  # of an id in a release: key, two cohorts of 8 bytes, LMDB's header and slack
+_HOURS_PER_MONTH = 730
+
+# ------------------------------------------------------------------------------------------------------- measured run
 
 
-class Estimate(Config):
-    """An expected value and the range around it."""
+@dataclass(frozen=True)
+class TextFigures:
+    """What one text of a kind took, failed rows included."""
 
-    low: float
-    expected: float
-    high: float
-
-    @classmethod
-    def of(cls, values: np.ndarray | Sequence[float]) -> "Estimate":
-        """values: [3], low to high."""
-        return cls(low=float(values[0]), expected=float(values[1]), high=float(values[2]))
-
-    @property
-    def array(self) -> np.ndarray:
-        """float64 [3], low to high."""
-        return np.array([self.low, self.expected, self.high])
+    rows: int  # that were measured
+    prompt_tokens: Range
+    output_tokens: Range
+    engine_s: Range  # of one engine that does nothing else
+    file_bytes: Range  # in the knowledge files
 
 
-class KindFigures(Config):
-    """What one row of a kind took, rows that failed included."""
-
-    rows: int
-    shards: int
-    prompt_tokens: Estimate
-    output_tokens: Estimate
-    seconds: Estimate  # of one engine that does nothing else
-    knowledge_bytes: Estimate
-    vector_bytes: float | None  # all that `encode` leaves: fp16 tables and their mapped copies; None before it ran
-
-
-class WorkloadFigures(Config):
-    """What a finished run measured."""
+@dataclass(frozen=True)
+class Workload:
+    """What a finished run measured; None where it did not get that far."""
 
     run: str  # the job's folder in the workspace
     finished: float  # seconds since 1970
-    kinds: dict[Call, KindFigures]
-    tokens_per_s: Estimate  # output of one engine, prompts included
-    startup_s: float | None = None  # until an engine had its first shard; None where the run was interrupted
-    release_bytes: float | None = None  # a row; None before `publish` ran
-    tokens_per_step: float | None = None  # of a row; None where no decoder counted
-    speed_up: dict[int, float] = {}  # by the decoder, by rows in a step: up to and including the key
+    texts: Mapping[TextKind, TextFigures]
+    shard_rows: int  # of the recipe, for the large batch as well
+    in_flight: int = 1  # shards of an engine, as many as fill its batch; a preemption loses half of each, on average
+    startup_s: float | None = None  # until an engine began its first shard; None where the run was interrupted
     plain_factor: float = 1.0  # an engine's time without the decoder, over what it was
-    cohorts_per_user: float | None = None  # None where the run built no cohorts
+    encode_s: Range | None = None  # of one worker, per text
+    publish_s: Range | None = None  # of one worker, per id
+    vector_bytes: Range | None = None  # per text
+    release_bytes: Range | None = None  # per id with a text of its own
+    behavior_bytes: float = 0.0  # in a release, per user, at most
+    texts_per_user: float = 1.0  # one for each moment at which `prepare` cuts a history
+    cohorts_per_user: float | None = None
     cohorts_per_item: float | None = None
-    acting_share: float | None = None  # of the users, in the last refresh; None before any
-    calls_per_acting: float | None = None  # of the LLM, in that refresh
+    texts_per_cohort: float = 1.0
+    acting_share: float | None = None  # of the users, before the last refresh
+    texts_per_acting: float | None = None  # that the last refresh asked for
 
     @property
     def measured(self) -> str:
         """How many rows are behind the figures, and of when, in words."""
-        rows = [f"{f.rows:,} {'renewals' if call == 'refresh' else f'{call}s'}" for call, f in self.kinds.items()]
-        listed = " and ".join([", ".join(rows[:-1]), rows[-1]]) if len(rows) > 1 else rows[0]
-        return f"{listed} (finished {time.strftime('%Y-%m-%d %H:%M', time.localtime(self.finished))})"
+        rows = ", ".join(f"{f.rows:,} {'renewal' if kind == 'refresh' else kind}s" for kind, f in self.texts.items())
+        return f"{rows} (finished {time.strftime('%Y-%m-%d %H:%M', time.localtime(self.finished))})"
+
+    def total(self, figure: str, texts: Texts) -> Range:
+        """A figure of `TextFigures` times the texts."""
+        return sum((n * getattr(self.texts[kind], figure) for kind, n in texts.items() if n), _NONE)
+
+    def shards(self, texts: Texts) -> int:
+        """How many shards so many texts are."""
+        return sum(-(-n // self.shard_rows) for n in texts.values())
+
+    def without_decoder(self) -> "Workload":
+        """The same on engines that draft nothing."""
+        slower = {kind: replace(f, engine_s=f.engine_s * self.plain_factor) for kind, f in self.texts.items()}
+        return replace(self, texts=slower)
 
 
-def per_row(sums: np.ndarray, rows: np.ndarray) -> Estimate:
+def per_row(sums: np.ndarray, rows: np.ndarray) -> Range:
     """Sum of `sums` over sum of `rows`, and a range from the spread between shards.
 
     sums, rows: float64 [n shards]. With r the ratio, its standard error is that of a ratio estimator, e = std(sums - r
     rows) / (sqrt(n) mean(rows)). The range is r / f to r f with f = 1 + 2 e / r, which never reaches 0; f is 2 where
     there is but one shard.
     """
-    ratio, factor = float(sums.sum() / rows.sum()), _ONE_SHARD_FACTOR
+    ratio, factor = sums.sum() / rows.sum(), _ONE_SHARD_FACTOR
     if len(sums) > 1 and ratio > 0:
-        error = float(np.std(sums - ratio * rows, ddof=1)) / (len(sums) ** 0.5 * float(rows.mean()))
-        factor = 1 + 2 * error / ratio
-    return Estimate.of([ratio / factor, ratio, ratio * factor])
+        factor = 1 + 2 * np.std(sums - ratio * rows, ddof=1) / (len(sums) ** 0.5 * rows.mean()) / ratio
+    return np.array([ratio / factor, ratio, ratio * factor])
 
 
-def measured_engine_seconds(cards: Sequence[Card]) -> np.ndarray:
+def engine_seconds(cards: Sequence[Card]) -> np.ndarray:
     """Time of its engine that each shard took, float64 [n shards]; the sum over an engine is the time it was at work.
 
-    That is the time since the engine's shard before it was done, but never more than the shard's own: an interrupted
-    run's pause is nobody's.
+    An engine answers in the order of asking, so a shard took the time since the engine's shard before it was done, but
+    never more than its own seconds: the pause of an interrupted run belongs to no shard.
     """
-    at_work, before = np.zeros(len(cards)), defaultdict[str, float](lambda: -np.inf)
+    seconds, before = np.zeros(len(cards)), defaultdict[str, float](lambda: -np.inf)
     for i in sorted(range(len(cards)), key=lambda i: cards[i].finished):
-        card = cards[i]
-        at_work[i] = min(card.finished - before[card.worker], card.seconds)
-        before[card.worker] = card.finished
-    return at_work
+        seconds[i] = min(cards[i].finished - before[cards[i].worker], cards[i].seconds)
+        before[cards[i].worker] = cards[i].finished
+    return seconds
 
 
-def measured_workload(workspace: Workspace) -> WorkloadFigures:
-    """Figures of the workspace's finished generation run, and of the refreshes after it.
+def measured_workload(workspace: Workspace, shard_rows: int, in_flight: int = 1) -> Workload:
+    """Figures of the workspace's finished run, and of the refreshes after it. shard_rows, in_flight: see Workload.
 
-    Raises WorkspaceError where none has finished, or it wrote no tokens.
+    Raises WorkspaceError where no generation run has finished, or it wrote no tokens.
     """
     stage = finished_stage(workspace, "generate")
     if stage is None:
-        raise WorkspaceError(
-            f"{workspace.root}: no finished generation run to extrapolate from. Run a small recipe first: some shards "
-            "of users and items, with the model and the prompts to plan for."
-        )
+        raise WorkspaceError(f"{workspace.root}: no finished run to extrapolate from. Run a small recipe first.")
     folder = stage.outputs["knowledge"]
-    run = list(Artifact(workspace, folder).cards().values())
-    of_call: dict[Call, list[Card]] = {kind: [c for c in run if Shard.of_name(c.shard).kind == kind] for kind in KINDS}
-    of_call["refresh"] = _refreshed(workspace, folder, stage.finished)
-    every = [(call, card) for call, cards in of_call.items() for card in cards]
-    at_work = measured_engine_seconds([card for _, card in every])
-    kinds: dict[Call, KindFigures] = {}
-    for call in of_call:
-        mine = [(card, t) for (c, card), t in zip(every, at_work, strict=True) if c == call]
-        if any(_count(card, "output_tokens") for card, _ in mine):
-            kinds[call] = _figures(mine, _vector_bytes(workspace, "user" if call == "refresh" else call))
-    output = np.array([_count(card, "output_tokens") for call, card in every if call != "refresh"])
-    seconds = at_work[: len(output)]
-    if not output.any():
+    run = _cards(workspace, "generate", folder)
+    jobs = [f"knowledge/{name}" for name in workspace.names("knowledge") if not folder.endswith(f"/{name}")]
+    others = [card for job in jobs for card in _cards(workspace, "refresh", job, "user")]
+    cards = run + [card for card in others if card.finished > stage.finished]
+    seconds = engine_seconds(cards)
+    texts = {}
+    for kind in get_args(TextKind):
+        of = [i for i, c in enumerate(cards) if (Shard.of_name(c.shard).kind if i < len(run) else "refresh") == kind]
+        if any(_count(cards[i], "output_tokens") for i in of):
+            texts[kind] = _text_figures([cards[i] for i in of], seconds[of])
+    if not texts.keys() & KINDS:
         raise WorkspaceError(
-            f"{workspace.path(folder)}: the finished run wrote no tokens. Run a small recipe with a real model first."
+            f"{workspace.path(folder)}: the run wrote no tokens. Run a recipe with a real model first."
         )
-    decoder = decoder_counters(run) or DecoderCounters()
-    drafting = [steps for steps in decoder.by_rows.values() if steps.seconds]
-    saved = sum(steps.plain_s - steps.seconds for steps in drafting)
-    return WorkloadFigures(
+    steps = [sums for sums in (decoder_counters(run) or DecoderCounters()).by_rows.values() if sums.seconds]
+    encoded, published = finished_stage(workspace, "encode"), finished_stage(workspace, "publish")
+    # Vectors of metadata are a control of experiments, and not counted.
+    names = [f"knowledge-{kind}" for kind in KINDS]
+    vectors = _cards(workspace, "encode", encoded.outputs["vectors"], *names) if encoded else []
+    parts = _cards(workspace, "publish", f"releases/{published.outputs['release']}", "part") if published else []
+    ids = [f"knowledge/{kind}" for kind in KINDS]
+    return Workload(
         run=folder,
         finished=stage.finished,
-        kinds=kinds,
-        tokens_per_s=per_row(output[seconds > 0], seconds[seconds > 0]),
+        texts=texts,
+        shard_rows=shard_rows,
+        in_flight=in_flight,
         startup_s=_startup(stage, run),
-        release_bytes=_release_bytes(workspace),
-        tokens_per_step=decoder.tokens_per_step if decoder.counts.get("rows") else None,
-        speed_up={rows: steps.speed_up for rows, steps in decoder.by_rows.items() if steps.seconds},
-        plain_factor=1 + saved / float(seconds.sum()),
-        **_cohorts(workspace),
-        **_last_refresh(workspace),
+        plain_factor=1 + sum(sums.plain_s - sums.seconds for sums in steps) / seconds[: len(run)].sum(),
+        encode_s=_ratio(vectors, lambda card: _count(card, TIMED_SECONDS), lambda card: _count(card, TIMED_TEXTS)),
+        publish_s=_ratio(parts, lambda card: card.seconds, lambda card: _count(card, *ids)),
+        vector_bytes=_ratio(vectors, _bytes, lambda card: card.rows_out),
+        release_bytes=_ratio(parts, _bytes, lambda card: _count(card, *ids)),
+        **_population(
+            workspace,
+            texts["cohort"].rows if "cohort" in texts else 0,
+            published.outputs["release"] if published and parts else "",
+        ),
     )
 
 
-def _figures(timed: Sequence[tuple[Card, float]], vector_bytes: float | None) -> KindFigures:
-    """Of one kind's shards, with the time of their engines."""
+def _cards(workspace: Workspace, stage: str, folder: str, *kinds: str) -> list[Card]:
+    return [card for card in Artifact(workspace, folder).cards(*kinds).values() if card.stage == stage]
+
+
+def _count(card: Card, *names: str) -> float:
+    return sum(float(card.counts.get(name, 0)) for name in names)
+
+
+def _bytes(card: Card) -> float:
+    return sum(file.bytes for file in card.files.values())
+
+
+def _ratio(cards: list[Card], amount: Callable[[Card], float], rows: Callable[[Card], float]) -> Range | None:
+    """The amount per row, of those cards that have rows."""
+    pairs = np.array([(amount(card), rows(card)) for card in cards if rows(card)])
+    return per_row(*pairs.T) if len(pairs) else None
+
+
+def _text_figures(cards: list[Card], seconds: np.ndarray) -> TextFigures:
     names = ("rows_asked", "prompt_tokens", "output_tokens")
-    rows, asked, prompt, output, size, seconds = np.array(
-        [(c.rows_in, *(_count(c, n) for n in names), c.files[Shard.of_name(c.shard).file()].bytes, t) for c, t in timed]
-    ).T
-    return KindFigures(
-        rows=int(rows.sum()),
-        shards=len(timed),
-        prompt_tokens=per_row(prompt, asked),
-        output_tokens=per_row(output, asked),
-        seconds=per_row(seconds, asked),
-        knowledge_bytes=per_row(size, rows),
-        vector_bytes=vector_bytes,
-    )
+    asked, prompt, output = (np.array([_count(card, name) for card in cards]) for name in names)
+    rows = np.array([float(card.rows_in) for card in cards])
+    size = np.array([float(card.files[Shard.of_name(card.shard).file()].bytes) for card in cards])
+    figures = (per_row(prompt, asked), per_row(output, asked), per_row(seconds, asked), per_row(size, rows))
+    return TextFigures(int(rows.sum()), *figures)
 
 
-def _count(card: Card, name: str) -> float:
-    return float(card.counts.get(name, 0))
-
-
-def _refreshed(workspace: Workspace, folder: str, after: float) -> list[Card]:
-    """Shards of the refreshes that came after a run, which are jobs of their own."""
-    jobs = [f"knowledge/{name}" for name in workspace.names("knowledge") if not folder.endswith(f"/{name}")]
-    cards = [card for job in jobs for card in Artifact(workspace, job).cards("user").values()]
-    return [card for card in cards if card.finished > after and card.stage == "refresh"]
-
-
-def _startup(stage: Card, cards: Sequence[Card]) -> float | None:
+def _startup(stage: Card, cards: list[Card]) -> float | None:
     if not stage.seconds or stage.counts.get("shards") != stage.counts.get("shards_this_run", 0):
         return None
     first = defaultdict[str, float](lambda: np.inf)
@@ -200,72 +210,43 @@ def _startup(stage: Card, cards: Sequence[Card]) -> float | None:
     return max(0.0, float(np.mean(list(first.values()))) - (stage.finished - stage.seconds))
 
 
-def _cohorts(workspace: Workspace) -> dict[str, float]:
-    built, prepared = finished_stage(workspace, "cohorts"), finished_stage(workspace, "prepare")
-    counts = {**(prepared.counts if prepared else {}), **(built.counts if built else {})}
-    return {
-        f"cohorts_per_{kind}": float(counts[f"{kind}_cohorts"]) / float(counts[f"{kind}s"])
-        for kind in ("user", "item")
-        if counts.get(f"{kind}_cohorts") and counts.get(f"{kind}s")
+def _population(workspace: Workspace, cohort_texts: int, release: str) -> dict[str, Any]:
+    """Fields of `Workload` on users: their texts, cohorts and behaviors, and who acted before the last refresh."""
+    stages = [finished_stage(workspace, "prepare"), finished_stage(workspace, "cohorts")]
+    counts = {name: n for stage in stages if stage for name, n in stage.counts.items() if isinstance(n, int | float)}
+    users, figures = counts.get("users", 0), dict[str, Any]()
+    cohorts = {kind: counts.get(f"{kind}_cohorts", 0) for kind in ("user", "item")}
+    figures |= {
+        f"cohorts_per_{kind}": n / counts[f"{kind}s"] for kind, n in cohorts.items() if counts.get(f"{kind}s") and n
     }
-
-
-def _last_refresh(workspace: Workspace) -> dict[str, float]:
-    prepared = finished_stage(workspace, "prepare")
+    if sum(cohorts.values()) and cohort_texts:
+        figures["texts_per_cohort"] = cohort_texts / sum(cohorts.values())
+    if users and counts.get("texts"):
+        figures["texts_per_user"] = counts["texts"] / users
+    if users and release:
+        kept = min(read_manifest(workspace, release).history_length, counts.get("interactions", 0) / users)
+        figures["behavior_bytes"] = kept * BEHAVIOR.itemsize
     state = read_state(workspace) if pointer(workspace).current else None
-    acting = state.counts.get("users_with_news", 0) if state else 0
-    if not state or not acting:
-        return {}
-    users = float(prepared.counts.get("users", 0)) if prepared else 0.0
-    return {"calls_per_acting": state.calls / acting} | ({"acting_share": acting / users} if users else {})
+    if state and (acting := state.counts.get("users_with_news", 0)):
+        figures |= {"texts_per_acting": state.calls / acting, "acting_share": acting / users if users else None}
+    return figures
 
 
-def _sizes(workspace: Workspace, folder: str) -> dict[str, int]:
-    """Bytes of every file below a folder, by its path in it."""
-    return {path: entry.bytes for path, entry in workspace.entries(folder).items()}
-
-
-def _vector_bytes(workspace: Workspace, kind: Kind) -> float | None:
-    encoded = finished_stage(workspace, "encode")
-    if encoded is None or not encoded.counts.get(f"knowledge_{kind}"):
-        return None
-    # Of files <source>-<kind>.parquet and folders <source>-<kind>.
-    sizes = _sizes(workspace, encoded.outputs["vectors"])
-    mine = sum(n for path, n in sizes.items() if path.split("/")[0].removesuffix(".parquet").endswith(f"-{kind}"))
-    return mine / float(encoded.counts[f"knowledge_{kind}"])
-
-
-def _release_bytes(workspace: Workspace) -> float | None:
-    published = finished_stage(workspace, "publish")
-    rows = sum(int(published.counts.get(f"knowledge_{kind}", 0)) for kind in KINDS) if published else 0
-    if not published or not rows:
-        return None
-    sizes = _sizes(workspace, f"releases/{published.outputs['release']}")
-    return sum(n for path, n in sizes.items() if path.startswith("parts/")) / rows  # codebooks do not grow
-
-
-# ---------------------------------------------------------------------------------------------------------------- fleet
-# The machines that a plan is made for, as a YAML file describes them: how many, how fast, at what price, how often
-# lost.
-#
-# Every figure is the user's own: nothing here knows any machine, vendor or price.
+# --------------------------------------------------------------------------------------------------------------- fleet
 
 
 class FleetGroup(Config):
-    """Machines of one sort. For engines that run on no GPU, read `gpu` as machine."""
+    """Machines of one sort that run engines. For engines that run on no GPU, read `gpu` as machine."""
 
     name: str
     accelerator: str  # free text
     gpus: int = Field(ge=1)
     gpus_per_engine: int = Field(1, ge=1)
     price_per_gpu_hour: float = Field(ge=0)  # in the user's own currency
-    on_demand_price_per_gpu_hour: float | None = Field(None, ge=0)  # of spot machines, to tell what they save
-    # How fast one engine is, in one of three ways: output tokens/s at full batch (without prefill_tokens_per_s if
-    # prompts were included); or [rows in a step, its seconds] of plain decoding, which the decoder's measured speed-up
-    # multiplies; or neither, which means as fast as an engine of the measured run.
+    on_demand_price_per_gpu_hour: float | None = Field(None, ge=0)  # of spot machines, to show what they save
+    # Output of one engine at full batch, prompts included; None = as fast as an engine of the measured run.
     tokens_per_s: float | None = Field(None, gt=0)
-    curve: list[tuple[float, float]] | None = Field(None, min_length=1)
-    prefill_tokens_per_s: float | None = Field(None, gt=0)
+    prefill_tokens_per_s: float | None = Field(None, gt=0)  # of prompts, where tokens_per_s does not include them
     preemption_rate_per_hour: float = Field(0, ge=0)  # of one engine
     provision_s: float = Field(0, ge=0)  # until the cloud gives a machine that was asked for; not paid
     # From a machine to an engine that has loaded its model; paid. None = as measured, for engines as in the measured
@@ -278,61 +259,93 @@ class FleetGroup(Config):
         """How many engines the group runs."""
         return self.gpus // self.gpus_per_engine
 
-    def starts_in(self, workload: WorkloadFigures) -> float:
+    def starts_in(self, workload: Workload) -> float:
         """Seconds of `startup_s`, measured where none are given."""
-        measured = not (self.tokens_per_s or self.curve)
-        return self.startup_s if self.startup_s is not None else (workload.startup_s or 0.0) * measured
+        measured = None if self.tokens_per_s else workload.startup_s
+        return self.startup_s if self.startup_s is not None else measured or 0.0
+
+    def seconds(self, workload: Workload, texts: Texts) -> Range:
+        """Time of one engine for all the texts; fast is low."""
+        if not self.tokens_per_s:
+            return workload.total("engine_s", texts)
+        reading = workload.total("prompt_tokens", texts) / (self.prefill_tokens_per_s or np.inf)
+        return workload.total("output_tokens", texts) / self.tokens_per_s + reading
 
     @model_validator(mode="after")
     def _consistent(self) -> "FleetGroup":
         if self.gpus % self.gpus_per_engine:
-            raise ValueError(f"{self.gpus} gpus cannot be shared out in engines of {self.gpus_per_engine}; change one")
-        if self.curve and (self.tokens_per_s or not self.prefill_tokens_per_s or min(map(min, self.curve)) <= 0):
-            raise ValueError(
-                "a curve holds rows and seconds above 0, takes the place of tokens_per_s, and needs "
-                "prefill_tokens_per_s, since its steps read no prompts"
-            )
-        if self.prefill_tokens_per_s and not (self.curve or self.tokens_per_s):
-            raise ValueError(
-                "prefill_tokens_per_s without tokens_per_s or curve; the measured run's speed has prompts in"
-            )
+            raise ValueError(f"{self.gpus} gpus cannot be divided into engines of {self.gpus_per_engine}; change one")
+        if self.prefill_tokens_per_s and not self.tokens_per_s:
+            raise ValueError("prefill_tokens_per_s needs tokens_per_s; the measured speed includes prompts")
         return self
+
+
+class StageWorkers(Config):
+    """Workers of `encode` or `publish`."""
+
+    workers: int = Field(1, ge=1)
+    price_per_worker_hour: float = Field(ge=0)
+    rows_per_s: float | None = Field(None, gt=0)  # of one worker; None = as measured
+
+
+class ServingNodes(Config):
+    """Machines that answer requests. Each holds whole releases on its own disk."""
+
+    requests_per_s: float = Field(gt=0)  # in the busiest hour
+    requests_per_s_per_replica: float = Field(gt=0)  # the most that one took in `benchmarks.serving` or your own test
+    load_share: float = Field(0.5, gt=0, le=1)  # of that most; latency grows with it
+    replicas_per_node: int = Field(1, ge=1)
+    price_per_node_hour: float = Field(ge=0)
+    releases_per_node: int = Field(2, ge=1)  # the current one, and the next, which is copied before the switch
+    disk_price_per_gib_month: float = Field(0, ge=0)
 
 
 class Assumptions(Config):
     """What to plan with in place of what was measured."""
 
-    prompt_tokens: dict[Call, float] = {}  # a row
-    output_tokens: dict[Call, float] = {}
-    speed_up: dict[int, float] = {}  # by the decoder: up to so many rows in a step
+    prompt_tokens: dict[TextKind, float] = {}  # per text
+    output_tokens: dict[TextKind, float] = {}
 
-    def applied(self, workload: WorkloadFigures) -> WorkloadFigures:
-        """The figures with these in their place; a row's engine time follows its output."""
-        kinds = dict(workload.kinds)
-        for call in self.prompt_tokens.keys() | self.output_tokens.keys():
-            if call not in kinds:
-                raise RecipeError(f"assume: tokens of a {call}, but {workload.measured} were measured. Leave it out.")
-            found = kinds[call]
-            prompt = self.prompt_tokens.get(call, found.prompt_tokens.expected)
-            output = self.output_tokens.get(call, found.output_tokens.expected)
-            longer = output / found.output_tokens.expected
-            kinds[call] = found.model_copy(
-                update={
-                    "prompt_tokens": Estimate.of([prompt] * 3),
-                    "output_tokens": Estimate.of([output] * 3),
-                    "seconds": Estimate.of(found.seconds.array * longer),
-                    "knowledge_bytes": Estimate.of(found.knowledge_bytes.array * longer),
-                }
+    def applied(self, workload: Workload) -> Workload:
+        """The figures with these in their place; a text's engine time and bytes follow its output."""
+        texts = dict(workload.texts)
+        for kind in self.prompt_tokens.keys() | self.output_tokens.keys():
+            if kind not in texts:
+                raise RecipeError(f"assume: tokens of a {kind}, but {workload.measured} were measured. Leave it out.")
+            old = texts[kind]
+            prompt = self.prompt_tokens.get(kind, old.prompt_tokens[_EXPECTED])
+            output = self.output_tokens.get(kind, old.output_tokens[_EXPECTED])
+            longer = output / old.output_tokens[_EXPECTED]
+            texts[kind] = TextFigures(
+                old.rows, np.full(3, prompt), np.full(3, output), old.engine_s * longer, old.file_bytes * longer
             )
-        return workload.model_copy(update={"kinds": kinds, "speed_up": self.speed_up or workload.speed_up})
+        return replace(workload, texts=texts)
 
 
 class FleetConfig(Config):
-    """The machines to plan for; all groups work on the job together."""
+    """The machines to plan for; all groups generate together."""
 
     groups: list[FleetGroup] = Field(min_length=1)
-    storage_price_per_gib_month: float = Field(0, ge=0)
+    encode: StageWorkers | None = None
+    publish: StageWorkers | None = None
+    serving: ServingNodes | None = None
+    storage_price_per_gib_month: float = Field(0, ge=0)  # of the workspace
     assume: Assumptions = Assumptions()
+
+    @model_validator(mode="after")
+    def _named(self) -> "FleetConfig":
+        if len({group.name for group in self.groups}) < len(self.groups):
+            raise ValueError("two groups have the same name; give each its own, since figures are listed by it")
+        return self
+
+    def on_demand(self) -> "FleetConfig":
+        """The fleet on machines that nobody takes away, at their price where one is given."""
+        groups = []
+        for group in self.groups:
+            price = group.on_demand_price_per_gpu_hour
+            change = {} if price is None else {"price_per_gpu_hour": price, "preemption_rate_per_hour": 0.0}
+            groups.append(group.model_copy(update=change))
+        return self.model_copy(update={"groups": groups})
 
 
 def load_fleet(path: str | Path) -> FleetConfig:
@@ -342,291 +355,21 @@ def load_fleet(path: str | Path) -> FleetConfig:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}). cluster/fleet-example.yaml shows one.") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is no valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
+        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
     except ValidationError as error:
         raise RecipeError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in error.errors())) from None
 
 
-def _explain(detail: Any) -> str:
-    key, message = ".".join(map(str, detail["loc"])), detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        names = {1: FleetConfig.model_fields, 2: Assumptions.model_fields}.get(
-            len(detail["loc"]), FleetGroup.model_fields
-        )
-        message = f"unknown key.{did_you_mean(str(detail['loc'][-1]), names)}"
-    return f"{key}: {message}" if key else message
+def _explain(mistake: Any) -> str:
+    location, message = mistake["loc"], mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "extra_forbidden":
+        sections: dict[str, type[Config]] = {"groups": FleetGroup, "serving": ServingNodes, "assume": Assumptions}
+        section = sections.get(location[0], StageWorkers) if len(location) > 1 else FleetConfig
+        message = f"unknown key.{did_you_mean(str(location[-1]), section.model_fields)}"
+    return f"{'.'.join(map(str, location)) or 'the file'}: {message}"
 
 
-# ------------------------------------------------------------------------------------------------------------- planning
-# What a knowledge generation job would cost on a fleet that is not rented yet, extrapolated from a small finished run.
-#
-# Tokens, bytes and engine time a row come from the run (see workload.py), speeds of other machines from the user's own
-# measurements; no figure of any machine is built in. simulation.py plays the same fleet event by event, to check the
-# formula that stands here.
-
-
-_POOL_BYTES_A_TOKEN = 9.1
-_MEMBERSHIP_BYTES = 40  # of an id in a release: key, two cohorts of 8 bytes, LMDB's header and slack
-
-
-class GroupPlan(Config):
-    """One group's part of a plan."""
-
-    name: str
-    engines: int
-    speed_from: str  # tokens_per_s, curve or measured run
-    tokens_per_s: Estimate  # output of one engine
-    work_share: float  # of all rows; 0 where the others are done before its engines have started
-    preemptions: float
-    repeated_share: float  # of the time after the start: work lost to preemptions, and starts after them
-    gpu_hours: Estimate
-    cost: Estimate
-
-
-class Plan(Config):
-    """Estimates of a whole job."""
-
-    calls: dict[Call, int]
-    shards: int
-    prompt_tokens: Estimate
-    output_tokens: Estimate
-    wall_hours: Estimate
-    gpu_hours: Estimate
-    cost: Estimate
-    groups: list[GroupPlan]
-    storage_gib: dict[str, Estimate]  # knowledge; vectors, release and pools where they are known
-    storage_cost_per_month: Estimate
-
-
-@dataclass(frozen=True)
-class Work:
-    """How a job is cut up."""
-
-    shard_rows: int
-    shards_at_once: int = 1  # of an engine: as many as fill its batch; a preemption loses half of each, on average
-    pool_tokens: int = 0  # bound of the retrieval pool of a kind, 0 for no pools
-    decoder: bool = True  # whether engines draft as they did in the measured run
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Calls of a first run, and of each of those that come after it, on machines that start anew."""
-
-    first: Mapping[Call, int]
-    each: Mapping[Call, int] = field(default_factory=dict)
-    refreshes: int = 0
-
-    @property
-    def total(self) -> dict[Call, int]:
-        """Calls of all runs."""
-        calls = {call: n + self.refreshes * self.each.get(call, 0) for call, n in self.first.items()}
-        return calls | {call: self.refreshes * n for call, n in self.each.items() if call not in calls}
-
-
-def plan(
-    workload: WorkloadFigures,
-    fleet: FleetConfig,
-    runs: Runs,
-    work: Work,
-    *,
-    stored: Mapping[Call, int] | None = None,
-    members: int = 0,
-) -> Plan:
-    """What so many calls of each sort take; low and high push all uncertain figures one way at once.
-
-    stored: texts that are kept, by sort; None = one a call, refreshes apart. members: users and items that only cohorts
-    know, of which a release holds their memberships.
-    Raises RecipeError where nothing is asked for, a kind was not measured, or preemptions outrun the work.
-    """
-    workload = fleet.assume.applied(workload)
-    rows = {call: n for call, n in runs.total.items() if n}
-    if not rows or min(rows.values()) < 0 or rows.keys() - workload.kinds.keys():
-        asked = " and ".join(f"{n} of {call}" for call, n in (rows or runs.total).items())
-        raise RecipeError(
-            f"calls ({asked}) cannot be planned from a run that measured {workload.measured}. Ask for rows of measured "
-            "kinds, or run what is missing on a small scale first."
-        )
-    first = _run(workload, fleet, runs.first, work)
-    each = _run(workload, fleet, runs.each, work)
-    wall, paid, seconds = (getattr(first, n) + runs.refreshes * getattr(each, n) for n in ("wall", "paid", "seconds"))
-    done = first.done + runs.refreshes * each.done
-    prompt, output = _tokens(workload, rows)
-    groups = []
-    for i, group in enumerate(fleet.groups):
-        gpu_hours = group.gpus * paid[i]
-        groups.append(
-            GroupPlan(
-                name=group.name,
-                engines=group.engines,
-                speed_from=_source(group),
-                tokens_per_s=Estimate.of(np.sort(output / seconds[i])),
-                work_share=float(done[i] / done.sum()),
-                preemptions=group.engines * float(paid[i][1]) * group.preemption_rate_per_hour,
-                repeated_share=first.repeated[i] if first.done[i] else each.repeated[i],
-                gpu_hours=Estimate.of(gpu_hours),
-                cost=Estimate.of(gpu_hours * group.price_per_gpu_hour),
-            )
-        )
-    kept: dict[Call, int] = {call: n for call, n in (stored or rows).items() if n and call != "refresh"}
-    storage = _storage(workload, kept, work.pool_tokens, members)
-    return Plan(
-        calls=rows,
-        shards=first.shards + runs.refreshes * each.shards,
-        prompt_tokens=Estimate.of(prompt),
-        output_tokens=Estimate.of(output),
-        wall_hours=Estimate.of(wall),
-        gpu_hours=Estimate.of(np.sum([g.gpu_hours.array for g in groups], axis=0)),
-        cost=Estimate.of(np.sum([g.cost.array for g in groups], axis=0)),
-        groups=groups,
-        storage_gib={name: Estimate.of(gib) for name, gib in storage.items()},
-        storage_cost_per_month=Estimate.of(np.sum(list(storage.values()), axis=0) * fleet.storage_price_per_gib_month),
-    )
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One run: low, expected and high, [3] each."""
-
-    shards: int
-    wall: np.ndarray  # hours [3]
-    paid: np.ndarray  # hours of each engine [groups, 3]
-    seconds: np.ndarray  # of one engine for all the work [groups, 3]
-    done: np.ndarray  # output tokens [groups], expected
-    repeated: list[float]  # by group, expected
-
-
-def _run(workload: WorkloadFigures, fleet: FleetConfig, calls: Mapping[Call, int], work: Work) -> _Run:
-    groups, rows = fleet.groups, {call: n for call, n in calls.items() if n}
-    if not rows:
-        nothing = np.zeros((len(groups), 3))
-        return _Run(0, np.zeros(3), nothing, nothing, np.zeros(len(groups)), [0.0] * len(groups))
-    shards = sum(-(-n // work.shard_rows) for n in rows.values())
-    seconds = np.array([engine_seconds(group, workload, rows, work) for group in groups])
-    startup = [group.starts_in(workload) for group in groups]
-    found = [_schedule(groups, startup, column, shards, work.shards_at_once) for column in seconds.T]
-    return _Run(
-        shards,
-        np.array([s.wall_s for s in found]) / 3600,
-        np.array([s.paid_s for s in found]).T / 3600,
-        seconds,
-        np.array(found[1].shares) * _tokens(workload, rows)[1][1],
-        found[1].repeated,
-    )
-
-
-def _tokens(workload: WorkloadFigures, rows: Mapping[Call, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of prompts and of answers, [3] each."""
-    prompt = np.sum([n * workload.kinds[k].prompt_tokens.array for k, n in rows.items()], axis=0)
-    return prompt, np.sum([n * workload.kinds[k].output_tokens.array for k, n in rows.items()], axis=0)
-
-
-def engine_seconds(group: FleetGroup, workload: WorkloadFigures, rows: Mapping[Call, int], work: Work) -> np.ndarray:
-    """Time of one engine of the group for all the rows, float64 [3]; fast is low.
-
-    A curve's high end is without the decoder's speed-up, which was measured on another machine; batches larger than any
-    it was measured at have none.
-    """
-    prompt, output = _tokens(workload, rows)
-    reading = prompt / group.prefill_tokens_per_s if group.prefill_tokens_per_s else 0
-    if group.tokens_per_s:
-        return np.asarray(output / group.tokens_per_s + reading)
-    if group.curve:
-        speed = _curve_speed(group.curve, workload.speed_up if work.decoder else {})
-        return np.asarray(output / speed[::-1] + reading)
-    seconds = np.sum([n * workload.kinds[k].seconds.array for k, n in rows.items()], axis=0)
-    return np.asarray(seconds * (1.0 if work.decoder else workload.plain_factor))
-
-
-def _source(group: FleetGroup) -> str:
-    return "tokens_per_s" if group.tokens_per_s else "curve" if group.curve else "measured run"
-
-
-def _curve_speed(curve: Sequence[tuple[float, float]], speed_up: Mapping[int, float]) -> np.ndarray:
-    """Output tokens a second at the best batch, float64 [3], ascending."""
-    bands = sorted(speed_up)
-    up = [next((speed_up[band] for band in bands if rows <= band), 1.0) for rows, _ in curve]
-    plain = max(rows / seconds for rows, seconds in curve)
-    drafted = max(rows / seconds * u for (rows, seconds), u in zip(curve, up, strict=True))
-    return np.array([min(plain, drafted), drafted, max(plain, drafted)])
-
-
-@dataclass(frozen=True)
-class _Schedule:
-    wall_s: float
-    shares: list[float]  # of the work, by group
-    repeated: list[float]  # share of a group's time that goes to work lost and done again
-    paid_s: list[float]  # by group, of each of its engines
-
-
-def _schedule(
-    groups: Sequence[FleetGroup], startup: Sequence[float], seconds: np.ndarray, shards: int, at_once: int
-) -> _Schedule:
-    """Hands the shards out one after another to whoever is free, as Ray Data does.
-
-    startup: seconds, by group. seconds: float64 [groups], of one engine of the group for all the work. Each engine
-    first waits for its machine and starts. When no shard is left to begin, every engine has half a shard to do in the
-    mean, and the last one is done when a shard of the slowest group is. A group that would start later than that gets
-    no work.
-    """
-    shard_s = at_once * seconds / shards  # from a shard's beginning to its end
-    provision, rate, idle = (
-        np.array([getattr(g, n) for g in groups]) for n in ("provision_s", "preemption_rate_per_hour", "idle_timeout_s")
-    )
-    delay = np.array(startup) + provision
-    repeated = rate / 3600 * (shard_s / 2 + delay)
-    if repeated.max() >= 1:
-        worst = groups[int(repeated.argmax())]
-        raise RecipeError(
-            f"group '{worst.name}': at {worst.preemption_rate_per_hour:g} preemptions an hour its engines lose work "
-            f"faster than they do it (a shard takes {shard_s[repeated.argmax()]:,.0f} s). Make shard_rows smaller."
-        )
-    engines = np.array([g.engines for g in groups])
-    speed = engines * (1 - repeated) / seconds  # of the whole work a second
-    at_work = np.ones(len(groups), dtype=bool)
-    while True:
-        begun_s = float((1 + (speed * (delay - shard_s / 2))[at_work].sum()) / speed[at_work].sum())
-        begun_s = max(begun_s, float(delay.min()))  # when the last shard is begun
-        late = at_work & (delay > begun_s)
-        if not late.any():
-            break
-        at_work &= ~late
-    wall_s = begun_s + float((shard_s * (1 - 1 / (2 * at_once * engines)))[at_work].max())
-    shares = np.where(at_work, speed * (begun_s - delay + shard_s / 2), 0.0)
-    # A machine that is being replaced is not paid for until it is there.
-    there = (begun_s + shard_s / 2 - provision) * (1 - rate / 3600 * provision)
-    paid = np.where(at_work, there + idle, 0.0)
-    return _Schedule(wall_s, (shares / shares.sum()).tolist(), repeated.tolist(), paid.tolist())
-
-
-def _storage(
-    workload: WorkloadFigures, rows: Mapping[Call, int], pool_tokens: int, members: int
-) -> dict[str, np.ndarray]:
-    """GiB by artifact, [3] each, once all is compacted."""
-    of = {call: workload.kinds[call] for call in rows}
-    found = {"knowledge": sum((rows[k] * of[k].knowledge_bytes.array for k in of), np.zeros(3))}
-    if all(figures.vector_bytes is not None for figures in of.values()):
-        found["vectors"] = np.full(3, sum(rows[k] * (of[k].vector_bytes or 0.0) for k in of))
-    if workload.release_bytes is not None:
-        found["release"] = np.full(
-            3, sum(rows[k] for k in of) * workload.release_bytes + members * float(_MEMBERSHIP_BYTES)
-        )
-    if pool_tokens:
-        tokens = [np.minimum(rows[k] * of[k].output_tokens.array, pool_tokens) for k in of]
-        found["pools"] = sum(tokens, np.zeros(3)) * _POOL_BYTES_A_TOKEN
-    return {name: size / 2**30 for name, size in found.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------- policies
-# Three ways to know users and to keep what is known fresh, as numbers of calls of the LLM.
-#
-# individual: a text for every user and item; who has acted since is asked about anew, with the whole prompt (a prompt
-# that stays the same keeps its text, see generation/worker.py). collective: a text for every cohort (REKI), again
-# where its members have changed. streaming: texts for every user and item at first, then a rewrite from the new
-# behaviours of those whose interests have moved (LIBER).
-
-
-Policy = Literal["individual", "collective", "streaming"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
+# -------------------------------------------------------------------------------------------------------------- demand
 
 
 class Horizon(Config):
@@ -636,274 +379,285 @@ class Horizon(Config):
     items: int = Field(0, ge=0)
     refreshes: int = Field(0, ge=0)
     acting_share: float | None = Field(None, ge=0, le=1)  # of the users, between two refreshes; None = as measured
-    calls_per_acting: float | None = Field(None, ge=0, le=1)  # streaming asks about; None = as measured
     cohorts: int | None = Field(None, ge=1)  # None = in proportion to users and items, as in the measured run
     renewed_share: float = Field(1.0, ge=0, le=1)  # of the cohorts, asked about again at a refresh: at worst all
 
-    def acting(self, workload: WorkloadFigures) -> int:
-        """Users who act between two refreshes. Raises RecipeError where nobody says how many."""
-        share = self.acting_share if self.acting_share is not None else workload.acting_share
-        if share is None:
-            raise RecipeError(
-                "what share of the users acts between two refreshes? Say it (--acting-share 0.02), or run `owlrec "
-                "refresh` once on the measured run."
-            )
-        return round(share * self.users)
+
+@dataclass(frozen=True)
+class Demand:
+    """Texts to generate, and what a release then holds."""
+
+    first: Texts  # of the full run
+    per_refresh: Texts = field(default_factory=dict)
+    refreshes: int = 0
+    ids: int = 0  # with a text of their own
+    members: Mapping[str, int] = field(default_factory=dict)  # users and items that are known by their cohorts alone
+
+    @property
+    def texts(self) -> dict[TextKind, int]:
+        """Of all runs; a kind without any is left out."""
+        total = {k: self.first.get(k, 0) + self.refreshes * self.per_refresh.get(k, 0) for k in get_args(TextKind)}
+        return {kind: n for kind, n in total.items() if n}
 
 
-def runs_of(policy: Policy, horizon: Horizon, workload: WorkloadFigures) -> Runs:
-    """Calls of each sort, of the full run and of each refresh.
+def demand(policy: Policy, horizon: Horizon, workload: Workload) -> Demand:
+    """What a policy asks of the LLM.
 
+    individual: a text for every user and item; whoever acts is asked about again, with the whole prompt (a prompt that
+    stays the same keeps its text). collective: a text for every cohort (REKI), again where its members have changed.
+    streaming: texts for all at first, then a rewrite from the new behaviors of users whose interests moved (LIBER).
     Raises RecipeError where the measured run lacks what the policy needs.
     """
     if policy == "collective":
-        cohorts = _cohort_calls(horizon, workload)
-        return Runs({"cohort": cohorts}, {"cohort": round(cohorts * horizon.renewed_share)}, horizon.refreshes)
-    full: dict[Call, int] = {"user": horizon.users, "item": horizon.items}
-    if not horizon.refreshes:
-        return Runs(full)
-    acting = horizon.acting(workload)
-    if policy == "individual":
-        return Runs(full, {"user": acting}, horizon.refreshes)
-    asked = horizon.calls_per_acting if horizon.calls_per_acting is not None else workload.calls_per_acting
-    if asked is None or "refresh" not in workload.kinds:
-        raise RecipeError(
-            "streaming: the measured run was never refreshed. Run `owlrec refresh` on it once, with some new events."
-        )
-    return Runs(full, {"refresh": round(acting * asked)}, horizon.refreshes)
-
-
-def stored_of(policy: Policy, horizon: Horizon, workload: WorkloadFigures) -> tuple[dict[Call, int], int]:
-    """Texts that are kept once all is compacted, by sort, and ids that are known by their cohorts alone."""
-    if policy == "collective":
-        return {"cohort": _cohort_calls(horizon, workload)}, horizon.users + horizon.items
-    return {"user": horizon.users, "item": horizon.items}, 0
-
-
-def _cohort_calls(horizon: Horizon, workload: WorkloadFigures) -> int:
-    shares = {"users": workload.cohorts_per_user, "items": workload.cohorts_per_item}
-    if "cohort" not in workload.kinds or (horizon.cohorts is None and None in shares.values()):
-        raise RecipeError(
-            "collective: the measured run asked about no cohorts. Add `cohorts: {}` and `prompts: {mode: both}` to its "
-            "recipe and run it again."
-        )
-    if horizon.cohorts is not None:
-        return horizon.cohorts
-    return round(horizon.users * (shares["users"] or 0)) + round(horizon.items * (shares["items"] or 0))
-
-
-# --------------------------------------------------------------------------------------------------------------- levers
-# What each way of saving saves: from a plan that does nothing clever down to the one that was asked for.
-#
-# The ways are pulled one after another, in the order in which they are listed, so that the savings add up to the
-# difference; what one saves depends on those before it.
-
-
-class Lever(Config):
-    """One way of saving, pulled after those before it; the first is where all begins."""
-
-    name: str
-    calls: int
-    gpu_hours: float
-    cost: float
-    saved: float  # of the cost; below 0 where it costs more
-
-
-def levers(
-    workload: WorkloadFigures, fleet: FleetConfig, horizon: Horizon, policy: Policy, work: Work
-) -> tuple[list[Lever], Plan]:
-    """The ways and what they save, expected values, and the plan that they end in.
-
-    Begins with all users and items asked about at every refresh, no drafts, on-demand machines. A way that changes
-    nothing is left out. Raises RecipeError as `plan` and `runs_of` do.
-    """
-    full = runs_of("individual", horizon.model_copy(update={"refreshes": 0}), workload).first
-    ours, plain, steady = runs_of(policy, horizon, workload), replace(work, decoder=False), on_demand(fleet)
-    steps: list[tuple[str, Runs, Work, FleetConfig]] = [
-        ("everything anew each time", Runs(full, full, horizon.refreshes), plain, steady)
-    ]
-    if policy != "collective" and horizon.refreshes:
-        kept = runs_of("individual", horizon, workload)
-        steps.append(("texts with the same prompt kept", kept, plain, steady))
-    steps += [
-        (f"{policy} calls", ours, plain, steady),
-        ("retrieval decoder", ours, work, steady),
-        ("spot machines", ours, work, fleet),
-    ]
-    stored, members = stored_of(policy, horizon, workload)
-    found: list[Lever] = []
-    for number, (name, runs, cut, machines) in enumerate(steps):
-        planned = plan(workload, machines, runs, cut, stored=stored, members=members)
-        cost = planned.cost.expected
-        before = found[-1].cost if found else cost
-        if not number or cost != before:
-            total = sum(planned.calls.values())
-            found.append(
-                Lever(name=name, calls=total, gpu_hours=planned.gpu_hours.expected, cost=cost, saved=before - cost)
+        shares = workload.cohorts_per_user, workload.cohorts_per_item
+        if "cohort" not in workload.texts or (horizon.cohorts is None and None in shares):
+            raise RecipeError(
+                "collective: the measured run wrote no texts of cohorts. Add `cohorts: {}` and `prompts: {mode: both}` "
+                "to its recipe and run it again."
             )
-    return found, planned
-
-
-def on_demand(fleet: FleetConfig) -> FleetConfig:
-    """The fleet as machines that nobody takes away, at the price of such where one is given."""
-    groups = [
-        group
-        if group.on_demand_price_per_gpu_hour is None
-        else group.model_copy(
-            update={"price_per_gpu_hour": group.on_demand_price_per_gpu_hour, "preemption_rate_per_hour": 0.0}
+        proportional = round(horizon.users * (shares[0] or 0)) + round(horizon.items * (shares[1] or 0))
+        cohorts = horizon.cohorts or proportional
+        members = {"user": horizon.users, "item": horizon.items}
+        texts, renewed = round(cohorts * workload.texts_per_cohort), round(cohorts * horizon.renewed_share)
+        return Demand({"cohort": texts}, {"cohort": renewed}, horizon.refreshes, cohorts, members)
+    first: Texts = {"user": round(horizon.users * workload.texts_per_user), "item": horizon.items}
+    full = Demand(first, ids=horizon.users + horizon.items, refreshes=horizon.refreshes)
+    if not horizon.refreshes:
+        return full
+    share = horizon.acting_share if horizon.acting_share is not None else workload.acting_share
+    if share is None:
+        raise RecipeError(
+            "what share of the users acts between two refreshes? Give it (--acting-share 0.02), or run `owlrec "
+            "refresh` once on the measured run."
         )
-        for group in fleet.groups
-    ]
-    return fleet.model_copy(update={"groups": groups})
+    acting = round(share * horizon.users)
+    if policy == "individual":
+        return replace(full, per_refresh={"user": acting})
+    if workload.texts_per_acting is None or "refresh" not in workload.texts:
+        raise RecipeError("streaming: the measured run was never refreshed. Run `owlrec refresh` on it once.")
+    return replace(full, per_refresh={"refresh": round(acting * workload.texts_per_acting)})
 
 
-# ---------------------------------------------------------------------------------------------------------- plan report
-# What a plan looks like: tables for a terminal, a waterfall of what saves what, and a check by simulation.
-
-
-_MOST_SIMULATED = 200_000  # shards, a second or two
+# ------------------------------------------------------------------------------------------------------------ estimate
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was printed, for files."""
+class CostEstimate:
+    """A whole job, and keeping and serving what it makes."""
 
-    figures: dict[str, Any]
-    waterfall: str  # SVG
+    texts: Mapping[TextKind, int]
+    shards: int
+    figures: Mapping[str, Range]  # of each stage: hours, and cost in the fleet file's currency; what lacks is left out
+
+    def expected(self, figure: str) -> float:
+        """The middle of a figure's range."""
+        return float(self.figures[figure][_EXPECTED])
 
 
-def report(workload: WorkloadFigures, fleet: FleetConfig, horizon: Horizon, policy: Policy, work: Work) -> Report:
-    """Prints a plan, the policies beside it, what saves what, and how a simulation of it went."""
-    ways, planned = levers(workload, fleet, horizon, policy, work)
+def estimate_cost(workload: Workload, fleet: FleetConfig, needed: Demand) -> CostEstimate:
+    """What the texts take; low and high push all uncertain figures one way at once.
+
+    workload: with `fleet.assume` applied. A refresh is taken to publish its texts alone, without behaviors.
+    Raises RecipeError where nothing is asked for, a kind was not measured, or preemptions outrun the work.
+    """
+    texts = needed.texts
+    if not texts or min(texts.values()) < 0 or texts.keys() - workload.texts.keys():
+        asked = " and ".join(f"{n} of {kind}" for kind, n in (texts or needed.first).items())
+        raise RecipeError(
+            f"texts ({asked}) cannot be planned from a run that measured {workload.measured}. Ask for rows of measured "
+            "kinds, or run what is missing on a small scale first."
+        )
+    ids = needed.ids + sum(needed.members.values()) + needed.refreshes * sum(needed.per_refresh.values())
+    figures = {f"{name} tokens": workload.total(f"{name}_tokens", texts) for name in ("prompt", "output")}
+    figures |= _generate(workload, fleet.groups, needed)
+    figures |= _stage("encode", fleet.encode, sum(texts.values()), workload.encode_s)
+    figures |= _stage("publish", fleet.publish, ids, workload.publish_s)
+    figures["cost"] = sum((cost for name, cost in figures.items() if name.endswith(": cost")), _NONE)
+    stored = _stored_gib(workload, needed)
+    figures |= {f"storage: {name}, GiB": gib for name, gib in stored.items()}
+    figures["storage: cost per month"] = sum(stored.values(), _NONE) * fleet.storage_price_per_gib_month
+    if fleet.serving:
+        figures |= _serving(fleet.serving, stored.get("release", _NONE))
+    shards = workload.shards(needed.first) + needed.refreshes * workload.shards(needed.per_refresh)
+    return CostEstimate(texts, shards, figures)
+
+
+def _generate(workload: Workload, groups: Sequence[FleetGroup], needed: Demand) -> dict[str, Range]:
+    """All runs of `generate`, each on machines that start again."""
+    wall, paid, lost = np.zeros(3), np.zeros((len(groups), 3)), np.zeros((len(groups), 3))
+    for texts, times in ((needed.first, 1), (needed.per_refresh, needed.refreshes)):
+        if times and (shards := workload.shards(texts)):
+            seconds = np.array([group.seconds(workload, texts) for group in groups])
+            startup = np.array([group.starts_in(workload) for group in groups])
+            runs = [schedule(groups, startup, column, shards, workload.in_flight) for column in seconds.T]
+            walls, paids, losts = (np.array(values).T for values in zip(*runs, strict=True))
+            wall, paid, lost = wall + times * walls / 3600, paid + times * paids / 3600, np.maximum(lost, losts)
+    gpu_hours = np.array([[group.gpus] for group in groups]) * paid
+    cost = np.array([[group.price_per_gpu_hour] for group in groups]) * gpu_hours
+    figures = {
+        "generate: wall hours": wall,
+        "generate: GPU-hours": gpu_hours.sum(axis=0),
+        "generate: cost": cost.sum(axis=0),
+    }
+    for group, hours, share in zip(groups, gpu_hours, lost, strict=True):
+        figures[f"generate on {group.name}: GPU-hours"] = hours
+        if group.preemption_rate_per_hour:
+            figures[f"generate on {group.name}: share lost to preemptions"] = share
+    return figures
+
+
+def schedule(
+    groups: Sequence[FleetGroup], startup: np.ndarray, seconds: np.ndarray, shards: int, in_flight: int
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Hands the shards of a run out one after another to whichever engine is free, as Ray Data does.
+
+    startup: seconds, float64 [groups]. seconds: float64 [groups], of one engine of the group for all the work.
+    Returns the run's seconds; those that each engine of a group is paid for, float64 [groups]; and the share of them
+    that goes to preempted work and to starts after preemptions, float64 [groups].
+    Each engine first waits for its machine and starts. When no shard is left to begin, an engine has half a shard to do
+    on average, and the last one is done when a shard of the slowest group is. A group that would start later than that
+    gets no work. Raises RecipeError where a group loses work faster than it does it.
+    """
+    shard_s = in_flight * seconds / shards  # from a shard's beginning to its end
+    engines, provision, rate, idle = (
+        np.array([getattr(group, name) for group in groups])
+        for name in ("engines", "provision_s", "preemption_rate_per_hour", "idle_timeout_s")
+    )
+    delay = startup + provision
+    lost = rate / 3600 * (shard_s / 2 + delay)
+    if lost.max() >= 1:
+        worst = int(lost.argmax())
+        raise RecipeError(
+            f"group '{groups[worst].name}': at {rate[worst]:g} preemptions an hour its engines lose work faster than "
+            f"they do it (a shard takes {shard_s[worst]:,.0f} s). Make shard_rows smaller."
+        )
+    speed = engines * (1 - lost) / seconds  # of the whole work per second
+    at_work = np.ones(len(groups), dtype=bool)
+    while True:
+        begun_s = float((1 + (speed * (delay - shard_s / 2))[at_work].sum()) / speed[at_work].sum())
+        begun_s = max(begun_s, float(delay.min()))  # when the last shard is begun
+        late = at_work & (delay > begun_s)
+        if not late.any():
+            break
+        at_work &= ~late
+    wall_s = begun_s + float((shard_s * (1 - 1 / (2 * in_flight * engines)))[at_work].max())
+    # A machine that is being replaced is not paid for until it is there.
+    there = (begun_s + shard_s / 2 - provision) * (1 - rate / 3600 * provision)
+    return wall_s, np.where(at_work, there + idle, 0.0), lost
+
+
+def _stage(name: str, workers: StageWorkers | None, rows: int, row_s: Range | None) -> dict[str, Range]:
+    if workers and workers.rows_per_s:
+        row_s = np.full(3, 1 / workers.rows_per_s)
+    if not workers or row_s is None:
+        return {}
+    hours = rows * row_s / 3600
+    return {
+        f"{name}: wall hours": hours / workers.workers,
+        f"{name}: worker-hours": hours,
+        f"{name}: cost": hours * workers.price_per_worker_hour,
+    }
+
+
+def _stored_gib(workload: Workload, needed: Demand) -> dict[str, Range]:
+    """By artifact, once all is compacted: a refresh's text takes the place of one that is there."""
+    kept: Texts = {kind: n for kind, n in needed.first.items() if kind != "refresh"}
+    size = {"knowledge": workload.total("file_bytes", kept)}
+    if workload.vector_bytes is not None:
+        size["vectors"] = sum(kept.values()) * workload.vector_bytes
+    if workload.release_bytes is not None:
+        members_bytes = _MEMBERSHIP_BYTES * sum(needed.members.values())
+        behaviors_bytes = workload.behavior_bytes * needed.members.get("user", 0)
+        size["release"] = needed.ids * workload.release_bytes + members_bytes + behaviors_bytes
+    return {name: total / 2**30 for name, total in size.items()}
+
+
+def _serving(given: ServingNodes, release_gib: Range) -> dict[str, Range]:
+    replicas = np.ceil(given.requests_per_s / (given.requests_per_s_per_replica * given.load_share))
+    nodes = np.ceil(replicas / given.replicas_per_node)
+    disk = given.releases_per_node * release_gib
+    per_node = _HOURS_PER_MONTH * given.price_per_node_hour + disk * given.disk_price_per_gib_month
+    return {
+        "serving: replicas": np.full(3, replicas),
+        "serving: nodes": np.full(3, nodes),
+        "serving: release files of a node, GiB": disk,
+        "serving: cost per month": nodes * per_node,
+    }
+
+
+# -------------------------------------------------------------------------------------------------- savings and report
+
+
+class Saving(NamedTuple):
+    """One way of saving, on top of those before it; the first row is where all begins. Expected values."""
+
+    name: str
+    texts: int
+    gpu_hours: float
+    cost: float
+    saved: float  # below 0 where it costs more
+
+
+def savings(
+    workload: Workload, fleet: FleetConfig, horizon: Horizon, policy: Policy
+) -> tuple[list[Saving], CostEstimate]:
+    """What each way saves, and the estimate that they end in.
+
+    Begins with all users and items asked about at every refresh, no drafts, on-demand machines. The savings add up to
+    the difference; what one saves depends on those before it, and one that changes nothing is left out. Raises
+    RecipeError as `demand` and `estimate_cost` do.
+    """
+    asked, once = demand(policy, horizon, workload), horizon.model_copy(update={"refreshes": 0})
+    everybody: Texts = {"user": horizon.users, "item": horizon.items}
+    again = replace(demand("individual", once, workload), per_refresh=everybody, refreshes=horizon.refreshes)
+    plain, steady = workload.without_decoder(), fleet.on_demand()
+    ways = [("everything again each time", plain, steady, again)]
+    if policy != "collective" and horizon.refreshes:
+        ways.append(("texts with the same prompt kept", plain, steady, demand("individual", horizon, workload)))
+    ways.append((f"{policy} texts", plain, steady, asked))
+    ways += [("retrieval decoder", workload, steady, asked), ("spot machines", workload, fleet, asked)]
+    steps: list[Saving] = []
+    for name, figures, machines, needed in ways:
+        estimate = estimate_cost(figures, machines, needed)
+        cost = estimate.expected("cost")
+        if not steps or cost != steps[-1].cost:
+            gpu_hours = estimate.expected("generate: GPU-hours")
+            saved = steps[-1].cost - cost if steps else 0.0
+            steps.append(Saving(name, sum(estimate.texts.values()), gpu_hours, cost, saved))
+    return steps, estimate
+
+
+def report(workload: Workload, fleet: FleetConfig, horizon: Horizon, policy: Policy) -> dict[str, Any]:
+    """Prints an estimate, the policies beside it, and what saves what; gives every figure, for a JSON file."""
+    workload = fleet.assume.applied(workload)
+    steps, estimate = savings(workload, fleet, horizon, policy)
+    kinds = ", ".join(f"{n:,} {'renewal' if kind == 'refresh' else kind}s" for kind, n in estimate.texts.items())
     note(
         f"{horizon.users:,} users, {horizon.items:,} items, {policy}, {horizon.refreshes:,} refreshes after a full run"
     )
-    print_plan(planned, workload)
-    policies, lacking = plans_by_policy(workload, fleet, horizon, work)
-    print_policies(policies, lacking)
-    print_levers(ways)
-    note(check_by_simulation(runs_of(policy, horizon, workload).first, workload, fleet, work))
-    if planned.shards < (wanted := sum(group.engines for group in planned.groups)):
-        warn(f"{planned.shards} shards for {wanted} engines: some would stand idle. Make shard_rows smaller.")
-    first_run = stored_of(policy, horizon, workload)[0]
-    figures = {
-        "shard_plan": {call: plan_shards(call, n, work.shard_rows) for call, n in first_run.items() if n},
-        "plan": planned.model_dump(),
-        "policies": {name: p.model_dump() for name, p in policies.items()},
-        "levers": [way.model_dump() for way in ways],
-        "workload": workload.model_dump(),
-    }
-    return Report(figures, levers_svg(ways))
-
-
-def plans_by_policy(
-    workload: WorkloadFigures, fleet: FleetConfig, horizon: Horizon, work: Work
-) -> tuple[dict[Policy, Plan], dict[Policy, str]]:
-    """A plan for each policy, and why there is none for the others."""
-    found: dict[Policy, Plan] = {}
-    lacking: dict[Policy, str] = {}
-    for policy in POLICIES:
-        try:
-            stored, members = stored_of(policy, horizon, workload)
-            runs = runs_of(policy, horizon, workload)
-            found[policy] = plan(workload, fleet, runs, work, stored=stored, members=members)
-        except RecipeError as error:
-            lacking[policy] = str(error)
-    return found, lacking
-
-
-def print_plan(planned: Plan, workload: WorkloadFigures) -> None:
-    """Totals, storage and groups, each with its range."""
-    totals = {"wall time, h": planned.wall_hours, "GPU-hours": planned.gpu_hours, "cost": planned.cost}
-    totals |= {"prompt tokens": planned.prompt_tokens, "output tokens": planned.output_tokens}
-    storage = planned.storage_gib | {"cost a month": planned.storage_cost_per_month}
-    about: dict[Call, str] = {"refresh": "to renew users"}
-    calls = ", ".join(f"{n:,} {about.get(call, f'about {call}s')}" for call, n in planned.calls.items())
-    for title, shown in {f"{sum(planned.calls.values()):,} calls: {calls}": totals, "storage, GiB": storage}.items():
-        table(
-            title, ["estimate", "expected", "low", "high"], [(n, e.expected, e.low, e.high) for n, e in shown.items()]
-        )
-    columns = ["group", "engines", "tokens/s of one", "speed from", "share", "GPU-hours", "cost"]
-    groups = [
-        (g.name, g.engines, g.tokens_per_s.expected, g.speed_from, g.work_share, g.gpu_hours.expected, g.cost.expected)
-        for g in planned.groups
-    ]
-    table("groups, expected", columns, groups)
-    for g in planned.groups:
-        if g.preemptions:
-            note(f"{g.name}: {g.preemptions:,.1f} preemptions, which take {g.repeated_share:.1%} of its working time")
-    for name in sorted({"vectors", "release"} - planned.storage_gib.keys()):
-        note(f"{name}: not estimated, since the measured run wrote none")
-    if workload.tokens_per_step is not None:
-        up = ", ".join(f"{value:.2f}x up to {n} rows" for n, value in workload.speed_up.items())
-        note(f"decoder, as measured: {workload.tokens_per_step:.2f} tokens a row and step; speed-up {up or 'unknown'}")
+    rows = [(name, *(float(figure[i]) for i in (1, 0, 2))) for name, figure in estimate.figures.items()]
+    table(f"texts: {kinds}", ["estimate", "expected", "low", "high"], rows)
     note("low and high show the spread between the measured shards, not how rows to come may differ from those")
-
-
-def print_policies(found: Mapping[Policy, Plan], lacking: Mapping[Policy, str]) -> None:
-    """The policies side by side, and what those that cannot be planned lack."""
-    columns = ["policy", "calls", "prompt tokens", "output tokens", "GPU-hours", "wall time, h", "cost"]
-    rows = [
-        (policy, sum(p.calls.values()), *(e.expected for e in
-         (p.prompt_tokens, p.output_tokens, p.gpu_hours, p.wall_hours, p.cost)))
-        for policy, p in found.items()
-    ]  # fmt: skip
-    table("policies, expected", columns, rows)
-    for reason in lacking.values():
-        note(f"not planned: {reason}")
-
-
-def print_levers(found: Sequence[Lever]) -> None:
-    """What each way of saving saves."""
-    begin = found[0].cost
-    shares = [f"{lever.saved / begin:.1%}" if begin else "" for lever in found]
-    rows = [(way.name, way.calls, way.gpu_hours, way.cost, way.saved, s) for way, s in zip(found, shares, strict=True)]
-    table("what saves what, expected", ["one after another", "calls", "GPU-hours", "cost", "saved", "of all"], rows)
-
-
-def levers_svg(found: Sequence[Lever]) -> str:
-    """The waterfall of costs, as a file of its own."""
-    first, *rest = found
-    return standalone(waterfall_chart(first.name, first.cost, {lever.name: -lever.saved for lever in rest}, "cost"))
-
-
-def check_by_simulation(calls: Mapping[Call, int], workload: WorkloadFigures, fleet: FleetConfig, work: Work) -> str:
-    """Plays a run once, loss by loss, or as much of it as can be played in a moment; what came out beside the formula,
-    in words."""
-    shards = sum(-(-n // work.shard_rows) for n in calls.values())
-    part = {call: -(-n * min(shards, _MOST_SIMULATED) // shards) for call, n in calls.items()}
-    one = plan(workload, fleet, Runs(part), work)
-    played = simulate(simulated_groups(one, workload, fleet, work), one.shards, spread=work.shard_rows**-0.5)
-    hours = sum(s * g.gpus_per_engine for s, g in zip(played.paid_s, fleet.groups, strict=True)) / 3600
-    what = "the full run" if one.shards == shards else f"{one.shards:,} shards of the full run"
-    return (
-        f"{what} played as a simulation: {played.wall_s / 3600:,.4g} h, {hours:,.4g} GPU-hours, "
-        f"{sum(played.losses):,} preemptions "
-        f"(formula: {one.wall_hours.expected:,.4g} h, {one.gpu_hours.expected:,.4g} GPU-hours)"
-    )
-
-
-def simulated_groups(planned: Plan, workload: WorkloadFigures, fleet: FleetConfig, work: Work) -> list[SimulatedGroup]:
-    """The fleet's groups with the expected time of a shard of the plan; those without a share of it have no engines."""
-    workload = fleet.assume.applied(workload)
-    return [
-        SimulatedGroup(
-            engines=group.engines if plan_.work_share else 0,
-            shard_s=float(engine_seconds(group, workload, planned.calls, work)[1]) / planned.shards,
-            shards_at_once=work.shards_at_once,
-            provision_s=group.provision_s,
-            startup_s=group.starts_in(workload),
-            losses_per_hour=group.preemption_rate_per_hour,
-            idle_timeout_s=group.idle_timeout_s,
-        )
-        for group, plan_ in zip(fleet.groups, planned.groups, strict=True)
-    ]
-
-
-def plan_shards(name: str, n_rows: int, shard_rows: int) -> dict[str, object]:
-    """Cuts consecutive ids into shards, as far as that can be done before any real id is there; the sizes."""
-    watch = Stopwatch()
-    found = shard_sizes(consecutive_ids(n_rows), shard_rows)
-    each = "rows a shard: min {:,.0f}, median {:,.0f}, max {:,.0f}".format(*found.spread)
-    note(f"shard plan of {name}s: {len(found.rows):,} shards, {each}; computed in {watch.seconds:.1f} s")
-    return {"shards": len(found.rows), "rows": found.spread}
+    wanted = ("encode: cost", "publish: cost", "storage: release, GiB", "serving: cost per month")
+    if lacking := [name for name in wanted if name not in estimate.figures]:
+        note(f"not measured, or without a price in the fleet file: {'; '.join(lacking)}")
+    if estimate.shards < (engines := sum(group.engines for group in fleet.groups)):
+        warn(f"{estimate.shards} shards for {engines} engines: some would stand idle. Make shard_rows smaller.")
+    policies: dict[Policy, CostEstimate] = {}
+    for name in POLICIES:
+        try:
+            policies[name] = estimate_cost(workload, fleet, demand(name, horizon, workload))
+        except RecipeError as error:
+            note(f"not planned: {error}")
+    columns = ["prompt tokens", "output tokens", "generate: GPU-hours", "generate: wall hours", "cost"]
+    beside = [(name, sum(e.texts.values()), *map(e.expected, columns)) for name, e in policies.items()]
+    table("policies, expected", ["policy", "texts", *columns], beside)
+    shares = [f"{step.saved / steps[0].cost:.1%}" if steps[0].cost else "" for step in steps]
+    columns = ["one after another", "texts", "GPU-hours", "cost", "saved", "of all"]
+    table("what saves what, expected", columns, [(*step, share) for step, share in zip(steps, shares, strict=True)])
+    return {
+        "estimate": asdict(estimate),
+        "policies": {name: asdict(e) for name, e in policies.items()},
+        "savings": [step._asdict() for step in steps],
+        "workload": asdict(workload),
+    }
