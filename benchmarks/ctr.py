@@ -43,7 +43,7 @@ from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.scoring import LiveState, Scorer, TableKnowledge, User, export_program, load_program
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.encoder import Encoder, EncoderConfig
-from owlrec.evaluation import Evidence, GridScores, auc, gauc, weigh
+from owlrec.evaluation import GridScores, Interval, auc, compare_arms, gauc
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.releases.rows import encode_behaviors
@@ -248,7 +248,7 @@ def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
     for row in summarise(finished_trials(workspace, grid, wanted), scores):
         yield arm_figure(row, f"{row.backbone}, all test rows")
         for base, paired in row.differences.items():
-            yield _gain(f"{row.backbone}, all test rows", f"{row.arm} to {base}", paired.auc, paired.evidence)
+            yield _gain(f"{row.backbone}, all test rows", f"{row.arm} to {base}", paired.auc, paired.interval)
     if scores is not None:
         yield from _cold_items(recipe, workspace, scores, options)
 
@@ -296,19 +296,18 @@ def _cold_items(
         for b in options.backbones
         for base in ("shuffled", "none")
     }
-    evidence = weigh(part, pairs)
+    intervals = compare_arms(part, pairs)
     measure = f"items with fewer than {COLD_ITEM_BELOW} training interactions, {int(cold.sum())} test rows"
     for (backbone, base), trial_pairs in pairs.items():
         gain = statistics.fmean(_auc(part, arm) - _auc(part, other) for arm, other in trial_pairs)
-        yield _gain(f"{backbone}, {measure}", f"knowledge to {base}", gain, evidence.get((backbone, base)))
+        yield _gain(f"{backbone}, {measure}", f"knowledge to {base}", gain, intervals.get((backbone, base)))
 
 
 def _auc(part: GridScores, path: str) -> float:
     return auc(part.labels, part.scores[path])
 
 
-def _gain(measure: str, method: str, gain: float, evidence: Evidence | None) -> Figure:
-    interval = evidence.interval if evidence else None
+def _gain(measure: str, method: str, gain: float, interval: Interval | None) -> Figure:
     unit = f"AUC (95 % [{interval.low:+.4f}, {interval.high:+.4f}])" if interval else "AUC"
     return Figure(measure=measure, method=method, value=round(gain, 4), unit=unit)
 

@@ -27,7 +27,7 @@ from owlrec.ctr.knowledge import STREAMING, KnowledgeTable, VectorTable, open_ve
 from owlrec.ctr.pca import reduced
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
-from owlrec.evaluation import GridScores, weigh
+from owlrec.evaluation import GridScores, compare_arms
 from owlrec.generation import EchoEngineConfig, EngineConfig, VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED
 from owlrec.ordered import run_starts
@@ -370,11 +370,11 @@ def _aucs(
             aucs.setdefault(name, []).append(trained.result.test.auc)
         grid = GridScores(trained.test.user_ids, trained.test.labels, scores)
         pairs = {name: [(f"{name}/{seed}", f"fixed/{seed}") for seed in seeds] for name in aucs if name != "fixed"}
-        evidence = weigh(grid, pairs)
+        intervals = compare_arms(grid, pairs)
         for name, found in aucs.items():
             share = f"; {read[name]:.0%} of samples read one" if name in read else ""
             unit = f"AUC{share}"
-            if name in evidence and (interval := evidence[name].interval):
+            if interval := intervals.get(name):
                 difference = float(np.mean(found)) - float(np.mean(aucs["fixed"]))
                 unit += f"; {difference:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] to fixed"
             value = round(float(np.mean(found)), 4)

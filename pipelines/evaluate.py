@@ -50,8 +50,8 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
         if compared := comparison_rows(data.arms):
             table(
                 "difference in AUC, paired by seed and row; intervals over draws of users",
-                ["backbone", "arm", "compared with", "difference", "95 % interval", "RelaImp", "DeLong p"],
-                [(r.backbone, r.arm, r.base, r.difference, r.interval, r.rela_imp, r.delong_p) for r in compared],
+                ["backbone", "arm", "compared with", "difference", "95 % interval", "RelaImp"],
+                [(r.backbone, r.arm, r.base, r.difference, r.interval, r.rela_imp) for r in compared],
             )
         for line in data.notes:
             note(line)

@@ -70,7 +70,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                     template_options=config.template_options,
                     on_scored=advance,
                 )
-        judgements = judge_models(workspace, job.folder, valid, test, scores, config.calibration)
+        judgements = judge_models(workspace, job.folder, valid, test, scores)
         write_results(workspace, named[:16], results_of(config, judgements))
         table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
         counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}

@@ -1,23 +1,27 @@
-"""AUC, gAUC, RelaImp, log-loss and calibration error of click predictions, in float64 and without a Python loop.
-
-AUC is the Mann-Whitney rank sum, tied scores sharing their mean rank. gAUC (group AUC; Zhu et al., "Optimized Cost
-per Click in Taobao Display Advertising", KDD 2017) averages each user's own AUC weighted by impressions: it leaves
-out what tells users apart and keeps what orders one user's items, which is what a ranking is used for. Both are nan
-where no group holds the two classes. A NaN among scores or a label that is no label is refused: sorted among the
-others it would yield a figure that looks like any other.
+"""Evaluation that CTR models and rankers share: AUC, gAUC, log-loss, calibration errors, intervals by the cluster
+bootstrap, comparisons of arms, Platt scaling.
 """
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.workspace import Workspace
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+# AUC, gAUC, RelaImp, log-loss and calibration error of click predictions, in float64 and without a Python loop.
+#
+# AUC is the Mann-Whitney rank sum, tied scores sharing their mean rank. gAUC (group AUC; Zhu et al., "Optimized Cost
+# per Click in Taobao Display Advertising", KDD 2017) averages each user's own AUC weighted by impressions: it leaves
+# out what tells users apart and keeps what orders one user's items, which is what a ranking is used for. Both are nan
+# where no group holds the two classes. A NaN among scores or a label that is no label is refused: sorted among the
+# others it would yield a figure that looks like any other.
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -221,40 +225,9 @@ def percentile_interval(values: np.ndarray, level: float = 0.95) -> Interval:
     return Interval(low=float(low), high=float(high))
 
 
-# --------------------------------------------------------------------------------------------------------------- delong
-# DeLong's test of two AUCs on the same rows (Biometrics 1988), in the midrank form of Sun and Xu (IEEE Signal
-# Processing Letters 2014), which takes sorting instead of comparing every pair.
-#
-# It takes rows as independent. Where a user has many, its variance is too small: trust the cluster bootstrap
-# (`intervals`) for a verdict, or of many rows `clustered_difference`, its closed form (Obuchowski, Biometrics 1997),
-# and take DeLong's as the figure that other papers print.
-
-
-@dataclass(frozen=True)
-class DeLongTest:
-    """AUC of the first scores minus that of the second."""
-
-    difference: float
-    standard_error: float
-    p: float  # two-sided; 1 where both scores order all rows alike
-
-
-def delong_test(labels: np.ndarray, scores: np.ndarray, base: np.ndarray) -> DeLongTest:
-    """Whether two scores of the same rows differ in AUC.
-
-    labels: [n], 0 or 1; scores, base: [n], or [seeds, n] to test the mean of the seeds' AUCs.
-    Raises ValueError where lengths differ, a score is NaN, or a class has fewer than two rows (no variance).
-    """
-    won, lost = _mean_placements(labels, scores), _mean_placements(labels, base)
-    positives, negatives = won[0] - lost[0], won[1] - lost[1]
-    if min(len(positives), len(negatives)) < 2:
-        raise ValueError(f"{len(positives)} positives and {len(negatives)} negatives: a variance takes two of each.")
-    difference = float(positives.mean())
-    variance = positives.var(ddof=1) / len(positives) + negatives.var(ddof=1) / len(negatives)
-    error = math.sqrt(variance)
-    if error == 0:
-        return DeLongTest(difference, error, 1.0 if difference == 0 else 0.0)
-    return DeLongTest(difference, error, math.erfc(abs(difference) / error / math.sqrt(2)))
+# ----------------------------------------------------------------------------------------------- many rows, closed form
+# The cluster bootstrap's standard error in closed form (Obuchowski, Biometrics 1997), by the midrank placements of Sun
+# and Xu (IEEE Signal Processing Letters 2014), which take sorting instead of comparing every pair.
 
 
 def clustered_difference(
@@ -262,7 +235,8 @@ def clustered_difference(
 ) -> tuple[float, float]:
     """The difference in AUC and its standard error where users, not rows, are independent.
 
-    Arguments: see `delong_test`; users: int [n]. Raises ValueError as it does, and for fewer than two users.
+    labels: [n], 0 or 1; scores, base: [n], or [seeds, n] for the mean of the seeds' AUCs; users: int [n]. Raises
+    ValueError where lengths differ, a score is NaN, or there are fewer than two users or rows of a class.
     """
     won, lost = _mean_placements(labels, scores), _mean_placements(labels, base)
     positives, negatives = won[0] - lost[0], won[1] - lost[1]
@@ -330,17 +304,11 @@ class GridScores:
     scores: Mapping[str, np.ndarray]  # the trial's path -> float64 [n]; from disk they are read when asked for
 
 
-class Evidence(BaseModel):
-    """What the test rows say of the mean difference in AUC between two arms."""
-
-    interval: Interval | None  # 95 %, over draws of users; None with fewer than two users
-    delong_p: float | None  # rows taken as independent; None where a class has fewer than two rows
-
-
-def weigh(
+def compare_arms(
     grid: GridScores, pairs: Mapping[_Key, Sequence[tuple[str, str]]], *, resamples: int = 1000, seed: int = 0
-) -> dict[_Key, Evidence]:
-    """The evidence for each comparison all of whose trials left scores; the others are left out.
+) -> dict[_Key, Interval | None]:
+    """95 % interval, over draws of users, of the mean difference in AUC of each comparison all of whose trials left
+    scores; the others are left out. None with fewer than two users.
 
     pairs: comparison -> (path of the arm's trial, path of its base's trial), a pair a seed. A trial is resampled once,
     in however many comparisons it takes part.
@@ -357,7 +325,7 @@ def weigh(
         vectors = [grid.scores[path] for path in paths]
         columns = bootstrap_aucs(grid.labels, vectors, grid.user_ids, resamples=resamples, seed=seed).T
         resampled = dict(zip(paths, columns, strict=True))
-    evidence = {}
+    intervals = dict[_Key, Interval | None]()
     for key, trials in complete.items():
         if resampled or not several:
             interval = _interval(resampled, trials)
@@ -365,8 +333,8 @@ def weigh(
             arms, bases = (np.stack([grid.scores[path] for path in side]) for side in zip(*trials, strict=True))
             difference, error = clustered_difference(grid.labels, arms, bases, grid.user_ids)
             interval = Interval(low=difference - _NORMAL_95 * error, high=difference + _NORMAL_95 * error)
-        evidence[key] = Evidence(interval=interval, delong_p=_delong_p(grid, trials))
-    return evidence
+        intervals[key] = interval
+    return intervals
 
 
 def _interval(resampled: Mapping[str, np.ndarray], trials: Sequence[tuple[str, str]]) -> Interval | None:
@@ -375,32 +343,20 @@ def _interval(resampled: Mapping[str, np.ndarray], trials: Sequence[tuple[str, s
     return percentile_interval(np.mean([resampled[arm] - resampled[base] for arm, base in trials], axis=0))
 
 
-def _delong_p(grid: GridScores, trials: Sequence[tuple[str, str]]) -> float | None:
-    if min((grid.labels == 1).sum(), (grid.labels == 0).sum()) < 2:
-        return None
-    arms, bases = (np.stack([grid.scores[path] for path in paths]) for paths in zip(*trials, strict=True))
-    return delong_test(grid.labels, arms, bases).p
-
-
 # ---------------------------------------------------------------------------------------------------------- calibration
-# Turns the scores of an LLM ranker into probabilities that can be believed: Platt scaling and isotonic regression.
+# Platt scaling turns the scores of an LLM ranker into probabilities that can be believed.
 #
 # A model that answers Yes or No orders candidates long before its probabilities mean anything: untuned, Vicuna-7B has
-# an AUC of .67 on MovieLens-1M at a log loss of .95, where answering .5 throughout has .69 (ReLLa, WWW 2024). Both
-# maps are monotone, so no order is reversed. They are fitted on the valid split, never on what is reported. Platt's
-# has two parameters and suits a few hundred samples; the isotonic one follows any curve, needs thousands, and makes
-# ties.
+# an AUC of .67 on MovieLens-1M at a log loss of .95, where answering .5 throughout has .69 (ReLLa, WWW 2024). The map
+# is monotone, so no order is reversed. It is fitted on the valid split, never on what is reported.
 
 
 _CLIP = 1e-6  # a score of exactly 0 or 1 has no logit
-_NEWTON_STEPS = 100  # fewer than ten are usual
-_TOLERANCE = 1e-9  # of a parameter, and of a share of a step
 
 
 class PlattScaling(Config):
     """probability = sigmoid(slope * logit(score) + intercept); slope 1 and intercept 0 change nothing."""
 
-    method: Literal["platt"] = "platt"
     slope: float = Field(ge=0)
     intercept: float
 
@@ -409,31 +365,7 @@ class PlattScaling(Config):
         return np.clip(_sigmoid(self.slope * _logit(_checked(scores)) + self.intercept), _CLIP, 1 - _CLIP)
 
 
-class IsotonicScaling(Config):
-    """Straight lines between the points (score, probability), and flat beyond the outermost."""
-
-    method: Literal["isotonic"] = "isotonic"
-    scores: tuple[float, ...]  # ascending
-    probabilities: tuple[float, ...]  # never falling, inside (0, 1)
-
-    @model_validator(mode="after")
-    def _aligned(self) -> "IsotonicScaling":
-        if len(self.scores) != len(self.probabilities) or not self.scores:
-            raise ValueError(f"{len(self.scores)} scores and {len(self.probabilities)} probabilities are no points")
-        return self
-
-    def apply(self, scores: np.ndarray) -> np.ndarray:
-        """Probabilities inside (0, 1), float64 [n]. scores: float [n] in [0, 1]."""
-        return np.interp(_checked(scores), self.scores, self.probabilities)
-
-
-Calibration = Annotated[PlattScaling | IsotonicScaling, Field(discriminator="method")]
-CalibrationMethod = Literal["platt", "isotonic"]
-
-
-def fit_calibration(
-    method: CalibrationMethod, scores: np.ndarray, labels: np.ndarray
-) -> PlattScaling | IsotonicScaling:
+def fit_calibration(scores: np.ndarray, labels: np.ndarray) -> PlattScaling:
     """The map that brings `scores` nearest to `labels`.
 
     scores: float [n] in [0, 1], as answers.yes_probability gives them; labels: [n], 0 or 1. Scores that rank backwards
@@ -452,19 +384,18 @@ def fit_calibration(
             f"calibration: {n_positive} of {len(labels)} labels are 1, so nothing tells one class from the other. "
             "Score more of the valid split."
         )
-    return _fit_platt(scores, labels) if method == "platt" else _fit_isotonic(scores, labels)
+    return _fit_platt(scores, labels)
 
 
-def save_calibration(workspace: Workspace, path: str, calibration: PlattScaling | IsotonicScaling) -> None:
+def save_calibration(workspace: Workspace, path: str, calibration: PlattScaling) -> None:
     """Writes the parameters as JSON."""
     workspace.write_json(path, calibration.model_dump(mode="json"))
 
 
-def load_calibration(workspace: Workspace, path: str) -> PlattScaling | IsotonicScaling:
+def load_calibration(workspace: Workspace, path: str) -> PlattScaling:
     """What `save_calibration` wrote. Raises WorkspaceError where it is missing or damaged."""
-    adapter: TypeAdapter[PlattScaling | IsotonicScaling] = TypeAdapter(Calibration)
     try:
-        return adapter.validate_python(workspace.read_json(path))
+        return PlattScaling.model_validate(workspace.read_json(path))
     except ValidationError as error:
         raise WorkspaceError(
             f"{workspace.path(path)} is no calibration ({error.errors()[0]['msg']}). Delete it and calibrate again."
@@ -488,10 +419,12 @@ def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, *,
 
 
 def _fit_platt(scores: np.ndarray, labels: np.ndarray) -> PlattScaling:
-    """Newton's method on Platt's smoothed targets, as Lin, Lin and Weng (Machine Learning 68, 2007) advise.
+    """Logistic regression on Platt's smoothed targets (Lin, Lin and Weng, Machine Learning 68, 2007).
 
-    The targets keep the parameters finite where scores part the classes perfectly.
+    The targets keep the parameters finite where scores separate the classes perfectly.
     """
+    from sklearn.linear_model import LogisticRegression  # here: applying needs only numpy
+
     n_positive = labels.sum()
     high, low = (n_positive + 1) / (n_positive + 2), 1 / (len(labels) - n_positive + 2)
     targets = np.where(labels == 1, high, low)
@@ -499,31 +432,13 @@ def _fit_platt(scores: np.ndarray, labels: np.ndarray) -> PlattScaling:
     prior = float(_logit(np.array([targets.mean()]))[0])
     if np.ptp(logits) == 0:  # nothing says how steep: shift, and keep the order of scores yet to come
         return PlattScaling(slope=1.0, intercept=prior - float(logits[0]))
-    features = np.stack([logits, np.ones_like(logits)])
-    weights = np.array([0.0, prior])
-    for _ in range(_NEWTON_STEPS):
-        predicted = _sigmoid(weights @ features)
-        gradient = features @ (predicted - targets)
-        hessian = (features * (predicted * (1 - predicted))) @ features.T
-        step = np.linalg.lstsq(hessian, gradient)[0]  # nearly equal scores leave it all but singular
-        loss, share = _loss(weights @ features, targets), 1.0
-        while share > _TOLERANCE and _loss((weights - share * step) @ features, targets) > loss:
-            share /= 2
-        weights = weights - share * step
-        if np.abs(share * step).max() < _TOLERANCE:
-            break
-    if weights[0] <= 0:
+    # A target of .9 is a positive that weighs .9 and a negative that weighs .1.
+    classes, weights = np.repeat([1, 0], len(labels)), np.r_[targets, 1 - targets]
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-9)
+    model.fit(np.r_[logits, logits][:, None], classes, sample_weight=weights)
+    if model.coef_[0, 0] <= 0:
         return PlattScaling(slope=0.0, intercept=prior)
-    return PlattScaling(slope=float(weights[0]), intercept=float(weights[1]))
-
-
-def _fit_isotonic(scores: np.ndarray, labels: np.ndarray) -> IsotonicScaling:
-    """Kept off 0 and 1 by what n samples can tell: a block without a positive says less than 1 in n + 2, not never."""
-    from sklearn.isotonic import IsotonicRegression  # here: applying needs only numpy
-
-    bound = 1 / (len(labels) + 2)
-    fitted = IsotonicRegression(y_min=bound, y_max=1 - bound).fit(scores, labels)
-    return IsotonicScaling(scores=fitted.X_thresholds_.tolist(), probabilities=fitted.y_thresholds_.tolist())
+    return PlattScaling(slope=float(model.coef_[0, 0]), intercept=float(model.intercept_[0]))
 
 
 def _checked(scores: np.ndarray) -> np.ndarray:
@@ -535,10 +450,6 @@ def _checked(scores: np.ndarray) -> np.ndarray:
             "lie in [0, 1]. Drop the rows that could not be scored."
         )
     return scores
-
-
-def _loss(logits: np.ndarray, targets: np.ndarray) -> float:
-    return float(np.sum(np.logaddexp(0, logits) - targets * logits))
 
 
 def _logit(probabilities: np.ndarray) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""The one place that reads OwlRec's environment variables; everything else is configured by the recipe.
+"""This process's surroundings: environment variables, streams and Ray.
 
 OWLREC_CACHE      folder for converted models and copied files (default ~/.cache/owlrec)
 OWLREC_CACHE_GIB  how much of it copied files may take (default: half of what the disk has free)
 OWLREC_API_KEYS   the lines of a key file, for endpoints that are given none (owlrec.serving.keys)
+
+No other module reads OwlRec's environment variables; everything else is configured by the recipe.
 """
 
 import importlib.util
@@ -15,6 +17,8 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+# ---------------------------------------------------------------------------------------------------------- environment
 
 
 def cache_folder(*parts: str) -> Path:

@@ -182,7 +182,7 @@ def test_arms_are_compared_with_none_and_with_shuffled_over_the_seeds_of_both() 
     assert (to_none.seeds, to_none.auc) == (2, pytest.approx(0.02))
     assert to_none.rela_imp == pytest.approx(0.23 / 0.21 - 1)
     assert (to_shuffled.seeds, to_shuffled.auc) == (1, pytest.approx(0.06))
-    assert to_shuffled.evidence is None  # no test scores
+    assert to_shuffled.interval is None  # no test scores
     [_, worse] = summarise([result("none", 0, 0.4), result("knowledge", 0, 0.45)])
     assert worse.differences["none"].rela_imp is None
 
@@ -195,13 +195,12 @@ def test_test_scores_give_a_difference_its_interval() -> None:
     results = [result(arm, 0, auc(labels, scores[f"din/{arm}/seed-0"])) for arm in ("none", "knowledge")]
     rows = summarise(results, GridScores(np.arange(400) // 8, labels, scores))
     difference = rows[1].differences["none"]
-    assert difference.evidence is not None
-    assert difference.evidence.interval is not None
-    assert 0 < difference.evidence.interval.low < difference.auc < difference.evidence.interval.high
+    assert difference.interval is not None
+    assert 0 < difference.interval.low < difference.auc < difference.interval.high
     results.append(result("knowledge", 1, 0.7))
     assert summarise(results, GridScores(np.arange(400) // 8, labels, scores))[1] != rows[1]
     results.append(result("none", 1, 0.7))  # the second pair left no scores: half of the seeds would speak for both
-    assert summarise(results, GridScores(np.arange(400) // 8, labels, scores))[1].differences["none"].evidence is None
+    assert summarise(results, GridScores(np.arange(400) // 8, labels, scores))[1].differences["none"].interval is None
 
 
 def test_slices_and_calibration_are_means_over_seeds() -> None:

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.evaluation import (
-    CalibrationMethod,
-    IsotonicScaling,
     PlattScaling,
     auc,
     expected_calibration_error,
@@ -21,8 +19,6 @@ from owlrec.evaluation import (
 )
 from owlrec.workspace import Workspace
 
-both = pytest.mark.parametrize("method", ["platt", "isotonic"])
-
 
 def overconfident(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores whose logits are four times too large and one too high; labels drawn from the truth."""
@@ -32,9 +28,8 @@ def overconfident(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return 1 / (1 + np.exp(-(4 * logits + 1))), labels
 
 
-@both
-def test_unseen_samples_lose_log_loss_and_calibration_error_but_no_order(method: CalibrationMethod) -> None:
-    calibration = fit_calibration(method, *overconfident(4000, 1))
+def test_unseen_samples_lose_log_loss_and_calibration_error_but_no_order() -> None:
+    calibration = fit_calibration(*overconfident(4000, 1))
     scores, labels = overconfident(4000, 2)
     calibrated = calibration.apply(scores)
     assert log_loss(labels, calibrated) < log_loss(labels, scores) - 0.2
@@ -44,16 +39,14 @@ def test_unseen_samples_lose_log_loss_and_calibration_error_but_no_order(method:
 
 
 def test_platt_undoes_the_distortion_it_can_express() -> None:
-    calibration = fit_calibration("platt", *overconfident(50_000, 3))
-    assert isinstance(calibration, PlattScaling)
+    calibration = fit_calibration(*overconfident(50_000, 3))
     assert calibration.slope == pytest.approx(1 / 4, abs=0.01)
     assert calibration.intercept == pytest.approx(-1 / 4, abs=0.03)
 
 
 def test_platt_is_the_optimum_of_its_own_loss() -> None:
     scores, labels = overconfident(300, 4)
-    fitted = fit_calibration("platt", scores, labels)
-    assert isinstance(fitted, PlattScaling)
+    fitted = fit_calibration(scores, labels)
     n_positive = labels.sum()
     targets = np.where(labels == 1, (n_positive + 1) / (n_positive + 2), 1 / (len(labels) - n_positive + 2))
     best = log_loss(targets, fitted.apply(scores))
@@ -62,63 +55,47 @@ def test_platt_is_the_optimum_of_its_own_loss() -> None:
         assert log_loss(targets, nudged.apply(scores)) > best
 
 
-def test_isotonic_pools_adjacent_violators() -> None:
-    scores = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
-    labels = np.array([0, 0, 1, 0, 1, 0, 1, 1])
-    expected = [0.1, 0.1, 0.5, 0.5, 0.5, 0.5, 0.9, 0.9]  # bounded by 1/(8 + 2) and 9/10
-    calibration = fit_calibration("isotonic", scores, labels)
-    np.testing.assert_allclose(calibration.apply(scores), expected)
-    np.testing.assert_allclose(calibration.apply(np.array([0, 0.25, 1])), [0.1, 0.3, 0.9])
-
-
 @given(
-    st.sampled_from(["platt", "isotonic"]),
     st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=60),
     st.lists(st.floats(0, 1), min_size=2, max_size=20),
 )
-def test_always_monotone_and_strictly_inside_zero_and_one(
-    method: CalibrationMethod, rows: list[tuple[float, bool]], asked: list[float]
-) -> None:
+def test_always_monotone_and_strictly_inside_zero_and_one(rows: list[tuple[float, bool]], asked: list[float]) -> None:
     rows = [*rows, (0.5, True), (0.5, False)]
-    calibration = fit_calibration(method, np.array([s for s, _ in rows]), np.array([y for _, y in rows]))
+    calibration = fit_calibration(np.array([s for s, _ in rows]), np.array([y for _, y in rows]))
     calibrated = calibration.apply(np.sort(asked))
     assert (np.diff(calibrated) >= -1e-12).all()
     assert ((calibrated > 0) & (calibrated < 1)).all()
 
 
-@both
-def test_backwards_scores_give_the_base_rate(method: CalibrationMethod) -> None:
+def test_backwards_scores_give_the_base_rate() -> None:
     scores, labels = overconfident(2000, 5)
-    calibrated = fit_calibration(method, 1 - scores, labels).apply(np.linspace(0.1, 0.9, 9))
+    calibrated = fit_calibration(1 - scores, labels).apply(np.linspace(0.1, 0.9, 9))
     np.testing.assert_allclose(calibrated, labels.mean(), atol=0.02)
 
 
-@both
 @pytest.mark.parametrize("constant", [0.0, 0.3, 1.0])
-def test_constant_scores_give_the_base_rate(method: CalibrationMethod, constant: float) -> None:
+def test_constant_scores_give_the_base_rate(constant: float) -> None:
     labels = np.array([1, 0, 0, 0] * 100)
-    calibration = fit_calibration(method, np.full(400, constant), labels)
+    calibration = fit_calibration(np.full(400, constant), labels)
     np.testing.assert_allclose(calibration.apply(np.array([constant])), 0.25, atol=0.002)
 
 
 def test_constant_scores_leave_platt_the_order_of_other_scores() -> None:
-    calibration = fit_calibration("platt", np.full(4, 0.3), np.array([1, 0, 0, 0]))
+    calibration = fit_calibration(np.full(4, 0.3), np.array([1, 0, 0, 0]))
     assert (np.diff(calibration.apply(np.array([0.1, 0.3, 0.8]))) > 0).all()
 
 
-@both
-def test_perfectly_parted_scores_stay_finite(method: CalibrationMethod) -> None:
+def test_perfectly_parted_scores_stay_finite() -> None:
     scores, labels = np.r_[np.zeros(50), np.ones(50)], np.r_[np.zeros(50), np.ones(50)]
-    low, high = fit_calibration(method, scores, labels).apply(np.array([0, 1]))
+    low, high = fit_calibration(scores, labels).apply(np.array([0, 1]))
     assert 0.005 < low < 0.03
     assert 0.97 < high < 0.995
 
 
-@both
 @pytest.mark.parametrize("label", [0, 1])
-def test_one_class_is_refused(method: CalibrationMethod, label: int) -> None:
+def test_one_class_is_refused(label: int) -> None:
     with pytest.raises(SchemaError, match=f"{3 * label} of 3 labels are 1.*Score more"):
-        fit_calibration(method, np.array([0.1, 0.2, 0.3]), np.full(3, label))
+        fit_calibration(np.array([0.1, 0.2, 0.3]), np.full(3, label))
 
 
 @pytest.mark.parametrize(
@@ -133,26 +110,20 @@ def test_one_class_is_refused(method: CalibrationMethod, label: int) -> None:
 )
 def test_bad_values_are_named(scores: list[float], labels: list[float], says: str) -> None:
     with pytest.raises(SchemaError, match=says):
-        fit_calibration("platt", np.array(scores), np.array(labels))
+        fit_calibration(np.array(scores), np.array(labels))
 
 
-@both
-def test_saved_is_loaded_exactly(method: CalibrationMethod, workspace: Workspace) -> None:
-    calibration = fit_calibration(method, *overconfident(200, 6))
+def test_saved_is_loaded_exactly(workspace: Workspace) -> None:
+    calibration = fit_calibration(*overconfident(200, 6))
     save_calibration(workspace, "ranker/calibration.json", calibration)
     assert load_calibration(workspace, "ranker/calibration.json") == calibration
 
 
-@pytest.mark.parametrize("damaged", [{}, {"method": "platt", "slope": -1, "intercept": 0}, {"method": "magic"}, []])
+@pytest.mark.parametrize("damaged", [{}, {"slope": -1, "intercept": 0}, {"method": "magic"}, []])
 def test_damaged_parameters_are_refused(workspace: Workspace, damaged: object) -> None:
     workspace.write_json("calibration.json", damaged)
     with pytest.raises(WorkspaceError, match=r"calibration.json is no calibration"):
         load_calibration(workspace, "calibration.json")
-
-
-def test_uneven_points_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 scores and 1 probabilities"):
-        IsotonicScaling(scores=(0.1, 0.2), probabilities=(0.5,))
 
 
 def test_calibration_error_by_hand() -> None:

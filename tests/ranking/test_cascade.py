@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.ranking_cascade import held_out_lists, judge_cascade, ndcg, reorder
 from owlrec.errors import RecipeError
-from owlrec.ranking.cascade import held_out_lists, judge_cascade, ndcg, reorder
 from owlrec.schema import SAMPLES
 from owlrec.serving.rank_api import Cascade
 from owlrec.serving.schemas import Rank

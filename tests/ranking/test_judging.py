@@ -34,7 +34,7 @@ def rows(n: int, seed: int) -> tuple[pa.Table, np.ndarray]:
 def test_each_way_is_judged_by_its_own_rows_and_calibration() -> None:
     (valid, on_valid), (test, on_test) = rows(300, 0), rows(400, 1)
     on_test[4] = np.nan  # of a recent row
-    judgements, calibrations = judge("tuned", valid, on_valid, test, on_test, "platt")
+    judgements, calibrations = judge("tuned", valid, on_valid, test, on_test)
     assert [j.shown for j in judgements] == list(WAYS)
     assert [(j.rows, j.unscored) for j in judgements] == [(399, 1), (400, 0)]
     for j, shown in zip(judgements, WAYS, strict=True):
@@ -57,22 +57,20 @@ def test_each_way_is_judged_by_its_own_rows_and_calibration() -> None:
 def test_the_test_split_does_not_decide_its_own_calibration() -> None:
     (valid, on_valid), (test, on_test) = rows(300, 0), rows(200, 1)
     flipped = test.set_column(6, "answer", [["No" if a == "Yes" else "Yes" for a in test["answer"].to_pylist()]])
-    assert (
-        judge("m", valid, on_valid, test, on_test, "platt")[1]
-        == judge("m", valid, on_valid, flipped, on_test, "platt")[1]
-    )
+    assert judge("m", valid, on_valid, test, on_test)[1] == judge("m", valid, on_valid, flipped, on_test)[1]
     none_liked = valid.set_column(6, "answer", [["No"] * valid.num_rows])
     with pytest.raises(SchemaError, match="0 of 300 labels are 1"):
-        judge("m", none_liked, on_valid, test, on_test, "platt")
+        judge("m", none_liked, on_valid, test, on_test)
 
 
 def test_what_is_written_is_what_is_returned(workspace: Workspace) -> None:
     (valid, on_valid), (test, on_test) = rows(100, 0), rows(80, 1)
     scores = {"zero-shot": np.r_[on_valid, on_test][::1], "tuned": np.r_[on_valid, on_test] ** 2}
-    judgements = judge_models(workspace, "r", valid, test, scores, "isotonic")
+    judgements = judge_models(workspace, "r", valid, test, scores)
     assert [(j.model, j.shown) for j in judgements] == [(m, s) for m in scores for s in WAYS]
     assert workspace.read_json("r/judgements.json") == [j.model_dump() for j in judgements]
     written = workspace.read_parquet("r/scores-tuned.parquet")
     np.testing.assert_array_equal(written["score"].to_numpy(), scores["tuned"][valid.num_rows :])
     assert written.column_names[:-1] == TUNING_ROWS.names
-    assert load_calibration(workspace, "r/calibration-tuned-recent.json").method == "isotonic"
+    calibration = load_calibration(workspace, "r/calibration-tuned-recent.json")
+    assert calibration == judge("tuned", valid, on_valid**2, test, on_test**2)[1]["recent"]

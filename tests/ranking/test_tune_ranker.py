@@ -139,7 +139,6 @@ def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged()
     usual = decided(tuning={})
     for same in ({"threads": 2}, {"num_workers": 4}, {"use_gpu": True}, {"max_failures": 3}, {"micro_tokens": 9}):
         assert decided(tuning=same) == usual
-    assert decided(tuning={}, calibration="isotonic") == usual
     for other in ({"rank": 4}, {"learning_rate": 1e-4}, {"seed": 1}, {"batch_rows": 8}, {"dtype": "float32"}):
         assert decided(tuning=other) != usual
     assert decided(tuning={}, judging={"valid_samples": 41}) != decided(tuning={}, judging={"valid_samples": 40})

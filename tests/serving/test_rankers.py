@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from owlrec.errors import EngineError, WorkspaceError
-from owlrec.evaluation import IsotonicScaling, PlattScaling, save_calibration
+from owlrec.evaluation import PlattScaling, save_calibration
 from owlrec.ranking.tuning import Progress, save_adapter
 from owlrec.serving.rank_api import open_ranker
 
 MADE_FOR = {"model": "tiny:1", "wording": "w" * 64}
 PLATT = PlattScaling(slope=2.0, intercept=-1.0)
-FLAT = IsotonicScaling(scores=(0.0, 1.0), probabilities=(0.2, 0.4))
+FLAT = PlattScaling(slope=0.0, intercept=-1.0)
 
 
 def opened(workspace, shown="retrieved", **choice):

@@ -22,7 +22,7 @@ from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.features import RESERVED
 from owlrec.ctr.knowledge import Arm, bases
 from owlrec.errors import RecipeError, SchemaError, WorkspaceError
-from owlrec.evaluation import Evidence, GridScores, auc, log_loss, relative_improvement, weigh
+from owlrec.evaluation import GridScores, Interval, auc, compare_arms, log_loss, relative_improvement
 from owlrec.schema import SOFT_LABELS
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
@@ -374,7 +374,7 @@ class PairedDifference(BaseModel):
     seeds: int
     auc: float  # mean of the seeds' differences
     rela_imp: float | None  # of the mean AUCs (metrics.relative_improvement); None over a base no better than chance
-    evidence: Evidence | None  # None where not all of these trials left test scores
+    interval: Interval | None  # 95 %; None where not all of these trials left test scores, or of one user
 
 
 class ArmSummary(BaseModel):
@@ -434,7 +434,7 @@ def _differences(
             if partner := by_trial.get(Trial(backbone=result.backbone, arm=base, seed=result.seed)):
                 pairs.setdefault((result.backbone, result.arm, base), []).append((result, partner))
     paths = {key: [(arm.trial.path, base.trial.path) for arm, base in seeds] for key, seeds in pairs.items()}
-    evidence = weigh(scores, paths) if scores else {}
+    intervals = compare_arms(scores, paths) if scores else {}
     found = {}
     for key, seeds in pairs.items():
         arm_auc, base_auc = (float(np.mean([r.test.auc for r in side])) for side in zip(*seeds, strict=True))
@@ -443,7 +443,7 @@ def _differences(
             seeds=len(seeds),
             auc=arm_auc - base_auc,
             rela_imp=None if math.isnan(relative) else relative,
-            evidence=evidence.get(key),
+            interval=intervals.get(key),
         )
     return found
 

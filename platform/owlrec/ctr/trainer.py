@@ -1,4 +1,7 @@
-"""One of the processes that torch.distributed joins: CTR models and the LLM ranker are trained by such."""
+"""Training of one trial in one process: optimizer, checkpoints, epochs, the best epoch's weights and their export.
+
+`training` runs it in the processes of Ray Train; `train_one` is all that a test or a notebook needs.
+"""
 
 import ctypes
 import json
@@ -27,8 +30,8 @@ from torch.nn import functional as F
 from owlrec import evaluation as metrics
 from owlrec.ctr.adaptor import code_sizes
 from owlrec.ctr.batches import SplitBatches, Tables, epoch_steps, scan_steps, segments
-from owlrec.ctr.experiment import SCORES_FILE as SCORES_FILE
 from owlrec.ctr.experiment import (
+    SCORES_FILE,
     CTRConfig,
     Metrics,
     ScoredRows,
@@ -44,6 +47,9 @@ from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
+
+# --------------------------------------------------------------------------------------------------------------- worker
+# One of the processes that torch.distributed joins: CTR models and the LLM ranker are trained by such.
 
 
 @dataclass(frozen=True)

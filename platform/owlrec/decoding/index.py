@@ -1,7 +1,5 @@
-"""The one door to numba: kernels of this package are compiled, cached on disk, and run without the GIL.
-
-numba refuses to decorate at all where it finds no writable folder for its cache (a read-only image without a home), so
-such a place compiles afresh at every start instead of failing.
+"""The index that drafts are looked up in: sealed documents as suffix arrays, live ones as hashed contexts, in kernels
+compiled by numba.
 """
 
 import json
@@ -18,6 +16,13 @@ import numpy as np
 from llvmlite.binding import ffi  # type: ignore[import-untyped]
 
 from owlrec.errors import EngineError
+
+# ------------------------------------------------------------------------------------------------------------- compiled
+# The one door to numba: kernels of this package are compiled, cached on disk, and run without the GIL.
+#
+# numba refuses to decorate at all where it finds no writable folder for its cache (a read-only image without a home),
+# so such a place compiles afresh at every start instead of failing.
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -1,9 +1,4 @@
-"""A deterministic engine without a model: it answers a digest of the prompt and words that the digest chooses.
-
-It is for tests, and for scale runs of everything around an engine.
-The answer depends on the prompt alone, so two runs must agree to the byte, and it passes the quality gate as a good
-text of its length does. It is never the default: knowledge from it is worthless.
-"""
+"""Engines without a model in this process: `echo` answers by a rule, `http` asks an OpenAI-compatible server."""
 
 import asyncio
 import hashlib
@@ -29,6 +24,14 @@ from owlrec.generation.engine import (
     check_length,
 )
 from owlrec.process import secret
+
+# ----------------------------------------------------------------------------------------------------------------- echo
+# A deterministic engine without a model: it answers a digest of the prompt and words that the digest chooses.
+#
+# It is for tests, and for scale runs of everything around an engine. The answer depends on the prompt alone, so two
+# runs must agree to the byte, and it passes the quality gate as a good text of its length does. It is never the
+# default: knowledge from it is worthless.
+
 
 _VOCABULARY = """
 amber bright calm daring early faint gentle humble icy jolly keen light mellow noble odd plain quiet rapid sober

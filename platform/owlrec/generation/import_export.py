@@ -1,8 +1,4 @@
-"""Knowledge for others: one JSON-lines or one Parquet file of all rows, each written whole or not at all.
-
-Tables are written as they come, so that an export of 10^8 rows takes the memory of one shard. What `export_jsonl` and
-`export_parquet` write, `importing` reads back.
-"""
+"""Knowledge in and out of a workspace: files made elsewhere are read into shards, shards are written as one file."""
 
 import gzip
 import itertools
@@ -37,6 +33,13 @@ from owlrec.schema import KINDS, KNOWLEDGE, MILLISECONDS, Kind, conform, shard_o
 from owlrec.shards import Card, Shard
 from owlrec.storage import Storage, Writer, file_digest, fingerprint
 from owlrec.workspace import Workspace, read_tombstones
+
+# ------------------------------------------------------------------------------------------------------------ exporting
+# Knowledge for others: one JSON-lines or one Parquet file of all rows, each written whole or not at all.
+#
+# Tables are written as they come, so that an export of 10^8 rows takes the memory of one shard. What `export_jsonl`
+# and `export_parquet` write, `importing` reads back.
+
 
 _EXPORTED_AT_ONCE = 2048  # what is turned into Python objects at a time: about 10 MB
 

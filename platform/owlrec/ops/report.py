@@ -381,7 +381,6 @@ class ComparisonRow(BaseModel):
     difference: str
     interval: str
     rela_imp: str
-    delong_p: str
     seeds: int
 
 
@@ -502,7 +501,6 @@ def comparison_rows(arms: list[ArmFigures]) -> list[ComparisonRow]:
             difference=f"{paired.auc:+.4f}",
             interval=_interval(paired),
             rela_imp="" if paired.rela_imp is None else f"{paired.rela_imp:+.1%}",
-            delong_p=_p(paired.evidence.delong_p if paired.evidence else None),
             seeds=paired.seeds,
         )
         for arm in arms
@@ -530,7 +528,7 @@ def _heat_cell(paired: PairedDifference | None, largest: float) -> HeatCell:
     if paired is None:
         return HeatCell(gain="", interval="", style="")
     share = 70 * abs(paired.auc) / largest if largest else 0.0
-    interval = paired.evidence.interval if paired.evidence else None
+    interval = paired.interval
     if interval and interval.low <= 0 <= interval.high:
         share /= 3
     colour = "--s3" if paired.auc >= 0 else "--s2"
@@ -607,14 +605,8 @@ def _arm_names(arms: list[ArmFigures]) -> list[str]:
 
 
 def _interval(paired: PairedDifference) -> str:
-    interval = paired.evidence.interval if paired.evidence else None
+    interval = paired.interval
     return f"[{interval.low:+.4f}, {interval.high:+.4f}]" if interval else ""
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _slice_figures(metrics: SliceMetrics | None) -> tuple[str, str]:

@@ -1,10 +1,13 @@
-"""KAR's factorisation prompts (RecSys 2024, sec. 3.1): preference reasoning about a user, facts about an item.
-
-A bare "describe this user" makes an LLM ramble; naming the domain's factors splits the question into parts it can
-answer. The structure and the factors follow the paper, the wording is ours.
-"""
+"""The prompt frameworks: KAR, RLMRec, TRAWL and ONCE. The structure follows each paper, the wording is ours."""
 
 from owlrec.prompting.framework import Framework
+
+# ------------------------------------------------------------------------------------------------------------------ kar
+# KAR's factorisation prompts (RecSys 2024, sec. 3.1): preference reasoning about a user, facts about an item.
+#
+# A bare "describe this user" makes an LLM ramble; naming the domain's factors splits the question into parts it can
+# answer. The structure and the factors follow the paper, the wording is ours.
+
 
 KAR = Framework(
     user_system=(

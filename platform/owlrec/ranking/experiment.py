@@ -11,7 +11,6 @@ from owlrec.config import Config
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.projection import ProjectionConfig
 from owlrec.errors import RecipeError
-from owlrec.evaluation import CalibrationMethod
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.prompting.ranking import RankPromptConfig
 from owlrec.ranking.retrieval import LastLayerConfig
@@ -78,7 +77,6 @@ class RankingConfig(Config):
     item_vectors: Literal["encoder", "llm"] = "encoder"  # whose vectors retrieve: the recipe's encoder's, or the LLM's
     projection: ProjectionConfig = ProjectionConfig()
     tuning: TuningConfig = TuningConfig()
-    calibration: CalibrationMethod = "platt"
     judging: JudgingConfig = JudgingConfig()
 
     def ranking_engine(self, of_recipe: EngineConfig) -> VllmEngineConfig:
@@ -97,6 +95,6 @@ class RankingConfig(Config):
     @property
     def decides_adapter(self) -> dict[str, Any]:
         """The settings that an adapter depends on: not how it is judged once it is tuned."""
-        settings = self.model_dump(mode="json", exclude={"calibration", "engine", "judging"})
+        settings = self.model_dump(mode="json", exclude={"engine", "judging"})
         settings["tuning"] = {name: value for name, value in settings["tuning"].items() if name not in _MACHINERY}
         return settings | {"valid": [self.judging.valid_samples, self.judging.seed]}

@@ -10,9 +10,7 @@ from pydantic import BaseModel
 
 from owlrec import evaluation as metrics
 from owlrec.evaluation import (
-    CalibrationMethod,
     Interval,
-    IsotonicScaling,
     PlattScaling,
     bootstrap_aucs,
     expected_calibration_error,
@@ -51,7 +49,6 @@ def judge_models(
     valid: pa.Table,
     test: pa.Table,
     scores: Mapping[str, np.ndarray],
-    method: CalibrationMethod,
 ) -> list[Judgement]:
     """The judgements of all models; writes them, the calibrations and the test rows with their scores into `folder`.
 
@@ -60,7 +57,7 @@ def judge_models(
     judgements = []
     for model, found in scores.items():
         on_valid, on_test = found[: valid.num_rows], found[valid.num_rows :]
-        judged, calibrations = judge(model, valid, on_valid, test, on_test, method)
+        judged, calibrations = judge(model, valid, on_valid, test, on_test)
         workspace.write_parquet(f"{folder}/scores-{model}.parquet", test.append_column("score", pa.array(on_test)))
         for shown, calibration in calibrations.items():
             save_calibration(workspace, f"{folder}/calibration-{model}-{shown}.json", calibration)
@@ -75,8 +72,7 @@ def judge(
     valid_scores: np.ndarray,
     test: pa.Table,
     test_scores: np.ndarray,
-    method: CalibrationMethod,
-) -> tuple[list[Judgement], dict[str, PlattScaling | IsotonicScaling]]:
+) -> tuple[list[Judgement], dict[str, PlattScaling]]:
     """A judgement and a calibration for each way of asking that both tables hold, in the order of `test`.
 
     valid, test: samples.TUNING_ROWS; scores: float64, aligned, nan for none. Raises SchemaError where the valid rows of
@@ -86,7 +82,7 @@ def judge(
     for shown in dict.fromkeys(test["shown"].to_pylist()):
         _, valid_labels, on_valid, _ = _rows(valid, valid_scores, shown)
         users, labels, raw, unscored = _rows(test, test_scores, shown)
-        calibration = fit_calibration(method, on_valid, valid_labels)
+        calibration = fit_calibration(on_valid, valid_labels)
         probabilities = calibration.apply(raw)
         gauc = metrics.gauc(labels, raw, users)
         judgements.append(

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from owlrec.ctr.experiment import DistillationConfig
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import OwlRecError, WorkspaceError
-from owlrec.evaluation import IsotonicScaling, PlattScaling
+from owlrec.evaluation import PlattScaling
 from owlrec.generation import EngineConfig, engine_fingerprint, token_counter
 from owlrec.generation.engine import EmptyPrompt, EngineStopped, RowError
 from owlrec.generation.job import dead_file
@@ -104,7 +104,7 @@ class Teacher:
     encoder: EncoderConfig | LastLayerConfig  # of the vectors by which behaviors are retrieved
     adapter: str | None = None  # a folder that `tune-ranker` wrote; None = the model as it is
     adapter_sha256: str = ""
-    calibration: PlattScaling | IsotonicScaling | None = None
+    calibration: PlattScaling | None = None
 
     @property
     def shown(self) -> Shown:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from owlrec import __version__
 from owlrec.config import Config
-from owlrec.evaluation import IsotonicScaling, PlattScaling, load_calibration
+from owlrec.evaluation import PlattScaling, load_calibration
 from owlrec.ranking.tuning import open_adapter
 from owlrec.serving.guard import Guard, Limits, NoTelemetry, Telemetry
 from owlrec.serving.keys import KeyRing
@@ -54,7 +54,7 @@ class RankerInForce:
     """A checked choice."""
 
     adapter: str | None  # a local folder
-    calibration: PlattScaling | IsotonicScaling | None
+    calibration: PlattScaling | None
 
     def probabilities(self, scores: np.ndarray) -> list[float]:
         """Scores of Yes as probabilities, calibrated where there is a calibration. scores: [n]; nan stays nan."""

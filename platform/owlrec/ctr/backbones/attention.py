@@ -1,9 +1,4 @@
-"""AutoInt+ (Song et al., CIKM 2019): self-attention over the fields, beside an MLP (sec. 5.5), summed.
-
-An interacting layer (sec. 4.4) lets each field gather from all fields what goes with it; a residual keeps what it was.
-The scores are not scaled, as in the paper. Query, key and value have no bias: the softmax would cancel the key's. The
-MLP is the paper's joint form; without it the model would have no use for `hidden_dims`, and in the paper it is weaker.
-"""
+"""Backbones that weigh fields by what stands beside them: AutoInt+, FiBiNET and Fi-GNN."""
 
 from collections.abc import Sequence
 
@@ -12,6 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape, mlp
+
+# -------------------------------------------------------------------------------------------------------------- autoint
+# AutoInt+ (Song et al., CIKM 2019): self-attention over the fields, beside an MLP (sec. 5.5), summed.
+#
+# An interacting layer (sec. 4.4) lets each field gather from all fields what goes with it; a residual keeps what it
+# was. The scores are not scaled, as in the paper. Query, key and value have no bias: the softmax would cancel the
+# key's. The MLP is the paper's joint form; without it the model would have no use for `hidden_dims`, and in the paper
+# it is weaker.
+
 
 # The paper's sizes.
 AUTOINT_LAYERS = 3

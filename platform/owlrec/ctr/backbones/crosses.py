@@ -1,9 +1,4 @@
-"""DeepFM (Guo et al., IJCAI 2017): a linear term, a factorisation machine and an MLP, summed (sec. 2.1).
-
-A backbone sees embeddings only, so the linear term is a learned projection of them: the weight of a feature is the dot
-product of its embedding and a vector of its field. Knowledge enters that term and the MLP but not the factorisation
-machine, as in KAR: a pair of an id's embedding and a dense vector is no co-occurrence of two features.
-"""
+"""Backbones that multiply fields: DeepFM, xDeepFM, DCN and DCN-V2."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,6 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape, mlp
+
+# --------------------------------------------------------------------------------------------------------------- deepfm
+# DeepFM (Guo et al., IJCAI 2017): a linear term, a factorisation machine and an MLP, summed (sec. 2.1).
+#
+# A backbone sees embeddings only, so the linear term is a learned projection of them: the weight of a feature is the
+# dot product of its embedding and a vector of its field. Knowledge enters that term and the MLP but not the
+# factorisation machine, as in KAR: a pair of an id's embedding and a dense vector is no co-occurrence of two features.
 
 
 def pair_sum(fields: Tensor) -> Tensor:

@@ -1,10 +1,4 @@
-"""DIN, the deep interest network (Zhou et al., KDD 2018): attention of the target item over the user's behaviours.
-
-The paper's attention unit is an MLP over [q, k, q - k, q * k]. Its first layer is linear in q, k and q - k, so it is
-written as three projections whose sum is that layer: the same function, without a [b, L, 4d] tensor. The weights are a
-softmax: the paper's plain sum scored the same on MovieLens-100K (valid AUC .7637, softmax .7638), and a softmax keeps
-its scale whatever the history's length.
-"""
+"""Backbones that attend over the user's behaviors: DIN and DIEN."""
 
 from collections.abc import Sequence
 
@@ -12,6 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape, mlp
+
+# ------------------------------------------------------------------------------------------------------------------ din
+# DIN, the deep interest network (Zhou et al., KDD 2018): attention of the target item over the user's behaviours.
+#
+# The paper's attention unit is an MLP over [q, k, q - k, q * k]. Its first layer is linear in q, k and q - k, so it is
+# written as three projections whose sum is that layer: the same function, without a [b, L, 4d] tensor. The weights are
+# a softmax: the paper's plain sum scored the same on MovieLens-100K (valid AUC .7637, softmax .7638), and a softmax
+# keeps its scale whatever the history's length.
+
 
 ATTENTION_DIMS = (32, 16)
 
