@@ -22,8 +22,8 @@ from owlrec.decoding.controller import DecoderCounters
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.generation.job import decoder_counters
 from owlrec.generation.shard_plan import consecutive_ids, shard_sizes
+from owlrec.ops.charts import COLORS, draw, short_number, standalone
 from owlrec.ops.console import note, table, warn
-from owlrec.ops.report import standalone, waterfall_chart
 from owlrec.ops.simulation import SimulatedGroup, simulate
 from owlrec.refresh.state import pointer, read_state
 from owlrec.schema import KINDS, Kind
@@ -862,9 +862,22 @@ def print_levers(found: Sequence[Lever]) -> None:
 
 
 def levers_svg(found: Sequence[Lever]) -> str:
-    """The waterfall of costs, as a file of its own."""
+    """The waterfall of costs, as a file of its own: what all cost, a floating bar per lever, and what is left."""
     first, *rest = found
-    return standalone(waterfall_chart(first.name, first.cost, {lever.name: -lever.saved for lever in rest}, "cost"))
+    left = first.cost - sum(lever.saved for lever in rest)
+    labels = [first.name, *(lever.name for lever in rest), "in all"]
+    widths = [first.cost, *(-lever.saved for lever in rest), left]
+    starts = [0.0, *np.cumsum([first.cost, *(-lever.saved for lever in rest)])[:-1].tolist(), 0.0]
+
+    def plot(axes: Any) -> None:
+        colors = [COLORS[3], *(COLORS[2] if lever.saved >= 0 else COLORS[1] for lever in rest), COLORS[0]]
+        bars = axes.barh(range(len(labels)), widths, left=starts, color=colors)
+        signs = ["", *("-" if lever.saved > 0 else "+" for lever in rest), ""]
+        axes.bar_label(bars, [f"{sign}{short_number(abs(w))}" for sign, w in zip(signs, widths, strict=True)])
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(ylim=(len(labels) - 0.5, -0.5), xlabel="cost")
+
+    return standalone(draw(plot, 0.3 * len(labels) + 0.7, "waterfall of costs"))
 
 
 def check_by_simulation(calls: Mapping[Call, int], workload: WorkloadFigures, fleet: FleetConfig, work: Work) -> str:
