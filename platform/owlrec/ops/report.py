@@ -69,7 +69,7 @@ _NOTES_ON_MODELS = {
 class Throughput(BaseModel):
     """Figures of a whole generation job, over all runs that it took."""
 
-    over_time: dict[str, float] = {}  # output tokens/s by slice of time, "0.0 to 5.0 min" and so on
+    over_time: dict[str, float] = {}  # output tokens/s by twelfth of the time, "0.0 to 5.0 min" and so on
     by_replica: dict[str, float] = {}  # output tokens/s between a replica's first shard and its last
     texts_by_flag: dict[str, int] = {}
     actions: dict[str, int] = {}  # of the quality gate
@@ -382,8 +382,9 @@ def throughput(cards: Iterable[Card]) -> Throughput:
         edges = np.linspace(start.min(), end.max(), _SLICES + 1)
         overlap = np.minimum(end[:, None], edges[1:]) - np.maximum(start[:, None], edges[:-1])
         speed = (np.clip(overlap, 0, None) * (tokens / (end - start))[:, None]).sum(axis=0) / np.diff(edges)
-        minutes = [f"{minute:.1f}" for minute in (edges - edges[0]) / 60]
-        figures.over_time = {f"{a} to {b} min": float(s) for (a, b), s in zip(pairwise(minutes), speed, strict=True)}
+        unit, scale = ("min", 60) if edges[-1] - edges[0] >= 120 else ("s", 1)  # so that slices have distinct names
+        times = [f"{t:.1f}" for t in (edges - edges[0]) / scale]
+        figures.over_time = {f"{a} to {b} {unit}": float(s) for (a, b), s in zip(pairwise(times), speed, strict=True)}
         for worker, mine in spans.groupby("worker", sort=False):
             figures.by_replica[str(worker)] = float(mine["tokens"].sum() / (mine["end"].max() - mine["start"].min()))
     return figures
