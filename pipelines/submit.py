@@ -9,9 +9,7 @@ import typer
 
 import owlrec
 from owlrec.errors import OwlRecError, RecipeError, did_you_mean
-from owlrec.ops import submission as preflight
-from owlrec.ops import submission as submission_files
-from owlrec.ops import submission_client
+from owlrec.ops import submission
 from owlrec.ops.console import note, warn
 from owlrec.ops.doctor import Check
 from owlrec.ops.submission import Submission, existing, start, submission_name
@@ -21,7 +19,7 @@ from pipelines.stage import STAGES, plain_errors
 PIPELINES = (*STAGES, "tune_ranker", "score_pairs", "refresh", "export_ctr", "sweep_ctr")
 _ROOT = Path(__file__).resolve().parent.parent
 CODE = {
-    f"{submission_files.CODE_ROOT}/owlrec": Path(owlrec.__file__).parent,
+    f"{submission.CODE_ROOT}/owlrec": Path(owlrec.__file__).parent,
     **{package: _ROOT / package for package in ("pipelines", "serve_apps")},
 }
 
@@ -49,20 +47,20 @@ def submit(
             raise RecipeError(f"there is no pipeline '{pipeline}'.{did_you_mean(name, PIPELINES)}")
         root = workspace_root(workspace or load_recipe(recipe).workspace)
         settings = load_recipe(recipe, workspace=root, max_replicas=max_replicas)
-        submission_files.refuse_local_paths(settings)
-        jobs, words = submission_client.connect(address), [f"--{f}" for f in flag or []]
+        submission.refuse_local_paths(settings)
+        jobs, words = submission.connect(address), [f"--{f}" for f in flag or []]
         id_ = submission_name(settings, name, words)
         again = again or name == "refresh"  # which finds new events each time
         attempt = existing(jobs, id_, again=again)
         if attempt is None:
-            words += ["--recipe", submission_files.RECIPE, "--workspace", root]
+            words += ["--recipe", submission.RECIPE, "--workspace", root]
             words += ["--max-replicas", str(max_replicas)] if max_replicas is not None else []
-            with submission_files.job_folder(recipe, {} if installed else CODE) as folder:
-                environment = submission_files.runtime_env(folder, installed=installed, extra=runtime_env)
+            with submission.job_folder(recipe, {} if installed else CODE) as folder:
+                environment = submission.runtime_env(folder, installed=installed, extra=runtime_env)
                 if look:
-                    demand = preflight.gpu_demand(settings, name)
-                    checks = submission_client.examine_inside(jobs, environment, root, demand)
-                    preflight.refuse(checks)
+                    demand = submission.gpu_demand(settings, name)
+                    checks = submission.examine_inside(jobs, environment, root, demand)
+                    submission.refuse(checks)
                     for check in checks:
                         if check.ok == "warn":
                             warn(f"{check.found}. If they never come, {check.mend}.")
@@ -74,19 +72,19 @@ def submit(
             return
         note(f"job {attempt.id} {'is running already' if attempt.state == 'running' else 'started'}")
         if wait:
-            raise typer.Exit(submission_client.follow_to_end(jobs, attempt.id))
+            raise typer.Exit(submission.follow_to_end(jobs, attempt.id))
 
 
 def check_cluster(address: str, workspace: str | None) -> list[Check]:
     """What `owlrec doctor --cluster` finds, a workspace as the cluster's machines see it included."""
-    jobs, checks = submission_client.examine(address)
+    jobs, checks = submission.examine(address)
     if jobs is None:
         return checks
     root = workspace_root(workspace) if workspace else None
-    with submission_files.job_folder(None, CODE) as folder:
-        environment = submission_files.runtime_env(folder, installed=False)
+    with submission.job_folder(None, CODE) as folder:
+        environment = submission.runtime_env(folder, installed=False)
         try:
-            return [*checks, *submission_client.examine_inside(jobs, environment, root)]
+            return [*checks, *submission.examine_inside(jobs, environment, root)]
         except OwlRecError as error:
             return [*checks, Check("jobs", "fail", str(error), "see above")]
 

@@ -20,8 +20,8 @@ def test_standard_library_platform_wins_from_the_root() -> None:
 
 def test_loading_a_recipe_imports_nothing_heavy() -> None:
     code = (
-        "import sys; import owlrec.recipe; "
-        "print([m for m in ('torch','ray','vllm','transformers','sentence_transformers') if m in sys.modules])"
+        "import sys; import owlrec.recipe; heavy = ('torch','ray','vllm','transformers','sentence_transformers',"
+        "'matplotlib'); print([m for m in heavy if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

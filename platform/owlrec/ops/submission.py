@@ -5,33 +5,43 @@ moment one starts the job and both follow it. A job that failed or was stopped i
 stages skip what is finished, so nothing is done twice. After a head without fault tolerance is lost, its list of jobs
 is empty, and the same holds.
 
-This module speaks to Ray's JobSubmissionClient and imports no Ray.
+Ray is imported when a cluster is first asked, since it reads the caller's token at its import.
 """
 
+from __future__ import annotations
+
+import asyncio
 import glob
 import json
+import logging
 import math
 import os
 import shlex
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 import yaml
 
 from owlrec import __version__
 from owlrec.errors import ClusterError, RecipeError
-from owlrec.ops.doctor import PINS, Check
+from owlrec.ops.console import note
+from owlrec.ops.doctor import Check
 from owlrec.ops.preflight_probe import MARK
 from owlrec.recipe import Recipe
 from owlrec.storage import fingerprint
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient as Jobs
 
 # ----------------------------------------------------------------------------------------------------- submission files
 # What travels with a submitted job: the recipe, and OwlRec's own code unless the cluster's image has it.
@@ -107,17 +117,6 @@ def _read(path: Path) -> dict[str, Any]:
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _AGENT_PATIENCE_S = 60  # a head answers some seconds before it can start jobs
 _HEAD_PATIENCE_S = 60  # without an answer, before a follower gives up
-
-
-class Jobs(Protocol):
-    """What is used of ray.job_submission.JobSubmissionClient."""
-
-    def list_jobs(self) -> list[Any]: ...
-    def stop_job(self, job_id: str) -> bool: ...
-    def get_job_logs(self, job_id: str) -> str: ...
-    def submit_job(self, **options: Any) -> str: ...
-    def get_job_info(self, job_id: str) -> Any: ...
-    def tail_job_logs(self, job_id: str) -> AsyncIterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -259,7 +258,6 @@ def _last_line(error: Exception) -> str:
 # fails.
 
 
-_RAY = PINS[0]
 _HTTP_TIMEOUT_S = 10.0
 SET_TOKEN = "export RAY_AUTH_MODE=token and the cluster's token as RAY_AUTH_TOKEN (or its file as RAY_AUTH_TOKEN_PATH)"
 NAME_DASHBOARD = "name the head's dashboard, such as http://HEAD:8265"
@@ -303,8 +301,8 @@ def check_head(url: str, headers: Mapping[str, str]) -> list[Check]:
         found = f"what answers at {url} is no Ray head (status {answer.status_code})"
         return [Check("head", "fail", found, NAME_DASHBOARD)]
     head = Check("head", "ok", url)
-    if not _RAY.allows(version):
-        mend = f"use a cluster of Ray {_RAY.wanted}: OwlRec is made for that version alone"
+    if version != (ours := metadata.version("ray")):
+        mend = f"use a cluster of Ray {ours}: OwlRec is made for that version alone"
         return [head, Check("Ray", "fail", f"the cluster runs Ray {version}", mend)]
     return [head, Check("Ray", "ok", version)]
 
@@ -402,3 +400,61 @@ def _workspace(report: Mapping[str, Any], workspace: str | None) -> list[Check]:
 def _machines(nodes: list[Mapping[str, Any]]) -> str:
     cpus, gpus = (sum(node["resources"].get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     return f"{len(nodes)} with {cpus:g} CPUs and {gpus:g} GPUs"
+
+
+# ---------------------------------------------------------------------------------------------------------- the cluster
+# Asked through Ray's client, with the caller's token.
+
+
+_PROBE_S = 180.0
+_INSTALL_S = 1800.0  # where Ray installs packages first
+
+
+def examine(address: str) -> tuple[Jobs | None, list[Check]]:
+    """A client of the jobs of the head at `address`, and what was found of it; no client where a check failed."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray sends none otherwise; it reads this at its import
+    # Private, but Ray is pinned exactly, and its public client tells a refused token by a traceback alone.
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)  # of each upload and connection
+    try:
+        url = http_address(address)
+        headers = get_auth_headers_if_auth_enabled({})
+    except ClusterError as error:
+        return None, [Check("head", "fail", str(error), NAME_DASHBOARD)]
+    except AuthenticationError as error:
+        return None, [Check("token", "fail", f"no token: {str(error).split('. ')[0]}", SET_TOKEN)]
+    checks = check_head(url, headers)
+    return (None if checks[-1].ok == "fail" else JobSubmissionClient(url)), checks
+
+
+def connect(address: str) -> Jobs:
+    """A client of the jobs of the head at `address`. Raises ClusterError where that cannot take ours."""
+    jobs, checks = examine(address)
+    refuse(checks)
+    assert jobs is not None
+    return jobs
+
+
+def examine_inside(
+    jobs: Jobs, runtime_env: Mapping[str, Any], root: str | None, demand: GpuDemand | None = None
+) -> list[Check]:
+    """What the cluster is like from the inside, for a job in workspace `root` that asks for `demand`."""
+    patience = _INSTALL_S if runtime_env.keys() & {"pip", "uv", "conda"} else _PROBE_S
+    return judge(probe(jobs, runtime_env, root, timeout_s=patience), root, demand)
+
+
+def follow_to_end(jobs: Jobs, id_: str) -> int:
+    """Prints a job's log until it has ended, and gives its exit code; 130 where the caller stops following."""
+    try:
+        job = asyncio.run(follow(jobs, id_, partial(print, end="", flush=True)))
+    except KeyboardInterrupt:
+        note(f"job {id_} goes on. The same command follows it again; `ray job stop {id_}` ends it.")
+        return 130
+    code = exit_code(job)
+    note(f"job {id_} {job.status.lower()}" + (f", exit code {code}: {job.message or ''}" if code else ""))
+    return code
