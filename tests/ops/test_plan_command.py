@@ -1,17 +1,16 @@
 """The command: what it prints, what it writes, and how it refuses."""
 
 import json
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from owlrec.cli import app, row_count
 from owlrec.errors import RecipeError
 from owlrec.ops.cost import load_fleet
 from owlrec.shards import Artifact, Card, Shard
 from owlrec.workspace import Workspace
-from pipelines.plan import main, row_count
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "cluster" / "fleet-example.yaml"
 FLEET = """
@@ -21,7 +20,7 @@ groups:
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
+def command(tmp_path):
     """Runs the command over a finished run of 40 users, in 2 shards of 20 rows and 4000 tokens each."""
     workspace = Workspace(tmp_path / "ws")
     artifact = Artifact(workspace, "knowledge/f")
@@ -49,11 +48,11 @@ def command(tmp_path, monkeypatch):
     (tmp_path / "fleet.yaml").write_text(FLEET)
 
     def run(**changes):
-        given = {"recipe": tmp_path / "recipe.yaml", "workspace": workspace.root, "fleet": tmp_path / "fleet.yaml"}
-        options = [f"--{name}={value}" for name, value in (given | {"users": "3.6e3"} | changes).items()]
-        monkeypatch.setattr(sys, "argv", ["plan", *options])
+        given = {"workspace": workspace.root, "fleet": tmp_path / "fleet.yaml", "users": "3.6e3"} | changes
+        recipe, more = given.pop("recipe", tmp_path / "recipe.yaml"), ["--json"] if given.pop("json", False) else []
+        options = [f"--{name}={value}" for name, value in given.items()]
         with pytest.raises(SystemExit) as ended:
-            main()
+            app(["plan", str(recipe), *options, *more])
         return ended.value.code
 
     return run
@@ -76,9 +75,11 @@ def test_the_first_line_says_that_all_is_estimated_and_from_what(command, capsys
     assert "shard plan of items" not in out
 
 
-def test_every_figure_goes_to_the_json_file(command, tmp_path):
-    command(json=tmp_path / "plan.json")
-    figures = json.loads((tmp_path / "plan.json").read_text())
+def test_json_is_every_figure_alone_on_standard_output(command, capsys):
+    command(json=True)
+    printed = capsys.readouterr()
+    assert "wall time, h" in printed.err
+    figures = json.loads(printed.out)
     # 7200 s of an engine, in shards of 72 s; each preemption loses half of one, 36 s.
     expected_s = 3600 / (1 - 0.5 * 36 / 3600)
     assert figures["plan"]["wall_hours"]["expected"] * 3600 == pytest.approx(expected_s + 18)
@@ -103,7 +104,7 @@ def test_more_engines_than_shards_are_warned_of(command, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"users": "many"}, "'many' is no number of rows"),
+        ({"users": "many"}, "'many' is not a number of rows"),
         ({"users": "0"}, "calls (0 of user and 0 of item) cannot be planned"),
         ({"items": "5"}, "calls (3600 of user and 5 of item) cannot be planned from a run that measured 40 users"),
         ({"policy": "colective"}, "there is no policy 'colective'. Did you mean 'collective'?"),
@@ -113,7 +114,7 @@ def test_more_engines_than_shards_are_warned_of(command, capsys):
         ({"fleet": "missing.yaml"}, "missing.yaml: cannot be read"),
         ({"recipe": "missing.yaml"}, "missing.yaml: cannot be read"),
         ({"workspace": "/nowhere/at/all"}, "Run a small recipe first"),
-        ({"json": "/nowhere/at/all.json"}, "/nowhere/at/all.json: cannot be written"),
+        ({"plot": "/nowhere/at/all.svg"}, "/nowhere/at/all.svg: cannot be written"),
     ],
 )
 def test_mistakes_end_in_one_plain_line(command, capsys, changes, message):
@@ -130,7 +131,7 @@ def test_row_counts_are_read_as_people_write_them(text, rows):
 
 @pytest.mark.parametrize("text", ["", "1.5", "-1", "nan", "inf", "1e400", "ten"])
 def test_what_is_no_row_count_is_refused(text):
-    with pytest.raises(RecipeError, match=r"is no number of rows\. Write a whole number"):
+    with pytest.raises(RecipeError, match=r"is not a number of rows\. Write a whole number"):
         row_count(text)
 
 

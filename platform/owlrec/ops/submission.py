@@ -9,6 +9,7 @@ This module speaks to Ray's JobSubmissionClient and imports no Ray.
 """
 
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from typing import Any, Literal, Protocol
 import httpx
 import yaml
 
+import owlrec
 from owlrec import __version__
 from owlrec.errors import ClusterError, RecipeError
 from owlrec.ops.doctor import PINS, Check
@@ -44,6 +46,22 @@ from owlrec.storage import fingerprint
 RECIPE = "recipe.yaml"
 CODE_ROOT = "platform"  # of owlrec in the folder, as in the repository: relative, since it lies elsewhere on each node
 _FOR_PACKAGES = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+def code_packages() -> dict[str, Path]:
+    """OwlRec's own code: folder by where it lies in a job's folder."""
+    packages = {f"{CODE_ROOT}/owlrec": Path(owlrec.__file__).parent}
+    for name in ("pipelines", "serve_apps"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ClusterError(f"{name} is not installed here: submit with --installed, or from OwlRec's own folder.")
+        packages[name] = Path(spec.origin).parent
+    return packages
+
+
+def workspace_root(workspace: str) -> str:
+    """A workspace as the cluster's machines should open it: theirs is another current folder."""
+    return workspace if "://" in workspace else os.path.abspath(os.path.expanduser(workspace))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from owlrec.errors import ClusterError
+from owlrec.errors import ClusterError, OwlRecError
 from owlrec.ops import submission as preflight
 from owlrec.ops.console import note
 from owlrec.ops.doctor import Check
@@ -53,6 +53,20 @@ def examine_inside(
     """What the cluster is like from the inside, for a job in workspace `root` that asks for `demand`."""
     patience = _INSTALL_S if runtime_env.keys() & {"pip", "uv", "conda"} else _PROBE_S
     return preflight.judge(preflight.probe(jobs, runtime_env, root, timeout_s=patience), root, demand)
+
+
+def check_cluster(address: str, workspace: str | None) -> list[Check]:
+    """What `owlrec doctor --cluster` finds, a workspace as the cluster's machines see it included."""
+    jobs, checks = examine(address)
+    if jobs is None:
+        return checks
+    root = preflight.workspace_root(workspace) if workspace else None
+    with preflight.job_folder(None, preflight.code_packages()) as folder:
+        environment = preflight.runtime_env(folder, installed=False)
+        try:
+            return [*checks, *examine_inside(jobs, environment, root)]
+        except OwlRecError as error:
+            return [*checks, Check("jobs", "fail", str(error), "see above")]
 
 
 def follow_to_end(jobs: Jobs, id_: str) -> int:
