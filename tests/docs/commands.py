@@ -110,8 +110,10 @@ def _click(command: Any, arguments: Sequence[str], partial: bool) -> None:
     if "--help" in arguments:
         arguments.remove("--help")
         partial = True
-    while hasattr(command, "commands") and arguments and not arguments[0].startswith("--"):
+    while hasattr(command, "commands") and arguments:
         name = arguments.pop(0)
+        if name in {opt for p in command.params for opt in p.opts}:  # such as --version, which would act now
+            return
         if name not in command.commands:
             raise Wrong(f"there is no command {name}")
         command = command.commands[name]
