@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,8 +97,39 @@ def owlrec(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="folder that holds the tables")] = Path("."),
+    output: Annotated[Path | None, typer.Option("--output", help="recipe to write; default: FOLDER.yaml")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="ask nothing: take the likeliest answers")] = False,
+) -> None:
+    """Write a commented recipe for the tables in a folder: Parquet, CSV or JSON lines. Existing files are kept."""
+    from owlrec.init import write_recipe
+
+    file = write_recipe(folder, output, _first_answer if yes or not sys.stdin.isatty() else _asked)
+    settings = load_recipe(file)
+    settings.source.open()  # complains about columns now, while the recipe is fresh
+    note(f"wrote {file}. Look through it, then: owlrec run {file} --to publish")
+
+
+def _first_answer(question: str, answers: Sequence[str], *, guess: bool) -> str:
+    if not guess:
+        raise RecipeError(f"{question} There are {', '.join(answers)}. Run `owlrec init` on a terminal, without --yes.")
+    note(f"{question} {answers[0]}; change it in the recipe where that is wrong")
+    return answers[0]
+
+
+def _asked(question: str, answers: Sequence[str], *, guess: bool) -> str:
+    for number, answer in enumerate(answers, 1):
+        print(f"  {number}  {answer}")
+    while True:
+        number = typer.prompt(question, default=1 if guess else None, type=int)
+        if 1 <= number <= len(answers):
+            return answers[number - 1]
+
+
+@app.command()
 def run(
-    recipe: RecipePath,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="YAML file that describes the run")] = None,
     workspace: WorkspaceOption = None,
     first: Annotated[str | None, typer.Option("--from", help=f"first stage: {', '.join(STAGES)}")] = None,
     last: Annotated[str | None, typer.Option("--to", help="last stage")] = None,
@@ -108,6 +140,10 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run the stages of a recipe. Finished work is skipped."""
+    if recipe is None:
+        from owlrec.init import next_step
+
+        raise RecipeError(next_step(Path.cwd()))
     stages = _chosen(first, last, only)
     settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     if dry_run:
