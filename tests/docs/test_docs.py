@@ -212,7 +212,7 @@ def test_a_wrong_command_is_noticed() -> None:
         "pytest tests/nothing.py",
         "pip install '.[gpus]'",
         "ray job sumbit --address x -- python -m pipelines.generate R",
-        "ray job submit --address x -- python -m pipelines.generate",
+        "ray job submit --address x -- python -m pipelines.refresh",
         "serve deploy",
         "terraform apply",
         "kubectl apply -f cluster/nothing.yaml",
