@@ -35,11 +35,11 @@ from owlrec.cohorts.model import CohortModel, CohortsConfig
 from owlrec.ctr.experiment import finished_trials, summarise, trials
 from owlrec.recipe import RayConfig, Recipe, load_recipe
 from owlrec.runner import Pool, run_stage
+from owlrec.runs.stage import ray_session, stage_function
 from owlrec.scenario import get_scenario
 from owlrec.schema import PROMPTS
 from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.workspace import Workspace, shards_for
-from pipelines.session import ray_session
 
 DIM, SHARD_ROWS = 64, 1 << 17
 SCENARIO = get_scenario("movies")
@@ -179,10 +179,8 @@ def _seeded(config: CohortsConfig, seed: int) -> CohortsConfig:
 
 
 def _stages(recipe: Recipe, workspace: Workspace, *names: str) -> None:
-    import importlib
-
     for name in names:
-        importlib.import_module(f"pipelines.{name}").run(recipe, workspace)
+        stage_function(name)(recipe, workspace)
 
 
 def _labels(workspace: Workspace, folder: str, kind: str, facet: str) -> dict[int, str]:

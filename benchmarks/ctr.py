@@ -150,7 +150,7 @@ def _gauc_by_definition(labels: np.ndarray, scores: np.ndarray, groups: np.ndarr
 
 def _export(options: argparse.Namespace) -> Iterator[Figure]:
     """Random weights: a score costs the same whatever the weights are."""
-    from pipelines.prepare import run as prepare
+    from owlrec.runs.batch import prepare
 
     with tempfile.TemporaryDirectory() as folder:
         recipe, workspace = load_recipe(RECIPE, workspace=folder), Workspace(folder)
@@ -233,7 +233,7 @@ def _off_the_trainer(
 
 def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
     """Trains through the stage itself, so that what a run has trained already is not trained again."""
-    from pipelines.train_ctr import run as train
+    from owlrec.runs.ctr import train_ctr as train
 
     recipe = load_recipe(options.recipe, workspace=options.workspace)
     workspace = Workspace(recipe.workspace)
@@ -254,8 +254,8 @@ def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 def _workers(options: argparse.Namespace) -> Iterator[Figure]:
-    from pipelines.prepare import run as prepare
-    from pipelines.train_ctr import run as train
+    from owlrec.runs.batch import prepare
+    from owlrec.runs.ctr import train_ctr as train
 
     one: dict[str, float] = {}
     for workers in (1, 2):

@@ -2,7 +2,7 @@
 
 The planted world (benchmarks.planted) is written as tables in which a tenth of the train samples, drawn at random, have
 a label. Users and items say their traits in a profile field and in their titles, so a teacher can read them off the
-very questions that `owlrec score-pairs` asks, and answers the probability that the world drew its labels by. The
+very questions that `owlrec ranker score-pairs` asks, and answers the probability that the world drew its labels by. The
 models are compared on one test split: a tenth of the labels alone, a tenth and the teacher, all labels; and, as a
 control, a tenth and answers at random. A probability tells more than a label that was drawn by it, so the teacher may
 beat all labels. What an LLM would reach is another question: this measures the path, not a model.
@@ -144,7 +144,7 @@ def model_aucs(world: PlantedWorld, pairs: DistillationConfig, config: CTRConfig
 
 
 def _soft_labels(workspace: Workspace, engine: EngineConfig, pairs: DistillationConfig) -> SoftLabels:
-    """What `score-pairs` does."""
+    """What `ranker score-pairs` does."""
     scenario = get_scenario("movies").model_copy(update={"profile_fields": ("taste",)})
     ranking = RankingConfig(data=TuningDataConfig(shown=("recent",)))
     teacher = Teacher(engine, ranking, scenario, EncoderConfig())

@@ -29,14 +29,14 @@ from owlrec.generation.worker import GenerateStage
 from owlrec.prompting.rows import PromptConfig, user_prompts
 from owlrec.recipe import RayConfig
 from owlrec.runner import Pool, run_stage
+from owlrec.runs.batch import engine_cpus
+from owlrec.runs.stage import ray_session
 from owlrec.scenario import get_scenario
 from owlrec.shards import finish_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import SplitConfig, build_samples
 from owlrec.workspace import Workspace
-from pipelines.generate import engine_cpus
-from pipelines.session import ray_session
 
 PROMPTS, NEW_TOKENS, ROWS_AT_ONCE = 1000, 64, 128
 RAW, RAY, OURS = "vllm.LLM.generate", "ray.data.llm", "owlrec"

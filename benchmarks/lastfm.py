@@ -129,10 +129,10 @@ def run_stages(recipe: Path, data: Path) -> None:
     texts = ("--framework", "deepseek", "--kind")
     for command in (
         ("run", recipe, "--to", "prepare"),
-        ("import", recipe, data / "item_texts_deepseek.parquet", *texts, "item"),
-        ("import", recipe, data / "user_texts_deepseek.parquet", *texts, "user", "--as-of-ms", READ_UNTIL),
+        ("knowledge", "import", recipe, data / "item_texts_deepseek.parquet", *texts, "item"),
+        ("knowledge", "import", recipe, data / "user_texts_deepseek.parquet", *texts, "user", "--as-of-ms", READ_UNTIL),
         ("run", recipe, "--from", "encode"),
-        ("export-ctr", recipe),
+        ("ctr", "export", recipe),
     ):
         subprocess.run([owlrec(), *map(str, command)], check=True)
 
@@ -166,7 +166,7 @@ def rank_served(recipe: Path, workspace: Workspace, user: int) -> Figure:
     artifact, catalog = needed_stage(workspace, "export_ctr", "").outputs["model"], ItemCatalog.load(workspace)
     body = {"user_id": user, "candidates": catalog.draw(CANDIDATES, 0), "top_k": CANDIDATES}
     port = free_port()
-    command = [owlrec(), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
+    command = [owlrec(), "serve", str(recipe), "--port", str(port), "--max-replicas", "1"]
     with process([*command, "--artifact", artifact]):
         address = f"http://127.0.0.1:{port}/rank"
         wait_for_answer(f"{address}/readyz")

@@ -1,7 +1,7 @@
 """What a CTR model loses where a log says click or no click in place of a rating: MovieLens-100K, told in both ways.
 
 Ratings above 3 become clicks, the others impressions that were passed over. Both logs go through `prepare` and
-`train-ctr` with the same settings and give the same samples. What is lost are the grades of the histories.
+`train_ctr` with the same settings and give the same samples. What is lost are the grades of the histories.
 
     python -m benchmarks.outcomes               # DIN and DCN-V2, three seeds, some ten minutes
 """
@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, trials
 from owlrec.recipe import Recipe
+from owlrec.runs.batch import prepare
+from owlrec.runs.ctr import train_ctr
 from owlrec.shards import needed_stage
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.workspace import Workspace
-from pipelines import prepare, train_ctr
 
 BACKBONES = ("din", "dcnv2")
 CLICK_ABOVE = 3
@@ -71,8 +72,8 @@ def train(folder: Path, log: str, options: argparse.Namespace) -> dict[str, list
         }
     )
     workspace = Workspace(recipe.workspace)
-    prepare.run(recipe, workspace)
-    train_ctr.run(recipe, workspace)
+    prepare(recipe, workspace)
+    train_ctr(recipe, workspace)
     grid = needed_stage(workspace, "train_ctr", "").outputs["grid"]
     found: dict[str, list[float]] = {backbone: [] for backbone in BACKBONES}
     for result in finished_trials(workspace, grid, trials(recipe.ctr)):

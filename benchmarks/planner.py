@@ -10,7 +10,6 @@ refresh that of its calls. Finished runs stay in --workspace and are not run aga
 """
 
 import argparse
-import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from owlrec.ops.cost import (
 )
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import pointer
+from owlrec.runs.refresh import run as run_refresh
+from owlrec.runs.stage import stage_function
 from owlrec.schema import HISTORIES
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.sources.movielens import MovieLens100KSource
@@ -150,9 +151,9 @@ def _run(
         _prepare(workspace, size)
     stages = ["generate", *(["encode", "publish"] if refresh else [])]
     for stage in stages if recipe.cohorts is None else ["cohorts", *stages]:
-        importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
+        stage_function(stage)(recipe, workspace)
     if refresh and pointer(workspace).current is None:
-        importlib.import_module("pipelines.refresh").run(recipe, workspace)
+        run_refresh(recipe, workspace)
     return workspace
 
 

@@ -33,12 +33,12 @@ from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.judging import Judgement
 from owlrec.ranking.samples import draw_samples
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.runs.batch import prepare
+from owlrec.runs.ranker import tune_ranker
 from owlrec.shards import finished_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
-from pipelines.prepare import run as prepare
-from pipelines.tune_ranker import run as tune_ranker
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k-ranker.yaml"
 PARTS = ("shots", "lengths", "longer", "mixture", "sets", "cascade")

@@ -17,9 +17,9 @@ from owlrec.ranking.retrieval import item_retriever
 from owlrec.ranking.samples import Shown, ask_about
 from owlrec.ranking.tuning import open_adapter
 from owlrec.recipe import Recipe
+from owlrec.runs.stage import ray_session
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
-from pipelines.session import ray_session
 
 
 class Scored(NamedTuple):

@@ -24,10 +24,10 @@ from owlrec.ordered import rows_of
 from owlrec.ranking.retrieval import ItemVectors
 from owlrec.ranking.samples import draw_samples
 from owlrec.recipe import load_recipe
+from owlrec.runs.batch import prepare
 from owlrec.shards import finished_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
-from pipelines.prepare import run as prepare
 
 Rule = Callable[[np.ndarray, int, int], np.ndarray]  # cosines [candidates, behaviors], own row, K: the positions shown
 SHARPNESS = (5.0, 15.0)  # of the weights by likeness

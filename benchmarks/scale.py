@@ -105,7 +105,7 @@ class Run:
     def _chain(self, prefix: str) -> Iterator[Figure]:
         for stage in self.stages:
             start = time.time()
-            found = measured([f"pipelines.{stage}", "--recipe", str(self.recipe)])
+            found = measured([f"pipelines.{stage}", str(self.recipe)])
             yield from self._stage_figures(prefix + stage, found, self._rows(stage, start))
 
     def _rows(self, stage: str, since: float) -> int:

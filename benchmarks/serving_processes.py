@@ -25,8 +25,8 @@ PEERS = Path(__file__).parent / "serving_peers"
 def serving(workspace: Workspace, replicas: int = 1) -> Iterator[str]:
     """`owlrec serve` on the workspace; its address."""
     port = free_port()
-    options = {"--workspace": workspace.path(), "--port": port, "--replicas": replicas, "--max-replicas": replicas}
-    with process([owlrec(), "serve", *(str(word) for option in options.items() for word in option)]):
+    options = {"--port": port, "--replicas": replicas, "--max-replicas": replicas}
+    with process([owlrec(), "serve", workspace.path(), *(str(word) for option in options.items() for word in option)]):
         for path in ("readyz", "explorer/readyz"):  # the latter comes last: nothing is started any more under load
             wait_for_answer(f"http://127.0.0.1:{port}/{path}")
         yield f"http://127.0.0.1:{port}"

@@ -59,7 +59,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
     recipe, workspace, artifact = _prepare(folder)
     port = free_port()
     address = f"http://127.0.0.1:{port}/rank"
-    command = [owlrec(), "serve", "--recipe", str(recipe), "--port", str(port), "--max-replicas", "1"]
+    command = [owlrec(), "serve", str(recipe), "--port", str(port), "--max-replicas", "1"]
     command += ["--artifact", artifact, "--llm", "--llm-cpus", str(os.cpu_count())]
     with process(command):
         bodies = _requests(workspace)
@@ -104,18 +104,17 @@ def _run_and_export(folder: Path, settings: dict[str, Any], last: str) -> tuple[
     """The recipe, its workspace after the stages up to `last`, and the artifact of its one CTR model."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(settings))
-    _run("pipelines.cli", "run", str(recipe), "--to", last)
-    _run("pipelines.train_ctr", "--recipe", str(recipe))
-    _run("pipelines.cli", "export-ctr", str(recipe))
+    _run("run", str(recipe), "--to", last)
+    _run("ctr", "train", str(recipe))
+    _run("ctr", "export", str(recipe))
     workspace = Workspace(settings["workspace"])
     exported = finished_stage(workspace, "export_ctr")
     assert exported is not None
     return recipe, workspace, exported.outputs["model"]
 
 
-def _run(module: str, *arguments: str) -> None:
-    code = f"from {module} import app; app()" if module == "pipelines.cli" else ""
-    command = [sys.executable, *(["-c", code] if code else ["-m", module]), *arguments]
+def _run(*arguments: str) -> None:
+    command = [sys.executable, "-m", "owlrec.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
@@ -239,7 +238,7 @@ def refresh_while_serving(recipe: Path, workspace: Workspace, artifact: str, *, 
     items = np.sort(workspace.read_table("items", ["item_id"])["item_id"].to_numpy())
     port = free_port()
     address = f"http://127.0.0.1:{port}/rank/v1/rank"
-    serve = [sys.executable, "-c", "from pipelines.cli import app; app()", "serve", "--recipe", str(recipe)]
+    serve = [sys.executable, "-m", "owlrec.cli", "serve", str(recipe)]
     draw, changed = np.random.default_rng(0), []
     bodies = [
         json.dumps({"user_id": int(draw.choice(known)), "candidates": draw.choice(items, 10, replace=False).tolist()})
@@ -321,8 +320,7 @@ def _interactions(workspace: Workspace) -> Iterator[pa.Table]:
 
 def _refresh(recipe: Path) -> None:
     """At the lowest priority, since on one machine it takes the server's cores; a cluster has others for it."""
-    code = "from pipelines.cli import app; app()"
-    subprocess.run(["nice", "-n", "19", sys.executable, "-c", code, "refresh", str(recipe)], check=True)
+    subprocess.run(["nice", "-n", "19", sys.executable, "-m", "owlrec.cli", "refresh", str(recipe)], check=True)
 
 
 def _publish_items(workspace: Workspace, ids: np.ndarray) -> None:

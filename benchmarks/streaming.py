@@ -94,7 +94,7 @@ def _between(raw: RawTables, after: int, until: int) -> pa.Table:
 
 def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     """Tables that end at `until`, whose histories hold all there is, and all stages up to a release."""
-    import importlib
+    from owlrec.runs.stage import stage_function
 
     workspace = Workspace(recipe.workspace)
     interactions = labelled(_between(raw, -1, until))
@@ -106,7 +106,7 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     counts = {"users": raw.users.num_rows, "items": raw.items.num_rows, "labels": RATED.model_dump_json()}
     finish_stage(workspace, "prepare", f"{until:064d}", counts=counts)
     for stage in ("generate", "encode", "publish"):
-        importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
+        stage_function(stage)(recipe, workspace)
     return workspace
 
 
@@ -129,7 +129,7 @@ def _refreshes(
     raw: RawTables, recipe: Recipe, workspace: Workspace, start: int, days: int, step: int
 ) -> Iterator[tuple[int, pa.Table, State | None]]:
     """Adds the events of `step` days to the log and refreshes, again and again; the moment, the events, the state."""
-    from pipelines.refresh import run
+    from owlrec.runs.refresh import run
 
     for day in range(0, days, step):
         low, high = start + day * DAY_MS, start + min(day + step, days) * DAY_MS
@@ -154,7 +154,7 @@ def _cost(raw: RawTables, days: int) -> list[Figure]:
             calls.append((state.calls if state else 0) / users)
             worst = max(worst, calls[-1] - acting[-1])
             over += calls[-1] > acting[-1] + 0.01
-        from pipelines.refresh import run
+        from owlrec.runs.refresh import run
 
         again = run(recipe, workspace, now=start + days * DAY_MS)
     measure = f"{len(calls)} days, a refresh a day"

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from owlrec.cli import run
 from owlrec.prompting.framework import item_prompt, item_system
 from owlrec.prompting.frameworks import KAR
 from owlrec.recipe import load_recipe
 from owlrec.releases import open_release
 from owlrec.workspace import Workspace
-from pipelines.cli import run
 
 RECIPE = """
 name: wines

@@ -3,7 +3,7 @@
     python examples/llm_ranking_on_pandas.py
     python examples/llm_ranking_on_pandas.py --model Qwen/Qwen3-4B-Instruct-2507
 
-So small a model as the default one judges badly; `owlrec tune-ranker` tunes it (README, "An LLM that ranks").
+So small a model as the default one judges badly; `owlrec ranker tune` tunes it (README, "An LLM that ranks").
 """
 
 import argparse

@@ -29,13 +29,13 @@ encoder: {model: hashing}
 
 
 def owlrec(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-c", "from pipelines.cli import app; app()", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "owlrec.cli", *arguments], check=True)
 
 
 def main(folder: Path) -> None:
     (recipe := folder / "vectors.yaml").write_text(RECIPE.replace("FOLDER", str(folder)))
     owlrec("run", str(recipe), "--to", "publish")
-    owlrec("export-vectors", str(recipe))
+    owlrec("knowledge", "export-vectors", str(recipe))
     (exported,) = (folder / "run" / "exports").iterdir()
     log = MovieLens100KSource(type="movielens-100k", max_users=120, max_items=200).load().interactions.to_pandas()
     for kind in ("user", "item"):

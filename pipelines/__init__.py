@@ -1,4 +1,4 @@
-"""Thin entry points: `python -m pipelines.<stage> --recipe R` runs one stage, `owlrec run R` all of them.
+"""Entry points of jobs: `python -m pipelines.STAGE RECIPE` is the `owlrec` command of that stage.
 
 On a cluster that has OwlRec's dependencies but not OwlRec itself, `ray job submit --working-dir .` brings this folder
 and platform/ beside it; importing `pipelines` then makes `owlrec` importable.
@@ -8,7 +8,14 @@ import importlib.util
 import sys
 from pathlib import Path
 
-SOURCE_ROOT = Path(__file__).resolve().parent.parent / "platform"
+_SOURCE_ROOT = Path(__file__).resolve().parent.parent / "platform"
 
-if importlib.util.find_spec("owlrec") is None and SOURCE_ROOT.is_dir():
-    sys.path.insert(0, str(SOURCE_ROOT))
+if importlib.util.find_spec("owlrec") is None and _SOURCE_ROOT.is_dir():
+    sys.path.insert(0, str(_SOURCE_ROOT))
+
+
+def command(*words: str) -> None:
+    """Runs `owlrec WORDS…` with this process's arguments after them."""
+    from owlrec.cli import app
+
+    app([*words, *sys.argv[1:]])

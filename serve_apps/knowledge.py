@@ -32,7 +32,7 @@ class KnowledgeArgs(Config):
     """The arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
 
     workspace: str  # a folder or URI; with `store`, only the name under which indexes are cached
-    store: str | None = None  # redis://… that `owlrec push` published to; None = LMDB of the workspace
+    store: str | None = None  # redis://… that `owlrec release push` published to; None = LMDB of the workspace
     keys_file: str | None = None
     verify: bool = False
     max_active: int = Field(64, ge=1)  # of one replica; beyond it and Serve's queue, requests get 503

@@ -38,7 +38,7 @@ class LaptopArgs(Config):
     keys_file: str | None = None
     replicas: int = Field(1, ge=1)  # of the lookup
     max_replicas: int = Field(2, ge=1)
-    artifact: str | None = None  # of `owlrec export-ctr`, relative to the workspace: with it, candidates are ranked
+    artifact: str | None = None  # of `owlrec ctr export`, relative to the workspace: with it, candidates are ranked
     recipe: str | None = None  # whose LLM re-ranks; None = none does
     llm_cpus: int = Field(1, ge=1)
 

@@ -1,6 +1,6 @@
 """Ranking as a Ray Serve application: `serve run serve_apps.rank:app workspace=runs/shop artifact=models/…`.
 
-Two deployments, each scaled for itself: the ingress, which opens an artifact that `owlrec export-ctr` wrote, follows
+Two deployments, each scaled for itself: the ingress, which opens an artifact that `owlrec ctr export` wrote, follows
 the current release and holds the deadline; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank).
 The CTR model works in the ingress: its millisecond would cost three more as a call to another process.
 
@@ -144,7 +144,7 @@ class RankArgs(Config):
     workspace: str
     artifact: str  # relative to the workspace
     recipe: str | None = None  # with a `ranking:` section: its LLM re-ranks; None = no LLM
-    adapter: str | None = None  # that `owlrec tune-ranker` wrote, relative to the workspace; None = the model as it is
+    adapter: str | None = None  # that `owlrec ranker tune` wrote, relative to the workspace; None = the model as it is
     calibration: str | None = None  # of the LLM's scores; None = what was fitted with the adapter, if there is one
     keys_file: str | None = None
     max_active: int = Field(64, ge=1)  # of one replica of the ingress; beyond it and Serve's queue, requests get 503

@@ -11,12 +11,12 @@ from owlrec.errors import WorkspaceError
 from owlrec.recipe import Recipe
 from owlrec.reshard import reshard
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
+from owlrec.runs.batch import prepare
 from owlrec.schema import shard_of, vectors_table
 from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.sources.splits import read_samples
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace
-from pipelines import prepare
 
 TABLES = ("users", "items", "interactions", "histories")
 
@@ -24,7 +24,7 @@ TABLES = ("users", "items", "interactions", "histories")
 def workspace_of(path: Path, shard_rows: int = 256) -> Workspace:
     values = {"name": "t", "scenario": "movies", "engine": {"type": "echo"}, "source": {"type": "movielens-100k"}}
     recipe = Recipe.model_validate({**values, "workspace": str(path), "shard_rows": shard_rows})
-    prepare.run(recipe, Workspace(path))
+    prepare(recipe, Workspace(path))
     return Workspace(path)
 
 

@@ -115,7 +115,11 @@ def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in _explain(error, values))) from None
+        lines = _explain(error, values)
+        if any("unknown key. Valid names" in line for line in lines):  # no misspelling
+            lines.append("Keys of the first edition are gone: `owlrec init` writes a recipe with today's, and")
+            lines.append("docs/reference/recipe.md lists them.")
+        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -794,7 +794,7 @@ class Pointer:
             since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(hold.since))
             raise PointerHeld(
                 f"{self.storage.path(self.path)} is on HOLD since {since} by {hold.by}: {hold.reason}. It stays as it "
-                "is until the hold is lifted (`owlrec unhold`)."
+                "is until the hold is lifted (`owlrec release unhold`)."
             )
 
     @property

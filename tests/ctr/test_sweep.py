@@ -7,8 +7,8 @@ from test_training import FINGERPRINT, GRID, SIDES, prepare
 
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, SweepConfig
 from owlrec.ctr.training import GridJob, encode_once
+from owlrec.runs.ctr import tried
 from owlrec.workspace import Workspace
-from pipelines.sweep_ctr import tried
 
 
 def test_candidates_are_all_combinations_that_the_arm_can_tell_apart() -> None:

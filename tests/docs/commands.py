@@ -17,7 +17,7 @@ from unittest import mock
 import typer
 from documents import ROOT
 
-from pipelines.cli import app
+from owlrec.cli import app
 
 # Programs of others, whose options are theirs to check. Whatever else begins a line must have a check below.
 EXEMPT = {
@@ -115,6 +115,8 @@ def _click(command: Any, arguments: Sequence[str], partial: bool) -> None:
         partial = True
     while hasattr(command, "commands") and arguments:
         name = arguments.pop(0)
+        if name in {opt for p in command.params for opt in p.opts}:  # such as --version, which would act now
+            return
         if name not in command.commands:
             raise Wrong(f"there is no command {name}")
         command = command.commands[name]
@@ -144,12 +146,23 @@ def _python(arguments: Sequence[str], partial: bool) -> None:
     module, rest = arguments[1], list(arguments[2:])
     if module == "pytest":
         _pytest(rest)
-    elif module == "pipelines.plan":
-        _click(owlrec_command(), ["plan", *rest], partial)
-    elif module == "pipelines.cli" or module.split(".")[0] not in ("pipelines", "benchmarks", "owlrec"):
+    elif module.split(".")[0] == "pipelines":
+        _click(owlrec_command(), [*_command_of(module), *rest], partial)
+    elif module.split(".")[0] not in ("benchmarks", "owlrec"):
         raise Wrong(f"no check for python -m {module}")
     else:
         _argparse(module, rest, partial)
+
+
+def _command_of(module: str) -> list[str]:
+    """The words of the `owlrec` command that an entry point runs."""
+    found: list[str] = []
+    try:
+        with mock.patch("pipelines.command", lambda *words: found.extend(words)):
+            runpy.run_module(module, run_name="__main__")
+    except ImportError as error:
+        raise Wrong(f"there is no {module} ({error})") from None
+    return found
 
 
 def _argparse(module: str, arguments: Sequence[str], partial: bool) -> None:
@@ -206,8 +219,10 @@ def _pip(arguments: Sequence[str]) -> None:
 @lru_cache
 def every_option() -> set[str]:
     """The options of our commands, and those literal in our sources."""
-    commands = owlrec_command().commands.values()
-    found = {opt for c in commands for p in c.params for opt in [*p.opts, *p.secondary_opts]}
+    found, commands = set(), [owlrec_command()]
+    for command in commands:  # which grows by the commands of groups
+        commands += getattr(command, "commands", {}).values()
+        found |= {opt for p in command.params for opt in [*p.opts, *p.secondary_opts]}
     for folder in ("pipelines", "benchmarks", "platform", "tests"):
         for file in (ROOT / folder).rglob("*.py"):
             found |= set(re.findall(r'"(--[\w-]+)"', file.read_text("utf-8")))

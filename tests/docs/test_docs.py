@@ -20,10 +20,10 @@ import yaml
 from documents import DOCUMENTS, PAGES, ROOT, Block, anchors, blocks, inline_codes, links, name_of, prose
 from pydantic.fields import FieldInfo
 
+from owlrec.cli import app
 from owlrec.config import Config, Registry
 from owlrec.ops.cost import FleetConfig
 from owlrec.recipe import Recipe, _models_in, _StrictLoader
-from pipelines.cli import app
 
 # Commands stand in blocks without a language, or of "sh".
 LANGUAGES = {"", "sh", "text", "yaml", "python", "json"}
@@ -204,14 +204,15 @@ def test_a_wrong_command_is_noticed() -> None:
     for line in (
         "owlrec ran R",
         "owlrec run R --form encode",
-        "python -m pipelines.generate --recipe R --retry-ded",
+        "python -m pipelines.generate R --retry-ded",
+        "owlrec release rollbak R",
         "python -m benchmarks.decoding --batches 3",
         "python -m benchmarks.nothing",
         "make dmo",
         "pytest tests/nothing.py",
         "pip install '.[gpus]'",
-        "ray job sumbit --address x -- python -m pipelines.generate --recipe R",
-        "ray job submit --address x -- python -m pipelines.generate",
+        "ray job sumbit --address x -- python -m pipelines.generate R",
+        "ray job submit --address x -- python -m pipelines.refresh",
         "serve deploy",
         "terraform apply",
         "kubectl apply -f cluster/nothing.yaml",
@@ -384,10 +385,10 @@ def test_the_walk_publishes_looks_up_and_goes_back(walk: Walk) -> None:
     (looked_up,) = walk.output("owlrec lookup")
     assert looked_up.count("echo-") == 2
     assert (walk.folder / "knowledge.jsonl").read_text("utf-8").count("\n") == 80
-    before, after = walk.output("owlrec releases")
+    before, after = walk.output("owlrec release list")
     release = re.compile(r"\d{8}T\d{6}Z-\w{8}")
     assert (len(release.findall(before)), len(release.findall(after))) == (1, 2)
-    assert "is current" in walk.output("owlrec rollback")[0]
+    assert "is current" in walk.output("owlrec release rollback")[0]
     current = [line for line in after.splitlines() if "*" in line]
     assert len(current) == 1
     assert release.findall(current[0]) == release.findall(before)

@@ -147,7 +147,7 @@ def submit(recipe: Path, log: Path) -> subprocess.Popen[bytes]:
     """The command that a user would type, again and again."""
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.generate", "--recipe", str(recipe)],
+            [sys.executable, "-m", "pipelines.generate", str(recipe)],
             cwd=ROOT, stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from owlrec.recipe import load_recipe
+from owlrec.runs import refresh
 from owlrec.workspace import Workspace
-from pipelines import refresh
 
 # Where the function stands that is called at the step, and whether it is done or not even begun.
 STEPS = {
@@ -17,15 +17,15 @@ STEPS = {
     "planned": ("owlrec.refresh.plan", "write_plan", "after"),
     "items taken in": ("owlrec.refresh.plan", "InterestsStage", "before"),
     "moved": ("owlrec.refresh.plan", "budget_cut", "before"),
-    "asking": ("pipelines.refresh", "ShardWatch", "on call"),
+    "asking": ("owlrec.runs.refresh", "ShardWatch", "on call"),
     "encoded": ("owlrec.refresh.apply", "build_release", "before"),
     "built": ("owlrec.refresh.apply", "make_current", "before"),
     "published": ("owlrec.refresh.apply", "make_current", "after"),
     "items settled": ("owlrec.refresh.apply", "StorePartitions", "before"),
     "partitions stored": ("owlrec.refresh.apply", "SettleStage", "before"),
-    "settled": ("pipelines.refresh", "write_state", "before"),
-    "committed": ("pipelines.refresh", "write_state", "after"),
-    "sweeping": ("pipelines.refresh", "sweep", "before"),
+    "settled": ("owlrec.runs.refresh", "write_state", "before"),
+    "committed": ("owlrec.runs.refresh", "write_state", "after"),
+    "sweeping": ("owlrec.runs.refresh", "sweep", "before"),
 }
 
 

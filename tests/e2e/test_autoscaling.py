@@ -16,8 +16,8 @@ from heads import ROOT, Head, end_head, free_port, knowledge_rows, local_head, o
 from processes import command_lines
 
 from owlrec.recipe import load_recipe
+from owlrec.runs.batch import prepare
 from owlrec.workspace import Workspace
-from pipelines.prepare import run as prepare
 
 pytestmark = pytest.mark.e2e
 HEAD_ID = "f" * 51 + "00000"
@@ -80,9 +80,7 @@ def test_nodes_come_for_pending_actors_and_go_when_idle_and_a_killed_one_costs_n
     assert {"raylet", "gcs_server"} <= {p.name() for p in head.processes()}  # the check for what is left sees them
     log = (tmp_path / "log").open("w+")
     # Its driver needs no CPU, of which the head has none.
-    command = owlrec_command(
-        "submit", "generate", "--recipe", str(echo_recipe), "--address", head.address, "--installed"
-    )
+    command = owlrec_command("submit", str(echo_recipe), "generate", "--address", head.address, "--installed")
     job = subprocess.Popen(command, cwd="/", env=head.env, stdout=log, stderr=log)
     try:
         wait_until(lambda: pending_actors(head) > 0 or len(alive(head)) > 1, 90, "engines to be asked for")

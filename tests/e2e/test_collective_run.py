@@ -1,19 +1,18 @@
 """Cohorts to release: one call a cohort, every user and item resolves, and a second run asks only what has moved."""
 
-import importlib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from owlrec.cli import app
 from owlrec.cohorts.model import POINTER, read_profiles
 from owlrec.recipe import load_recipe
 from owlrec.releases.release import open_release
+from owlrec.runs.stage import STAGES, stage_function
 from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.storage import Pointer
 from owlrec.workspace import Workspace
-from pipelines.cli import app
-from pipelines.stage import STAGES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 
@@ -44,7 +43,7 @@ def run(recipe: Path, last: str = STAGES[-1]) -> None:
     """The recipe's stages up to `last`, in this process and on the test run's cluster."""
     settings = load_recipe(recipe)
     for stage in STAGES[: STAGES.index(last) + 1]:
-        importlib.import_module(f"pipelines.{stage}").run(settings, Workspace(settings.workspace))
+        stage_function(stage)(settings, Workspace(settings.workspace))
 
 
 def calls(workspace: Workspace) -> tuple[int, int]:
@@ -76,7 +75,7 @@ def test_a_cohort_s_text_serves_its_members(
         assert any(len(c) == 2 for c in release.store.cohorts("user", users))  # liked and disliked
         assert release.store.get("user", [10**9]) == [None]
 
-    looked_up = CliRunner().invoke(app, ["lookup", "user", str(users[0]), "--recipe", str(recipe)])
+    looked_up = CliRunner().invoke(app, ["lookup", str(recipe), "user", str(users[0])])
     assert "echo-" in looked_up.stdout
 
     capsys.readouterr()

@@ -77,7 +77,7 @@ ray: {{num_cpus: 2}}
 
 def owlrec(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", "from pipelines.cli import app; app()", *arguments],
+        [sys.executable, "-m", "owlrec.cli", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=60 * MINUTES, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,8 +88,7 @@ def owlrec(*arguments: str) -> str:
 def served(workspace: str) -> Iterator[httpx.Client]:
     """`owlrec serve` over the workspace, ready."""
     port = free_port()
-    code = "from pipelines.cli import app; app()"
-    command = [sys.executable, "-c", code, "serve", "--workspace", workspace, "--port", str(port), "--max-replicas=1"]
+    command = [sys.executable, "-m", "owlrec.cli", "serve", workspace, "--port", str(port), "--max-replicas=1"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as web:
@@ -151,7 +150,7 @@ def test_the_chain_on_s3_has_the_content_of_the_chain_on_disk(bucket: str, sourc
             (knowledge,) = release.store.get("user", [user])
         assert (knowledge.framework, knowledge.as_of) == ("streaming", latest + 12)
         await_answer(lambda: web.get(f"/v1/knowledge/user/{user}").json()["text"] == knowledge.text)
-        owlrec("rollback", "--workspace", remote)
+        owlrec("release", "rollback", remote)
         assert current_release(workspace) == first
         await_answer(lambda: web.get(f"/v1/knowledge/user/{user}").json() == before)
 
@@ -165,7 +164,7 @@ def test_two_jobs_at_once_ask_about_every_row_once(
     recipe = recipe_for(tmp_path, f"{bucket}/shared", source, engine)
     try:
         owlrec("run", str(recipe), "--to", "prepare")
-        command = [sys.executable, "-m", "pipelines.generate", "--recipe", str(recipe)]
+        command = [sys.executable, "-m", "pipelines.generate", str(recipe)]
         jobs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
         assert [job.wait(timeout=60 * MINUTES) for job in jobs] == [0, 0]
     finally:
@@ -179,7 +178,7 @@ def test_two_jobs_at_once_ask_about_every_row_once(
 def test_a_bucket_that_is_not_there_is_named(bucket: str, source: str, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, "s3://nowhere/ws", source)
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.prepare", "--recipe", str(recipe)],
+        [sys.executable, "-m", "pipelines.prepare", str(recipe)],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1

@@ -1,6 +1,5 @@
 """Streaming refresh on a published MovieLens: once, twice, killed at every step, with bad events, and watching."""
 
-import importlib
 import shutil
 import signal
 import subprocess
@@ -24,9 +23,9 @@ from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import dead_files, pointer, read_state
 from owlrec.releases import current_release, list_releases, open_release
 from owlrec.releases.manifest import read_manifest
+from owlrec.runs.refresh import run
+from owlrec.runs.stage import STAGES, stage_function
 from owlrec.workspace import Workspace
-from pipelines.refresh import run
-from pipelines.stage import STAGES
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -59,7 +58,7 @@ def published(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
     settings = load_recipe(recipe)
     for stage in STAGES[: STAGES.index("publish") + 1]:
-        importlib.import_module(f"pipelines.{stage}").run(settings, Workspace(settings.workspace))
+        stage_function(stage)(settings, Workspace(settings.workspace))
     recipe.write_text(recipe.read_text().replace("shard_rows: 20", "shard_rows: 4"))
     return recipe
 
@@ -135,7 +134,7 @@ def contents(workspace: Workspace, kind: str = "user") -> dict[int, tuple[str, i
 
 
 def refresh_command(recipe: Path, workspace: Workspace, *more: str) -> list[str]:
-    return [sys.executable, "-m", "pipelines.refresh", "--recipe", str(recipe), "--workspace", workspace.root, *more]
+    return [sys.executable, "-m", "pipelines.refresh", str(recipe), "--workspace", workspace.root, *more]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 60) -> None:
@@ -220,7 +219,7 @@ def test_stages_on_ray_leave_what_they_leave_in_this_process(copies: Callable, m
     found = []
     for name, here in (("here", 1000), ("ray", -1)):
         recipe, workspace = copies(name)
-        monkeypatch.setattr("pipelines.refresh.HERE_ROWS", here)
+        monkeypatch.setattr("owlrec.runs.refresh.HERE_ROWS", here)
         write_log(workspace, "one", [*moved(workspace, 1), (10**9, 1, 4.0, 10**12)])
         (state,) = run(recipe, workspace)
         users = [u for n in state.shards for u in state.read_users(workspace, n, recipe.encoder.model)]

@@ -14,8 +14,8 @@ import pytest
 from heads import Head, kill_head, knowledge_rows, local_head, owlrec, owlrec_command, wait_until
 
 from owlrec.recipe import load_recipe
+from owlrec.runs.batch import prepare
 from owlrec.workspace import Workspace
-from pipelines.prepare import run as prepare
 
 pytestmark = pytest.mark.e2e
 SECRET = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
@@ -54,7 +54,7 @@ def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
         return local_head(python, env=SECRET)
 
     with new_head() as head:
-        submit = ("submit", "generate", "--recipe", str(echo_recipe), "--address", head.address)
+        submit = ("submit", str(echo_recipe), "generate", "--address", head.address)
         refused_without_its_token(head, *submit)
         first = started(head, *submit)
         wait_until(lambda: len(generate_jobs(head)) > 0, 120, "the job")

@@ -63,19 +63,18 @@ streaming: {{freeze_behaviours: 4}}
 
 RUN = """
 import sys
-from importlib import import_module
-from pipelines.stage import main
-for module in ("prepare", "publish", "refresh"):
-    for name in {"HERE_ROWS", "PARTS_ON_RAY"} & vars(import_module(f"pipelines.{module}")).keys() if EVERYWHERE else ():
-        setattr(sys.modules[f"pipelines.{module}"], name, 0)  # however few rows there are
-main(import_module(f"pipelines.STAGE").run, "")
+from owlrec.cli import app
+from owlrec.runs import batch, refresh
+if EVERYWHERE:  # however few rows there are
+    batch.PREPARED_HERE = batch.PARTS_ON_RAY = refresh.HERE_ROWS = refresh.PARTS_ON_RAY = 0
+app(["refresh", sys.argv[1]] if "STAGE" == "refresh" else ["run", sys.argv[1], "--only", "STAGE"])
 """
 
 
 def start(stage: str, recipe: Path, log: Path, *, on_ray: bool = False) -> subprocess.Popen[bytes]:
     code = RUN.replace("EVERYWHERE", str(on_ray)).replace("STAGE", stage)
     with log.open("ab") as file:
-        command = [sys.executable, "-c", code, "--recipe", str(recipe)]
+        command = [sys.executable, "-c", code, str(recipe)]
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
 
 

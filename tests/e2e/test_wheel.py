@@ -39,8 +39,8 @@ def test_doctor_and_lookup_work_from_the_wheel(tmp_path: Path, published: Path) 
     python, owlrec = tmp_path / "venv/bin/python", tmp_path / "venv/bin/owlrec"
     run(python, "-m", "pip", "install", "-q", "--upgrade", "pip")
     run(python, "-m", "pip", "install", "-q", next((tmp_path / "dist").glob("*.whl")))
-    assert "likes owls" in run(owlrec, "lookup", "user", "7", "--workspace", published)
-    report = run(owlrec, "doctor", "--workspace", published, check=False)
+    assert "likes owls" in run(owlrec, "lookup", published, "user", "7")
+    report = run(owlrec, "doctor", published, check=False)
     assert "ray" in report
     assert "Traceback" not in report
     origin = run(python, "-c", "import owlrec, platform; print(owlrec.__file__, platform.system())")

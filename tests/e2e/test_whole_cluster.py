@@ -19,12 +19,11 @@ from heads import ROOT, Head, free_port, knowledge_rows, local_head, owlrec, owl
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
-from owlrec.ops.submission import job_folder
+from owlrec.ops.submission import code_packages, job_folder
 from owlrec.refresh.events import EVENTS
 from owlrec.releases import current_release
 from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
-from pipelines.submit import CODE
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 RANKER = """
@@ -52,7 +51,7 @@ def test_from_ratings_to_answers_over_http(echo_recipe: Path, tmp_path: Path, he
     echo_recipe.write_text(plain_recipe.read_text() + RANKER.format(model=model))
     workspace = Workspace(tmp_path / "ws")
 
-    plain = ray_job(head, python, "python", "-m", "pipelines.prepare", "--recipe", str(echo_recipe))
+    plain = ray_job(head, python, "python", "-m", "pipelines.prepare", str(echo_recipe))
     assert plain.returncode == 0, plain.stdout + plain.stderr
     with ThreadPoolExecutor() as pool:  # the ranker needs the tables alone
         tuning = pool.submit(submit, head, "tune-ranker", echo_recipe)
@@ -87,8 +86,8 @@ def test_what_cannot_run_is_refused_before_it_starts(echo_recipe: Path, head: He
     asking = echo_recipe.with_name("gpu.yaml")
     asking.write_text(echo_recipe.read_text() + "generate: {engine_gpus: 1}\n")
     commands = (
-        ("prepare", "--recipe", str(echo_recipe), "--workspace", "/proc/nowhere"),
-        ("generate", "--recipe", str(asking)),
+        (str(echo_recipe), "prepare", "--workspace", "/proc/nowhere"),
+        (str(asking), "generate"),
     )
     with ThreadPoolExecutor() as pool:  # at once: each starts a command and a job
         nowhere, no_gpu = pool.map(lambda words: owlrec(head, "submit", *words, "--address", head.address), commands)
@@ -112,7 +111,7 @@ def test_standard_library_platform_wins_in_a_task_with_working_dir(head: Head, p
 
 def submit(head: Head, stage: str, recipe: Path) -> None:
     # Without the look at the cluster, which takes seconds each time; other tests take it.
-    ran = owlrec(head, "submit", stage, "--recipe", str(recipe), "--address", head.address, "--no-preflight")
+    ran = owlrec(head, "submit", str(recipe), stage, "--address", head.address, "--no-preflight")
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
@@ -139,7 +138,7 @@ def rows_of_the_local_command(recipe: Path, workspace: Path) -> list[dict]:
 
 def deploy(head: Head, python: Path, folder: Path) -> str:
     """`serve deploy` of the knowledge application; the code comes as an archive that all machines can read."""
-    with job_folder(None, CODE) as code:
+    with job_folder(None, code_packages()) as code:
         archive = shutil.make_archive(str(folder / "owlrec"), "zip", code)
     port = free_port()
     application = {

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.cli import app
+from owlrec.cli import app
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def owlrec(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from pipelines.cli import app; app()", *arguments],
+        [sys.executable, "-m", "owlrec.cli", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -53,15 +53,15 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     assert "all 12 shards done already" in second.stdout
     assert {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()} == before
     monkeypatch.chdir(tmp_path)
-    looked_up = CliRunner().invoke(app, ["lookup", "user", str(rows[-1][1]), "999999", "--recipe", str(echo_recipe)])
+    looked_up = CliRunner().invoke(app, ["lookup", str(echo_recipe), "user", str(rows[-1][1]), "999999"])
     assert "echo-" in looked_up.stdout
     assert "semantic id " in looked_up.stdout
     assert "<td>knowledge-item</td>" in report
     assert "no knowledge" in looked_up.stdout
-    exported = CliRunner().invoke(app, ["export-ctr", str(echo_recipe), "--trial", "dcnv2/knowledge/seed-0"])
+    exported = CliRunner().invoke(app, ["ctr", "export", str(echo_recipe), "--trial", "dcnv2/knowledge/seed-0"])
     artifact = exported.stdout.partition("--artifact ")[2].strip()
     assert (workspace / artifact / "model.json").is_file(), exported.stdout
-    vectors = CliRunner().invoke(app, ["export-vectors", str(echo_recipe), "--artifact", artifact])
+    vectors = CliRunner().invoke(app, ["knowledge", "export-vectors", str(echo_recipe), "--artifact", artifact])
     assert vectors.exit_code == 0, vectors.output
     (folder,) = (workspace / "exports").iterdir()
     for kind in ("user", "item"):
@@ -76,7 +76,7 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
 def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
     process = subprocess.Popen(
-        [sys.executable, "-c", "from pipelines.cli import app; app()", "run", str(echo_recipe), "--to", "generate"],
+        [sys.executable, "-m", "owlrec.cli", "run", str(echo_recipe), "--to", "generate"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120

@@ -10,11 +10,11 @@ import pytest
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SourceError
 from owlrec.recipe import Recipe
+from owlrec.runs.batch import encode as run
+from owlrec.runs.exchange import import_vectors
 from owlrec.schema import KNOWLEDGE, TABLE_KINDS, TABLES, shard_of
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace, shard_file
-from pipelines.encode import run
-from pipelines.interchange import import_vectors
 
 
 def recipe_for(workspace: Workspace, **sections: Any) -> Recipe:

@@ -1,6 +1,5 @@
 """A user who leaves: after `forget` no byte of the workspace, of a bucket, a cache or a log tells of them."""
 
-import importlib
 import json
 import shutil
 import threading
@@ -18,6 +17,7 @@ from served_world import knowledge_app  # type: ignore[import-not-found]
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from owlrec import cli
 from owlrec.cohorts.model import read_profiles
 from owlrec.ctr.experiment import trials
 from owlrec.ctr.pca import reduce_once
@@ -33,15 +33,14 @@ from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import read_state
 from owlrec.releases import current_release, list_releases, open_release
+from owlrec.runs.ctr import export_ctr, vector_folders
+from owlrec.runs.exchange import export_vectors, import_knowledge
+from owlrec.runs.refresh import run as refresh
+from owlrec.runs.stage import STAGES, stage_function
 from owlrec.schema import stable_id
 from owlrec.shards import finish_stage, needed_stage
 from owlrec.storage import Storage
 from owlrec.workspace import TOMBSTONES, Workspace, read_tombstones
-from pipelines import cli
-from pipelines.interchange import import_knowledge
-from pipelines.refresh import run as refresh
-from pipelines.stage import STAGES
-from pipelines.train_ctr import vector_folders
 
 pytestmark = pytest.mark.e2e
 NOW = START + 40 * DAY
@@ -50,7 +49,7 @@ ITEM_TEXT = "Film {} follows a stubborn sheriff through one long winter; its slo
 
 def run(recipe: Recipe, workspace: Workspace, first: str, last: str) -> None:
     for stage in STAGES[STAGES.index(first) : STAGES.index(last) + 1]:
-        importlib.import_module(f"pipelines.{stage}").run(recipe, workspace)
+        stage_function(stage)(recipe, workspace)
 
 
 def write_events(workspace: Workspace, name: str, users: list[str], first: int) -> None:
@@ -107,8 +106,8 @@ def whole_chain(folder: Path, recipe: Recipe, workspace: Workspace, *, trained: 
     if trained:
         train(recipe, workspace)
         run(recipe, workspace, "evaluate", "evaluate")
-        importlib.import_module("pipelines.export_ctr").run(recipe, workspace)
-        importlib.import_module("pipelines.export_vectors").run(recipe, workspace)
+        export_ctr(recipe, workspace)
+        export_vectors(recipe, workspace)
         assert recipe.ranking is not None
         vectors = ItemVectors.encoded(workspace, recipe.encoder, recipe.ranking.projection)
         config = recipe.ranking.model_copy(update={"data": recipe.ranking.data.model_copy(update={"shots": None})})
@@ -166,9 +165,9 @@ def test_no_byte_is_left(tmp_path: Path, cache: Path, asked: list[str]) -> None:
         near = {"kind": "user", "id": stable_id("u3"), "limit": 30}
         assert str(ID) in str(web.post("/v1/knowledge:similar", json=near).json())
         # A HOLD keeps the release: the user must be silent all the same.
-        assert CliRunner().invoke(cli.app, ["hold", "--recipe", str(recipe_file)]).exit_code == 0
+        assert CliRunner().invoke(cli.app, ["release", "hold", str(recipe_file)]).exit_code == 0
         started = time.monotonic()
-        told = CliRunner().invoke(cli.app, ["forget", RAW, "nobody-knows-me", "--recipe", str(recipe_file)])
+        told = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
         assert told.exit_code == 1
         assert "HOLD" in told.stderr
         until_missing(web, path, started)
@@ -176,8 +175,8 @@ def test_no_byte_is_left(tmp_path: Path, cache: Path, asked: list[str]) -> None:
         assert str(ID) not in str(web.post("/v1/knowledge:similar", json=near).json())
         assert current_release(workspace) == first
         assert answers(workspace) == others
-        assert CliRunner().invoke(cli.app, ["unhold", "--recipe", str(recipe_file)]).exit_code == 0
-        told = CliRunner().invoke(cli.app, ["forget", RAW, "nobody-knows-me", "--recipe", str(recipe_file)])
+        assert CliRunner().invoke(cli.app, ["release", "unhold", str(recipe_file)]).exit_code == 0
+        told = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
         assert told.exit_code == 0, told.output
         assert web.get(path).status_code == 404
 

@@ -9,9 +9,9 @@ from owlrec.errors import SourceError, WorkspaceError
 from owlrec.generation.import_export import ImportSource, adopt
 from owlrec.generation.job import GenerationJob, dead_file, read_knowledge
 from owlrec.generation.quality import QualityConfig
+from owlrec.runs.exchange import export_knowledge, import_knowledge
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
-from pipelines.interchange import export_knowledge, import_knowledge
 
 GOOD = "The film follows a stubborn sheriff through one long winter, and its slow, wry tone suits patient viewers."
 AS_OF = 1_000_000_000_000  # of user 1 in the small world; one later for each further user

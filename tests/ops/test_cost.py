@@ -1,7 +1,6 @@
 """Costs against numbers worked out by hand, and the schedule of a fleet against a simulation of it."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from fleet_simulation import Machines, Simulation  # type: ignore[import-not-found]
 
+from owlrec.cli import app, row_count
 from owlrec.decoding.controller import DecoderCounters, StepSums
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.generation.job import DECODER
@@ -29,7 +29,6 @@ from owlrec.refresh.state import State, write_state
 from owlrec.releases.manifest import ReleaseManifest
 from owlrec.shards import Artifact, Card
 from owlrec.workspace import Workspace
-from pipelines.plan import main, row_count
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "cluster" / "fleet-example.yaml"
 MILLION = 2**20
@@ -508,7 +507,7 @@ def test_the_example_fleet_prices_every_part():
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
+def command(tmp_path):
     """Runs the command over a finished run of 40 users, in 2 shards of 20 rows and 4000 tokens each."""
     workspace = Workspace(tmp_path / "ws")
     for number in range(2):
@@ -522,12 +521,11 @@ def command(tmp_path, monkeypatch):
     )
     (tmp_path / "fleet.yaml").write_text(FLEET)
 
-    def run(**changes):
-        given = {"recipe": tmp_path / "recipe.yaml", "workspace": workspace.root, "fleet": tmp_path / "fleet.yaml"}
-        options = [f"--{name}={value}" for name, value in (given | {"users": "3.6e3"} | changes).items()]
-        monkeypatch.setattr(sys, "argv", ["plan", *options])
+    def run(*switches, **changes):
+        given = {"workspace": workspace.root, "fleet": tmp_path / "fleet.yaml", "users": "3.6e3"} | changes
+        options = [f"--{name}={value}" for name, value in given.items()]
         with pytest.raises(SystemExit) as ended:
-            main()
+            app(["plan", str(tmp_path / "recipe.yaml"), *options, *switches])
         return ended.value.code
 
     return run
@@ -550,9 +548,9 @@ def test_the_command_says_what_it_extrapolates_from_and_what_is_missing(command,
     assert "1 shards for 2 engines" in capsys.readouterr().out
 
 
-def test_every_figure_goes_to_the_json_file(command, tmp_path):
-    assert command(json=tmp_path / "plan.json", refreshes="2", **{"acting-share": "0.5"}) == 0
-    figures = json.loads((tmp_path / "plan.json").read_text())
+def test_json_is_every_figure_alone_on_standard_output(command, capsys):
+    assert command("--json", refreshes="2", **{"acting-share": "0.5"}) == 0
+    figures = json.loads(capsys.readouterr().out)
     assert figures["estimate"]["texts"] == {"user": 3600 + 2 * 1800}
     # 7200 s and twice 3600 s of an engine in shards of 72 s, each preemption loses half of one; 3 per GPU-hour.
     expected = 3 * 14_400 / 3600 / (1 - 0.5 * 36 / 3600)
@@ -572,7 +570,6 @@ def test_every_figure_goes_to_the_json_file(command, tmp_path):
         ({"refreshes": "3"}, "--acting-share"),
         ({"fleet": "missing.yaml"}, "missing.yaml: cannot be read"),
         ({"workspace": "/nowhere/at/all"}, "Run a small recipe first"),
-        ({"json": "/nowhere/at/all.json"}, "/nowhere/at/all.json: cannot be written"),
     ],
 )
 def test_mistakes_end_in_one_plain_line(command, capsys, changes, message):

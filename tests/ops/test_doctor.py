@@ -120,7 +120,7 @@ def test_a_workspace_that_cannot_be_written_fails(tmp_path):
     (tmp_path / "file").touch()
     checks = {c.name: c for c in run_checks(str(tmp_path / "file" / "ws"), environ={})}
     assert checks["workspace"].ok == "fail"
-    assert "--workspace" in checks["workspace"].mend
+    assert "workspace" in checks["workspace"].mend
     assert {c.name: c for c in run_checks(str(tmp_path / "ws"), environ={})}["workspace"].ok == "ok"
 
 

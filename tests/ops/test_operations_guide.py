@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from pipelines.cli import app
+from owlrec.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -24,8 +24,10 @@ def words(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("owlrec ")])
 def test_owlrec_commands_are_understood(command):
-    _, name, *rest = words(command)
-    typer.main.get_command(app).commands[name].make_context(name, rest)  # raises where an option or argument is unknown
+    found, rest = typer.main.get_command(app), words(command)[1:]
+    while hasattr(found, "commands"):
+        found = found.commands[rest.pop(0)]
+    found.make_context(found.name, rest)  # raises where an option or argument is unknown
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ([\w.]+)", GUIDE))))

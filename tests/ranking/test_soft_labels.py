@@ -20,13 +20,12 @@ from owlrec.ranking.questions import Teacher
 from owlrec.recipe import Recipe
 from owlrec.reshard import reshard
 from owlrec.runner import WorkerLost
+from owlrec.runs.batch import prepare
+from owlrec.runs.ctr import soft_labels, train_ctr
+from owlrec.runs.ranker import score_pairs
 from owlrec.schema import DEAD_LETTERS, SOFT_LABELS
 from owlrec.shards import finished_stage, needed_stage
 from owlrec.workspace import Workspace
-from pipelines.prepare import run as prepare
-from pipelines.score_pairs import run as score_pairs
-from pipelines.train_ctr import run as train_ctr
-from pipelines.train_ctr import soft_labels
 
 USERS, ITEMS = 60, 20
 asked: list[str] = []  # all questions since the test began
@@ -243,11 +242,11 @@ def test_training_takes_soft_labels_of_its_own_tables_and_pairs_only(
     assert soft_labels(shop, workspace, prepared) == card
     other_alpha = recipe_for(tmp_path / "shop", workspace, ctr={"distillation": {"unlabeled": 4, "alpha": 0.9}})
     assert soft_labels(other_alpha, workspace, prepared) == card
-    with pytest.raises(WorkspaceError, match="Run `score-pairs` again"):
+    with pytest.raises(WorkspaceError, match="Run `ranker score-pairs` again"):
         soft_labels(recipe_for(tmp_path / "shop", workspace, ctr={"distillation": {}}), workspace, prepared)
     write_shop(tmp_path / "shop", users=USERS + 5)
     later = prepare(shop, workspace)
-    with pytest.raises(WorkspaceError, match="Run `score-pairs` again"):
+    with pytest.raises(WorkspaceError, match="Run `ranker score-pairs` again"):
         soft_labels(shop, workspace, later)
 
 

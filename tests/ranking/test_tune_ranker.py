@@ -15,10 +15,10 @@ from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.evaluation import auc, load_calibration
 from owlrec.ranking.judging import read_results
 from owlrec.recipe import Recipe
+from owlrec.runs.ranker import score_pairs
+from owlrec.runs.ranker import tune_ranker as run
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace
-from pipelines.score_pairs import run as score_pairs
-from pipelines.tune_ranker import run
 
 
 def prepare(workspace: Workspace) -> None:

@@ -22,13 +22,13 @@ from owlrec.refresh.plan import Moved
 from owlrec.refresh.state import RefreshPlan, State, read_state
 from owlrec.releases import ReleaseInfo, publish
 from owlrec.runner import Result, Stage, Work, run_stage
+from owlrec.runs.refresh import Refresh
 from owlrec.schema import KNOWLEDGE, vector_matrix, vectors_schema
 from owlrec.shards import Card
 from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.splits import last_behaviors
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
-from pipelines.refresh import Refresh
 
 START = 1_000_000_000_000  # the histories' as_of; a moment in September 2001
 HOUR, DAY = 3_600_000, 86_400_000

@@ -40,10 +40,10 @@ from owlrec.refresh.state import CLAIM, dead_files, read_state, write_state
 from owlrec.releases import current_release, list_releases, open_release, roll_back
 from owlrec.releases.manifest import chain, read_manifest
 from owlrec.reshard import reshard
+from owlrec.runs import refresh
 from owlrec.shards import Card, claimed
 from owlrec.storage import PointerMoved
 from owlrec.workspace import Workspace
-from pipelines import refresh
 
 AWAY = [115, 116, 117]
 
@@ -227,7 +227,7 @@ def test_refresh_without_calls_moves_the_watermark_and_no_release(world: Workspa
 
 
 def killed(world: Workspace, plan: object, monkeypatch: pytest.MonkeyPatch, step: str, **options: object) -> None:
-    """Carries a plan out up to a step of pipelines.refresh or refresh.apply."""
+    """Carries a plan out up to a step of runs.refresh or refresh.apply."""
     with monkeypatch.context() as patch:
         patch.setattr(step, lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -237,7 +237,7 @@ def killed(world: Workspace, plan: object, monkeypatch: pytest.MonkeyPatch, step
 def test_a_delta_that_was_published_is_only_settled(world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     log_events(world, watched(1, AWAY))
     plan = plan_refresh(world)
-    killed(world, plan, monkeypatch, "pipelines.refresh.settle")
+    killed(world, plan, monkeypatch, "owlrec.runs.refresh.settle")
     delta = current_release(world)
     later = publish_world(world, "second")  # somebody publishes in between
     assert interrupted_plan(world, "", "settings that changed since") == plan.plan

@@ -17,8 +17,8 @@ from refresh_world import (  # type: ignore[import-not-found]
 from owlrec.refresh.partitions import Behavior, UserState, renewed_behaviors
 from owlrec.releases import compact, current_release, list_releases, open_release
 from owlrec.releases.manifest import read_manifest
+from owlrec.runs import refresh
 from owlrec.workspace import Workspace
-from pipelines import refresh
 
 
 @pytest.fixture

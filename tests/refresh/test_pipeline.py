@@ -27,9 +27,10 @@ from owlrec.ops.watching import Stopped, StopSignals
 from owlrec.refresh.state import dead_files, read_state, unfinished_plans
 from owlrec.releases import open_release
 from owlrec.releases.release import pointer
+from owlrec.runs import refresh
+from owlrec.runs.upkeep import reshard
 from owlrec.storage import PointerHeld
 from owlrec.workspace import Workspace
-from pipelines import refresh, reshard
 
 AWAY = [115, 116, 117]
 
@@ -146,11 +147,11 @@ def test_a_reshard_waits_for_an_interrupted_refresh(world: Workspace, server: Se
     with pytest.raises(EngineError):
         refresh.run(recipe_for(world), world)
     with pytest.raises(WorkspaceError, match="a refresh was interrupted"):
-        reshard.run(recipe_for(world), world)
+        reshard(recipe_for(world), world)
     server.away = False
     (state,) = refresh.run(recipe_for(world), world)
     before = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
-    assert reshard.run(recipe_for(world), world, ["user"]) == {"user": 8}
+    assert reshard(recipe_for(world), world, ["user"]) == {"user": 8}
     state = read_state(world)
     after = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
     assert sorted(after, key=lambda u: u.user_id) == sorted(before, key=lambda u: u.user_id)
@@ -190,8 +191,8 @@ def left(workspace: Workspace) -> dict[str, Any]:
         "owlrec.refresh.apply.UpsertItems",
         "owlrec.refresh.apply.StorePartitions",
         "owlrec.refresh.apply.SettleStage",
-        "pipelines.refresh.write_state",
-        "pipelines.refresh.sweep",
+        "owlrec.runs.refresh.write_state",
+        "owlrec.runs.refresh.sweep",
     ],
 )
 def test_items_and_partitions_outlive_an_end_at_any_step(

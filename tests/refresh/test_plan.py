@@ -320,7 +320,9 @@ def test_rolled_back_release_is_not_built_around(world: Workspace) -> None:
     delta = carry_out(world, plan_refresh(world)).release
     roll_back(world)
     log_events(world, watched(1, [118], START + 2 * DAY), "two")
-    with pytest.raises(ReleaseError, match=f"does not come after {delta}.*`owlrec rollback --to {delta}`.*delete"):
+    with pytest.raises(
+        ReleaseError, match=f"does not come after {delta}.*`owlrec release rollback --to {delta}`.*delete"
+    ):
         plan_refresh(world)
     roll_back(world, delta)
     assert plan_refresh(world).plan.parent == delta

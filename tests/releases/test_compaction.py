@@ -8,12 +8,12 @@ import pytest
 from release_rows import FULL, Rows, answers, check, publish_chain, publish_rows, texts
 from typer.testing import CliRunner
 
+from owlrec.cli import app
 from owlrec.errors import ReleaseError
 from owlrec.releases import compact, current_release, list_releases, open_release, prune, retention
 from owlrec.releases.lmdb import PartWriter
 from owlrec.releases.manifest import read_manifest
 from owlrec.workspace import Workspace
-from pipelines.cli import app
 
 
 @pytest.fixture
@@ -175,24 +175,24 @@ def test_lookups_never_fail_nor_mix_releases_while_deltas_are_compacted_and_prun
 
 def test_the_commands_say_what_they_did(workspace):
     names = publish_chain(workspace)
-    run, root = CliRunner().invoke, ["--workspace", workspace.root]
-    listed = run(app, ["releases", *root])
+    run, root = CliRunner().invoke, workspace.root
+    listed = run(app, ["release", "list", root])
     assert listed.exit_code == 0
     lines = [line for line in listed.output.splitlines() if names[-1][-8:] in line]
     assert [names[-2] in line for line in lines] == [True]
-    shown = run(app, ["lookup", "user", "4", *root])
+    shown = run(app, ["lookup", root, "user", "4"])
     assert "peace" in shown.output
-    assert "peace" in run(app, ["lookup", "cohort", "8", *root]).output
-    assert "semantic id 1-256, duplicate digit 300" in run(app, ["lookup", "item", "5", *root]).output
-    assert "semantic id" not in run(app, ["lookup", "user", "1", *root]).output  # a new vector without codes
-    assert "stays current" in run(app, ["hold", "--reason", "odd texts", *root]).output
-    refused = run(app, ["compact", *root])
+    assert "peace" in run(app, ["lookup", root, "cohort", "8"]).output
+    assert "semantic id 1-256, duplicate digit 300" in run(app, ["lookup", root, "item", "5"]).output
+    assert "semantic id" not in run(app, ["lookup", root, "user", "1"]).output  # a new vector without codes
+    assert "stays current" in run(app, ["release", "hold", root, "--reason", "odd texts"]).output
+    refused = run(app, ["release", "compact", root])
     assert (refused.exit_code, "odd texts" in refused.output) == (1, True)
-    assert "no hold" in run(app, ["unhold", *root]).output
-    compacted = run(app, ["compact", *root])
+    assert "no hold" in run(app, ["release", "unhold", root]).output
+    compacted = run(app, ["release", "compact", root])
     assert f"release {current_release(workspace)} is current, in place of {names[-1]}" in compacted.output
-    assert "full already" in run(app, ["compact", *root]).output
-    assert "nothing to remove" in run(app, ["prune", *root]).output
-    pruned = run(app, ["prune", "--keep", "1", "--min-age-hours", "0", *root])
+    assert "full already" in run(app, ["release", "compact", root]).output
+    assert "nothing to remove" in run(app, ["release", "prune", root]).output
+    pruned = run(app, ["release", "prune", root, "--keep", "1", "--min-age-hours", "0"])
     assert all(name in pruned.output for name in names)
     assert json.loads((workspace.local_path("releases", "CURRENT")).read_text())["history"][:3] == names

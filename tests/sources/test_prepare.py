@@ -12,6 +12,7 @@ import pytest
 
 from owlrec.errors import OwlRecError, SchemaError, WorkspaceError
 from owlrec.recipe import Recipe
+from owlrec.runs import batch
 from owlrec.schema import INTERACTIONS, SAMPLES, shard_of, stable_id
 from owlrec.shards import Artifact, Card, Claims, finished_stage
 from owlrec.sources import files, ingest, tabular
@@ -22,7 +23,6 @@ from owlrec.sources.splits import SplitConfig, build_samples, read_samples
 from owlrec.sources.tabular import TableSource
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace, table_file
-from pipelines import prepare
 
 T = 1_600_000_000_000
 N_USERS, N_ITEMS, N_FILES, ROWS = 120, 40, 6, 700
@@ -71,7 +71,7 @@ def recipe(folder: Path, workspace: str | Path, split: dict[str, Any] | None = N
 
 def prepared(recipe: Recipe) -> tuple[Card, Workspace]:
     workspace = Workspace(recipe.workspace)
-    return prepare.run(recipe, workspace), Workspace(recipe.workspace)
+    return batch.prepare(recipe, workspace), Workspace(recipe.workspace)
 
 
 def by_id(table: pa.Table, *keys: str) -> list[dict[str, Any]]:
@@ -458,7 +458,7 @@ def test_a_delta_table_is_read_by_version(tmp_path: Path) -> None:
 def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_source(tmp_path / "source")
     here, _ = prepared(recipe(folder, tmp_path / "here"))
-    monkeypatch.setattr(prepare, "HERE_ROWS", 0)
+    monkeypatch.setattr(batch, "PREPARED_HERE", 0)
     assert prepared(recipe(folder, tmp_path / "ray"))[0].fingerprint == here.fingerprint
     table = interactions(4, "u")
     write_log(folder, 4, pa.concat_tables([table, table.slice(9, 1)]))
@@ -467,7 +467,7 @@ def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatc
 
 
 def test_movielens_does_not_need_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "ray_session", None)
+    monkeypatch.setattr(batch, "ray_session", None)
     values = {"name": "t", "scenario": "movies", "engine": {"type": "echo"}, "source": {"type": "movielens-100k"}}
     values["split"] = {"cuts": "half", "kar_protocol": True}
     card, workspace = prepared(Recipe.model_validate({**values, "workspace": str(tmp_path)}))

@@ -37,7 +37,7 @@ from owlrec.workspace import Workspace, shard_file
 # model.json of an artifact, which is written last: read without torch, so that who only asks for it starts fast.
 
 
-AGAIN = "Run `owlrec export-ctr` again."
+AGAIN = "Run `owlrec ctr export` again."
 
 
 class Reads(BaseModel):
@@ -93,7 +93,7 @@ def read_card(workspace: Workspace, folder: str) -> ModelCard:
     """Raises WorkspaceError where the folder holds no finished artifact."""
     if not workspace.exists(folder, "model.json"):
         raise WorkspaceError(
-            f"{workspace.path(folder)}: no finished artifact is there. `owlrec export-ctr` writes one and names it."
+            f"{workspace.path(folder)}: no finished artifact is there. `owlrec ctr export` writes one and names it."
         )
     try:
         return ModelCard.model_validate(workspace.read_json(f"{folder}/model.json"))

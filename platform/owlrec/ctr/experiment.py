@@ -30,7 +30,7 @@ from owlrec.workspace import Workspace, shard_file
 # ---------------------------------------------------------------------------------------------------------------- sweep
 # Which settings a sweep tries: learning rates times sizes of the adaptor, judged on the valid split alone.
 #
-# No torch and no Ray here: the recipe loads this module at every call. `pipelines.sweep_ctr` runs it.
+# No torch and no Ray here: the recipe loads this module at every call. `owlrec ctr sweep` runs it.
 
 
 class SweepConfig(Config):
@@ -60,7 +60,7 @@ class SweepConfig(Config):
 #
 # Of a pair with a label y and a probability p the loss is (1 - a) BCE(y) + a BCE(p), which is the BCE of the blended
 # label (1 - a) y + a p; of a pair without a label it is a BCE(p). So training needs no second loss: labels lie between
-# 0 and 1, and samples have weights. `owlrec score-pairs` asks the LLM and writes the probabilities
+# 0 and 1, and samples have weights. `owlrec ranker score-pairs` asks the LLM and writes the probabilities
 # (ranking.soft_labels).
 #
 # Leaks: only pairs at the moment of a train sample of the same user are learned from, so a pair without a label is in
@@ -99,7 +99,7 @@ class DistillationConfig(Config):
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """What `score-pairs` wrote, and how much it counts; picklable."""
+    """What `ranker score-pairs` wrote, and how much it counts; picklable."""
 
     folder: str
     alpha: float
@@ -115,7 +115,7 @@ class SoftLabels:
         if (odd := ~((p >= 0) & (p <= 1))).any():
             raise SchemaError(
                 f"{workspace.path(path)}, row {odd.argmax()}: p is {p[odd.argmax()]}, but it is a probability. Delete "
-                "the file and run `score-pairs` again."
+                "the file and run `ranker score-pairs` again."
             )
         return table
 
@@ -232,7 +232,7 @@ def _history_name(number: int, start: int) -> str:
 class AdaptorConfig(Config):
     """The hybrid-expert adaptor.
 
-    As many experts as KAR's run script has, of a quarter of its width, for speed: `pipelines.sweep_ctr` compares widths
+    As many experts as KAR's run script has, of a quarter of its width, for speed: `owlrec ctr sweep` compares widths
     on valid.
     """
 
@@ -270,8 +270,10 @@ class CTRConfig(Config):
     # Components that the adaptor reads of a knowledge vector: the first principal ones where it has more. None = all.
     knowledge_dim: int | None = Field(default=64, ge=1)
     adaptor: AdaptorConfig = AdaptorConfig()
-    distillation: DistillationConfig | None = None  # None = labels alone; else `score-pairs` comes before training
-    sweep: SweepConfig = SweepConfig()  # what `pipelines.sweep_ctr` tries
+    distillation: DistillationConfig | None = (
+        None  # None = labels alone; else `ranker score-pairs` comes before training
+    )
+    sweep: SweepConfig = SweepConfig()  # what `owlrec ctr sweep` tries
     # Off, as in KAR: with few training users, demographics overfit (MovieLens-100K: valid AUC -.002 to -.004).
     use_profile: bool = False
     # Rarer items share one embedding, which is thereby trained for new items.

@@ -72,7 +72,7 @@ def train_trials(
         holds its vectors (VectorShards). Those that the trials do not need are left alone.
     fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
     attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
-    soft_labels: what `score-pairs` wrote, where config.distillation is given.
+    soft_labels: what `ranker score-pairs` wrote, where config.distillation is given.
     warm_start: the folder of an artifact whose weights all trials go on from.
     pool: where the samples are encoded.
     on_trial: called with each new result as it is written, from a second thread of this process.

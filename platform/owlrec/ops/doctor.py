@@ -185,7 +185,7 @@ def _machine(workspace: str | None) -> list[Check]:
             shutil.disk_usage(place).free / GIB,
             5,
             f"GiB free at {place}",
-            "free some space, or name another workspace with --workspace",
+            "free some space, or name another workspace",
         ),
         *_shared_memory(),
     ]
@@ -207,7 +207,7 @@ def _writable(workspace: str) -> Check:
     try:
         Workspace(workspace).check_writable()
     except OwlRecError as error:
-        return Check("workspace", "fail", str(error), "name a folder you may write to with --workspace")
+        return Check("workspace", "fail", str(error), "name a workspace that you may write to")
     return Check("workspace", "ok", f"{workspace} is writable")
 
 

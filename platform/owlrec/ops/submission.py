@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import glob
+import importlib.util
 import json
 import logging
 import math
@@ -32,8 +33,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import httpx
 import yaml
 
+import owlrec
 from owlrec import __version__
-from owlrec.errors import ClusterError, RecipeError
+from owlrec.errors import ClusterError, OwlRecError, RecipeError
 from owlrec.ops.console import note
 from owlrec.ops.doctor import Check
 from owlrec.ops.preflight_probe import MARK
@@ -54,6 +56,22 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 CODE_ROOT = "platform"  # of owlrec in the folder, as in the repository: relative, since it lies elsewhere on each node
 _FOR_PACKAGES = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+def code_packages() -> dict[str, Path]:
+    """OwlRec's own code: folder by where it lies in a job's folder."""
+    packages = {f"{CODE_ROOT}/owlrec": Path(owlrec.__file__).parent}
+    for name in ("pipelines", "serve_apps"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ClusterError(f"{name} is not installed here: submit with --installed, or from OwlRec's own folder.")
+        packages[name] = Path(spec.origin).parent
+    return packages
+
+
+def workspace_root(workspace: str) -> str:
+    """A workspace as the cluster's machines should open it: theirs is another current folder."""
+    return workspace if "://" in workspace else os.path.abspath(os.path.expanduser(workspace))
 
 
 @contextmanager
@@ -446,6 +464,20 @@ def examine_inside(
     """What the cluster is like from the inside, for a job in workspace `root` that asks for `demand`."""
     patience = _INSTALL_S if runtime_env.keys() & {"pip", "uv", "conda"} else _PROBE_S
     return judge(probe(jobs, runtime_env, root, timeout_s=patience), root, demand)
+
+
+def check_cluster(address: str, workspace: str | None) -> list[Check]:
+    """What `owlrec doctor --cluster` finds, a workspace as the cluster's machines see it included."""
+    jobs, checks = examine(address)
+    if jobs is None:
+        return checks
+    root = workspace_root(workspace) if workspace else None
+    with job_folder(None, code_packages()) as folder:
+        environment = runtime_env(folder, installed=False)
+        try:
+            return [*checks, *examine_inside(jobs, environment, root)]
+        except OwlRecError as error:
+            return [*checks, Check("jobs", "fail", str(error), "see above")]
 
 
 def follow_to_end(jobs: Jobs, id_: str) -> int:

@@ -76,7 +76,7 @@ def write_questions(
 
 
 # ---------------------------------------------------------------------------------------------------------- soft labels
-# The stage behind `owlrec score-pairs`: an LLM's P(yes) of pairs of user and item, for CTR models to learn from.
+# The stage behind `owlrec ranker score-pairs`: an LLM's P(yes) of pairs of user and item, for CTR models to learn from.
 #
 # A pair is asked about as the ranker asks when it serves: the same wording, the same choice of behaviors, all strictly
 # earlier than the pair. Rows whose question is what it was keep their probability, so more pairs or more users cost
@@ -102,7 +102,7 @@ class Teacher:
     config: RankingConfig
     scenario: Scenario
     encoder: EncoderConfig | LastLayerConfig  # of the vectors by which behaviors are retrieved
-    adapter: str | None = None  # a folder that `tune-ranker` wrote; None = the model as it is
+    adapter: str | None = None  # a folder that `ranker tune` wrote; None = the model as it is
     adapter_sha256: str = ""
     calibration: PlattScaling | None = None
 

@@ -336,14 +336,14 @@ def parent_release(workspace: Workspace, after: str | None, encoder: EncoderConf
     if not workspace.exists("releases", current, MANIFEST):
         raise ReleaseError(
             f"release {current}, which a refresh would build on, is gone from {workspace.path('releases')}. Make "
-            "another one current (`owlrec releases` lists them, `owlrec rollback` goes back), or publish in full "
+            "another one current (`owlrec release rollback`; `release list` shows them), or publish in full "
             "(`owlrec run --from publish`)."
         )
     if after is not None and after not in history:
         raise ReleaseError(
             f"the current release {current} does not come after {after}, which the refreshes go on from: it was "
-            f"rolled back. Make that one current again (`owlrec rollback --to {after}`); or, to go on from {current}, "
-            f"delete {workspace.path(REFRESH_FOLDER)}: the refresh then reads the whole log again."
+            f"rolled back. Make that one current again (`owlrec release rollback --to {after}`); or, to go on from "
+            f"{current}, delete {workspace.path(REFRESH_FOLDER)}: the refresh then reads the whole log again."
         )
     manifest = chain(workspace, current)[0]
     if manifest.encoder != encoder.model or manifest.encoder_identity not in ("", encoder.identity):

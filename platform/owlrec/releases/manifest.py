@@ -14,7 +14,7 @@ from owlrec.workspace import Workspace
 
 FORMAT = 4
 MANIFEST = "release.json"
-WAY_BACK = "Roll back to the previous release (`owlrec rollback`), or publish again."
+WAY_BACK = "Roll back to the previous release (`owlrec release rollback`), or publish again."
 
 
 class SemanticIdEntry(BaseModel):
@@ -127,5 +127,5 @@ def _full_release(workspace: Workspace) -> str:
     for name in reversed(workspace.names("releases")):
         with suppress(ReleaseError):
             if not read_manifest(workspace, name).delta:
-                return f"Roll back to a full release (`owlrec rollback --to {name}`), or publish in full."
+                return f"Roll back to a full release (`owlrec release rollback --to {name}`), or publish in full."
     return "Publish in full: no full release is left."

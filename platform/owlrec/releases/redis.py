@@ -116,7 +116,7 @@ class RedisStore(RowStore):
             if answer[-1] is None:
                 raise StoreUnavailableError(
                     f"release {self._manifest.name} is gone from Redis: it lost its data, or the release was pruned. "
-                    "Run `owlrec push`."
+                    "Run `owlrec release push`."
                 )
             values += answer[:-1]
         return values
@@ -143,7 +143,8 @@ class RedisReleases:
                 raise ValueError("'history' does not end with 'release'")
         except (ValueError, KeyError, TypeError) as error:
             raise ReleaseError(
-                f"the key {self.namespace}:current is not a pointer ({error}). Delete it and run `owlrec push` again."
+                f"the key {self.namespace}:current is not a pointer ({error}). Delete it and run `owlrec release push` "
+                "again."
             ) from None
         return history
 
@@ -160,7 +161,7 @@ class RedisReleases:
             return None if raw is None else ReleaseManifest.model_validate_json(raw)
         except ValidationError as error:
             raise ReleaseError(
-                f"release {name} in Redis: its manifest is unreadable ({error}). Run `owlrec push --replace`."
+                f"release {name} in Redis: its manifest is unreadable ({error}). Run `owlrec release push --replace`."
             ) from None
 
     def chain(self, name: str) -> list[ReleaseManifest]:
@@ -173,7 +174,9 @@ class RedisReleases:
         while step is not None:
             manifest = self.manifest(step)
             if manifest is None:
-                raise ReleaseError(f"Redis holds no release '{step}'. Run `owlrec push` for the workspace that has it.")
+                raise ReleaseError(
+                    f"Redis holds no release '{step}'. Run `owlrec release push` for the workspace that has it."
+                )
             manifests.append(manifest)
             step = manifest.parent if manifest.delta else None
         return manifests
@@ -239,7 +242,9 @@ def roll_back_redis(releases: RedisReleases, to: str | None = None) -> str:
     if to is None:
         earlier = [n for n in history if n != history[-1] and releases.manifest(n) is not None]
         if not earlier:
-            raise ReleaseError("Redis holds no release that was current before. Push one: `owlrec push --release`.")
+            raise ReleaseError(
+                "Redis holds no release that was current before. Push one: `owlrec release push --release`."
+            )
         to = earlier[-1]
     releases.chain(to)
     _write_pointer(releases, history[: len(history) - history[::-1].index(to)] if to in history else [*history, to])

@@ -121,7 +121,7 @@ def make_current(workspace: Workspace, name: str, *, expected: str | None = ANY)
     except PointerMoved as error:
         raise ReleaseError(
             f"release {name} was built while {expected} was current, but now {current.current} is, and stays so "
-            f"({error}) Run the same command again, or make this one current: `owlrec rollback --to {name}`."
+            f"({error}) Run the same command again, or make this one current: `owlrec release rollback --to {name}`."
         ) from None
 
 
@@ -140,7 +140,7 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
             raise ReleaseError(
                 f"{workspace.path('releases/CURRENT')}: no release was current before "
                 f"{repr(history[-1]) if history else 'this'}, so there is nothing to roll back to. "
-                f"Name a release: `owlrec releases` shows them."
+                f"Name a release: `owlrec release list` shows them."
             )
     chain(workspace, to)
     pointer(workspace).rewind(to)

@@ -286,7 +286,7 @@ def _needed_now(workspace: Workspace) -> set[str]:
     if current is None:
         raise ReleaseError(
             f"{workspace.path('releases')}: no release is current, so nobody knows which ones are needed. "
-            f"Make one current first: `owlrec rollback --to`."
+            f"Make one current first: `owlrec release rollback --to`."
         )
     return {m.name for m in chain(workspace, current)}
 

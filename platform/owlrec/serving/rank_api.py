@@ -34,7 +34,7 @@ from owlrec.workspace import Workspace
 # -------------------------------------------------------------------------------------------------------------- rankers
 # Which ranker is in force: an adapter or the model as it is, and the map that makes its scores probabilities.
 #
-# `owlrec tune-ranker` fits a calibration for each way of asking and leaves it beside the adapter, where it is found
+# `owlrec ranker tune` fits a calibration for each way of asking and leaves it beside the adapter, where it is found
 # without being named. A score that it was not fitted for would come out wrong but plausible, so the way of asking is
 # part of the file's name.
 
@@ -45,7 +45,7 @@ _log = logging.getLogger("owlrec.serving")
 class RankerChoice(Config):
     """What is put in force; paths are relative to the workspace."""
 
-    adapter: str | None = None  # a folder that `owlrec tune-ranker` wrote; None = the model as it is
+    adapter: str | None = None  # a folder that `owlrec ranker tune` wrote; None = the model as it is
     calibration: str | None = Field(None, min_length=1)  # a file; None = the adapter's own, where it has one
 
 

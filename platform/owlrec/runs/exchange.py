@@ -1,28 +1,72 @@
-"""Vectors for trainers of one's own: Parquet by raw id, what a lookup in a release would answer."""
+"""Knowledge and vectors in and out: what was made elsewhere comes in, what a release holds goes out as files."""
 
 from contextlib import nullcontext
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pyarrow as pa
 
 from owlrec.ctr.artifact import read_card
-from owlrec.ctr.scoring import Artifact, LiveState
+from owlrec.encoding.inputs import import_vectors as shard_vectors
 from owlrec.errors import ReleaseError, WorkspaceError
+from owlrec.generation.import_export import ImportSource, adopt, export_jsonl, export_parquet
+from owlrec.generation.job import add_cards, iterate_knowledge
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.schema import TABLES, Kind
-from owlrec.serving.live import live_state
-from owlrec.shards import Shard
+from owlrec.runs.stage import from_stage, ray_session
+from owlrec.schema import KINDS, TABLES, Kind
+from owlrec.shards import Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
-from pipelines.session import ray_session
+
+if TYPE_CHECKING:
+    from owlrec.ctr.scoring import LiveState
 
 FOLDER = "exports"
 _HERE_IDS = 300_000  # that this process looks up in some ten seconds
 _IDS_AT_ONCE = 4096
+
+
+def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource) -> Card:
+    """Reads `source` into the workspace; `encode` and what follows then work on imported knowledge."""
+    stage_header("import", f"{source.kind} knowledge from {source.path}")
+    needed_stage(workspace, "prepare", "the tables are not prepared")
+    watch = Stopwatch()
+    forget_stages(workspace, from_stage("generate"))
+    job = adopt(workspace, recipe.domain, recipe.quality, source)[0]
+    cards = job.artifact(workspace).cards()  # of all imports: this one replaced what an earlier one brought of its kind
+    counts = add_cards(cards.values())
+    for kind in KINDS:
+        if counts[f"{kind}_rows_out"] or counts[f"{kind}_rows_dead"]:
+            note(f"{kind}: {counts[f'{kind}_rows_out']:,} texts, {counts[f'{kind}_rows_dead']:,} dead rows")
+    named = fingerprint(job.fingerprint, [(name, card.files) for name, card in cards.items()])
+    counts["shards"] = len(cards)
+    return finish_stage(
+        workspace,
+        "generate",
+        named,
+        counts=counts,
+        outputs={"knowledge": job.folder},
+        seconds=watch.seconds,
+    )
+
+
+def import_vectors(workspace: Workspace, kind: Kind, vectors: str, ids: str, as_of_ms: int | None = None) -> int:
+    """Takes in vectors made elsewhere, which `encode` then prefers to its own for their ids; how many there are."""
+    stage_header("import", f"{kind} vectors from {vectors}")
+    return shard_vectors(workspace, kind, vectors, ids, as_of_ms).rows
+
+
+def export_knowledge(workspace: Workspace, path: str, kind: Kind | None = None) -> int:
+    """Writes what `generate` made to one file, JSON lines or Parquet by its name; the number of rows."""
+    generated = finished_stage(workspace, "generate")
+    if generated is None:
+        raise WorkspaceError(f"{workspace.root}: no knowledge yet. Run `generate` first, or import some.")
+    tables = iterate_knowledge(workspace, generated.outputs["knowledge"], (kind,) if kind else KINDS)
+    write = export_parquet if path.endswith(".parquet") else export_jsonl
+    return write(tables, path)
 
 
 class ExportVectors(Stage):
@@ -40,6 +84,9 @@ class ExportVectors(Stage):
         """Opens the release; its parts are fetched as they are asked for."""
         self._opened = open_release(workspace, self.release, verify=False, lazily=True)
         if self.artifact is not None:
+            from owlrec.ctr.scoring import Artifact  # torch, which importing knowledge does without
+            from owlrec.serving.live import live_state
+
             self._live = live_state(Artifact.open(workspace, self.artifact), self._opened)
 
     def run(self, work: Work) -> Result:
@@ -87,7 +134,7 @@ def _lists(matrix: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), max(1, matrix.shape[1]))
 
 
-def run(
+def export_vectors(
     recipe: Recipe, workspace: Workspace, *, release: str | None = None, artifact: str | None = None
 ) -> dict[str, str]:
     """Writes the vectors of a release, by default the current one; the folder of each kind.

@@ -1,0 +1,393 @@
+"""The stages of a batch, from raw data to a release: prepare, cohorts, generate, encode, publish."""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
+
+import pyarrow as pa
+
+from owlrec.cohorts.building import build_cohorts
+from owlrec.cohorts.model import POINTER, CohortNames, previous_folder
+from owlrec.ctr.knowledge import DISLIKED, arm_parts
+from owlrec.decoding import DecodingConfig
+from owlrec.decoding.release_pools import FOLDER, find_pools, write_release_pools
+from owlrec.encoding.inputs import (
+    Input,
+    ItemMetadata,
+    KnowledgeTexts,
+    Members,
+    UserMetadata,
+    WithImported,
+    imported_vectors,
+)
+from owlrec.encoding.stage import EncodingJob
+from owlrec.encoding.vectors import read_quantisers
+from owlrec.errors import SourceError, WorkspaceError
+from owlrec.generation import EngineConfig, VllmEngineConfig
+from owlrec.generation.job import (
+    GenerateConfig,
+    add_cards,
+    build_job,
+    check_dead_share,
+    decoder_counters,
+    iterate_knowledge,
+    prompt_inputs,
+    table_inputs,
+)
+from owlrec.generation.models import load_tokenizer
+from owlrec.generation.worker import GenerateStage
+from owlrec.ops.console import ShardWatch, note, progress, stage_header
+from owlrec.prompting.rows import cohort_prompts, collective_fingerprint, prompts_table
+from owlrec.recipe import Recipe
+from owlrec.releases.build import PART_IDS, ReleaseInfo, ShardRows, publish_rows
+from owlrec.releases.release import current_release
+from owlrec.runner import Pool, Stage, pending_shards, run_stage
+from owlrec.runs.stage import Counts, Outputs, execute, from_stage, ray_session
+from owlrec.scenario import Scenario
+from owlrec.schema import KINDS, TABLES
+from owlrec.shards import Card, Shard, Stopwatch, claimed, finish_stage, finished_stage, forget_stages, needed_stage
+from owlrec.sources.outcomes import Labels
+from owlrec.sources.preparation import TABLES as TABLES_FOLDER
+from owlrec.sources.preparation import USER_TABLES, Preparation
+from owlrec.sources.splits import SPLITS
+from owlrec.storage import Pointer, fingerprint
+from owlrec.workspace import Workspace, shards_for
+
+PREPARED_HERE = 3_000_000  # interactions of a source that is prepared in this process, in some ten seconds
+
+
+def prepare(recipe: Recipe, workspace: Workspace) -> Card:
+    """Reads the source, builds samples and histories, writes five tables. The card's fingerprint is of their content.
+
+    Raises SourceError or SchemaError, naming file and row, where the source breaks the contract: the tables of an
+    earlier run stay then. Raises WorkspaceError where another `prepare` is at this workspace.
+    """
+    stage_header("prepare", f"{recipe.source.type} to tables")
+    source = recipe.source.open()
+    labels = Labels.of(recipe.labels, source.outcomes, recipe.scenario.positive_above)
+    preparation = Preparation(workspace, source, recipe.split, labels, recipe.shard_rows)
+    made_of = preparation.made_of
+    done = finished_stage(workspace, "prepare")
+    if done is not None and done.counts.get("made_of") == made_of and preparation.whole:
+        note("done already, nothing to do")
+        return done
+    watch = Stopwatch()
+    with claimed(workspace, "claims/prepare", "prepare"), ExitStack() as session:
+        if preparation.rows > PREPARED_HERE:
+            session.enter_context(ray_session(recipe.ray, workspace.log_path("ray")))
+        log = str(workspace.log_path("prepare"))
+
+        def make(stage: Stage, inputs: Mapping[Shard, str], about: str, rows: int) -> dict[str, Card]:
+            if rows <= PREPARED_HERE:
+                return run_stage(workspace, stage, inputs)
+            pool = Pool(here=False, max_workers=len(inputs), log_path=log)
+            with progress(about, None) as advance:
+                return run_stage(workspace, stage, inputs, pool, on_card=lambda card: advance(card.rows_in))
+
+        made, content = preparation.run(make, lambda: forget_stages(workspace, from_stage("prepare")))
+        items, users = made.pop("items"), made.pop("all_users")
+        note(f"{users:,} users, {items:,} items, {made['interactions']:,} interactions")
+        note(", ".join(f"{made[f'samples_{s}']:,} {s} samples" for s in SPLITS) + f"; {labels.about}")
+        counts: Counts = {"items": items, **made, "made_of": made_of, "labels": labels.model_dump_json()}
+        outputs = {name: f"{TABLES_FOLDER}/{name}" for name in ("items", *USER_TABLES)}
+        card = finish_stage(workspace, "prepare", content, counts=counts, outputs=outputs, seconds=watch.seconds)
+        preparation.tidy()
+        return card
+
+
+COHORTS_HERE = 200_000  # users and items that one process is done with sooner than Ray has started
+
+
+def cohorts(recipe: Recipe, workspace: Workspace) -> Card:
+    """Builds the recipe's cohorts; does nothing where it asks for none."""
+    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    config, scenario = recipe.cohorts, recipe.domain
+    if config is None:
+        return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))
+    named = fingerprint(prepared.fingerprint, config, collective_fingerprint(scenario), recipe.split.cuts)
+    folder = f"cohorts/{named[:16]}"
+    here = int(prepared.counts.get("users", 0)) + int(prepared.counts.get("items", 0)) <= COHORTS_HERE
+
+    def body() -> tuple[Counts, Outputs]:
+        log = workspace.log_path("ray")
+        pool = Pool(here=here, max_workers=recipe.ray.num_cpus or 1 << 10, log_path=None if here else str(log))
+        with (
+            nullcontext() if here else ray_session(recipe.ray, log),
+            progress("building cohorts", None, "shards") as advance,
+        ):
+            counts = build_cohorts(
+                workspace,
+                folder,
+                config,
+                scenario,
+                partial(_ask, scenario=scenario),
+                shard_rows=recipe.shard_rows,
+                cuts=recipe.split.cuts,
+                pool=pool,
+                previous=previous_folder(workspace, folder),
+                on_card=lambda card: advance(1),
+            )
+        Pointer(workspace, POINTER).move(folder)
+        for kind in ("user", "item"):
+            n, members, largest = (counts[f"{kind}_{name}"] for name in ("cohorts", "members", "cohort_largest"))
+            note(f"{n:,} cohorts of {kind}s, of {members / n:.0f} members in the mean, {largest:,} in the largest")
+        return {**counts}, {"cohorts": folder}
+
+    return execute(workspace, "cohorts", named, "users and items that are alike", body)
+
+
+def cohorts_folder(recipe: Recipe, workspace: Workspace) -> str | None:
+    """The folder of the recipe's cohorts, None where it asks for none. Raises WorkspaceError where they are not built
+    yet."""
+    if recipe.cohorts is None:
+        return None
+    built = finished_stage(workspace, "cohorts")
+    if built is None or "cohorts" not in built.outputs:
+        raise WorkspaceError(f"{workspace.root}: no cohorts yet. Run `cohorts` first, with the same recipe.")
+    return built.outputs["cohorts"]
+
+
+def _ask(profiles: pa.Table, scenario: Scenario) -> pa.Table:
+    return prompts_table(cohort_prompts(profiles, scenario))
+
+
+ANSWERED_HERE = 20_000  # an engine without a model answers so many before Ray would have started
+
+
+def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Card:
+    """Does every shard that is not done under this very job; starts no engine where all are.
+
+    retry_dead: asks for the dead rows of finished shards once more, too.
+    """
+    model = getattr(recipe.engine, "model", recipe.engine.type)
+    stage_header("generate", f"{recipe.prompts.framework} prompts, {model}, decoding {recipe.decoding.mode}")
+    cohorts = cohorts_folder(recipe, workspace)
+    job = build_job(
+        recipe.domain,
+        recipe.prompts,
+        recipe.sampling,
+        recipe.engine,
+        recipe.decoding,
+        recipe.quality,
+        ready={"cohort": f"{cohorts}/prompts"} if recipe.prompts.mode != "individual" else {},
+        cohorts=cohorts,
+    )
+    inputs = table_inputs(workspace) if recipe.prompts.mode != "collective" else {}
+    for kind, folder in job.ready.items():
+        inputs |= prompt_inputs(workspace, "cohort", folder) if kind == "cohort" else {}
+    pending, done = pending_shards(workspace, job.folder, inputs)
+    dead = [shard for shard in inputs if retry_dead and shard.name in done and done[shard.name].rows_dead]
+    watch, cards = Stopwatch(), done
+    if pending or dead:
+        forget_stages(workspace, from_stage("generate"))
+        job = replace(job, decoding=_with_released_pools(recipe, workspace))
+        rows = {s.name: job.count_prompts(workspace, s) for s in pending}
+        rows |= {s.name: done[s.name].rows_dead for s in dead}
+        note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
+        if dead:
+            note(f"{sum(rows[s.name] for s in dead)} dead rows of {len(dead)} shards to ask for again")
+        with progress("writing knowledge", sum(rows.values()), hourly_cost=recipe.generate.hourly_cost) as advance:
+            on_card = ShardWatch(advance, workspace.log_path("shards"), rows)
+            stage = GenerateStage(job, recipe.engine)
+            cards = write_texts(recipe, workspace, stage, inputs, rows, on_card, done=done, again=dead)
+        if counters := decoder_counters(c for name, c in cards.items() if name in rows):
+            note(f"decoder: {counters.summary}")
+    else:
+        note(f"all {len(inputs)} shards done already, nothing to do")
+    check_dead_share(job.artifact(workspace), cards.values(), recipe.generate)
+    # Of contents too: asking again for dead rows adds texts under the same job.
+    texts = [(shard.name, cards[shard.name].files[shard.file()].sha256) for shard in inputs]
+    named = fingerprint(job.fingerprint, texts)
+    before = finished_stage(workspace, "generate", named)
+    if before is not None and not pending and not dead:
+        return before
+    counts = add_cards(cards.values()) | {"shards": len(inputs), "shards_this_run": len(pending) + len(dead)}
+    return finish_stage(
+        workspace, "generate", named, counts=counts, outputs={"knowledge": job.folder}, seconds=watch.seconds
+    )
+
+
+def write_texts(
+    recipe: Recipe,
+    workspace: Workspace,
+    stage: Stage,
+    inputs: Mapping[Shard, str],
+    rows: Mapping[str, int],
+    on_card: Callable[[Card], None],
+    *,
+    done: Mapping[str, Card],
+    again: Collection[Shard] = (),
+    engine: EngineConfig | None = None,
+) -> dict[str, Card]:
+    """Runs a stage that asks an engine on its replicas (`generate:` in the recipe), in this process where that takes
+    seconds.
+
+    rows: of the shards to do, by their names. engine: default: the recipe's.
+    """
+    config, engine = recipe.generate, engine or recipe.engine
+    light = not isinstance(engine, VllmEngineConfig) and config.most_replicas == 1
+    pool = Pool(
+        here=light and sum(rows.values()) <= ANSWERED_HERE,
+        min_workers=config.min_replicas,
+        max_workers=config.most_replicas,
+        cpus=engine_cpus(engine, config),
+        gpus=config.engine_gpus,
+        in_flight=config.shards_in_flight,
+        lease_s=config.lease_s,
+        price_per_hour=config.price_per_replica_hour,
+        log_path=str(workspace.log_path("engine")),
+    )
+    if pool.here:
+        return run_stage(workspace, stage, inputs, pool, on_card, done=done, again=again)
+    with ray_session(recipe.ray, workspace.log_path("ray")):
+        return run_stage(workspace, stage, inputs, pool, on_card, done=done, again=again)
+
+
+def engine_cpus(engine: EngineConfig, config: GenerateConfig) -> float:
+    """Logical CPUs of one replica."""
+    if config.engine_cpus is not None:
+        return config.engine_cpus
+    if isinstance(engine, VllmEngineConfig) and not config.engine_gpus:
+        return float(engine.threads or os.cpu_count() or 1)
+    return 1.0
+
+
+def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig:
+    """The recipe's decoding, drafting from the current release's pools where it names none itself."""
+    decoding, engine, release = recipe.decoding, recipe.engine, current_release(workspace)
+    if decoding.mode == "off" or decoding.pools or release is None or not isinstance(engine, VllmEngineConfig):
+        return decoding
+    pools, why = find_pools(workspace, release, engine.model_identity)
+    note(why)
+    return decoding.model_copy(update={"pools": pools})
+
+
+def encode(recipe: Recipe, workspace: Workspace) -> Card:
+    """Encodes what `generate` wrote, and of that only what is new or has changed."""
+    stage_header("encode", recipe.encoder.model)
+    watch, knowledge = Stopwatch(), needed_stage(workspace, "generate", "no knowledge yet").outputs["knowledge"]
+    # What changes a vector, and nothing else: no batch size, device or precision (half on a GPU moves a component by up
+    # to 3e-4), and not how many texts there are.
+    named = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, knowledge)
+    folder = f"vectors/{named[:16]}"
+    job = EncodingJob(workspace, folder, recipe.encoder, _inputs(recipe, workspace, knowledge, folder))
+    pool = job.pool(str(workspace.log_path("encode")))
+    before, pending = finished_stage(workspace, "encode"), job.pending()
+    if pending:
+        forget_stages(workspace, from_stage("encode"))
+    session = nullcontext() if pool.here or not pending else ray_session(recipe.ray, workspace.log_path("ray"))
+    with session, progress("encoding", None, "texts") as advance:
+        cards = job.run(pool, lambda card: advance(int(card.counts["encoded"])))
+    content = {name: [file.sha256 for file in card.files.values()] for name, card in cards.items()}
+    if before is not None and before.fingerprint == fingerprint(folder, content) and not pending:
+        note("done already, nothing to do")
+        return before
+    outputs = {"vectors": folder, "knowledge": knowledge}
+    return finish_stage(
+        workspace,
+        "encode",
+        fingerprint(folder, content),
+        counts=job.counts(cards),
+        outputs=outputs,
+        seconds=watch.seconds,
+    )
+
+
+def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -> dict[str, Input]:
+    """What the recipe has encoded: knowledge, and what else an arm reads."""
+    arms = {arm_parts(arm)[0] for arm in recipe.ctr.arms}
+    inputs: dict[str, Input] = {}
+    written = workspace.names(knowledge)
+    for kind in KINDS:
+        texts = KnowledgeTexts(knowledge, kind)
+        imported = imported_vectors(workspace, kind)
+        if imported is not None:
+            _refuse_other_dim(recipe, workspace.path(imported.folder), imported.dim)
+            inputs[f"knowledge-{kind}"] = WithImported(texts, imported.folder)
+        elif kind in written:
+            inputs[f"knowledge-{kind}"] = texts
+    if "metadata" in arms:
+        inputs |= {"metadata-user": UserMetadata(), "metadata-item": ItemMetadata()}
+    # Where there is no individual knowledge, `shuffled` reads that of cohorts.
+    reads = {"collective", "both"} | ({"shuffled"} if recipe.prompts.mode == "collective" else set())
+    cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
+    if cohorts is not None and arms & reads:
+        inputs |= {f"collective-{kind}": Members(cohorts, folder, kind) for kind in TABLES}
+        inputs[f"{DISLIKED}-user"] = Members(cohorts, folder, "user", disliked=True)
+    return inputs
+
+
+def _refuse_other_dim(recipe: Recipe, path: str, dim: int) -> None:
+    expected = recipe.encoder.load().dimension
+    if dim != expected:
+        raise SourceError(
+            f"{path} has vectors of {dim} components, but the recipe's encoder gives {expected}: a release has one "
+            "dimension, and so have the arms of an experiment. Name an encoder of the same, or remove the folder."
+        )
+
+
+PARTS_ON_RAY = 8  # from a million users on; fewer parts are built here in less time than Ray takes to start
+
+
+def publish(recipe: Recipe, workspace: Workspace) -> Card:
+    """Publishes what `encode` finished. Publishing the same contents again makes the same release current."""
+    encoded = needed_stage(workspace, "encode", "no vectors yet")
+    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    named = fingerprint(encoded.fingerprint, prepared.fingerprint)  # of texts and vectors, and of behaviors
+
+    def body() -> tuple[Counts, Outputs]:
+        folder = encoded.outputs["vectors"]
+        cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
+        n_parts = shards_for(max(int(prepared.counts["users"]), int(prepared.counts["items"])), PART_IDS)
+        pool = Pool(here=n_parts < PARTS_ON_RAY, max_workers=n_parts)
+        info = ReleaseInfo(
+            fingerprint=named,
+            model=getattr(recipe.engine, "model", recipe.engine.type),
+            encoder=recipe.encoder.model,
+            encoder_identity=recipe.encoder.identity,
+            history_length=recipe.split.history_length,
+            parent=current_release(workspace),
+        )
+        session = nullcontext() if pool.here else ray_session(recipe.ray, workspace.log_path("ray"))
+        with session, progress("publishing", None) as advance:
+            manifest = publish_rows(
+                workspace,
+                info,
+                ShardRows(encoded.outputs["knowledge"], folder, cohorts, recipe.split.history_length),
+                n_parts,
+                quantisers=read_quantisers(workspace, folder, "knowledge"),
+                pool=pool,
+                on_card=lambda card: advance(card.rows_out),
+            )
+        note(f"release {manifest.name} is current: {workspace.path('releases', manifest.name)}")
+        counts: Counts = {f"knowledge_{k}": n for k, n in manifest.knowledge.items()}
+        pools = _write_pools(recipe, workspace, encoded, manifest.name)
+        counts |= {f"pool_tokens_{kind}": pools[kind] for kind in KINDS if kind in pools}
+        counts |= {"pools": len(pools)} if pools else {}
+        return counts, {"release": manifest.name}
+
+    return execute(workspace, "publish", named, "an immutable release", body)
+
+
+def _write_pools(recipe: Recipe, workspace: Workspace, encoded: Card, release: str) -> dict[str, int]:
+    """Retrieval pools of the release's texts, for the next generation to draft from; tokens by pool."""
+    engine = recipe.engine
+    if recipe.decoding.mode == "off" or not isinstance(engine, VllmEngineConfig):
+        return {}
+    if not workspace.local:
+        note("no retrieval pools: engines map them into memory, which needs a local or mounted workspace")
+        return {}
+    root, cohorts = workspace.local_path(FOLDER, release), cohorts_folder(recipe, workspace)
+    written = write_release_pools(
+        root,
+        iterate_knowledge(workspace, encoded.outputs["knowledge"]),
+        load_tokenizer(engine.model, engine.revision),
+        identity=engine.model_identity,
+        max_tokens=recipe.decoding.pool_tokens,
+        cohorts_of=CohortNames(workspace, cohorts) if cohorts else None,
+    )
+    kinds = ", ".join(f"{name} {n:,} tokens" for name, n in written.items() if name in KINDS)
+    note(f"retrieval pools: {len(written)} ({kinds or 'no texts'}): {root}")
+    return written

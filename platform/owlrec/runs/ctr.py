@@ -1,0 +1,384 @@
+"""The stages of CTR models: the grid of trials on Ray Train, its report, the export for serving, the sweep."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from owlrec.ctr import scoring
+from owlrec.ctr.artifact import PROGRAM, RELEASED, ModelCard, finish_artifact, read_by, read_card, write_artifact
+from owlrec.ctr.dataset import item_shards
+from owlrec.ctr.experiment import (
+    ENCODED,
+    CTRConfig,
+    Trial,
+    TrialResult,
+    finished_trials,
+    grid_folder,
+    read_grid_scores,
+    summarise,
+    trials,
+)
+from owlrec.ctr.features import encode_items
+from owlrec.ctr.knowledge import arm_parts, arm_sources, stored_sources
+from owlrec.ctr.pca import open_tables, reduce_once, reduced_folders
+from owlrec.ctr.scoring import TOLERANCE, LiveState, Scorer, TableKnowledge, User, export_program, largest_difference
+from owlrec.ctr.trainer import read_vocabularies, tables_of
+from owlrec.ctr.training import GridJob, encode_once, load_data, needs_ray, stage_pool, train_trials
+from owlrec.encoding.projection import Projection
+from owlrec.encoding.vectors import partitions_folder
+from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
+from owlrec.ops.console import note, progress, table
+from owlrec.ops.report import arm_rows, collect, comparison_rows, render_report
+from owlrec.recipe import Recipe
+from owlrec.releases.release import open_release
+from owlrec.runner import Pool
+from owlrec.runs.stage import Counts, Outputs, execute, ray_session
+from owlrec.shards import Artifact, Card, finished_stage, needed_stage
+from owlrec.sources.outcomes import Labels
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace
+
+# What the grid holds and how it is spread over machines: growing the grid must not retrain what it has.
+_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures", "checkpoint_steps", "sweep"}
+
+
+def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) -> Card:
+    """Trains the trials that have no result yet; of arm "none" alone without vectors too.
+
+    warm_start: the folder of an artifact of `export_ctr`, relative to the workspace: all trials go on from its weights.
+    Raises RecipeError where a trial has another backbone or arm than it, or vectors come from another encoder.
+    """
+    prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
+    if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
+        raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
+    settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
+    soft = soft_labels(recipe, workspace, prepared)
+    made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
+    made_from += partitions_read(recipe, workspace)
+    if warm_start is not None:
+        read_card(workspace, warm_start)  # complains where there is none
+        made_from.append(workspace.digest(f"{warm_start}/model.safetensors"))
+    grid_print = fingerprint(*made_from)
+    grid = trials(recipe.ctr)
+
+    def body() -> tuple[Counts, Outputs]:
+        read = encoded if recipe.ctr.arms != ("none",) else None
+        written = written_vectors(recipe, workspace, read)
+        projection = going_on_from(workspace, warm_start, grid, written) if warm_start else None
+        taught = f" and {soft.counts['pairs']:,} probabilities of the LLM" if soft else ""
+        note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples{taught}")
+        with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
+            pool = stage_pool(workspace, int(prepared.counts["samples"]))
+            results = train_trials(
+                workspace,
+                recipe.ctr,
+                grid,
+                knowledge=reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_print, pool, projection),
+                fingerprint=grid_print,
+                attributes=recipe.domain.text_fields,
+                profile=recipe.domain.profile_fields,
+                soft_labels=soft.outputs["soft_labels"] if soft else None,
+                warm_start=warm_start,
+                pool=pool,
+                on_trial=lambda result: advance(1),
+            )
+        for row in summarise(results):
+            none = row.differences.get("none")
+            gain = f" ({none.auc:+.4f} to none)" if none else ""
+            note(f"{row.backbone}, {row.arm}: test AUC {row.auc:.4f}{gain}, {row.seeds} seeds")
+        counts: Counts = {
+            "trials": len(results),
+            "samples_per_s": round(sum(r.samples_per_s for r in results) / len(results)),
+        }
+        return counts, {"grid": grid_print}
+
+    named = fingerprint(grid_print, [t.path for t in grid])
+    return execute(
+        workspace, "train_ctr", named, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
+    )
+
+
+def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | None:
+    """What `score-pairs` wrote for this recipe and these tables; None where the recipe has no distillation.
+
+    Raises WorkspaceError where it has not run for them.
+    """
+    pairs = recipe.ctr.distillation
+    if pairs is None:
+        return None
+    scored = needed_stage(workspace, "score_pairs", "no soft labels yet")
+    if scored.counts["made_for"] != pairs.made_for(prepared.fingerprint):
+        raise WorkspaceError(
+            f"{workspace.root}: the soft labels are of other tables, or of another ctr.distillation. Run `score-pairs` "
+            "again; a pair whose question is the same is not asked about twice."
+        )
+    return scored
+
+
+def going_on_from(
+    workspace: Workspace, artifact: str, grid: Sequence[Trial], folders: Mapping[str, Mapping[str, str]]
+) -> Projection | None:
+    """The projection of an artifact, None where its vectors were not reduced. Raises RecipeError where the grid's
+    trials cannot go on from its weights.
+    """
+    card = read_card(workspace, artifact)
+    for trial in grid:
+        if (trial.backbone, trial.arm) != (card.trial.backbone, card.trial.arm):
+            raise RecipeError(
+                f"ctr: trial {trial.path} cannot go on from {artifact}, a {card.trial.backbone} with arm "
+                f"{card.trial.arm}. Name this backbone and arm alone under ctr.backbones and ctr.arms."
+            )
+        reads = read_by(workspace, trial, folders)
+        if reads != card.reads:
+            raise RecipeError(
+                f"ctr: trial {trial.path} cannot go on from {artifact}: it reads {reads}, but that model was trained "
+                f"on {card.reads}. Put encoder and semantic ids back, or train without --warm-start."
+            )
+    return scoring.Artifact.open(workspace, artifact).projection
+
+
+def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, str]]:
+    """Source -> side -> the folder that holds the vectors <source>-<side>, of all that was written of a side."""
+    sources: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        for name in workspace.names(folder):
+            source, _, side = name.rpartition("-")
+            if side in ("user", "item"):
+                sources.setdefault(source, {})[side] = folder
+    return sources
+
+
+def written_vectors(recipe: Recipe, workspace: Workspace, encoded: Card | None) -> dict[str, dict[str, str]]:
+    """The same of what `encode` wrote, and of the partitions that refreshes have read, where an arm reads them."""
+    folders = [encoded.outputs["vectors"]] if encoded else []
+    return vector_folders(workspace, *folders, *_partitions(recipe))
+
+
+def partitions_read(recipe: Recipe, workspace: Workspace) -> list[str]:
+    """Digests of those partitions: what a grid depends on."""
+    cards = [c for folder in _partitions(recipe) for c in Artifact(workspace, folder).cards().values()]
+    return sorted(file.sha256 for card in cards for file in card.files.values())
+
+
+def _partitions(recipe: Recipe) -> list[str]:
+    return [partitions_folder(recipe.encoder.identity)] if "streaming" in recipe.ctr.arms else []
+
+
+@contextmanager
+def shard_pool(recipe: Recipe, workspace: Workspace) -> Iterator[Pool]:
+    """Where a stage over the shards of users runs: in this process where that takes seconds, else on Ray, which is
+    connected for the block.
+    """
+    samples = int(needed_stage(workspace, "prepare", "no tables yet").counts.get("samples", 0))
+    if not needs_ray(samples):
+        yield Pool()
+        return
+    with ray_session(recipe.ray, workspace.log_path("ray")):
+        yield stage_pool(workspace, samples)
+
+
+def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
+    """Writes the report and prints its main figures; always anew, since it is cheap and its readers are here."""
+    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    trained = needed_stage(workspace, "train_ctr", "nothing trained yet")
+
+    def body() -> tuple[Counts, Outputs]:
+        grid, grid_print = trials(recipe.ctr), trained.outputs["grid"]
+        results = finished_trials(workspace, grid_print, grid)
+        with open_release(workspace, verify=False) as release:
+            data = collect(
+                workspace,
+                release,
+                results,
+                scores=read_grid_scores(workspace, grid_print, grid),
+                run=recipe.name,
+                protocol=_protocol(recipe, Labels.of_card(prepared).about),
+                facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
+            )
+        report = f"reports/{recipe.name}.html"
+        workspace.write_bytes(report, render_report(data).encode())
+        for kind in ("user", "item"):
+            for sample in [s for s in data.samples if s.kind == kind][:1]:
+                table(
+                    f"{kind} knowledge: {sample.title}",
+                    ["read", "written"],
+                    [("\n".join(sample.inputs[:8]), sample.text)],
+                )
+        table("lookup", ["what", "latency"], list(data.lookup.items()))
+        table(
+            "test split, mean over seeds",
+            ["backbone", "arm", "seeds", "AUC", "to none", "95 % interval", "gAUC", "log-loss"],
+            [
+                (r.backbone, r.arm, r.seeds, r.auc, r.difference, r.interval, r.gauc, r.log_loss)
+                for r in arm_rows(data.arms)
+            ],
+        )
+        if compared := comparison_rows(data.arms):
+            table(
+                "difference in AUC, paired by seed and row; intervals over draws of users",
+                ["backbone", "arm", "compared with", "difference", "95 % interval", "RelaImp"],
+                [(r.backbone, r.arm, r.base, r.difference, r.interval, r.rela_imp) for r in compared],
+            )
+        for line in data.notes:
+            note(line)
+        note(f"report: {workspace.path(report)}")
+        return {"arms": len(data.arms)}, {"report": report}
+
+    return execute(workspace, "evaluate", trained.fingerprint, "figures and report", body, always=True)
+
+
+def _protocol(recipe: Recipe, labels: str) -> str:
+    """How the figures were made, in a line: an AUC without its split and label rule means nothing."""
+    split = recipe.split
+    cuts = ", ".join(cut if isinstance(cut, str) else f"every {cut.every}" for cut in split.cuts)
+    samples = "what is later than that half" if split.kar_protocol else "every behavior"
+    return (
+        f"{recipe.source.type}, split by {split.method} {':'.join(map(str, split.ratios))} (split seed {split.seed}), "
+        f"{labels}, history {split.history_length}; texts about users: {cuts}, of at most {split.llm_history} "
+        f"behaviors; samples: {samples}, each reads the newest text that is earlier; "
+        f"seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
+    )
+
+
+def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None) -> Card:
+    """Writes the artifact; its folder is the manifest's output `model`.
+
+    trial: its path (din/knowledge/seed-0), in place of the best one.
+    """
+    grid = needed_stage(workspace, "train_ctr", "nothing trained yet").outputs["grid"]
+    encoded = finished_stage(workspace, "encode")
+    best = _chosen(finished_trials(workspace, grid, trials(recipe.ctr)), trial)
+
+    def body() -> tuple[Counts, Outputs]:
+        written = written_vectors(recipe, workspace, encoded)
+        folders = reduced_folders(workspace, written, grid)
+        sources = arm_sources(best.arm, folders)
+        read = {source: folders[source] for source in stored_sources(sources)}
+        tables = tables_of(best.trial, open_tables(workspace, read, held=False))
+        vocabularies = read_vocabularies(workspace, grid_folder(grid))
+        items = encode_items(item_shards(workspace, vocabularies), vocabularies)
+        projection = next((path for name in read if folders is not written for path in folders[name].values()), None)
+        with shard_pool(recipe, workspace) as pool:
+            folder = write_artifact(workspace, grid, best.trial, items, projection=projection, pool=pool)
+        scorer = Scorer.open(workspace, folder)
+        live = LiveState(scorer.model, TableKnowledge(tables) if tables else None)
+        example = scorer.batch(User(history=items.ids[:1].tolist()), items.ids[:3].tolist() or [0, 0, 0], live)
+        workspace.write_bytes(f"{folder}/{PROGRAM}", export_program(scorer.model, example))
+        differences = {}
+        for name, path in (("model", scorer), ("program", Scorer.open(workspace, folder, program=True))):
+            differences[name] = largest_difference(path, tables, workspace, grid, best.trial)
+            if not differences[name] <= TOLERANCE:
+                raise WorkspaceError(
+                    f"{workspace.path(folder)}: the exported {name} scores up to {differences[name]:.1e} off the "
+                    f"trainer's test scores. Were tables or vectors rewritten since? Run `train_ctr` again."
+                )
+        note(f"{best.trial.path}, valid AUC {best.valid.auc:.4f}; largest difference {max(differences.values()):.1e}")
+        card = ModelCard(
+            trial=best.trial,
+            grid=grid,
+            items=len(items.ids),
+            reads=read_by(workspace, best.trial, folders),
+            valid=best.valid,
+            test=best.test,
+        )
+        finish_artifact(workspace, folder, card)
+        counts: Counts = {"items": card.items}
+        counts |= {f"{name}_difference": difference for name, difference in differences.items()}
+        return counts, {"model": folder}
+
+    return execute(
+        workspace,
+        "export_ctr",
+        fingerprint(grid, best.trial),
+        f"{best.trial.path} as an artifact",
+        body,
+    )
+
+
+def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
+    """The best on valid among the trials whose vectors a release holds: the others are controls."""
+    servable = {r.trial.path: r for r in results if arm_parts(r.arm)[0] in RELEASED}
+    if path is not None and path not in servable:
+        raise RecipeError(
+            f"there is no trained trial '{path}' to export, of an arm whose vectors a release holds "
+            f"({', '.join(RELEASED)}).{did_you_mean(path, servable)}"
+        )
+    if not servable:
+        raise WorkspaceError("no trial of the recipe's arms has finished, or only controls. Run `train_ctr`.")
+    return servable[path] if path else max(servable.values(), key=lambda r: r.valid.auc)
+
+
+def sweep_ctr(recipe: Recipe, workspace: Workspace) -> Card:
+    """Writes ctr/<fingerprint>/sweep.json, best first, and prints it."""
+    config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
+    prepared = needed_stage(workspace, "prepare", "no tables yet")
+    encoded = needed_stage(workspace, "encode", "no vectors yet") if arm != "none" else None
+    soft = soft_labels(recipe, workspace, prepared)
+    made_from = (prepared.fingerprint, encoded and encoded.fingerprint, soft and soft.fingerprint)
+    named = fingerprint(*made_from, config, arm, *partitions_read(recipe, workspace), "sweep")
+    folders = written_vectors(recipe, workspace, encoded)
+    sources = arm_sources(arm, folders)
+    trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
+    candidates = config.sweep.candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
+    path = f"{grid_folder(named)}/sweep.json"
+
+    def body() -> tuple[Counts, Outputs]:
+        with ray_session(recipe.ray, workspace.log_path("ray")):
+            pool = stage_pool(workspace, int(prepared.counts["samples"]))
+            read = reduce_once(workspace, folders, config.knowledge_dim, named, pool)
+            job = GridJob(
+                settings=config,
+                trials=tuple(trials),
+                knowledge={source: dict(read[source]) for source in stored_sources(sources)},
+                fingerprint=named,
+                attributes=recipe.domain.text_fields,
+                profile=recipe.domain.profile_fields if config.use_profile else (),
+                soft_labels=soft.outputs["soft_labels"] if soft else None,
+            )
+            encode_once(workspace, job, pool)
+            found = tried(workspace, job, candidates)
+        workspace.write_json(path, found)
+        for folder in (ENCODED, "vectors"):
+            workspace.delete_dir(grid_folder(named), folder)
+        rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in found]
+        table(f"sweep, arm {arm}", ["backbone", "valid AUC", "epochs", "settings"], rows)
+        note(f"best: {found[0]['backbone']} with {found[0]['changes']}; put its settings below `ctr:` in the recipe")
+        return {"candidates": len(found), "best_valid_auc": found[0]["valid_auc"]}, {"sweep": path}
+
+    return execute(workspace, "sweep_ctr", named, f"{len(candidates)} settings, {len(trials)} backbones", body)
+
+
+def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trains each backbone of the job with each candidate; best valid AUC first. Ray must be initialised."""
+    from ray import tune
+
+    plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in job.trials]
+    cpus = {"cpu": job.settings.threads or 1, "gpu": int(job.settings.use_gpu)}
+    name = f"sweep-{job.fingerprint[:8]}"
+    workspace.delete_dir("ctr", "ray", name)  # of an interrupted sweep
+    trainable = tune.with_parameters(_try, workspace=workspace, job=job.model_dump(mode="json"))
+    filesystem, path = workspace.arrow("ctr/ray")
+    results = tune.Tuner(
+        tune.with_resources(trainable, cpus),
+        param_space={"candidate": tune.grid_search(plain)},
+        run_config=tune.RunConfig(storage_path=path, storage_filesystem=filesystem, name=name, verbose=0),
+    ).fit()
+    for error in results.errors:
+        raise error
+    workspace.delete_dir("ctr", "ray", name)
+    found = [
+        {**r.config["candidate"], "valid_auc": r.metrics["valid_auc"], "epochs": r.metrics["epochs"]} for r in results
+    ]
+    return sorted(found, key=lambda f: -f["valid_auc"])
+
+
+def _try(candidate: dict[str, Any], workspace: Workspace, job: dict[str, Any]) -> None:
+    from ray import tune
+
+    from owlrec.ctr.trainer import train_one
+
+    tried_, parsed = candidate["candidate"], GridJob.model_validate(job)
+    settings = CTRConfig.model_validate({**parsed.settings.model_dump(), **tried_["changes"]})
+    trial = next(t for t in parsed.trials if t.backbone == tried_["backbone"])
+    result = train_one(trial, load_data(workspace, parsed), settings).result
+    tune.report({"valid_auc": result.valid.auc, "epochs": result.epochs})

@@ -1,0 +1,168 @@
+"""The stages of the LLM ranker: tuning it, and its probabilities of Yes that CTR models learn from."""
+
+from collections.abc import Mapping
+
+from owlrec.errors import RecipeError
+from owlrec.evaluation import load_calibration
+from owlrec.generation import VllmEngineConfig, token_counter
+from owlrec.generation.job import check_dead_share
+from owlrec.ops.console import ShardWatch, note, progress, stage_header, table, warn
+from owlrec.prompting.ranking import rank_fingerprint
+from owlrec.ranking.experiment import RankingConfig
+from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row, results_of, write_results
+from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
+from owlrec.ranking.questions import ScorePairs, Teacher, pair_inputs, write_questions
+from owlrec.ranking.retrieval import ItemVectors
+from owlrec.ranking.tuning import Adapter, open_adapter
+from owlrec.recipe import Recipe
+from owlrec.runner import pending_shards
+from owlrec.runs.batch import write_texts
+from owlrec.runs.ctr import shard_pool
+from owlrec.runs.stage import Counts, Outputs, execute, ray_session
+from owlrec.shards import Artifact, Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, table_file
+
+
+def tune_ranker(recipe: Recipe, workspace: Workspace) -> Card:
+    """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on."""
+    prepared, config = needed_stage(workspace, "prepare", "no tables yet"), recipe.ranking
+    if config is None:
+        raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
+    engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
+    model, encoder = engine.model_identity, config.item_encoder(recipe.encoder, engine)
+    decides = config.decides_adapter
+    tuned_print = fingerprint(prepared.fingerprint, model, wording, decides, encoder.identity)
+    job = TuningJob(
+        folder=f"ranking/{tuned_print[:16]}",
+        model=engine.model,
+        revision=engine.revision,
+        wording=wording,
+        settings=config.tuning,
+        template_options=config.template_options,
+    )
+
+    named = fingerprint(tuned_print, config, engine)
+
+    def body() -> tuple[Counts, Outputs]:
+        if recipe.split.history_length <= config.data.behaviours:
+            warn(
+                f"split.history_length is {recipe.split.history_length}, and a prompt shows {config.data.behaviours} "
+                "behaviours: retrieved ones are the recent ones. Raise split.history_length and prepare again."
+            )
+        with shard_pool(recipe, workspace) as pool:
+            vectors = ItemVectors.encoded(workspace, encoder, config.projection, pool)
+        counts: Counts = {}
+        counts |= write_questions(workspace, job.folder, config, recipe.domain, vectors, token_counter(engine))
+        note(f"{counts['train_rows']:,} rows to tune on, from {counts['train_samples']:,} samples")
+        with ray_session(recipe.ray, workspace.log_path("ray")):
+            with progress("tuning", None, "steps") as advance:
+                adapter = tune_adapter(workspace, job, advance)
+            best = adapter.manifest.progress
+            note(f"best valid AUC {best.best_auc:.4f}, after {best.best_step} of {best.step} steps")
+            valid, test = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("valid", "test"))
+            questions = [(row["system"], row["text"]) for rows in (valid, test) for row in rows.to_pylist()]
+            models: dict[str, Adapter | None] = {"zero-shot": None} if config.judging.zero_shot else {}
+            models["tuned"] = adapter
+            with progress("scoring", len(models) * len(questions), "questions") as advance:
+                scores = score_questions(
+                    engine,
+                    questions,
+                    models,
+                    log_path=str(workspace.log_path("score")),
+                    use_gpu=config.tuning.use_gpu,
+                    template_options=config.template_options,
+                    on_scored=advance,
+                )
+        judgements = judge_models(workspace, job.folder, valid, test, scores)
+        write_results(workspace, named[:16], results_of(config, judgements))
+        table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
+        counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}
+        return counts, {"adapter": job.adapter, "judgements": f"{job.folder}/judgements.json"}
+
+    return execute(workspace, "tune_ranker", named, f"{engine.model}, {config.data.shots or 'all'} shots", body)
+
+
+def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Card:
+    """Does every shard that is not done by this very teacher; starts no engine where all are.
+
+    retry_dead: asks again about the pairs of finished shards that ended as dead letters. Raises RecipeError where the
+    recipe has no `ctr.distillation`.
+    """
+    pairs = recipe.ctr.distillation
+    if pairs is None:
+        raise RecipeError("ctr.distillation: the recipe has no such section. Add `distillation: {}` for the defaults.")
+    prepared = needed_stage(workspace, "prepare", "no tables yet")
+    teacher = teacher_of(recipe, workspace)
+    stage_header("score_pairs", f"{teacher.engine.model_identity}, {'tuned' if teacher.adapter else 'as it is'}")
+    if teacher.calibration is None:
+        warn("the LLM's probabilities are not calibrated: CTR models learn them as they are. `tune-ranker` calibrates.")
+    inputs = pair_inputs(workspace, pairs)
+    pending, done = pending_shards(workspace, teacher.folder, inputs)
+    dead = [shard for shard in inputs if retry_dead and shard.name in done and done[shard.name].rows_dead]
+    watch, cards = Stopwatch(), done
+    if pending or dead:
+        forget_stages(workspace, ["score_pairs"])
+        cards = _ask(recipe, workspace, teacher, inputs, pending, dead, done)
+    else:
+        note(f"all {len(inputs)} shards done already, nothing to do")
+    check_dead_share(Artifact(workspace, teacher.folder), cards.values(), recipe.generate)
+    content = [(shard.name, cards[shard.name].files[shard.file()].sha256) for shard in inputs]
+    counts: Counts = {
+        "pairs": sum(card.rows_out for card in cards.values()),
+        "dead": sum(card.rows_dead for card in cards.values()),
+        "asked": sum(int(card.counts["asked"]) for card in cards.values()),
+        "made_for": pairs.made_for(prepared.fingerprint),
+    }
+    named, outputs = fingerprint(teacher.folder, content), {"soft_labels": teacher.folder}
+    before = finished_stage(workspace, "score_pairs", named)
+    if before is not None and before.counts == counts and not pending and not dead:
+        return before
+    return finish_stage(workspace, "score_pairs", named, counts=counts, outputs=outputs, seconds=watch.seconds)
+
+
+def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
+    """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `tune-ranker`
+    where that has run.
+
+    Raises RecipeError where item vectors are to be the LLM's and the engine is not vLLM; errors of open_adapter.
+    """
+    config = recipe.ranking or RankingConfig()
+    engine = config.engine or recipe.engine
+    llm_vectors = config.item_vectors == "llm"
+    encoder = config.item_encoder(recipe.encoder, config.ranking_engine(engine)) if llm_vectors else recipe.encoder
+    plain = Teacher(engine, config, recipe.domain, encoder)
+    tuned = finished_stage(workspace, "tune_ranker")
+    if tuned is None or not isinstance(engine, VllmEngineConfig):
+        return plain
+    folder = tuned.outputs["adapter"]
+    adapter = open_adapter(workspace, folder, model=engine.model_identity, wording=plain.wording)
+    beside = f"{folder.rpartition('/')[0]}/calibration-tuned-{plain.shown}.json"
+    calibration = load_calibration(workspace, beside) if workspace.exists(beside) else None
+    return Teacher(engine, config, recipe.domain, encoder, folder, adapter.manifest.sha256, calibration)
+
+
+def _ask(
+    recipe: Recipe,
+    workspace: Workspace,
+    teacher: Teacher,
+    inputs: Mapping[Shard, str],
+    pending: list[Shard],
+    dead: list[Shard],
+    done: Mapping[str, Card],
+) -> dict[str, Card]:
+    pairs = recipe.ctr.distillation
+    assert pairs is not None
+    vectors = None
+    if teacher.shown != "recent":
+        with shard_pool(recipe, workspace) as pool:
+            vectors = ItemVectors.encoded(workspace, teacher.encoder, teacher.config.projection, pool)
+    rows = {s.name: workspace.count_rows(table_file("samples", s.number)) for s in pending}
+    rows |= {s.name: done[s.name].rows_dead for s in dead}
+    note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
+    stage = ScorePairs(teacher, pairs, recipe.split, vectors)
+    with progress("asking about pairs", None, "pairs", hourly_cost=recipe.generate.hourly_cost) as advance:
+        on_card = ShardWatch(advance, workspace.log_path("shards"))
+        return write_texts(
+            recipe, workspace, stage, inputs, rows, on_card, done=done, again=dead, engine=teacher.engine
+        )

@@ -1,0 +1,136 @@
+"""What all stages share: their order, the skip of what is done, the card of what was made, and the Ray session."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import owlrec
+from owlrec.ops.console import note, stage_header
+from owlrec.process import native_errors_to
+from owlrec.recipe import RayConfig, Recipe
+from owlrec.shards import Card, Stopwatch, finish_stage, finished_stage, forget_stages
+from owlrec.workspace import Workspace
+
+STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr", "evaluate")
+_MODULES = dict.fromkeys(STAGES, "batch") | {
+    **dict.fromkeys(("train_ctr", "evaluate", "export_ctr", "sweep_ctr"), "ctr"),
+    **dict.fromkeys(("tune_ranker", "score_pairs"), "ranker"),
+}
+
+Counts = dict[str, float | int | str]
+Outputs = dict[str, str]
+Stage = Callable[..., Card]  # of a recipe, its workspace and the stage's own switches
+
+# Ray reads these at import. Its own bars and per-worker logs would drown the run's.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TQDM": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # any `uv run` ancestor would otherwise start workers through uv
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_worker_niceness": "0",  # of a local cluster: its workers are the run, not a guest beside it
+}
+_SOURCE_ROOT = Path(owlrec.__file__).resolve().parent.parent
+
+
+def stage_function(name: str) -> Stage:
+    """The function of a stage. Its module is imported now: those of CTR models bring torch."""
+    stage: Stage = getattr(importlib.import_module(f"owlrec.runs.{_MODULES[name]}"), name)
+    return stage
+
+
+def from_stage(stage: str) -> tuple[str, ...]:
+    """`stage` and all that come after it; one that `owlrec run` leaves out stands alone."""
+    return STAGES[STAGES.index(stage) :] if stage in STAGES else (stage,)
+
+
+def open_workspace(recipe: Recipe) -> Workspace:
+    """The recipe's workspace, known to be writable."""
+    workspace = Workspace(recipe.workspace)
+    workspace.check_writable()
+    return workspace
+
+
+def execute(
+    workspace: Workspace,
+    stage: str,
+    fingerprint: str,
+    about: str,
+    body: Callable[[], tuple[Counts, Outputs]],
+    *,
+    always: bool = False,
+) -> Card:
+    """Runs `body` and records what it returns; unless `always`, skips a stage that has finished under this
+    fingerprint.
+    """
+    stage_header(stage, about)
+    done = None if always else finished_stage(workspace, stage, fingerprint)
+    if done is not None:
+        note("done already, nothing to do")
+        return done
+    forget_stages(workspace, from_stage(stage))
+    watch = Stopwatch()
+    counts, outputs = body()
+    return finish_stage(workspace, stage, fingerprint, counts=counts, outputs=outputs, seconds=watch.seconds)
+
+
+@contextmanager
+def ray_session(config: RayConfig, log_path: Path) -> Iterator[None]:
+    """Connects to Ray for the block: to the job's own cluster inside `ray job submit`, else to the one that the recipe
+    names. Ends a local cluster after the block. Joins a session that is open already.
+
+    log_path: a file for what Ray's own native code has to say.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    options: dict[str, Any] = {"address": "auto" if in_job else config.address}
+    if options["address"] == "local":
+        os.environ.pop("RAY_ADDRESS", None)  # "local" must never join a cluster that the shell happens to name
+        # Token authentication would write ~/.ray/auth_token for a cluster that nobody else can reach.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        options |= {
+            "num_cpus": config.num_cpus or os.cpu_count(),
+            "object_store_memory": config.object_store_mib * 2**20,
+            "include_dashboard": False,
+        }
+    with native_errors_to(log_path):
+        ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env=_runtime_env(in_job))
+        _quiet_ray_data()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _runtime_env(in_job: bool) -> dict[str, Any]:
+    """Workers unpickle owlrec's classes by name, so they need it on their path before any of our code runs there."""
+    if _SOURCE_ROOT.name != "platform":  # an installed wheel
+        return {}
+    if in_job and _SOURCE_ROOT.name in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        return {}  # the job brings it, as `owlrec submit` has it; Ray refuses the same variable twice
+    # In a job the working directory lies elsewhere on each node; a relative entry resolves to it, since workers start
+    # there.
+    root = _SOURCE_ROOT.name if in_job else str(_SOURCE_ROOT)
+    roots = [root] if in_job else [root, str(_SOURCE_ROOT.parent)]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(roots)}}
+
+
+def _quiet_ray_data() -> None:
+    import logging
+
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
