@@ -3,6 +3,7 @@
 import getpass
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +16,12 @@ from owlrec.recipe import load_recipe
 from owlrec.releases import retention
 from owlrec.releases.manifest import list_releases
 from owlrec.releases.release import current_release, open_release, pointer, roll_back
-from owlrec.schema import KINDS, Kind
+from owlrec.schema import KINDS, Kind, as_ids
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
 from pipelines import forget, plan, push, serving, submit
 from pipelines.serving import RecipeOption, releases_workspace
-from pipelines.stage import STAGES, Stage, from_stage, open_workspace, plain_errors
+from pipelines.stage import STAGES, chosen_stages, load_stage, open_workspace, plain_errors, run_stages
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -44,22 +45,14 @@ def run(
 ) -> None:
     """Run all stages of a recipe, or those from --from to --to; what is done already is skipped."""
     with plain_errors():
-        for name in (first, last):
-            if name not in STAGES:
-                raise RecipeError(f"there is no stage '{name}'.{did_you_mean(name, STAGES)}")
-        chosen = [s for s in from_stage(first) if s not in from_stage(last)[1:]]
-        if not chosen:
-            raise RecipeError(f"--from {first} comes after --to {last}. The order is {', '.join(STAGES)}.")
+        chosen = chosen_stages(first, last)
         settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
         if dry_run:
             store = Workspace(settings.workspace)
             rows = [(s, "has run" if finished_stage(store, s) else "would run") for s in chosen]
             table(f"{settings.name} in {settings.workspace}", ["stage", "state"], rows)
             return
-        store = open_workspace(settings)
-        switches = {"generate": {"retry_dead": retry_dead}}
-        manifests = [_stage(name)(settings, store, **switches.get(name, {})) for name in chosen]
-        _summary(manifests)
+        _summary(run_stages(settings, chosen, retry_dead=retry_dead))
 
 
 @app.command()
@@ -83,7 +76,7 @@ def tune_ranker(recipe: RecipePath, workspace: WorkspaceOption = None) -> None:
     """Tune the LLM ranker of a prepared run, and judge it beside the model as it is."""
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace)
-        _stage("tune_ranker")(settings, open_workspace(settings))
+        load_stage("tune_ranker")(settings, open_workspace(settings))
 
 
 @app.command("score-pairs")
@@ -98,7 +91,7 @@ def score_pairs(
     """Write the LLM's probability of Yes for pairs of user and item, which CTR models then learn from."""
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
-        _stage("score_pairs")(settings, open_workspace(settings), retry_dead=retry_dead)
+        load_stage("score_pairs")(settings, open_workspace(settings), retry_dead=retry_dead)
 
 
 @app.command("train-ctr")
@@ -112,7 +105,7 @@ def train_ctr(
     """Train the CTR models of a recipe, as `owlrec run` does, or go on from an exported one on newer samples."""
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace)
-        _stage("train_ctr")(settings, open_workspace(settings), warm_start=warm_start)
+        load_stage("train_ctr")(settings, open_workspace(settings), warm_start=warm_start)
 
 
 @app.command("export-ctr")
@@ -126,7 +119,7 @@ def export_ctr(
     """Write a trained CTR model as an artifact that a serving process opens."""
     with plain_errors():
         settings = load_recipe(recipe, workspace=workspace)
-        exported = _stage("export_ctr")(settings, open_workspace(settings), trial=trial)
+        exported = load_stage("export_ctr")(settings, open_workspace(settings), trial=trial)
         note(f"serve it with --artifact {exported.outputs['model']}")
 
 
@@ -219,7 +212,7 @@ def export_vectors_(
 @app.command()
 def lookup(
     kind: Annotated[str, typer.Argument(help="user, item or cohort")],
-    ids: Annotated[list[int], typer.Argument(help="one or more ids")],
+    ids: Annotated[list[str], typer.Argument(help="one or more raw ids")],
     workspace: serving.WorkspaceOption = None,
     recipe: RecipeOption = None,
     release: Annotated[str | None, typer.Option("--release", help="a release's name; default: the current one")] = None,
@@ -229,9 +222,9 @@ def lookup(
         kind = _known(kind)
         with open_release(releases_workspace(workspace, recipe), release) as opened:
             start = time.perf_counter()
-            found = opened.store.get(kind, ids)
+            texts = opened.get(kind, ids)
             took_us = (time.perf_counter() - start) * 1e6
-            for id_, knowledge, codes in zip(ids, found, opened.store.own_codes(kind, ids), strict=True):
+            for id_, knowledge, codes in zip(ids, texts, opened.store.own_codes(kind, as_ids(ids)), strict=True):
                 stage_header(
                     f"{kind} {id_}", f"as of {_date(knowledge.as_of)}" if knowledge and knowledge.as_of else ""
                 )
@@ -362,17 +355,10 @@ def _known(kind: str) -> Kind:
     raise OwlRecError(f"there is no kind '{kind}'.{did_you_mean(kind, KINDS)}")
 
 
-def _stage(name: str) -> Stage:
-    import importlib
-
-    stage: Stage = importlib.import_module(f"pipelines.{name}").run
-    return stage
-
-
-def _summary(manifests: list[Card]) -> None:
+def _summary(cards: Mapping[str, Card]) -> None:
     rows = [
-        (m.stage, m.seconds, ", ".join(f"{k} {v:,}" for k, v in m.counts.items() if isinstance(v, int)))
-        for m in manifests
+        (name, card.seconds, ", ".join(f"{k} {v:,}" for k, v in card.counts.items() if isinstance(v, int)))
+        for name, card in cards.items()
     ]
     table("summary", ["stage", "seconds", "counts"], rows)
 

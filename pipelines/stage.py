@@ -4,9 +4,10 @@ mistakes plainly.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
-from owlrec.errors import root_mistake
+from owlrec.errors import RecipeError, did_you_mean, root_mistake
 from owlrec.ops.console import note, stage_header
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.shards import Card, Stopwatch, finish_stage, finished_stage, forget_stages
@@ -22,6 +23,32 @@ Stage = Callable[..., Card]  # of a recipe, its workspace and the stage's own sw
 def from_stage(stage: str) -> tuple[str, ...]:
     """`stage` and all that come after it; one that `owlrec run` leaves out stands alone."""
     return STAGES[STAGES.index(stage) :] if stage in STAGES else (stage,)
+
+
+def chosen_stages(first: str = STAGES[0], last: str = STAGES[-1]) -> tuple[str, ...]:
+    """The stages from `first` to `last`. Raises RecipeError for a name that is none, or where they are the wrong way
+    round.
+    """
+    for name in (first, last):
+        if name not in STAGES:
+            raise RecipeError(f"there is no stage '{name}'.{did_you_mean(name, STAGES)}")
+    chosen = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
+    if not chosen:
+        raise RecipeError(f"stage {first} comes after {last}. The order is {', '.join(STAGES)}.")
+    return chosen
+
+
+def run_stages(recipe: Recipe, stages: Sequence[str], *, retry_dead: bool = False) -> dict[str, Card]:
+    """Runs stages one after the other, each of which skips what is done; their cards. retry_dead: of `generate`."""
+    workspace = open_workspace(recipe)
+    switches = {"generate": {"retry_dead": retry_dead}}
+    return {name: load_stage(name)(recipe, workspace, **switches.get(name, {})) for name in stages}
+
+
+def load_stage(name: str) -> Stage:
+    """The function of a stage, imported only now."""
+    stage: Stage = import_module(f"pipelines.{name}").run
+    return stage
 
 
 def execute(
