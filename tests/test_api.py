@@ -199,12 +199,14 @@ def test_a_row_that_fails_is_an_error_in_its_row() -> None:
         ("B7", "x" * 200_000, "Joyce"),
         (8, ["Middlemarch"], ["Eliot", "Evans"]),
         (9, "Silas Marner", ["Eliot", "Evans"]),
+        (10, np.array(["Adam Bede", "Romola"]), "Eliot"),
+        (11.0, "Felix Holt", float("nan")),
     ]
     frame = pd.DataFrame(rows, columns=["id", "title", "author"])
     texts = owlrec.write_texts(frame, scenario="books", llm="echo", quiet=True)
     errors = texts.error.fillna("").str.partition(":")[0].tolist()
     wrong = ["RepeatedId", "NoId", "EmptyPrompt", "WrongType", "UndecodableText", "OversizedText", "WrongType"]
-    assert errors == ["", *wrong, ""]
+    assert errors == ["", *wrong, "", "WrongType", ""]
     assert texts.text.notna().tolist() == [not error for error in errors]
     assert texts.quality.fillna("").tolist() == ["" if error else "ok" for error in errors]
     assert texts.id.tolist() == frame.id.tolist()
@@ -213,7 +215,7 @@ def test_a_row_that_fails_is_an_error_in_its_row() -> None:
 
 
 def test_a_frame_of_bad_rows_or_of_none_comes_back() -> None:
-    frame = pd.DataFrame({"id": [None, ""], "title": ["Emma", "Dune"]})
+    frame = pd.DataFrame({"id": pd.Series([None, "", "\ud800"], dtype=object), "title": ["Emma", "Dune", "Ulysses"]})
     assert owlrec.write_texts(frame, scenario="books", llm="echo", quiet=True).error.str.startswith("NoId").all()
     assert len(owlrec.write_texts(frame[:0], scenario="books", llm="echo", quiet=True)) == 0
 

@@ -7,7 +7,7 @@ makes and has the runner generate them, `open` opens a release as a server does.
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from numbers import Real
@@ -221,8 +221,6 @@ def write_texts(
     >>> texts.error[1]  # doctest: +ELLIPSIS
     'EmptyPrompt: item B2 has no title...'
     """
-    import pandas as pd
-
     sections = {"prompts": prompts, "sampling": sampling, "quality": quality, "generate": generate, "ray": ray}
     recipe = make_recipe(
         {
@@ -247,13 +245,11 @@ def write_texts(
         _Answer(None, error=rows.errors[at]) if at in rows.errors else answers.get(stable_id(raw), silence)
         for at, raw in enumerate(rows.raw)
     ]
-    columns = {
-        "id": rows.named,
-        "text": [result.text for result in results],
-        "quality": [result.quality for result in results],
-        "error": [result.error for result in results],
-    }
-    return pd.DataFrame(columns, index=frame.index)
+    columns: dict[str, Any] = {name: [getattr(result, name) for result in results] for name in _ANSWER}
+    return rows.ids.assign(**columns)
+
+
+_ANSWER = ("text", "quality", "error")
 
 
 @dataclass(frozen=True)
@@ -267,8 +263,8 @@ class _Answer:
 class _Rows:
     """The rows of a frame: a table of those that can be asked about, and why the others cannot."""
 
-    named: list[Any]  # ids as the frame has them
-    raw: list[str]  # and as text
+    ids: "pd.DataFrame"  # one column, as the frame has them
+    raw: list[str]  # the same as text
     errors: dict[int, str]  # by row
     table: pa.Table  # of the others: raw ids under the kind's key, then texts
 
@@ -287,7 +283,7 @@ def _rows(frame: "pd.DataFrame", kind: Literal["item", "user"], scenario: Scenar
     seen: set[str] = set()
     for row, id_ in enumerate(raw):
         if not id_:
-            errors[row] = f"NoId: {named[row]!r} is neither a text nor an integer"
+            errors[row] = f"NoId: {named[row]!r:.60} is neither a text nor an integer"
         elif id_ in seen:
             errors[row] = f"RepeatedId: {id_} stands in an earlier row"
         seen.add(id_)
@@ -298,7 +294,7 @@ def _rows(frame: "pd.DataFrame", kind: Literal["item", "user"], scenario: Scenar
     good = [row for row in range(len(raw)) if row not in errors]
     arrays = {field: _column([cells[row] for row in good]) for field, cells in columns.items()}
     table = pa.table({f"{kind}_id": pa.array([raw[row] for row in good], pa.string()), **arrays})
-    return _Rows(named, raw, errors, table)
+    return _Rows(frame[[key]].set_axis(["id"], axis=1), raw, errors, table)
 
 
 def _raw_id(value: Any) -> str:
@@ -306,7 +302,8 @@ def _raw_id(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str | int | np.integer) and not isinstance(value, bool):
-        return str(value)
+        with suppress(UnicodeEncodeError):
+            return str(value).encode().decode()
     return ""
 
 
@@ -333,13 +330,13 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         value.encode()
         return value
-    if value is None or value is pd.NA or value is pd.NaT or value != value:
+    if value is None or value is pd.NA or value is pd.NaT:
         return ""
+    if not isinstance(value, Real):
+        raise TypeError
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))  # of a column of integers where some are missing
-    if isinstance(value, Real):
-        return str(value)
-    raise TypeError
+    return "" if np.isnan(float(value)) else str(value)
 
 
 def _column(cells: Sequence[str | list[str]]) -> pa.Array:
