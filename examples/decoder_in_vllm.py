@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
+import owlrec
+from owlrec.decoding import request_arguments
 from owlrec.decoding.options import is_cpu_build
 from owlrec.decoding.pools import write_pool
 from owlrec.decoding.release_pools import answer_tokens
@@ -35,7 +36,7 @@ def main() -> None:
     modes = request_arguments(mode="off"), request_arguments(["mine"])
     plain, drafted = (SamplingParams(max_tokens=100, temperature=0, extra_args=mode) for mode in modes)
     with tempfile.TemporaryDirectory() as pools:
-        decoding = engine_arguments(DecodingConfig(mode="strict", pools=pools), options.model)
+        decoding = owlrec.drafting(pools, model=options.model)
         llm = LLM(resolve_model(options.model), max_model_len=512, max_num_seqs=4, enforce_eager=True, **decoding)
         texts = options.texts.read_text().splitlines() if options.texts else answers(llm, YESTERDAY, plain)
         tokens = list(answer_tokens(llm.get_tokenizer(), texts, [True] * len(texts)))

@@ -1,20 +1,34 @@
 """OwlRec: open-world LLM recommendation on Ray (see README.md for the tour).
 
-`from owlrec import Client, AsyncClient` asks a running server; both are loaded when they are named.
+Six names are the Python API: `run`, `write_texts`, `open`, `Adaptor`, `drafting`, and `Client` with its twin
+`AsyncClient`. Each is imported when it is first named, so that `import owlrec` loads neither pandas, torch, Ray nor
+vLLM.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from owlrec.api import drafting, open, run, write_texts
     from owlrec.client import AsyncClient, Client
+    from owlrec.ctr.adaptor import Adaptor
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "__version__"]
+__all__ = ["Adaptor", "AsyncClient", "Client", "__version__", "drafting", "open", "run", "write_texts"]
+
+_MODULES = {
+    "Adaptor": "owlrec.ctr.adaptor",
+    "AsyncClient": "owlrec.client",
+    "Client": "owlrec.client",
+    **dict.fromkeys(("drafting", "open", "run", "write_texts"), "owlrec.api"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("AsyncClient", "Client"):
-        from owlrec import client
-
-        return getattr(client, name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'owlrec' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

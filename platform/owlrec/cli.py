@@ -36,8 +36,8 @@ from owlrec.ops.cost import POLICIES
 from owlrec.recipe import RayConfig, load_recipe
 from owlrec.releases.manifest import list_releases
 from owlrec.releases.release import current_release, open_release, pointer, roll_back
-from owlrec.runs.stage import STAGES, from_stage, open_workspace, ray_session, stage_function
-from owlrec.schema import KINDS, Kind
+from owlrec.runs.stage import STAGES, chosen_stages, open_workspace, ray_session, run_stages, stage_function
+from owlrec.schema import KINDS, Kind, as_ids
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
 
@@ -154,8 +154,7 @@ def run(
             table(f"{settings.name} in {settings.workspace}", ["stage", "state"], states)
         return
     with _messages(as_json):
-        store, switches = open_workspace(settings), {"generate": {"retry_dead": retry_dead}}
-        cards = [stage_function(stage)(settings, store, **switches.get(stage, {})) for stage in stages]
+        cards = list(run_stages(settings, stages, retry_dead=retry_dead).values())
         counts = [", ".join(f"{k} {v:,}" for k, v in card.counts.items() if isinstance(v, int)) for card in cards]
         rows = [(card.stage, card.seconds, shown) for card, shown in zip(cards, counts, strict=True)]
         table("summary", ["stage", "seconds", "counts"], rows)
@@ -163,17 +162,11 @@ def run(
         _print_json([card.model_dump(mode="json") for card in cards])
 
 
-def _chosen(first: str | None, last: str | None, only: str | None) -> list[str]:
+def _chosen(first: str | None, last: str | None, only: str | None) -> tuple[str, ...]:
     if only is not None and (first or last):
         raise RecipeError("--only names a single stage: leave out --from and --to.")
-    first, last = (name.replace("-", "_") for name in (only or first or STAGES[0], only or last or STAGES[-1]))
-    for name in (first, last):
-        if name not in STAGES:
-            raise RecipeError(f"there is no stage '{name}'.{did_you_mean(name, STAGES)}")
-    chosen = [stage for stage in from_stage(first) if stage not in from_stage(last)[1:]]
-    if not chosen:
-        raise RecipeError(f"--from {first} comes after --to {last}. The order is {', '.join(STAGES)}.")
-    return chosen
+    ends = (name.replace("-", "_") for name in (only or first or STAGES[0], only or last or STAGES[-1]))
+    return chosen_stages(*ends)
 
 
 @app.command()
@@ -330,7 +323,7 @@ def doctor(
 def lookup(
     target: Target,
     kind: Annotated[str, typer.Argument(help="user, item or cohort")],
-    ids: Annotated[list[int], typer.Argument(help="one or more ids")],
+    ids: Annotated[list[str], typer.Argument(help="one or more raw ids")],
     release: Annotated[str | None, typer.Option("--release", help="name; default: the current release")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -338,9 +331,9 @@ def lookup(
     kind = _known(kind)
     with open_release(_store(target), release) as opened:
         start = time.perf_counter()
-        texts = opened.store.get(kind, ids)
+        texts = opened.get(kind, ids)
         took_us = (time.perf_counter() - start) * 1e6
-        codes, name = opened.store.own_codes(kind, ids), opened.manifest.name
+        codes, name = opened.store.own_codes(kind, as_ids(ids)), opened.manifest.name
     if as_json:
         rows = [
             {"id": id_, "text": text and text.text, "as_of": text and text.as_of, "semantic_id": own and list(own)}

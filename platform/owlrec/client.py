@@ -376,7 +376,13 @@ class _Addresses:
 
 
 class Client(_Addresses):
-    """The blocking client, a context manager that closes its connections."""
+    """The blocking client of a running server, a context manager that closes its connections.
+
+    >>> import owlrec
+    >>> with owlrec.Client("http://127.0.0.1:8000") as owl:  # where `owlrec serve` listens
+    ...     owl.get("user", 1).text
+    'first likes films'
+    """
 
     def __init__(
         self,
@@ -466,7 +472,16 @@ class Client(_Addresses):
 
 
 class AsyncClient(_Addresses):
-    """The same for asyncio: an async context manager whose calls are awaited."""
+    """The same for asyncio: an async context manager whose calls are awaited.
+
+    >>> import asyncio
+    >>> import owlrec
+    >>> async def ask():
+    ...     async with owlrec.AsyncClient("http://127.0.0.1:8000") as owl:
+    ...         return (await owl.get("user", 1)).text
+    >>> asyncio.run(ask())
+    'first likes films'
+    """
 
     def __init__(
         self,

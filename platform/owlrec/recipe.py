@@ -1,9 +1,10 @@
-"""The one YAML file that describes a run: each section is the Config of the component that it sets up.
+"""What describes a run, as a YAML file or as a dict: each section is the Config of the component that it sets up.
 
 This module gathers the stages' Configs, so it imports the stages; none of them imports it. A stage takes its own
 Config and nothing else.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,11 @@ class Recipe(Config):
     streaming: RefreshConfig = RefreshConfig()
     ray: RayConfig = RayConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_as_text(cls, values: Any) -> Any:
+        return _paths_as_text(values)
+
     @field_validator("scenario", mode="before")
     @classmethod
     def _by_name(cls, scenario: Any) -> Any:
@@ -112,14 +118,30 @@ def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas:
     if max_replicas is not None:
         generate = values.get("generate")
         values["generate"] = {**(generate if isinstance(generate, dict) else {}), "max_replicas": max_replicas}
+    return make_recipe(values, name=str(path))
+
+
+def make_recipe(values: Mapping[str, Any], *, name: str = "recipe") -> Recipe:
+    """A recipe of a dict: what stands in a file, where a section may also be its Config and a path a `Path`.
+
+    name: what to call it in errors. Raises as load_recipe.
+    """
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(dict(values))
     except ValidationError as error:
         lines = _explain(error, values)
         if any("unknown key. Valid names" in line for line in lines):  # no misspelling
             lines.append("Keys of the first edition are gone: `owlrec init` writes a recipe with today's, and")
             lines.append("docs/reference/recipe.md lists them.")
-        raise RecipeError(f"{path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise RecipeError(f"{name}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _paths_as_text(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _paths_as_text(entry) for key, entry in value.items()}
+    return [_paths_as_text(entry) for entry in value] if isinstance(value, list) else value
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -6,7 +6,7 @@ hashed by `stable_id`; the raw id stays in the table and a collision is an error
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -210,6 +210,29 @@ def stable_ids(raw: pa.Array) -> np.ndarray:
         values = values.copy()
         values[~canonical] = [stable_id(value) for value in raw.filter(pa.array(~canonical)).to_pylist()]
     return values
+
+
+def as_ids(names: Iterable[int | str]) -> np.ndarray:
+    """The int64 ids [n] that callers mean: a text is a raw id (`stable_id`), an integer an int64 id as tables hold it.
+
+    names: a sequence, an array or a pandas Series. Raises SchemaError for what is neither text nor integer.
+    """
+    if isinstance(names, str | bytes):
+        raise SchemaError(f"ids: {names!r} is one id where several are meant. Write [{names!r}].")
+    kind = getattr(getattr(names, "dtype", None), "kind", "")
+    if kind in ("i", "u"):
+        return np.asarray(names, dtype=np.int64)
+    ids = []
+    for row, name in enumerate(names):
+        if isinstance(name, str):
+            ids.append(stable_id(name))
+        elif isinstance(name, int | np.integer) and not isinstance(name, bool):
+            ids.append(int(name))
+        else:
+            raise SchemaError(
+                f"ids, row {row}: {name!r} is neither a text nor an integer. Convert it, or drop the row."
+            )
+    return np.array(ids, dtype=np.int64)
 
 
 def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The clients against the real applications, in this process: what is asked and read agrees with what is served."""
 
 import asyncio
+import doctest
 import inspect
 import socket
 import subprocess
@@ -274,6 +275,22 @@ def test_threads_share_one_client(connect):
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(lambda _: owl.get("user", 1).text, range(40)))
     assert set(texts) == {"first likes films"}
+
+
+@pytest.mark.parametrize("name", ["Client", "AsyncClient"])
+def test_the_docstring_of_each_client_holds_an_example_that_runs(name, workspace, tmp_path, monkeypatch):
+    app, _ = knowledge_app(workspace, tmp_path)
+    blocking, waiting = httpx.Client, httpx.AsyncClient
+    with TestClient(app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 1)) as web:
+        monkeypatch.setattr(httpx, "Client", lambda transport: blocking(transport=InProcess(web)))
+        monkeypatch.setattr(
+            httpx, "AsyncClient", lambda transport: waiting(transport=httpx.ASGITransport(app, client=("127.0.0.1", 1)))
+        )
+        runner = doctest.DocTestRunner()
+        for test in doctest.DocTestFinder(recurse=False).find(getattr(owlrec, name), name, module=False, globs={}):
+            assert test.examples
+            runner.run(test)
+        assert runner.summarize(verbose=False).failed == 0
 
 
 def test_naming_the_client_loads_neither_ray_nor_torch():

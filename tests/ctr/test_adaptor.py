@@ -62,7 +62,7 @@ def test_equals_a_loop_over_samples_sources_and_experts(sources: tuple[int, int]
     model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
     assert user.mask.any()
     with torch.no_grad():
-        out = model(user, item)
+        out = model.fields(user, item)
         expected = [
             torch.stack([by_hand(model, model.user, user, r), by_hand(model, model.item, item, r)]) for r in range(7)
         ]
@@ -108,8 +108,8 @@ def test_a_missing_source_contributes_nothing_whatever_its_vector_holds(
 ) -> None:
     model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
     others = [Knowledge(k.vectors.masked_fill(~k.mask.unsqueeze(2), garbage), k.mask, k.rows) for k in (user, item)]
-    assert torch.equal(model(*others), model(user, item))
-    model(*others).sum().backward()
+    assert torch.equal(model.fields(*others), model.fields(user, item))
+    model.fields(*others).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -118,10 +118,10 @@ def test_only_ids_without_any_source_read_the_default(sources: int) -> None:
     model, user, item = adaptor(sources), side(5, 1, sources), side(4, 2)
     missing = ~user.mask.any(dim=1)
     assert torch.equal(model.user.fused(user.vectors, user.mask)[missing], torch.zeros(int(missing.sum()), D))
-    before = model(user, item)[:, 0]
+    before = model.fields(user, item)[:, 0]
     with torch.no_grad():
         model.user.default += 1
-    changed = (model(user, item)[:, 0] != before).any(dim=1)
+    changed = (model.fields(user, item)[:, 0] != before).any(dim=1)
     assert torch.equal(changed, missing[user.rows])
     assert not changed.all()
 
@@ -136,7 +136,7 @@ def test_an_id_with_one_source_reads_just_that_vector(present: int) -> None:
 def test_nothing_known_of_a_whole_batch_trains_without_nan() -> None:
     model, user, item = adaptor(3, 2), side(5, 1, 3), side(4, 2, 2)
     user, item = (Knowledge(k.vectors, torch.zeros_like(k.mask), k.rows) for k in (user, item))
-    out = model(user, item)
+    out = model.fields(user, item)
     out.sum().backward()
     assert model.user.fusion is not None
     assert torch.equal(model.user.fused(user.vectors, user.mask), torch.zeros(5, D))
@@ -149,7 +149,7 @@ def test_ids_permuted_with_their_vectors_leave_the_outputs(sources: tuple[int, i
     model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
     order = torch.tensor([3, 0, 4, 2, 1])
     moved = Knowledge(user.vectors[order], user.mask[order], torch.argsort(order)[user.rows])
-    torch.testing.assert_close(model(moved, item), model(user, item))
+    torch.testing.assert_close(model.fields(moved, item), model.fields(user, item))
 
 
 def test_sources_are_told_apart_by_their_slots_alone() -> None:
@@ -167,7 +167,7 @@ def test_default_query_keys_and_slots_are_learned() -> None:
     model, user, item = adaptor(3, 2), side(5, 1, 3), side(4, 2, 2)
     for knowledge in (user, item):
         knowledge.mask[1:] = True
-    model(user, item).sum().backward()
+    model.fields(user, item).sum().backward()
     for tower in (model.user, model.item):
         assert tower.fusion is not None
         for parameter in (tower.default, tower.fusion.query, tower.fusion.key.weight):
@@ -179,7 +179,7 @@ def test_default_query_keys_and_slots_are_learned() -> None:
 
 def test_another_number_of_sources_is_refused() -> None:
     with pytest.raises(ValueError, match=r"2 vectors an id.*built for 3"):
-        adaptor(3, 1)(side(5, 1, 2), side(4, 2))
+        adaptor(3, 1).fields(side(5, 1, 2), side(4, 2))
 
 
 def test_size_is_that_of_the_experts_and_of_two_fusions() -> None:

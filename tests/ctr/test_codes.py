@@ -97,7 +97,7 @@ def test_the_users_fields_come_first_whatever_the_form(data: TrainingData) -> No
     assert model.adaptor is not None
     assert batch.user_codes is not None
     assert fields.shape == (5, model.spec.knowledge_fields, 8) == (5, 4, 8)
-    dense = model.adaptor(batch.user, batch.item)
+    dense = model.adaptor.fields(batch.user, batch.item)
     torch.testing.assert_close(fields[:, 0], dense[:, 0])
     torch.testing.assert_close(fields[:, 2], dense[:, 1])
     torch.testing.assert_close(fields[:, 1], model.code_fields.user(batch.user_codes.values)[batch.user_codes.rows])

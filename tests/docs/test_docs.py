@@ -80,7 +80,7 @@ def test_the_reference_shows_what_a_setting_is_for(site: Path) -> None:
     assert "A run of words said this often is a loop" in recipe  # a comment of QualityConfig: its source is shown
     shown = (ROOT / "docs" / "reference" / "recipe.md").read_text("utf-8").count("\n::: ")
     assert recipe.count('<details open class="mkdocstrings-source"') == shown
-    assert "float32 [b, 2, out_dim]" in ctr
+    assert "float32 [b, 2, width]" in ctr
 
 
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "pictures").glob("*.svg")), ids=lambda p: p.name)

@@ -52,14 +52,6 @@ def test_a_source_of_ones_own_gives_tables() -> None:
 
 
 @pytest.mark.e2e
-def test_a_trainer_outside_reads_the_vectors_of_a_release() -> None:
-    rows, components, found = re.findall(r"([\d,]+) rows with vectors of (\d+) .* (0\.\d+)", run("vectors_in_torch"))[0]
-    assert int(rows.replace(",", "")) > 1000
-    assert components == "256"
-    assert float(found) > 0.5
-
-
-@pytest.mark.e2e
 def test_a_run_in_a_scenario_of_ones_own() -> None:
     printed = run("custom_scenario")
     assert "the food it goes with" in printed

@@ -214,20 +214,49 @@ class TrainedTower:
 
 
 class Adaptor(nn.Module):
-    """Both towers, which read vectors of the same encoder."""
+    """Both towers, which read vectors of the same encoder: two more fields for a model of one's own.
+
+    >>> import torch
+    >>> import owlrec
+    >>> adaptor = owlrec.Adaptor(dim=384, width=16)
+    >>> users, items = torch.randn(8, 384), torch.randn(8, 384)
+    >>> known = torch.tensor([True] * 7 + [False])  # of the last user there is no vector: a learned default stands in
+    >>> adaptor(users, items, masks=(known, torch.ones(8, dtype=torch.bool))).shape
+    torch.Size([8, 2, 16])
+    """
 
     def __init__(
-        self, in_dim: int, out_dim: int, config: AdaptorConfig, user_sources: int = 1, item_sources: int = 1
+        self, dim: int, width: int, config: AdaptorConfig | None = None, user_sources: int = 1, item_sources: int = 1
     ) -> None:
+        """dim: components of a vector. width: of a field, as wide as the model's embeddings. *_sources: vectors per
+        id, fused by attention.
+        """
         super().__init__()
-        self.shared = Experts(config.shared_experts, in_dim, config.hidden_dim, out_dim)
-        self.user = Tower(in_dim, out_dim, config, user_sources)
-        self.item = Tower(in_dim, out_dim, config, item_sources)
+        config = config or AdaptorConfig()
+        self.shared = Experts(config.shared_experts, dim, config.hidden_dim, width)
+        self.user = Tower(dim, width, config, user_sources)
+        self.item = Tower(dim, width, config, item_sources)
 
-    def forward(self, user: Knowledge, item: Knowledge) -> Tensor:
-        """float32 [b, 2, out_dim]: the user's field, then the item's, of each row."""
+    def forward(self, user_vectors: Tensor, item_vectors: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """float32 [b, 2, width]: the user's field, then the item's, of each row.
+
+        *_vectors: float32 [b, dim], or [b, sources, dim] of several. masks: of users and of items, bool [b] or
+        [b, sources], False where nothing is known; by default that is where a vector is all zeros. What
+        `Release.vectors` gives for a batch's ids, as tensors.
+        """
+        user_mask, item_mask = masks or (user_vectors.any(-1), item_vectors.any(-1))
+        return self.fields(_each_row(user_vectors, user_mask), _each_row(item_vectors, item_mask))
+
+    def fields(self, user: Knowledge, item: Knowledge) -> Tensor:
+        """The same of batches whose ids recur: float32 [b, 2, width]."""
         of_users = self.user(user.vectors, user.mask, self.shared)
         of_items = self.item(item.vectors, item.mask, self.shared)
         rows = torch.stack([user.rows, item.rows + len(of_users)], dim=1)
         # An embedding's gradient is several times as fast as that of an index.
         return F.embedding(rows, torch.cat([of_users, of_items]))
+
+
+def _each_row(vectors: Tensor, mask: Tensor) -> Knowledge:
+    if vectors.dim() == 2:
+        vectors, mask = vectors.unsqueeze(1), mask.unsqueeze(1)
+    return Knowledge(vectors, mask, torch.arange(len(vectors), device=vectors.device))

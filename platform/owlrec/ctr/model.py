@@ -211,7 +211,7 @@ class CTRModel(nn.Module):
         if self.adaptor is not None:
             if batch.user is None or batch.item is None:
                 raise ValueError("this model has an adaptor: give its batches the knowledge of users and items.")
-            forms.append(self.adaptor(batch.user, batch.item))
+            forms.append(self.adaptor.fields(batch.user, batch.item))
         if self.code_fields is not None:
             if batch.user_codes is None or batch.item_codes is None:
                 raise ValueError("this model reads semantic ids: give its batches the codes of users and items.")

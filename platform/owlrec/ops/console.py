@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from owlrec.shards import Card
 
 LINE_EVERY_S = 10.0
 _PLAIN_WIDTH = 120
+_SILENT = ContextVar("silent", default=False)
 
 
 class Advance(Protocol):
@@ -150,8 +152,18 @@ class _CountsColumn(ProgressColumn):
         return Text(self._counts.figures())
 
 
+@contextmanager
+def silent(on: bool = True) -> Iterator[None]:
+    """Prints nothing in its block, for callers that are programs. on: False changes nothing."""
+    before = _SILENT.set(on or _SILENT.get())
+    try:
+        yield
+    finally:
+        _SILENT.reset(before)
+
+
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH, highlight=False, quiet=_SILENT.get())
 
 
 def _rate(value: float) -> str:

@@ -12,7 +12,7 @@ workspace's are mapped where they lie.
 """
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any, Protocol, Self
@@ -33,7 +33,8 @@ from owlrec.releases.manifest import (
     part_file,
     quantiser_folder,
 )
-from owlrec.releases.rows import DATABASES, KEY_ORDER, ChainedStore, KnowledgeStore, TombstonedStore
+from owlrec.releases.rows import DATABASES, KEY_ORDER, ChainedStore, Knowledge, KnowledgeStore, TombstonedStore
+from owlrec.schema import KINDS, TABLES, Kind, as_ids
 from owlrec.storage import FileEntry, Pointer, PointerMoved
 from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
@@ -44,7 +45,11 @@ ANY: Any = object()
 
 
 class Release:
-    """One release, open for reading together with all that it is read on top of; a context manager."""
+    """One release, open for reading together with all that it is read on top of; a context manager.
+
+    Ids are those of `schema.as_ids`: a text is a raw id, an integer an int64 id as tables hold it. Answers are aligned
+    with the ids; an id of which nothing is known has None, or zeros and False.
+    """
 
     def __init__(
         self,
@@ -71,6 +76,35 @@ class Release:
     def version(self) -> str:
         """The name, and who is forgotten: of two releases of one version every answer is the same."""
         return f"{self.name}+{self.tombstones.mark}" if self.tombstones.mark else self.name
+
+    def __getitem__(self, key: tuple[Kind, int | str]) -> Knowledge:
+        """The text about one id: `release["user", "B007"]`. Raises KeyError where there is none."""
+        kind, id_ = key
+        if kind not in KINDS:
+            raise KeyError(f"there is no kind {kind!r}.{did_you_mean(str(kind), KINDS)}")
+        (knowledge,) = self.get(kind, [id_])
+        if knowledge is None:
+            raise KeyError(f"release {self.name} holds no text about {kind} {id_!r}. Ask with `get` where it may miss.")
+        return knowledge
+
+    def __len__(self) -> int:
+        """How many users and items have a text of their own."""
+        return sum(self.store.count(kind) for kind in TABLES)
+
+    def __bool__(self) -> bool:
+        return True  # however many texts it has
+
+    def get(self, kind: Kind, ids: Iterable[int | str]) -> list[Knowledge | None]:
+        """The texts about some ids: an id's own, else what its cohorts say."""
+        return self.store.get(kind, as_ids(ids))
+
+    def vectors(self, kind: Kind, ids: Iterable[int | str]) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors of some ids: (float32 [n, d], bool [n])."""
+        return self.store.vectors(kind, as_ids(ids))
+
+    def codes(self, kind: Kind, ids: Iterable[int | str]) -> tuple[np.ndarray, np.ndarray]:
+        """The semantic ids of some ids, coarse to fine and a duplicate digit: (uint16 [n, levels + 1], bool [n])."""
+        return self.store.codes(kind, as_ids(ids))
 
     def quantisers(self) -> dict[str, Quantiser]:
         """By kind, what its vectors' semantic ids are made with; none for a kind without."""

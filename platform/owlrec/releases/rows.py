@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import pairwise
 from typing import Generic, Self, TypeVar
 
@@ -49,6 +50,17 @@ class Knowledge:
     text: str
     framework: str  # "collective": the texts of the id's cohorts, which has none of its own
     quality: str  # "ok", or the names of the quality rules that flagged the text
+
+    def _repr_html_(self) -> str:
+        """The text in a notebook, with what is known of it."""
+        about = [self.framework, f"as of {_day(self.as_of)}" if self.as_of else "", self.quality]
+        line = " · ".join(escape(part) for part in about if part)
+        text = escape(self.text).replace("\n", "<br>")
+        return f"<b>{self.kind} {self.id}</b> <small>{line}</small><blockquote>{text}</blockquote>"
+
+
+def _day(milliseconds: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(milliseconds / 1000))
 
 
 class KnowledgeStore(ABC):

@@ -2,12 +2,13 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import owlrec
+from owlrec.errors import RecipeError, did_you_mean
 from owlrec.ops.console import note, stage_header
 from owlrec.process import native_errors_to
 from owlrec.recipe import RayConfig, Recipe
@@ -45,6 +46,26 @@ def stage_function(name: str) -> Stage:
 def from_stage(stage: str) -> tuple[str, ...]:
     """`stage` and all that come after it; one that `owlrec run` leaves out stands alone."""
     return STAGES[STAGES.index(stage) :] if stage in STAGES else (stage,)
+
+
+def chosen_stages(first: str = STAGES[0], last: str = STAGES[-1]) -> tuple[str, ...]:
+    """The stages from `first` to `last`. Raises RecipeError for an unknown name, or where they are the wrong way
+    round.
+    """
+    for name in (first, last):
+        if name not in STAGES:
+            raise RecipeError(f"there is no stage '{name}'.{did_you_mean(name, STAGES)}")
+    chosen = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
+    if not chosen:
+        raise RecipeError(f"stage {first} comes after {last}. The order is {', '.join(STAGES)}.")
+    return chosen
+
+
+def run_stages(recipe: Recipe, stages: Sequence[str], *, retry_dead: bool = False) -> dict[str, Card]:
+    """Runs stages one after the other, each of which skips what is done; their cards. retry_dead: of `generate`."""
+    workspace = open_workspace(recipe)
+    switches = {"generate": {"retry_dead": retry_dead}}
+    return {name: stage_function(name)(recipe, workspace, **switches.get(name, {})) for name in stages}
 
 
 def open_workspace(recipe: Recipe) -> Workspace:

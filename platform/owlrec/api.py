@@ -1,0 +1,452 @@
+"""The Python API: `run`, `write_texts`, `open` and `drafting`; `owlrec.Adaptor` and `owlrec.Client` stand beside them.
+
+What a command does is done here in the caller's process, with dicts, frames and raw ids in place of files and options.
+Nothing is done in a second way: `run` calls the stages of `owlrec run`, `write_texts` makes the tables that `prepare`
+makes and has the runner generate them, `open` opens a release as a server does.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from numbers import Real
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from owlrec.decoding import engine_arguments
+from owlrec.decoding.release_pools import FOLDER, pools_identity
+from owlrec.errors import RecipeError, SchemaError, WorkspaceError
+from owlrec.generation import EngineConfig
+from owlrec.generation.job import build_job, dead_file, iterate_knowledge, table_inputs
+from owlrec.generation.models import model_identity
+from owlrec.generation.worker import GenerateStage
+from owlrec.ops.console import ShardWatch, progress, silent
+from owlrec.recipe import Recipe, load_recipe, make_recipe
+from owlrec.releases.release import Release, current_release, open_release
+from owlrec.runner import Pool, pending_shards, run_stage
+from owlrec.runs.batch import write_texts as texts_on_replicas
+from owlrec.runs.stage import STAGES, chosen_stages, run_stages
+from owlrec.scenario import Scenario
+from owlrec.schema import INTERACTIONS, TABLES, missing_column, stable_id
+from owlrec.shards import Card, finish_stage, finished_stage
+from owlrec.sources.outcomes import Labels, outcome_columns, with_outcomes
+from owlrec.sources.raw import Piece, checked, entities_piece, interactions_piece
+from owlrec.sources.splits import Behaviors, Texts, histories
+from owlrec.sources.tabular import to_milliseconds
+from owlrec.storage import fingerprint
+from owlrec.workspace import Workspace, shards_for, table_file
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RecipeLike = Recipe | Mapping[str, Any] | str | PathLike[str]  # a dict is what a YAML file holds
+Section = Mapping[str, Any] | Any  # of a recipe: a dict or its Config
+
+_HERE_ROWS = 2_000  # that any engine answers in this process: fewer seconds than a Ray cluster takes to start
+_FRAMES = "frames"  # in the card of the tables that `write_texts` makes
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+def run(
+    recipe: RecipeLike,
+    to: str | None = None,
+    *,
+    first: str | None = None,
+    workspace: str | PathLike[str] | None = None,
+    quiet: bool = False,
+) -> dict[str, Card]:
+    """Does what `owlrec run` does, in this process: all stages of a recipe, or those from `first` to `to`.
+
+    recipe: the path of a YAML file, a Recipe, or a dict of the same keys; its sections may be Configs and its paths
+    `Path`s. workspace: in place of the recipe's own. quiet: prints nothing. What has finished is skipped, as in the
+    command. Returns the card of each stage, in order: what it counted, where its output is, how long it took.
+    Raises RecipeError, which names each wrong key, and OwlRecError where a stage cannot go on.
+
+    >>> import owlrec
+    >>> cards = owlrec.run("shop.yaml", to="publish", quiet=True)
+    >>> list(cards)
+    ['prepare', 'cohorts', 'generate', 'encode', 'publish']
+    >>> cards["generate"].counts["item_rows_out"]
+    60
+    """
+    chosen = chosen_stages(first or STAGES[0], to or STAGES[-1])
+    with silent(quiet):
+        return run_stages(_recipe(recipe, workspace), chosen)
+
+
+def _recipe(recipe: RecipeLike, workspace: str | PathLike[str] | None = None) -> Recipe:
+    place = {} if workspace is None else {"workspace": fspath(workspace)}
+    if isinstance(recipe, Recipe):
+        return recipe.model_copy(update=place)
+    if isinstance(recipe, Mapping):
+        return make_recipe({**recipe, **place})
+    return load_recipe(fspath(recipe), workspace=place.get("workspace"))
+
+
+def _workspace(place: Workspace | RecipeLike) -> Workspace:
+    """A workspace, or that of a recipe."""
+    if isinstance(place, Workspace):
+        return place
+    if isinstance(place, str | PathLike) and not fspath(place).endswith((".yaml", ".yml")):
+        return Workspace(fspath(place))
+    return Workspace(_recipe(place).workspace)
+
+
+# ----------------------------------------------------------------------------------------------------------------- open
+
+
+def open(source: Workspace | RecipeLike, release: str | None = None, *, verify: bool = True) -> Release:
+    """Opens the current release of a workspace, or the one named `release`, for lookups by raw id.
+
+    source: the workspace's folder or URI, or a recipe (a path in .yaml, a dict, a Recipe) whose workspace is meant.
+    verify: hash the release's files first, which takes a second per GB. The result is a context manager; what it opened
+    stays what it was, whatever is published afterwards. Raises ReleaseError where nothing was published.
+
+    >>> import owlrec
+    >>> with owlrec.open("shop.yaml") as release:
+    ...     text = release["item", "B007"].text
+    ...     vectors, known = release.vectors("item", ["B007", "B999"])
+    >>> text  # doctest: +ELLIPSIS
+    'echo-...'
+    >>> vectors.shape, known.tolist()
+    ((2, 256), [True, False])
+    """
+    return open_release(_workspace(source), release, verify=verify)
+
+
+# ------------------------------------------------------------------------------------------------------------ drafting
+
+
+def drafting(
+    pools: str | PathLike[str] | Workspace | None = None,
+    mode: Literal["strict", "relaxed", "off"] = "strict",
+    *,
+    model: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The keyword arguments that switch the retrieval decoder on in a `vllm.LLM`: `LLM(name, **owlrec.drafting(...))`.
+
+    pools: what to draft from: a folder of pools (`owlrec.decoding.pools.write_pool`), or a workspace or recipe whose
+    current release has some; without them texts that have just been finished draft for the next. mode: strict changes
+    no answer; relaxed takes more drafts by DARE's rule (`k`, `min_prob`). model: the model that the LLM runs, where
+    pools do not say it themselves; pools of another are refused. settings: further keys of a recipe's `decoding`.
+    Requests name their pools: `SamplingParams(extra_args=owlrec.decoding.request_arguments(["item"]))`.
+    Raises RecipeError for an unknown setting or a workspace without pools, EngineError where no vLLM is installed, or
+    another version than the decoder is written for.
+
+    >>> import owlrec
+    >>> arguments = owlrec.drafting(mode="relaxed", k=3, max_draft=8)
+    >>> arguments["speculative_config"]["num_speculative_tokens"]
+    8
+    >>> sorted(arguments)
+    ['additional_config', 'speculative_config', 'worker_cls']
+    """
+    folder, identity = _pools(pools, model)
+    section = {"decoding": {**settings, "mode": mode, "pools": folder}}
+    decoding = make_recipe({**_UNREAD, **section}, name="drafting").decoding
+    return engine_arguments(decoding, identity)
+
+
+def _pools(pools: str | PathLike[str] | Workspace | None, model: str | None) -> tuple[str | None, str]:
+    """The folder of pools, and whose tokens they hold."""
+    if pools is None:
+        return None, model or ""
+    folder = None if isinstance(pools, Workspace) else Path(fspath(pools)).expanduser()
+    if folder is None or not folder.is_dir() or (folder / "workspace.json").exists():
+        workspace = _workspace(pools)
+        release = current_release(workspace)
+        if release is None or not workspace.exists(FOLDER, release):
+            raise RecipeError(
+                f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` and a "
+                "vLLM engine in the recipe, or write a folder of pools."
+            )
+        folder = workspace.local_path(FOLDER, release)
+    identity = pools_identity(folder)
+    if identity and model and identity not in (model, model_identity(model)):
+        raise RecipeError(f"pools: {folder} holds tokens of {identity}, not of {model}. Name pools of this model.")
+    return str(folder), identity or model or ""
+
+
+# --------------------------------------------------------------------------------------------------------- write_texts
+
+
+def write_texts(
+    frame: "pd.DataFrame",
+    *,
+    scenario: str | Scenario | Mapping[str, Any],
+    llm: str | EngineConfig | Mapping[str, Any],
+    kind: Literal["item", "user"] = "item",
+    items: "pd.DataFrame | None" = None,
+    interactions: "pd.DataFrame | None" = None,
+    model: str | None = None,
+    prompts: Section = None,
+    sampling: Section = None,
+    quality: Section = None,
+    generate: Section = None,
+    ray: Section = None,
+    workspace: str | PathLike[str] | None = None,
+    quiet: bool = False,
+) -> "pd.DataFrame":
+    """Has an LLM write about each row of a frame: a frame of `id`, `text`, `quality` and `error`, in the same order and
+    with the same index.
+
+    frame: of items their `id`, `title` and the scenario's `text_fields`; of users their `id` and profile fields, beside
+    `items` (id and title) and `interactions` (user_id, item_id, timestamp in ms or as a time, and a rating, label or
+    event where there is one). scenario: a name such as books, or one written out. llm: a model that vLLM runs here,
+    "echo" (invented words, to try things out), the http(s) address of an OpenAI-compatible server up to /v1 (`model` is
+    then its model), or the `engine` section of a recipe. prompts, sampling, quality, generate, ray: sections of a
+    recipe.
+
+    quality: "ok", or the names of the quality rules that flagged the text. error: why a row has no text (a missing id,
+    a second row of one id, nothing to ask about, a request that failed); missing elsewhere. Every row comes back once.
+    Up to 2,000 rows are done in this process, more on Ray.
+    workspace: a folder to keep, so that a call that was cut short goes on from there and rows asked about before are
+    not asked again; by default a temporary one, and Ray must then be of this machine.
+    Raises SchemaError for a frame without the columns it needs, or a bad row of `items` or `interactions`.
+
+    >>> import owlrec
+    >>> import pandas as pd
+    >>> books = pd.DataFrame({"id": ["B1", "B2"], "title": ["Emma", None], "author": ["Jane Austen", None]})
+    >>> texts = owlrec.write_texts(books, scenario="books", llm="echo", quiet=True)
+    >>> texts.text[0]  # doctest: +ELLIPSIS
+    'echo-...'
+    >>> texts.error[1]  # doctest: +ELLIPSIS
+    'EmptyPrompt: item B2 has no title...'
+    """
+    sections = {"prompts": prompts, "sampling": sampling, "quality": quality, "generate": generate, "ray": ray}
+    recipe = make_recipe(
+        {
+            **_UNREAD,
+            "scenario": scenario,
+            "engine": _engine(llm, model),
+            **{name: section for name, section in sections.items() if section is not None},
+        },
+        name="write_texts",
+    )
+    rows = _rows(frame, kind, recipe.scenario, name="frame")
+    answers: dict[int, _Answer] = {}
+    if len(rows.errors) < len(frame):
+        with ExitStack() as stack:
+            stack.enter_context(silent(quiet))
+            place = workspace or stack.enter_context(tempfile.TemporaryDirectory(prefix="owlrec-"))
+            store = Workspace(fspath(place))
+            _write_tables(store, recipe, kind, rows, items, interactions)
+            answers = _generate(store, recipe, kind)
+    silence = _Answer(None, error=f"NoBehavior: the interactions hold nothing that this {kind} took")
+    results = [
+        _Answer(None, error=rows.errors[at]) if at in rows.errors else answers.get(stable_id(raw), silence)
+        for at, raw in enumerate(rows.raw)
+    ]
+    columns: dict[str, Any] = {name: [getattr(result, name) for result in results] for name in _ANSWER}
+    return rows.ids.assign(**columns)
+
+
+_ANSWER = ("text", "quality", "error")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str | None
+    quality: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a frame: a table of those that can be asked about, and why the others cannot."""
+
+    ids: "pd.DataFrame"  # one column, as the frame has them
+    raw: list[str]  # the same as text
+    errors: dict[int, str]  # by row
+    table: pa.Table  # of the others: raw ids under the kind's key, then texts
+
+
+def _rows(frame: "pd.DataFrame", kind: Literal["item", "user"], scenario: Scenario, *, name: str) -> _Rows:
+    """Raises SchemaError where the frame lacks its id or, of items, its title."""
+    key = "id" if "id" in frame.columns else f"{kind}_id"
+    fields = ("title", *scenario.text_fields) if kind == "item" else scenario.profile_fields
+    for column in (key, *fields[: kind == "item"]):
+        if column not in frame.columns:
+            held = ", ".join(map(str, frame.columns)) or "no columns"
+            raise SchemaError(f"{name}: column '{column}' is missing; it has {held}. Rename a column of the frame.")
+    named = frame[key].tolist()
+    raw = [_raw_id(value) for value in named]
+    errors: dict[int, str] = {}
+    seen: set[str] = set()
+    for row, id_ in enumerate(raw):
+        if not id_:
+            errors[row] = f"NoId: {named[row]!r:.60} is neither a text nor an integer"
+        elif id_ in seen:
+            errors[row] = f"RepeatedId: {id_} stands in an earlier row"
+        seen.add(id_)
+    columns = {}
+    for field in dict.fromkeys(fields):
+        if field in frame.columns:
+            columns[field] = _cells(frame[field].tolist(), field, errors)
+    good = [row for row in range(len(raw)) if row not in errors]
+    arrays = {field: _column([cells[row] for row in good]) for field, cells in columns.items()}
+    table = pa.table({f"{kind}_id": pa.array([raw[row] for row in good], pa.string()), **arrays})
+    return _Rows(frame[[key]].set_axis(["id"], axis=1), raw, errors, table)
+
+
+def _raw_id(value: Any) -> str:
+    """As sources read it; "" for what is no id. Pandas makes floats of integers where one is missing."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str | int | np.integer) and not isinstance(value, bool):
+        with suppress(UnicodeEncodeError):
+            return str(value).encode().decode()
+    return ""
+
+
+def _cells(values: list[Any], field: str, errors: dict[int, str]) -> list[str | list[str]]:
+    """A column as texts or lists of texts, "" where there is none; `errors` gets the rows of anything else."""
+    cells: list[str | list[str]] = []
+    for row, value in enumerate(values):
+        try:
+            several = isinstance(value, list | tuple | np.ndarray) and field != "title"
+            cells.append([_text(entry) for entry in value] if several else _text(value))
+        except (TypeError, UnicodeEncodeError) as error:
+            cells.append("")
+            errors.setdefault(row, f"{_ROW_ERRORS[type(error)]}: {field} holds {value!r:.60}, but text is meant")
+    return cells
+
+
+_ROW_ERRORS = {TypeError: "WrongType", UnicodeEncodeError: "UndecodableText"}
+
+
+def _text(value: Any) -> str:
+    """Raises TypeError for what is no text or number, UnicodeEncodeError for a text that UTF-8 cannot hold."""
+    import pandas as pd
+
+    if isinstance(value, str):
+        value.encode()
+        return value
+    if value is None or value is pd.NA or value is pd.NaT:
+        return ""
+    if not isinstance(value, Real):
+        raise TypeError
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))  # of a column of integers where some are missing
+    return "" if np.isnan(float(value)) else str(value)
+
+
+def _column(cells: Sequence[str | list[str]]) -> pa.Array:
+    """Texts, or lists of texts where one of them is a list."""
+    if not any(isinstance(cell, list) for cell in cells):
+        return pa.array(cells, pa.string())
+    lists = [cell if isinstance(cell, list) else [cell] if cell else [] for cell in cells]
+    return pa.array(lists, pa.list_(pa.string()))
+
+
+def _write_tables(
+    store: Workspace,
+    recipe: Recipe,
+    kind: Literal["item", "user"],
+    rows: _Rows,
+    items: "pd.DataFrame | None",
+    interactions: "pd.DataFrame | None",
+) -> None:
+    """What `prepare` would have written of the frames: the tables that prompts are made of."""
+    earlier = finished_stage(store, "prepare")
+    if earlier is not None and _FRAMES not in earlier.counts:
+        raise WorkspaceError(f"{store.root} is the workspace of a run, whose tables would be lost. Name another.")
+    if kind == "item":
+        tables = {"items": entities_piece("items", rows.table, "frame").data}
+    elif items is None or interactions is None:
+        raise SchemaError("write_texts: texts about users are made of what they did. Give items and interactions.")
+    else:
+        known = _rows(items, "item", recipe.scenario, name="items")
+        for row, error in sorted(known.errors.items()):
+            raise SchemaError(f"items, row {row}: {error}. Correct the row or drop it.")
+        tables = _user_tables(recipe, rows.table, known.table, interactions)
+    for name, table in tables.items():
+        key = "item_id" if name == "items" else "user_id"
+        shards = shards_for(table.num_rows, recipe.shard_rows)
+        store.write_table(name, table.sort_by(key), key=key, n_shards=shards)
+    files = [store.digest(table_file(name, number)) for name in tables for number in store.table_shards(name)]
+    finish_stage(store, "prepare", fingerprint(files), counts={_FRAMES: len(tables)})
+
+
+def _user_tables(recipe: Recipe, users: pa.Table, items: pa.Table, frame: "pd.DataFrame") -> dict[str, pa.Table]:
+    names = {"users": "frame", "items": "items", "interactions": "interactions"}
+    try:
+        raw = pa.Table.from_pandas(frame, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise SchemaError(f"interactions: a column holds values of several types ({error}). Convert it.") from None
+    if "timestamp" not in raw.column_names:
+        raise missing_column(raw, "timestamp", name="interactions")
+    times = to_milliseconds(raw["timestamp"], "ms", name="interactions")
+    raw = raw.set_column(raw.column_names.index("timestamp"), "timestamp", times)
+    labels = Labels.of(recipe.labels, outcome_columns(raw.column_names), recipe.scenario.positive_above)
+    behaviors = with_outcomes(interactions_piece(raw, "interactions"), labels, "interactions")
+    pieces = [
+        entities_piece("users", users, "frame"),
+        entities_piece("items", items, "items"),
+        Piece("interactions", behaviors.select(INTERACTIONS.names).cast(INTERACTIONS), "interactions"),
+    ]
+
+    def raw_ids(piece: Piece, row: int) -> tuple[str, str]:
+        return str(raw["user_id"][row]), str(raw["item_id"][row])
+
+    tables = checked(pieces, raw_ids, "", names, drop_orphans=True)
+    ordered = Behaviors.ordered(tables.interactions)
+    quoted = histories(ordered, Texts.of(ordered, recipe.split))
+    return {"users": tables.users, "items": tables.items, "histories": quoted}
+
+
+def _generate(store: Workspace, recipe: Recipe, kind: Literal["item", "user"]) -> dict[int, _Answer]:
+    """Has the tables' rows asked about as `owlrec run` does; the answers by id."""
+    job = build_job(recipe.scenario, recipe.prompts, recipe.sampling, recipe.engine, None, recipe.quality)
+    inputs = table_inputs(store, (kind,))
+    pending, done = pending_shards(store, job.folder, inputs)
+    again = [shard for shard in inputs if shard.name in done and done[shard.name].rows_dead]
+    rows = {shard.name: job.count_prompts(store, shard) for shard in (*pending, *again)}
+    stage, total = GenerateStage(job, recipe.engine), sum(rows.values())
+    with progress("writing texts", total) as advance:
+        on_card = ShardWatch(advance, store.log_path("shards"), rows)
+        if total <= _HERE_ROWS:
+            pool = Pool(in_flight=recipe.generate.shards_in_flight)
+            cards = run_stage(store, stage, inputs, pool, on_card, done=done, again=again)
+        else:
+            cards = texts_on_replicas(recipe, store, stage, inputs, rows, on_card, done=done, again=again)
+    answers: dict[int, _Answer] = {}
+    for table in iterate_knowledge(store, job.folder, (kind,)):
+        for row in table.select(["id", "text", "quality"]).to_pylist():
+            answers[row["id"]] = _Answer(row["text"], row["quality"])
+    raw_ids = dict(zip(*store.read_table(TABLES[kind], [f"{kind}_id", "raw_id"]).to_pydict().values(), strict=True))
+    for name in [name for name, card in cards.items() if card.rows_dead]:
+        for row in store.read_parquet(f"{job.folder}/{dead_file(name)}").to_pylist():
+            message = row["message"].replace(f"{kind} {row['id']}", f"{kind} {raw_ids[row['id']]}")
+            answers[row["id"]] = _Answer(None, error=f"{row['error']}: {message}")
+    return answers
+
+
+# What a recipe must say and these functions do not read.
+_UNREAD: Mapping[str, Any] = {
+    "name": "frames",
+    "scenario": "movies",
+    "workspace": "",
+    "source": {"type": "table", "items": "", "interactions": ""},
+    "split": {"cuts": "now"},
+    "engine": {"type": "echo"},
+}
+
+
+def _engine(llm: str | EngineConfig | Mapping[str, Any], model: str | None) -> Any:
+    """The `engine` section of a recipe."""
+    if isinstance(llm, str) and llm.startswith(("http://", "https://")):
+        if model is None:
+            raise RecipeError(f"llm: {llm} is a server's address. Name its model as well: model='...'.")
+        return {"type": "http", "base_url": llm, "model": model}
+    if model is not None:
+        raise RecipeError("model: only the address of a server needs one. Name the model as llm.")
+    if isinstance(llm, str):
+        return {"type": "echo"} if llm == "echo" else {"type": "vllm", "model": llm}
+    return llm
