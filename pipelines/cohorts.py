@@ -6,7 +6,7 @@ from functools import partial
 import pyarrow as pa
 
 from owlrec.cohorts.building import build_cohorts
-from owlrec.cohorts.model import POINTER, previous_folder
+from owlrec.cohorts.model import POINTER, CohortSettings, previous_folder
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress
 from owlrec.prompting.rows import cohort_prompts, collective_fingerprint, prompts_table
@@ -28,7 +28,8 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     config, scenario = recipe.cohorts, recipe.domain
     if config is None:
         return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))
-    named = fingerprint(prepared.fingerprint, config, collective_fingerprint(scenario), recipe.split.cuts)
+    wording = collective_fingerprint(scenario)
+    named = fingerprint(prepared.fingerprint, config, CohortSettings(), wording, recipe.split.cuts)
     folder = f"cohorts/{named[:16]}"
     here = int(prepared.counts.get("users", 0)) + int(prepared.counts.get("items", 0)) <= _ROWS_HERE
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from served_world import knowledge_app  # type: ignore[import-not-found]
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from owlrec.cohorts.model import read_profiles
+from owlrec.cohorts.building import build_cohorts
+from owlrec.cohorts.clustering import FactorSettings
+from owlrec.cohorts.model import CohortSettings, read_profiles
+from owlrec.cohorts.profiles import ProfileSettings
 from owlrec.ctr.experiment import trials
 from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.trainer import export_trial, train_one
@@ -305,14 +309,16 @@ def test_a_killed_erasure_is_finished_by_the_same_command(
         shutil.rmtree(workspace.path())
 
 
-def test_cohorts_go_on_without_a_representative(tmp_path: Path, cache: Path, asked: list[str]) -> None:
+def test_cohorts_go_on_without_a_representative(
+    tmp_path: Path, cache: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quoting_all = CohortSettings(factors=FactorSettings(factors=8), profiles=ProfileSettings(common_share=0.05))
+    monkeypatch.setattr("pipelines.cohorts.build_cohorts", partial(build_cohorts, settings=quoting_all))
     write_source(tmp_path / "source")
     extra = """
         cohorts:
-          collaborative: {factors: 8}
           users: {mean_size: 6}
           items: {mean_size: 8}
-          profiles: {common_share: 0.05}
         prompts: {mode: both}
         """
     recipe = load_recipe(write_recipe(tmp_path, str(tmp_path / "ws"), extra=extra))
