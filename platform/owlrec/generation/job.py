@@ -17,7 +17,7 @@ from owlrec.decoding.controller import DecoderCounters, add_counters
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, engine_fingerprint
 from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.quality import QualityConfig
+from owlrec.generation.quality import RULES, QualityConfig
 from owlrec.prompting.rows import PromptConfig, template_fingerprint
 from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
@@ -109,7 +109,7 @@ def build_job(
     decoding, quality = decoding or DecodingConfig(), quality or QualityConfig()
     rule = decoding.relaxation if decoding.mode == "relaxed" else None
     wording = template_fingerprint(prompts, scenario)
-    named = fingerprint(wording, engine_fingerprint(engine), sampling, rule, quality)
+    named = fingerprint(wording, engine_fingerprint(engine), sampling, rule, quality, RULES)
     return GenerationJob(scenario, prompts, sampling, decoding, quality, named, ready or {}, cohorts)
 
 
