@@ -262,7 +262,7 @@ def _worth(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
 
 
 def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
-    from owlrec.decoding import DecodingConfig, request_arguments
+    from owlrec.decoding import DecodingConfig, DraftLimits, request_arguments
     from owlrec.decoding.pools import write_pool
     from owlrec.decoding.release_pools import answer_tokens
     from owlrec.generation import VllmEngine, VllmEngineConfig, token_counter
@@ -303,8 +303,8 @@ def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
         for name, users in members.items():
             sequences = list(answer_tokens(tokenizer, [pooled[u] for u in users], [False] * len(users)))
             write_pool(folder, name, sequences, users, identity=identity, max_tokens=10**7)
-        decoding = DecodingConfig(mode="strict", pools=folder, live_tokens=0)
-        engine = VllmEngine(recipe.engine.model_copy(update={"max_num_seqs": 4}), decoding)
+        decoding = DecodingConfig(mode="strict", pools=folder)
+        engine = VllmEngine(recipe.engine.model_copy(update={"max_num_seqs": 4}), decoding, DraftLimits(live_tokens=0))
 
         async def run(pool_of: Any) -> tuple[int, int, int]:
             gate = asyncio.Semaphore(4)
