@@ -12,6 +12,7 @@ from owlrec.encoding.inputs import (
     WithImported,
     imported_vectors,
 )
+from owlrec.encoding.semantic_ids import CODING
 from owlrec.encoding.stage import EncodingJob
 from owlrec.errors import SourceError
 from owlrec.ops.console import note, progress, stage_header
@@ -31,7 +32,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     watch, knowledge = Stopwatch(), needed_stage(workspace, "generate", "no knowledge yet").outputs["knowledge"]
     # What changes a vector, and nothing else: no batch size, device or precision (half on a GPU moves a component by up
     # to 3e-4), and not how many texts there are.
-    named = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, knowledge)
+    named = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, CODING, knowledge)
     folder = f"vectors/{named[:16]}"
     job = EncodingJob(workspace, folder, recipe.encoder, _inputs(recipe, workspace, knowledge, folder))
     pool = job.pool(str(workspace.log_path("encode")))

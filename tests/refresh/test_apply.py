@@ -92,7 +92,7 @@ def test_one_partition_is_only_the_newest(world: Workspace) -> None:
 
 
 def test_new_vectors_are_coded_by_the_releases_own_quantiser(world: Workspace) -> None:
-    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans"))
+    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4))
     with open_release(world) as release:
         before, _ = release.store.codes("user", range(1, 41))
         quantiser = release.quantisers()["user"]
@@ -164,7 +164,7 @@ def stored(world: Workspace) -> dict[tuple[int, int], list[float]]:
 
 
 def test_vectors_of_all_partitions_are_kept_where_arms_read_them(world: Workspace) -> None:
-    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans"))
+    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4))
     log_events(world, watched(1, range(100, 112)))
     carry_out(world, plan_refresh(world, history_tokens=30, partitions=1))
     log_events(world, [*watched(1, AWAY, START + 3 * DAY), *watched(2, AWAY, START + 3 * DAY)], "two")
