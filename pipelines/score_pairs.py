@@ -65,13 +65,11 @@ def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
     """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `tune-ranker`
     where that has run.
 
-    Raises RecipeError where item vectors are to be the LLM's and the engine is not vLLM; errors of open_adapter.
+    Raises what open_adapter does.
     """
     config = recipe.ranking or RankingConfig()
     engine = config.engine or recipe.engine
-    llm_vectors = config.item_vectors == "llm"
-    encoder = config.item_encoder(recipe.encoder, config.ranking_engine(engine)) if llm_vectors else recipe.encoder
-    plain = Teacher(engine, config, recipe.domain, encoder)
+    plain = Teacher(engine, config, recipe.domain, recipe.encoder)
     tuned = finished_stage(workspace, "tune_ranker")
     if tuned is None or not isinstance(engine, VllmEngineConfig):
         return plain
@@ -79,7 +77,7 @@ def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
     adapter = open_adapter(workspace, folder, model=engine.model_identity, wording=plain.wording)
     beside = f"{folder.rpartition('/')[0]}/calibration-tuned-{plain.shown}.json"
     calibration = load_calibration(workspace, beside) if workspace.exists(beside) else None
-    return Teacher(engine, config, recipe.domain, encoder, folder, adapter.manifest.sha256, calibration)
+    return Teacher(engine, config, recipe.domain, recipe.encoder, folder, adapter.manifest.sha256, calibration)
 
 
 def _ask(
@@ -96,7 +94,7 @@ def _ask(
     vectors = None
     if teacher.shown != "recent":
         with shard_pool(recipe, workspace) as pool:
-            vectors = ItemVectors.encoded(workspace, teacher.encoder, teacher.config.projection, pool)
+            vectors = ItemVectors.encoded(workspace, teacher.encoder, pool=pool)
     rows = {s.name: workspace.count_rows(table_file("samples", s.number)) for s in pending}
     rows |= {s.name: done[s.name].rows_dead for s in dead}
     note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")

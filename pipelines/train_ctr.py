@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from owlrec.ctr import scoring
 from owlrec.ctr.artifact import read_by, read_card
-from owlrec.ctr.experiment import Trial, summarise, trials
+from owlrec.ctr.experiment import SPARSE_ABOVE_ROWS, Trial, summarise, trials
 from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.training import needs_ray, stage_pool, train_trials
 from owlrec.encoding.projection import Projection
@@ -20,8 +20,8 @@ from owlrec.workspace import Workspace
 from pipelines.session import ray_session
 from pipelines.stage import Counts, Outputs, execute, main
 
-# What the grid holds and how it is spread over machines: growing the grid must not retrain what it has.
-_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures", "checkpoint_steps", "sweep"}
+# What the grid holds: growing the grid must not retrain what it has.
+_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds"}
 
 
 def run(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) -> Card:
@@ -33,7 +33,7 @@ def run(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) 
     prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
-    settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
+    settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT) | {"sparse": SPARSE_ABOVE_ROWS}
     soft = soft_labels(recipe, workspace, prepared)
     made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
     made_from += partitions_read(recipe, workspace)

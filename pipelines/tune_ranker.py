@@ -6,10 +6,12 @@ from owlrec.errors import RecipeError
 from owlrec.generation import token_counter
 from owlrec.ops.console import note, progress, table, warn
 from owlrec.prompting.ranking import rank_fingerprint
+from owlrec.ranking.experiment import RankerRun
 from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row, results_of, write_results
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import write_questions
 from owlrec.ranking.retrieval import ItemVectors
+from owlrec.ranking.scorer import TEMPLATE_OPTIONS
 from owlrec.ranking.tuning import Adapter
 from owlrec.recipe import Recipe
 from owlrec.shards import Card, needed_stage
@@ -20,25 +22,27 @@ from pipelines.stage import Counts, Outputs, execute, main
 from pipelines.train_ctr import shard_pool
 
 
-def run(recipe: Recipe, workspace: Workspace) -> Card:
-    """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on."""
+def run(recipe: Recipe, workspace: Workspace, settings: RankerRun | None = None) -> Card:
+    """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on.
+
+    settings: None = the recipe's, and else the defaults.
+    """
     prepared, config = needed_stage(workspace, "prepare", "no tables yet"), recipe.ranking
     if config is None:
         raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
-    model, encoder = engine.model_identity, config.item_encoder(recipe.encoder, engine)
-    decides = config.decides_adapter
-    tuned_print = fingerprint(prepared.fingerprint, model, wording, decides, encoder.identity)
+    settings = settings or RankerRun(tuning=config.tuning.settings)
+    decides = (config.decides_adapter(settings), TEMPLATE_OPTIONS, recipe.encoder.identity)
+    tuned_print = fingerprint(prepared.fingerprint, engine.model_identity, wording, decides)
     job = TuningJob(
         folder=f"ranking/{tuned_print[:16]}",
         model=engine.model,
         revision=engine.revision,
         wording=wording,
-        settings=config.tuning,
-        template_options=config.template_options,
+        settings=settings.tuning,
     )
 
-    named = fingerprint(tuned_print, config, engine)
+    named = fingerprint(tuned_print, config, settings, engine)
 
     def body() -> tuple[Counts, Outputs]:
         if recipe.split.history_length <= config.data.behaviours:
@@ -47,9 +51,10 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                 "behaviours: retrieved ones are the recent ones. Raise split.history_length and prepare again."
             )
         with shard_pool(recipe, workspace) as pool:
-            vectors = ItemVectors.encoded(workspace, encoder, config.projection, pool)
+            vectors = ItemVectors.encoded(workspace, recipe.encoder, pool=pool)
         counts: Counts = {}
-        counts |= write_questions(workspace, job.folder, config, recipe.domain, vectors, token_counter(engine))
+        count = token_counter(engine)
+        counts |= write_questions(workspace, job.folder, config, recipe.domain, vectors, count, settings)
         note(f"{counts['train_rows']:,} rows to tune on, from {counts['train_samples']:,} samples")
         with ray_session(recipe.ray, workspace.log_path("ray")):
             with progress("tuning", None, "steps") as advance:
@@ -58,7 +63,7 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
             note(f"best valid AUC {best.best_auc:.4f}, after {best.best_step} of {best.step} steps")
             valid, test = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("valid", "test"))
             questions = [(row["system"], row["text"]) for rows in (valid, test) for row in rows.to_pylist()]
-            models: dict[str, Adapter | None] = {"zero-shot": None} if config.judging.zero_shot else {}
+            models: dict[str, Adapter | None] = {"zero-shot": None} if settings.zero_shot else {}
             models["tuned"] = adapter
             with progress("scoring", len(models) * len(questions), "questions") as advance:
                 scores = score_questions(
@@ -66,12 +71,11 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
                     questions,
                     models,
                     log_path=str(workspace.log_path("score")),
-                    use_gpu=config.tuning.use_gpu,
-                    template_options=config.template_options,
+                    use_gpu=settings.tuning.use_gpu,
                     on_scored=advance,
                 )
         judgements = judge_models(workspace, job.folder, valid, test, scores)
-        write_results(workspace, named[:16], results_of(config, judgements))
+        write_results(workspace, named[:16], results_of(config, judgements, settings.seed))
         table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
         counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}
         return counts, {"adapter": job.adapter, "judgements": f"{job.folder}/judgements.json"}

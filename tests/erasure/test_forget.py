@@ -28,9 +28,10 @@ from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.trainer import export_trial, train_one
 from owlrec.ctr.training import GridJob, encode_once, load_data
 from owlrec.erasure.forgetting import forget
-from owlrec.generation.engines import EchoEngine
+from owlrec.generation.engines import EchoEngine, count_words
 from owlrec.generation.import_export import ImportSource
 from owlrec.node_cache import NodeCache
+from owlrec.ranking.experiment import RankerRun
 from owlrec.ranking.questions import write_questions
 from owlrec.ranking.retrieval import ItemVectors
 from owlrec.recipe import Recipe, load_recipe
@@ -114,9 +115,10 @@ def whole_chain(folder: Path, recipe: Recipe, workspace: Workspace, *, trained: 
         importlib.import_module("pipelines.export_ctr").run(recipe, workspace)
         importlib.import_module("pipelines.export_vectors").run(recipe, workspace)
         assert recipe.ranking is not None
-        vectors = ItemVectors.encoded(workspace, recipe.encoder, recipe.ranking.projection)
+        vectors = ItemVectors.encoded(workspace, recipe.encoder)
         config = recipe.ranking.model_copy(update={"data": recipe.ranking.data.model_copy(update={"shots": None})})
-        write_questions(workspace, "ranking/tuned", config, recipe.domain, vectors, lambda text: len(text.split()))
+        run_ = RankerRun(valid_samples=8)
+        write_questions(workspace, "ranking/tuned", config, recipe.domain, vectors, count_words, run_)
     log = workspace.log_path("engine")
     log.write_text(f"user {ID}: flagged\nuser 7: flagged\nrow of {RAW} was late\n")
 
