@@ -6,6 +6,7 @@ from functools import partial
 import pyarrow as pa
 
 from owlrec.cohorts.building import build_cohorts
+from owlrec.cohorts.clustering import ITERATIONS
 from owlrec.cohorts.model import POINTER, CohortSettings, previous_folder
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import note, progress
@@ -29,7 +30,8 @@ def run(recipe: Recipe, workspace: Workspace) -> Card:
     if config is None:
         return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))
     wording = collective_fingerprint(scenario)
-    named = fingerprint(prepared.fingerprint, config, CohortSettings(), wording, recipe.split.cuts)
+    constants = (CohortSettings(), ITERATIONS)
+    named = fingerprint(prepared.fingerprint, config, constants, wording, recipe.split.cuts)
     folder = f"cohorts/{named[:16]}"
     here = int(prepared.counts.get("users", 0)) + int(prepared.counts.get("items", 0)) <= _ROWS_HERE
 

@@ -8,6 +8,7 @@ from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import find_pools
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import (
+    SHARDS_IN_FLIGHT,
     GenerateConfig,
     add_cards,
     build_job,
@@ -109,8 +110,7 @@ def write_texts(
         max_workers=config.most_replicas,
         cpus=engine_cpus(engine, config),
         gpus=config.engine_gpus,
-        in_flight=config.shards_in_flight,
-        lease_s=config.lease_s,
+        in_flight=SHARDS_IN_FLIGHT,
         price_per_hour=config.price_per_replica_hour,
         log_path=str(workspace.log_path("engine")),
     )

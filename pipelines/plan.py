@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
+from owlrec.generation.job import SHARDS_IN_FLIGHT
 from owlrec.ops import cost as plan_report
 from owlrec.ops.console import note, stage_header
 from owlrec.ops.cost import POLICIES, Horizon, Work, load_fleet, measured_workload
@@ -58,9 +59,9 @@ def plan(
 
 
 def _work(recipe: Recipe) -> Work:
-    job, decoding = recipe.generate, recipe.decoding
+    decoding = recipe.decoding
     batch = getattr(recipe.engine, "max_num_seqs", getattr(recipe.engine, "concurrency", 1))
-    at_once = max(1, min(job.shards_in_flight, round(batch / recipe.shard_rows)))
+    at_once = max(1, min(SHARDS_IN_FLIGHT, round(batch / recipe.shard_rows)))
     return Work(recipe.shard_rows, at_once, 0 if decoding.mode == "off" else decoding.pool_tokens)
 
 

@@ -21,6 +21,9 @@ _ENVIRONMENT = {
 }
 
 
+_OBJECT_STORE_BYTES = 256 << 20  # of a local cluster: blocks carry cards, not data
+
+
 @contextmanager
 def ray_session(config: RayConfig, log_path: Path) -> Iterator[None]:
     """Connects to Ray for the block, and ends a local cluster after it. Joins a session that is open already.
@@ -42,7 +45,7 @@ def ray_session(config: RayConfig, log_path: Path) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         options |= {
             "num_cpus": config.num_cpus or os.cpu_count(),
-            "object_store_memory": config.object_store_mib * 2**20,
+            "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
     with native_errors_to(log_path):

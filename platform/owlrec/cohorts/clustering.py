@@ -195,7 +195,7 @@ _ONE_CELL, _PER_CELL, _MOST_PER_CELL, _MOST_CELLS = 1024, 256, 1024, 4096  # coh
 _PROBES = 4  # cells that are searched for each vector
 CELL_SAMPLE = 1 << 18  # vectors that one k-means is trained on: 64 MB at 64 dimensions
 _SAMPLE = 1 << 22  # vectors of all cohorts together, but at least 64 a cohort and at most 256
-_ITERATIONS = 20  # of k-means: faiss stops at 25, and the last few move hardly any vector
+ITERATIONS = 20  # of k-means: faiss stops at 25, and the last few move hardly any vector
 _SPLITS = 8  # rounds; each at least halves what is too large, unless its members are alike
 _SAME_COSINE = 0.7  # to the earlier centroid, for a cohort to be the same one
 
@@ -388,7 +388,7 @@ def _kmeans(vectors: np.ndarray, k: int, earlier: np.ndarray | None, seed: int) 
     kmeans = faiss.Kmeans(
         vectors.shape[1],
         k,
-        niter=_ITERATIONS,
+        niter=ITERATIONS,
         spherical=True,
         seed=seed,
         min_points_per_centroid=1,

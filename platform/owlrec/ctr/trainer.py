@@ -507,9 +507,8 @@ def train_one(
     model = model.to(worker.device)
     train, labels = splits["train"].split, _columns(splits["valid"].split, "labels")[0]
     if checkpoint is not None:
-        checkpoint = checkpoint.of(
-            spec, trial, config.model_dump(exclude=_BESIDE_A_TRIAL), worker.world_size, train.sizes
-        )
+        settings = (config.model_dump(exclude=_BESIDE_A_TRIAL), SPARSE_ABOVE_ROWS)
+        checkpoint = checkpoint.of(spec, trial, settings, worker.world_size, train.sizes)
 
     def valid_auc(epoch: int) -> float:
         scores = score(model, splits["valid"], worker)
