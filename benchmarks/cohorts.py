@@ -30,8 +30,8 @@ from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
 from owlrec.cohorts.assignment import vector_array
 from owlrec.cohorts.building import AssignCohorts, build_cohorts
-from owlrec.cohorts.clustering import ClusterConfig, Codebook, train_cells, unit
-from owlrec.cohorts.model import CohortModel, CohortsConfig
+from owlrec.cohorts.clustering import ClusterConfig, Codebook, FactorSettings, train_cells, unit
+from owlrec.cohorts.model import CohortModel, CohortsConfig, CohortSettings
 from owlrec.ctr.experiment import finished_trials, summarise, trials
 from owlrec.recipe import RayConfig, Recipe, load_recipe
 from owlrec.runner import Pool, run_stage
@@ -95,10 +95,9 @@ def _speed(sizes: list[int]) -> list[Figure]:
 
 
 def _world(workspace: Workspace, n: int) -> None:
-    rng, config = np.random.default_rng(0), ClusterConfig()
-    sizes = config.sizes(n)
+    rng, sizes = np.random.default_rng(0), ClusterConfig().sizes(n)
     centroids = unit(rng.normal(size=(sizes.cohorts, DIM)).astype(np.float32))
-    cells = train_cells(centroids, sizes, config)
+    cells = train_cells(centroids, sizes)
     book = Codebook(centroids, np.arange(sizes.cohorts), sizes.cohorts, cells if len(cells) > 1 else None)
     CohortModel({"user-liked": book}, {}).save(workspace, "c")
     n_shards = shards_for(n, SHARD_ROWS)
@@ -144,8 +143,15 @@ def _real() -> Iterator[Figure]:
         _stages(recipe, workspace, "prepare")
         labels = []
         for seed in (0, 1):
-            config = _seeded(recipe.cohorts or CohortsConfig(), seed)
-            build_cohorts(workspace, f"c{seed}", config, recipe.domain, _no_prompts, shard_rows=recipe.shard_rows)
+            build_cohorts(
+                workspace,
+                f"c{seed}",
+                recipe.cohorts or CohortsConfig(),
+                recipe.domain,
+                _no_prompts,
+                shard_rows=recipe.shard_rows,
+                settings=CohortSettings(factors=FactorSettings(seed=seed), seed=seed),
+            )
             labels.append(_labels(workspace, f"c{seed}", "user", "liked"))
         users = sorted(labels[0].keys() & labels[1].keys())
         score = adjusted_rand_score(*([of[u] for u in users] for of in labels))
@@ -169,13 +175,6 @@ def _real() -> Iterator[Figure]:
 
 def _no_prompts(profiles: pa.Table) -> pa.Table:
     return PROMPTS.empty_table()
-
-
-def _seeded(config: CohortsConfig, seed: int) -> CohortsConfig:
-    parts = {
-        name: getattr(config, name).model_copy(update={"seed": seed}) for name in ("collaborative", "users", "items")
-    }
-    return config.model_copy(update=parts)
 
 
 def _stages(recipe: Recipe, workspace: Workspace, *names: str) -> None:
@@ -261,7 +260,7 @@ def _worth(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
 
 
 def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
-    from owlrec.decoding import DecodingConfig, request_arguments
+    from owlrec.decoding import DecodingConfig, DraftLimits, request_arguments
     from owlrec.decoding.pools import write_pool
     from owlrec.decoding.release_pools import answer_tokens
     from owlrec.generation import VllmEngine, VllmEngineConfig, token_counter
@@ -302,8 +301,8 @@ def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
         for name, users in members.items():
             sequences = list(answer_tokens(tokenizer, [pooled[u] for u in users], [False] * len(users)))
             write_pool(folder, name, sequences, users, identity=identity, max_tokens=10**7)
-        decoding = DecodingConfig(mode="strict", pools=folder, live_tokens=0)
-        engine = VllmEngine(recipe.engine.model_copy(update={"max_num_seqs": 4}), decoding)
+        decoding = DecodingConfig(mode="strict", pools=folder)
+        engine = VllmEngine(recipe.engine.model_copy(update={"max_num_seqs": 4}), decoding, DraftLimits(live_tokens=0))
 
         async def run(pool_of: Any) -> tuple[int, int, int]:
             gate = asyncio.Semaphore(4)

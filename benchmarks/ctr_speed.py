@@ -325,7 +325,7 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
     )  # fmt: skip
     config = CTRConfig(batch_size=BATCH)
     model = CTRModel(ModelSpec.of(spec, "dcnv2", 0, config), items)
-    optimisers = Optimisers(model, config, steps)
+    optimisers = Optimisers(model, config)
     times, labels = [], torch.from_numpy(split.samples.labels)
     for rows in torch.arange(n).split(BATCH):
         started = time.perf_counter()

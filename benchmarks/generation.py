@@ -21,7 +21,7 @@ from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.job import GenerateConfig, GenerationJob, build_job, table_inputs
+from owlrec.generation.job import SHARDS_IN_FLIGHT, GenerateConfig, GenerationJob, build_job, table_inputs
 from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.generation.quality import QualityConfig
 from owlrec.generation.vllm_engine import prepare_environment
@@ -197,7 +197,7 @@ def _ours(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
     pool = Pool(
         here=False,
         cpus=engine_cpus(engine, GenerateConfig()),
-        in_flight=GenerateConfig().shards_in_flight,
+        in_flight=SHARDS_IN_FLIGHT,
         log_path=str(workspace.log_path("engine")),
     )
     with ray_session(RayConfig(), workspace.log_path("ray")):

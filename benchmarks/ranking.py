@@ -289,7 +289,7 @@ def _work_peft(job: dict[str, Any]) -> dict[str, Any]:
 def _work_tune(job: dict[str, Any]) -> dict[str, Any]:
     import pyarrow as pa
 
-    from owlrec.ranking.experiment import TuningConfig
+    from owlrec.ranking.experiment import TuningSettings
     from owlrec.ranking.tuning import Progress, load_model, tokenise, tune
 
     rows = [
@@ -298,7 +298,7 @@ def _work_tune(job: dict[str, Any]) -> dict[str, Any]:
     ]
     examples = tokenise(pa.Table.from_pylist(rows), load_tokenizer(PACKAGED), max_tokens=4096)
     longest = int(examples.lengths.max())
-    config = TuningConfig(
+    config = TuningSettings(
         batch_rows=job["batch"], micro_tokens=job["micro"] * longest, dtype=job["dtype"], epochs=1, learning_rate=1e-4
     )
     few = tokenise(pa.Table.from_pylist(rows[:2]), load_tokenizer(PACKAGED), max_tokens=4096)

@@ -29,9 +29,9 @@ from benchmarks.ranking_scores import Scored, ask_ranker, auc_figure, scored
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.ops.console import note
-from owlrec.ranking.experiment import RankingConfig
+from owlrec.ranking.experiment import RankerRun, RankingConfig, TuningSettings
 from owlrec.ranking.judging import Judgement
-from owlrec.ranking.samples import draw_samples
+from owlrec.ranking.samples import Shown, draw_samples
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.runs.batch import prepare
 from owlrec.runs.ranker import tune_ranker
@@ -66,7 +66,7 @@ class Run:
     seed: int
     shots: int
     behaviours: int
-    judged: tuple[str, ...]
+    judged: tuple[Shown, ...]
     zero_shot: bool = False
     asked: tuple[str, ...] = ("recent", "retrieved")  # how its samples are asked while it is tuned
     retrieved_for: str = "set"
@@ -84,23 +84,28 @@ class Bench:
         """The recipe with a run's settings."""
         o, values = self.options, self.recipe.model_dump(mode="json")
         changed: dict[str, dict[str, Any]] = {
-            "data": {"seed": run.seed, "shots": run.shots, "behaviours": run.behaviours, "shown": run.asked},
+            "data": {"shots": run.shots, "behaviours": run.behaviours, "shown": run.asked},
             "prompt": {"retrieved_for": run.retrieved_for},
-            "tuning": {"seed": run.seed, "epochs": o.epochs},
-            "judging": {
-                "shown": run.judged,
-                "zero_shot": run.zero_shot,
-                "valid_samples": o.valid_samples,
-                "test_samples": o.test_samples,
-            },
+            "tuning": {"epochs": o.epochs},
+            "judging": {"test_samples": o.test_samples},
         }
         for section, changes in changed.items():
             values["ranking"][section] |= changes
         return Recipe.model_validate(values)
 
+    def settings_of(self, run: Run) -> RankerRun:
+        """What a run changes besides the recipe."""
+        return RankerRun(
+            tuning=TuningSettings(seed=run.seed, epochs=self.options.epochs),
+            seed=run.seed,
+            judged=run.judged,
+            valid_samples=self.options.valid_samples,
+            zero_shot=run.zero_shot,
+        )
+
     def kept(self, run: Run) -> str:
         """Where a run's scored test rows stay."""
-        return f"ranking/benchmark-{fingerprint(self.recipe_of(run))[:16]}"
+        return f"ranking/benchmark-{fingerprint(self.recipe_of(run), self.settings_of(run))[:16]}"
 
     def is_done(self, run: Run) -> bool:
         """Whether nothing of a run is left to do."""
@@ -110,7 +115,8 @@ class Bench:
         """The test rows with their scores, of each model, and the folder of the run's ranker."""
         kept, models = self.kept(run), ["zero-shot", "tuned"] if run.zero_shot else ["tuned"]
         if not self.is_done(run):
-            folder = tune_ranker(self.recipe_of(run), self.workspace).outputs["judgements"].rpartition("/")[0]
+            card = tune_ranker(self.recipe_of(run), self.workspace, self.settings_of(run))
+            folder = card.outputs["judgements"].rpartition("/")[0]
             for model in models:
                 rows = self.workspace.read_parquet(f"{folder}/scores-{model}.parquet")
                 self.workspace.write_parquet(f"{kept}/{model}.parquet", rows)
@@ -224,7 +230,7 @@ def tokens_per_s(config: RankingConfig) -> tuple[float, float]:
 
     from owlrec.ranking.tuning import answer_logits, load_model
 
-    model = load_model(resolve_model(PACKAGED), None, config.tuning)
+    model = load_model(resolve_model(PACKAGED), None, config.tuning.settings)
     for name, weight in model.named_parameters():
         weight.requires_grad_("q_proj" in name)  # a gradient goes all the way down, as an adapter's does
     prompts = [np.arange(100, 400, dtype=np.int32)] * 3
@@ -245,7 +251,7 @@ def by_shots(bench: Bench) -> list[Figure]:
         figures += bench.figures(run, measure)
         judged = bench.recipe_of(run).ranking
         assert judged is not None
-        for result in ctr_results(bench.workspace, bench.recipe.domain, judged):
+        for result in ctr_results(bench.workspace, bench.recipe.domain, judged, bench.settings_of(run)):
             figures.append(Figure(measure=measure, method=result.model, value=result.auc, unit="AUC"))
     return figures
 
@@ -268,9 +274,8 @@ def by_longer(bench: Bench) -> list[Figure]:
     run, rows = runs_of("longer", bench.options)[0], bench.options.longer_rows
     _, folder = bench.tuned(run)
     recipe, workspace = bench.recipe_of(run), bench.workspace
-    assert recipe.ranking is not None
     catalog = ItemCatalog.load(workspace).ids
-    asked = draw_samples(workspace, "test", rows, recipe.ranking.judging.seed, catalog, exactly=True)
+    asked = draw_samples(workspace, "test", rows, RankerRun.judging_seed, catalog, exactly=True)
     figures = []
     for k in bench.options.behaviours:
         file = f"{bench.kept(run)}/longer-{k}-{rows}.parquet"

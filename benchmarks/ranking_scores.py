@@ -50,7 +50,7 @@ def ask_ranker(
         samples,
         workspace.read_table("users"),
         ItemCatalog.load(workspace),
-        item_retriever(workspace, config.item_encoder(recipe.encoder, engine), config.projection),
+        item_retriever(workspace, recipe.encoder),
         recipe.domain,
         config.prompt,
         token_counter(engine),

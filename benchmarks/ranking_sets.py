@@ -46,8 +46,7 @@ def main() -> None:
     workspace = Workspace(recipe.workspace)
     if finished_stage(workspace, "prepare") is None:
         prepare(recipe, workspace)
-    assert recipe.ranking is not None
-    vectors = ItemVectors.encoded(workspace, recipe.encoder, recipe.ranking.projection)
+    vectors = ItemVectors.encoded(workspace, recipe.encoder)
     catalog = ItemCatalog.load(workspace).ids
     found, mask = vectors.shards.gather(catalog)
     assert mask.all()

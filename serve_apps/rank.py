@@ -66,13 +66,13 @@ class LlmReplica:
         self._following = AsyncExitStack()
         self._writer = QuestionWriter(
             WorkspaceTables(self._workspace),
-            item_retriever(self._workspace, config.item_encoder(settings.encoder, engine), config.projection),
+            item_retriever(self._workspace, settings.encoder),
             settings.domain,
             config,
             recent_of(self._served),
             token_counter(engine),
         )
-        self._scorer = Scorer(engine, lora_rank=_ADAPTER_RANK, template_options=config.template_options)
+        self._scorer = Scorer(engine, lora_rank=_ADAPTER_RANK)
         self._made_for = {
             "model": model_identity(engine.model, engine.revision),
             "wording": rank_fingerprint(config.prompt, settings.domain),

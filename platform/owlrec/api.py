@@ -21,7 +21,7 @@ from owlrec.decoding import engine_arguments
 from owlrec.decoding.release_pools import FOLDER, pools_identity
 from owlrec.errors import RecipeError, SchemaError, WorkspaceError
 from owlrec.generation import EngineConfig
-from owlrec.generation.job import build_job, dead_file, iterate_knowledge, table_inputs
+from owlrec.generation.job import SHARDS_IN_FLIGHT, build_job, dead_file, iterate_knowledge, table_inputs
 from owlrec.generation.models import model_identity
 from owlrec.generation.worker import GenerateStage
 from owlrec.ops.console import ShardWatch, progress, silent
@@ -412,7 +412,7 @@ def _generate(store: Workspace, recipe: Recipe, kind: Literal["item", "user"]) -
     with progress("writing texts", total) as advance:
         on_card = ShardWatch(advance, store.log_path("shards"), rows)
         if total <= _HERE_ROWS:
-            pool = Pool(in_flight=recipe.generate.shards_in_flight)
+            pool = Pool(in_flight=SHARDS_IN_FLIGHT)
             cards = run_stage(store, stage, inputs, pool, on_card, done=done, again=again)
         else:
             cards = texts_on_replicas(recipe, store, stage, inputs, rows, on_card, done=done, again=again)

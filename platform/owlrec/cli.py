@@ -258,6 +258,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate time, GPU-hours, cost, storage and serving of a large batch from a small run that was measured."""
+    from owlrec.generation.job import SHARDS_IN_FLIGHT
     from owlrec.ops import cost
     from owlrec.ops.report import hardware_line
 
@@ -268,7 +269,7 @@ def plan(
     horizon = cost.Horizon.model_validate({**counts, **shares, "refreshes": refreshes})
     settings = load_recipe(recipe, workspace=workspace)
     batch = getattr(settings.engine, "max_num_seqs", getattr(settings.engine, "concurrency", 1))
-    in_flight = max(1, min(settings.generate.shards_in_flight, round(batch / settings.shard_rows)))
+    in_flight = max(1, min(SHARDS_IN_FLIGHT, round(batch / settings.shard_rows)))
     with _messages(as_json):
         store, machines = Workspace(settings.workspace), cost.load_fleet(fleet)
         workload = cost.measured_workload(store, settings.shard_rows, in_flight)
@@ -639,9 +640,25 @@ def export_model(
 
 
 @ctr_app.command()
-def sweep(recipe: RecipePath, workspace: WorkspaceOption = None) -> None:
-    """Choose learning rate and adaptor size on the valid split (`ctr.sweep`)."""
-    _run_stage("sweep_ctr", recipe, workspace)
+def sweep(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    learning_rate: Annotated[list[float] | None, typer.Option(help="default: 0.001, 0.002, 0.004")] = None,
+    shared_experts: Annotated[list[int] | None, typer.Option(help="default: 2")] = None,
+    dedicated_experts: Annotated[list[int] | None, typer.Option(help="default: 2, 5")] = None,
+    hidden_dim: Annotated[list[int] | None, typer.Option(help="width of an expert; default: 32")] = None,
+) -> None:
+    """Choose learning rate and adaptor size on the valid split; every combination of the values is tried."""
+    from owlrec.ctr.experiment import SweepGrid
+
+    values: dict[str, Any] = {
+        "learning_rates": learning_rate,
+        "shared_experts": shared_experts,
+        "dedicated_experts": dedicated_experts,
+        "hidden_dims": hidden_dim,
+    }
+    grid = SweepGrid(**{name: tuple(given) for name, given in values.items() if given})
+    _run_stage("sweep_ctr", recipe, workspace, grid=grid)
 
 
 @ranker_app.command()

@@ -37,7 +37,6 @@ class RayConfig(Config):
 
     address: str = "local"  # "local" starts a cluster that ends with the run; "auto" or host:port joins one
     num_cpus: int | None = None  # logical CPUs of a local cluster; None = all cores
-    object_store_mib: int = Field(256, ge=80)  # of a local cluster: blocks carry cards, not data
 
 
 class Recipe(Config):

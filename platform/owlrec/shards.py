@@ -285,6 +285,8 @@ def _stage_file(stage: str) -> str:
 # clock) waste its work and break nothing.
 
 
+# How long a shard stays claimed after its worker was last heard of, where nothing else tells that it is gone: a process
+# on the same host is looked up. Shorter, and a busy machine would lose what it is at.
 LEASE_S = 120.0
 _HEARTBEATS = 4  # in one lease: three may fail before a claim is lost
 _TRIES = 5

@@ -10,8 +10,8 @@ import pytest
 
 from owlrec.cohorts import building, clustering
 from owlrec.cohorts.building import AssignCohorts, _batches, build_cohorts, cohort_shards
-from owlrec.cohorts.clustering import ClusterConfig, CollaborativeConfig
-from owlrec.cohorts.model import POINTER, CohortsConfig, previous_folder, read_profiles
+from owlrec.cohorts.clustering import ClusterConfig, FactorSettings
+from owlrec.cohorts.model import POINTER, CohortsConfig, CohortSettings, previous_folder, read_profiles
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
@@ -22,7 +22,8 @@ from owlrec.workspace import Workspace
 
 MOVIES = get_scenario("movies")
 SIZES = ClusterConfig(mean_size=16)  # 2 to 40 members
-CONFIG = CohortsConfig(collaborative=CollaborativeConfig(factors=4), users=SIZES, items=SIZES)
+CONFIG = CohortsConfig(users=SIZES, items=SIZES)
+SETTINGS = CohortSettings(factors=FactorSettings(factors=4))
 TASTES, ITEMS_A_TASTE = 4, 20
 
 
@@ -35,7 +36,7 @@ def ask(profiles: pa.Table) -> pa.Table:
 def build(
     workspace: Workspace, folder: str, config: CohortsConfig = CONFIG, previous: str | None = None
 ) -> dict[str, int]:
-    return build_cohorts(workspace, folder, config, MOVIES, ask, shard_rows=4, previous=previous)
+    return build_cohorts(workspace, folder, config, MOVIES, ask, shard_rows=4, previous=previous, settings=SETTINGS)
 
 
 def prepare(

@@ -34,7 +34,7 @@ def train(
 ) -> Codebook:
     """Both levels in this process, of a population that is its own sample."""
     wanted = wanted or config.sizes(len(vectors))
-    cells = train_cells(vectors, wanted, config, previous)
+    cells = train_cells(vectors, wanted, previous)
     cell = nearest_rows(cells, vectors)
     earlier = nearest_rows(cells, previous.centroids) if previous is not None else None
     centroids = [
@@ -43,7 +43,6 @@ def train(
             round((cell == c).sum() * wanted.cohorts / len(vectors)),
             1.0,
             wanted,
-            config,
             previous.centroids[earlier == c] if previous is not None else None,
         )
         for c in np.unique(cell)

@@ -7,7 +7,7 @@ import pytest
 from owlrec.cohorts.profiles import (
     LATEST,
     PROFILES,
-    ProfileConfig,
+    ProfileSettings,
     _first,
     add_members,
     best_candidates,
@@ -25,7 +25,7 @@ from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.splits import Every
 
 MOVIES = get_scenario("movies")
-CONFIG = ProfileConfig(representatives=2, titles=3, opposite=2)
+SETTINGS = ProfileSettings(representatives=2, titles=3, opposite=2)
 
 
 def candidates(numbers: list[int]) -> pa.Table:
@@ -57,13 +57,13 @@ def candidates(numbers: list[int]) -> pa.Table:
         for i in numbers
     ]
     tables = (pa.Table.from_pylist(members, schema=COHORTS), users, pa.Table.from_pylist(rows, schema=HISTORIES))
-    return user_candidates(*tables, get_scenario("movies"), CONFIG.representatives)
+    return user_candidates(*tables, get_scenario("movies"), SETTINGS.representatives)
 
 
 def profiles() -> dict[str, dict]:
     items = pa.table({"item_id": list(range(9, 15)), "title": [f"Film {i}" for i in range(9, 15)]})
-    best = best_candidates([candidates([1, 2, 4]), candidates([3, 5])], CONFIG.representatives)
-    table = build_profiles(best, {"a": 3, "g": 2}, "user", ItemCatalog(items).titles, CONFIG)
+    best = best_candidates([candidates([1, 2, 4]), candidates([3, 5])], SETTINGS.representatives)
+    table = build_profiles(best, {"a": 3, "g": 2}, "user", ItemCatalog(items).titles, SETTINGS)
     assert table["id"].to_pylist() == sorted(table["id"].to_pylist())
     return {row["cohort"]: row for row in table.to_pylist()}
 
@@ -102,14 +102,14 @@ def profile(titles: list[str], size: int, **other: object) -> dict:
 def test_a_profile_stays_while_members_and_titles_do(titles: list[str], stayed: int, kept: int) -> None:
     old = pa.Table.from_pylist([profile(["x", "y", "z", "q"], 40, as_of=1)], schema=PROFILES)
     new = pa.Table.from_pylist([profile(titles, 40, as_of=2)], schema=PROFILES)
-    table, n = keep_settled(new, old, {"a": stayed}, ProfileConfig(settled_share=0.3))
+    table, n = keep_settled(new, old, {"a": stayed}, ProfileSettings(settled_share=0.3))
     assert n == kept
     assert table["as_of"].to_pylist() == [1 if kept else 2]
 
 
 def test_a_cohort_without_an_earlier_profile_is_new() -> None:
     new = pa.Table.from_pylist([profile(["x"], 5)], schema=PROFILES)
-    assert keep_settled(new, PROFILES.empty_table(), {}, CONFIG) == (new, 0)
+    assert keep_settled(new, PROFILES.empty_table(), {}, SETTINGS) == (new, 0)
 
 
 def test_best_keeps_the_least_of_each_cohort_whatever_the_order() -> None:
@@ -151,7 +151,7 @@ def test_a_text_as_of_a_cut_quotes_who_was_a_member_and_what_they_had_done_by_th
         ("now", "c", 3): (30, [3, 30]),
     }
     best = best_candidates([found], 9)
-    texts = build_profiles(best, {"c": 2, "other": 1}, "user", lambda ids: [f"{i}" for i in ids.tolist()], CONFIG)
+    texts = build_profiles(best, {"c": 2, "other": 1}, "user", lambda ids: [f"{i}" for i in ids.tolist()], SETTINGS)
     assert {(r["cohort"], r["cut"]): r["as_of"] for r in texts.to_pylist()} == {
         ("c", "half"): 5,
         ("c", "now"): 30,  # the newest thing that it quotes

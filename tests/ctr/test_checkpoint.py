@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from owlrec.ctr import trainer
 from owlrec.ctr.batches import SplitBatches, Step
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.trainer import CheckpointFile, Optimisers, Progress, train_one
@@ -14,7 +15,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
 torch.set_num_threads(1)
-# Dropout, both optimisers (20 items are a large table here), knowledge, a schedule: all that could be forgotten.
+# Dropout, both optimisers (20 items are a large table here), knowledge: all that could be forgotten.
 CONFIG = CTRConfig(
     batch_size=64,
     learning_rate=0.01,
@@ -22,11 +23,8 @@ CONFIG = CTRConfig(
     embed_dim=8,
     hidden_dims=(16, 8),
     dropout=0.2,
-    schedule="cosine",
-    warmup_steps=5,
-    sparse_above_rows=15,
-    checkpoint_steps=10,
 )
+CHECKPOINT_STEPS = 10
 TRIAL = Trial(backbone="din", arm="knowledge", seed=3)
 TRAINING_ROWS, STEPS_AN_EPOCH = 2200, 35
 RESUMED = {(5,): 0, (17,): 1, (35,): 1, (52, 22): 2, (98, 8, 3): 1}
@@ -37,6 +35,11 @@ Killer = Callable[[int], None]
 
 class Killed(Exception):
     pass
+
+
+@pytest.fixture(autouse=True)
+def _a_large_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "SPARSE_ABOVE_ROWS", 15)
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_killed_trial_ends_bit_for_bit_as_an_undisturbed_one(
     whole = train_one(TRIAL, data, CONFIG)
     undisturbed = list(rows)
     assert len(undisturbed) == CONFIG.epochs * STEPS_AN_EPOCH
-    checkpoint = CheckpointFile(workspace, "ctr/checkpoint.safetensors", CONFIG.checkpoint_steps)
+    checkpoint = CheckpointFile(workspace, "ctr/checkpoint.safetensors", CHECKPOINT_STEPS)
     saved = 0
     for steps in kills:
         rows.clear()
@@ -102,7 +105,7 @@ def test_killed_trial_ends_bit_for_bit_as_an_undisturbed_one(
             train_one(TRIAL, data, CONFIG, checkpoint=checkpoint)
         assert rows == undisturbed[saved : saved + steps]
         # The killed step is done but for its checkpoint.
-        saved = (saved + steps - 1) // CONFIG.checkpoint_steps * CONFIG.checkpoint_steps
+        saved = (saved + steps - 1) // CHECKPOINT_STEPS * CHECKPOINT_STEPS
         assert workspace.exists("ctr/checkpoint.safetensors") == (saved > 0)
     rows.clear()
     kill_after(0)
@@ -127,8 +130,8 @@ def test_checkpoint_of_another_model_is_refused(workspace: Workspace, toy_world:
     other = TRIAL.model_copy(update={"seed": 4})
     with pytest.raises(WorkspaceError, match="another model"):
         train_one(other, toy_world.data, CONFIG, checkpoint=checkpoint)
-    threads = CONFIG.model_copy(update={"threads": 1, "patience": 1, "max_failures": 3})
-    assert train_one(TRIAL, toy_world.data, threads, checkpoint=checkpoint).result.resumed == 1
+    patience = CONFIG.model_copy(update={"patience": 1})
+    assert train_one(TRIAL, toy_world.data, patience, checkpoint=checkpoint).result.resumed == 1
 
 
 def test_damage_is_told(workspace: Workspace) -> None:

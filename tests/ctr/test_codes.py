@@ -17,7 +17,7 @@ from owlrec.errors import SchemaError
 
 torch.set_num_threads(1)
 CONFIG = CTRConfig(batch_size=64, learning_rate=0.01, epochs=6, embed_dim=8, hidden_dims=(16, 8))
-IDS = SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans")
+IDS = SemanticIdConfig(levels=2, codes_per_level=4)
 
 
 def trial(arm: Arm, backbone: str = "din", seed: int = 0) -> Trial:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 
+from owlrec.ctr import trainer
 from owlrec.ctr import trainer as fitting
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches, SplitTensors
@@ -160,8 +161,9 @@ def test_bfloat16_learns_what_float32_learns(data: TrainingData, backbone: str) 
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_table_may_be_a_large_one(data: TrainingData, backbone: str) -> None:
-    config = CONFIG.model_copy(update={"sparse_above_rows": 0, "epochs": 4, "table_learning_rate": 0.05})
+def test_every_table_may_be_a_large_one(data: TrainingData, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "SPARSE_ABOVE_ROWS", 0)
+    config = CONFIG.model_copy(update={"epochs": 4, "table_learning_rate": 0.05})
     assert train_one(trial("knowledge", backbone), data, config).result.test.auc > 0.95
 
 

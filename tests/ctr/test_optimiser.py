@@ -1,16 +1,15 @@
-"""Row-wise Adagrad by hand, what a step touches, two ranks' rows, the learning rate's schedule."""
+"""Row-wise Adagrad by hand, what a step touches, two ranks' rows."""
 
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 
 from owlrec.ctr.experiment import CTRConfig
-from owlrec.ctr.trainer import Optimisers, RowwiseAdagrad, large_tables, learning_rate_factor, mean_over_ranks
+from owlrec.ctr.trainer import Optimisers, RowwiseAdagrad, large_tables, mean_over_ranks
 
 
 class TwoTables(nn.Module):
@@ -24,7 +23,11 @@ class TwoTables(nn.Module):
         return self.head(torch.cat([self.large(rows), self.small(rows % 5)], dim=1)).squeeze(1)
 
 
-CONFIG = CTRConfig(learning_rate=0.1, table_learning_rate=0.5, sparse_above_rows=10)
+CONFIG = CTRConfig(learning_rate=0.1, table_learning_rate=0.5)
+
+
+def optimisers_of(model: nn.Module) -> Optimisers:
+    return Optimisers(model, CONFIG, sparse_above_rows=10)
 
 
 def test_two_steps_by_hand() -> None:
@@ -55,7 +58,7 @@ def test_a_row_alone_moves_as_torch_adagrad_moves_it() -> None:
 
 def test_a_step_touches_only_the_rows_that_it_uses() -> None:
     model = TwoTables(1000)
-    optimisers = Optimisers(model, CONFIG, total_steps=10)
+    optimisers = optimisers_of(model)
     assert list(optimisers.tables) == ["large.weight"]
     before, small = model.large.weight.detach().clone(), model.small.weight.detach().clone()
     used = [0, 3, 7, 7, 999]  # 0 is padding
@@ -76,7 +79,7 @@ def test_a_step_touches_only_the_rows_that_it_uses() -> None:
 def test_small_tables_stay_dense() -> None:
     model = TwoTables(10)
     assert large_tables(model, 10) == {}
-    Optimisers(model, CONFIG, total_steps=10)
+    optimisers_of(model)
     model(torch.tensor([1, 2])).sum().backward()
     assert model.large.weight.grad is not None
     assert not model.large.weight.grad.is_sparse
@@ -91,32 +94,16 @@ def test_state_goes_on_where_it_stood() -> None:
             model(rows).square().sum().backward()
             optimisers.step()
 
-    config = CONFIG.model_copy(update={"schedule": "cosine"})
     whole = TwoTables(20)
-    steps(Optimisers(whole, config, 9), whole, 7)
+    steps(optimisers_of(whole), whole, 7)
     first, second = TwoTables(20), TwoTables(20)
-    before, after = Optimisers(first, config, 9), Optimisers(second, config, 9)
+    before, after = optimisers_of(first), optimisers_of(second)
     steps(before, first, 3)
     second.load_state_dict(first.state_dict())
     after.restore({name: value.clone() for name, value in before.state().items()}, before.steps)
     steps(after, second, 4)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, [1, 1, 1, 1, 1]),
-        ({"warmup_steps": 2}, [0.5, 1, 1, 1, 1]),
-        ({"schedule": "cosine"}, [1, 0.9045, 0.6545, 0.3455, 0.0955]),
-        ({"schedule": "cosine", "warmup_steps": 1}, [1, 1, 0.8536, 0.5, 0.1464]),
-    ],
-)
-def test_schedule_by_hand(changes: dict, expected: list[float]) -> None:
-    config = CONFIG.model_copy(update=changes)
-    assert [learning_rate_factor(step, 5, config) for step in range(5)] == pytest.approx(expected, abs=1e-4)
-    assert learning_rate_factor(50, 5, config) == pytest.approx(0 if config.schedule == "cosine" else 1)
 
 
 GRADIENTS = (([5, 2], [[1.0, 2.0], [3.0, 4.0]]), ([2, 2, 0], [[1.0, 1.0], [1.0, 0.0], [8.0, 6.0]]))
@@ -144,7 +131,7 @@ def test_ranks_agree_on_the_mean_of_their_rows(tmp_path: Path) -> None:
 
 def test_the_loss_falls_on_a_sparse_table() -> None:
     model = TwoTables(50)
-    optimisers = Optimisers(model, CONFIG, total_steps=60)
+    optimisers = optimisers_of(model)
     rows, labels = torch.arange(1, 50), (torch.arange(1, 50) % 3 == 0).float()
     losses = []
     for _ in range(60):

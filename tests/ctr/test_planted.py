@@ -56,7 +56,7 @@ def test_every_backbone_gains_by_true_knowledge_alone(data: TrainingData, backbo
 
 
 def test_sentences_tell_it_as_vectors_do(world: PlantedWorld) -> None:
-    encoder = Encoder(EncoderConfig(threads=1))
+    encoder = Encoder(EncoderConfig())
     sides = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
     data = world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in sides))
     gain = gains(data, "dcnv2")

@@ -18,9 +18,7 @@ from owlrec.runs.ctr import vector_folders
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.ray
-CONFIG = CTRConfig(
-    batch_size=256, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8), num_workers=2, threads=1
-)
+CONFIG = CTRConfig(batch_size=256, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8), num_workers=2)
 FINGERPRINT = "c0ffee" * 10
 SIDES = ("user", "item")
 SOURCES = ("knowledge", "metadata")  # no vectors of the second are there: no arm of the grid reads them
@@ -34,7 +32,7 @@ def prepare(workspace: Workspace, world: Any) -> None:
 
 
 def train(
-    workspace: Workspace, grid: list[Trial], seen: list[TrialResult], config: CTRConfig = CONFIG
+    workspace: Workspace, grid: list[Trial], seen: list[TrialResult], config: CTRConfig = CONFIG, **options: int
 ) -> list[TrialResult]:
     return train_trials(
         workspace,
@@ -45,6 +43,7 @@ def train(
         attributes=("genres",),
         profile=("gender",),
         on_trial=seen.append,
+        **options,
     )
 
 
@@ -107,13 +106,12 @@ def test_a_killed_workers_group_goes_on_at_the_next_sample(
 ) -> None:
     """Two workers and one see the same batches; a kill changes nothing of what the two find."""
     prepare(workspace, toy_world)
-    trial, config = GRID[0], CONFIG.model_copy(update={"batch_size": 8, "epochs": 2, "checkpoint_steps": 100})
-    config = config.model_copy(update={"max_failures": 1, "sparse_above_rows": 15, "learning_rate": 0.002})
+    trial, config = GRID[0], CONFIG.model_copy(update={"batch_size": 8, "epochs": 2, "learning_rate": 0.002})
     one = train_one(trial, toy_world.data, config)
     killed: list[int] = []
     path = f"ctr/{FINGERPRINT[:16]}/{trial.path}/checkpoint.safetensors"
     thread = _kill_a_worker_after(path, workspace, killed)
-    (found,) = train(workspace, [trial], [], config)
+    (found,) = train(workspace, [trial], [], config, checkpoint_steps=100)
     thread.join(timeout=10)
     assert killed
     assert found.resumed == 1
@@ -126,7 +124,7 @@ def test_a_workers_complaint_arrives_as_it_was_raised(ray_local: None, workspace
     prepare(workspace, toy_world)
     workspace.delete_dir("vectors")
     with pytest.raises(WorkspaceError, match=r"knowledge-user holds no vectors.*Run `encode` again"):
-        train(workspace, GRID[:1], [])
+        train(workspace, GRID[:1], [], max_failures=0)
 
 
 def test_a_source_that_was_not_given_is_missed_before_anything_is_trained(workspace: Workspace) -> None:

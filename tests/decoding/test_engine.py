@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_engine import VOCAB, Decoder, half_right, prompts, tiny_model, token_lists  # type: ignore[import-not-found]
 
-from owlrec.decoding import DecodingConfig, request_arguments
+from owlrec.decoding import DecodingConfig, DraftLimits, request_arguments
 from owlrec.decoding.pools import write_pool
 from owlrec.decoding.retrieval import AcceptanceRates
 from owlrec.errors import EngineError
@@ -22,8 +22,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
     folder = tmp_path_factory.mktemp("llama")
     root = folder / "pools"
     root.mkdir()
-    config = DecodingConfig(mode="strict", pools=str(root), max_draft=6, live_tokens=0)
-    decoder = Decoder(tiny_model(folder / "model", "Llama"), config)
+    config = DecodingConfig(mode="strict", pools=str(root))
+    limits = DraftLimits(max_draft=6, live_tokens=0)
+    decoder = Decoder(tiny_model(folder / "model", "Llama"), config, limits)
     plain = token_lists(decoder.run(prompts(), "off"))
     texts = [p[-2:] + t for p, t in zip(prompts(), plain, strict=True)]
     write_pool(root, "right", texts, list(range(len(texts))), identity="tiny", max_tokens=10**6)
@@ -146,7 +147,7 @@ def test_a_bad_rule_of_one_request_is_verified_strictly(llama: Decoder) -> None:
 
 
 def test_finished_texts_draft_for_later_ones_unless_they_were_relaxed(tmp_path: Path) -> None:
-    decoder = Decoder(tiny_model(tmp_path / "model", "Llama"), DecodingConfig(mode="strict", max_draft=6))
+    decoder = Decoder(tiny_model(tmp_path / "model", "Llama"), DecodingConfig(mode="strict"), DraftLimits(max_draft=6))
     try:
         plain = token_lists(decoder.run(prompts(4), "off", ["cohort"]))
         again = decoder.run(prompts(4), "strict", ["cohort"])
@@ -177,7 +178,8 @@ def test_finished_texts_draft_for_later_ones_unless_they_were_relaxed(tmp_path: 
     ],
 )
 def test_strict_is_lossless_for(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    decoder = Decoder(tiny_model(tmp_path / "model", family, **changes), DecodingConfig(mode="strict", max_draft=6))
+    model = tiny_model(tmp_path / "model", family, **changes)
+    decoder = Decoder(model, DecodingConfig(mode="strict"), DraftLimits(max_draft=6))
     try:
         plain = decoder.run(prompts(), "off")
         strict = decoder.run(prompts(), "strict")  # drafts come from the live pool, which holds the plain texts

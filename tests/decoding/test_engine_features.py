@@ -24,11 +24,11 @@ from tiny_engine import (  # type: ignore[import-not-found]
     write_tokenizer,
 )
 
-from owlrec.decoding import DecodingConfig
+from owlrec.decoding import DecodingConfig, DraftLimits
 
 pytestmark = pytest.mark.vllm
 BLOCK = 32  # tokens of the engine's cache blocks
-CONFIG = DecodingConfig(mode="strict", max_draft=6)
+CONFIG, LIMITS = DecodingConfig(mode="strict"), DraftLimits(max_draft=6)
 
 
 def write_adapter(folder: Path, seed: int) -> str:
@@ -102,7 +102,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def decoder(model: str) -> Iterator[Decoder]:
     """The engine of all tests that need no settings of their own."""
-    decoder = Decoder(model, CONFIG, skip_tokenizer_init=False, enable_prefix_caching=True)
+    decoder = Decoder(model, CONFIG, LIMITS, skip_tokenizer_init=False, enable_prefix_caching=True)
     yield decoder
     decoder.close()
 
@@ -131,7 +131,7 @@ def test_padding_of_a_cached_prompt_is_never_accepted(decoder: Decoder, params: 
     padded = [s for s in decoder.steps[before:] if s.padded]
     assert padded
     for step in padded:
-        assert all(step.drafts[id_] == [-1] * CONFIG.max_draft for id_ in step.padded)
+        assert all(step.drafts[id_] == [-1] * LIMITS.max_draft for id_ in step.padded)
         assert all(len(step.emitted[id_]) == 1 and step.emitted[id_][0] >= 0 for id_ in step.padded)
 
 
@@ -250,7 +250,7 @@ def test_aborted_request_leaves_the_others_their_texts(decoder: Decoder) -> None
 
 
 def test_chunked_prefill(model: str) -> None:
-    decoder = Decoder(model, CONFIG, max_num_batched_tokens=32, max_num_seqs=4, enable_prefix_caching=False)
+    decoder = Decoder(model, CONFIG, LIMITS, max_num_batched_tokens=32, max_num_seqs=4, enable_prefix_caching=False)
     try:
         asked = [random_tokens(20 + i, length) for i, length in enumerate((9, 150, 14, 120, 70, 33, 5, 101))]
         ask_both_ways(decoder, asked)
@@ -264,7 +264,7 @@ def test_chunked_prefill(model: str) -> None:
 
 def test_preempted_requests_are_resumed_where_they_were(model: str) -> None:
     # Nine blocks for six requests that need three or four each in the end.
-    decoder = Decoder(model, CONFIG, num_gpu_blocks_override=10, enable_prefix_caching=True)
+    decoder = Decoder(model, CONFIG, LIMITS, num_gpu_blocks_override=10, enable_prefix_caching=True)
     try:
         for length in (28, 30, 33):  # such that a request is resumed one token behind its cache, and padded
             asked = prompts(6, length)
@@ -287,7 +287,7 @@ def test_adapters_beside_the_base_model(model: str, tmp_path: Path) -> None:
     adapters = [LoRARequest(f"a{i}", i, write_adapter(tmp_path / f"a{i}", i)) for i in (1, 2)]
     # On a CPU, vLLM 0.32 gives rows without an adapter that of the last place, if others of the step have one
     # (vllm#48421): the third place stays empty.
-    decoder = Decoder(model, CONFIG, enable_lora=True, max_loras=3, max_lora_rank=8)
+    decoder = Decoder(model, CONFIG, LIMITS, enable_lora=True, max_loras=3, max_lora_rank=8)
     try:
         loras = [None, *adapters, None, *adapters, None, adapters[0]]
         asked = [prompts(3)[i // 3] for i in range(8)]

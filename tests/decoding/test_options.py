@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from owlrec.decoding import DecodingConfig, Relaxation, engine_arguments, request_arguments
+from owlrec.decoding import DecodingConfig, DraftLimits, Relaxation, engine_arguments, request_arguments
 from owlrec.errors import RecipeError
 
 
@@ -17,18 +17,23 @@ def test_off_changes_nothing() -> None:
     ("cpu", "worker"), [(True, "cpu_worker.RetrievalCpuWorker"), (False, "gpu_worker.RetrievalGpuWorker")]
 )
 def test_engine_arguments_name_proposer_and_worker(cpu: bool, worker: str) -> None:
-    found = engine_arguments(DecodingConfig(mode="strict", max_draft=6), "m", cpu=cpu)
+    found = engine_arguments(DecodingConfig(mode="strict"), "m", limits=DraftLimits(max_draft=6), cpu=cpu)
     assert found["speculative_config"]["num_speculative_tokens"] == 6
     assert found["worker_cls"] == f"owlrec.decoding.{worker}"
     assert found["additional_config"]["owlrec_decoding"]["identity"] == "m"
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"k": 0}, {"min_prob": 1.0}, {"min_prob": -0.1}, {"margin": 1.5}, {"mode": "loose"}, {"topk": 2}]
+    "wrong", [{"k": 0}, {"min_prob": 1.0}, {"min_prob": -0.1}, {"margin": 0.5}, {"mode": "loose"}, {"topk": 2}]
 )
 def test_rules_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         DecodingConfig(**wrong)
+
+
+def test_a_margin_out_of_range_is_refused() -> None:
+    with pytest.raises(ValidationError, match="margin"):
+        Relaxation(margin=1.5)
 
 
 def test_missing_pool_folder_is_a_recipe_error(tmp_path: Path) -> None:

@@ -3,16 +3,12 @@ from pathlib import Path
 import pytest
 
 from owlrec.decoding.index import LIVE, SEALED, PoolError, open_pool
-from owlrec.decoding.options import DecodingConfig
+from owlrec.decoding.options import DraftLimits
 from owlrec.decoding.pools import Pools, write_pool
 
 
 def write(root: Path, name: str, texts: list[list[int]], ids: list[int] | None = None, identity: str = "m") -> None:
     write_pool(root, name, texts, ids, identity=identity, max_tokens=1000)
-
-
-def config(root: Path | None, **changes: object) -> DecodingConfig:
-    return DecodingConfig.model_validate({"mode": "strict", "pools": None if root is None else str(root), **changes})
 
 
 def test_oldest_texts_are_left_out_of_a_full_pool(tmp_path: Path) -> None:
@@ -25,19 +21,19 @@ def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="cannot name a pool"):
         write(tmp_path, name, [[1, 2]])
     (tmp_path.parent / "escape").mkdir(exist_ok=True)
-    assert Pools(config(tmp_path), "m").open(name) is None
+    assert Pools(str(tmp_path), "m").open(name) is None
 
 
 def test_pools_of_another_model_are_refused_at_start_and_named(tmp_path: Path) -> None:
     write(tmp_path, "default", [[1, 2]], identity="other-model")
     with pytest.raises(PoolError, match=r"default holds tokens of other-model, but the engine runs m"):
-        Pools(config(tmp_path), "m")
+        Pools(str(tmp_path), "m")
 
 
 def test_one_foreign_pool_among_good_ones_is_not_used(tmp_path: Path) -> None:
     write(tmp_path, "default", [[1, 2]])
     write(tmp_path, "x", [[1, 2]], identity="other-model")
-    pools = Pools(config(tmp_path), "m")
+    pools = Pools(str(tmp_path), "m")
     assert not pools.known("x")
     assert pools.counts["refused"] == 1
 
@@ -45,7 +41,7 @@ def test_one_foreign_pool_among_good_ones_is_not_used(tmp_path: Path) -> None:
 def test_least_recently_used_pool_closes_first(tmp_path: Path) -> None:
     for name in "abc":
         write(tmp_path, name, [[1, 2]])
-    pools = Pools(config(tmp_path, max_open_pools=2), "m")
+    pools = Pools(str(tmp_path), "m", DraftLimits(max_open_pools=2))
     [(_, place_a)], [(_, place_b)] = pools.sources("a"), pools.sources("b")
     pools.open("a")
     version = pools.version
@@ -59,7 +55,7 @@ def test_damaged_order_is_rebuilt_and_damaged_tokens_are_set_aside(tmp_path: Pat
         write(tmp_path, name, [[1, 2, 3]])
     (tmp_path / "a" / "order.npy").write_bytes(b"junk")
     (tmp_path / "b" / "tokens.npy").write_bytes(b"junk")
-    pools = Pools(config(tmp_path), "m")
+    pools = Pools(str(tmp_path), "m")
     assert pools.known("a")
     assert not pools.known("b")
     assert (pools.counts["rebuilt"], pools.counts["quarantined"]) == (1, 1)
@@ -70,7 +66,7 @@ def test_damaged_order_is_rebuilt_and_damaged_tokens_are_set_aside(tmp_path: Pat
 
 def test_live_tier_grows_and_evicts(tmp_path: Path) -> None:
     write(tmp_path, "a", [[1, 2, 3]])
-    pools = Pools(config(tmp_path, max_live_pools=2), "m")
+    pools = Pools(str(tmp_path), "m", DraftLimits(max_live_pools=2))
     pools.insert("a", [4, 5])
     assert [kind for kind, _ in pools.sources("a")] == [SEALED, LIVE]
     pools.insert("a", list(range(3000)))  # the arrays are replaced; the place stays
@@ -82,7 +78,7 @@ def test_live_tier_grows_and_evicts(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_any_valid_name_has_a_live_pool() -> None:
-    pools = Pools(config(None), "m")
+    pools = Pools(None, "m")
     assert pools.known("cohort-3")
     assert not pools.known("../x")
     assert pools.sources("cohort-3") == []
@@ -91,6 +87,6 @@ def test_without_a_folder_any_valid_name_has_a_live_pool() -> None:
 
 
 def test_no_live_tier_where_it_is_switched_off() -> None:
-    pools = Pools(config(None, live_tokens=0), "m")
+    pools = Pools(None, "m", DraftLimits(live_tokens=0))
     pools.insert("a", [1, 2])
     assert pools.sources("a") == []

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import chisquare  # type: ignore[import-untyped]
 from tiny_engine import Decoder, tiny_model  # type: ignore[import-not-found]
 
-from owlrec.decoding import DecodingConfig
+from owlrec.decoding import DecodingConfig, DraftLimits
 from owlrec.decoding.pools import write_pool
 
 pytestmark = pytest.mark.vllm
@@ -96,8 +96,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     path = tiny_model(folder / "model", "Llama", vocab_size=TOKENS, num_hidden_layers=1, initializer_range=0.3, **sizes)
     root = folder / "pools"
     root.mkdir()
-    config = DecodingConfig(mode="strict", max_draft=3, pools=str(root), live_tokens=0)
-    decoder = Decoder(path, config, max_model_len=64, max_num_seqs=128, max_num_batched_tokens=2048, seed=0)
+    config = DecodingConfig(mode="strict", pools=str(root))
+    limits = DraftLimits(max_draft=3, live_tokens=0)
+    decoder = Decoder(path, config, limits, max_model_len=64, max_num_seqs=128, max_num_batched_tokens=2048, seed=0)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     world = World(decoder, model)
     texts = []

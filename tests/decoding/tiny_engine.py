@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
+from owlrec.decoding import DecodingConfig, DraftLimits, engine_arguments, request_arguments
 from owlrec.decoding.controller import Controller, DecoderCounters, StepTimes
 
 VOCAB = 96
@@ -97,7 +97,7 @@ class Decoder:
 
     running = 0  # engines of this process, which share one distributed environment
 
-    def __init__(self, model: str, config: DecodingConfig, **engine_args: Any) -> None:
+    def __init__(self, model: str, config: DecodingConfig, limits: DraftLimits, **engine_args: Any) -> None:
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
             VLLM_CPU_KVCACHE_SPACE="1",
@@ -122,7 +122,7 @@ class Decoder:
             "disable_log_stats": True,
             "skip_tokenizer_init": True,
         }
-        decoding = engine_arguments(config, "tiny", cpu=True)
+        decoding = engine_arguments(config, "tiny", limits=limits, cpu=True)
         self.engine = LLMEngine.from_engine_args(EngineArgs(**{**args, **decoding, **engine_args}))
         Decoder.running += 1
         self.names = iter(range(10**9))

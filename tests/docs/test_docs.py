@@ -77,7 +77,7 @@ def test_the_site_has_every_page_and_asks_no_other_server(site: Path) -> None:
 def test_the_reference_shows_what_a_setting_is_for(site: Path) -> None:
     recipe, ctr = ((site / "reference" / name / "index.html").read_text("utf-8") for name in ("recipe", "ctr"))
     assert 'id="owlrec.ctr.experiment.CTRConfig"' in recipe
-    assert "A run of words said this often is a loop" in recipe  # a comment of QualityConfig: its source is shown
+    assert "what is set adds to the defaults" in recipe  # a comment of QualityConfig: its source is shown
     shown = (ROOT / "docs" / "reference" / "recipe.md").read_text("utf-8").count("\n::: ")
     assert recipe.count('<details open class="mkdocstrings-source"') == shown
     assert "float32 [b, 2, width]" in ctr

@@ -26,10 +26,8 @@ def write_recipe(path: Path, workspace: Path, users: int) -> Path:
         source: {{type: movielens-100k, max_users: {users}, max_items: 200}}
         shard_rows: 50
         cohorts:
-          collaborative: {{factors: 16}}
           users: {{mean_size: 12}}
           items: {{mean_size: 12}}
-          profiles: {{settled_share: 0.5}}
         prompts: {{mode: collective}}
         engine: {{type: echo}}
         sampling: {{max_tokens: 40}}

@@ -45,8 +45,8 @@ def started() -> Iterator[Started]:
 def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
     echo_recipe: Path, tmp_path: Path, started: Started, python: Path
 ) -> None:
-    slow = "generate: {engine_cpus: 1, lease_s: 5, shards_in_flight: 1}\n"
-    echo_recipe.write_text(echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 1.5") + slow)
+    slow = "generate: {engine_cpus: 1}\n"
+    echo_recipe.write_text(echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 6") + slow)
     settings, workspace = load_recipe(echo_recipe), tmp_path / "ws"
     prepare(settings, Workspace(settings.workspace))
 

@@ -52,9 +52,9 @@ source: {{type: movielens-100k, max_users: {USERS}, max_items: 160}}
 shard_rows: 8
 engine: {{type: echo, latency_s: 0.05}}
 sampling: {{max_tokens: 40}}
-generate: {{max_replicas: {replicas}, engine_cpus: 1, lease_s: 5}}
+generate: {{max_replicas: {replicas}, engine_cpus: 1}}
 ray: {{num_cpus: 2}}
-encoder: {{model: hashing, replicas: {replicas}, semantic_ids: {{train_sample: 64, codes_per_level: 8}}}}
+encoder: {{model: hashing, replicas: {replicas}, semantic_ids: {{codes_per_level: 8}}}}
 streaming: {{freeze_behaviours: 4}}
 """
     )

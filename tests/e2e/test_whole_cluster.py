@@ -33,8 +33,8 @@ ranking:
   engine: {{type: vllm, model: {model}, dtype: float32, max_model_len: 1024, threads: 1, kv_cache_gib: 1,
             engine_args: {{enforce_eager: true}}}}
   data: {{shots: 16, behaviours: 2, shown: [recent]}}
-  tuning: {{dtype: float32, epochs: 1, threads: 1}}
-  judging: {{valid_samples: 20, test_samples: 20, shown: [recent], zero_shot: false}}
+  tuning: {{epochs: 1}}
+  judging: {{test_samples: 20}}
 """
 
 

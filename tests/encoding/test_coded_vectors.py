@@ -12,7 +12,7 @@ from owlrec.errors import SchemaError
 from owlrec.schema import vectors_table
 from owlrec.workspace import Workspace
 
-CONFIG = SemanticIdConfig(levels=2, codes_per_level=8, method="kmeans")
+CONFIG = SemanticIdConfig(levels=2, codes_per_level=8)
 
 
 def some_vectors(n: int, seed: int = 0) -> np.ndarray:

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from owlrec.encoding import encoder as module
 from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.errors import EngineError
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(EncoderConfig(batch_size=2, threads=2))
+    return Encoder(EncoderConfig(batch_size=2))
 
 
 def test_vectors_are_unit_length_and_in_the_order_of_the_texts(encoder):
@@ -33,8 +34,9 @@ def test_meaning_is_closer_than_wording(encoder):
     assert query @ near > query @ far + 0.2
 
 
-def test_text_beyond_the_window_changes_nothing():
-    short = Encoder(EncoderConfig(max_tokens=8))
+def test_text_beyond_the_window_changes_nothing(monkeypatch):
+    monkeypatch.setattr(module, "MAX_TOKENS", 8)
+    short = Encoder(EncoderConfig())
     assert short.encode(["one two three four five six seven"])[0] == pytest.approx(
         short.encode(["one two three four five six and entirely different words"])[0], abs=1e-5
     )
@@ -44,10 +46,12 @@ def test_no_text_gives_no_vectors(encoder):
     assert encoder.encode([]).shape == (0, 384)
 
 
-def test_identity_follows_the_window_and_the_files_but_not_the_place(tmp_path):
+def test_identity_follows_the_window_and_the_files_but_not_the_place(tmp_path, monkeypatch):
     packaged = EncoderConfig().identity
-    assert packaged == EncoderConfig(batch_size=1, threads=1).identity
-    assert packaged != EncoderConfig(max_tokens=128).identity
+    assert packaged == EncoderConfig(batch_size=1).identity
+    with monkeypatch.context() as narrow:
+        narrow.setattr(module, "MAX_TOKENS", 128)
+        assert packaged != EncoderConfig().identity
     identities = []
     for place, text in (("a", "{}"), ("b", "{}"), ("c", '{"x": 1}')):
         folder = tmp_path / place / "model"

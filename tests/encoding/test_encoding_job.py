@@ -20,7 +20,7 @@ from owlrec.schema import COHORTS, HISTORIES, KNOWLEDGE, shard_of, stable_id
 from owlrec.shards import Card
 from owlrec.workspace import Workspace, shard_file
 
-CONFIG = EncoderConfig(model="hashing", semantic_ids=SemanticIdConfig(levels=2, codes_per_level=8, method="kmeans"))
+CONFIG = EncoderConfig(model="hashing", semantic_ids=SemanticIdConfig(levels=2, codes_per_level=8))
 SHARDS = {"user": 8, "item": 4, "cohort": 1}
 
 
@@ -123,7 +123,7 @@ def test_a_finished_job_loads_no_encoder(world: Workspace, monkeypatch: pytest.M
     assert knowledge_job(world).pending()
     before = knowledge_job(world).run(Pool())
     monkeypatch.setattr(EncoderConfig, "load", lambda self: pytest.fail("loaded"))
-    again = knowledge_job(world, CONFIG.model_copy(update={"batch_size": 3, "replicas": 5, "device": "cpu"}))
+    again = knowledge_job(world, CONFIG.model_copy(update={"batch_size": 3, "replicas": 5}))
     assert not again.pending()
     assert again.run(Pool()) == before
 
@@ -148,8 +148,7 @@ def test_only_new_and_changed_texts_are_encoded_again(world: Workspace, counted:
 
 def test_codebooks_are_fitted_on_a_bounded_sample(world: Workspace, counted: list[str]) -> None:
     write_knowledge(world, "user", texts_of(400))
-    small = CONFIG.semantic_ids.model_copy(update={"train_sample": 60})  # type: ignore[union-attr]
-    job = knowledge_job(world, CONFIG.model_copy(update={"semantic_ids": small}))
+    job = EncodingJob(world, "vectors/v", CONFIG, {"knowledge-user": KnowledgeTexts("knowledge/k", "user")}, sample=60)
     passes: list[str] = []
     job.run(Pool(), lambda card: passes.append(card.shard))
     assert read_reports(world, "vectors/v")["knowledge-user"].vectors == 60

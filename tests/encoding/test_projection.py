@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from owlrec.encoding.projection import Projection, ProjectionConfig, fit_projection, unit_rows
+from owlrec.encoding.projection import Projection, ProjectionSettings, fit_projection, unit_rows
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -17,14 +17,14 @@ def plane(n: int = 200) -> np.ndarray:
 
 
 def test_directions_of_most_variance_come_first_and_are_orthonormal() -> None:
-    projection = fit_projection(plane(), ProjectionConfig(components=2))
+    projection = fit_projection(plane(), ProjectionSettings(components=2))
     np.testing.assert_allclose(np.abs(projection.directions @ np.eye(5)[:, [2, 1]]), np.eye(2), atol=0.1)
     np.testing.assert_allclose(projection.directions @ projection.directions.T, np.eye(2), atol=1e-6)
 
 
 def test_cosines_are_those_of_the_centred_vectors() -> None:
     vectors = plane()
-    projected = fit_projection(vectors, ProjectionConfig(components=5)).apply(vectors)
+    projected = fit_projection(vectors, ProjectionSettings(components=5)).apply(vectors)
     centred = unit_rows(vectors - vectors.mean(axis=0))
     np.testing.assert_allclose(projected @ projected.T, centred @ centred.T, atol=1e-4)
     uncentred = unit_rows(vectors) @ unit_rows(vectors).T
@@ -34,7 +34,7 @@ def test_cosines_are_those_of_the_centred_vectors() -> None:
 
 @pytest.mark.parametrize(("n", "wanted", "given"), [(3, 128, 3), (200, 128, 5), (200, 4, 4)])
 def test_components_never_exceed_items_or_dimensions(n: int, wanted: int, given: int) -> None:
-    projection = fit_projection(plane()[:n], ProjectionConfig(components=wanted))
+    projection = fit_projection(plane()[:n], ProjectionSettings(components=wanted))
     assert projection.directions.shape == (given, 5)
     assert projection.apply(plane()).shape == (200, given)
 
@@ -42,7 +42,7 @@ def test_components_never_exceed_items_or_dimensions(n: int, wanted: int, given:
 def test_rows_without_a_vector_are_neither_fitted_nor_projected() -> None:
     vectors = plane()
     holes = np.concatenate([vectors, np.zeros((2, 5)), np.full((1, 5), np.nan)]).astype(np.float32)
-    fitted, clean = (fit_projection(v, ProjectionConfig()) for v in (holes, vectors))
+    fitted, clean = (fit_projection(v) for v in (holes, vectors))
     np.testing.assert_array_equal(fitted.centre, clean.centre)
     projected = fitted.apply(holes)
     np.testing.assert_array_equal(projected[-3:], 0)
@@ -50,23 +50,23 @@ def test_rows_without_a_vector_are_neither_fitted_nor_projected() -> None:
 
 
 def test_sample_is_the_seeds() -> None:
-    few = ProjectionConfig(fit_items=20)
+    few = ProjectionSettings(fit_items=20)
     same, again = (fit_projection(plane(), few) for _ in range(2))
     np.testing.assert_array_equal(same.directions, again.directions)
-    assert not np.array_equal(fit_projection(plane(), ProjectionConfig(fit_items=20, seed=1)).centre, same.centre)
+    assert not np.array_equal(fit_projection(plane(), ProjectionSettings(fit_items=20, seed=1)).centre, same.centre)
 
 
 def test_nothing_to_fit_and_other_dimensions_are_refused() -> None:
     with pytest.raises(SchemaError, match="none of 3"):
-        fit_projection(np.zeros((3, 5)), ProjectionConfig())
+        fit_projection(np.zeros((3, 5)))
     with pytest.raises(SchemaError, match="none of 0"):
-        fit_projection(np.zeros((0, 5)), ProjectionConfig())
+        fit_projection(np.zeros((0, 5)))
     with pytest.raises(SchemaError, match=r"\(2, 4\).*\[n, 5\]"):
-        fit_projection(plane(), ProjectionConfig()).apply(np.ones((2, 4)))
+        fit_projection(plane()).apply(np.ones((2, 4)))
 
 
 def test_saved_is_loaded_bit_for_bit_and_only_for_its_own_vectors(workspace: Workspace) -> None:
-    projection = fit_projection(plane(), ProjectionConfig(components=3))
+    projection = fit_projection(plane(), ProjectionSettings(components=3))
     projection.save(workspace, "ranker", "a" * 64)
     loaded = Projection.load(workspace, "ranker", "a" * 64)
     np.testing.assert_array_equal(loaded.apply(plane()), projection.apply(plane()))
@@ -75,7 +75,7 @@ def test_saved_is_loaded_bit_for_bit_and_only_for_its_own_vectors(workspace: Wor
 
 
 def test_damage_is_named(workspace: Workspace) -> None:
-    fit_projection(plane(), ProjectionConfig()).save(workspace, "ranker", "a" * 64)
+    fit_projection(plane()).save(workspace, "ranker", "a" * 64)
     data = workspace.read_bytes("ranker/projection.safetensors")
     workspace.write_bytes("ranker/projection.safetensors", data[:-1] + b"x")
     with pytest.raises(WorkspaceError, match="damaged"):

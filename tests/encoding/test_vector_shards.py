@@ -17,7 +17,7 @@ from owlrec.schema import shard_of
 from owlrec.workspace import Workspace, shard_file
 
 CORNERS = np.array([[0, 0], [4, 0], [0, 4], [4, 4]], dtype=np.float32)
-BY_HAND = Quantiser(SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans"), (CORNERS, CORNERS / 4))
+BY_HAND = Quantiser(SemanticIdConfig(levels=2, codes_per_level=4), (CORNERS, CORNERS / 4))
 
 
 def write_shards(

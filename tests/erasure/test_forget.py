@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from owlrec import cli
-from owlrec.cohorts.model import read_profiles
+from owlrec.cohorts.building import build_cohorts
+from owlrec.cohorts.clustering import FactorSettings
+from owlrec.cohorts.model import CohortSettings, read_profiles
+from owlrec.cohorts.profiles import ProfileSettings
 from owlrec.ctr.experiment import trials
 from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.trainer import export_trial, train_one
 from owlrec.ctr.training import GridJob, encode_once, load_data
 from owlrec.erasure.forgetting import forget
-from owlrec.generation.engines import EchoEngine
+from owlrec.generation.engines import EchoEngine, count_words
 from owlrec.generation.import_export import ImportSource
 from owlrec.node_cache import NodeCache
+from owlrec.ranking.experiment import RankerRun
 from owlrec.ranking.questions import write_questions
 from owlrec.ranking.retrieval import ItemVectors
 from owlrec.recipe import Recipe, load_recipe
@@ -109,9 +114,10 @@ def whole_chain(folder: Path, recipe: Recipe, workspace: Workspace, *, trained: 
         export_ctr(recipe, workspace)
         export_vectors(recipe, workspace)
         assert recipe.ranking is not None
-        vectors = ItemVectors.encoded(workspace, recipe.encoder, recipe.ranking.projection)
+        vectors = ItemVectors.encoded(workspace, recipe.encoder)
         config = recipe.ranking.model_copy(update={"data": recipe.ranking.data.model_copy(update={"shots": None})})
-        write_questions(workspace, "ranking/tuned", config, recipe.domain, vectors, lambda text: len(text.split()))
+        run_ = RankerRun(valid_samples=8)
+        write_questions(workspace, "ranking/tuned", config, recipe.domain, vectors, count_words, run_)
     log = workspace.log_path("engine")
     log.write_text(f"user {ID}: flagged\nuser 7: flagged\nrow of {RAW} was late\n")
 
@@ -304,14 +310,16 @@ def test_a_killed_erasure_is_finished_by_the_same_command(
         shutil.rmtree(workspace.path())
 
 
-def test_cohorts_go_on_without_a_representative(tmp_path: Path, cache: Path, asked: list[str]) -> None:
+def test_cohorts_go_on_without_a_representative(
+    tmp_path: Path, cache: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quoting_all = CohortSettings(factors=FactorSettings(factors=8), profiles=ProfileSettings(common_share=0.05))
+    monkeypatch.setattr("pipelines.cohorts.build_cohorts", partial(build_cohorts, settings=quoting_all))
     write_source(tmp_path / "source")
     extra = """
         cohorts:
-          collaborative: {factors: 8}
           users: {mean_size: 6}
           items: {mean_size: 8}
-          profiles: {common_share: 0.05}
         prompts: {mode: both}
         """
     recipe = load_recipe(write_recipe(tmp_path, str(tmp_path / "ws"), extra=extra))

@@ -204,7 +204,7 @@ def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(
 
 def test_lossless_drafting_makes_no_other_job_and_a_relaxed_rule_does() -> None:
     plain = job().fingerprint
-    assert plain == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", max_draft=3, k=5)).fingerprint
+    assert plain == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", k=5)).fingerprint
     relaxed = {job(decoding=DecodingConfig(mode="relaxed", min_prob=p)).fingerprint for p in (0.1, 0.2)}
     assert len(relaxed | {plain}) == 3
 

@@ -13,7 +13,7 @@ from shard_runs import counted, dead_letters_file, run_shard, texts_file
 from owlrec.generation import EchoEngineConfig
 from owlrec.generation.engine import Completion, Engine, RequestFailed, SamplingConfig
 from owlrec.generation.job import GenerationJob, build_job, prompt_inputs, table_inputs
-from owlrec.generation.quality import QualityConfig
+from owlrec.generation.quality import RULES, QualityConfig
 from owlrec.generation.worker import GenerateStage
 from owlrec.prompting.rows import EARLIER, Prompt, PromptConfig, prompts_table
 from owlrec.runner import ShardTaken, Work, pending_shards
@@ -83,7 +83,7 @@ def test_flagged_text_is_asked_for_again_with_other_sampling_and_its_tokens_coun
     assert (card.counts["prompt_tokens"], card.counts["output_tokens"]) == (20 * n, 10 * n)
     retried = [sampling for _, sampling in engine.asked if sampling.temperature > 0]
     assert len(retried) == n
-    assert {s.repetition_penalty for s in retried} == {job.quality.retry_repetition_penalty}
+    assert {s.repetition_penalty for s in retried} == {RULES.retry_repetition_penalty}
 
 
 def test_text_that_stays_bad_falls_back_to_the_rows_own_facts(small_world: Workspace) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.cohorts.profiles import ProfileConfig, best_candidates, build_profiles, user_candidates
+from owlrec.cohorts.profiles import ProfileSettings, best_candidates, build_profiles, user_candidates
 from owlrec.generation import EchoEngineConfig
 from owlrec.prompting.ranking import RankPromptConfig, rank_prompt
 from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, cohort_prompts, user_prompts
@@ -89,7 +89,7 @@ def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, k
     )
     best = best_candidates([user_candidates(members, USERS, read, scenario, N_USERS)], N_USERS)
     everything = {i for u in range(N_USERS) for i in took(behaviors, u)}
-    profiles = build_profiles(best, {"c": N_USERS}, "user", CATALOG.titles, ProfileConfig())
+    profiles = build_profiles(best, {"c": N_USERS}, "user", CATALOG.titles, ProfileSettings())
     for prompt in cohort_prompts(profiles, scenario):
         assert quoted_as_taken(prompt.text, "disliked these or left them alone") <= everything
 

@@ -12,7 +12,7 @@ from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ctr.trainer import ALONE
 from owlrec.errors import EngineError, WorkspaceError
-from owlrec.ranking.experiment import TuningConfig
+from owlrec.ranking.experiment import TuningSettings
 from owlrec.ranking.tuning import Progress, load_model, open_adapter, save_adapter, score, tune
 from owlrec.workspace import Workspace
 
@@ -28,7 +28,7 @@ def test_peft_loads_what_was_tuned(workspace: Workspace, tmp_path: Path) -> None
     from peft import PeftModel
 
     model = write_tiny_ranker(tmp_path / "model", toy_texts())
-    config = TuningConfig(dtype="float32", learning_rate=0.02, epochs=1, batch_rows=16)
+    config = TuningSettings(dtype="float32", learning_rate=0.02, epochs=1, batch_rows=16)
     net, valid = load_model(model, None, config), toy_examples(model, 30, 1)
     tuned = tune(net, toy_examples(model, 64), valid, config)
     save_adapter(workspace, "r/adapter", save(tuned.weights), tuned.settings, **MADE_FOR, progress=tuned.progress)

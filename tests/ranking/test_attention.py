@@ -9,7 +9,7 @@ from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from owlrec.ranking import attention
-from owlrec.ranking.experiment import TuningConfig
+from owlrec.ranking.experiment import TuningSettings
 from owlrec.ranking.tuning import answer_logits, load_model
 
 
@@ -56,7 +56,7 @@ def test_a_window_is_seen() -> None:
 
 def test_a_model_in_bfloat16_on_a_cpu_answers_as_with_torchs_attention(tmp_path: Any) -> None:
     folder = write_tiny_ranker(tmp_path, ["some text"])
-    ours, exact = (load_model(folder, None, TuningConfig(dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    ours, exact = (load_model(folder, None, TuningSettings(dtype=dtype)) for dtype in ("bfloat16", "float32"))
     assert ours.config._attn_implementation == attention.NAME
     assert exact.config._attn_implementation == "sdpa"
     prompts = [torch.arange(3, 3 + n).numpy() % 40 for n in (9, 14, 5)]

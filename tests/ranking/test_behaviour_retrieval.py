@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.encoding.projection import ProjectionConfig, fit_projection, unit_rows
+from owlrec.encoding.projection import ProjectionSettings, fit_projection, unit_rows
 from owlrec.errors import SchemaError
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.schema import vectors_schema
@@ -198,7 +198,7 @@ def test_projection_takes_out_what_all_items_share() -> None:
     own = rng.normal(size=(40, 8))
     shared = np.concatenate([own, np.full((40, 1), 50.0)], axis=1)
     table = vectors_table(["item"] * 40, list(range(40)), shared)
-    projection = fit_projection(shared.astype(np.float32), ProjectionConfig(components=8))
+    projection = fit_projection(shared.astype(np.float32), ProjectionSettings(components=8))
     history = rng.permutation(40)
     found = each(BehaviourRetriever.from_table(table, projection), history, np.arange(40), 5)
     centred = unit_rows(own - own.mean(axis=0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.projection import ProjectionConfig
+from owlrec.encoding.projection import ProjectionSettings
 from owlrec.ranking.retrieval import ItemVectors, item_retriever
 from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace, table_file
@@ -32,7 +32,7 @@ def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_items_are_encoded_once_and_again_where_a_text_has_changed(small_world: Workspace) -> None:
-    usual, small = ProjectionConfig(components=8), ProjectionConfig(components=4)
+    usual, small = ProjectionSettings(components=8), ProjectionSettings(components=4)
     history, candidates = np.arange(100, 120), np.array([101, 128])
     first = item_retriever(small_world, EncoderConfig(), usual)
     again = item_retriever(small_world, EncoderConfig(), usual)
@@ -48,7 +48,7 @@ def test_items_are_encoded_once_and_again_where_a_text_has_changed(small_world: 
 
 
 def test_a_retriever_of_some_items_finds_what_one_of_all_does(small_world: Workspace) -> None:
-    vectors = ItemVectors.encoded(small_world, EncoderConfig(), ProjectionConfig(components=8))
+    vectors = ItemVectors.encoded(small_world, EncoderConfig(), ProjectionSettings(components=8))
     history, candidates = np.arange(100, 120), np.array([101, 128])
     some = vectors.retriever(np.concatenate([candidates, history, [10**9]]))
     np.testing.assert_array_equal(*(r.retrieve(history, candidates, 5) for r in (some, vectors.retriever())))
@@ -56,17 +56,17 @@ def test_a_retriever_of_some_items_finds_what_one_of_all_does(small_world: Works
 
 def test_vectors_that_encode_has_written_are_read(small_world: Workspace) -> None:
     encoder = EncoderConfig()
-    made = ItemVectors.encoded(small_world, encoder, ProjectionConfig())
+    made = ItemVectors.encoded(small_world, encoder)
     finish_stage(small_world, "encode", "e" * 64, outputs={"vectors": made.shards.folder})
     small_world.delete_dir("ranking", "projections")
-    again = ItemVectors.encoded(small_world, encoder, ProjectionConfig())
+    again = ItemVectors.encoded(small_world, encoder)
     assert again.shards.folder == made.shards.folder
     assert Letters.texts == 30
 
 
 def test_like_items_are_near(small_world: Workspace) -> None:
     """Odd films are dramas, even ones comedies; only their genres' letters tell them apart from afar."""
-    retriever = item_retriever(small_world, EncoderConfig(), ProjectionConfig())
+    retriever = item_retriever(small_world, EncoderConfig())
     odd, even = (retriever.retrieve(np.arange(100, 120), np.array([candidate]), 8) for candidate in (121, 122))
     assert (odd % 2 == 1).mean() > 0.7
     assert (even % 2 == 0).mean() > 0.7

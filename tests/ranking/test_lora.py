@@ -13,7 +13,7 @@ from toy_taste import toy_examples, toy_rows, toy_texts  # type: ignore[import-n
 
 from owlrec.errors import RecipeError
 from owlrec.generation.models import model_identity
-from owlrec.ranking.experiment import TuningConfig
+from owlrec.ranking.experiment import TuningSettings
 from owlrec.ranking.lora import TuningJob, tune_adapter
 from owlrec.ranking.tuning import load_model, tune
 from owlrec.workspace import Workspace
@@ -26,7 +26,6 @@ FAST: dict[str, Any] = {
     "batch_rows": 8,
     "epochs": 4,
     "patience": 9,
-    "threads": 1,
 }
 
 
@@ -35,11 +34,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tiny_ranker(tmp_path_factory.mktemp("ranker"), toy_texts())
 
 
-def a_job(workspace: Workspace, model: str, **settings: Any) -> TuningJob:
+def a_job(workspace: Workspace, model: str, max_failures: int, **changes: Any) -> TuningJob:
     for split, n, seed in (("train", 48, 0), ("valid", 20, 1)):
         workspace.write_parquet(f"ranking/abc/{split}.parquet", toy_rows(n, seed))
-    config = TuningConfig(**FAST | settings)
-    return TuningJob(folder="ranking/abc", model=model, revision=None, wording="w" * 64, settings=config)
+    settings = TuningSettings(**FAST | changes)
+    return TuningJob(
+        folder="ranking/abc",
+        model=model,
+        revision=None,
+        wording="w" * 64,
+        settings=settings,
+        threads=1,
+        max_failures=max_failures,
+    )
 
 
 def test_two_workers_of_which_one_is_killed_tune_as_one_does(

@@ -52,32 +52,17 @@ def test_as_many_are_asked_about_as_the_recipe_says(workspace: Workspace) -> Non
         rows = asked_pairs(workspace, 0, DistillationConfig(**config), SplitConfig(), ITEMS).to_pylist()
         return {(row["user_id"], row["item_id"], row["timestamp"]) for row in rows}
 
-    few, more = keys(labeled=3), keys(labeled=6)
-    assert (len(few), len(more)) == (40 * 3, 40 * 6)
-    assert few < more
-    assert keys(labeled=3, seed=1) != few
-    drawn, further = keys(labeled=0, unlabeled=4), keys(labeled=0, unlabeled=8)
-    assert 40 * 3 < len(drawn) <= 40 * 4
-    assert drawn <= further
-    assert keys(labeled=3, unlabeled=4) == few | drawn
+    labeled, drawn, further = keys(), keys(unlabeled=4), keys(unlabeled=8)
+    assert len(labeled) == 40 * 10
+    assert labeled < drawn <= further
+    assert 40 * 3 < len(drawn - labeled) <= 40 * 4
+    further -= labeled
     # Spread over moments: four draws of a user lie at four of their ten.
     assert all(
         len({t for u, _, t in further if u == user}) == 8
         for user in range(40)
         if sum(u == user for u, _, _ in further) == 8
     )
-
-
-def test_by_popularity_items_are_drawn_as_often_as_users_met_them(workspace: Workspace) -> None:
-    """Item 0 was met by 300 users, item 2 by 100, item 4 by 400 others."""
-    met = [0] * 300 + [2] * 100 + [4] * 400
-    rows = [(user, item, 1.0, 1, list[int](), "train") for user, item in enumerate(met)]
-    prepare(workspace, rows)
-    config = DistillationConfig(labeled=0, unlabeled=1, unlabeled_by="popularity")
-    pairs = asked_pairs(workspace, 0, config, SplitConfig(), ITEMS)
-    others = pairs.filter(pa.array(pairs["user_id"].to_numpy() >= 400))["item_id"].to_numpy()
-    assert set(others.tolist()) == {0, 2}
-    assert (others == 0).mean() == pytest.approx(0.75, abs=0.08)
 
 
 @settings(max_examples=50)
@@ -101,21 +86,23 @@ def test_no_pair_without_a_label_was_met_or_lies_at_a_moment_of_another_split(da
         rows.append((user, item, float(item % 4 == 0), time, history, "test" if later else "train"))
     workspace = Workspace(f"memory://{uuid.uuid4().hex}")
     prepare(workspace, rows)
-    config = DistillationConfig(labeled=0, unlabeled=data.draw(st.integers(1, 8)), seed=data.draw(st.integers(0, 9)))
+    config = DistillationConfig(unlabeled=data.draw(st.integers(1, 8)))
     moments = {(user, time): history for user, _, _, time, history, split in rows if split == "train"}
     met = {(user, item) for user, item, *_ in rows}
     counts: dict[int, int] = {}
     for row in asked_pairs(workspace, 0, config, SplitConfig(), ITEMS).to_pylist():
-        assert (row["user_id"], row["item_id"]) not in met
         assert sorted(row["history"]) == sorted(moments[row["user_id"], row["timestamp"]])
+        if (row["user_id"], row["item_id"], row["timestamp"]) in keys:
+            continue  # a train sample
+        assert (row["user_id"], row["item_id"]) not in met
         counts[row["user_id"]] = counts.get(row["user_id"], 0) + 1
     assert all(n <= config.unlabeled for n in counts.values())
 
 
 def test_a_user_who_met_every_item_has_no_pair_without_a_label(workspace: Workspace) -> None:
     prepare(workspace, [(1, item, 1.0, 5, [], "train") for item in (0, 2)] + [(2, 0, 1.0, 5, [], "train")])
-    pairs = asked_pairs(workspace, 0, DistillationConfig(labeled=0, unlabeled=3), SplitConfig(), np.array([0, 2]))
-    assert [(row["user_id"], row["item_id"]) for row in pairs.to_pylist()] == [(2, 2)]
+    pairs = asked_pairs(workspace, 0, DistillationConfig(unlabeled=3), SplitConfig(), np.array([0, 2]))
+    assert [(row["user_id"], row["item_id"]) for row in pairs.to_pylist()] == [(1, 0), (1, 2), (2, 0), (2, 2)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -131,9 +118,11 @@ def test_in_a_split_by_item_no_pair_is_of_an_item_of_valid_or_test(workspace: Wo
             rows.append((user, item, 1.0, time, list[int](), "train" if item in of_train else "test"))
         rows.append((user, cold, 0.0, 9, list[int](), "train"))
     prepare(workspace, rows)
-    pairs = asked_pairs(workspace, 0, DistillationConfig(labeled=0, unlabeled=5), split, ITEMS)
-    assert len(pairs) > 40
-    assert set(pairs["item_id"].to_pylist()) <= of_train
+    pairs = asked_pairs(workspace, 0, DistillationConfig(unlabeled=5), split, ITEMS).to_pylist()
+    labeled = {(user, item, time) for user, item, _, time, *_ in rows}
+    drawn = [row["item_id"] for row in pairs if (row["user_id"], row["item_id"], row["timestamp"]) not in labeled]
+    assert len(drawn) > 40
+    assert set(drawn) <= of_train
 
 
 def test_tables_that_are_not_prepared_are_named(workspace: Workspace) -> None:

@@ -316,11 +316,10 @@ def test_the_folder_names_all_that_answers_depend_on(shop: Recipe) -> None:
 
     assert folder() == usual.folder
     ranking = shop.ranking
-    assert folder(config=ranking.model_copy(update={"judging": JudgingConfig(valid_samples=7)})) == usual.folder
+    assert folder(config=ranking.model_copy(update={"judging": JudgingConfig(test_samples=7)})) == usual.folder
     for change in (
         {"adapter_sha256": "a"},
         {"engine": ENGINES.load("echo").model_validate({"type": "echo"})},
-        {"config": ranking.model_copy(update={"template_options": {"enable_thinking": False}})},
         {"config": ranking.model_copy(update={"data": ranking.data.model_copy(update={"behaviours": 4})})},
         {"scenario": shop.domain.model_copy(update={"item": "picture"})},
     ):

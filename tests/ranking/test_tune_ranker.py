@@ -1,5 +1,6 @@
 """The whole stage on a prepared workspace, with a tiny model: tuned on one word of the title, it ranks by that word."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from owlrec import schema
 from owlrec.ctr.experiment import SoftLabels
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.evaluation import auc, load_calibration
+from owlrec.ranking.experiment import RankerRun, TuningConfig, TuningSettings
 from owlrec.ranking.judging import read_results
 from owlrec.recipe import Recipe
 from owlrec.runs.ranker import score_pairs
@@ -50,11 +52,15 @@ def recipe_for(workspace: Workspace, model: str = "nowhere", **ranking: Any) -> 
     values: dict[str, Any] = {"name": "t", "scenario": "movies", "workspace": workspace.root, "engine": engine}
     values["ranking"] = {
         "data": {"shots": 120, "behaviours": 4, "shown": ["recent", "mixed"]},
-        "tuning": {"dtype": "float32", "learning_rate": 0.02, "batch_rows": 16, "epochs": 4, "threads": 1},
-        "judging": {"valid_samples": 40, "test_samples": 60, "shown": ["recent", "mixed"]},
+        "tuning": {"learning_rate": 0.02, "epochs": 4},
+        "judging": {"test_samples": 60},
         **ranking,
     }
     return Recipe.model_validate({**values, "source": {"type": "movielens-100k"}})
+
+
+TUNING = TuningSettings(dtype="float32", learning_rate=0.02, batch_rows=16, epochs=4)
+SETTINGS = RankerRun(tuning=TUNING, judged=("recent", "mixed"), valid_samples=40)
 
 
 @pytest.mark.ray
@@ -64,7 +70,7 @@ def test_the_stage_tunes_calibrates_and_judges(
 ) -> None:
     prepare(workspace)
     recipe = recipe_for(workspace, write_tiny_ranker(tmp_path / "model", toy_texts()))
-    manifest = run(recipe, workspace)
+    manifest = run(recipe, workspace, SETTINGS)
     assert finished_stage(workspace, "tune_ranker") == manifest
     counts = manifest.counts
     assert (counts["train_rows"], counts["valid_rows"], counts["test_rows"]) == (240, 80, 120)
@@ -85,7 +91,7 @@ def test_the_stage_tunes_calibrates_and_judges(
     }
     assert [r.auc for r in results if r.model == "tuned"] == [judged["tuned", s]["auc"] for s in ("mixed", "recent")]
 
-    assert run(recipe, workspace) == manifest
+    assert run(recipe, workspace, SETTINGS) == manifest
     assert "done already" in capsys.readouterr().out
 
     # What CTR models learn from is the tuned model's answer, calibrated, about pairs that it was not tuned on, too.
@@ -131,15 +137,26 @@ def test_a_model_that_cannot_be_asked_is_named_by_the_scoring_actor(ray_local: N
 
 
 def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged() -> None:
-    def decided(**ranking: Any) -> dict[str, Any]:
+    def decided(run: RankerRun = SETTINGS, **ranking: Any) -> dict[str, Any]:
         section = recipe_for(Workspace("/tmp"), **ranking).ranking
         assert section is not None
-        return section.decides_adapter
+        return section.decides_adapter(run)
 
-    usual = decided(tuning={})
-    for same in ({"threads": 2}, {"num_workers": 4}, {"use_gpu": True}, {"max_failures": 3}, {"micro_tokens": 9}):
-        assert decided(tuning=same) == usual
-    for other in ({"rank": 4}, {"learning_rate": 1e-4}, {"seed": 1}, {"batch_rows": 8}, {"dtype": "float32"}):
-        assert decided(tuning=other) != usual
-    assert decided(tuning={}, judging={"valid_samples": 41}) != decided(tuning={}, judging={"valid_samples": 40})
-    assert decided(tuning={}, data={"shots": 121}) != usual
+    def tuned(**changes: Any) -> dict[str, Any]:
+        return decided(replace(SETTINGS, tuning=replace(TUNING, **changes)))
+
+    usual = decided()
+    for same in ({"num_workers": 4}, {"use_gpu": True}, {"checkpoint_steps": 3}, {"micro_tokens": 9}):
+        assert tuned(**same) == usual
+    assert decided(judging={"test_samples": 7}) == usual
+    for other in ({"rank": 4}, {"learning_rate": 1e-4}, {"seed": 1}, {"batch_rows": 8}, {"dtype": "bfloat16"}):
+        assert tuned(**other) != usual
+    for run_ in (replace(SETTINGS, valid_samples=41), replace(SETTINGS, seed=1)):
+        assert decided(run_) != usual
+    assert decided(data={"shots": 121}) != usual
+
+
+def test_a_recipe_sets_some_of_the_tuning() -> None:
+    found = TuningConfig(rank=4, use_gpu=True).settings
+    assert found == TuningSettings(rank=4, use_gpu=True, gradient_checkpointing=True)
+    assert TuningConfig().settings == TuningSettings()

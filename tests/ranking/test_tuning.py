@@ -15,7 +15,7 @@ from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 from owlrec.ctr.trainer import ALONE
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.evaluation import auc
-from owlrec.ranking.experiment import TuningConfig
+from owlrec.ranking.experiment import TuningSettings
 from owlrec.ranking.tuning import (
     Checkpoint,
     Examples,
@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tiny_ranker(tmp_path_factory.mktemp("ranker"), toy_texts())
 
 
-def tuned(model: str, train: Examples, valid: Examples, config: TuningConfig, **options: Any) -> Tuned:
+def tuned(model: str, train: Examples, valid: Examples, config: TuningSettings, **options: Any) -> Tuned:
     return tune(load_model(model, None, config), train, valid, config, **options)
 
 
@@ -58,7 +58,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float)
 def test_rows_computed_together_score_as_each_alone(model: str) -> None:
     examples = toy_examples(model, 40)
     assert len(set(examples.lengths.tolist())) == 5
-    net = load_model(model, None, TuningConfig(dtype="float32"))
+    net = load_model(model, None, TuningSettings(dtype="float32"))
     with torch.no_grad():
         alone = torch.cat([net(torch.tensor(p[None], dtype=torch.int64)).logits[:, -1] for p in examples.prompts])
         together = answer_logits(net, examples.prompts, "cpu")
@@ -70,7 +70,7 @@ def test_rows_computed_together_score_as_each_alone(model: str) -> None:
 
 def test_the_loss_is_that_of_the_answers_token_alone(model: str) -> None:
     examples = toy_examples(model, 16)
-    config = TuningConfig(**FAST | {"epochs": 1, "dropout": 0.0})
+    config = TuningSettings(**FAST | {"epochs": 1, "dropout": 0.0})
     net = load_model(model, None, config)
     losses = []
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_the_answers_token_alone(model: str) -> None:
 
 
 def test_tuning_learns_the_taste_and_leaves_the_model_alone(model: str) -> None:
-    config = TuningConfig(**FAST)
+    config = TuningSettings(**FAST)
     net = load_model(model, None, config)
     before = {name: weight.clone() for name, weight in net.state_dict().items()}
     valid = toy_examples(model, 60, 1)
@@ -104,7 +104,7 @@ def test_tuning_learns_the_taste_and_leaves_the_model_alone(model: str) -> None:
 def test_gradients_of_micro_batches_add_up(model: str) -> None:
     train, valid = toy_examples(model, 48), toy_examples(model, 20, 1)
     config = {**FAST, "dropout": 0.0, "epochs": 1}
-    whole, parts = (tuned(model, train, valid, TuningConfig(**config | {"micro_tokens": n})) for n in (10**6, 200))
+    whole, parts = (tuned(model, train, valid, TuningSettings(**config | {"micro_tokens": n})) for n in (10**6, 200))
     assert whole.progress.losses == pytest.approx(parts.progress.losses, abs=1e-4)
     assert same(whole.weights, parts.weights, atol=2e-3)
 
@@ -112,7 +112,7 @@ def test_gradients_of_micro_batches_add_up(model: str) -> None:
 @pytest.mark.parametrize("changed", [{"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
 def test_number_formats_and_recomputed_activations_change_little(model: str, changed: dict[str, Any]) -> None:
     train, valid = toy_examples(model, 48), toy_examples(model, 20, 1)
-    usual, other = (tuned(model, train, valid, TuningConfig(**FAST | {"epochs": 1} | c)) for c in ({}, changed))
+    usual, other = (tuned(model, train, valid, TuningSettings(**FAST | {"epochs": 1} | c)) for c in ({}, changed))
     close = 0.1 if "dtype" in changed else 1e-4
     assert other.progress.losses == pytest.approx(usual.progress.losses, rel=close)
     assert all(weight.dtype == torch.float32 for weight in other.weights.values())
@@ -121,7 +121,7 @@ def test_number_formats_and_recomputed_activations_change_little(model: str, cha
 @pytest.mark.parametrize("at", [1, 4])
 def test_a_run_goes_on_from_any_checkpoint_as_if_it_had_never_stopped(model: str, at: int) -> None:
     train, valid = toy_examples(model, 48), toy_examples(model, 20, 1)
-    config = TuningConfig(**FAST | {"checkpoint_steps": 1, "epochs": 2})
+    config = TuningSettings(**FAST | {"checkpoint_steps": 1, "epochs": 2})
     kept: list[bytes] = []
     whole = tuned(model, train, valid, config, keep=lambda c: kept.append(c.to_bytes()))
     assert len(kept) == 6
@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_any_checkpoint_as_if_it_had_never_stopped(model: str
 
 def test_it_stops_when_valid_no_longer_improves_and_returns_the_best(model: str) -> None:
     train, valid = toy_examples(model, 64), toy_examples(model, 40, 1, flipped=True)  # each step makes valid worse
-    config = TuningConfig(**FAST | {"epochs": 9, "evaluations_per_epoch": 4, "patience": 3, "checkpoint_steps": 1})
+    config = TuningSettings(**FAST | {"epochs": 9, "evaluations_per_epoch": 4, "patience": 3, "checkpoint_steps": 1})
     kept: list[Checkpoint] = []
     found = tuned(model, train, valid, config, keep=lambda c: kept.append(Checkpoint.from_bytes(c.to_bytes())))
     aucs = dict(found.progress.valid_aucs)
@@ -149,16 +149,16 @@ def test_it_stops_when_valid_no_longer_improves_and_returns_the_best(model: str)
 def test_dropout_differs_by_step_and_seed(model: str) -> None:
     train, valid = toy_examples(model, 16), toy_examples(model, 20, 1)
     usual = FAST | {"epochs": 1, "dropout": 0.5}
-    first, again, other = (tuned(model, train, valid, TuningConfig(**usual, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (tuned(model, train, valid, TuningSettings(**usual, seed=seed)) for seed in (0, 0, 1))
     assert first.progress == again.progress
     assert not same(first.weights, other.weights)
 
 
 def test_what_cannot_be_tuned_is_refused(model: str, tmp_path: Any) -> None:
     train, valid = toy_examples(model, 16), toy_examples(model, 20, 1)
-    config = TuningConfig(**FAST)
-    with pytest.raises(RecipeError, match=r"target_modules: .*nowhere"):
-        tuned(model, train, valid, TuningConfig(**FAST, target_modules=("nowhere",)))
+    config = TuningSettings(**FAST)
+    with pytest.raises(RecipeError, match=r"ranking\.engine: .*nowhere"):
+        tuned(model, train, valid, TuningSettings(**FAST, target_modules=("nowhere",)))
     yes_only = Examples(valid.prompts, np.ones(len(valid), dtype=bool), valid.answers)
     with pytest.raises(RecipeError, match="20 of 20 valid rows are answered Yes"):
         tuned(model, train, yes_only, config)
@@ -197,7 +197,7 @@ def test_micro_batches_hold_each_row_once_within_the_budget(lengths: list[int], 
 def test_a_schedule_takes_each_row_once_an_epoch_and_ends_with_an_evaluation(
     n: int, batch: int, epochs: int, evaluations: int
 ) -> None:
-    schedule = Schedule(n, TuningConfig(batch_rows=batch, epochs=epochs, evaluations_per_epoch=evaluations))
+    schedule = Schedule(n, TuningSettings(batch_rows=batch, epochs=epochs, evaluations_per_epoch=evaluations))
     taken = [schedule.rows(step) for step in range(schedule.steps)]
     for epoch in range(epochs):
         rows = np.concatenate(taken[epoch * schedule.steps_per_epoch :][: schedule.steps_per_epoch])
@@ -205,7 +205,7 @@ def test_a_schedule_takes_each_row_once_an_epoch_and_ends_with_an_evaluation(
     assert schedule.steps in schedule.evaluations
     assert min(schedule.evaluations) >= 1
     rates = [schedule.learning_rate(step) for step in range(schedule.steps)]
-    assert max(rates) <= TuningConfig().learning_rate
+    assert max(rates) <= TuningSettings().learning_rate
     assert min(rates) > 0
     peak = int(np.argmax(rates))
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
@@ -215,13 +215,13 @@ def test_a_schedule_takes_each_row_once_an_epoch_and_ends_with_an_evaluation(
 def test_damaged_and_foreign_checkpoints_are_refused(model: str) -> None:
     kept: list[bytes] = []
     train, valid = toy_examples(model, 16), toy_examples(model, 20, 1)
-    tuned(model, train, valid, TuningConfig(**FAST | {"epochs": 1}), keep=lambda c: kept.append(c.to_bytes()))
+    tuned(model, train, valid, TuningSettings(**FAST | {"epochs": 1}), keep=lambda c: kept.append(c.to_bytes()))
     good = kept[-1]
     for bad in (good[:-9], good[: len(good) // 2], b"", b"not a checkpoint", good.replace(b'"1"', b'"9"')):
         with pytest.raises(WorkspaceError, match="checkpoint is damaged"):
             Checkpoint.from_bytes(bad)
     with pytest.raises(WorkspaceError, match="of another adapter"):
-        tuned(model, train, valid, TuningConfig(**FAST, rank=4), resume=Checkpoint.from_bytes(good))
+        tuned(model, train, valid, TuningSettings(**FAST, rank=4), resume=Checkpoint.from_bytes(good))
 
 
 def test_progress_counts_stale_evaluations() -> None:

@@ -7,6 +7,7 @@ last of them at START + u - 1; user 1 therefore knows the first direction only.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from owlrec.encoding.vectors import with_codes
 from owlrec.generation.worker import GenerateStage
 from owlrec.ops.watching import StopSignals
 from owlrec.recipe import Recipe
+from owlrec.refresh import partitions
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.plan import Moved
 from owlrec.refresh.state import RefreshPlan, State, read_state
@@ -184,12 +186,15 @@ def recipe_for(workspace: Workspace, history_tokens: int = 256, **config: object
     )
 
 
-def plan_refresh(workspace: Workspace, *, now: int = START + 100 * DAY, **config: Any) -> Planned | None:
-    """Plans the next refresh; None where there is nothing to do."""
+def plan_refresh(
+    workspace: Workspace, *, now: int = START + 100 * DAY, drift: float = partitions.FREEZE_DRIFT, **config: Any
+) -> Planned | None:
+    """Plans the next refresh; None where there is nothing to do. drift: from which on a short term is frozen."""
     refresh = AnsweredRefresh(recipe_for(workspace, **config), workspace, StopSignals())
     base = read_state(workspace)
-    plan = refresh.planner.read_log(base, now)
-    return plan and Planned(refresh, base, refresh.planner.move_on(plan, base))
+    with mock.patch.object(partitions, "FREEZE_DRIFT", drift):
+        plan = refresh.planner.read_log(base, now)
+        return plan and Planned(refresh, base, refresh.planner.move_on(plan, base))
 
 
 def partition_prompts(workspace: Workspace, planned: Planned) -> list[dict[str, object]]:

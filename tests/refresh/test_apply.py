@@ -35,7 +35,6 @@ from owlrec.generation import EchoEngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig
 from owlrec.refresh import apply
 from owlrec.refresh.apply import interrupted_plan, stack_partitions, tidy, too_many_dead, with_latest_pools
-from owlrec.refresh.events import RefreshConfig
 from owlrec.refresh.state import CLAIM, dead_files, read_state, write_state
 from owlrec.releases import current_release, list_releases, open_release, roll_back
 from owlrec.releases.manifest import chain, read_manifest
@@ -80,7 +79,7 @@ def test_earlier_vectors_move_on_and_the_oldest_falls_out(world: Workspace) -> N
     seen = [[1 / 64] * DIM]
     for day in range(1, 4):
         log_events(world, watched(1, AWAY, START + day * DAY), str(day))
-        carry_out(world, plan_refresh(world, freeze_drift=0, partitions=3))
+        carry_out(world, plan_refresh(world, drift=0, partitions=3))
         seen.insert(0, vector_of(text_of(world, 1)))
         assert partitions_of(world, 1) == seen[:3]
 
@@ -92,13 +91,13 @@ def test_one_partition_is_only_the_newest(world: Workspace) -> None:
 
 
 def test_new_vectors_are_coded_by_the_releases_own_quantiser(world: Workspace) -> None:
-    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans"))
+    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4))
     with open_release(world) as release:
         before, _ = release.store.codes("user", range(1, 41))
         quantiser = release.quantisers()["user"]
     for day in (1, 2):
         log_events(world, [*watched(1, AWAY, START + day * DAY), *watched(2, AWAY, START + day * DAY)], str(day))
-        carry_out(world, plan_refresh(world, freeze_drift=0))
+        carry_out(world, plan_refresh(world, drift=0))
         with open_release(world) as release:
             assert release.manifest.delta
             assert release.manifest.codes == {"user": 2}
@@ -164,11 +163,11 @@ def stored(world: Workspace) -> dict[tuple[int, int], list[float]]:
 
 
 def test_vectors_of_all_partitions_are_kept_where_arms_read_them(world: Workspace) -> None:
-    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans"))
+    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4))
     log_events(world, watched(1, range(100, 112)))
     carry_out(world, plan_refresh(world, history_tokens=30, partitions=1))
     log_events(world, [*watched(1, AWAY, START + 3 * DAY), *watched(2, AWAY, START + 3 * DAY)], "two")
-    carry_out(world, plan_refresh(world, freeze_drift=0, partitions=1))
+    carry_out(world, plan_refresh(world, drift=0, partitions=1))
     moments = {
         1: [START + DAY + 5 * HOUR, START + DAY + 11 * HOUR, START + 3 * DAY + 2 * HOUR],
         2: [START + 3 * DAY + 2 * HOUR],
@@ -345,7 +344,7 @@ def test_no_event_is_lost_or_doubled_however_they_are_split(
 def test_what_earlier_refreshes_left_is_swept_away(world: Workspace) -> None:
     for day in range(1, 5):
         log_events(world, [*watched(1, AWAY, START + day * DAY), *watched(99, [100], START + day * DAY)], str(day))
-        state = carry_out(world, plan_refresh(world, freeze_drift=0))
+        state = carry_out(world, plan_refresh(world, drift=0))
     files = [path for path in world.entries("refresh") if path != "CURRENT"]
     others = [path for path in files if not path.startswith(state.name)]
     named = {f for s in state.shards.values() for f in (s.file, s.deferred)}
@@ -408,9 +407,8 @@ def test_a_chain_is_merged_once_it_is_long_enough(world: Workspace) -> None:
     refreshed(world, 3)
     before = texts(world)
     assert depth(world) == 3
-    assert tidy(world, RefreshConfig(compact_after=4)) == ""
-    assert tidy(world, RefreshConfig(compact_after=None)) == ""
-    assert "deltas merged into release" in tidy(world, RefreshConfig(compact_after=3))
+    assert tidy(world, compact_after=4) == ""
+    assert "deltas merged into release" in tidy(world, compact_after=3)
     assert depth(world) == 0
     assert texts(world) == before
     assert sum("Renewed" in text for text in before) == 3
@@ -418,7 +416,7 @@ def test_a_chain_is_merged_once_it_is_long_enough(world: Workspace) -> None:
 
 def test_refreshes_go_on_after_a_merge(world: Workspace) -> None:
     refreshed(world, 2)
-    tidy(world, RefreshConfig(compact_after=1))
+    tidy(world, compact_after=1)
     log_events(world, watched(9, range(115, 123), START + 9 * DAY), name="day-9")
     carry_out(world, plan_refresh(world))
     assert depth(world) == 1
@@ -432,4 +430,4 @@ def test_what_cannot_be_tidied_is_said_and_stops_nothing(world: Workspace, monke
         raise ReleaseError("release x became current while y was being compacted.")
 
     monkeypatch.setattr(apply, "compact", overtaken)
-    assert tidy(world, RefreshConfig(compact_after=1)).startswith("not tidied: release x became current")
+    assert tidy(world, compact_after=1).startswith("not tidied: release x became current")

@@ -284,7 +284,7 @@ def test_items_outlive_a_split_of_their_shards(world: Workspace) -> None:
 
 
 def test_new_vectors_of_items_are_coded_by_the_releases_own_quantiser(world: Workspace) -> None:
-    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans"))
+    publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4))
     log_items(world, [(500, START, "Heat (1995)")])
     refresh(world)
     with open_release(world) as release:

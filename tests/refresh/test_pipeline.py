@@ -24,6 +24,7 @@ from owlrec.generation import EchoEngineConfig, worker
 from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
 from owlrec.generation.engines import EchoEngine
 from owlrec.ops.watching import Stopped, StopSignals
+from owlrec.refresh import partitions
 from owlrec.refresh.state import dead_files, read_state, unfinished_plans
 from owlrec.releases import open_release
 from owlrec.releases.release import pointer
@@ -141,7 +142,9 @@ def test_nobody_is_asked_while_releases_are_on_hold(world: Workspace, server: Se
     assert [state.counts["renewed"] for state in refresh.run(recipe_for(world), world)] == [1]
 
 
-def test_a_reshard_waits_for_an_interrupted_refresh(world: Workspace, server: Server) -> None:
+def test_a_reshard_waits_for_an_interrupted_refresh(
+    world: Workspace, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log_events(world, [r for user in range(1, 12) for r in watched(user, AWAY)])
     server.away = True
     with pytest.raises(EngineError):
@@ -156,7 +159,8 @@ def test_a_reshard_waits_for_an_interrupted_refresh(world: Workspace, server: Se
     after = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
     assert sorted(after, key=lambda u: u.user_id) == sorted(before, key=lambda u: u.user_id)
     log_events(world, watched(1, [118, 119, 120], START + 9 * DAY), "two")
-    (state,) = refresh.run(recipe_for(world, freeze_drift=0), world)
+    monkeypatch.setattr(partitions, "FREEZE_DRIFT", 0)
+    (state,) = refresh.run(recipe_for(world), world)
     assert (state.calls, state.counts["renewed"], state.n_shards) == (1, 1, 8)
 
 

@@ -333,7 +333,7 @@ def test_compaction_and_a_new_full_release_are_built_upon(world: Workspace) -> N
     carry_out(world, plan_refresh(world))
     compacted = compact(world).name
     log_events(world, watched(1, AWAY, START + 2 * DAY), "two")
-    plan = plan_refresh(world, freeze_drift=0.1)
+    plan = plan_refresh(world, drift=0.1)
     assert plan.plan.parent == compacted
     assert "Renewed text of user 1" in prompts_of(world, plan)[1]["text"]
     carry_out(world, plan)

@@ -19,7 +19,7 @@ KINDS = ("user", "item", "cohort")
 CODE_SIZES = (4, 300)
 QUANTISERS = {
     kind: Quantiser(
-        SemanticIdConfig(levels=2, codes_per_level=300, method="kmeans"),
+        SemanticIdConfig(levels=2, codes_per_level=512),
         tuple(np.full((size, 2), number, dtype=np.float32) for size in CODE_SIZES),
     )
     for number, kind in enumerate(("user", "item"))

@@ -31,7 +31,7 @@ ENCODER = "toy@256"
 CONFIG = CTRConfig(
     batch_size=64, epochs=2, embed_dim=4, hidden_dims=(8, 4), knowledge_dim=4, learning_rate=0.01, min_item_count=1
 )
-IDS = SemanticIdConfig(levels=2, codes_per_level=4, method="kmeans")
+IDS = SemanticIdConfig(levels=2, codes_per_level=4)
 Behavior = tuple[int, int, float | None, float]  # time, item, rating, label
 
 

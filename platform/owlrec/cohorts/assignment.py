@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from owlrec.cohorts.clustering import CollaborativeConfig, ItemFactors, fold_in, judged, unit
+from owlrec.cohorts.clustering import FactorSettings, ItemFactors, fold_in, judged, unit
 from owlrec.cohorts.model import FACETS, Book, CohortModel, attribute_cohort_name, cohort_name
 from owlrec.cohorts.profiles import Group, choose_group, count_groups, values_of
 from owlrec.scenario import Scenario
@@ -19,7 +19,7 @@ from owlrec.schema import COHORTS, Kind
 
 
 def user_vectors(
-    ids: np.ndarray, histories: pa.Table, factors: ItemFactors, config: CollaborativeConfig, positive_above: float
+    ids: np.ndarray, histories: pa.Table, factors: ItemFactors, settings: FactorSettings, positive_above: float
 ) -> pa.Table:
     """The columns id, as_of, liked and disliked (see vector_array) of a shard's users, in order of id and as_of: a row
     for each of their histories, and one as of 0 where they have none.
@@ -34,7 +34,7 @@ def user_vectors(
     columns = {"id": pa.array(owner[order], pa.int64()), "as_of": pa.array(as_of[order], pa.int64())}
     for name, chosen in (("liked", liked), ("disliked", ~liked)):
         vectors, known = np.zeros((len(owner), factors.vectors.shape[1]), np.float32), np.zeros(len(owner), bool)
-        vectors[: len(histories)], known[: len(histories)] = fold_in(factors, config, items, chosen)
+        vectors[: len(histories)], known[: len(histories)] = fold_in(factors, settings, items, chosen)
         columns[name] = vector_array(vectors[order], known[order])
     return pa.table(columns)
 

@@ -26,7 +26,7 @@ from owlrec.cohorts.clustering import (
     train_centroids,
     train_item_factors,
 )
-from owlrec.cohorts.model import FACETS, FACTORS, Book, CohortModel, CohortsConfig
+from owlrec.cohorts.model import FACETS, FACTORS, Book, CohortModel, CohortsConfig, CohortSettings
 from owlrec.cohorts.profiles import (
     PROFILES,
     Moments,
@@ -85,6 +85,7 @@ class _CohortStage(Stage):
     config: CohortsConfig
     scenario: Scenario
     previous: str | None = None  # the folder of an earlier run
+    settings: CohortSettings = field(default_factory=CohortSettings)
 
     def vectors(self, workspace: Workspace, book: Book, shards: Iterable[int]) -> Iterator[np.ndarray]:
         """The vectors of a codebook in some shards, float32 [n, d] each."""
@@ -98,7 +99,7 @@ class _CohortStage(Stage):
         if self.previous is None:
             return None
         earlier = CohortModel.load(workspace, self.previous).books.get(book)
-        same = earlier is not None and earlier.centroids.shape[1] == self.config.collaborative.factors
+        same = earlier is not None and earlier.centroids.shape[1] == self.settings.factors.factors
         return earlier if same else None
 
 
@@ -111,7 +112,7 @@ class TrainFactors(_CohortStage):
 
     def run(self, work: Work) -> Result:
         """Writes the item factors, and the moments of the cuts."""
-        tables, rows, wanted = [], 0, self.config.collaborative.train_users
+        tables, rows, wanted = [], 0, self.settings.factors.train_users
         for number in work.workspace.table_shards("histories"):
             tables.append(work.workspace.read_shard("histories", number))
             rows += len(newest(tables[-1], "user_id"))
@@ -124,7 +125,7 @@ class TrainFactors(_CohortStage):
         moments = cut_moments(pa.concat_tables(tables), self.cuts)
         histories = pa.concat_tables([newest(table, "user_id") for table in tables]).slice(0, wanted)
         earlier = ItemFactors.load(work.workspace, f"{self.previous}/{FACTORS}") if self.previous else None
-        factors = train_item_factors(histories, self.config.collaborative, earlier)
+        factors = train_item_factors(histories, self.settings.factors, earlier)
         files = {
             FACTORS: factors.save(work.workspace, work.artifact.path(FACTORS)),
             _MOMENTS: work.workspace.write_json(work.artifact.path(_MOMENTS), moments),
@@ -153,7 +154,7 @@ class MakeVectors(_CohortStage):
         else:
             histories = workspace.read_shard("histories", number)
             above = self.scenario.positive_above
-            vectors = user_vectors(ids, histories, self.factors, self.config.collaborative, above)
+            vectors = user_vectors(ids, histories, self.factors, self.settings.factors, above)
         current = newest(vectors)
         groups = groups_without_vectors(kind, current, rows, self.scenario)
         columns = vectors.column_names[2:]
@@ -184,8 +185,8 @@ class TrainCells(_CohortStage):
             rows += len(vectors)
             if rows >= CELL_SAMPLE:
                 break
-        config = self.config.clusters(FACETS[plan.book][0])
-        cells = train_cells(np.concatenate(sample), plan.sizes, config, self.earlier_book(work.workspace, plan.book))
+        earlier = self.earlier_book(work.workspace, plan.book)
+        cells = train_cells(np.concatenate(sample), plan.sizes, earlier, seed=self.settings.seed)
         return Result({work.shard.file(".arrow"): _write_vectors(work, np.arange(len(cells)), cells)}, rows, len(cells))
 
 
@@ -227,12 +228,13 @@ class TrainCentroids(_CohortStage):
         present, starts = np.unique(cell[order], return_index=True)
         book = self.earlier_book(workspace, plan.book)
         of_earlier = nearest_rows(cells, book.centroids) if book is not None else None
-        config, centroids = self.config.clusters(FACETS[plan.book][0]), []
+        centroids = []
         for number, (start, stop) in zip(present.tolist(), pairwise([*starts.tolist(), len(cell)]), strict=True):
             earlier = book.centroids[of_earlier == number] if book is not None else None
             k = round((stop - start) * plan.sizes.cohorts / plan.sample)
             own = vectors[order[start:stop]]
-            centroids.append(train_centroids(own, k, plan.sample / plan.population, plan.sizes, config, earlier))
+            share = plan.sample / plan.population
+            centroids.append(train_centroids(own, k, share, plan.sizes, earlier, seed=self.settings.seed))
         of_cell = np.repeat(present, [len(c) for c in centroids])
         made = np.concatenate([np.zeros((0, cells.shape[1]), np.float32), *centroids])
         return Result({work.shard.file(".arrow"): _write_vectors(work, of_cell, made)}, len(vectors), len(made))
@@ -274,7 +276,7 @@ class FindCandidates(_CohortStage):
         candidates, sizes, rows = [], [], 0
         for number in shards:
             members, earlier = self._members(workspace, kind, number)
-            table, n = workspace.read_shard(TABLES[kind], number), self.config.profiles.representatives
+            table, n = workspace.read_shard(TABLES[kind], number), self.settings.profiles.representatives
             rows += table.num_rows
             if kind == "item":
                 candidates.append(item_candidates(members, table, self.scenario, n))
@@ -282,7 +284,7 @@ class FindCandidates(_CohortStage):
                 histories = workspace.read_shard("histories", number)
                 candidates.append(user_candidates(members, table, histories, self.scenario, n, self.moments))
             sizes.append(count_members(newest(members), earlier))
-        best, counts = best_candidates(candidates, self.config.profiles.representatives), add_members(sizes)
+        best, counts = best_candidates(candidates, self.settings.profiles.representatives), add_members(sizes)
         # A cohort of an earlier cut may have no member any more.
         names = list(dict.fromkeys([*counts["cohort"].to_pylist(), *best["cohort"].to_pylist()]))
         n_shards = workspace.n_shards("cohort")
@@ -319,7 +321,7 @@ class WritePrompts(_CohortStage):
     def run(self, work: Work) -> Result:
         """Writes profiles/ and prompts/; a settled cohort keeps its earlier profile."""
         assert self.ask is not None
-        workspace, number, config = work.workspace, work.shard.number, self.config.profiles
+        workspace, number, settings = work.workspace, work.shard.number, self.settings.profiles
         tables = [PROFILES.empty_table()]
         stayed: dict[str, int] = {}
         counts: dict[str, int] = {}
@@ -329,13 +331,13 @@ class WritePrompts(_CohortStage):
             scaled = {r["cohort"]: (round(r["members"] / share), round(r["stayed"] / share)) for r in sizes.to_pylist()}
             members = {name: n for name, (n, _) in scaled.items()}
             stayed |= {name: n for name, (_, n) in scaled.items()}
-            tables.append(build_profiles(best, members, kind, self.titles, config))
+            tables.append(build_profiles(best, members, kind, self.titles, settings))
             counts |= {f"{kind}_cohorts": len(members), f"{kind}_members": sum(members.values())}
             counts[f"{kind}_cohort_largest"] = max(members.values(), default=0)
         profiles = pa.concat_tables(tables)
         before = f"{self.previous}/profiles/{number:08d}.parquet"
         if self.previous is not None and workspace.exists(before):
-            profiles, counts["settled"] = keep_settled(profiles, workspace.read_parquet(before), stayed, config)
+            profiles, counts["settled"] = keep_settled(profiles, workspace.read_parquet(before), stayed, settings)
         profiles = distinct_texts(profiles, self.moments)
         files = {}
         for name, table in (("profiles", profiles), ("prompts", self.ask(profiles))):
@@ -351,9 +353,9 @@ class WritePrompts(_CohortStage):
         ):
             waiting.append(table)
             if sum(map(len, waiting)) > _MERGE_ROWS:
-                waiting = [best_candidates(waiting, self.config.profiles.representatives)]
+                waiting = [best_candidates(waiting, self.settings.profiles.representatives)]
         sizes = list(_read_divided(work.workspace, work.artifact.path(f"{kind}-members"), n_files, work.shard.number))
-        return best_candidates(waiting, self.config.profiles.representatives), add_members(sizes)
+        return best_candidates(waiting, self.settings.profiles.representatives), add_members(sizes)
 
 
 def build_cohorts(
@@ -367,47 +369,47 @@ def build_cohorts(
     cuts: Sequence[Cut] = (),
     pool: Pool | None = None,
     previous: str | None = None,
+    settings: CohortSettings | None = None,
     on_card: Callable[[Card], None] | None = None,
 ) -> dict[str, int]:
     """Builds the cohorts of a prepared workspace in `folder`; returns what there is to count.
 
     ask: makes prompts of profiles; shard_rows: cohorts in one of their shards, if nothing has fixed it yet. cuts: of
-    the recipe (see profiles.cut_moments). previous:
-    the folder of an earlier run, whose names and settled profiles go on. Raises SchemaError where the data cannot be
-    clustered: no item that enough users chose.
+    the recipe (see profiles.cut_moments). previous: the folder of an earlier run, whose names and settled profiles go
+    on. Raises SchemaError where the data cannot be clustered: no item that enough users chose.
     """
     inputs = fingerprint(folder, previous)
-    settings = (folder, config, scenario, previous)
+    common = (folder, config, scenario, previous, settings or CohortSettings())
 
     def run(stage: Stage, *kinds: tuple[str, int]) -> dict[str, Card]:
         shards = [Shard(kind, number) for kind, n in kinds for number in range(n)]
         return run_stage(workspace, stage, dict.fromkeys(shards, inputs), pool, on_card)
 
     n_shards = {kind: workspace.n_shards(kind) for kind in TABLES}
-    run(TrainFactors(*settings, cuts), ("factors", 1))
+    run(TrainFactors(*common, cuts), ("factors", 1))
     moments = {str(cut): int(moment) for cut, moment in workspace.read_json(f"{folder}/{_MOMENTS}").items()}
-    made = run(MakeVectors(*settings), *((f"{kind}-vectors", n) for kind, n in n_shards.items()))
+    made = run(MakeVectors(*common), *((f"{kind}-vectors", n) for kind, n in n_shards.items()))
     cards = {kind: [made[Shard(f"{kind}-vectors", s).name] for s in range(n)] for kind, n in n_shards.items()}
     plans = [plan for book in FACETS if (plan := _plan(book, cards[FACETS[book][0]], config)) is not None]
 
     def by_kind(step: str) -> dict[str, BookPlan]:
         return {plan.kind(step): plan for plan in plans}
 
-    run(TrainCells(*settings, by_kind("cells")), *((kind, 1) for kind in by_kind("cells")))
+    run(TrainCells(*common, by_kind("cells")), *((kind, 1) for kind in by_kind("cells")))
     samples = by_kind("samples")
-    run(DivideSample(*settings, samples), *((kind, len(plan.batches)) for kind, plan in samples.items()))
+    run(DivideSample(*common, samples), *((kind, len(plan.batches)) for kind, plan in samples.items()))
     centroids = by_kind("centroids")
-    run(TrainCentroids(*settings, centroids), *((kind, plan.groups) for kind, plan in centroids.items()))
-    model = _join_model(workspace, TrainCells(*settings), plans, cards)
+    run(TrainCentroids(*common, centroids), *((kind, plan.groups) for kind, plan in centroids.items()))
+    model = _join_model(workspace, TrainCells(*common), plans, cards)
     model.save(workspace, folder)
     names = sum(len(book.numbers) for book in model.books.values()) + sum(len(g) + 1 for g in model.groups.values())
     workspace.fix_shards({"cohort": shards_for(names, shard_rows)})
 
-    run(AssignCohorts(*settings), *n_shards.items())
+    run(AssignCohorts(*common), *n_shards.items())
     batches = {kind: _profile_batches(kind, cards[kind], plans) for kind in TABLES}
     shares = {kind: _share(batches[kind], cards[kind]) for kind in TABLES}
-    run(FindCandidates(*settings, batches, moments), *((f"{kind}-candidates", len(b)) for kind, b in batches.items()))
-    done = run(WritePrompts(*settings, batches, moments, shares, ask), ("prompts", workspace.n_shards("cohort")))
+    run(FindCandidates(*common, batches, moments), *((f"{kind}-candidates", len(b)) for kind, b in batches.items()))
+    done = run(WritePrompts(*common, batches, moments, shares, ask), ("prompts", workspace.n_shards("cohort")))
     return _summary(list(done.values()))
 
 

@@ -34,16 +34,17 @@ from owlrec.workspace import Workspace
 # vectors and centroids of two runs can be compared.
 
 
-class CollaborativeConfig(Config):
-    """How item factors are learned, and how many behaviors give a user a vector."""
+@dataclass(frozen=True)
+class FactorSettings:
+    """How item factors are learned, and how many behaviors give a user a vector. No recipe sets these."""
 
-    factors: int = Field(64, ge=1)
-    regularization: float = Field(0.05, gt=0)
-    iterations: int = Field(15, ge=1)
-    alpha: float = Field(10.0, gt=0)  # a behavior's confidence is 1 + alpha, that of its absence 1
-    train_users: int = Field(1_000_000, ge=1)  # a sample this large fixes the factors of 10^5 items well
-    min_behaviours: int = Field(3, ge=1)  # a user who liked fewer known items says too little: attributes decide
-    min_item_users: int = Field(3, ge=1)  # likewise an item that fewer users chose
+    factors: int = 64  # `implicit` advises 50 to 100; memory of the shuffles grows with it
+    regularization: float = 0.05
+    iterations: int = 15
+    alpha: float = 10.0  # a behavior's confidence is 1 + alpha, that of its absence 1
+    train_users: int = 1_000_000  # a sample this large fixes the factors of 10^5 items well
+    min_behaviors: int = 3  # a user who liked fewer known items says too little: attributes decide
+    min_item_users: int = 3  # likewise an item that fewer users chose
     seed: int = 0
 
 
@@ -79,7 +80,7 @@ class ItemFactors:
 
 
 def train_item_factors(
-    histories: pa.Table, config: CollaborativeConfig, previous: ItemFactors | None = None
+    histories: pa.Table, settings: FactorSettings, previous: ItemFactors | None = None
 ) -> ItemFactors:
     """ALS over histories (schema.HISTORIES), whatever their ratings: that a user chose an item is what is modeled.
 
@@ -90,36 +91,36 @@ def train_item_factors(
 
     items = histories["items"].combine_chunks()
     ids, column = np.unique(items.flatten().to_numpy(), return_inverse=True)
-    matrix = _confidences(items, column, len(ids), config)
-    frequent = np.bincount(matrix.indices, minlength=len(ids)) >= config.min_item_users
+    matrix = _confidences(items, column, len(ids), settings)
+    frequent = np.bincount(matrix.indices, minlength=len(ids)) >= settings.min_item_users
     if not frequent.any():
         raise SchemaError(
-            f"histories: none of {len(ids)} items was chosen by {config.min_item_users} users or more, so nothing says "
-            "which are alike. Use more users, or lower cohorts.collaborative.min_item_users in the recipe."
+            f"histories: none of {len(ids)} items was chosen by {settings.min_item_users} users or more, so "
+            "nothing says which are alike. Use more users, or longer histories."
         )
     ids, matrix = ids[frequent], matrix[:, np.flatnonzero(frequent)]
     model = _quietly(
         AlternatingLeastSquares,
-        factors=config.factors,
-        regularization=config.regularization,
-        iterations=config.iterations,
-        random_state=config.seed,
+        factors=settings.factors,
+        regularization=settings.regularization,
+        iterations=settings.iterations,
+        random_state=settings.seed,
     )
-    if previous is not None and previous.vectors.shape[1] == config.factors:
+    if previous is not None and previous.vectors.shape[1] == settings.factors:
         vectors, known = previous.gather(ids)
-        fresh = np.random.RandomState(config.seed).rand(len(ids), config.factors).astype(np.float32) * 0.01
+        fresh = np.random.RandomState(settings.seed).rand(len(ids), settings.factors).astype(np.float32) * 0.01
         model.item_factors = np.where(known[:, None], vectors, fresh)
     model.fit(matrix, show_progress=False)
     return ItemFactors(ids, np.asarray(model.item_factors, dtype=np.float32))
 
 
 def fold_in(
-    factors: ItemFactors, config: CollaborativeConfig, items: pa.ListArray, chosen: np.ndarray | None = None
+    factors: ItemFactors, settings: FactorSettings, items: pa.ListArray, chosen: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The vectors of users who chose `items`: the user's half of an ALS step.
 
     items: list<int64> [n]. chosen: bool, aligned with the flattened items: which of them count; None = all.
-    Returns float32 [n, d] of length 1 and bool [n]: False, and zeros, for fewer known items than min_behaviours.
+    Returns float32 [n, d] of length 1 and bool [n]: False, and zeros, for fewer known items than min_behaviors.
     """
     from implicit.cpu.als import AlternatingLeastSquares
 
@@ -127,12 +128,12 @@ def fold_in(
     used, column = np.unique(rows, return_inverse=True)  # -1, if at all, is the first: an item without a vector
     if not len(used):
         return np.zeros((len(items), factors.vectors.shape[1]), np.float32), np.zeros(len(items), bool)
-    matrix = _confidences(items, column, len(used), config, rows >= 0 if chosen is None else (rows >= 0) & chosen)
-    model = _quietly(AlternatingLeastSquares, factors=factors.vectors.shape[1], regularization=config.regularization)
+    matrix = _confidences(items, column, len(used), settings, rows >= 0 if chosen is None else (rows >= 0) & chosen)
+    model = _quietly(AlternatingLeastSquares, factors=factors.vectors.shape[1], regularization=settings.regularization)
     # Of all factors, only those of these items are copied (the solver refuses read-only memory); YtY is of all.
     model.item_factors, model._YtY, model.num_threads = factors.vectors[used], factors.gram, 1
     vectors = model.recalculate_user(np.arange(len(items)), matrix)
-    known = np.diff(matrix.indptr) >= config.min_behaviours
+    known = np.diff(matrix.indptr) >= settings.min_behaviors
     return np.where(known[:, None], unit(vectors), np.float32(0)), known
 
 
@@ -163,7 +164,7 @@ def _confidences(
     items: pa.ListArray,
     column: np.ndarray,
     n_columns: int,
-    config: CollaborativeConfig,
+    settings: FactorSettings,
     chosen: np.ndarray | None = None,
 ) -> Any:
     """The sparse matrix of who chose what; what a user chose several times counts once. column: of each flat item."""
@@ -174,7 +175,7 @@ def _confidences(
         of_user, column = of_user[chosen], column[chosen]
     ones = np.ones(len(column), dtype=np.float32)
     matrix = csr_matrix((ones, (of_user, column.astype(np.int32))), shape=(len(items), n_columns))
-    matrix.data[:] = 1 + config.alpha
+    matrix.data[:] = 1 + settings.alpha
     return matrix
 
 
@@ -194,6 +195,7 @@ _ONE_CELL, _PER_CELL, _MOST_PER_CELL, _MOST_CELLS = 1024, 256, 1024, 4096  # coh
 _PROBES = 4  # cells that are searched for each vector
 CELL_SAMPLE = 1 << 18  # vectors that one k-means is trained on: 64 MB at 64 dimensions
 _SAMPLE = 1 << 22  # vectors of all cohorts together, but at least 64 a cohort and at most 256
+ITERATIONS = 20  # of k-means: faiss stops at 25, and the last few move hardly any vector
 _SPLITS = 8  # rounds; each at least halves what is too large, unless its members are alike
 _SAME_COSINE = 0.7  # to the earlier centroid, for a cohort to be the same one
 
@@ -219,8 +221,6 @@ class ClusterConfig(Config):
     # k^(-2/d), while each cohort costs an LLM call: 10^8 users make 116,000 cohorts of 862, where 40 would ask for
     # 2.5 million.
     mean_size: int | None = Field(None, ge=2)
-    iterations: int = Field(20, ge=1)
-    seed: int = 0
 
     def sizes(self, population: int) -> Sizes:
         """Of cohorts among so many members with a vector."""
@@ -287,17 +287,17 @@ class Codebook:
         return nearest[:, 0], np.clip(1 - cosine[:, 0], 0, 2)
 
 
-def train_cells(
-    vectors: np.ndarray, sizes: Sizes, config: ClusterConfig, previous: Codebook | None = None
-) -> np.ndarray:
+def train_cells(vectors: np.ndarray, sizes: Sizes, previous: Codebook | None = None, *, seed: int = 0) -> np.ndarray:
     """The first level: float32 [c, d]. vectors: float32 [n, d], of length 1, of which the first 2^18 count.
 
     Raises SchemaError where there is no vector.
     """
     if len(vectors) == 0:
-        raise SchemaError("cohorts: nobody has a vector to cluster by. Use more data, or lower min_behaviours.")
+        raise SchemaError(
+            "cohorts: nobody has a vector to cluster by. Use more data: users need several items in common."
+        )
     earlier = previous.cells if previous is not None else None
-    return _kmeans(vectors[:CELL_SAMPLE], min(sizes.cells, _distinct(vectors)), config, earlier)
+    return _kmeans(vectors[:CELL_SAMPLE], min(sizes.cells, _distinct(vectors)), earlier, seed)
 
 
 def train_centroids(
@@ -305,8 +305,9 @@ def train_centroids(
     k: int,
     share: float,
     sizes: Sizes,
-    config: ClusterConfig,
     earlier: np.ndarray | None = None,
+    *,
+    seed: int = 0,
 ) -> np.ndarray:
     """The second level within one cell: float32 [about k, d], at most 1,024 before what is too large is split.
 
@@ -316,12 +317,12 @@ def train_centroids(
     """
     smallest, largest = max(1, round(sizes.smallest * share)), max(1, int(sizes.largest * share))
     vectors = vectors[:CELL_SAMPLE]
-    centroids = _kmeans(vectors, min(max(1, k), _MOST_PER_CELL, _distinct(vectors)), config, earlier)
+    centroids = _kmeans(vectors, min(max(1, k), _MOST_PER_CELL, _distinct(vectors)), earlier, seed)
     for _ in range(_SPLITS):
         nearest = nearest_rows(centroids, vectors)
         members = np.bincount(nearest, minlength=len(centroids))
         over = np.flatnonzero(members > largest)
-        split = [_split(vectors[nearest == c], -(-int(members[c]) // largest), config) for c in over]
+        split = [_split(vectors[nearest == c], -(-int(members[c]) // largest), seed) for c in over]
         if not any(len(pieces) > 1 for pieces in split):
             break
         centroids = np.concatenate([np.delete(centroids, over, axis=0), *split])
@@ -374,11 +375,11 @@ def _pairs(centroids: np.ndarray, previous: Codebook) -> Iterator[tuple[int, int
             yield row, number
 
 
-def _split(members: np.ndarray, pieces: int, config: ClusterConfig) -> np.ndarray:
-    return _kmeans(members, min(pieces, _distinct(members)), config, None)
+def _split(members: np.ndarray, pieces: int, seed: int) -> np.ndarray:
+    return _kmeans(members, min(pieces, _distinct(members)), None, seed)
 
 
-def _kmeans(vectors: np.ndarray, k: int, config: ClusterConfig, earlier: np.ndarray | None) -> np.ndarray:
+def _kmeans(vectors: np.ndarray, k: int, earlier: np.ndarray | None, seed: int) -> np.ndarray:
     import faiss
 
     if k == 1:
@@ -387,15 +388,15 @@ def _kmeans(vectors: np.ndarray, k: int, config: ClusterConfig, earlier: np.ndar
     kmeans = faiss.Kmeans(
         vectors.shape[1],
         k,
-        niter=config.iterations,
+        niter=ITERATIONS,
         spherical=True,
-        seed=config.seed,
+        seed=seed,
         min_points_per_centroid=1,
         gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
     )
     start = None
     if earlier is not None:  # filled up with vectors drawn at random
-        drawn = np.random.default_rng(config.seed).choice(len(vectors), size=k, replace=False)
+        drawn = np.random.default_rng(seed).choice(len(vectors), size=k, replace=False)
         start = np.concatenate([earlier, vectors[drawn]])[:k]
     kmeans.train(vectors, init_centroids=start)
     return np.asarray(kmeans.centroids, dtype=np.float32)

@@ -7,14 +7,14 @@ go by the cohort's own shard; cohorts/CURRENT points to the newest that is compl
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from owlrec.cohorts.clustering import ClusterConfig, Codebook, CollaborativeConfig
-from owlrec.cohorts.profiles import Group, ProfileConfig, group_name
+from owlrec.cohorts.clustering import ClusterConfig, Codebook, FactorSettings
+from owlrec.cohorts.profiles import Group, ProfileSettings, group_name
 from owlrec.config import Config
 from owlrec.errors import WorkspaceError
 from owlrec.ordered import run_starts
@@ -102,14 +102,21 @@ FACTORS = "factors/00000000.arrow"
 class CohortsConfig(Config):
     """The recipe's `cohorts:` section."""
 
-    collaborative: CollaborativeConfig = CollaborativeConfig()
     users: ClusterConfig = ClusterConfig()
     items: ClusterConfig = ClusterConfig()
-    profiles: ProfileConfig = ProfileConfig()
 
     def clusters(self, kind: Kind) -> ClusterConfig:
         """The settings of a kind's codebooks."""
         return self.items if kind == "item" else self.users
+
+
+@dataclass(frozen=True)
+class CohortSettings:
+    """What no recipe sets. Its values shape cohorts and prompts, so they are part of the fingerprint of cohorts."""
+
+    factors: FactorSettings = field(default_factory=FactorSettings)
+    profiles: ProfileSettings = field(default_factory=ProfileSettings)
+    seed: int = 0  # of k-means
 
 
 @dataclass(frozen=True)

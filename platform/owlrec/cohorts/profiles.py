@@ -8,16 +8,15 @@ asked again.
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
 from owlrec.cohorts.clustering import judged
-from owlrec.config import Config
 from owlrec.ordered import rows_of, run_starts
 from owlrec.scenario import Scenario
 from owlrec.schema import Kind, newest, stable_id
@@ -154,15 +153,18 @@ def cut_moments(histories: pa.Table, cuts: Sequence[Cut]) -> dict[str, int]:
     return {**moments, **LATEST}
 
 
-class ProfileConfig(Config):
-    """How much of a cohort its prompt quotes, and how far it may move before it is asked about again."""
+@dataclass(frozen=True)
+class ProfileSettings:
+    """How much of a cohort its prompt quotes, and how far it may move before it is asked about again. No recipe sets
+    these.
+    """
 
-    representatives: int = Field(10, ge=1)
-    titles: int = Field(15, ge=1)  # REKI quotes as many
-    opposite: int = Field(5, ge=0)
-    common_share: float = Field(0.5, gt=0, le=1)  # an attribute is common where so many representatives have it
+    representatives: int = 10
+    titles: int = 15  # REKI quotes as many
+    opposite: int = 5
+    common_share: float = 0.5  # an attribute is common where so many representatives have it
     # Of its members, or of its titles: below this a cohort's text is still about the same people and tastes.
-    settled_share: float = Field(0.3, ge=0, le=1)
+    settled_share: float = 0.3
 
 
 def user_candidates(
@@ -244,7 +246,7 @@ def build_profiles(
     sizes: Mapping[str, int],
     kind: Kind,
     titles: Callable[[np.ndarray], list[str]],
-    config: ProfileConfig,
+    settings: ProfileSettings,
 ) -> pa.Table:
     """The profiles (PROFILES) of the cohorts that best_candidates are of, by id and as_of. titles: of item ids."""
     texts: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -260,9 +262,9 @@ def build_profiles(
             "size": sizes.get(name, 0),
             "cut": cut,
             "as_of": max(m["as_of"] for m in members),
-            "titles": _shared_titles((m["chosen"] for m in members), titles, config.titles),
-            "opposite": _shared_titles((m["opposite"] for m in members), titles, config.opposite),
-            "attributes": _common([m["attributes"] for m in members], config.common_share),
+            "titles": _shared_titles((m["chosen"] for m in members), titles, settings.titles),
+            "opposite": _shared_titles((m["opposite"] for m in members), titles, settings.opposite),
+            "attributes": _common([m["attributes"] for m in members], settings.common_share),
             "representatives": sorted(m["id"] for m in members),
         }
         for (name, cut), members in texts.items()
@@ -278,7 +280,7 @@ def distinct_texts(profiles: pa.Table, moments: Moments) -> pa.Table:
 
 
 def keep_settled(
-    new: pa.Table, previous: pa.Table, stayed: Mapping[str, int], config: ProfileConfig
+    new: pa.Table, previous: pa.Table, stayed: Mapping[str, int], settings: ProfileSettings
 ) -> tuple[pa.Table, int]:
     """`new` profiles, but the earlier one of each cohort and cut that has settled, and how many these are.
 
@@ -295,7 +297,7 @@ def keep_settled(
                 _distance(both, old["size"] + row["size"] - both),
                 _distance(len(set(row["titles"]) & set(old["titles"])), len(set(row["titles"]) | set(old["titles"]))),
             )
-            if moved <= config.settled_share:
+            if moved <= settings.settled_share:
                 row, kept = {**old, "size": row["size"]}, kept + 1
         rows.append(row)
     return pa.Table.from_pylist(rows, schema=PROFILES), kept

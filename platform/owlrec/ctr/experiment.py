@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator
 
 from owlrec.config import Config
 from owlrec.ctr.backbones import BACKBONES
@@ -29,17 +29,17 @@ from owlrec.workspace import Workspace, shard_file
 
 # ---------------------------------------------------------------------------------------------------------------- sweep
 # Which settings a sweep tries: learning rates times sizes of the adaptor, judged on the valid split alone.
-#
-# No torch and no Ray here: the recipe loads this module at every call. `owlrec ctr sweep` runs it.
+# `owlrec ctr sweep` runs it.
 
 
-class SweepConfig(Config):
+@dataclass(frozen=True)
+class SweepGrid:
     """Values of CTRConfig.learning_rate and of AdaptorConfig's fields; every combination is tried."""
 
-    learning_rates: tuple[float, ...] = Field(default=(1e-3, 2e-3, 4e-3), min_length=1)
-    shared_experts: tuple[int, ...] = Field(default=(2,), min_length=1)
-    dedicated_experts: tuple[int, ...] = Field(default=(2, 5), min_length=1)
-    hidden_dims: tuple[int, ...] = Field(default=(32,), min_length=1)  # of an expert
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    shared_experts: tuple[int, ...] = (2,)
+    dedicated_experts: tuple[int, ...] = (2, 5)
+    hidden_dims: tuple[int, ...] = (32,)  # of an expert
 
     def candidates(self, *, adaptor: bool) -> list[dict[str, Any]]:
         """What each candidate changes of CTRConfig. adaptor: False where the arm has none: then only rates differ."""
@@ -72,25 +72,21 @@ _KEY = ["user_id", "item_id", "timestamp"]
 _MOMENT = ["user_id", "timestamp"]
 
 
+PAIRS_DRAWN = "uniform, seed 0"  # how ranking.samples draws pairs without a label: change it with the draw
+
+
 class DistillationConfig(Config):
     """Which pairs the LLM is asked about, and how much its answers count."""
 
     alpha: float = Field(0.5, gt=0, le=1)  # the share of the LLM's probability in the loss; the label has the rest
-    labeled: int | None = Field(None, ge=0)  # train samples of each user, at most; None = all
-    unlabeled: int = Field(0, ge=0)  # pairs of each user with items that they never met, at most
-    unlabeled_by: Literal["uniform", "popularity"] = "uniform"  # how these items are drawn
-    seed: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _some_pairs(self) -> "DistillationConfig":
-        if self.labeled == 0 and self.unlabeled == 0:
-            raise ValueError("labeled and unlabeled are both 0, so the LLM would be asked nothing; raise one of them")
-        return self
+    # Pairs of each user with items that they never met, at most, beside all their train samples. The items are drawn
+    # uniformly: what is popular has labels of its own.
+    unlabeled: int = Field(0, ge=0)
 
     @property
     def asks(self) -> dict[str, Any]:
-        """The settings that decide which pairs the LLM is asked about."""
-        return self.model_dump(mode="json", exclude={"alpha"})
+        """What decides which pairs the LLM is asked about."""
+        return {"unlabeled": self.unlabeled, "drawn": PAIRS_DRAWN}
 
     def made_for(self, tables: str) -> str:
         """Digest of the tables (their fingerprint) and of which of their pairs are asked about."""
@@ -241,6 +237,11 @@ class AdaptorConfig(Config):
     hidden_dim: int = Field(default=32, ge=1)
 
 
+# Tables of more rows (items, say) get sparse gradients and row-wise Adagrad. In smaller ones most rows are in every
+# batch, and AdamW is as good (MovieLens-100K, DCN-V2, one split: valid AUC .7545, row-wise .7539 at best).
+SPARSE_ABOVE_ROWS = 50_000
+
+
 class CTRConfig(Config):
     """What is trained, and how. Defaults were chosen on the valid AUC of MovieLens-100K, over three user splits."""
 
@@ -250,12 +251,8 @@ class CTRConfig(Config):
     # Rows of all workers together; less where an epoch would have fewer than 30 steps.
     batch_size: int = Field(default=2048, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine would reach 0 after `epochs`
-    warmup_steps: int = Field(default=0, ge=0)
-    # Tables of more rows (items, say) get sparse gradients and row-wise Adagrad. In smaller ones most rows are in every
-    # batch, and AdamW is as good (MovieLens-100K, DCN-V2, one split: valid AUC .7545, row-wise .7539 at best).
-    sparse_above_rows: int = Field(default=50_000, ge=0)
-    # Of row-wise Adagrad. Same trial: .005 gave .7539, .01 .7530, .02 .7525, .05 .7496, .1 .7458.
+    # Of row-wise Adagrad, for tables of more than SPARSE_ABOVE_ROWS. MovieLens-100K, DCN-V2, one split: .005 gave
+    # .7539, .01 .7530, .02 .7525, .05 .7496, .1 .7458.
     table_learning_rate: float = Field(default=0.005, gt=0)
     # bfloat16: the products of training in half the width; scores are always computed in float32. It pays on GPUs and
     # on CPUs with AMX or AVX512-BF16 (two cores of an EPYC: DCN-V2 trains 1.9 times as fast, DIN 1.3 times).
@@ -270,22 +267,13 @@ class CTRConfig(Config):
     # Components that the adaptor reads of a knowledge vector: the first principal ones where it has more. None = all.
     knowledge_dim: int | None = Field(default=64, ge=1)
     adaptor: AdaptorConfig = AdaptorConfig()
-    distillation: DistillationConfig | None = (
-        None  # None = labels alone; else `ranker score-pairs` comes before training
-    )
-    sweep: SweepConfig = SweepConfig()  # what `owlrec ctr sweep` tries
+    distillation: DistillationConfig | None = None  # None = labels alone; else `ranker score-pairs` comes first
     # Off, as in KAR: with few training users, demographics overfit (MovieLens-100K: valid AUC -.002 to -.004).
     use_profile: bool = False
     # Rarer items share one embedding, which is thereby trained for new items.
     min_item_count: int = Field(default=2, ge=1)
     num_workers: int = Field(default=1, ge=1)
     use_gpu: bool = False
-    # Of each worker; None = the machine's cores, shared among its workers.
-    threads: int | None = Field(default=None, ge=1)
-    # Restarts after a lost worker, for spot machines; finished trials are kept.
-    max_failures: int = Field(default=0, ge=0)
-    # Between two checkpoints of a trial; a restart goes on from the last, at the very next sample.
-    checkpoint_steps: int = Field(default=1000, ge=1)
 
     @field_validator("backbones")
     @classmethod

@@ -14,7 +14,7 @@ import numpy as np
 
 from owlrec.ctr.experiment import grid_folder
 from owlrec.ctr.knowledge import KnowledgeTable, VectorTable, open_vectors, refuse_non_finite, refuse_two_sizes
-from owlrec.encoding.projection import Projection, ProjectionConfig, fit_projection
+from owlrec.encoding.projection import Projection, ProjectionSettings, fit_projection
 from owlrec.encoding.vectors import VectorShards, quantiser_folder
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.shards import Shard
@@ -128,7 +128,7 @@ def reduced(tables: Mapping[Name, KnowledgeTable], components: int | None) -> di
 
 def _fit(samples: Sequence[np.ndarray], components: int) -> Projection:
     sample = np.concatenate(samples)
-    return fit_projection(sample, ProjectionConfig(components=components, fit_items=len(sample)), centred=False)
+    return fit_projection(sample, ProjectionSettings(components=components, fit_items=len(sample)), centred=False)
 
 
 def _kept(fingerprint: str) -> str:

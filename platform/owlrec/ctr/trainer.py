@@ -6,7 +6,6 @@
 import ctypes
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from owlrec.ctr.adaptor import code_sizes
 from owlrec.ctr.batches import SplitBatches, Tables, epoch_steps, scan_steps, segments
 from owlrec.ctr.experiment import (
     SCORES_FILE,
+    SPARSE_ABOVE_ROWS,
     CTRConfig,
     Metrics,
     ScoredRows,
@@ -92,7 +92,7 @@ def keep_freed_memory() -> None:
 # Row-wise Adagrad (FBGEMM's EXACT_ROWWISE_ADAGRAD, which DLRM trains with) keeps one number a row, the sum of its
 # gradients' mean squares, and reads and writes only the rows that a batch used: a step's time does not grow with the
 # table, whereas a dense gradient of 10^7 x 32 is 1.3 GB, and AdamW's two moments twice that again. Small tables stay
-# on AdamW, for almost every row of theirs is in every batch: see CTRConfig.sparse_above_rows.
+# on AdamW, for almost every row of theirs is in every batch: see SPARSE_ABOVE_ROWS.
 
 
 _EPSILON = 1e-8  # FBGEMM's default
@@ -157,33 +157,21 @@ def mean_over_ranks(gradient: Tensor, world_size: int) -> Tensor:
     ).coalesce()
 
 
-def learning_rate_factor(step: int, total_steps: int, config: CTRConfig) -> float:
-    """What the learning rates are multiplied with at `step` (0 is the first): a linear rise over warmup_steps, then 1,
-    or a half cosine that would reach 0 after `total_steps`.
-    """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
 class Optimisers:
-    """Both optimisers of a model, on one schedule."""
+    """Both optimisers of a model. Their rates stay what they are: early stopping ends a trial after a few epochs."""
 
-    def __init__(self, model: nn.Module, config: CTRConfig, total_steps: int, world_size: int = 1) -> None:
-        self.config, self.total_steps, self.world_size = config, total_steps, world_size
+    def __init__(
+        self, model: nn.Module, config: CTRConfig, world_size: int = 1, sparse_above_rows: int = SPARSE_ABOVE_ROWS
+    ) -> None:
+        self.config, self.world_size = config, world_size
         self.steps = 0  # done
-        self.tables = large_tables(model, config.sparse_above_rows)
+        self.tables = large_tables(model, sparse_above_rows)
         dense = [weight for name, weight in model.named_parameters() if name not in self.tables]
-        self._rates = [config.learning_rate]
         self._optimisers: list[torch.optim.Optimizer] = [
             # One kernel for all weights: foreach, the default, passes over them a dozen times.
             torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         ]
         if self.tables:
-            self._rates.append(config.table_learning_rate)
             self._optimisers.append(RowwiseAdagrad(list(self.tables.values()), config.table_learning_rate))
 
     def zero_grad(self) -> None:
@@ -197,10 +185,7 @@ class Optimisers:
             for table in self.tables.values():
                 if table.grad is not None:
                     table.grad = mean_over_ranks(table.grad, self.world_size)
-        factor = learning_rate_factor(self.steps, self.total_steps, self.config)
-        for optimiser, rate in zip(self._optimisers, self._rates, strict=True):
-            for group in optimiser.param_groups:
-                group["lr"] = rate * factor
+        for optimiser in self._optimisers:
             optimiser.step()
         self.steps += 1
 
@@ -356,8 +341,7 @@ class Epochs:
         self.worker, self.checkpoint = worker, checkpoint
         n_rows = sum(sizes)
         self.batch_size = min(config.batch_size, max(1, n_rows // _MIN_STEPS))
-        steps_an_epoch = -(-n_rows // self.batch_size)
-        self.optimisers = Optimisers(model, config, config.epochs * steps_an_epoch, worker.world_size)
+        self.optimisers = Optimisers(model, config, worker.world_size, SPARSE_ABOVE_ROWS)
         self.wrapped: nn.Module = model
         if worker.world_size > 1:
             # Buffers are the items' codes, the same everywhere; by default DDP sends them to all ranks at each step.
@@ -449,7 +433,7 @@ class Epochs:
 
 _SCORING_ROWS = 8192
 # Settings that may change while a trial is interrupted.
-_BESIDE_A_TRIAL = {"backbones", "arms", "seeds", "sweep", "patience", "threads", "max_failures", "checkpoint_steps"}
+_BESIDE_A_TRIAL = {"backbones", "arms", "seeds", "patience"}
 
 
 @dataclass(frozen=True)
@@ -529,9 +513,8 @@ def train_one(
     model = model.to(worker.device)
     train, labels = splits["train"].split, _columns(splits["valid"].split, "labels")[0]
     if checkpoint is not None:
-        checkpoint = checkpoint.of(
-            spec, trial, config.model_dump(exclude=_BESIDE_A_TRIAL), worker.world_size, train.sizes
-        )
+        settings = (config.model_dump(exclude=_BESIDE_A_TRIAL), SPARSE_ABOVE_ROWS)
+        checkpoint = checkpoint.of(spec, trial, settings, worker.world_size, train.sizes)
 
     def valid_auc(epoch: int) -> float:
         scores = score(model, splits["valid"], worker)

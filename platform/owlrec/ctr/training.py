@@ -32,10 +32,20 @@ _POLL_S = 0.5
 _ROWS_HERE = 5_000_000
 
 
+# Restarts after a lost worker: spot machines go several times in a long run, and a mistake that every restart repeats
+# costs some seconds.
+MAX_FAILURES = 3
+# Between two checkpoints of a trial; a restart goes on from the last, at the very next sample. A step takes some 10 ms,
+# a checkpoint less than a second.
+CHECKPOINT_STEPS = 1000
+
+
 class WorkersJob(Config):
     """What every worker of a group is told: names only, for each reads the tables itself."""
 
-    settings: Any  # a Config with num_workers, use_gpu, threads and max_failures
+    settings: Any  # with num_workers and use_gpu
+    threads: int | None = None  # of each worker; None = the machine's cores, shared among its workers
+    max_failures: int = MAX_FAILURES
 
 
 class GridJob(WorkersJob):
@@ -49,6 +59,7 @@ class GridJob(WorkersJob):
     profile: tuple[str, ...]
     soft_labels: str | None = None  # folder of the probabilities to learn from, for settings.distillation
     warm_start: str | None = None  # the artifact that the trials go on from
+    checkpoint_steps: int = CHECKPOINT_STEPS
 
 
 def train_trials(
@@ -63,6 +74,8 @@ def train_trials(
     soft_labels: str | None = None,
     warm_start: str | None = None,
     pool: Pool | None = None,
+    max_failures: int = MAX_FAILURES,
+    checkpoint_steps: int = CHECKPOINT_STEPS,
     on_trial: Callable[[TrialResult], None],
 ) -> list[TrialResult]:
     """Trains those of `trials` that have no result yet, from the tables users, items and samples.
@@ -92,6 +105,8 @@ def train_trials(
             profile=tuple(profile) if config.use_profile else (),
             soft_labels=soft_labels,
             warm_start=warm_start,
+            max_failures=max_failures,
+            checkpoint_steps=checkpoint_steps,
         )
         encode_once(workspace, job, pool)
         with _announcing(workspace, job, on_trial):
@@ -104,7 +119,7 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], jo
     """Runs `loop` on a group of workers that torch.distributed joins, until it has returned on all of them.
 
     Ray must be initialised. loop: is given the workspace and, as JSON, the job. name: a path in the workspace for what
-    Ray writes meanwhile. Each worker asks for as many CPUs as the settings have threads, 1 for None. Raises what a
+    Ray writes meanwhile. Each worker asks for as many CPUs as the job has threads, 1 for None. Raises what a
     worker raised, if it is an OwlRecError.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -123,13 +138,13 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], jo
         scaling_config=ScalingConfig(
             num_workers=settings.num_workers,
             use_gpu=settings.use_gpu,
-            resources_per_worker={"CPU": settings.threads or 1, **({"GPU": 1} if settings.use_gpu else {})},
+            resources_per_worker={"CPU": job.threads or 1, **({"GPU": 1} if settings.use_gpu else {})},
         ),
         run_config=RunConfig(
             name=run,
             storage_path=storage_path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=_START_ATTEMPTS),
+            failure_config=FailureConfig(max_failures=job.max_failures, controller_failure_limit=_START_ATTEMPTS),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -163,7 +178,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
 
     keep_freed_memory()
     job = GridJob.model_validate(loop_config["job"])
-    worker = this_worker(job.settings.threads)
+    worker = this_worker(job.threads)
     # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
     # training.
     done = {result.trial for result in finished_trials(workspace, job.fingerprint, job.trials)}
@@ -172,7 +187,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     for trial in job.trials:
         if trial not in done:
             path = f"{grid_folder(job.fingerprint)}/{trial.path}/checkpoint.safetensors"
-            checkpoint = CheckpointFile(workspace, path, job.settings.checkpoint_steps)
+            checkpoint = CheckpointFile(workspace, path, job.checkpoint_steps)
             trained = train_one(trial, data, job.settings, worker, checkpoint, begin)
             if worker.rank == 0:
                 export_trial(workspace, job.fingerprint, trained)

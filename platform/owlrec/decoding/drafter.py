@@ -17,7 +17,7 @@ import numpy as np
 from owlrec.decoding import options
 from owlrec.decoding.controller import Controller
 from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, Shelf, build_pool
-from owlrec.decoding.options import DecodingConfig, Relaxation
+from owlrec.decoding.options import DEFAULT_POOL, DecodingConfig, DraftLimits, Relaxation
 from owlrec.decoding.pools import Pools
 from owlrec.decoding.retrieval import AcceptanceRates, Drafts, draft_rows
 
@@ -54,7 +54,8 @@ class RetrievalProposer:
         """vllm_config: with the settings that `engine_arguments` put in its additional_config."""
         settings = vllm_config.additional_config[options.SETTINGS_KEY]
         self.config = DecodingConfig.model_validate(settings["config"])
-        self.pools = Pools(self.config, settings["identity"])
+        self.limits = DraftLimits(**settings["limits"])
+        self.pools = Pools(self.config.pools, settings["identity"], self.limits)
         self.rates = AcceptanceRates(2 * len(CLASSES))
         self.counts: Counter[str] = Counter()
         self.retrieval_s = 0.0
@@ -81,7 +82,7 @@ class RetrievalProposer:
             np.zeros((1, len(texts)), np.int64),
             shelf,
             self.rates.rates,
-            depth=self.config.max_draft,
+            depth=self.limits.max_draft,
             floor=0.5,
         )
         shelf.renew_live(texts[1][1], live)
@@ -135,9 +136,9 @@ class RetrievalProposer:
             return
         if state.text_place is not None:
             self.pools.shelf.remove(TEXT, state.text_place)
-        if output and (self.config.learn_relaxed or not state.relaxed):
+        if output and not state.relaxed:  # else errors would feed on themselves
             cut = next((i + 1 for i, token in enumerate(output) if token in ends), len(output))
-            name = state.pools[0] if state.pools else self.config.default_pool
+            name = state.pools[0] if state.pools else DEFAULT_POOL
             self.pools.insert(name, [*prompt[-options.LEAD_TOKENS :], *output[:cut]])
 
     def _settle(self, sampled_token_ids: list[list[int]]) -> None:
@@ -166,7 +167,7 @@ class RetrievalProposer:
         mode = extra.get(options.MODE, self.config.mode)
         rule = None
         if mode == "relaxed":
-            margin = extra.get(options.MARGIN, self.config.margin)
+            margin = extra.get(options.MARGIN)
             k, min_prob = extra.get(options.K, self.config.k), extra.get(options.MIN_PROB, self.config.min_prob)
             try:
                 rule = Relaxation(k=k, min_prob=min_prob, margin=margin)
@@ -188,7 +189,7 @@ class RetrievalProposer:
         """Looks up where the request's pools stand; again only after a pool was opened or closed."""
         sources: list[tuple[int, int]] = []
         classes: list[int] = []
-        for name in [*state.pools, *([] if self.config.default_pool in state.pools else [self.config.default_pool])]:
+        for name in [*state.pools, *([] if DEFAULT_POOL in state.pools else [DEFAULT_POOL])]:
             tiers = self.pools.sources(name)
             sources += tiers
             classes += [CLASSES.index("named" if name in state.pools else "default")] * len(tiers)
@@ -227,12 +228,12 @@ class RetrievalProposer:
         missing = np.array([s.min_tokens for s in states]) - written
         room = np.where(missing > 0, np.minimum(room, missing - 1), room)
         room = np.minimum(room, np.array([s.max_tokens for s in states]) - written - 1)
-        limits = np.where(drafting, np.clip(room, 0, self.config.max_draft), 0)
+        limits = np.where(drafting, np.clip(room, 0, self.limits.max_draft), 0)
         relaxed = np.array([s.rule is not None for s in states], np.int64) * len(CLASSES)
         groups = np.stack([s.classes for s in states]) + relaxed[:, None]
         sources = np.stack([s.sources for s in states])
         floor = self.controller.floor(len(rows))
-        depth = self.config.max_draft
+        depth = self.limits.max_draft
         return draft_rows(
             tokens, rows, n, limits, sources, groups, self.pools.shelf, self.rates.rates, depth=depth, floor=floor
         )

@@ -8,6 +8,7 @@ writes.
 
 import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from owlrec.errors import EngineError, RecipeError
 
 VLLM_VERSION = "0.32.0"  # the one whose internals the decoder is written against
 LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool: the first tokens of an answer can then be drafted too
+DEFAULT_POOL = "default"  # for requests that name no pool, or one that is not there
 SETTINGS_KEY = "owlrec_decoding"  # in vLLM's additional_config
 POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
     f"owlrec_{name}" for name in ("pools", "document", "mode", "k", "min_prob", "margin")
@@ -33,40 +35,45 @@ class Relaxation(Config):
     margin: float | None = Field(None, ge=0, le=1)
 
 
-class DecodingConfig(Relaxation):
-    """How the engine drafts and verifies: the relaxed rule, whose defaults are the settings that DARE shipped, and
-    more."""
+class DecodingConfig(Config):
+    """How the engine drafts and verifies. The relaxed rule's defaults are the settings that DARE shipped."""
 
     mode: Literal["off", "strict", "relaxed"] = "off"
-    # Tokens a row and step. Replays of SmolLM2-135M's texts gain 20 % from 8 to 16 at batch 1, 3 % beyond; the
-    # controller cuts the rest.
-    max_draft: int = Field(16, ge=1, le=64)
+    k: int = Field(2, ge=1)  # of the relaxed rule, as `min_prob`; see Relaxation
+    min_prob: float = Field(0.1, ge=0, lt=1)
     # The folder of sealed pools, one subfolder each. None = in a run, those published with the current release; else
     # none.
     pools: str | None = None
     pool_tokens: int = Field(10**7, ge=1)  # a published pool, 90 MB: the newest texts stay
-    default_pool: str = "default"  # for requests that name no pool, or one that is not there
-    max_open_pools: int = Field(256, ge=1)  # mapped at once; the least recently used closes first
-    # Finished texts draft for later ones of the same pool at once. Tokens of live text held a pool (36-72 bytes each);
-    # 0 = none.
-    live_tokens: int = Field(1 << 18, ge=0)
-    max_live_pools: int = Field(64, ge=1)
-    learn_relaxed: bool = (
-        False  # whether texts with relaxed tokens may draft for others: errors would feed on themselves
-    )
 
     @property
     def relaxation(self) -> Relaxation:
         """The rule for relaxed requests."""
-        return Relaxation(k=self.k, min_prob=self.min_prob, margin=self.margin)
+        return Relaxation(k=self.k, min_prob=self.min_prob)
 
 
-def engine_arguments(config: DecodingConfig, identity: str, *, cpu: bool | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DraftLimits:
+    """How much is drafted and held. No recipe sets these: they shape no text, and memory stays below 2 GB with them."""
+
+    # Tokens per row and step. Replays of SmolLM2-135M's texts gain 20 % from 8 to 16 at batch 1, 3 % beyond; the
+    # controller cuts the rest. At most 64.
+    max_draft: int = 16
+    max_open_pools: int = 256  # mapped at once; the least recently used closes first
+    # Finished texts draft for later ones of the same pool at once. Tokens of live text per pool (36-72 bytes each);
+    # 0 = none.
+    live_tokens: int = 1 << 18
+    max_live_pools: int = 64
+
+
+def engine_arguments(
+    config: DecodingConfig, identity: str, *, limits: DraftLimits | None = None, cpu: bool | None = None
+) -> dict[str, Any]:
     """The vllm.EngineArgs that switch the decoder on; empty for mode off.
 
-    identity: names the model and tokenizer; pools of another are refused. cpu: whether vLLM's CPU build runs;
-    None = look which one is installed. Raises RecipeError where the pools' folder does not exist, EngineError where no
-    vLLM is installed, or another version.
+    identity: names the model and tokenizer; pools of another are refused. limits: None = the defaults. cpu: whether
+    vLLM's CPU build runs; None = look which one is installed. Raises RecipeError where the pools' folder does not
+    exist, EngineError where no vLLM is installed, or another version.
     """
     if config.mode == "off":
         return {}
@@ -76,14 +83,16 @@ def engine_arguments(config: DecodingConfig, identity: str, *, cpu: bool | None 
         )
     if cpu is None:
         cpu = is_cpu_build()
+    limits = limits or DraftLimits()
+    settings = {"config": config.model_dump(mode="json"), "limits": asdict(limits), "identity": identity}
     return {
         "speculative_config": {
             "method": "custom_class",
             "model": "owlrec.decoding.drafter.RetrievalProposer",
-            "num_speculative_tokens": config.max_draft,
+            "num_speculative_tokens": limits.max_draft,
         },
         "worker_cls": f"owlrec.decoding.{'cpu_worker.RetrievalCpuWorker' if cpu else 'gpu_worker.RetrievalGpuWorker'}",
-        "additional_config": {SETTINGS_KEY: {"config": config.model_dump(mode="json"), "identity": identity}},
+        "additional_config": {SETTINGS_KEY: settings},
     }
 
 

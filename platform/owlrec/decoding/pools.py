@@ -28,7 +28,7 @@ from owlrec.decoding.index import (
     open_pool,
     rebuild_pool,
 )
-from owlrec.decoding.options import DecodingConfig
+from owlrec.decoding.options import DEFAULT_POOL, DraftLimits
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
 _log = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ class Pools:
     """Opens, closes and feeds pools, and keeps each one's place on the shelf. `version` changes whenever a place was
     freed."""
 
-    def __init__(self, config: DecodingConfig, identity: str) -> None:
-        """identity: of the model and tokenizer that run. Raises PoolError, naming it, where the pools belong to
-        others."""
-        self.config, self.identity = config, identity
+    def __init__(self, root: str | None, identity: str, limits: DraftLimits | None = None) -> None:
+        """root: the folder of sealed pools, None = none. identity: of the model and tokenizer that run. Raises
+        PoolError, naming it, where the pools belong to others."""
+        self.root, self.identity, self.limits = root, identity, limits or DraftLimits()
         self.shelf, self.version = Shelf(), 0
         self.counts: Counter[str] = Counter()
         self._sealed: OrderedDict[str, tuple[SealedPool, int]] = OrderedDict()
@@ -81,13 +81,13 @@ class Pools:
         if name in self._sealed:
             self._sealed.move_to_end(name)
             return self._sealed[name][0]
-        if self.config.pools is None or name in self._missing or not _NAME.fullmatch(name):
+        if self.root is None or name in self._missing or not _NAME.fullmatch(name):
             return None
-        pool = self._load(Path(self.config.pools) / name)
+        pool = self._load(Path(self.root) / name)
         if pool is None:
             self._missing.add(name)
             return None
-        while len(self._sealed) >= self.config.max_open_pools:
+        while len(self._sealed) >= self.limits.max_open_pools:
             self._close(self._sealed, SEALED)
         self._sealed[name] = (pool, self.shelf.add_sealed(pool))
         return pool
@@ -105,18 +105,18 @@ class Pools:
     def known(self, name: str) -> bool:
         """Whether requests that name this pool have one: on disk or, where nothing is on disk at all, any valid
         name."""
-        if self.config.pools is None:
+        if self.root is None:
             return bool(_NAME.fullmatch(name))
         return self.open(name) is not None
 
     def insert(self, name: str, tokens: Sequence[int]) -> None:
         """Adds a finished text to the live tier of pool `name`."""
-        if not self.config.live_tokens or not tokens:
+        if not self.limits.live_tokens or not tokens:
             return
         if name not in self._live:
-            while len(self._live) >= self.config.max_live_pools:
+            while len(self._live) >= self.limits.max_live_pools:
                 self._close(self._live, LIVE)
-            pool = LivePool(max(self.config.live_tokens, 1 << 10))
+            pool = LivePool(max(self.limits.live_tokens, 1 << 10))
             self._live[name] = (pool, self.shelf.add_live(pool))
             self.version += 1  # requests of this pool have one source more
         pool, place = self._live[name]
@@ -134,13 +134,13 @@ class Pools:
     def _refuse_foreign(self) -> None:
         """Opens one pool at start, the default one if it is there: a folder of another model's pools is found before
         any request."""
-        if self.config.pools is None:
+        if self.root is None:
             return
-        names = sorted(f.name for f in Path(self.config.pools).iterdir() if _NAME.fullmatch(f.name))
-        name = self.config.default_pool if self.config.default_pool in names else (names[0] if names else None)
+        names = sorted(f.name for f in Path(self.root).iterdir() if _NAME.fullmatch(f.name))
+        name = DEFAULT_POOL if DEFAULT_POOL in names else (names[0] if names else None)
         if name is not None:
             with contextlib.suppress(CorruptPool):  # opened again, and mended, when a request names it
-                open_pool(Path(self.config.pools) / name, self.identity)
+                open_pool(Path(self.root) / name, self.identity)
 
     def _close(self, tier: OrderedDict, kind: int) -> None:
         _, (_, place) = tier.popitem(last=False)

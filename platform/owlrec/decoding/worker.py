@@ -84,7 +84,7 @@ class RetrievalWorker(_Base):
         """Warms up as vLLM does, then measures the step-time curve and gives the proposer its controller."""
         times = super().compile_or_warm_up_model()
         limit = self.vllm_config.scheduler_config.max_num_batched_tokens
-        controller = Controller(self._measure(limit), max_draft=self.proposer.config.max_draft, max_step_tokens=limit)
+        controller = Controller(self._measure(limit), max_draft=self.proposer.limits.max_draft, max_step_tokens=limit)
         self.proposer.bind(self.model_runner, self.verifier, controller)
         return times
 

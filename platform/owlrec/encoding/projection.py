@@ -10,9 +10,7 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import Field
 
-from owlrec.config import Config
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -20,12 +18,16 @@ _VERSION = 1  # of the files that `save` writes
 _ROWS_AT_ONCE = 1 << 15
 
 
-class ProjectionConfig(Config):
-    """How many components, and how many items they are fitted on."""
+@dataclass(frozen=True)
+class ProjectionSettings:
+    """How many components, and how many items they are fitted on. No recipe sets these."""
 
-    components: int = Field(128, ge=1)  # at most; never more than the vectors' own or than items
-    fit_items: int = Field(32_768, ge=1)  # drawn from all: with 384 dimensions the SVD then takes seconds
-    seed: int = Field(0, ge=0)
+    components: int = 128  # at most; never more than the vectors' own or than items
+    fit_items: int = 32_768  # drawn from all: with 384 dimensions the SVD then takes seconds
+    seed: int = 0
+
+
+PROJECTION = ProjectionSettings()
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,9 @@ class Projection:
             ) from None
 
 
-def fit_projection(vectors: np.ndarray, config: ProjectionConfig, *, centred: bool = True) -> Projection:
+def fit_projection(
+    vectors: np.ndarray, settings: ProjectionSettings = PROJECTION, *, centred: bool = True
+) -> Projection:
     """The principal directions of vectors: an SVD of a seeded sample of those that are neither zero nor infinite.
 
     vectors: float [n, d]. centred: False takes the origin for the centre, so that a vector keeps what all share. Has
@@ -108,14 +112,14 @@ def fit_projection(vectors: np.ndarray, config: ProjectionConfig, *, centred: bo
         raise SchemaError(
             f"vectors: none of {len(vectors)} can be fitted, all are zero or not finite. Encode the texts."
         )
-    if len(usable) > config.fit_items:
-        drawn = np.random.default_rng(config.seed).choice(usable, config.fit_items, replace=False)
+    if len(usable) > settings.fit_items:
+        drawn = np.random.default_rng(settings.seed).choice(usable, settings.fit_items, replace=False)
         usable = np.sort(drawn)
     sample = np.asarray(vectors[usable], dtype=np.float64)
     centre = sample.mean(axis=0) if centred else np.zeros(sample.shape[1])
     # Of the covariance: the same directions as of the data, at a fraction of the cost.
     _, _, directions = np.linalg.svd((sample - centre).T @ (sample - centre), hermitian=True)
-    kept = min(config.components, len(sample))
+    kept = min(settings.components, len(sample))
     return Projection(centre.astype(np.float32), directions[:kept].astype(np.float32))
 
 

@@ -11,10 +11,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, WorkspaceError
@@ -92,28 +92,27 @@ _ROWS_AT_ONCE = 1 << 13  # of an encoding: the beam search then takes some 200 M
 _FILE = "codebooks.safetensors"
 
 
+TRAIN_SAMPLE = 1 << 15  # vectors that codebooks are fitted on; training takes 2 x _BEAM times their memory
+SEED = 0  # of the sample and of k-means; faiss takes a negative one from the clock
+_BEAM = 5  # faiss's default: lets a worse code of one level win by a better one of the next
+_ITERATIONS = 20  # of k-means; more move the error by less than one seed differs from another
+# What codes depend on beside SemanticIdConfig, for fingerprints.
+CODING = f"faiss residual, beam {_BEAM}, {_ITERATIONS} iterations, {TRAIN_SAMPLE} vectors, seed {SEED}"
+
+
 class SemanticIdConfig(Config):
-    """How fine the ids are, and how their codebooks are found."""
+    """How fine the ids are."""
 
     levels: int = Field(3, ge=1, le=16)
-    codes_per_level: int = Field(256, ge=2, le=1 << 16)  # a code is a uint16
-    # faiss: ResidualQuantizer, whose beam search lets a worse code of one level win by a better one of the next.
-    # kmeans: the nearest code, level by level; any number of codes.
-    method: Literal["faiss", "kmeans"] = "faiss"
-    beam: int = Field(5, ge=1)  # of faiss, and its default
-    iterations: int = Field(20, ge=1)
-    train_sample: int = Field(1 << 15, ge=1)  # vectors; training takes 2 x beam times their memory
-    seed: int = Field(0, ge=0)  # faiss takes a negative seed from the clock
+    codes_per_level: int = Field(256, ge=2, le=1 << 16)  # a power of two; a code is a uint16
 
-    @model_validator(mode="after")
-    def _whole_bits(self) -> "SemanticIdConfig":
-        lower = 1 << (self.codes_per_level.bit_length() - 1)
-        if self.method == "faiss" and self.codes_per_level != lower:
-            raise ValueError(
-                f"codes_per_level is {self.codes_per_level}, but method 'faiss' needs a power of two: {lower} or "
-                f"{2 * lower}; method 'kmeans' takes any number"
-            )
-        return self
+    @field_validator("codes_per_level")
+    @classmethod
+    def _whole_bits(cls, codes: int) -> int:
+        lower = 1 << (codes.bit_length() - 1)
+        if codes != lower:
+            raise ValueError(f"must be a power of two: {lower} or {2 * lower}")
+        return codes
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,8 @@ class Quantiser:
         """
         vectors = _checked(vectors, self.dim)
         codes = np.empty((len(vectors), len(self.codebooks)), dtype=np.uint16)
-        search = self._beam_search if self.config.method == "faiss" else self._nearest
         for rows in _slices(len(vectors)):
-            codes[rows] = search(vectors[rows])
+            codes[rows] = self._beam_search(vectors[rows])
         return codes
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -167,7 +165,7 @@ class Quantiser:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the codebooks and how they are searched: what the codes of a vector depend on."""
         books = [hashlib.sha256(np.ascontiguousarray(book).tobytes()).hexdigest() for book in self.codebooks]
-        return fingerprint(self.config.method, self.config.beam, self.dim, books)
+        return fingerprint("beam", _BEAM, self.dim, books)
 
     def save(self, workspace: Workspace, folder: str) -> None:
         """Writes the codebooks into a folder of the workspace unless some are there: the first to fit them wins."""
@@ -202,33 +200,31 @@ class Quantiser:
         import faiss
 
         bits = len(self.codebooks[0]).bit_length() - 1
-        quantiser = _residual_quantiser(self.dim, bits, self.config)
+        quantiser = _residual_quantiser(self.dim, bits, len(self.codebooks))
         faiss.copy_array_to_vector(np.concatenate(self.codebooks).ravel(), quantiser.codebooks)
         quantiser.is_trained = True
         quantiser.use_beam_LUT = 1  # distances by tables of products: four times as fast, and .3 % of codes differ
         quantiser.compute_codebook_tables()  # type: ignore[attr-defined]
         return faiss.unpack_bitstrings(quantiser.compute_codes(vectors), len(self.codebooks), bits)
 
-    def _nearest(self, vectors: np.ndarray) -> np.ndarray:
-        codes = []
-        for book in self.codebooks:
-            codes.append(_nearest_centroid(vectors, book))
-            vectors = vectors - book[codes[-1]]
-        return np.stack(codes, axis=1)
 
-
-def train_quantiser(vectors: np.ndarray | Sequence[np.ndarray], config: SemanticIdConfig) -> Quantiser:
+def train_quantiser(
+    vectors: np.ndarray | Sequence[np.ndarray],
+    config: SemanticIdConfig,
+    *,
+    sample: int = TRAIN_SAMPLE,
+    seed: int = SEED,
+) -> Quantiser:
     """Codebooks for vectors (float [n, d]), the same for the same seed.
 
-    Fewer distinct vectors than codes_per_level give fewer codes a level.
+    sample: of more vectors so many are drawn. Fewer distinct vectors than codes_per_level give fewer codes a level.
     Raises SchemaError where there is no vector, where they differ in size, or where one is not finite.
     """
     vectors = _checked(vectors)
-    if len(vectors) > config.train_sample:
-        rows = np.random.default_rng(config.seed).choice(len(vectors), config.train_sample, replace=False)
+    if len(vectors) > sample:
+        rows = np.random.default_rng(seed).choice(len(vectors), sample, replace=False)
         vectors = vectors[np.sort(rows)]
-    train = _train_by_beam if config.method == "faiss" else _train_by_level
-    return Quantiser(config, train(vectors, config))
+    return Quantiser(config, _train(vectors, config, seed))
 
 
 def code_vectors(quantiser: Quantiser, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
@@ -269,62 +265,34 @@ def _checked(vectors: np.ndarray | Sequence[np.ndarray], dim: int | None = None)
     return checked
 
 
-def _train_by_level(vectors: np.ndarray, config: SemanticIdConfig) -> tuple[np.ndarray, ...]:
-    import faiss
-
-    codebooks = []
-    for _ in range(config.levels):
-        k = min(config.codes_per_level, len(np.unique(vectors, axis=0)))
-        kmeans = faiss.Kmeans(vectors.shape[1], k)
-        _settle(kmeans.cp, config)
-        kmeans.train(vectors)
-        book = np.asarray(kmeans.centroids, dtype=np.float32)
-        codebooks.append(book)
-        vectors = vectors - book[_nearest_centroid(vectors, book)]
-    return tuple(codebooks)
-
-
-def _train_by_beam(vectors: np.ndarray, config: SemanticIdConfig) -> tuple[np.ndarray, ...]:
+def _train(vectors: np.ndarray, config: SemanticIdConfig, seed: int) -> tuple[np.ndarray, ...]:
     import faiss
 
     codes = min(config.codes_per_level, len(np.unique(vectors, axis=0)))
     bits = max(1, codes.bit_length() - 1)
     if len(vectors) == 1:
         vectors = np.repeat(vectors, 2, axis=0)  # a level has two codes at least, and k-means wants a vector for each
-    quantiser = _residual_quantiser(vectors.shape[1], bits, config)
+    quantiser = _residual_quantiser(vectors.shape[1], bits, config.levels, seed)
     quantiser.train(vectors)
     books = faiss.vector_to_array(quantiser.codebooks).reshape(config.levels, 1 << bits, -1)
     return tuple(np.array(book, dtype=np.float32) for book in books)
 
 
-def _residual_quantiser(dim: int, bits: int, config: SemanticIdConfig) -> "faiss.ResidualQuantizer":
+def _residual_quantiser(dim: int, bits: int, levels: int, seed: int = SEED) -> "faiss.ResidualQuantizer":
     import faiss
 
-    quantiser = faiss.ResidualQuantizer(dim, config.levels, bits)
-    quantiser.max_beam_size = config.beam
+    quantiser = faiss.ResidualQuantizer(dim, levels, bits)
+    quantiser.max_beam_size = _BEAM
     # faiss's default clusters in few dimensions first, and fits a level to the whole beam, most of which is dropped. Of
     # 512 clusters planted as 8 x 8 x 8 it tells 15 apart; plain k-means on the best of the beam tells all.
     quantiser.train_type = faiss.ResidualQuantizer.Train_default | faiss.ResidualQuantizer.Train_top_beam
-    _settle(quantiser.cp, config)
-    return quantiser
-
-
-def _settle(parameters: "faiss.ClusteringParameters", config: SemanticIdConfig) -> None:
-    import faiss
-
-    parameters.niter = config.iterations
-    parameters.seed = config.seed
+    parameters = quantiser.cp
+    parameters.niter = _ITERATIONS
+    parameters.seed = seed
     parameters.min_points_per_centroid = 1  # fewer vectors than faiss likes are no reason for a warning
     # k-means++: from starting points drawn evenly, two of eight clear clusters often end in one code.
     parameters.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
-
-
-def _nearest_centroid(vectors: np.ndarray, book: np.ndarray) -> np.ndarray:
-    import faiss
-
-    index = faiss.IndexFlatL2(book.shape[1])
-    index.add(book)
-    return index.search(vectors, 1)[1][:, 0]
+    return quantiser
 
 
 def _slices(n: int) -> Iterator[slice]:

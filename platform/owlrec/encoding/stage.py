@@ -12,7 +12,7 @@ import numpy as np
 
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Input, Members, Resources, Rows
-from owlrec.encoding.semantic_ids import Quantiser, code_vectors
+from owlrec.encoding.semantic_ids import SEED, TRAIN_SAMPLE, Quantiser, code_vectors
 from owlrec.encoding.vectors import (
     CODED_KINDS,
     CODED_SOURCES,
@@ -147,9 +147,17 @@ COHORTS = "knowledge-cohort"  # which members' vectors are made from: encoded be
 class EncodingJob:
     """What to encode into a folder of vectors."""
 
-    def __init__(self, workspace: Workspace, folder: str, config: EncoderConfig, inputs: Mapping[str, Input]) -> None:
-        """inputs: by `<source>-<kind>`."""
-        self.workspace, self.folder, self.config, self.inputs = workspace, folder, config, inputs
+    def __init__(
+        self,
+        workspace: Workspace,
+        folder: str,
+        config: EncoderConfig,
+        inputs: Mapping[str, Input],
+        *,
+        sample: int = TRAIN_SAMPLE,
+    ) -> None:
+        """inputs: by `<source>-<kind>`. sample: vectors that codebooks are fitted on."""
+        self.workspace, self.folder, self.config, self.inputs, self.sample = workspace, folder, config, inputs, sample
         self._cards: dict[str, Card] | None = None  # of all shards that were encoded: listed once
         self._digests: dict[str, dict[int, str]] = {}
 
@@ -181,7 +189,7 @@ class EncodingJob:
             here=config.replicas == 1 and not config.gpus,
             min_workers=config.replicas,
             max_workers=config.replicas,
-            cpus=config.threads or 1,
+            cpus=1,  # of which Ray makes the threads of torch, too: more replicas use more cores
             gpus=config.gpus,
             log_path=log_path,
         )
@@ -243,9 +251,8 @@ class EncodingJob:
 
     def _sample(self, name: str) -> list[int]:
         """Shards that hold as many rows as codebooks are fitted on."""
-        assert self.config.semantic_ids is not None
-        wanted, numbers = self.config.semantic_ids.train_sample, []
-        for number in shard_order(self.workspace.n_shards(_kind(name)), self.config.semantic_ids.seed):
+        wanted, numbers = self.sample, []
+        for number in shard_order(self.workspace.n_shards(_kind(name)), SEED):
             if wanted <= 0:
                 break
             if number in self._of(name):
@@ -257,7 +264,7 @@ class EncodingJob:
         config = self.config.semantic_ids
         assert config is not None
         shards = VectorShards(self.workspace, self.folder, name)
-        ids, vectors = shards.sample(config.train_sample, config.seed, numbers)
+        ids, vectors = shards.sample(self.sample, SEED, numbers)
         if len(ids):
             fit_codebooks(self.workspace, self.folder, name, ids, vectors, config)
 

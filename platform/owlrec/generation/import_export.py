@@ -24,7 +24,7 @@ from owlrec.generation import knowledge_files as files
 from owlrec.generation.engine import BadRow, Completion, FailedQuality, SamplingConfig
 from owlrec.generation.job import GenerationJob
 from owlrec.generation.knowledge_files import Field, Format, NoText, Record, Undecodable, Unusable
-from owlrec.generation.quality import QualityConfig, QualityGate
+from owlrec.generation.quality import RULES, QualityConfig, QualityGate
 from owlrec.generation.worker import Outcome, to_tables, write_shard
 from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
@@ -422,7 +422,7 @@ def adopt(
             f"{source.path}: knowledge of kind '{source.kind}' cannot be imported yet, only user and item."
         )
     rows = importing.read_knowledge_file(source)  # complains of the file before anything is removed
-    named = fingerprint("imported", scenario, quality)
+    named = fingerprint("imported", scenario, quality, RULES)
     job = GenerationJob(scenario, PromptConfig(), SamplingConfig(), DecodingConfig(), quality, named)
     n_shards = workspace.n_shards(source.kind)
     digest = fingerprint(file_digest(source.path), source)

@@ -17,15 +17,17 @@ from owlrec.decoding.controller import DecoderCounters, add_counters
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, engine_fingerprint
 from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.quality import QualityConfig
+from owlrec.generation.quality import RULES, QualityConfig
 from owlrec.prompting.rows import PromptConfig, template_fingerprint
 from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
-from owlrec.shards import LEASE_S, Artifact, Card, Shard, needed_stage
+from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file
 
 DECODER = "decoder"  # a card's count: what the decoder counted over the shard, as JSON
+# Work that an engine has at hand beyond what it runs: a shard's last rows must not leave its batch half empty.
+SHARDS_IN_FLIGHT = 4
 _SHARD_TABLES: dict[Kind, tuple[str, ...]] = {"user": ("users", "histories"), "item": ("items",)}
 
 
@@ -38,13 +40,9 @@ class GenerateConfig(Config):
     # engines and on GPUs.
     engine_cpus: float | None = None
     engine_gpus: float = Field(0, ge=0)
-    # Work that an engine has at hand beyond what it runs: a shard's last rows must not leave its batch half empty.
-    shards_in_flight: int = Field(4, ge=1)
     # More dead rows than this share stop the run before it publishes: something is wrong with the prompts or the
     # server.
     max_dead_share: float = Field(0.02, ge=0, le=1)
-    # How long a shard stays claimed after its engine was last heard of, where nothing else tells that it is gone.
-    lease_s: float = Field(LEASE_S, ge=1)
     price_per_replica_hour: float | None = Field(None, ge=0)  # in any currency: progress then shows the cost so far
 
     @property
@@ -109,7 +107,7 @@ def build_job(
     decoding, quality = decoding or DecodingConfig(), quality or QualityConfig()
     rule = decoding.relaxation if decoding.mode == "relaxed" else None
     wording = template_fingerprint(prompts, scenario)
-    named = fingerprint(wording, engine_fingerprint(engine), sampling, rule, quality)
+    named = fingerprint(wording, engine_fingerprint(engine), sampling, rule, quality, RULES)
     return GenerationJob(scenario, prompts, sampling, decoding, quality, named, ready or {}, cohorts)
 
 

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, get_args
@@ -44,7 +45,7 @@ def words_of(text: str) -> list[bytes]:
 
 # --------------------------------------------------------------------------------------------------------- quality form
 # What a text's form betrays, whatever it says: that it was cut off, loops, copies its prompt, or came in a broken
-# encoding or another script. The thresholds are QualityConfig's.
+# encoding or another script. The thresholds are QualityRules.
 
 
 _RUN_WORDS = 6  # "- 4 stars" and the next line's "5. The" make runs of five in any good list of ratings
@@ -173,7 +174,7 @@ class WordingRules:
     """The rules of one scenario, compiled once."""
 
     def __init__(self, scenario: Scenario, min_foreign_mentions: int, min_foreign_ratio: float) -> None:
-        """See QualityConfig."""
+        """See QualityRules."""
         self._asks, self._questions = _asks_for_input(scenario)
         self._domain = _DomainRule(scenario, min_foreign_mentions, min_foreign_ratio)
 
@@ -341,28 +342,40 @@ _RETRIED: tuple[Flag, ...] = ("empty", "repetition", "refusal", "asks_for_input"
 DEFAULT_POLICY: dict[Flag, Policy] = {flag: "retry" if flag in _RETRIED else "keep" for flag in FLAGS}
 
 
-class QualityConfig(Config):
-    """When a text is flagged, and what is done about it. Shares are of the text's words unless said otherwise."""
+@dataclass(frozen=True)
+class QualityRules:
+    """When a text is flagged, and how a retry samples. Shares are of the text's words unless said otherwise.
 
-    enabled: bool = True
+    No recipe sets these. Part of the fingerprint of texts, as values.
+    """
+
     # About ten English words, less than any reason takes; bytes, since a Chinese character (3) says what 3 letters do.
-    min_bytes: int = Field(60, ge=0)
+    min_bytes: int = 60
     # A run of words said this often is a loop; twice is what a summary at the end does.
-    min_repeats: int = Field(3, ge=2)
-    max_repeated_share: float = Field(1 / 3, gt=0, le=1)
+    min_repeats: int = 3
+    max_repeated_share: float = 1 / 3
     # Of a list's lines, those that an earlier line has said: small models return to two or three titles.
-    max_duplicate_lines_share: float = Field(1 / 3, gt=0, le=1)
+    max_duplicate_lines_share: float = 1 / 3
     # A restated question is short beside its answer; above this the answer has hardly begun.
-    max_copied_share: float = Field(0.4, gt=0, le=1)
+    max_copied_share: float = 0.4
     # Of another domain's nouns, and to each of the scenario's own: a film's text names the book that it is based on
     # once or twice, and says "film" besides.
-    min_foreign_mentions: int = Field(3, ge=1)
-    min_foreign_ratio: float = Field(4.0, gt=0)
-    min_script_share: float = Field(0.5, gt=0, le=1)  # of the letters, those in the script of the prompt
+    min_foreign_mentions: int = 3
+    min_foreign_ratio: float = 4.0
+    min_script_share: float = 0.5  # of the letters, those in the script of the prompt
+    retry_temperature: float = 0.7  # greedy decoding would write the same text again
+    retry_repetition_penalty: float = 1.1  # mild: names and titles have to return
+
+
+RULES = QualityRules()
+
+
+class QualityConfig(Config):
+    """What is done about a text that is flagged."""
+
+    enabled: bool = True
     policy: dict[Flag, Policy] = Field(default_factory=lambda: dict(DEFAULT_POLICY))  # what is set adds to the defaults
     max_retries: int = Field(2, ge=0)  # each costs a whole answer
-    retry_temperature: float = Field(0.7, ge=0)  # greedy decoding would write the same text again
-    retry_repetition_penalty: float = Field(1.1, gt=0)  # mild: names and titles have to return
 
     @field_validator("policy")
     @classmethod
@@ -375,7 +388,7 @@ class QualityGate:
 
     def __init__(self, config: QualityConfig, scenario: Scenario) -> None:
         self.config = config
-        self._wording = WordingRules(scenario, config.min_foreign_mentions, config.min_foreign_ratio)
+        self._wording = WordingRules(scenario, RULES.min_foreign_mentions, RULES.min_foreign_ratio)
 
     def flags(self, text: str, *, prompt: str, finish_reason: str) -> tuple[Flag, ...]:
         """The faults of `text`, in the order of FLAGS; () for a good text, and always where the gate is disabled.
@@ -383,28 +396,27 @@ class QualityGate:
         prompt: what the model was asked; put the system turn before it where its echo counts too.
         finish_reason: "stop" or "length" (see Completion).
         """
-        config = self.config
-        if not config.enabled:
+        if not self.config.enabled:
             return ()
         text = text.strip()
         if not text:
             return ("empty",)
         words = words_of(text)
         found: dict[str, object] = {
-            "too_short": len(text) < config.min_bytes and len(utf8(text)) < config.min_bytes,
+            "too_short": len(text) < RULES.min_bytes and len(utf8(text)) < RULES.min_bytes,
             "cut_off": finish_reason == "length" and is_cut_off(text),
             "repetition": repeats(
                 text,
                 words,
-                config.min_repeats,
-                config.max_repeated_share,
-                config.max_duplicate_lines_share,
+                RULES.min_repeats,
+                RULES.max_repeated_share,
+                RULES.max_duplicate_lines_share,
             ),
             **self._wording.flags(text, words),
-            "prompt_echo": may_copy(text, prompt) and copied_share(text, prompt) >= config.max_copied_share,
+            "prompt_echo": may_copy(text, prompt) and copied_share(text, prompt) >= RULES.max_copied_share,
             "template_tokens": ("<" in text or "[" in text) and TEMPLATE_TOKEN.search(text),
             "language": not text.isascii()
-            and (is_broken(text, prompt) or script_share(text, prompt) < config.min_script_share),
+            and (is_broken(text, prompt) or script_share(text, prompt) < RULES.min_script_share),
         }
         return tuple(flag for flag in FLAGS if found.get(flag))
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from owlrec.decoding import DecodingConfig, engine_arguments
+from owlrec.decoding import DecodingConfig, DraftLimits, engine_arguments
 from owlrec.decoding.controller import DecoderCounters
 from owlrec.decoding.options import is_cpu_build
 from owlrec.errors import EngineError
@@ -254,7 +254,7 @@ class NextTokenScores:
 class VllmEngine(Engine):
     """A tokenizer and the thread that steps a vllm.LLMEngine."""
 
-    def __init__(self, config: VllmEngineConfig, decoding: DecodingConfig) -> None:
+    def __init__(self, config: VllmEngineConfig, decoding: DecodingConfig, limits: DraftLimits | None = None) -> None:
         """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError where it cannot
         start.
         """
@@ -263,7 +263,7 @@ class VllmEngine(Engine):
                 f"engine.engine_args.speculative_config and decoding.mode: {decoding.mode} exclude each other. "
                 "Remove one."
             )
-        self.config, self.decoding = config, decoding
+        self.config, self.decoding, self.limits = config, decoding, limits
         self.cpu = is_cpu_build()
         self.model = resolve_model(config.model)
         prepare_environment(config, self.cpu)
@@ -364,7 +364,8 @@ class VllmEngine(Engine):
             # Prefixes are kept by whole blocks: the CPU default of 128 tokens is longer than the system turn that all
             # rows share.
             args["block_size"] = 32
-        args |= engine_arguments(self.decoding, self.config.model_identity, cpu=self.cpu) | self.config.engine_args
+        identity = self.config.model_identity
+        args |= engine_arguments(self.decoding, identity, limits=self.limits, cpu=self.cpu) | self.config.engine_args
         if self.cpu and args.get("enable_lora"):
             from vllm.platforms.cpu import CpuPlatform
 

@@ -23,7 +23,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.generation import EngineConfig, build_engine
 from owlrec.generation.engine import BadRow, Completion, EmptyPrompt, Engine, EngineStopped, FailedQuality, RowError
 from owlrec.generation.job import DECODER, GenerationJob, dead_file
-from owlrec.generation.quality import Flag, QualityGate
+from owlrec.generation.quality import RULES, Flag, QualityGate
 from owlrec.process import on_ray
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
 from owlrec.runner import Result, Stage, Work, WorkerLost
@@ -283,11 +283,11 @@ async def _author(job: GenerationJob, row: Row, engine: Engine, gate: QualityGat
         first = flags = gate.flags(answer.text, prompt=row.text, finish_reason=answer.finish_reason)
         if not flags:
             return Outcome(answer)
-        retries, action, quality = 0, gate.action(flags), job.quality
+        retries, action = 0, gate.action(flags)
         sampling = job.sampling.model_copy(
-            update={"temperature": quality.retry_temperature, "repetition_penalty": quality.retry_repetition_penalty}
+            update={"temperature": RULES.retry_temperature, "repetition_penalty": RULES.retry_repetition_penalty}
         )
-        while action == "retry" and retries < quality.max_retries:
+        while action == "retry" and retries < job.quality.max_retries:
             retries += 1
             again = await engine.complete(row.system, row.text, sampling, extra)
             answer = again.after(answer)

@@ -3,79 +3,91 @@
 No torch here: the recipe loads this module at every call.
 """
 
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from pydantic import Field
 
 from owlrec.config import Config
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.projection import ProjectionConfig
+from owlrec.encoding.projection import PROJECTION
 from owlrec.errors import RecipeError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.prompting.ranking import RankPromptConfig
-from owlrec.ranking.retrieval import LastLayerConfig
 from owlrec.ranking.samples import Shown, TuningDataConfig
 
 
-class TuningConfig(Config):
+@dataclass(frozen=True)
+class TuningSettings:
     """How the adapter is tuned. Rank, alpha, dropout, target modules and learning rate are ReLLa's (sec. 4.4 of its
-    code's settings); its batch of 256 would leave few shots with a step an epoch.
+    code's settings); its batch of 256 would leave few shots with a step an epoch. A recipe sets those of TuningConfig.
     """
 
-    rank: int = Field(8, ge=1)
-    alpha: int = Field(16, ge=1)
-    dropout: float = Field(0.05, ge=0, lt=1)
-    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
-    learning_rate: float = Field(1e-3, gt=0)  # its highest, after the warm-up; it falls to 0 along a line
-    warmup_share: float = Field(0.05, ge=0, lt=1)  # of all steps
-    epochs: int = Field(3, ge=1)  # at most
-    batch_rows: int = Field(32, ge=1)  # a step, of all workers together
-    micro_tokens: int = Field(2048, ge=1)  # padded tokens that a worker computes at once: it bounds the memory
-    max_tokens: int = Field(2048, ge=1)  # of a prompt: a longer one is refused, since cutting it would cut the question
-    max_grad_norm: float = Field(1.0, gt=0)
-    evaluations_per_epoch: int = Field(1, ge=1)
-    patience: int = Field(2, ge=1)  # evaluations without a better valid AUC before tuning ends
-    checkpoint_steps: int = Field(20, ge=1)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen weights; the adapter's are float32
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    learning_rate: float = 1e-3  # its highest, after the warm-up; it falls to 0 along a line
+    warmup_share: float = 0.05  # of all steps
+    epochs: int = 3  # at most
+    batch_rows: int = 32  # per step, of all workers together
+    micro_tokens: int = 2048  # padded tokens that a worker computes at once: it bounds the memory
+    max_tokens: int = 2048  # of a prompt: a longer one is refused, since cutting it would cut the question
+    max_grad_norm: float = 1.0
+    evaluations_per_epoch: int = 1
+    patience: int = 2  # evaluations without a better valid AUC before tuning ends
+    checkpoint_steps: int = 20
+    dtype: str = "bfloat16"  # of the frozen weights; the adapter's are float32
     gradient_checkpointing: bool = False  # computes activations twice instead of keeping them, for large models
-    seed: int = Field(0, ge=0)
-    num_workers: int = Field(1, ge=1)
+    seed: int = 0
+    num_workers: int = 1
     use_gpu: bool = False
-    threads: int | None = Field(None, ge=1)  # of each worker; None = the machine's cores, shared among its workers
-    max_failures: int = Field(1, ge=0)  # restarts after a lost worker, from the last checkpoint
 
 
-class JudgingConfig(Config):
-    """What tuning is stopped by, calibrated on and judged on. Samples are drawn as shots are, by their own seed."""
+class TuningConfig(Config):
+    """What a recipe says of tuning: see TuningSettings."""
 
-    valid_samples: int | None = Field(400, ge=1)  # at most; None = all
-    test_samples: int | None = Field(1000, ge=1)
-    shown: tuple[Shown, ...] = Field(("recent", "retrieved", "mixed"), min_length=1)
-    seed: int = Field(0, ge=0)
+    rank: int = Field(TuningSettings.rank, ge=1)
+    learning_rate: float = Field(TuningSettings.learning_rate, gt=0)
+    epochs: int = Field(TuningSettings.epochs, ge=1)
+    num_workers: int = Field(TuningSettings.num_workers, ge=1)
+    use_gpu: bool = TuningSettings.use_gpu
+
+    @property
+    def settings(self) -> TuningSettings:
+        """With the constants. On GPUs models are large, so their activations are not kept."""
+        return TuningSettings(**self.model_dump(), gradient_checkpointing=self.use_gpu)
+
+
+@dataclass(frozen=True)
+class RankerRun:
+    """What a run of `tune-ranker` does besides what the recipe says. Valid samples stop the tuning and calibrate; like
+    test samples they are drawn as shots are, by their own seed.
+    """
+
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    seed: int = 0  # of the shots
+    judged: tuple[Shown, ...] = ("recent", "retrieved", "mixed")
+    valid_samples: int | None = 400  # at most; None = all
+    judging_seed: int = 0
     zero_shot: bool = True  # whether the model as it is is judged too
 
 
+class JudgingConfig(Config):
+    """What a tuned model is judged on."""
+
+    test_samples: int | None = Field(1000, ge=1)  # at most; None = all
+
+
 # How tuning is spread over machines, or restarted: no reason to tune again.
-_MACHINERY = (
-    "threads",
-    "num_workers",
-    "use_gpu",
-    "micro_tokens",
-    "gradient_checkpointing",
-    "checkpoint_steps",
-    "max_failures",
-)
+_MACHINERY = ("num_workers", "use_gpu", "micro_tokens", "gradient_checkpointing", "checkpoint_steps")
 
 
 class RankingConfig(Config):
     """The LLM ranker."""
 
     engine: VllmEngineConfig | None = None  # None = the recipe's own engine, which must then be vLLM
-    template_options: dict[str, Any] = {}  # of the chat template, such as enable_thinking: false
     prompt: RankPromptConfig = RankPromptConfig()
     data: TuningDataConfig = TuningDataConfig()
-    item_vectors: Literal["encoder", "llm"] = "encoder"  # whose vectors retrieve: the recipe's encoder's, or the LLM's
-    projection: ProjectionConfig = ProjectionConfig()
     tuning: TuningConfig = TuningConfig()
     judging: JudgingConfig = JudgingConfig()
 
@@ -86,15 +98,14 @@ class RankingConfig(Config):
             raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
         return engine
 
-    def item_encoder(self, of_recipe: EncoderConfig, engine: VllmEngineConfig) -> EncoderConfig | LastLayerConfig:
-        """What makes the vectors by which behaviours are retrieved. engine: the one that ranks."""
-        if self.item_vectors == "encoder":
-            return of_recipe
-        return LastLayerConfig(model=engine.model, revision=engine.revision)
-
-    @property
-    def decides_adapter(self) -> dict[str, Any]:
+    def decides_adapter(self, run: RankerRun) -> dict[str, Any]:
         """The settings that an adapter depends on: not how it is judged once it is tuned."""
-        settings = self.model_dump(mode="json", exclude={"engine", "judging"})
-        settings["tuning"] = {name: value for name, value in settings["tuning"].items() if name not in _MACHINERY}
-        return settings | {"valid": [self.judging.valid_samples, self.judging.seed]}
+        tuning = {name: value for name, value in asdict(run.tuning).items() if name not in _MACHINERY}
+        return {
+            "prompt": self.prompt.model_dump(mode="json"),
+            "data": self.data.model_dump(mode="json"),
+            "projection": asdict(PROJECTION),
+            "tuning": tuning,
+            "seed": run.seed,
+            "valid": [run.valid_samples, run.judging_seed],
+        }

@@ -147,15 +147,15 @@ class RankerResult(BaseModel):
     interval: Interval | None = None  # 95 %, users resampled
 
 
-def results_of(config: RankingConfig, judgements: list[Judgement]) -> list[RankerResult]:
-    """Of one run of the ranker."""
+def results_of(config: RankingConfig, judgements: list[Judgement], seed: int = 0) -> list[RankerResult]:
+    """Of one run of the ranker. seed: of its shots."""
     return [
         RankerResult(
             model=j.model,
             shots=0 if j.model == "zero-shot" else config.data.shots,
             behaviours=config.data.behaviours,
             shown=j.shown,
-            seed=config.data.seed,
+            seed=seed,
             auc=j.auc,
             interval=j.interval,
         )

@@ -17,7 +17,7 @@ from owlrec.errors import EngineError, root_mistake
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer, model_identity, resolve_model
 from owlrec.process import redirect_output
-from owlrec.ranking.experiment import TuningConfig
+from owlrec.ranking.experiment import TuningSettings
 from owlrec.ranking.tuning import Adapter, open_adapter, save_adapter
 from owlrec.workspace import Workspace
 
@@ -31,8 +31,7 @@ class TuningJob(WorkersJob):
     model: str
     revision: str | None
     wording: str  # prompting.rella.rank_fingerprint
-    settings: TuningConfig
-    template_options: dict[str, Any] = {}
+    settings: TuningSettings
 
     @property
     def adapter(self) -> str:
@@ -67,7 +66,6 @@ def score_questions(
     *,
     log_path: str,
     use_gpu: bool = False,
-    template_options: Mapping[str, Any] | None = None,
     on_scored: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Of each adapter, by its name, the probabilities of Yes: float64 [n], nan where a question cannot be asked.
@@ -82,7 +80,7 @@ def score_questions(
     cpus = 1 if use_gpu else engine.threads or os.cpu_count() or 1
     actor = ray.remote(_Scoring).options(num_cpus=cpus, num_gpus=int(use_gpu)).remote(log_path)
     try:
-        ray.get(actor.start.remote(engine, max(ranks, default=None), template_options))
+        ray.get(actor.start.remote(engine, max(ranks, default=None)))
         found = {}
         for name, adapter in adapters.items():
             parts = []
@@ -106,12 +104,10 @@ class _Scoring:
     def __init__(self, log_path: str) -> None:
         redirect_output(log_path)
 
-    def start(
-        self, engine: VllmEngineConfig, lora_rank: int | None, template_options: Mapping[str, Any] | None
-    ) -> None:
+    def start(self, engine: VllmEngineConfig, lora_rank: int | None) -> None:
         from owlrec.ranking.scorer import Scorer
 
-        self._scorer = Scorer(engine, lora_rank=lora_rank, template_options=template_options)
+        self._scorer = Scorer(engine, lora_rank=lora_rank)
 
     async def score(self, questions: list[tuple[str, str]], adapter: str | None) -> np.ndarray:
         return (await self._scorer.score(questions, adapter)).probabilities
@@ -127,14 +123,11 @@ def _tune(loop_config: dict[str, Any]) -> None:
     from owlrec.ranking.tuning import Checkpoint, Progress, Schedule, load_model, tokenise, tune
 
     job = TuningJob.model_validate(loop_config["job"])
-    worker = this_worker(job.settings.threads)
+    worker = this_worker(job.threads)
     tokenizer = load_tokenizer(job.model, job.revision)
     train, valid = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("train", "valid"))
     valid = valid.filter(pc.is_in(valid["shown"], pc.unique(train["shown"])))  # stopped by what is tuned on
-    to_tune, to_stop = (
-        tokenise(rows, tokenizer, max_tokens=job.settings.max_tokens, template_options=job.template_options)
-        for rows in (train, valid)
-    )
+    to_tune, to_stop = (tokenise(rows, tokenizer, max_tokens=job.settings.max_tokens) for rows in (train, valid))
     model = load_model(resolve_model(job.model), job.revision, job.settings)
     steps = Schedule(len(to_tune), job.settings).steps
     # All ranks read the same one: none is written before every rank takes part in a step.

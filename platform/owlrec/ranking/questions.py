@@ -12,16 +12,17 @@ import pyarrow.compute as pc
 
 from owlrec.ctr.experiment import DistillationConfig
 from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.projection import PROJECTION
 from owlrec.errors import OwlRecError, WorkspaceError
 from owlrec.evaluation import PlattScaling
 from owlrec.generation import EngineConfig, engine_fingerprint, token_counter
 from owlrec.generation.engine import EmptyPrompt, EngineStopped, RowError
 from owlrec.generation.job import dead_file
 from owlrec.prompting.ranking import rank_fingerprint
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import BehaviourRetriever, ItemVectors, LastLayerConfig, with_candidates
+from owlrec.ranking.experiment import RankerRun, RankingConfig
+from owlrec.ranking.retrieval import BehaviourRetriever, ItemVectors, with_candidates
 from owlrec.ranking.samples import Shown, ask_about, asked_pairs, draw_samples, read_users
-from owlrec.ranking.scorer import PairScorer, open_scorer
+from owlrec.ranking.scorer import TEMPLATE_OPTIONS, PairScorer, open_scorer
 from owlrec.ranking.tuning import Adapter, open_adapter
 from owlrec.runner import Result, Stage, Work, WorkerLost
 from owlrec.scenario import Scenario
@@ -41,6 +42,7 @@ def write_questions(
     scenario: Scenario,
     vectors: ItemVectors,
     count_tokens: Callable[[str], int],
+    run: RankerRun | None = None,
 ) -> dict[str, int]:
     """Writes train, valid and test.parquet (samples.TUNING_ROWS) into `folder`, from the workspace's tables.
 
@@ -48,12 +50,12 @@ def write_questions(
     drawn samples, their users and their items' vectors are read whole. Returns the counts of all three, by split.
     Raises RecipeError as `draw_samples` and SchemaError as `ask_about` does.
     """
-    catalog, data, judging = ItemCatalog.load(workspace), config.data, config.judging
-    valid_ways = tuple(dict.fromkeys((*judging.shown, *data.shown)))
+    catalog, data, run = ItemCatalog.load(workspace), config.data, run or RankerRun()
+    valid_ways = tuple(dict.fromkeys((*run.judged, *data.shown)))
     draws = {
-        "train": (data.shots, data.seed, data.shown),
-        "valid": (judging.valid_samples, judging.seed, valid_ways),
-        "test": (judging.test_samples, judging.seed, judging.shown),
+        "train": (data.shots, run.seed, data.shown),
+        "valid": (run.valid_samples, run.judging_seed, valid_ways),
+        "test": (config.judging.test_samples, run.judging_seed, run.judged),
     }
     counts: dict[str, int] = {}
     for split, (limit, seed, ways) in draws.items():
@@ -101,7 +103,7 @@ class Teacher:
     engine: EngineConfig
     config: RankingConfig
     scenario: Scenario
-    encoder: EncoderConfig | LastLayerConfig  # of the vectors by which behaviors are retrieved
+    encoder: EncoderConfig  # of the vectors by which behaviors are retrieved
     adapter: str | None = None  # a folder that `ranker tune` wrote; None = the model as it is
     adapter_sha256: str = ""
     calibration: PlattScaling | None = None
@@ -119,8 +121,8 @@ class Teacher:
     @property
     def folder(self) -> str:
         """Of its answers, named by all that they depend on besides the pairs."""
-        retrieved = (self.encoder.identity, self.config.projection) if self.shown != "recent" else None
-        shows = (self.shown, self.config.data.behaviours, retrieved, self.config.template_options)
+        retrieved = (self.encoder.identity, PROJECTION) if self.shown != "recent" else None
+        shows = (self.shown, self.config.data.behaviours, retrieved, TEMPLATE_OPTIONS)
         made_by = (engine_fingerprint(self.engine), self.adapter_sha256, self.calibration)
         return f"{SOFT_LABELS_FOLDER}/{fingerprint(self.wording, shows, made_by)[:16]}"
 
@@ -160,11 +162,7 @@ class ScorePairs(Stage):
         self._count = token_counter(self.teacher.engine)
         adapter = self.teacher.open_adapter(workspace)
         self._adapter = adapter.folder if adapter else None
-        self._scorer = open_scorer(
-            self.teacher.engine,
-            lora_rank=adapter.manifest.rank if adapter else None,
-            template_options=self.teacher.config.template_options,
-        )
+        self._scorer = open_scorer(self.teacher.engine, lora_rank=adapter.manifest.rank if adapter else None)
 
     async def run(self, work: Work) -> Result:
         """See Stage.run. Raises WorkerLost where the engine is gone."""

@@ -18,23 +18,20 @@ candidate's company changes nothing.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
-from owlrec.config import Config
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import ItemMetadata, Resources
-from owlrec.encoding.projection import Projection, ProjectionConfig, fit_projection, unit_rows
+from owlrec.encoding.projection import PROJECTION, Projection, ProjectionSettings, fit_projection, unit_rows
 from owlrec.encoding.stage import EncodeStage
 from owlrec.encoding.vectors import VectorShards
-from owlrec.errors import EngineError, SchemaError
-from owlrec.generation.models import load_tokenizer, model_identity, resolve_model
+from owlrec.errors import SchemaError
 from owlrec.ordered import rows_of, run_starts
 from owlrec.runner import Pool, run_stage
 from owlrec.schema import hash_of, vector_matrix
@@ -90,97 +87,6 @@ def _candidates(own: int, logged: np.ndarray, history: Sequence[int], catalog: n
         met = set(history)
         found |= dict.fromkeys(other for other in drawn if other not in met)
     return np.sort(list(found)[:SET_SIZE])
-
-
-# ----------------------------------------------------------------------------------------------------------- last layer
-# Item vectors from the ranker's own model: its last layer's states, averaged over an item's text (ReLLa, WWW 2024).
-#
-# ReLLa hooks the last layer while the model generates with a cache, so that its released code averages a single token.
-# Here one forward pass reads the text. A lead-in stands before it and is left out of the mean: a causal model parks
-# its attention on the first token, whose state is huge and says nothing of the text.
-
-
-_LEAD = "An item of a catalogue: "
-_BATCH_TOKENS = 2048  # padded; of one forward pass
-_VERSION = 1  # of what is read and how it is averaged
-
-
-class LastLayerConfig(Config):
-    """model, revision: as of an engine."""
-
-    model: str
-    revision: str | None = None
-    max_tokens: int = Field(128, ge=1)  # of a text: a longer one is cut, since title and attributes come first
-
-    @property
-    def identity(self) -> str:
-        """What the vectors depend on, for fingerprints."""
-        return f"last-layer-{_VERSION}@{self.max_tokens}:{model_identity(self.model, self.revision)}"
-
-    def load(self) -> "LastLayerEncoder":
-        """The encoder. Raises EngineError as it does."""
-        return LastLayerEncoder(self)
-
-
-class LastLayerEncoder:
-    """A loaded model; on a GPU where there is one."""
-
-    def __init__(self, config: LastLayerConfig) -> None:
-        """Raises EngineError where the model cannot be loaded."""
-        import torch
-        from transformers import AutoModel
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        self._config = config
-        self._tokenizer = load_tokenizer(config.model, config.revision)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            folder = resolve_model(config.model)
-            model = AutoModel.from_pretrained(folder, revision=config.revision, dtype=torch.bfloat16)
-        except (OSError, ValueError, KeyError) as error:
-            raise EngineError(
-                f"{config.model} cannot be read for item vectors: {error}. Name a causal LM that transformers loads, "
-                "or set ranking.item_vectors: encoder."
-            ) from None
-        self._model = model.to(self._device).eval()
-
-    def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
-        """Vectors aligned with `texts`: float32 [n, hidden size], of length 1; an empty text gets zeros.
-
-        on_batch: called with how many more texts are done.
-        """
-        lead = self._tokenizer(_LEAD)["input_ids"]
-        tokens = [
-            self._tokenizer(text, add_special_tokens=False)["input_ids"][: self._config.max_tokens]
-            if text.strip()
-            else []
-            for text in texts
-        ]
-        vectors = np.zeros((len(texts), self._model.config.get_text_config().hidden_size), dtype=np.float32)
-        order = [row for row in sorted(range(len(texts)), key=lambda row: -len(tokens[row])) if tokens[row]]
-        while order:
-            at_once = max(1, _BATCH_TOKENS // (len(lead) + len(tokens[order[0]])))
-            rows, order = order[:at_once], order[at_once:]
-            vectors[rows] = self._pooled(lead, [tokens[row] for row in rows])
-            if on_batch:
-                on_batch(len(rows))
-        return vectors
-
-    def _pooled(self, lead: Sequence[int], batch: Sequence[Sequence[int]]) -> np.ndarray:
-        """float32 [b, hidden size]. Padding stands on the right, where a causal model's own positions never see it."""
-        import torch
-
-        ids = torch.zeros(len(batch), len(lead) + len(batch[0]), dtype=torch.int64)
-        own = torch.zeros(len(batch), ids.shape[1], 1)
-        for row, tokens in enumerate(batch):
-            ids[row, : len(lead) + len(tokens)] = torch.tensor([*lead, *tokens])
-            own[row, len(lead) : len(lead) + len(tokens)] = 1 / len(tokens)
-        with torch.no_grad():
-            states = self._model(input_ids=ids.to(self._device), use_cache=False).last_hidden_state.float()
-        pooled = (states * own.to(self._device)).sum(dim=1)
-        unit: np.ndarray = torch.nn.functional.normalize(pooled).cpu().numpy()
-        return unit
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
@@ -352,9 +258,9 @@ def _threads() -> int:
 # ---------------------------------------------------------------------------------------------------------------- items
 # The vectors by which behaviors are compared with a candidate: item texts encoded by shard, projected, found by id.
 #
-# ReLLa pools the LLM's own last layer (ranking.item_vectors: llm). A sentence encoder, the default, was trained to
-# tell texts apart, costs a fraction, and stays the same where the ranker's model changes; where `encode` has written
-# the vectors of the same texts, they are read from there.
+# ReLLa pools the LLM's own last layer. A sentence encoder was trained to tell texts apart, costs a fraction, and stays
+# the same where the ranker's model changes; where `encode` has written the vectors of the same texts, they are read
+# from there.
 
 
 _NAME = "metadata-item"  # as `encode` names the vectors of titles and attributes
@@ -371,11 +277,11 @@ class ItemVectors:
     def encoded(
         cls,
         workspace: Workspace,
-        encoder: EncoderConfig | LastLayerConfig,
-        projection: ProjectionConfig,
+        encoder: EncoderConfig,
+        projection: ProjectionSettings = PROJECTION,
         pool: Pool | None = None,
     ) -> "ItemVectors":
-        """Of the workspace's items. encoder: as RankingConfig.item_encoder chooses it.
+        """Of the workspace's items. encoder: the recipe's.
 
         A later call encodes the items whose texts have changed since; the projection is fitted once for these items
         and settings, on a bounded sample.
@@ -384,8 +290,7 @@ class ItemVectors:
         digests = texts.digests(workspace)
         folder = _of_encode(workspace, encoder) or f"ranking/items-{fingerprint(encoder.identity)[:16]}"
         if folder.startswith("ranking/"):
-            resources = Resources(workspace, encoder)  # type: ignore[arg-type] # either loads and is named alike
-            stage = EncodeStage(folder, resources, {_NAME: texts})
+            stage = EncodeStage(folder, Resources(workspace, encoder), {_NAME: texts})
             run_stage(workspace, stage, {Shard(_NAME, number): digest for number, digest in digests.items()}, pool)
         shards = VectorShards(workspace, folder, _NAME)
         fitted_for = fingerprint(encoder.identity, projection, digests)
@@ -411,13 +316,13 @@ class ItemVectors:
 
 
 def item_retriever(
-    workspace: Workspace, encoder: EncoderConfig | LastLayerConfig, projection: ProjectionConfig
+    workspace: Workspace, encoder: EncoderConfig, projection: ProjectionSettings = PROJECTION
 ) -> BehaviourRetriever:
     """The retriever over all of the workspace's items; arguments: see ItemVectors.encoded."""
     return ItemVectors.encoded(workspace, encoder, projection).retriever()
 
 
-def _of_encode(workspace: Workspace, encoder: EncoderConfig | LastLayerConfig) -> str | None:
+def _of_encode(workspace: Workspace, encoder: EncoderConfig) -> str | None:
     """Where `encode` has put item vectors of this encoder; its card is forgotten when tables are prepared again."""
     card = finished_stage(workspace, "encode")
     if card is None or not workspace.exists(card.outputs["vectors"], _NAME):

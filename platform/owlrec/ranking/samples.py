@@ -52,7 +52,6 @@ class TuningDataConfig(Config):
     shots: int | None = Field(256, ge=1)  # 256: the smallest setting of the paper's table; None: the whole train split
     behaviours: int = Field(15, ge=1)  # beyond 15 the paper's zero-shot scores rise on one of three data sets only
     shown: tuple[Shown, ...] = Field(("recent", "retrieved"), min_length=1)
-    seed: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -260,35 +259,25 @@ def asked_pairs(
     train = train[[*_KEY, *_HISTORY]]
     met = workspace.read_shard("interactions", number, ["user_id", "item_id"]).to_pandas()
     met = pd.concat([met, samples[["user_id", "item_id"]]]).drop_duplicates()
-    pairs = pd.concat([_first(train, config), _unlabeled(train, met, config, catalog)])
+    pairs = pd.concat([train, _unlabeled(train, met, config.unlabeled, catalog)])
     pairs = pairs.sort_values(["user_id", "timestamp", "item_id"]).assign(label=0.0, split="train", weight=1.0)
     rows = pa.Table.from_pandas(pairs[SAMPLE_ROWS.names], schema=SAMPLE_ROWS, preserve_index=False)
     return with_histories(rows, in_histories(workspace, number, ["item_id", "rating", "label"])).select(SAMPLES.names)
 
 
-def _first(train: pd.DataFrame, config: DistillationConfig) -> pd.DataFrame:
-    """At most `labeled` samples of each user."""
-    if config.labeled is None:
-        return train
-    order = in_hash_order([train[name].to_numpy() for name in _KEY], config.seed)
-    return train.iloc[order].groupby("user_id").head(config.labeled)
-
-
-def _unlabeled(train: pd.DataFrame, met: pd.DataFrame, config: DistillationConfig, catalog: np.ndarray) -> pd.DataFrame:
-    """At most `unlabeled` pairs of each user of `train`, spread evenly over the moments of their samples.
+def _unlabeled(train: pd.DataFrame, met: pd.DataFrame, most: int, catalog: np.ndarray) -> pd.DataFrame:
+    """At most `most` pairs of each user of `train`, spread evenly over the moments of their samples.
 
     met: user_id and item_id of all that users took, passed over, or have a sample of in any split, each once.
     """
     moments = train.drop_duplicates(["user_id", "timestamp"])
     keys = [moments[name].to_numpy() for name in ("user_id", "timestamp")]
-    moments = moments.iloc[in_hash_order(keys, config.seed)].sort_values("user_id", kind="stable")
+    moments = moments.iloc[in_hash_order(keys, 0)].sort_values("user_id", kind="stable")
     users, start, n = np.unique(moments["user_id"].to_numpy(), return_index=True, return_counts=True)
-    draw = np.tile(np.arange(config.unlabeled), len(users))
-    of_user = np.repeat(np.arange(len(users)), config.unlabeled)
+    draw = np.tile(np.arange(most), len(users))
+    of_user = np.repeat(np.arange(len(users)), most)
     drawn = moments.iloc[(start[of_user] + draw % n[of_user]).astype(np.int64)]
-    labels = Labels(
-        rule="positives_only", rating_above=0, negatives=1, negatives_by=config.unlabeled_by, seed=config.seed
-    )
+    labels = Labels(rule="positives_only", rating_above=0, negatives=1, negatives_by="uniform")
     items = drawn_negatives(
         drawn["user_id"].to_numpy(),
         drawn["timestamp"].to_numpy(),

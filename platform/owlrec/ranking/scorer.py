@@ -33,6 +33,8 @@ from owlrec.generation.vllm_engine import VllmEngine
 # answer over several.
 
 
+# An answer is one token, so thinking must not come first; chat templates that know no such switch ignore it.
+TEMPLATE_OPTIONS: Mapping[str, Any] = {"enable_thinking": False}
 _SPACES = ("", " ", "Ġ", "▁")  # at the front of a token: byte-level BPE writes a space as Ġ, SentencePiece as ▁
 
 
@@ -71,21 +73,22 @@ def find_answers(tokenizer: Any) -> Answers:
     return Answers(yes, no)
 
 
-def likely_answers(tokenizer: Any, answers: Answers, *, template_options: Mapping[str, Any] | None = None) -> Answers:
+def likely_answers(
+    tokenizer: Any, answers: Answers, *, template_options: Mapping[str, Any] = TEMPLATE_OPTIONS
+) -> Answers:
     """The one id of each answer that the chat template makes likely: what a model tuned on the template has learnt to
     say first.
 
     Found by rendering a conversation with either answer: ChatML's header ends a line, so that Yes follows without a
-    space; Llama 2's ends in a bracket, and a space follows. template_options: of the chat template, such as
-    enable_thinking. Raises EngineError where the tokenizer has no chat template, or the first token after the
-    assistant's header is none of `answers`, as where a thinking block opens there: the scorer would read the wrong
-    place.
+    space; Llama 2's ends in a bracket, and a space follows. Raises EngineError where the tokenizer has no
+    chat template, or the first token after the assistant's header is none of `answers`, as where a thinking block opens
+    there: the scorer would read the wrong place.
     """
     if not tokenizer.chat_template:
         raise EngineError(
             f"the tokenizer {_name(tokenizer)} has no chat template. Name the instruction-tuned model of the family."
         )
-    options = {"tokenize": True, "return_dict": False, **(template_options or {})}
+    options = {"tokenize": True, "return_dict": False, **template_options}
     asked = [{"role": "user", "content": "?"}]
     opened = list(tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options))
     yes, no = (
@@ -98,8 +101,8 @@ def likely_answers(tokenizer: Any, answers: Answers, *, template_options: Mappin
     if not follows or not set(found.yes) & set(answers.yes) or not set(found.no) & set(answers.no):
         raise EngineError(
             f"the chat template of {_name(tokenizer)} lets no answer follow the assistant's header at once; a "
-            f"conversation reads {tokenizer.decode(yes)!r}. Switch its thinking block off (enable_thinking: false, "
-            "where the template knows it), or rank with another model."
+            f"conversation reads {tokenizer.decode(yes)!r}. Its thinking block cannot be switched off "
+            "(enable_thinking: false): rank with another model."
         )
     return found
 
@@ -206,22 +209,15 @@ class PairScorer(ABC):
 class Scorer(PairScorer):
     """A vLLM engine in this process, as the model is or with an adapter."""
 
-    def __init__(
-        self,
-        config: VllmEngineConfig,
-        *,
-        lora_rank: int | None = None,
-        template_options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, config: VllmEngineConfig, *, lora_rank: int | None = None) -> None:
         """Starts the engine. lora_rank: the largest of the adapters that will be asked for; None where none will.
 
-        template_options: of the chat template, such as enable_thinking. Raises EngineError where the engine cannot
-        start, or the model's Yes and No cannot be told by the first token of its answer.
+        Raises EngineError where the engine cannot start, or the model's Yes and No cannot be told by the first token of
+        its answer.
         """
         self._tokenizer = load_tokenizer(config.model, config.revision)
-        self._options = template_options
         self.answers = find_answers(self._tokenizer)
-        likely_answers(self._tokenizer, self.answers, template_options=template_options)
+        likely_answers(self._tokenizer, self.answers)
         self.engine = VllmEngine(scoring_engine(config, lora_rank), DecodingConfig())
         self._in_flight = 4 * config.max_num_seqs
 
@@ -231,7 +227,7 @@ class Scorer(PairScorer):
 
     async def _ask(self, question: Question, adapter: str | None) -> tuple[float, int, int]:
         system, text = _turns(question)
-        token_ids = render_chat(self._tokenizer, system, text, self._options)
+        token_ids = render_chat(self._tokenizer, system, text, TEMPLATE_OPTIONS)
         found = await self.engine.next_token_scores(token_ids, self.answers.ids, adapter)
         scores = dict(zip(self.answers.ids, found.scores, strict=True))
         return yes_probability(scores, self.answers), found.prompt_tokens, found.cached_tokens
@@ -266,12 +262,10 @@ class TokenScorer(PairScorer):
         return yes_probability(scores, Answers(yes, no)), 0, 0
 
 
-def open_scorer(
-    config: EngineConfig, *, lora_rank: int | None = None, template_options: Mapping[str, Any] | None = None
-) -> PairScorer:
+def open_scorer(config: EngineConfig, *, lora_rank: int | None = None) -> PairScorer:
     """What answers Yes or No behind a recipe's engine. Arguments and errors: as of Scorer; vLLM alone reads them."""
     if isinstance(config, VllmEngineConfig):
-        return Scorer(config, lora_rank=lora_rank, template_options=template_options)
+        return Scorer(config, lora_rank=lora_rank)
     return TokenScorer(config)
 
 

@@ -31,8 +31,8 @@ from owlrec.evaluation import auc
 from owlrec.generation.models import render_chat
 from owlrec.process import cache_folder
 from owlrec.prompting.ranking import YES
-from owlrec.ranking.experiment import TuningConfig
-from owlrec.ranking.scorer import Answers, find_answers, likely_answers
+from owlrec.ranking.experiment import TuningSettings
+from owlrec.ranking.scorer import TEMPLATE_OPTIONS, Answers, find_answers, likely_answers
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 
@@ -65,23 +65,21 @@ class Examples:
         return np.where(self.labels, self.answers.yes[0], self.answers.no[0])
 
 
-def tokenise(
-    rows: pa.Table, tokenizer: Any, *, max_tokens: int, template_options: Mapping[str, Any] | None = None
-) -> Examples:
+def tokenise(rows: pa.Table, tokenizer: Any, *, max_tokens: int) -> Examples:
     """The rows (samples.TUNING_ROWS) in the model's chat template.
 
     Raises EngineError where Yes and No cannot be told by their first token, RecipeError where a prompt is longer than
     `max_tokens`.
     """
-    answers = likely_answers(tokenizer, find_answers(tokenizer), template_options=template_options)
+    answers = likely_answers(tokenizer, find_answers(tokenizer))
     prompts = []
     for row in rows.select(["user_id", "item_id", "system", "text"]).to_pylist():
-        ids = render_chat(tokenizer, row["system"], row["text"], template_options)
+        ids = render_chat(tokenizer, row["system"], row["text"], TEMPLATE_OPTIONS)
         if len(ids) > max_tokens:
             raise RecipeError(
-                f"ranking.tuning.max_tokens: the prompt of user {row['user_id']} and item {row['item_id']} has "
+                f"ranking.prompt: the prompt of user {row['user_id']} and item {row['item_id']} has "
                 f"{len(ids)} tokens, but {max_tokens} are allowed. Lower ranking.prompt.history_tokens, which drops "
-                "the oldest behaviours, or raise max_tokens."
+                "the oldest behaviours."
             )
         prompts.append(np.array(ids, dtype=np.int32))
     labels = np.array([answer == YES for answer in rows["answer"].to_pylist()], dtype=bool)
@@ -287,7 +285,7 @@ def tune(
     model: Any,
     train: Examples,
     valid: Examples,
-    config: TuningConfig,
+    config: TuningSettings,
     worker: Worker = ALONE,
     *,
     resume: Checkpoint | None = None,
@@ -331,7 +329,7 @@ def tune(
     return Tuned(*_export(adapted), progress)
 
 
-def load_model(folder: str, revision: str | None, config: TuningConfig) -> Any:
+def load_model(folder: str, revision: str | None, config: TuningSettings) -> Any:
     """The model of transformers that is tuned. Raises EngineError where it cannot be loaded."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -353,7 +351,7 @@ def load_model(folder: str, revision: str | None, config: TuningConfig) -> Any:
 class Schedule:
     """Which rows each step takes, at what learning rate, and after which steps the model is judged."""
 
-    def __init__(self, n_rows: int, config: TuningConfig) -> None:
+    def __init__(self, n_rows: int, config: TuningSettings) -> None:
         self.n_rows, self.config = n_rows, config
         self.steps_per_epoch = -(-n_rows // config.batch_rows)
         self.steps = self.steps_per_epoch * config.epochs
@@ -425,7 +423,7 @@ def refuse_unusable(train: Examples, valid: Examples) -> None:
     if len(valid) == 0 or valid.labels.all() or not valid.labels.any():
         raise RecipeError(
             f"tuning: {int(valid.labels.sum())} of {len(valid)} valid rows are answered Yes, so no AUC tells when to "
-            "stop. Raise ranking.judging.valid_samples."
+            "stop. Prepare more users."
         )
 
 
@@ -436,7 +434,7 @@ def _step(
     train: Examples,
     schedule: Schedule,
     step: int,
-    config: TuningConfig,
+    config: TuningSettings,
     worker: Worker,
 ) -> float:
     """One step; the mean loss of its rows."""
@@ -473,7 +471,7 @@ def _step(
     return float(total)
 
 
-def _adapt(model: Any, config: TuningConfig) -> Any:
+def _adapt(model: Any, config: TuningSettings) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -489,7 +487,9 @@ def _adapt(model: Any, config: TuningConfig) -> Any:
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        raise RecipeError(f"ranking.tuning.target_modules: {error}") from None
+        raise RecipeError(
+            f"ranking.engine: LoRA finds no {' and '.join(config.target_modules)} in the model. Name another. ({error})"
+        ) from None
 
 
 def _export(adapted: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

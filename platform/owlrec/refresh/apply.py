@@ -27,7 +27,6 @@ from owlrec.errors import OwlRecError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig, GenerationJob
 from owlrec.ordered import run_starts
-from owlrec.refresh.events import RefreshConfig
 from owlrec.refresh.items import UpsertItems
 from owlrec.refresh.partitions import UserState, as_interest, freeze, hold, to_table
 from owlrec.refresh.plan import Moved, RunStage
@@ -52,6 +51,8 @@ from owlrec.workspace import Workspace, shard_file
 
 _KINDS: tuple[Kind, ...] = ("item", "user")  # as keys ascend
 _FEW_DEAD = 10
+COMPACT_AFTER = 24  # deltas on top of a full release: a day of hourly refreshes
+KEEP_RELEASES = 3  # of those that were current, to roll back to; none younger than an hour goes
 
 
 def interrupted_plan(workspace: Workspace, base: str, recipe: str) -> RefreshPlan | None:
@@ -354,17 +355,17 @@ def settle(moved: Moved, renewed: Renewed, encoder: EncoderConfig, run: RunStage
 # Afterwards
 
 
-def tidy(workspace: Workspace, config: RefreshConfig) -> str:
-    """Merges a chain that has become too long and removes old releases; says what it did, "" for nothing.
+def tidy(workspace: Workspace, compact_after: int = COMPACT_AFTER) -> str:
+    """Merges a chain of more deltas than `compact_after` and removes old releases; says what it did, "" for nothing.
 
     A lookup asks each delta of the chain in turn; merging it costs one pass over all texts, and need not happen often.
     A release that became current meanwhile is left alone: the next refresh tidies up.
     """
     current = current_release(workspace)
-    if config.compact_after is None or current is None or len(chain(workspace, current)) <= config.compact_after:
+    if current is None or len(chain(workspace, current)) <= compact_after:
         return ""
     try:
-        name, removed = compact(workspace).name, prune(workspace, config.keep_releases)
+        name, removed = compact(workspace).name, prune(workspace, KEEP_RELEASES)
     except OwlRecError as error:  # a full disk or a HOLD does not undo the refresh
         return f"not tidied: {error}"
     return f"deltas merged into release {name}; {len(removed)} old releases removed"

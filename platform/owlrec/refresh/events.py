@@ -37,18 +37,18 @@ from owlrec.sources.tabular import fragments_of, to_milliseconds
 from owlrec.workspace import Workspace, read_tombstones
 
 # --------------------------------------------------------------------------------------------------------------- config
-# The recipe's section `streaming`: where new events come from, when a user's text is renewed, how chains are kept.
+# The recipe's section `streaming`: where new events come from, and when a user's text is renewed.
 
 
 MS_PER_DAY = 86_400_000
+FUTURE_MS = 300_000  # clocks differ by minutes; what is later comes from a broken one
 
 
 class RefreshConfig(Config):
-    """Where the log is and what of it is taken in; whose text is renewed; how long chains of deltas may grow."""
+    """Where the log is and what of it is taken in; whose text is renewed."""
 
     events: str | None = None  # a folder or a file of Parquet, on any store; None = `events` in the workspace
     max_lateness_days: float = Field(3.0, ge=0)  # behind the newest event of the log; what is older is refused
-    max_future_s: float = Field(300.0, ge=0)  # clocks differ by minutes; what is later comes from a broken one
     # create: a user who stands in no table gets a text of their own; an item that stands in none counts as a
     # behavior, but has neither a title to quote nor a vector.
     unknown_users: Literal["create", "refuse"] = "refuse"
@@ -56,14 +56,9 @@ class RefreshConfig(Config):
 
     freeze_behaviours: int = Field(6, ge=1)  # so many unread ones are read; more than a prompt holds, by several
     freeze_days: float = Field(7.0, gt=0)  # between the oldest unread behavior and the newest event of all
-    freeze_drift: float = Field(0.6, ge=0, le=2)  # cosine distance between what is unread and what was read
-    freeze_min_behaviours: int = Field(3, ge=1)  # fewer are an accident, not a drift
     partitions: int = Field(4, ge=1, le=256)  # kept vectors per user, newest first; 256: what a release has room for
     # Calls about users, one per partition; None: about all that is due. Items are asked about beside them.
     budget_calls: int | None = Field(None, ge=0)
-
-    compact_after: int | None = Field(24, ge=1)  # deltas on top of a full release; None = never by itself
-    keep_releases: int = Field(3, ge=1)  # of those that were current; none younger than an hour goes
 
     @property
     def max_lateness_ms(self) -> int:
@@ -438,9 +433,9 @@ class Buckets:
 # What is taken in
 
 
-def part_future(events: Events, now: int, config: RefreshConfig) -> tuple[Events, pa.Table]:
+def part_future(events: Events, now: int) -> tuple[Events, pa.Table]:
     """The events up to now (ms), and those from the future as REFUSED."""
-    future = events.time > now + round(1000 * config.max_future_s)
+    future = events.time > now + FUTURE_MS
     return events.take(~future), events.take(future).refused("FromTheFuture")
 
 

@@ -317,7 +317,7 @@ class InterestsStage(Stage):
             earlier = earlier.take(earlier.time >= self.base.watermark - self.plan.lateness_ms)
         events = canonical(Events.join([new, earlier]))
         twice = len(new) + len(earlier) - len(events)
-        events, future = part_future(events, self.plan.now, self.config)
+        events, future = part_future(events, self.plan.now)
         strangers = np.setdiff1d(events.user, list(users))
         acting = set(events.user.tolist())
         known = Events.join([known_keys(u for i, u in users.items() if i in acting), tables.interactions(strangers)])

@@ -20,6 +20,8 @@ from owlrec.releases.release import Release
 from owlrec.schema import BEHAVIOR, BEHAVIORS
 
 Reason = Literal["", "length", "age", "drift"]
+FREEZE_DRIFT = 0.6  # cosine distance between what is unread and what was read: films of two genres are about so far
+FREEZE_MIN_BEHAVIORS = 3  # fewer are an accident, not a drift
 STATE = pa.schema(
     [
         ("user_id", pa.int64()),
@@ -97,18 +99,18 @@ def why_due(state: UserState, drift: float, clock: int, config: RefreshConfig) -
     drift: see refresh.drift. clock: ms, the newest event of all users.
     """
     n = len(state.short)
-    if n == 0 or (state.held and n < state.held + config.freeze_min_behaviours):
+    if n == 0 or (state.held and n < state.held + FREEZE_MIN_BEHAVIORS):
         return ""
     if n >= config.freeze_behaviours:
         return "length"
     if clock - state.short[0].time >= config.freeze_ms:
         return "age"
-    return "drift" if n >= config.freeze_min_behaviours and drift >= config.freeze_drift else ""
+    return "drift" if n >= FREEZE_MIN_BEHAVIORS and drift >= FREEZE_DRIFT else ""
 
 
 def due_at(state: UserState, config: RefreshConfig) -> int | None:
     """When the short term will be old enough if nothing else happens (ms); None where it never will."""
-    waits = state.held and len(state.short) < state.held + config.freeze_min_behaviours
+    waits = state.held and len(state.short) < state.held + FREEZE_MIN_BEHAVIORS
     return None if waits or not state.short else state.short[0].time + config.freeze_ms
 
 

@@ -16,7 +16,8 @@ from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import ReleaseError
 from owlrec.prompting.framework import FrameworkName
 from owlrec.prompting.rows import Prompt, prompts_table
-from owlrec.refresh.events import Buckets, Log, ReadEvents, RefreshConfig, event_groups
+from owlrec.refresh import partitions
+from owlrec.refresh.events import FUTURE_MS, Buckets, Log, ReadEvents, RefreshConfig, event_groups
 from owlrec.refresh.interests import Cut, InterestsStage, Resources, budget_cut, short_columns, sum_vectors
 from owlrec.refresh.items import ItemBuckets, ItemsStage, ReadItems, item_groups, unwritten_shards
 from owlrec.refresh.partitions import UserState, next_as_of
@@ -66,8 +67,9 @@ class Planner:
     @property
     def recipe(self) -> str:
         """Fingerprint of all settings that a plan follows from."""
-        config = self.config.model_dump(exclude={"events", "partitions", "compact_after", "keep_releases"})
-        return fingerprint(config, self.prompts.fingerprint, self.framework, self.encoder.identity)
+        config = self.config.model_dump(exclude={"events", "partitions"})
+        constants = (FUTURE_MS, partitions.FREEZE_DRIFT, partitions.FREEZE_MIN_BEHAVIORS)
+        return fingerprint(config, constants, self.prompts.fingerprint, self.framework, self.encoder.identity)
 
     def read_log(self, base: State, now: int) -> RefreshPlan | None:
         """Reads what is new in the logs and writes the plan down; None where there is nothing to do.
@@ -83,7 +85,7 @@ class Planner:
         items = Log.items(workspace, config, base.item_log)
         listed = {name: (file.bytes, file.e_tag) for name, file in items.files.items()}
         admitted_by = fingerprint(prepared.fingerprint, config.unknown_users, config.unknown_items, listed)
-        retried = base.retried_shards(admitted_by, now + self._future_ms)
+        retried = base.retried_shards(admitted_by, now + FUTURE_MS)
         restart = workspace.path(REFRESH_FOLDER)
         if not log.unread and not retried and not items.unread:
             if base.watermark is not None or not items.files:
@@ -108,7 +110,7 @@ class Planner:
         if log.unread or base.watermark is not None:
             log.check_watermark(buckets.newest, base.watermark, restart)
         item_shards = self._read_items(f"{folder}/item-log", items, of_items, base)
-        newest = buckets.newest_until(workspace, now + self._future_ms)
+        newest = buckets.newest_until(workspace, now + FUTURE_MS)
         clock = max(newest or 0, base.watermark or 0)
         plan = RefreshPlan(
             fingerprint=made_from,
@@ -130,10 +132,6 @@ class Planner:
         write_plan(workspace, plan)
         return plan
 
-    @property
-    def _future_ms(self) -> int:
-        return round(1000 * self.config.max_future_s)
-
     def _read_items(self, folder: str, log: Log, fragments: Sequence[Fragment], base: State) -> list[int]:
         """Reads the item log; the shards to look at."""
         n_shards = self.workspace.n_shards("item")
@@ -149,7 +147,7 @@ class Planner:
         workspace, resources = self.workspace, Resources(self.workspace, plan)
         of_log = list(Artifact(workspace, plan.part("item-log")).cards().values())
         log = ItemBuckets.of(workspace, plan.part("item-log"), workspace.n_shards("item"))
-        items = ItemsStage(plan, log, self.prompts.scenario, self.framework, plan.now + self._future_ms)
+        items = ItemsStage(plan, log, self.prompts.scenario, self.framework, plan.now + FUTURE_MS)
         inputs = {Shard("item", number): plan.fingerprint for number in plan.item_shards}
         of_items = self.run(items, inputs, sum(card.rows_out for card in of_log), "taking items in")
         of_events = list(Artifact(workspace, plan.part("events")).cards().values())

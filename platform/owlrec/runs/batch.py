@@ -9,7 +9,8 @@ from functools import partial
 import pyarrow as pa
 
 from owlrec.cohorts.building import build_cohorts
-from owlrec.cohorts.model import POINTER, CohortNames, previous_folder
+from owlrec.cohorts.clustering import ITERATIONS
+from owlrec.cohorts.model import POINTER, CohortNames, CohortSettings, previous_folder
 from owlrec.ctr.knowledge import DISLIKED, arm_parts
 from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import FOLDER, find_pools, write_release_pools
@@ -22,11 +23,13 @@ from owlrec.encoding.inputs import (
     WithImported,
     imported_vectors,
 )
+from owlrec.encoding.semantic_ids import CODING
 from owlrec.encoding.stage import EncodingJob
 from owlrec.encoding.vectors import read_quantisers
 from owlrec.errors import SourceError, WorkspaceError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import (
+    SHARDS_IN_FLIGHT,
     GenerateConfig,
     add_cards,
     build_job,
@@ -106,7 +109,8 @@ def cohorts(recipe: Recipe, workspace: Workspace) -> Card:
     config, scenario = recipe.cohorts, recipe.domain
     if config is None:
         return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))
-    named = fingerprint(prepared.fingerprint, config, collective_fingerprint(scenario), recipe.split.cuts)
+    wording, constants = collective_fingerprint(scenario), (CohortSettings(), ITERATIONS)
+    named = fingerprint(prepared.fingerprint, config, constants, wording, recipe.split.cuts)
     folder = f"cohorts/{named[:16]}"
     here = int(prepared.counts.get("users", 0)) + int(prepared.counts.get("items", 0)) <= COHORTS_HERE
 
@@ -234,8 +238,7 @@ def write_texts(
         max_workers=config.most_replicas,
         cpus=engine_cpus(engine, config),
         gpus=config.engine_gpus,
-        in_flight=config.shards_in_flight,
-        lease_s=config.lease_s,
+        in_flight=SHARDS_IN_FLIGHT,
         price_per_hour=config.price_per_replica_hour,
         log_path=str(workspace.log_path("engine")),
     )
@@ -270,7 +273,7 @@ def encode(recipe: Recipe, workspace: Workspace) -> Card:
     watch, knowledge = Stopwatch(), needed_stage(workspace, "generate", "no knowledge yet").outputs["knowledge"]
     # What changes a vector, and nothing else: no batch size, device or precision (half on a GPU moves a component by up
     # to 3e-4), and not how many texts there are.
-    named = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, knowledge)
+    named = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, CODING, knowledge)
     folder = f"vectors/{named[:16]}"
     job = EncodingJob(workspace, folder, recipe.encoder, _inputs(recipe, workspace, knowledge, folder))
     pool = job.pool(str(workspace.log_path("encode")))

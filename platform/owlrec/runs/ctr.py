@@ -9,7 +9,9 @@ from owlrec.ctr.artifact import PROGRAM, RELEASED, ModelCard, finish_artifact, r
 from owlrec.ctr.dataset import item_shards
 from owlrec.ctr.experiment import (
     ENCODED,
+    SPARSE_ABOVE_ROWS,
     CTRConfig,
+    SweepGrid,
     Trial,
     TrialResult,
     finished_trials,
@@ -38,8 +40,8 @@ from owlrec.sources.outcomes import Labels
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
-# What the grid holds and how it is spread over machines: growing the grid must not retrain what it has.
-_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds", "threads", "max_failures", "checkpoint_steps", "sweep"}
+# What the grid holds: growing the grid must not retrain what it has.
+_NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds"}
 
 
 def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) -> Card:
@@ -51,7 +53,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
     prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
-    settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
+    settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT) | {"sparse": SPARSE_ABOVE_ROWS}
     soft = soft_labels(recipe, workspace, prepared)
     made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
     made_from += partitions_read(recipe, workspace)
@@ -308,18 +310,19 @@ def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
     return servable[path] if path else max(servable.values(), key=lambda r: r.valid.auc)
 
 
-def sweep_ctr(recipe: Recipe, workspace: Workspace) -> Card:
+def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = None) -> Card:
     """Writes ctr/<fingerprint>/sweep.json, best first, and prints it."""
     config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
     prepared = needed_stage(workspace, "prepare", "no tables yet")
     encoded = needed_stage(workspace, "encode", "no vectors yet") if arm != "none" else None
     soft = soft_labels(recipe, workspace, prepared)
     made_from = (prepared.fingerprint, encoded and encoded.fingerprint, soft and soft.fingerprint)
-    named = fingerprint(*made_from, config, arm, *partitions_read(recipe, workspace), "sweep")
+    candidates = (grid or SweepGrid()).candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
+    settings = (config, SPARSE_ABOVE_ROWS, candidates)
+    named = fingerprint(*made_from, *settings, arm, *partitions_read(recipe, workspace), "sweep")
     folders = written_vectors(recipe, workspace, encoded)
     sources = arm_sources(arm, folders)
     trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
-    candidates = config.sweep.candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
     path = f"{grid_folder(named)}/sweep.json"
 
     def body() -> tuple[Counts, Outputs]:
@@ -353,7 +356,7 @@ def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) 
     from ray import tune
 
     plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in job.trials]
-    cpus = {"cpu": job.settings.threads or 1, "gpu": int(job.settings.use_gpu)}
+    cpus = {"cpu": job.threads or 1, "gpu": int(job.settings.use_gpu)}
     name = f"sweep-{job.fingerprint[:8]}"
     workspace.delete_dir("ctr", "ray", name)  # of an interrupted sweep
     trainable = tune.with_parameters(_try, workspace=workspace, job=job.model_dump(mode="json"))

@@ -8,11 +8,12 @@ from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.job import check_dead_share
 from owlrec.ops.console import ShardWatch, note, progress, stage_header, table, warn
 from owlrec.prompting.ranking import rank_fingerprint
-from owlrec.ranking.experiment import RankingConfig
+from owlrec.ranking.experiment import RankerRun, RankingConfig
 from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row, results_of, write_results
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import ScorePairs, Teacher, pair_inputs, write_questions
 from owlrec.ranking.retrieval import ItemVectors
+from owlrec.ranking.scorer import TEMPLATE_OPTIONS
 from owlrec.ranking.tuning import Adapter, open_adapter
 from owlrec.recipe import Recipe
 from owlrec.runner import pending_shards
@@ -24,25 +25,27 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, table_file
 
 
-def tune_ranker(recipe: Recipe, workspace: Workspace) -> Card:
-    """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on."""
+def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None = None) -> Card:
+    """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on.
+
+    settings: None = the recipe's, and else the defaults.
+    """
     prepared, config = needed_stage(workspace, "prepare", "no tables yet"), recipe.ranking
     if config is None:
         raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
-    model, encoder = engine.model_identity, config.item_encoder(recipe.encoder, engine)
-    decides = config.decides_adapter
-    tuned_print = fingerprint(prepared.fingerprint, model, wording, decides, encoder.identity)
+    settings = settings or RankerRun(tuning=config.tuning.settings)
+    decides = (config.decides_adapter(settings), TEMPLATE_OPTIONS, recipe.encoder.identity)
+    tuned_print = fingerprint(prepared.fingerprint, engine.model_identity, wording, decides)
     job = TuningJob(
         folder=f"ranking/{tuned_print[:16]}",
         model=engine.model,
         revision=engine.revision,
         wording=wording,
-        settings=config.tuning,
-        template_options=config.template_options,
+        settings=settings.tuning,
     )
 
-    named = fingerprint(tuned_print, config, engine)
+    named = fingerprint(tuned_print, config, settings, engine)
 
     def body() -> tuple[Counts, Outputs]:
         if recipe.split.history_length <= config.data.behaviours:
@@ -51,9 +54,10 @@ def tune_ranker(recipe: Recipe, workspace: Workspace) -> Card:
                 "behaviours: retrieved ones are the recent ones. Raise split.history_length and prepare again."
             )
         with shard_pool(recipe, workspace) as pool:
-            vectors = ItemVectors.encoded(workspace, encoder, config.projection, pool)
+            vectors = ItemVectors.encoded(workspace, recipe.encoder, pool=pool)
         counts: Counts = {}
-        counts |= write_questions(workspace, job.folder, config, recipe.domain, vectors, token_counter(engine))
+        count = token_counter(engine)
+        counts |= write_questions(workspace, job.folder, config, recipe.domain, vectors, count, settings)
         note(f"{counts['train_rows']:,} rows to tune on, from {counts['train_samples']:,} samples")
         with ray_session(recipe.ray, workspace.log_path("ray")):
             with progress("tuning", None, "steps") as advance:
@@ -62,7 +66,7 @@ def tune_ranker(recipe: Recipe, workspace: Workspace) -> Card:
             note(f"best valid AUC {best.best_auc:.4f}, after {best.best_step} of {best.step} steps")
             valid, test = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("valid", "test"))
             questions = [(row["system"], row["text"]) for rows in (valid, test) for row in rows.to_pylist()]
-            models: dict[str, Adapter | None] = {"zero-shot": None} if config.judging.zero_shot else {}
+            models: dict[str, Adapter | None] = {"zero-shot": None} if settings.zero_shot else {}
             models["tuned"] = adapter
             with progress("scoring", len(models) * len(questions), "questions") as advance:
                 scores = score_questions(
@@ -70,12 +74,11 @@ def tune_ranker(recipe: Recipe, workspace: Workspace) -> Card:
                     questions,
                     models,
                     log_path=str(workspace.log_path("score")),
-                    use_gpu=config.tuning.use_gpu,
-                    template_options=config.template_options,
+                    use_gpu=settings.tuning.use_gpu,
                     on_scored=advance,
                 )
         judgements = judge_models(workspace, job.folder, valid, test, scores)
-        write_results(workspace, named[:16], results_of(config, judgements))
+        write_results(workspace, named[:16], results_of(config, judgements, settings.seed))
         table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
         counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}
         return counts, {"adapter": job.adapter, "judgements": f"{job.folder}/judgements.json"}
@@ -125,13 +128,11 @@ def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
     """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `tune-ranker`
     where that has run.
 
-    Raises RecipeError where item vectors are to be the LLM's and the engine is not vLLM; errors of open_adapter.
+    Raises what open_adapter does.
     """
     config = recipe.ranking or RankingConfig()
     engine = config.engine or recipe.engine
-    llm_vectors = config.item_vectors == "llm"
-    encoder = config.item_encoder(recipe.encoder, config.ranking_engine(engine)) if llm_vectors else recipe.encoder
-    plain = Teacher(engine, config, recipe.domain, encoder)
+    plain = Teacher(engine, config, recipe.domain, recipe.encoder)
     tuned = finished_stage(workspace, "tune_ranker")
     if tuned is None or not isinstance(engine, VllmEngineConfig):
         return plain
@@ -139,7 +140,7 @@ def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
     adapter = open_adapter(workspace, folder, model=engine.model_identity, wording=plain.wording)
     beside = f"{folder.rpartition('/')[0]}/calibration-tuned-{plain.shown}.json"
     calibration = load_calibration(workspace, beside) if workspace.exists(beside) else None
-    return Teacher(engine, config, recipe.domain, encoder, folder, adapter.manifest.sha256, calibration)
+    return Teacher(engine, config, recipe.domain, recipe.encoder, folder, adapter.manifest.sha256, calibration)
 
 
 def _ask(
@@ -156,7 +157,7 @@ def _ask(
     vectors = None
     if teacher.shown != "recent":
         with shard_pool(recipe, workspace) as pool:
-            vectors = ItemVectors.encoded(workspace, teacher.encoder, teacher.config.projection, pool)
+            vectors = ItemVectors.encoded(workspace, teacher.encoder, pool=pool)
     rows = {s.name: workspace.count_rows(table_file("samples", s.number)) for s in pending}
     rows |= {s.name: done[s.name].rows_dead for s in dead}
     note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")

@@ -94,7 +94,7 @@ class Refresh:
         failed = state.calls + state.item_calls - users - items
         note(f"texts of {users:,} partitions of users and of {items:,} items; {failed:,} answers failed")
         note(f"current: {renewed.release}")
-        if said := tidy(workspace, recipe.streaming):
+        if said := tidy(workspace):
             note(said)
         return state
 

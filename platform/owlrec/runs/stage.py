@@ -34,6 +34,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_worker_niceness": "0",  # of a local cluster: its workers are the run, not a guest beside it
 }
+_OBJECT_STORE_BYTES = 256 << 20  # of a local cluster: blocks carry cards, not data
 _SOURCE_ROOT = Path(owlrec.__file__).resolve().parent.parent
 
 
@@ -120,7 +121,7 @@ def ray_session(config: RayConfig, log_path: Path) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         options |= {
             "num_cpus": config.num_cpus or os.cpu_count(),
-            "object_store_memory": config.object_store_mib * 2**20,
+            "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }
     with native_errors_to(log_path):

@@ -50,7 +50,6 @@ class LabelConfig(Config):
     rating_above: float | None = None  # by default the scenario's
     negatives: int = Field(4, ge=1)  # positives_only: samples of label 0 for each of label 1
     negatives_by: Literal["uniform", "popularity"] = "uniform"
-    seed: int = Field(0, ge=0)  # positives_only
 
 
 class Labels(BaseModel, frozen=True):
@@ -60,7 +59,7 @@ class Labels(BaseModel, frozen=True):
     rating_above: float
     negatives: int = 0  # 0 unless the rule is positives_only
     negatives_by: Literal["uniform", "popularity"] = "uniform"
-    seed: int = 0
+    seed: int = 0  # of the draw; no recipe sets it
     events: bool = False  # whether labels come from events
 
     @classmethod
@@ -87,7 +86,6 @@ class Labels(BaseModel, frozen=True):
             rating_above=rating_above if config.rating_above is None else config.rating_above,
             negatives=config.negatives if drawn else 0,
             negatives_by=config.negatives_by if drawn else "uniform",
-            seed=config.seed if drawn else 0,
             events=rule == "column" and "label" not in columns,
         )
 
