@@ -368,8 +368,8 @@ def test_drafting_finds_the_pools_of_the_current_release(in_shop: Path) -> None:
 
 
 def test_drafting_refuses_what_is_no_setting() -> None:
-    with pytest.raises(RecipeError, match="'max_draft'"):
-        owlrec.drafting(max_drafts=3)
+    with pytest.raises(RecipeError, match="'min_prob'"):
+        owlrec.drafting(min_probs=0.3)
     assert owlrec.drafting(mode="off") == {}
 
 

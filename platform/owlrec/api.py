@@ -141,9 +141,9 @@ def drafting(
     another version than the decoder is written for.
 
     >>> import owlrec
-    >>> arguments = owlrec.drafting(mode="relaxed", k=3, max_draft=8)
-    >>> arguments["speculative_config"]["num_speculative_tokens"]
-    8
+    >>> arguments = owlrec.drafting(mode="relaxed", k=3)
+    >>> arguments["additional_config"]["owlrec_decoding"]["config"]["k"]
+    3
     >>> sorted(arguments)
     ['additional_config', 'speculative_config', 'worker_cls']
     """

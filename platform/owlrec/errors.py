@@ -24,6 +24,10 @@ class WorkspaceError(OwlRecError):
     """The workspace cannot be written, or an artifact that a stage needs is not there yet."""
 
 
+class DiskFullError(WorkspaceError):
+    """A disk or a quota is full: to try again helps only once somebody has freed space."""
+
+
 class EngineError(OwlRecError):
     """An LLM or encoder cannot be started, or a request to it failed for good."""
 

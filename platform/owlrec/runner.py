@@ -14,13 +14,13 @@ import time
 import traceback
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from owlrec.errors import EngineError, OwlRecError, WorkspaceError
+from owlrec.errors import DiskFullError, EngineError, OwlRecError, WorkspaceError
 from owlrec.process import dataset_rows, redirect_output
 from owlrec.shards import BLOCK, LEASE_S, Artifact, Card, Claim, Claims, Shard, clear_claims, in_threads, unclaimed
 from owlrec.storage import FileEntry
@@ -95,6 +95,7 @@ _IDLE_PASSES = 3
 _POLLED = 64  # of them, at one look
 _POLL_S = 5.0  # between looks at the shards that other runs are at
 _WORKERS_LOST = 3  # over one shard, in one run: then the run ends
+_T = TypeVar("_T")
 _ATTEMPTS = 3  # at a shard that fails for a reason nobody foresaw: a connection that was cut, say
 _BLOCKS = 4096  # tasks of one Ray Data job at most: each costs its driver some kilobytes
 _GC_THRESHOLD = (200_000, 20, 20)
@@ -290,7 +291,8 @@ class _Worker:
         self.run = run
         self.name = uuid.uuid4().hex[:8]
         self.claims = Claims(run.workspace, run.name, run.pool.lease_s)
-        self.mistake: OwlRecError | None = None
+        self.mistake: OwlRecError | None = None  # that ends the run
+        self._at_work: set[asyncio.Task[Any]] = set()
         try:
             run.stage.open(run.workspace, self.name)
         except OwlRecError as error:
@@ -301,10 +303,17 @@ class _Worker:
         if self.mistake is not None:
             raise self.mistake
         path = f"{self.run.claims_folder}/{shard.name}"
-        claim = await asyncio.to_thread(self.claims.claim, path)
+        task, lost = asyncio.current_task(), False
+        assert task is not None
+        self._at_work.add(task)
+        try:
+            claim = await asyncio.to_thread(self.claims.claim, path)
+        except BaseException:
+            self._at_work.discard(task)
+            raise
         if claim is None:
+            self._at_work.discard(task)
             return None
-        lost = False
         try:
             return await self._claimed(shard, inputs, claim, path)
         except ShardTaken:
@@ -313,7 +322,14 @@ class _Worker:
             lost = True  # the claim stays, with its count of failures, for the next worker to read
             self.claims.record_failure()
             raise
+        except OwlRecError as error:
+            # The run ends with it: what the shards beside it would still ask for is not paid for.
+            self.mistake = error
+            for other in self._at_work - {task}:
+                other.cancel()
+            raise
         finally:
+            self._at_work.discard(task)
             if not lost:
                 await asyncio.to_thread(self.claims.release, path)
 
@@ -346,22 +362,33 @@ class _Worker:
         return card
 
     async def _attempt(self, work: Work) -> Result:
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                if inspect.iscoroutinefunction(self.run.stage.run):
-                    return await self.run.stage.run(work)
-                return await asyncio.to_thread(self.run.stage.run, work)
-            except OwlRecError as error:
-                # What a store or a disk refuses for a moment may go through later; what a user must fix will not.
-                if not isinstance(error, WorkspaceError) or error.__cause__ is None or attempt == _ATTEMPTS:
-                    raise
-                traceback.print_exc()
-            await asyncio.sleep(attempt)
-        raise AssertionError
+        if inspect.iscoroutinefunction(self.run.stage.run):
+            return await patiently(lambda: self.run.stage.run(work))
+        return await patiently(lambda: asyncio.to_thread(self.run.stage.run, work))
 
     def close(self) -> None:
         self.claims.close()
         self.run.stage.close()
+
+
+async def patiently(call: Callable[[], Awaitable[_T]]) -> _T:
+    """Calls again, up to three times in all, where a store refuses something for a moment.
+
+    A full disk and what else a user must fix is raised at once. What is raised at last is not tried again by a caller
+    that is patient, too.
+    """
+    for attempt in range(1, _ATTEMPTS):
+        try:
+            return await call()
+        except WorkspaceError as error:
+            if isinstance(error, DiskFullError) or error.__cause__ is None:
+                raise
+            traceback.print_exc()
+        await asyncio.sleep(attempt)
+    try:
+        return await call()
+    except WorkspaceError as error:
+        raise error from None
 
 
 def _make_here(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) -> Generator[Card, None, None]:
@@ -375,6 +402,8 @@ def _make_here(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) 
     async def made(shard: Shard) -> Card | BaseException | None:
         try:
             return await worker.make(shard, inputs[shard])
+        except asyncio.CancelledError:
+            return worker.mistake
         except (KeyboardInterrupt, SystemExit) as stop:
             return stop  # raised here, it would end the loop and leave the caller waiting
 
@@ -432,6 +461,10 @@ class _Actor(_Worker):
                 os._exit(1)
             except OwlRecError as error:
                 row["mistake"] = str(error) or type(error).__name__
+            except asyncio.CancelledError:
+                if self.mistake is None:
+                    raise
+                row["mistake"] = str(self.mistake)
             finally:
                 self.metrics.end()
             yield {name: [value] for name, value in row.items()}

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from owlrec.errors import WorkspaceError
+from owlrec.errors import DiskFullError, WorkspaceError
 from owlrec.node_cache import CachedFile, NodeCache
 from owlrec.process import cache_folder
 
@@ -626,10 +626,14 @@ def _allows_http() -> bool:
     return any(os.environ.get(f"AWS_ENDPOINT_URL{suffix}", "").startswith("http://") for suffix in ("", "_S3"))
 
 
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
 def _refuse(where: str, what: str, error: Exception) -> NoReturn:
     text = str(error)
     first = " ".join(text.split())[:300]
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if _is_full(error):
         remedy = "Free some space there and run the same command again: what is finished stays."
     elif "NoSuchBucket" in text or "bucket does not exist" in text:
         remedy = "There is no such bucket: correct its name."
@@ -641,7 +645,8 @@ def _refuse(where: str, what: str, error: Exception) -> NoReturn:
         remedy = "These credentials may not do that: give them access to this prefix, or name another."
     else:
         remedy = "Check the bucket's name and region, and that this machine has credentials for it."
-    raise WorkspaceError(f"{where} cannot be {what} ({type(error).__name__}: {first}). {remedy}") from error
+    kind = DiskFullError if _is_full(error) else WorkspaceError
+    raise kind(f"{where} cannot be {what} ({type(error).__name__}: {first}). {remedy}") from error
 
 
 @contextmanager
@@ -650,8 +655,9 @@ def _written(target: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "Free some space there" if error.errno in _FULL else "Make it writable"
-        raise WorkspaceError(
+        remedy = "Free some space there" if _is_full(error) else "Make it writable"
+        kind = DiskFullError if _is_full(error) else WorkspaceError
+        raise kind(
             f"{target} cannot be written ({error}). {remedy} and run the same command again: what is finished stays."
         ) from error
 

@@ -26,7 +26,7 @@ from owlrec.generation.job import DECODER, GenerationJob, dead_file
 from owlrec.generation.quality import RULES, Flag, QualityGate
 from owlrec.process import on_ray
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
-from owlrec.runner import Result, Stage, Work, WorkerLost
+from owlrec.runner import Result, Stage, Work, WorkerLost, patiently
 from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, TABLES, newest
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
@@ -199,8 +199,9 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
     asked = [pair for chain in answers for pair in chain]
     became = [outcome for _, outcome in asked]
     new, dead = to_tables(job, framework or job.prompts.framework, [row for row, _ in asked], became)
-    # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for.
-    return await asyncio.to_thread(write_shard, work, kept, new, dead, became)
+    # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for. A write
+    # that fails for a moment is tried again by itself: the answers are paid for.
+    return await patiently(lambda: asyncio.to_thread(write_shard, work, kept, new, dead, became))
 
 
 def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outcomes: Sequence[Outcome]) -> Result:

@@ -60,7 +60,7 @@ class TuningConfig(Config):
 
 @dataclass(frozen=True)
 class RankerRun:
-    """What a run of `tune-ranker` does besides what the recipe says. Valid samples stop the tuning and calibrate; like
+    """What a run of `owlrec ranker tune` does besides what the recipe says. Valid samples stop the tuning and calibrate; like
     test samples they are drawn as shots are, by their own seed.
     """
 

@@ -111,8 +111,8 @@ def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | 
     scored = needed_stage(workspace, "score_pairs", "no soft labels yet")
     if scored.counts["made_for"] != pairs.made_for(prepared.fingerprint):
         raise WorkspaceError(
-            f"{workspace.root}: the soft labels are of other tables, or of another ctr.distillation. Run `score-pairs` "
-            "again; a pair whose question is the same is not asked about twice."
+            f"{workspace.root}: the soft labels are of other tables, or of another ctr.distillation. Run `ranker "
+            "score-pairs` again; a pair whose question is the same is not asked about twice."
         )
     return scored
 

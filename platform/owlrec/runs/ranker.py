@@ -99,7 +99,7 @@ def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = Fals
     teacher = teacher_of(recipe, workspace)
     stage_header("score_pairs", f"{teacher.engine.model_identity}, {'tuned' if teacher.adapter else 'as it is'}")
     if teacher.calibration is None:
-        warn("the LLM's probabilities are not calibrated: CTR models learn them as they are. `tune-ranker` calibrates.")
+        warn("the LLM's probabilities are not calibrated: CTR models learn them as they are. `ranker tune` calibrates.")
     inputs = pair_inputs(workspace, pairs)
     pending, done = pending_shards(workspace, teacher.folder, inputs)
     dead = [shard for shard in inputs if retry_dead and shard.name in done and done[shard.name].rows_dead]
@@ -125,7 +125,7 @@ def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = Fals
 
 
 def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
-    """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `tune-ranker`
+    """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `owlrec ranker tune`
     where that has run.
 
     Raises what open_adapter does.
