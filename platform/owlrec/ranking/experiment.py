@@ -60,8 +60,8 @@ class TuningConfig(Config):
 
 @dataclass(frozen=True)
 class RankerRun:
-    """What a run of `owlrec ranker tune` does besides what the recipe says. Valid samples stop the tuning and calibrate; like
-    test samples they are drawn as shots are, by their own seed.
+    """What a run of `owlrec ranker tune` does besides what the recipe says. Valid samples stop the tuning and
+    calibrate; like test samples they are drawn as shots are, by their own seed.
     """
 
     tuning: TuningSettings = field(default_factory=TuningSettings)

@@ -125,7 +125,7 @@ def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = Fals
 
 
 def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
-    """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `owlrec ranker tune`
+    """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `ranker tune`
     where that has run.
 
     Raises what open_adapter does.
