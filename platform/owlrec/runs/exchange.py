@@ -141,9 +141,9 @@ def export_vectors(
 
     Columns: raw_id, id, vector (float16), semantic_id (uint16, the duplicate digit last, null where there is none),
     as_of (ms, the newest thing that the text knows), release, and with an artifact of `owlrec ctr export` adapted
-    (float32): what its adaptor makes of the vectors. An id without a vector has no row. Files that are there already stay.
-    Raises ReleaseError where nothing is published, or the artifact's model was trained on other vectors; WorkspaceError
-    where the artifact is missing, or its model reads no knowledge.
+    (float32): what its adaptor makes of the vectors. An id without a vector has no row. Files that are there
+    already stay. Raises ReleaseError where nothing is published, or the artifact's model was trained on other
+    vectors; WorkspaceError where the artifact is missing, or its model reads no knowledge.
     """
     stage_header("export-vectors", release or "the current release")
     if artifact is not None and read_card(workspace, artifact).reads is None:
