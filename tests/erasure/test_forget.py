@@ -314,7 +314,7 @@ def test_cohorts_go_on_without_a_representative(
     tmp_path: Path, cache: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quoting_all = CohortSettings(factors=FactorSettings(factors=8), profiles=ProfileSettings(common_share=0.05))
-    monkeypatch.setattr("pipelines.cohorts.build_cohorts", partial(build_cohorts, settings=quoting_all))
+    monkeypatch.setattr("owlrec.runs.batch.build_cohorts", partial(build_cohorts, settings=quoting_all))
     write_source(tmp_path / "source")
     extra = """
         cohorts:
