@@ -18,8 +18,8 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "degraded": ("Rankings that went out without the LLM, by reason", ("reason",)),
 }
 _GAUGES = {
-    "release_age_s": "Age of the release in force",
-    "release_texts": "Users, items and cohorts that the release in force has a text of",
+    "release_age_s": "Age of the current release",
+    "release_texts": "Users, items and cohorts that the current release has a text of",
     "release_error": "1 where the current release cannot be served",
 }
 

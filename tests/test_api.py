@@ -303,7 +303,6 @@ def test_a_bad_interaction_is_named_by_its_row() -> None:
 @pytest.mark.usefixtures("ray_local")
 def test_a_large_frame_goes_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_HERE_ROWS", 2)
-    monkeypatch.setattr("owlrec.runs.batch.ANSWERED_HERE", 2)
     texts = owlrec.write_texts(BOOKS, scenario="books", llm="echo", quiet=True)
     assert texts.text.str.startswith("echo-").all()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from owlrec import runner, shards
-from owlrec.errors import EngineError, OwlRecError, WorkspaceError
+from owlrec.errors import DiskFullError, EngineError, OwlRecError, WorkspaceError
 from owlrec.runner import Pool, Result, Stage, Work, WorkerLost, pending_shards, run_stage
 from owlrec.shards import Artifact, Card, Claims, Shard
 from owlrec.workspace import Workspace
@@ -145,6 +145,7 @@ def test_what_a_store_refuses_for_a_moment_is_tried_again(workspace: Workspace, 
     [
         (WorkspaceError("cut off"), OSError("reset"), 3),
         (WorkspaceError("no such table"), None, 1),
+        (DiskFullError("no space"), OSError(28, "full"), 1),
         (EngineError("no such model"), OSError("404"), 1),
         (WorkerLost("out of memory"), OSError("CUDA"), 1),
     ],
@@ -162,6 +163,26 @@ def test_what_cannot_be_helped_ends_the_run_and_finished_shards_stay(
     after = Doubling()
     run_stage(workspace, after, INPUTS)
     assert SHARDS[0].name not in after.made
+
+
+def test_a_mistake_ends_the_shards_in_flight_beside_it(workspace: Workspace) -> None:
+    cancelled = list[str]()
+
+    class Asking(Doubling):
+        async def run(self, work: Work) -> Any:
+            if work.shard == SHARDS[1]:
+                await asyncio.sleep(0.05)  # until the others have begun
+                raise EngineError("no such model")
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(work.shard.name)
+                raise
+
+    with pytest.raises(EngineError, match="no such model"):
+        run_stage(workspace, Asking(), INPUTS, Pool(in_flight=3))
+    assert sorted(cancelled) == [SHARDS[0].name, SHARDS[2].name]
+    assert left_claims(workspace) == []
 
 
 def test_a_stage_that_does_not_open_ends_the_run(workspace: Workspace) -> None:

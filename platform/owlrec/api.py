@@ -21,14 +21,14 @@ from owlrec.decoding import engine_arguments
 from owlrec.decoding.release_pools import FOLDER, pools_identity
 from owlrec.errors import RecipeError, SchemaError, WorkspaceError
 from owlrec.generation import EngineConfig
-from owlrec.generation.job import SHARDS_IN_FLIGHT, build_job, dead_file, iterate_knowledge, table_inputs
+from owlrec.generation.job import build_job, dead_file, iterate_knowledge, table_inputs
 from owlrec.generation.models import model_identity
 from owlrec.generation.worker import GenerateStage
 from owlrec.ops.console import ShardWatch, progress, silent
 from owlrec.recipe import Recipe, load_recipe, make_recipe
 from owlrec.releases.release import Release, current_release, open_release
-from owlrec.runner import Pool, pending_shards, run_stage
-from owlrec.runs.batch import write_texts as texts_on_replicas
+from owlrec.runner import pending_shards
+from owlrec.runs.batch import write_texts as write_shards
 from owlrec.runs.stage import STAGES, chosen_stages, run_stages
 from owlrec.scenario import Scenario
 from owlrec.schema import INTERACTIONS, TABLES, missing_column, stable_id
@@ -296,7 +296,7 @@ def _rows(frame: "pd.DataFrame", kind: Literal["item", "user"], scenario: Scenar
 
 
 def _raw_id(value: Any) -> str:
-    """As sources read it; "" for what is no id. Pandas makes floats of integers where one is missing."""
+    """As sources read it; "" for anything but an id. Pandas makes floats of integers where one is missing."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str | int | np.integer) and not isinstance(value, bool):
@@ -322,7 +322,7 @@ _ROW_ERRORS = {TypeError: "WrongType", UnicodeEncodeError: "UndecodableText"}
 
 
 def _text(value: Any) -> str:
-    """Raises TypeError for what is no text or number, UnicodeEncodeError for a text that UTF-8 cannot hold."""
+    """Raises TypeError for anything but text or a number, UnicodeEncodeError for text that UTF-8 cannot hold."""
     import pandas as pd
 
     if isinstance(value, str):
@@ -411,11 +411,7 @@ def _generate(store: Workspace, recipe: Recipe, kind: Literal["item", "user"]) -
     stage, total = GenerateStage(job, recipe.engine), sum(rows.values())
     with progress("writing texts", total) as advance:
         on_card = ShardWatch(advance, store.log_path("shards"), rows)
-        if total <= _HERE_ROWS:
-            pool = Pool(in_flight=SHARDS_IN_FLIGHT)
-            cards = run_stage(store, stage, inputs, pool, on_card, done=done, again=again)
-        else:
-            cards = texts_on_replicas(recipe, store, stage, inputs, rows, on_card, done=done, again=again)
+        cards = write_shards(recipe, store, stage, inputs, rows, on_card, done=done, again=again, here_rows=_HERE_ROWS)
     answers: dict[int, _Answer] = {}
     for table in iterate_knowledge(store, job.folder, (kind,)):
         for row in table.select(["id", "text", "quality"]).to_pylist():

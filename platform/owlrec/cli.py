@@ -227,7 +227,7 @@ def submit(
                 submission.refuse(checks)
                 for check in checks:
                     if check.ok == "warn":
-                        warn(f"{check.found}. If they never come, {check.mend}.")
+                        warn(f"{check.found}. If they never come, {check.fix}.")
             command = shlex.join(["python", "-m", f"pipelines.{name}", *words])
             job = submission.Submission(id_, command, environment, driver_cpus, driver_gpus)
             attempt = submission.start(jobs, job, again=again)
@@ -310,9 +310,9 @@ def doctor(
     else:
         checks = run_checks(root)
     if as_json:
-        _print_json([{"check": c.name, "state": c.ok, "found": c.found, "fix": c.mend} for c in checks])
+        _print_json([{"check": c.name, "state": c.ok, "found": c.found, "fix": c.fix} for c in checks])
     else:
-        table("owlrec doctor", ["check", "state", "found", "to fix"], [(c.name, c.ok, c.found, c.mend) for c in checks])
+        table("owlrec doctor", ["check", "state", "found", "to fix"], [(c.name, c.ok, c.found, c.fix) for c in checks])
     if any(c.ok == "fail" for c in checks):
         raise typer.Exit(1)
 

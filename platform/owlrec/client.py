@@ -22,7 +22,6 @@ import httpx
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from owlrec import client as calls
 from owlrec.config import Config
 from owlrec.errors import OwlRecError
 from owlrec.serving.schemas import (
@@ -262,7 +261,7 @@ class RankOptions(TypedDict, total=False):
     explain: bool
 
 
-def get(kind: Kind, id: int, fields: Sequence[What]) -> Call[SingleAnswer | None]:
+def get_call(kind: Kind, id: int, fields: Sequence[What]) -> Call[SingleAnswer | None]:
     """One entity; None where nothing is known of it."""
     _validated(BatchGet, {"kind": kind, "ids": [_plain(id)], "fields": list(fields)})
     query = urlencode([("fields", one) for one in fields])
@@ -270,13 +269,13 @@ def get(kind: Kind, id: int, fields: Sequence[What]) -> Call[SingleAnswer | None
     return Call("GET", path, _reader(SingleAnswer), route=route, may_miss=True)
 
 
-def batch_get(kind: Kind, ids: Ids, fields: Sequence[What]) -> Call[BatchAnswer]:
+def batch_call(kind: Kind, ids: Ids, fields: Sequence[What]) -> Call[BatchAnswer]:
     """Up to 1,000 entities, aligned with `ids`."""
     body = _json(_validated(BatchGet, {"kind": kind, "ids": _plain(ids), "fields": list(fields)}))
     return Call("POST", "/v1/knowledge:batchGet", _reader(BatchAnswer), body=body, headers=_JSON)
 
 
-def vectors(kind: Kind, ids: Ids) -> Call[Vectors]:
+def vectors_call(kind: Kind, ids: Ids) -> Call[Vectors]:
     """Up to 1,000 vectors, as raw float16."""
     asked = _plain(ids)
     body = _json(_validated(BatchGet, {"kind": kind, "ids": asked}))
@@ -289,7 +288,7 @@ def vectors(kind: Kind, ids: Ids) -> Call[Vectors]:
     return Call("POST", "/v1/knowledge:batchGet", read, body=body, headers={**_JSON, "accept": BYTES_TYPE})
 
 
-def similar(
+def similar_call(
     kind: Kind, id: int | None, vector: Sequence[float] | np.ndarray | None, limit: int
 ) -> Call[SimilarAnswer | None]:
     """The entities nearest to one of them or to a vector; None where the one has no vector."""
@@ -297,17 +296,17 @@ def similar(
     return Call("POST", "/v1/knowledge:similar", _reader(SimilarAnswer), body=body, headers=_JSON, may_miss=True)
 
 
-def current_release() -> Call[ReleaseAnswer]:
-    """The release in force."""
+def release_call() -> Call[ReleaseAnswer]:
+    """The current release."""
     return Call("GET", "/v1/releases/current", _reader(ReleaseAnswer))
 
 
-def readiness() -> Call[Health]:
+def readiness_call() -> Call[Health]:
     """Whether lookups can be answered; a server that is not ready says why."""
     return Call("GET", "/readyz", _reader(Health), expected=frozenset({200, 503}))
 
 
-def rank(candidates: Ids, options: RankOptions) -> Call[RankAnswer]:
+def rank_call(candidates: Ids, options: RankOptions) -> Call[RankAnswer]:
     """Candidates in order. It may take as long as its own deadline says."""
     asked = _validated(Rank, {"candidates": _plain(candidates), **{k: _plain(v) for k, v in options.items()}})
     return Call(
@@ -365,7 +364,7 @@ class _Addresses:
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         for one in self._urls.values():
             if not one.startswith(("http://", "https://")):
-                raise ClientError(f"'{one}' is no address. It begins with http:// or https://.")
+                raise ClientError(f"'{one}' is not an address: it must begin with http:// or https://.")
 
     def _request(self, call: Call[T]) -> dict[str, Any]:
         url = self._urls[call.service] + call.path
@@ -394,22 +393,22 @@ class Client(_Addresses):
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         """url: of the knowledge application, with its route prefix if it has one. rank_url: of the ranking application,
-        where it is another. transport: in place of the network, for tests. Raises ClientError for what is no address.
+        where it is another. transport: in place of the network, for tests. Raises ClientError for an invalid address.
         """
         super().__init__(url, rank_url, api_key, policy)
         self._http = httpx.Client(transport=transport)
 
     def get(self, kind: Kind, id: int, fields: Sequence[What] = DEFAULT_FIELDS) -> SingleAnswer | None:
         """What is known of one id, None where nothing is. Raises ClientError, as all calls do."""
-        return self._run(calls.get(kind, id, fields))
+        return self._run(get_call(kind, id, fields))
 
     def batch_get(self, kind: Kind, ids: Ids, fields: Sequence[What] = DEFAULT_FIELDS) -> BatchAnswer:
         """What is known of up to 1,000 ids, aligned with them and all of one release; `found` is False for a miss."""
-        return self._run(calls.batch_get(kind, ids, fields))
+        return self._run(batch_call(kind, ids, fields))
 
     def vectors(self, kind: Kind, ids: Ids) -> Vectors:
         """The vectors of up to 1,000 ids, aligned with them, with a mask."""
-        return self._run(calls.vectors(kind, ids))
+        return self._run(vectors_call(kind, ids))
 
     def similar(
         self,
@@ -420,19 +419,19 @@ class Client(_Addresses):
         limit: int = 10,
     ) -> SimilarAnswer | None:
         """The entities nearest to one of them or to a vector, None where the one has no vector."""
-        return self._run(calls.similar(kind, id, vector, limit))
+        return self._run(similar_call(kind, id, vector, limit))
 
     def current_release(self) -> ReleaseAnswer:
         """The release that lookups are answered from."""
-        return self._run(calls.current_release())
+        return self._run(release_call())
 
     def readiness(self) -> Health:
         """Whether lookups can be answered; `problem` says why not."""
-        return self._run(calls.readiness())
+        return self._run(readiness_call())
 
     def rank(self, candidates: Ids, **options: Unpack[RankOptions]) -> RankAnswer:
         """Candidates in order, the best first. options: see RankOptions."""
-        return self._run(calls.rank(candidates, options))
+        return self._run(rank_call(candidates, options))
 
     def close(self) -> None:
         """Closes the connections."""
@@ -498,15 +497,15 @@ class AsyncClient(_Addresses):
 
     async def get(self, kind: Kind, id: int, fields: Sequence[What] = DEFAULT_FIELDS) -> SingleAnswer | None:
         """See Client.get."""
-        return await self._run(calls.get(kind, id, fields))
+        return await self._run(get_call(kind, id, fields))
 
     async def batch_get(self, kind: Kind, ids: Ids, fields: Sequence[What] = DEFAULT_FIELDS) -> BatchAnswer:
         """See Client.batch_get."""
-        return await self._run(calls.batch_get(kind, ids, fields))
+        return await self._run(batch_call(kind, ids, fields))
 
     async def vectors(self, kind: Kind, ids: Ids) -> Vectors:
         """See Client.vectors."""
-        return await self._run(calls.vectors(kind, ids))
+        return await self._run(vectors_call(kind, ids))
 
     async def similar(
         self,
@@ -517,19 +516,19 @@ class AsyncClient(_Addresses):
         limit: int = 10,
     ) -> SimilarAnswer | None:
         """See Client.similar."""
-        return await self._run(calls.similar(kind, id, vector, limit))
+        return await self._run(similar_call(kind, id, vector, limit))
 
     async def current_release(self) -> ReleaseAnswer:
         """See Client.current_release."""
-        return await self._run(calls.current_release())
+        return await self._run(release_call())
 
     async def readiness(self) -> Health:
         """See Client.readiness."""
-        return await self._run(calls.readiness())
+        return await self._run(readiness_call())
 
     async def rank(self, candidates: Ids, **options: Unpack[RankOptions]) -> RankAnswer:
         """See Client.rank."""
-        return await self._run(calls.rank(candidates, options))
+        return await self._run(rank_call(candidates, options))
 
     async def close(self) -> None:
         """Closes the connections."""

@@ -1,4 +1,4 @@
-"""What a user did wrong, said so that they can mend it: every message names the file, row or key and the next step."""
+"""What a user did wrong, said so that they can fix it: every message names the file, row or key and the next step."""
 
 import difflib
 from collections.abc import Iterable

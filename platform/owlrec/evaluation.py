@@ -20,7 +20,7 @@ from owlrec.workspace import Workspace
 # AUC is the Mann-Whitney rank sum, tied scores sharing their mean rank. gAUC (group AUC; Zhu et al., "Optimized Cost
 # per Click in Taobao Display Advertising", KDD 2017) averages each user's own AUC weighted by impressions: it leaves
 # out what tells users apart and keeps what orders one user's items, which is what a ranking is used for. Both are nan
-# where no group holds the two classes. A NaN among scores or a label that is no label is refused: sorted among the
+# where no group holds the two classes. A NaN among scores or an invalid label is refused: sorted among the
 # others it would yield a figure that looks like any other.
 
 
@@ -94,7 +94,7 @@ def equal_mass_calibration_error(labels: np.ndarray, probabilities: np.ndarray, 
 
 
 def binary_rows(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 [n]. Raises ValueError where they are no n labels of 0 and 1 with n scores without NaN."""
+    """Both as float64 [n]. Raises ValueError unless they are n labels of 0 and 1 and n scores without NaN."""
     labels, scores = _aligned(labels, scores)
     _refuse((labels != 0) & (labels != 1), labels, "label", "labels are 0 or 1")
     _refuse(np.isnan(scores), scores, "score", "it has no place in an order")
@@ -398,7 +398,7 @@ def load_calibration(workspace: Workspace, path: str) -> PlattScaling:
         return PlattScaling.model_validate(workspace.read_json(path))
     except ValidationError as error:
         raise WorkspaceError(
-            f"{workspace.path(path)} is no calibration ({error.errors()[0]['msg']}). Delete it and calibrate again."
+            f"{workspace.path(path)} is not a calibration ({error.errors()[0]['msg']}). Delete it and calibrate again."
         ) from None
 
 

@@ -1,6 +1,6 @@
 """A bounded folder of copies on the node's own disk, which its processes share.
 
-A file is fetched once per node, whoever asks first: a lock makes the others wait for it. It is checked when it arrives
+A file is fetched once per node, by the first to ask: a lock makes the others wait for it. It is checked when it arrives
 and mapped from then on. What does not fit is evicted, the longest unused first and never what somebody has open:
 readers hold a shared lock on their copy, which the kernel gives back even when they are killed.
 """

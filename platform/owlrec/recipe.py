@@ -109,7 +109,7 @@ def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas:
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is no valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
+        raise RecipeError(f"{path}: is not valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: must hold `key: value` lines at the top. See pipelines/recipes/ for an example.")
     if workspace is not None:

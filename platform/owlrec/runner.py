@@ -2,7 +2,7 @@
 
 A stage says how one shard is made and knows nothing of Ray, claims, retries or progress; every stage of a run is one.
 Names of shards flow through Ray Data, never rows: a shard is claimed, read, made and written inside one worker, so the
-driver holds nothing but cards, and a worker that is killed loses no more than the shards it had at hand.
+driver holds nothing but cards, and a worker that is killed loses no more than the shards it had in flight.
 """
 
 import asyncio
@@ -170,7 +170,7 @@ class Pool:
     max_workers: int = 1
     cpus: float = 1.0  # of one worker
     gpus: float = 0.0
-    in_flight: int = 1  # shards that a worker has at hand
+    in_flight: int = 1  # shards in flight in a worker
     lease_s: float = LEASE_S
     price_per_hour: float | None = None  # of one worker: a metric then shows the cost
     log_path: str | None = None  # where workers of a Ray cluster write what they and their libraries have to say
@@ -302,25 +302,12 @@ class _Worker:
         """The shard's card, or None where another run is at it. Raises OwlRecError."""
         if self.mistake is not None:
             raise self.mistake
-        path = f"{self.run.claims_folder}/{shard.name}"
-        task, lost = asyncio.current_task(), False
+        task = asyncio.current_task()
         assert task is not None
         self._at_work.add(task)
         try:
-            claim = await asyncio.to_thread(self.claims.claim, path)
-        except BaseException:
-            self._at_work.discard(task)
-            raise
-        if claim is None:
-            self._at_work.discard(task)
-            return None
-        try:
-            return await self._claimed(shard, inputs, claim, path)
-        except ShardTaken:
-            return None
+            return await self._claim_and_make(shard, inputs)
         except WorkerLost:
-            lost = True  # the claim stays, with its count of failures, for the next worker to read
-            self.claims.record_failure()
             raise
         except OwlRecError as error:
             # The run ends with it: what the shards beside it would still ask for is not paid for.
@@ -330,6 +317,22 @@ class _Worker:
             raise
         finally:
             self._at_work.discard(task)
+
+    async def _claim_and_make(self, shard: Shard, inputs: str) -> Card | None:
+        path = f"{self.run.claims_folder}/{shard.name}"
+        claim = await asyncio.to_thread(self.claims.claim, path)
+        if claim is None:
+            return None
+        lost = False
+        try:
+            return await self._claimed(shard, inputs, claim, path)
+        except ShardTaken:
+            return None
+        except WorkerLost:
+            lost = True  # the claim stays, with its count of failures, for the next worker to read
+            self.claims.record_failure()
+            raise
+        finally:
             if not lost:
                 await asyncio.to_thread(self.claims.release, path)
 

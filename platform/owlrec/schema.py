@@ -341,12 +341,12 @@ def check_rows(table: pa.Table, *, name: str, key: Sequence[str], required: Sequ
     if not key:
         return
     counts = table.group_by(list(key)).aggregate([([], "count_all")])
-    doubled = counts.filter(pc.greater(counts["count_all"], 1))
-    if doubled.num_rows:
-        first = {k: doubled[k][0].as_py() for k in key}
+    repeated = counts.filter(pc.greater(counts["count_all"], 1))
+    if repeated.num_rows:
+        first = {k: repeated[k][0].as_py() for k in key}
         raise SchemaError(
-            f"{name}: {doubled.num_rows} keys occur more than once, first {first} "
-            f"({doubled['count_all'][0].as_py()} rows). Keep one row a key."
+            f"{name}: {repeated.num_rows} keys occur more than once, first {first} "
+            f"({repeated['count_all'][0].as_py()} rows). Keep one row a key."
         )
 
 

@@ -132,7 +132,7 @@ class Artifact:
         _write_card(self.workspace, self._file(Shard.of_name(card.shard)), card)
 
     def forget(self, shard: Shard) -> None:
-        """Removes a shard's card: its files are no longer what it says, or it is no shard of the artifact any more."""
+        """Removes a shard's card: its files are no longer what it says, or it has left the artifact."""
         self.workspace.delete_file(self._file(shard))
 
     def gather(self, made: Iterable[str]) -> None:

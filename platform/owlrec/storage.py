@@ -180,7 +180,7 @@ class Storage:
     # Removing
 
     def delete_file(self, path: str) -> None:
-        """Removes a file; one that is gone already is no error."""
+        """Removes a file; one that is gone already is not an error."""
         if self.local:
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(self.path(path))

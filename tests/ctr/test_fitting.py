@@ -12,7 +12,6 @@ import torch
 from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 
 from owlrec.ctr import trainer
-from owlrec.ctr import trainer as fitting
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches, SplitTensors
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial
@@ -80,9 +79,9 @@ def test_early_stopping_keeps_the_best_epoch(data: TrainingData, monkeypatch: py
         original(self, split)
         weights.append({k: v.clone() for k, v in self.model.state_dict().items()})
 
-    real_auc = fitting.metrics.auc
+    real_auc = trainer.metrics.auc
     monkeypatch.setattr(Epochs, "_train_epoch", spy)
-    monkeypatch.setattr(fitting.metrics, "auc", lambda labels, scores: next(given, real_auc(labels, scores)))
+    monkeypatch.setattr(trainer.metrics, "auc", lambda labels, scores: next(given, real_auc(labels, scores)))
     trained = train_one(trial(), data, CONFIG.model_copy(update={"patience": 2, "epochs": 10}))
     assert (trained.result.epochs, trained.result.best_epoch) == (4, 2)
     for name, value in trained.model.state_dict().items():

@@ -164,7 +164,7 @@ def answers(url: str) -> bool:
 
 
 def write_events(workspace: Workspace) -> list[int]:
-    """Ten users act anew, later than all that the tables hold; their ids."""
+    """Ten users act again, later than all that the tables hold; their ids."""
     interactions = workspace.read_table("interactions")
     newest = max(interactions["timestamp"].to_pylist()) + 24 * 3_600_000
     done = Counter(interactions["user_id"].to_pylist())

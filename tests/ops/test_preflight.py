@@ -71,7 +71,7 @@ def test_an_address_that_nothing_answers_at_is_no_head():
         pass
     [found] = check_head(url, {})
     assert "no Ray head answers" in found.found
-    assert "8265" in found.mend
+    assert "8265" in found.fix
     assert check_head("http://no such host", {})[0].ok == "fail"
 
 

@@ -1,4 +1,4 @@
-"""A submission is one job: found while it runs, reported once it has succeeded, begun anew if it failed."""
+"""A submission is one job: found while it runs, reported once it has succeeded, restarted if it failed."""
 
 import asyncio
 import time
@@ -115,7 +115,7 @@ def test_a_finished_job_is_reported_unless_asked_for_again():
 
 
 @pytest.mark.parametrize("status", ["FAILED", "STOPPED"])
-def test_a_failed_job_is_begun_anew_under_the_next_number(status):
+def test_a_failed_job_is_started_again_under_the_next_number(status):
     jobs = FakeJobs(
         [Details(JOB.name, "FAILED"), Details(f"{JOB.name}-2", "FAILED"), Details(f"{JOB.name}-10", status)]
     )

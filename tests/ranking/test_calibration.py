@@ -122,7 +122,7 @@ def test_saved_is_loaded_exactly(workspace: Workspace) -> None:
 @pytest.mark.parametrize("damaged", [{}, {"slope": -1, "intercept": 0}, {"method": "magic"}, []])
 def test_damaged_parameters_are_refused(workspace: Workspace, damaged: object) -> None:
     workspace.write_json("calibration.json", damaged)
-    with pytest.raises(WorkspaceError, match=r"calibration.json is no calibration"):
+    with pytest.raises(WorkspaceError, match=r"calibration.json is not a calibration"):
         load_calibration(workspace, "calibration.json")
 
 

@@ -1,4 +1,4 @@
-"""A publish or a compaction that is killed at any step leaves what was current in force, and simply runs again."""
+"""A publish or a compaction that is killed at any step leaves what was current, and simply runs again."""
 
 import pytest
 from release_rows import FULL, Rows, answers, check, publish_chain, publish_rows

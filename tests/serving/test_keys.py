@@ -75,7 +75,7 @@ def test_keys_may_come_as_text():
 
 @pytest.mark.parametrize("line", ["secret", "a b c", f"name {'0' * 32} {'0' * 63}", f"na:me {'0' * 32} {'0' * 64}"])
 def test_a_broken_line_is_named_and_not_repeated(line):
-    with pytest.raises(ServingError, match="keys, line 3: is no key") as error:
+    with pytest.raises(ServingError, match="keys, line 3: not a key") as error:
         parse_keys(f"\n# c\n{line}", "keys")
     assert line not in str(error.value)
 

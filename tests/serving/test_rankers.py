@@ -1,4 +1,4 @@
-"""Which adapter and which calibration are in force."""
+"""Which adapter and which calibration are used."""
 
 import numpy as np
 import pytest

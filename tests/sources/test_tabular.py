@@ -147,7 +147,7 @@ def test_dates_in_csv_are_understood(tmp_path: Path) -> None:
         (
             {"interactions": f"user_id,item_id,timestamp\n007,1,{T * 10**6}\n", "timestamp_unit": "s"},
             SchemaError,
-            r"interactions\.csv: timestamp \d+ is no number of seconds",
+            r"interactions\.csv: timestamp \d+ is not a number of seconds",
         ),
         (
             {"interactions": "user_id,item_id,timestamp\n007,1,noon\n"},

@@ -288,9 +288,9 @@ class CTRConfig(Config):
     @field_validator("backbones", "arms", "seeds")
     @classmethod
     def _no_doubles(cls, values: tuple[object, ...]) -> tuple[object, ...]:
-        doubled = sorted({str(v) for v in values if values.count(v) > 1})
-        if doubled:
-            raise ValueError(f"{', '.join(doubled)} stands there more than once; a trial is trained once.")
+        repeated = sorted({str(v) for v in values if values.count(v) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(repeated)} stands there more than once; a trial is trained once.")
         return values
 
 

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from owlrec.cohorts.clustering import unit
 from owlrec.ctr.adaptor import TrainedTower
-from owlrec.ctr.artifact import PROFILES as PROFILES
-from owlrec.ctr.artifact import PROGRAM, ModelCard, Profiles, Reads, read_card
+from owlrec.ctr.artifact import PROFILES, PROGRAM, ModelCard, Profiles, Reads, read_card
 from owlrec.ctr.batches import Tables
 from owlrec.ctr.experiment import Trial, read_grid_scores
 from owlrec.ctr.features import RESERVED, UNKNOWN, ItemFeatures, Vocabularies

@@ -74,7 +74,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_ constants of malloc.h
 def keep_freed_memory() -> None:
     """From now on this process gives freed memory back only when it ends.
 
-    By default glibc maps each tensor of more than 32 MB anew and unmaps it when it is freed: on a CPU a quarter of a
+    By default glibc maps each tensor of more than 32 MB again and unmaps it when it is freed: on a CPU a quarter of a
     step then goes into page faults (batch 4,096: DCN-V2 83 ms to 64, DIN 103 ms to 74). For processes that train and
     end. Nothing happens where there is no glibc.
     """
@@ -215,7 +215,7 @@ class Optimisers:
 #
 # One safetensors file holds everything that the next step depends on: weights, the best epoch's weights, both
 # optimisers, each rank's random state, and the position in the epoch's order of rows, which itself follows from seed
-# and epoch. One file is replaced atomically, so no kill leaves half a checkpoint; and it is no pickle.
+# and epoch. One file is replaced atomically, so no kill leaves half a checkpoint; and it is not a pickle.
 
 
 class Progress(BaseModel):
@@ -261,13 +261,13 @@ class CheckpointFile:
             metadata = metadata_of(data)
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise WorkspaceError(
-                f"{self.workspace.path(self.path)} is no readable checkpoint ({error}). Delete it, and the trial "
-                f"starts anew."
+                f"{self.workspace.path(self.path)} is not a readable checkpoint ({error}). Delete it, and the trial "
+                f"starts over."
             ) from None
         if metadata["trial"] != self.trial:
             raise WorkspaceError(
                 f"{self.workspace.path(self.path)} is the checkpoint of another model or of other data. Delete it, and "
-                f"the trial starts anew."
+                f"the trial starts over."
             )
         progress = Progress.model_validate_json(metadata["progress"])
         progress.resumed += 1
@@ -488,7 +488,7 @@ def train_one(
     """Trains a trial to its best valid AUC, and scores valid and test with that epoch's weights.
 
     Where world_size exceeds 1, every rank of the process group must call it; all return the same metrics and weights.
-    checkpoint: the trial goes on from it where it exists, and writes it. Whoever has stored the result deletes it.
+    checkpoint: the trial goes on from it where it exists, and writes it. The caller deletes it after storing the result.
     begin: gives the new model other weights than random ones (WarmStart.load_into).
     Raises RecipeError where training diverges, or where the arm's vectors are missing; WorkspaceError for a checkpoint
     of another model.

@@ -91,7 +91,7 @@ def add_counters(parts: Iterable[DecoderCounters]) -> DecoderCounters:
 
 _NODES = np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024], dtype=np.float64)
 _LEARNING_RATE = 0.1
-_OUTLIER = 2.0  # a slower or faster step than this many times the estimate counts as that: a hiccup is no trend
+_OUTLIER = 2.0  # a slower or faster step than this many times the estimate counts as that: a hiccup is not a trend
 _EXPLORE_AFTER = 256  # steps after which the road not taken is tried once, in case the machine has changed
 _EXPLORE_FIRST = 8  # the same for drafts when none were tried yet; each try makes the wait as much longer
 _STALE_AFTER = 32  # steps after which the curve of the road not taken follows the other's changes of speed

@@ -59,7 +59,7 @@ class RetrievalProposer:
         self.rates = AcceptanceRates(2 * len(CLASSES))
         self.counts: Counter[str] = Counter()
         self.retrieval_s = 0.0
-        self.scheduled: dict[str, int] = {}  # drafts that the step at hand verifies, by request; set by the worker
+        self.scheduled: dict[str, int] = {}  # drafts that this step verifies, by request; set by the worker
         self.requests: dict[str, RequestState] = {}
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.controller: Controller | None = None
@@ -142,7 +142,7 @@ class RetrievalProposer:
             self.pools.insert(name, [*prompt[-options.LEAD_TOKENS :], *output[:cut]])
 
     def _settle(self, sampled_token_ids: list[list[int]]) -> None:
-        """Takes in the verifier's word on the drafts of the step at hand."""
+        """Takes in the verifier's word on the drafts of this step."""
         groups, cells, fates = [], [], []
         for row, request_id in enumerate(self._runner.input_batch.req_ids if self.scheduled else ()):
             scheduled, state = self.scheduled.get(request_id), self.state(request_id)

@@ -142,7 +142,7 @@ def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[in
     """Sorts token sequences into a sealed pool: about a second a million tokens.
 
     ids: one a sequence (user or item ids), for `SealedPool.document`; None where all are NAMELESS.
-    Raises ValueError for a negative token id, doubled ids, or more than 2^31 tokens.
+    Raises ValueError for a negative token id, duplicate ids, or more than 2^31 tokens.
     """
     parts = [np.asarray(s, dtype=np.int32) for s in sequences]
     lengths = np.array([len(p) for p in parts], dtype=np.int64)
@@ -178,18 +178,18 @@ def open_pool(folder: str | os.PathLike[str], identity: str) -> SealedPool:
     manifest = _read_manifest(folder)
     if manifest.get("format") != _FORMAT or manifest.get("depth") != DEPTH:
         raise CorruptPool(
-            f"pool {folder}: format {manifest.get('format')} is not the expected {_FORMAT}. Build the pool anew."
+            f"pool {folder}: format {manifest.get('format')} is not the expected {_FORMAT}. Build the pool again."
         )
     if manifest.get("identity") != identity:
         raise PoolError(
             f"pool {folder} holds tokens of {manifest.get('identity')}, but the engine runs {identity}. "
-            f"Build the pool anew with this model, or point decoding.pools at another folder."
+            f"Build the pool again with this model, or point decoding.pools at another folder."
         )
     return SealedPool(*(_map_checked(folder, name, manifest) for name in _ARRAYS))
 
 
 def rebuild_pool(folder: str | os.PathLike[str]) -> SealedPool:
-    """Sorts a damaged pool anew from its tokens, where those and its documents are intact. Raises CorruptPool where
+    """Sorts a damaged pool again from its tokens, where those and its documents are intact. Raises CorruptPool where
     they are not."""
     folder = Path(folder)
     manifest = _read_manifest(folder)
@@ -204,20 +204,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
         return manifest
     except (OSError, ValueError) as error:
-        raise CorruptPool(f"pool {folder}: manifest.json cannot be read ({error}). Build the pool anew.") from None
+        raise CorruptPool(f"pool {folder}: manifest.json cannot be read ({error}). Build the pool again.") from None
 
 
 def _map_checked(folder: Path, name: str, manifest: dict[str, Any]) -> np.ndarray:
     file = folder / f"{name}.npy"
     try:
         if _checksum(file) != manifest["crc32"][name]:
-            raise CorruptPool(f"pool {folder}: {file.name} differs from its checksum. Build the pool anew.")
+            raise CorruptPool(f"pool {folder}: {file.name} differs from its checksum. Build the pool again.")
         # Copy-on-write, though nobody writes: kernels take writable and read-only arrays for two types and compile for
         # each.
         array: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
         return array.view(np.ndarray)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptPool(f"pool {folder}: {file.name} cannot be read ({error}). Build the pool anew.") from None
+        raise CorruptPool(f"pool {folder}: {file.name} cannot be read ({error}). Build the pool again.") from None
 
 
 def _checksum(file: Path) -> int:
@@ -305,7 +305,7 @@ class LivePool:
 
     def insert(self, sequence: Sequence[int] | np.ndarray) -> bool:
         """Adds one text; returns whether the arrays were replaced by larger ones, so that holders of the old ones must
-        fetch them anew.
+        fetch them again.
 
         A text longer than half the pool is cut to its end. Raises ValueError for a negative token id.
         """
@@ -507,7 +507,7 @@ def match_text(text: np.ndarray, end: int, context: np.ndarray, positions: np.nd
 # The texts that a retrieval call may search, held as the lists of arrays that compiled kernels take.
 #
 # A row names its sources by kind and place, so that one call serves rows of any pools. Places are reused: building
-# numba's lists anew for each change would cost more than the search.
+# numba's lists again for each change would cost more than the search.
 
 
 NOTHING, SEALED, LIVE, TEXT, CONTEXT = -1, 0, 1, 2, 3  # kinds of source; CONTEXT is the row's own prompt and output
@@ -539,7 +539,7 @@ class Shelf:
         return self._add(LIVE, (pool.tokens, pool.heads, pool.earlier))
 
     def renew_live(self, place: int, pool: LivePool) -> None:
-        """Puts a live pool's arrays at its place anew, after they were replaced."""
+        """Puts a live pool's arrays at its place again, after they were replaced."""
         self._set(LIVE, place, (pool.tokens, pool.heads, pool.earlier))
 
     def add_text(self, tokens: np.ndarray) -> int:

@@ -2,7 +2,7 @@
 finished.
 
 A request names its pools; names come over HTTP too, so that they are checked before they become paths. A missing pool
-is no error, since a new cohort has none yet: the default pool serves, and the miss is counted. A damaged pool is
+is not an error, since a new cohort has none yet: the default pool serves, and the miss is counted. A damaged pool is
 rebuilt from its tokens where those are intact, else set aside under another name, and the job goes on.
 """
 
@@ -139,7 +139,7 @@ class Pools:
         names = sorted(f.name for f in Path(self.root).iterdir() if _NAME.fullmatch(f.name))
         name = DEFAULT_POOL if DEFAULT_POOL in names else (names[0] if names else None)
         if name is not None:
-            with contextlib.suppress(CorruptPool):  # opened again, and mended, when a request names it
+            with contextlib.suppress(CorruptPool):  # opened again, and repaired, when a request names it
                 open_pool(Path(self.root) / name, self.identity)
 
     def _close(self, tier: OrderedDict, kind: int) -> None:
@@ -171,5 +171,5 @@ class Pools:
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             self.counts["quarantined"] += 1
-            _log.warning("pool %s cannot be mended and was moved to %s; publish again to replace it", folder, aside)
+            _log.warning("pool %s cannot be repaired and was moved to %s; publish again to replace it", folder, aside)
             return None

@@ -1,7 +1,7 @@
 """The retrieval pools of a release: its texts as token sequences, one pool a kind and one a cohort, for the next run to
 draft from.
 
-A text is tokenised anew, behind the tokens that open an answer in the model's chat template: what the engine will see
+A text is tokenized again, behind the tokens that open an answer in the model's chat template: what the engine will see
 just before it writes. Pools are named after the release but lie outside its folder, since they serve the generation of
 the next release, not readers of this one; losing them costs speed and no text.
 """

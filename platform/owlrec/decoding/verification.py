@@ -79,7 +79,7 @@ class _Rules:
 class Verifier(RejectionSampler):
     """vLLM's rejection sampler with a short way for greedy batches and the relaxed rule.
 
-    rules: one a row, None for strict; whoever runs the model sets it before each step. verdict: of the last step.
+    rules: one a row, None for strict; the worker sets it before each step. verdict: of the last step.
     """
 
     def __init__(self, sampler: Any, spec_config: Any, device: torch.device) -> None:
@@ -87,7 +87,7 @@ class Verifier(RejectionSampler):
         self.rules: Sequence[Relaxation | None] = ()
         self.verdict = Verdict(np.zeros(0, np.int64), np.zeros(0, np.int64))
         self.seconds = 0.0  # spent here since the start
-        # Of the step at hand, on the long way, [n_draft]: tokens, and whether only the relaxed rule accepts them.
+        # Of this step, on the long way, [n_draft]: tokens, and whether only the relaxed rule accepts them.
         self._draft = np.zeros(0, np.int64)
         self._only_relaxed = np.zeros(0, dtype=bool)
 
@@ -109,7 +109,7 @@ class Verifier(RejectionSampler):
             self.verdict = Verdict(np.zeros_like(counts), np.zeros_like(counts))
         else:
             self._draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
-            # vLLM 0.32's kernel for a CPU reads a probability at -1 and may accept it (vllm#46533 mended the GPU's):
+            # vLLM 0.32's kernel for a CPU reads a probability at -1 and may accept it (vllm#46533 fixed the GPU's):
             # padding is verified as token 0, which is what the model was fed, and what then follows it is dropped.
             unpadded = replace(metadata, draft_token_ids=metadata.draft_token_ids.clamp(min=0))
             output = super().forward(unpadded, draft_probs, logits, sampling_metadata)

@@ -439,9 +439,9 @@ def _spill(
 def _refuse_duplicates(bucket: np.ndarray, path: str | Path) -> None:
     ids, rows = np.array(bucket["id"]), np.array(bucket["row"])
     order = np.lexsort((rows, ids))
-    doubled = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if len(doubled):
-        first, second = order[doubled[0]], order[doubled[0] + 1]
+    repeated = np.flatnonzero(ids[order][1:] == ids[order][:-1])
+    if len(repeated):
+        first, second = order[repeated[0]], order[repeated[0] + 1]
         raise SourceError(
             f"{path}, row {rows[second]}: id {ids[second]} occurs in row {rows[first]} too. Keep one vector per id."
         )

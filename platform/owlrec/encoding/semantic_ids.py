@@ -289,7 +289,7 @@ def _residual_quantiser(dim: int, bits: int, levels: int, seed: int = SEED) -> "
     parameters = quantiser.cp
     parameters.niter = _ITERATIONS
     parameters.seed = seed
-    parameters.min_points_per_centroid = 1  # fewer vectors than faiss likes are no reason for a warning
+    parameters.min_points_per_centroid = 1  # fewer vectors than faiss likes do not call for a warning
     # k-means++: from starting points drawn evenly, two of eight clear clusters often end in one code.
     parameters.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
     return quantiser

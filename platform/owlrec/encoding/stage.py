@@ -85,7 +85,7 @@ class EncodeStage(Stage):
 
 
 def _timed(texts: int, seconds: float, earlier: Card | None) -> dict[str, float | int | str]:
-    """How many texts were encoded in how many seconds, for whoever asks how fast that is. A pass that only adds codes
+    """How many texts were encoded in how many seconds, to tell the encoder's speed. A pass that only adds codes
     adds its seconds to those of the pass that encoded.
     """
     if not texts and earlier is not None:

@@ -31,7 +31,7 @@ class SamplingConfig(Config):
 
 
 class EngineStopped(EngineError):
-    """The engine itself has failed: every request in flight is lost and it must be built anew."""
+    """The engine itself has failed: every request in flight is lost and it must be built again."""
 
 
 class RowError(EngineError):
@@ -54,7 +54,7 @@ class EmptyPrompt(RowError):
 
 
 class BadRow(RowError):
-    """The row itself cannot be read: a wrong type, text that is no text, a page in place of a title."""
+    """The row itself cannot be read: a wrong type, invalid text, a page in place of a title."""
 
     def __init__(self, message: str, name: str) -> None:
         super().__init__(message)

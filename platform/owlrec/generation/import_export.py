@@ -19,7 +19,6 @@ from pydantic import field_validator
 from owlrec.config import Config
 from owlrec.decoding import DecodingConfig
 from owlrec.errors import SchemaError, SourceError
-from owlrec.generation import import_export as importing
 from owlrec.generation import knowledge_files as files
 from owlrec.generation.engine import BadRow, Completion, FailedQuality, SamplingConfig
 from owlrec.generation.job import GenerationJob
@@ -38,7 +37,7 @@ from owlrec.workspace import Workspace, read_tombstones
 # Knowledge for others: one JSON-lines or one Parquet file of all rows, each written whole or not at all.
 #
 # Tables are written as they come, so that an export of 10^8 rows takes the memory of one shard. What `export_jsonl`
-# and `export_parquet` write, `importing` reads back.
+# and `export_parquet` write, `read_knowledge_file` reads back.
 
 
 _EXPORTED_AT_ONCE = 2048  # what is turned into Python objects at a time: about 10 MB
@@ -127,7 +126,7 @@ class NoAsOf(Unusable):
 
 
 class BadAsOf(Unusable):
-    """The row's as_of is no whole number of milliseconds since 1970."""
+    """The row's as_of is not a whole number of milliseconds since 1970."""
 
 
 class WrongKind(Unusable):
@@ -149,7 +148,7 @@ class ImportSource(Config):
     @classmethod
     def _in_milliseconds(cls, value: int | None) -> int | None:
         if value is not None and value != 0 and value not in MILLISECONDS:
-            raise ValueError(f"{value} is no time in milliseconds since 1970, UTC")
+            raise ValueError(f"{value} is not a time in milliseconds since 1970, UTC")
         return value
 
 
@@ -343,12 +342,12 @@ def _as_of(record: dict[str, Any], source: ImportSource, ours: bool) -> int:
     # foreign row of a user it is far more often a filler.
     likely = moment in _INT64 if ours else moment in MILLISECONDS or (moment == 0 and source.kind != "user")
     if not (exact and likely):
-        raise BadAsOf(f"as_of {str(value)[:40]} is no time in milliseconds since 1970, UTC")
+        raise BadAsOf(f"as_of {str(value)[:40]} is not a time in milliseconds since 1970, UTC")
     return moment
 
 
 def _count(value: object) -> int:
-    """A number of tokens; 0 for what is none, since a missing count is no reason to lose a text."""
+    """A number of tokens; 0 for what is none, since a missing count must not lose a text."""
     try:
         count = int(value) if isinstance(value, int | float | str | bytes) else 0
     except (ValueError, OverflowError):
@@ -409,7 +408,7 @@ _ROWS = pa.schema(
 
 
 def adopt(
-    workspace: Workspace, scenario: Scenario, quality: QualityConfig, source: importing.ImportSource
+    workspace: Workspace, scenario: Scenario, quality: QualityConfig, source: ImportSource
 ) -> tuple[GenerationJob, dict[str, Card]]:
     """Reads a file of knowledge into the workspace, in place of all imported knowledge of its kind; the job of all
     imports, and the cards of this one.
@@ -421,7 +420,7 @@ def adopt(
         raise SourceError(
             f"{source.path}: knowledge of kind '{source.kind}' cannot be imported yet, only user and item."
         )
-    rows = importing.read_knowledge_file(source)  # complains of the file before anything is removed
+    rows = read_knowledge_file(source)  # complains of the file before anything is removed
     named = fingerprint("imported", scenario, quality, RULES)
     job = GenerationJob(scenario, PromptConfig(), SamplingConfig(), DecodingConfig(), quality, named)
     n_shards = workspace.n_shards(source.kind)
@@ -438,7 +437,7 @@ def adopt(
     return job, cards
 
 
-def _deal(rows: Iterator[importing.ImportedRow | importing.RefusedRow], folder: Path, n: int) -> list[Path]:
+def _deal(rows: Iterator[ImportedRow | RefusedRow], folder: Path, n: int) -> list[Path]:
     """Writes rows into `n` files by the hash of their id; in each they keep the order of the source."""
     paths = [folder / f"{number}.arrows" for number in range(n)]
     with ExitStack() as stack:
@@ -451,8 +450,8 @@ def _deal(rows: Iterator[importing.ImportedRow | importing.RefusedRow], folder: 
     return paths
 
 
-def _record(row: importing.ImportedRow | importing.RefusedRow) -> dict[str, object]:
-    if isinstance(row, importing.RefusedRow):
+def _record(row: ImportedRow | RefusedRow) -> dict[str, object]:
+    if isinstance(row, RefusedRow):
         message = f"row {row.row}, id {row.raw_id!r}: {row.message}"
         id_ = stable_id(row.raw_id) if row.raw_id else -row.row
         return {"id": id_, "as_of": 0, "error": row.error, "message": message}

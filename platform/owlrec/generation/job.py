@@ -26,7 +26,7 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file
 
 DECODER = "decoder"  # a card's count: what the decoder counted over the shard, as JSON
-# Work that an engine has at hand beyond what it runs: a shard's last rows must not leave its batch half empty.
+# Work queued in an engine beyond what it runs: a shard's last rows must not leave its batch half empty.
 SHARDS_IN_FLIGHT = 4
 _SHARD_TABLES: dict[Kind, tuple[str, ...]] = {"user": ("users", "histories"), "item": ("items",)}
 

@@ -45,7 +45,7 @@ class Undecodable(Unusable):
 
 
 class NoText(Unusable):
-    """There is no text, or something that is no text stands in its place."""
+    """There is no text, or something else stands in its place."""
 
 
 class ApiError(Unusable):
@@ -95,7 +95,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 class _Pairs(list):
-    """A JSON object as its pairs: a dict would lose all but the last of a doubled id."""
+    """A JSON object as its pairs: a dict would lose all but the last of a duplicate id."""
 
 
 def read_kar(path: Path) -> Iterator[Record]:
@@ -108,12 +108,10 @@ def read_kar(path: Path) -> Iterator[Record]:
     try:
         entries = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
-        hint = (
-            "For a JSON object a line set format: openai or jsonl." if error.msg == "Extra data" else "Mend the file."
-        )
+        hint = "For a JSON object a line set format: openai or jsonl." if error.msg == "Extra data" else "Fix the file."
         raise SourceError(f"{path}, line {error.lineno}, column {error.colno}: no JSON ({error.msg}). {hint}") from None
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: no JSON of KAR's ({error}). Mend the file.") from None
+        raise SourceError(f"{path}: no JSON of KAR's ({error}). Fix the file.") from None
     if not isinstance(entries, _Pairs):
         raise SourceError(f"{path}: the JSON is a {type(entries).__name__}, but KAR's is an object of ids. Set format.")
     for number, (raw_id, entry) in enumerate(entries, 1):
@@ -206,9 +204,9 @@ def read_csv(path: Path, columns: Mapping[str, str], required: Collection[str]) 
             raise SourceError(f"{path}: the first line is empty. Give the file a header of column names.")
         header[0] = header[0].removeprefix("\ufeff")
         mapping = _mapping(path, header, columns, required)
-        doubled = [name for name in mapping.values() if header.count(name) > 1]
-        if doubled:
-            raise SourceError(f"{path}, line 1: two columns are called '{doubled[0]}'. Rename one.")
+        repeated = [name for name in mapping.values() if header.count(name) > 1]
+        if repeated:
+            raise SourceError(f"{path}, line 1: two columns are called '{repeated[0]}'. Rename one.")
         places = {field: header.index(name) for field, name in mapping.items()}
         while True:
             number = reader.line_num + 1

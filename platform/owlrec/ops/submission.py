@@ -1,7 +1,7 @@
-"""One job for each recipe and pipeline: whoever submits it again finds the job that is there, in whatever state it is.
+"""One job for each recipe and pipeline: submitting again finds the existing job, in whatever state it is.
 
 The submission id is a fingerprint of what runs; Ray refuses an id that exists, so that of two that submit at the same
-moment one starts the job and both follow it. A job that failed or was stopped is begun anew under the next number:
+moment one starts the job and both follow it. A job that failed or was stopped is started again under the next number:
 stages skip what is finished, so nothing is done twice. After a head without fault tolerance is lost, its list of jobs
 is empty, and the same holds.
 
@@ -106,7 +106,7 @@ def runtime_env(folder: Path, *, installed: bool, extra: Path | None = None) -> 
     """Ray's description of the environment that driver and workers get.
 
     installed: whether the cluster has OwlRec. extra: a YAML file with further fields (pip, uv, env_vars, …), for
-    machines that lack dependencies. Raises RecipeError where that is no such file.
+    machines that lack dependencies. Raises RecipeError where it is not such a file.
     """
     fields = _read(extra) if extra else {}
     variables = {str(k): str(v) for k, v in (fields.pop("env_vars", None) or {}).items()}
@@ -162,8 +162,8 @@ def submission_name(recipe: Recipe, pipeline: str, arguments: Sequence[str] = ()
 
     `recipe.ray` is left out: a job runs on the cluster that it is submitted to.
     """
-    print_ = fingerprint(recipe.model_dump(mode="json", exclude={"ray"}), pipeline, list(arguments), __version__)
-    return f"{pipeline.replace('_', '-')}-{recipe.name}-{print_[:12]}"
+    key = fingerprint(recipe.model_dump(mode="json", exclude={"ray"}), pipeline, list(arguments), __version__)
+    return f"{pipeline.replace('_', '-')}-{recipe.name}-{key[:12]}"
 
 
 def latest_attempt(jobs: Jobs, name: str) -> tuple[int, Any] | None:
@@ -240,7 +240,7 @@ async def follow(jobs: Jobs, id_: str, write: Callable[[str], None]) -> Any:
                 raise ClusterError(
                     f"the head has not answered for {_HEAD_PATIENCE_S} s ({_last_line(error)}); what became of job "
                     f"{id_} is unknown. Once it is back, submit the same command again: a job that still runs is "
-                    "followed, a lost one starts anew and skips what is finished."
+                    "followed, a lost one starts over and skips what is finished."
                 ) from None
         time.sleep(1)
 
@@ -316,12 +316,12 @@ def check_head(url: str, headers: Mapping[str, str]) -> list[Check]:
     try:
         version = str(answer.json()["ray_version"])
     except (ValueError, KeyError, TypeError):
-        found = f"what answers at {url} is no Ray head (status {answer.status_code})"
+        found = f"what answers at {url} is not a Ray head (status {answer.status_code})"
         return [Check("head", "fail", found, NAME_DASHBOARD)]
     head = Check("head", "ok", url)
     if version != (ours := metadata.version("ray")):
-        mend = f"use a cluster of Ray {ours}: OwlRec is made for that version alone"
-        return [head, Check("Ray", "fail", f"the cluster runs Ray {version}", mend)]
+        fix = f"use a cluster of Ray {ours}: OwlRec is made for that version alone"
+        return [head, Check("Ray", "fail", f"the cluster runs Ray {version}", fix)]
     return [head, Check("Ray", "ok", version)]
 
 
@@ -365,8 +365,8 @@ def probe(jobs: Jobs, runtime_env: Mapping[str, Any], workspace: str | None, *, 
 def judge(report: Mapping[str, Any], workspace: str | None, demand: GpuDemand | None) -> list[Check]:
     """What the probe's report means for a job that works in `workspace` and asks for `demand`."""
     if tuple(map(int, report["python"].split(".")[:2])) < (3, 11):
-        mend = "use images with Python 3.11 or later"
-        return [Check("Python", "fail", f"the cluster runs Python {report['python']}", mend)]
+        fix = "use images with Python 3.11 or later"
+        return [Check("Python", "fail", f"the cluster runs Python {report['python']}", fix)]
     nodes = report["nodes"]
     pythons = sorted({node["python"] for node in nodes if node["python"]} or {report["python"]})
     checks = [Check("Python", "ok", ", ".join(pythons)), Check("nodes", "ok", _machines(nodes))]
@@ -378,9 +378,9 @@ def judge(report: Mapping[str, Any], workspace: str | None, demand: GpuDemand | 
 def check_gpus(demand: GpuDemand, report: Mapping[str, Any]) -> Check:
     """Whether the nodes have the GPUs, or an autoscaler could bring nodes that do."""
     wanted = f"{demand.setting} asks for {demand.workers} x {demand.each:g} GPU"
-    mend = f"add a group of GPU nodes to the cluster, or change {demand.setting} in the recipe"
+    fix = f"add a group of GPU nodes to the cluster, or change {demand.setting} in the recipe"
     if report["groups"] is None:
-        return Check("GPUs", "warn", f"{wanted}; the operator's groups are not to be seen from the head", mend)
+        return Check("GPUs", "warn", f"{wanted}; the operator's groups are not to be seen from the head", fix)
     have = sum(math.floor(node["resources"].get("GPU", 0) / demand.each) for node in report["nodes"])
     if have >= demand.workers:
         return Check("GPUs", "ok", f"{wanted}: there are enough")
@@ -392,14 +392,14 @@ def check_gpus(demand: GpuDemand, report: Mapping[str, Any]) -> Check:
         return Check("GPUs", "ok", f"{wanted}: the autoscaler can bring them")
     count = sum(node["resources"].get("GPU", 0) for node in report["nodes"])
     none = "no autoscaler could bring more" if not report["groups"] else "its autoscaler could not bring enough"
-    return Check("GPUs", "fail", f"{wanted}; the cluster has {count:g}, and {none}", mend)
+    return Check("GPUs", "fail", f"{wanted}; the cluster has {count:g}, and {none}", fix)
 
 
 def refuse(checks: Iterable[Check]) -> None:
     """Raises ClusterError with the first finding that fails."""
     for check in checks:
         if check.ok == "fail":
-            raise ClusterError(f"{check.found}. To mend it, {check.mend}.")
+            raise ClusterError(f"{check.found}. To fix it, {check.fix}.")
 
 
 def _workspace(report: Mapping[str, Any], workspace: str | None) -> list[Check]:
@@ -408,8 +408,8 @@ def _workspace(report: Mapping[str, Any], workspace: str | None) -> list[Check]:
         problems = [f"on the head: {report['problem']}"]
     if problems:
         found = f"{workspace or 'the cluster'} is not usable from {len(problems)} of its machines; {problems[0]}"
-        mend = "name a workspace that all machines share: a mounted folder's absolute path, or an s3:// or gs:// URI"
-        return [Check("workspace", "fail", found, mend)]
+        fix = "name a workspace that all machines share: a mounted folder's absolute path, or an s3:// or gs:// URI"
+        return [Check("workspace", "fail", found, fix)]
     if workspace is None:
         return []
     return [Check("workspace", "ok", f"{workspace}: read and written by {len(report['nodes'])} of its machines")]

@@ -79,7 +79,7 @@ def rank_prompt(
     profile: the user's profile fields; empty ones and those that the scenario does not name are left out.
     target: the candidate's title. recent, retrieved: (title, rating), oldest first; either may be empty, and a
     behaviour without a title is left out. A rating is quoted as it stands, since only the source knows its scale: what
-    is out of range is for whoever reads the source to refuse. A rating of None, or a scenario without graded ratings,
+    is out of range the source must refuse. A rating of None, or a scenario without graded ratings,
     quotes the title alone.
 
     Of each list the oldest are dropped until it fits `history_tokens`; candidate and question always stand, the title

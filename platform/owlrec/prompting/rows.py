@@ -27,7 +27,7 @@ from owlrec.schema import PROMPTS
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
 
-# A prompt quotes a few hundred characters of a field; a field of this length is no title or description but a mistake.
+# A prompt quotes a few hundred characters of a field; a field of this length is a mistake.
 _MAX_FIELD_CHARS = 100_000
 EARLIER = "\x02earlier\x03"  # where a prompt quotes what was answered before: no title has control characters
 
@@ -183,7 +183,7 @@ def _wrong(row: Mapping[str, Any], fields: Sequence[str]) -> str:
 
 def _unusable(kind: str, id_: int, as_of: int, wrong: str) -> UnusableRow:
     error, _, message = wrong.partition(": ")
-    return UnusableRow(kind, id_, as_of, error, f"{kind} {id_}: {message}. Mend the row in its source.")
+    return UnusableRow(kind, id_, as_of, error, f"{kind} {id_}: {message}. Fix the row in its source.")
 
 
 # ----------------------------------------------------------------------------------------------------------- collective

@@ -114,7 +114,7 @@ class BehaviourRetriever:
     def __init__(self, ids: np.ndarray, vectors: np.ndarray) -> None:
         """ids: int64 [n], ascending, each once; vectors: float [n, d], of any length.
 
-        A vector that is zero or not finite counts as none. Raises SchemaError for ids out of order or doubled, and for
+        A vector that is zero or not finite counts as none. Raises SchemaError for unsorted or duplicate ids, and for
         another number of vectors.
         """
         ids = np.asarray(ids, dtype=np.int64)

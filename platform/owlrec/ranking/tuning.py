@@ -296,7 +296,7 @@ def tune(
 
     model: a causal LM of transformers, whose own weights stay as they are. resume: where an earlier call of the same
     arguments stood. on_step, keep: called by rank 0, after each step and with each checkpoint. Raises RecipeError where
-    the loss is no number, `valid` has one class only, or the model has no such modules.
+    the loss is not a number, `valid` has one class only, or the model has no such modules.
     """
     refuse_unusable(train, valid)
     torch.manual_seed(config.seed)

@@ -202,7 +202,7 @@ def open_release(
     lazily: open, and fetch, a part when an id of it is first asked for; for stages that need few.
     Raises ReleaseError where there is none, or where a file or a parent is missing, cut short or changed;
     WorkspaceError where it does not fit on the node. Without a name, a release that is replaced and pruned while it is
-    being opened is no error: the one in its place is opened.
+    being opened is not an error: the one in its place is opened.
     """
     if name:
         return _open(workspace, name, verify, warmed, lazily)

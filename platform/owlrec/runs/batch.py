@@ -224,16 +224,20 @@ def write_texts(
     done: Mapping[str, Card],
     again: Collection[Shard] = (),
     engine: EngineConfig | None = None,
+    here_rows: int | None = None,
 ) -> dict[str, Card]:
     """Runs a stage that asks an engine on its replicas (`generate:` in the recipe), in this process where that takes
     seconds.
 
-    rows: of the shards to do, by their names. engine: default: the recipe's.
+    rows: of the shards to do, by their names. engine: default: the recipe's. here_rows: up to how many rows this
+    process does; default: as many as take seconds, and none for vLLM or several replicas.
     """
     config, engine = recipe.generate, engine or recipe.engine
-    light = not isinstance(engine, VllmEngineConfig) and config.most_replicas == 1
+    if here_rows is None:
+        light = not isinstance(engine, VllmEngineConfig) and config.most_replicas == 1
+        here_rows = ANSWERED_HERE if light else 0
     pool = Pool(
-        here=light and sum(rows.values()) <= ANSWERED_HERE,
+        here=sum(rows.values()) <= here_rows,
         min_workers=config.min_replicas,
         max_workers=config.most_replicas,
         cpus=engine_cpus(engine, config),

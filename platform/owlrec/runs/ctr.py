@@ -60,7 +60,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
     if warm_start is not None:
         read_card(workspace, warm_start)  # complains where there is none
         made_from.append(workspace.digest(f"{warm_start}/model.safetensors"))
-    grid_print = fingerprint(*made_from)
+    grid_key = fingerprint(*made_from)
     grid = trials(recipe.ctr)
 
     def body() -> tuple[Counts, Outputs]:
@@ -75,8 +75,8 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
                 workspace,
                 recipe.ctr,
                 grid,
-                knowledge=reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_print, pool, projection),
-                fingerprint=grid_print,
+                knowledge=reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_key, pool, projection),
+                fingerprint=grid_key,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields,
                 soft_labels=soft.outputs["soft_labels"] if soft else None,
@@ -92,9 +92,9 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
             "trials": len(results),
             "samples_per_s": round(sum(r.samples_per_s for r in results) / len(results)),
         }
-        return counts, {"grid": grid_print}
+        return counts, {"grid": grid_key}
 
-    named = fingerprint(grid_print, [t.path for t in grid])
+    named = fingerprint(grid_key, [t.path for t in grid])
     return execute(
         workspace, "train_ctr", named, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
     )
@@ -180,19 +180,19 @@ def shard_pool(recipe: Recipe, workspace: Workspace) -> Iterator[Pool]:
 
 
 def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
-    """Writes the report and prints its main figures; always anew, since it is cheap and its readers are here."""
+    """Writes the report and prints its main figures; every time, since it is cheap and its readers are here."""
     prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
     trained = needed_stage(workspace, "train_ctr", "nothing trained yet")
 
     def body() -> tuple[Counts, Outputs]:
-        grid, grid_print = trials(recipe.ctr), trained.outputs["grid"]
-        results = finished_trials(workspace, grid_print, grid)
+        grid, grid_key = trials(recipe.ctr), trained.outputs["grid"]
+        results = finished_trials(workspace, grid_key, grid)
         with open_release(workspace, verify=False) as release:
             data = collect(
                 workspace,
                 release,
                 results,
-                scores=read_grid_scores(workspace, grid_print, grid),
+                scores=read_grid_scores(workspace, grid_key, grid),
                 run=recipe.name,
                 protocol=_protocol(recipe, Labels.of_card(prepared).about),
                 facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},

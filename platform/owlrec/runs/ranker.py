@@ -36,16 +36,16 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
     settings = settings or RankerRun(tuning=config.tuning.settings)
     decides = (config.decides_adapter(settings), TEMPLATE_OPTIONS, recipe.encoder.identity)
-    tuned_print = fingerprint(prepared.fingerprint, engine.model_identity, wording, decides)
+    tuned_key = fingerprint(prepared.fingerprint, engine.model_identity, wording, decides)
     job = TuningJob(
-        folder=f"ranking/{tuned_print[:16]}",
+        folder=f"ranking/{tuned_key[:16]}",
         model=engine.model,
         revision=engine.revision,
         wording=wording,
         settings=settings.tuning,
     )
 
-    named = fingerprint(tuned_print, config, settings, engine)
+    named = fingerprint(tuned_key, config, settings, engine)
 
     def body() -> tuple[Counts, Outputs]:
         if recipe.split.history_length <= config.data.behaviours:

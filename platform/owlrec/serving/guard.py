@@ -232,7 +232,7 @@ async def _read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) 
     too_large = Problem(413, f"the body has more than {limit:,} bytes", field="body")
     declared = headers.get(b"content-length", b"0").decode("latin-1")
     if not declared.isdigit() or int(declared[:20]) > limit:
-        raise too_large if declared.isdigit() else Problem(400, "is no number", field="Content-Length")
+        raise too_large if declared.isdigit() else Problem(400, "is not a number", field="Content-Length")
     parts, size = [], 0
     while True:
         message: dict[str, Any] = dict(await receive())

@@ -48,7 +48,7 @@ def new_key(name: str) -> tuple[str, str]:
 def parse_keys(text: str, source: str) -> list[StoredKey]:
     """The keys in the lines of a key file. source: what to call it in errors.
 
-    Raises ServingError for a line that is no key (which is not repeated: it may be a secret), and for a name that
+    Raises ServingError for a line that is not a key (which is not repeated: it may be a secret), and for a name that
     occurs twice.
     """
     keys: list[StoredKey] = []
@@ -58,7 +58,7 @@ def parse_keys(text: str, source: str) -> list[StoredKey]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise ServingError(
-                f"{source}, line {number}: is no key. A line reads `name salt hash`, as `owlrec keys NAME` prints it."
+                f"{source}, line {number}: not a key. A line reads `name salt hash`, as `owlrec keys NAME` prints it."
             )
         if any(key.name == match["name"] for key in keys):
             raise ServingError(f"{source}, line {number}: the name '{match['name']}' occurs twice. Rename one key.")

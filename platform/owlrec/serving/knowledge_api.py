@@ -1,4 +1,4 @@
-"""Knowledge over HTTP: an ASGI application over the release in force.
+"""Knowledge over HTTP: an ASGI application over the current release.
 
 Each request leases one release and answers from it alone, names it in the header `x-owlrec-release`, and carries an
 ETag: a release never changes, so its name and what was asked for say whether a client's copy still holds.

@@ -50,7 +50,7 @@ def problem_response(
 
 
 def install_problem_handlers(app: FastAPI) -> None:
-    """Makes `app` answer its errors with problem documents. What is no error of the request is left to the guard."""
+    """Makes `app` answer its errors with problem documents. Other errors are left to the guard."""
 
     @app.exception_handler(Problem)
     async def _problem(_: Request, error: Problem) -> Response:
@@ -100,7 +100,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
         403: "not a request of this machine, where no key is asked for",
         413: "the body is too large",
         422: "a field is wrong; the message names it",
-        503: "overloaded, or what it needs is not at hand: try again",
+        503: "overloaded, or what it needs is not available: try again",
         504: "not answered in time",
     }.items()
 }

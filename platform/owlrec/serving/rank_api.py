@@ -32,7 +32,7 @@ from owlrec.serving.schemas import Health, Rank, RankAnswer, Ranked, Why
 from owlrec.workspace import Workspace
 
 # -------------------------------------------------------------------------------------------------------------- rankers
-# Which ranker is in force: an adapter or the model as it is, and the map that makes its scores probabilities.
+# Which ranker is current: an adapter or the model as it is, and the map that makes its scores probabilities.
 #
 # `owlrec ranker tune` fits a calibration for each way of asking and leaves it beside the adapter, where it is found
 # without being named. A score that it was not fitted for would come out wrong but plausible, so the way of asking is
@@ -43,7 +43,7 @@ _log = logging.getLogger("owlrec.serving")
 
 
 class RankerChoice(Config):
-    """What is put in force; paths are relative to the workspace."""
+    """What the ranker is set to; paths are relative to the workspace."""
 
     adapter: str | None = None  # a folder that `owlrec ranker tune` wrote; None = the model as it is
     calibration: str | None = Field(None, min_length=1)  # a file; None = the adapter's own, where it has one
@@ -119,7 +119,7 @@ class Cascade:
         whole_s = asked.deadline_ms / 1000
         due = time.monotonic() + whole_s - min(_MARGIN_S, whole_s / 10)
         ctr = await self._ctr_scores(asked, due)
-        # Ties, and what is no number, keep the order in which the candidates came.
+        # Ties, and NaN keep the order in which the candidates came.
         order = sorted(range(len(ctr)), key=lambda row: -ctr[row] if not math.isnan(ctr[row]) else math.inf)
         head = order if asked.mode == "llm" else order[: asked.rerank] if asked.mode == "cascade" else []
         said, reason = await self._llm_scores(asked, [asked.candidates[row] for row in head], due)

@@ -1,4 +1,4 @@
-"""The release in force, held open for requests: swapped between two requests, never under one.
+"""The current release, held open for requests: swapped between two requests, never under one.
 
 A request leases the release it starts with and keeps it to its end, whatever becomes current meanwhile, so that no
 answer mixes two. A watcher asks for the pointer every second; a roll-back is thus seen like any other swap. A new
@@ -109,7 +109,7 @@ class ServedReleases:
 
     @contextmanager
     def lease(self) -> Iterator[Release]:
-        """The release in force, open until the end of the block. Raises Problem (503) where there is none."""
+        """The current release, open until the end of the block. Raises Problem (503) where there is none."""
         with self._lock:
             held = self._held
             if held is None:
@@ -170,7 +170,7 @@ async def following(
 
 
 # -------------------------------------------------------------------------------------------------------- following app
-# What the applications over releases share: they follow the release in force, answer mistakes with problem documents,
+# What the applications over releases share: they follow the current release, answer mistakes with problem documents,
 # and tell at /readyz whether they can answer.
 
 

@@ -234,5 +234,5 @@ def _item(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """Text with HTML entities resolved; anything that is no text counts as missing."""
+    """Text with HTML entities resolved; anything but text counts as missing."""
     return html.unescape(value).strip() if isinstance(value, str) else ""

@@ -41,7 +41,7 @@ class ItemCatalog:
         return self._ids
 
     def titles(self, ids: np.ndarray) -> list[str]:
-        """The title of each id, in order; "" for an unknown id, a null title or one that is no valid text.
+        """The title of each id, in order; "" for an unknown id, a null title or invalid text.
 
         ids: int64 [n].
         """

@@ -26,7 +26,7 @@ from owlrec.workspace import Workspace, read_tombstones, shard_file, shards_for
 # Rows of a table by bucket: one file whose batches are fetched by ranged reads, one at a time.
 #
 # A bucket is the low bits of an id's hash, as a shard is, so that a bucket is a set of whole shards (or a shard of
-# whole buckets). This is the shuffle of `prepare`: whoever writes sorts rows by bucket once, whoever reads fetches its
+# whole buckets). This is the shuffle of `prepare`: writers sort rows by bucket once, readers fetch their
 # own batch of every file, and nothing passes through a driver or an object store of Ray's.
 #
 # A file is one Arrow stream (LZ4) per batch, then where each begins and the last one ends, as int64. Arrow's own file

@@ -312,7 +312,7 @@ def interactions_piece(data: pa.Table, name: str, first_row: int = 0) -> pa.Tabl
 
 
 def hashed_users(data: pa.Table, interactions: pa.Table) -> pa.Table:
-    """The distinct users of some interactions whose raw ids are no canonical integers (those follow from the id).
+    """The distinct users of some interactions whose raw ids are not canonical integers (those follow from the id).
 
     data: with the raw ids of `interactions`.
     """

@@ -218,7 +218,7 @@ def to_milliseconds(column: pa.ChunkedArray, unit: Literal["s", "ms", "us", "ns"
             column = pc.multiply_checked(column, 1000)
         except pa.ArrowInvalid:
             raise SchemaError(
-                f"{name}: timestamp {pc.max(column).as_py()} is no number of seconds since 1970. "
+                f"{name}: timestamp {pc.max(column).as_py()} is not a number of seconds since 1970. "
                 f"Set source.timestamp_unit to its real unit in the recipe."
             ) from None
     elif unit != "ms":

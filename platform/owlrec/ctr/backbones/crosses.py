@@ -13,7 +13,7 @@ from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape,
 #
 # A backbone sees embeddings only, so the linear term is a learned projection of them: the weight of a feature is the
 # dot product of its embedding and a vector of its field. Knowledge enters that term and the MLP but not the
-# factorisation machine, as in KAR: a pair of an id's embedding and a dense vector is no co-occurrence of two features.
+# factorisation machine, as in KAR: a pair of an id's embedding and a dense vector does not co-occur as two features do.
 
 
 def pair_sum(fields: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The explorer's pages: an ASGI application that renders templates over the release in force.
+"""The explorer's pages: an ASGI application that renders templates over the current release.
 
 All text from outside is escaped by Jinja, and a content security policy without scripts holds even where that failed.
 A page is made of one leased release, so that nothing on it mixes two.
@@ -46,7 +46,7 @@ class Paragraph:
 
 
 def paragraphs(text: str) -> list[Paragraph]:
-    """The paragraphs of a text, as plain strings: whoever shows them escapes them."""
+    """The paragraphs of a text, as plain strings: the template escapes them."""
     found = []
     for line in text.splitlines():
         if not line.strip():
@@ -73,7 +73,7 @@ _DEADLINE_MS = 8000  # people wait longer than pages do
 async def compare_rankings(ranker: Ranker | None, tables: WorkspaceTables, user: int, words: str) -> dict[str, Any]:
     """What the template of the page is filled with. words: item ids, or nothing for some drawn from the catalogue.
 
-    Raises Problem (422) for what are no ids, or too many.
+    Raises Problem (422) for invalid ids, or too many.
     """
     # Threads: tables are files.
     candidates = parse_ids(words) or await asyncio.to_thread(tables.draw_candidates, user, _DRAWN)
@@ -106,7 +106,7 @@ def parse_ids(words: str) -> list[int]:
     """
     parts = [part for part in re.split(r"[\s,;]+", words) if part]
     if not all(part.isascii() and part.isdigit() and len(part) <= 19 and int(part) <= LARGEST_ID for part in parts):
-        raise Problem(422, "is no list of item ids, such as 50, 100, 181", field="candidates")
+        raise Problem(422, "is not a list of item ids, such as 50, 100, 181", field="candidates")
     ids = list(dict.fromkeys(map(int, parts)))
     if len(ids) > MAX_LLM_CANDIDATES:
         raise Problem(
