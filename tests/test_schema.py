@@ -66,15 +66,6 @@ def test_wrong_type_names_row_and_value() -> None:
         )
 
 
-def test_duplicate_key_null_key_and_empty_table_are_refused() -> None:
-    with pytest.raises(SchemaError, match=r"\{'item_id': 5\} \(2 rows\)"):
-        schema.check_rows(pa.table({"item_id": [5, 6, 5]}), name="items", key=["item_id"])
-    with pytest.raises(SchemaError, match="items, row 1: item_id is null"):
-        schema.check_rows(pa.table({"item_id": [5, None]}), name="items", key=["item_id"])
-    with pytest.raises(SchemaError, match="no rows"):
-        schema.check_rows(pa.table({"item_id": pa.array([], pa.int64())}), name="items", key=["item_id"])
-
-
 @pytest.mark.parametrize(("timestamp", "problem"), [(881_250_949, "seconds"), (881_250_949_000_000, "micro")])
 def test_wrong_time_unit_is_detected(timestamp: int, problem: str) -> None:
     with pytest.raises(SchemaError, match=problem):

@@ -322,34 +322,6 @@ def _first_bad(column: pa.ChunkedArray, type_: pa.DataType) -> tuple[int, Any]:
     return -1, None
 
 
-def check_rows(table: pa.Table, *, name: str, key: Sequence[str], required: Sequence[str] = ()) -> None:
-    """Refuses an empty table, a null in `key` or `required` columns, and a second row with the same `key`.
-
-    Raises SchemaError naming the first offending row (0-based) and its key.
-    """
-    if table.num_rows == 0:
-        raise SchemaError(
-            f"{name}: the table has no rows. Check the file and the filters in the recipe's source section."
-        )
-    for column in dict.fromkeys([*key, *required]):
-        if table[column].null_count:
-            row = pc.index(pc.is_null(table[column]), True).as_py()
-            raise SchemaError(
-                f"{name}, row {row}: {column} is null. Drop the row or give it a value; rows without one cannot be "
-                "joined."
-            )
-    if not key:
-        return
-    counts = table.group_by(list(key)).aggregate([([], "count_all")])
-    repeated = counts.filter(pc.greater(counts["count_all"], 1))
-    if repeated.num_rows:
-        first = {k: repeated[k][0].as_py() for k in key}
-        raise SchemaError(
-            f"{name}: {repeated.num_rows} keys occur more than once, first {first} "
-            f"({repeated['count_all'][0].as_py()} rows). Keep one row a key."
-        )
-
-
 # From March 1973 to November 2286; in seconds, micro- or nanoseconds no real behaviour log lies between these numbers.
 MILLISECONDS = range(10**11, 10**13 + 1)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from owlrec.errors import ReleaseError, SchemaError
 from owlrec.releases import lmdb
 from owlrec.releases.lmdb import LmdbFile, LmdbStore, PartWriter
-from owlrec.releases.rows import KEY_ORDER, decode_key, decode_keys, encode_key, encode_keys
+from owlrec.releases.rows import KEY_ORDER, decode_keys, encode_key, encode_keys
 from owlrec.schema import KNOWLEDGE, vectors_schema
 
 LARGEST = 2**63 - 1
@@ -77,7 +77,8 @@ def test_keys_sort_like_their_ids(ids, kind):
     assert encode_keys(kind, np.array(ids)) == [encode_key(kind, i) for i in ids]
     assert encode_keys(kind, np.array(ids), 7) == [encode_key(kind, i, 7) for i in ids]
     assert decode_keys(encode_keys(kind, np.array(ids)))[1].tolist() == ids
-    assert [decode_key(key) for key in sorted(encode_key(kind, i) for i in ids)] == [(kind, i) for i in sorted(ids)]
+    kinds, found = decode_keys(sorted(encode_key(kind, i) for i in ids))
+    assert (set(kinds.tolist()), found.tolist()) == ({encode_key(kind, 0)[0]}, sorted(ids))
 
 
 def test_misses_stay_aligned(tmp_path):
@@ -148,7 +149,7 @@ def test_the_sample_for_verification_is_bounded_and_spread(tmp_path, monkeypatch
     for start in range(0, 1000, 100):
         ids = np.arange(start, start + 100)
         writer.add_rows("knowledge", encode_keys("user", ids), [b"v"] * 100)
-    sampled = [decode_key(key)[1] for key, _ in writer._samples["knowledge"]]
+    sampled = decode_keys([key for key, _ in writer._samples["knowledge"]])[1].tolist()
     assert 10 <= len(sampled) <= 20
     assert sampled == sorted(sampled)
     assert sampled[0] < 200

@@ -5,7 +5,7 @@ once and each distinct id goes through the adaptor once; rows then gather the re
 work several times less.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -110,11 +110,6 @@ class Batch:
     distinct: DistinctItems | None = None  # of a batch that has many rows; a request's items hardly recur
     # float32 [b, knowledge_fields, e]: what the model made of all these, the user's fields first, in their place
     adapted: Tensor | None = None
-
-    def of_one_user(self) -> "Batch":
-        """The same rows where all are of one user: the user's part once."""
-        of_user = {name: getattr(self, name)[:1] for name in ("history", "ratings", "profile")}
-        return replace(self, **of_user, distinct=None)
 
 
 class CTRModel(nn.Module):

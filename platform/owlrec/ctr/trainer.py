@@ -488,7 +488,7 @@ def train_one(
     """Trains a trial to its best valid AUC, and scores valid and test with that epoch's weights.
 
     Where world_size exceeds 1, every rank of the process group must call it; all return the same metrics and weights.
-    checkpoint: the trial goes on from it where it exists, and writes it. The caller deletes it after storing the result.
+    checkpoint: the trial goes on from it where it exists, and writes it. Callers delete it after storing the result.
     begin: gives the new model other weights than random ones (WarmStart.load_into).
     Raises RecipeError where training diverges, or where the arm's vectors are missing; WorkspaceError for a checkpoint
     of another model.

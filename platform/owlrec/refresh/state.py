@@ -50,7 +50,7 @@ _SYSTEM = "You keep a brief summary of a user's preferences on {items}, with rea
 _NEXT = (
     'Summary so far: "{earlier}"\n'
     "Since then the user {consumed}, oldest first: {behaviors}.\n"
-    "Write the summary anew: what still holds, what is new, and why."
+    "Rewrite the summary: what still holds, what is new, and why."
 )
 _FIRST = (
     "The user {consumed} these {items}, oldest first: {behaviors}.\n"

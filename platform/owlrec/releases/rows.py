@@ -391,12 +391,6 @@ def encode_keys(kind: str, ids: np.ndarray, partition: int = 0) -> list[bytes]:
     return byte_rows(keys)
 
 
-def decode_key(key: bytes) -> tuple[str, int]:
-    """The kind and the id that a key stands for."""
-    kind, id_ = _KEY.unpack(key[:KEY_BYTES])
-    return _KINDS[kind[0]], id_
-
-
 def decode_keys(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """The kinds (their bytes, uint8) and ids (int64) of keys."""
     table = np.frombuffer(b"".join(key[:KEY_BYTES] for key in keys), dtype=np.uint8).reshape(-1, KEY_BYTES)

@@ -90,7 +90,7 @@ class Provenance(BaseModel):
 
 
 class Entity(BaseModel):
-    """What is known of one id. `found` is false where there is neither text nor vector: in a batch a miss does not fail.
+    """What is known of one id. `found` is false where there is neither text nor vector.
 
     A field that was not asked for is absent; one that is not there is null.
     """
