@@ -11,7 +11,7 @@ from tiny_engine import VOCAB, Decoder, half_right, prompts, tiny_model, token_l
 
 from owlrec.decoding import DecodingConfig, DraftLimits, request_arguments
 from owlrec.decoding.pools import write_pool
-from owlrec.decoding.retrieval import AcceptanceRates
+from owlrec.decoding.retrieval import CELLS, AcceptanceRates
 from owlrec.errors import EngineError
 
 pytestmark = pytest.mark.vllm
@@ -55,8 +55,8 @@ def test_unknown_pool_is_counted_and_the_default_serves(llama: Decoder) -> None:
 def test_an_earlier_text_of_the_request_itself_is_found_by_its_id(llama: Decoder) -> None:
     before = llama.counts().get("hits_own", 0)
     proposer = llama.proposer
-    learnt, proposer.rates = proposer.rates, AcceptanceRates(len(proposer.rates.rates))
-    proposer.rates.rates[1:] = 0.01  # else the pool as such, which holds that text too, may promise more
+    learnt, proposer.rates = proposer.rates, AcceptanceRates(proposer.rates.groups)
+    proposer.rates.factors[CELLS:] = 0.01  # else the pool as such, which holds that text too, may promise more
     llama.run(prompts(1), "strict", ["right"], extra={"owlrec_document": 0})
     proposer.rates = learnt
     assert llama.counts()["hits_own"] > before

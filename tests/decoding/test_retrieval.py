@@ -1,12 +1,25 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, Shelf, build_pool
-from owlrec.decoding.retrieval import CELLS, EVIDENCE, AcceptanceRates, Drafts, draft_rows
+from owlrec.decoding.retrieval import (
+    AGREE,
+    CELLS,
+    CHANCES,
+    LONGEST,
+    OTHERS,
+    SHORTER,
+    SILENT,
+    AcceptanceRates,
+    Drafts,
+    draft_rows,
+)
 
-HALF = np.full((4, CELLS), 0.5)
+ONE = np.ones(4 * CELLS)
 
 
 def draft(
@@ -14,7 +27,7 @@ def draft(
     contexts: list[list[int]],
     sources: list[list[tuple[int, int]]],
     *,
-    rates: np.ndarray = HALF,
+    factors: np.ndarray = ONE,
     limit: int = 8,
     floor: float = 0.0,
     groups: list[list[int]] | None = None,
@@ -32,7 +45,7 @@ def draft(
         padded,
         np.array(groups, np.int64) if groups else np.zeros(padded.shape[:2], np.int64),
         shelf,
-        rates,
+        factors,
         depth=8,
         floor=floor,
     )
@@ -46,33 +59,69 @@ def test_the_commonest_continuation_of_the_longest_match_wins() -> None:
     shelf = Shelf()
     place = shelf.add_sealed(build_pool([[1, 2, 3, 7], [1, 2, 3, 8], [1, 2, 3, 8], [9, 3, 5], [9, 3, 5], [9, 3, 5]]))
     found = draft(shelf, [[1, 2, 3]], [[(SEALED, place)]])
-    # "1 2 3" was followed by 8 twice and 7 once; 5 followed only the shorter "3", three times at a quarter of a vote.
+    # "1 2 3" was followed by 8 twice and 7 once; 5 followed "3" alone, three times of six.
     assert tokens(found) == [8]
-    assert found.cell[0, 0] == 2 * EVIDENCE + 3  # three shared tokens; 2 of 3 votes lie between 55 and 75 %
+    # Names 2, 3, 5, 7, 8; nothing: 8 is 2 of 15. "3": 2 of 6. "1 2 3": 2 of 3. Each count leaves .7 to what is shorter.
+    nothing = (2 - 0.7 + 0.7 * 5 / 5) / 15
+    three = (2 - 0.7 + 0.7 * 3 * nothing) / 6
+    assert found.expected[0, 0] == pytest.approx((2 - 0.7 + 0.7 * 2 * three) / 3)
+    assert found.chance[0, 0] == found.expected[0, 0]
+    # A match of three tokens (third length), a chance between .45 and .6, no other source.
+    assert found.cell[0, 0] == (2 * CHANCES + 3) * OTHERS + SILENT
 
 
 def test_chances_multiply_along_the_chain_and_end_at_the_floor() -> None:
     shelf = Shelf()
-    place = shelf.add_sealed(build_pool([[1, 2, 3, 4, 5, 6]]))
-    found = draft(shelf, [[1]], [[(SEALED, place)]])
+    place = shelf.add_text(np.array([1, 2, 3, 4, 5, 6], np.int32))
+    found = draft(shelf, [[1]], [[(TEXT, place)]])
     assert tokens(found) == [2, 3, 4, 5, 6]
-    np.testing.assert_allclose(found.chance[0, :5], [0.5, 0.25, 0.125, 0.0625, 0.03125])
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]], floor=0.2)) == [2, 3]
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]], limit=1)) == [2]
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]], limit=0)) == []
+    np.testing.assert_allclose(found.expected[0, :5], [0.2, 0.35, 0.4, 0.45, 0.5])  # of matches of 1, 2, 3, 4, 5 tokens
+    np.testing.assert_allclose(found.chance[0, :5], np.cumprod([0.2, 0.35, 0.4, 0.45, 0.5]))
+    assert tokens(draft(shelf, [[1]], [[(TEXT, place)]], floor=0.03)) == [2, 3]
+    assert tokens(draft(shelf, [[1]], [[(TEXT, place)]], limit=1)) == [2]
+    assert tokens(draft(shelf, [[1]], [[(TEXT, place)]], limit=0)) == []
 
 
-def test_the_source_that_promises_most_accepted_tokens_wins() -> None:
+def test_the_likeliest_token_of_all_sources_wins_each_place() -> None:
     shelf = Shelf()
-    short = shelf.add_sealed(build_pool([[1, 2, 3]]))
+    short = shelf.add_text(np.array([2, 3, 9], np.int32))
     long = shelf.add_text(np.array([1, 2, 4, 5, 6], np.int32))
-    rates = np.stack([np.full(CELLS, 0.9), np.full(CELLS, 0.5), *HALF[:2]])
-    both = [[(SEALED, short), (TEXT, long)]]
-    # One token at 0.9 beats 0.5 + 0.25 + 0.125; with equal rates the longer draft wins.
-    assert tokens(draft(shelf, [[1, 2]], both, rates=rates, groups=[[0, 1]])) == [3]
-    found = draft(shelf, [[1, 2]], both, rates=rates, groups=[[1, 1]])
+    both = [[(TEXT, short), (TEXT, long)]]
+    # A match of two tokens is worth .35, of one .2.
+    found = draft(shelf, [[1, 2]], both, groups=[[0, 1]])
     assert tokens(found) == [4, 5, 6]
-    assert found.source[0] == 1
+    assert list(found.cell[0, :3] // CELLS) == [1, 1, 1]
+    # Where the first source was learned to be far better, its token leads, and the second, that lost its place, has
+    # nothing to say of what follows.
+    factors = ONE.copy()
+    factors[:CELLS] = 3.0
+    found = draft(shelf, [[1, 2]], both, factors=factors, groups=[[0, 1]])
+    assert tokens(found) == [3, 9]
+    assert list(found.cell[0, :2] // CELLS) == [0, 0]
+
+
+def test_sources_that_agree_support_each_other() -> None:
+    shelf = Shelf()
+    a, b = shelf.add_text(np.array([1, 2, 3], np.int32)), shelf.add_text(np.array([1, 2, 3], np.int32))
+    found = draft(shelf, [[1, 2]], [[(TEXT, a), (TEXT, b)]])
+    assert found.expected[0, 0] == pytest.approx(1 - 0.65**2)
+    assert found.cell[0, 0] % OTHERS == AGREE
+
+
+def test_a_longer_match_elsewhere_is_told_from_a_shorter_one() -> None:
+    shelf = Shelf()
+    short, long = shelf.add_text(np.array([9, 2, 3], np.int32)), shelf.add_text(np.array([1, 2, 4], np.int32))
+    sources, groups = [[(TEXT, short), (TEXT, long)]], [[0, 1]]
+    assert draft(shelf, [[1, 2]], sources, groups=groups).cell[0, 0] % OTHERS == LONGEST
+    factors = ONE.copy()
+    factors[CELLS : 2 * CELLS] = 0.01
+    assert draft(shelf, [[1, 2]], sources, groups=groups, factors=factors).cell[0, 0] % OTHERS == SHORTER
+
+
+def test_a_draft_goes_on_where_its_text_ends_and_another_has_the_same_words() -> None:
+    shelf = Shelf()
+    place = shelf.add_sealed(build_pool([[1, 2, 3], [1, 2, 3], [7, 3, 4, 5]]))
+    assert tokens(draft(shelf, [[1, 2]], [[(SEALED, place)]])) == [3, 4, 5]
 
 
 def test_a_repeating_row_is_continued_from_itself_beyond_its_end() -> None:
@@ -94,7 +143,6 @@ def test_rows_of_different_pools_are_served_in_one_call() -> None:
     c = shelf.add_live(live)
     found = draft(shelf, [[1], [1], [1], [8]], [[(SEALED, a)], [(SEALED, b)], [(LIVE, c)], [(SEALED, a)]])
     assert [tokens(found, row) for row in range(4)] == [[2], [3], [4], []]
-    assert list(found.source) == [0, 0, 0, -1]
 
 
 def test_a_freed_place_finds_nothing_and_is_used_again() -> None:
@@ -123,26 +171,37 @@ def test_empty_pools_draft_nothing(kind: int) -> None:
     st.lists(st.integers(0, 3), min_size=1, max_size=20),
 )
 def test_every_tier_drafts_what_some_text_says_after_the_match(texts: list[list[int]], context: list[int]) -> None:
-    """A drafted chain, behind the token it follows, stands in a text of the pool word for word."""
+    """Each drafted token follows the one before it somewhere in the pool, as long as anything does."""
     shelf, live = Shelf(), LivePool(max_tokens=1 << 12)
     for text in texts:
         live.insert(text)
     sealed_place, live_place = shelf.add_sealed(build_pool(texts)), shelf.add_live(live)
     for source in ((SEALED, sealed_place), (LIVE, live_place)):
         chain = [context[-1], *tokens(draft(shelf, [context], [[source]]))]
-        assert any(text[i : i + len(chain)] == chain for text in texts for i in range(len(text))) or len(chain) == 1
-        followed = any(context[-1] in text[:-1] for text in texts)
-        assert (len(chain) > 1) == followed
+        pairs = {pair for text in texts for pair in itertools.pairwise(text)}
+        assert all(pair in pairs for pair in itertools.pairwise(chain))
+        goes_on = any(chain[-1] == first for first, _ in pairs)
+        assert len(chain) == 9 or not goes_on
 
 
-def test_rates_follow_what_is_observed_and_forget() -> None:
+def test_factors_follow_what_is_observed_and_forget() -> None:
     rates = AcceptanceRates(2)
-    before = rates.rates.copy()
-    n = 400
-    rates.observe(np.ones(n, int), np.full(n, 5), np.arange(n) < 100)
-    assert rates.rates[1, 5] == pytest.approx((100 + 8 * before[1, 5]) / (n + 8))
-    rates.rates[1, 5] = before[1, 5]
-    assert (rates.rates == before).all()  # no other cell moved
+    before = rates.factors.copy()
+    n, cell = 400, CELLS + 5 * OTHERS + SILENT
+    rates.observe(np.full(n, cell), np.full(n, 0.8), np.arange(n) < 160)
+    assert rates.factors[cell] == pytest.approx((160 + 20) / (320 + 20))  # the prior stands for 20 expected ones
+    assert (np.delete(rates.factors, cell) == np.delete(before, cell)).all()  # no other cell moved
     for _ in range(20):
-        rates.observe(np.ones(n, int), np.full(n, 5), np.ones(n, bool))
-    assert rates.rates[1, 5] > 0.97  # the early rejections have faded
+        rates.observe(np.full(n, cell), np.full(n, 0.8), np.ones(n, bool))
+    assert rates.factors[cell] == pytest.approx(1 / 0.8, rel=0.02)  # the early rejections have faded
+
+
+def test_a_batch_drafts_what_its_rows_draft_alone() -> None:
+    rng = np.random.default_rng(0)
+    shelf = Shelf()
+    place = shelf.add_sealed(build_pool([rng.integers(0, 30, 100) for _ in range(50)]))
+    contexts = [rng.integers(0, 30, 40).tolist() for _ in range(64)]
+    sources = [[(SEALED, place), (CONTEXT, 0)]]
+    together = draft(shelf, contexts, sources * 64)
+    for row, context in enumerate(contexts):
+        assert tokens(together, row) == tokens(draft(shelf, [context], sources))

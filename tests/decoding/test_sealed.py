@@ -1,5 +1,6 @@
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from owlrec.decoding.index import (
     CorruptPool,
     PoolError,
     build_pool,
+    find_node,
     match_sealed,
     open_pool,
     rebuild_pool,
@@ -46,31 +48,64 @@ def test_order_is_sorted_by_the_text_read_backwards(sequences: list[list[int]]) 
     keys = [key(pool.tokens, p) for p in pool.order]
     assert keys == sorted(keys)
     assert len(keys) == sum(max(0, len(s) - 1) for s in sequences)
-    for i in range(1, len(keys)):
-        shared = next((n for n, (a, b) in enumerate(zip(keys[i - 1], keys[i], strict=False)) if a != b), None)
-        assert pool.shared[i] == (min(len(keys[i - 1]), len(keys[i])) if shared is None else shared)
+    assert [int(pool.rank[p]) for p in pool.order] == list(range(len(keys)))
 
 
 @settings(max_examples=150)
 @given(texts, st.lists(st.integers(0, 3), max_size=45))
 def test_longest_match_equals_brute_force(sequences: list[list[int]], context: list[int]) -> None:
     pool = build_pool(sequences)
-    positions, lengths = np.zeros(8, np.int64), np.zeros(8, np.int64)
-    found = match_sealed(pool.tokens, pool.order, pool.shared, np.array(context, np.int32), positions, lengths)
-    assert (lengths[0] if found else 0) == brute_force(sequences, context)
-    assert list(lengths[:found]) == sorted(lengths[:found], reverse=True)
-    for position, length in zip(positions[:found], lengths[:found], strict=True):
+    leaf, length = match_sealed(pool.tokens, pool.order, np.array(context, np.int32))
+    assert length == brute_force(sequences, context)
+    if length:
+        position = pool.order[leaf]
         assert list(pool.tokens[position - length : position]) == context[len(context) - length :]
         assert pool.tokens[position] != BORDER
 
 
+def blended(sequences: list[list[int]], context: list[int], names: int) -> dict[int, float]:
+    """What follows `context`, by plain counting: each distinct set of occurrences, from the shortest context on, leaves
+    the discount of its counts to the one before."""
+    chances: dict[int, float] = {}
+    seen: list[tuple[int, int]] = []
+    for n in range(min(DEPTH, len(context)) + 1):
+        end = context[len(context) - n :]
+        places = [
+            (t, i + n) for t, s in enumerate(sequences) for i in range(1 - min(n, 1), len(s) - n) if s[i : i + n] == end
+        ]
+        if places == seen:
+            continue  # a longer context of the same occurrences is the same node
+        followers = Counter(sequences[t][i] for t, i in places)
+        total = len(places)
+        shorter = {token: chances.get(token, 1 / names) for token in followers}
+        left = 0.7 * len(followers) / total if total else 0
+        chances = {token: (count - 0.7) / total + left * shorter[token] for token, count in followers.items()}
+        seen = places
+    return chances
+
+
+@settings(max_examples=150)
+@given(texts, st.lists(st.integers(0, 3), max_size=45))
+def test_the_likeliest_follower_and_its_chance_equal_plain_counting(
+    sequences: list[list[int]], start: list[int]
+) -> None:
+    pool = build_pool(sequences)
+    leaf, length = match_sealed(pool.tokens, pool.order, np.array(start, np.int32))
+    if length == 0:
+        return
+    node = find_node(pool.leaf, pool.nodes, leaf, length)
+    position = pool.order[leaf] if node < 0 else pool.nodes[node, 2]
+    names = len({int(pool.tokens[p]) for p in pool.order})
+    chances = blended(sequences, start[len(start) - length :], names)
+    assert pool.chance[leaf if node < 0 else len(pool.leaf) + node] == pytest.approx(max(chances.values()), abs=1e-5)
+    assert chances[int(pool.tokens[position])] == pytest.approx(max(chances.values()), abs=1e-5)
+
+
 def test_a_match_never_crosses_from_one_text_to_the_next() -> None:
     pool = build_pool([[1, 2], [3, 4]])
-    positions, lengths = np.zeros(4, np.int64), np.zeros(4, np.int64)
-    found = match_sealed(pool.tokens, pool.order, pool.shared, np.array([1, 2, 3], np.int32), positions, lengths)
-    assert found == 1
-    assert lengths[0] == 1  # "3" alone, since "2 3" stands across the border
-    assert pool.tokens[positions[0]] == 4
+    leaf, length = match_sealed(pool.tokens, pool.order, np.array([1, 2, 3], np.int32))
+    assert length == 1  # "3" alone, since "2 3" stands across the border
+    assert pool.tokens[pool.order[leaf]] == 4
 
 
 def test_documents_are_found_by_id_and_kept_in_order() -> None:
@@ -82,15 +117,15 @@ def test_documents_are_found_by_id_and_kept_in_order() -> None:
     assert pool.tokens.tolist() == [5, 6, BORDER, BORDER, 7, BORDER]
 
 
-def test_saved_pool_opens_equal_and_within_12_bytes_a_token(tmp_path: Path) -> None:
+def test_saved_pool_opens_equal_and_within_34_bytes_a_token(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pool = build_pool([rng.integers(0, 1000, 200) for _ in range(500)])
     pool.save(tmp_path / "p", "model-a")
     opened = open_pool(tmp_path / "p", "model-a")
-    arrays = ("tokens", "order", "shared", "documents")
+    arrays = ("tokens", "order", "rank", "leaf", "nodes", "chance", "documents")
     for name in arrays:
         np.testing.assert_array_equal(getattr(opened, name), getattr(pool, name))
-    assert sum(getattr(opened, name).nbytes for name in arrays) <= 12 * len(pool.tokens)
+    assert sum(getattr(opened, name).nbytes for name in arrays) <= 34 * len(pool.tokens)
 
 
 def test_pool_of_another_model_is_refused_and_named(tmp_path: Path) -> None:

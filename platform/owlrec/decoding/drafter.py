@@ -19,7 +19,7 @@ from owlrec.decoding.controller import Controller
 from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, Shelf, build_pool
 from owlrec.decoding.options import DEFAULT_POOL, DecodingConfig, DraftLimits, Relaxation
 from owlrec.decoding.pools import Pools
-from owlrec.decoding.retrieval import AcceptanceRates, Drafts, draft_rows
+from owlrec.decoding.retrieval import CELLS, AcceptanceRates, Drafts, draft_rows
 
 CLASSES = ("own", "named", "default", "context")  # of sources; acceptance is learnt for each, strict and relaxed apart
 _MAX_NAMED = 4  # pools a request may name
@@ -41,7 +41,7 @@ class RequestState:
     sources: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     text_place: int | None = None
-    proposed: tuple[int, np.ndarray] | None = None  # group of the tokens proposed last, and the cell of each
+    proposed: tuple[np.ndarray, np.ndarray] | None = None  # cell and expected chance of each token proposed last
     drafted: int = 0
     accepted: int = 0
     relaxed: int = 0
@@ -81,7 +81,7 @@ class RetrievalProposer:
             np.array([texts]),
             np.zeros((1, len(texts)), np.int64),
             shelf,
-            self.rates.rates,
+            self.rates.factors,
             depth=self.limits.max_draft,
             floor=0.5,
         )
@@ -143,7 +143,7 @@ class RetrievalProposer:
 
     def _settle(self, sampled_token_ids: list[list[int]]) -> None:
         """Takes in the verifier's word on the drafts of this step."""
-        groups, cells, fates = [], [], []
+        cells, chances, fates = [], [], []
         for row, request_id in enumerate(self._runner.input_batch.req_ids if self.scheduled else ()):
             scheduled, state = self.scheduled.get(request_id), self.state(request_id)
             if not scheduled or state.proposed is None or not sampled_token_ids[row]:
@@ -154,14 +154,14 @@ class RetrievalProposer:
             state.accepted += accepted
             state.relaxed += relaxed
             self.counts.update(drafted=scheduled, accepted=accepted, relaxed=relaxed)
-            group, cell = state.proposed
+            cell, expected = state.proposed
             seen = min(accepted + 1, scheduled, len(cell))
-            groups.append(np.full(seen, group))
             cells.append(cell[:seen])
+            chances.append(expected[:seen])
             fates.append(np.arange(seen) < accepted)
             state.proposed = None
-        if groups:
-            self.rates.observe(np.concatenate(groups), np.concatenate(cells), np.concatenate(fates))
+        if cells:
+            self.rates.observe(np.concatenate(cells), np.concatenate(chances), np.concatenate(fates))
 
     def _new_state(self, extra: Mapping[str, Any], params: Any) -> RequestState:
         mode = extra.get(options.MODE, self.config.mode)
@@ -235,19 +235,17 @@ class RetrievalProposer:
         floor = self.controller.floor(len(rows))
         depth = self.limits.max_draft
         return draft_rows(
-            tokens, rows, n, limits, sources, groups, self.pools.shelf, self.rates.rates, depth=depth, floor=floor
+            tokens, rows, n, limits, sources, groups, self.pools.shelf, self.rates.factors, depth=depth, floor=floor
         )
 
     def _propose(self, rows: list[int], states: list[RequestState], found: Drafts, drafts: list[list[int]]) -> None:
         assert self.controller is not None
         shares = self.controller.allocate(found.chance, found.count)
         for at in np.flatnonzero(shares):
-            state, share, source = states[at], int(shares[at]), int(found.source[at])
-            class_ = int(state.classes[source])
-            group = class_ + (len(CLASSES) if state.rule is not None else 0)
+            state, share = states[at], int(shares[at])
             drafts[rows[at]] = found.tokens[at, :share].tolist()
-            state.proposed = (group, found.cell[at, :share].astype(np.int64))
-            self.counts[f"hits_{CLASSES[class_]}"] += 1
+            state.proposed = (found.cell[at, :share], found.expected[at, :share])
+            self.counts[f"hits_{CLASSES[int(found.cell[at, 0]) // CELLS % len(CLASSES)]}"] += 1
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The index that drafts are looked up in: sealed documents as suffix arrays, live ones as hashed contexts, in kernels
+"""The index that drafts are looked up in: sealed documents as suffix trees, live ones as hashed contexts, in kernels
 compiled by numba.
 """
 
@@ -61,21 +61,24 @@ def typed_list(arrays: list[Any]) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------------- sealed
-# The sealed tier of a retrieval pool: token sequences and a suffix array over them, memory-mapped and never changed.
+# The sealed tier of a retrieval pool: token sequences and a suffix tree over them, memory-mapped and never changed.
 #
-# The order is that of the texts read *backwards* from each position, because a query starts from the end of a context:
-# one binary search then finds where the context would stand, and the longest matches are its neighbours on both sides
-# (REST, NAACL 2024, keeps forward order and needs one search for each match length). Keys are compared to `DEPTH`
-# tokens, which bounds building to five sorts: a match of 32 tokens is as good as a longer one. 9 bytes a token: 4 of
-# text, 4 of order, 1 of shared lengths.
+# The tree is that of the texts read *backwards* from each position, because a query starts from the end of a context:
+# one binary search finds the longest end of the context that occurs (REST, NAACL 2024, keeps forward order and needs
+# one search for each match length). Each node holds the likeliest token after its occurrences and its chance, blended
+# from all shorter contexts by absolute discounting (interpolated Kneser-Ney with raw counts; PPM does the same), so
+# that a draft reads one node per token. Keys are compared to `DEPTH` tokens, which bounds building to five sorts: a
+# match of 32 tokens is as good as a longer one. At most 34 bytes per token, 26 for texts: 4 of text, 4 of order, 4 of
+# ranks, 8 for each leaf, 16 for each inner node.
 
 
 DEPTH = 32
 NAMELESS = -1  # the id of a document that nobody asks for
 BORDER = -1  # stands between documents, so that no match crosses from one to the next
-_FORMAT = 1
-_ARRAYS = ("tokens", "order", "shared", "documents")
+_FORMAT = 2
+_ARRAYS = ("tokens", "order", "rank", "leaf", "nodes", "chance", "documents")
 _MAX_TOKENS = 2**31 - 1
+_DISCOUNT = 0.7  # of each count, left to shorter contexts; .5 to .9 change tokens per step by less than 1 %
 
 
 class PoolError(EngineError):
@@ -90,13 +93,26 @@ class SealedPool:
     """Documents of one cohort, searchable.
 
     tokens: int32 [n], documents one after another, each followed by BORDER.
-    order: int32 [m], the positions p that have a token before and at them, sorted by the text before p read backwards.
-    shared: uint8 [m], how many tokens (at most DEPTH) the keys of order[i-1] and order[i] share.
+    order: int32 [m], the positions p that have a token before and at them, sorted by the text before p read backwards:
+    the leaves. rank: int32 [n], where in `order` a position stands, or -1.
+    leaf: int32 [m], the inner node above each leaf. nodes: int32 [k, 3] of depth (tokens that all its leaves share),
+    node above and the position of its likeliest follower; node 0 is the root.
+    chance: float32 [m + k], of the follower of each leaf, then of each node.
     documents: int64 [d, 3] of id, start and end in `tokens`, sorted by id.
     """
 
-    def __init__(self, tokens: np.ndarray, order: np.ndarray, shared: np.ndarray, documents: np.ndarray) -> None:
-        self.tokens, self.order, self.shared, self.documents = tokens, order, shared, documents
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        order: np.ndarray,
+        rank: np.ndarray,
+        leaf: np.ndarray,
+        nodes: np.ndarray,
+        chance: np.ndarray,
+        documents: np.ndarray,
+    ) -> None:
+        self.tokens, self.order, self.rank, self.documents = tokens, order, rank, documents
+        self.leaf, self.nodes, self.chance = leaf, nodes, chance
 
     def document(self, id_: int) -> np.ndarray:
         """The tokens of document `id_`, int32 [length], empty where the pool has none of that id."""
@@ -162,10 +178,7 @@ def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[in
             f"{len(parts)} sequences need as many distinct ids, not {len(names)} with {len(np.unique(named))} distinct"
         )
     documents = np.stack([names, ends - lengths, ends], axis=1) if len(parts) else np.zeros((0, 3), dtype=np.int64)
-    order = _sort_backwards(tokens)
-    return SealedPool(
-        tokens, order, _shared_lengths(tokens, order), documents[np.argsort(documents[:, 0], kind="stable")]
-    )
+    return _grow(tokens, documents[np.argsort(documents[:, 0], kind="stable")])
 
 
 def open_pool(folder: str | os.PathLike[str], identity: str) -> SealedPool:
@@ -195,8 +208,17 @@ def rebuild_pool(folder: str | os.PathLike[str]) -> SealedPool:
     manifest = _read_manifest(folder)
     tokens = np.array(_map_checked(folder, "tokens", manifest))
     documents = np.array(_map_checked(folder, "documents", manifest))
+    return _grow(tokens, documents)
+
+
+def _grow(tokens: np.ndarray, documents: np.ndarray) -> SealedPool:
     order = _sort_backwards(tokens)
-    return SealedPool(tokens, order, _shared_lengths(tokens, order), documents)
+    rank = np.full(len(tokens), -1, dtype=np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    leaf, spans, nodes = _nest(_shared_lengths(tokens, order))
+    names, followers = np.unique(tokens[order], return_inverse=True)
+    chance = _count_followers(order, followers.astype(np.int32), len(names), leaf, spans, nodes)
+    return SealedPool(tokens, order, rank, leaf, nodes, chance, documents)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -268,6 +290,72 @@ def _shared_lengths(tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
             n += 1
         shared[i] = n
     return shared
+
+
+@compiled
+def _nest(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The intervals of equal shared lengths as a tree: the node above each leaf, and each node's leaves (first, end)
+    and SealedPool.nodes, the position still open."""
+    m = len(shared)
+    leaf, spans, nodes = np.zeros(m, np.int32), np.zeros((m + 1, 2), np.int32), np.zeros((m + 1, 3), np.int32)
+    path = np.zeros(DEPTH + 2, np.int64)  # the nodes that are still open, by depth
+    n, top = 1, 0
+    for i in range(m):
+        after = np.int64(shared[i + 1]) if i + 1 < m else np.int64(0)
+        if after > nodes[path[top], 0]:
+            nodes[n, 0], nodes[n, 1], spans[n, 0] = after, path[top], i
+            top += 1
+            path[top] = n
+            n += 1
+        leaf[i] = path[top]
+        while nodes[path[top], 0] > after:
+            closed = path[top]
+            top -= 1
+            spans[closed, 1] = i + 1
+            if nodes[path[top], 0] < after:
+                nodes[n, 0], nodes[n, 1], spans[n, 0] = after, path[top], spans[closed, 0]
+                nodes[closed, 1] = n
+                top += 1
+                path[top] = n
+                n += 1
+    spans[0, 1] = m
+    return leaf, spans[:n].copy(), nodes[:n].copy()
+
+
+@compiled
+def _count_followers(
+    order: np.ndarray, followers: np.ndarray, n_names: int, leaf: np.ndarray, spans: np.ndarray, nodes: np.ndarray
+) -> np.ndarray:
+    """SealedPool.chance; sets the nodes' positions. followers: int32 [m], of each leaf, numbered below n_names.
+
+    Nodes above come first, so that the row of each level still holds the chances of the node above.
+    """
+    m, k = len(leaf), len(nodes)
+    chance = np.zeros(m + k, np.float32)
+    chances = np.zeros((DEPTH + 2, n_names), np.float32)
+    counts, level = np.zeros(n_names, np.int64), np.zeros(k, np.int64)
+    for node in np.argsort(spans[:, 0].astype(np.int64) * (DEPTH + 1) + nodes[:, 0]):
+        first, end = spans[node, 0], spans[node, 1]
+        if node > 0:
+            level[node] = level[nodes[node, 1]] + 1
+        distinct = 0
+        for i in range(first, end):
+            distinct += counts[followers[i]] == 0
+            counts[followers[i]] += 1
+        best = 0.0
+        for i in range(first, end):
+            token, row = followers[i], level[node]
+            if counts[token] > 0:
+                shorter = chances[row - 1, token] if node > 0 else 1.0 / n_names
+                mine = (counts[token] - _DISCOUNT + _DISCOUNT * distinct * shorter) / (end - first)
+                chances[row, token] = mine
+                counts[token] = 0
+                if mine > best:
+                    best = mine
+                    nodes[node, 2], chance[m + node] = order[i], mine
+            if leaf[i] == node:
+                chance[i] = 1 - _DISCOUNT + _DISCOUNT * chances[row, token]
+    return chance
 
 
 # ----------------------------------------------------------------------------------------------------------------- live
@@ -378,12 +466,12 @@ def _insert(tokens: np.ndarray, size: np.ndarray, heads: np.ndarray, earlier: np
 
 
 # ------------------------------------------------------------------------------------------------------------- matching
-# Where a context has occurred before: the longest matches of its end in a sealed pool, a live pool or a single text.
+# Where a context has occurred before: the longest match of its end in a sealed pool, a live pool or a single text.
 #
-# All three give the same thing, so that one drafting rule serves them: up to as many candidates as the caller's arrays
-# hold, each the position that follows an earlier occurrence and the number of tokens it shares with the context's end,
-# longest first. Shorter matches are included where there is room: a single long match is often worth less than several
-# shorter ones that agree.
+# A sealed pool names the leaf, whose node knows what follows. A live pool gives up to as many candidates as the
+# caller's arrays hold, each the position that follows an earlier occurrence and the number of tokens it shares with the
+# context's end, longest first; shorter ones are included where there is room, since a single long match is often worth
+# less than several shorter ones that agree.
 
 
 @compiled
@@ -397,18 +485,9 @@ def shared_length(tokens: np.ndarray, position: int, context: np.ndarray) -> int
 
 
 @compiled
-def match_sealed(
-    tokens: np.ndarray,
-    order: np.ndarray,
-    shared: np.ndarray,
-    context: np.ndarray,
-    positions: np.ndarray,
-    lengths: np.ndarray,
-) -> int:
-    """The longest matches of the end of `context` in a sealed pool (see SealedPool for the first three).
-
-    positions, lengths: int64 [at most this many], filled. Returns how many were found.
-    """
+def match_sealed(tokens: np.ndarray, order: np.ndarray, context: np.ndarray) -> tuple[int, int]:
+    """A leaf of a sealed pool (see SealedPool) whose text shares most with the end of `context`, and how many tokens;
+    -1 and 0 where none shares any."""
     low, high, size = 0, len(order), len(context)
     while low < high:
         middle = (low + high) // 2
@@ -425,21 +504,22 @@ def match_sealed(
             low = middle + 1
         else:
             high = middle
-    left, right = low - 1, low
-    left_length = shared_length(tokens, order[left], context) if left >= 0 else 0
-    right_length = shared_length(tokens, order[right], context) if right < len(order) else 0
-    found = 0
-    while found < len(positions) and (left_length > 0 or right_length > 0):
-        if left_length >= right_length:
-            positions[found], lengths[found] = order[left], left_length
-            left_length = min(left_length, int(shared[left]))
-            left -= 1
-        else:
-            positions[found], lengths[found] = order[right], right_length
-            right += 1
-            right_length = min(right_length, int(shared[right])) if right < len(order) else 0
-        found += 1
-    return found
+    left = shared_length(tokens, order[low - 1], context) if low > 0 else 0
+    right = shared_length(tokens, order[low], context) if low < len(order) else 0
+    if left == 0 and right == 0:
+        return -1, 0
+    return (low - 1, left) if left > right else (low, right)
+
+
+@compiled
+def find_node(leaf: np.ndarray, nodes: np.ndarray, at: int, length: int) -> int:
+    """The node of the `length` tokens that lead to leaf `at`; -1 where that leaf alone has them."""
+    node = leaf[at]
+    if length > nodes[node, 0]:
+        return -1
+    while node > 0 and nodes[nodes[node, 1], 0] >= length:
+        node = nodes[node, 1]
+    return node
 
 
 @compiled
@@ -490,17 +570,21 @@ def match_live(
 
 
 @compiled
-def match_text(text: np.ndarray, end: int, context: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> int:
-    """The longest matches of the end of `context` in one text, at positions before `end`; of equal ones the latest
-    stand first."""
-    found, size = 0, len(context)
+def match_text(text: np.ndarray, context: np.ndarray, least: int) -> tuple[int, int]:
+    """The position in `text` after the longest match of the end of `context`, and its length; of equal ones the
+    latest. -1 and 0 where none has `least` tokens."""
+    best, at, size = 0, -1, len(context)
     if size == 0:
-        return 0
+        return at, best
     last = context[size - 1]
-    for position in range(end - 1, 0, -1):
-        if text[position - 1] == last:
-            found = keep_longest(positions, lengths, found, position, shared_length(text, position, context))
-    return found
+    for position in range(len(text) - 1, 0, -1):
+        if text[position - 1] == last and text[position] != BORDER:
+            length = shared_length(text, position, context)
+            if length > best:
+                best, at = length, position
+                if best == DEPTH:
+                    break
+    return (at, best) if best >= least else (-1, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- shelf
@@ -514,7 +598,7 @@ NOTHING, SEALED, LIVE, TEXT, CONTEXT = -1, 0, 1, 2, 3  # kinds of source; CONTEX
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _STAND_INS: dict[int, tuple[np.ndarray, ...]] = {
-    SEALED: (_NO_TOKENS, _NO_TOKENS, np.zeros(0, np.uint8)),
+    SEALED: (_NO_TOKENS, _NO_TOKENS, _NO_TOKENS, _NO_TOKENS, np.zeros((0, 3), np.int32), np.zeros(0, np.float32)),
     LIVE: (_NO_TOKENS, np.zeros((1, 0), np.int32), np.zeros((1, 0), np.int32)),
     TEXT: (_NO_TOKENS,),
 }
@@ -532,7 +616,7 @@ class Shelf:
 
     def add_sealed(self, pool: SealedPool) -> int:
         """Gives a sealed pool a place."""
-        return self._add(SEALED, (pool.tokens, pool.order, pool.shared))
+        return self._add(SEALED, (pool.tokens, pool.order, pool.rank, pool.leaf, pool.nodes, pool.chance))
 
     def add_live(self, pool: LivePool) -> int:
         """Gives a live pool a place."""

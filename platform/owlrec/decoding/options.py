@@ -44,7 +44,7 @@ class DecodingConfig(Config):
     # The folder of sealed pools, one subfolder each. None = in a run, those published with the current release; else
     # none.
     pools: str | None = None
-    pool_tokens: int = Field(10**7, ge=1)  # a published pool, 90 MB: the newest texts stay
+    pool_tokens: int = Field(10**7, ge=1)  # a published pool, 260 MB: the newest texts stay
 
     @property
     def relaxation(self) -> Relaxation:

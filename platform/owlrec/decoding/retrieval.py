@@ -1,11 +1,10 @@
-"""Drafts for a whole batch in one call: each row's sources are searched, each source continues the row, the best
-continuation wins.
+"""Drafts for a whole batch in one call: each row's sources propose a token, the likeliest joins the draft, and again.
 
-A chain is drafted token by token: the earlier occurrences vote for what followed them, each shared token doubling a
-vote, and those that disagree with the winner leave. How far such a vote can be trusted depends on the kind of source,
-the length of the match and the share of the vote: those three name a cell of a table of acceptance rates (see
-acceptance.py), which the caller keeps up to date. Replaying 128 greedy texts of SmolLM2-135M, 16 candidates and
-doubling votes gave as many tokens a step as any setting tried.
+A pool's suffix tree proposes what most often follows the longest context that it knows, with a chance that is blended
+from all shorter ones; a row's own earlier text, and what it has written so far, are followed where they match; the
+texts just finished vote. Sources that agree support each other. How far each may be trusted is learned from what the
+verifier says, and a draft ends where its chance to be accepted no longer pays. `benchmarks/replay.py` measures it on
+real texts beside the plain vote of the longest suffix.
 """
 
 from dataclasses import dataclass
@@ -15,93 +14,90 @@ import numpy as np
 
 from owlrec.decoding.index import (
     BORDER,
+    DEPTH,
     LIVE,
     NOTHING,
     SEALED,
     TEXT,
     Shelf,
     compiled,
+    find_node,
     match_live,
     match_sealed,
     match_text,
 )
 
 # ----------------------------------------------------------------------------------------------------------- acceptance
-# How often drafts are accepted, learnt while decoding, by the kind of evidence behind a token.
+# How often drafted tokens are accepted beside what the index expected, learned while decoding.
 #
-# A cell is a pair of match length (1, 2, 3, 4, 5-6, 7-9, 10-15, 16 and more tokens) and vote (a single occurrence;
-# under 35, 55, 75, 95 % of several; unanimous with 2-3 or with 4 and more). Counts alone mislead: one occurrence of a
-# long match is accepted far more often than a split vote, and much depends on the model and the texts. Rates start
-# from what SmolLM2-135M's knowledge texts showed and move with what the verifier says; old observations fade, since
-# refreshed texts drift.
+# A cell is a group (a kind of source under a kind of verification), a match length (1, 2, 3, 4, 5-6, 7-9, 10-15, 16 and
+# more tokens), an expected chance (below .15, .3, .45, .6, .75, .9, .97 and above) and whether other sources say
+# nothing, the same, or something else after a shorter or after a longer match. Its factor corrects the index's own
+# chance, which stays as fine as it is. Old observations fade, since models change and refreshed texts drift.
 
 
-LENGTHS, EVIDENCE = 8, 7
-CELLS = LENGTHS * EVIDENCE
-_PRIOR_WEIGHT = 8.0  # observations that the prior counts for
+LENGTHS, CHANCES, OTHERS = 8, 8, 4
+CELLS = LENGTHS * CHANCES * OTHERS
+SILENT, AGREE, LONGEST, SHORTER = range(OTHERS)
+_EDGES = np.array([0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97])
+_PRIOR = np.array([1.0, 1.0, 0.8, 0.4])  # factors before anything was learned
+_PRIOR_WEIGHT = 20.0  # expected acceptances that the prior factor counts for
 _MEMORY = 512.0  # observations after which a cell's counts are halved
-_PRIOR = np.array(
-    [
-        [0.35, 0.15, 0.30, 0.35, 0.35, 0.40, 0.40],
-        [0.65, 0.25, 0.35, 0.40, 0.45, 0.70, 0.75],
-        [0.65, 0.25, 0.35, 0.45, 0.55, 0.75, 0.80],
-        [0.70, 0.25, 0.40, 0.45, 0.55, 0.80, 0.85],
-        [0.75, 0.25, 0.40, 0.50, 0.60, 0.85, 0.90],
-        [0.80, 0.25, 0.40, 0.50, 0.60, 0.90, 0.95],
-        [0.80, 0.25, 0.40, 0.55, 0.65, 0.90, 0.95],
-        [0.90, 0.25, 0.40, 0.55, 0.75, 0.90, 0.95],
-    ]
-)
+_SURE = 0.999
 
 
 class AcceptanceRates:
-    """Acceptance rates by group (a kind of source under a kind of verification) and cell.
+    """Corrections of the index's chances, by group and cell.
 
-    rates: float64 [groups, CELLS], the current estimate of the probability that a token is accepted, given that all
-    before it in its draft were.
+    factors: float64 [groups * CELLS], of the index's chance that a token is accepted, given that all before it in its
+    draft were.
     """
 
     def __init__(self, groups: int) -> None:
-        self._prior = np.tile(_PRIOR.reshape(1, CELLS), (groups, 1))
-        self._tried = np.zeros((groups, CELLS))
-        self._accepted = np.zeros((groups, CELLS))
-        self.rates = self._prior.copy()
+        self.groups = groups
+        self._tried, self._accepted, self._expected = (np.zeros(groups * CELLS) for _ in range(3))
+        self._prior = np.tile(_PRIOR, groups * LENGTHS * CHANCES)
+        self.factors = self._prior.copy()
 
-    def observe(self, group: np.ndarray, cell: np.ndarray, accepted: np.ndarray) -> None:
+    def observe(self, cell: np.ndarray, expected: np.ndarray, accepted: np.ndarray) -> None:
         """Takes in the fate of n verified tokens: those up to and including the first rejected one of each draft.
 
-        group, cell: int [n]. accepted: bool [n].
+        cell: int [n], as in Drafts. expected: float [n], the index's chances. accepted: bool [n].
         """
-        np.add.at(self._tried, (group, cell), 1.0)
-        np.add.at(self._accepted, (group, cell), accepted.astype(np.float64))
-        if self._tried.max() > _MEMORY:
-            fade = np.where(self._tried > _MEMORY, 0.5, 1.0)
-            self._tried *= fade
-            self._accepted *= fade
-        self.rates = (self._accepted + _PRIOR_WEIGHT * self._prior) / (self._tried + _PRIOR_WEIGHT)
+        np.add.at(self._tried, cell, 1.0)
+        np.add.at(self._expected, cell, expected)
+        np.add.at(self._accepted, cell, accepted.astype(np.float64))
+        touched = np.unique(cell)
+        full = touched[self._tried[touched] > _MEMORY]
+        for counts in (self._tried, self._expected, self._accepted):
+            counts[full] *= 0.5
+        learned = self._accepted[touched] + _PRIOR_WEIGHT * self._prior[touched]
+        self.factors[touched] = learned / (self._expected[touched] + _PRIOR_WEIGHT)
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
 
 
-_CANDIDATES = 16
-_NEAR = 1  # tokens by which a match may fall short of the longest and still count as evidence
+_CANDIDATES = 8
+_NEAR = 1  # tokens by which a live match may fall short of the longest and still count as evidence
 _WINDOW = 8192  # tokens of a row's own context that are searched: beyond it the scan would cost more than it finds
 _HALVES = 0.5 ** np.arange(64)
+# The chance that a match of one place goes on, by its length in tokens (1 to 7, and more), before anything was learned.
+_FOLLOWED = np.array([0.2, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7])
+_LEAST = 2  # tokens that must match before a row's own context is followed: one alone is chance
 
 
 @dataclass(frozen=True)
 class Drafts:
     """What a call found. tokens: int32 [rows, depth]; chance: float64 [rows, depth], probability that a token is
-    accepted together with all before it; cell: int16 [rows, depth]; count: int64 [rows]; source: int64 [rows], place in
-    the row's
-    sources or -1."""
+    accepted together with all before it; expected: float64 [rows, depth], the index's chance of the token alone; cell:
+    int64 [rows, depth], group * CELLS + cell of the source that proposed it; count: int64 [rows]."""
 
     tokens: np.ndarray
     chance: np.ndarray
+    expected: np.ndarray
     cell: np.ndarray
     count: np.ndarray
-    source: np.ndarray
 
 
 def draft_rows(
@@ -112,7 +108,7 @@ def draft_rows(
     sources: np.ndarray,
     groups: np.ndarray,
     shelf: Shelf,
-    rates: np.ndarray,
+    factors: np.ndarray,
     *,
     depth: int,
     floor: float,
@@ -123,106 +119,65 @@ def draft_rows(
     draft for it.
     sources: int64 [n, m, 2] of kind and place on the shelf, NOTHING after the last; where two expect as much, the
     earlier wins.
-    groups: int64 [n, m], which row of `rates` each source's acceptance follows. rates: float64 [groups, CELLS].
+    groups: int64 [n, m], which group of `factors` (AcceptanceRates) each source's acceptance follows.
     floor: tokens whose chance is below it are not worth their cost: a draft ends before them.
     """
     n = len(rows)
     out = Drafts(
         np.full((n, depth), BORDER, np.int32),
         np.zeros((n, depth)),
-        np.zeros((n, depth), np.int16),
+        np.zeros((n, depth)),
+        np.zeros((n, depth), np.int64),
         np.zeros(n, np.int64),
-        np.full(n, -1, np.int64),
     )
     pools: tuple[Any, ...] = (*shelf.lists[SEALED], *shelf.lists[LIVE], *shelf.lists[TEXT])
-    arrays: tuple[Any, ...] = (out.tokens, out.chance, out.cell, out.count, out.source)
-    _draft_rows(contexts, rows, lengths, limits, sources, groups, *pools, rates, floor, *arrays)  # type: ignore[call-arg]
+    arrays: tuple[Any, ...] = (out.tokens, out.chance, out.expected, out.cell, out.count)
+    _draft_rows(contexts, rows, lengths, limits, sources, groups, *pools, factors, floor, *arrays)  # type: ignore[call-arg]
     return out
 
 
 @compiled
-def _cell(length: int, votes: int, total: int) -> int:
+def _length_bucket(length: int) -> int:
     if length <= 4:
-        bucket = length - 1
-    elif length <= 6:
-        bucket = 4
-    elif length <= 9:
-        bucket = 5
-    elif length <= 15:
-        bucket = 6
-    else:
-        bucket = 7
-    if total <= 1:
-        evidence = 0
-    elif 20 * votes < 7 * total:
-        evidence = 1
-    elif 20 * votes < 11 * total:
-        evidence = 2
-    elif 20 * votes < 15 * total:
-        evidence = 3
-    elif 20 * votes < 19 * total:
-        evidence = 4
-    elif total < 4:
-        evidence = 5
-    else:
-        evidence = 6
-    return bucket * EVIDENCE + evidence
+        return length - 1
+    if length <= 6:
+        return 4
+    if length <= 9:
+        return 5
+    return 6 if length <= 15 else 7
 
 
 @compiled
-def _continue(
-    text: np.ndarray,
-    found: int,
-    positions: np.ndarray,
-    lengths: np.ndarray,
-    limit: int,
-    tokens: np.ndarray,
-    cells: np.ndarray,
-) -> int:
-    """Drafts up to `limit` tokens from `found` candidates, which it uses up; returns how many. Past the end of `text`,
-    a candidate
-    reads the draft itself, so that a row which repeats itself is continued for as long as it likes."""
-    n, end = 0, len(text)
-    votes = np.zeros(_CANDIDATES)
-    ballot = np.zeros(_CANDIDATES, np.int64)
-    following = np.zeros(_CANDIDATES, np.int64)
-    while n < limit and found > 0:
-        longest = 0
-        for c in range(found):
-            longest = max(longest, lengths[c])
-        choices = 0
-        for c in range(found):
-            position = positions[c]
-            token = np.int64(text[position]) if position < end else np.int64(tokens[position - end])
-            following[c] = token
-            if token == BORDER:
-                continue
-            at = 0
-            while at < choices and ballot[at] != token:
-                at += 1
-            if at == choices:
-                ballot[at], votes[at] = token, 0.0
-                choices += 1
-            votes[at] += _HALVES[min(longest - lengths[c], 63)]
-        if choices == 0:
-            break
-        best = 0
-        for at in range(1, choices):
-            if votes[at] > votes[best]:
-                best = at
-        token, total, agreeing, supported, kept = ballot[best], 0, 0, 0, 0
-        for c in range(found):
-            near = lengths[c] >= longest - _NEAR
-            total += near
-            if following[c] == token:
-                agreeing += near
-                supported = max(supported, lengths[c])
-                positions[kept], lengths[kept] = positions[c] + 1, lengths[c] + 1
-                kept += 1
-        tokens[n], cells[n] = token, _cell(supported, agreeing, total)
-        n += 1
-        found = kept
-    return n
+def _chance_bucket(chance: float) -> int:
+    bucket = 0
+    while bucket < CHANCES - 1 and chance >= _EDGES[bucket]:
+        bucket += 1
+    return bucket
+
+
+@compiled
+def _vote(text: np.ndarray, found: int, positions: np.ndarray, lengths: np.ndarray) -> tuple[int, float, int]:
+    """What `found` candidates of a live pool say comes next, each shared token doubling a vote: the token (BORDER if
+    none), its chance and the longest match behind it."""
+    longest, token, best, length = 0, BORDER, 0.0, 0
+    agreeing, total = 0, 0
+    for c in range(found):
+        longest = max(longest, lengths[c])
+    for c in range(found):
+        votes, near, supported = 0.0, 0, 0
+        for other in range(found):
+            if text[positions[other]] == text[positions[c]]:
+                votes += _HALVES[min(longest - lengths[other], 63)]
+                near += lengths[other] >= longest - _NEAR
+                supported = max(supported, lengths[other])
+        total += lengths[c] >= longest - _NEAR
+        if votes > best:
+            token, best, agreeing, length = np.int64(text[positions[c]]), votes, near, supported  # type: ignore[assignment]
+    if found == 0:
+        return BORDER, 0.0, 0
+    # One place in all is worth as much as a match of that length; of several, the share that agrees counts.
+    alone = float(_FOLLOWED[min(length, 8) - 1])
+    return token, (agreeing - 1 + alone) / max(total, 1) if agreeing > 0 else 0.1, length
 
 
 @compiled
@@ -235,53 +190,118 @@ def _draft_rows(
     groups: np.ndarray,
     sealed_tokens: Any,
     sealed_order: Any,
-    sealed_shared: Any,
+    sealed_rank: Any,
+    sealed_leaf: Any,
+    sealed_nodes: Any,
+    sealed_chance: Any,
     live_tokens: Any,
     live_heads: Any,
     live_earlier: Any,
     texts: Any,
-    rates: np.ndarray,
+    factors: np.ndarray,
     floor: float,
     out_tokens: np.ndarray,
     out_chance: np.ndarray,
+    out_expected: np.ndarray,
     out_cell: np.ndarray,
     out_count: np.ndarray,
-    out_source: np.ndarray,
 ) -> None:
-    positions, lengths = np.zeros(_CANDIDATES, np.int64), np.zeros(_CANDIDATES, np.int64)
-    depth = out_tokens.shape[1]
-    tokens, cells = np.zeros(depth, np.int32), np.zeros(depth, np.int64)
+    depth, n_sources = out_tokens.shape[1], sources.shape[1]
+    # Of each source: where it stands (a leaf of a tree, a position in a text, how many places of a live pool; -1 =
+    # nowhere, -2 = to be looked up), how many tokens match there, and what it proposes with which chance.
+    at, length = np.zeros(n_sources, np.int64), np.zeros(n_sources, np.int64)
+    says, hopes = np.zeros(n_sources, np.int64), np.zeros(n_sources)
+    follower = np.zeros(n_sources, np.int64)  # the position of a tree's proposal
+    places = np.zeros((n_sources, _CANDIDATES), np.int64)
+    shares = np.zeros((n_sources, _CANDIDATES), np.int64)
+    tail = np.zeros(DEPTH + depth, np.int32)  # the end of the context and the draft behind it
     for i in range(len(rows)):
+        limit = min(depth, limits[i])
+        if limit <= 0:
+            continue
         context = contexts[rows[i], max(0, row_lengths[i] - _WINDOW) : row_lengths[i]]
-        best = 0.0
-        for s in range(sources.shape[1]):
-            kind, place = sources[i, s, 0], sources[i, s, 1]
-            if kind == NOTHING or limits[i] <= 0:
+        size, kept, used, n, chance = len(context), min(DEPTH, len(context)), 0, 0, 1.0
+        tail[:kept] = context[size - kept :]
+        while used < n_sources and sources[i, used, 0] != NOTHING:
+            used += 1
+        for s in range(used):
+            at[s] = -2
+        while True:
+            end = tail[max(0, kept + n - DEPTH) : kept + n]
+            for s in range(used):
+                kind, place = sources[i, s, 0], sources[i, s, 1]
+                if kind == SEALED:
+                    tokens, leaf, nodes = sealed_tokens[place], sealed_leaf[place], sealed_nodes[place]
+                    if at[s] == -2:
+                        at[s], length[s] = match_sealed(tokens, sealed_order[place], end)
+                    if at[s] >= 0:
+                        node = find_node(leaf, nodes, at[s], length[s])
+                        follower[s] = nodes[node, 2] if node >= 0 else sealed_order[place][at[s]]
+                        hopes[s] = sealed_chance[place][len(leaf) + node if node >= 0 else at[s]]
+                        says[s] = tokens[follower[s]]
+                elif kind == LIVE:
+                    text = live_tokens[place]
+                    if at[s] == -2:
+                        found = match_live(text, live_heads[place], live_earlier[place], end, places[s], shares[s])
+                        at[s] = found if found > 0 else -1
+                    if at[s] > 0:
+                        says[s], hopes[s], length[s] = _vote(text, at[s], places[s], shares[s])
+                else:
+                    text = texts[place] if kind == TEXT else context
+                    if at[s] == -2:
+                        at[s], length[s] = match_text(text, end, 1 if kind == TEXT else _LEAST)
+                    if at[s] >= 0:
+                        says[s] = text[at[s]] if at[s] < len(text) else tail[kept + at[s] - len(text)]
+                        hopes[s] = _FOLLOWED[min(length[s], 8) - 1]
+            best, best_expected, best_cell, token = 0.0, 0.0, 0, BORDER
+            for s in range(used):
+                if at[s] < 0:
+                    continue
+                missed, leads, others = 1.0, True, SILENT
+                for other in range(used):
+                    if at[other] < 0:
+                        continue
+                    if says[other] == says[s]:
+                        missed *= 1 - hopes[other]
+                        if other != s:
+                            others = AGREE
+                            leads &= hopes[s] > hopes[other] or (hopes[s] == hopes[other] and s < other)
+                    elif others != AGREE:
+                        others = SHORTER if others == SHORTER or length[other] > length[s] else LONGEST
+                if not leads:
+                    continue
+                expected = 1 - missed
+                cell = (_length_bucket(length[s]) * CHANCES + _chance_bucket(expected)) * OTHERS + others
+                cell += groups[i, s] * CELLS
+                hope = min(_SURE, expected * factors[cell])
+                if hope > best:
+                    best, best_expected, best_cell, token = hope, expected, cell, says[s]
+            chance *= best
+            if best == 0.0 or chance < floor:
                 break
-            text = context
-            if kind == SEALED:
-                text = sealed_tokens[place]
-                found = match_sealed(text, sealed_order[place], sealed_shared[place], context, positions, lengths)
-            elif kind == LIVE:
-                text = live_tokens[place]
-                found = match_live(text, live_heads[place], live_earlier[place], context, positions, lengths)
-            elif kind == TEXT:
-                text = texts[place]
-                found = match_text(text, len(text), context, positions, lengths)
-            else:
-                found = match_text(context, len(context), context, positions, lengths)
-            n = _continue(text, found, positions, lengths, min(depth, limits[i]), tokens, cells)
-            expected, chance, worthwhile = 0.0, 1.0, 0
-            while worthwhile < n:
-                chance *= rates[groups[i, s], cells[worthwhile]]
-                if chance < floor:
-                    break
-                expected += chance
-                worthwhile += 1
-            if expected > best:
-                best = expected
-                out_count[i], out_source[i] = worthwhile, s
-                chance = 1.0
-                for j in range(worthwhile):
-                    chance *= rates[groups[i, s], cells[j]]
-                    out_tokens[i, j], out_chance[i, j], out_cell[i, j] = tokens[j], chance, cells[j]
+            out_tokens[i, n], out_chance[i, n], out_expected[i, n] = token, chance, best_expected
+            out_cell[i, n] = best_cell
+            tail[kept + n] = token
+            n += 1
+            if n == limit:
+                break
+            for s in range(used):
+                kind, place = sources[i, s, 0], sources[i, s, 1]
+                if at[s] < 0 or says[s] != token:
+                    at[s] = -2
+                elif kind == SEALED:
+                    # The leaf after the follower has the longer context: no search.
+                    leaf_after = sealed_rank[place][follower[s] + 1]
+                    at[s], length[s] = leaf_after if leaf_after >= 0 else -2, min(length[s] + 1, DEPTH)
+                elif kind == LIVE:
+                    found, text = 0, live_tokens[place]
+                    for c in range(at[s]):
+                        if text[places[s, c]] == token and text[places[s, c] + 1] != BORDER:
+                            places[s, found], shares[s, found] = places[s, c] + 1, shares[s, c] + 1
+                            found += 1
+                    at[s] = found if found > 0 else -2
+                elif kind == TEXT and texts[place][at[s] + 1] == BORDER:
+                    at[s] = -2
+                else:
+                    at[s], length[s] = at[s] + 1, min(length[s] + 1, DEPTH)
+        out_count[i] = n
