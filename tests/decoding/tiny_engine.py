@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from owlrec.decoding import DecodingConfig, DraftLimits, engine_arguments, request_arguments
-from owlrec.decoding.controller import Controller, DecoderCounters, StepTimes
+from owlrec.decoding.controller import Controller, DecoderCounters
+from owlrec.decoding.step_times import StepTimes
 
 VOCAB = 96
 EOS = 0
@@ -60,7 +61,7 @@ class Eager(Controller):
     """Drafts whatever is found: on a shared machine, measured step times would make the tests depend on who else
     computes."""
 
-    def observe(self, rows: int, drafts: int, seconds: float) -> None:
+    def observe(self, *step: Any, **beside: Any) -> None:
         pass
 
     def worth_searching(self, rows: int) -> bool:

@@ -1,18 +1,18 @@
 """How many tokens to draft for each row, so that the batch as a whole emits the most tokens a second.
 
-A step over n tokens takes t(n): flat while the machine waits for memory, then linear. One more draft token pays when
-the chance that it is accepted exceeds what it costs, measured in tokens that the time would have given otherwise: q >
-(dt/dn) * (tokens / t). So drafts fall from many at a batch of one to none where t is steep, by themselves. The curve is
-measured once at start and then follows the real steps, with and without drafts apart, since verification adds its own
-cost. (vLLM's own speculation drafts a fixed number at any batch and can be slower than none; SmartSpec, arXiv
-2406.14066, adapts one length for all rows.)
+One more draft token pays when the chance that it is accepted exceeds what it costs, measured in tokens that the time
+would have given otherwise: q > (dt/dn) * (tokens / t). So drafts fall from many at a batch of one to none where t is
+steep, by themselves. t is learned from all steps (step_times.py). (vLLM's own speculation drafts a fixed number at any
+batch and can be slower than none; SmartSpec, arXiv 2406.14066, adapts one length for all rows.)
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from pydantic import BaseModel
+
+from owlrec.decoding.step_times import StepTimes
 
 # ------------------------------------------------------------------------------------------------------------- counters
 # What the decoder counted, in a form that crosses processes and adds up over engines.
@@ -40,8 +40,8 @@ class DecoderCounters(BaseModel):
 
     counts: `steps`; `rows` (of all steps), `tokens`, `drafted`, `accepted`, `relaxed` (accepted by the relaxed rule
     alone); `hits_*`, drafts by the source that gave them; `unknown_pools`, `bad_rules`, `pools_*`, things that went
-    wrong; `tokens_*`, held now; `retrieval_s`, `verification_s`. by_rows: by the size of the batch, up to and
-    including the key.
+    wrong; `tokens_*`, held now; `retrieval_s`, `verification_s`; `yardstick_*`, see Controller. by_rows: by the size of
+    the batch, up to and including the key.
     """
 
     counts: dict[str, float] = {}
@@ -62,6 +62,18 @@ class DecoderCounters(BaseModel):
         """Tokens that a row emits in a step, steps without drafts included; nan before the first step."""
         rows = self.counts.get("rows", 0)
         return self.counts["tokens"] / rows if rows else float("nan")
+
+    @property
+    def measured_speed_up(self) -> float:
+        """Tokens a second of drafting stretches against those of stretches without, in one engine; nan where the run
+        was too short for both."""
+        plain, drafting = (
+            self.counts.get(f"yardstick_{kind}_tokens", 0) / seconds
+            if (seconds := self.counts.get(f"yardstick_{kind}_s", 0))
+            else float("nan")
+            for kind in ("plain", "drafting")
+        )
+        return drafting / plain
 
     @property
     def summary(self) -> str:
@@ -89,130 +101,146 @@ def add_counters(parts: Iterable[DecoderCounters]) -> DecoderCounters:
 # ----------------------------------------------------------------------------------------------------------- controller
 
 
-_NODES = np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024], dtype=np.float64)
-_LEARNING_RATE = 0.1
-_OUTLIER = 2.0  # a slower or faster step than this many times the estimate counts as that: a hiccup is not a trend
-_EXPLORE_AFTER = 256  # steps after which the road not taken is tried once, in case the machine has changed
-_EXPLORE_FIRST = 8  # the same for drafts when none were tried yet; each try makes the wait as much longer
-_STALE_AFTER = 32  # steps after which the curve of the road not taken follows the other's changes of speed
-_PLAIN_FIRST = 3  # steps without drafts at each new number of rows, which drafts must then beat
-_ASSUMED_VERIFICATION = 1.05  # a step with drafts against one without, of as many tokens, before any was seen
+_BANDS = np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024])
+_EXPLORE_EVERY = 64  # steps; at the start at each power of two
+_GROWTH = 1.5  # a step's tokens at most this many times those of the largest step seen
+_WORTH = 1.005  # of plain speed, which drafts must promise: less is within the fit's error
+_PRICE_SHARE = 0.7  # of the price, below which no draft is searched on: the fit may err
+_MIXED_MEMORY = 64.0  # steps over which the share and the size of prefill is averaged
+_CYCLE = 2048  # steps from one stretch without the decoder to the next
+_STRETCH = 32  # steps of such a stretch
 
 
-class StepTimes:
-    """Seconds that a step takes by the number of tokens in it, a line through nodes at fixed numbers of tokens."""
+def allocate(chance: np.ndarray, count: np.ndarray, seconds: np.ndarray, *, at_least: int = 0) -> np.ndarray:
+    """How many of its drafted tokens each row may propose, for the most expected tokens per second of the step.
 
-    def __init__(self, tokens: Sequence[float] | np.ndarray, seconds: Sequence[float] | np.ndarray) -> None:
-        """tokens: increasing numbers of tokens at which `seconds` were measured. Raises ValueError for fewer than
-        two points."""
-        n, t = np.asarray(tokens, dtype=np.float64), np.maximum.accumulate(np.asarray(seconds, dtype=np.float64))
-        if len(n) < 2 or np.any(np.diff(n) <= 0) or t[0] <= 0:
-            raise ValueError(
-                f"a step-time curve needs two or more points of increasing tokens, not {n.tolist()} at {t.tolist()}"
-            )
-        slope = (t[-1] - t[-2]) / (n[-1] - n[-2])
-        beyond = t[-1] + slope * (_NODES - n[-1])
-        self._seconds = np.where(n[-1] >= _NODES, np.interp(_NODES, n, t), beyond)
-        self._seen = np.zeros(len(_NODES))
+    chance: float64 [rows, depth], probability that the token is accepted with all before it. count: int64 [rows],
+    tokens drafted. seconds: float64 [1 + n], of the step with 0 to n tokens drafted. at_least: tokens to draft at any
+    price, where there are as many. Returns int64 [rows].
 
-    def __call__(self, tokens: np.ndarray | float) -> np.ndarray:
-        """Seconds for each number of tokens."""
-        return np.interp(tokens, _NODES, self._seconds)
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        """Moves the nodes on both sides of `tokens` towards one measured step, and those never seen along with them."""
-        right = int(np.clip(np.searchsorted(_NODES, tokens), 1, len(_NODES) - 1))
-        share = float(np.clip((tokens - _NODES[right - 1]) / (_NODES[right] - _NODES[right - 1]), 0, 1))
-        error = min(max(seconds / float(self(tokens)), 1 / _OUTLIER), _OUTLIER) - 1
-        weight = np.zeros(len(_NODES))
-        weight[right - 1], weight[right] = 1 - share, share
-        rate = np.maximum(_LEARNING_RATE, 1 / (1 + self._seen)) * weight
-        # A curve measured while the machine was busy is wrong by one factor everywhere: what was never seen follows
-        # what is.
-        rate[(self._seen == 0) & (weight == 0)] = rate.max()
-        self._seconds = self._seconds * (1 + rate * error)
-        self._seen += weight
-
-    def scaled(self, factor: float) -> "StepTimes":
-        """A copy, `factor` times as slow."""
-        return StepTimes(_NODES, self._seconds * factor)
+    Within a row chances never rise, so that taking the likeliest tokens of all rows takes prefixes; for each number of
+    tokens that is the best choice, and the best number is found by trying all.
+    """
+    rows, depth = chance.shape
+    live = np.arange(depth) < count[:, None]
+    row, flat = np.nonzero(live)[0], np.minimum.accumulate(chance, axis=1)[live]
+    order = np.argsort(-flat)[: len(seconds) - 1]
+    speed = (rows + np.concatenate([[0.0], np.cumsum(flat[order])])) / seconds[: len(order) + 1]
+    first = min(at_least, len(order))
+    best = first + int(np.argmax(speed[first:]))
+    if at_least == 0 and speed[best] <= _WORTH * speed[0]:
+        best = 0
+    return np.bincount(row[order[:best]], minlength=rows)
 
 
 class Controller:
-    """Learns what steps cost and parts the draft tokens of each step among its rows."""
+    """Learns what steps cost and parts the draft tokens of each step among its rows.
 
-    def __init__(self, curve: StepTimes, *, max_draft: int, max_step_tokens: int) -> None:
-        """curve: of steps without drafts, as measured at start. max_draft: tokens a row. max_step_tokens: bound on
-        rows and drafts."""
-        self.plain = curve
-        self.drafted = curve.scaled(_ASSUMED_VERIFICATION)
+    Now and then a step is larger or smaller than the best, whatever the estimates say, since an estimate that is wrong
+    is put right by trying alone. In a long run a stretch without drafts and search is the yardstick: where drafting
+    was slower, it pauses until the next. yardstick: steps of decoding alone, in stretches without the decoder
+    (`plain_*`) and in between (`drafting_*`): `tokens` and seconds, `s`.
+    """
+
+    def __init__(self, times: StepTimes, *, max_draft: int, max_step_tokens: int) -> None:
+        """times: as measured at start. max_draft: tokens per row. max_step_tokens: bound on rows and drafts."""
+        self.times = times
         self.max_draft, self.max_step_tokens = max_draft, max_step_tokens
-        # By band of rows, without and with drafts: steps taken, and when the last was.
-        self._taken: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
-        self._last: tuple[dict[int, int], dict[int, int]] = ({}, {})
-        self._step = 0
+        self.yardstick: Counter[str] = Counter()
+        self._step, self._paused = 0, False
+        self._recent: Counter[str] = Counter()  # the yardstick's counts since the last stretch ended
+        self._context = 0.0  # tokens that a row's attention reads
+        self._mixed, self._prefill = 0.0, 0.0  # share of steps that read prompts, and how many tokens those read
+        self._drafts = 0.0  # of a step, lately
 
-    def observe(self, rows: int, drafts: int, seconds: float) -> None:
-        """Takes in one real step of decoding rows only."""
+    def observe(self, rows: int, drafts: int, seconds: float, *, prefill: int, context: int, emitted: int) -> None:
+        """Takes in one step: rows that decode, tokens drafted for them, prompt tokens read beside them, context tokens
+        that attention read, and tokens emitted."""
+        self.times.observe(rows + drafts + prefill, context, seconds)
+        self._mixed += ((prefill > 0) - self._mixed) / _MIXED_MEMORY
+        if prefill:
+            self._prefill += (prefill - self._prefill) / (_MIXED_MEMORY if self._prefill else 1.0) ** 0.5
+        if rows and not prefill:
+            self._context = context / rows
+            self._drafts += (drafts - self._drafts) / 8
+            kind = "plain" if self._plain and not drafts else None if self._plain else "drafting"
+            if kind:
+                self._recent.update({f"{kind}_tokens": emitted, f"{kind}_s": seconds})
         self._step += 1
-        drafted, tokens, band = drafts > 0, rows + drafts, _band(rows)
-        curve, other = (self.drafted, self.plain) if drafted else (self.plain, self.drafted)
-        if self._step - self._last[not drafted].get(band, -_STALE_AFTER) >= _STALE_AFTER:
-            other.observe(tokens, float(other(tokens)) * seconds / float(curve(tokens)))
-        curve.observe(tokens, seconds)
-        self._last[drafted][band] = self._step
-        self._taken[drafted][band] += 1
+        if self._step % _CYCLE == 0:
+            self._compare()
+
+    def plain_seconds(self, rows: int) -> float:
+        """Estimate of a step of so many decoding rows without drafts and prompts."""
+        return float(self.times(rows, rows * self._context)[0])
 
     def floor(self, rows: int) -> float:
-        """The chance below which no token can pay in a step of so many rows: its cost at today's plain speed, which
-        drafts only raise."""
-        marginal = float(self.drafted(rows + 2) - self.drafted(rows + 1))
-        return max(0.01, min(1.0, marginal * rows / float(self.plain(rows))))
+        """The chance below which no token can pay in a step of so many rows: its cost at plain speed, which drafts
+        only raise."""
+        if self._explores:
+            return 0.01
+        one, two = self._seconds(rows, 1)
+        return float(np.clip(_PRICE_SHARE * (two - one) * rows / one, 0.01, 1.0))
 
     def worth_searching(self, rows: int) -> bool:
         """Whether even drafts that are surely accepted would pay; where not, the search is saved, but for a try now
         and then."""
-        best = min(self.max_draft * rows, max(0, self.max_step_tokens - rows))
-        tokens = rows + np.arange(1, best + 1, dtype=np.float64)
-        pays = best > 0 and bool(np.any(tokens / self.drafted(tokens) > rows / float(self.plain(rows))))
-        return pays or self._due(True, rows)
+        if self._plain:
+            return False
+        drafts = np.arange(min(self.max_draft * rows, self._room(rows)) + 1)
+        speed = (rows + drafts) / self._seconds(rows, len(drafts) - 1)
+        return len(drafts) > 1 and bool(self._explores or speed.max() > _WORTH * speed[0])
 
     def allocate(self, chance: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """How many of its drafted tokens each row may propose.
+        """How many of its drafted tokens each row may propose, int64 [rows]; see the function of that name."""
+        rows = len(chance)
+        room = 0 if self._plain else min(int(count.sum()), self._room(rows))
+        explores = self._explores
+        at_least = 0
+        if explores == "less":
+            room = min(room, int(self._drafts / 2))
+        elif explores == "more":
+            at_least = min(room, int((_GROWTH - 1) * (rows + self._drafts) + self._drafts) + 1)
+        return allocate(chance, count, self._seconds(rows, room), at_least=at_least)
 
-        chance: float64 [rows, depth], probability that the token is accepted with all before it. count: int64 [rows],
-        tokens drafted.
-        Returns int64 [rows]. Within a row chances never rise, so that taking the likeliest tokens of all rows takes
-        prefixes.
-        """
-        rows, depth = chance.shape
-        if self._due(False, rows) or self._taken[False][_band(rows)] < _PLAIN_FIRST:
-            return np.zeros(rows, dtype=np.int64)
-        live = np.arange(depth) < count[:, None]
-        row, flat = np.nonzero(live)[0], np.minimum.accumulate(chance, axis=1)[live]
-        order = np.argsort(-flat, kind="stable")[: max(0, self.max_step_tokens - rows)]
-        if len(order) == 0:
-            return np.zeros(rows, dtype=np.int64)
-        drafts = np.arange(1, len(order) + 1, dtype=np.float64)
-        speed = (rows + np.cumsum(flat[order])) / self.drafted(rows + drafts)
-        best = int(np.argmax(speed))
-        if speed[best] <= rows / float(self.plain(rows)) and not self._due(True, rows):
-            return np.zeros(rows, dtype=np.int64)
-        return np.bincount(row[order[: best + 1]], minlength=rows)
+    def _room(self, rows: int) -> int:
+        return max(0, min(self.max_step_tokens, int(_GROWTH * max(self.times.largest, rows)) + 1) - rows)
 
-    def _due(self, drafted: bool, rows: int) -> bool:
-        """Whether steps of one kind were last taken so long ago that the estimate of them deserves a fresh look."""
-        band = _band(rows)
-        wait = _EXPLORE_AFTER
-        if drafted:  # one slow first step must not silence the drafts of a whole job
-            wait = min(wait, _EXPLORE_FIRST * (1 + self._taken[True][band]))
-        return self._step - self._last[drafted].setdefault(band, self._step) >= wait
+    def _seconds(self, rows: int, drafts: int) -> np.ndarray:
+        """Expected seconds of steps with 0 to `drafts` tokens drafted, with as much prefill as there was lately:
+        which step reads a prompt is not known when its drafts are made."""
+        tokens = rows + np.arange(drafts + 1, dtype=np.float64)
+        alone = self.times(tokens, rows * self._context)
+        if self._mixed < 0.01:
+            return alone
+        return (1 - self._mixed) * alone + self._mixed * self.times(tokens + self._prefill, rows * self._context)
 
+    @property
+    def _plain(self) -> bool:
+        """Whether the next step belongs to a stretch without the decoder: the last ones of a cycle, or all others
+        where drafting was slower."""
+        last = self._step % _CYCLE >= _CYCLE - _STRETCH
+        return last != self._paused
 
-def _band(rows: int) -> int:
-    return int(np.searchsorted(_NODES, rows))
+    @property
+    def _explores(self) -> str:
+        """What the next step tries: "more" drafts, "less", or "" for neither."""
+        step = self._step
+        if step >= _EXPLORE_EVERY:
+            if step % _EXPLORE_EVERY:
+                return ""
+            return "less" if step // _EXPLORE_EVERY % 2 else "more"
+        return "more" if step > 1 and step & (step - 1) == 0 else ""
+
+    def _compare(self) -> None:
+        recent = self._recent
+        if recent["plain_s"] and recent["drafting_s"]:
+            plain, drafting = (recent[f"{kind}_tokens"] / recent[f"{kind}_s"] for kind in ("plain", "drafting"))
+            self._paused = bool(drafting < plain)
+        self.yardstick.update(recent)
+        self._recent = Counter()
 
 
 def band_of_rows(rows: int) -> int:
     """The upper end of the band that steps of so many rows are counted in: 1, 2, 4, 8, 12, 16 and so on."""
-    return int(_NODES[min(_band(rows), len(_NODES) - 1)])
+    return int(_BANDS[min(int(np.searchsorted(_BANDS, rows)), len(_BANDS) - 1)])

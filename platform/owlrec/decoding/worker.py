@@ -7,16 +7,17 @@ internals of vLLM 0.32.0, which is why any other version is refused at start.
 
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import vllm
 from vllm.v1.sample import rejection_sampler
 
-from owlrec.decoding.controller import Controller, DecoderCounters, StepSums, StepTimes, band_of_rows
+from owlrec.decoding.controller import Controller, DecoderCounters, StepSums, band_of_rows
 from owlrec.decoding.drafter import RetrievalProposer
 from owlrec.decoding.options import VLLM_VERSION
+from owlrec.decoding.step_times import StepTimes
 from owlrec.decoding.verification import Verifier
 from owlrec.errors import EngineError
 
@@ -52,6 +53,28 @@ def expand_batch_to_tokens(
     return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
 
 
+class _Step(NamedTuple):
+    """What a step computes: decoding rows, their drafts, prompt tokens beside them, context tokens that are read."""
+
+    began: float
+    rows: int
+    drafts: int
+    prefill: int
+    context: int
+
+
+def _describe(scheduled: Any, now: float) -> _Step | None:
+    verified, tokens = scheduled.scheduled_spec_decode_tokens, scheduled.num_scheduled_tokens
+    rows, drafts, total = len(tokens), sum(len(d) for d in verified.values()), scheduled.total_num_scheduled_tokens
+    if not total:
+        return None
+    if total != rows + drafts:  # some rows read their prompts; a last piece of one token passes for decoding
+        rows = sum(n == 1 + len(verified.get(i, ())) for i, n in tokens.items())
+    context = sum(scheduled.scheduled_cached_reqs.num_computed_tokens)
+    context += sum(new.num_computed_tokens for new in scheduled.scheduled_new_reqs)
+    return _Step(now, rows, drafts, total - rows - drafts, context)
+
+
 class RetrievalWorker(_Base):
     """Mixed into a vLLM worker class; what its docstrings call a call comes by `collective_rpc`."""
 
@@ -76,7 +99,7 @@ class RetrievalWorker(_Base):
         runner._input_fits_in_drafter = lambda metadata: metadata is not None
         runner._on_request_state_removed = self._on_request_removed
         self._finished: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
-        self._step: tuple[float, int, int] | None = None  # start, rows and drafts of the last step, if it only decoded
+        self._step: _Step | None = None  # the last one, where it computed anything
         self._ended = 0.0
         self._by_rows: dict[int, StepSums] = {}
 
@@ -94,9 +117,7 @@ class RetrievalWorker(_Base):
         now = time.perf_counter()
         self._settle_step(now)
         verified = scheduler_output.scheduled_spec_decode_tokens
-        rows, drafts = len(scheduler_output.num_scheduled_tokens), sum(len(tokens) for tokens in verified.values())
-        decoding = rows > 0 and scheduler_output.total_num_scheduled_tokens == rows + drafts
-        self._step = (now, rows, drafts) if decoding and not scheduler_output.scheduled_new_reqs else None
+        self._step = _describe(scheduler_output, now)
         self._tokens_before = self.proposer.counts["tokens"]
         # vLLM pads requests that it admits or resumes with -1 (v1/core/sched/scheduler.py:1130): no drafts of ours.
         self.proposer.scheduled = {i: len(tokens) for i, tokens in verified.items() if tokens[0] >= 0}
@@ -127,6 +148,7 @@ class RetrievalWorker(_Base):
             **proposer.counts,
             **{f"pools_{name}": n for name, n in proposer.pools.counts.items()},
             **{f"tokens_{tier}": n for tier, n in proposer.pools.tokens().items()},
+            **{f"yardstick_{name}": n for name, n in self._yardstick().items()},
             "retrieval_s": proposer.retrieval_s,
             "verification_s": self.verifier.seconds,
         }
@@ -143,19 +165,24 @@ class RetrievalWorker(_Base):
         ends = set(params.all_stop_token_ids) if params is not None else set()
         self.proposer.finish(req_id, req_state.prompt_token_ids or [], req_state.output_token_ids, ends)
 
+    def _yardstick(self) -> dict[str, float]:
+        return dict(self.proposer.controller.yardstick) if self.proposer.controller is not None else {}
+
     def _settle_step(self, now: float) -> None:
         controller = self.proposer.controller
-        if self._step is None or controller is None:
+        step = self._step
+        if step is None or controller is None:
             return
-        began, rows, drafts = self._step
-        seconds = (now if now - self._ended < _IDLE_S else self._ended) - began
-        controller.observe(rows, drafts, seconds)
+        seconds = (now if now - self._ended < _IDLE_S else self._ended) - step.began
         tokens = self.proposer.counts["tokens"] - self._tokens_before
-        sums = self._by_rows.setdefault(band_of_rows(rows), StepSums())
+        controller.observe(step.rows, step.drafts, seconds, prefill=step.prefill, context=step.context, emitted=tokens)
+        if step.prefill or not step.rows:
+            return
+        sums = self._by_rows.setdefault(band_of_rows(step.rows), StepSums())
         sums.steps += 1
         sums.tokens += tokens
         sums.seconds += seconds
-        sums.plain_s += tokens * float(controller.plain(rows)) / rows
+        sums.plain_s += tokens * controller.plain_seconds(step.rows) / step.rows
 
     @torch.inference_mode()
     def _measure(self, limit: int) -> StepTimes:
