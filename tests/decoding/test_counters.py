@@ -26,3 +26,9 @@ def test_nothing_counted_gives_no_figure() -> None:
     assert math.isnan(DecoderCounters().tokens_per_step)
     assert math.isnan(StepSums().speed_up)
     assert add_counters([]) == DecoderCounters()
+
+
+def test_the_measured_speed_up_compares_stretches_of_one_engine() -> None:
+    counts = {"yardstick_plain_tokens": 64, "yardstick_plain_s": 32.0, "yardstick_drafting_tokens": 600}
+    assert DecoderCounters(counts={**counts, "yardstick_drafting_s": 100.0}).measured_speed_up == pytest.approx(3.0)
+    assert math.isnan(DecoderCounters(counts={"steps": 5}).measured_speed_up)

@@ -36,7 +36,7 @@ def test_the_controller_is_near_the_oracle_and_follows_a_slow_down(
 ) -> None:
     drafts, load = trace(rates), Load(rows, context, mixed=min(0.5, rows / 512), prefill=512)
     ran = play(curve, drafts, load, 800, noise=0.03, slower_from=500)
-    best, plain = play_oracle(curve, drafts, load, 800), play_plain(curve, load, drafts, 800)
+    best, plain = play_oracle(curve, drafts, load, 800), play_plain(curve, load, 800)
     assert ran.rate(0, 500) >= 0.95 * best.rate(0, 500)
     assert ran.rate(0, 500) >= 0.98 * plain.rate(0, 500)
     assert 3 * ran.rate(700) >= 0.95 * best.rate(700)

@@ -139,18 +139,22 @@ def play_oracle(curve: Curve, trace: Trace, load: Load, steps: int, *, sample: i
     return out
 
 
-def play_plain(curve: Curve, load: Load, trace: Trace, steps: int, *, seed: int = 0) -> Played:
+def play_plain(curve: Curve, load: Load, steps: int, *, seed: int = 0) -> Played:
     """The same steps without drafts."""
-    prefills = np.array([prefill for _, _, prefill in _steps(trace, load, steps, seed)])
+    prefills = _prefills(load, steps, seed)
     return Played(np.full(steps, float(load.rows)), curve(load.rows + prefills, load.rows, load.context))
 
 
 def _steps(trace: Trace, load: Load, steps: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Chances and counts of the rows' drafts and the prompt tokens of each step."""
     rng = np.random.default_rng(seed)
-    for _ in range(steps):
+    for prefill in _prefills(load, steps, seed):
         picked = rng.integers(0, len(trace.count), load.rows)
-        yield trace.chance[picked], trace.count[picked], load.prefill * int(rng.random() < load.mixed)
+        yield trace.chance[picked], trace.count[picked], int(prefill)
+
+
+def _prefills(load: Load, steps: int, seed: int) -> np.ndarray:
+    return load.prefill * (np.random.default_rng([seed, 2]).random(steps) < load.mixed)
 
 
 def _gain(chance: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -21,6 +21,8 @@ _FLAT_TOKENS = 64.0  # a step of about so many tokens is expected to cost twice 
 _FLAT_CONTEXT = 65536.0  # the same for context tokens
 
 
+_EDGES = np.concatenate([[0.0], _KNEES, [2.0**24]])
+_WIDTHS = np.diff(_EDGES)
 # Rows that give the slope between two knees and of context.
 _RISES = np.zeros((len(_KNEES) + 2, len(_KNEES) + 3))
 _RISES[:-1, 1:-1] = np.tri(len(_KNEES) + 1)
@@ -40,6 +42,7 @@ class StepTimes:
         base = float(min(seconds))
         self.largest = 0.0  # tokens of the largest step seen
         self.seen = 0
+        self._at_edges: np.ndarray | None = None  # seconds beyond those of no token, at the edges of the slopes
         self._ratios: deque[float] = deque(maxlen=_SHIFTED)
         spread = np.array([base, base / _FLAT_TOKENS, *[base / _FLAT_TOKENS / 2] * len(_KNEES), base / _FLAT_CONTEXT])
         self._widest = spread**2
@@ -52,12 +55,11 @@ class StepTimes:
 
     def __call__(self, tokens: np.ndarray | float, context: float = 0.0) -> np.ndarray:
         """Seconds for each number of tokens; never falls with them. context: tokens that the step's rows read."""
-        n = np.atleast_1d(np.asarray(tokens, dtype=np.float64))
-        slopes = np.maximum(np.cumsum(self._weights[1:-1]), 0.0)  # between knees
+        if self._at_edges is None:
+            slopes = np.maximum(np.cumsum(self._weights[1:-1]), 0.0)
+            self._at_edges = np.concatenate([[0.0], np.cumsum(slopes * _WIDTHS)])
         flat = max(self._weights[0] + max(self._weights[-1], 0.0) * context, 1e-9)
-        at_knees = flat + np.concatenate([[0.0], np.cumsum(slopes[:-1] * np.diff(_KNEES, prepend=0.0))])
-        beyond = slopes[-1] * np.maximum(n - _KNEES[-1], 0.0)
-        return np.interp(n, np.concatenate([[0.0], _KNEES]), at_knees) + beyond
+        return np.interp(np.atleast_1d(tokens), _EDGES, self._at_edges) + flat
 
     def observe(self, tokens: float, context: float, seconds: float) -> None:
         """Takes in one step."""
@@ -80,6 +82,7 @@ class StepTimes:
         self.seen += 1
 
     def _learn(self, features: np.ndarray, seconds: float) -> None:
+        self._at_edges = None
         forgotten = self._covariance / (1 - 1 / _MEMORY)
         # What no step tells of is forgotten without end otherwise.
         shrink = np.sqrt(np.minimum(1.0, self._widest / np.maximum(np.diag(forgotten), 1e-100)))
