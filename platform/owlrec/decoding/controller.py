@@ -175,12 +175,15 @@ class Controller:
         return float(self.times(rows, rows * self._context)[0])
 
     def floor(self, rows: int) -> float:
-        """The chance below which no token can pay in a step of so many rows: its cost at plain speed, which drafts
-        only raise."""
-        if self._explores:
+        """The chance below which no token can pay in a step of so many rows: what one costs, where it costs least, at
+        plain speed, which drafts only raise."""
+        drafts = min(self.max_draft * rows, self._room(rows))
+        if self._explores or not drafts:
             return 0.01
-        one, two = self._seconds(rows, 1)
-        return float(np.clip(_PRICE_SHARE * (two - one) * rows / one, 0.01, 1.0))
+        seconds = self._seconds(rows, drafts)
+        steps = np.unique(np.geomspace(1, drafts + 1, 9).astype(np.int64)) - 1
+        slopes = np.diff(seconds[steps]) / np.diff(steps) if len(steps) > 1 else np.zeros(1)
+        return float(np.clip(_PRICE_SHARE * slopes.min() * rows / seconds[0], 0.01, 1.0))
 
     def worth_searching(self, rows: int) -> bool:
         """Whether even drafts that are surely accepted would pay; where not, the search is saved, but for a try now
@@ -197,7 +200,9 @@ class Controller:
         room = 0 if self._plain else min(int(count.sum()), self._room(rows))
         explores = self._explores
         at_least = 0
-        if explores == "less":
+        if explores == "none":
+            room = 0
+        elif explores == "less":
             room = min(room, int(self._drafts / 2))
         elif explores == "more":
             at_least = min(room, int((_GROWTH - 1) * (rows + self._drafts) + self._drafts) + 1)
@@ -224,12 +229,12 @@ class Controller:
 
     @property
     def _explores(self) -> str:
-        """What the next step tries: "more" drafts, "less", or "" for neither."""
+        """What the next step tries: "more" drafts, "less", "none", or "" for the best."""
         step = self._step
         if step >= _EXPLORE_EVERY:
             if step % _EXPLORE_EVERY:
                 return ""
-            return "less" if step // _EXPLORE_EVERY % 2 else "more"
+            return ("more", "less", "more", "none")[step // _EXPLORE_EVERY % 4]
         return "more" if step > 1 and step & (step - 1) == 0 else ""
 
     def _compare(self) -> None:

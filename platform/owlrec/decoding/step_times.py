@@ -48,6 +48,7 @@ class StepTimes:
         self._widest = spread**2
         self._weights = np.zeros(len(spread))
         self._weights[0] = base
+        self._kept: tuple[np.ndarray, np.ndarray] | None = None  # weights and covariance before steps that were far off
         self._covariance = np.diag(self._widest)
         for n, t in zip(tokens, seconds, strict=True):
             self._learn(_features(float(n), 0.0), float(t))
@@ -65,19 +66,27 @@ class StepTimes:
         """Takes in one step."""
         features = _features(float(tokens), float(context))
         expected = max(float(features @ self._weights), 1e-9)
+        before = self._ratios[-1] if self._ratios else 1.0
         self._ratios.append(seconds / expected)
         low, high = min(self._ratios), max(self._ratios)
-        if len(self._ratios) == _SHIFTED and self.seen > _SHIFTED and (low > _SHIFT or high < 1 / _SHIFT):
+        settled = self.seen > _SHIFTED
+        if settled and len(self._ratios) == _SHIFTED and (low > _SHIFT or high < 1 / _SHIFT):
             # A machine that slows down slows everything, sizes included that are not tried now.
             factor = float(np.median(self._ratios))
-            self._weights *= factor
+            weights, covariance = self._kept or (self._weights, self._covariance)
+            self._weights, self._covariance = weights * factor, covariance * factor**2
             self._widest = self._widest * factor**2
-            self._covariance = self._covariance * factor**2
             self._ratios.clear()
-            expected *= factor
-        if self.seen > _SHIFTED:
-            seconds = min(max(seconds, expected / _OUTLIER), expected * _OUTLIER)
-        self._learn(features, seconds)
+            self._kept = None
+            self._learn(features, seconds)
+        elif settled and _off(seconds / expected) and _off(before) == _off(seconds / expected):
+            pass  # perhaps another speed: the steps to come decide
+        else:
+            self._kept = None
+            if settled and _off(seconds / expected):
+                self._kept = (self._weights, self._covariance)
+                seconds = min(max(seconds, expected / _OUTLIER), expected * _OUTLIER)
+            self._learn(features, seconds)
         self.largest = max(self.largest, float(tokens))
         self.seen += 1
 
@@ -99,6 +108,11 @@ class StepTimes:
                 below = min(0.0, float(rise @ self._weights))
                 moved = self._covariance @ rise
                 self._weights = self._weights - moved * (below / max(float(rise @ moved), 1e-100))
+
+
+def _off(ratio: float) -> int:
+    """1 for a step that took far longer than expected, -1 for far shorter, 0 for neither."""
+    return int(ratio > _OUTLIER) - int(ratio < 1 / _OUTLIER)
 
 
 def _features(tokens: float, context: float) -> np.ndarray:
