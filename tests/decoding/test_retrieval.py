@@ -9,11 +9,11 @@ from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool
 from owlrec.decoding.retrieval import (
     AGREE,
     CELLS,
-    CHANCES,
     LONGEST,
     OTHERS,
     SHORTER,
     SILENT,
+    WRITTEN,
     AcceptanceRates,
     Drafts,
     draft_rows,
@@ -29,6 +29,7 @@ def draft(
     *,
     factors: np.ndarray = ONE,
     limit: int = 8,
+    prompt: int = 1000,
     floor: float = 0.0,
     groups: list[list[int]] | None = None,
 ) -> Drafts:
@@ -41,6 +42,7 @@ def draft(
         tokens,
         np.arange(len(contexts)),
         np.array([len(c) for c in contexts]),
+        np.full(len(contexts), prompt),
         np.full(len(contexts), limit),
         padded,
         np.array(groups, np.int64) if groups else np.zeros(padded.shape[:2], np.int64),
@@ -61,13 +63,13 @@ def test_the_commonest_continuation_of_the_longest_match_wins() -> None:
     found = draft(shelf, [[1, 2, 3]], [[(SEALED, place)]])
     # "1 2 3" was followed by 8 twice and 7 once; 5 followed "3" alone, three times of six.
     assert tokens(found) == [8]
-    # Names 2, 3, 5, 7, 8; nothing: 8 is 2 of 15. "3": 2 of 6. "1 2 3": 2 of 3. Each count leaves .7 to what is shorter.
-    nothing = (2 - 0.7 + 0.7 * 5 / 5) / 15
-    three = (2 - 0.7 + 0.7 * 3 * nothing) / 6
-    assert found.expected[0, 0] == pytest.approx((2 - 0.7 + 0.7 * 2 * three) / 3)
+    # Names 2, 3, 5, 7, 8; nothing: 8 is 2 of 15. "3": 2 of 6. "1 2 3": 2 of 3. Each count leaves .8 to what is shorter.
+    nothing = (2 - 0.8 + 0.8 * 5 / 5) / 15
+    three = (2 - 0.8 + 0.8 * 3 * nothing) / 6
+    assert found.expected[0, 0] == pytest.approx((2 - 0.8 + 0.8 * 2 * three) / 3)
     assert found.chance[0, 0] == found.expected[0, 0]
-    # A match of three tokens (third length), a chance between .45 and .6, no other source.
-    assert found.cell[0, 0] == (2 * CHANCES + 3) * OTHERS + SILENT
+    # A chance between .45 and .6, no other source, never written by the row.
+    assert found.cell[0, 0] == (3 * OTHERS + SILENT) * WRITTEN
 
 
 def test_chances_multiply_along_the_chain_and_end_at_the_floor() -> None:
@@ -105,17 +107,31 @@ def test_sources_that_agree_support_each_other() -> None:
     a, b = shelf.add_text(np.array([1, 2, 3], np.int32)), shelf.add_text(np.array([1, 2, 3], np.int32))
     found = draft(shelf, [[1, 2]], [[(TEXT, a), (TEXT, b)]])
     assert found.expected[0, 0] == pytest.approx(1 - 0.65**2)
-    assert found.cell[0, 0] % OTHERS == AGREE
+    assert found.cell[0, 0] // WRITTEN % OTHERS == AGREE
 
 
 def test_a_longer_match_elsewhere_is_told_from_a_shorter_one() -> None:
     shelf = Shelf()
     short, long = shelf.add_text(np.array([9, 2, 3], np.int32)), shelf.add_text(np.array([1, 2, 4], np.int32))
     sources, groups = [[(TEXT, short), (TEXT, long)]], [[0, 1]]
-    assert draft(shelf, [[1, 2]], sources, groups=groups).cell[0, 0] % OTHERS == LONGEST
+    assert draft(shelf, [[1, 2]], sources, groups=groups).cell[0, 0] // WRITTEN % OTHERS == LONGEST
     factors = ONE.copy()
     factors[CELLS : 2 * CELLS] = 0.01
-    assert draft(shelf, [[1, 2]], sources, groups=groups, factors=factors).cell[0, 0] % OTHERS == SHORTER
+    assert draft(shelf, [[1, 2]], sources, groups=groups, factors=factors).cell[0, 0] // WRITTEN % OTHERS == SHORTER
+
+
+def test_what_the_row_has_written_before_has_cells_of_its_own() -> None:
+    shelf = Shelf()
+    place = shelf.add_text(np.array([1, 2, 3], np.int32))
+
+    def cell(context: list[int], prompt: int) -> int:
+        found = draft(shelf, [context], [[(TEXT, place)]], prompt=prompt)
+        assert tokens(found) == [3]
+        return int(found.cell[0, 0]) % WRITTEN
+
+    assert cell([3, 3, 1, 2], prompt=4) == 0  # in the prompt alone
+    assert cell([3, 3, 1, 2], prompt=1) == 1
+    assert cell([3, 3, 3, 1, 2], prompt=0) == 2
 
 
 def test_a_draft_goes_on_where_its_text_ends_and_another_has_the_same_words() -> None:
@@ -171,7 +187,8 @@ def test_empty_pools_draft_nothing(kind: int) -> None:
     st.lists(st.integers(0, 3), min_size=1, max_size=20),
 )
 def test_every_tier_drafts_what_some_text_says_after_the_match(texts: list[list[int]], context: list[int]) -> None:
-    """Each drafted token follows the one before it somewhere in the pool, as long as anything does."""
+    """Each drafted token follows the one before it somewhere in the pool; a sealed pool drafts as long as anything
+    does, a live one to the end of the texts that it found."""
     shelf, live = Shelf(), LivePool(max_tokens=1 << 12)
     for text in texts:
         live.insert(text)
@@ -181,13 +198,13 @@ def test_every_tier_drafts_what_some_text_says_after_the_match(texts: list[list[
         pairs = {pair for text in texts for pair in itertools.pairwise(text)}
         assert all(pair in pairs for pair in itertools.pairwise(chain))
         goes_on = any(chain[-1] == first for first, _ in pairs)
-        assert len(chain) == 9 or not goes_on
+        assert len(chain) == 9 or not goes_on or (source[0] == LIVE and len(chain) > 1)
 
 
 def test_factors_follow_what_is_observed_and_forget() -> None:
     rates = AcceptanceRates(2)
     before = rates.factors.copy()
-    n, cell = 400, CELLS + 5 * OTHERS + SILENT
+    n, cell = 400, CELLS + 5 * OTHERS * WRITTEN
     rates.observe(np.full(n, cell), np.full(n, 0.8), np.arange(n) < 160)
     assert rates.factors[cell] == pytest.approx((160 + 20) / (320 + 20))  # the prior stands for 20 expected ones
     assert (np.delete(rates.factors, cell) == np.delete(before, cell)).all()  # no other cell moved

@@ -78,8 +78,8 @@ def blended(sequences: list[list[int]], context: list[int], names: int) -> dict[
         followers = Counter(sequences[t][i] for t, i in places)
         total = len(places)
         shorter = {token: chances.get(token, 1 / names) for token in followers}
-        left = 0.7 * len(followers) / total if total else 0
-        chances = {token: (count - 0.7) / total + left * shorter[token] for token, count in followers.items()}
+        left = 0.8 * len(followers) / total if total else 0
+        chances = {token: (count - 0.8) / total + left * shorter[token] for token, count in followers.items()}
         seen = places
     return chances
 

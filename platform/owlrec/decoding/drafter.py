@@ -77,6 +77,7 @@ class RetrievalProposer:
             np.ones((1, 4), np.int32),
             np.zeros(1, np.int64),
             np.full(1, 4),
+            np.ones(1, np.int64),
             np.full(1, 2),
             np.array([texts]),
             np.zeros((1, len(texts)), np.int64),
@@ -224,7 +225,8 @@ class RetrievalProposer:
         room = self.max_model_len - n - 1
         # vLLM 0.32 still bans stop tokens for the token after the drafts if they began before min_tokens was reached
         # (rejection_sampler.py:144), so no drafts lead beyond it.
-        written = n - self._runner.input_batch.num_prompt_tokens[rows]
+        prompts = self._runner.input_batch.num_prompt_tokens[rows].astype(np.int64)
+        written = n - prompts
         missing = np.array([s.min_tokens for s in states]) - written
         room = np.where(missing > 0, np.minimum(room, missing - 1), room)
         room = np.minimum(room, np.array([s.max_tokens for s in states]) - written - 1)
@@ -234,9 +236,9 @@ class RetrievalProposer:
         sources = np.stack([s.sources for s in states])
         floor = self.controller.floor(len(rows))
         depth = self.limits.max_draft
-        return draft_rows(
-            tokens, rows, n, limits, sources, groups, self.pools.shelf, self.rates.factors, depth=depth, floor=floor
-        )
+        factors = self.rates.factors
+        shelf = self.pools.shelf
+        return draft_rows(tokens, rows, n, prompts, limits, sources, groups, shelf, factors, depth=depth, floor=floor)
 
     def _propose(self, rows: list[int], states: list[RequestState], found: Drafts, drafts: list[list[int]]) -> None:
         assert self.controller is not None

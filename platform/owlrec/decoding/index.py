@@ -78,7 +78,7 @@ BORDER = -1  # stands between documents, so that no match crosses from one to th
 _FORMAT = 2
 _ARRAYS = ("tokens", "order", "rank", "leaf", "nodes", "chance", "documents")
 _MAX_TOKENS = 2**31 - 1
-_DISCOUNT = 0.7  # of each count, left to shorter contexts; .5 to .9 change tokens per step by less than 1 %
+_DISCOUNT = 0.8  # of each count, left to shorter contexts; .7 to .9 change tokens per step by less than 1 %
 
 
 class PoolError(EngineError):

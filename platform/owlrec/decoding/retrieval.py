@@ -30,17 +30,18 @@ from owlrec.decoding.index import (
 # ----------------------------------------------------------------------------------------------------------- acceptance
 # How often drafted tokens are accepted beside what the index expected, learned while decoding.
 #
-# A cell is a group (a kind of source under a kind of verification), a match length (1, 2, 3, 4, 5-6, 7-9, 10-15, 16 and
-# more tokens), an expected chance (below .15, .3, .45, .6, .75, .9, .97 and above) and whether other sources say
-# nothing, the same, or something else after a shorter or after a longer match. Its factor corrects the index's own
-# chance, which stays as fine as it is. Old observations fade, since models change and refreshed texts drift.
+# A cell is a group (a kind of source under a kind of verification), the index's chance (below .15, .3, .45, .6, .75,
+# .9, .97 and above), whether other sources say nothing, the same, or something else after a shorter or after a longer
+# match, and whether the row has written the token before (never, once, more often): a text rarely names the same thing
+# twice, and how rarely is a matter of its kind. A cell's factor corrects the index's own chance, which stays as fine as
+# it is. Old observations fade, since models change and refreshed texts drift.
 
 
-LENGTHS, CHANCES, OTHERS = 8, 8, 4
-CELLS = LENGTHS * CHANCES * OTHERS
+CHANCES, OTHERS, WRITTEN = 8, 4, 3
+CELLS = CHANCES * OTHERS * WRITTEN
 SILENT, AGREE, LONGEST, SHORTER = range(OTHERS)
 _EDGES = np.array([0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97])
-_PRIOR = np.array([1.0, 1.0, 0.8, 0.4])  # factors before anything was learned
+_PRIOR = np.outer([1.0, 1.0, 0.8, 0.4], [1.0, 0.7, 1.0]).ravel()  # factors before anything was learned
 _PRIOR_WEIGHT = 20.0  # expected acceptances that the prior factor counts for
 _MEMORY = 512.0  # observations after which a cell's counts are halved
 _SURE = 0.999
@@ -56,7 +57,7 @@ class AcceptanceRates:
     def __init__(self, groups: int) -> None:
         self.groups = groups
         self._tried, self._accepted, self._expected = (np.zeros(groups * CELLS) for _ in range(3))
-        self._prior = np.tile(_PRIOR, groups * LENGTHS * CHANCES)
+        self._prior = np.tile(_PRIOR, groups * CHANCES)
         self.factors = self._prior.copy()
 
     def observe(self, cell: np.ndarray, expected: np.ndarray, accepted: np.ndarray) -> None:
@@ -84,6 +85,7 @@ _WINDOW = 8192  # tokens of a row's own context that are searched: beyond it the
 _HALVES = 0.5 ** np.arange(64)
 # The chance that a match of one place goes on, by its length in tokens (1 to 7, and more), before anything was learned.
 _FOLLOWED = np.array([0.2, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7])
+_FEW = 0.6  # of a live pool's votes, before anything was learned
 _LEAST = 2  # tokens that must match before a row's own context is followed: one alone is chance
 
 
@@ -104,6 +106,7 @@ def draft_rows(
     contexts: np.ndarray,
     rows: np.ndarray,
     lengths: np.ndarray,
+    prompts: np.ndarray,
     limits: np.ndarray,
     sources: np.ndarray,
     groups: np.ndarray,
@@ -115,8 +118,8 @@ def draft_rows(
 ) -> Drafts:
     """Drafts for each of n rows.
 
-    contexts: int32 [any, max_len]; row i's context is contexts[rows[i], :lengths[i]]. limits: int64 [n], most tokens to
-    draft for it.
+    contexts: int32 [any, max_len]; row i's context is contexts[rows[i], :lengths[i]], of which the
+    first prompts[i] are its prompt. limits: int64 [n], most tokens to draft for it.
     sources: int64 [n, m, 2] of kind and place on the shelf, NOTHING after the last; where two expect as much, the
     earlier wins.
     groups: int64 [n, m], which group of `factors` (AcceptanceRates) each source's acceptance follows.
@@ -132,19 +135,8 @@ def draft_rows(
     )
     pools: tuple[Any, ...] = (*shelf.lists[SEALED], *shelf.lists[LIVE], *shelf.lists[TEXT])
     arrays: tuple[Any, ...] = (out.tokens, out.chance, out.expected, out.cell, out.count)
-    _draft_rows(contexts, rows, lengths, limits, sources, groups, *pools, factors, floor, *arrays)  # type: ignore[call-arg]
+    _draft_rows(contexts, rows, lengths, prompts, limits, sources, groups, *pools, factors, floor, *arrays)  # type: ignore[call-arg]
     return out
-
-
-@compiled
-def _length_bucket(length: int) -> int:
-    if length <= 4:
-        return length - 1
-    if length <= 6:
-        return 4
-    if length <= 9:
-        return 5
-    return 6 if length <= 15 else 7
 
 
 @compiled
@@ -175,9 +167,10 @@ def _vote(text: np.ndarray, found: int, positions: np.ndarray, lengths: np.ndarr
             token, best, agreeing, length = np.int64(text[positions[c]]), votes, near, supported  # type: ignore[assignment]
     if found == 0:
         return BORDER, 0.0, 0
-    # One place in all is worth as much as a match of that length; of several, the share that agrees counts.
+    # One place in all is worth as much as a match of that length; of several, the share that agrees counts. Few texts
+    # are no fair sample.
     alone = float(_FOLLOWED[min(length, 8) - 1])
-    return token, (agreeing - 1 + alone) / max(total, 1) if agreeing > 0 else 0.1, length
+    return token, _FEW * (agreeing - 1 + alone) / max(total, 1) if agreeing > 0 else 0.1, length
 
 
 @compiled
@@ -185,6 +178,7 @@ def _draft_rows(
     contexts: np.ndarray,
     rows: np.ndarray,
     row_lengths: np.ndarray,
+    prompts: np.ndarray,
     limits: np.ndarray,
     sources: np.ndarray,
     groups: np.ndarray,
@@ -221,6 +215,7 @@ def _draft_rows(
             continue
         context = contexts[rows[i], max(0, row_lengths[i] - _WINDOW) : row_lengths[i]]
         size, kept, used, n, chance = len(context), min(DEPTH, len(context)), 0, 0, 1.0
+        output = context[max(0, size - (row_lengths[i] - prompts[i])) :]
         tail[:kept] = context[size - kept :]
         while used < n_sources and sources[i, used, 0] != NOTHING:
             used += 1
@@ -271,7 +266,12 @@ def _draft_rows(
                 if not leads:
                     continue
                 expected = 1 - missed
-                cell = (_length_bucket(length[s]) * CHANCES + _chance_bucket(expected)) * OTHERS + others
+                written = 0
+                for j in range(len(output)):
+                    written += output[j] == says[s]
+                for j in range(kept, kept + n):
+                    written += tail[j] == says[s]
+                cell = (_chance_bucket(expected) * OTHERS + others) * WRITTEN + min(written, WRITTEN - 1)
                 cell += groups[i, s] * CELLS
                 hope = min(_SURE, expected * factors[cell])
                 if hope > best:
@@ -288,7 +288,8 @@ def _draft_rows(
             for s in range(used):
                 kind, place = sources[i, s, 0], sources[i, s, 1]
                 if at[s] < 0 or says[s] != token:
-                    at[s] = -2
+                    # A tree is searched again; texts, whose search reads them whole, wait for the next step.
+                    at[s] = -2 if kind == SEALED else -1
                 elif kind == SEALED:
                     # The leaf after the follower has the longer context: no search.
                     leaf_after = sealed_rank[place][follower[s] + 1]
@@ -299,9 +300,9 @@ def _draft_rows(
                         if text[places[s, c]] == token and text[places[s, c] + 1] != BORDER:
                             places[s, found], shares[s, found] = places[s, c] + 1, shares[s, c] + 1
                             found += 1
-                    at[s] = found if found > 0 else -2
+                    at[s] = found if found > 0 else -1
                 elif kind == TEXT and texts[place][at[s] + 1] == BORDER:
-                    at[s] = -2
+                    at[s] = -1
                 else:
                     at[s], length[s] = at[s] + 1, min(length[s] + 1, DEPTH)
         out_count[i] = n
