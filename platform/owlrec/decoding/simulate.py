@@ -23,11 +23,20 @@ _MEASURED = (1, 4, 16, 64, 256)  # tokens of the steps that an engine measures a
 
 @dataclass(frozen=True)
 class Trace:
-    """Drafts and how far they are right, a row and step each. chance: float64 [n, depth], that a token is accepted
-    with all before it. count: int64 [n], tokens drafted."""
+    """Drafts of a row and step each. chance: float64 [n, depth], that a token is accepted with all before it. count:
+    int64 [n], tokens drafted. accepted: int64 [n], how many of them were right, where that is known; None = as many as
+    the chances say."""
 
     chance: np.ndarray
     count: np.ndarray
+    accepted: np.ndarray | None = None
+
+    def tokens(self, picked: np.ndarray, shares: np.ndarray) -> float:
+        """Tokens that rows with the drafts `picked`, cut to `shares`, emit in a step."""
+        if self.accepted is not None:
+            return float(len(picked) + np.minimum(self.accepted[picked], shares).sum())
+        offered = np.arange(self.chance.shape[1]) < shares[:, None]
+        return float(len(picked) + self.chance[picked][offered].sum())
 
 
 @dataclass(frozen=True)
@@ -102,15 +111,15 @@ def play(
         max_step_tokens=MAX_STEP_TOKENS,
     )
     out = Played(np.zeros(steps), np.zeros(steps))
-    for step, (chance, count, prefill) in enumerate(_steps(trace, load, steps, seed)):
-        shares = np.zeros(rows, np.int64)
+    for step, (picked, prefill) in enumerate(_steps(trace, load, steps, seed)):
+        chance, count, shares = trace.chance[picked], trace.count[picked], np.zeros(rows, np.int64)
         if controller.worth_searching(rows):
             floor = controller.floor(rows)
             shares = controller.allocate(chance, np.minimum(count, (chance >= floor).sum(axis=1)))
         drafts = int(shares.sum())
         seconds = float(curve(np.array([rows + drafts + prefill]), rows, load.context)[0])
         seconds *= slower if slower_from is not None and step >= slower_from else 1.0
-        tokens = rows + float(chance[np.arange(depth) < shares[:, None]].sum())
+        tokens = trace.tokens(picked, shares)
         taken = max(0.1, 1 + noise * rng.standard_normal()) * seconds
         context = int(rows * load.context)
         controller.observe(rows, drafts, taken, prefill=prefill, context=context, emitted=round(tokens))
@@ -125,15 +134,15 @@ def play_oracle(curve: Curve, trace: Trace, load: Load, steps: int, *, sample: i
     tokens = rows + np.arange(min(rows * depth, MAX_STEP_TOKENS - rows) + 1)
     alone, beside = (curve(tokens + prefill, rows, load.context) for prefill in (0, load.prefill))
     seconds = (1 - load.mixed) * alone + load.mixed * beside
-    gains = [_gain(chance, count) for chance, count, _ in _steps(trace, load, sample, seed + 1)]
+    gains = [_gain(trace, picked) for picked, _ in _steps(trace, load, sample, seed + 1)]
     rate, better = 0.0, float(rows / seconds[0])
     while better > rate * (1 + 1e-9):
         rate = better
         best = [int(np.argmax(gain - rate * seconds[: len(gain)])) for gain in gains]
         better = float(sum(g[b] for g, b in zip(gains, best, strict=True)) / sum(seconds[b] for b in best))
     out = Played(np.zeros(steps), np.zeros(steps))
-    for step, (chance, count, prefill) in enumerate(_steps(trace, load, steps, seed)):
-        gain = _gain(chance, count)
+    for step, (picked, prefill) in enumerate(_steps(trace, load, steps, seed)):
+        gain = _gain(trace, picked)
         drafts = int(np.argmax(gain - rate * seconds[: len(gain)]))
         out.tokens[step], out.seconds[step] = gain[drafts], (beside if prefill else alone)[drafts]
     return out
@@ -145,22 +154,22 @@ def play_plain(curve: Curve, load: Load, steps: int, *, seed: int = 0) -> Played
     return Played(np.full(steps, float(load.rows)), curve(load.rows + prefills, load.rows, load.context))
 
 
-def _steps(trace: Trace, load: Load, steps: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Chances and counts of the rows' drafts and the prompt tokens of each step."""
+def _steps(trace: Trace, load: Load, steps: int, seed: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The rows' drafts, as places in the trace, and the prompt tokens of each step."""
     rng = np.random.default_rng(seed)
     for prefill in _prefills(load, steps, seed):
-        picked = rng.integers(0, len(trace.count), load.rows)
-        yield trace.chance[picked], trace.count[picked], int(prefill)
+        yield rng.integers(0, len(trace.count), load.rows), int(prefill)
 
 
 def _prefills(load: Load, steps: int, seed: int) -> np.ndarray:
     return load.prefill * (np.random.default_rng([seed, 2]).random(steps) < load.mixed)
 
 
-def _gain(chance: np.ndarray, count: np.ndarray) -> np.ndarray:
+def _gain(trace: Trace, picked: np.ndarray) -> np.ndarray:
     """Expected tokens of a step with its 0, 1, … likeliest drafted tokens."""
-    likeliest = -np.sort(-chance[np.arange(chance.shape[1]) < count[:, None]])[: MAX_STEP_TOKENS - len(count)]
-    return len(count) + np.concatenate([[0.0], np.cumsum(likeliest)])
+    live = np.arange(trace.chance.shape[1]) < trace.count[picked, None]
+    likeliest = -np.sort(-trace.chance[picked][live])[: MAX_STEP_TOKENS - len(picked)]
+    return len(picked) + np.concatenate([[0.0], np.cumsum(likeliest)])
 
 
 def _line(x: Sequence[float], y: Sequence[float], at: float) -> float:
