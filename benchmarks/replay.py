@@ -1,12 +1,13 @@
 """How many tokens per step a file of texts gives, replayed as if greedy decoding wrote it, without any engine.
 
 Texts held out are written anew: at each place a draft is made from the texts that are written already, its longest
-right prefix is accepted, plus one token. As in the decoder's pools, a text stands behind the end of its prompt (here
-one token), from which its beginning is drafted. Beside it the plain vote of the longest suffix (n-grams of 8, 6, 4, 3
-and 2 tokens, the most frequent follower again and again until the product of its shares falls below .25), and no more
-tokens are drafted per step than by that. Accepted tokens are told apart by source: the row's own earlier text
-(--earlier), its cohort's texts (--cohorts), all texts of its kind, its own words so far, and texts just written. With a
-file of step-time curves, the speed-up over steps without drafts, as the controller plays it.
+right prefix is accepted, plus one token. As in an engine, a text stands behind the end of its prompt (here one token)
+and before its end token, so that its beginning and its end are drafted, too. Beside it the plain vote of the longest
+suffix, of the texts alone: n-grams of 8, 6, 4, 3 and 2 tokens, the most frequent follower again and again until the
+product of its shares falls below .25. No more tokens are drafted per step than by that. Accepted tokens are told apart
+by source: the row's own earlier text (--earlier), its cohort's texts (--cohorts), all texts of its kind, its own words
+so far, and texts just written. With a file of step-time curves, the speed-up over steps without drafts, as the
+controller plays it.
 """
 
 import argparse
@@ -32,25 +33,13 @@ from owlrec.ops.console import note
 
 DEPTH = 16
 VOTE_ORDERS, VOTE_FLOOR = (8, 6, 4, 3, 2), 0.25
-FLOORS = (
-    0.2,
-    0.15,
-    0.12,
-    0.1,
-    0.085,
-    0.07,
-    0.06,
-    0.05,
-    0.04,
-    0.03,
-    0.02,
-)  # the lowest that drafts no more than the vote
+TRIES = 8  # halvings of the span of chances below which a draft ends
 ROWS = (1, 4, 16, 64, 128, 256, 512)
 SOURCES = ("own earlier", "cohort", "kind", "own words", "just written")
 _LIVE_TOKENS = 1 << 18
 
 Texts = Mapping[int, np.ndarray]
-"""Token ids by id of the user or item, int32, each behind the one token that stands for the end of its prompt."""
+"""Token ids by id, int32: one token that stands for the end of the prompt, the text, its end token."""
 
 
 @dataclass
@@ -116,12 +105,15 @@ def replay_file(file: Path, options: argparse.Namespace) -> list[Figure]:
     replayed = {i: texts[i] for i in held}
     vote = replay_vote(list(replayed.values()), list(corpus.kind.values()), options.given)
     drafter = Drafter(corpus)
-    chosen = drafter.replay(replayed, options.batch, FLOORS[0], options.given)
-    for floor in FLOORS[1:]:
+    low, high = 0.001, 1.0
+    chosen = drafter.replay(replayed, options.batch, high, options.given)
+    for _ in range(TRIES):
+        floor = (low * high) ** 0.5
         tried = drafter.replay(replayed, options.batch, floor, options.given)
         if tried.per_step[1] > vote.per_step[1]:
-            break
-        chosen = tried
+            low = floor
+        else:
+            high, chosen = floor, tried
     note(f"{file.name}: {len(held)} texts replayed, {len(written):,} written already")
     figures = []
     for method, counted in (("plain vote", vote), ("owlrec", chosen)):
@@ -161,10 +153,11 @@ def read_column(file: Path, column: str) -> dict[int, Any]:
 
 
 def tokenize(texts: Mapping[int, str], tokenizer: Any) -> dict[int, np.ndarray]:
-    """Token ids, each text behind the tokenizer's end token."""
+    """Token ids, each text between the tokenizer's first and its end token."""
     ids = tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
-    lead = tokenizer.eos_token_id or 0
-    return {i: np.array([lead, *tokens], np.int32) for i, tokens in zip(texts, ids, strict=True)}
+    end = tokenizer.eos_token_id or 0
+    lead = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return {i: np.array([lead, *tokens, end], np.int32) for i, tokens in zip(texts, ids, strict=True)}
 
 
 class Drafter:
@@ -269,10 +262,10 @@ def prefix(draft: np.ndarray, text: np.ndarray) -> int:
 
 
 def replay_vote(texts: Iterable[np.ndarray], pool: Iterable[np.ndarray], given: int = 0) -> Replayed:
-    """The plain vote of the longest suffix, without the token before a text."""
+    """The plain vote of the longest suffix, of the texts without what stands before and behind them."""
     followers: dict[tuple[int, ...], Counter[int]] = {}
     for text in pool:
-        tokens = text[1:].tolist()
+        tokens = text[1:-1].tolist()
         for n in VOTE_ORDERS:
             for i in range(n, len(tokens)):
                 followers.setdefault(tuple(tokens[i - n : i]), Counter())[tokens[i]] += 1
@@ -282,7 +275,7 @@ def replay_vote(texts: Iterable[np.ndarray], pool: Iterable[np.ndarray], given: 
         best[context] = (token, count / counts.total())
     out = Replayed()
     for text in texts:
-        tokens, at = text[1:].tolist(), given
+        tokens, at = text[1:-1].tolist(), given
         while at < len(tokens):
             context, draft, chance = tokens[max(0, at - max(VOTE_ORDERS)) : at], [], 1.0
             while len(draft) < DEPTH:
