@@ -3,6 +3,7 @@ the oracle."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -195,3 +196,21 @@ def test_another_version_of_vllm_is_refused() -> None:
     check_version("0.32.0+cpu")
     with pytest.raises(EngineError, match=r"needs vLLM 0\.32\.0, but 0\.33\.0 is installed"):
         check_version("0.33.0")
+
+
+def test_a_step_is_told_apart_into_rows_drafts_prompts_and_context() -> None:
+    from owlrec.decoding.worker import _describe
+
+    cached, new = SimpleNamespace(num_computed_tokens=[100, 50]), SimpleNamespace(num_computed_tokens=16)
+    step = SimpleNamespace(
+        scheduled_spec_decode_tokens={"a": [7, 8, 9]},
+        num_scheduled_tokens={"a": 4, "b": 1, "c": 30},
+        total_num_scheduled_tokens=35,
+        scheduled_cached_reqs=cached,
+        scheduled_new_reqs=[new],
+    )
+    described = _describe(step, 2.0)
+    assert described is not None
+    assert described._asdict() == {"began": 2.0, "rows": 2, "drafts": 3, "prefill": 30, "context": 166}
+    step.num_scheduled_tokens, step.total_num_scheduled_tokens = {}, 0
+    assert _describe(step, 2.0) is None
