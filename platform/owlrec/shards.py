@@ -430,12 +430,13 @@ def unclaimed(storage: Storage, folder: str, names: Iterable[str], run: str) -> 
 
 
 def clear_claims(storage: Storage, folder: str, run: str) -> None:
-    """Gives back what a run that is over still holds in a folder: its workers may have ended without a word."""
+    """Deletes the claims of a finished run and those of dead processes: of a run whose driver was killed, nobody else
+    would. What another run holds stays. A claim is taken over before it is deleted, so two runs may clear at once.
+    """
+    claims = Claims(storage, run)
     for name in storage.entries(folder):
-        path = f"{folder}/{name}"
-        claim = _read(storage, path)[0]
-        if claim is not None and claim.run == run:
-            storage.delete_file(path)
+        claims.claim(f"{folder}/{name}")
+    claims.close()
 
 
 @contextmanager
