@@ -45,9 +45,9 @@ def server(status: int, body: str) -> Iterator[str]:
     [
         (200, '{"ray_version": "2.59.1"}', "Ray", "runs Ray 2.59.1"),
         (200, '{"ray_version": "2.60.1"}', "Ray", "runs Ray 2.60.1"),
-        (200, "<html>", "head", "is no Ray head"),
-        (200, "[]", "head", "is no Ray head"),
-        (404, "{}", "head", "is no Ray head"),
+        (200, "<html>", "head", "not a Ray head"),
+        (200, "[]", "head", "not a Ray head"),
+        (404, "{}", "head", "not a Ray head"),
         (401, "Unauthorized", "token", "asks for a token and got none"),
         (403, "Forbidden", "token", "refuses this token"),
     ],
@@ -57,7 +57,7 @@ def test_a_head_that_will_not_do_is_named(status, body, name, found):
         last = check_head(url, {})[-1]
     assert (last.name, last.ok) == (name, "fail")
     assert found in last.found
-    with pytest.raises(ClusterError, match="To mend it, "):
+    with pytest.raises(ClusterError, match="To fix it, "):
         refuse([last])
 
 

@@ -155,7 +155,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_held(chunked):
             read.clear()
             check_problem(await web.post("/echo", content=body(500)), 413, "1,000 bytes")
             assert len(read) <= 12
-            check_problem(await web.post("/echo", headers={"content-length": "-1"}, content=b""), 400, "no number")
+            check_problem(await web.post("/echo", headers={"content-length": "-1"}, content=b""), 400, "not a number")
 
     run(scenario())
 
