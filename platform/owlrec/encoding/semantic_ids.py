@@ -106,6 +106,14 @@ class SemanticIdConfig(Config):
     levels: int = Field(3, ge=1, le=16)
     codes_per_level: int = Field(256, ge=2, le=1 << 16)  # a power of two; a code is a uint16
 
+    @classmethod
+    def parse(cls, text: str) -> "SemanticIdConfig":
+        """Of "3x256": three levels of 256 codes. Raises ValueError, which says what is wrong."""
+        levels, x, codes = text.partition("x")
+        if not (x and levels.isdecimal() and codes.isdecimal()):
+            raise ValueError("must be levels and codes per level, such as 3x256")
+        return cls(levels=int(levels), codes_per_level=int(codes))
+
     @field_validator("codes_per_level")
     @classmethod
     def _whole_bits(cls, codes: int) -> int:

@@ -174,8 +174,6 @@ class HttpEngine(Engine):
         Raises RequestFailed after `max_attempts`, naming the last status.
         """
         body = self._body(system, prompt, sampling)
-        if sampling.repetition_penalty != 1.0:  # not in OpenAI's protocol; vLLM and SGLang take it
-            body["repetition_penalty"] = sampling.repetition_penalty
         if extra:
             body["vllm_xargs"] = dict(extra)
         async with self._slots:
@@ -195,7 +193,7 @@ class HttpEngine(Engine):
             "messages": [*messages, {"role": "user", "content": prompt}],
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            **sampling.options,
         }
 
     async def _with_retries(self, body: dict[str, Any], read: Callable[[httpx.Response, str, int], _T]) -> _T:

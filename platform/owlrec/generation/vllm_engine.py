@@ -328,14 +328,16 @@ class VllmEngine(Engine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=dict(extra) if extra else None,
-        )
+        try:
+            return SamplingParams(
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args=dict(extra) if extra else None,
+                **sampling.options,  # vLLM checks them
+            )
+        except (TypeError, ValueError) as error:
+            raise EngineError(f"sampling.options: vLLM does not take them ({error}). Correct the recipe.") from None
 
     def _start(self) -> Any:
         engine = self._build()
