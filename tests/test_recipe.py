@@ -56,6 +56,19 @@ def test_a_bare_off_is_a_word_and_not_false(tmp_path: Path) -> None:
     assert (recipe.decoding.mode, recipe.training.use_gpu, recipe.ctr.use_profile) == ("off", True, True)
 
 
+def test_most_replicas_can_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    for given, most, expected in (
+        ("3", 5, (1, 5)),
+        ("[2, 9]", 5, (2, 5)),
+        ("[8, 9]", 5, (5, 5)),
+        ("[2, 9]", None, (2, 9)),
+    ):
+        file.write_text(GOOD + f"generate: {{replicas: {given}}}\n")
+        generate = load_recipe(file, max_replicas=most).generate
+        assert (generate.least_replicas, generate.most_replicas) == expected
+
+
 def test_label_rule_can_be_overridden(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(GOOD + "labels: {rule: {rating_above: 4}}\n")
@@ -71,6 +84,13 @@ def test_label_rule_can_be_overridden(tmp_path: Path) -> None:
         ("shard_rows: 0", "shard_rows: Input should be greater than or equal to 1 (found 0)"),
         ("name: again", "key 'name' occurs twice"),
         ("ctr: {seeds: abc}", "ctr.seeds:"),
+        ("labels: {rule: ratings}", "labels.rule: Input should be 'rating_above', 'column' or 'positives_only' (found"),
+        ("labels: {negatives: {popular: 4}}", "labels.negatives.popular:"),
+        ("split: {cuts: [now, {evry: 1d}]}", "split.cuts.1.evry: unknown key"),
+        ("generate: {replicas: [4, 2]}", "generate.replicas: name the least first"),
+        ("encoder: {semantic_ids: 3x100}", "encoder.semantic_ids: codes_per_level"),
+        ("sampling: {options: {max_tokens: 3}}", "sampling.options: max_tokens"),
+        ("ray: {num_cpus: 2}", "ray: Input should be a valid string"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: str, message: str) -> None:

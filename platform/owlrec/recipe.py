@@ -91,7 +91,7 @@ class Recipe(Config):
 def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas: int | None = None) -> Recipe:
     """Reads and checks a recipe file.
 
-    workspace, max_replicas: take the place of the recipe's own (`workspace`, `generate.replicas`), where given. A
+    workspace, max_replicas: take the place of the recipe's own, where given; of `generate.replicas` that is the most. A
     relative workspace stands in the current folder.
     Raises RecipeError, which lists every mistake with its key, and the nearest valid name for an unknown one.
     """
@@ -112,7 +112,12 @@ def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas:
         values["workspace"] = workspace
     if max_replicas is not None:
         generate = values.get("generate")
-        values["generate"] = {**(generate if isinstance(generate, dict) else {}), "replicas": max_replicas}
+        generate = generate if isinstance(generate, dict) else {}
+        replicas: Any = max_replicas
+        match generate.get("replicas"):
+            case [int(least), _]:
+                replicas = [min(least, max_replicas), max_replicas]
+        values["generate"] = {**generate, "replicas": replicas}
     return make_recipe(values, name=str(path))
 
 

@@ -65,7 +65,8 @@ def ask(port: int, prompt: str = "hi", **options: object) -> object:
     config = HttpEngineConfig(
         type="http", base_url=f"http://127.0.0.1:{port}/v1/", model="m", backoff_s=0.01, max_attempts=3, **options
     )
-    return asyncio.run(HttpEngine(config).complete("be brief", prompt, SamplingConfig(max_tokens=9)))
+    sampling = SamplingConfig(max_tokens=9, options={"top_p": 0.8})
+    return asyncio.run(HttpEngine(config).complete("be brief", prompt, sampling))
 
 
 def test_answer_and_request(server: _Server) -> None:
@@ -73,7 +74,7 @@ def test_answer_and_request(server: _Server) -> None:
     assert (done.text, done.prompt_tokens, done.output_tokens, done.finish_reason) == ("hello", 11, 4, "length")
     body = server.bodies[0]
     assert body["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
-    assert (body["max_tokens"], body["temperature"]) == (9, 0.0)
+    assert (body["max_tokens"], body["temperature"], body["top_p"]) == (9, 0.0, 0.8)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

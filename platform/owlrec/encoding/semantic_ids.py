@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, WorkspaceError
@@ -112,7 +112,10 @@ class SemanticIdConfig(Config):
         levels, x, codes = text.partition("x")
         if not (x and levels.isdecimal() and codes.isdecimal()):
             raise ValueError("must be levels and codes per level, such as 3x256")
-        return cls(levels=int(levels), codes_per_level=int(codes))
+        try:
+            return cls(levels=int(levels), codes_per_level=int(codes))
+        except ValidationError as error:
+            raise ValueError("; ".join(f"{d['loc'][0]} {d['msg']}" for d in error.errors())) from None
 
     @field_validator("codes_per_level")
     @classmethod
