@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from owlrec.errors import EngineError
+from owlrec.generation import engines
 from owlrec.generation.engine import PromptTooLong, RequestFailed, RequestRefused, RequestTimedOut, SamplingConfig
 from owlrec.generation.engines import HttpEngine, HttpEngineConfig
 
@@ -61,9 +62,14 @@ def server() -> Iterator[_Server]:
     server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_BACKOFF_S", 0.01)
+
+
 def ask(port: int, prompt: str = "hi", **options: object) -> object:
     config = HttpEngineConfig(
-        type="http", base_url=f"http://127.0.0.1:{port}/v1/", model="m", backoff_s=0.01, max_attempts=3, **options
+        type="http", base_url=f"http://127.0.0.1:{port}/v1/", model="m", max_attempts=3, **options
     )
     sampling = SamplingConfig(max_tokens=9, options={"top_p": 0.8})
     return asyncio.run(HttpEngine(config).complete("be brief", prompt, sampling))
@@ -120,9 +126,7 @@ def test_first_tokens_are_asked_for_with_their_log_probabilities(server: _Server
     told = [{"token": "Yes", "logprob": -0.25}, {"token": " no", "logprob": -1.5}]
     choice = {"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": told}]}}
     server.replies = [(503, {}, {}), (200, {}, {"choices": [choice]}), (200, {}, answer("Yes"))]
-    config = HttpEngineConfig(
-        type="http", base_url=f"http://127.0.0.1:{server.server_port}/v1", model="m", backoff_s=0.01
-    )
+    config = HttpEngineConfig(type="http", base_url=f"http://127.0.0.1:{server.server_port}/v1", model="m")
 
     async def twice() -> None:
         engine = HttpEngine(config)

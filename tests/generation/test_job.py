@@ -108,9 +108,12 @@ def test_too_long_prompts_go_to_the_dead_letters_with_a_reason(small_world: Work
     assert "context of 140" in dead["message"][0].as_py()
 
 
-def test_unreachable_server_fills_the_dead_letters_instead_of_stopping(small_world: Workspace) -> None:
+def test_unreachable_server_fills_the_dead_letters_instead_of_stopping(
+    small_world: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("owlrec.generation.engines._BACKOFF_S", 0.01)
     shard = first_shard(small_world)
-    down = HttpEngineConfig(type="http", base_url="http://127.0.0.1:1/v1", model="m", max_attempts=2, backoff_s=0.01)
+    down = HttpEngineConfig(type="http", base_url="http://127.0.0.1:1/v1", model="m", max_attempts=2)
     card = run_shard(small_world, job(), shard, down)
     dead = small_world.read_parquet(dead_letters_file(job(), shard))
     assert card.rows_dead == card.rows_in

@@ -118,6 +118,7 @@ def count_words(text: str) -> int:
 # engine: the recipe must name the server.
 
 
+_BACKOFF_S = 1.0  # at most, before the second attempt; doubles after each, up to a minute
 _TOP_LOGPROBS = 20  # OpenAI's and vLLM's highest
 _T = TypeVar("_T")
 
@@ -135,7 +136,6 @@ class HttpEngineConfig(EngineConfig):
     concurrency: int = Field(32, ge=1)
     timeout_s: float = Field(120.0, gt=0)
     max_attempts: int = Field(5, ge=1)
-    backoff_s: float = Field(1.0, gt=0)  # before the second attempt; doubles after each, up to a minute
 
     @property
     def model_identity(self) -> str:
@@ -202,7 +202,7 @@ class HttpEngine(Engine):
             self._client = httpx.AsyncClient(timeout=self.config.timeout_s, headers=self._headers, limits=limits)
         url = self.config.base_url.rstrip("/") + "/chat/completions"
         for attempt in range(1, self.config.max_attempts + 1):
-            wait = random.uniform(0, min(60.0, self.config.backoff_s * 2 ** (attempt - 1)))
+            wait = random.uniform(0, min(60.0, _BACKOFF_S * 2 ** (attempt - 1)))
             try:
                 response = await self._client.post(url, json=body)
             except httpx.TransportError as error:
