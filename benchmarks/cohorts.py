@@ -33,7 +33,7 @@ from owlrec.cohorts.building import AssignCohorts, build_cohorts
 from owlrec.cohorts.clustering import ClusterConfig, Codebook, FactorSettings, train_cells, unit
 from owlrec.cohorts.model import CohortModel, CohortsConfig, CohortSettings
 from owlrec.ctr.experiment import finished_trials, summarise, trials
-from owlrec.recipe import RayConfig, Recipe, load_recipe
+from owlrec.recipe import Recipe, load_recipe
 from owlrec.runner import Pool, run_stage
 from owlrec.runs.stage import ray_session, stage_function
 from owlrec.scenario import get_scenario
@@ -124,7 +124,7 @@ def _assign(folder: str) -> dict[str, float]:
                     continue
             peak[0] = max(peak[0], total / 1e9)
 
-    with ray_session(RayConfig(), workspace.log_path("ray")):
+    with ray_session("local", workspace.log_path("ray")):
         threading.Thread(target=watch, daemon=True).start()
         start = time.perf_counter()
         shards = dict.fromkeys((Shard("user", n) for n in range(workspace.n_shards("user"))), "")

@@ -31,6 +31,7 @@ from owlrec.ctr.experiment import (
     COLD_ITEM_BELOW,
     CTRConfig,
     Trial,
+    WorkersConfig,
     finished_trials,
     read_grid_scores,
     slices_of,
@@ -262,8 +263,9 @@ def _workers(options: argparse.Namespace) -> Iterator[Figure]:
         with tempfile.TemporaryDirectory() as folder:
             recipe, workspace = load_recipe(RECIPE, workspace=folder), Workspace(folder)
             prepare(recipe, workspace)
-            changes = {"backbones": ("din", "dcnv2"), "arms": ("none",), "seeds": (0,), "num_workers": workers}
-            recipe = recipe.model_copy(update={"ctr": recipe.ctr.model_copy(update=changes)})
+            changes = {"backbones": ("din", "dcnv2"), "arms": ("none",), "seeds": (0,)}
+            training = WorkersConfig(num_workers=workers)
+            recipe = recipe.model_copy(update={"ctr": recipe.ctr.model_copy(update=changes), "training": training})
             grid = train(recipe, workspace).outputs["grid"]
             for result in finished_trials(workspace, grid, trials(recipe.ctr)):
                 off = result.test.auc - one.setdefault(result.backbone, result.test.auc)

@@ -163,7 +163,7 @@ def _movielens() -> Any:
     from owlrec.sources.splits import SplitConfig, build_samples
 
     raw = MovieLens100KSource(type="movielens-100k").load()
-    split = SplitConfig(history_length=HISTORY, cuts=("half",), kar_protocol=True)
+    split = SplitConfig(history_length=HISTORY, cuts=("kar",))
     samples = build_samples(raw.interactions, split, RATED).samples
     return build_features(
         raw.users, raw.items, samples, attributes=("genres", "year"), profile=(), min_item_count=2

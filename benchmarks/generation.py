@@ -27,7 +27,6 @@ from owlrec.generation.quality import QualityConfig
 from owlrec.generation.vllm_engine import prepare_environment
 from owlrec.generation.worker import GenerateStage
 from owlrec.prompting.rows import PromptConfig, user_prompts
-from owlrec.recipe import RayConfig
 from owlrec.runner import Pool, run_stage
 from owlrec.runs.batch import engine_cpus
 from owlrec.runs.stage import ray_session
@@ -160,7 +159,7 @@ def _ray_data_llm(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
     conversations = _prompts(workspace)
     prepare_environment(_engine(), cpu=True)
     # Its chat-template and tokenizer stages hold a logical CPU each, for which the engine would wait for ever on two.
-    with ray_session(RayConfig(num_cpus=8), workspace.log_path("ray")):
+    with ray_session("local[8]", workspace.log_path("ray")):
         small, all_ = (_ask_ray_data_llm(c) for c in (conversations[: len(conversations) // 16], conversations))
     return {"speed": (all_[0] - small[0]) / (all_[1] - small[1])}
 
@@ -192,7 +191,7 @@ def _ask_ray_data_llm(conversations: list[list[dict[str, str]]]) -> tuple[int, f
 
 def _ours(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
     engine = _engine()
-    job = _job(engine, QualityConfig(enabled=False))
+    job = _job(engine, QualityConfig(policy="off"))
     workspace.delete_dir(job.folder)
     pool = Pool(
         here=False,
@@ -200,7 +199,7 @@ def _ours(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
         in_flight=SHARDS_IN_FLIGHT,
         log_path=str(workspace.log_path("engine")),
     )
-    with ray_session(RayConfig(), workspace.log_path("ray")):
+    with ray_session("local", workspace.log_path("ray")):
         cards = run_stage(workspace, GenerateStage(job, engine), table_inputs(workspace, ("user",)), pool).values()
     began, ended = min(c.finished - c.seconds for c in cards), max(c.finished for c in cards)
     return {"speed": sum(int(c.counts["output_tokens"]) for c in cards) / (ended - began)}

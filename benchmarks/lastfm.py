@@ -36,13 +36,10 @@ READ_UNTIL = 1_300_000_000_000  # ms: where CoLaKG's train split ends
 DAY = 86_400_000
 BEFORE = 0.8  # of the plays that are in neither split: as many as CoLaKG's own train split has
 SHOP = {
-    "name": "music shop",
-    "item": "artist",
-    "items": "artists",
+    "nouns": ["artist", "artists"],
     "consumed": "listened to",
     "history": "listening history",
     "rating_unit": "",
-    "passed_over": "was offered but did not listen to",
     "user_factors": ["style", "mood", "era", "country", "listening preference"],
     "item_factors": ["style", "mood", "era", "country", "the listeners they appeal to"],
     "positive_above": 0,

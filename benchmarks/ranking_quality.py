@@ -85,12 +85,11 @@ class Bench:
         o, values = self.options, self.recipe.model_dump(mode="json")
         changed: dict[str, dict[str, Any]] = {
             "data": {"shots": run.shots, "behaviours": run.behaviours, "shown": run.asked},
-            "prompt": {"retrieved_for": run.retrieved_for},
             "tuning": {"epochs": o.epochs},
-            "judging": {"test_samples": o.test_samples},
         }
         for section, changes in changed.items():
             values["ranking"][section] |= changes
+        values["ranking"]["retrieved_for"] = run.retrieved_for
         return Recipe.model_validate(values)
 
     def settings_of(self, run: Run) -> RankerRun:
@@ -100,6 +99,7 @@ class Bench:
             seed=run.seed,
             judged=run.judged,
             valid_samples=self.options.valid_samples,
+            test_samples=self.options.test_samples,
             zero_shot=run.zero_shot,
         )
 
@@ -230,7 +230,7 @@ def tokens_per_s(config: RankingConfig) -> tuple[float, float]:
 
     from owlrec.ranking.tuning import answer_logits, load_model
 
-    model = load_model(resolve_model(PACKAGED), None, config.tuning.settings)
+    model = load_model(resolve_model(PACKAGED), None, config.tuning.settings())
     for name, weight in model.named_parameters():
         weight.requires_grad_("q_proj" in name)  # a gradient goes all the way down, as an adapter's does
     prompts = [np.arange(100, 400, dtype=np.int32)] * 3

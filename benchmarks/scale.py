@@ -149,7 +149,7 @@ class Run:
             "prompts": {"mode": "both" if cohorts else "individual", "history_tokens": 128},
             "engine": {"type": "echo", "answer_tokens": 200},
             "sampling": {"max_tokens": 256},
-            "generate": {"max_replicas": replicas},
+            "generate": {"replicas": replicas},
             "encoder": {"model": "hashing", "replicas": replicas},
             "ctr": {"arms": ["none", "knowledge"]},  # no control's vectors: one for each text
         }

@@ -77,7 +77,7 @@ def _recipe(workspace: str, engine: dict[str, Any], encoder: dict[str, Any] | No
         "sampling": {"max_tokens": 64},
         "quality": {"policy": {"repetition": "keep"}},
         "decoding": {"mode": "strict"},
-        "streaming": {"unknown_users": "create"},
+        "streaming": {"admit": ["users"]},
     }
     return Recipe.model_validate(values)
 

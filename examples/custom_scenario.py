@@ -18,9 +18,7 @@ from owlrec.prompting.frameworks import KAR
 from owlrec.recipe import make_recipe
 
 WINES = {
-    "name": "wines",
-    "item": "wine",
-    "items": "wines",
+    "nouns": ["wine", "wines"],
     "consumed": "tasted",
     "history": "tasting history",
     "rating_unit": "point",

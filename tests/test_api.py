@@ -233,7 +233,7 @@ def test_texts_about_users_quote_what_they_did() -> None:
     with asked() as (url, prompts):
         texts = owlrec.write_texts(
             users, scenario="books", llm=url, model="m", kind="user", items=BOOKS, interactions=interactions,
-            quality={"enabled": False}, quiet=True,
+            quality={"policy": "off"}, quiet=True,
         )  # fmt: skip
     assert texts.error.isna().tolist() == [True, True, False]
     assert texts.error[2].startswith("NoBehavior")
@@ -245,13 +245,13 @@ def test_texts_about_users_quote_what_they_did() -> None:
 
 def test_a_server_that_refuses_a_row_costs_that_row_alone() -> None:
     with asked(refused="Dune") as (url, _):
-        texts = owlrec.write_texts(BOOKS, scenario="books", llm=url, model="m", quality={"enabled": False}, quiet=True)
+        texts = owlrec.write_texts(BOOKS, scenario="books", llm=url, model="m", quality={"policy": "off"}, quiet=True)
     assert texts.error.isna().tolist() == [True, False, True]
     assert texts.error[10].startswith("RequestRefused")
 
 
 def test_in_a_workspace_that_is_kept_only_new_rows_are_asked_about(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"scenario": "books", "model": "m", "quality": {"enabled": False}, "quiet": True}
+    options: dict[str, Any] = {"scenario": "books", "model": "m", "quality": {"policy": "off"}, "quiet": True}
     with asked(refused="Dune") as (url, _):
         owlrec.write_texts(BOOKS, llm=url, workspace=tmp_path, **options)
     with asked() as (url, prompts):

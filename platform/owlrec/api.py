@@ -134,16 +134,16 @@ def drafting(
 
     pools: what to draft from: a folder of pools (`owlrec.decoding.pools.write_pool`), or a workspace or recipe whose
     current release has some; without them texts that have just been finished draft for the next. mode: strict changes
-    no answer; relaxed takes more drafts by DARE's rule (`k`, `min_prob`). model: the model that the LLM runs, where
+    no answer; relaxed takes more drafts by DARE's rule (`min_prob`). model: the model that the LLM runs, where
     pools do not say it themselves; pools of another are refused. settings: further keys of a recipe's `decoding`.
     Requests name their pools: `SamplingParams(extra_args=owlrec.decoding.request_arguments(["item"]))`.
     Raises RecipeError for an unknown setting or a workspace without pools, EngineError where no vLLM is installed, or
     another version than the decoder is written for.
 
     >>> import owlrec
-    >>> arguments = owlrec.drafting(mode="relaxed", k=3)
-    >>> arguments["additional_config"]["owlrec_decoding"]["config"]["k"]
-    3
+    >>> arguments = owlrec.drafting(mode="relaxed", min_prob=0.2)
+    >>> arguments["additional_config"]["owlrec_decoding"]["config"]["min_prob"]
+    0.2
     >>> sorted(arguments)
     ['additional_config', 'speculative_config', 'worker_cls']
     """
@@ -189,7 +189,7 @@ def write_texts(
     sampling: Section = None,
     quality: Section = None,
     generate: Section = None,
-    ray: Section = None,
+    ray: str | None = None,
     workspace: str | PathLike[str] | None = None,
     quiet: bool = False,
 ) -> "pd.DataFrame":
@@ -200,8 +200,8 @@ def write_texts(
     `items` (id and title) and `interactions` (user_id, item_id, timestamp in ms or as a time, and a rating, label or
     event where there is one). scenario: a name such as books, or one written out. llm: a model that vLLM runs here,
     "echo" (invented words, to try things out), the http(s) address of an OpenAI-compatible server up to /v1 (`model` is
-    then its model), or the `engine` section of a recipe. prompts, sampling, quality, generate, ray: sections of a
-    recipe.
+    then its model), or the `engine` section of a recipe. prompts, sampling, quality, generate: sections of a recipe.
+    ray: a recipe's `ray`, such as auto.
 
     quality: "ok", or the names of the quality rules that flagged the text. error: why a row has no text (a missing id,
     a second row of one id, nothing to ask about, a request that failed); missing elsewhere. Every row comes back once.

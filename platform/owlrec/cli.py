@@ -33,7 +33,7 @@ from owlrec.errors import (
 )
 from owlrec.ops.console import note, progress, stage_header, table, warn
 from owlrec.ops.cost import POLICIES
-from owlrec.recipe import RayConfig, load_recipe
+from owlrec.recipe import load_recipe
 from owlrec.releases.manifest import list_releases
 from owlrec.releases.release import current_release, open_release, pointer, roll_back
 from owlrec.runs.stage import STAGES, chosen_stages, open_workspace, ray_session, run_stages, stage_function
@@ -399,7 +399,7 @@ def serve(
         llm_cpus=llm_cpus,
     )
     set_environment(haproxy)
-    with ray_session(RayConfig(num_cpus=args.cpus), store.log_path("serve")):
+    with ray_session(f"local[{args.cpus}]", store.log_path("serve")):
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets its own
             signal.signal(number, lambda *_: stopped.set())
@@ -644,18 +644,14 @@ def sweep(
     recipe: RecipePath,
     workspace: WorkspaceOption = None,
     learning_rate: Annotated[list[float] | None, typer.Option(help="default: 0.001, 0.002, 0.004")] = None,
-    shared_experts: Annotated[list[int] | None, typer.Option(help="default: 2")] = None,
-    dedicated_experts: Annotated[list[int] | None, typer.Option(help="default: 2, 5")] = None,
-    hidden_dim: Annotated[list[int] | None, typer.Option(help="width of an expert; default: 32")] = None,
+    expert_dim: Annotated[list[int] | None, typer.Option(help="width of an expert; default: 32, 128")] = None,
 ) -> None:
-    """Choose learning rate and adaptor size on the valid split; every combination of the values is tried."""
+    """Choose learning rate and adaptor width on the valid split; every combination of the values is tried."""
     from owlrec.ctr.experiment import SweepGrid
 
     values: dict[str, Any] = {
         "learning_rates": learning_rate,
-        "shared_experts": shared_experts,
-        "dedicated_experts": dedicated_experts,
-        "hidden_dims": hidden_dim,
+        "expert_dims": expert_dim,
     }
     grid = SweepGrid(**{name: tuple(given) for name, given in values.items() if given})
     _run_stage("sweep_ctr", recipe, workspace, grid=grid)

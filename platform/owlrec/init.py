@@ -242,12 +242,10 @@ def _quoted(text: str) -> str:
 
 
 _WRITTEN_OUT = """scenario: # the words that prompts use: replace them by those of your domain
-  name: products
-  item: product
-  items: products
+  nouns: [product, products]
   consumed: bought
   history: purchase history
-  rating_unit: star # of a rating
+  rating_unit: star # of a rating; `point of 10` where the highest is not 5
   positive_above: 3 # a higher rating means that the user liked it
   user_factors: [category, brand, price, quality, occasion] # what the LLM infers about users
   item_factors: [category, brand, price, quality, target customers] # what it tells about items
@@ -261,7 +259,7 @@ workspace: runs/{name} # a folder, or a URI such as s3://bucket/{name}
 {source}  timestamp_unit: {unit}
 # Which interactions count as positive: by default a column label or event, else a rating above the scenario's
 # positive_above, else all of them, with drawn negatives.
-# labels: {{rule: rating_above, rating_above: 3}}
+# labels: {{rule: {{rating_above: 3}}}}
 engine: {{type: echo}} # invents texts, to see a whole run in seconds; then a model that reads and writes:
 # engine: {{type: vllm, model: Qwen/Qwen3-4B-Instruct-2507}}
 # engine: {{type: http, base_url: http://HOST:8000/v1, model: MODEL}}

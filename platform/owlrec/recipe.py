@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from owlrec.cohorts.model import CohortsConfig
 from owlrec.config import Config, Registry
-from owlrec.ctr.experiment import CTRConfig
+from owlrec.ctr.experiment import CTRConfig, WorkersConfig
 from owlrec.decoding import DecodingConfig
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import RecipeError, did_you_mean
@@ -30,13 +30,6 @@ from owlrec.scenario import Scenario, get_scenario
 from owlrec.sources import SourceConfig
 from owlrec.sources.outcomes import LabelConfig
 from owlrec.sources.splits import SplitConfig
-
-
-class RayConfig(Config):
-    """Which Ray cluster a run uses. Inside `ray job submit` it is always the job's own cluster."""
-
-    address: str = "local"  # "local" starts a cluster that ends with the run; "auto" or host:port joins one
-    num_cpus: int | None = None  # logical CPUs of a local cluster; None = all cores
 
 
 class Recipe(Config):
@@ -58,9 +51,12 @@ class Recipe(Config):
     generate: GenerateConfig = GenerateConfig()
     encoder: EncoderConfig = EncoderConfig()
     ctr: CTRConfig = CTRConfig()
+    training: WorkersConfig = WorkersConfig()
     ranking: RankingConfig | None = None  # None = no LLM ranker; `ranking: {}` tunes one by the defaults
     streaming: RefreshConfig = RefreshConfig()
-    ray: RayConfig = RayConfig()
+    # Which Ray cluster a run uses; inside `ray job submit` always the job's own. local: one that ends with the run,
+    # with all cores or, as local[4], some; auto or host:port joins one.
+    ray: str = Field("local", pattern=r"^(local(\[[1-9]\d*\])?|auto|.+:.+)$")
 
     @model_validator(mode="before")
     @classmethod
@@ -88,15 +84,15 @@ class Recipe(Config):
         if self.labels.rating_above is not None:
             changes["positive_above"] = self.labels.rating_above
         if self.labels.rule == "positives_only":
-            changes |= {"rating_unit": "time", "rating_best": 5, "positive_above": -1}
+            changes |= {"rating_unit": "time", "positive_above": -1}
         return self.scenario.model_copy(update=changes)
 
 
 def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas: int | None = None) -> Recipe:
     """Reads and checks a recipe file.
 
-    workspace, max_replicas: take the place of the recipe's own, where given. A relative workspace stands in the
-    current folder.
+    workspace, max_replicas: take the place of the recipe's own, where given; of `generate.replicas` that is the most. A
+    relative workspace stands in the current folder.
     Raises RecipeError, which lists every mistake with its key, and the nearest valid name for an unknown one.
     """
     path = Path(path)
@@ -116,7 +112,12 @@ def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas:
         values["workspace"] = workspace
     if max_replicas is not None:
         generate = values.get("generate")
-        values["generate"] = {**(generate if isinstance(generate, dict) else {}), "max_replicas": max_replicas}
+        generate = generate if isinstance(generate, dict) else {}
+        replicas: Any = max_replicas
+        match generate.get("replicas"):
+            case [int(least), _]:
+                replicas = [min(least, max_replicas), max_replicas]
+        values["generate"] = {**generate, "replicas": replicas}
     return make_recipe(values, name=str(path))
 
 
@@ -170,23 +171,27 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
+# What pydantic adds to the place of a mistake in a value that may have several forms: "int", "literal['off']",
+# "dict[...]", "constrained-int", "function-after[...]".
+_FORM = re.compile(r"int|float|str|bool|tuple|list|dict|Every|constrained-\w+|\w[\w-]*\[.*\]|\[key\]")
+
+
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
-    """One line a mistake in a recipe of these values."""
-    lines = []
+    """One line per mistake in a recipe of these values."""
+    messages: dict[str, list[str]] = {}  # by key: a value of several forms is told what each of them takes
     for detail in error.errors():
-        location = detail["loc"]
-        key = ".".join(map(str, location))
+        location = [part for part in detail["loc"] if not _FORM.fullmatch(str(part))]
         if detail["type"] == "extra_forbidden":
             names = _names_at(location[:-1], values)
-            lines.append(f"{key}: unknown key.{did_you_mean(str(location[-1]), names)}")
+            message = f"unknown key.{did_you_mean(str(location[-1]), names)}"
         elif detail["type"] == "missing":
-            lines.append(f"{key}: is missing. Add it to the recipe.")
+            message = "is missing. Add it to the recipe."
         else:
-            message = detail["msg"].removeprefix("Value error, ")
             value = detail.get("input")
             shown = f" (found {value!r})" if not isinstance(value, dict | list) else ""
-            lines.append(f"{key}: {message}{shown}")
-    return lines
+            message = f"{detail['msg'].removeprefix('Value error, ')}{shown}"
+        messages.setdefault(".".join(map(str, location)), []).append(message)
+    return [f"{key}: {'; or: '.join(dict.fromkeys(told))}" for key, told in messages.items()]
 
 
 def _names_at(location: Sequence[Any], values: Any) -> list[str]:

@@ -21,8 +21,7 @@ from owlrec.storage import Pointer
 from owlrec.workspace import Workspace
 
 MOVIES = get_scenario("movies")
-SIZES = ClusterConfig(mean_size=16)  # 2 to 40 members
-CONFIG = CohortsConfig(users=SIZES, items=SIZES)
+CONFIG = CohortsConfig(mean_size=16)  # 2 to 40 members
 SETTINGS = CohortSettings(factors=FactorSettings(factors=4))
 TASTES, ITEMS_A_TASTE = 4, 20
 

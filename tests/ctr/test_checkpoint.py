@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from owlrec.ctr import trainer
+from owlrec.ctr import model, trainer
 from owlrec.ctr.batches import SplitBatches, Step
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.trainer import CheckpointFile, Optimisers, Progress, train_one
@@ -15,14 +15,13 @@ from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
 torch.set_num_threads(1)
-# Dropout, both optimisers (20 items are a large table here), knowledge: all that could be forgotten.
+# Dropout (below), both optimisers (20 items are a large table here), knowledge: all that could be forgotten.
 CONFIG = CTRConfig(
     batch_size=64,
     learning_rate=0.01,
     epochs=3,
     embed_dim=8,
     hidden_dims=(16, 8),
-    dropout=0.2,
 )
 CHECKPOINT_STEPS = 10
 TRIAL = Trial(backbone="din", arm="knowledge", seed=3)
@@ -40,6 +39,11 @@ class Killed(Exception):
 @pytest.fixture(autouse=True)
 def _a_large_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "SPARSE_ABOVE_ROWS", 15)
+
+
+@pytest.fixture(autouse=True)
+def _dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "DROPOUT", 0.2)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 from owlrec.ctr import trainer
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches, SplitTensors
-from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial
+from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Split
 from owlrec.ctr.knowledge import Arm, KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
@@ -58,7 +58,7 @@ def test_same_seed_same_result_other_seed_another(data: TrainingData) -> None:
 
 def test_slices_part_the_test_rows_and_calibration_is_measured(data: TrainingData) -> None:
     # Narrower experts order all rows right in an epoch whose scores are still near .5, and early stopping keeps it.
-    config = CONFIG.model_copy(update={"adaptor": AdaptorConfig(hidden_dim=64)})
+    config = CONFIG.model_copy(update={"expert_dim": 64})
     result = train_one(trial("knowledge"), data, config).result
     rows = len(data.features.splits["test"])
     # The toy world's histories have 0 to 4 behaviours, and every item occurs in training more than a hundred times.
@@ -162,7 +162,10 @@ def test_bfloat16_learns_what_float32_learns(data: TrainingData, backbone: str) 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_table_may_be_a_large_one(data: TrainingData, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "SPARSE_ABOVE_ROWS", 0)
-    config = CONFIG.model_copy(update={"epochs": 4, "table_learning_rate": 0.05})
+    monkeypatch.setattr(
+        trainer, "TABLE_LEARNING_RATE", 0.05
+    )  # as the toy world's dense weights, it learns in few steps
+    config = CONFIG.model_copy(update={"epochs": 4})
     assert train_one(trial("knowledge", backbone), data, config).result.test.auc > 0.95
 
 

@@ -23,11 +23,11 @@ class TwoTables(nn.Module):
         return self.head(torch.cat([self.large(rows), self.small(rows % 5)], dim=1)).squeeze(1)
 
 
-CONFIG = CTRConfig(learning_rate=0.1, table_learning_rate=0.5)
+CONFIG = CTRConfig(learning_rate=0.1)
 
 
 def optimisers_of(model: nn.Module) -> Optimisers:
-    return Optimisers(model, CONFIG, sparse_above_rows=10)
+    return Optimisers(model, CONFIG, sparse_above_rows=10, table_learning_rate=0.5)
 
 
 def test_two_steps_by_hand() -> None:

@@ -10,7 +10,7 @@ import pytest
 from processes import command_lines
 from worlds import write_vectors, write_world
 
-from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, grid_folder
+from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, WorkersConfig, grid_folder
 from owlrec.ctr.trainer import read_vocabularies, train_one
 from owlrec.ctr.training import train_trials
 from owlrec.errors import RecipeError, WorkspaceError
@@ -18,7 +18,7 @@ from owlrec.runs.ctr import vector_folders
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.ray
-CONFIG = CTRConfig(batch_size=256, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8), num_workers=2)
+CONFIG = CTRConfig(batch_size=256, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8))
 FINGERPRINT = "c0ffee" * 10
 SIDES = ("user", "item")
 SOURCES = ("knowledge", "metadata")  # no vectors of the second are there: no arm of the grid reads them
@@ -42,6 +42,7 @@ def train(
         fingerprint=FINGERPRINT,
         attributes=("genres",),
         profile=("gender",),
+        workers=WorkersConfig(num_workers=2),
         on_trial=seen.append,
         **options,
     )

@@ -11,7 +11,7 @@ from worlds import write_vectors, write_world
 
 from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
 from owlrec.ctr.dataset import WarmStart, carried_over, encode_tables, grown, open_features
-from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial, grid_folder
+from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import RESERVED, UNKNOWN, Grades, Vocabularies
 from owlrec.ctr.pca import open_tables, reduce_once
 from owlrec.ctr.trainer import TrainingData, export_trial, read_vocabularies, train_one
@@ -102,7 +102,7 @@ def test_a_model_goes_on_from_the_weights_of_an_artifact(workspace: Workspace, a
     [
         ({"embed_dim": 4}, "embed_dim"),
         ({"hidden_dims": (8,)}, "hidden_dims"),
-        ({"adaptor": AdaptorConfig(hidden_dim=8)}, "adaptor"),
+        ({"expert_dim": 8}, "expert_dim"),
         ({"use_profile": False}, None),
     ],
 )

@@ -24,16 +24,17 @@ def test_engine_arguments_name_proposer_and_worker(cpu: bool, worker: str) -> No
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"k": 0}, {"min_prob": 1.0}, {"min_prob": -0.1}, {"margin": 0.5}, {"mode": "loose"}, {"topk": 2}]
+    "wrong", [{"k": 2}, {"min_prob": 1.0}, {"min_prob": -0.1}, {"margin": 0.5}, {"mode": "loose"}, {"topk": 2}]
 )
 def test_rules_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         DecodingConfig(**wrong)
 
 
-def test_a_margin_out_of_range_is_refused() -> None:
-    with pytest.raises(ValidationError, match="margin"):
-        Relaxation(margin=1.5)
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"min_prob": 1.0}, {"margin": 1.5}])
+def test_a_requests_rule_out_of_range_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Relaxation(**wrong)
 
 
 def test_missing_pool_folder_is_a_recipe_error(tmp_path: Path) -> None:

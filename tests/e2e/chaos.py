@@ -137,7 +137,7 @@ scenario: movies
 workspace: {workspace}
 source: {{type: movielens-100k}}
 engine: {{type: http, base_url: "http://{host}:{port}/v1", model: oracle, concurrency: {CONCURRENCY}, max_attempts: 2}}
-generate: {{min_replicas: {replicas[0]}, max_replicas: {replicas[1]}, engine_cpus: 1, max_dead_share: 0.1}}
+generate: {{replicas: [{replicas[0]}, {replicas[1]}], engine_cpus: 1, max_dead_share: 0.1}}
 ray: {{address: "{address}"}}
 """
     )

@@ -32,7 +32,7 @@ def echo_recipe(tmp_path: Path) -> Path:
             engine: {{type: echo, latency_s: 0.3}}
             sampling: {{max_tokens: 40}}
             ctr: {{backbones: [dcnv2], arms: [none, knowledge], seeds: [0], epochs: 1}}
-            ray: {{num_cpus: 2}}
+            ray: local[2]
             """
         )
     )

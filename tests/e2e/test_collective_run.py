@@ -26,8 +26,7 @@ def write_recipe(path: Path, workspace: Path, users: int) -> Path:
         source: {{type: movielens-100k, max_users: {users}, max_items: 200}}
         shard_rows: 50
         cohorts:
-          users: {{mean_size: 12}}
-          items: {{mean_size: 12}}
+          mean_size: 12
         prompts: {{mode: collective}}
         engine: {{type: echo}}
         sampling: {{max_tokens: 40}}

@@ -69,7 +69,7 @@ engine: {engine}
 sampling: {{max_tokens: 40}}
 encoder: {{model: hashing}}
 ctr: {{backbones: [dcnv2], arms: [none, knowledge], seeds: [0], epochs: 1}}
-ray: {{num_cpus: 2}}
+ray: local[2]
 """
     )
     return path

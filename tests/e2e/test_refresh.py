@@ -52,7 +52,7 @@ def published(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path
             split: {{cuts: half}}
             prompts: {{history_tokens: 1000}}
             streaming: {{partitions: 3}}
-            ray: {{address: "{ray.get_runtime_context().gcs_address}"}}
+            ray: "{ray.get_runtime_context().gcs_address}"
             """
         )
     )

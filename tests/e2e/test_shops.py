@@ -65,7 +65,7 @@ engine: {{type: echo}}
 sampling: {{max_tokens: 40}}
 encoder: {{model: hashing}}
 ctr: {{backbones: [din], arms: [none, knowledge], seeds: [0], epochs: 2}}
-ray: {{num_cpus: 2}}
+ray: local[2]
 """
     )
     done = subprocess.run(

@@ -52,9 +52,9 @@ source: {{type: movielens-100k, max_users: {USERS}, max_items: 160}}
 shard_rows: 8
 engine: {{type: echo, latency_s: 0.05}}
 sampling: {{max_tokens: 40}}
-generate: {{max_replicas: {replicas}, engine_cpus: 1}}
-ray: {{num_cpus: 2}}
-encoder: {{model: hashing, replicas: {replicas}, semantic_ids: {{codes_per_level: 8}}}}
+generate: {{replicas: {replicas}, engine_cpus: 1}}
+ray: local[2]
+encoder: {{model: hashing, replicas: {replicas}, semantic_ids: 3x8}}
 streaming: {{freeze_behaviours: 4}}
 """
     )

@@ -120,7 +120,7 @@ def test_dry_run_touches_nothing(echo_recipe: Path, tmp_path: Path) -> None:
         (["--from", "enc"], "there is no stage 'enc'"),
         (["--from", "publish", "--to", "prepare"], "comes after"),
         (["--workspace", "/proc/nowhere"], "is not writable"),
-        (["--max-replicas", "0"], "generate.max_replicas: Input should be greater than or equal to 1 (found 0)"),
+        (["--max-replicas", "0"], "generate.replicas: Input should be greater than 0 (found 0)"),
     ],
 )
 def test_mistakes_end_with_one_line_and_no_traceback(echo_recipe: Path, arguments: list[str], message: str) -> None:

@@ -24,7 +24,7 @@ def recipe_for(workspace: Workspace, **sections: Any) -> Recipe:
         "workspace": workspace.root,
         "source": {"type": "movielens-100k"},
         "engine": {"type": "echo"},
-        "encoder": {"model": "hashing", "semantic_ids": {"codes_per_level": 4}},
+        "encoder": {"model": "hashing", "semantic_ids": "3x4"},
     }
     return Recipe.model_validate({**values, **sections})
 

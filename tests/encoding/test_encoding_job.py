@@ -11,7 +11,7 @@ import pytest
 
 from owlrec.encoding.encoder import EncoderConfig, HashingEncoder
 from owlrec.encoding.inputs import ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported, import_vectors
-from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors
+from owlrec.encoding.semantic_ids import code_vectors
 from owlrec.encoding.stage import EncodingJob
 from owlrec.encoding.vectors import VectorShards, read_quantisers, read_reports
 from owlrec.errors import SchemaError
@@ -20,7 +20,7 @@ from owlrec.schema import COHORTS, HISTORIES, KNOWLEDGE, shard_of, stable_id
 from owlrec.shards import Card
 from owlrec.workspace import Workspace, shard_file
 
-CONFIG = EncoderConfig(model="hashing", semantic_ids=SemanticIdConfig(levels=2, codes_per_level=8))
+CONFIG = EncoderConfig(model="hashing", semantic_ids="2x8")
 SHARDS = {"user": 8, "item": 4, "cohort": 1}
 
 
@@ -123,7 +123,7 @@ def test_a_finished_job_loads_no_encoder(world: Workspace, monkeypatch: pytest.M
     assert knowledge_job(world).pending()
     before = knowledge_job(world).run(Pool())
     monkeypatch.setattr(EncoderConfig, "load", lambda self: pytest.fail("loaded"))
-    again = knowledge_job(world, CONFIG.model_copy(update={"batch_size": 3, "replicas": 5}))
+    again = knowledge_job(world, CONFIG.model_copy(update={"gpus": 0.5, "replicas": 5}))
     assert not again.pending()
     assert again.run(Pool()) == before
 

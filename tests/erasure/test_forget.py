@@ -116,7 +116,7 @@ def whole_chain(folder: Path, recipe: Recipe, workspace: Workspace, *, trained: 
         assert recipe.ranking is not None
         vectors = ItemVectors.encoded(workspace, recipe.encoder)
         config = recipe.ranking.model_copy(update={"data": recipe.ranking.data.model_copy(update={"shots": None})})
-        run_ = RankerRun(valid_samples=8)
+        run_ = RankerRun(valid_samples=8, test_samples=8)
         write_questions(workspace, "ranking/tuned", config, recipe.domain, vectors, count_words, run_)
     log = workspace.log_path("engine")
     log.write_text(f"user {ID}: flagged\nuser 7: flagged\nrow of {RAW} was late\n")
@@ -318,8 +318,7 @@ def test_cohorts_go_on_without_a_representative(
     write_source(tmp_path / "source")
     extra = """
         cohorts:
-          users: {mean_size: 6}
-          items: {mean_size: 8}
+          mean_size: {users: 6, items: 8}
         prompts: {mode: both}
         """
     recipe = load_recipe(write_recipe(tmp_path, str(tmp_path / "ws"), extra=extra))

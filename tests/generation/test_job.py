@@ -108,9 +108,12 @@ def test_too_long_prompts_go_to_the_dead_letters_with_a_reason(small_world: Work
     assert "context of 140" in dead["message"][0].as_py()
 
 
-def test_unreachable_server_fills_the_dead_letters_instead_of_stopping(small_world: Workspace) -> None:
+def test_unreachable_server_fills_the_dead_letters_instead_of_stopping(
+    small_world: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("owlrec.generation.engines._BACKOFF_S", 0.01)
     shard = first_shard(small_world)
-    down = HttpEngineConfig(type="http", base_url="http://127.0.0.1:1/v1", model="m", max_attempts=2, backoff_s=0.01)
+    down = HttpEngineConfig(type="http", base_url="http://127.0.0.1:1/v1", model="m", max_attempts=2)
     card = run_shard(small_world, job(), shard, down)
     dead = small_world.read_parquet(dead_letters_file(job(), shard))
     assert card.rows_dead == card.rows_in
@@ -182,7 +185,7 @@ class _Recording(Engine):
 def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(small_world: Workspace) -> None:
     shard = first_shard(small_world)
     engine = _Recording()
-    relaxed = job(decoding=DecodingConfig(mode="relaxed", k=3, min_prob=0.2))
+    relaxed = job(decoding=DecodingConfig(mode="relaxed", min_prob=0.2))
     run_shard(small_world, relaxed, shard, engine)
     table = small_world.read_parquet(texts_file(relaxed, shard))
     assert engine.extras == [
@@ -190,7 +193,7 @@ def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(
             "owlrec_pools": ["user"],
             "owlrec_document": i,
             "owlrec_mode": "relaxed",
-            "owlrec_k": 3,
+            "owlrec_k": 2,
             "owlrec_min_prob": 0.2,
         }
         for i in table["id"].to_pylist()
@@ -204,7 +207,7 @@ def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(
 
 def test_lossless_drafting_makes_no_other_job_and_a_relaxed_rule_does() -> None:
     plain = job().fingerprint
-    assert plain == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", k=5)).fingerprint
+    assert plain == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", min_prob=0.5)).fingerprint
     relaxed = {job(decoding=DecodingConfig(mode="relaxed", min_prob=p)).fingerprint for p in (0.1, 0.2)}
     assert len(relaxed | {plain}) == 3
 

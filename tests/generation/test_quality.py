@@ -197,8 +197,8 @@ def test_language_is_the_prompts_script_and_no_broken_bytes() -> None:
     assert flags(GOOD + "\ufffd") == ()  # a character that max_tokens cut in two
 
 
-def test_a_disabled_gate_flags_nothing() -> None:
-    gate = QualityGate(QualityConfig(enabled=False), SCENARIOS["movies"])
+def test_a_gate_that_is_off_flags_nothing() -> None:
+    gate = QualityGate(QualityConfig(policy="off"), SCENARIOS["movies"])
     assert gate.flags("", prompt="", finish_reason="length") == ()
 
 

@@ -50,7 +50,7 @@ class Scripted(Engine):
 
 
 def job_with(**policy: str) -> GenerationJob:
-    quality = QualityConfig(policy=policy, max_retries=2)
+    quality = QualityConfig(policy=policy)
     echo = EchoEngineConfig(type="echo")
     return build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), echo, quality=quality)
 
@@ -84,7 +84,7 @@ def test_flagged_text_is_asked_for_again_with_other_sampling_and_its_tokens_coun
     assert (card.counts["prompt_tokens"], card.counts["output_tokens"]) == (20 * n, 10 * n)
     retried = [sampling for _, sampling in engine.asked if sampling.temperature > 0]
     assert len(retried) == n
-    assert {s.repetition_penalty for s in retried} == {RULES.retry_repetition_penalty}
+    assert {s.options["repetition_penalty"] for s in retried} == {RULES.retry_repetition_penalty}
 
 
 def test_text_that_stays_bad_falls_back_to_the_rows_own_facts(small_world: Workspace) -> None:
@@ -115,7 +115,7 @@ def test_dropped_text_goes_to_the_dead_letters_with_its_flag(small_world: Worksp
 def test_gate_that_is_off_flags_nothing(small_world: Workspace) -> None:
     shard = item_shard(small_world)
     echo = EchoEngineConfig(type="echo")
-    off = QualityConfig(enabled=False)
+    off = QualityConfig(policy="off")
     job = build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), echo, quality=off)
     run_shard(small_world, job, shard, Scripted(lambda *_: REFUSAL))
     assert set(small_world.read_parquet(texts_file(job, shard))["quality"].to_pylist()) == {"ok"}

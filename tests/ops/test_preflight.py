@@ -86,16 +86,13 @@ def test_addresses():
 @pytest.mark.parametrize(
     ("pipeline", "changes", "expected"),
     [
-        ("generate", {"generate": {"engine_gpus": 0.5, "min_replicas": 3}}, GpuDemand(0.5, 3, "generate.engine_gpus")),
+        ("generate", {"generate": {"engine_gpus": 0.5, "replicas": [3, 9]}}, GpuDemand(0.5, 3, "generate.engine_gpus")),
         ("refresh", {"generate": {"engine_gpus": 2}}, GpuDemand(2, 1, "generate.engine_gpus")),
         ("prepare", {"generate": {"engine_gpus": 2}}, None),
         ("generate", {}, None),
-        ("train_ctr", {"ctr": {"use_gpu": True, "num_workers": 4}}, GpuDemand(1, 4, "ctr.use_gpu")),
-        (
-            "tune_ranker",
-            {"ranking": {"tuning": {"use_gpu": True, "num_workers": 2}}},
-            GpuDemand(1, 2, "ranking.tuning.use_gpu"),
-        ),
+        ("train_ctr", {"training": {"use_gpu": True, "num_workers": 4}}, GpuDemand(1, 4, "training.use_gpu")),
+        ("tune_ranker", {"training": {"use_gpu": True, "num_workers": 2}}, GpuDemand(1, 2, "training.use_gpu")),
+        ("train_ctr", {"training": {"num_workers": 2}}, None),
         ("tune_ranker", {}, None),
     ],
 )

@@ -90,7 +90,7 @@ def recipe(tmp_path: Path, **changes: Any) -> Recipe:
 def test_the_name_is_of_what_runs_and_not_of_where(tmp_path):
     usual = submission_name(recipe(tmp_path), "train_ctr")
     assert usual.startswith("train-ctr-shop-")
-    assert submission_name(recipe(tmp_path, ray={"num_cpus": 7}), "train_ctr") == usual
+    assert submission_name(recipe(tmp_path, ray="local[7]"), "train_ctr") == usual
     others = [
         submission_name(recipe(tmp_path), "generate"),
         submission_name(recipe(tmp_path), "train_ctr", ["--retry-dead"]),

@@ -48,7 +48,7 @@ def test_item_prompt_of_books() -> None:
     assert facts == 'The book "Emma" (author: Jane Austen; categories: Classics, Romance).'
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_every_scenarios_factors_are_named(scenario) -> None:
     assert all(f in user_system(KAR, scenario) for f in scenario.user_factors)
     assert all(f in item_system(KAR, scenario) for f in scenario.item_factors)

@@ -11,6 +11,7 @@ import pytest
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_examples, toy_rows, toy_texts  # type: ignore[import-not-found]
 
+from owlrec.ctr.experiment import WorkersConfig
 from owlrec.errors import RecipeError
 from owlrec.generation.models import model_identity
 from owlrec.ranking.experiment import TuningSettings
@@ -34,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tiny_ranker(tmp_path_factory.mktemp("ranker"), toy_texts())
 
 
-def a_job(workspace: Workspace, model: str, max_failures: int, **changes: Any) -> TuningJob:
+def a_job(workspace: Workspace, model: str, max_failures: int, num_workers: int = 1, **changes: Any) -> TuningJob:
     for split, n, seed in (("train", 48, 0), ("valid", 20, 1)):
         workspace.write_parquet(f"ranking/abc/{split}.parquet", toy_rows(n, seed))
     settings = TuningSettings(**FAST | changes)
@@ -44,6 +45,7 @@ def a_job(workspace: Workspace, model: str, max_failures: int, **changes: Any) -
         revision=None,
         wording="w" * 64,
         settings=settings,
+        workers=WorkersConfig(num_workers=num_workers),
         threads=1,
         max_failures=max_failures,
     )

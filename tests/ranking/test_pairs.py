@@ -106,9 +106,12 @@ def test_a_user_who_met_every_item_has_no_pair_without_a_label(workspace: Worksp
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_in_a_split_by_item_no_pair_is_of_an_item_of_valid_or_test(workspace: Workspace, seed: int) -> None:
+def test_in_a_split_by_item_no_pair_is_of_an_item_of_valid_or_test(
+    workspace: Workspace, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where a drawn sample of label 0 in train is of such an item."""
-    split = SplitConfig(method="item", seed=seed)
+    monkeypatch.setattr("owlrec.sources.splits.SPLIT_SEED", seed)
+    split = SplitConfig(method="item")
     values = id_values(ITEMS, split)
     of_train = set(ITEMS[values < np.sort(values)[15]].tolist())
     cold = next(item for item in ITEMS.tolist() if item not in of_train)

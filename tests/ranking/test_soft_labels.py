@@ -15,7 +15,7 @@ from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.generation import ENGINES
 from owlrec.generation.engine import Completion, Engine, EngineConfig, EngineStopped, RequestRefused, SamplingConfig
-from owlrec.ranking.experiment import JudgingConfig
+from owlrec.ranking.experiment import TuningConfig
 from owlrec.ranking.questions import Teacher
 from owlrec.recipe import Recipe
 from owlrec.reshard import reshard
@@ -178,9 +178,7 @@ def test_what_was_answered_is_not_asked_again(shop: Recipe, workspace: Workspace
     assert 0 < len(asked) - n == card.counts["asked"] <= card.counts["pairs"] - first.counts["pairs"]
     assert card.fingerprint != first.fingerprint
     # Another wording: all of them, in a folder of their own.
-    other = recipe_for(
-        tmp_path / "shop", workspace, ranking={"data": {"behaviours": 3}, "prompt": {"retrieved_for": "candidate"}}
-    )
+    other = recipe_for(tmp_path / "shop", workspace, ranking={"data": {"behaviours": 3}, "retrieved_for": "candidate"})
     n = len(asked)
     assert score_pairs(other, workspace).outputs != first.outputs
     assert len(asked) - n == first.counts["pairs"]
@@ -316,12 +314,12 @@ def test_the_folder_names_all_that_answers_depend_on(shop: Recipe) -> None:
 
     assert folder() == usual.folder
     ranking = shop.ranking
-    assert folder(config=ranking.model_copy(update={"judging": JudgingConfig(test_samples=7)})) == usual.folder
+    assert folder(config=ranking.model_copy(update={"tuning": TuningConfig(epochs=7)})) == usual.folder
     for change in (
         {"adapter_sha256": "a"},
         {"engine": ENGINES.load("echo").model_validate({"type": "echo"})},
         {"config": ranking.model_copy(update={"data": ranking.data.model_copy(update={"behaviours": 4})})},
-        {"scenario": shop.domain.model_copy(update={"item": "picture"})},
+        {"scenario": shop.domain.model_copy(update={"nouns": ("picture", "pictures")})},
     ):
         assert folder(**change) != usual.folder
     assert SOFT_LABELS.names == ["user_id", "item_id", "timestamp", "p"]

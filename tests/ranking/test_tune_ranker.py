@@ -53,14 +53,13 @@ def recipe_for(workspace: Workspace, model: str = "nowhere", **ranking: Any) -> 
     values["ranking"] = {
         "data": {"shots": 120, "behaviours": 4, "shown": ["recent", "mixed"]},
         "tuning": {"learning_rate": 0.02, "epochs": 4},
-        "judging": {"test_samples": 60},
         **ranking,
     }
     return Recipe.model_validate({**values, "source": {"type": "movielens-100k"}})
 
 
 TUNING = TuningSettings(dtype="float32", learning_rate=0.02, batch_rows=16, epochs=4)
-SETTINGS = RankerRun(tuning=TUNING, judged=("recent", "mixed"), valid_samples=40)
+SETTINGS = RankerRun(tuning=TUNING, judged=("recent", "mixed"), valid_samples=40, test_samples=60)
 
 
 @pytest.mark.ray
@@ -146,9 +145,9 @@ def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged()
         return decided(replace(SETTINGS, tuning=replace(TUNING, **changes)))
 
     usual = decided()
-    for same in ({"num_workers": 4}, {"use_gpu": True}, {"checkpoint_steps": 3}, {"micro_tokens": 9}):
+    for same in ({"use_gpu": True}, {"checkpoint_steps": 3}, {"micro_tokens": 9}):
         assert tuned(**same) == usual
-    assert decided(judging={"test_samples": 7}) == usual
+    assert decided(replace(SETTINGS, test_samples=7)) == usual
     for other in ({"rank": 4}, {"learning_rate": 1e-4}, {"seed": 1}, {"batch_rows": 8}, {"dtype": "bfloat16"}):
         assert tuned(**other) != usual
     for run_ in (replace(SETTINGS, valid_samples=41), replace(SETTINGS, seed=1)):
@@ -157,6 +156,6 @@ def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged()
 
 
 def test_a_recipe_sets_some_of_the_tuning() -> None:
-    found = TuningConfig(rank=4, use_gpu=True).settings
-    assert found == TuningSettings(rank=4, use_gpu=True, gradient_checkpointing=True)
-    assert TuningConfig().settings == TuningSettings()
+    found = TuningConfig(epochs=4).settings(use_gpu=True)
+    assert found == TuningSettings(epochs=4, use_gpu=True, gradient_checkpointing=True)
+    assert TuningConfig().settings() == TuningSettings()

@@ -212,7 +212,7 @@ def test_refused_events_are_reported_once_and_taken_in_when_they_may_be(world: W
     assert (plan.calls, plan.counts["events_new"], plan.counts["refused_UnknownUser"]) == (0, 0, 3)
     carry_out(world, plan)
     assert plan_refresh(world) is None
-    plan = plan_refresh(world, unknown_users="create")
+    plan = plan_refresh(world, admit=("users",))
     assert (plan.counts["refused"], plan.counts["events_new"]) == (0, 3)
     prompt = prompts_of(world, plan)[99]  # all of it is new: nothing was read of this user
     assert "Summary so far" not in prompt["text"]
@@ -234,7 +234,7 @@ def test_event_from_the_future_is_taken_in_once_its_moment_has_come(world: Works
 
 def test_unknown_item_counts_as_behavior_but_is_not_quoted(world: Workspace) -> None:
     log_events(world, [*watched(1, [*range(105, 112), 999]), *watched(2, range(900, 910))])
-    plan = plan_refresh(world, unknown_items="create")
+    plan = plan_refresh(world, admit=("items",))
     assert list(prompts_of(world, plan)) == [1]  # of user 2 there would be nothing to quote
     assert prompts_of(world, plan)[1]["text"].count('"Film') == 7
     assert len(user_of(world, plan.state, 2).short) == 10
@@ -269,7 +269,7 @@ def test_state_outlives_a_split_of_its_shards(world: Workspace) -> None:
     for name, table in tables.items():
         world.write_table(name, table, key="user_id")
     log_events(world, [*watched(1, [106], START + 2 * DAY), *watched(5, [110], START + 2 * DAY)], "two")
-    plan = plan_refresh(world, unknown_users="create")
+    plan = plan_refresh(world, admit=("users",))
     assert plan.counts["events_new"] == 3  # what was deferred among them
     assert len(user_of(world, plan.state, 1).short) == 2
     assert user_of(world, plan.state, 5).text_as_of == START + 4

@@ -70,7 +70,7 @@ def test_earlier_text_is_cleaned_of_what_could_end_the_turn() -> None:
     assert text.count("\n") == 2
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_prompts_speak_the_scenarios_words_and_leave_no_slot(scenario: Scenario) -> None:
     asking = prompts(scenario)
     for previous in ("", "Likes variety."):

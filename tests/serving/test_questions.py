@@ -61,7 +61,7 @@ def writer(workspace: Workspace, config: RankingConfig) -> QuestionWriter:
 
 def configured(retrieved_for: str, shown: Shown, k: int = 5) -> RankingConfig:
     data = {"behaviours": k, "shown": [shown]}
-    return RankingConfig.model_validate({"data": data, "prompt": {"retrieved_for": retrieved_for}})
+    return RankingConfig.model_validate({"data": data, "retrieved_for": retrieved_for})
 
 
 def asked_of_samples(config: RankingConfig) -> dict[tuple[int, int], tuple[str, str]]:

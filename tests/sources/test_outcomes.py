@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from owlrec.errors import SchemaError
 from owlrec.sources.outcomes import ANSWER_MS, LabelConfig, Labels, answered, drawn_negatives, taken, with_outcomes
@@ -21,8 +22,8 @@ def resolved(columns: dict[str, list], **config: object) -> tuple[list, list]:
 
 def test_ratings_are_labelled_by_a_threshold() -> None:
     assert resolved({"rating": [5, 3, 4]}) == ([5, 3, 4], [1, 0, 1])
-    assert resolved({"rating": [5, 3, 4]}, rating_above=4)[1] == [1, 0, 0]
-    np.testing.assert_allclose(resolved({"rating": [0.9, 0.2, 0.6]}, rating_above=0.5)[1], [1, 0, 1])
+    assert resolved({"rating": [5, 3, 4]}, rule={"rating_above": 4})[1] == [1, 0, 0]
+    np.testing.assert_allclose(resolved({"rating": [0.9, 0.2, 0.6]}, rule={"rating_above": 0.5})[1], [1, 0, 1])
 
 
 def test_labels_and_events_are_taken_as_logged() -> None:
@@ -30,6 +31,29 @@ def test_labels_and_events_are_taken_as_logged() -> None:
     assert resolved({"event": ["click", "impression", "purchase"]}) == ([None] * 3, [1, 0, 1])
     graded = {"event": ["click", "impression", "play"], "rating": [4, None, None]}
     assert resolved(graded) == ([4, None, None], [1, 0, 1])
+
+
+def test_negatives_are_a_number_or_a_way_to_draw_it() -> None:
+    for negatives, expected in ((3, (3, "uniform")), ({"popularity": 2}, (2, "popularity"))):
+        config = LabelConfig.model_validate({"rule": "positives_only", "negatives": negatives})
+        labels = Labels.of(config, [], rating_above=3)
+        assert (labels.negatives, labels.negatives_by) == expected
+    assert Labels.of(LabelConfig(negatives=3), ["rating"], rating_above=3).negatives == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rule": {}},
+        {"rule": {"column": 1}},
+        {"negatives": 0},
+        {"negatives": {"popularity": 0}},
+        {"negatives": {"uniform": 1, "popularity": 1}},
+    ],
+)
+def test_odd_rules_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        LabelConfig.model_validate(wrong)
 
 
 def test_weights_are_taken_as_they_stand_and_are_1_elsewhere() -> None:

@@ -87,7 +87,7 @@ def raw(folder: Path, **source: Any) -> RawTables:
     return loaded
 
 
-@pytest.mark.parametrize("split", [{}, {"method": "time"}, {"seed": 3, "ratios": [2, 1, 1], "history_length": 3}])
+@pytest.mark.parametrize("split", [{}, {"method": "time"}, {"ratios": [2, 1, 1], "history_length": 3}])
 def test_shards_hold_what_the_whole_holds(tmp_path: Path, split: dict[str, Any]) -> None:
     folder = write_source(tmp_path / "source")
     card, workspace = prepared(recipe(folder, tmp_path / "ws", split))
@@ -296,7 +296,7 @@ def test_what_is_refused_leaves_the_earlier_tables(tmp_path: Path) -> None:
     with pytest.raises(SchemaError, match="all labels of the train split are the same"):
         prepared(
             recipe(write_source(tmp_path / "other"), tmp_path / "ws").model_copy(
-                update={"labels": LabelConfig(rating_above=9)}
+                update={"labels": LabelConfig(rule={"rating_above": 9})}
             )
         )
     assert {path: entry.sha256 for path, entry in table_files(workspace).items()} == contents
@@ -469,7 +469,7 @@ def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatc
 def test_movielens_does_not_need_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "ray_session", None)
     values = {"name": "t", "scenario": "movies", "engine": {"type": "echo"}, "source": {"type": "movielens-100k"}}
-    values["split"] = {"cuts": "half", "kar_protocol": True}
+    values["split"] = {"cuts": "kar"}
     card, workspace = prepared(Recipe.model_validate({**values, "workspace": str(tmp_path)}))
     assert card.counts["samples"] == 76_329
     assert pc.sum(workspace.read_table("interactions")["rating"]).as_py() == 352_986

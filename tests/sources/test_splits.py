@@ -26,7 +26,7 @@ DRAWN = Labels(rule="positives_only", rating_above=3, negatives=1)
 
 
 def kar(**more: Any) -> SplitConfig:
-    return SplitConfig(cuts=("half",), kar_protocol=True, **more)
+    return SplitConfig(cuts=("kar",), **more)
 
 
 def table(rows: Sequence[Row]) -> pa.Table:
@@ -116,9 +116,12 @@ def test_users_are_cut_exactly(n_users: int, expected: list[int]) -> None:
     assert [tables.counts[f"samples_{name}"] for name in SPLITS] == expected
 
 
-def test_seed_changes_who_is_in_which_split() -> None:
+def test_seed_changes_who_is_in_which_split(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table(crowd([(1, 5, 10), (2, 5, 20)], 200))
-    splits = [build_samples(rows, kar(seed=seed), ABOVE_3).samples["split"].to_pylist() for seed in (0, 0, 1)]
+    splits = []
+    for seed in (0, 0, 1):
+        monkeypatch.setattr("owlrec.sources.splits.SPLIT_SEED", seed)
+        splits.append(build_samples(rows, kar(), ABOVE_3).samples["split"].to_pylist())
     assert splits[0] == splits[1] != splits[2]
 
 
@@ -206,12 +209,12 @@ def test_cuts_at_multiples_of_a_period_quote_what_is_earlier() -> None:
     ]
 
 
-@pytest.mark.parametrize("cut", ["half", {"every": "1w"}])
+@pytest.mark.parametrize("cut", ["half", "kar", {"every": "1w"}])
 def test_one_cut_needs_no_list(cut: Any) -> None:
     assert len(SplitConfig(cuts=cut).cuts) == 1
 
 
-@pytest.mark.parametrize("cuts", [[], ["half", "half"], ["whole"], {"every": "30"}, {"every": "0d"}])
+@pytest.mark.parametrize("cuts", [[], ["half", "half"], ["half", "kar"], ["whole"], {"every": "30"}, {"every": "0d"}])
 def test_odd_cuts_are_refused(cuts: Any) -> None:
     with pytest.raises(ValidationError):
         SplitConfig(cuts=cuts)
@@ -230,7 +233,7 @@ def cuts_of(behaviours: list[Any], config: SplitConfig) -> dict[int, int]:
     moments = [time for _, _, time in behaviours]
     cuts: dict[int, int] = {}
     for cut in config.cuts:
-        if cut == "half":
+        if cut in ("half", "kar"):
             n = min((len(moments) + 1) // 2, config.llm_history)
             cuts[moments[n - 1]] = max(n, cuts.get(moments[n - 1], 0))
         elif cut == "now":
@@ -263,7 +266,7 @@ def oracle(
                     "passed": [],
                 }
             )
-        half = min((len(behaviours) + 1) // 2, config.llm_history) if config.kar_protocol else 0
+        half = min((len(behaviours) + 1) // 2, config.llm_history) if "kar" in config.cuts else 0
         for item, rating, timestamp in behaviours[half:]:
             if half == 0 or timestamp > behaviours[half - 1][2]:
                 past = [b for b in behaviours if b[2] < timestamp][-config.history_length :]
@@ -291,16 +294,19 @@ def logs(draw: st.DrawFn) -> list[Row]:
     return [(user, item, rating, time) for (user, item, time), rating in zip(keys, ratings, strict=True)]
 
 
-CUTS = ("half", "now", {"every": "2h"}, {"every": "1h"})
+CUTS = ("now", {"every": "2h"}, {"every": "1h"})
 configs = st.builds(
     SplitConfig,
-    cuts=st.lists(st.sampled_from(CUTS), min_size=1, unique_by=str).map(tuple),
-    kar_protocol=st.booleans(),
+    cuts=st.builds(
+        lambda first, others: (*first, *others),
+        st.sampled_from([("half",), ("kar",)]),
+        st.lists(st.sampled_from(CUTS), unique_by=str),
+    )
+    | st.lists(st.sampled_from(CUTS), min_size=1, unique_by=str).map(tuple),
     method=st.sampled_from(["user", "time"]),
     ratios=st.sampled_from([(8, 1, 1), (1, 1, 1), (2, 1, 1)]),
     history_length=st.integers(1, 6),
     llm_history=st.integers(1, 6),
-    seed=st.integers(0, 5),
 )
 
 

@@ -54,6 +54,14 @@ def test_prompt_beyond_the_context_is_refused_and_the_engine_lives_on(engine: Vl
     assert asyncio.run(engine.complete("", "Say hi.", SamplingConfig(max_tokens=4))).output_tokens > 0
 
 
+def test_options_are_vllms_own(engine: VllmEngine) -> None:
+    found = asyncio.run(engine.complete("", "Say hi.", SamplingConfig(max_tokens=40, options={"stop": " "})))
+    assert found.output_tokens < 40
+    for wrong in ({"top_q": 1}, {"top_p": 7}):
+        with pytest.raises(EngineError, match=r"sampling\.options"):
+            asyncio.run(engine.complete("", "Say hi.", SamplingConfig(options=wrong)))
+
+
 def test_token_count_is_the_tokenizers(engine: VllmEngine) -> None:
     assert engine.count_tokens("") == 0
     assert 2 <= engine.count_tokens("two words") <= 4

@@ -8,10 +8,11 @@ go by the cohort's own shard; cohorts/CURRENT points to the newest that is compl
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from owlrec.cohorts.clustering import ClusterConfig, Codebook, FactorSettings
 from owlrec.cohorts.profiles import Group, ProfileSettings, group_name
@@ -99,15 +100,22 @@ POINTER = "cohorts/CURRENT"
 FACTORS = "factors/00000000.arrow"
 
 
+MeanSize = Annotated[int, Field(ge=2)]
+
+
 class CohortsConfig(Config):
     """The recipe's `cohorts:` section."""
 
-    users: ClusterConfig = ClusterConfig()
-    items: ClusterConfig = ClusterConfig()
+    # Of all cohorts, or {users: 40, items: 25}. None, also of a kind that is left out: by the population, see
+    # ClusterConfig.
+    mean_size: MeanSize | dict[Literal["users", "items"], MeanSize] | None = None
 
     def clusters(self, kind: Kind) -> ClusterConfig:
         """The settings of a kind's codebooks."""
-        return self.items if kind == "item" else self.users
+        size = self.mean_size
+        return ClusterConfig(
+            mean_size=size.get("items" if kind == "item" else "users") if isinstance(size, dict) else size
+        )
 
 
 @dataclass(frozen=True)

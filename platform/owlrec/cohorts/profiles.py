@@ -145,7 +145,7 @@ def cut_moments(histories: pa.Table, cuts: Sequence[Cut]) -> dict[str, int]:
     as_of, moments = histories["as_of"].to_numpy(), {}
     first = as_of[np.unique(run_starts(histories["user_id"].to_numpy()))]
     for cut in cuts:
-        if cut == "half":
+        if cut in ("half", "kar"):
             moments["half"] = int(np.quantile(first, 0.5, method="lower"))
         elif isinstance(cut, Every):
             for number in range(int(as_of.min()) // cut.period_ms + 1, -(-int(as_of.max()) // cut.period_ms)):

@@ -58,7 +58,7 @@ from owlrec.workspace import Workspace, shard_file, table_file
 # of the artifact, or its weights would read numbers of another meaning.
 
 
-_MAY_DIFFER = {"features", "dropout"}  # of a spec
+_MAY_DIFFER = {"features"}  # of a spec
 
 
 @dataclass(frozen=True)

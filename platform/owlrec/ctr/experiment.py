@@ -34,25 +34,17 @@ from owlrec.workspace import Workspace, shard_file
 
 @dataclass(frozen=True)
 class SweepGrid:
-    """Values of CTRConfig.learning_rate and of AdaptorConfig's fields; every combination is tried."""
+    """Values of CTRConfig.learning_rate and expert_dim; every combination is tried."""
 
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    shared_experts: tuple[int, ...] = (2,)
-    dedicated_experts: tuple[int, ...] = (2, 5)
-    hidden_dims: tuple[int, ...] = (32,)  # of an expert
+    expert_dims: tuple[int, ...] = (32, 128)  # ours and KAR's
 
     def candidates(self, *, adaptor: bool) -> list[dict[str, Any]]:
         """What each candidate changes of CTRConfig. adaptor: False where the arm has none: then only rates differ."""
         if not adaptor:
             return [{"learning_rate": rate} for rate in self.learning_rates]
-        sizes = product(self.learning_rates, self.shared_experts, self.dedicated_experts, self.hidden_dims)
-        return [
-            {
-                "learning_rate": rate,
-                "adaptor": {"shared_experts": shared, "dedicated_experts": dedicated, "hidden_dim": hidden},
-            }
-            for rate, shared, dedicated, hidden in sizes
-        ]
+        pairs = product(self.learning_rates, self.expert_dims)
+        return [{"learning_rate": rate, "expert_dim": width} for rate, width in pairs]
 
 
 # --------------------------------------------------------------------------------------------------------- distillation
@@ -226,10 +218,8 @@ def _history_name(number: int, start: int) -> str:
 
 
 class AdaptorConfig(Config):
-    """The hybrid-expert adaptor.
-
-    As many experts as KAR's run script has, of a quarter of its width, for speed: `owlrec ctr sweep` compares widths
-    on valid.
+    """The hybrid-expert adaptor: as many experts as KAR's run script has, of a quarter of its width, for speed. A
+    recipe sets the width alone.
     """
 
     shared_experts: int = Field(default=2, ge=1)
@@ -240,6 +230,18 @@ class AdaptorConfig(Config):
 # Tables of more rows (items, say) get sparse gradients and row-wise Adagrad. In smaller ones most rows are in every
 # batch, and AdamW is as good (MovieLens-100K, DCN-V2, one split: valid AUC .7545, row-wise .7539 at best).
 SPARSE_ABOVE_ROWS = 50_000
+# Of row-wise Adagrad, for those tables. MovieLens-100K, DCN-V2, one split, valid AUC: .005 gave .7539, .01 .7530, .02
+# .7525, .05 .7496, .1 .7458.
+TABLE_LEARNING_RATE = 0.005
+
+
+class WorkersConfig(Config):
+    """Where models are trained, CTR models and the ranker alike: on how many workers of Ray Train. Together
+    they take the batches that one would take.
+    """
+
+    num_workers: int = Field(default=1, ge=1)
+    use_gpu: bool = False  # one for each worker
 
 
 class CTRConfig(Config):
@@ -251,29 +253,22 @@ class CTRConfig(Config):
     # Rows of all workers together; less where an epoch would have fewer than 30 steps.
     batch_size: int = Field(default=2048, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
-    # Of row-wise Adagrad, for tables of more than SPARSE_ABOVE_ROWS. MovieLens-100K, DCN-V2, one split: .005 gave
-    # .7539, .01 .7530, .02 .7525, .05 .7496, .1 .7458.
-    table_learning_rate: float = Field(default=0.005, gt=0)
     # bfloat16: the products of training in half the width; scores are always computed in float32. It pays on GPUs and
     # on CPUs with AMX or AVX512-BF16 (two cores of an EPYC: DCN-V2 trains 1.9 times as fast, DIN 1.3 times).
     precision: Literal["float32", "bfloat16"] = "float32"
-    # From 0 to 1 it moved the valid AUC by less than .0005: early stopping does its work.
-    weight_decay: float = Field(default=0.0, ge=0)
     epochs: int = Field(default=15, ge=1)  # at most
     patience: int = Field(default=2, ge=1)  # epochs without a better valid AUC before a trial ends
-    dropout: float = Field(default=0.0, ge=0, lt=1)
     embed_dim: int = Field(default=32, ge=1)
     hidden_dims: tuple[int, ...] = Field(default=(200, 80), min_length=1)
     # Components that the adaptor reads of a knowledge vector: the first principal ones where it has more. None = all.
     knowledge_dim: int | None = Field(default=64, ge=1)
-    adaptor: AdaptorConfig = AdaptorConfig()
+    # Width of the adaptor's experts; KAR's are 128. `owlrec ctr sweep` compares widths on valid.
+    expert_dim: int = Field(default=32, ge=1)
     distillation: DistillationConfig | None = None  # None = labels alone; else `ranker score-pairs` comes first
     # Off, as in KAR: with few training users, demographics overfit (MovieLens-100K: valid AUC -.002 to -.004).
     use_profile: bool = False
     # Rarer items share one embedding, which is thereby trained for new items.
     min_item_count: int = Field(default=2, ge=1)
-    num_workers: int = Field(default=1, ge=1)
-    use_gpu: bool = False
 
     @field_validator("backbones")
     @classmethod

@@ -32,6 +32,7 @@ from owlrec.ctr.batches import SplitBatches, Tables, epoch_steps, scan_steps, se
 from owlrec.ctr.experiment import (
     SCORES_FILE,
     SPARSE_ABOVE_ROWS,
+    TABLE_LEARNING_RATE,
     CTRConfig,
     Metrics,
     ScoredRows,
@@ -161,7 +162,12 @@ class Optimisers:
     """Both optimisers of a model. Their rates stay what they are: early stopping ends a trial after a few epochs."""
 
     def __init__(
-        self, model: nn.Module, config: CTRConfig, world_size: int = 1, sparse_above_rows: int = SPARSE_ABOVE_ROWS
+        self,
+        model: nn.Module,
+        config: CTRConfig,
+        world_size: int = 1,
+        sparse_above_rows: int = SPARSE_ABOVE_ROWS,
+        table_learning_rate: float = TABLE_LEARNING_RATE,
     ) -> None:
         self.config, self.world_size = config, world_size
         self.steps = 0  # done
@@ -169,10 +175,11 @@ class Optimisers:
         dense = [weight for name, weight in model.named_parameters() if name not in self.tables]
         self._optimisers: list[torch.optim.Optimizer] = [
             # One kernel for all weights: foreach, the default, passes over them a dozen times.
-            torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+            # No weight decay: from 0 to 1 it moved the valid AUC by less than .0005, early stopping does its work.
+            torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=0.0, fused=True)
         ]
         if self.tables:
-            self._optimisers.append(RowwiseAdagrad(list(self.tables.values()), config.table_learning_rate))
+            self._optimisers.append(RowwiseAdagrad(list(self.tables.values()), table_learning_rate))
 
     def zero_grad(self) -> None:
         """Forgets all gradients."""
@@ -341,7 +348,7 @@ class Epochs:
         self.worker, self.checkpoint = worker, checkpoint
         n_rows = sum(sizes)
         self.batch_size = min(config.batch_size, max(1, n_rows // _MIN_STEPS))
-        self.optimisers = Optimisers(model, config, worker.world_size, SPARSE_ABOVE_ROWS)
+        self.optimisers = Optimisers(model, config, worker.world_size, SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE)
         self.wrapped: nn.Module = model
         if worker.world_size > 1:
             # Buffers are the items' codes, the same everywhere; by default DDP sends them to all ranks at each step.
@@ -513,7 +520,7 @@ def train_one(
     model = model.to(worker.device)
     train, labels = splits["train"].split, _columns(splits["valid"].split, "labels")[0]
     if checkpoint is not None:
-        settings = (config.model_dump(exclude=_BESIDE_A_TRIAL), SPARSE_ABOVE_ROWS)
+        settings = (config.model_dump(exclude=_BESIDE_A_TRIAL), SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE)
         checkpoint = checkpoint.of(spec, trial, settings, worker.world_size, train.sizes)
 
     def valid_auc(epoch: int) -> float:

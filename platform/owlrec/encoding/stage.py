@@ -225,7 +225,7 @@ class EncodingJob:
     def _unfitted(self) -> list[str]:
         """The inputs whose vectors get codes but have no codebooks yet."""
         coded = [f"{source}-{kind}" for source in CODED_SOURCES for kind in CODED_KINDS]
-        if self.config.semantic_ids is None:
+        if self.config.id_config is None:
             return []
         return [n for n in coded if n in self.inputs and not self.workspace.exists(quantiser_folder(self.folder, n))]
 
@@ -261,7 +261,7 @@ class EncodingJob:
         return numbers
 
     def _fit(self, name: str, numbers: list[int]) -> None:
-        config = self.config.semantic_ids
+        config = self.config.id_config
         assert config is not None
         shards = VectorShards(self.workspace, self.folder, name)
         ids, vectors = shards.sample(self.sample, SEED, numbers)

@@ -10,12 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from owlrec.config import Config
 from owlrec.decoding import DecodingConfig
 from owlrec.decoding.controller import DecoderCounters
 from owlrec.errors import EngineError
+
+# By SamplingConfig itself, by the engines, or by requests.
+_SET_ELSEWHERE = {
+    *("max_tokens", "temperature", "output_kind", "extra_args", "model", "messages", "stream", "n", "vllm_xargs"),
+    *("logprobs", "top_logprobs"),
+}
 
 
 class SamplingConfig(Config):
@@ -25,9 +31,16 @@ class SamplingConfig(Config):
 
     max_tokens: int = Field(128, ge=1)
     temperature: float = Field(0.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    # 1.0 = off. A penalty scans all earlier tokens of each row at each step and slows a small model markedly.
-    repetition_penalty: float = Field(1.0, gt=0)
+    # Whatever else vLLM's SamplingParams take, or an HTTP server: {top_p: 0.8}. A repetition_penalty scans all earlier
+    # tokens of each row at each step and slows a small model markedly.
+    options: dict[str, float | int | bool | str] = {}
+
+    @field_validator("options")
+    @classmethod
+    def _others(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(_SET_ELSEWHERE & set(options)):
+            raise ValueError(f"{', '.join(taken)} cannot stand here")
+        return options
 
 
 class EngineStopped(EngineError):

@@ -118,6 +118,7 @@ def count_words(text: str) -> int:
 # engine: the recipe must name the server.
 
 
+_BACKOFF_S = 1.0  # at most, before the second attempt; doubles after each, up to a minute
 _TOP_LOGPROBS = 20  # OpenAI's and vLLM's highest
 _T = TypeVar("_T")
 
@@ -135,7 +136,6 @@ class HttpEngineConfig(EngineConfig):
     concurrency: int = Field(32, ge=1)
     timeout_s: float = Field(120.0, gt=0)
     max_attempts: int = Field(5, ge=1)
-    backoff_s: float = Field(1.0, gt=0)  # before the second attempt; doubles after each, up to a minute
 
     @property
     def model_identity(self) -> str:
@@ -174,8 +174,6 @@ class HttpEngine(Engine):
         Raises RequestFailed after `max_attempts`, naming the last status.
         """
         body = self._body(system, prompt, sampling)
-        if sampling.repetition_penalty != 1.0:  # not in OpenAI's protocol; vLLM and SGLang take it
-            body["repetition_penalty"] = sampling.repetition_penalty
         if extra:
             body["vllm_xargs"] = dict(extra)
         async with self._slots:
@@ -195,7 +193,7 @@ class HttpEngine(Engine):
             "messages": [*messages, {"role": "user", "content": prompt}],
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            **sampling.options,
         }
 
     async def _with_retries(self, body: dict[str, Any], read: Callable[[httpx.Response, str, int], _T]) -> _T:
@@ -204,7 +202,7 @@ class HttpEngine(Engine):
             self._client = httpx.AsyncClient(timeout=self.config.timeout_s, headers=self._headers, limits=limits)
         url = self.config.base_url.rstrip("/") + "/chat/completions"
         for attempt in range(1, self.config.max_attempts + 1):
-            wait = random.uniform(0, min(60.0, self.config.backoff_s * 2 ** (attempt - 1)))
+            wait = random.uniform(0, min(60.0, _BACKOFF_S * 2 ** (attempt - 1)))
             try:
                 response = await self._client.post(url, json=body)
             except httpx.TransportError as error:

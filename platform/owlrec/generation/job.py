@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, PositiveInt, field_validator
 
 from owlrec.config import Config
 from owlrec.decoding import DecodingConfig
@@ -34,8 +34,7 @@ _SHARD_TABLES: dict[Kind, tuple[str, ...]] = {"user": ("users", "histories"), "i
 class GenerateConfig(Config):
     """How many replicas of the engine run and what each may use."""
 
-    min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1)
+    replicas: PositiveInt | tuple[PositiveInt, PositiveInt] = 1  # at most; or at least and at most
     # None = all cores of a CPU-only machine for vLLM (an engine with fewer runs that much slower), 1 for other
     # engines and on GPUs.
     engine_cpus: float | None = None
@@ -45,10 +44,22 @@ class GenerateConfig(Config):
     max_dead_share: float = Field(0.02, ge=0, le=1)
     price_per_replica_hour: float | None = Field(None, ge=0)  # in any currency: progress then shows the cost so far
 
+    @field_validator("replicas")
+    @classmethod
+    def _ascending(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(replicas, tuple) and replicas[0] > replicas[1]:
+            raise ValueError("name the least first")
+        return replicas
+
+    @property
+    def least_replicas(self) -> int:
+        """How many there are from the start to the end."""
+        return self.replicas[0] if isinstance(self.replicas, tuple) else 1
+
     @property
     def most_replicas(self) -> int:
         """How many may run at once."""
-        return max(self.min_replicas, self.max_replicas)
+        return self.replicas[1] if isinstance(self.replicas, tuple) else self.replicas
 
     @property
     def hourly_cost(self) -> float | None:

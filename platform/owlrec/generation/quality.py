@@ -255,23 +255,23 @@ def _asks_for_input(scenario: Scenario) -> tuple[re.Pattern[str], re.Pattern[str
 
 
 # --- wrong_domain
-_NOUNS: dict[str, str] = {  # beside the scenario's own words for its items
+_NOUNS: dict[str, str] = {  # by items; beside the scenario's own words for them
     "movies": "movie movies film films viewer viewers",
     "books": "book books novel novels reader readers author authors",
-    "music": "song songs album albums listener listeners",
+    "songs": "song songs album albums listener listeners",
     "apps": "app apps",
     "ads": "ad ads advert adverts advertisement advertisements",
-    "news": "article articles headline headlines",
+    "news articles": "article articles headline headlines",
 }
 # Ads, apps and news are about anything, films and books included, so there only a plain statement counts.
-_WORKS = ("movies", "books", "music")
+_WORKS = ("movies", "books", "songs")
 _STATEMENT_WORDS = _set_of(
     "not rather instead isn't aren't titles fact actually all items entries works things these those"
 )
 
 
 def _nouns(scenario: Scenario) -> set[str]:
-    return {*_NOUNS.get(scenario.name, "").split(), scenario.item.lower(), scenario.items.lower()}
+    return {*_NOUNS.get(scenario.items, "").split(), scenario.item.lower(), scenario.items.lower()}
 
 
 def _word_forms(nouns: Iterable[str]) -> frozenset[bytes]:
@@ -283,7 +283,7 @@ class _DomainRule:
     def __init__(self, scenario: Scenario, min_mentions: int, min_ratio: float) -> None:
         self._min_mentions, self._min_ratio = min_mentions, min_ratio
         own = _nouns(scenario)
-        others = {name: _nouns(other) for name, other in SCENARIOS.items() if own.isdisjoint(_nouns(other))}
+        others = {other.items: _nouns(other) for other in SCENARIOS.values() if own.isdisjoint(_nouns(other))}
         foreign, mine = _any(set().union(*others.values())), _any(own)
         within, no = r".{0,40}?", r"(?:not|rather than|instead of|aren't|isn't)(?: really| actually)?(?: an?| the)?"
         self._statement = re.compile(
@@ -295,7 +295,7 @@ class _DomainRule:
         )
         self._own = _word_forms(own)
         self._words = _word_forms(set().union(*others.values()))
-        counted = (*_WORKS, "apps") if scenario.name in _WORKS else ()
+        counted = (*_WORKS, "apps") if scenario.items in _WORKS else ()
         self._counted = [_word_forms(nouns) for name, nouns in others.items() if name in counted]
 
     def suspects(self, words: Sequence[bytes], vocabulary: set[bytes]) -> set[bytes]:
@@ -363,6 +363,7 @@ class QualityRules:
     min_foreign_mentions: int = 3
     min_foreign_ratio: float = 4.0
     min_script_share: float = 0.5  # of the letters, those in the script of the prompt
+    max_retries: int = 2  # each costs a whole answer
     retry_temperature: float = 0.7  # greedy decoding would write the same text again
     retry_repetition_penalty: float = 1.1  # mild: names and titles have to return
 
@@ -373,30 +374,29 @@ RULES = QualityRules()
 class QualityConfig(Config):
     """What is done about a text that is flagged."""
 
-    enabled: bool = True
-    policy: dict[Flag, Policy] = Field(default_factory=lambda: dict(DEFAULT_POLICY))  # what is set adds to the defaults
-    max_retries: int = Field(2, ge=0)  # each costs a whole answer
+    # Of each flag; what is set adds to the defaults. off: no text is looked at.
+    policy: dict[Flag, Policy] | Literal["off"] = Field(default_factory=lambda: dict(DEFAULT_POLICY))
 
     @field_validator("policy")
     @classmethod
-    def _with_defaults(cls, policy: dict[Flag, Policy]) -> dict[Flag, Policy]:
-        return {**DEFAULT_POLICY, **policy}
+    def _with_defaults(cls, policy: dict[Flag, Policy] | Literal["off"]) -> dict[Flag, Policy] | Literal["off"]:
+        return policy if policy == "off" else {**DEFAULT_POLICY, **policy}
 
 
 class QualityGate:
     """The rules of one scenario, compiled once; shared by all rows of a job."""
 
     def __init__(self, config: QualityConfig, scenario: Scenario) -> None:
-        self.config = config
+        self._policy = None if config.policy == "off" else config.policy
         self._wording = WordingRules(scenario, RULES.min_foreign_mentions, RULES.min_foreign_ratio)
 
     def flags(self, text: str, *, prompt: str, finish_reason: str) -> tuple[Flag, ...]:
-        """The faults of `text`, in the order of FLAGS; () for a good text, and always where the gate is disabled.
+        """The faults of `text`, in the order of FLAGS; () for a good text, and always where the policy is off.
 
         prompt: what the model was asked; put the system turn before it where its echo counts too.
         finish_reason: "stop" or "length" (see Completion).
         """
-        if not self.config.enabled:
+        if self._policy is None:
             return ()
         text = text.strip()
         if not text:
@@ -422,4 +422,5 @@ class QualityGate:
 
     def action(self, flags: Iterable[Flag]) -> Policy:
         """The most severe policy among those of `flags`; "keep" where there are none."""
-        return max((self.config.policy[f] for f in flags), key=POLICIES.index, default="keep")
+        policy = self._policy or {}
+        return max((policy[f] for f in flags), key=POLICIES.index, default="keep")

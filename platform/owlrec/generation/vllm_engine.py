@@ -214,9 +214,6 @@ class VllmEngineConfig(EngineConfig):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int = Field(2048, ge=64)
     max_num_seqs: int = Field(128, ge=1)
-    # Compiling takes about a minute at the first start and gains little on a CPU at these batch sizes; None = only on
-    # GPUs.
-    compile: bool | None = None
     threads: int | None = None  # CPU only; None = all cores
     kv_cache_gib: int = Field(
         2, ge=1
@@ -328,14 +325,16 @@ class VllmEngine(Engine):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=dict(extra) if extra else None,
-        )
+        try:
+            return SamplingParams(
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args=dict(extra) if extra else None,
+                **sampling.options,  # vLLM checks them
+            )
+        except (TypeError, ValueError) as error:
+            raise EngineError(f"sampling.options: vLLM does not take them ({error}). Correct the recipe.") from None
 
     def _start(self) -> Any:
         engine = self._build()
@@ -350,14 +349,14 @@ class VllmEngine(Engine):
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        compile_ = self.config.compile if self.config.compile is not None else not self.cpu
         args: dict[str, Any] = {
             "model": self.model,
             "revision": self.config.revision,
             "dtype": self.config.dtype,
             "max_model_len": self.config.max_model_len,
             "max_num_seqs": self.config.max_num_seqs,
-            "enforce_eager": not compile_,
+            # Compiling takes about a minute at the first start, and gains little on a CPU at these batch sizes.
+            "enforce_eager": self.cpu,
             "disable_log_stats": True,
         }
         if self.cpu:

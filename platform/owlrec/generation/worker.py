@@ -285,10 +285,9 @@ async def _author(job: GenerationJob, row: Row, engine: Engine, gate: QualityGat
         if not flags:
             return Outcome(answer)
         retries, action = 0, gate.action(flags)
-        sampling = job.sampling.model_copy(
-            update={"temperature": RULES.retry_temperature, "repetition_penalty": RULES.retry_repetition_penalty}
-        )
-        while action == "retry" and retries < job.quality.max_retries:
+        options = job.sampling.options | {"repetition_penalty": RULES.retry_repetition_penalty}
+        sampling = job.sampling.model_copy(update={"temperature": RULES.retry_temperature, "options": options})
+        while action == "retry" and retries < RULES.max_retries:
             retries += 1
             again = await engine.complete(row.system, row.text, sampling, extra)
             answer = again.after(answer)

@@ -327,13 +327,10 @@ def check_head(url: str, headers: Mapping[str, str]) -> list[Check]:
 
 def gpu_demand(recipe: Recipe, pipeline: str) -> GpuDemand | None:
     """What the pipeline asks for, None where it needs no GPU."""
-    ranking = recipe.ranking
     if pipeline in ("generate", "refresh", "score_pairs") and recipe.generate.engine_gpus:
-        return GpuDemand(recipe.generate.engine_gpus, recipe.generate.min_replicas, "generate.engine_gpus")
-    if pipeline in ("train_ctr", "sweep_ctr") and recipe.ctr.use_gpu:
-        return GpuDemand(1, recipe.ctr.num_workers, "ctr.use_gpu")
-    if pipeline == "tune_ranker" and ranking is not None and ranking.tuning.use_gpu:
-        return GpuDemand(1, ranking.tuning.num_workers, "ranking.tuning.use_gpu")
+        return GpuDemand(recipe.generate.engine_gpus, recipe.generate.least_replicas, "generate.engine_gpus")
+    if pipeline in ("train_ctr", "sweep_ctr", "tune_ranker") and recipe.training.use_gpu:
+        return GpuDemand(1, recipe.training.num_workers, "training.use_gpu")
     return None
 
 

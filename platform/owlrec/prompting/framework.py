@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from owlrec.scenario import Scenario
+from owlrec.scenario import USUAL_BEST, Scenario
 
 # ----------------------------------------------------------------------------------------------------------------- text
 # Makes untrusted text safe to quote in a prompt, and fits a history into a token budget.
@@ -112,7 +112,6 @@ def in_budget(entries: Sequence[str], budget_tokens: int, count_tokens: Callable
 # ------------------------------------------------------------------------------------------------------------ framework
 
 
-_USUAL_BEST = 5  # rating, which goes without saying
 _USUAL_CHARS = 300  # of a title; longer ones are not remembered
 FrameworkName = Literal["kar", "once", "rlmrec", "trawl"]
 
@@ -205,7 +204,7 @@ def scenario_words(scenario: Scenario, factors: tuple[str, ...]) -> dict[str, st
         "items": scenario.items,
         "consumed": scenario.consumed,
         "history": scenario.history,
-        "unit": scenario.rating_unit,
+        "unit": scenario.unit,
         "factors": enumerate_words(factors),
     }
 
@@ -213,10 +212,10 @@ def scenario_words(scenario: Scenario, factors: tuple[str, ...]) -> dict[str, st
 def quoted_behaviour(scenario: Scenario, title: str, rating: float | None) -> str:
     """A title in quotes, and its rating where there is one and the scenario grades."""
     quoted = quoted_title(title)
-    if rating is None or not scenario.rating_unit:
+    if rating is None or not scenario.unit:
         return quoted
-    best = f" of {scenario.rating_best:g}" if scenario.rating_best != _USUAL_BEST else ""
-    return f"{quoted} {rating:g}{best} {scenario.rating_unit}{'' if rating == 1 and not best else 's'}"
+    best = f" of {scenario.best_rating:g}" if scenario.best_rating != USUAL_BEST else ""
+    return f"{quoted} {rating:g}{best} {scenario.unit}{'' if rating == 1 and not best else 's'}"
 
 
 def quoted_title(title: str) -> str:

@@ -42,13 +42,15 @@ _QUESTION_UNGRADED = "Is it likely that the user {consumed} the {item} {target}?
 _INSTRUCTION = f"Answer only {YES} or {NO}."
 
 
+RetrievedFor = Literal["set", "candidate"]
+
+
 class RankPromptConfig(Config):
     """For what behaviors are retrieved, and how much of a history is quoted."""
 
     # set: once for all candidates of a request, which then share all but their own title; candidate: for each (ReLLa).
-    retrieved_for: Literal["set", "candidate"] = "set"
-    # For each list: about 28 film titles; the paper gains nothing beyond prompts of 700.
-    history_tokens: int = Field(512, ge=0)
+    retrieved_for: RetrievedFor = "set"
+    history_tokens: int = Field(512, ge=0)  # for each list; the paper gains nothing beyond prompts of 700
 
 
 def rank_fingerprint(config: RankPromptConfig, scenario: Scenario) -> str:

@@ -12,7 +12,7 @@ from owlrec.config import Config
 from owlrec.encoding.projection import PROJECTION
 from owlrec.errors import RecipeError
 from owlrec.generation import EngineConfig, VllmEngineConfig
-from owlrec.prompting.ranking import RankPromptConfig
+from owlrec.prompting.ranking import RankPromptConfig, RetrievedFor
 from owlrec.ranking.samples import Shown, TuningDataConfig
 
 
@@ -22,7 +22,7 @@ class TuningSettings:
     code's settings); its batch of 256 would leave few shots with a step an epoch. A recipe sets those of TuningConfig.
     """
 
-    rank: int = 8
+    rank: int = 8  # alpha goes with it
     alpha: int = 16
     dropout: float = 0.05
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
@@ -39,23 +39,18 @@ class TuningSettings:
     dtype: str = "bfloat16"  # of the frozen weights; the adapter's are float32
     gradient_checkpointing: bool = False  # computes activations twice instead of keeping them, for large models
     seed: int = 0
-    num_workers: int = 1
     use_gpu: bool = False
 
 
 class TuningConfig(Config):
     """What a recipe says of tuning: see TuningSettings."""
 
-    rank: int = Field(TuningSettings.rank, ge=1)
     learning_rate: float = Field(TuningSettings.learning_rate, gt=0)
     epochs: int = Field(TuningSettings.epochs, ge=1)
-    num_workers: int = Field(TuningSettings.num_workers, ge=1)
-    use_gpu: bool = TuningSettings.use_gpu
 
-    @property
-    def settings(self) -> TuningSettings:
+    def settings(self, *, use_gpu: bool = False) -> TuningSettings:
         """With the constants. On GPUs models are large, so their activations are not kept."""
-        return TuningSettings(**self.model_dump(), gradient_checkpointing=self.use_gpu)
+        return TuningSettings(**self.model_dump(), use_gpu=use_gpu, gradient_checkpointing=use_gpu)
 
 
 @dataclass(frozen=True)
@@ -68,28 +63,35 @@ class RankerRun:
     seed: int = 0  # of the shots
     judged: tuple[Shown, ...] = ("recent", "retrieved", "mixed")
     valid_samples: int | None = 400  # at most; None = all
+    test_samples: int | None = (
+        1000  # that the models are judged on, at most; the standard error of an AUC near .75 is then .015
+    )
     judging_seed: int = 0
     zero_shot: bool = True  # whether the model as it is is judged too
 
 
-class JudgingConfig(Config):
-    """What a tuned model is judged on."""
-
-    test_samples: int | None = Field(1000, ge=1)  # at most; None = all
-
-
 # How tuning is spread over machines, or restarted: no reason to tune again.
-_MACHINERY = ("num_workers", "use_gpu", "micro_tokens", "gradient_checkpointing", "checkpoint_steps")
+_MACHINERY = ("use_gpu", "micro_tokens", "gradient_checkpointing", "checkpoint_steps")
+
+
+_TOKENS_PER_BEHAVIOR = 34  # twice what a film's title takes: only lists of long titles lose their oldest
 
 
 class RankingConfig(Config):
     """The LLM ranker."""
 
     engine: VllmEngineConfig | None = None  # None = the recipe's own engine, which must then be vLLM
-    prompt: RankPromptConfig = RankPromptConfig()
+    # set: behaviors are retrieved once for all candidates of a request, whose prompts then share all but the
+    # candidate's own title, so that a prefix cache serves them; candidate: for each, as in ReLLa.
+    retrieved_for: RetrievedFor = "set"
     data: TuningDataConfig = TuningDataConfig()
     tuning: TuningConfig = TuningConfig()
-    judging: JudgingConfig = JudgingConfig()
+
+    @property
+    def prompt(self) -> RankPromptConfig:
+        """How a prompt is written."""
+        tokens = self.data.behaviours * _TOKENS_PER_BEHAVIOR
+        return RankPromptConfig(retrieved_for=self.retrieved_for, history_tokens=tokens)
 
     def ranking_engine(self, of_recipe: EngineConfig) -> VllmEngineConfig:
         """The engine that ranks: this section's own, else the recipe's. Raises RecipeError where that is not vLLM."""

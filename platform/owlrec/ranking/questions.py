@@ -55,7 +55,7 @@ def write_questions(
     draws = {
         "train": (data.shots, run.seed, data.shown),
         "valid": (run.valid_samples, run.judging_seed, valid_ways),
-        "test": (config.judging.test_samples, run.judging_seed, run.judged),
+        "test": (run.test_samples, run.judging_seed, run.judged),
     }
     counts: dict[str, int] = {}
     for split, (limit, seed, ways) in draws.items():

@@ -77,9 +77,9 @@ def tokenise(rows: pa.Table, tokenizer: Any, *, max_tokens: int) -> Examples:
         ids = render_chat(tokenizer, row["system"], row["text"], TEMPLATE_OPTIONS)
         if len(ids) > max_tokens:
             raise RecipeError(
-                f"ranking.prompt: the prompt of user {row['user_id']} and item {row['item_id']} has "
-                f"{len(ids)} tokens, but {max_tokens} are allowed. Lower ranking.prompt.history_tokens, which drops "
-                "the oldest behaviours."
+                f"ranking: the prompt of user {row['user_id']} and item {row['item_id']} has "
+                f"{len(ids)} tokens, but {max_tokens} are allowed. Lower ranking.data.behaviours, which drops "
+                "the oldest."
             )
         prompts.append(np.array(ids, dtype=np.int32))
     labels = np.array([answer == YES for answer in rows["answer"].to_pylist()], dtype=bool)
@@ -254,7 +254,7 @@ def open_adapter(workspace: Workspace, folder: str, *, model: str, wording: str)
     if manifest.wording != wording:
         raise EngineError(
             f"{where} was tuned on prompts of another wording ({manifest.wording[:8]}, not {wording[:8]}). Use the "
-            "ranking.prompt and the scenario that it was tuned with, or tune again."
+            "retrieved_for, the behaviours and the scenario that it was tuned with, or tune again."
         )
     if workspace.local:
         return Adapter(where, manifest)

@@ -49,11 +49,9 @@ class RefreshConfig(Config):
 
     events: str | None = None  # a folder or a file of Parquet, on any store; None = `events` in the workspace
     max_lateness_days: float = Field(3.0, ge=0)  # behind the newest event of the log; what is older is refused
-    # create: a user who stands in no table gets a text of their own; an item that stands in none counts as a
+    # Whose ids in no table are taken in, else refused. Such a user gets a text of their own; such an item counts as a
     # behavior, but has neither a title to quote nor a vector.
-    unknown_users: Literal["create", "refuse"] = "refuse"
-    unknown_items: Literal["create", "refuse"] = "refuse"
-
+    admit: tuple[Literal["users", "items"], ...] = ()
     freeze_behaviours: int = Field(6, ge=1)  # so many unread ones are read; more than a prompt holds, by several
     freeze_days: float = Field(7.0, gt=0)  # between the oldest unread behavior and the newest event of all
     partitions: int = Field(4, ge=1, le=256)  # kept vectors per user, newest first; 256: what a release has room for
@@ -84,8 +82,8 @@ _REASONS = {
     "UnclearOutcome": "its label or event is not one that the tables were prepared with: correct it",
     "TooLate": "timestamp {timestamp} is more than streaming.max_lateness_days older than the newest event of the log",
     "FromTheFuture": "timestamp {timestamp} lies in the future: correct the clock that it comes from",
-    "UnknownUser": "the users table has no such user: run `prepare` with them, or set streaming.unknown_users",
-    "UnknownItem": "the items table has no item {item_id}: run `prepare` with it, or set streaming.unknown_items",
+    "UnknownUser": "the users table has no such user: run `prepare` with them, or add users to streaming.admit",
+    "UnknownItem": "the items table has no item {item_id}: run `prepare` with it, or add items to streaming.admit",
 }
 
 
@@ -448,11 +446,8 @@ def admit(
     """
     events = events.take(~are_among(events, known))
     refused = []
-    for column, ids, rule, error in (
-        ("user", users, config.unknown_users, "UnknownUser"),
-        ("item", items, config.unknown_items, "UnknownItem"),
-    ):
-        if rule == "refuse":
+    for column, ids, error in (("user", users, "UnknownUser"), ("item", items, "UnknownItem")):
+        if f"{column}s" not in config.admit:
             there = rows_of(ids, getattr(events, column)) >= 0
             refused.append(events.take(~there).refused(error))
             events = events.take(there)

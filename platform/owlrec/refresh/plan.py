@@ -84,7 +84,7 @@ class Planner:
         log = Log.events(workspace, config, base.log)
         items = Log.items(workspace, config, base.item_log)
         listed = {name: (file.bytes, file.e_tag) for name, file in items.files.items()}
-        admitted_by = fingerprint(prepared.fingerprint, config.unknown_users, config.unknown_items, listed)
+        admitted_by = fingerprint(prepared.fingerprint, sorted(set(config.admit)), listed)
         retried = base.retried_shards(admitted_by, now + FUTURE_MS)
         restart = workspace.path(REFRESH_FOLDER)
         if not log.unread and not retried and not items.unread:

@@ -13,6 +13,7 @@ from owlrec.cohorts.clustering import ITERATIONS
 from owlrec.cohorts.model import POINTER, CohortNames, CohortSettings, previous_folder
 from owlrec.ctr.knowledge import DISLIKED, arm_parts
 from owlrec.decoding import DecodingConfig
+from owlrec.decoding.options import POOL_TOKENS
 from owlrec.decoding.release_pools import FOLDER, find_pools, write_release_pools
 from owlrec.encoding.inputs import (
     Input,
@@ -47,7 +48,7 @@ from owlrec.recipe import Recipe
 from owlrec.releases.build import PART_IDS, ReleaseInfo, ShardRows, publish_rows
 from owlrec.releases.release import current_release
 from owlrec.runner import Pool, Stage, pending_shards, run_stage
-from owlrec.runs.stage import Counts, Outputs, execute, from_stage, ray_session
+from owlrec.runs.stage import Counts, Outputs, execute, from_stage, local_cpus, ray_session
 from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, TABLES
 from owlrec.shards import Card, Shard, Stopwatch, claimed, finish_stage, finished_stage, forget_stages, needed_stage
@@ -116,7 +117,7 @@ def cohorts(recipe: Recipe, workspace: Workspace) -> Card:
 
     def body() -> tuple[Counts, Outputs]:
         log = workspace.log_path("ray")
-        pool = Pool(here=here, max_workers=recipe.ray.num_cpus or 1 << 10, log_path=None if here else str(log))
+        pool = Pool(here=here, max_workers=local_cpus(recipe.ray) or 1 << 10, log_path=None if here else str(log))
         with (
             nullcontext() if here else ray_session(recipe.ray, log),
             progress("building cohorts", None, "shards") as advance,
@@ -238,7 +239,7 @@ def write_texts(
         here_rows = ANSWERED_HERE if light else 0
     pool = Pool(
         here=sum(rows.values()) <= here_rows,
-        min_workers=config.min_replicas,
+        min_workers=config.least_replicas,
         max_workers=config.most_replicas,
         cpus=engine_cpus(engine, config),
         gpus=config.engine_gpus,
@@ -392,7 +393,7 @@ def _write_pools(recipe: Recipe, workspace: Workspace, encoded: Card, release: s
         iterate_knowledge(workspace, encoded.outputs["knowledge"]),
         load_tokenizer(engine.model, engine.revision),
         identity=engine.model_identity,
-        max_tokens=recipe.decoding.pool_tokens,
+        max_tokens=POOL_TOKENS,
         cohorts_of=CohortNames(workspace, cohorts) if cohorts else None,
     )
     kinds = ", ".join(f"{name} {n:,} tokens" for name, n in written.items() if name in KINDS)

@@ -10,6 +10,7 @@ from owlrec.ctr.dataset import item_shards
 from owlrec.ctr.experiment import (
     ENCODED,
     SPARSE_ABOVE_ROWS,
+    TABLE_LEARNING_RATE,
     CTRConfig,
     SweepGrid,
     Trial,
@@ -53,7 +54,8 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
     prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
-    settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT) | {"sparse": SPARSE_ABOVE_ROWS}
+    tables = {"sparse": SPARSE_ABOVE_ROWS, "table_learning_rate": TABLE_LEARNING_RATE}
+    settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT) | tables
     soft = soft_labels(recipe, workspace, prepared)
     made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
     made_from += partitions_read(recipe, workspace)
@@ -79,6 +81,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
                 fingerprint=grid_key,
                 attributes=recipe.domain.text_fields,
                 profile=recipe.domain.profile_fields,
+                workers=recipe.training,
                 soft_labels=soft.outputs["soft_labels"] if soft else None,
                 warm_start=warm_start,
                 pool=pool,
@@ -233,9 +236,9 @@ def _protocol(recipe: Recipe, labels: str) -> str:
     """How the figures were made, in a line: an AUC without its split and label rule means nothing."""
     split = recipe.split
     cuts = ", ".join(cut if isinstance(cut, str) else f"every {cut.every}" for cut in split.cuts)
-    samples = "what is later than that half" if split.kar_protocol else "every behavior"
+    samples = "what is later than that half" if "kar" in split.cuts else "every behavior"
     return (
-        f"{recipe.source.type}, split by {split.method} {':'.join(map(str, split.ratios))} (split seed {split.seed}), "
+        f"{recipe.source.type}, split by {split.method} {':'.join(map(str, split.ratios))}, "
         f"{labels}, history {split.history_length}; texts about users: {cuts}, of at most {split.llm_history} "
         f"behaviors; samples: {samples}, each reads the newest text that is earlier; "
         f"seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
@@ -318,7 +321,7 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
     soft = soft_labels(recipe, workspace, prepared)
     made_from = (prepared.fingerprint, encoded and encoded.fingerprint, soft and soft.fingerprint)
     candidates = (grid or SweepGrid()).candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
-    settings = (config, SPARSE_ABOVE_ROWS, candidates)
+    settings = (config, SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE, candidates)
     named = fingerprint(*made_from, *settings, arm, *partitions_read(recipe, workspace), "sweep")
     folders = written_vectors(recipe, workspace, encoded)
     sources = arm_sources(arm, folders)
@@ -331,6 +334,7 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
             read = reduce_once(workspace, folders, config.knowledge_dim, named, pool)
             job = GridJob(
                 settings=config,
+                workers=recipe.training,
                 trials=tuple(trials),
                 knowledge={source: dict(read[source]) for source in stored_sources(sources)},
                 fingerprint=named,
@@ -356,7 +360,7 @@ def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) 
     from ray import tune
 
     plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in job.trials]
-    cpus = {"cpu": job.threads or 1, "gpu": int(job.settings.use_gpu)}
+    cpus = {"cpu": job.threads or 1, "gpu": int(job.workers.use_gpu)}
     name = f"sweep-{job.fingerprint[:8]}"
     workspace.delete_dir("ctr", "ray", name)  # of an interrupted sweep
     trainable = tune.with_parameters(_try, workspace=workspace, job=job.model_dump(mode="json"))

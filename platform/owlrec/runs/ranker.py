@@ -34,7 +34,7 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
     if config is None:
         raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
-    settings = settings or RankerRun(tuning=config.tuning.settings)
+    settings = settings or RankerRun(tuning=config.tuning.settings(use_gpu=recipe.training.use_gpu))
     decides = (config.decides_adapter(settings), TEMPLATE_OPTIONS, recipe.encoder.identity)
     tuned_key = fingerprint(prepared.fingerprint, engine.model_identity, wording, decides)
     job = TuningJob(
@@ -43,6 +43,7 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
         revision=engine.revision,
         wording=wording,
         settings=settings.tuning,
+        workers=recipe.training,
     )
 
     named = fingerprint(tuned_key, config, settings, engine)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import owlrec
 from owlrec.errors import RecipeError, did_you_mean
 from owlrec.ops.console import note, stage_header
 from owlrec.process import native_errors_to
-from owlrec.recipe import RayConfig, Recipe
+from owlrec.recipe import Recipe
 from owlrec.shards import Card, Stopwatch, finish_stage, finished_stage, forget_stages
 from owlrec.workspace import Workspace
 
@@ -99,12 +100,18 @@ def execute(
     return finish_stage(workspace, stage, fingerprint, counts=counts, outputs=outputs, seconds=watch.seconds)
 
 
+def local_cpus(cluster: str) -> int | None:
+    """The logical CPUs that `local[4]` names; None for other clusters."""
+    given = re.fullmatch(r"local\[(\d+)\]", cluster)
+    return int(given[1]) if given else None
+
+
 @contextmanager
-def ray_session(config: RayConfig, log_path: Path) -> Iterator[None]:
+def ray_session(cluster: str, log_path: Path) -> Iterator[None]:
     """Connects to Ray for the block: to the job's own cluster inside `ray job submit`, else to the one that the recipe
     names. Ends a local cluster after the block. Joins a session that is open already.
 
-    log_path: a file for what Ray's own native code has to say.
+    cluster: as a recipe's `ray`. log_path: a file for what Ray's own native code has to say.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -114,13 +121,14 @@ def ray_session(config: RayConfig, log_path: Path) -> Iterator[None]:
         yield
         return
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    options: dict[str, Any] = {"address": "auto" if in_job else config.address}
-    if options["address"] == "local":
+    options: dict[str, Any] = {"address": "auto" if in_job else cluster}
+    if not in_job and cluster.startswith("local"):
         os.environ.pop("RAY_ADDRESS", None)  # "local" must never join a cluster that the shell happens to name
         # Token authentication would write ~/.ray/auth_token for a cluster that nobody else can reach.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         options |= {
-            "num_cpus": config.num_cpus or os.cpu_count(),
+            "address": "local",
+            "num_cpus": local_cpus(cluster) or os.cpu_count(),
             "object_store_memory": _OBJECT_STORE_BYTES,
             "include_dashboard": False,
         }

@@ -7,7 +7,7 @@ from owlrec.erasure.forgetting import Report
 from owlrec.erasure.forgetting import forget as erase
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import progress, stage_header
-from owlrec.recipe import RayConfig, Recipe
+from owlrec.recipe import Recipe
 from owlrec.refresh.state import CLAIM, REFRESH_FOLDER, read_state, unfinished_plans
 from owlrec.releases.redis import RedisReleases
 from owlrec.reshard import reshard as split_shards
@@ -51,7 +51,7 @@ def forget(
     here = prepared is None or int(prepared.counts.get("interactions", 0)) <= PREPARED_HERE
     log = workspace.log_path("forget")
     pool = Pool() if here else Pool(here=False, max_workers=1 << 10, log_path=str(log))
-    session = nullcontext() if here else ray_session(RayConfig(), log)
+    session = nullcontext() if here else ray_session("local", log)
     with session, progress("erasing rows", None, "rows") as advance:
         return erase(
             workspace,

@@ -13,12 +13,12 @@ One that was passed over is never quoted to an LLM as taken, and has a token of 
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, PositiveInt, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, did_you_mean
@@ -43,13 +43,37 @@ class LabelConfig(Config):
     """Which interactions are positive. See owlrec.sources.outcomes.
 
     rule: where it is not given, `column` for interactions with a column label or event, `rating_above` for those with a
-    rating, else `positives_only`.
+    rating, else `positives_only`. `{rating_above: 4}` is that rule with another value than the scenario's.
+    negatives: of positives_only, samples of label 0 for each of label 1: drawn from all items alike, or, as
+    `{popularity: 4}`, the more often the more popular they are.
     """
 
-    rule: Rule | None = None
-    rating_above: float | None = None  # by default the scenario's
-    negatives: int = Field(4, ge=1)  # positives_only: samples of label 0 for each of label 1
-    negatives_by: Literal["uniform", "popularity"] = "uniform"
+    rule: Rule | dict[Literal["rating_above"], float] | None = None
+    negatives: PositiveInt | dict[Literal["uniform", "popularity"], PositiveInt] = 4
+
+    @field_validator("rule", "negatives")
+    @classmethod
+    def _of_one(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) != 1:
+            raise ValueError("must hold one `name: number`")
+        return value
+
+    @property
+    def rating_above(self) -> float | None:
+        """What a rating must exceed; None = the scenario's."""
+        return self.rule["rating_above"] if isinstance(self.rule, dict) else None
+
+    @property
+    def rule_name(self) -> Rule | None:
+        """`rule` without its value."""
+        return "rating_above" if isinstance(self.rule, dict) else self.rule
+
+    @property
+    def drawn(self) -> tuple[Literal["uniform", "popularity"], int]:
+        """How negatives are drawn, and how many."""
+        if isinstance(self.negatives, dict):
+            return next(iter(self.negatives.items()))
+        return "uniform", self.negatives
 
 
 class Labels(BaseModel, frozen=True):
@@ -69,7 +93,9 @@ class Labels(BaseModel, frozen=True):
         Raises SchemaError where the rule asks for a column that is not there.
         """
         labelled = bool({"label", "event"} & set(columns))
-        rule = config.rule or ("column" if labelled else "rating_above" if "rating" in columns else "positives_only")
+        rule = config.rule_name or (
+            "column" if labelled else "rating_above" if "rating" in columns else "positives_only"
+        )
         if rule == "column" and not labelled:
             raise SchemaError(
                 "labels.rule is column, but the interactions have neither a column label nor event. Map one under "
@@ -80,12 +106,13 @@ class Labels(BaseModel, frozen=True):
                 "labels.rule is rating_above, but the interactions have no column rating. Map one under "
                 "source.columns.interactions, or choose another rule."
             )
+        how, negatives = config.drawn
         drawn = rule == "positives_only"
         return cls(
             rule=rule,
             rating_above=rating_above if config.rating_above is None else config.rating_above,
-            negatives=config.negatives if drawn else 0,
-            negatives_by=config.negatives_by if drawn else "uniform",
+            negatives=negatives if drawn else 0,
+            negatives_by=how if drawn else "uniform",
             events=rule == "column" and "label" not in columns,
         )
 

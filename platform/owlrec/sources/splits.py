@@ -4,7 +4,7 @@ A text is about a user as of a moment, its cut: it quotes the newest behaviors t
 KAR's (RecSys 2024): the first min((N+1)//2, 30); `now` ends with the newest; `every` cuts at each multiple of a period
 that the user lived through. One rule keeps the future out: a sample reads the newest text whose as_of is strictly
 earlier than itself, else a learned default. So any behavior may be a sample, and what a user passed over is one, too,
-and never read as taken. Under KAR's protocol only what is later than the half is.
+and never read as taken. Under KAR's protocol (`kar`) there is the half's text, and only what is later is a sample.
 
 Everything but the splits' two thresholds is a matter of one user, so a shard of users is built without the others.
 """
@@ -26,6 +26,7 @@ from owlrec.workspace import Workspace, read_tombstones
 
 # Lists are gathered this many at a time: it bounds the index arrays, and Arrow's 32-bit list offsets cannot overflow.
 _LISTS_PER_CHUNK = 1 << 20
+SPLIT_SEED = 0  # of methods user and item. What varies between trials is ctr.seeds: compared runs share their splits
 PASSED_QUOTED = 10  # of what a user passed over, an LLM reads so much at most
 _TAKEN_ALONE = {b"histories_of": b"taken"}  # in the schema of stored interactions
 _HISTORY_COLUMNS = {"history": "item_id", "history_ratings": "rating", "history_labels": "label"}
@@ -44,7 +45,7 @@ class Every(Config):
         return int(self.every[:-1]) * _HOURS[self.every[-1]] * 3_600_000
 
 
-Cut = Literal["half", "now"] | Every
+Cut = Literal["kar", "half", "now"] | Every
 
 
 class SplitConfig(Config):
@@ -54,15 +55,13 @@ class SplitConfig(Config):
     """
 
     # As of which moments the LLM writes about users. A sample reads the newest text that is earlier than itself; the
-    # newest of all is published.
+    # newest of all is published. kar: as half, and only what is later is a sample, as in the paper.
     cuts: tuple[Cut, ...] = Field(default=("half", "now"), min_length=1)
-    kar_protocol: bool = False  # samples are only what is later than the half that the LLM reads, as in the paper
     method: Literal["user", "item", "time", "column"] = "user"
     ratios: tuple[PositiveInt, PositiveInt, PositiveInt] = (8, 1, 1)
     history_length: int = Field(default=10, ge=1)  # behaviors that a CTR model sees before a sample
     passed_over: bool = True  # whether these hold what was passed over; false where little of what is shown is taken
     llm_history: int = Field(default=30, ge=1)  # behaviors that the LLM reads at most: the papers' 30
-    seed: int = Field(default=0, ge=0)  # methods user and item only
 
     @field_validator("cuts", mode="before")
     @classmethod
@@ -74,6 +73,8 @@ class SplitConfig(Config):
     def _distinct(cls, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
         if len(set(cuts)) < len(cuts):
             raise ValueError("a cut is named twice. Name each once.")
+        if {"kar", "half"} <= set(cuts):
+            raise ValueError("kar cuts at the half already. Name one of the two.")
         return cuts
 
 
@@ -131,7 +132,7 @@ class Texts:
         user, as_of, end = [], [], []
         for cut in config.cuts:
             match cut:
-                case "half":
+                case "half" | "kar":
                     at = first + np.minimum((last - first + 2) // 2, config.llm_history) - 1
                     moment = time[at]
                 case "now":
@@ -194,7 +195,7 @@ class Samples:
     @classmethod
     def of(cls, behaviors: Behaviors, config: SplitConfig) -> "Samples":
         """All of them, or, under KAR's protocol, those later than the half that the LLM reads."""
-        if not config.kar_protocol:
+        if "kar" not in config.cuts:
             return cls(np.arange(len(behaviors.user)), behaviors.label)
         half, place = Texts.of(behaviors, config.model_copy(update={"cuts": ("half",)})), _places(behaviors.user)
         took = behaviors.taken
@@ -254,7 +255,7 @@ def split_values(behaviors: Behaviors, rows: np.ndarray, config: SplitConfig) ->
 
 def id_values(ids: np.ndarray, config: SplitConfig) -> np.ndarray:
     """The salted hash by which a split by user or item divides ids (int64 [n]), train first; int64 [n]."""
-    return hash_of(config.seed + 1, ids)
+    return hash_of(SPLIT_SEED + 1, ids)
 
 
 def split_thresholds(parts: Sequence[SplitValues], config: SplitConfig) -> np.ndarray:
@@ -317,7 +318,7 @@ def refuse_empty(counts: dict[str, int], config: SplitConfig) -> None:
 def refuse_one_label(counts: dict[str, int], labels: Labels) -> None:
     """Raises SchemaError where all labels of a split are the same. counts: samples_* and positives_* among them."""
     remedy = {
-        "rating_above": "Set labels.rating_above in the recipe to a value that your ratings straddle.",
+        "rating_above": "Set labels: {rule: {rating_above: X}} in the recipe, X a value that your ratings straddle.",
         "column": "Log what was passed over as well, or set labels.rule: positives_only in the recipe.",
     }
     for name in SPLITS:
