@@ -3,10 +3,13 @@ cache.
 """
 
 import os
+import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -37,6 +40,7 @@ settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 WAITING = ("ray", "vllm", "e2e")  # markers of tests that start clusters, engines, jobs
+STARTING = (*WAITING, "process")  # `make check` runs what has none of these
 WATCHING = ("serving", "releases", "client")  # folders of tests that ask servers, and say how soon they must answer
 
 
@@ -72,14 +76,32 @@ def watches_the_clock(item: pytest.Item) -> bool:
     return item.path.parent.name in WATCHING
 
 
+@pytest.fixture(autouse=True)
+def _only_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that starts Python without one of the markers: `make check` would wait for its imports."""
+    if any(map(request.node.get_closest_marker, STARTING)):
+        return
+    start = subprocess.Popen.__init__
+
+    def refused(self: subprocess.Popen[bytes], args: Any, *rest: Any, **named: Any) -> None:
+        if not isinstance(args, str) and str(args[0]) == sys.executable:
+            pytest.fail(f"starts {args[:3]}: mark it `process`")
+        start(self, args, *rest, **named)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refused)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_left_behind() -> Iterator[None]:
     """Fails the run if a process that it started outlives it: a test suite on a shared machine must clean up."""
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     yield
-    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    # These two end with this process, whose pipe they read.
+    ours = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+    left = [p for p, line in command_lines(started).items() if not any(name in line for name in ours)]
     _, alive = psutil.wait_procs(left, timeout=20)
-    names = [f"{p.pid} {line[:80]}" for p, line in command_lines(alive).items() if "resource_tracker" not in line]
+    names = [f"{p.pid} {line[:80]}" for p, line in command_lines(alive).items()]
     assert not names, f"processes left behind: {names}"
 
 

@@ -87,6 +87,7 @@ def test_mistyped_options_are_refused():
         EncoderConfig(batch_size=0)
 
 
+@pytest.mark.process
 def test_importing_the_module_imports_no_torch():
     code = "import sys, owlrec.encoding.encoder, owlrec.encoding.vectors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
