@@ -39,8 +39,7 @@ settings.register_profile("shared-machine", deadline=None, suppress_health_check
 settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).resolve().parent.parent
-WAITING = ("ray", "vllm", "e2e")  # markers of tests that start clusters, engines, jobs
-STARTING = (*WAITING, "process")  # `make check` runs what has none of these
+STARTING = ("ray", "vllm", "e2e", "process")  # `make check` runs what has none of these markers
 WATCHING = ("serving", "releases", "client")  # folders of tests that ask servers, and say how soon they must answer
 
 
@@ -63,13 +62,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def lane_of(item: pytest.Item) -> str:
-    """Whether a test runs whole commands, starts processes or watches the clock, or only computes.
+    """Whether a test runs whole commands, waits for a cluster or watches the clock, or computes.
 
     What uses the run's one cluster is in `main` whatever it runs: another lane would start a second one.
     """
-    if item.get_closest_marker("e2e") and "ray_local" not in item.fixturenames:  # type: ignore[attr-defined]
+    on_cluster = "ray_local" in item.fixturenames  # type: ignore[attr-defined]
+    if item.get_closest_marker("e2e") and not on_cluster:
         return "e2e"
-    return "main" if any(map(item.get_closest_marker, WAITING)) or watches_the_clock(item) else "beside"
+    return "main" if on_cluster or item.get_closest_marker("ray") or watches_the_clock(item) else "beside"
 
 
 def watches_the_clock(item: pytest.Item) -> bool:
