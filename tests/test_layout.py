@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -12,12 +14,14 @@ def test_platform_is_no_package() -> None:
     assert not list((ROOT / "platform").glob("*.py"))
 
 
+@pytest.mark.process
 def test_standard_library_platform_wins_from_the_root() -> None:
     code = "import platform; print(platform.system()); import owlrec, pipelines, serve_apps"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "Linux"
 
 
+@pytest.mark.process
 def test_loading_a_recipe_imports_nothing_heavy() -> None:
     code = (
         "import sys; import owlrec.recipe; heavy = ('torch','ray','vllm','transformers','sentence_transformers',"

@@ -293,6 +293,7 @@ def test_the_docstring_of_each_client_holds_an_example_that_runs(name, workspace
         assert runner.summarize(verbose=False).failed == 0
 
 
+@pytest.mark.process
 def test_naming_the_client_loads_neither_ray_nor_torch():
     code = (
         "import sys, owlrec; assert 'httpx' not in sys.modules; owlrec.Client('http://x'); owlrec.AsyncClient; "

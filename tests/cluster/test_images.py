@@ -65,6 +65,7 @@ def test_constraints_are_exact_and_agree_with_the_project(kind: str) -> None:
     assert f"pip install -r requirements.txt -c constraints-{kind}.txt" in run
 
 
+@pytest.mark.process
 @images
 def test_the_extras_that_the_image_installs_are_the_projects(kind: str) -> None:
     """The Dockerfile's own line of Python, run on the project's pyproject.toml."""
@@ -99,6 +100,7 @@ def test_the_build_sees_what_it_copies_and_no_secret_run_or_history(kind: str) -
     assert not any(fnmatch(name, rule) for name in (".git", ".venv", "runs", "keys.txt") for rule in allowed)
 
 
+@pytest.mark.process
 def test_a_wheel_can_be_built_from_what_the_build_sees(tmp_path: Path) -> None:
     ignore = (CLUSTER / "Dockerfile.cpu.dockerignore").read_text().splitlines()
     for name in (line.removeprefix("!") for line in ignore if line.startswith("!")):

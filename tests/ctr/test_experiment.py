@@ -228,6 +228,7 @@ def test_results_survive_json() -> None:
     assert given.trial == Trial(backbone="din", arm="none", seed=0)
 
 
+@pytest.mark.process
 def test_settings_load_without_torch_and_ray() -> None:
     code = "import sys, owlrec.ctr.experiment; print(sorted({'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

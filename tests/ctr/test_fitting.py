@@ -237,6 +237,7 @@ def _odd(split: Split) -> Split:
     return Split.of(samples.take(slice(len(samples) - (len(samples) % 2 == 0))))
 
 
+@pytest.mark.process
 def test_two_ranks_train_and_score_as_one(data: TrainingData, tmp_path: Path) -> None:
     (tmp_path / "data.pickle").write_bytes(pickle.dumps(data))
     run_two_ranks(__file__, tmp_path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -121,6 +122,7 @@ def _run_rank(rank: int, port: int, folder: Path) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_ranks_agree_on_the_mean_of_their_rows(tmp_path: Path) -> None:
     run_two_ranks(__file__, tmp_path)
     for rank in (0, 1):

@@ -54,6 +54,7 @@ def test_request_arguments_hold_only_what_http_can_carry() -> None:
     }
 
 
+@pytest.mark.process
 def test_the_recipe_needs_neither_torch_nor_numba_nor_vllm() -> None:
     code = "import sys, owlrec.decoding; assert not {'torch', 'numba', 'vllm', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -61,6 +61,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_the_site_has_every_page_and_asks_no_other_server(site: Path) -> None:
     for page in PAGES:
         path = page.relative_to(ROOT / "docs").with_suffix("")
@@ -74,6 +75,7 @@ def test_the_site_has_every_page_and_asks_no_other_server(site: Path) -> None:
         assert not asked, f"{file.relative_to(site)}: {asked}"
 
 
+@pytest.mark.process
 def test_the_reference_shows_what_a_setting_is_for(site: Path) -> None:
     recipe, ctr = ((site / "reference" / name / "index.html").read_text("utf-8") for name in ("recipe", "ctr"))
     assert 'id="owlrec.ctr.experiment.CTRConfig"' in recipe

@@ -1,10 +1,11 @@
-"""A refresh that dies by SIGKILL at a named step: python killed_refresh.py RECIPE WORKSPACE STEP."""
+"""A refresh that dies by SIGKILL at a named step."""
 
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from owlrec.recipe import load_recipe
@@ -44,10 +45,10 @@ def dying(original: Callable[..., Any], when: str) -> Callable[..., Any]:
     return step
 
 
-if __name__ == "__main__":
-    recipe, place, name = sys.argv[1:]
-    where, attribute, moment = STEPS[name]
+def refresh_until(step: str, recipe: Path, place: str) -> None:
+    """For a process of its own."""
+    where, attribute, moment = STEPS[step]
     owner = importlib.import_module(where)
     setattr(owner, attribute, dying(getattr(owner, attribute), moment))
     refresh.run(load_recipe(recipe, workspace=place), Workspace(place))
-    sys.exit(f"the step '{name}' did not come")
+    sys.exit(f"the step '{step}' did not come")

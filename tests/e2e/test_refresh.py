@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import killed_refresh  # type: ignore[import-not-found]
 import numpy as np
 import pyarrow as pa
@@ -48,6 +49,7 @@ def published(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path
             source: {{type: movielens-100k, max_users: 60, max_items: 120}}
             shard_rows: 20
             engine: {{type: echo}}
+            encoder: {{model: hashing}}
             sampling: {{max_tokens: 40}}
             split: {{cuts: half}}
             prompts: {{history_tokens: 1000}}
@@ -190,9 +192,9 @@ def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: P
     write_log(workspace, "one", first[::-1])
     write_items(workspace, "one", items[:0:-1])
     for step in killed_refresh.STEPS:
-        command = [sys.executable, killed_refresh.__file__, str(short), workspace.root, step]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-        assert ran.returncode == -signal.SIGKILL, f"{step}: {ran.stdout}{ran.stderr}"
+        log = published.parent / f"{step}.log"
+        dying = forked.Forked(killed_refresh.refresh_until, step, short, workspace.root, log=log)
+        assert dying.wait(timeout=120) == -signal.SIGKILL, f"{step}: {log.read_text()}"
         if step == "planned":  # newer events and items, which the plan in hand knows nothing of; sent twice
             write_log(workspace, "two", [*second[::-1], *second[:5]])
             write_items(workspace, "two", items)

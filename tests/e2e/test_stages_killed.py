@@ -8,13 +8,12 @@ other on Ray, whose workers are killed too; by default one runs. tests/e2e/test_
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import chaos  # type: ignore[import-not-found]
+import forked
 import psutil
 import pyarrow as pa
 import pytest
@@ -28,7 +27,6 @@ from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
-ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = ("prepare", "generate", "encode", "publish", "refresh")
 HARMS = ("kill", "kill", "truncate", "fill disk")
 AT_HAND = 4  # shards that one worker may have begun when it dies: what a kill can cost
@@ -61,21 +59,16 @@ streaming: {{freeze_behaviours: 4}}
     return path
 
 
-RUN = """
-import sys
-from owlrec.cli import app
-from owlrec.runs import batch, refresh
-if EVERYWHERE:  # however few rows there are
-    batch.PREPARED_HERE = batch.PARTS_ON_RAY = refresh.HERE_ROWS = refresh.PARTS_ON_RAY = 0
-app(["refresh", sys.argv[1]] if "STAGE" == "refresh" else ["run", sys.argv[1], "--only", "STAGE"])
-"""
+# Every stage on Ray, however few rows there are.
+EVERYWHERE = dict.fromkeys(
+    ("owlrec.runs.batch.PREPARED_HERE", "owlrec.runs.batch.PARTS_ON_RAY",
+     "owlrec.runs.refresh.HERE_ROWS", "owlrec.runs.refresh.PARTS_ON_RAY"), 0,
+)  # fmt: skip
 
 
-def start(stage: str, recipe: Path, log: Path, *, on_ray: bool = False) -> subprocess.Popen[bytes]:
-    code = RUN.replace("EVERYWHERE", str(on_ray)).replace("STAGE", stage)
-    with log.open("ab") as file:
-        command = [sys.executable, "-c", code, str(recipe)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+def start(stage: str, recipe: Path, log: Path, *, on_ray: bool = False) -> forked.Forked:
+    command = ["refresh", str(recipe)] if stage == "refresh" else ["run", str(recipe), "--only", stage]
+    return forked.owlrec(*command, log=log, constants=EVERYWHERE if on_ray else {})
 
 
 def add_events(folder: Path) -> None:
@@ -153,7 +146,7 @@ class Counted:
         self.before: dict[Path, tuple[str, float]] = {}
         self.started = 0.0
 
-    def start(self, stage: str) -> subprocess.Popen[bytes]:
+    def start(self, stage: str) -> forked.Forked:
         self.before, self.started = finished(self.folder), time.time()
         return start(stage, self.recipe, self.log, on_ray=self.on_ray)
 

@@ -94,6 +94,7 @@ def test_semantic_ids_are_levels_and_whole_bits_of_codes(ids):
         EncoderConfig(semantic_ids=ids)
 
 
+@pytest.mark.process
 def test_importing_the_module_imports_no_torch():
     code = "import sys, owlrec.encoding.encoder, owlrec.encoding.vectors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -51,6 +51,7 @@ def test_vectors_are_those_of_every_version() -> None:
     assert np.abs(vector[NONZERO]) == pytest.approx([8**-0.5] * 8)
 
 
+@pytest.mark.process
 def test_the_recipe_names_it_and_no_torch_is_imported() -> None:
     assert isinstance(EncoderConfig(model="hashing").load(), HashingEncoder)
     assert EncoderConfig(model="hashing", replicas=4).identity == EncoderConfig(model="hashing").identity

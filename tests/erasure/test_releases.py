@@ -88,6 +88,7 @@ def held(redis: RedisReleases) -> dict[bytes, bytes]:
     return {key: redis.client.get(key) for key in redis.client.scan_iter()}
 
 
+@pytest.mark.process
 @needs_redis
 def test_redis_is_silent_at_once_and_then_empty(workspace: Workspace, redis: RedisReleases) -> None:
     publish_chain(workspace)

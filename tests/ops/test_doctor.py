@@ -124,6 +124,7 @@ def test_a_workspace_that_cannot_be_written_fails(tmp_path):
     assert {c.name: c for c in run_checks(str(tmp_path / "ws"), environ={})}["workspace"].ok == "ok"
 
 
+@pytest.mark.process
 def test_the_doctor_imports_nothing_heavy():
     code = (
         "import sys; from owlrec.ops.doctor import run_checks; run_checks(); "

@@ -156,6 +156,7 @@ publish_rows(Workspace({root!r}), INFO, slow, 4, quantisers=QUANTISERS)
 """
 
 
+@pytest.mark.process
 def test_a_killed_publish_shows_nothing_and_the_next_builds_only_the_missing_parts(workspace):
     source = write_shards(workspace, world(), {"user": 8, "item": 2, "cohort": 1})
     here = os.path.dirname(__file__)

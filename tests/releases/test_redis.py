@@ -20,7 +20,7 @@ from owlrec.releases.redis import RedisReleases, prune_redis, push, roll_back_re
 from owlrec.releases.rows import encode_key
 from owlrec.workspace import Workspace
 
-pytestmark = needs_redis
+pytestmark = [needs_redis, pytest.mark.process]
 IDS = range(12)
 
 

@@ -19,7 +19,6 @@ from owlrec import Client
 from owlrec.serving.keys import new_key
 from owlrec.workspace import Workspace
 
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # of Ray Serve 2.60
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = yaml.safe_load((ROOT / "serve_apps" / "cluster.yaml").read_text())
 KEY, LINE = new_key("tests")

@@ -25,11 +25,7 @@ from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_local"),
-    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray Serve 2.60 itself
-]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 WITHIN_S = 30.0
 
 

@@ -21,11 +21,7 @@ from owlrec.releases.redis import RedisReleases, push, roll_back_redis
 from owlrec.serving.keys import new_key
 from owlrec.workspace import Workspace
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_local"),
-    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray Serve 2.60 itself
-]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 BATCH = "/v1/knowledge:batchGet"
 ASKED = {"kind": "user", "ids": [1, 5], "fields": ["text"]}
 

@@ -27,11 +27,7 @@ from owlrec.serving.served import WorkspaceReleases
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_local"),
-    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray Serve 2.60 itself
-]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 USERS, ITEMS = 60, 20
 
 

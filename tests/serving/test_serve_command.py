@@ -55,6 +55,7 @@ def test_an_artifact_that_is_not_there_is_said_before_anything_starts(workspace)
     assert "no finished artifact is there. `owlrec ctr export` writes one" in refused.stderr
 
 
+@pytest.mark.process
 @needs_redis
 def test_push_and_roll_back(workspace, tmp_path):
     with redis_server(tmp_path) as url:
