@@ -55,7 +55,7 @@ def cascade_figures(recipe: Recipe, workspace: Workspace, folder: str, kept: str
     llm = np.full(raw.shape, np.nan)
     llm[known] = load_calibration(workspace, f"{kept}/calibration.json").apply(raw[known])
     figures = []
-    for found in judge_cascade(labels, ctr, llm, depths=DEPTHS, weights=WEIGHTS):
+    for found in evaluate_cascade(labels, ctr, llm, depths=DEPTHS, weights=WEIGHTS):
         if found.weight == 0 and found.first != DEPTHS[0]:
             continue
         blend = f"first {found.first}, LLM weight {found.weight:g}" if found.weight else "DIN alone"
@@ -136,7 +136,7 @@ def reorder(ctr: np.ndarray, llm: np.ndarray, *, first: int, weight: float) -> t
     return np.concatenate([by_blend, order[~np.isin(order, head)]]), scores
 
 
-def judge_cascade(
+def evaluate_cascade(
     labels: np.ndarray, ctr: np.ndarray, llm: np.ndarray, *, depths: Sequence[int], weights: Sequence[float]
 ) -> list[CascadeFigures]:
     """Each depth with each weight. labels, ctr, llm: [lists, length], as `held_out_lists` lines them up and `reorder`

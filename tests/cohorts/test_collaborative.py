@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.clustering import FactorSettings, ItemFactors, fold_in, judged, train_item_factors, unit
+from owlrec.cohorts.clustering import FactorSettings, ItemFactors, fold_in, items_and_likes, train_item_factors, unit
 from owlrec.errors import SchemaError
 from owlrec.schema import HISTORIES
 from owlrec.workspace import Workspace
@@ -84,7 +84,7 @@ def test_a_behavior_without_a_rating_is_liked() -> None:
         {"user_id": 1, "as_of": 1, "items": [1, 2], "ratings": [3.0, 4.0]},
         {"user_id": 2, "as_of": 1, "items": [3], "ratings": [None]},
     ]
-    items, liked = judged(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
+    items, liked = items_and_likes(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
     assert items.to_pylist() == [[1, 2], [3]]
     assert liked.tolist() == [False, True, True]
 
@@ -94,7 +94,7 @@ def test_what_was_passed_over_is_not_liked() -> None:
         {"user_id": 1, "as_of": 1, "items": [1, 2], "ratings": [None, None], "passed": [7]},
         {"user_id": 2, "as_of": 1, "items": [3], "ratings": [None], "passed": [8, 9]},
     ]
-    items, liked = judged(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
+    items, liked = items_and_likes(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
     assert items.to_pylist() == [[1, 2, 7], [3, 8, 9]]
     assert liked.tolist() == [True, True, False, True, False, False]
 

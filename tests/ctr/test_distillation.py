@@ -144,9 +144,9 @@ def test_encoded_samples_carry_blended_labels_and_weights(workspace: Workspace, 
             assert weight == 1.0
     assert taught == 300
     for split in ("valid", "test"):
-        judged = features.splits[split].whole()
-        assert set(judged.labels.tolist()) == {0.0, 1.0}
-        assert set(judged.weights.tolist()) == {1.0}
+        scored = features.splits[split].whole()
+        assert set(scored.labels.tolist()) == {0.0, 1.0}
+        assert set(scored.weights.tolist()) == {1.0}
 
 
 def test_encoded_samples_keep_the_weights_of_their_interactions(workspace: Workspace, toy_world: Any) -> None:

@@ -34,7 +34,7 @@ ranking:
             engine_args: {{enforce_eager: true}}}}
   data: {{shots: 16, behaviours: 2, shown: [recent]}}
   tuning: {{epochs: 1}}
-  judging: {{test_samples: 20}}
+  evaluation: {{test_samples: 20}}
 """
 
 

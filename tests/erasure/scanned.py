@@ -65,7 +65,7 @@ def write_recipe(folder: Path, workspace: str, extra: str = "") -> Path:
         encoder: {{model: hashing}}
         streaming: {{partitions: 3}}
         ctr: {{backbones: [din], arms: [none, knowledge], seeds: [0], epochs: 1, use_profile: true}}
-        ranking: {{data: {{shots: 8}}, judging: {{test_samples: 8}}}}
+        ranking: {{data: {{shots: 8}}, evaluation: {{test_samples: 8}}}}
         """
     )
     path.write_text(text + textwrap.dedent(extra))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.ranking_cascade import held_out_lists, judge_cascade, ndcg, reorder
+from benchmarks.ranking_cascade import evaluate_cascade, held_out_lists, ndcg, reorder
 from owlrec.errors import RecipeError
 from owlrec.schema import SAMPLES
 from owlrec.serving.rank_api import Cascade
@@ -95,14 +95,14 @@ def test_figures_of_a_perfect_llm_grow_with_depth_and_weight() -> None:
     rng = np.random.default_rng(0)
     labels = (rng.random((40, 12)) < 0.4).astype(float)
     ctr, llm = rng.random(labels.shape), 0.8 * labels + 0.1
-    by = {(f.first, f.weight): f for f in judge_cascade(labels, ctr, llm, depths=[4, 12], weights=[0, 0.5, 1])}
+    by = {(f.first, f.weight): f for f in evaluate_cascade(labels, ctr, llm, depths=[4, 12], weights=[0, 0.5, 1])}
     assert list(by) == [(4, 0), (4, 0.5), (4, 1), (12, 0), (12, 0.5), (12, 1)]
     perfect = by[12, 1]
     assert (perfect.ndcg, perfect.auc, perfect.list_auc) == (1.0, 1.0, 1.0)
     for figure in ("ndcg", "auc", "list_auc"):
         assert getattr(by[4, 0], figure) == getattr(by[12, 0], figure)
         assert getattr(by[12, 0], figure) < getattr(by[4, 1], figure) < getattr(perfect, figure)
-    one = judge_cascade(labels[:1], ctr[:1], llm[:1], depths=[4], weights=[0])[0]
+    one = evaluate_cascade(labels[:1], ctr[:1], llm[:1], depths=[4], weights=[0])[0]
     order = np.argsort(-ctr[0])
     assert one.ndcg == pytest.approx(ndcg(labels[:1, order], 10))
     wins = [(a < b) for a in ctr[0][labels[0] == 0] for b in ctr[0][labels[0] == 1]]

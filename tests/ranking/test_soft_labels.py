@@ -15,7 +15,7 @@ from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.generation import ENGINES
 from owlrec.generation.engine import Completion, Engine, EngineConfig, EngineStopped, RequestRefused, SamplingConfig
-from owlrec.ranking.experiment import JudgingConfig
+from owlrec.ranking.experiment import RankingEvaluationConfig
 from owlrec.ranking.questions import Teacher
 from owlrec.recipe import Recipe
 from owlrec.reshard import reshard
@@ -316,7 +316,10 @@ def test_the_folder_names_all_that_answers_depend_on(shop: Recipe) -> None:
 
     assert folder() == usual.folder
     ranking = shop.ranking
-    assert folder(config=ranking.model_copy(update={"judging": JudgingConfig(test_samples=7)})) == usual.folder
+    assert (
+        folder(config=ranking.model_copy(update={"evaluation": RankingEvaluationConfig(test_samples=7)}))
+        == usual.folder
+    )
     for change in (
         {"adapter_sha256": "a"},
         {"engine": ENGINES.load("echo").model_validate({"type": "echo"})},

@@ -53,19 +53,19 @@ def recipe_for(workspace: Workspace, model: str = "nowhere", **ranking: Any) -> 
     values["ranking"] = {
         "data": {"shots": 120, "behaviours": 4, "shown": ["recent", "mixed"]},
         "tuning": {"learning_rate": 0.02, "epochs": 4},
-        "judging": {"test_samples": 60},
+        "evaluation": {"test_samples": 60},
         **ranking,
     }
     return Recipe.model_validate({**values, "source": {"type": "movielens-100k"}})
 
 
 TUNING = TuningSettings(dtype="float32", learning_rate=0.02, batch_rows=16, epochs=4)
-SETTINGS = RankerRun(tuning=TUNING, judged=("recent", "mixed"), valid_samples=40)
+SETTINGS = RankerRun(tuning=TUNING, ways=("recent", "mixed"), valid_samples=40)
 
 
 @pytest.mark.ray
 @pytest.mark.vllm
-def test_the_stage_tunes_calibrates_and_judges(
+def test_the_stage_tunes_calibrates_and_evaluates(
     ray_local: None, workspace: Workspace, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(workspace)
@@ -74,10 +74,10 @@ def test_the_stage_tunes_calibrates_and_judges(
     assert finished_stage(workspace, "tune_ranker") == manifest
     counts = manifest.counts
     assert (counts["train_rows"], counts["valid_rows"], counts["test_rows"]) == (240, 80, 120)
-    judged = {(j["model"], j["shown"]): j for j in workspace.read_json(manifest.outputs["judgements"])}
-    assert list(judged) == [(m, s) for m in ("zero-shot", "tuned") for s in ("recent", "mixed")]
+    evaluations = {(j["model"], j["shown"]): j for j in workspace.read_json(manifest.outputs["evaluations"])}
+    assert list(evaluations) == [(m, s) for m in ("zero-shot", "tuned") for s in ("recent", "mixed")]
     for shown in ("recent", "mixed"):
-        tuned, plain = judged["tuned", shown], judged["zero-shot", shown]
+        tuned, plain = evaluations["tuned", shown], evaluations["zero-shot", shown]
         assert tuned["rows"] == 60
         assert tuned["auc"] > max(0.9, plain["auc"] + 0.1)
         assert tuned["log_loss"] < 0.5
@@ -89,7 +89,9 @@ def test_the_stage_tunes_calibrates_and_judges(
     assert {(r.model, r.shots, r.behaviours, r.shown) for r in results} == {
         (model, shots, 4, shown) for model, shots in (("zero-shot", 0), ("tuned", 120)) for shown in ("recent", "mixed")
     }
-    assert [r.auc for r in results if r.model == "tuned"] == [judged["tuned", s]["auc"] for s in ("mixed", "recent")]
+    assert [r.auc for r in results if r.model == "tuned"] == [
+        evaluations["tuned", s]["auc"] for s in ("mixed", "recent")
+    ]
 
     assert run(recipe, workspace, SETTINGS) == manifest
     assert "done already" in capsys.readouterr().out
@@ -136,7 +138,7 @@ def test_a_model_that_cannot_be_asked_is_named_by_the_scoring_actor(ray_local: N
     assert "ray" not in str(found.value)
 
 
-def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged() -> None:
+def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_evaluated() -> None:
     def decided(run: RankerRun = SETTINGS, **ranking: Any) -> dict[str, Any]:
         section = recipe_for(Workspace("/tmp"), **ranking).ranking
         assert section is not None
@@ -148,7 +150,7 @@ def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged()
     usual = decided()
     for same in ({"num_workers": 4}, {"use_gpu": True}, {"checkpoint_steps": 3}, {"micro_tokens": 9}):
         assert tuned(**same) == usual
-    assert decided(judging={"test_samples": 7}) == usual
+    assert decided(evaluation={"test_samples": 7}) == usual
     for other in ({"rank": 4}, {"learning_rate": 1e-4}, {"seed": 1}, {"batch_rows": 8}, {"dtype": "bfloat16"}):
         assert tuned(**other) != usual
     for run_ in (replace(SETTINGS, valid_samples=41), replace(SETTINGS, seed=1)):

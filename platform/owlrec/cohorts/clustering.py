@@ -137,7 +137,7 @@ def fold_in(
     return np.where(known[:, None], unit(vectors), np.float32(0)), known
 
 
-def judged(histories: pa.Table, positive_above: float) -> tuple[pa.ListArray, np.ndarray]:
+def items_and_likes(histories: pa.Table, positive_above: float) -> tuple[pa.ListArray, np.ndarray]:
     """What each user took or passed over, list<int64> [n], and which of it they liked: bool, aligned with all items.
 
     Liked is what was taken, and where it was graded, with more than `positive_above`.

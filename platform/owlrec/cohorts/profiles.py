@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.cohorts.clustering import judged
+from owlrec.cohorts.clustering import items_and_likes
 from owlrec.ordered import rows_of, run_starts
 from owlrec.scenario import Scenario
 from owlrec.schema import Kind, newest, stable_id
@@ -188,7 +188,7 @@ def _users_at(
     members: pa.Table, users: pa.Table, histories: pa.Table, scenario: Scenario, n: int, cut: str
 ) -> pa.Table:
     ids = members["id"].to_numpy()
-    items, mask = judged(histories, scenario.positive_above)
+    items, mask = items_and_likes(histories, scenario.positive_above)
     starts = items.offsets.to_numpy() - items.offsets[0].as_py()
     liked = np.diff(np.r_[0, np.cumsum(mask)][starts])
     place = rows_of(histories["user_id"].to_numpy(), ids)

@@ -31,10 +31,10 @@ from owlrec.ctr.features import (
     SampleFeatures,
     Split,
     Vocabularies,
+    binarize_outside_train,
     distinct_values,
     encode_items,
     item_rows,
-    judged_labels,
     kept_attributes,
     known_items,
     refuse_labels,
@@ -189,7 +189,7 @@ class EncodeSamples(Stage):
         order = np.argsort(split, kind="stable")
         rows, split, drawn = rows.take(order), split[order], order >= n_logged
         positive = np.append(positive, np.zeros(len(rows) - n_logged, dtype=bool))[order]
-        label = judged_labels(rows["label"].to_numpy(), split == SPLITS.index("train"))
+        label = binarize_outside_train(rows["label"].to_numpy(), split == SPLITS.index("train"))
         items = item_rows(self._item_ids, rows["item_id"].to_numpy())
         of_history = item_rows(self._item_ids, behaviors["item_id"].to_numpy())
         starts, ends = (rows[name].to_numpy().astype(np.int64) for name in ("history_start", "history_end"))

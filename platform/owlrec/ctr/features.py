@@ -358,14 +358,14 @@ def encode_samples(
             profile[:, i] = value_codes(users[name].take(where), values)
     item_ids, labels = samples["item_id"].to_numpy(), samples["label"].to_numpy().astype(np.float32)
     if "split" in samples.column_names:
-        labels = judged_labels(labels, pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
+        labels = binarize_outside_train(labels, pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
     times = samples["timestamp"].to_numpy() if "timestamp" in samples.column_names else None
     weights = samples["weight"].to_numpy() if "weight" in samples.column_names else None
     user_ids, rows = samples["user_id"].to_numpy(), items.rows(item_ids)
     return SampleFeatures(user_ids, item_ids, rows, histories, profile, labels, times, weights)
 
 
-def judged_labels(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
+def binarize_outside_train(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Soft labels to learn from, 0 or 1 to judge by: float32 [n]. train: bool [n]."""
     return np.where(train, labels, labels >= POSITIVE).astype(np.float32)
 

@@ -483,13 +483,13 @@ class _ImportStage(Stage):
         if self.kind == "user":
             mine &= ~read_tombstones(workspace).among(table["id"].to_numpy())
         gate = QualityGate(self.job.quality, self.job.scenario)
-        judged = [_judge(self.kind, row, gate) for row in table.filter(pa.array(mine)).to_pylist()]
-        rows, outcomes = [row for row, _ in judged], [outcome for _, outcome in judged]
+        checked = [_check_row(self.kind, row, gate) for row in table.filter(pa.array(mine)).to_pylist()]
+        rows, outcomes = [row for row, _ in checked], [outcome for _, outcome in checked]
         knowledge, dead = to_tables(self.job, self.framework, rows, outcomes)
         return write_shard(work, KNOWLEDGE.empty_table(), knowledge, dead, outcomes)
 
 
-def _judge(kind: Kind, row: dict[str, object], gate: QualityGate) -> tuple[Prompt | UnusableRow, Outcome]:
+def _check_row(kind: Kind, row: dict[str, object], gate: QualityGate) -> tuple[Prompt | UnusableRow, Outcome]:
     id_, as_of = int(str(row["id"])), int(str(row["as_of"]))
     if row["error"]:
         error, message = str(row["error"]), str(row["message"])

@@ -362,7 +362,7 @@ def probe(jobs: Jobs, runtime_env: Mapping[str, Any], workspace: str | None, *, 
     return report
 
 
-def judge(report: Mapping[str, Any], workspace: str | None, demand: GpuDemand | None) -> list[Check]:
+def check_report(report: Mapping[str, Any], workspace: str | None, demand: GpuDemand | None) -> list[Check]:
     """What the probe's report means for a job that works in `workspace` and asks for `demand`."""
     if tuple(map(int, report["python"].split(".")[:2])) < (3, 11):
         fix = "use images with Python 3.11 or later"
@@ -463,7 +463,7 @@ def examine_inside(
 ) -> list[Check]:
     """What the cluster is like from the inside, for a job in workspace `root` that asks for `demand`."""
     patience = _INSTALL_S if runtime_env.keys() & {"pip", "uv", "conda"} else _PROBE_S
-    return judge(probe(jobs, runtime_env, root, timeout_s=patience), root, demand)
+    return check_report(probe(jobs, runtime_env, root, timeout_s=patience), root, demand)
 
 
 def check_cluster(address: str, workspace: str | None) -> list[Check]:

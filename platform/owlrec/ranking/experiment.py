@@ -66,13 +66,13 @@ class RankerRun:
 
     tuning: TuningSettings = field(default_factory=TuningSettings)
     seed: int = 0  # of the shots
-    judged: tuple[Shown, ...] = ("recent", "retrieved", "mixed")
+    ways: tuple[Shown, ...] = ("recent", "retrieved", "mixed")
     valid_samples: int | None = 400  # at most; None = all
-    judging_seed: int = 0
+    evaluation_seed: int = 0
     zero_shot: bool = True  # whether the model as it is is judged too
 
 
-class JudgingConfig(Config):
+class RankingEvaluationConfig(Config):
     """What a tuned model is judged on."""
 
     test_samples: int | None = Field(1000, ge=1)  # at most; None = all
@@ -89,7 +89,7 @@ class RankingConfig(Config):
     prompt: RankPromptConfig = RankPromptConfig()
     data: TuningDataConfig = TuningDataConfig()
     tuning: TuningConfig = TuningConfig()
-    judging: JudgingConfig = JudgingConfig()
+    evaluation: RankingEvaluationConfig = RankingEvaluationConfig()
 
     def ranking_engine(self, of_recipe: EngineConfig) -> VllmEngineConfig:
         """The engine that ranks: this section's own, else the recipe's. Raises RecipeError where that is not vLLM."""
@@ -107,5 +107,5 @@ class RankingConfig(Config):
             "projection": asdict(PROJECTION),
             "tuning": tuning,
             "seed": run.seed,
-            "valid": [run.valid_samples, run.judging_seed],
+            "valid": [run.valid_samples, run.evaluation_seed],
         }

@@ -51,11 +51,11 @@ def write_questions(
     Raises RecipeError as `draw_samples` and SchemaError as `ask_about` does.
     """
     catalog, data, run = ItemCatalog.load(workspace), config.data, run or RankerRun()
-    valid_ways = tuple(dict.fromkeys((*run.judged, *data.shown)))
+    valid_ways = tuple(dict.fromkeys((*run.ways, *data.shown)))
     draws = {
         "train": (data.shots, run.seed, data.shown),
-        "valid": (run.valid_samples, run.judging_seed, valid_ways),
-        "test": (config.judging.test_samples, run.judging_seed, run.judged),
+        "valid": (run.valid_samples, run.evaluation_seed, valid_ways),
+        "test": (config.evaluation.test_samples, run.evaluation_seed, run.ways),
     }
     counts: dict[str, int] = {}
     for split, (limit, seed, ways) in draws.items():

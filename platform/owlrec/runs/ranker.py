@@ -9,7 +9,7 @@ from owlrec.generation.job import check_dead_share
 from owlrec.ops.console import ShardWatch, note, progress, stage_header, table, warn
 from owlrec.prompting.ranking import rank_fingerprint
 from owlrec.ranking.experiment import RankerRun, RankingConfig
-from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row, results_of, write_results
+from owlrec.ranking.judging import EVALUATION_COLUMNS, evaluate_models, evaluation_row, results_of, write_results
 from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
 from owlrec.ranking.questions import ScorePairs, Teacher, pair_inputs, write_questions
 from owlrec.ranking.retrieval import ItemVectors
@@ -77,11 +77,11 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
                     use_gpu=settings.tuning.use_gpu,
                     on_scored=advance,
                 )
-        judgements = judge_models(workspace, job.folder, valid, test, scores)
-        write_results(workspace, named[:16], results_of(config, judgements, settings.seed))
-        table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
+        evaluations = evaluate_models(workspace, job.folder, valid, test, scores)
+        write_results(workspace, named[:16], results_of(config, evaluations, settings.seed))
+        table("test split", EVALUATION_COLUMNS, [evaluation_row(j) for j in evaluations])
         counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}
-        return counts, {"adapter": job.adapter, "judgements": f"{job.folder}/judgements.json"}
+        return counts, {"adapter": job.adapter, "evaluations": f"{job.folder}/evaluations.json"}
 
     return execute(workspace, "tune_ranker", named, f"{engine.model}, {config.data.shots or 'all'} shots", body)
 

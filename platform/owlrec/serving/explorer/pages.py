@@ -226,7 +226,7 @@ class _Views:
     def __init__(self, similar: SimilarEntities, tables: WorkspaceTables) -> None:
         self._similar = similar
         self._tables = tables
-        self._judged: dict[str, list[dict[str, Any]]] = {}  # by release
+        self._quality: dict[str, list[dict[str, Any]]] = {}  # by release
         self._environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
         )
@@ -237,10 +237,10 @@ class _Views:
 
     def health(self, release: Release) -> dict[str, Any]:
         """Coverage, age and quality of the release."""
-        if release.name not in self._judged:
-            self._judged = {release.name: [self._judge(release, kind) for kind in ("user", "item", "cohort")]}
+        if release.name not in self._quality:
+            self._quality = {release.name: [self._quality_of(release, kind) for kind in ("user", "item", "cohort")]}
         age = time.time() - datetime.fromisoformat(release.manifest.created).timestamp()
-        return {"kinds": self._judged[release.name], "age_hours": age / 3600, "chain": release.chain}
+        return {"kinds": self._quality[release.name], "age_hours": age / 3600, "chain": release.chain}
 
     def search(self, release: Release, kind: Kind, words: str) -> dict[str, Any]:
         """Entities by id, and items by title."""
@@ -290,7 +290,7 @@ class _Views:
         title = self._tables.titles([id_])[0] if kind == "item" else ""
         return title or f"{kind} {id_}"
 
-    def _judge(self, release: Release, kind: Kind) -> dict[str, Any]:
+    def _quality_of(self, release: Release, kind: Kind) -> dict[str, Any]:
         store = release.store
         ids = store.ids(kind, _SAMPLED)
         known = [k for k in store.get(kind, ids) if k]
