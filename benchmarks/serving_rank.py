@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import torch
 import yaml
 
-from benchmarks.load import LoadJob, LoadResult
+from benchmarks.load import LoadResult, LoadSpec
 from benchmarks.serving_processes import free_port, load, owlrec, process, wait_for_answer
 from benchmarks.table import Figure
 from owlrec.ctr.batches import SplitTensors, Tables
@@ -64,7 +64,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
     with process(command):
         bodies = _requests(workspace)
         _wait_for_llm(address, bodies[0])
-        job = LoadJob(url=f"{address}/v1/rank", bodies=_asked(bodies, mode="ctr"), seconds=1)
+        job = LoadSpec(url=f"{address}/v1/rank", bodies=_asked(bodies, mode="ctr"), seconds=1)
         load(job, seconds=3, connections=2)
         ctr = load(job, rate=CTR_RATE, seconds=10 if options.quick else 60, connections=100)
         asked = _asked(bodies[::-1], mode="cascade", rerank=RERANKED, deadline_ms=DEADLINE_MS)
@@ -247,7 +247,7 @@ def refresh_while_serving(recipe: Path, workspace: Workspace, artifact: str, *, 
     with process([*serve, "--port", str(port), "--max-replicas", "1", "--artifact", artifact]):
         wait_for_answer(f"http://127.0.0.1:{port}/explorer/readyz")
         wait_for_answer(f"http://127.0.0.1:{port}/rank/readyz")
-        job = LoadJob(url=address, bodies=bodies, seconds=1)
+        job = LoadSpec(url=address, bodies=bodies, seconds=1)
         load(job, seconds=3, connections=2)
         with ThreadPoolExecutor(1) as pool:
             under_load = pool.submit(load, job, rate=rate, seconds=45, connections=200)

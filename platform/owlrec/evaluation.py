@@ -108,10 +108,10 @@ def _rows_of_probabilities(labels: np.ndarray, probabilities: np.ndarray) -> tup
     return labels, probabilities
 
 
-def _refuse(wrong: np.ndarray, values: np.ndarray, name: str, why: str) -> None:
+def _refuse(wrong: np.ndarray, values: np.ndarray, name: str, advice: str) -> None:
     if wrong.any():
         row = int(wrong.argmax())
-        raise ValueError(f"row {row}: {name} is {values[row]:g} ({int(wrong.sum())} such rows); {why}.")
+        raise ValueError(f"row {row}: {name} is {values[row]:g} ({int(wrong.sum())} such rows); {advice}.")
 
 
 def _aligned(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ _SLASH = "--"  # in the runner's kinds, which are names of folders
 _KIND_OF: dict[str, Kind] = {"prompts": "cohort"}  # where an artifact's shards are not named by their kind
 
 
-class Plan(BaseModel):
+class ReshardPlan(BaseModel):
     """reshard/plan.json: what is being done."""
 
     shards: dict[Kind, int]  # how many there were
@@ -67,12 +67,12 @@ def reshard(
         return doubled
 
 
-def _unfinished(workspace: Workspace, kinds: Sequence[Kind]) -> Plan | None:
+def _unfinished(workspace: Workspace, kinds: Sequence[Kind]) -> ReshardPlan | None:
     path = f"{_FOLDER}/plan.json"
     if workspace.entry(path) is None:
         workspace.delete_dir(_FOLDER)
         return None
-    plan = Plan.model_validate(workspace.read_json(path))
+    plan = ReshardPlan.model_validate(workspace.read_json(path))
     if kinds and set(kinds) != set(plan.shards):
         raise WorkspaceError(
             f"{workspace.path(path)}: a reshard of {', '.join(plan.shards)} is not finished. Run it again first."
@@ -80,7 +80,7 @@ def _unfinished(workspace: Workspace, kinds: Sequence[Kind]) -> Plan | None:
     return plan
 
 
-def _new_plan(workspace: Workspace, kinds: Sequence[Kind]) -> Plan:
+def _new_plan(workspace: Workspace, kinds: Sequence[Kind]) -> ReshardPlan:
     fixed = workspace.layout.shards
     chosen = {kind: workspace.n_shards(kind) for kind in kinds or [kind for kind in KINDS if kind in fixed]}
     if not chosen:
@@ -91,7 +91,7 @@ def _new_plan(workspace: Workspace, kinds: Sequence[Kind]) -> Plan:
             shards = [Shard.of_name(name) for name in Artifact(workspace, folder).cards()]
             flat = folder.replace("/", _SLASH)
             names += [f"{flat}{_SLASH}{shard.name}" for shard in shards if _kind(shard.kind) in chosen]
-    plan = Plan(shards=chosen, work=names)
+    plan = ReshardPlan(shards=chosen, work=names)
     workspace.write_json(f"{_FOLDER}/plan.json", plan.model_dump())
     return plan
 

@@ -148,7 +148,7 @@ def test_the_release_and_whether_it_is_served(owl, workspace):
 def test_ranking(owl):
     answer = owl.rank([1, 2, 3, 4, 5], user_id=7, mode="cascade", rerank=3, explain=True, deadline_ms=2000)
     assert [r.id for r in answer.results] == [3, 4, 2, 5, 1]
-    assert answer.results[0].why.ctr_place == 2
+    assert answer.results[0].explanation.ctr_place == 2
     assert not answer.degraded
     inline = owl.rank(np.array([2, 1]), history=[{"item_id": 3, "rating": 5.0}, {"item_id": 4}], top_k=1)
     assert [r.id for r in inline.results] == [2]

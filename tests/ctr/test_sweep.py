@@ -6,7 +6,7 @@ import pytest
 from test_training import FINGERPRINT, GRID, SIDES, prepare
 
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, SweepGrid
-from owlrec.ctr.training import GridJob, encode_once
+from owlrec.ctr.training import GridSpec, encode_once
 from owlrec.runs.ctr import tried
 from owlrec.workspace import Workspace
 
@@ -22,7 +22,7 @@ def test_candidates_are_all_combinations_that_the_arm_can_tell_apart() -> None:
 @pytest.mark.ray
 def test_the_better_learning_rate_comes_first(ray_local: None, workspace: Workspace, toy_world: Any) -> None:
     prepare(workspace, toy_world)
-    job = GridJob(
+    spec = GridSpec(
         settings=CTRConfig(batch_size=256, epochs=3, embed_dim=8, hidden_dims=(16, 8)),
         trials=(GRID[0],),
         knowledge={"knowledge": dict.fromkeys(SIDES, "vectors/abc")},
@@ -31,8 +31,8 @@ def test_the_better_learning_rate_comes_first(ray_local: None, workspace: Worksp
         profile=(),
         threads=1,
     )
-    encode_once(workspace, job)
-    found = tried(workspace, job, SweepGrid(learning_rates=(1e-6, 1e-2)).candidates(adaptor=False))
+    encode_once(workspace, spec)
+    found = tried(workspace, spec, SweepGrid(learning_rates=(1e-6, 1e-2)).candidates(adaptor=False))
     assert [f["changes"]["learning_rate"] for f in found] == [1e-2, 1e-6]
     assert found[0]["valid_auc"] > 0.9 > found[1]["valid_auc"]
     assert workspace.names("ctr", "ray") == []

@@ -118,4 +118,4 @@ def test_samples_of_a_killed_run_are_finished_even_for_other_users(
     erase(workspace, table_file("samples", 0), Users(np.array([5]), frozenset()))
     assert histories(workspace) == {56: [55]}
     assert workspace.read_table("interactions")["user_id"].to_pylist() == [9, 9]
-    assert not Path(workspace.path(rows_module._aside(0))).exists()
+    assert not Path(workspace.path(rows_module._kept_samples(0))).exists()

@@ -26,7 +26,7 @@ from owlrec.cohorts.profiles import ProfileSettings
 from owlrec.ctr.experiment import trials
 from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.trainer import export_trial, train_one
-from owlrec.ctr.training import GridJob, encode_once, load_data
+from owlrec.ctr.training import GridSpec, encode_once, load_data
 from owlrec.erasure.forgetting import forget
 from owlrec.generation.engines import EchoEngine, count_words
 from owlrec.generation.import_export import ImportSource
@@ -73,7 +73,7 @@ def train(recipe: Recipe, workspace: Workspace) -> None:
     grid, encoded = "c" * 64, needed_stage(workspace, "encode", "").outputs["vectors"]
     folders = vector_folders(workspace, encoded)
     read = reduce_once(workspace, folders, recipe.ctr.knowledge_dim, grid)
-    job = GridJob(
+    spec = GridSpec(
         settings=recipe.ctr,
         trials=trials(recipe.ctr),
         knowledge={source: dict(of_source) for source, of_source in read.items()},
@@ -81,9 +81,9 @@ def train(recipe: Recipe, workspace: Workspace) -> None:
         attributes=recipe.domain.text_fields,
         profile=recipe.domain.profile_fields,
     )
-    encode_once(workspace, job, None)
-    for trial in job.trials:
-        export_trial(workspace, grid, train_one(trial, load_data(workspace, job), recipe.ctr))
+    encode_once(workspace, spec, None)
+    for trial in spec.trials:
+        export_trial(workspace, grid, train_one(trial, load_data(workspace, spec), recipe.ctr))
     finish_stage(workspace, "train_ctr", grid, outputs={"grid": grid})
 
 

@@ -193,7 +193,7 @@ def left(workspace: Workspace) -> dict[str, Any]:
         "owlrec.refresh.apply.build_release",
         "owlrec.refresh.apply.make_current",
         "owlrec.refresh.apply.UpsertItems",
-        "owlrec.refresh.apply.StorePartitions",
+        "owlrec.refresh.apply.SavePartitions",
         "owlrec.refresh.apply.SettleStage",
         "owlrec.runs.refresh.write_state",
         "owlrec.runs.refresh.sweep",

@@ -54,12 +54,12 @@ def by_ctr_and_llm(asked):
     places = {id_: place for place, id_ in enumerate(sorted(asked.candidates), 1)}
 
     def ranked(id_, by):
-        why = {
+        explanation = {
             "ctr_score": None if id_ > 100 else 1 - places[id_] / 10,
             "ctr_place": places[id_],
             "llm_score": 0.5 if by == "llm" else None,
         }
-        return {"id": id_, "score": 0.5, "by": by, "why": why}
+        return {"id": id_, "score": 0.5, "by": by, "explanation": explanation}
 
     results = [ranked(id_, "ctr" if id_ > 100 else "llm") for id_ in ids]
     degraded = any(id_ > 100 for id_ in ids)
@@ -70,9 +70,9 @@ def by_ctr_and_llm(asked):
 def by_ctr_alone(asked):
     """Like one whose LLM is gone."""
     answer = by_ctr_and_llm(asked)
-    results = sorted(answer.results, key=lambda r: r.why.ctr_place)
+    results = sorted(answer.results, key=lambda r: r.explanation.ctr_place)
     for result in results:
-        result.by, result.why.llm_score = "ctr", None
+        result.by, result.explanation.llm_score = "ctr", None
     reason = "the LLM is not available"
     return answer.model_copy(update={"degraded": True, "reason": reason, "results": results})
 

@@ -287,7 +287,7 @@ class CTRConfig(Config):
 
     @field_validator("backbones", "arms", "seeds")
     @classmethod
-    def _no_doubles(cls, values: tuple[object, ...]) -> tuple[object, ...]:
+    def _no_duplicates(cls, values: tuple[object, ...]) -> tuple[object, ...]:
         repeated = sorted({str(v) for v in values if values.count(v) > 1})
         if repeated:
             raise ValueError(f"{', '.join(repeated)} stands there more than once; a trial is trained once.")
@@ -493,11 +493,11 @@ def read_grid_scores(workspace: Workspace, fingerprint: str, trials: Iterable[Tr
         paths[trial.path] = path
     if first is None:
         return None
-    scores = _StoredScores(workspace, paths)
+    scores = _SavedScores(workspace, paths)
     return GridScores(first["user_id"].to_numpy(), first["label"].to_numpy(), scores)
 
 
-class _StoredScores(Mapping[str, np.ndarray]):
+class _SavedScores(Mapping[str, np.ndarray]):
     """The scores of trials by their path, read when they are asked for."""
 
     def __init__(self, workspace: Workspace, paths: Mapping[str, str]) -> None:

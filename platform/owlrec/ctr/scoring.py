@@ -101,14 +101,14 @@ _HELD_BYTES = 1 << 26  # of a kind's fields in a process: half a million ids of 
 _NO_ID = -1  # ids are not negative
 
 
-class BehaviorStore(Protocol):
+class BehaviorReader(Protocol):
     """Where the behaviors of users come from."""
 
     def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
         """The last behaviors of users, oldest first: schema.BEHAVIOR [k] each."""
 
 
-class Store(BehaviorStore, Protocol):
+class ReleaseReader(BehaviorReader, Protocol):
     """What is read of a release (owlrec.releases.KnowledgeStore)."""
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,7 @@ class Store(BehaviorStore, Protocol):
 
 
 @dataclass(frozen=True)
-class SideKnowledge:
+class GatheredKnowledge:
     """The knowledge of n users or items, in the form that a model was trained on."""
 
     vectors: np.ndarray  # float [n, s, d], one a source; d = 0 where only codes are read
@@ -133,21 +133,21 @@ class SideKnowledge:
 class KnowledgeSource(Protocol):
     """Where a model's knowledge comes from."""
 
-    def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
+    def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
         """That of users or items, aligned with ids: int64 [n]."""
 
 
 @dataclass(frozen=True)
-class StoreKnowledge:
+class ReleaseKnowledge:
     """The knowledge of a release, brought into the form that training read."""
 
-    store: Store
+    store: ReleaseReader
     reads: Reads
     form: Form
     projection: Projection | None  # that the vectors were reduced by
     levels: int  # of the semantic ids
 
-    def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
+    def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
         """See KnowledgeSource. Only what stands under an id itself, as in training: no cohort stands in for it, except
         as a source of its own.
         """
@@ -160,7 +160,7 @@ class StoreKnowledge:
             for row, own in enumerate(self.store.own_codes(kind, ids)):
                 if own:
                     codes[row] = np.array(own[:-1]) + 1
-        return SideKnowledge(vectors, mask, codes)
+        return GatheredKnowledge(vectors, mask, codes)
 
     def _vectors(self, kind: str, ids: np.ndarray, sources: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         slots = {source: number for number, source in enumerate(("knowledge", *OLDER_PARTITIONS))}
@@ -201,7 +201,7 @@ class TableKnowledge:
     tables: Tables
     before: int | None = None  # ms: only what is strictly earlier; None: the newest
 
-    def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
+    def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
         """See KnowledgeSource."""
         tables = self.tables.users if kind == "user" else self.tables.items
         vectors, mask = np.zeros((len(ids), len(tables), 0), np.float32), np.zeros((len(ids), len(tables)), bool)
@@ -212,7 +212,7 @@ class TableKnowledge:
             vectors, mask = (np.stack(arrays, axis=1) for arrays in zip(*pairs, strict=True))
         if self.tables.form != "vectors":
             codes = tables[0].gather_codes(ids, before)
-        return SideKnowledge(vectors, mask, codes)
+        return GatheredKnowledge(vectors, mask, codes)
 
 
 class FieldCache:
@@ -276,7 +276,7 @@ class LiveState:
         self,
         model: CTRModel,
         knowledge: KnowledgeSource | None,
-        store: BehaviorStore | None = None,
+        store: BehaviorReader | None = None,
         held: Mapping[str, FieldCache] | None = None,
     ) -> None:
         """knowledge: None where the model reads none. store: where behaviors come from; None: nobody has any.
@@ -465,7 +465,7 @@ class Artifact:
         projection = Projection.load(workspace, folder, card.grid) if reduced else None
         return cls(Scorer.open(workspace, folder), card, projection)
 
-    def over(self, store: Store, *, dim: int, held: Mapping[str, FieldCache] | None = None) -> LiveState:
+    def over(self, store: ReleaseReader, *, dim: int, held: Mapping[str, FieldCache] | None = None) -> LiveState:
         """What its model reads of a release, which must have passed `Reads.refuse_other`.
 
         dim: components of the release's vectors. held: by kind, fields that are known to be the same there.
@@ -482,7 +482,7 @@ class Artifact:
                 "export again on its vectors."
             )
         levels = len(model.spec.user_codes)
-        return LiveState(model, StoreKnowledge(store, reads, form, self.projection, levels), store, held)
+        return LiveState(model, ReleaseKnowledge(store, reads, form, self.projection, levels), store, held)
 
 
 # --------------------------------------------------------------------------------------------------------------- parity

@@ -503,7 +503,7 @@ def match_text(text: np.ndarray, end: int, context: np.ndarray, positions: np.nd
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------- shelf
+# ----------------------------------------------------------------------------------------------------------- search set
 # The texts that a retrieval call may search, held as the lists of arrays that compiled kernels take.
 #
 # A row names its sources by kind and place, so that one call serves rows of any pools. Places are reused: building
@@ -520,7 +520,7 @@ _STAND_INS: dict[int, tuple[np.ndarray, ...]] = {
 }
 
 
-class Shelf:
+class SearchSet:
     """Places for sealed pools, live pools and single texts."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from owlrec.decoding.index import (
     NOTHING,
     SEALED,
     TEXT,
-    Shelf,
+    SearchSet,
     compiled,
     match_live,
     match_sealed,
@@ -36,8 +36,8 @@ from owlrec.decoding.index import (
 # refreshed texts drift.
 
 
-LENGTHS, EVIDENCE = 8, 7
-CELLS = LENGTHS * EVIDENCE
+LENGTHS, VOTES = 8, 7
+CELLS = LENGTHS * VOTES
 _PRIOR_WEIGHT = 8.0  # observations that the prior counts for
 _MEMORY = 512.0  # observations after which a cell's counts are halved
 _PRIOR = np.array(
@@ -111,7 +111,7 @@ def draft_rows(
     limits: np.ndarray,
     sources: np.ndarray,
     groups: np.ndarray,
-    shelf: Shelf,
+    search_set: SearchSet,
     rates: np.ndarray,
     *,
     depth: int,
@@ -121,7 +121,7 @@ def draft_rows(
 
     contexts: int32 [any, max_len]; row i's context is contexts[rows[i], :lengths[i]]. limits: int64 [n], most tokens to
     draft for it.
-    sources: int64 [n, m, 2] of kind and place on the shelf, NOTHING after the last; where two expect as much, the
+    sources: int64 [n, m, 2] of kind and place in the search set, NOTHING after the last; where two expect as much, the
     earlier wins.
     groups: int64 [n, m], which row of `rates` each source's acceptance follows. rates: float64 [groups, CELLS].
     floor: tokens whose chance is below it are not worth their cost: a draft ends before them.
@@ -134,7 +134,7 @@ def draft_rows(
         np.zeros(n, np.int64),
         np.full(n, -1, np.int64),
     )
-    pools: tuple[Any, ...] = (*shelf.lists[SEALED], *shelf.lists[LIVE], *shelf.lists[TEXT])
+    pools: tuple[Any, ...] = (*search_set.lists[SEALED], *search_set.lists[LIVE], *search_set.lists[TEXT])
     arrays: tuple[Any, ...] = (out.tokens, out.chance, out.cell, out.count, out.source)
     _draft_rows(contexts, rows, lengths, limits, sources, groups, *pools, rates, floor, *arrays)  # type: ignore[call-arg]
     return out
@@ -153,20 +153,20 @@ def _cell(length: int, votes: int, total: int) -> int:
     else:
         bucket = 7
     if total <= 1:
-        evidence = 0
+        vote = 0
     elif 20 * votes < 7 * total:
-        evidence = 1
+        vote = 1
     elif 20 * votes < 11 * total:
-        evidence = 2
+        vote = 2
     elif 20 * votes < 15 * total:
-        evidence = 3
+        vote = 3
     elif 20 * votes < 19 * total:
-        evidence = 4
+        vote = 4
     elif total < 4:
-        evidence = 5
+        vote = 5
     else:
-        evidence = 6
-    return bucket * EVIDENCE + evidence
+        vote = 6
+    return bucket * VOTES + vote
 
 
 @compiled

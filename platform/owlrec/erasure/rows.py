@@ -156,14 +156,14 @@ def _erase_samples(workspace: Workspace, number: int, users: Users) -> list[Rewr
         at, places = kept.column_names.index(column), kept[column].to_numpy()
         kept = kept.set_column(at, kept.schema.field(at), pa.array(places - before[places], pa.int32()))
     about = json.dumps({"of": len(rows), "gone": np.flatnonzero(rows).tolist()})
-    workspace.write_parquet(_aside(number), kept.replace_schema_metadata({_ABOUT: about}))
+    workspace.write_parquet(_kept_samples(number), kept.replace_schema_metadata({_ABOUT: about}))
     return [*done, *_replace_samples(workspace, number)]
 
 
 def _replace_samples(workspace: Workspace, number: int) -> list[Rewritten]:
-    if workspace.entry(_aside(number)) is None:
+    if workspace.entry(_kept_samples(number)) is None:
         return []
-    changed, samples = [], workspace.read_parquet(_aside(number))
+    changed, samples = [], workspace.read_parquet(_kept_samples(number))
     about = json.loads(samples.schema.metadata[_ABOUT])
     path = table_file("interactions", number)
     interactions = workspace.read_parquet(path)
@@ -175,12 +175,12 @@ def _replace_samples(workspace: Workspace, number: int) -> list[Rewritten]:
     before, rows = workspace.entry(path), workspace.count_rows(path)
     assert before is not None
     entry = workspace.write_parquet(path, samples.replace_schema_metadata(None))
-    workspace.delete_file(_aside(number))
+    workspace.delete_file(_kept_samples(number))
     removed = rows - len(samples)
     return [*changed, Rewritten(path, removed, before.bytes - entry.bytes, len(samples), before.e_tag, entry)]
 
 
-def _aside(number: int) -> str:
+def _kept_samples(number: int) -> str:
     return f"tables/erasing/{number:08d}.parquet"
 
 

@@ -58,7 +58,8 @@ KEEP_RELEASES = 3  # of those that were current, to roll back to; none younger t
 def interrupted_plan(workspace: Workspace, base: str, recipe: str) -> RefreshPlan | None:
     """The plan of an interrupted refresh that can still be carried out; others that go on from `base` are removed.
 
-    recipe: fingerprint of the settings, see plan.Planner. One whose delta is current, or was, only has to be settled.
+    recipe: fingerprint of the settings, see plan.RefreshPlanner. One whose delta is current, or was, only has to
+    be settled.
     """
     for plan in unfinished_plans(workspace, base):
         if published_delta(workspace, plan) is not None:
@@ -265,7 +266,7 @@ def stack_partitions(vectors: pa.Table, store: KnowledgeStore, partitions: int) 
 # States
 
 
-class StorePartitions(Stage):
+class SavePartitions(Stage):
     """Shards of users with new texts: the vector of each, by user and as_of, beside those of all earlier refreshes.
 
     A text's vector stays there after the release has dropped it: samples of any moment read what was known before.
@@ -335,7 +336,7 @@ def settle(moved: Moved, renewed: Renewed, encoder: EncoderConfig, run: RunStage
     items = dict.fromkeys(moved.new_items, plan.fingerprint)
     of_items = run(UpsertItems(plan, renewed.knowledge), items, len(items), "settling items")
     with_vectors = {Shard(PARTITIONS, number): plan.fingerprint for number in renewed.user_shards}
-    run(StorePartitions(renewed.vectors, encoder), with_vectors, calls, "storing partitions")
+    run(SavePartitions(renewed.vectors, encoder), with_vectors, calls, "storing partitions")
     stage = SettleStage(moved, renewed.knowledge)
     users = {shard: plan.fingerprint for shard in moved.prompts if shard.kind == "user"}
     cards = run(stage, users, calls, "settling")

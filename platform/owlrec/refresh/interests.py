@@ -36,11 +36,11 @@ from owlrec.refresh.partitions import (
     behaviors,
     bootstrap,
     due_at,
+    due_reason,
     known_keys,
     renewed_behaviors,
     take_in,
     to_table,
-    why_due,
 )
 from owlrec.refresh.state import RefreshPlan, RefreshPrompts, State
 from owlrec.releases.release import Release, open_release
@@ -414,7 +414,7 @@ def assess(
         ends = parted(user.short, titles[starts[row] : starts[row] + lengths[row]], prompts)
         if not ends:
             continue
-        if reason := why_due(user, float(drift[row]), clock, config):
+        if reason := due_reason(user, float(drift[row]), clock, config):
             worth = priorities(drift[row], lengths[row] - np.array([0, *ends[:-1]]))
             due += [(user.user_id, n, end, reason, drift[row], worth[n]) for n, end in enumerate(ends)]
         else:

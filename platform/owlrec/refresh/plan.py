@@ -54,7 +54,7 @@ RunStage = Callable[[Stage, Mapping[Shard, str], int, str], Mapping[str, Card]]
 
 
 @dataclass(frozen=True)
-class Planner:
+class RefreshPlanner:
     """Makes the plan of the next refresh of a workspace, or goes on with one that was interrupted."""
 
     workspace: Workspace

@@ -37,7 +37,7 @@ from owlrec.workspace import Tombstones
 
 
 _Value = TypeVar("_Value")
-_Store = TypeVar("_Store", bound="KnowledgeStore")
+_Layer = TypeVar("_Layer", bound="KnowledgeStore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class KnowledgeStore(ABC):
         self.close()
 
 
-class ChainedStore(KnowledgeStore, Generic[_Store]):
+class ChainedStore(KnowledgeStore, Generic[_Layer]):
     """A delta release and what it is read on top of: whatever a layer lacks, the next older one answers.
 
     Only what stands under an id itself is looked up layer by layer. Which cohorts stand in for an id, and what those
@@ -208,7 +208,7 @@ class ChainedStore(KnowledgeStore, Generic[_Store]):
     other layer resolves to.
     """
 
-    def __init__(self, layers: Sequence[_Store], *, dim: int, totals: dict[str, int]) -> None:
+    def __init__(self, layers: Sequence[_Layer], *, dim: int, totals: dict[str, int]) -> None:
         """layers: newest first, the last of them a full release; closed with the chain. dim, totals: as the newest
         manifest states.
         """
@@ -264,7 +264,7 @@ class ChainedStore(KnowledgeStore, Generic[_Store]):
             layer.close()
 
     def _newest(
-        self, look_up: Callable[[_Store, Sequence[int]], list[_Value | None]], ids: Sequence[int] | np.ndarray
+        self, look_up: Callable[[_Layer, Sequence[int]], list[_Value | None]], ids: Sequence[int] | np.ndarray
     ) -> list[_Value | None]:
         values: list[_Value | None] = [None] * len(ids)
         missing = list(range(len(ids)))

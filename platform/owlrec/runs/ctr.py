@@ -25,7 +25,7 @@ from owlrec.ctr.knowledge import arm_parts, arm_sources, stored_sources
 from owlrec.ctr.pca import open_tables, reduce_once, reduced_folders
 from owlrec.ctr.scoring import TOLERANCE, LiveState, Scorer, TableKnowledge, User, export_program, largest_difference
 from owlrec.ctr.trainer import read_vocabularies, tables_of
-from owlrec.ctr.training import GridJob, encode_once, load_data, needs_ray, stage_pool, train_trials
+from owlrec.ctr.training import GridSpec, encode_once, load_data, needs_ray, stage_pool, train_trials
 from owlrec.encoding.projection import Projection
 from owlrec.encoding.vectors import partitions_folder
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
@@ -329,7 +329,7 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
         with ray_session(recipe.ray, workspace.log_path("ray")):
             pool = stage_pool(workspace, int(prepared.counts["samples"]))
             read = reduce_once(workspace, folders, config.knowledge_dim, named, pool)
-            job = GridJob(
+            spec = GridSpec(
                 settings=config,
                 trials=tuple(trials),
                 knowledge={source: dict(read[source]) for source in stored_sources(sources)},
@@ -338,8 +338,8 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
                 profile=recipe.domain.profile_fields if config.use_profile else (),
                 soft_labels=soft.outputs["soft_labels"] if soft else None,
             )
-            encode_once(workspace, job, pool)
-            found = tried(workspace, job, candidates)
+            encode_once(workspace, spec, pool)
+            found = tried(workspace, spec, candidates)
         workspace.write_json(path, found)
         for folder in (ENCODED, "vectors"):
             workspace.delete_dir(grid_folder(named), folder)
@@ -351,15 +351,15 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
     return execute(workspace, "sweep_ctr", named, f"{len(candidates)} settings, {len(trials)} backbones", body)
 
 
-def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trains each backbone of the job with each candidate; best valid AUC first. Ray must be initialised."""
+def tried(workspace: Workspace, spec: GridSpec, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trains each backbone of the grid with each candidate; best valid AUC first. Ray must be initialised."""
     from ray import tune
 
-    plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in job.trials]
-    cpus = {"cpu": job.threads or 1, "gpu": int(job.settings.use_gpu)}
-    name = f"sweep-{job.fingerprint[:8]}"
+    plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in spec.trials]
+    cpus = {"cpu": spec.threads or 1, "gpu": int(spec.settings.use_gpu)}
+    name = f"sweep-{spec.fingerprint[:8]}"
     workspace.delete_dir("ctr", "ray", name)  # of an interrupted sweep
-    trainable = tune.with_parameters(_try, workspace=workspace, job=job.model_dump(mode="json"))
+    trainable = tune.with_parameters(_try, workspace=workspace, spec=spec.model_dump(mode="json"))
     filesystem, path = workspace.arrow("ctr/ray")
     results = tune.Tuner(
         tune.with_resources(trainable, cpus),
@@ -375,12 +375,12 @@ def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) 
     return sorted(found, key=lambda f: -f["valid_auc"])
 
 
-def _try(candidate: dict[str, Any], workspace: Workspace, job: dict[str, Any]) -> None:
+def _try(candidate: dict[str, Any], workspace: Workspace, spec: dict[str, Any]) -> None:
     from ray import tune
 
     from owlrec.ctr.trainer import train_one
 
-    tried_, parsed = candidate["candidate"], GridJob.model_validate(job)
+    tried_, parsed = candidate["candidate"], GridSpec.model_validate(spec)
     settings = CTRConfig.model_validate({**parsed.settings.model_dump(), **tried_["changes"]})
     trial = next(t for t in parsed.trials if t.backbone == tried_["backbone"])
     result = train_one(trial, load_data(workspace, parsed), settings).result

@@ -119,16 +119,16 @@ def _side_by_side(answer: RankAnswer, tables: WorkspaceTables) -> dict[str, Any]
     titles = tables.titles([r.id for r in answer.results])
     rows: list[dict[str, Any]] = []
     for place, (result, title) in enumerate(zip(answer.results, titles, strict=True), 1):
-        assert result.why is not None
+        assert result.explanation is not None
         rows.append(
             {
                 "id": result.id,
                 "title": title or f"item {result.id}",
                 "place": place,
-                "ctr_place": result.why.ctr_place,
-                "ctr_score": result.why.ctr_score,
-                "llm_score": result.why.llm_score,
-                "rise": result.why.ctr_place - place,  # places nearer to the top than the CTR model put it
+                "ctr_place": result.explanation.ctr_place,
+                "ctr_score": result.explanation.ctr_score,
+                "llm_score": result.explanation.llm_score,
+                "rise": result.explanation.ctr_place - place,  # places nearer to the top than the CTR model put it
             }
         )
     by_llm = any(row["llm_score"] is not None for row in rows)
