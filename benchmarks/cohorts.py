@@ -77,9 +77,9 @@ def _speed(sizes: list[int]) -> list[Figure]:
             job = json.dumps({"folder": folder})
             command = [sys.executable, "-m", "benchmarks.cohorts", "--worker", job]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-        assert found["rows"] == n
-        speed = n / found["seconds"]
+            result = json.loads(done.stdout.splitlines()[-1])
+        assert result["rows"] == n
+        speed = n / result["seconds"]
         first = first or speed
         measure = f"{n:,} users, {DIM} dimensions, {ClusterConfig().sizes(n).cohorts:,} cohorts"
         to = f"{sizes[0]:,} users"
@@ -88,7 +88,7 @@ def _speed(sizes: list[int]) -> list[Figure]:
                 measure=measure, method="owlrec", value=round(speed), unit="users/s", ratio_to=to, ratio=speed / first
             ),
             Figure(
-                measure=measure, method="owlrec", value=round(found["peak_gb"], 2), unit="GB at most, all processes"
+                measure=measure, method="owlrec", value=round(result["peak_gb"], 2), unit="GB at most, all processes"
             ),
         ]
     return figures
@@ -183,12 +183,12 @@ def _stages(recipe: Recipe, workspace: Workspace, *names: str) -> None:
 
 
 def _labels(workspace: Workspace, folder: str, kind: str, facet: str) -> dict[int, str]:
-    found = {}
+    labels = {}
     for part in workspace.names(folder, kind):
         for row in workspace.read_parquet(f"{folder}/{kind}/{part}").to_pylist():
             if row["facet"] == facet and row["source"] == "collaborative":
-                found[row["id"]] = row["cohort"]
-    return found
+                labels[row["id"]] = row["cohort"]
+    return labels
 
 
 def _liked(workspace: Workspace, recipe: Recipe) -> dict[str, dict[int, set[int]]]:

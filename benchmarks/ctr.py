@@ -197,8 +197,8 @@ class _Behaviors:
 
     def behaviors(self, ids: Sequence[int]) -> list[np.ndarray | None]:
         """See KnowledgeStore.behaviors."""
-        found = (self._rows.get(id_) for id_ in ids)
-        return [None if value is None else np.frombuffer(value, BEHAVIOR) for value in found]
+        values = (self._rows.get(id_) for id_ in ids)
+        return [None if value is None else np.frombuffer(value, BEHAVIOR) for value in values]
 
 
 def _latency(

@@ -159,13 +159,15 @@ def _marks(traits: Sequence[int]) -> str:
 
 def _figures(options: argparse.Namespace) -> Iterator[Figure]:
     users = USERS // 4 if options.quick else USERS
-    world, of_seed = plant(users, ITEMS), []
+    world, seeds = plant(users, ITEMS), []
     for seed in SEEDS[:1] if options.quick else SEEDS:
-        of_seed.append(model_aucs(world, PAIRS, CONFIG, seed))
-        note(", ".join(f"{MODELS[name]}: {auc:.4f}" for name, auc in of_seed[-1].items()) + f" (seed {seed})")
+        seeds.append(model_aucs(world, PAIRS, CONFIG, seed))
+        note(", ".join(f"{MODELS[name]}: {auc:.4f}" for name, auc in seeds[-1].items()) + f" (seed {seed})")
     for name, method in MODELS.items():
-        aucs = [found[name] for found in of_seed]
-        gaps = [(found[name] - found["labels"]) / (found["all"] - found["labels"]) for found in of_seed]
+        aucs = [seed_aucs[name] for seed_aucs in seeds]
+        gaps = [
+            (seed_aucs[name] - seed_aucs["labels"]) / (seed_aucs["all"] - seed_aucs["labels"]) for seed_aucs in seeds
+        ]
         each = ", ".join(f"{auc:.4f}" for auc in aucs)
         closed = f"; share of the gap {', '.join(f'{gap:.2f}' for gap in gaps)}" if name == "taught" else ""
         yield Figure(

@@ -140,14 +140,14 @@ def run_stages(recipe: Path, data: Path) -> None:
 def aucs(recipe: Recipe, workspace: Workspace) -> list[Figure]:
     """Test AUC of each arm, mean over the seeds."""
     grid = needed_stage(workspace, "train_ctr", "").outputs["grid"]
-    found: dict[str, list[float]] = {}
+    arm_aucs: dict[str, list[float]] = {}
     for result in finished_trials(workspace, grid, trials(recipe.ctr)):
-        found.setdefault(result.trial.arm, []).append(result.test.auc)
+        arm_aucs.setdefault(result.trial.arm, []).append(result.test.auc)
     return [
         Figure(
             measure="DIN, test", method=arm, value=round(float(np.mean(values)), 4), unit=f"AUC, {len(values)} seeds"
         )
-        for arm, values in found.items()
+        for arm, values in arm_aucs.items()
     ]
 
 

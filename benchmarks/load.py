@@ -147,7 +147,7 @@ class _Load:
             ok_p99_ms=percentile(ok, 99),
             refused_p99_ms=percentile(refused, 99),
             counted=self.counted,
-            labels={release: sorted(found) for release, found in self.labels.items()},
+            labels={release: sorted(seen) for release, seen in self.labels.items()},
             mixed=self.mixed,
         )
 

@@ -176,15 +176,15 @@ def _peers(kind: str, vectors: np.ndarray, ours: QuantisationReport) -> list[Fig
 
 def _greedy(vectors: np.ndarray, levels: int = 3, codes: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """k-means of what the levels before left over, and the nearest centroid: int64 [n, levels], and what is left."""
-    found, left = [], vectors
+    digits, left = [], vectors
     for _ in range(levels):
         kmeans = faiss.Kmeans(left.shape[1], min(codes, len(np.unique(left, axis=0))), niter=20, seed=0)
         kmeans.cp.min_points_per_centroid = 1
         kmeans.cp.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
         kmeans.train(left)
-        found.append(kmeans.index.search(left, 1)[1][:, 0])
-        left = left - kmeans.centroids[found[-1]]
-    return np.stack(found, axis=1), left
+        digits.append(kmeans.index.search(left, 1)[1][:, 0])
+        left = left - kmeans.centroids[digits[-1]]
+    return np.stack(digits, axis=1), left
 
 
 if __name__ == "__main__":

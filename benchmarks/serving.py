@@ -148,10 +148,10 @@ def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
     else:
         figures.append(_skipped("greatest rate", "Feast (see --feast)"))
     for ids in (1, BATCH):
-        for method, found in rates.items():
-            figure = _figure(f"greatest rate, {ids} ids, text and vector", method, found[ids], "requests/s")
+        for method, method_rates in rates.items():
+            figure = _figure(f"greatest rate, {ids} ids, text and vector", method, method_rates[ids], "requests/s")
             if method != OURS:
-                figure = figure.model_copy(update={"ratio_to": OURS, "ratio": found[ids] / rates[OURS][ids]})
+                figure = figure.model_copy(update={"ratio_to": OURS, "ratio": method_rates[ids] / rates[OURS][ids]})
             figures.append(figure)
     return figures
 

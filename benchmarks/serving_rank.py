@@ -275,7 +275,7 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
     opened = Artifact.open(workspace, artifact)
     model, length = opened.scorer.model, opened.scorer.model.spec.features.history_length
     items, grades = opened.scorer.items, opened.scorer.vocabularies.grades
-    found = []
+    scores = []
     with open_release(workspace) as release, torch.inference_mode():
         for user in users:
             tables = []
@@ -294,8 +294,8 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
             of_user = np.full(n, user)
             samples = SampleFeatures(of_user, candidates, items.rows(candidates), histories, none, np.zeros(n))
             batch = SplitTensors(samples, Tables((tables[0],), (tables[1],)), "cpu").batch(torch.arange(n))
-            found.append(model(batch).double().sigmoid().numpy())
-    return found
+            scores.append(model(batch).double().sigmoid().numpy())
+    return scores
 
 
 def _log_events(workspace: Workspace, users: np.ndarray, items: np.ndarray) -> None:

@@ -93,8 +93,8 @@ class LlmReplica:
         except Problem as problem:  # which cannot travel between processes
             raise ServingError(str(problem)) from None
         ranker = self._ranker
-        found = await self._scorer.score(questions, ranker.adapter)
-        return ranker.probabilities(found.probabilities)
+        answer = await self._scorer.score(questions, ranker.adapter)
+        return ranker.probabilities(answer.probabilities)
 
 
 def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: int, cpus: float) -> serve.Application:

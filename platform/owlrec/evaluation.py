@@ -205,12 +205,12 @@ def bootstrap_aucs(
         )
     aucs = [WeightedAUC(labels, vector, groups) for vector in scores]
     rng = np.random.default_rng(seed)
-    found = np.empty((resamples, len(aucs)))
-    for resample in found:
+    resampled = np.empty((resamples, len(aucs)))
+    for resample in resampled:
         drawn = rng.integers(0, len(distinct), len(distinct))
         weights = np.bincount(drawn, minlength=len(distinct)).astype(np.float64)
         resample[:] = [auc(weights) for auc in aucs]
-    return found
+    return resampled
 
 
 def percentile_interval(values: np.ndarray, level: float = 0.95) -> Interval:

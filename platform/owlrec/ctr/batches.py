@@ -275,14 +275,14 @@ def _known(
     times: int64 [b], ms; an id's newest knowledge that is strictly earlier is read, or the newest of all without them.
     """
     read = tables if form != "codes" else tables[:1]
-    found = [table.find(ids, times) for table in read]
-    inverse, _ = pd.factorize(found[0])  # by hashes: np.unique would sort
-    for rows in found[1:]:
+    found_rows = [table.find(ids, times) for table in read]
+    inverse, _ = pd.factorize(found_rows[0])  # by hashes: np.unique would sort
+    for rows in found_rows[1:]:
         another, distinct = pd.factorize(rows)
         inverse, _ = pd.factorize(inverse.astype(np.int64) * max(1, len(distinct)) + another)
     first = np.zeros(inverse.max(initial=-1) + 1, dtype=np.int64)
     first[inverse[::-1]] = np.arange(len(ids))[::-1]  # where each distinct combination first occurs
-    at, distinct_rows = torch.from_numpy(inverse.astype(np.int64)), [rows[first] for rows in found]
+    at, distinct_rows = torch.from_numpy(inverse.astype(np.int64)), [rows[first] for rows in found_rows]
     knowledge, codes = None, None
     if form != "codes":
         vectors = np.stack([t.vectors_at(rows) for t, rows in zip(tables, distinct_rows, strict=True)], axis=1)

@@ -173,7 +173,7 @@ def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -
     """
     cold_user = lengths < COLD_USER_BELOW
     cold_item = (item_counts[items] < COLD_ITEM_BELOW) | (items < RESERVED)
-    found = {
+    slices = {
         "cold users": cold_user,
         "warm users": ~cold_user,
         "cold items": cold_item,
@@ -181,21 +181,21 @@ def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -
     }
     bucket = np.searchsorted(_HISTORY_FROM, lengths, side="right") - 1
     for number, start in enumerate(_HISTORY_FROM):
-        found[_history_name(number, start)] = bucket == number
-    return {name: rows for name, rows in found.items() if rows.any()}
+        slices[_history_name(number, start)] = bucket == number
+    return {name: rows for name, rows in slices.items() if rows.any()}
 
 
 def slice_metrics(labels: np.ndarray, scores: np.ndarray, slices: Mapping[str, np.ndarray]) -> dict[str, SliceMetrics]:
     """The metrics of each slice's rows; slices as `slices_of` returns them."""
-    found = {}
+    metrics = {}
     for name, rows in slices.items():
         area = auc(labels[rows], scores[rows])
-        found[name] = SliceMetrics(
+        metrics[name] = SliceMetrics(
             rows=int(rows.sum()),
             auc=None if np.isnan(area) else area,
             log_loss=log_loss(labels[rows], scores[rows]),
         )
-    return found
+    return metrics
 
 
 def mean_slices(seeds: Sequence[Mapping[str, SliceMetrics]]) -> dict[str, SliceMetrics]:
@@ -204,15 +204,15 @@ def mean_slices(seeds: Sequence[Mapping[str, SliceMetrics]]) -> dict[str, SliceM
     for slices in seeds:
         for name, of_seed in slices.items():
             by_name.setdefault(name, []).append(of_seed)
-    found = {}
+    means = {}
     for name, each in by_name.items():
         aucs = [m.auc for m in each if m.auc is not None]
-        found[name] = SliceMetrics(
+        means[name] = SliceMetrics(
             rows=each[0].rows,
             auc=float(np.mean(aucs)) if aucs else None,
             log_loss=float(np.mean([m.log_loss for m in each])),
         )
-    return found
+    return means
 
 
 def _history_name(number: int, start: int) -> str:
@@ -425,17 +425,17 @@ def _differences(
                 pairs.setdefault((result.backbone, result.arm, base), []).append((result, partner))
     paths = {key: [(arm.trial.path, base.trial.path) for arm, base in seeds] for key, seeds in pairs.items()}
     intervals = compare_arms(scores, paths) if scores else {}
-    found = {}
+    differences = {}
     for key, seeds in pairs.items():
         arm_auc, base_auc = (float(np.mean([r.test.auc for r in side])) for side in zip(*seeds, strict=True))
         relative = relative_improvement(arm_auc, base_auc)
-        found[key] = PairedDifference(
+        differences[key] = PairedDifference(
             seeds=len(seeds),
             auc=arm_auc - base_auc,
             rela_imp=None if math.isnan(relative) else relative,
             interval=intervals.get(key),
         )
-    return found
+    return differences
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -120,8 +120,8 @@ def bases(arm: Arm) -> tuple[Arm, ...]:
     """
     reads, form = arm_parts(arm)
     shuffled: dict[Form, Arm] = {"vectors": "shuffled", "codes": "shuffled-codes", "both": "shuffled+codes"}
-    found: list[Arm] = ["none", shuffled[form], *([] if form == "vectors" else [cast(Arm, reads)])]
-    return tuple(base for base in found if arm not in ("none", base))
+    candidates: list[Arm] = ["none", shuffled[form], *([] if form == "vectors" else [cast(Arm, reads)])]
+    return tuple(base for base in candidates if arm not in ("none", base))
 
 
 # ------------------------------------------------------------------------------------------------------------ knowledge
@@ -428,8 +428,8 @@ class CascadeTable(VectorTable):
     def _newest(self, ids: np.ndarray, before: np.ndarray | None) -> np.ndarray:
         rows = [table.find(ids, before) for table in (self.runs, self.partitions)]
         moments = np.full((2, len(ids)), _NEVER, dtype=np.int64)
-        for table, found, of_table in zip((self.runs, self.partitions), rows, moments, strict=True):
-            of_table[found >= 0] = table.as_of_at(found[found >= 0])
+        for table, table_rows, table_moments in zip((self.runs, self.partitions), rows, moments, strict=True):
+            table_moments[table_rows >= 0] = table.as_of_at(table_rows[table_rows >= 0])
         later = moments[1] > moments[0]
         return np.where(later, 2 * rows[1] + 1, np.where(rows[0] >= 0, 2 * rows[0], -1))
 

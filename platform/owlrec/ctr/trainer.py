@@ -126,12 +126,12 @@ def large_tables(model: nn.Module, above_rows: int) -> dict[str, Tensor]:
     """Name -> weights of each embedding table with more than `above_rows` rows, which from now on yields sparse
     gradients.
     """
-    found: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.num_embeddings > above_rows:
             module.sparse = True
-            found[f"{name}.weight"] = module.weight
-    return found
+            tables[f"{name}.weight"] = module.weight
+    return tables
 
 
 def mean_over_ranks(gradient: Tensor, world_size: int) -> Tensor:
@@ -284,8 +284,8 @@ def metadata_of(data: bytes) -> dict[str, str]:
     Raises KeyError or ValueError where there is none.
     """
     length = int.from_bytes(data[:8], "little")  # of the JSON header
-    found: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return found
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return metadata
 
 
 def random_states(worker: Worker) -> dict[str, Tensor]:
@@ -295,12 +295,12 @@ def random_states(worker: Worker) -> dict[str, Tensor]:
         states["cuda"] = torch.cuda.get_rng_state(worker.device)
     if worker.world_size == 1:
         return {f"{name}.{worker.rank}": state for name, state in states.items()}
-    found = {}
+    all_states = {}
     for name, state in states.items():
         gathered = [torch.empty_like(state, device=worker.device) for _ in range(worker.world_size)]
         dist.all_gather(gathered, state.to(worker.device))
-        found.update({f"{name}.{other}": part.cpu() for other, part in enumerate(gathered)})
-    return found
+        all_states.update({f"{name}.{other}": part.cpu() for other, part in enumerate(gathered)})
+    return all_states
 
 
 def restore_random_states(states: Mapping[str, Tensor], worker: Worker) -> None:
@@ -408,10 +408,10 @@ class Epochs:
             checkpoint.save(self.progress, {f"{part}/{k}": v for part, held in parts.items() for k, v in held.items()})
 
     def _resume(self) -> None:
-        found = self.checkpoint.load() if self.checkpoint is not None else None
-        if found is None:
+        saved = self.checkpoint.load() if self.checkpoint is not None else None
+        if saved is None:
             return
-        self.progress, tensors = found
+        self.progress, tensors = saved
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimiser": {}, "random": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")

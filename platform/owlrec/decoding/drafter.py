@@ -127,8 +127,8 @@ class RetrievalProposer:
         self.counts["rows"] += len(rows)
         if rows and self.controller.worth_searching(len(rows)):
             states = [self.state(self._runner.input_batch.req_ids[i]) for i in rows]
-            found = self._search(np.array(rows), states, num_tokens_no_spec, token_ids_cpu)
-            self._propose(rows, states, found, drafts)
+            proposals = self._search(np.array(rows), states, num_tokens_no_spec, token_ids_cpu)
+            self._propose(rows, states, proposals, drafts)
         self.retrieval_s += time.perf_counter() - start
         return drafts
 
@@ -242,15 +242,15 @@ class RetrievalProposer:
             tokens, rows, n, limits, sources, groups, self.pools.search_set, self.rates.rates, depth=depth, floor=floor
         )
 
-    def _propose(self, rows: list[int], states: list[RequestState], found: Drafts, drafts: list[list[int]]) -> None:
+    def _propose(self, rows: list[int], states: list[RequestState], proposals: Drafts, drafts: list[list[int]]) -> None:
         assert self.controller is not None
-        shares = self.controller.allocate(found.chance, found.count)
+        shares = self.controller.allocate(proposals.chance, proposals.count)
         for at in np.flatnonzero(shares):
-            state, share, source = states[at], int(shares[at]), int(found.source[at])
+            state, share, source = states[at], int(shares[at]), int(proposals.source[at])
             class_ = int(state.classes[source])
             group = class_ + (len(CLASSES) if state.rule is not None else 0)
-            drafts[rows[at]] = found.tokens[at, :share].tolist()
-            state.proposed = (group, found.cell[at, :share].astype(np.int64))
+            drafts[rows[at]] = proposals.tokens[at, :share].tolist()
+            state.proposed = (group, proposals.cell[at, :share].astype(np.int64))
             self.counts[f"hits_{CLASSES[class_]}"] += 1
 
 

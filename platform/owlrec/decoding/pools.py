@@ -94,13 +94,13 @@ class Pools:
 
     def sources(self, name: str) -> list[tuple[int, int]]:
         """Kind and place of the sealed and the live tier of pool `name`, those that exist."""
-        found = []
+        tiers = []
         if self.open(name) is not None:
-            found.append((SEALED, self._sealed[name][1]))
+            tiers.append((SEALED, self._sealed[name][1]))
         if name in self._live:
             self._live.move_to_end(name)
-            found.append((LIVE, self._live[name][1]))
-        return found
+            tiers.append((LIVE, self._live[name][1]))
+        return tiers
 
     def known(self, name: str) -> bool:
         """Whether requests that name this pool have one: on disk or, where nothing is on disk at all, any valid

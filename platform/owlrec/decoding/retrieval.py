@@ -172,26 +172,25 @@ def _cell(length: int, votes: int, total: int) -> int:
 @compiled
 def _continue(
     text: np.ndarray,
-    found: int,
+    matches: int,
     positions: np.ndarray,
     lengths: np.ndarray,
     limit: int,
     tokens: np.ndarray,
     cells: np.ndarray,
 ) -> int:
-    """Drafts up to `limit` tokens from `found` candidates, which it uses up; returns how many. Past the end of `text`,
-    a candidate
-    reads the draft itself, so that a row which repeats itself is continued for as long as it likes."""
+    """Drafts up to `limit` tokens from `matches` candidates, which it uses up; returns how many. Past the end of
+    `text`, a candidate reads the draft itself, so that a row which repeats itself is continued for as long as it likes."""
     n, end = 0, len(text)
     votes = np.zeros(_CANDIDATES)
     ballot = np.zeros(_CANDIDATES, np.int64)
     following = np.zeros(_CANDIDATES, np.int64)
-    while n < limit and found > 0:
+    while n < limit and matches > 0:
         longest = 0
-        for c in range(found):
+        for c in range(matches):
             longest = max(longest, lengths[c])
         choices = 0
-        for c in range(found):
+        for c in range(matches):
             position = positions[c]
             token = np.int64(text[position]) if position < end else np.int64(tokens[position - end])
             following[c] = token
@@ -211,7 +210,7 @@ def _continue(
             if votes[at] > votes[best]:
                 best = at
         token, total, agreeing, supported, kept = ballot[best], 0, 0, 0, 0
-        for c in range(found):
+        for c in range(matches):
             near = lengths[c] >= longest - _NEAR
             total += near
             if following[c] == token:
@@ -221,7 +220,7 @@ def _continue(
                 kept += 1
         tokens[n], cells[n] = token, _cell(supported, agreeing, total)
         n += 1
-        found = kept
+        matches = kept
     return n
 
 
@@ -261,16 +260,16 @@ def _draft_rows(
             text = context
             if kind == SEALED:
                 text = sealed_tokens[place]
-                found = match_sealed(text, sealed_order[place], sealed_shared[place], context, positions, lengths)
+                matches = match_sealed(text, sealed_order[place], sealed_shared[place], context, positions, lengths)
             elif kind == LIVE:
                 text = live_tokens[place]
-                found = match_live(text, live_heads[place], live_earlier[place], context, positions, lengths)
+                matches = match_live(text, live_heads[place], live_earlier[place], context, positions, lengths)
             elif kind == TEXT:
                 text = texts[place]
-                found = match_text(text, len(text), context, positions, lengths)
+                matches = match_text(text, len(text), context, positions, lengths)
             else:
-                found = match_text(context, len(context), context, positions, lengths)
-            n = _continue(text, found, positions, lengths, min(depth, limits[i]), tokens, cells)
+                matches = match_text(context, len(context), context, positions, lengths)
+            n = _continue(text, matches, positions, lengths, min(depth, limits[i]), tokens, cells)
             expected, chance, worthwhile = 0.0, 1.0, 0
             while worthwhile < n:
                 chance *= rates[groups[i, s], cells[worthwhile]]

@@ -227,13 +227,13 @@ def _moments_of_members(table: pa.Table, shards: VectorShards) -> tuple[np.ndarr
     ids, as_of = table["id"].to_pylist(), table["as_of"].to_pylist()
     lists = table["cohorts"].to_pylist()
     texts = {cohort: shards.moments(cohort) for cohort in {cohort for of_row in lists for cohort in of_row}}
-    found: list[tuple[int, int, list[int]]] = []
+    rows: list[tuple[int, int, list[int]]] = []
     for row, (id_, since, cohorts) in enumerate(zip(ids, as_of, lists, strict=True)):
         until = as_of[row + 1] if row + 1 < len(ids) and ids[row + 1] == id_ else None
         moments = {max(since, moment) for cohort in cohorts for moment in texts[cohort]}
-        found += [(id_, moment, cohorts) for moment in sorted(moments) if until is None or moment < until]
-    keys = np.array([row[:2] for row in found], dtype=np.int64).reshape(-1, 2)
-    return keys[:, 0], keys[:, 1], [row[2] for row in found]
+        rows += [(id_, moment, cohorts) for moment in sorted(moments) if until is None or moment < until]
+    keys = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
+    return keys[:, 0], keys[:, 1], [row[2] for row in rows]
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,12 @@ def files_to_read(workspace: Workspace, paths: Iterable[str], users: Users) -> d
 
 def files_to_remove(workspace: Workspace, sizes: Mapping[str, int]) -> dict[str, Removal]:
     """By what they are, the files that go whole. sizes: of all files by path."""
-    found: dict[str, Removal] = {}
+    removals: dict[str, Removal] = {}
     for pattern, about, stage in _WHOLE:
         files = [path for path in sizes if pattern.fullmatch(path)]
         if files:
-            found[about] = Removal(files, sum(sizes[path] for path in files), stage)
-    return found
+            removals[about] = Removal(files, sum(sizes[path] for path in files), stage)
+    return removals
 
 
 def shard_numbers(workspace: Workspace, users: Users) -> set[int]:
@@ -243,7 +243,7 @@ class EraseRows(Stage):
         for path in self.chunks[work.shard.kind][work.shard.number]:
             if work.workspace.entry(path) is not None:
                 done += erase(work.workspace, path, self.users)
-        lines = [{**asdict(r), "entry": r.entry.model_dump(), "found": sorted(r.found)} for r in done]
+        lines = [{**asdict(r), "entry": r.entry.model_dump(), "places": sorted(r.places)} for r in done]
         rows = sum(r.rows for r in done)
         return Result({}, rows_in=rows, rows_dead=rows, counts={"rewritten": json.dumps(lines)})
 
@@ -272,15 +272,15 @@ class _Erasure:
         update_cards(workspace, listing, rewritten, shard_numbers(workspace, self.users))
         _update_logs(workspace, rewritten)
         cohorts = self._erase_cohorts(listing)
-        found = {place for r in rewritten for place in r.found} | self._erase_releases(cohorts, pool)
-        if any(r.rows for r in rewritten if not r.path.startswith("logs/")) or found:
+        user_places = {place for r in rewritten for place in r.places} | self._erase_releases(cohorts, pool)
+        if any(r.rows for r in rewritten if not r.path.startswith("logs/")) or user_places:
             self._remove_whole()
         self._erase_redis()
         self._erase_outside()
         trained |= any(r.path.startswith("tables/samples/") for r in rewritten)
         report = Report(
             users=len(self.users.ids),
-            unknown=len(self.users.ids) - len(found),
+            unknown=len(self.users.ids) - len(user_places),
             finished=time.time(),
             places=self.places,
             models=self._models() if trained else [],
@@ -344,8 +344,8 @@ class _Erasure:
             plan = workspace.read_json(path)
         plan["releases"] = sorted({*plan["releases"], *held.releases, *others.releases})
         plan["rows"] = max(plan["rows"], held.rows + others.rows)
-        found = np.flatnonzero(np.isin(self.users.ids, list(held.ids))).tolist()
-        plan["places"] = sorted({*plan["places"], *found})
+        places = np.flatnonzero(np.isin(self.users.ids, list(held.ids))).tolist()
+        plan["places"] = sorted({*plan["places"], *places})
         workspace.write_json(path, plan)
         if not plan["releases"]:
             return set()
@@ -427,7 +427,7 @@ class _Erasure:
 
 
 def _rewritten(line: dict[str, Any]) -> Rewritten:
-    return Rewritten(**{**line, "entry": FileEntry(**line["entry"]), "found": frozenset(line["found"])})
+    return Rewritten(**{**line, "entry": FileEntry(**line["entry"]), "places": frozenset(line["places"])})
 
 
 def _update_logs(workspace: Workspace, rewritten: Iterable[Rewritten]) -> None:
@@ -448,7 +448,7 @@ def _update_logs(workspace: Workspace, rewritten: Iterable[Rewritten]) -> None:
 
 def _unfinished_files(workspace: Workspace) -> list[Path]:
     """What killed writers left under temporary names."""
-    found = []
+    files = []
     for folder, _, names in os.walk(workspace.path()):
-        found += [Path(folder, name) for name in names if name.startswith(".") and name.endswith(".tmp")]
-    return found
+        files += [Path(folder, name) for name in names if name.startswith(".") and name.endswith(".tmp")]
+    return files

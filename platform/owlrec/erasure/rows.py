@@ -46,13 +46,13 @@ class Users:
         names = table.column_names
         if "user_id" in names:
             return self._among(table["user_id"])
-        found = np.zeros(len(table), dtype=bool)
+        theirs = np.zeros(len(table), dtype=bool)
         if "kind" in names or own:
             for name in ("id", "raw_id"):
-                found |= self._among(table[name]) if name in names else False
+                theirs |= self._among(table[name]) if name in names else False
         if "kind" in names:
-            found &= pc.equal(table["kind"], self.kind).fill_null(False).to_numpy()
-        return found
+            theirs &= pc.equal(table["kind"], self.kind).fill_null(False).to_numpy()
+        return theirs
 
     def places(self, table: pa.Table) -> frozenset[int]:
         """Which users the rows of a table are about, by their places among `ids`."""
@@ -69,8 +69,8 @@ class Users:
             wanted = pa.array(sorted(self.raw), column.type)
         else:
             return np.zeros(len(column), dtype=bool)
-        found: np.ndarray = pc.is_in(column, value_set=wanted).to_numpy()
-        return found
+        theirs: np.ndarray = pc.is_in(column, value_set=wanted).to_numpy()
+        return theirs
 
     @property
     def words(self) -> re.Pattern[bytes]:
@@ -89,7 +89,7 @@ class Rewritten:
     left: int  # rows that stay
     before: str  # e_tag
     entry: FileEntry
-    found: frozenset[int] = frozenset()  # which of the users, by their places
+    places: frozenset[int] = frozenset()  # which of the users, by their places
 
 
 def erase(workspace: Workspace, path: str, users: Users) -> list[Rewritten]:
@@ -127,14 +127,14 @@ def _erase_table(workspace: Workspace, path: str, users: Users) -> list[Rewritte
 def _replace(
     workspace: Workspace, path: str, table: pa.Table, gone: np.ndarray, users: Users | None = None
 ) -> Rewritten:
-    found = users.places(table.filter(pa.array(gone))) if users else frozenset()
+    places = users.places(table.filter(pa.array(gone))) if users else frozenset()
     before, kept = workspace.entry(path), table.filter(pa.array(~gone)).combine_chunks()
     assert before is not None
     if path.endswith(".parquet"):
         entry = workspace.write_parquet(path, kept)
     else:
         entry = workspace.write_arrow(path, kept, kept.schema)
-    return Rewritten(path, int(gone.sum()), before.bytes - entry.bytes, len(kept), before.e_tag, entry, found)
+    return Rewritten(path, int(gone.sum()), before.bytes - entry.bytes, len(kept), before.e_tag, entry, places)
 
 
 # Samples refer to rows of interactions by their places, which move: neither file may be replaced without the other.
@@ -197,8 +197,8 @@ def _erase_batches(workspace: Workspace, path: str, users: Users) -> list[Rewrit
         return []
     kept = [batch.filter(pa.array(~rows)) for batch, rows in zip(batches, gone, strict=True)]
     entry = write_batches(workspace, path, kept, batches[0].schema)
-    left, found = sum(map(len, kept)), frozenset().union(*map(users.places, batches))
-    return [Rewritten(path, removed, before.bytes - entry.bytes, left, before.e_tag, entry, found)]
+    left, places = sum(map(len, kept)), frozenset().union(*map(users.places, batches))
+    return [Rewritten(path, removed, before.bytes - entry.bytes, left, before.e_tag, entry, places)]
 
 
 def erase_lines(storage: Storage, path: str, users: Users) -> list[Rewritten]:
@@ -309,13 +309,13 @@ def _table(workspace: Workspace, number: int, fields: set[str]) -> pa.Table:
 
 def _own_values(workspace: Workspace, users: Users, fields: set[str]) -> dict[str, set[str]]:
     """By field, the values of the users."""
-    found: dict[str, set[str]] = {field: set() for field in fields}
+    values: dict[str, set[str]] = {field: set() for field in fields}
     for number, _ in by_shard(users.ids, workspace.n_shards("user")):
         table = _table(workspace, number, fields)
         mine = table.filter(pa.array(users.rows(table)))
         for field in fields & set(mine.column_names):
-            found[field] |= set(mine[field].cast(pa.string()).drop_null().to_pylist())
-    return found
+            values[field] |= set(mine[field].cast(pa.string()).drop_null().to_pylist())
+    return values
 
 
 def _rewrite(workspace: Workspace, path: str, hidden: dict[str, set[str]]) -> int:
@@ -348,13 +348,13 @@ _ROOT = "cohorts"
 def quoting_cohorts(workspace: Workspace, users: Users) -> list[int]:
     """The ids of the cohorts whose profiles, in any folder of cohorts, quote what only these users have."""
     others = _Others(workspace)
-    found = set[int]()
+    cohorts = set[int]()
     for path in _profiles(workspace):
         for row in _naming(workspace.read_parquet(path), users).to_pylist():
             left = np.setdiff1d(np.array(row["representatives"], dtype=np.int64), users.ids)
             if row["kind"] == "user" and not others.have(left, row):
-                found.add(row["id"])
-    return sorted(found)
+                cohorts.add(row["id"])
+    return sorted(cohorts)
 
 
 def erase_cohorts(workspace: Workspace, cohorts: Sequence[int], users: Users, paths: Iterable[str]) -> list[Rewritten]:

@@ -275,8 +275,8 @@ def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterat
 def _row(record: dict[str, Any], raw_id: str, source: ImportSource, ours: bool) -> ImportedRow:
     text = _text(record, "text")
     if text is None:
-        found = record.get("text")
-        raise NoText("the row has no text" if found is None else f"the text is of type {type(found).__name__}")
+        value = record.get("text")
+        raise NoText("the row has no text" if value is None else f"the text is of type {type(value).__name__}")
     return ImportedRow(
         id=_own_id(raw_id) if ours else stable_id(raw_id),
         as_of=_as_of(record, source, ours),
@@ -311,8 +311,8 @@ def _raw_id(record: dict[str, Any]) -> str:
     text = _text(record, "id")
     if text:
         return text
-    found = "is empty" if value in (None, "", b"") else f"is of type {type(value).__name__}"
-    raise NoId(f"the id {found}; set id_field or columns if the file calls it differently")
+    problem = "is empty" if value in (None, "", b"") else f"is of type {type(value).__name__}"
+    raise NoId(f"the id {problem}; set id_field or columns if the file calls it differently")
 
 
 def _own_id(raw_id: str) -> int:

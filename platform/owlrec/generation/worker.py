@@ -308,11 +308,11 @@ def _cohorts(workspace: Workspace, job: GenerationJob, shard: Shard) -> dict[int
     path = f"{job.cohorts}/{shard.file()}"
     if job.cohorts is None or job.decoding.mode == "off" or shard.kind in job.ready or not workspace.exists(path):
         return {}
-    found: dict[int, list[str]] = {}
+    cohorts: dict[int, list[str]] = {}
     table = newest(workspace.read_parquet(path, ["id", "as_of", "cohort"]))
     for id_, cohort in zip(table["id"].to_pylist(), table["cohort"].to_pylist(), strict=True):
-        found.setdefault(id_, []).append(cohort)
-    return found
+        cohorts.setdefault(id_, []).append(cohort)
+    return cohorts
 
 
 def _drafting(job: GenerationJob, prompt: Prompt, cohorts: Sequence[str]) -> dict[str, Any] | None:
@@ -337,7 +337,7 @@ def _keep_unchanged(
     place = {
         key: i for i, key in enumerate(zip(*(earlier[c].to_pylist() for c in ("id", "prompt_sha256")), strict=True))
     }
-    found, moments = list[int](), list[int]()
+    kept_rows, moments = list[int](), list[int]()
     chains = list[list[Row]]()
     open_, last = False, -1  # whether the row before is still to be asked; else where its text stands
     for row in rows:
@@ -352,9 +352,9 @@ def _keep_unchanged(
             chains.append([row])
         else:
             last = at
-            found.append(at)
+            kept_rows.append(at)
             moments.append(row.as_of)
-    kept = earlier.take(np.array(found, dtype=np.int64))
+    kept = earlier.take(np.array(kept_rows, dtype=np.int64))
     as_of = KNOWLEDGE.get_field_index("as_of")
     return kept.set_column(as_of, KNOWLEDGE.field(as_of), pa.array(moments, pa.int64())), chains
 

@@ -81,7 +81,7 @@ def score_questions(
     actor = ray.remote(_Scoring).options(num_cpus=cpus, num_gpus=int(use_gpu)).remote(log_path)
     try:
         ray.get(actor.start.remote(engine, max(ranks, default=None)))
-        found = {}
+        scores = {}
         for name, adapter in adapters.items():
             parts = []
             for start in range(0, len(questions), _AT_ONCE):
@@ -89,8 +89,8 @@ def score_questions(
                 parts.append(ray.get(actor.score.remote(asked, adapter.folder if adapter else None)))
                 if on_scored:
                     on_scored(len(asked))
-            found[name] = np.concatenate([np.empty(0), *parts])
-        return found
+            scores[name] = np.concatenate([np.empty(0), *parts])
+        return scores
     except ray.exceptions.RayError as error:
         mistake = root_mistake(error) or EngineError(f"the scoring engine has died ({error}). See {log_path}.")
         raise mistake from None

@@ -212,19 +212,19 @@ class ScorePairs(Stage):
         digests = {key: _digest(*turns) for key, turns in asked.items()}
         new = [key for key in asked if not answers.keep(key, digests[key])]
         try:
-            found = await self._scorer.score([asked[key] for key in new], self._adapter)
+            scored = await self._scorer.score([asked[key] for key in new], self._adapter)
         except ExceptionGroup as group:
             mistakes = group.subgroup(OwlRecError)
             if mistakes is None:
                 raise
             first = mistakes.exceptions[0]
             raise WorkerLost(str(first)) if isinstance(first, EngineStopped) else first from group
-        answers.tokens += found.prompt_tokens
-        calibration, p = self.teacher.calibration, found.probabilities
+        answers.tokens += scored.prompt_tokens
+        calibration, p = self.teacher.calibration, scored.probabilities
         p = calibration.apply(np.nan_to_num(p)) if calibration else p
         for place, key in enumerate(new):
-            if place in found.failures:
-                answers.fail(key, found.failures[place])
+            if place in scored.failures:
+                answers.fail(key, scored.failures[place])
             else:
                 answers.add(key, digests[key], float(p[place]))
 

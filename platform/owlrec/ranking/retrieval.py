@@ -81,12 +81,12 @@ def with_candidates(samples: pa.Table, logged: pa.Table, catalog: np.ndarray) ->
 
 
 def _candidates(own: int, logged: np.ndarray, history: Sequence[int], catalog: np.ndarray, seed: int) -> np.ndarray:
-    found = dict.fromkeys([int(own), *logged.tolist()])
-    if len(found) < SET_SIZE:
+    candidates = dict.fromkeys([int(own), *logged.tolist()])
+    if len(candidates) < SET_SIZE:
         drawn = catalog[np.random.default_rng(seed).integers(0, len(catalog), _DRAWS)].tolist()
         met = set(history)
-        found |= dict.fromkeys(other for other in drawn if other not in met)
-    return np.sort(list(found)[:SET_SIZE])
+        candidates |= dict.fromkeys(other for other in drawn if other not in met)
+    return np.sort(list(candidates)[:SET_SIZE])
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval

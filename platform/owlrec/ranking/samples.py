@@ -210,8 +210,8 @@ def behaviours_shown(
         lists["recent"] = behaviours[n_older:]
     if k > lately:
         older = np.array([history[i] for i in titled[:n_older]], dtype=np.int64)
-        found = retriever.retrieve(older, np.array(candidates, dtype=np.int64), k - lately)
-        lists["retrieved"] = [behaviours[i] for i in found]
+        retrieved = retriever.retrieve(older, np.array(candidates, dtype=np.int64), k - lately)
+        lists["retrieved"] = [behaviours[i] for i in retrieved]
     return lists
 
 

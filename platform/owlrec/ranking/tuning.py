@@ -112,10 +112,10 @@ class Progress(Config):
 
     def after_evaluation(self, auc: float) -> "Progress":
         """With one more AUC of the valid split."""
-        found = {"valid_aucs": (*self.valid_aucs, (self.step, auc))}
+        changes = {"valid_aucs": (*self.valid_aucs, (self.step, auc))}
         if auc > self.best_auc:
-            return self.model_copy(update={**found, "best_auc": auc, "best_step": self.step, "stale": 0})
-        return self.model_copy(update={**found, "stale": self.stale + 1})
+            return self.model_copy(update={**changes, "best_auc": auc, "best_step": self.step, "stale": 0})
+        return self.model_copy(update={**changes, "stale": self.stale + 1})
 
 
 @dataclass(frozen=True)
@@ -313,10 +313,10 @@ def tune(
         loss = _step(adapted, weights, optimiser, train, schedule, progress.step, config, worker)
         progress = progress.after_step(loss)
         if progress.step in schedule.evaluations:
-            found = auc(valid.labels, score(adapted, valid, config.micro_tokens, worker))
-            if found > progress.best_auc:
+            valid_auc = auc(valid.labels, score(adapted, valid, config.micro_tokens, worker))
+            if valid_auc > progress.best_auc:
                 best = {name: weight.detach().clone() for name, weight in weights.items()}
-            progress = progress.after_evaluation(found)
+            progress = progress.after_evaluation(valid_auc)
         due = progress.step in schedule.evaluations or progress.step % config.checkpoint_steps == 0
         if worker.rank == 0:
             if keep and due:

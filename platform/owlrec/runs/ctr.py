@@ -339,14 +339,16 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
                 soft_labels=soft.outputs["soft_labels"] if soft else None,
             )
             encode_once(workspace, spec, pool)
-            found = tried(workspace, spec, candidates)
-        workspace.write_json(path, found)
+            results = tried(workspace, spec, candidates)
+        workspace.write_json(path, results)
         for folder in (ENCODED, "vectors"):
             workspace.delete_dir(grid_folder(named), folder)
-        rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in found]
+        rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in results]
         table(f"sweep, arm {arm}", ["backbone", "valid AUC", "epochs", "settings"], rows)
-        note(f"best: {found[0]['backbone']} with {found[0]['changes']}; put its settings below `ctr:` in the recipe")
-        return {"candidates": len(found), "best_valid_auc": found[0]["valid_auc"]}, {"sweep": path}
+        note(
+            f"best: {results[0]['backbone']} with {results[0]['changes']}; put its settings below `ctr:` in the recipe"
+        )
+        return {"candidates": len(results), "best_valid_auc": results[0]["valid_auc"]}, {"sweep": path}
 
     return execute(workspace, "sweep_ctr", named, f"{len(candidates)} settings, {len(trials)} backbones", body)
 
@@ -369,10 +371,10 @@ def tried(workspace: Workspace, spec: GridSpec, candidates: list[dict[str, Any]]
     for error in results.errors:
         raise error
     workspace.delete_dir("ctr", "ray", name)
-    found = [
+    outcomes = [
         {**r.config["candidate"], "valid_auc": r.metrics["valid_auc"], "epochs": r.metrics["epochs"]} for r in results
     ]
-    return sorted(found, key=lambda f: -f["valid_auc"])
+    return sorted(outcomes, key=lambda f: -f["valid_auc"])
 
 
 def _try(candidate: dict[str, Any], workspace: Workspace, spec: dict[str, Any]) -> None:

@@ -61,9 +61,9 @@ class CurrentRanker:
         if self.calibration is None:
             return [float(score) for score in scores]
         known = ~np.isnan(scores)
-        found = np.full(len(scores), np.nan)
-        found[known] = self.calibration.apply(scores[known])
-        return found.tolist()
+        calibrated = np.full(len(scores), np.nan)
+        calibrated[known] = self.calibration.apply(scores[known])
+        return calibrated.tolist()
 
 
 def open_ranker(

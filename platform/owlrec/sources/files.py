@@ -264,7 +264,7 @@ def lake_files(name: str) -> tuple[list[SourceFile], str]:
     if not paths:
         raise SourceError(f"{name}: the table holds no data files. Correct its name or its snapshot.")
     files = in_threads(input_files, sorted(paths))
-    return [file for found in files for file in found], f"{scheme}@{snapshot}"
+    return [file for shares in files for file in shares], f"{scheme}@{snapshot}"
 
 
 def _iceberg(name: str, table: str, snapshot: int | None) -> tuple[list[str], str]:

@@ -47,14 +47,14 @@ class Paragraph:
 
 def paragraphs(text: str) -> list[Paragraph]:
     """The paragraphs of a text, as plain strings: the template escapes them."""
-    found = []
+    parts = []
     for line in text.splitlines():
         if not line.strip():
             continue
         match = _FACTOR.match(line)
         factor = match["factor"].strip() if match else ""
-        found.append(Paragraph(factor, line[match.end() :].strip() if match else line.strip()))
-    return found
+        parts.append(Paragraph(factor, line[match.end() :].strip() if match else line.strip()))
+    return parts
 
 
 # -------------------------------------------------------------------------------------------------------------- ranking
@@ -244,15 +244,15 @@ class _Views:
 
     def search(self, release: Release, kind: Kind, words: str) -> dict[str, Any]:
         """Entities by id, and items by title."""
-        found: dict[int, str] = {}
+        matches: dict[int, str] = {}
         if words.isascii() and words.isdigit() and len(words) <= 19 and int(words) <= LARGEST_ID:
             id_ = int(words)
             known = release.store.get(kind, [id_])[0] is not None
             if known or (kind != "cohort" and self._tables.row(kind, id_)):
-                found[id_] = self._name(kind, id_)
+                matches[id_] = self._name(kind, id_)
         if kind == "item" and words:
-            found |= dict(self._tables.find_items(words, _FOUND))
-        return {"kind": kind, "words": words, "found": list(found.items())[:_FOUND]}
+            matches |= dict(self._tables.find_items(words, _FOUND))
+        return {"kind": kind, "words": words, "found": list(matches.items())[:_FOUND]}
 
     def entity(self, release: Release, kind: Kind, id_: int) -> dict[str, Any]:
         """One entity. Raises Problem (404) where neither the release nor the tables know it."""
