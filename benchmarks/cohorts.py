@@ -159,8 +159,8 @@ def _real() -> Iterator[Figure]:
             measure="users' cohorts of two seeds", method="owlrec", value=round(score, 3), unit="adjusted Rand index"
         )
         liked = _liked(workspace, recipe)
-        for what, of_users in liked.items():
-            within, random = _overlap(labels[0], of_users)
+        for what, user_sets in liked.items():
+            within, random = _overlap(labels[0], user_sets)
             unit_ = "mean Jaccard of liked items"
             yield Figure(measure=what, method="random groups of these sizes", value=round(random, 4), unit=unit_)
             yield Figure(
@@ -236,7 +236,7 @@ def _cost(workspace: Workspace) -> Iterator[Figure]:
     calls: dict[bool, int] = {True: 0, False: 0}
     tokens = dict(calls)
     for card in Artifact(workspace, generated.outputs["knowledge"]).cards().values():
-        collective = Shard.of_name(card.shard).kind == "cohort"
+        collective = Shard.from_name(card.shard).kind == "cohort"
         calls[collective] += card.rows_in
         tokens[collective] += int(card.counts["prompt_tokens"]) + int(card.counts["output_tokens"])
     for unit_, of in (("calls", calls), ("tokens, prompt and answer", tokens)):

@@ -90,18 +90,18 @@ def _planted(options: argparse.Namespace) -> Iterator[Figure]:
     for form in options.forms:
         data = _planted_data(world, form)
         for backbone in options.backbones:
-            of_arm: dict[str, list[float]] = {}
+            arm_aucs: dict[str, list[float]] = {}
             for trial in [Trial(backbone=backbone, arm=a, seed=s) for s in options.seeds for a in ARMS[:3]]:
-                of_arm.setdefault(trial.arm, []).append(train_one(trial, data, PLANTED).result.test.auc)
+                arm_aucs.setdefault(trial.arm, []).append(train_one(trial, data, PLANTED).result.test.auc)
             for arm in ("knowledge", "shuffled"):
-                gains = [a - b for a, b in zip(of_arm[arm], of_arm["none"], strict=True)]
+                gains = [a - b for a, b in zip(arm_aucs[arm], arm_aucs["none"], strict=True)]
                 each = ", ".join(f"{g:+.4f}" for g in gains)
                 note(f"{backbone}, {form}, {arm}: {each}")
                 yield Figure(
                     measure=f"planted traits as {form}, {users:,} users: {arm} to none",
                     method=backbone,
                     value=round(statistics.fmean(gains), 4),
-                    unit=f"test AUC (seeds {each}; none {statistics.fmean(of_arm['none']):.4f})",
+                    unit=f"test AUC (seeds {each}; none {statistics.fmean(arm_aucs['none']):.4f})",
                 )
 
 
@@ -225,7 +225,7 @@ def _off_the_trainer(
 ) -> float:
     """The largest difference over the first test samples, each asked for as a request of its own."""
     test = samples.filter(pc.equal(samples["split"], "test")).slice(0, rows).to_pylist()
-    asked = [scorer.score(User.of_sample(r), [r["item_id"]], live)[0] for r in test]
+    asked = [scorer.score(User.from_sample(r), [r["item_id"]], live)[0] for r in test]
     with torch.inference_mode():
         trained = live.model(trainer.batch(torch.arange(len(test)))).double().sigmoid().numpy()
     return float(np.abs(np.array(asked) - trained).max())

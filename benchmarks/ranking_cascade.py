@@ -112,9 +112,9 @@ def held_out_lists(samples: pa.Table, *, lists: int, length: int) -> pa.Table:
         )
     drawn = starts[enough[in_hash_order([users[enough]], seed=0)[:lists]]]
     listed = rows.take(pa.array((drawn[:, None] + np.arange(length)).ravel()))
-    of_first = rows.take(pa.array(np.repeat(drawn, length)))
+    first_rows = rows.take(pa.array(np.repeat(drawn, length)))
     for name in ("timestamp", "history", "history_ratings", "history_labels"):
-        listed = listed.set_column(listed.column_names.index(name), SAMPLES.field(name), of_first[name])
+        listed = listed.set_column(listed.column_names.index(name), SAMPLES.field(name), first_rows[name])
     return listed
 
 

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, help="a folder that `encode` wrote")
     parser.add_argument("--source", default="knowledge", help="with --vectors: whose ids; default: %(default)s")
     options = parser.parse_args()
-    coded = _of_run(options) if options.vectors else _of_metadata(options)
+    coded = _run_codes(options) if options.vectors else _metadata_codes(options)
     reports = {kind: measure_codes(c.quantiser, c.codes, c.vectors) for kind, c in coded.items()}
     figures = [f for kind, report in reports.items() for f in _figures(kind, report)]
     figures += _together(coded, reports)
@@ -63,7 +63,7 @@ def main() -> None:
     show(f"semantic ids of {sizes}: {source}", figures, options)
 
 
-def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
+def _run_codes(options: argparse.Namespace) -> dict[str, Coded]:
     folder = options.vectors.resolve()
     workspace, coded = Workspace(folder.parent.parent), {}
     for kind in CODED_KINDS:
@@ -82,7 +82,7 @@ def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
     return coded
 
 
-def _of_metadata(options: argparse.Namespace) -> dict[str, Coded]:
+def _metadata_codes(options: argparse.Namespace) -> dict[str, Coded]:
     most = 300 if options.quick else None
     raw = MovieLens100KSource(type="movielens-100k", max_users=most, max_items=most).load()
     split = build_samples(raw.interactions, SplitConfig(cuts=("half",)), RATED)

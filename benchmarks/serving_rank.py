@@ -190,8 +190,8 @@ class _Frozen(LiveState):
     def __init__(self, live: LiveState, users: np.ndarray, items: np.ndarray) -> None:
         """users, items: ids, ascending."""
         self.model, self._items = live.model, items
-        self._of_items = live.fields("item", items)
-        self._of_users = dict(zip(users.tolist(), live.fields("user", users), strict=True))
+        self._item_fields = live.fields("item", items)
+        self._user_fields = dict(zip(users.tolist(), live.fields("user", users), strict=True))
         self._behaviors = {user: live.behaviors(user) for user in users.tolist()}
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
@@ -199,8 +199,8 @@ class _Frozen(LiveState):
 
     def adapted(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
         assert user_id is not None
-        fields = self._of_items[np.searchsorted(self._items, items)]
-        both = np.concatenate([np.broadcast_to(self._of_users[user_id], fields.shape), fields], axis=1)
+        fields = self._item_fields[np.searchsorted(self._items, items)]
+        both = np.concatenate([np.broadcast_to(self._user_fields[user_id], fields.shape), fields], axis=1)
         return torch.from_numpy(both).unflatten(1, (self.model.spec.knowledge_fields, -1))
 
 
@@ -291,8 +291,8 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
             starts, lengths = np.zeros(n, np.int64), np.full(n, len(behaviors), np.int32)
             histories = Histories(starts, lengths, items.rows(behaviors["item"]), outcomes, length)
             none = np.zeros((n, 0), np.int32)
-            of_user = np.full(n, user)
-            samples = SampleFeatures(of_user, candidates, items.rows(candidates), histories, none, np.zeros(n))
+            user_ids = np.full(n, user)
+            samples = SampleFeatures(user_ids, candidates, items.rows(candidates), histories, none, np.zeros(n))
             batch = SplitTensors(samples, Tables((tables[0],), (tables[1],)), "cpu").batch(torch.arange(n))
             scores.append(model(batch).double().sigmoid().numpy())
     return scores

@@ -112,8 +112,8 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
 
 def _histories(interactions: pa.Table) -> pa.Table:
     rows = []
-    for user, of_user in interactions.to_pandas().sort_values(["timestamp", "item_id"]).groupby("user_id"):
-        last = of_user.tail(READ)
+    for user, user_rows in interactions.to_pandas().sort_values(["timestamp", "item_id"]).groupby("user_id"):
+        last = user_rows.tail(READ)
         rows.append(
             {
                 "user_id": int(user),
@@ -314,8 +314,8 @@ def _samples(raw: RawTables, start: int, end: int) -> pa.Table:
     late = _until(raw, 0.75)
     rows: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
     table = raw.interactions.to_pandas().sort_values(["user_id", "timestamp", "item_id"])
-    for user, of_user in table.groupby("user_id"):
-        moments, items, ratings = (of_user[c].to_numpy() for c in ("timestamp", "item_id", "rating"))
+    for user, user_rows in table.groupby("user_id"):
+        moments, items, ratings = (user_rows[c].to_numpy() for c in ("timestamp", "item_id", "rating"))
         for i in np.flatnonzero(moments > start):
             first = int(np.searchsorted(moments, moments[i]))  # what happened in the same moment is not its past
             past = slice(max(0, first - HISTORY), first)

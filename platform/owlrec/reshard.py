@@ -58,7 +58,7 @@ def reshard(
         plan = _unfinished(workspace, kinds) or _new_plan(workspace, kinds)
         doubled: dict[Kind, int] = {kind: 2 * n for kind, n in plan.shards.items()}
         if any(workspace.n_shards(kind) != n for kind, n in doubled.items()):  # else only tidying was left to do
-            inputs = {Shard.of_name(name): plan.id for name in plan.work}
+            inputs = {Shard.from_name(name): plan.id for name in plan.work}
             run_stage(workspace, Split(plan.shards), inputs, pool, on_card)
             run_stage(workspace, Place(plan.shards), inputs, pool, on_card)
             workspace.grow_shards(doubled)
@@ -88,7 +88,7 @@ def _new_plan(workspace: Workspace, kinds: Sequence[Kind]) -> ReshardPlan:
     names = []
     for root in _ROOTS:
         for folder in _artifacts(workspace, root, _DEPTH):
-            shards = [Shard.of_name(name) for name in Artifact(workspace, folder).cards()]
+            shards = [Shard.from_name(name) for name in Artifact(workspace, folder).cards()]
             flat = folder.replace("/", _SLASH)
             names += [f"{flat}{_SLASH}{shard.name}" for shard in shards if _kind(shard.kind) in chosen]
     plan = ReshardPlan(shards=chosen, work=names)

@@ -108,7 +108,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toy_world: Any) -> Export
 def requests(world: Any, n: int) -> list[tuple[User, int]]:
     """The first test samples, each as a user who brings their own history."""
     test = world.samples.filter(pc.equal(world.samples["split"], "test")).slice(0, n)
-    return [(User.of_sample(r), r["item_id"]) for r in test.to_pylist()]
+    return [(User.from_sample(r), r["item_id"]) for r in test.to_pylist()]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

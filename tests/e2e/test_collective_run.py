@@ -49,7 +49,7 @@ def calls(workspace: Workspace) -> tuple[int, int]:
     generated = finished_stage(workspace, "generate")
     assert generated is not None
     cards = Artifact(workspace, generated.outputs["knowledge"]).cards()
-    assert {Shard.of_name(name).kind for name in cards} == {"cohort"}
+    assert {Shard.from_name(name).kind for name in cards} == {"cohort"}
     return sum(c.rows_in for c in cards.values()), sum(int(c.counts["rows_asked"]) for c in cards.values())
 
 

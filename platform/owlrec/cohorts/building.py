@@ -227,17 +227,17 @@ class TrainCentroids(_CohortStage):
         order = np.argsort(cell, kind="stable")
         present, starts = np.unique(cell[order], return_index=True)
         book = self.earlier_book(workspace, training.book)
-        of_earlier = nearest_rows(cells, book.centroids) if book is not None else None
+        earlier_cells = nearest_rows(cells, book.centroids) if book is not None else None
         centroids = []
         for number, (start, stop) in zip(present.tolist(), pairwise([*starts.tolist(), len(cell)]), strict=True):
-            earlier = book.centroids[of_earlier == number] if book is not None else None
+            earlier = book.centroids[earlier_cells == number] if book is not None else None
             k = round((stop - start) * training.sizes.cohorts / training.sample)
             own = vectors[order[start:stop]]
             share = training.sample / training.population
             centroids.append(train_centroids(own, k, share, training.sizes, earlier, seed=self.settings.seed))
-        of_cell = np.repeat(present, [len(c) for c in centroids])
+        cell_rows = np.repeat(present, [len(c) for c in centroids])
         made = np.concatenate([np.zeros((0, cells.shape[1]), np.float32), *centroids])
-        return Result({work.shard.file(".arrow"): _write_vectors(work, of_cell, made)}, len(vectors), len(made))
+        return Result({work.shard.file(".arrow"): _write_vectors(work, cell_rows, made)}, len(vectors), len(made))
 
 
 @dataclass
@@ -470,9 +470,9 @@ def _join_model(
         centroids = np.concatenate([_read_vectors(workspace, f"{stage.folder}/{file}")[1] for file in files])
         books[training.book] = name_centroids(cells, centroids, stage.earlier_book(workspace, training.book))
     groups = {}
-    for kind, of_kind in cards.items():
-        smallest = stage.config.clusters(kind).sizes(sum(card.rows_in for card in of_kind)).smallest
-        groups[kind] = large_groups(_group_counts(workspace, stage.folder, kind, len(of_kind)), smallest)
+    for kind, kind_cards in cards.items():
+        smallest = stage.config.clusters(kind).sizes(sum(card.rows_in for card in kind_cards)).smallest
+        groups[kind] = large_groups(_group_counts(workspace, stage.folder, kind, len(kind_cards)), smallest)
     return CohortModel(books, groups)
 
 

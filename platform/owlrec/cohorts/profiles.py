@@ -366,7 +366,7 @@ def _shared_titles(items: Iterable[Sequence[int]], titles: Callable[[np.ndarray]
 
 
 def _common(attributes: Sequence[Sequence[str]], share: float) -> list[str]:
-    counts = Counter(a for of_one in attributes for a in set(of_one))
+    counts = Counter(a for entity in attributes for a in set(entity))
     return sorted(a for a, n in counts.items() if n >= share * len(attributes))
 
 

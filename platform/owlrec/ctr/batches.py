@@ -53,20 +53,20 @@ def epoch_steps(
     world_size - 1 rows of the epoch sit out.
     """
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    n, of_rank = sum(sizes), max(1, batch_size // world_size)
+    n, rank_rows = sum(sizes), max(1, batch_size // world_size)
     if n <= WINDOW:
         window = tuple(segments(sizes, 0, n))
         kept = torch.randperm(n, generator=generator)[: n - n % world_size]
-        for batch in kept.split(of_rank * world_size):
+        for batch in kept.split(rank_rows * world_size):
             if len(batch):
                 yield Step(window, batch[rank::world_size])
         return
     share = n // world_size
     mine = list(segments(sizes, rank * share, (rank + 1) * share))
     order = [mine[i] for i in torch.randperm(len(mine), generator=generator).tolist()]
-    for window in _windows(order, max(of_rank, WINDOW // of_rank * of_rank)):
+    for window in _windows(order, max(rank_rows, WINDOW // rank_rows * rank_rows)):
         rows = torch.randperm(sum(b - a for _, a, b in window), generator=generator)
-        for batch in rows.split(of_rank):
+        for batch in rows.split(rank_rows):
             yield Step(window, batch)
 
 

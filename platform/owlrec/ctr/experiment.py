@@ -133,11 +133,11 @@ def blended(samples: pa.Table, soft: pa.Table, alpha: float) -> pa.Table:
     samples = samples.set_column(place, "label", pa.array(label))
 
     known = keys.drop_duplicates().assign(known=True)
-    of_none = probabilities.merge(known, how="left", on=_KEY)
-    of_none = of_none[of_none["known"].isna()].drop(columns="known")
+    unseen = probabilities.merge(known, how="left", on=_KEY)
+    unseen = unseen[unseen["known"].isna()].drop(columns="known")
     moments = samples.select([*_MOMENT, "split", "history_start", "history_end"]).to_pandas()
     moments = moments[moments["split"] == "train"].drop_duplicates(_MOMENT)
-    drawn = of_none.merge(moments, how="inner", on=_MOMENT)
+    drawn = unseen.merge(moments, how="inner", on=_MOMENT)
     drawn = drawn.rename(columns={"p": "label"}).assign(weight=np.float32(alpha))
     added = pa.Table.from_pandas(drawn[samples.column_names], schema=samples.schema, preserve_index=False)
     return pa.concat_tables([samples, added])
@@ -202,8 +202,8 @@ def mean_slices(seeds: Sequence[Mapping[str, SliceMetrics]]) -> dict[str, SliceM
     """The mean over trials that scored the same rows; an auc that is None in one of them is None in all."""
     by_name: dict[str, list[SliceMetrics]] = {}
     for slices in seeds:
-        for name, of_seed in slices.items():
-            by_name.setdefault(name, []).append(of_seed)
+        for name, seed_slices in slices.items():
+            by_name.setdefault(name, []).append(seed_slices)
     means = {}
     for name, each in by_name.items():
         aucs = [m.auc for m in each if m.auc is not None]

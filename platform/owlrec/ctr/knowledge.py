@@ -253,15 +253,15 @@ class MappedTable(VectorTable):
     def as_of_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         moments = np.zeros(len(rows), dtype=np.int64)
-        for _, shard, at, of_shard in self.shards.at(rows):
-            moments[at] = shard.as_of[of_shard]
+        for _, shard, at, shard_rows in self.shards.at(rows):
+            moments[at] = shard.as_of[shard_rows]
         return moments
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         vectors = np.zeros((len(rows), self.dim), dtype=np.float16)
-        for _, shard, at, of_shard in self.shards.at(rows):
-            vectors[at] = shard.vectors[of_shard]
+        for _, shard, at, shard_rows in self.shards.at(rows):
+            vectors[at] = shard.vectors[shard_rows]
         return vectors
 
     def codes_at(self, rows: np.ndarray) -> np.ndarray:
@@ -269,8 +269,8 @@ class MappedTable(VectorTable):
         if not self.code_sizes:
             raise _uncoded()
         codes = np.zeros((len(rows), len(self.code_sizes)), dtype=np.int64)
-        for _, shard, at, of_shard in self.shards.at(rows):
-            codes[at] = shard.codes[of_shard, :-1].astype(np.int64) + 1
+        for _, shard, at, shard_rows in self.shards.at(rows):
+            codes[at] = shard.codes[shard_rows, :-1].astype(np.int64) + 1
         return codes
 
     def shuffled(self, seed: int) -> "MappedTable":

@@ -75,14 +75,16 @@ def reduce_once(
     }
     if components is None or workspace.exists(kept, _DONE) or all(s.dim <= components for s in shards.values()):
         return reduced_folders(workspace, folders, fingerprint)
-    refuse_two_sizes({f"vectors {name}": open_vectors(of_name, held=False) for name, of_name in shards.items()})
+    refuse_two_sizes({f"vectors {name}": open_vectors(name_shards, held=False) for name, name_shards in shards.items()})
     fitted = projection or _fit([s.sample(_FIT_ROWS, seed=0)[1] for s in shards.values()], components)
     fitted.save(workspace, kept, fingerprint)
-    stage = ReduceVectors(kept, fingerprint, {name: of_name.folder for name, of_name in shards.items()})
-    inputs = {Shard(name, number): fingerprint for name, of_name in shards.items() for number in of_name.numbers}
+    stage = ReduceVectors(kept, fingerprint, {name: name_shards.folder for name, name_shards in shards.items()})
+    inputs = {
+        Shard(name, number): fingerprint for name, name_shards in shards.items() for number in name_shards.numbers
+    }
     run_stage(workspace, stage, inputs, pool)
-    for name, of_name in shards.items():
-        if quantiser := of_name.quantiser():
+    for name, name_shards in shards.items():
+        if quantiser := name_shards.quantiser():
             quantiser.save(workspace, quantiser_folder(kept, name))
     workspace.write_json(f"{kept}/{_DONE}", {"components": components})
     return reduced_folders(workspace, folders, fingerprint)

@@ -173,7 +173,7 @@ class ReleaseKnowledge:
                 gathered.append(own[:, slots[source]])
                 masks.append(there[:, slots[source]])
             else:
-                vectors, known = self._of_members(kind, ids, facet=int(source == DISLIKED))
+                vectors, known = self._member_means(kind, ids, facet=int(source == DISLIKED))
                 gathered.append(vectors)
                 masks.append(known)
         vectors, mask = np.stack(gathered, axis=1), np.stack(masks, axis=1)
@@ -183,7 +183,7 @@ class ReleaseKnowledge:
         reduced = self.projection.apply(vectors.reshape(-1, vectors.shape[2])).astype(np.float16).astype(np.float32)
         return reduced.reshape(*mask.shape, -1), mask
 
-    def _of_members(self, kind: str, ids: np.ndarray, facet: int) -> tuple[np.ndarray, np.ndarray]:
+    def _member_means(self, kind: str, ids: np.ndarray, facet: int) -> tuple[np.ndarray, np.ndarray]:
         """The means of cohorts' vectors, as `encode` makes them, and who has one. facet: 1 of what users disliked."""
         groups = [facets[facet] for facets in self.store.facets(kind, ids)]
         cohorts, at = np.unique(np.array([c for group in groups for c in group], np.int64), return_inverse=True)
@@ -261,11 +261,11 @@ class FieldCache:
 
     def _keep(self, ids: np.ndarray, fields: np.ndarray) -> None:
         with self._lock:
-            for id_, of_id in zip(ids.tolist()[: len(self._ids)], fields, strict=False):
+            for id_, id_fields in zip(ids.tolist()[: len(self._ids)], fields, strict=False):
                 if id_ in self._rows:
                     continue
                 self._rows.pop(int(self._ids[self._next]), None)
-                self._ids[self._next], self._fields[self._next], self._rows[id_] = id_, of_id, self._next
+                self._ids[self._next], self._fields[self._next], self._rows[id_] = id_, id_fields, self._next
                 self._next = (self._next + 1) % len(self._ids)
 
 
@@ -339,7 +339,7 @@ class User:
     profile: Mapping[str, str] = field(default_factory=dict)  # what it names takes the place of what is known
 
     @classmethod
-    def of_sample(cls, row: Mapping[str, Any]) -> "User":
+    def from_sample(cls, row: Mapping[str, Any]) -> "User":
         """Who a row of schema.SAMPLES is about, at its moment."""
         ratings, labels = row["history_ratings"], row["history_labels"]
         return cls(row["user_id"], row["history"], ratings, list(map(was_taken, ratings, labels)))
@@ -528,5 +528,5 @@ def largest_difference(
     for row in samples.take(chosen).to_pylist():
         # A sample reads what was known before it, each in a state of its own.
         known = TableKnowledge(tables, row["timestamp"]) if tables else None
-        ours.append(scorer.score(User.of_sample(row), [row["item_id"]], LiveState(scorer.model, known))[0])
+        ours.append(scorer.score(User.from_sample(row), [row["item_id"]], LiveState(scorer.model, known))[0])
     return float(np.abs(np.array(ours) - scored.scores[trial.path][chosen]).max())

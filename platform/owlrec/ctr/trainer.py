@@ -457,14 +457,14 @@ def tables_of(trial: Trial, knowledge: Mapping[str, Mapping[str, VectorTable]]) 
     if trial.arm == "none":
         return None
     sources = arm_sources(trial.arm, knowledge)
-    of_user = ("knowledge", STREAMING) if arm_parts(trial.arm)[0] == "streaming" else sources.user
-    users = {f"{source} vectors of users": knowledge[source]["user"] for source in of_user}
+    user_reads = ("knowledge", STREAMING) if arm_parts(trial.arm)[0] == "streaming" else sources.user
+    users = {f"{source} vectors of users": knowledge[source]["user"] for source in user_reads}
     items = {f"{source} vectors of items": knowledge[source]["item"] for source in sources.item}
     reads, form = arm_parts(trial.arm)
     if form != "codes":
         refuse_two_sizes({**users, **items})
-    of_users = tuple(users.values()) if reads != "streaming" else cascade_slots(*users.values())
-    tables = Tables(of_users, tuple(items.values()), form)
+    user_tables = tuple(users.values()) if reads != "streaming" else cascade_slots(*users.values())
+    tables = Tables(user_tables, tuple(items.values()), form)
     return tables.shuffled(trial.seed) if reads == "shuffled" else tables
 
 

@@ -180,7 +180,8 @@ def _continue(
     cells: np.ndarray,
 ) -> int:
     """Drafts up to `limit` tokens from `matches` candidates, which it uses up; returns how many. Past the end of
-    `text`, a candidate reads the draft itself, so that a row which repeats itself is continued for as long as it likes."""
+    `text`, a candidate reads the draft itself, so that a row which repeats itself is continued for as long as it
+    likes."""
     n, end = 0, len(text)
     votes = np.zeros(_CANDIDATES)
     ballot = np.zeros(_CANDIDATES, np.int64)

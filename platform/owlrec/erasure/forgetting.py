@@ -33,7 +33,7 @@ from owlrec.erasure.rows import (
     erase_cohorts,
     erase_lines,
     hide_values,
-    of_users,
+    is_users_file,
     quoting_cohorts,
     update_cards,
 )
@@ -127,7 +127,7 @@ def _may_hold(path: str, numbers: set[int]) -> bool:
     match = _NUMBERED.fullmatch(path)
     if match is None or path.startswith(("ingest/", "events/")):
         return True
-    return not of_users(path) or int(match[1]) in numbers
+    return not is_users_file(path) or int(match[1]) in numbers
 
 
 # --------------------------------------------------------------------------------------------------------------- copies
@@ -299,14 +299,14 @@ class _Erasure:
             workspace.write_json(path, files_to_read(workspace, workspace.entries(), self.users))
         chunks: dict[str, list[list[str]]] = workspace.read_json(path)
         stage = EraseRows(self.run, chunks, self.users)
-        inputs = {Shard(place, n): self.run for place, of_place in chunks.items() for n in range(len(of_place))}
+        inputs = {Shard(place, n): self.run for place, place_chunks in chunks.items() for n in range(len(place_chunks))}
         cards = run_stage(workspace, stage, inputs, pool, on_card)
         rewritten: list[Rewritten] = []
         for place in chunks:
             own = [
                 _rewritten(line)
                 for name, card in cards.items()
-                if Shard.of_name(name).kind == place
+                if Shard.from_name(name).kind == place
                 for line in json.loads(str(card.counts["rewritten"]))
             ]
             rewritten += own

@@ -106,7 +106,7 @@ def erase(workspace: Workspace, path: str, users: Users) -> list[Rewritten]:
     return erase_lines(workspace, path, users)
 
 
-def of_users(path: str) -> bool:
+def is_users_file(path: str) -> bool:
     """Whether the shards of a file's folder are of users."""
     folder = path.rpartition("/")[0].rpartition("/")[2]
     return folder in ("user", "users", "interactions", "histories", "samples") or folder.endswith("-user")
@@ -115,12 +115,12 @@ def of_users(path: str) -> bool:
 def _erase_table(workspace: Workspace, path: str, users: Users) -> list[Rewritten]:
     if path.endswith(".parquet"):
         keys = [name for name in _KEYS if name in workspace.parquet_file(path).schema_arrow.names]
-        if not keys or not users.rows(workspace.read_parquet(path, keys), of_users(path)).any():
+        if not keys or not users.rows(workspace.read_parquet(path, keys), is_users_file(path)).any():
             return []
         table = workspace.read_parquet(path)
     else:
         table = pa.ipc.open_file(workspace.open_input(path)).read_all()
-    gone = users.rows(table, of_users(path))
+    gone = users.rows(table, is_users_file(path))
     return [_replace(workspace, path, table, gone, users)] if gone.any() else []
 
 
@@ -436,7 +436,7 @@ class _Others:
             for row in users.filter(pc.is_in(users["user_id"], mine)).to_pylist():
                 attributes |= {f"{name} {banded(str(value))}" for name, value in row.items() if value is not None}
             histories = self._workspace.read_shard("histories", number, ["user_id", "items"])
-            of_mine = histories.filter(pc.is_in(histories["user_id"], mine))["items"]
-            items += [item for row in of_mine.to_pylist() for item in row or ()]
+            own_items = histories.filter(pc.is_in(histories["user_id"], mine))["items"]
+            items += [item for row in own_items.to_pylist() for item in row or ()]
         titles = set(self._catalog.titles(np.array(items, dtype=np.int64))) if items else set()
         return set(profile["attributes"]) <= attributes and {*profile["titles"], *profile["opposite"]} <= titles

@@ -243,7 +243,7 @@ def _records(source: ImportSource, path: Path, format_: Format) -> Iterator[Reco
 
 
 def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterator[ImportedRow | RefusedRow]:
-    seen, of_other_kinds, of_this_kind, no_json = _SeenIds(), 0, 0, 0
+    seen, other_kinds, this_kind, no_json = _SeenIds(), 0, 0, 0
     for number, record in records:
         raw_id = ""
         try:
@@ -253,7 +253,7 @@ def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterat
             if ours and _text(record, "kind") != source.kind:
                 if _text(record, "kind") not in KINDS:
                     raise WrongKind(f"'{_text(record, 'kind')}' is none of {', '.join(KINDS)}")
-                of_other_kinds += 1
+                other_kinds += 1
                 continue
             raw_id = _raw_id(record)
             row = _row(record, raw_id, source, ours)
@@ -265,11 +265,11 @@ def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterat
             no_json += isinstance(problem, files.NotJson)
         else:
             yield row
-        of_this_kind += 1
-    if of_this_kind and no_json == of_this_kind:
+        this_kind += 1
+    if this_kind and no_json == this_kind:
         raise SourceError(f"{path}: none of its {no_json} lines is a JSON object. Set another format.")
-    if of_other_kinds and not of_this_kind:
-        raise SourceError(f"{path}: none of its {of_other_kinds} rows is of kind '{source.kind}'. Set another kind.")
+    if other_kinds and not this_kind:
+        raise SourceError(f"{path}: none of its {other_kinds} rows is of kind '{source.kind}'. Set another kind.")
 
 
 def _row(record: dict[str, Any], raw_id: str, source: ImportSource, ours: bool) -> ImportedRow:

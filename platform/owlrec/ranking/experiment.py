@@ -91,9 +91,9 @@ class RankingConfig(Config):
     tuning: TuningConfig = TuningConfig()
     evaluation: RankingEvaluationConfig = RankingEvaluationConfig()
 
-    def ranking_engine(self, of_recipe: EngineConfig) -> VllmEngineConfig:
+    def ranking_engine(self, recipe_engine: EngineConfig) -> VllmEngineConfig:
         """The engine that ranks: this section's own, else the recipe's. Raises RecipeError where that is not vLLM."""
-        engine = self.engine or of_recipe
+        engine = self.engine or recipe_engine
         if not isinstance(engine, VllmEngineConfig):
             raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
         return engine

@@ -183,7 +183,7 @@ class BehaviourRetriever:
         for start in range(0, len(rows), at_once):
             queries = self._vectors[rows[start : start + at_once]]
             cosines = self._cosines(queries, opened.rows)
-            nearest += [self._nearest(opened, *of_one, k) for of_one in zip(queries, cosines, strict=True)]
+            nearest += [self._nearest(opened, *pair, k) for pair in zip(queries, cosines, strict=True)]
         chosen = _in_turns(nearest)[:k]
         if len(chosen) < k:
             without = np.setdiff1d(np.arange(n), opened.positions, assume_unique=True)
@@ -207,9 +207,9 @@ class BehaviourRetriever:
         def multiply(first: int, end: int) -> None:
             block = np.empty((block_rows, dim), dtype=np.float32)
             for start in range(first, end, block_rows):
-                of_block = rows[start : min(start + block_rows, end)]
-                vectors = np.take(self._vectors, of_block, axis=0, out=block[: len(of_block)], mode="clip")
-                cosines[:, start : start + len(of_block)] = queries @ vectors.T
+                places = rows[start : min(start + block_rows, end)]
+                vectors = np.take(self._vectors, places, axis=0, out=block[: len(places)], mode="clip")
+                cosines[:, start : start + len(places)] = queries @ vectors.T
 
         threads = min(_threads(), len(rows) // (_BLOCKS_A_THREAD * block_rows))
         if threads < 2:
@@ -288,7 +288,7 @@ class ItemVectors:
         """
         texts = ItemMetadata()
         digests = texts.digests(workspace)
-        folder = _of_encode(workspace, encoder) or f"ranking/items-{fingerprint(encoder.identity)[:16]}"
+        folder = _encoded_folder(workspace, encoder) or f"ranking/items-{fingerprint(encoder.identity)[:16]}"
         if folder.startswith("ranking/"):
             stage = EncodeStage(folder, Resources(workspace, encoder), {_NAME: texts})
             run_stage(workspace, stage, {Shard(_NAME, number): digest for number, digest in digests.items()}, pool)
@@ -322,7 +322,7 @@ def item_retriever(
     return ItemVectors.encoded(workspace, encoder, projection).retriever()
 
 
-def _of_encode(workspace: Workspace, encoder: EncoderConfig) -> str | None:
+def _encoded_folder(workspace: Workspace, encoder: EncoderConfig) -> str | None:
     """Where `encode` has put item vectors of this encoder; its card is forgotten when tables are prepared again."""
     card = finished_stage(workspace, "encode")
     if card is None or not workspace.exists(card.outputs["vectors"], _NAME):

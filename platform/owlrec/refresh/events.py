@@ -387,7 +387,7 @@ class Buckets:
         """From the stage's cards."""
         by_group, by_file, holds = {}, dict[str, int](), {}
         for card in cards:
-            group, newest = Shard.of_name(card.shard).number, json.loads(str(card.counts["newest"]))
+            group, newest = Shard.from_name(card.shard).number, json.loads(str(card.counts["newest"]))
             by_group[group] = max(newest.values(), default=0)
             by_file |= {path: max(moment, by_file.get(path, 0)) for path, moment in newest.items()}
             holds[group] = base64.b64decode(str(card.counts["shards"]))

@@ -113,13 +113,13 @@ class KnowledgeStore(ABC):
         groups, cohorts = self._stand_ins(kind, [int(ids[row]) for row in missing])
         if not cohorts:
             return rows, mask
-        of_cohorts, known = self.own_vectors("cohort", cohorts, 1)
+        cohort_vectors, known = self.own_vectors("cohort", cohorts, 1)
         place = {cohort: at for at, cohort in enumerate(cohorts) if known[at, 0]}
         for row, group in zip(missing, groups, strict=True):
             at = [place[cohort] for cohort in group if cohort in place]
             if not at:
                 continue
-            mean = of_cohorts[at, 0].mean(axis=0)
+            mean = cohort_vectors[at, 0].mean(axis=0)
             length = np.linalg.norm(mean)
             if length > 0:  # vectors that cancel each other out point nowhere: a miss
                 rows[row, 0], mask[row, 0] = mean / length, True

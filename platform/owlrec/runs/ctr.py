@@ -194,7 +194,7 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
                 results,
                 scores=read_grid_scores(workspace, grid_key, grid),
                 run=recipe.name,
-                protocol=_protocol(recipe, Labels.of_card(prepared).about),
+                protocol=_protocol(recipe, Labels.from_card(prepared).about),
                 facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
             )
         report = f"reports/{recipe.name}.html"

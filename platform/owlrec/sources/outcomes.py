@@ -90,7 +90,7 @@ class Labels(BaseModel, frozen=True):
         )
 
     @classmethod
-    def of_card(cls, prepared: Card) -> "Labels":
+    def from_card(cls, prepared: Card) -> "Labels":
         """The rule that the tables were prepared by. prepared: the card of the stage."""
         return cls.model_validate_json(str(prepared.counts["labels"]))
 
@@ -176,7 +176,7 @@ def drawn_negatives(
     """
     users, place = np.unique(took[0], return_inverse=True)
     places = np.unique(rows_of(catalog, took[1]) + place * len(catalog))
-    of_user = np.searchsorted(users, user) * len(catalog)
+    user_keys = np.searchsorted(users, user) * len(catalog)
     source = np.sort(took[1]) if labels.negatives_by == "popularity" else catalog
     negatives = np.full((len(user), labels.negatives), -1, dtype=np.int64)
     for number in range(labels.negatives):
@@ -186,7 +186,7 @@ def drawn_negatives(
                 break
             mixed = hash_of(labels.seed, number, attempt, user[missing], time[missing], item[missing])
             chosen = source[mixed % len(source)]
-            key = rows_of(catalog, chosen) + of_user[missing]
+            key = rows_of(catalog, chosen) + user_keys[missing]
             twice = (negatives[missing, :number] == chosen[:, None]).any(axis=1) & (len(catalog) > 4 * labels.negatives)
             good = (rows_of(places, key) < 0) & ~twice
             negatives[missing[good], number] = chosen[good]

@@ -93,7 +93,7 @@ class Fragment:
     groups: tuple[int, int] = (0, 0)  # row groups of a Parquet file: from, to
 
     @classmethod
-    def of_json(cls, values: dict[str, Any]) -> "Fragment":
+    def from_json(cls, values: dict[str, Any]) -> "Fragment":
         """From what `json` gave."""
         return cls(**{**values, "groups": tuple(values["groups"])})
 
