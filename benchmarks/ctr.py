@@ -109,8 +109,8 @@ def _planted_data(world: PlantedWorld, form: str) -> TrainingData:
     if form == "vectors":
         return world.data(trait_vectors(world.user_traits, seed=1), trait_vectors(world.item_traits, seed=2))
     encoder = Encoder(EncoderConfig())
-    sides = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
-    return world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in sides))
+    kind_tables = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
+    return world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in kind_tables))
 
 
 def _gauc(options: argparse.Namespace) -> Iterator[Figure]:
@@ -160,11 +160,11 @@ def _export(options: argparse.Namespace) -> Iterator[Figure]:
         attributes = [f for f in recipe.domain.text_fields if f in items.column_names]
         features = build_features(users, items, samples, attributes=attributes, profile=[], min_item_count=2)
         rng = np.random.default_rng(0)
-        sides = {
-            side: KnowledgeTable(np.sort(ids), rng.normal(size=(len(ids), 384)).astype(np.float16))
-            for side, ids in (("user", users["user_id"].to_numpy()), ("item", items["item_id"].to_numpy()))
+        kind_tables = {
+            kind: KnowledgeTable(np.sort(ids), rng.normal(size=(len(ids), 384)).astype(np.float16))
+            for kind, ids in (("user", users["user_id"].to_numpy()), ("item", items["item_id"].to_numpy()))
         }
-        data = TrainingData(features, {"knowledge": sides})
+        data = TrainingData(features, {"knowledge": kind_tables})
         tables = data.tables(Trial(backbone="din", arm="knowledge", seed=0))
         assert tables is not None
         length = features.spec.history_length

@@ -187,13 +187,13 @@ def _ours(task: dict[str, Any]) -> float:
     train = features.splits["train"].whole()
     repeated = Split.of(train.take(_repeated(len(train), task["rows"])))
     rng = np.random.default_rng(0)
-    sides = {}
-    for side, ids in (("user", np.unique(np.concatenate([s.whole().user_ids for s in features.splits.values()]))),
+    kind_tables = {}
+    for kind, ids in (("user", np.unique(np.concatenate([s.whole().user_ids for s in features.splits.values()]))),
                       ("item", features.items.ids)):  # fmt: skip
-        sides[side] = KnowledgeTable(ids, rng.normal(size=(len(ids), KNOWLEDGE_DIM)).astype(np.float16))
+        kind_tables[kind] = KnowledgeTable(ids, rng.normal(size=(len(ids), KNOWLEDGE_DIM)).astype(np.float16))
     config = CTRConfig(batch_size=BATCH, epochs=1)
-    sides = reduced(sides, config.knowledge_dim)  # as `train_ctr` does, once a grid
-    data = TrainingData(replace(features, splits={**features.splits, "train": repeated}), {"knowledge": sides})
+    kind_tables = reduced(kind_tables, config.knowledge_dim)  # as `train_ctr` does, once a grid
+    data = TrainingData(replace(features, splits={**features.splits, "train": repeated}), {"knowledge": kind_tables})
     arm: Any = "knowledge" if task["method"] == KNOWLEDGE else "none"
     trial = Trial(backbone=task["backbone"], arm=arm, seed=0)
     return train_one(trial, data, config).result.samples_per_s

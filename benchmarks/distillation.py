@@ -136,8 +136,11 @@ def model_aucs(world: PlantedWorld, pairs: DistillationConfig, config: CTRConfig
             encode_tables(
                 workspace, "grid", attributes=["genre"], profile=[], min_item_count=1, soft_labels=soft_labels
             )
-            sides = {"user": trait_vectors(world.user_traits, seed=1), "item": trait_vectors(world.item_traits, seed=2)}
-            data = TrainingData(open_features(workspace, "grid"), {"knowledge": sides})
+            kind_tables = {
+                "user": trait_vectors(world.user_traits, seed=1),
+                "item": trait_vectors(world.item_traits, seed=2),
+            }
+            data = TrainingData(open_features(workspace, "grid"), {"knowledge": kind_tables})
             trial = Trial(backbone="dcnv2", arm="knowledge", seed=seed)
             aucs[name] = train_one(trial, data, config).result.test.auc
     return aucs

@@ -56,15 +56,15 @@ def reshard(
     """
     with claimed(workspace, "claims/prepare", "prepare or reshard"):
         plan = _unfinished(workspace, kinds) or _new_plan(workspace, kinds)
-        doubled: dict[Kind, int] = {kind: 2 * n for kind, n in plan.shards.items()}
-        if any(workspace.n_shards(kind) != n for kind, n in doubled.items()):  # else only tidying was left to do
+        new_counts: dict[Kind, int] = {kind: 2 * n for kind, n in plan.shards.items()}
+        if any(workspace.n_shards(kind) != n for kind, n in new_counts.items()):  # else only tidying was left to do
             inputs = {Shard.from_name(name): plan.id for name in plan.work}
             run_stage(workspace, Split(plan.shards), inputs, pool, on_card)
             run_stage(workspace, Place(plan.shards), inputs, pool, on_card)
-            workspace.grow_shards(doubled)
+            workspace.grow_shards(new_counts)
         workspace.delete_file(f"{_FOLDER}/plan.json")  # before what it speaks of: what is left is in nobody's way
         workspace.delete_dir(_FOLDER)
-        return doubled
+        return new_counts
 
 
 def _unfinished(workspace: Workspace, kinds: Sequence[Kind]) -> ReshardPlan | None:

@@ -24,7 +24,7 @@ MOVIES = get_scenario("movies")
 SIZES = ClusterConfig(mean_size=16)  # 2 to 40 members
 CONFIG = CohortsConfig(users=SIZES, items=SIZES)
 SETTINGS = CohortSettings(factors=FactorSettings(factors=4))
-TASTES, ITEMS_A_TASTE = 4, 20
+TASTES, ITEMS_PER_TASTE = 4, 20
 
 
 def ask(profiles: pa.Table) -> pa.Table:
@@ -44,7 +44,7 @@ def prepare(
 ) -> None:
     """Users by id with what they liked and disliked; items 0 to 79, of which each score is one taste."""
     dislikes = dislikes or {}
-    n = TASTES * ITEMS_A_TASTE
+    n = TASTES * ITEMS_PER_TASTE
     items = pa.table(
         {
             "item_id": range(n),
@@ -74,7 +74,9 @@ def prepare(
 def planted(n: int, seed: int = 0) -> dict[int, list[int]]:
     """User u has taste u modulo 4, and eight of its films."""
     rng = np.random.default_rng(seed)
-    return {u: (ITEMS_A_TASTE * (u % TASTES) + rng.choice(ITEMS_A_TASTE, 8, replace=False)).tolist() for u in range(n)}
+    return {
+        u: (ITEMS_PER_TASTE * (u % TASTES) + rng.choice(ITEMS_PER_TASTE, 8, replace=False)).tolist() for u in range(n)
+    }
 
 
 def names(workspace: Workspace, folder: str, kind: str, ids: Sequence[int]) -> list[list[str]]:

@@ -26,7 +26,7 @@ CONFIG = CTRConfig(
 )
 CHECKPOINT_STEPS = 10
 TRIAL = Trial(backbone="din", arm="knowledge", seed=3)
-TRAINING_ROWS, STEPS_AN_EPOCH = 2200, 35
+TRAINING_ROWS, STEPS_PER_EPOCH = 2200, 35
 RESUMED = {(5,): 0, (17,): 1, (35,): 1, (52, 22): 2, (98, 8, 3): 1}
 
 
@@ -95,7 +95,7 @@ def test_killed_trial_ends_bit_for_bit_as_an_undisturbed_one(
     data = toy_world.data
     whole = train_one(TRIAL, data, CONFIG)
     undisturbed = list(rows)
-    assert len(undisturbed) == CONFIG.epochs * STEPS_AN_EPOCH
+    assert len(undisturbed) == CONFIG.epochs * STEPS_PER_EPOCH
     checkpoint = CheckpointFile(workspace, "ctr/checkpoint.safetensors", CHECKPOINT_STEPS)
     saved = 0
     for steps in kills:

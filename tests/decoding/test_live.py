@@ -61,7 +61,7 @@ def test_full_pool_drops_the_oldest_texts_and_stays_within_bounds() -> None:
     assert len(matches(pool, [0, 0])[0]) == 0
 
 
-def test_index_takes_at_most_80_bytes_a_token() -> None:
+def test_index_takes_at_most_80_bytes_per_token() -> None:
     pool = LivePool(max_tokens=1 << 20)
     rng = np.random.default_rng(0)
     for _ in range(2000):

@@ -82,7 +82,7 @@ def test_documents_are_found_by_id_and_kept_in_order() -> None:
     assert pool.tokens.tolist() == [5, 6, BORDER, BORDER, 7, BORDER]
 
 
-def test_saved_pool_opens_equal_and_within_12_bytes_a_token(tmp_path: Path) -> None:
+def test_saved_pool_opens_equal_and_within_12_bytes_per_token(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pool = build_pool([rng.integers(0, 1000, 200) for _ in range(500)])
     pool.save(tmp_path / "p", "model-a")

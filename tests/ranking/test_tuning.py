@@ -194,7 +194,7 @@ def test_micro_batches_hold_each_row_once_within_the_budget(lengths: list[int], 
 
 
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(1, 4), st.integers(1, 3))
-def test_a_schedule_takes_each_row_once_an_epoch_and_ends_with_an_evaluation(
+def test_a_schedule_takes_each_row_once_per_epoch_and_ends_with_an_evaluation(
     n: int, batch: int, epochs: int, evaluations: int
 ) -> None:
     schedule = Schedule(n, TuningSettings(batch_rows=batch, epochs=epochs, evaluations_per_epoch=evaluations))

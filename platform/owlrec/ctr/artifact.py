@@ -179,7 +179,7 @@ def artifact_folder(grid: str, trial: Trial) -> str:
 def read_by(workspace: Workspace, trial: Trial, folders: Mapping[str, Mapping[str, str]]) -> Reads | None:
     """What a trial's model was given, and must be given where it serves; None where that is nothing.
 
-    folders: source -> side -> the folder of the vectors that the trial read.
+    folders: source -> kind -> the folder of the vectors that the trial read.
     """
     sources, (_, form) = arm_sources(trial.arm, folders), arm_parts(trial.arm)
     if not sources.user:

@@ -339,16 +339,16 @@ def encode_samples(
     `history_length` behaviors of each.
     """
     columns = ("history", "history_ratings", "history_labels")
-    history, ratings, told = (samples[column].combine_chunks() for column in columns)
+    history, ratings, outcomes = (samples[column].combine_chunks() for column in columns)
     lengths = pc.list_value_length(history).to_numpy()
-    for column in (ratings, told):
+    for column in (ratings, outcomes):
         if not np.array_equal(lengths, pc.list_value_length(column).to_numpy()):
             raise SchemaError("samples: a history, its ratings and its labels differ in length. Run `prepare` again.")
     histories = Histories(
         starts=(np.cumsum(lengths) - lengths).astype(np.int64),
         lengths=lengths.astype(np.int32),
         items=items.rows(pc.list_flatten(history).to_numpy()),
-        ratings=vocabularies.grades.tokens(_floats(pc.list_flatten(ratings)), _floats(pc.list_flatten(told))),
+        ratings=vocabularies.grades.tokens(_floats(pc.list_flatten(ratings)), _floats(pc.list_flatten(outcomes))),
         width=history_length,
     )
     profile = np.zeros((samples.num_rows, len(vocabularies.profile)), dtype=np.int32)

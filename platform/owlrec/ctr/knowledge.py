@@ -74,7 +74,7 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
     disliked; `both` that and the individual knowledge; `streaming` the newest texts of a user, those of partitions
     that refreshes have read among them. `shuffled` reads individual knowledge, or collective knowledge where there is
     no other.
-    given: source -> the sides ("user", "item") of which it has vectors.
+    given: source -> the kinds ("user", "item") of which it has vectors.
     Raises RecipeError where a source that the arm needs was not given.
     """
     needed: tuple[str, ...]
@@ -91,7 +91,7 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
         case _:
             needed = (reads,)
     for source in needed:
-        missing = [f"{side}s" for side in ("user", "item") if side not in given.get(source, ())]
+        missing = [f"{kind}s" for kind in ("user", "item") if kind not in given.get(source, ())]
         if missing:
             raise RecipeError(
                 f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
@@ -404,16 +404,16 @@ class CascadeTable(VectorTable):
     def as_of_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         moments = np.empty(len(rows), dtype=np.int64)
-        for side, table in enumerate((self.runs, self.partitions)):
-            mine = rows % 2 == side
+        for parity, table in enumerate((self.runs, self.partitions)):
+            mine = rows % 2 == parity
             moments[mine] = table.as_of_at(rows[mine] // 2)
         return moments
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         vectors = np.zeros((len(rows), self.dim), dtype=np.float16)
-        for side, table in enumerate((self.runs, self.partitions)):
-            mine = (rows >= 0) & (rows % 2 == side)
+        for parity, table in enumerate((self.runs, self.partitions)):
+            mine = (rows >= 0) & (rows % 2 == parity)
             vectors[mine] = table.vectors_at(rows[mine] // 2)
         return vectors
 

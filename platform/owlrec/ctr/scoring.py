@@ -442,11 +442,11 @@ class Scorer:
         """int [1, profile fields]."""
         known = self.profiles.find(user.user_id) if self.profiles and user.user_id is not None else None
         codes = np.full(len(self._codes), UNKNOWN) if known is None else known
-        told = [
+        row = [
             field_codes.get(user.profile[name], UNKNOWN) if name in user.profile else code
             for name, field_codes, code in zip(self.vocabularies.profile, self._codes, codes.tolist(), strict=True)
         ]
-        return np.array([told], dtype=np.int64).reshape(1, -1)
+        return np.array([row], dtype=np.int64).reshape(1, -1)
 
 
 @dataclass(frozen=True)

@@ -433,7 +433,7 @@ class Epochs:
 
 _SCORING_ROWS = 8192
 # Settings that may change while a trial is interrupted.
-_BESIDE_A_TRIAL = {"backbones", "arms", "seeds", "patience"}
+_CHANGEABLE_SETTINGS = {"backbones", "arms", "seeds", "patience"}
 
 
 @dataclass(frozen=True)
@@ -441,7 +441,7 @@ class TrainingData:
     """What all trials of a grid share."""
 
     features: Features
-    knowledge: Mapping[str, Mapping[str, VectorTable]]  # source -> side ("user", "item"), as the arms need them
+    knowledge: Mapping[str, Mapping[str, VectorTable]]  # source -> kind ("user", "item"), as the arms need them
 
     def tables(self, trial: Trial) -> Tables | None:
         """What `tables_of` gives."""
@@ -513,7 +513,7 @@ def train_one(
     model = model.to(worker.device)
     train, labels = splits["train"].split, _columns(splits["valid"].split, "labels")[0]
     if checkpoint is not None:
-        settings = (config.model_dump(exclude=_BESIDE_A_TRIAL), SPARSE_ABOVE_ROWS)
+        settings = (config.model_dump(exclude=_CHANGEABLE_SETTINGS), SPARSE_ABOVE_ROWS)
         checkpoint = checkpoint.of(spec, trial, settings, worker.world_size, train.sizes)
 
     def valid_auc(epoch: int) -> float:

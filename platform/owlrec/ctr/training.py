@@ -53,7 +53,7 @@ class GridSpec(WorkerSpec):
 
     settings: CTRConfig
     trials: tuple[Trial, ...]
-    knowledge: dict[str, dict[str, str]]  # source -> side -> folder, of those that the trials read
+    knowledge: dict[str, dict[str, str]]  # source -> kind -> folder, of those that the trials read
     fingerprint: str
     attributes: tuple[str, ...]
     profile: tuple[str, ...]

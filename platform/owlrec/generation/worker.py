@@ -99,7 +99,7 @@ Row = Prompt | UnusableRow
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one prompt. Token counts include answers that were thrown away."""
+    """What outcomes of one prompt. Token counts include answers that were thrown away."""
 
     result: Completion | RowError
     flags: tuple[Flag, ...] = ()  # of the text that is kept, or of the one that a fallback replaced
@@ -197,11 +197,11 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
         raise WorkerLost(str(error)) from error
     framework = READY_MADE.get(shard.kind) if shard.kind in job.ready else None
     asked = [pair for chain in answers for pair in chain]
-    became = [outcome for _, outcome in asked]
-    new, dead = to_tables(job, framework or job.prompts.framework, [row for row, _ in asked], became)
+    outcomes = [outcome for _, outcome in asked]
+    new, dead = to_tables(job, framework or job.prompts.framework, [row for row, _ in asked], outcomes)
     # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for. A write
     # that fails for a moment is tried again by itself: the answers are paid for.
-    return await patiently(lambda: asyncio.to_thread(write_shard, work, kept, new, dead, became))
+    return await patiently(lambda: asyncio.to_thread(write_shard, work, kept, new, dead, outcomes))
 
 
 def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outcomes: Sequence[Outcome]) -> Result:

@@ -170,13 +170,13 @@ def _announcing(
     workspace: Workspace, spec: TuningSpec, on_steps: Callable[[int], None]
 ) -> AbstractContextManager[None]:
     """Calls `on_steps` while the block runs."""
-    told = 0
+    reported = 0
 
     def look() -> None:
-        nonlocal told
+        nonlocal reported
         done = workspace.read_json(_progress_file(spec))["step"] if workspace.exists(_progress_file(spec)) else 0
-        if done > told:  # after a restart steps are done again
-            on_steps(done - told)
-            told = done
+        if done > reported:  # after a restart steps are done again
+            on_steps(done - reported)
+            reported = done
 
     return looking_meanwhile(look)

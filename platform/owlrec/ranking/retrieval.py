@@ -95,7 +95,7 @@ def _candidates(own: int, logged: np.ndarray, history: Sequence[int], catalog: n
 _PRODUCT_ERROR = 1e-5  # of a float32 cosine at most; 5e-7 was seen with 128 and with 512 dimensions
 _SCORES_AT_ONCE = 1 << 24  # cosines held at a time: 64 MB
 _BLOCK_BYTES = 1 << 20  # of vectors gathered at a time: within a core's L2, and too small for BLAS to start threads on
-_BLOCKS_A_THREAD = 8  # at least: some ms of work, beside which the start of a thread is nothing
+_BLOCKS_PER_THREAD = 8  # at least: some ms of work, beside which the start of a thread is nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +211,7 @@ class BehaviourRetriever:
                 vectors = np.take(self._vectors, places, axis=0, out=block[: len(places)], mode="clip")
                 cosines[:, start : start + len(places)] = queries @ vectors.T
 
-        threads = min(_threads(), len(rows) // (_BLOCKS_A_THREAD * block_rows))
+        threads = min(_threads(), len(rows) // (_BLOCKS_PER_THREAD * block_rows))
         if threads < 2:
             multiply(0, len(rows))
             return cosines

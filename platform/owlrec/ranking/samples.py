@@ -199,8 +199,8 @@ def behaviours_shown(
             f"samples, user {sample['user_id']}: {len(history)} behaviours in history, but "
             f"{len(ratings)} in history_ratings. Run `prepare` again."
         )
-    told = sample.get("history_labels") or [1.0] * len(history)
-    took = list(map(was_taken, ratings, told))
+    outcomes = sample.get("history_labels") or [1.0] * len(history)
+    took = list(map(was_taken, ratings, outcomes))
     titled = [i for i, title in enumerate(titles) if took[i] and is_quotable(title)]
     behaviours = [(titles[i], ratings[i]) for i in titled]
     lately = {"recent": k, "retrieved": 0, "mixed": (k + 1) // 2}[shown]

@@ -126,8 +126,8 @@ class Events:
 
 def canonical(events: Events) -> Events:
     """By user, time and item, each (user, item, time) once; of several ratings the highest stays."""
-    worth = np.where(np.isnan(events.rating), -np.inf, events.rating)
-    events = events.take(np.lexsort((-worth, events.item, events.time, events.user)))
+    grade = np.where(np.isnan(events.rating), -np.inf, events.rating)
+    events = events.take(np.lexsort((-grade, events.item, events.time, events.user)))
     return events.take(~_repeats(events))
 
 

@@ -415,8 +415,8 @@ def assess(
         if not ends:
             continue
         if reason := due_reason(user, float(drift[row]), clock, config):
-            worth = priorities(drift[row], lengths[row] - np.array([0, *ends[:-1]]))
-            due += [(user.user_id, n, end, reason, drift[row], worth[n]) for n, end in enumerate(ends)]
+            ranked = priorities(drift[row], lengths[row] - np.array([0, *ends[:-1]]))
+            due += [(user.user_id, n, end, reason, drift[row], ranked[n]) for n, end in enumerate(ends)]
         else:
             waits.append(due_at(user, config))
     columns = [pa.array([row[i] for row in due], f.type) for i, f in enumerate(DUE)]

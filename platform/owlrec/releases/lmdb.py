@@ -338,8 +338,8 @@ class PartWriter:
     def add_rows(self, database: str, keys: list[bytes], values: list[bytes]) -> None:
         """Writes rows as they stand in a file, all keys above those before, in one transaction."""
         if len(self._tombstones):
-            told = speaking(keys, self._tombstones)
-            keys, values = list(compress(keys, told)), list(compress(values, told))
+            visible = speaking(keys, self._tombstones)
+            keys, values = list(compress(keys, visible)), list(compress(values, visible))
         if not keys:
             return
         while True:

@@ -402,8 +402,8 @@ def speaking(keys: Sequence[bytes], tombstones: Tombstones) -> list[bool]:
     if not keys or not len(tombstones):
         return [True] * len(keys)
     kinds, ids = decode_keys(keys)
-    told: list[bool] = (~tombstones.among(ids) | (kinds != _KIND_BYTES["user"][0])).tolist()
-    return told
+    visible: list[bool] = (~tombstones.among(ids) | (kinds != _KIND_BYTES["user"][0])).tolist()
+    return visible
 
 
 def kind_of(byte: int) -> str:

@@ -140,13 +140,13 @@ def going_on_from(
 
 
 def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, str]]:
-    """Source -> side -> the folder that holds the vectors <source>-<side>, of all that was written of a side."""
+    """Source -> kind -> the folder that holds the vectors <source>-<kind>, of all that was written of a side."""
     sources: dict[str, dict[str, str]] = {}
     for folder in folders:
         for name in workspace.names(folder):
-            source, _, side = name.rpartition("-")
-            if side in ("user", "item"):
-                sources.setdefault(source, {})[side] = folder
+            source, _, kind = name.rpartition("-")
+            if kind in ("user", "item"):
+                sources.setdefault(source, {})[kind] = folder
     return sources
 
 

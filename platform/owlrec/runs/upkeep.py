@@ -33,13 +33,13 @@ def reshard(recipe: Recipe, workspace: Workspace, kinds: Sequence[Kind] = ()) ->
                 f"{workspace.path(REFRESH_FOLDER)}: a refresh was interrupted. Run `owlrec refresh` first."
             )
 
-        def doubled(pool: Pool) -> dict[Kind, int]:
+        def resharded(pool: Pool) -> dict[Kind, int]:
             return split_shards(workspace, kinds, pool, lambda card: advance(card.rows_in))
 
         if rows <= PREPARED_HERE:
-            return doubled(Pool())
+            return resharded(Pool())
         with ray_session(recipe.ray, workspace.log_path("ray")):
-            return doubled(Pool(here=False, max_workers=1 << 10, log_path=str(workspace.log_path("reshard"))))
+            return resharded(Pool(here=False, max_workers=1 << 10, log_path=str(workspace.log_path("reshard"))))
 
 
 def forget(

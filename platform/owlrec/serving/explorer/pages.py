@@ -95,8 +95,8 @@ async def compare_rankings(ranker: Ranker | None, tables: WorkspaceTables, user:
     except Exception as error:
         mistake = root_mistake(error)
         return {**view, "problem": str(mistake) if mistake else "the ranking application does not answer"}
-    sides = await asyncio.to_thread(_side_by_side, answer, tables)
-    return {**view, **sides, "problem": answer.reason}
+    comparison = await asyncio.to_thread(_comparison, answer, tables)
+    return {**view, **comparison, "problem": answer.reason}
 
 
 def parse_ids(words: str) -> list[int]:
@@ -115,7 +115,7 @@ def parse_ids(words: str) -> list[int]:
     return ids
 
 
-def _side_by_side(answer: RankAnswer, tables: WorkspaceTables) -> dict[str, Any]:
+def _comparison(answer: RankAnswer, tables: WorkspaceTables) -> dict[str, Any]:
     titles = tables.titles([r.id for r in answer.results])
     rows: list[dict[str, Any]] = []
     for place, (result, title) in enumerate(zip(answer.results, titles, strict=True), 1):
