@@ -330,7 +330,7 @@ def compare_arms(
         if resampled or not several:
             interval = _interval(resampled, trials)
         else:
-            arms, bases = (np.stack([grid.scores[path] for path in side]) for side in zip(*trials, strict=True))
+            arms, bases = (np.stack([grid.scores[path] for path in half]) for half in zip(*trials, strict=True))
             difference, error = clustered_difference(grid.labels, arms, bases, grid.user_ids)
             interval = Interval(low=difference - _NORMAL_95 * error, high=difference + _NORMAL_95 * error)
         intervals[key] = interval

@@ -108,9 +108,9 @@ def owl(connect):
 
 
 def test_one_entity_and_a_miss(owl, workspace):
-    found = owl.get("user", 1)
-    assert (found.release, found.id, found.text) == (current_release(workspace), 1, "first likes films")
-    assert found.provenance.as_of == 1000
+    entity = owl.get("user", 1)
+    assert (entity.release, entity.id, entity.text) == (current_release(workspace), 1, "first likes films")
+    assert entity.provenance.as_of == 1000
     assert owl.get("user", np.int64(9)) is None
     assert owl.get("user", 3, ["vector", "codes"]).vector == [3.0, 1.0]
 
@@ -124,11 +124,11 @@ def test_many_aligned(owl, workspace):
 
 
 def test_vectors_as_numpy(owl, workspace):
-    found = owl.vectors("user", [2, 9, 5])
-    assert found.release == current_release(workspace)
-    assert (found.rows.dtype, found.rows.shape) == (np.float16, (3, 2))
-    np.testing.assert_allclose(found.rows, [[0, 2], [0, 0], [0.6, 0.8]], atol=1e-3)
-    assert found.mask.tolist() == [True, False, True]
+    vectors = owl.vectors("user", [2, 9, 5])
+    assert vectors.release == current_release(workspace)
+    assert (vectors.rows.dtype, vectors.rows.shape) == (np.float16, (3, 2))
+    np.testing.assert_allclose(vectors.rows, [[0, 2], [0, 0], [0.6, 0.8]], atol=1e-3)
+    assert vectors.mask.tolist() == [True, False, True]
 
 
 def test_similar_entities(owl):

@@ -50,9 +50,9 @@ def problems(value: Any, shape: Any, where: str = "") -> list[str]:
     if isinstance(shape, Map):
         return [p for k, v in value.items() for p in problems(k, str, where) + problems(v, shape.of, f"{where}.{k}")]
     fields = {name.removesuffix("?"): s for name, s in shape.items()}
-    found = [f"{where}.{k}: is no field here" for k in value.keys() - fields.keys()]
-    found += [f"{where}.{k}: is missing" for k in shape if not k.endswith("?") and k not in value]
-    return found + [p for k, v in value.items() if k in fields for p in problems(v, fields[k], f"{where}.{k}")]
+    mistakes = [f"{where}.{k}: is no field here" for k in value.keys() - fields.keys()]
+    mistakes += [f"{where}.{k}: is missing" for k in shape if not k.endswith("?") and k not in value]
+    return mistakes + [p for k, v in value.items() if k in fields for p in problems(v, fields[k], f"{where}.{k}")]
 
 
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")

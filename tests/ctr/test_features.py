@@ -22,8 +22,8 @@ ITEMS = pa.table(
 
 def samples(*rows: tuple[int, int, float, list[int], list[float | None], str]) -> pa.Table:
     user, item, label, history, ratings, split = (list(column) for column in zip(*rows, strict=True))
-    told = [[1.0] * len(items) for items in history]
-    return pa.table([user, item, label, [0] * len(rows), history, ratings, told, split], schema=SAMPLES)
+    outcomes = [[1.0] * len(items) for items in history]
+    return pa.table([user, item, label, [0] * len(rows), history, ratings, outcomes, split], schema=SAMPLES)
 
 
 TABLE = samples(

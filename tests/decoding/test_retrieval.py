@@ -38,8 +38,8 @@ def draft(
     )
 
 
-def tokens(found: Drafts, row: int = 0) -> list[int]:
-    return [int(t) for t in found.tokens[row, : found.count[row]]]
+def tokens(drafts: Drafts, row: int = 0) -> list[int]:
+    return [int(t) for t in drafts.tokens[row, : drafts.count[row]]]
 
 
 def test_the_commonest_continuation_of_the_longest_match_wins() -> None:
@@ -47,18 +47,18 @@ def test_the_commonest_continuation_of_the_longest_match_wins() -> None:
     place = search_set.add_sealed(
         build_pool([[1, 2, 3, 7], [1, 2, 3, 8], [1, 2, 3, 8], [9, 3, 5], [9, 3, 5], [9, 3, 5]])
     )
-    found = draft(search_set, [[1, 2, 3]], [[(SEALED, place)]])
+    drafts = draft(search_set, [[1, 2, 3]], [[(SEALED, place)]])
     # "1 2 3" was followed by 8 twice and 7 once; 5 followed only the shorter "3", three times at a quarter of a vote.
-    assert tokens(found) == [8]
-    assert found.cell[0, 0] == 2 * VOTES + 3  # three shared tokens; 2 of 3 votes lie between 55 and 75 %
+    assert tokens(drafts) == [8]
+    assert drafts.cell[0, 0] == 2 * VOTES + 3  # three shared tokens; 2 of 3 votes lie between 55 and 75 %
 
 
 def test_chances_multiply_along_the_chain_and_end_at_the_floor() -> None:
     search_set = SearchSet()
     place = search_set.add_sealed(build_pool([[1, 2, 3, 4, 5, 6]]))
-    found = draft(search_set, [[1]], [[(SEALED, place)]])
-    assert tokens(found) == [2, 3, 4, 5, 6]
-    np.testing.assert_allclose(found.chance[0, :5], [0.5, 0.25, 0.125, 0.0625, 0.03125])
+    drafts = draft(search_set, [[1]], [[(SEALED, place)]])
+    assert tokens(drafts) == [2, 3, 4, 5, 6]
+    np.testing.assert_allclose(drafts.chance[0, :5], [0.5, 0.25, 0.125, 0.0625, 0.03125])
     assert tokens(draft(search_set, [[1]], [[(SEALED, place)]], floor=0.2)) == [2, 3]
     assert tokens(draft(search_set, [[1]], [[(SEALED, place)]], limit=1)) == [2]
     assert tokens(draft(search_set, [[1]], [[(SEALED, place)]], limit=0)) == []
@@ -72,9 +72,9 @@ def test_the_source_that_promises_most_accepted_tokens_wins() -> None:
     both = [[(SEALED, short), (TEXT, long)]]
     # One token at 0.9 beats 0.5 + 0.25 + 0.125; with equal rates the longer draft wins.
     assert tokens(draft(search_set, [[1, 2]], both, rates=rates, groups=[[0, 1]])) == [3]
-    found = draft(search_set, [[1, 2]], both, rates=rates, groups=[[1, 1]])
-    assert tokens(found) == [4, 5, 6]
-    assert found.source[0] == 1
+    drafts = draft(search_set, [[1, 2]], both, rates=rates, groups=[[1, 1]])
+    assert tokens(drafts) == [4, 5, 6]
+    assert drafts.source[0] == 1
 
 
 def test_a_repeating_row_is_continued_from_itself_beyond_its_end() -> None:
@@ -94,9 +94,9 @@ def test_rows_of_different_pools_are_served_in_one_call() -> None:
     live = LivePool(max_tokens=1 << 12)
     live.insert([1, 4])
     c = search_set.add_live(live)
-    found = draft(search_set, [[1], [1], [1], [8]], [[(SEALED, a)], [(SEALED, b)], [(LIVE, c)], [(SEALED, a)]])
-    assert [tokens(found, row) for row in range(4)] == [[2], [3], [4], []]
-    assert list(found.source) == [0, 0, 0, -1]
+    drafts = draft(search_set, [[1], [1], [1], [8]], [[(SEALED, a)], [(SEALED, b)], [(LIVE, c)], [(SEALED, a)]])
+    assert [tokens(drafts, row) for row in range(4)] == [[2], [3], [4], []]
+    assert list(drafts.source) == [0, 0, 0, -1]
 
 
 def test_a_freed_place_finds_nothing_and_is_used_again() -> None:

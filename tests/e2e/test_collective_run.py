@@ -67,8 +67,8 @@ def test_a_cohort_s_text_serves_its_members(
     assert rows * 5 < len(users) + len(items)
     with open_release(workspace) as release:
         for kind, ids in (("user", users), ("item", items)):
-            found = release.store.get(kind, ids)
-            assert all(k is not None and k.framework == "collective" and "echo-" in k.text for k in found)
+            knowledge = release.store.get(kind, ids)
+            assert all(k is not None and k.framework == "collective" and "echo-" in k.text for k in knowledge)
             assert release.store.vectors(kind, ids)[1].all()
         assert any(len(c) == 2 for c in release.store.cohorts("user", users))  # liked and disliked
         assert release.store.get("user", [10**9]) == [None]

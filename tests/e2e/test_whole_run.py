@@ -84,12 +84,12 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    family = psutil.Process(process.pid).children(recursive=True)
+    tree = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     # Ray's reaper ends the cluster of a dead driver; its agents notice only after a minute or two, which nobody here
     # waits for.
-    _, alive = psutil.wait_procs(family, timeout=3)
+    _, alive = psutil.wait_procs(tree, timeout=3)
     for left in alive:
         with suppress(psutil.NoSuchProcess):
             left.kill()

@@ -94,8 +94,8 @@ def test_what_goes_out_comes_back_in(small_world: Workspace, tmp_path: Path, ech
         assert export_knowledge(small_world, out) == 30
         manifest = import_knowledge(recipe, small_world, ImportSource(kind="item", path=out))
         table = read_knowledge(small_world, manifest.outputs["knowledge"], "item")
-        found = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
-        assert found == {row["id"]: row["text"] for row in rows}
+        texts = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+        assert texts == {row["id"]: row["text"] for row in rows}
 
 
 def test_unprepared_workspace_says_what_to_run(workspace: Workspace, tmp_path: Path, echo_recipe_for: object) -> None:

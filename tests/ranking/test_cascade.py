@@ -31,8 +31,8 @@ LLM = np.array([0.1, 1.0, 0.8, 0.6])
     ],
 )
 def test_head_is_reordered_by_the_blend(first: int, weight: float, order: list[int], scores: list[float]) -> None:
-    found, blended = reorder(CTR, LLM, first=first, weight=weight)
-    assert found.tolist() == order
+    ranking, blended = reorder(CTR, LLM, first=first, weight=weight)
+    assert ranking.tolist() == order
     np.testing.assert_allclose(blended, scores)
 
 
@@ -130,16 +130,16 @@ def samples_of(counts: dict[int, int], split: str = "test") -> pa.Table:
 
 def test_lists_know_only_what_was_known_at_their_moment() -> None:
     samples = pa.concat_tables([samples_of({1: 5, 2: 3, 3: 4, 4: 2}), samples_of({9: 8}, "train")])
-    found = held_out_lists(samples, lists=3, length=3)
-    assert found.schema == SAMPLES
-    users = found["user_id"].to_numpy().reshape(3, 3)
+    held_out = held_out_lists(samples, lists=3, length=3)
+    assert held_out.schema == SAMPLES
+    users = held_out["user_id"].to_numpy().reshape(3, 3)
     assert set(users[:, 0]) == {1, 2, 3}
     assert (users == users[:, :1]).all()
-    assert found["item_id"].to_pylist() == [100, 101, 102] * 3
-    assert found["label"].to_pylist() == [0, 1, 0] * 3
-    assert set(found["timestamp"].to_pylist()) == {10}
-    assert found["history"].to_pylist() == [list(range(100))] * 9
+    assert held_out["item_id"].to_pylist() == [100, 101, 102] * 3
+    assert held_out["label"].to_pylist() == [0, 1, 0] * 3
+    assert set(held_out["timestamp"].to_pylist()) == {10}
+    assert held_out["history"].to_pylist() == [list(range(100))] * 9
     fewer = held_out_lists(samples, lists=2, length=3)
-    assert fewer.equals(found.slice(0, 6).combine_chunks())
+    assert fewer.equals(held_out.slice(0, 6).combine_chunks())
     with pytest.raises(RecipeError, match="4 lists of 3 candidates are asked for, but 3 users"):
         held_out_lists(samples, lists=4, length=3)

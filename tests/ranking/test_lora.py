@@ -67,24 +67,24 @@ def test_two_workers_of_which_one_is_killed_tune_as_one_does(
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    told: list[int] = []
-    adapter = tune_adapter(workspace, spec, told.append)
+    reported: list[int] = []
+    adapter = tune_adapter(workspace, spec, reported.append)
     killer.join(5)
     assert killed
     assert 3 <= killed[0] < 24
     alone = tune(
         load_model(model, None, spec.settings), toy_examples(model, 48), toy_examples(model, 20, 1), spec.settings
     )
-    found, expected = adapter.manifest.progress, alone.progress
-    assert found.step == expected.step == sum(told) == 24
-    assert found.losses == pytest.approx(expected.losses, abs=2e-3)
-    assert found.best_step == expected.best_step
+    tuned_progress, expected = adapter.manifest.progress, alone.progress
+    assert tuned_progress.step == expected.step == sum(reported) == 24
+    assert tuned_progress.losses == pytest.approx(expected.losses, abs=2e-3)
+    assert tuned_progress.best_step == expected.best_step
     assert adapter.manifest.model == model_identity(model)
 
     assert sorted(workspace.names("ranking/abc")) == ["adapter", "ray", "train.parquet", "valid.parquet"]
     assert workspace.names("ranking/abc/ray") == []
     before = workspace.read_bytes("ranking/abc/adapter/adapter_model.safetensors")
-    assert tune_adapter(workspace, spec, told.append) == adapter  # tuned already: no worker starts
+    assert tune_adapter(workspace, spec, reported.append) == adapter  # tuned already: no worker starts
     assert workspace.read_bytes("ranking/abc/adapter/adapter_model.safetensors") == before
     assert capfd.readouterr().err == ""
 

@@ -39,8 +39,8 @@ def prepare(workspace: Workspace) -> None:
             history = rng.integers(2 * len(NOUNS), len(titles), 6).tolist()
             ratings = rng.integers(1, 6, 6).astype(float).tolist()
             row = {"user_id": user, "item_id": item, "label": float(item < len(NOUNS)), "timestamp": moment}
-            told = {"history_ratings": ratings, "history_labels": [1.0] * 6}
-            rows.append({**row, "history": history, **told, "split": split})
+            outcomes = {"history_ratings": ratings, "history_labels": [1.0] * 6}
+            rows.append({**row, "history": history, **outcomes, "split": split})
     workspace.write_table("users", users, key="user_id", n_shards=2)
     workspace.write_table("items", items, key="item_id", n_shards=2)
     write_samples(workspace, pa.Table.from_pylist(rows, schema=schema.SAMPLES))
@@ -133,9 +133,9 @@ def test_a_model_that_cannot_be_asked_is_named_by_the_scoring_actor(ray_local: N
     from owlrec.ranking.lora import score_questions
 
     engine = VllmEngineConfig(type="vllm", model=write_tiny_ranker(tmp_path, ["text"], template=None), threads=1)
-    with pytest.raises(EngineError, match="no chat template") as found:
+    with pytest.raises(EngineError, match="no chat template") as raised:
         score_questions(engine, [("s", "t")], {"zero-shot": None}, log_path=str(tmp_path / "log"))
-    assert "ray" not in str(found.value)
+    assert "ray" not in str(raised.value)
 
 
 def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_evaluated() -> None:
@@ -159,6 +159,6 @@ def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_evaluate
 
 
 def test_a_recipe_sets_some_of_the_tuning() -> None:
-    found = TuningConfig(rank=4, use_gpu=True).settings
-    assert found == TuningSettings(rank=4, use_gpu=True, gradient_checkpointing=True)
+    settings = TuningConfig(rank=4, use_gpu=True).settings
+    assert settings == TuningSettings(rank=4, use_gpu=True, gradient_checkpointing=True)
     assert TuningConfig().settings == TuningSettings()

@@ -86,8 +86,8 @@ def publish_world(
         ),
         knowledge("item", {i: f"Film {i} is slow." for i in items}, dict.fromkeys(items, 0)),
     ]
-    of_users = {u: np.full(DIM, u / 64, dtype=np.float32) for u in users}
-    tables = {"user": vectors("user", of_users), "item": vectors("item", {i: direction(i) for i in items})}
+    user_vectors = {u: np.full(DIM, u / 64, dtype=np.float32) for u in users}
+    tables = {"user": vectors("user", user_vectors), "item": vectors("item", {i: direction(i) for i in items})}
     quantisers: dict[str, Quantiser] = {}
     for kind, table in tables.items() if ids else ():
         matrix = vector_matrix(table).astype(np.float32)

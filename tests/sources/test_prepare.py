@@ -433,8 +433,8 @@ def test_globs_of_a_bucket(pattern: str, names: list[str]) -> None:
     bucket = Storage("memory://prepare-globs")
     for name in ("a/y.csv", "a/b/c/x.csv", "a/b/x.txt", "b/z.csv"):
         bucket.write_bytes(f"data/{name}", b"x")
-    found = files.input_files(f"memory://prepare-globs/data/{pattern}")
-    assert [file.path for file in found] == [f"memory://prepare-globs/data/{name}" for name in names]
+    listed = files.input_files(f"memory://prepare-globs/data/{pattern}")
+    assert [file.path for file in listed] == [f"memory://prepare-globs/data/{name}" for name in names]
 
 
 @pytest.mark.parametrize("path", ["iceberg:shop.sales.items", "delta:s3://lake/items"])

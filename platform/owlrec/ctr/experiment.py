@@ -427,7 +427,7 @@ def _differences(
     intervals = compare_arms(scores, paths) if scores else {}
     differences = {}
     for key, seeds in pairs.items():
-        arm_auc, base_auc = (float(np.mean([r.test.auc for r in side])) for side in zip(*seeds, strict=True))
+        arm_auc, base_auc = (float(np.mean([r.test.auc for r in half])) for half in zip(*seeds, strict=True))
         relative = relative_improvement(arm_auc, base_auc)
         differences[key] = PairedDifference(
             seeds=len(seeds),

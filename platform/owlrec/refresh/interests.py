@@ -188,9 +188,9 @@ def sum_vectors(
     bounds = np.r_[0, np.cumsum(lengths)].astype(np.int64)
     for row, (start, end) in enumerate(pairwise(bounds)):  # bounds what is in memory at once
         used = start + np.flatnonzero(weights[start:end])
-        for side in (0, 1):
-            mine = used[disliked[used] == bool(side)]
-            sums[row, side] = (weights[mine, None] * vectors[place[mine]]).sum(axis=0)
+        for facet in (0, 1):
+            mine = used[disliked[used] == bool(facet)]
+            sums[row, facet] = (weights[mine, None] * vectors[place[mine]]).sum(axis=0)
     return sums
 
 
