@@ -197,7 +197,7 @@ class _Frozen(LiveState):
     def behaviors(self, user_id: int) -> np.ndarray | None:
         return self._behaviors[user_id]
 
-    def adapted(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
+    def adaptor_fields(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
         assert user_id is not None
         fields = self._item_fields[np.searchsorted(self._items, items)]
         both = np.concatenate([np.broadcast_to(self._user_fields[user_id], fields.shape), fields], axis=1)

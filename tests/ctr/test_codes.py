@@ -92,7 +92,7 @@ def test_the_users_fields_come_first_whatever_the_form(data: TrainingData) -> No
     sizes = {"user_codes": code_sizes(tables.users), "item_codes": code_sizes(tables.items)}
     model = CTRModel(ModelSpec.of(data.features.spec, "din", tables.dim, CONFIG, **sizes), data.features.items).eval()
     batch = SplitTensors(data.features.splits["test"].whole(), tables, "cpu").batch(torch.arange(5))
-    fields = model.adapted(batch)
+    fields = model.adaptor_fields(batch)
     assert fields is not None
     assert model.adaptor is not None
     assert batch.user_codes is not None

@@ -70,7 +70,7 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
         assert sorted(table["id"].to_pylist()) == written
         assert table["raw_id"].to_pylist() == [str(id_) for id_ in table["id"].to_pylist()]
         assert table["semantic_id"].null_count == 0
-        assert {len(fields) for fields in table["adapted"].to_pylist()} != {0}
+        assert {len(fields) for fields in table["adaptor_fields"].to_pylist()} != {0}
 
 
 def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ class Batch:
     item_codes: Codes | None = None
     distinct: DistinctItems | None = None  # of a batch that has many rows; a request's items hardly recur
     # float32 [b, knowledge_fields, e]: what the model made of all these, the user's fields first, in their place
-    adapted: Tensor | None = None
+    adaptor_fields: Tensor | None = None
 
 
 class CTRModel(nn.Module):
@@ -162,7 +162,7 @@ class CTRModel(nn.Module):
                 history=history,
                 mask=batch.history != PADDING,
                 profile=torch.stack(profile, dim=1) if profile else target[:, :0],
-                knowledge=self.adapted(batch),
+                knowledge=self.adaptor_fields(batch),
                 behaviours=behaviours,
             )
         )
@@ -198,10 +198,10 @@ class CTRModel(nn.Module):
             fields.append(table(values[:, i]).sum(1) / n_values)
         return torch.stack(fields, dim=1)
 
-    def adapted(self, batch: Batch) -> Tensor | None:
+    def adaptor_fields(self, batch: Batch) -> Tensor | None:
         """float32 [b, knowledge_fields, e]: the user's fields, then the item's; None for an arm without knowledge."""
-        if batch.adapted is not None:
-            return batch.adapted
+        if batch.adaptor_fields is not None:
+            return batch.adaptor_fields
         forms: list[Tensor] = []
         if self.adaptor is not None:
             if batch.user is None or batch.item is None:

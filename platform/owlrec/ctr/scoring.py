@@ -301,8 +301,8 @@ class LiveState:
         """
         return self.held[kind].gather(ids, lambda missing: self._made(kind, missing))
 
-    def adapted(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
-        """Batch.adapted of one user's candidates; None where the model reads no knowledge. items: int64 [n]."""
+    def adaptor_fields(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
+        """Batch.adaptor_fields of one user's candidates; None where the model reads no knowledge. items: int64 [n]."""
         if self._nobody is None:
             return None
         user = self._nobody if user_id is None else self.fields("user", np.array([user_id]))
@@ -422,7 +422,7 @@ class Scorer:
         ids = np.asarray(candidates, dtype=np.int64)
         arrays = (self.items.rows(ids), *self._history(asking, live), self._profile(asking))
         items, history, ratings, profile = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
-        return Batch(items, history, ratings, profile, adapted=live.adapted(asking.user_id, ids))
+        return Batch(items, history, ratings, profile, adaptor_fields=live.adaptor_fields(asking.user_id, ids))
 
     def _history(self, user: User, live: LiveState) -> tuple[np.ndarray, np.ndarray]:
         """Items and outcomes as training encodes them, int [1, history_length] each."""

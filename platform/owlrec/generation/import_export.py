@@ -381,7 +381,7 @@ class _SeenIds:
         return True
 
 
-# ------------------------------------------------------------------------------------------------------------- adoption
+# --------------------------------------------------------------------------------------------------------------- import
 # Knowledge made elsewhere becomes a job's: imported rows pass the same gate into the same tables as generated ones.
 #
 # All imports of a workspace make up one job, in which each replaces what an earlier one brought of its kind. A file of
@@ -407,7 +407,7 @@ _ROWS = pa.schema(
 )
 
 
-def adopt(
+def import_knowledge_file(
     workspace: Workspace, scenario: Scenario, quality: QualityConfig, source: ImportSource
 ) -> tuple[GenerationJob, dict[str, Card]]:
     """Reads a file of knowledge into the workspace, in place of all imported knowledge of its kind; the job of all
