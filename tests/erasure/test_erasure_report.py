@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from worlds import write_samples
 
 from owlrec import cli
-from owlrec.erasure.forgetting import forget
+from owlrec.erasure.forget import forget
 from owlrec.errors import WorkspaceError
 from owlrec.schema import SAMPLES
 from owlrec.workspace import TOMBSTONES, Workspace, read_tombstones

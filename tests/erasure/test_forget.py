@@ -27,7 +27,7 @@ from owlrec.ctr.experiment import trials
 from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.trainer import export_trial, train_one
 from owlrec.ctr.training import GridSpec, encode_once, load_data
-from owlrec.erasure.forgetting import forget
+from owlrec.erasure.forget import forget
 from owlrec.generation.engines import EchoEngine, count_words
 from owlrec.generation.import_export import ImportSource
 from owlrec.node_cache import NodeCache

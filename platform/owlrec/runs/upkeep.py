@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from owlrec.erasure.forgetting import Report
-from owlrec.erasure.forgetting import forget as erase
+from owlrec.erasure.forget import Report
+from owlrec.erasure.forget import forget as erase
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import progress, stage_header
 from owlrec.recipe import RayConfig, Recipe
