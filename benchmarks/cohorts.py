@@ -154,7 +154,7 @@ def _real() -> Iterator[Figure]:
             )
             labels.append(_labels(workspace, f"c{seed}", "user", "liked"))
         users = sorted(labels[0].keys() & labels[1].keys())
-        score = adjusted_rand_score(*([of[u] for u in users] for of in labels))
+        score = adjusted_rand_score(*([cohort[u] for u in users] for cohort in labels))
         yield Figure(
             measure="users' cohorts of two seeds", method="owlrec", value=round(score, 3), unit="adjusted Rand index"
         )
@@ -239,15 +239,15 @@ def _cost(workspace: Workspace) -> Iterator[Figure]:
         collective = Shard.from_name(card.shard).kind == "cohort"
         calls[collective] += card.rows_in
         tokens[collective] += int(card.counts["prompt_tokens"]) + int(card.counts["output_tokens"])
-    for unit_, of in (("calls", calls), ("tokens, prompt and answer", tokens)):
-        yield Figure(measure="knowledge of all users and items", method="individual", value=of[False], unit=unit_)
+    for unit_, counts in (("calls", calls), ("tokens, prompt and answer", tokens)):
+        yield Figure(measure="knowledge of all users and items", method="individual", value=counts[False], unit=unit_)
         yield Figure(
             measure="knowledge of all users and items",
             method="collective",
-            value=of[True],
+            value=counts[True],
             unit=unit_,
             ratio_to="fewer",
-            ratio=of[False] / of[True],
+            ratio=counts[False] / counts[True],
         )
 
 

@@ -178,9 +178,9 @@ def _prepare(workspace: Workspace, size: tuple[int | None, int | None]) -> None:
 
 def _histories(read: pa.Table) -> pa.Table:
     rows = [
-        {"user_id": int(user), "as_of": int(of["timestamp"].iloc[-1]), "items": of["item_id"].tolist(),
-         "ratings": of["rating"].tolist()}
-        for user, of in read.to_pandas().groupby("user_id")
+        {"user_id": int(user), "as_of": int(behaviors["timestamp"].iloc[-1]), "items": behaviors["item_id"].tolist(),
+         "ratings": behaviors["rating"].tolist()}
+        for user, behaviors in read.to_pandas().groupby("user_id")
     ]  # fmt: skip
     return pa.Table.from_pylist(rows, schema=HISTORIES)
 

@@ -264,7 +264,7 @@ def by_lengths(bench: Bench) -> list[Figure]:
         rows, _ = bench.tuned(run)
         for model in ("zero-shot", "tuned"):
             for way in WAYS[1:]:
-                pair = [scored(rows[model], of) for of in (way, "recent")]
+                pair = [scored(rows[model], shown) for shown in (way, "recent")]
                 figures.append(auc_figure(f"K = {run.behaviours}", f"{model}: {way} - recent", *pair))
     return figures
 

@@ -81,22 +81,24 @@ def planted(n: int, seed: int = 0) -> dict[int, list[int]]:
 
 def names(workspace: Workspace, folder: str, kind: str, ids: Sequence[int]) -> list[list[str]]:
     """Of each id its cohorts, liked before disliked."""
-    of: dict[int, list[tuple[str, str]]] = {i: [] for i in ids}
+    by_id: dict[int, list[tuple[str, str]]] = {i: [] for i in ids}
     for file in workspace.names(folder, kind):
         for row in workspace.read_parquet(f"{folder}/{kind}/{file}").to_pylist():
-            if row["id"] in of:
-                of[row["id"]].append((row["facet"], row["cohort"]))
-    return [[name for _, name in sorted(of[i], reverse=True)] for i in ids]
+            if row["id"] in by_id:
+                by_id[row["id"]].append((row["facet"], row["cohort"]))
+    return [[name for _, name in sorted(by_id[i], reverse=True)] for i in ids]
 
 
 def test_cohorts_hold_one_taste_and_keep_to_their_sizes(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     prepare(workspace, planted(160))
     built = build(workspace, "c")
-    of = {u: n[0] for u, n in enumerate(names(workspace, "c", "user", range(160)))}
-    pure = [len({u % TASTES for u, name in of.items() if name == cohort}) == 1 for cohort in set(of.values())]
+    cohort_of = {u: n[0] for u, n in enumerate(names(workspace, "c", "user", range(160)))}
+    pure = [
+        len({u % TASTES for u, name in cohort_of.items() if name == cohort}) == 1 for cohort in set(cohort_of.values())
+    ]
     assert np.mean(pure) > 0.8
-    sizes = Counter(of.values())
+    sizes = Counter(cohort_of.values())
     assert max(sizes.values()) <= 40
     assert min(sizes.values()) >= 2
     assert built["user_cohorts"] == len(sizes)
@@ -152,8 +154,10 @@ def test_two_levels_and_several_batches_group_tastes_as_one_does(
     built = build(workspace, "c")
     assert len(workspace.names("c", "user-liked-samples")) > 1
     assert len(workspace.names("c", "user-liked-centroids")) == 3
-    of = {u: n[0] for u, n in enumerate(names(workspace, "c", "user", range(160)))}
-    pure = [len({u % TASTES for u, name in of.items() if name == cohort}) == 1 for cohort in set(of.values())]
+    cohort_of = {u: n[0] for u, n in enumerate(names(workspace, "c", "user", range(160)))}
+    pure = [
+        len({u % TASTES for u, name in cohort_of.items() if name == cohort}) == 1 for cohort in set(cohort_of.values())
+    ]
     assert np.mean(pure) > 0.8
     assert built["user_members"] == 160
 

@@ -154,11 +154,11 @@ def test_encoded_samples_keep_the_weights_of_their_interactions(workspace: Works
     world = replace(toy_world, samples=toy_world.samples.append_column("weight", pa.array(weights)))
     features = encoded(workspace, world, soft((3, 5, MOMENT, 0.5)))
     keys = zip(*(world.samples[name].to_numpy() for name in KEY[:2]), strict=True)
-    of = dict(zip(keys, weights.tolist(), strict=True))
+    expected_weight = dict(zip(keys, weights.tolist(), strict=True))
     train = features.splits["train"].whole()
     got = dict(zip(zip(train.user_ids, train.item_ids, strict=True), train.weights.tolist(), strict=True))
     assert len(got) == 110 * 20
-    assert all(of[key] == weight for key, weight in got.items())
+    assert all(expected_weight[key] == weight for key, weight in got.items())
 
 
 def test_the_counts_of_items_are_those_of_logged_interactions(workspace: Workspace, toy_world: Any) -> None:

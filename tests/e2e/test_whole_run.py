@@ -66,7 +66,7 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     (folder,) = (workspace / "exports").iterdir()
     for kind in ("user", "item"):
         table = pq.read_table(folder / kind)
-        written = sorted({id_ for of, id_, _, _ in rows if of == kind})
+        written = sorted({id_ for row_kind, id_, _, _ in rows if row_kind == kind})
         assert sorted(table["id"].to_pylist()) == written
         assert table["raw_id"].to_pylist() == [str(id_) for id_ in table["id"].to_pylist()]
         assert table["semantic_id"].null_count == 0

@@ -184,12 +184,12 @@ def test_a_prompt_too_long_is_named(model: str) -> None:
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 300), st.integers(1, 5))
 def test_micro_batches_hold_each_row_once_within_the_budget(lengths: list[int], budget: int, workers: int) -> None:
-    of = np.array(lengths)
-    batches = micro_batches(of, budget, workers)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(of)))
-    assert all(len(batch) == 1 or len(batch) * of[batch].max() <= budget for batch in batches)
-    assert len(batches) >= min(workers, len(of))
-    longest = [of[batch].max() for batch in batches]
+    sizes = np.array(lengths)
+    batches = micro_batches(sizes, budget, workers)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(sizes)))
+    assert all(len(batch) == 1 or len(batch) * sizes[batch].max() <= budget for batch in batches)
+    assert len(batches) >= min(workers, len(sizes))
+    longest = [sizes[batch].max() for batch in batches]
     assert longest == sorted(longest, reverse=True)
 
 

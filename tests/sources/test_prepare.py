@@ -260,15 +260,15 @@ def test_weights_reach_the_samples_that_are_trained_on(tmp_path: Path) -> None:
         weights = np.random.default_rng(number).integers(0, 9, len(table)) / 4
         keys = (np.char.lstrip(table["item_id"].to_numpy().astype(str), "i"), table["timestamp"].to_numpy())
         write_log(folder, number, table.append_column("importance", pa.array(weights)))
-        for user, item, time, of in zip(table["user_id"].to_pylist(), *keys, weights, strict=True):
-            weight[int(user), stable_id(f"i{item}"), time] = of
+        for user, item, time, drawn_weight in zip(table["user_id"].to_pylist(), *keys, weights, strict=True):
+            weight[int(user), stable_id(f"i{item}"), time] = drawn_weight
     columns = {"interactions": {"weight": "importance"}}
     pq.write_table(pa.table({"user_id": [str(n) for n in range(N_USERS)]}), folder / "users.parquet")
     _, workspace = prepared(recipe(folder, tmp_path / "weighted", columns=columns))
     rows = workspace.read_table("samples").to_pylist()
     taken_at: dict[tuple[int, int], set[float]] = {}
-    for (user, _, time), of in weight.items():
-        taken_at.setdefault((user, time), set()).add(of)
+    for (user, _, time), drawn_weight in weight.items():
+        taken_at.setdefault((user, time), set()).add(drawn_weight)
     drawn = 0
     for row in rows:
         key = (row["user_id"], row["item_id"], row["timestamp"])

@@ -67,8 +67,8 @@ def route(
     """
     ids, as_of = vectors["id"].to_numpy(), vectors["as_of"].to_numpy()
     tables, alone = [], np.ones(len(ids), dtype=bool)
-    for book, (of, column, facet) in FACETS.items():
-        if of != kind or book not in model.books:
+    for book, (book_kind, column, facet) in FACETS.items():
+        if book_kind != kind or book not in model.books:
             continue
         rows, matrix = vector_rows(vectors[column])
         if facet != "disliked":

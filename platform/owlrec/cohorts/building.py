@@ -485,13 +485,13 @@ def _group_counts(
 
 
 def _summary(cards: Sequence[Card]) -> dict[str, int]:
-    def of(name: str) -> list[int]:
+    def counts(name: str) -> list[int]:
         return [int(card.counts.get(name, 0)) for card in cards]
 
-    summary = {"settled": sum(of("settled")), "prompts": sum(card.rows_out for card in cards)}
+    summary = {"settled": sum(counts("settled")), "prompts": sum(card.rows_out for card in cards)}
     for kind in TABLES:
-        summary |= {name: sum(of(name)) for name in (f"{kind}_cohorts", f"{kind}_members")}
-        summary[f"{kind}_cohort_largest"] = max(of(f"{kind}_cohort_largest"))
+        summary |= {name: sum(counts(name)) for name in (f"{kind}_cohorts", f"{kind}_members")}
+        summary[f"{kind}_cohort_largest"] = max(counts(f"{kind}_cohort_largest"))
     return summary
 
 

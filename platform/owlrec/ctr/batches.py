@@ -87,11 +87,11 @@ def segments(sizes: Sequence[int], start: int, end: int) -> Iterator[Segment]:
         before += size
 
 
-def _windows(of: Iterable[Segment], rows: int) -> Iterator[tuple[Segment, ...]]:
+def _windows(parts: Iterable[Segment], rows: int) -> Iterator[tuple[Segment, ...]]:
     """The same rows in windows of `rows`, the last one smaller."""
     window: list[Segment] = []
     room = rows
-    for shard, start, end in of:
+    for shard, start, end in parts:
         while start < end:
             taken = min(room, end - start)
             window.append((shard, start, start + taken))

@@ -291,7 +291,7 @@ def encode_tables(
     made = run_stage(workspace, EncodeSamples(encoded, profile, soft_labels), dict.fromkeys(shards, encoded), pool)
     cards = [made[shard.name] for shard in shards]
     for split in SPLITS:
-        rows, positives, unlabeled = (_total(cards, split + of) for of in ("", "_positives", "_unlabeled"))
+        rows, positives, unlabeled = (_total(cards, split + suffix) for suffix in ("", "_positives", "_unlabeled"))
         negatives = rows - unlabeled - positives
         refuse_labels(split, rows, {float(label) for label, n in enumerate((negatives, positives)) if n})
     ids = item_ids(workspace)

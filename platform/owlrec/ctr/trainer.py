@@ -204,8 +204,8 @@ class Optimisers:
         for i, optimiser in enumerate(self._optimisers):
             restored: dict[int, dict[str, Tensor]] = {}
             for key, value in state.items():
-                of, weight, name = key.split(".")
-                if int(of) == i:
+                number, weight, name = key.split(".")
+                if int(number) == i:
                     restored.setdefault(int(weight), {})[name] = value
             optimiser.load_state_dict({**optimiser.state_dict(), "state": restored})
 
@@ -650,14 +650,14 @@ def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
         for name in pc.unique(table["field"]).to_pylist()
     }
 
-    def of(kind: str) -> dict[str, pa.Array]:
+    def section(kind: str) -> dict[str, pa.Array]:
         prefix = kind + _SEPARATOR
         return {name.removeprefix(prefix): values for name, values in fields.items() if name.startswith(prefix)}
 
     return Vocabularies(
         items=fields["item"].cast(pa.int64()),
-        attributes=of("attribute"),
-        profile=of("profile"),
+        attributes=section("attribute"),
+        profile=section("profile"),
         grades=Grades(*map(float, fields["grades"].to_pylist())),
     )
 

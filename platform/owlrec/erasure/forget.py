@@ -176,7 +176,7 @@ _NOTE = (
 )
 
 
-class Place(BaseModel):
+class ErasedPlace(BaseModel):
     """One line of the report."""
 
     place: str
@@ -193,7 +193,7 @@ class Report(BaseModel):
     users: int
     unknown: int  # of them, of whom nothing was kept anywhere
     finished: float = 0  # seconds since 1970
-    places: list[Place] = []
+    places: list[ErasedPlace] = []
     models: list[str] = []  # folders of what was trained on rows of these users
     note: str = _NOTE
 
@@ -256,7 +256,7 @@ class _Erasure:
     ) -> None:
         self.workspace, self.users, self.run = workspace, users, run
         self.redis, self.drop_models = redis, drop_models
-        self.places: list[Place] = []
+        self.places: list[ErasedPlace] = []
         self.changed: list[str] = []  # files that were replaced or removed
 
     def carry_out(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> Report:
@@ -291,7 +291,7 @@ class _Erasure:
     def _hide_values(self) -> None:
         files, values = hide_values(self.workspace, self.users)
         if files:
-            self.places.append(Place(place="ctr, models", done="profile values hidden", files=files, rows=values))
+            self.places.append(ErasedPlace(place="ctr, models", done="profile values hidden", files=files, rows=values))
 
     def _erase_rows(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> list[Rewritten]:
         workspace, path = self.workspace, f"{self.run}/plan.json"
@@ -423,7 +423,7 @@ class _Erasure:
 
     def _note(self, place: str, done: str, files: int, rows: int = 0, size: int = 0, again: str = "") -> None:
         if files or rows:
-            self.places.append(Place(place=place, done=done, files=files, rows=rows, bytes=size, again=again))
+            self.places.append(ErasedPlace(place=place, done=done, files=files, rows=rows, bytes=size, again=again))
 
 
 def _rewritten(line: dict[str, Any]) -> Rewritten:

@@ -140,9 +140,11 @@ def measured_workload(workspace: Workspace, shard_rows: int, in_flight: int = 1)
     seconds = engine_seconds(cards)
     texts = {}
     for kind in get_args(TextKind):
-        of = [i for i, c in enumerate(cards) if (Shard.from_name(c.shard).kind if i < len(run) else "refresh") == kind]
-        if any(_count(cards[i], "output_tokens") for i in of):
-            texts[kind] = _text_figures([cards[i] for i in of], seconds[of])
+        places = [
+            i for i, c in enumerate(cards) if (Shard.from_name(c.shard).kind if i < len(run) else "refresh") == kind
+        ]
+        if any(_count(cards[i], "output_tokens") for i in places):
+            texts[kind] = _text_figures([cards[i] for i in places], seconds[places])
     if not texts.keys() & KINDS:
         raise WorkspaceError(
             f"{workspace.path(folder)}: the run wrote no tokens. Run a recipe with a real model first."

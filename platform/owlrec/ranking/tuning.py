@@ -155,7 +155,9 @@ class Checkpoint:
     def to_bytes(self) -> bytes:
         """The file."""
         groups = {"weights": self.weights, "best": self.best, **self.moments}
-        tensors = {f"{group}/{n}": t.detach().cpu().contiguous() for group, of in groups.items() for n, t in of.items()}
+        tensors = {
+            f"{group}/{n}": t.detach().cpu().contiguous() for group, named in groups.items() for n, t in named.items()
+        }
         return save(tensors, {"version": _VERSION, "progress": self.progress.model_dump_json()})
 
     @classmethod

@@ -237,8 +237,8 @@ class Preparation:
         settings = (stage.split, stage.thresholds, stage.tasks, stage.labels)
         files = {name: {path: entry.sha256 for path, entry in card.files.items()} for name, card in cards.items()}
         # What is drawn depends on which items there are.
-        catalog = [of for name, of in files.items() if name.startswith("item/")] if stage.labels.negatives else None
-        inputs = {Shard.from_name(name): fingerprint(of, *settings, catalog) for name, of in files.items()}
+        catalog = [read for name, read in files.items() if name.startswith("item/")] if stage.labels.negatives else None
+        inputs = {Shard.from_name(name): fingerprint(read, *settings, catalog) for name, read in files.items()}
         artifact = Artifact(self.workspace, TABLES)
         for name in set(artifact.cards()) - {shard.name for shard in inputs}:
             artifact.forget(Shard.from_name(name))  # of a time when there were more tasks
