@@ -77,9 +77,9 @@ def _speed(sizes: list[int]) -> list[Figure]:
             job = json.dumps({"folder": folder})
             command = [sys.executable, "-m", "benchmarks.cohorts", "--worker", job]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-        assert found["rows"] == n
-        speed = n / found["seconds"]
+            result = json.loads(done.stdout.splitlines()[-1])
+        assert result["rows"] == n
+        speed = n / result["seconds"]
         first = first or speed
         measure = f"{n:,} users, {DIM} dimensions, {ClusterConfig().sizes(n).cohorts:,} cohorts"
         to = f"{sizes[0]:,} users"
@@ -88,7 +88,7 @@ def _speed(sizes: list[int]) -> list[Figure]:
                 measure=measure, method="owlrec", value=round(speed), unit="users/s", ratio_to=to, ratio=speed / first
             ),
             Figure(
-                measure=measure, method="owlrec", value=round(found["peak_gb"], 2), unit="GB at most, all processes"
+                measure=measure, method="owlrec", value=round(result["peak_gb"], 2), unit="GB at most, all processes"
             ),
         ]
     return figures
@@ -154,13 +154,13 @@ def _real() -> Iterator[Figure]:
             )
             labels.append(_labels(workspace, f"c{seed}", "user", "liked"))
         users = sorted(labels[0].keys() & labels[1].keys())
-        score = adjusted_rand_score(*([of[u] for u in users] for of in labels))
+        score = adjusted_rand_score(*([cohort[u] for u in users] for cohort in labels))
         yield Figure(
             measure="users' cohorts of two seeds", method="owlrec", value=round(score, 3), unit="adjusted Rand index"
         )
         liked = _liked(workspace, recipe)
-        for what, of_users in liked.items():
-            within, random = _overlap(labels[0], of_users)
+        for what, user_sets in liked.items():
+            within, random = _overlap(labels[0], user_sets)
             unit_ = "mean Jaccard of liked items"
             yield Figure(measure=what, method="random groups of these sizes", value=round(random, 4), unit=unit_)
             yield Figure(
@@ -183,12 +183,12 @@ def _stages(recipe: Recipe, workspace: Workspace, *names: str) -> None:
 
 
 def _labels(workspace: Workspace, folder: str, kind: str, facet: str) -> dict[int, str]:
-    found = {}
+    labels = {}
     for part in workspace.names(folder, kind):
         for row in workspace.read_parquet(f"{folder}/{kind}/{part}").to_pylist():
             if row["facet"] == facet and row["source"] == "collaborative":
-                found[row["id"]] = row["cohort"]
-    return found
+                labels[row["id"]] = row["cohort"]
+    return labels
 
 
 def _liked(workspace: Workspace, recipe: Recipe) -> dict[str, dict[int, set[int]]]:
@@ -236,18 +236,18 @@ def _cost(workspace: Workspace) -> Iterator[Figure]:
     calls: dict[bool, int] = {True: 0, False: 0}
     tokens = dict(calls)
     for card in Artifact(workspace, generated.outputs["knowledge"]).cards().values():
-        collective = Shard.of_name(card.shard).kind == "cohort"
+        collective = Shard.from_name(card.shard).kind == "cohort"
         calls[collective] += card.rows_in
         tokens[collective] += int(card.counts["prompt_tokens"]) + int(card.counts["output_tokens"])
-    for unit_, of in (("calls", calls), ("tokens, prompt and answer", tokens)):
-        yield Figure(measure="knowledge of all users and items", method="individual", value=of[False], unit=unit_)
+    for unit_, counts in (("calls", calls), ("tokens, prompt and answer", tokens)):
+        yield Figure(measure="knowledge of all users and items", method="individual", value=counts[False], unit=unit_)
         yield Figure(
             measure="knowledge of all users and items",
             method="collective",
-            value=of[True],
+            value=counts[True],
             unit=unit_,
             ratio_to="fewer",
-            ratio=of[False] / of[True],
+            ratio=counts[False] / counts[True],
         )
 
 

@@ -91,18 +91,18 @@ def _planted(options: argparse.Namespace) -> Iterator[Figure]:
     for form in options.forms:
         data = _planted_data(world, form)
         for backbone in options.backbones:
-            of_arm: dict[str, list[float]] = {}
+            arm_aucs: dict[str, list[float]] = {}
             for trial in [Trial(backbone=backbone, arm=a, seed=s) for s in options.seeds for a in ARMS[:3]]:
-                of_arm.setdefault(trial.arm, []).append(train_one(trial, data, PLANTED).result.test.auc)
+                arm_aucs.setdefault(trial.arm, []).append(train_one(trial, data, PLANTED).result.test.auc)
             for arm in ("knowledge", "shuffled"):
-                gains = [a - b for a, b in zip(of_arm[arm], of_arm["none"], strict=True)]
+                gains = [a - b for a, b in zip(arm_aucs[arm], arm_aucs["none"], strict=True)]
                 each = ", ".join(f"{g:+.4f}" for g in gains)
                 note(f"{backbone}, {form}, {arm}: {each}")
                 yield Figure(
                     measure=f"planted traits as {form}, {users:,} users: {arm} to none",
                     method=backbone,
                     value=round(statistics.fmean(gains), 4),
-                    unit=f"test AUC (seeds {each}; none {statistics.fmean(of_arm['none']):.4f})",
+                    unit=f"test AUC (seeds {each}; none {statistics.fmean(arm_aucs['none']):.4f})",
                 )
 
 
@@ -110,8 +110,8 @@ def _planted_data(world: PlantedWorld, form: str) -> TrainingData:
     if form == "vectors":
         return world.data(trait_vectors(world.user_traits, seed=1), trait_vectors(world.item_traits, seed=2))
     encoder = Encoder(EncoderConfig())
-    sides = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
-    return world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in sides))
+    kind_tables = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
+    return world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in kind_tables))
 
 
 def _gauc(options: argparse.Namespace) -> Iterator[Figure]:
@@ -161,11 +161,11 @@ def _export(options: argparse.Namespace) -> Iterator[Figure]:
         attributes = [f for f in recipe.domain.text_fields if f in items.column_names]
         features = build_features(users, items, samples, attributes=attributes, profile=[], min_item_count=2)
         rng = np.random.default_rng(0)
-        sides = {
-            side: KnowledgeTable(np.sort(ids), rng.normal(size=(len(ids), 384)).astype(np.float16))
-            for side, ids in (("user", users["user_id"].to_numpy()), ("item", items["item_id"].to_numpy()))
+        kind_tables = {
+            kind: KnowledgeTable(np.sort(ids), rng.normal(size=(len(ids), 384)).astype(np.float16))
+            for kind, ids in (("user", users["user_id"].to_numpy()), ("item", items["item_id"].to_numpy()))
         }
-        data = TrainingData(features, {"knowledge": sides})
+        data = TrainingData(features, {"knowledge": kind_tables})
         tables = data.tables(Trial(backbone="din", arm="knowledge", seed=0))
         assert tables is not None
         length = features.spec.history_length
@@ -198,8 +198,8 @@ class _Behaviors:
 
     def behaviors(self, ids: Sequence[int]) -> list[np.ndarray | None]:
         """See KnowledgeStore.behaviors."""
-        found = (self._rows.get(id_) for id_ in ids)
-        return [None if value is None else np.frombuffer(value, BEHAVIOR) for value in found]
+        values = (self._rows.get(id_) for id_ in ids)
+        return [None if value is None else np.frombuffer(value, BEHAVIOR) for value in values]
 
 
 def _latency(
@@ -226,7 +226,7 @@ def _off_the_trainer(
 ) -> float:
     """The largest difference over the first test samples, each asked for as a request of its own."""
     test = samples.filter(pc.equal(samples["split"], "test")).slice(0, rows).to_pylist()
-    asked = [scorer.score(User.of_sample(r), [r["item_id"]], live)[0] for r in test]
+    asked = [scorer.score(User.from_sample(r), [r["item_id"]], live)[0] for r in test]
     with torch.inference_mode():
         trained = live.model(trainer.batch(torch.arange(len(test)))).double().sigmoid().numpy()
     return float(np.abs(np.array(asked) - trained).max())

@@ -105,8 +105,8 @@ def main() -> None:
         job = prepare(Path(folder), frameworks, quick=quick)
         for round_, method in itertools.product(range(rounds), methods):
             mine = [c for c in cells if round_ == 0 or method in (_best_ngram(runs, c), *_others(methods))]
-            for found in in_process(Path(folder), {**job, "method": method, "cells": mine}) if mine else ():
-                runs.setdefault((method, tuple(found["cell"])), []).append(found)
+            for run in in_process(Path(folder), {**job, "method": method, "cells": mine}) if mine else ():
+                runs.setdefault((method, tuple(run["cell"])), []).append(run)
             print(f"round {round_ + 1} of {rounds}: {method} done", file=sys.stderr, flush=True)
     figures = [f for c in cells for f in _figures(runs, c, methods)]
     show(f"{_new_tokens(quick)} new tokens, median of {rounds} rounds", figures, options)
@@ -118,7 +118,7 @@ def _others(methods: list[str]) -> list[str]:
 
 def _best_ngram(runs: Runs, cell: Cell) -> str | None:
     """The n-gram setting that was fastest in the first round of a cell."""
-    first = {m: found[0]["speed"] for (m, c), found in runs.items() if c == cell and m.startswith(NGRAM)}
+    first = {m: rounds[0]["speed"] for (m, c), rounds in runs.items() if c == cell and m.startswith(NGRAM)}
     return max(first, key=first.__getitem__) if first else None
 
 
@@ -127,9 +127,9 @@ def _figures(runs: Runs, cell: Cell, methods: list[str]) -> Iterator[Figure]:
     plain = runs.get((PLAIN, cell))
     base = float(np.median([r["speed"] for r in plain])) if plain else None
     for method in [m for m in methods if not m.startswith(NGRAM) or m == _best_ngram(runs, cell)]:
-        found = runs[method, cell]
-        speeds = [r["speed"] for r in found]
-        speed, last = float(np.median(speeds)), found[-1]
+        rounds = runs[method, cell]
+        speeds = [r["speed"] for r in rounds]
+        speed, last = float(np.median(speeds)), rounds[-1]
         name = f"{method}, best of {sum(m.startswith(NGRAM) for m in methods)}" if method.startswith(NGRAM) else method
         spread = (max(speeds) - min(speeds)) / 2 / speed * 100
         yield Figure(
@@ -220,8 +220,8 @@ def _work(job: dict[str, Any]) -> None:
         pool = f"{framework}-{'items' if workload == 'items' else 'users'}"
         engine.run(pool, list(itertools.islice(queue, 2)), batch)
         n = batch if job["quick"] else REQUESTS[batch]
-        found = engine.run(pool, list(itertools.islice(queue, n)), batch)
-        print(json.dumps({"cell": (framework, workload, batch), **found}))
+        figures = engine.run(pool, list(itertools.islice(queue, n)), batch)
+        print(json.dumps({"cell": (framework, workload, batch), **figures}))
 
 
 class _Engine:
@@ -284,8 +284,10 @@ class _Engine:
         """The texts of the requests, drafted from `pool`, as tokens behind the LEAD_TOKENS that end the prompt."""
         for request in requests:
             self._add(pool, request)
-        found = {o.request_id: [*o.prompt_token_ids[-LEAD_TOKENS:], *o.outputs[0].token_ids] for o in self._finish()}
-        return [found[str(r[0])] for r in requests]
+        by_request = {
+            o.request_id: [*o.prompt_token_ids[-LEAD_TOKENS:], *o.outputs[0].token_ids] for o in self._finish()
+        }
+        return [by_request[str(r[0])] for r in requests]
 
     def lead_of_best(self, request: Any, answer: list[int]) -> float:
         """By how much the likeliest next token's logit exceeds the second's, after the prompt and `answer`."""

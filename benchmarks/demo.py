@@ -45,9 +45,9 @@ def read(recipe: Recipe, workspace: Workspace) -> list[Figure]:
     for what in ("users", "items", "samples_train"):
         figures.append(Figure(measure="rows", method=what, value=stages["prepare"].counts[what], unit=""))
     with open_release(workspace, verify=False) as release:
-        found = measure_lookup(release.store, "user", workspace.read_table("users")["user_id"].to_numpy())
+        latencies = measure_lookup(release.store, "user", workspace.read_table("users")["user_id"].to_numpy())
     for what in ("knowledge", "vector"):
-        figures.append(Figure(measure="lookup", method=what, value=found[f"{what}_p50_us"], unit="µs, p50"))
+        figures.append(Figure(measure="lookup", method=what, value=latencies[f"{what}_p50_us"], unit="µs, p50"))
     results = finished_trials(workspace, stages["train_ctr"].outputs["grid"], trials(recipe.ctr))
     return figures + [arm_figure(row) for row in summarise(results)]
 

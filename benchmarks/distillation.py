@@ -136,8 +136,11 @@ def model_aucs(world: PlantedWorld, pairs: DistillationConfig, config: CTRConfig
             encode_tables(
                 workspace, "grid", attributes=["genre"], profile=[], min_item_count=1, soft_labels=soft_labels
             )
-            sides = {"user": trait_vectors(world.user_traits, seed=1), "item": trait_vectors(world.item_traits, seed=2)}
-            data = TrainingData(open_features(workspace, "grid"), {"knowledge": sides})
+            kind_tables = {
+                "user": trait_vectors(world.user_traits, seed=1),
+                "item": trait_vectors(world.item_traits, seed=2),
+            }
+            data = TrainingData(open_features(workspace, "grid"), {"knowledge": kind_tables})
             trial = Trial(backbone="dcnv2", arm="knowledge", seed=seed)
             aucs[name] = train_one(trial, data, config).result.test.auc
     return aucs
@@ -159,13 +162,15 @@ def _marks(traits: Sequence[int]) -> str:
 
 def _figures(options: argparse.Namespace) -> Iterator[Figure]:
     users = USERS // 4 if options.quick else USERS
-    world, of_seed = plant(users, ITEMS), []
+    world, seeds = plant(users, ITEMS), []
     for seed in SEEDS[:1] if options.quick else SEEDS:
-        of_seed.append(model_aucs(world, PAIRS, CONFIG, seed))
-        note(", ".join(f"{MODELS[name]}: {auc:.4f}" for name, auc in of_seed[-1].items()) + f" (seed {seed})")
+        seeds.append(model_aucs(world, PAIRS, CONFIG, seed))
+        note(", ".join(f"{MODELS[name]}: {auc:.4f}" for name, auc in seeds[-1].items()) + f" (seed {seed})")
     for name, method in MODELS.items():
-        aucs = [found[name] for found in of_seed]
-        gaps = [(found[name] - found["labels"]) / (found["all"] - found["labels"]) for found in of_seed]
+        aucs = [seed_aucs[name] for seed_aucs in seeds]
+        gaps = [
+            (seed_aucs[name] - seed_aucs["labels"]) / (seed_aucs["all"] - seed_aucs["labels"]) for seed_aucs in seeds
+        ]
         each = ", ".join(f"{auc:.4f}" for auc in aucs)
         closed = f"; share of the gap {', '.join(f'{gap:.2f}' for gap in gaps)}" if name == "taught" else ""
         yield Figure(

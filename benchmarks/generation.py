@@ -59,8 +59,8 @@ def _in_process(**job: Any) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def _speed(prompts: int, rounds: int) -> list[Figure]:
@@ -68,15 +68,15 @@ def _speed(prompts: int, rounds: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         _movielens(Workspace(folder), prompts)
         for round_ in range(rounds):
-            for method, found in speeds.items():
-                found.append(_in_process(method=method, folder=folder)["speed"])
-                print(f"round {round_ + 1} of {rounds}: {method} {found[-1]:.1f} tokens/s", file=sys.stderr, flush=True)
+            for method, rates in speeds.items():
+                rates.append(_in_process(method=method, folder=folder)["speed"])
+                print(f"round {round_ + 1} of {rounds}: {method} {rates[-1]:.1f} tokens/s", file=sys.stderr, flush=True)
     raw = float(np.median(speeds[RAW]))
     peer = float(np.median(speeds[RAY]))
     figures = []
-    for method, found in speeds.items():
-        speed = float(np.median(found))
-        unit = f"tokens/s (±{(max(found) - min(found)) / 2 / speed:.0%})"
+    for method, rates in speeds.items():
+        speed = float(np.median(rates))
+        unit = f"tokens/s (±{(max(rates) - min(rates)) / 2 / speed:.0%})"
         measure = f"{prompts} prompts, one engine"
         figures.append(
             Figure(measure=measure, method=method, value=round(speed, 1), unit=unit, ratio_to=RAW, ratio=speed / raw)
@@ -109,8 +109,8 @@ def _movielens(workspace: Workspace, prompts: int) -> None:
 def _work(task: dict[str, Any]) -> None:
     """One measurement, in its own process; prints it as a line of JSON."""
     workspace = Workspace(task["folder"])
-    found = {RAW: _raw, RAY: _ray_data_llm, OURS: _ours}[task["method"]](workspace, task)
-    print(json.dumps(found))
+    result = {RAW: _raw, RAY: _ray_data_llm, OURS: _ours}[task["method"]](workspace, task)
+    print(json.dumps(result))
 
 
 def _engine() -> VllmEngineConfig:

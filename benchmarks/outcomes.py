@@ -75,10 +75,10 @@ def train(folder: Path, log: str, options: argparse.Namespace) -> dict[str, list
     prepare(recipe, workspace)
     train_ctr(recipe, workspace)
     grid = needed_stage(workspace, "train_ctr", "").outputs["grid"]
-    found: dict[str, list[float]] = {backbone: [] for backbone in BACKBONES}
+    aucs: dict[str, list[float]] = {backbone: [] for backbone in BACKBONES}
     for result in finished_trials(workspace, grid, trials(recipe.ctr)):
-        found[result.trial.backbone].append(result.test.auc)
-    return found
+        aucs[result.trial.backbone].append(result.test.auc)
+    return aucs
 
 
 if __name__ == "__main__":

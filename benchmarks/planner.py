@@ -56,13 +56,13 @@ def main() -> None:
     parser.add_argument("--measured", help="a workspace to plan from, in place of the small run")
     parser.add_argument("--against", nargs="+", default=[], help="workspaces whose generation run is planned")
     options = parser.parse_args()
-    figures = list(_of_finished(options) if options.measured else _of_three_policies(options))
+    figures = list(_finished_figures(options) if options.measured else _policy_figures(options))
     errors = [abs(f.ratio - 1) for f in figures if f.ratio is not None]
     figures.append(Figure(measure="largest error", method="planner", value=round(100 * max(errors), 1), unit="%"))
     show("planner against measurement", figures, options)
 
 
-def _of_three_policies(options: argparse.Namespace) -> Iterator[Figure]:
+def _policy_figures(options: argparse.Namespace) -> Iterator[Figure]:
     folder = options.workspace / ("quick" if options.quick else "full")
     sizes, tokens = (QUICK, 16) if options.quick else (SIZES, 64)
     small = _run(folder / "small", sizes["small"], tokens, "both", refresh=True)
@@ -81,7 +81,7 @@ def _of_three_policies(options: argparse.Namespace) -> Iterator[Figure]:
         yield from _compared(policy, _planned(workload, texts), _taken(workspace, streaming=policy == "streaming"))
 
 
-def _of_finished(options: argparse.Namespace) -> Iterator[Figure]:
+def _finished_figures(options: argparse.Namespace) -> Iterator[Figure]:
     workload = measured_workload(Workspace(options.measured), SHARD_ROWS)
     for name in options.against:
         workspace = Workspace(name)
@@ -178,9 +178,9 @@ def _prepare(workspace: Workspace, size: tuple[int | None, int | None]) -> None:
 
 def _histories(read: pa.Table) -> pa.Table:
     rows = [
-        {"user_id": int(user), "as_of": int(of["timestamp"].iloc[-1]), "items": of["item_id"].tolist(),
-         "ratings": of["rating"].tolist()}
-        for user, of in read.to_pandas().groupby("user_id")
+        {"user_id": int(user), "as_of": int(behaviors["timestamp"].iloc[-1]), "items": behaviors["item_id"].tolist(),
+         "ratings": behaviors["rating"].tolist()}
+        for user, behaviors in read.to_pandas().groupby("user_id")
     ]  # fmt: skip
     return pa.Table.from_pylist(rows, schema=HISTORIES)
 

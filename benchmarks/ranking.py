@@ -65,11 +65,11 @@ def measure_prefix(folder: Path, quick: bool) -> list[Figure]:
         speeds = {}
         for caching in (True, False):
             job = {"do": "score", "lists": lists, "args": {"enable_prefix_caching": caching}}
-            found = in_process(folder, job)
-            speeds["prefix cache" if caching else "no prefix cache"] = CANDIDATES / np.array(found["seconds"])
+            timed = in_process(folder, job)
+            speeds["prefix cache" if caching else "no prefix cache"] = CANDIDATES / np.array(timed["seconds"])
         if retrieved_for == "set" and not quick:
-            found = in_process(folder, {"do": "one_by_one", "lists": lists[:3]})
-            speeds["transformers, one at a time"] = CANDIDATES / np.array(found["seconds"])
+            timed = in_process(folder, {"do": "one_by_one", "lists": lists[:3]})
+            speeds["transformers, one at a time"] = CANDIDATES / np.array(timed["seconds"])
         base = statistics.median(speeds["no prefix cache"])
         for method, values in speeds.items():
             middle, spread = statistics.median(values), (max(values) - min(values)) / 2
@@ -101,13 +101,13 @@ def measure_parity(folder: Path, quick: bool) -> list[Figure]:
         short = [questions[:timed], questions[:timed]]
         tuned = in_process(folder, {**job, "lists": [*short, questions], "adapter": adapter})
         plain = in_process(folder, {**job, "lists": short, "adapter": None})
-        found = np.array(tuned["scores"])
+        scores = np.array(tuned["scores"])
         pairs = np.triu_indices(n, 1)
-        same = np.sign(np.subtract.outer(found, found)) == np.sign(np.subtract.outer(expected, expected))
+        same = np.sign(np.subtract.outer(scores, scores)) == np.sign(np.subtract.outer(expected, expected))
         method = f"vLLM {dtype}, peft float32"
         figures += [
             Figure(
-                measure="P(yes), largest difference", method=method, value=float(abs(found - expected).max()), unit=""
+                measure="P(yes), largest difference", method=method, value=float(abs(scores - expected).max()), unit=""
             ),
             Figure(measure="pairs in the same order", method=method, value=100 * float(same[pairs].mean()), unit="%"),
             Figure(
@@ -207,7 +207,7 @@ def lists_of_questions(n_users: int, retrieved_for: str, history: int = HISTORY)
     profile, scenario = {"gender": "female", "age": "30"}, get_scenario("movies")
     rng = np.random.default_rng(0)
     lists = []
-    for user in sorted(u for u, of in seen.items() if len(of) >= 2 * HISTORY)[:n_users]:
+    for user in sorted(u for u, items in seen.items() if len(items) >= 2 * HISTORY)[:n_users]:
         behaviours = [(titles[item], rating) for _, item, rating in sorted(seen[user])]
         fresh = sorted(set(titles) - {item for _, item, _ in seen[user]})
         asked: list[Question] = []
@@ -229,8 +229,8 @@ def in_process(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{job['do']} failed:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
+    answer: dict[str, Any] = json.loads(result.read_text())
+    return answer
 
 
 def _work_score(job: dict[str, Any]) -> dict[str, Any]:
@@ -240,14 +240,14 @@ def _work_score(job: dict[str, Any]) -> dict[str, Any]:
     config = {**ENGINE, "engine_args": job["args"], "dtype": job.get("dtype", "auto")}
     adapter = job.get("adapter")
     scorer = Scorer(VllmEngineConfig(**config), lora_rank=8 if adapter else None)
-    seconds, found = [], None
+    seconds, scored = [], None
     for asked in job["lists"]:
         start = time.perf_counter()
-        found = asyncio.run(scorer.score([(q[0], q[1]) for q in asked], adapter))
+        scored = asyncio.run(scorer.score([(q[0], q[1]) for q in asked], adapter))
         seconds.append(time.perf_counter() - start)
     scorer.close()
-    assert found is not None
-    return {"seconds": seconds[1:], "scores": found.probabilities.tolist()}
+    assert scored is not None
+    return {"seconds": seconds[1:], "scores": scored.probabilities.tolist()}
 
 
 def _work_one_by_one(job: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def ctr_results(workspace: Workspace, scenario: Scenario, ranking: RankingConfig
     """Each model's, stopped on valid; the report shows them beside the ranker's."""
     samples, shots, seed = all_samples(workspace), ranking.data.shots, run.seed
     limits = {"train": shots, "valid": run.valid_samples, "test": run.test_samples}
-    seeds = {"train": seed, "valid": run.judging_seed, "test": run.judging_seed}
+    seeds = {"train": seed, "valid": run.evaluation_seed, "test": run.evaluation_seed}
     rows = [draw_shots(samples, None, seeds[split], split)[:limit] for split, limit in limits.items()]
     features = features_of(workspace, scenario, samples.take(pa.array(np.concatenate(rows))))
     few = CTRConfig(batch_size=64, epochs=60, patience=5, use_profile=True)

@@ -30,7 +30,7 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.ops.console import note
 from owlrec.ranking.experiment import RankerRun, RankingConfig, TuningSettings
-from owlrec.ranking.judging import Judgement
+from owlrec.ranking.judging import Evaluation
 from owlrec.ranking.samples import Shown, draw_samples
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.runs.batch import prepare
@@ -66,7 +66,7 @@ class Run:
     seed: int
     shots: int
     behaviours: int
-    judged: tuple[Shown, ...]
+    ways: tuple[Shown, ...]
     zero_shot: bool = False
     asked: tuple[str, ...] = ("recent", "retrieved")  # how its samples are asked while it is tuned
     retrieved_for: str = "set"
@@ -97,7 +97,7 @@ class Bench:
         return RankerRun(
             tuning=TuningSettings(seed=run.seed, epochs=self.options.epochs),
             seed=run.seed,
-            judged=run.judged,
+            ways=run.ways,
             valid_samples=self.options.valid_samples,
             test_samples=self.options.test_samples,
             zero_shot=run.zero_shot,
@@ -116,11 +116,11 @@ class Bench:
         kept, models = self.kept(run), ["zero-shot", "tuned"] if run.zero_shot else ["tuned"]
         if not self.is_done(run):
             card = tune_ranker(self.recipe_of(run), self.workspace, self.settings_of(run))
-            folder = card.outputs["judgements"].rpartition("/")[0]
+            folder = card.outputs["evaluations"].rpartition("/")[0]
             for model in models:
                 rows = self.workspace.read_parquet(f"{folder}/scores-{model}.parquet")
                 self.workspace.write_parquet(f"{kept}/{model}.parquet", rows)
-            for to, name in (("calibration", f"calibration-tuned-{run.judged[0]}"), ("judgements", "judgements")):
+            for to, name in (("calibration", f"calibration-tuned-{run.ways[0]}"), ("evaluations", "evaluations")):
                 self.workspace.write_json(f"{kept}/{to}.json", self.workspace.read_json(f"{folder}/{name}.json"))
             self.workspace.write_json(f"{kept}/run.json", {"folder": folder})
         tables = {model: self.workspace.read_parquet(f"{kept}/{model}.parquet") for model in models}
@@ -129,7 +129,7 @@ class Bench:
     def figures(self, run: Run, measure: str) -> list[Figure]:
         """What a run's models were judged to be worth."""
         self.tuned(run)
-        judgements = map(Judgement.model_validate, self.workspace.read_json(f"{self.kept(run)}/judgements.json"))
+        evaluations = map(Evaluation.model_validate, self.workspace.read_json(f"{self.kept(run)}/evaluations.json"))
         return [
             Figure(
                 measure=measure,
@@ -139,7 +139,7 @@ class Bench:
                 + (f" [{j.interval.low:.4f}, {j.interval.high:.4f}]" if j.interval else "")
                 + f", log-loss {j.log_loss:.4f}, accuracy {j.accuracy:.4f}",
             )
-            for j in judgements
+            for j in evaluations
         ]
 
 
@@ -210,8 +210,8 @@ def announce(bench: Bench) -> None:
         prompt = _FIXED_TOKENS + _BEHAVIOUR_TOKENS * run.behaviours
         tuned += prompt * o.epochs * run.shots * len(run.asked)
         stops = o.epochs * o.valid_samples * len(run.asked)
-        judged = (1 + run.zero_shot) * (o.valid_samples + o.test_samples) * len(run.judged)
-        read += prompt * (stops + judged)
+        scoring = (1 + run.zero_shot) * (o.valid_samples + o.test_samples) * len(run.ways)
+        read += prompt * (stops + scoring)
     if "longer" in o.only:
         read += sum(4 * o.longer_rows * (_FIXED_TOKENS + _BEHAVIOUR_TOKENS * k) for k in o.behaviours)
     if "cascade" in o.only:
@@ -249,9 +249,9 @@ def by_shots(bench: Bench) -> list[Figure]:
     for run in runs_of("shots", bench.options):
         measure = f"{run.shots} shots, seed {run.seed}"
         figures += bench.figures(run, measure)
-        judged = bench.recipe_of(run).ranking
-        assert judged is not None
-        for result in ctr_results(bench.workspace, bench.recipe.domain, judged, bench.settings_of(run)):
+        ranking = bench.recipe_of(run).ranking
+        assert ranking is not None
+        for result in ctr_results(bench.workspace, bench.recipe.domain, ranking, bench.settings_of(run)):
             figures.append(Figure(measure=measure, method=result.model, value=result.auc, unit="AUC"))
     return figures
 
@@ -264,7 +264,7 @@ def by_lengths(bench: Bench) -> list[Figure]:
         rows, _ = bench.tuned(run)
         for model in ("zero-shot", "tuned"):
             for way in WAYS[1:]:
-                pair = [scored(rows[model], of) for of in (way, "recent")]
+                pair = [scored(rows[model], shown) for shown in (way, "recent")]
                 figures.append(auc_figure(f"K = {run.behaviours}", f"{model}: {way} - recent", *pair))
     return figures
 
@@ -275,13 +275,13 @@ def by_longer(bench: Bench) -> list[Figure]:
     _, folder = bench.tuned(run)
     recipe, workspace = bench.recipe_of(run), bench.workspace
     catalog = ItemCatalog.load(workspace).ids
-    asked = draw_samples(workspace, "test", rows, RankerRun.judging_seed, catalog, exactly=True)
+    asked = draw_samples(workspace, "test", rows, RankerRun.evaluation_seed, catalog, exactly=True)
     figures = []
     for k in bench.options.behaviours:
         file = f"{bench.kept(run)}/longer-{k}-{rows}.parquet"
         if not workspace.exists(file):
-            found = ask_ranker(recipe, workspace, folder, asked, k=k, ways=("recent", "retrieved"), zero_shot=True)
-            workspace.write_parquet(file, found)
+            rows_asked = ask_ranker(recipe, workspace, folder, asked, k=k, ways=("recent", "retrieved"), zero_shot=True)
+            workspace.write_parquet(file, rows_asked)
         table = workspace.read_parquet(file)
         for model in ("zero-shot", "tuned"):
             measure = f"K = {k}, {rows} test rows, {model}"
@@ -295,13 +295,13 @@ def by_longer(bench: Bench) -> list[Figure]:
 def by_mixture(bench: Bench) -> list[Figure]:
     """As many samples, asked in one way or in both; judged on retrieved behaviours, as ReLLa does."""
     figures: list[Figure] = []
-    of_seed: dict[int, dict[str, Scored]] = {}
+    seed_scores: dict[int, dict[str, Scored]] = {}
     for run in runs_of("mixture", bench.options):
         figures += bench.figures(run, f"tuned on {' + '.join(run.asked)}, {run.shots} shots, seed {run.seed}")
         rows, _ = bench.tuned(run)
-        of_seed.setdefault(run.seed, {})[" + ".join(run.asked)] = scored(rows["tuned"], "retrieved")
-    for seed, found in of_seed.items():
-        (_, both), *single = found.items()
+        seed_scores.setdefault(run.seed, {})[" + ".join(run.asked)] = scored(rows["tuned"], "retrieved")
+    for seed, scores in seed_scores.items():
+        (_, both), *single = scores.items()
         for name, one in single:
             figures.append(auc_figure(f"tuned on both - on one, seed {seed}", f"both - {name}", both, one))
     return figures
@@ -311,13 +311,13 @@ def by_sets(bench: Bench) -> list[Figure]:
     """The same samples, asked with behaviors for each candidate or for its set."""
     figures: list[Figure] = []
     for seed in bench.options.seeds:
-        found = {}
+        scores = {}
         for run in runs_of("sets", bench.options):
             if run.seed == seed:
                 measure = f"retrieved for each {run.retrieved_for}, {run.shots} shots, seed {seed}"
                 figures += bench.figures(run, measure)
-                found[run.retrieved_for] = scored(bench.tuned(run)[0]["tuned"], "retrieved")
-        figures.append(auc_figure(f"for a set, seed {seed}", "set - candidate", found["set"], found["candidate"]))
+                scores[run.retrieved_for] = scored(bench.tuned(run)[0]["tuned"], "retrieved")
+        figures.append(auc_figure(f"for a set, seed {seed}", "set - candidate", scores["set"], scores["candidate"]))
     return figures
 
 

@@ -67,8 +67,8 @@ def ask_ranker(
     models = ({"zero-shot": None} if zero_shot else {}) | {"tuned": adapter}
     with ray_session(recipe.ray, workspace.log_path("ray")):
         scores = score_questions(engine, questions, models, log_path=str(workspace.log_path("asked")))
-    for model, found in scores.items():
-        rows = rows.append_column(model, pa.array(found))
+    for model, model_scores in scores.items():
+        rows = rows.append_column(model, pa.array(model_scores))
     return rows
 
 

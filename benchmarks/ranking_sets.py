@@ -48,9 +48,9 @@ def main() -> None:
         prepare(recipe, workspace)
     vectors = ItemVectors.encoded(workspace, recipe.encoder)
     catalog = ItemCatalog.load(workspace).ids
-    found, mask = vectors.shards.gather(catalog)
+    rows, mask = vectors.shards.gather(catalog)
     assert mask.all()
-    unit = unit_rows(vectors.projection.apply(found))
+    unit = unit_rows(vectors.projection.apply(rows))
     splits = [draw_samples(workspace, split, options.rows, 0, catalog) for split in ("train", "test")]
     show("retrieval for a set", figures_of(splits, catalog, unit, options.behaviors), options)
 

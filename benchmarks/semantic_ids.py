@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, help="a folder that `encode` wrote")
     parser.add_argument("--source", default="knowledge", help="with --vectors: whose ids; default: %(default)s")
     options = parser.parse_args()
-    coded = _of_run(options) if options.vectors else _of_metadata(options)
+    coded = _run_codes(options) if options.vectors else _metadata_codes(options)
     reports = {kind: measure_codes(c.quantiser, c.codes, c.vectors) for kind, c in coded.items()}
     figures = [f for kind, report in reports.items() for f in _figures(kind, report)]
     figures += _together(coded, reports)
@@ -63,7 +63,7 @@ def main() -> None:
     show(f"semantic ids of {sizes}: {source}", figures, options)
 
 
-def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
+def _run_codes(options: argparse.Namespace) -> dict[str, Coded]:
     folder = options.vectors.resolve()
     workspace, coded = Workspace(folder.parent.parent), {}
     for kind in CODED_KINDS:
@@ -82,7 +82,7 @@ def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
     return coded
 
 
-def _of_metadata(options: argparse.Namespace) -> dict[str, Coded]:
+def _metadata_codes(options: argparse.Namespace) -> dict[str, Coded]:
     most = 300 if options.quick else None
     raw = MovieLens100KSource(type="movielens-100k", max_users=most, max_items=most).load()
     split = build_samples(raw.interactions, SplitConfig(cuts=("half",)), RATED)
@@ -176,15 +176,15 @@ def _peers(kind: str, vectors: np.ndarray, ours: QuantisationReport) -> list[Fig
 
 def _greedy(vectors: np.ndarray, levels: int = 3, codes: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """k-means of what the levels before left over, and the nearest centroid: int64 [n, levels], and what is left."""
-    found, left = [], vectors
+    digits, left = [], vectors
     for _ in range(levels):
         kmeans = faiss.Kmeans(left.shape[1], min(codes, len(np.unique(left, axis=0))), niter=20, seed=0)
         kmeans.cp.min_points_per_centroid = 1
         kmeans.cp.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
         kmeans.train(left)
-        found.append(kmeans.index.search(left, 1)[1][:, 0])
-        left = left - kmeans.centroids[found[-1]]
-    return np.stack(found, axis=1), left
+        digits.append(kmeans.index.search(left, 1)[1][:, 0])
+        left = left - kmeans.centroids[digits[-1]]
+    return np.stack(digits, axis=1), left
 
 
 if __name__ == "__main__":

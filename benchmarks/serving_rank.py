@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import torch
 import yaml
 
-from benchmarks.load import LoadJob, LoadResult
+from benchmarks.load import LoadResult, LoadSpec
 from benchmarks.serving_processes import free_port, load, owlrec, process, wait_for_answer
 from benchmarks.table import Figure
 from owlrec.ctr.batches import SplitTensors, Tables
@@ -64,7 +64,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
     with process(command):
         bodies = _requests(workspace)
         _wait_for_llm(address, bodies[0])
-        job = LoadJob(url=f"{address}/v1/rank", bodies=_asked(bodies, mode="ctr"), seconds=1)
+        job = LoadSpec(url=f"{address}/v1/rank", bodies=_asked(bodies, mode="ctr"), seconds=1)
         load(job, seconds=3, connections=2)
         ctr = load(job, rate=CTR_RATE, seconds=10 if options.quick else 60, connections=100)
         asked = _asked(bodies[::-1], mode="cascade", rerank=RERANKED, deadline_ms=DEADLINE_MS)
@@ -190,17 +190,17 @@ class _Frozen(LiveState):
     def __init__(self, live: LiveState, users: np.ndarray, items: np.ndarray) -> None:
         """users, items: ids, ascending."""
         self.model, self._items = live.model, items
-        self._of_items = live.fields("item", items)
-        self._of_users = dict(zip(users.tolist(), live.fields("user", users), strict=True))
+        self._item_fields = live.fields("item", items)
+        self._user_fields = dict(zip(users.tolist(), live.fields("user", users), strict=True))
         self._behaviors = {user: live.behaviors(user) for user in users.tolist()}
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
         return self._behaviors[user_id]
 
-    def adapted(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
+    def adaptor_fields(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
         assert user_id is not None
-        fields = self._of_items[np.searchsorted(self._items, items)]
-        both = np.concatenate([np.broadcast_to(self._of_users[user_id], fields.shape), fields], axis=1)
+        fields = self._item_fields[np.searchsorted(self._items, items)]
+        both = np.concatenate([np.broadcast_to(self._user_fields[user_id], fields.shape), fields], axis=1)
         return torch.from_numpy(both).unflatten(1, (self.model.spec.knowledge_fields, -1))
 
 
@@ -247,7 +247,7 @@ def refresh_while_serving(recipe: Path, workspace: Workspace, artifact: str, *, 
     with process([*serve, "--port", str(port), "--max-replicas", "1", "--artifact", artifact]):
         wait_for_answer(f"http://127.0.0.1:{port}/explorer/readyz")
         wait_for_answer(f"http://127.0.0.1:{port}/rank/readyz")
-        job = LoadJob(url=address, bodies=bodies, seconds=1)
+        job = LoadSpec(url=address, bodies=bodies, seconds=1)
         load(job, seconds=3, connections=2)
         with ThreadPoolExecutor(1) as pool:
             under_load = pool.submit(load, job, rate=rate, seconds=45, connections=200)
@@ -275,7 +275,7 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
     opened = Artifact.open(workspace, artifact)
     model, length = opened.scorer.model, opened.scorer.model.spec.features.history_length
     items, grades = opened.scorer.items, opened.scorer.vocabularies.grades
-    found = []
+    scores = []
     with open_release(workspace) as release, torch.inference_mode():
         for user in users:
             tables = []
@@ -291,11 +291,11 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
             starts, lengths = np.zeros(n, np.int64), np.full(n, len(behaviors), np.int32)
             histories = Histories(starts, lengths, items.rows(behaviors["item"]), outcomes, length)
             none = np.zeros((n, 0), np.int32)
-            of_user = np.full(n, user)
-            samples = SampleFeatures(of_user, candidates, items.rows(candidates), histories, none, np.zeros(n))
+            user_ids = np.full(n, user)
+            samples = SampleFeatures(user_ids, candidates, items.rows(candidates), histories, none, np.zeros(n))
             batch = SplitTensors(samples, Tables((tables[0],), (tables[1],)), "cpu").batch(torch.arange(n))
-            found.append(model(batch).double().sigmoid().numpy())
-    return found
+            scores.append(model(batch).double().sigmoid().numpy())
+    return scores
 
 
 def _log_events(workspace: Workspace, users: np.ndarray, items: np.ndarray) -> None:

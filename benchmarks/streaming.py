@@ -112,8 +112,8 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
 
 def _histories(interactions: pa.Table) -> pa.Table:
     rows = []
-    for user, of_user in interactions.to_pandas().sort_values(["timestamp", "item_id"]).groupby("user_id"):
-        last = of_user.tail(READ)
+    for user, user_rows in interactions.to_pandas().sort_values(["timestamp", "item_id"]).groupby("user_id"):
+        last = user_rows.tail(READ)
         rows.append(
             {
                 "user_id": int(user),
@@ -263,18 +263,20 @@ def _tokens(
 
 def _token_figures(tokens: list[tuple[int, int, int]]) -> Iterator[Figure]:
     mine, cut, whole = np.array(tokens, dtype=float).T
-    for method, found in (
+    for method, method_tokens in (
         ("a full run's prompts, 256 tokens of history", cut),
         ("prompts that quote the whole history", whole),
     ):
-        yield Figure(measure="tokens a prompt, mean", method=method, value=round(float(found.mean()), 1), unit="tokens")
+        yield Figure(
+            measure="tokens a prompt, mean", method=method, value=round(float(method_tokens.mean()), 1), unit="tokens"
+        )
         yield Figure(
             measure="tokens a prompt, mean",
             method="refresh",
             value=round(float(mine.mean()), 1),
             unit="tokens",
             ratio_to=method,
-            ratio=float(mine.mean() / found.mean()),
+            ratio=float(mine.mean() / method_tokens.mean()),
         )
 
 
@@ -285,9 +287,9 @@ def _moves(
     for name in workspace.names(state.partitions):
         table = workspace.read_parquet(f"{state.partitions}/{name}")
         ids, first = np.unique(table["user_id"].to_numpy(), return_index=True)
-        found = before.find(ids), after.find(ids)
-        both = (found[0] >= 0) & (found[1] >= 0)
-        old, new = (t.vectors_at(rows).astype(np.float32) for t, rows in zip((before, after), found, strict=True))
+        place = before.find(ids), after.find(ids)
+        both = (place[0] >= 0) & (place[1] >= 0)
+        old, new = (t.vectors_at(rows).astype(np.float32) for t, rows in zip((before, after), place, strict=True))
         cosine = (old * new).sum(axis=1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1), 1e-9)
         for drift, change in zip(table["drift"].to_numpy()[first][both], 1 - cosine[both], strict=True):
             yield float(drift), float(change)
@@ -297,12 +299,12 @@ def _move_figures(moved: list[tuple[float, float]]) -> Iterator[Figure]:
     from scipy.stats import spearmanr
 
     drift, change = np.array(moved).T
-    found = spearmanr(drift, change)
-    unit = f"rank correlation (p {found.pvalue:.2g}, {len(moved)} renewals)"
+    correlation = spearmanr(drift, change)
+    unit = f"rank correlation (p {correlation.pvalue:.2g}, {len(moved)} renewals)"
     yield Figure(
         measure="drift against the vector's change",
         method="streaming",
-        value=round(float(found.statistic), 3),
+        value=round(float(correlation.statistic), 3),
         unit=unit,
     )
 
@@ -312,8 +314,8 @@ def _samples(raw: RawTables, start: int, end: int) -> pa.Table:
     late = _until(raw, 0.75)
     rows: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
     table = raw.interactions.to_pandas().sort_values(["user_id", "timestamp", "item_id"])
-    for user, of_user in table.groupby("user_id"):
-        moments, items, ratings = (of_user[c].to_numpy() for c in ("timestamp", "item_id", "rating"))
+    for user, user_rows in table.groupby("user_id"):
+        moments, items, ratings = (user_rows[c].to_numpy() for c in ("timestamp", "item_id", "rating"))
         for i in np.flatnonzero(moments > start):
             first = int(np.searchsorted(moments, moments[i]))  # what happened in the same moment is not its past
             past = slice(max(0, first - HISTORY), first)
@@ -371,13 +373,13 @@ def _aucs(
         grid = GridScores(trained.test.user_ids, trained.test.labels, scores)
         pairs = {name: [(f"{name}/{seed}", f"fixed/{seed}") for seed in seeds] for name in aucs if name != "fixed"}
         intervals = compare_arms(grid, pairs)
-        for name, found in aucs.items():
+        for name, method_aucs in aucs.items():
             share = f"; {read[name]:.0%} of samples read one" if name in read else ""
             unit = f"AUC{share}"
             if interval := intervals.get(name):
-                difference = float(np.mean(found)) - float(np.mean(aucs["fixed"]))
+                difference = float(np.mean(method_aucs)) - float(np.mean(aucs["fixed"]))
                 unit += f"; {difference:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] to fixed"
-            value = round(float(np.mean(found)), 4)
+            value = round(float(np.mean(method_aucs)), 4)
             yield Figure(measure=f"days after, {backbone}", method=name, value=value, unit=unit)
 
 

@@ -44,5 +44,5 @@ if __name__ == "__main__":
             optimiser.zero_grad()
             nn.functional.binary_cross_entropy_with_logits(logits[train], labels[train]).backward()
             optimiser.step()
-        found = auc(labels[~train].numpy(), logits[~train].detach().numpy())
-        print(f"{name} vectors: AUC {found:.3f} on users never trained on")
+        score = auc(labels[~train].numpy(), logits[~train].detach().numpy())
+        print(f"{name} vectors: AUC {score:.3f} on users never trained on")

@@ -41,12 +41,12 @@ def main() -> None:
         texts = options.texts.read_text().splitlines() if options.texts else answers(llm, YESTERDAY, plain)
         tokens = list(answer_tokens(llm.get_tokenizer(), texts, [True] * len(texts)))
         write_pool(pools, "mine", tokens, None, identity=options.model, max_tokens=10**7)
-        times, found = [], []
+        times, written = [], []
         for sampling in (drafted, plain):  # in this order: finished texts draft too, and plain answers would be known
             start = time.perf_counter()
-            found.append(answers(llm, TODAY, sampling))
+            written.append(answers(llm, TODAY, sampling))
             times.append(time.perf_counter() - start)
-        same = sum(a == b for a, b in zip(*found, strict=True))
+        same = sum(a == b for a, b in zip(*written, strict=True))
         print(f"{same} of {len(TODAY)} answers identical, {times[1] / times[0]:.2f} times as fast as without drafts")
 
 

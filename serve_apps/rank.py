@@ -31,7 +31,7 @@ from owlrec.serving.keys import KeyRing
 from owlrec.serving.live import LiveScorer
 from owlrec.serving.problems import Problem
 from owlrec.serving.questions import WorkspaceTables
-from owlrec.serving.rank_api import Cascade, RankerChoice, RankerInForce, build_rank_api, open_ranker
+from owlrec.serving.rank_api import Cascade, CurrentRanker, RankerChoice, build_rank_api, open_ranker
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import REFRESH_S, ServedReleases, WorkspaceReleases, following
 from owlrec.workspace import Workspace
@@ -78,7 +78,7 @@ class LlmReplica:
             "wording": rank_fingerprint(config.prompt, settings.domain),
             "shown": config.data.shown[-1],
         }
-        self._ranker = RankerInForce(None, None)
+        self._ranker = CurrentRanker(None, None)
 
     async def reconfigure(self, choice: dict[str, Any]) -> None:
         """Takes in a RankerChoice; requests at work keep the one that they began with."""
@@ -93,8 +93,8 @@ class LlmReplica:
         except Problem as problem:  # which cannot travel between processes
             raise ServingError(str(problem)) from None
         ranker = self._ranker
-        found = await self._scorer.score(questions, ranker.adapter)
-        return ranker.probabilities(found.probabilities)
+        answer = await self._scorer.score(questions, ranker.adapter)
+        return ranker.probabilities(answer.probabilities)
 
 
 def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: int, cpus: float) -> serve.Application:

@@ -383,9 +383,9 @@ def test_an_adaptor_of_rows_is_that_of_distinct_ids() -> None:
     users[2] = 0
     rows, known = torch.arange(4), torch.tensor([True, True, False, True])
     there = torch.ones(4, dtype=torch.bool)
-    of_users = adaptor.Knowledge(users.unsqueeze(1), known.unsqueeze(1), rows)
-    of_items = adaptor.Knowledge(items.unsqueeze(1), there.unsqueeze(1), rows)
-    expected = model.fields(of_users, of_items)
+    user_knowledge = adaptor.Knowledge(users.unsqueeze(1), known.unsqueeze(1), rows)
+    item_knowledge = adaptor.Knowledge(items.unsqueeze(1), there.unsqueeze(1), rows)
+    expected = model.fields(user_knowledge, item_knowledge)
     assert expected.shape == (4, 2, 3)
     torch.testing.assert_close(model(users, items), expected)  # zeros say that nothing is known
     users[2] = 5

@@ -601,7 +601,7 @@ def export_vectors_(
     workspace: WorkspaceOption = None,
     release: Annotated[str | None, typer.Option("--release", help="name; default: the current release")] = None,
     artifact: Annotated[
-        str | None, typer.Option("--artifact", help="add the adapted fields of this model of `owlrec ctr export`")
+        str | None, typer.Option("--artifact", help="add the adaptor fields of this model of `owlrec ctr export`")
     ] = None,
 ) -> None:
     """Write a release's vectors as Parquet by raw id, for a trainer of your own."""

@@ -339,8 +339,8 @@ def _validated(model: type[_R], values: Mapping[str, Any]) -> _R:
         return model.model_validate(values)
     except ValidationError as error:
         errors = [_field_error(e["loc"], e["msg"]) for e in error.errors(include_input=False, include_url=False)]
-        told = f"{errors[0].field}: {errors[0].message}"
-        raise ClientError(f"{model.__name__} was not sent, for it is wrong: {told}", errors=errors) from None
+        complaint = f"{errors[0].field}: {errors[0].message}"
+        raise ClientError(f"{model.__name__} was not sent, for it is wrong: {complaint}", errors=errors) from None
 
 
 def _json(asked: Request) -> bytes:

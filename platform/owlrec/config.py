@@ -49,8 +49,8 @@ class Registry(dict[str, str], Generic[Component]):
     def load(self, name: str) -> type[Component]:
         """The class of that name, imported only now. Raises RecipeError where there is none."""
         module, _, class_name = self[self.check(name)].rpartition(".")
-        found: type[Component] = getattr(import_module(module), class_name)
-        return found
+        component: type[Component] = getattr(import_module(module), class_name)
+        return component
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         # Dumped as what it is: the field's own class knows none of its fields.

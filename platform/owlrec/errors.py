@@ -54,12 +54,12 @@ def root_mistake(error: BaseException | None) -> OwlRecError | None:
     Ray's wrappers may be instances of the error's own class too, with a worker's traceback for a message, so the
     innermost one is meant.
     """
-    found = None
+    mistake = None
     while error is not None:
         if isinstance(error, OwlRecError):
-            found = error
+            mistake = error
         error = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
-    return found
+    return mistake
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

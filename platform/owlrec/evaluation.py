@@ -108,10 +108,10 @@ def _rows_of_probabilities(labels: np.ndarray, probabilities: np.ndarray) -> tup
     return labels, probabilities
 
 
-def _refuse(wrong: np.ndarray, values: np.ndarray, name: str, why: str) -> None:
+def _refuse(wrong: np.ndarray, values: np.ndarray, name: str, advice: str) -> None:
     if wrong.any():
         row = int(wrong.argmax())
-        raise ValueError(f"row {row}: {name} is {values[row]:g} ({int(wrong.sum())} such rows); {why}.")
+        raise ValueError(f"row {row}: {name} is {values[row]:g} ({int(wrong.sum())} such rows); {advice}.")
 
 
 def _aligned(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -171,18 +171,18 @@ class WeightedAUC:
         # Of each positive: how many negatives score less, and how many no more. Half of the difference are its ties.
         self._below = np.searchsorted(scores[negatives], scores[positives], side="left")
         self._up_to = np.searchsorted(scores[negatives], scores[positives], side="right")
-        self._of_positives, self._of_negatives = groups[positives], groups[negatives]
+        self._positive_groups, self._negative_groups = groups[positives], groups[negatives]
 
     def __call__(self, weights: np.ndarray) -> float:
         """weights: float64 [n_groups], not negative. Returns nan where one class weighs nothing.
 
         Integers are summed exactly: up to 10^8 rows no product exceeds float64's 2^53.
         """
-        lighter = np.concatenate(([0.0], np.cumsum(weights[self._of_negatives])))
-        of_positives = weights[self._of_positives]
-        pairs = of_positives.sum() * lighter[-1]
+        lighter = np.concatenate(([0.0], np.cumsum(weights[self._negative_groups])))
+        positive_weights = weights[self._positive_groups]
+        pairs = positive_weights.sum() * lighter[-1]
         # No dot product: OpenBLAS would spread it over threads, six times slower where the cores are busy.
-        won = (of_positives * (lighter[self._below] + lighter[self._up_to])).sum()
+        won = (positive_weights * (lighter[self._below] + lighter[self._up_to])).sum()
         return float(won / (2 * pairs)) if pairs > 0 else float("nan")
 
 
@@ -205,12 +205,12 @@ def bootstrap_aucs(
         )
     aucs = [WeightedAUC(labels, vector, groups) for vector in scores]
     rng = np.random.default_rng(seed)
-    found = np.empty((resamples, len(aucs)))
-    for resample in found:
+    resampled = np.empty((resamples, len(aucs)))
+    for resample in resampled:
         drawn = rng.integers(0, len(distinct), len(distinct))
         weights = np.bincount(drawn, minlength=len(distinct)).astype(np.float64)
         resample[:] = [auc(weights) for auc in aucs]
-    return found
+    return resampled
 
 
 def percentile_interval(values: np.ndarray, level: float = 0.95) -> Interval:
@@ -240,14 +240,14 @@ def clustered_difference(
     """
     won, lost = _mean_placements(labels, scores), _mean_placements(labels, base)
     positives, negatives = won[0] - lost[0], won[1] - lost[1]
-    distinct, of_row = np.unique(users, return_inverse=True)
+    distinct, user_places = np.unique(users, return_inverse=True)
     if min(len(positives), len(negatives), len(distinct)) < 2:
         raise ValueError(
             f"{len(positives)} positives, {len(negatives)} negatives, {len(distinct)} users: give two each."
         )
     difference, positive = float(positives.mean()), np.asarray(labels) == 1
-    influence = np.bincount(of_row[positive], (positives - difference) / len(positives), len(distinct))
-    influence += np.bincount(of_row[~positive], (negatives - difference) / len(negatives), len(distinct))
+    influence = np.bincount(user_places[positive], (positives - difference) / len(positives), len(distinct))
+    influence += np.bincount(user_places[~positive], (negatives - difference) / len(negatives), len(distinct))
     return difference, math.sqrt((influence**2).sum() * len(distinct) / (len(distinct) - 1))
 
 
@@ -259,18 +259,18 @@ def placements(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.n
     positive = labels == 1
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     among_all = _midranks(scores)
-    of_positives = (among_all[positive] - _midranks(scores[positive])) / max(n_negative, 1)
-    of_negatives = 1 - (among_all[~positive] - _midranks(scores[~positive])) / max(n_positive, 1)
-    return of_positives, of_negatives
+    positive_shares = (among_all[positive] - _midranks(scores[positive])) / max(n_negative, 1)
+    negative_shares = 1 - (among_all[~positive] - _midranks(scores[~positive])) / max(n_positive, 1)
+    return positive_shares, negative_shares
 
 
 def _mean_placements(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows = np.atleast_2d(scores)
-    of_positives, of_negatives = placements(labels, rows[0])
+    positive_shares, negative_shares = placements(labels, rows[0])
     for row in rows[1:]:  # one at a time: of many rows two are much memory
-        for total, of_row in zip((of_positives, of_negatives), placements(labels, row), strict=True):
-            total += of_row
-    return of_positives / len(rows), of_negatives / len(rows)
+        for total, row_placements in zip((positive_shares, negative_shares), placements(labels, row), strict=True):
+            total += row_placements
+    return positive_shares / len(rows), negative_shares / len(rows)
 
 
 def _midranks(scores: np.ndarray) -> np.ndarray:
@@ -330,7 +330,7 @@ def compare_arms(
         if resampled or not several:
             interval = _interval(resampled, trials)
         else:
-            arms, bases = (np.stack([grid.scores[path] for path in side]) for side in zip(*trials, strict=True))
+            arms, bases = (np.stack([grid.scores[path] for path in half]) for half in zip(*trials, strict=True))
             difference, error = clustered_difference(grid.labels, arms, bases, grid.user_ids)
             interval = Interval(low=difference - _NORMAL_95 * error, high=difference + _NORMAL_95 * error)
         intervals[key] = interval
@@ -413,8 +413,8 @@ def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, *,
         raise ValueError(f"labels are {labels.shape} and probabilities {probabilities.shape}: give one a label.")
     if len(labels) == 0:
         return float("nan")
-    of_bin = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(of_bin, weights=labels - probabilities, minlength=bins)
+    bin_of = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(bin_of, weights=labels - probabilities, minlength=bins)
     return float(np.abs(gaps).sum() / len(labels))
 
 

@@ -213,10 +213,12 @@ def _domain(tables: Iterable[Table], ask: Ask) -> str:
         for word in re.findall(r"[a-z]+", text.lower())
     }
     stems = words | {word.removesuffix("s") for word in words} | {word.removesuffix("id") for word in words}
-    found = [domain for domain, nouns in _DOMAINS.items() if stems & set(nouns.split())]
-    if len(found) == 1:
-        return found[0]
-    return ask("What is recommended?", [*found, _OTHER, *(name for name in _DOMAINS if name not in found)], guess=True)
+    domains = [domain for domain, nouns in _DOMAINS.items() if stems & set(nouns.split())]
+    if len(domains) == 1:
+        return domains[0]
+    return ask(
+        "What is recommended?", [*domains, _OTHER, *(name for name in _DOMAINS if name not in domains)], guess=True
+    )
 
 
 def recipe_text(name: str, made: Draft) -> str:

@@ -32,7 +32,7 @@ _SLASH = "--"  # in the runner's kinds, which are names of folders
 _KIND_OF: dict[str, Kind] = {"prompts": "cohort"}  # where an artifact's shards are not named by their kind
 
 
-class Plan(BaseModel):
+class ReshardPlan(BaseModel):
     """reshard/plan.json: what is being done."""
 
     shards: dict[Kind, int]  # how many there were
@@ -56,23 +56,23 @@ def reshard(
     """
     with claimed(workspace, "claims/prepare", "prepare or reshard"):
         plan = _unfinished(workspace, kinds) or _new_plan(workspace, kinds)
-        doubled: dict[Kind, int] = {kind: 2 * n for kind, n in plan.shards.items()}
-        if any(workspace.n_shards(kind) != n for kind, n in doubled.items()):  # else only tidying was left to do
-            inputs = {Shard.of_name(name): plan.id for name in plan.work}
+        new_counts: dict[Kind, int] = {kind: 2 * n for kind, n in plan.shards.items()}
+        if any(workspace.n_shards(kind) != n for kind, n in new_counts.items()):  # else only tidying was left to do
+            inputs = {Shard.from_name(name): plan.id for name in plan.work}
             run_stage(workspace, Split(plan.shards), inputs, pool, on_card)
             run_stage(workspace, Place(plan.shards), inputs, pool, on_card)
-            workspace.grow_shards(doubled)
+            workspace.grow_shards(new_counts)
         workspace.delete_file(f"{_FOLDER}/plan.json")  # before what it speaks of: what is left is in nobody's way
         workspace.delete_dir(_FOLDER)
-        return doubled
+        return new_counts
 
 
-def _unfinished(workspace: Workspace, kinds: Sequence[Kind]) -> Plan | None:
+def _unfinished(workspace: Workspace, kinds: Sequence[Kind]) -> ReshardPlan | None:
     path = f"{_FOLDER}/plan.json"
     if workspace.entry(path) is None:
         workspace.delete_dir(_FOLDER)
         return None
-    plan = Plan.model_validate(workspace.read_json(path))
+    plan = ReshardPlan.model_validate(workspace.read_json(path))
     if kinds and set(kinds) != set(plan.shards):
         raise WorkspaceError(
             f"{workspace.path(path)}: a reshard of {', '.join(plan.shards)} is not finished. Run it again first."
@@ -80,7 +80,7 @@ def _unfinished(workspace: Workspace, kinds: Sequence[Kind]) -> Plan | None:
     return plan
 
 
-def _new_plan(workspace: Workspace, kinds: Sequence[Kind]) -> Plan:
+def _new_plan(workspace: Workspace, kinds: Sequence[Kind]) -> ReshardPlan:
     fixed = workspace.layout.shards
     chosen = {kind: workspace.n_shards(kind) for kind in kinds or [kind for kind in KINDS if kind in fixed]}
     if not chosen:
@@ -88,10 +88,10 @@ def _new_plan(workspace: Workspace, kinds: Sequence[Kind]) -> Plan:
     names = []
     for root in _ROOTS:
         for folder in _artifacts(workspace, root, _DEPTH):
-            shards = [Shard.of_name(name) for name in Artifact(workspace, folder).cards()]
+            shards = [Shard.from_name(name) for name in Artifact(workspace, folder).cards()]
             flat = folder.replace("/", _SLASH)
             names += [f"{flat}{_SLASH}{shard.name}" for shard in shards if _kind(shard.kind) in chosen]
-    plan = Plan(shards=chosen, work=names)
+    plan = ReshardPlan(shards=chosen, work=names)
     workspace.write_json(f"{_FOLDER}/plan.json", plan.model_dump())
     return plan
 

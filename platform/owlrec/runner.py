@@ -454,7 +454,7 @@ class _Actor(_Worker):
             row = {"card": "", "mistake": ""}
             self.metrics.begin()
             try:
-                card = await self.make(Shard.of_name(str(name)), str(inputs))
+                card = await self.make(Shard.from_name(str(name)), str(inputs))
                 row["card"] = card.model_dump_json() if card else ""
                 if card and card.worker == self.name:
                     self.metrics.update(card)

@@ -51,7 +51,7 @@ class Shard:
         return f"{self.kind}/{shard_file(self.number, suffix)}"
 
     @classmethod
-    def of_name(cls, name: str) -> "Shard":
+    def from_name(cls, name: str) -> "Shard":
         """The shard of a name."""
         kind, _, number = name.rpartition("/")
         return cls(kind, int(number))
@@ -129,7 +129,7 @@ class Artifact:
 
     def finish(self, card: Card) -> None:
         """Writes a shard's card. Call it last: what the card lists must exist by then."""
-        _write_card(self.workspace, self._file(Shard.of_name(card.shard)), card)
+        _write_card(self.workspace, self._file(Shard.from_name(card.shard)), card)
 
     def forget(self, shard: Shard) -> None:
         """Removes a shard's card: its files are no longer what it says, or it has left the artifact."""
@@ -137,7 +137,7 @@ class Artifact:
 
     def gather(self, made: Iterable[str]) -> None:
         """Gathers the cards of each folder into one file, of those folders that hold some of the shards `made`."""
-        for block in sorted({_block(Shard.of_name(name)) for name in made}):
+        for block in sorted({_block(Shard.from_name(name)) for name in made}):
             listed = self.workspace.entries(self.folder, "cards", block)
             if len(listed) < GATHERED:
                 continue

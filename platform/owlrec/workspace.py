@@ -81,10 +81,10 @@ class Tombstones:
             return np.zeros(len(ids), dtype=bool)
         if len(ids) <= _FEW:
             return np.array([_digest(self._key, id_) in self._digests for id_ in ids.tolist()], dtype=bool)
-        found: np.ndarray = self._buckets[_bucket(self._key, ids)]
-        for at in np.flatnonzero(found).tolist():
-            found[at] = _digest(self._key, int(ids[at])) in self._digests
-        return found
+        forgotten: np.ndarray = self._buckets[_bucket(self._key, ids)]
+        for at in np.flatnonzero(forgotten).tolist():
+            forgotten[at] = _digest(self._key, int(ids[at])) in self._digests
+        return forgotten
 
     def without(self, table: pa.Table, column: str = "user_id") -> pa.Table:
         """The rows of a table whose user is not forgotten. column: of the ids; a null is nobody."""

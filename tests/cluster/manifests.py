@@ -35,20 +35,20 @@ def name_of(o: Object) -> str:
     return str(o["metadata"].get("name") or o["metadata"]["generateName"])
 
 
-def of_kind(objects: tuple[Object, ...], kind: str) -> dict[str, Object]:
+def by_kind(objects: tuple[Object, ...], kind: str) -> dict[str, Object]:
     """Objects of a kind by name."""
     return {name_of(o): o for o in objects if o["kind"] == kind}
 
 
 def ray_clusters(objects: tuple[Object, ...]) -> dict[str, Object]:
     """The specs of Ray clusters by the name of the object that holds them."""
-    found = {name: o["spec"] for name, o in of_kind(objects, "RayCluster").items()}
-    return found | {name: o["spec"]["rayClusterConfig"] for name, o in of_kind(objects, "RayService").items()}
+    clusters = {name: o["spec"] for name, o in by_kind(objects, "RayCluster").items()}
+    return clusters | {name: o["spec"]["rayClusterConfig"] for name, o in by_kind(objects, "RayService").items()}
 
 
 def pods(objects: tuple[Object, ...]) -> Iterator[tuple[str, Object]]:
     """Every pod template, with where it stands."""
-    for name, o in of_kind(objects, "StatefulSet").items():
+    for name, o in by_kind(objects, "StatefulSet").items():
         yield name, o["spec"]["template"]
     for name, spec in ray_clusters(objects).items():
         yield f"{name}/head", spec["headGroupSpec"]["template"]
@@ -65,7 +65,7 @@ def containers(objects: tuple[Object, ...]) -> Iterator[tuple[str, Object, Objec
 
 def serve_config(objects: tuple[Object, ...]) -> Object:
     """The Serve configuration of an overlay."""
-    (service,) = of_kind(objects, "RayService").values()
+    (service,) = by_kind(objects, "RayService").values()
     config: Object = yaml.safe_load(service["spec"]["serveConfigV2"])
     return config
 

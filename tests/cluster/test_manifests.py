@@ -11,9 +11,9 @@ from manifests import (
     CLUSTER,
     OVERLAYS,
     ROOT,
+    by_kind,
     containers,
     documented_inputs,
-    of_kind,
     overlay,
     pods,
     quantity,
@@ -73,16 +73,16 @@ def test_what_pods_refer_to_is_there_or_a_documented_input(name: str) -> None:
     for where, template in pods(objects):
         spec = template["spec"]
         if account := spec.get("serviceAccountName"):
-            assert account in of_kind(objects, "ServiceAccount"), where
+            assert account in by_kind(objects, "ServiceAccount"), where
         volumes = {v["name"]: v for v in spec.get("volumes", [])}
         for volume in volumes.values():
             if "persistentVolumeClaim" in volume:
-                assert volume["persistentVolumeClaim"]["claimName"] in of_kind(objects, "PersistentVolumeClaim")
+                assert volume["persistentVolumeClaim"]["claimName"] in by_kind(objects, "PersistentVolumeClaim")
             elif "configMap" in volume:
-                assert volume["configMap"]["name"] in of_kind(objects, "ConfigMap")
+                assert volume["configMap"]["name"] in by_kind(objects, "ConfigMap")
             elif "secret" in volume:
                 assert volume["secret"]["secretName"] in inputs
-        (state,) = [o for o in of_kind(objects, "StatefulSet").values()]
+        (state,) = [o for o in by_kind(objects, "StatefulSet").values()]
         claimed = {c["metadata"]["name"] for c in state["spec"]["volumeClaimTemplates"]}
         for container in spec["containers"]:
             assert {m["name"] for m in container["volumeMounts"]} <= volumes.keys() | claimed, where
@@ -91,11 +91,11 @@ def test_what_pods_refer_to_is_there_or_a_documented_input(name: str) -> None:
             assert {s["name"] for s in secrets} <= inputs, where
         for key, value in spec.get("nodeSelector", {}).items():
             assert f"{key}={value}" in inputs, where
-    for claim in of_kind(objects, "PersistentVolumeClaim").values():
+    for claim in by_kind(objects, "PersistentVolumeClaim").values():
         assert claim["spec"].get("storageClassName", "owlrec-shared") in inputs
     for spec in ray_clusters(objects).values():
         host, _, port = spec["gcsFaultToleranceOptions"]["redisAddress"].partition(":")
-        service = of_kind(objects, "Service")[host]["spec"]
+        service = by_kind(objects, "Service")[host]["spec"]
         assert int(port) in {p["port"] for p in service["ports"]}
         assert service["selector"].items() <= state["spec"]["template"]["metadata"]["labels"].items()
         assert {spec["authOptions"]["secretName"], host} <= inputs
@@ -113,7 +113,7 @@ def test_no_secret_stands_in_plain(name: str) -> None:
 @overlays
 def test_pods_satisfy_the_restricted_standard(name: str) -> None:
     """Pod Security Standards' profile `restricted`, which the namespace enforces on these pods."""
-    (namespace,) = of_kind(overlay(name), "Namespace").values()
+    (namespace,) = by_kind(overlay(name), "Namespace").values()
     assert namespace["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "restricted"}
     contexts = [c["securityContext"] for _, c, _ in containers(overlay(name))]
     contexts += [spec["autoscalerOptions"]["securityContext"] for spec in ray_clusters(overlay(name)).values()]
@@ -175,8 +175,8 @@ def test_gpus_are_spot_machines_that_start_from_none() -> None:
 @overlays
 def test_jobs_run_real_modules_on_the_cluster_with_the_mounted_recipe(name: str) -> None:
     objects = overlay(name)
-    jobs = {n: o["spec"] for n, o in of_kind(objects, "RayJob").items()}
-    jobs |= {n: o["spec"]["jobTemplate"] for n, o in of_kind(objects, "RayCronJob").items()}
+    jobs = {n: o["spec"] for n, o in by_kind(objects, "RayJob").items()}
+    jobs |= {n: o["spec"]["jobTemplate"] for n, o in by_kind(objects, "RayCronJob").items()}
     assert {"generate-", "refresh-"} <= jobs.keys()
     for job in jobs.values():
         cluster = ray_clusters(objects)[job["clusterSelector"]["ray.io/cluster"]]
@@ -188,7 +188,7 @@ def test_jobs_run_real_modules_on_the_cluster_with_the_mounted_recipe(name: str)
         (volume,) = [v for v in head["volumes"] if v["name"] == mount["name"]]
         assert (
             recipe.removeprefix(mount["mountPath"] + "/")
-            in of_kind(objects, "ConfigMap")[volume["configMap"]["name"]]["data"]
+            in by_kind(objects, "ConfigMap")[volume["configMap"]["name"]]["data"]
         )
         assert {r["condition"]["jobStatus"] for r in job["deletionStrategy"]["deletionRules"]} == {
             "SUCCEEDED",
@@ -199,15 +199,15 @@ def test_jobs_run_real_modules_on_the_cluster_with_the_mounted_recipe(name: str)
 def test_the_nightly_refresh_is_the_refresh() -> None:
     objects = overlay("prod")
     assert (
-        of_kind(objects, "RayCronJob")["nightly-refresh"]["spec"]["jobTemplate"]
-        == (of_kind(objects, "RayJob")["refresh-"]["spec"])
+        by_kind(objects, "RayCronJob")["nightly-refresh"]["spec"]["jobTemplate"]
+        == (by_kind(objects, "RayJob")["refresh-"]["spec"])
     )
 
 
 @overlays
 def test_network_policies_open_ports_that_pods_have_and_nothing_else(name: str) -> None:
     objects = overlay(name)
-    policies = {n: o["spec"] for n, o in of_kind(objects, "NetworkPolicy").items()}
+    policies = {n: o["spec"] for n, o in by_kind(objects, "NetworkPolicy").items()}
     assert policies["deny-all"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     ports = {p["containerPort"] for _, c, _ in containers(objects) for p in c.get("ports", [])}
     for policy, spec in policies.items():
@@ -227,11 +227,11 @@ def test_budgets_and_monitors_select_pods_and_ports_that_exist() -> None:
         {"ray.io/cluster": "owlrec", "ray.io/node-type": "head"},  # which KubeRay adds
         *(t.get("metadata", {}).get("labels", {}) for _, t in pods(objects)),
     ]
-    for budget in of_kind(objects, "PodDisruptionBudget").values():
+    for budget in by_kind(objects, "PodDisruptionBudget").values():
         wanted = budget["spec"]["selector"]["matchLabels"].items()
-        assert any(wanted <= found.items() for found in labels)
-    (heads,) = of_kind(objects, "ServiceMonitor").values()
-    (workers,) = of_kind(objects, "PodMonitor").values()
+        assert any(wanted <= pod_labels.items() for pod_labels in labels)
+    (heads,) = by_kind(objects, "ServiceMonitor").values()
+    (workers,) = by_kind(objects, "PodMonitor").values()
     for where, template in pods(objects):
         named = {p["name"] for c in template["spec"]["containers"] for p in c.get("ports", [])}
         if where.endswith("/head"):

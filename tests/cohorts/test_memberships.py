@@ -37,7 +37,7 @@ def test_memberships_of_two_moments_stay_apart() -> None:
 
 def test_a_release_marks_what_was_disliked_by_the_complement() -> None:
     rows = [row(1, "war", "disliked"), row(1, "love"), row(2, "war", "disliked"), row(3, "war", "", "item")]
-    found = memberships(pa.Table.from_pylist(rows, COHORTS), marked=True)["cohorts"].to_pylist()
+    cohorts = memberships(pa.Table.from_pylist(rows, COHORTS), marked=True)["cohorts"].to_pylist()
     war, love = stable_id("war"), stable_id("love")
-    assert found == [[war], [love, ~war], [~war]]
-    assert list(map(by_facet, found)) == [((war,), ()), ((love,), (war,)), ((), (war,))]
+    assert cohorts == [[war], [love, ~war], [~war]]
+    assert list(map(by_facet, cohorts)) == [((war,), ()), ((love,), (war,)), ((), (war,))]

@@ -64,7 +64,7 @@ def random_fields(n: int, e: int = E, rows: int = 3) -> Tensor:
 class TestEveryBackbone:
     @pytest.mark.parametrize("knowledge_fields", [0, 2])
     @pytest.mark.parametrize("profile_fields", [0, 1])
-    def test_gives_a_logit_a_row(self, name: str, knowledge_fields: int, profile_fields: int) -> None:
+    def test_gives_a_logit_per_row(self, name: str, knowledge_fields: int, profile_fields: int) -> None:
         given = inputs(
             **({} if profile_fields else {"profile": torch.empty(B, 0, E)}),
             **({} if knowledge_fields else {"knowledge": None}),

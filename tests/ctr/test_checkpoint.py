@@ -25,7 +25,7 @@ CONFIG = CTRConfig(
 )
 CHECKPOINT_STEPS = 10
 TRIAL = Trial(backbone="din", arm="knowledge", seed=3)
-TRAINING_ROWS, STEPS_AN_EPOCH = 2200, 35
+TRAINING_ROWS, STEPS_PER_EPOCH = 2200, 35
 RESUMED = {(5,): 0, (17,): 1, (35,): 1, (52, 22): 2, (98, 8, 3): 1}
 
 
@@ -99,7 +99,7 @@ def test_killed_trial_ends_bit_for_bit_as_an_undisturbed_one(
     data = toy_world.data
     whole = train_one(TRIAL, data, CONFIG)
     undisturbed = list(rows)
-    assert len(undisturbed) == CONFIG.epochs * STEPS_AN_EPOCH
+    assert len(undisturbed) == CONFIG.epochs * STEPS_PER_EPOCH
     checkpoint = CheckpointFile(workspace, "ctr/checkpoint.safetensors", CHECKPOINT_STEPS)
     saved = 0
     for steps in kills:
@@ -142,10 +142,10 @@ def test_damage_is_told(workspace: Workspace) -> None:
     checkpoint = CheckpointFile(workspace, "c", 10, "print")
     assert checkpoint.load() is None
     checkpoint.save(Progress(epoch=2, batches=7, steps=41), {"a/b": torch.arange(3)})
-    found = checkpoint.load()
-    assert found is not None
-    assert (found[0].epoch, found[0].batches, found[0].steps, found[0].resumed) == (2, 7, 41, 1)
-    assert found[1]["a/b"].tolist() == [0, 1, 2]
+    loaded = checkpoint.load()
+    assert loaded is not None
+    assert (loaded[0].epoch, loaded[0].batches, loaded[0].steps, loaded[0].resumed) == (2, 7, 41, 1)
+    assert loaded[1]["a/b"].tolist() == [0, 1, 2]
     data = workspace.read_bytes("c")
     for damaged in (data[:-4], data[:20], b"", safetensors.torch.save({"a": torch.zeros(2)})):
         workspace.write_bytes("c", damaged)

@@ -32,9 +32,9 @@ def coded(table: KnowledgeTable) -> KnowledgeTable:
 
 @pytest.fixture(scope="module")
 def data(toy_world: Any) -> TrainingData:
-    sides = {side: coded(table) for side, table in zip(("user", "item"), toy_world.vectors, strict=True)}
+    kind_tables = {kind: coded(table) for kind, table in zip(("user", "item"), toy_world.vectors, strict=True)}
     metadata = dict(zip(("user", "item"), toy_world.vectors, strict=True))
-    return TrainingData(toy_world.data.features, {"knowledge": sides, "metadata": metadata})
+    return TrainingData(toy_world.data.features, {"knowledge": kind_tables, "metadata": metadata})
 
 
 @pytest.mark.parametrize("backbone", ["din", "dcnv2", "deepfm"])
@@ -63,9 +63,9 @@ def test_a_level_has_its_own_embeddings_and_their_sum_is_the_field() -> None:
 def test_shuffling_hands_codes_and_vectors_to_the_same_wrong_ids(data: TrainingData) -> None:
     tables, own = data.tables(trial("shuffled+codes", seed=3)), data.knowledge["knowledge"]
     assert tables is not None
-    for (table,), side in ((tables.users, "user"), (tables.items, "item")):
-        ids = own[side].ids
-        (before, _), codes_before = own[side].gather(ids), own[side].gather_codes(ids)
+    for (table,), kind in ((tables.users, "user"), (tables.items, "item")):
+        ids = own[kind].ids
+        (before, _), codes_before = own[kind].gather(ids), own[kind].gather_codes(ids)
         (vectors, _), codes = table.gather(ids), table.gather_codes(ids)
         code_of = {v.tobytes(): c.tolist() for v, c in zip(before, codes_before, strict=True)}
         assert codes.tolist() == [code_of[v.tobytes()] for v in vectors]
@@ -92,7 +92,7 @@ def test_the_users_fields_come_first_whatever_the_form(data: TrainingData) -> No
     sizes = {"user_codes": code_sizes(tables.users), "item_codes": code_sizes(tables.items)}
     model = CTRModel(ModelSpec.of(data.features.spec, "din", tables.dim, CONFIG, **sizes), data.features.items).eval()
     batch = SplitTensors(data.features.splits["test"].whole(), tables, "cpu").batch(torch.arange(5))
-    fields = model.adapted(batch)
+    fields = model.adaptor_fields(batch)
     assert fields is not None
     assert model.adaptor is not None
     assert batch.user_codes is not None

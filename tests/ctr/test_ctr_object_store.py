@@ -14,17 +14,17 @@ from owlrec.ctr.trainer import TrainingData, export_trial, train_one
 from owlrec.workspace import Workspace
 
 CONFIG = CTRConfig(batch_size=128, learning_rate=0.01, epochs=1, embed_dim=8, hidden_dims=(16, 8))
-GRID, SIDES = "cafe" * 16, ("user", "item")
+GRID, KINDS = "cafe" * 16, ("user", "item")
 TRIAL = Trial(backbone="din", arm="knowledge", seed=0)
 
 
 def figures(workspace: Workspace, world: Any) -> tuple[Any, np.ndarray, np.ndarray]:
     """Test metrics, the scores that were stored, and scores of the artifact."""
     write_world(workspace, world, n_shards=4)
-    for side, table in zip(SIDES, world.vectors, strict=True):
-        write_vectors(workspace, "vectors/abc", f"knowledge-{side}", table)
+    for kind, table in zip(KINDS, world.vectors, strict=True):
+        write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)
     encode_tables(workspace, grid_folder(GRID), attributes=["genres"], profile=["gender"], min_item_count=1)
-    folders = reduce_once(workspace, {"knowledge": dict.fromkeys(SIDES, "vectors/abc")}, 4, GRID)
+    folders = reduce_once(workspace, {"knowledge": dict.fromkeys(KINDS, "vectors/abc")}, 4, GRID)
     data = TrainingData(open_features(workspace, grid_folder(GRID)), open_tables(workspace, folders, held=False))
     trained = train_one(TRIAL, data, CONFIG)
     export_trial(workspace, GRID, trained)

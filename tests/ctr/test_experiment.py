@@ -206,9 +206,9 @@ def test_test_scores_give_a_difference_its_interval() -> None:
 def test_slices_and_calibration_are_means_over_seeds() -> None:
     results = [result("none", seed, 0.7) for seed in (0, 1)]
     assert (summarise(results)[0].slices, summarise(results)[0].calibration_error) == ({}, None)
-    for seed, found in enumerate(results):
-        found.slices = {"cold items": SliceMetrics(rows=4, auc=0.6 + 0.1 * seed, log_loss=0.5)}
-        found.test = found.test.model_copy(update={"calibration_error": 0.02 + 0.02 * seed})
+    for seed, slices in enumerate(results):
+        slices.slices = {"cold items": SliceMetrics(rows=4, auc=0.6 + 0.1 * seed, log_loss=0.5)}
+        slices.test = slices.test.model_copy(update={"calibration_error": 0.02 + 0.02 * seed})
     [row] = summarise(results)
     assert row.calibration_error == pytest.approx(0.03)
     assert row.slices["cold items"].auc == pytest.approx(0.65)

@@ -22,8 +22,8 @@ ITEMS = pa.table(
 
 def samples(*rows: tuple[int, int, float, list[int], list[float | None], str]) -> pa.Table:
     user, item, label, history, ratings, split = (list(column) for column in zip(*rows, strict=True))
-    told = [[1.0] * len(items) for items in history]
-    return pa.table([user, item, label, [0] * len(rows), history, ratings, told, split], schema=SAMPLES)
+    outcomes = [[1.0] * len(items) for items in history]
+    return pa.table([user, item, label, [0] * len(rows), history, ratings, outcomes, split], schema=SAMPLES)
 
 
 TABLE = samples(
@@ -103,7 +103,7 @@ def test_an_empty_valid_split_is_refused() -> None:
         build_features(USERS, ITEMS, table, attributes=[], profile=[], min_item_count=1)
 
 
-def test_soft_labels_are_learned_from_and_judged_as_classes() -> None:
+def test_soft_labels_are_learned_from_and_evaluated_as_classes() -> None:
     more = [samples((1, 10, 0.75, [], [], split), (1, 10, 0.25, [], [], split)) for split in ("train", "valid")]
     splits = build_features(
         USERS, ITEMS, pa.concat_tables([TABLE, *more]), attributes=[], profile=[], min_item_count=1

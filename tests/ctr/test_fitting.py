@@ -107,7 +107,7 @@ def test_arm_without_vectors_is_refused(data: TrainingData) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arm", "source", "side", "message"),
+    ("arm", "source", "kind", "message"),
     [
         ("knowledge", "knowledge", "item", "users have 8 .* knowledge vectors of items have 3"),
         ("both", "collective", "user", "users have 8 .* collective vectors of users have 3"),
@@ -115,19 +115,19 @@ def test_arm_without_vectors_is_refused(data: TrainingData) -> None:
     ],
 )
 def test_vectors_of_two_encoders_are_refused(
-    data: TrainingData, arm: Arm, source: str, side: str, message: str
+    data: TrainingData, arm: Arm, source: str, kind: str, message: str
 ) -> None:
-    table = data.knowledge[source][side]
-    narrow = {**data.knowledge[source], side: KnowledgeTable(table.ids, table.vectors[:, :3])}
+    table = data.knowledge[source][kind]
+    narrow = {**data.knowledge[source], kind: KnowledgeTable(table.ids, table.vectors[:, :3])}
     with pytest.raises(SchemaError, match=message):
         TrainingData(data.features, {**data.knowledge, source: narrow}).tables(trial(arm))
 
 
 def test_a_batch_holds_the_sources_of_each_id_in_their_order(data: TrainingData) -> None:
-    sides = data.knowledge["knowledge"]
-    users, items = sides["user"], sides["item"]
+    kind_tables = data.knowledge["knowledge"]
+    users, items = kind_tables["user"], kind_tables["item"]
     cohort = KnowledgeTable(users.ids[::2], users.vectors[1::2])  # of every other user
-    given = {"knowledge": sides, "collective": {"user": cohort, "item": items}}
+    given = {"knowledge": kind_tables, "collective": {"user": cohort, "item": items}}
     tables = TrainingData(data.features, given).tables(trial("both"))
     rows = torch.arange(0, 400, 7)
     batch = SplitTensors(data.features.splits["test"].whole(), tables, "cpu").batch(rows)
@@ -144,10 +144,10 @@ def test_a_batch_holds_the_sources_of_each_id_in_their_order(data: TrainingData)
 
 
 def test_a_vector_that_is_no_number_is_refused_with_its_id(data: TrainingData) -> None:
-    sides = data.knowledge["knowledge"]
-    vectors = sides["user"].vectors.copy()
+    kind_tables = data.knowledge["knowledge"]
+    vectors = kind_tables["user"].vectors.copy()
     vectors[7, 3] = np.nan
-    broken = {"knowledge": {**sides, "user": KnowledgeTable(sides["user"].ids, vectors)}}
+    broken = {"knowledge": {**kind_tables, "user": KnowledgeTable(kind_tables["user"].ids, vectors)}}
     with pytest.raises(SchemaError, match="vector of id 7 has a component that is not a finite number"):
         train_one(trial("knowledge"), TrainingData(data.features, broken), CONFIG)
 
@@ -175,8 +175,8 @@ def test_shuffled_permutes_the_vectors_of_each_side_by_the_trials_seed(data: Tra
     for seed in (0, 3):
         tables = TrainingData(data.features, given).tables(trial("shuffled", seed=seed))
         assert tables is not None
-        for side, (table,) in (("user", tables.users), ("item", tables.items)):
-            own = given[source][side]
+        for kind, (table,) in (("user", tables.users), ("item", tables.items)):
+            own = given[source][kind]
             np.testing.assert_array_equal(table.gather(own.ids)[0], own.shuffled(seed).gather(own.ids)[0])
 
 
@@ -195,9 +195,9 @@ def test_two_sources_tell_together_what_neither_tells_alone(toy_world: Any) -> N
     label = (item % 2 == 0) == (signals.sum(axis=0) > 0)[user]
     column = toy_world.samples.column_names.index("label")
     samples = toy_world.samples.set_column(column, "label", pa.array(label).cast(toy_world.samples["label"].type))
-    sides = [{"user": KnowledgeTable(np.arange(n_users), v), "item": toy_world.vectors[1]} for v in vectors]
+    kind_tables = [{"user": KnowledgeTable(np.arange(n_users), v), "item": toy_world.vectors[1]} for v in vectors]
     features = dataclasses.replace(toy_world, samples=samples).data.features
-    data = TrainingData(features, {"knowledge": sides[0], "collective": sides[1]})
+    data = TrainingData(features, {"knowledge": kind_tables[0], "collective": kind_tables[1]})
     arms: tuple[Arm, ...] = ("knowledge", "collective", "both")
     config = CONFIG.model_copy(update={"epochs": 10, "patience": 10})  # like an exclusive or, it is learnt late
     auc = {arm: train_one(trial(arm), data, config).result.test.auc for arm in arms}

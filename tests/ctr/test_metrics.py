@@ -67,9 +67,9 @@ def test_gauc_of_an_amazon_sized_split_equals_the_definition_within_a_second() -
     users = rng.permutation(np.arange(385_000) % 192_000)
     labels, scores = rng.integers(0, 2, 385_000), rng.integers(0, 50, 385_000) / 50
     started = time.thread_time()
-    found = gauc(labels, scores, users)
+    value = gauc(labels, scores, users)
     assert time.thread_time() - started < 1  # of CPU: a busy machine is no failure
-    assert found == pytest.approx(gauc_by_loops(labels, scores, users), abs=1e-9)
+    assert value == pytest.approx(gauc_by_loops(labels, scores, users), abs=1e-9)
 
 
 def test_relative_improvement_counts_from_chance() -> None:

@@ -126,9 +126,9 @@ def _run_rank(rank: int, port: int, folder: Path) -> None:
 def test_ranks_agree_on_the_mean_of_their_rows(tmp_path: Path) -> None:
     run_two_ranks(__file__, tmp_path)
     for rank in (0, 1):
-        found = np.load(tmp_path / f"{rank}.npz")
-        assert found["rows"].tolist() == [0, 2, 5]
-        assert found["values"].tolist() == [[4.0, 3.0], [2.5, 2.5], [0.5, 1.0]]
+        state = np.load(tmp_path / f"{rank}.npz")
+        assert state["rows"].tolist() == [0, 2, 5]
+        assert state["values"].tolist() == [[4.0, 3.0], [2.5, 2.5], [0.5, 1.0]]
 
 
 def test_the_loss_falls_on_a_sparse_table() -> None:

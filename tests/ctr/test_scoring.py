@@ -72,8 +72,8 @@ class Behaviors:
         self._rows = dict(zip(rows["id"].to_pylist(), encode_behaviors(rows), strict=True))
 
     def behaviors(self, ids: Any) -> list[np.ndarray | None]:
-        found = map(self._rows.get, ids)
-        return [None if value is None else np.frombuffer(value, schema.BEHAVIOR) for value in found]
+        rows = map(self._rows.get, ids)
+        return [None if value is None else np.frombuffer(value, schema.BEHAVIOR) for value in rows]
 
 
 def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exported:
@@ -108,7 +108,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toy_world: Any) -> Export
 def requests(world: Any, n: int) -> list[tuple[User, int]]:
     """The first test samples, each as a user who brings their own history."""
     test = world.samples.filter(pc.equal(world.samples["split"], "test")).slice(0, n)
-    return [(User.of_sample(r), r["item_id"]) for r in test.to_pylist()]
+    return [(User.from_sample(r), r["item_id"]) for r in test.to_pylist()]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -132,17 +132,17 @@ def test_both_paths_score_as_the_trainer_did(workspace: Workspace, toy_world: An
         made.trained.model, SplitBatches(Split.of(samples), made.data.tables(made.trained.result.trial), "cpu")
     )
     for scorer in (by_model, by_program):
-        found = scorer.score(user, candidates, made.live)
-        assert found.dtype == np.float64
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        scores = scorer.score(user, candidates, made.live)
+        assert scores.dtype == np.float64
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("arm", ["both", "streaming"])
 def test_several_vectors_of_an_id_are_fused(workspace: Workspace, toy_world: Any, arm: Arm) -> None:
     made = export(workspace, toy_world, "dcnv2", arm)
     scorer = made.scorer()
-    found = np.concatenate([scorer.score(user, [item], made.live) for user, item in requests(toy_world, 25)])
-    np.testing.assert_allclose(found, made.trained.test.scores[:25], rtol=0, atol=1e-5)
+    scores = np.concatenate([scorer.score(user, [item], made.live) for user, item in requests(toy_world, 25)])
+    np.testing.assert_allclose(scores, made.trained.test.scores[:25], rtol=0, atol=1e-5)
 
 
 def test_a_user_comes_by_id_with_their_last_behaviours(exported: Exported) -> None:
@@ -174,13 +174,13 @@ def test_an_id_without_knowledge_gets_the_learned_default(exported: Exported, to
     adaptor = exported.trained.model.adaptor
     assert adaptor is not None
     with torch.no_grad():
-        for side, tower, known in (("user", adaptor.user, 20), ("item", adaptor.item, 4)):
-            index = ("user", "item").index(side)
+        for kind, tower, known in (("user", adaptor.user, 20), ("item", adaptor.item, 4)):
+            index = ("user", "item").index(kind)
             vector = torch.from_numpy(toy_world.vectors[index].gather(np.array([known]))[0]).float()[:, None]
-            of_known = tower(vector, torch.ones(1, 1, dtype=torch.bool), adaptor.shared)
+            known_fields = tower(vector, torch.ones(1, 1, dtype=torch.bool), adaptor.shared)
             missing = tower(torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool), adaptor.shared)
-            found = exported.live.fields(side, np.array([known, 3, NOBODY]))
-            np.testing.assert_allclose(found, torch.cat([of_known, missing, missing]).numpy(), atol=1e-6)
+            fields = exported.live.fields(kind, np.array([known, 3, NOBODY]))
+            np.testing.assert_allclose(fields, torch.cat([known_fields, missing, missing]).numpy(), atol=1e-6)
 
 
 def test_profile_is_taken_from_the_request_where_it_names_a_field(exported: Exported, toy_world: Any) -> None:

@@ -32,8 +32,8 @@ def artifact(workspace: Workspace, toy_world: Any) -> str:
     kept = samples.filter(pa.compute.less(samples["item_id"], 15))
     world = dataclasses.replace(toy_world, items=known, samples=kept)
     write_world(workspace, world, n_shards=2)
-    for side, table in zip(("user", "item"), toy_world.vectors, strict=True):
-        write_vectors(workspace, "vectors/abc", f"knowledge-{side}", table)
+    for kind, table in zip(("user", "item"), toy_world.vectors, strict=True):
+        write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)
     data = data_of(workspace, GRID)
     trained = train_one(TRIAL, data, CONFIG)
     export_trial(workspace, GRID, trained)
@@ -55,8 +55,8 @@ def data_of(
 
 def test_rows_are_carried_over_by_value_and_new_values_start_as_unknown() -> None:
     table = torch.arange(10.0).reshape(5, 2)  # padding, unknown, then b, d, e
-    found = carried_over(table, pa.array(["b", "d", "e"]), pa.array(["a", "b", "c", "e"]))
-    assert found.tolist() == [[0, 1], [2, 3], [2, 3], [4, 5], [2, 3], [8, 9]]
+    rows = carried_over(table, pa.array(["b", "d", "e"]), pa.array(["a", "b", "c", "e"]))
+    assert rows.tolist() == [[0, 1], [2, 3], [2, 3], [4, 5], [2, 3], [8, 9]]
 
 
 def test_vocabularies_grow_and_keep_what_the_items_table_still_has() -> None:
@@ -80,8 +80,8 @@ def test_a_model_goes_on_from_the_weights_of_an_artifact(workspace: Workspace, a
     assert vocabularies.items.to_pylist() == list(range(20))
     begun: dict[str, torch.Tensor] = {}
 
-    def begin(model: Any, of_grid: Vocabularies) -> None:
-        warm.load_into(model, of_grid)
+    def begin(model: Any, grid_vocabularies: Vocabularies) -> None:
+        warm.load_into(model, grid_vocabularies)
         begun.update({name: value.clone() for name, value in model.state_dict().items()})
 
     trained = train_one(TRIAL, data, CONFIG, begin=begin)

@@ -91,7 +91,7 @@ def test_requests_with_and_without_temperature_share_a_batch(llama: Decoder) -> 
     from vllm.sampling_params import RequestOutputKind
 
     plain = token_lists(llama.run(prompts(), "off"))
-    found: dict[str, list[int]] = {}
+    answers: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts()):
         params = SamplingParams(
             max_tokens=40,
@@ -104,12 +104,12 @@ def test_requests_with_and_without_temperature_share_a_batch(llama: Decoder) -> 
         )
         llama.engine.add_request(f"mixed{i}", {"prompt_token_ids": prompt}, params)
     while llama.engine.has_unfinished_requests():
-        found.update({o.request_id: list(o.outputs[0].token_ids) for o in llama.engine.step() if o.finished})
+        answers.update({o.request_id: list(o.outputs[0].token_ids) for o in llama.engine.step() if o.finished})
     for i in range(len(plain)):
         if i % 2:
-            assert found[f"mixed{i}"] == plain[i]
+            assert answers[f"mixed{i}"] == plain[i]
         else:
-            assert len(found[f"mixed{i}"]) == 40
+            assert len(answers[f"mixed{i}"]) == 40
 
 
 def test_a_row_near_the_context_limit_leaves_the_others_their_drafts(llama: Decoder) -> None:
@@ -168,7 +168,7 @@ def test_finished_texts_draft_for_later_ones_unless_they_were_relaxed(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("architecture", "changes"),
     [
         ("Qwen2", {}),
         ("Qwen3", {}),
@@ -177,8 +177,8 @@ def test_finished_texts_draft_for_later_ones_unless_they_were_relaxed(tmp_path: 
         ("GPTNeoX", {}),
     ],
 )
-def test_strict_is_lossless_for(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model", family, **changes)
+def test_strict_is_lossless_for(architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", architecture, **changes)
     decoder = Decoder(model, DecodingConfig(mode="strict"), DraftLimits(max_draft=6))
     try:
         plain = decoder.run(prompts(), "off")

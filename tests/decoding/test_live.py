@@ -11,8 +11,8 @@ texts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), max_size=
 
 def matches(pool: LivePool, context: list[int], room: int = 512) -> tuple[np.ndarray, np.ndarray]:
     positions, lengths = np.zeros(room, np.int64), np.zeros(room, np.int64)
-    found = match_live(pool.tokens, pool.heads, pool.earlier, np.array(context, np.int32), positions, lengths)
-    return positions[:found], lengths[:found]
+    n = match_live(pool.tokens, pool.heads, pool.earlier, np.array(context, np.int32), positions, lengths)
+    return positions[:n], lengths[:n]
 
 
 @settings(max_examples=150)
@@ -36,8 +36,8 @@ def test_a_sealed_pool_finds_as_long_matches(sequences: list[list[int]], context
         pool.insert(s)
     sealed = build_pool(pool.sequences())
     positions, lengths = np.zeros(512, np.int64), np.zeros(512, np.int64)
-    found = match_sealed(sealed.tokens, sealed.order, sealed.shared, np.array(context, np.int32), positions, lengths)
-    assert sorted(lengths[:found]) == sorted(matches(pool, context)[1])
+    n = match_sealed(sealed.tokens, sealed.order, sealed.shared, np.array(context, np.int32), positions, lengths)
+    assert sorted(lengths[:n]) == sorted(matches(pool, context)[1])
 
 
 def test_latest_of_equal_matches_stands_first() -> None:
@@ -61,7 +61,7 @@ def test_full_pool_drops_the_oldest_texts_and_stays_within_bounds() -> None:
     assert len(matches(pool, [0, 0])[0]) == 0
 
 
-def test_index_takes_at_most_80_bytes_a_token() -> None:
+def test_index_takes_at_most_80_bytes_per_token() -> None:
     pool = LivePool(max_tokens=1 << 20)
     rng = np.random.default_rng(0)
     for _ in range(2000):

@@ -17,10 +17,10 @@ def test_off_changes_nothing() -> None:
     ("cpu", "worker"), [(True, "cpu_worker.RetrievalCpuWorker"), (False, "gpu_worker.RetrievalGpuWorker")]
 )
 def test_engine_arguments_name_proposer_and_worker(cpu: bool, worker: str) -> None:
-    found = engine_arguments(DecodingConfig(mode="strict"), "m", limits=DraftLimits(max_draft=6), cpu=cpu)
-    assert found["speculative_config"]["num_speculative_tokens"] == 6
-    assert found["worker_cls"] == f"owlrec.decoding.{worker}"
-    assert found["additional_config"]["owlrec_decoding"]["identity"] == "m"
+    arguments = engine_arguments(DecodingConfig(mode="strict"), "m", limits=DraftLimits(max_draft=6), cpu=cpu)
+    assert arguments["speculative_config"]["num_speculative_tokens"] == 6
+    assert arguments["worker_cls"] == f"owlrec.decoding.{worker}"
+    assert arguments["additional_config"]["owlrec_decoding"]["identity"] == "m"
 
 
 @pytest.mark.parametrize(

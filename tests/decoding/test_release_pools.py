@@ -44,7 +44,7 @@ def test_an_answer_stands_behind_its_opening_and_before_its_end() -> None:
     assert cut.tolist() == [1, 3, blue]
 
 
-def test_there_is_a_pool_a_kind_whose_documents_are_found_by_id(tmp_path: Path) -> None:
+def test_there_is_a_pool_per_kind_whose_documents_are_found_by_id(tmp_path: Path) -> None:
     tokenizer = Words()
     tables = [
         table({"id": 7, "text": "red"}, {"id": 8, "text": "blue"}),

@@ -3,14 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, Shelf, build_pool
-from owlrec.decoding.retrieval import CELLS, EVIDENCE, AcceptanceRates, Drafts, draft_rows
+from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
+from owlrec.decoding.retrieval import CELLS, VOTES, AcceptanceRates, Drafts, draft_rows
 
 HALF = np.full((4, CELLS), 0.5)
 
 
 def draft(
-    shelf: Shelf,
+    search_set: SearchSet,
     contexts: list[list[int]],
     sources: list[list[tuple[int, int]]],
     *,
@@ -31,90 +31,92 @@ def draft(
         np.full(len(contexts), limit),
         padded,
         np.array(groups, np.int64) if groups else np.zeros(padded.shape[:2], np.int64),
-        shelf,
+        search_set,
         rates,
         depth=8,
         floor=floor,
     )
 
 
-def tokens(found: Drafts, row: int = 0) -> list[int]:
-    return [int(t) for t in found.tokens[row, : found.count[row]]]
+def tokens(drafts: Drafts, row: int = 0) -> list[int]:
+    return [int(t) for t in drafts.tokens[row, : drafts.count[row]]]
 
 
 def test_the_commonest_continuation_of_the_longest_match_wins() -> None:
-    shelf = Shelf()
-    place = shelf.add_sealed(build_pool([[1, 2, 3, 7], [1, 2, 3, 8], [1, 2, 3, 8], [9, 3, 5], [9, 3, 5], [9, 3, 5]]))
-    found = draft(shelf, [[1, 2, 3]], [[(SEALED, place)]])
+    search_set = SearchSet()
+    place = search_set.add_sealed(
+        build_pool([[1, 2, 3, 7], [1, 2, 3, 8], [1, 2, 3, 8], [9, 3, 5], [9, 3, 5], [9, 3, 5]])
+    )
+    drafts = draft(search_set, [[1, 2, 3]], [[(SEALED, place)]])
     # "1 2 3" was followed by 8 twice and 7 once; 5 followed only the shorter "3", three times at a quarter of a vote.
-    assert tokens(found) == [8]
-    assert found.cell[0, 0] == 2 * EVIDENCE + 3  # three shared tokens; 2 of 3 votes lie between 55 and 75 %
+    assert tokens(drafts) == [8]
+    assert drafts.cell[0, 0] == 2 * VOTES + 3  # three shared tokens; 2 of 3 votes lie between 55 and 75 %
 
 
 def test_chances_multiply_along_the_chain_and_end_at_the_floor() -> None:
-    shelf = Shelf()
-    place = shelf.add_sealed(build_pool([[1, 2, 3, 4, 5, 6]]))
-    found = draft(shelf, [[1]], [[(SEALED, place)]])
-    assert tokens(found) == [2, 3, 4, 5, 6]
-    np.testing.assert_allclose(found.chance[0, :5], [0.5, 0.25, 0.125, 0.0625, 0.03125])
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]], floor=0.2)) == [2, 3]
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]], limit=1)) == [2]
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]], limit=0)) == []
+    search_set = SearchSet()
+    place = search_set.add_sealed(build_pool([[1, 2, 3, 4, 5, 6]]))
+    drafts = draft(search_set, [[1]], [[(SEALED, place)]])
+    assert tokens(drafts) == [2, 3, 4, 5, 6]
+    np.testing.assert_allclose(drafts.chance[0, :5], [0.5, 0.25, 0.125, 0.0625, 0.03125])
+    assert tokens(draft(search_set, [[1]], [[(SEALED, place)]], floor=0.2)) == [2, 3]
+    assert tokens(draft(search_set, [[1]], [[(SEALED, place)]], limit=1)) == [2]
+    assert tokens(draft(search_set, [[1]], [[(SEALED, place)]], limit=0)) == []
 
 
 def test_the_source_that_promises_most_accepted_tokens_wins() -> None:
-    shelf = Shelf()
-    short = shelf.add_sealed(build_pool([[1, 2, 3]]))
-    long = shelf.add_text(np.array([1, 2, 4, 5, 6], np.int32))
+    search_set = SearchSet()
+    short = search_set.add_sealed(build_pool([[1, 2, 3]]))
+    long = search_set.add_text(np.array([1, 2, 4, 5, 6], np.int32))
     rates = np.stack([np.full(CELLS, 0.9), np.full(CELLS, 0.5), *HALF[:2]])
     both = [[(SEALED, short), (TEXT, long)]]
     # One token at 0.9 beats 0.5 + 0.25 + 0.125; with equal rates the longer draft wins.
-    assert tokens(draft(shelf, [[1, 2]], both, rates=rates, groups=[[0, 1]])) == [3]
-    found = draft(shelf, [[1, 2]], both, rates=rates, groups=[[1, 1]])
-    assert tokens(found) == [4, 5, 6]
-    assert found.source[0] == 1
+    assert tokens(draft(search_set, [[1, 2]], both, rates=rates, groups=[[0, 1]])) == [3]
+    drafts = draft(search_set, [[1, 2]], both, rates=rates, groups=[[1, 1]])
+    assert tokens(drafts) == [4, 5, 6]
+    assert drafts.source[0] == 1
 
 
 def test_a_repeating_row_is_continued_from_itself_beyond_its_end() -> None:
-    assert tokens(draft(Shelf(), [[5, 1, 2, 1, 2]], [[(CONTEXT, 0)]])) == [1, 2, 1, 2, 1, 2, 1, 2]
+    assert tokens(draft(SearchSet(), [[5, 1, 2, 1, 2]], [[(CONTEXT, 0)]])) == [1, 2, 1, 2, 1, 2, 1, 2]
 
 
 def test_a_text_is_never_read_on_past_its_end() -> None:
-    shelf = Shelf()
-    place = shelf.add_text(np.array([1, 2, 3], np.int32))
-    assert tokens(draft(shelf, [[1, 2]], [[(TEXT, place)]])) == [3]
-    assert tokens(draft(shelf, [[2, 3]], [[(TEXT, place)]])) == []
+    search_set = SearchSet()
+    place = search_set.add_text(np.array([1, 2, 3], np.int32))
+    assert tokens(draft(search_set, [[1, 2]], [[(TEXT, place)]])) == [3]
+    assert tokens(draft(search_set, [[2, 3]], [[(TEXT, place)]])) == []
 
 
 def test_rows_of_different_pools_are_served_in_one_call() -> None:
-    shelf = Shelf()
-    a, b = shelf.add_sealed(build_pool([[1, 2]])), shelf.add_sealed(build_pool([[1, 3]]))
+    search_set = SearchSet()
+    a, b = search_set.add_sealed(build_pool([[1, 2]])), search_set.add_sealed(build_pool([[1, 3]]))
     live = LivePool(max_tokens=1 << 12)
     live.insert([1, 4])
-    c = shelf.add_live(live)
-    found = draft(shelf, [[1], [1], [1], [8]], [[(SEALED, a)], [(SEALED, b)], [(LIVE, c)], [(SEALED, a)]])
-    assert [tokens(found, row) for row in range(4)] == [[2], [3], [4], []]
-    assert list(found.source) == [0, 0, 0, -1]
+    c = search_set.add_live(live)
+    drafts = draft(search_set, [[1], [1], [1], [8]], [[(SEALED, a)], [(SEALED, b)], [(LIVE, c)], [(SEALED, a)]])
+    assert [tokens(drafts, row) for row in range(4)] == [[2], [3], [4], []]
+    assert list(drafts.source) == [0, 0, 0, -1]
 
 
 def test_a_freed_place_finds_nothing_and_is_used_again() -> None:
-    shelf = Shelf()
-    place = shelf.add_sealed(build_pool([[1, 2]]))
-    shelf.remove(SEALED, place)
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]])) == []
-    assert shelf.add_sealed(build_pool([[1, 3]])) == place
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]])) == [3]
+    search_set = SearchSet()
+    place = search_set.add_sealed(build_pool([[1, 2]]))
+    search_set.remove(SEALED, place)
+    assert tokens(draft(search_set, [[1]], [[(SEALED, place)]])) == []
+    assert search_set.add_sealed(build_pool([[1, 3]])) == place
+    assert tokens(draft(search_set, [[1]], [[(SEALED, place)]])) == [3]
 
 
 @pytest.mark.parametrize("kind", [SEALED, LIVE, TEXT])
 def test_empty_pools_draft_nothing(kind: int) -> None:
-    shelf = Shelf()
+    search_set = SearchSet()
     add = {
-        SEALED: lambda: shelf.add_sealed(build_pool([])),
-        LIVE: lambda: shelf.add_live(LivePool(max_tokens=2048)),
-        TEXT: lambda: shelf.add_text(np.zeros(0, np.int32)),
+        SEALED: lambda: search_set.add_sealed(build_pool([])),
+        LIVE: lambda: search_set.add_live(LivePool(max_tokens=2048)),
+        TEXT: lambda: search_set.add_text(np.zeros(0, np.int32)),
     }[kind]
-    assert tokens(draft(shelf, [[1, 2, 3]], [[(kind, add())]])) == []
+    assert tokens(draft(search_set, [[1, 2, 3]], [[(kind, add())]])) == []
 
 
 @settings(max_examples=100)
@@ -124,12 +126,12 @@ def test_empty_pools_draft_nothing(kind: int) -> None:
 )
 def test_every_tier_drafts_what_some_text_says_after_the_match(texts: list[list[int]], context: list[int]) -> None:
     """A drafted chain, behind the token it follows, stands in a text of the pool word for word."""
-    shelf, live = Shelf(), LivePool(max_tokens=1 << 12)
+    search_set, live = SearchSet(), LivePool(max_tokens=1 << 12)
     for text in texts:
         live.insert(text)
-    sealed_place, live_place = shelf.add_sealed(build_pool(texts)), shelf.add_live(live)
+    sealed_place, live_place = search_set.add_sealed(build_pool(texts)), search_set.add_live(live)
     for source in ((SEALED, sealed_place), (LIVE, live_place)):
-        chain = [context[-1], *tokens(draft(shelf, [context], [[source]]))]
+        chain = [context[-1], *tokens(draft(search_set, [context], [[source]]))]
         assert any(text[i : i + len(chain)] == chain for text in texts for i in range(len(text))) or len(chain) == 1
         followed = any(context[-1] in text[:-1] for text in texts)
         assert (len(chain) > 1) == followed

@@ -56,10 +56,10 @@ def test_order_is_sorted_by_the_text_read_backwards(sequences: list[list[int]]) 
 def test_longest_match_equals_brute_force(sequences: list[list[int]], context: list[int]) -> None:
     pool = build_pool(sequences)
     positions, lengths = np.zeros(8, np.int64), np.zeros(8, np.int64)
-    found = match_sealed(pool.tokens, pool.order, pool.shared, np.array(context, np.int32), positions, lengths)
-    assert (lengths[0] if found else 0) == brute_force(sequences, context)
-    assert list(lengths[:found]) == sorted(lengths[:found], reverse=True)
-    for position, length in zip(positions[:found], lengths[:found], strict=True):
+    matches = match_sealed(pool.tokens, pool.order, pool.shared, np.array(context, np.int32), positions, lengths)
+    assert (lengths[0] if matches else 0) == brute_force(sequences, context)
+    assert list(lengths[:matches]) == sorted(lengths[:matches], reverse=True)
+    for position, length in zip(positions[:matches], lengths[:matches], strict=True):
         assert list(pool.tokens[position - length : position]) == context[len(context) - length :]
         assert pool.tokens[position] != BORDER
 
@@ -67,8 +67,8 @@ def test_longest_match_equals_brute_force(sequences: list[list[int]], context: l
 def test_a_match_never_crosses_from_one_text_to_the_next() -> None:
     pool = build_pool([[1, 2], [3, 4]])
     positions, lengths = np.zeros(4, np.int64), np.zeros(4, np.int64)
-    found = match_sealed(pool.tokens, pool.order, pool.shared, np.array([1, 2, 3], np.int32), positions, lengths)
-    assert found == 1
+    matches = match_sealed(pool.tokens, pool.order, pool.shared, np.array([1, 2, 3], np.int32), positions, lengths)
+    assert matches == 1
     assert lengths[0] == 1  # "3" alone, since "2 3" stands across the border
     assert pool.tokens[positions[0]] == 4
 
@@ -82,7 +82,7 @@ def test_documents_are_found_by_id_and_kept_in_order() -> None:
     assert pool.tokens.tolist() == [5, 6, BORDER, BORDER, 7, BORDER]
 
 
-def test_saved_pool_opens_equal_and_within_12_bytes_a_token(tmp_path: Path) -> None:
+def test_saved_pool_opens_equal_and_within_12_bytes_per_token(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pool = build_pool([rng.integers(0, 1000, 200) for _ in range(500)])
     pool.save(tmp_path / "p", "model-a")

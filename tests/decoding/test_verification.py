@@ -121,14 +121,14 @@ def test_rule_equals_brute_force(logits: list[float], token: int, rule: Relaxati
 
     if token >= 0 and boundary(logits, token, rule):
         return
-    found = relaxed_accept(
+    accepted = relaxed_accept(
         torch.tensor([logits]),
         torch.tensor([token]),
         k=torch.tensor([rule.k]),
         min_prob=torch.tensor([rule.min_prob], dtype=torch.float32),
         margin=torch.tensor([2.0 if rule.margin is None else rule.margin], dtype=torch.float32),
     )
-    assert bool(found[0]) == brute_force(logits, token, rule)
+    assert bool(accepted[0]) == brute_force(logits, token, rule)
 
 
 chains = st.lists(st.tuples(rows_of_logits, st.integers(0, 4)), max_size=4)
@@ -193,6 +193,6 @@ def test_values_are_repeated_for_each_draft_of_a_row() -> None:
 
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     temperature = torch.tensor([0.0, 0.5, 1.3])
-    found = expand_batch_to_tokens(temperature, ends, 5, replace_from=0, replace_to=1)
-    np.testing.assert_allclose(found, [1.0, 1.0, 1.3, 1.3, 1.3])
+    expanded = expand_batch_to_tokens(temperature, ends, 5, replace_from=0, replace_to=1)
+    np.testing.assert_allclose(expanded, [1.0, 1.0, 1.3, 1.3, 1.3])
     assert expand_batch_to_tokens(torch.tensor([7, 8, 9], dtype=torch.int32), ends, 5).tolist() == [7, 7, 9, 9, 9]

@@ -33,14 +33,14 @@ SIZES = {
 }
 
 
-def tiny_model(folder: Path, family: str, **changes: Any) -> str:
+def tiny_model(folder: Path, architecture: str, **changes: Any) -> str:
     import torch
     import transformers
 
     torch.manual_seed(1)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
-    config.architectures = [f"{family}ForCausalLM"]
-    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.float32).save_pretrained(folder)
+    config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **changes})
+    config.architectures = [f"{architecture}ForCausalLM"]
+    getattr(transformers, f"{architecture}ForCausalLM")(config).to(torch.float32).save_pretrained(folder)
     return str(folder)
 
 

@@ -267,7 +267,7 @@ def has_key(models: list[type[Config]], names: list[str]) -> bool:
     """Whether one of `models` has the key that `names` lead to."""
     fields = [m.model_fields[names[0]] for m in models if names[0] in m.model_fields]
     return bool(fields) and (
-        len(names) == 1 or any(has_key(found, names[1:]) for f in fields if (found := models_of(f)))
+        len(names) == 1 or any(has_key(model, names[1:]) for f in fields if (model := models_of(f)))
     )
 
 
@@ -428,12 +428,12 @@ def test_python_on_the_serving_page_gets_its_answers(walk: Walk, monkeypatch: py
     knowledge = build_knowledge_api(served, SimilarEntities(store.root), keys, KnowledgeConfig(), NoTelemetry())
     rank = build_rank_api(Cascade(Descending(), Descending()), keys, Limits(), NoTelemetry(), ready)
     printed = []
-    with TestClient(knowledge, HOST) as of_knowledge, TestClient(rank, HOST) as of_rank:
+    with TestClient(knowledge, HOST) as knowledge_client, TestClient(rank, HOST) as rank_client:
 
         class Applications(httpx.BaseTransport):
             def handle_request(self, request: httpx.Request) -> httpx.Response:
                 path = request.url.raw_path.decode()
-                client = of_rank if path.startswith("/rank/") else of_knowledge
+                client = rank_client if path.startswith("/rank/") else knowledge_client
                 answer = client.request(
                     request.method,
                     path.removeprefix("/rank"),

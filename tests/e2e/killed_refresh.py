@@ -22,7 +22,7 @@ STEPS = {
     "encoded": ("owlrec.refresh.apply", "build_release", "before"),
     "built": ("owlrec.refresh.apply", "make_current", "before"),
     "published": ("owlrec.refresh.apply", "make_current", "after"),
-    "items settled": ("owlrec.refresh.apply", "StorePartitions", "before"),
+    "items settled": ("owlrec.refresh.apply", "SavePartitions", "before"),
     "partitions stored": ("owlrec.refresh.apply", "SettleStage", "before"),
     "settled": ("owlrec.runs.refresh", "write_state", "before"),
     "committed": ("owlrec.runs.refresh", "write_state", "after"),

@@ -16,7 +16,7 @@ import pytest
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
-HARMS_A_RUN = 3
+HARMS_PER_RUN = 3
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -45,7 +45,7 @@ def cluster() -> Iterator[Any]:
 def test_every_row_once_after_any_harm(cluster: Any, seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     # Every harm gets its turn, and so does every pair of them, over enough seeds.
-    harms = [chaos.HARMS[seed % len(chaos.HARMS)], *rng.sample(chaos.HARMS, HARMS_A_RUN - 1)]
+    harms = [chaos.HARMS[seed % len(chaos.HARMS)], *rng.sample(chaos.HARMS, HARMS_PER_RUN - 1)]
     server, folder, log = chaos.Oracle(), tmp_path / "ws", tmp_path / "log"
     recipe = tmp_path / "recipe.yaml"
     try:

@@ -48,7 +48,7 @@ def calls(workspace: Workspace) -> tuple[int, int]:
     generated = finished_stage(workspace, "generate")
     assert generated is not None
     cards = Artifact(workspace, generated.outputs["knowledge"]).cards()
-    assert {Shard.of_name(name).kind for name in cards} == {"cohort"}
+    assert {Shard.from_name(name).kind for name in cards} == {"cohort"}
     return sum(c.rows_in for c in cards.values()), sum(int(c.counts["rows_asked"]) for c in cards.values())
 
 
@@ -66,8 +66,8 @@ def test_a_cohort_s_text_serves_its_members(
     assert rows * 5 < len(users) + len(items)
     with open_release(workspace) as release:
         for kind, ids in (("user", users), ("item", items)):
-            found = release.store.get(kind, ids)
-            assert all(k is not None and k.framework == "collective" and "echo-" in k.text for k in found)
+            knowledge = release.store.get(kind, ids)
+            assert all(k is not None and k.framework == "collective" and "echo-" in k.text for k in knowledge)
             assert release.store.vectors(kind, ids)[1].all()
         assert any(len(c) == 2 for c in release.store.cohorts("user", users))  # liked and disliked
         assert release.store.get("user", [10**9]) == [None]

@@ -115,16 +115,16 @@ def content(root: str) -> dict[str, object]:
     workspace = Workspace(root)
     folder = needed_stage(workspace, "encode", "").outputs["vectors"]
     knowledge = needed_stage(workspace, "generate", "").outputs["knowledge"]
-    found: dict[str, object] = {}
+    files: dict[str, object] = {}
     with open_release(workspace) as release:
         for kind in ("user", "item"):
             texts = read_knowledge(workspace, knowledge, kind).sort_by([("id", "ascending"), ("as_of", "ascending")])
             ids = texts["id"].to_numpy()
-            found[f"{kind} texts"] = texts.select(["id", "as_of", "text", "prompt_sha256"]).to_pylist()
-            found[f"{kind} vectors"] = VectorShards(workspace, folder, f"knowledge-{kind}").gather(ids)[0].tobytes()
-            found[f"{kind} lookups"] = [k.text for k in release.store.get(kind, ids.tolist())]
-            found[f"{kind} codes"] = release.store.own_codes(kind, ids.tolist())
-    return found
+            files[f"{kind} texts"] = texts.select(["id", "as_of", "text", "prompt_sha256"]).to_pylist()
+            files[f"{kind} vectors"] = VectorShards(workspace, folder, f"knowledge-{kind}").gather(ids)[0].tobytes()
+            files[f"{kind} lookups"] = [k.text for k in release.store.get(kind, ids.tolist())]
+            files[f"{kind} codes"] = release.store.own_codes(kind, ids.tolist())
+    return files
 
 
 def test_the_chain_on_s3_has_the_content_of_the_chain_on_disk(bucket: str, source: str, tmp_path: Path) -> None:

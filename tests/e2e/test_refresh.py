@@ -114,10 +114,10 @@ def assert_same(one: Workspace, other: Workspace) -> None:
 def stored(workspace: Workspace, recipe: Recipe) -> dict[tuple[int, int], list[float]]:
     """The vector of each partition that was read, by user and as_of."""
     shards = VectorShards(workspace, partitions_folder(recipe.encoder.identity), PARTITIONS)
-    found = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
+    read = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
     return {
         (id_, moment): vector
-        for shard in found
+        for shard in read
         for id_, moment, vector in zip(shard.ids.tolist(), shard.as_of.tolist(), shard.vectors.tolist(), strict=True)
     }
 
@@ -127,10 +127,10 @@ def contents(workspace: Workspace, kind: str = "user") -> dict[int, tuple[str, i
     with open_release(workspace) as release:
         ids = release.store.ids(kind)
         rows, there = release.store.partitions(kind, ids, 8)
-        found = release.store.get(kind, ids)
+        knowledge = release.store.get(kind, ids)
     return {
         k.id: (k.text, k.as_of, vectors[mask].tolist())
-        for k, vectors, mask in zip(found, rows, there, strict=True)
+        for k, vectors, mask in zip(knowledge, rows, there, strict=True)
         if k is not None
     }
 
@@ -218,15 +218,15 @@ def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: P
 
 
 def test_stages_on_ray_leave_what_they_leave_in_this_process(copies: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    outcomes = []
     for name, here in (("here", 1000), ("ray", -1)):
         recipe, workspace = copies(name)
         monkeypatch.setattr("owlrec.runs.refresh.HERE_ROWS", here)
         write_log(workspace, "one", [*moved(workspace, 1), (10**9, 1, 4.0, 10**12)])
         (state,) = run(recipe, workspace)
         users = [u for n in state.shards for u in state.read_users(workspace, n, recipe.encoder.model)]
-        found.append((contents(workspace), users, state.counts))
-    assert found[0] == found[1]
+        outcomes.append((contents(workspace), users, state.counts))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_bad_events_are_refused_and_counted_and_the_others_taken(copies: Callable) -> None:

@@ -29,7 +29,7 @@ from owlrec.workspace import Workspace
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
 STAGES = ("prepare", "generate", "encode", "publish", "refresh")
 HARMS = ("kill", "kill", "truncate", "fill disk")
-AT_HAND = 4  # shards that one worker may have begun when it dies: what a kill can cost
+IN_FLIGHT = 4  # shards that one worker may have begun when it dies: what a kill can cost
 HARMS_PER_STAGE = 3
 ENDS_WITHIN_S = 600  # a stage, Ray's start included, on a machine that is busy with something else
 USERS = 120
@@ -142,7 +142,7 @@ class Counted:
 
     def __init__(self, folder: Path, recipe: Path, log: Path, *, on_ray: bool) -> None:
         self.folder, self.recipe, self.log, self.on_ray = folder, recipe, log, on_ray
-        self.again = self.damaged = self.at_hand = self.kills = 0
+        self.again = self.damaged = self.in_flight = self.kills = 0
         self.before: dict[Path, tuple[str, float]] = {}
         self.started = 0.0
 
@@ -158,9 +158,9 @@ class Counted:
     def count_kill(self, workers: int) -> None:
         """After a kill: what was being made stays claimed."""
         held = [p for p in self.folder.glob("claims/**/0*") if p.is_file() and p.stat().st_mtime >= self.started]
-        self.at_hand += len(held)
+        self.in_flight += len(held)
         self.kills += 1
-        assert len(held) <= AT_HAND * workers, held
+        assert len(held) <= IN_FLIGHT * workers, held
 
 
 def harm(rng: random.Random, stage: str, runs: Counted) -> None:
@@ -218,7 +218,7 @@ def test_what_is_killed_and_damaged_ends_as_if_nothing_had_happened(
         pytest.skip(str(error))
     place = "Ray" if on_ray else "one process"
     print(
-        f"seed {seed}, {place}: {runs.kills} kills with {runs.at_hand} shards at hand; "
+        f"seed {seed}, {place}: {runs.kills} kills with {runs.in_flight} shards at hand; "
         f"{runs.again} finished shards made again, {runs.damaged} files damaged"
     )
     assert runs.again <= runs.damaged

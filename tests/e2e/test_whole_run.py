@@ -66,11 +66,11 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     (folder,) = (workspace / "exports").iterdir()
     for kind in ("user", "item"):
         table = pq.read_table(folder / kind)
-        written = sorted({id_ for of, id_, _, _ in rows if of == kind})
+        written = sorted({id_ for row_kind, id_, _, _ in rows if row_kind == kind})
         assert sorted(table["id"].to_pylist()) == written
         assert table["raw_id"].to_pylist() == [str(id_) for id_ in table["id"].to_pylist()]
         assert table["semantic_id"].null_count == 0
-        assert {len(fields) for fields in table["adapted"].to_pylist()} != {0}
+        assert {len(fields) for fields in table["adaptor_fields"].to_pylist()} != {0}
 
 
 def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path: Path) -> None:
@@ -84,12 +84,12 @@ def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    family = psutil.Process(process.pid).children(recursive=True)
+    tree = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     # Ray's reaper ends the cluster of a dead driver; its agents notice only after a minute or two, which nobody here
     # waits for.
-    _, alive = psutil.wait_procs(family, timeout=3)
+    _, alive = psutil.wait_procs(tree, timeout=3)
     for left in alive:
         with suppress(psutil.NoSuchProcess):
             left.kill()

@@ -229,8 +229,8 @@ def test_members_follow_the_texts_of_their_cohorts(world: Workspace, counted: li
     members = {1: ["a"], 2: ["a", "b"], 3: ["c"], 4: ["b", "c"]}
     rows = [
         {"kind": "user", "id": i, "as_of": 0, "cohort": c, "facet": "liked", "source": "global", "distance": None}
-        for i, of in members.items()
-        for c in of
+        for i, cohorts in members.items()
+        for c in cohorts
     ]
     table = pa.Table.from_pylist(rows, COHORTS)
     numbers = shard_of(table["id"].to_numpy(), 8)

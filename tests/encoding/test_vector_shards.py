@@ -59,10 +59,10 @@ def test_gather_equals_a_dictionary(held: dict[int, int], others: list[int], n_s
     assert vectors.tolist() == [[held[i], 1] if i in held else [0, 0] for i in wanted.tolist()]
     handles = shards.find(wanted)
     assert (handles >= 0).tolist() == mask.tolist()
-    found = np.zeros(len(wanted), np.int64)
+    seen = np.zeros(len(wanted), np.int64)
     for _, shard, at, rows in shards.at(handles):
-        found[at] = shard.ids[rows]
-    assert found[mask].tolist() == wanted[mask].tolist()
+        seen[at] = shard.ids[rows]
+    assert seen[mask].tolist() == wanted[mask].tolist()
     written = [shards.shard(number) for number in shards.numbers]
     assert sorted(i for shard in written if shard for i in shard.ids.tolist()) == sorted(held)
 

@@ -26,8 +26,8 @@ from owlrec.cohorts.profiles import ProfileSettings
 from owlrec.ctr.experiment import trials
 from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.trainer import export_trial, train_one
-from owlrec.ctr.training import GridJob, encode_once, load_data
-from owlrec.erasure.forgetting import forget
+from owlrec.ctr.training import GridSpec, encode_once, load_data
+from owlrec.erasure.forget import forget
 from owlrec.generation.engines import EchoEngine, count_words
 from owlrec.generation.import_export import ImportSource
 from owlrec.node_cache import NodeCache
@@ -73,17 +73,17 @@ def train(recipe: Recipe, workspace: Workspace) -> None:
     grid, encoded = "c" * 64, needed_stage(workspace, "encode", "").outputs["vectors"]
     folders = vector_folders(workspace, encoded)
     read = reduce_once(workspace, folders, recipe.ctr.knowledge_dim, grid)
-    job = GridJob(
+    spec = GridSpec(
         settings=recipe.ctr,
         trials=trials(recipe.ctr),
-        knowledge={source: dict(of_source) for source, of_source in read.items()},
+        knowledge={source: dict(kinds) for source, kinds in read.items()},
         fingerprint=grid,
         attributes=recipe.domain.text_fields,
         profile=recipe.domain.profile_fields,
     )
-    encode_once(workspace, job, None)
-    for trial in job.trials:
-        export_trial(workspace, grid, train_one(trial, load_data(workspace, job), recipe.ctr))
+    encode_once(workspace, spec, None)
+    for trial in spec.trials:
+        export_trial(workspace, grid, train_one(trial, load_data(workspace, spec), recipe.ctr))
     finish_stage(workspace, "train_ctr", grid, outputs={"grid": grid})
 
 
@@ -173,17 +173,17 @@ def test_no_byte_is_left(tmp_path: Path, cache: Path, asked: list[str]) -> None:
         # A HOLD keeps the release: the user must be silent all the same.
         assert CliRunner().invoke(cli.app, ["release", "hold", str(recipe_file)]).exit_code == 0
         started = time.monotonic()
-        told = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
-        assert told.exit_code == 1
-        assert "HOLD" in told.stderr
+        result = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
+        assert result.exit_code == 1
+        assert "HOLD" in result.stderr
         until_missing(web, path, started)
         assert web.get(path, headers={"If-None-Match": answer.headers["etag"]}).status_code == 404
         assert str(ID) not in str(web.post("/v1/knowledge:similar", json=near).json())
         assert current_release(workspace) == first
         assert answers(workspace) == others
         assert CliRunner().invoke(cli.app, ["release", "unhold", str(recipe_file)]).exit_code == 0
-        told = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
-        assert told.exit_code == 0, told.output
+        result = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
+        assert result.exit_code == 0, result.output
         assert web.get(path).status_code == 404
 
     assert scan(workspace) == {}
@@ -234,8 +234,8 @@ def test_a_server_knows_within_two_seconds(tmp_path: Path, cache: Path) -> None:
         started = time.monotonic()
         until_missing(web, "/v1/knowledge/user/1", started)
         assert time.monotonic() - started < 2
-        found = web.post("/v1/knowledge:batchGet", json={"kind": "user", "ids": [1, 2]}).json()["results"]
-        assert [entity["found"] for entity in found] == [False, True]
+        entities = web.post("/v1/knowledge:batchGet", json={"kind": "user", "ids": [1, 2]}).json()["results"]
+        assert [entity["found"] for entity in entities] == [False, True]
 
 
 def test_no_byte_is_left_in_a_bucket(s3_root: str, tmp_path: Path, cache: Path, asked: list[str]) -> None:

@@ -123,8 +123,8 @@ def test_answer_of_another_shape_is_a_failed_request(server: _Server) -> None:
 
 
 def test_first_tokens_are_asked_for_with_their_log_probabilities(server: _Server) -> None:
-    told = [{"token": "Yes", "logprob": -0.25}, {"token": " no", "logprob": -1.5}]
-    choice = {"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": told}]}}
+    likeliest = [{"token": "Yes", "logprob": -0.25}, {"token": " no", "logprob": -1.5}]
+    choice = {"message": {"content": "Yes"}, "logprobs": {"content": [{"token": "Yes", "top_logprobs": likeliest}]}}
     server.replies = [(503, {}, {}), (200, {}, {"choices": [choice]}), (200, {}, answer("Yes"))]
     config = HttpEngineConfig(type="http", base_url=f"http://127.0.0.1:{server.server_port}/v1", model="m")
 

@@ -274,8 +274,8 @@ def test_wrong_header_is_refused(tmp_path: Path, header: str, options: dict[str,
 # --- Parquet ---
 
 
-def parquet(tmp_path: Path, columns: dict[str, Any], rows_a_group: int = 2) -> Path:
-    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=rows_a_group)
+def parquet(tmp_path: Path, columns: dict[str, Any], rows_per_group: int = 2) -> Path:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=rows_per_group)
     return tmp_path / "a.parquet"
 
 
@@ -471,7 +471,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
     rows = [(i, f"{random.Random(i).random()} " * 80) for i in range(6_000)]  # 9 MB, twice with the prompt
     if name == "a.parquet":
         texts = [text for _, text in rows]
-        path = parquet(tmp_path, {"id": range(6_000), "text": texts, "prompt": texts}, rows_a_group=500)
+        path = parquet(tmp_path, {"id": range(6_000), "text": texts, "prompt": texts}, rows_per_group=500)
         del texts
     else:
         content = (write_csv if name == "a.csv" else write_jsonl)(rows)

@@ -152,7 +152,7 @@ def test_job_fingerprint_ignores_speed_settings() -> None:
 
 
 @pytest.mark.parametrize("framework", ["once", "rlmrec", "trawl"])
-def test_chosen_prompt_family_asks_about_users_and_items_and_names_their_rows(
+def test_chosen_framework_asks_about_users_and_items_and_names_their_rows(
     small_world: Workspace, framework: str
 ) -> None:
     for shard in table_inputs(small_world):
@@ -213,10 +213,10 @@ def test_lossless_drafting_makes_no_other_job_and_a_relaxed_rule_does() -> None:
 
 
 def test_engine_options_that_shape_no_answer_make_no_other_job() -> None:
-    prints = {
+    fingerprints = {
         job(engine=VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args=options)).fingerprint
         for options in ({}, {"gpu_memory_utilization": 0.8}, {"tensor_parallel_size": 2, "max_num_batched_tokens": 99})
     }
-    assert len(prints) == 1
+    assert len(fingerprints) == 1
     quantized = VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args={"quantization": "fp8"})
-    assert job(engine=quantized).fingerprint not in prints
+    assert job(engine=quantized).fingerprint not in fingerprints

@@ -39,8 +39,9 @@ def scores(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[int, float, float]
     wrong: Counter[str] = Counter()
     missed: Counter[str] = Counter()
     for row in rows:
-        found, wanted = set(flags(row["text"], row["scenario"], row["prompt"], row["finish_reason"])), set(row["flags"])
-        for counter, names in ((right, found & wanted), (wrong, found - wanted), (missed, wanted - found)):
+        raised = set(flags(row["text"], row["scenario"], row["prompt"], row["finish_reason"]))
+        wanted = set(row["flags"])
+        for counter, names in ((right, raised & wanted), (wrong, raised - wanted), (missed, wanted - raised)):
             counter.update([*names, *["all"] * len(names)])
     return {
         name: (
@@ -52,19 +53,19 @@ def scores(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[int, float, float]
     }
 
 
-def table(found: dict[str, tuple[int, float, float]]) -> str:
-    lines = [f"{name:16} {n:6} {precision:9.3f} {recall:6.3f}" for name, (n, precision, recall) in found.items()]
+def table(results: dict[str, tuple[int, float, float]]) -> str:
+    lines = [f"{name:16} {n:6} {precision:9.3f} {recall:6.3f}" for name, (n, precision, recall) in results.items()]
     return "\n".join(["flag              texts precision recall", *lines])
 
 
 def test_precision_and_recall_over_the_labelled_texts() -> None:
     rows = labelled()
-    found = scores(rows)
-    print("\n" + table(found))
+    results = scores(rows)
+    print("\n" + table(results))
     assert len(rows) >= 220
-    assert min(n for n, _, _ in found.values()) >= 10
+    assert min(n for n, _, _ in results.values()) >= 10
     assert sum(not row["flags"] for row in rows) >= 50
-    _, precision, recall = found["all"]
+    _, precision, recall = results["all"]
     assert precision >= 0.95
     assert recall >= 0.90
 
@@ -233,12 +234,12 @@ ANY_TEXT = st.one_of(
 def test_any_text_has_flags_in_order_and_is_empty_where_blank(
     text: str, prompt: str, finish_reason: str, scenario: str
 ) -> None:
-    found = flags(text, scenario, prompt, finish_reason)
-    assert list(found) == sorted(found, key=FLAGS.index)
-    assert len(set(found)) == len(found)
-    assert ("empty" in found) == (not text.strip())
-    assert "empty" not in found or len(found) == 1
-    assert "cut_off" not in found or finish_reason == "length"
+    raised = flags(text, scenario, prompt, finish_reason)
+    assert list(raised) == sorted(raised, key=FLAGS.index)
+    assert len(set(raised)) == len(raised)
+    assert ("empty" in raised) == (not text.strip())
+    assert "empty" not in raised or len(raised) == 1
+    assert "cut_off" not in raised or finish_reason == "length"
 
 
 @given(ANY_TEXT, st.text(" \t\n\r\u3000"), st.text(" \t\n\r\u3000"), st.sampled_from(["stop", "length"]))

@@ -192,8 +192,8 @@ def test_code_travels_without_caches_and_before_an_installed_one(tmp_path):
     (package / "a.py").write_text("")
     (tmp_path / "shop.yaml").write_text("name: shop")
     with job_folder(tmp_path / "shop.yaml", {"platform/owlrec": package}) as folder:
-        found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        assert found == ["platform/owlrec/a.py", RECIPE]
+        files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        assert files == ["platform/owlrec/a.py", RECIPE]
         environment = runtime_env(folder, installed=False)
         assert environment == {"working_dir": str(folder), "env_vars": {"PYTHONPATH": "platform"}}
     assert not folder.exists()
@@ -209,9 +209,9 @@ def test_on_an_image_with_owlrec_only_the_recipe_travels(tmp_path):
 def test_further_fields_are_added_and_the_working_directory_stays_ours(tmp_path):
     extra = tmp_path / "env.yaml"
     extra.write_text("pip: [lmdb]\nenv_vars: {PYTHONPATH: more, N: 3}")
-    found = runtime_env(tmp_path, installed=False, extra=extra)
-    assert found["pip"] == ["lmdb"]
-    assert found["env_vars"] == {"PYTHONPATH": "platform:more", "N": "3"}
+    environment = runtime_env(tmp_path, installed=False, extra=extra)
+    assert environment["pip"] == ["lmdb"]
+    assert environment["env_vars"] == {"PYTHONPATH": "platform:more", "N": "3"}
     for wrong in ("working_dir: .", "- pip", "pip: [", "env_vars: [1]"):
         extra.write_text(wrong)
         with pytest.raises(RecipeError, match=r"env\.yaml"):

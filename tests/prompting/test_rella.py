@@ -156,6 +156,6 @@ def test_ratings_are_quoted_as_they_stand_where_the_scenario_grades() -> None:
 
 def test_fingerprint_tells_prompts_budgets_and_scenarios_apart() -> None:
     configs = [RankPromptConfig(), RankPromptConfig(retrieved_for="candidate"), RankPromptConfig(history_tokens=9)]
-    prints = {rank_fingerprint(config, scenario) for config in configs for scenario in SCENARIOS.values()}
-    assert len(prints) == len(configs) * len(SCENARIOS)
+    fingerprints = {rank_fingerprint(config, scenario) for config in configs for scenario in SCENARIOS.values()}
+    assert len(fingerprints) == len(configs) * len(SCENARIOS)
     assert rank_fingerprint(RankPromptConfig(), MOVIES) == rank_fingerprint(RankPromptConfig(), MOVIES)

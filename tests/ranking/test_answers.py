@@ -106,7 +106,7 @@ def saved(folder: Path, tokenizer: Tokenizer, template: str | None = None) -> An
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-FAMILIES = {
+MODELS = {
     "gpt2": (gpt2, "Ġ", CHATML, ""),
     "llama3": (llama3, "Ġ", CHATML, ""),
     "qwen": (qwen, "Ġ", CHATML, ""),
@@ -114,10 +114,10 @@ FAMILIES = {
     "mistral": (mistral, "▁", LLAMA2, "▁"),
     "gemma": (gemma, "▁", GEMMA, ""),
 }
-every_family = pytest.mark.parametrize(("build", "space", "template", "likely"), FAMILIES.values(), ids=FAMILIES)
+every_model = pytest.mark.parametrize(("build", "space", "template", "likely"), MODELS.values(), ids=MODELS)
 
 
-@every_family
+@every_model
 def test_every_form_that_is_one_token_is_found_and_nothing_else(
     tmp_path: Path, build: Callable[[Iterable[str]], Tokenizer], space: str, template: str, likely: str
 ) -> None:
@@ -130,16 +130,16 @@ def test_every_form_that_is_one_token_is_found_and_nothing_else(
     assert answers.ids == answers.yes + answers.no
 
 
-@every_family
+@every_model
 def test_template_decides_whether_a_space_comes_first(
     tmp_path: Path, build: Callable[[Iterable[str]], Tokenizer], space: str, template: str, likely: str
 ) -> None:
     tokenizer = saved(tmp_path, build(WORDS), template)
-    found = likely_answers(tokenizer, find_answers(tokenizer))
-    assert tokenizer.convert_ids_to_tokens([*found.yes, *found.no]) == [f"{likely}Yes", f"{likely}No"]
+    picked = likely_answers(tokenizer, find_answers(tokenizer))
+    assert tokenizer.convert_ids_to_tokens([*picked.yes, *picked.no]) == [f"{likely}Yes", f"{likely}No"]
 
 
-@every_family
+@every_model
 def test_a_word_in_pieces_is_refused_by_name(
     tmp_path: Path, build: Callable[[Iterable[str]], Tokenizer], space: str, template: str, likely: str
 ) -> None:
@@ -170,8 +170,8 @@ def test_a_template_that_puts_something_before_the_answer_is_refused(tmp_path: P
     answers = find_answers(tokenizer)
     with pytest.raises(EngineError, match=r"lets no answer follow.*<think>"):
         likely_answers(tokenizer, answers, template_options={})
-    found = likely_answers(tokenizer, answers)
-    assert tokenizer.convert_ids_to_tokens(list(found.ids)) == ["Yes", "No"]
+    picked = likely_answers(tokenizer, answers)
+    assert tokenizer.convert_ids_to_tokens(list(picked.ids)) == ["Yes", "No"]
 
 
 @pytest.mark.parametrize(("template", "says"), [(None, "has no chat template"), ("{{ 'fixed' }}", "lets no answer")])
@@ -188,9 +188,9 @@ def test_the_packaged_model() -> None:
         texts = [tokenizer.decode([i]) for i in ids]
         assert {word.title(), f" {word.title()}", word, f" {word}"} <= set(texts)
         assert {text.strip().lower() for text in texts} == {word}
-    found = likely_answers(tokenizer, answers)
-    assert [tokenizer.decode([i]) for i in found.ids] == ["Yes", "No"]
-    assert len(found.yes) == len(found.no) == 1
+    picked = likely_answers(tokenizer, answers)
+    assert [tokenizer.decode([i]) for i in picked.ids] == ["Yes", "No"]
+    assert len(picked.yes) == len(picked.no) == 1
 
 
 FORMS = Answers(yes=(1, 4), no=(2, 5, 6))

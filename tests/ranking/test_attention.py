@@ -22,14 +22,14 @@ def tensors(heads: int, groups: int, dtype: torch.dtype = torch.float32) -> list
 def both(heads: int, groups: int, dtype: torch.dtype = torch.float32, **options: Any) -> list[list[torch.Tensor]]:
     """The outputs, and the gradients of query, key and value, of ours and of torch's."""
     module: Any = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
-    found = []
+    outputs = []
     for attend in (attention.attend_by_rows, sdpa_attention_forward):
         inputs = tensors(heads, groups, dtype)
         out = attend(module, *inputs, **{"attention_mask": None, **options})[0]
         weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
         (out * weights).sum().backward()
-        found.append([out, *(tensor.grad for tensor in inputs)])
-    return found
+        outputs.append([out, *(tensor.grad for tensor in inputs)])
+    return outputs
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])

@@ -61,9 +61,9 @@ def worlds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 def test_same_as_brute_force(world: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]) -> None:
     ids, vectors, history, candidates, k = world
     retriever = BehaviourRetriever(ids, vectors)
-    found = retriever.retrieve(history, candidates, k)
-    assert found.dtype == np.int64
-    assert found.tolist() == reference(ids, vectors, history, candidates, k)
+    retrieved = retriever.retrieve(history, candidates, k)
+    assert retrieved.dtype == np.int64
+    assert retrieved.tolist() == reference(ids, vectors, history, candidates, k)
     expected = [reference(ids, vectors, history, ints(candidate), k) for candidate in candidates]
     assert each(retriever, history, candidates, k) == expected
 
@@ -77,10 +77,10 @@ def test_same_as_brute_force_with_real_valued_vectors_and_exact_copies(seed: int
     ids = np.sort(rng.choice(10**12, 60, replace=False))
     history, candidates = rng.choice(ids, 300), rng.choice(ids, 3)
     retriever = BehaviourRetriever(ids, vectors)
-    found = retriever.retrieve(history, candidates, k)
-    assert found.tolist() == reference(ids, vectors, history, candidates, k)
+    retrieved = retriever.retrieve(history, candidates, k)
+    assert retrieved.tolist() == reference(ids, vectors, history, candidates, k)
     shuffled = np.r_[candidates[::-1], candidates]  # neither order nor repeats count
-    np.testing.assert_array_equal(retriever.retrieve(retriever.look_up(history), shuffled, k), found)
+    np.testing.assert_array_equal(retriever.retrieve(retriever.look_up(history), shuffled, k), retrieved)
 
 
 def test_ids_that_start_at_one_are_not_row_numbers() -> None:
@@ -200,8 +200,8 @@ def test_projection_takes_out_what_all_items_share() -> None:
     table = vectors_table(["item"] * 40, list(range(40)), shared)
     projection = fit_projection(shared.astype(np.float32), ProjectionSettings(components=8))
     history = rng.permutation(40)
-    found = each(BehaviourRetriever.from_table(table, projection), history, np.arange(40), 5)
+    retrieved = each(BehaviourRetriever.from_table(table, projection), history, np.arange(40), 5)
     centred = unit_rows(own - own.mean(axis=0))
     for item in range(40):
         expected = np.argsort(-centred[history] @ centred[item], kind="stable")[:5]
-        assert len(set(found[item]) & set(expected)) >= 4  # float16 and the noise of a small component
+        assert len(set(retrieved[item]) & set(expected)) >= 4  # float16 and the noise of a small component

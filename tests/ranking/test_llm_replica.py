@@ -42,8 +42,8 @@ def test_candidates_are_scored_by_what_the_request_tells(workspace: Workspace, t
     assert all(0 < p < 1 for p in known[:2])
     assert math.isnan(known[2])
     # A history that comes with the request stands in the place of the stored one.
-    told = [{"item_id": 2, "rating": 5.0}, {"item_id": 3, "rating": 1.0}]
-    assert score([0, 1], user_id=1, history=told) != known[:2]
+    given = [{"item_id": 2, "rating": 5.0}, {"item_id": 3, "rating": 1.0}]
+    assert score([0, 1], user_id=1, history=given) != known[:2]
     assert score([1, 0], user_id=1) == pytest.approx(known[1::-1], abs=1e-4)
     with pytest.raises(OwlRecError, match="nowhere"):
         asyncio.run(replica.reconfigure({"adapter": "ranking/nowhere/adapter"}))

@@ -61,13 +61,13 @@ def reference(model: str, asked: list[Question], adapter: str | None = None) -> 
     assert len(yes) == len(no) == 4
     net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     net = PeftModel.from_pretrained(net, adapter) if adapter else net
-    found = []
+    scores = []
     with torch.no_grad():
         for system, text in asked:
             ids = torch.tensor([render_chat(tokenizer, system, text)])
             logits = net(ids).logits[0, -1].double()
-            found.append(torch.sigmoid(logits[yes].logsumexp(0) - logits[no].logsumexp(0)).item())
-    return np.array(found)
+            scores.append(torch.sigmoid(logits[yes].logsumexp(0) - logits[no].logsumexp(0)).item())
+    return np.array(scores)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def score(scorer: Scorer, asked: list[Question], adapter: str | None = None) -> 
 
 def test_scores_are_those_of_transformers(model: str, scorer: Scorer) -> None:
     asked = questions(200)
-    found, expected = score(scorer, asked).probabilities, reference(model, asked)
+    scores, expected = score(scorer, asked).probabilities, reference(model, asked)
     assert expected.std() > 0.05
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 def test_an_adapter_scores_as_in_peft(model: str, scorer: Scorer, tmp_path: Path) -> None:
@@ -101,12 +101,12 @@ def test_an_adapter_scores_as_in_peft(model: str, scorer: Scorer, tmp_path: Path
     orders = []
     for seed in (1, 2):
         adapter = write_adapter(model, tmp_path / f"adapter-{seed}", seed)
-        found, expected = score(scorer, asked, adapter).probabilities, reference(model, asked, adapter)
-        np.testing.assert_allclose(found, expected, atol=1e-3)
+        scores, expected = score(scorer, asked, adapter).probabilities, reference(model, asked, adapter)
+        np.testing.assert_allclose(scores, expected, atol=1e-3)
         pairs = np.triu_indices(len(asked), 1)
-        same = np.sign(np.subtract.outer(found, found)) == np.sign(np.subtract.outer(expected, expected))
+        same = np.sign(np.subtract.outer(scores, scores)) == np.sign(np.subtract.outer(expected, expected))
         assert same[pairs].mean() >= 0.99
-        orders.append(np.argsort(found).tolist())
+        orders.append(np.argsort(scores).tolist())
     assert orders[0] != orders[1] != np.argsort(plain).tolist()
     np.testing.assert_array_equal(score(scorer, asked).probabilities, plain)  # without an adapter again
 
@@ -114,8 +114,8 @@ def test_an_adapter_scores_as_in_peft(model: str, scorer: Scorer, tmp_path: Path
 def test_an_answer_far_from_likely_is_not_taken_for_impossible(scorer: Scorer) -> None:
     """Yes and No of a random model rank anywhere among 600 tokens: none of a top 20 would hold all eight."""
     asked = questions(30)
-    found = score(scorer, asked).probabilities
-    assert ((found > 0.001) & (found < 0.999)).all()
+    scores = score(scorer, asked).probabilities
+    assert ((scores > 0.001) & (scores < 0.999)).all()
 
 
 def test_rows_with_and_without_an_adapter_share_an_engine(scorer: Scorer, model: str, tmp_path: Path) -> None:
@@ -133,23 +133,23 @@ def test_rows_with_and_without_an_adapter_share_an_engine(scorer: Scorer, model:
 def test_what_a_users_candidates_share_is_read_once(model: str, scorer: Scorer) -> None:
     watched = [TITLES[i % len(TITLES)] for i in range(30)]
     asked = [question(f"{title} {i}", watched) for i, title in enumerate(TITLES)]
-    found = score(scorer, asked)
+    scores = score(scorer, asked)
     # Some are scheduled in the very step that computes what they share.
-    np.testing.assert_allclose(found.probabilities, reference(model, asked), atol=1e-4)
-    fresh = found.prompt_tokens - found.cached_tokens
-    longest = found.prompt_tokens / len(asked)
+    np.testing.assert_allclose(scores.probabilities, reference(model, asked), atol=1e-4)
+    fresh = scores.prompt_tokens - scores.cached_tokens
+    longest = scores.prompt_tokens / len(asked)
     assert fresh < longest + len(asked) * (BLOCK + 40)  # one whole prompt, and of each other its end
-    assert found.cached_tokens > 0.6 * found.prompt_tokens
+    assert scores.cached_tokens > 0.6 * scores.prompt_tokens
 
 
 def test_what_is_wrong_with_one_question_fails_it_alone(scorer: Scorer) -> None:
     long = question("Red River", [f"Title number {i} of many" for i in range(60)])
     asked = [question("", ["Red Star"]), *questions(3), long]
     seen: list[int] = []
-    found = asyncio.run(scorer.score(asked, on_scored=seen.append))
-    assert {place: type(error) for place, error in found.failures.items()} == {0: EmptyPrompt, 4: PromptTooLong}
-    assert np.isnan(found.probabilities).tolist() == [True, False, False, False, True]
-    np.testing.assert_array_equal(found.probabilities[1:4], score(scorer, asked[1:4]).probabilities)
+    scores = asyncio.run(scorer.score(asked, on_scored=seen.append))
+    assert {place: type(error) for place, error in scores.failures.items()} == {0: EmptyPrompt, 4: PromptTooLong}
+    assert np.isnan(scores.probabilities).tolist() == [True, False, False, False, True]
+    np.testing.assert_array_equal(scores.probabilities[1:4], score(scorer, asked[1:4]).probabilities)
     assert seen == [1] * 5
     assert len(score(scorer, []).probabilities) == 0
 

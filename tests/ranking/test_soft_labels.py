@@ -162,8 +162,8 @@ def test_a_question_quotes_what_was_taken_strictly_before_its_pair(shop: Recipe,
         # Some pair of this item explains the question: all that it quotes was taken, and earlier.
         assert any(
             all(past[user].get(f"Film {q}", (time, 0))[0] < time and past[user][f"Film {q}"][1] == 1 for q in quoted)
-            for user, of, time in pairs
-            if of == item
+            for user, candidate, time in pairs
+            if candidate == item
         )
 
 

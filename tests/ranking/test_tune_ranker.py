@@ -39,8 +39,8 @@ def prepare(workspace: Workspace) -> None:
             history = rng.integers(2 * len(NOUNS), len(titles), 6).tolist()
             ratings = rng.integers(1, 6, 6).astype(float).tolist()
             row = {"user_id": user, "item_id": item, "label": float(item < len(NOUNS)), "timestamp": moment}
-            told = {"history_ratings": ratings, "history_labels": [1.0] * 6}
-            rows.append({**row, "history": history, **told, "split": split})
+            outcomes = {"history_ratings": ratings, "history_labels": [1.0] * 6}
+            rows.append({**row, "history": history, **outcomes, "split": split})
     workspace.write_table("users", users, key="user_id", n_shards=2)
     workspace.write_table("items", items, key="item_id", n_shards=2)
     write_samples(workspace, pa.Table.from_pylist(rows, schema=schema.SAMPLES))
@@ -59,12 +59,12 @@ def recipe_for(workspace: Workspace, model: str = "nowhere", **ranking: Any) -> 
 
 
 TUNING = TuningSettings(dtype="float32", learning_rate=0.02, batch_rows=16, epochs=4)
-SETTINGS = RankerRun(tuning=TUNING, judged=("recent", "mixed"), valid_samples=40, test_samples=60)
+SETTINGS = RankerRun(tuning=TUNING, ways=("recent", "mixed"), valid_samples=40, test_samples=60)
 
 
 @pytest.mark.ray
 @pytest.mark.vllm
-def test_the_stage_tunes_calibrates_and_judges(
+def test_the_stage_tunes_calibrates_and_evaluates(
     ray_local: None, workspace: Workspace, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(workspace)
@@ -73,10 +73,10 @@ def test_the_stage_tunes_calibrates_and_judges(
     assert finished_stage(workspace, "tune_ranker") == manifest
     counts = manifest.counts
     assert (counts["train_rows"], counts["valid_rows"], counts["test_rows"]) == (240, 80, 120)
-    judged = {(j["model"], j["shown"]): j for j in workspace.read_json(manifest.outputs["judgements"])}
-    assert list(judged) == [(m, s) for m in ("zero-shot", "tuned") for s in ("recent", "mixed")]
+    evaluations = {(j["model"], j["shown"]): j for j in workspace.read_json(manifest.outputs["evaluations"])}
+    assert list(evaluations) == [(m, s) for m in ("zero-shot", "tuned") for s in ("recent", "mixed")]
     for shown in ("recent", "mixed"):
-        tuned, plain = judged["tuned", shown], judged["zero-shot", shown]
+        tuned, plain = evaluations["tuned", shown], evaluations["zero-shot", shown]
         assert tuned["rows"] == 60
         assert tuned["auc"] > max(0.9, plain["auc"] + 0.1)
         assert tuned["log_loss"] < 0.5
@@ -88,7 +88,9 @@ def test_the_stage_tunes_calibrates_and_judges(
     assert {(r.model, r.shots, r.behaviours, r.shown) for r in results} == {
         (model, shots, 4, shown) for model, shots in (("zero-shot", 0), ("tuned", 120)) for shown in ("recent", "mixed")
     }
-    assert [r.auc for r in results if r.model == "tuned"] == [judged["tuned", s]["auc"] for s in ("mixed", "recent")]
+    assert [r.auc for r in results if r.model == "tuned"] == [
+        evaluations["tuned", s]["auc"] for s in ("mixed", "recent")
+    ]
 
     assert run(recipe, workspace, SETTINGS) == manifest
     assert "done already" in capsys.readouterr().out
@@ -130,12 +132,12 @@ def test_a_model_that_cannot_be_asked_is_named_by_the_scoring_actor(ray_local: N
     from owlrec.ranking.lora import score_questions
 
     engine = VllmEngineConfig(type="vllm", model=write_tiny_ranker(tmp_path, ["text"], template=None), threads=1)
-    with pytest.raises(EngineError, match="no chat template") as found:
+    with pytest.raises(EngineError, match="no chat template") as raised:
         score_questions(engine, [("s", "t")], {"zero-shot": None}, log_path=str(tmp_path / "log"))
-    assert "ray" not in str(found.value)
+    assert "ray" not in str(raised.value)
 
 
-def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged() -> None:
+def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_evaluated() -> None:
     def decided(run: RankerRun = SETTINGS, **ranking: Any) -> dict[str, Any]:
         section = recipe_for(Workspace("/tmp"), **ranking).ranking
         assert section is not None
@@ -156,6 +158,6 @@ def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged()
 
 
 def test_a_recipe_sets_some_of_the_tuning() -> None:
-    found = TuningConfig(epochs=4).settings(use_gpu=True)
-    assert found == TuningSettings(epochs=4, use_gpu=True, gradient_checkpointing=True)
+    settings = TuningConfig(epochs=4).settings(use_gpu=True)
+    assert settings == TuningSettings(epochs=4, use_gpu=True, gradient_checkpointing=True)
     assert TuningConfig().settings() == TuningSettings()

@@ -86,8 +86,8 @@ def publish_world(
         ),
         knowledge("item", {i: f"Film {i} is slow." for i in items}, dict.fromkeys(items, 0)),
     ]
-    of_users = {u: np.full(DIM, u / 64, dtype=np.float32) for u in users}
-    tables = {"user": vectors("user", of_users), "item": vectors("item", {i: direction(i) for i in items})}
+    user_vectors = {u: np.full(DIM, u / 64, dtype=np.float32) for u in users}
+    tables = {"user": vectors("user", user_vectors), "item": vectors("item", {i: direction(i) for i in items})}
     quantisers: dict[str, Quantiser] = {}
     for kind, table in tables.items() if ids else ():
         matrix = vector_matrix(table).astype(np.float32)
@@ -153,7 +153,7 @@ class AnsweredRefresh(Refresh):
 
 
 @dataclass
-class Planned:
+class PlannedRefresh:
     """A plan whose users have moved on, and that nobody has asked about yet."""
 
     refresh: AnsweredRefresh
@@ -188,22 +188,22 @@ def recipe_for(workspace: Workspace, history_tokens: int = 256, **config: object
 
 def plan_refresh(
     workspace: Workspace, *, now: int = START + 100 * DAY, drift: float = partitions.FREEZE_DRIFT, **config: Any
-) -> Planned | None:
+) -> PlannedRefresh | None:
     """Plans the next refresh; None where there is nothing to do. drift: from which on a short term is frozen."""
     refresh = AnsweredRefresh(recipe_for(workspace, **config), workspace, StopSignals())
     base = read_state(workspace)
     with mock.patch.object(partitions, "FREEZE_DRIFT", drift):
         plan = refresh.planner.read_log(base, now)
-        return plan and Planned(refresh, base, refresh.planner.move_on(plan, base))
+        return plan and PlannedRefresh(refresh, base, refresh.planner.move_on(plan, base))
 
 
-def partition_prompts(workspace: Workspace, planned: Planned) -> list[dict[str, object]]:
+def partition_prompts(workspace: Workspace, planned: PlannedRefresh) -> list[dict[str, object]]:
     """A plan's prompts about users, in their order."""
     folder = planned.state.prompts
     return [row for name in workspace.names(folder) for row in workspace.read_parquet(f"{folder}/{name}").to_pylist()]
 
 
-def prompts_of(workspace: Workspace, planned: Planned) -> dict[int, dict[str, object]]:
+def prompts_of(workspace: Workspace, planned: PlannedRefresh) -> dict[int, dict[str, object]]:
     """The same by user, of whom each has one."""
     rows = partition_prompts(workspace, planned)
     by_user = {row["id"]: row for row in rows}
@@ -211,7 +211,7 @@ def prompts_of(workspace: Workspace, planned: Planned) -> dict[int, dict[str, ob
     return by_user  # type: ignore[return-value]
 
 
-def carry_out(workspace: Workspace, planned: Planned | None, failed: Collection[object] = ()) -> State:
+def carry_out(workspace: Workspace, planned: PlannedRefresh | None, failed: Collection[object] = ()) -> State:
     """What the pipeline does with a plan, with an LLM that answers everything but what is asked about `failed`."""
     assert planned is not None
     planned.refresh.failed = failed

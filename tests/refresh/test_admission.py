@@ -14,8 +14,8 @@ def events(*keys: tuple[int, int, int]) -> Events:
     return Events.from_table(interactions([(u, i, 4.0, t) for u, i, t in keys]))
 
 
-def keys(found: Events) -> list[tuple[int, int, int]]:
-    return list(zip(found.user.tolist(), found.item.tolist(), found.time.tolist(), strict=True))
+def keys(events: Events) -> list[tuple[int, int, int]]:
+    return list(zip(events.user.tolist(), events.item.tolist(), events.time.tolist(), strict=True))
 
 
 def test_future_begins_after_the_allowance() -> None:

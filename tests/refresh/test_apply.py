@@ -49,8 +49,8 @@ AWAY = [115, 116, 117]
 
 def text_of(workspace: Workspace, user: int) -> str:
     with open_release(workspace) as release:
-        (found,) = release.store.get("user", [user])
-    return found.text if found else ""
+        (knowledge,) = release.store.get("user", [user])
+    return knowledge.text if knowledge else ""
 
 
 def partitions_of(workspace: Workspace, user: int, n: int = 8) -> list[list[float]]:
@@ -150,14 +150,14 @@ def test_backlog_leaves_a_vector_of_each_partition_and_the_newest_text(world: Wo
 def stored(world: Workspace) -> dict[tuple[int, int], list[float]]:
     """The vectors of all partitions that refreshes have read, by user and as_of."""
     shards = VectorShards(world, partitions_folder(EncoderConfig().identity), PARTITIONS)
-    found = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
-    for shard in found:
+    read = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
+    for shard in read:
         keys = list(zip(shard.ids.tolist(), shard.as_of.tolist(), strict=True))
         assert keys == sorted(set(keys))
         assert shard.encoder == EncoderConfig().identity
     return {
         (id_, moment): vector
-        for shard in found
+        for shard in read
         for id_, moment, vector in zip(shard.ids.tolist(), shard.as_of.tolist(), shard.vectors.tolist(), strict=True)
     }
 
@@ -174,8 +174,8 @@ def test_vectors_of_all_partitions_are_kept_where_arms_read_them(world: Workspac
     }
     assert stored(world) == {
         (user, as_of): vector_of(f"Renewed text of user {user} as of {as_of}.")
-        for user, of_user in moments.items()
-        for as_of in of_user
+        for user, user_moments in moments.items()
+        for as_of in user_moments
     }
     assert len(partitions_of(world, 1)) == 1  # the release keeps what it was told to
     assert reshard(world, ["user"]) == {"user": 8}

@@ -153,7 +153,7 @@ def test_order_of_files_and_repetition_change_nothing(world: Workspace, tmp_path
         [(500, START + 1, "HEAT"), (101, START + 3, "Film 1, restored")],
         [(500, START + 2, "Heat (US)"), (101, START + 2, "Film 1, dubbed")],
     ]
-    found = []
+    outcomes = []
     for at, order in enumerate(permutations(range(3))):
         for together in (True, False):
             copy = Workspace(shutil.copytree(world.root, tmp_path / f"{at}-{together}"))
@@ -163,9 +163,9 @@ def test_order_of_files_and_repetition_change_nothing(world: Workspace, tmp_path
                     refresh(copy)
             if together:
                 refresh(copy)
-            found.append((rows_of(copy), texts(copy, [500, 101])))
-    assert all(other == found[0] for other in found)
-    assert (found[0][0][500]["title"], found[0][0][101]["title"]) == ("Heat (US)", "Film 1, restored")
+            outcomes.append((rows_of(copy), texts(copy, [500, 101])))
+    assert all(other == outcomes[0] for other in outcomes)
+    assert (outcomes[0][0][500]["title"], outcomes[0][0][101]["title"]) == ("Heat (US)", "Film 1, restored")
 
 
 def test_bad_rows_are_dead_letters_with_file_and_row_and_the_others_stand(world: Workspace) -> None:
@@ -179,11 +179,11 @@ def test_bad_rows_are_dead_letters_with_file_and_row_and_the_others_stand(world:
     state = refresh(world)
     assert (state.counts["items_read"], state.counts["items_new"], state.counts["items_refused"]) == (3, 1, 6)
     file = world.path("events", "items", "one.parquet")
-    found = letters(world)
-    assert [(error, id_) for error, id_, _ in found] == [
+    dead = letters(world)
+    assert [(error, id_) for error, id_, _ in dead] == [
         ("FromTheFuture", 503), ("NotMilliseconds", None), *[("NullField", None)] * 3, ("OversizedText", 504),
     ]  # fmt: skip
-    rows = [message.partition(":")[0] for _, _, message in found]
+    rows = [message.partition(":")[0] for _, _, message in dead]
     assert rows == [f"{file}, row {row}" for row in (5, 4, 1, 2, 3, 6)]
     assert sorted(rows_of(world))[-1] == 500
 

@@ -74,8 +74,8 @@ def test_failures_in_numbers_end_the_run_and_the_next_one_asks_for_them_again(wo
     assert [state.name for state in refresh.run(recipe_for(world), world)] == [plan.name]
     assert server.asked == 12 + 11 + 11
     with open_release(world) as release:
-        found = release.store.get("user", [1, 11, 20])
-    assert [k is not None and k.framework for k in found] == ["streaming"] * 3
+        knowledge = release.store.get("user", [1, 11, 20])
+    assert [k is not None and k.framework for k in knowledge] == ["streaming"] * 3
     assert refresh.run(recipe_for(world), world) == []
 
 
@@ -100,12 +100,12 @@ def test_wish_to_stop_is_honoured_after_the_step_and_the_next_run_goes_on(
     log_events(world, watched(1, AWAY))
     shard_watch = refresh.ShardWatch
 
-    def told_to_stop(*arguments: Any) -> object:
+    def stopping_watch(*arguments: Any) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
         return shard_watch(*arguments)
 
     with monkeypatch.context() as patch, StopSignals() as signals:
-        patch.setattr(refresh, "ShardWatch", told_to_stop)
+        patch.setattr(refresh, "ShardWatch", stopping_watch)
         with pytest.raises(Stopped):
             refresh.run(recipe_for(world), world, signals=signals)
     assert (server.asked, len(unfinished_plans(world, ""))) == (1, 1)
@@ -117,7 +117,7 @@ def test_refreshes_on_an_object_store_are_those_on_a_disk(world: Workspace, serv
     remote = Workspace(s3_root)
     for path in world.entries():
         remote.write_bytes(path, world.read_bytes(path))
-    found = []
+    outcomes = []
     for workspace in (world, remote):
         recipe = recipe_for(workspace, history_tokens=40)  # eight titles
         for name, user in (("one", 1), ("two", 2)):
@@ -128,8 +128,8 @@ def test_refreshes_on_an_object_store_are_those_on_a_disk(world: Workspace, serv
             assert (state.calls, state.counts["renewed"], state.counts["items_renewed"]) == (2, 2, 1)
         assert refresh.run(recipe, workspace) == []
         dead = [workspace.read_parquet(file).to_pylist() for file in dead_files(workspace)]
-        found.append((left(workspace), sorted(map(str, dead))))
-    assert found[0] == found[1]
+        outcomes.append((left(workspace), sorted(map(str, dead))))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_nobody_is_asked_while_releases_are_on_hold(world: Workspace, server: Server) -> None:
@@ -193,7 +193,7 @@ def left(workspace: Workspace) -> dict[str, Any]:
         "owlrec.refresh.apply.build_release",
         "owlrec.refresh.apply.make_current",
         "owlrec.refresh.apply.UpsertItems",
-        "owlrec.refresh.apply.StorePartitions",
+        "owlrec.refresh.apply.SavePartitions",
         "owlrec.refresh.apply.SettleStage",
         "owlrec.runs.refresh.write_state",
         "owlrec.runs.refresh.sweep",

@@ -112,17 +112,17 @@ def publish_rows(workspace: Workspace, label: str, rows: Rows, delta_of: str | N
     return publish(workspace, **tables(rows), quantisers=None if delta_of else QUANTISERS, info=info)
 
 
-def told(rows: np.ndarray | None) -> list[Behavior] | None:
+def listed(rows: np.ndarray | None) -> list[Behavior] | None:
     """Behaviors as a release gives them, None in place of NaN."""
     return rows if rows is None else [(t, i, None if r != r else r, label) for t, i, r, label in rows.tolist()]
 
 
 def check(store: KnowledgeStore, rows: Rows, ids: range) -> None:
     """Every answer of a store is what the dicts say."""
-    assert [told(found) for found in store.behaviors(ids)] == [rows.behaviors.get(i) for i in ids]
+    assert [listed(stored) for stored in store.behaviors(ids)] == [rows.behaviors.get(i) for i in ids]
     for kind in KINDS:
-        found = [k and (k.as_of, k.text, k.framework, k.quality) for k in store.get(kind, ids)]
-        assert found == [rows.knowledge(kind, i) for i in ids]
+        stored = [k and (k.as_of, k.text, k.framework, k.quality) for k in store.get(kind, ids)]
+        assert stored == [rows.knowledge(kind, i) for i in ids]
         assert store.cohorts(kind, ids) == [rows.cohorts.get((kind, i), ()) for i in ids]
         codes, coded = store.codes(kind, np.array(ids))
         assert codes.dtype == np.uint16

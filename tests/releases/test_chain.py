@@ -148,9 +148,9 @@ def test_a_chain_codes_by_the_codebooks_of_its_full_release(workspace, full):
     later = publish_rows(workspace, "dd", Rows(vectors={("user", 3): [[0, 0]]}), delta_of=delta.name)
     for manifest in (later, compact(workspace)):
         with open_release(workspace, manifest.name) as opened:
-            found = opened.quantisers()
-            assert found.keys() == QUANTISERS.keys()
-            for kind, quantiser in found.items():
+            quantisers = opened.quantisers()
+            assert quantisers.keys() == QUANTISERS.keys()
+            for kind, quantiser in quantisers.items():
                 assert quantiser.config == QUANTISERS[kind].config
                 np.testing.assert_array_equal(quantiser.codebooks[1], QUANTISERS[kind].codebooks[1])
         assert manifest.semantic_ids == delta.semantic_ids
@@ -349,12 +349,12 @@ def test_opening_follows_a_pointer_that_moves_meanwhile(workspace, full, monkeyp
     real, opened = release_module.chain, []
 
     def slow(workspace, name):
-        found = real(workspace, name)
+        pinned = real(workspace, name)
         opened.append(name)
         if len(opened) == 1:
             opened.append(publish_rows(workspace, "next", texts({("user", 1): "next"})).name)
             workspace.delete_dir("releases", name)
-        return found
+        return pinned
 
     monkeypatch.setattr(release_module, "chain", slow)
     with open_release(workspace) as release:

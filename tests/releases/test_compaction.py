@@ -147,10 +147,10 @@ def test_lookups_never_fail_nor_mix_releases_while_deltas_are_compacted_and_prun
             try:
                 with open_release(workspace) as opened:
                     numbers.append(int(opened.store.get("item", [0])[0].text))
-                    found = [int(k.text) for k in opened.store.get("user", range(N + 1))]
+                    numbers_read = [int(k.text) for k in opened.store.get("user", range(N + 1))]
                     vectors = opened.store.vectors("user", range(N))[0][:, 0].tolist()
-                    if found != expected_numbers(numbers[-1]) or vectors != found[:N]:
-                        wrong.append((numbers[-1], found, vectors))
+                    if numbers_read != expected_numbers(numbers[-1]) or vectors != numbers_read[:N]:
+                        wrong.append((numbers[-1], numbers_read, vectors))
             except BaseException as error:  # whatever it is, the test must hear of it
                 wrong.append(error)
 

@@ -63,8 +63,8 @@ def test_what_is_written_in_any_order_reads_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("store") / "s.lmdb"
     with written(path, knowledge(flat)) as store:
         for kind, id_, as_of, text in flat:
-            [found] = store.get(kind, [id_])
-            assert (found.kind, found.id, found.as_of, found.text, found.quality) == (kind, id_, as_of, text, "ok")
+            [stored] = store.get(kind, [id_])
+            assert (stored.kind, stored.id, stored.as_of, stored.text, stored.quality) == (kind, id_, as_of, text, "ok")
         for kind in ("user", "item", "cohort"):
             expected = sorted(id_ for k, id_ in rows if k == kind)
             assert store.count(kind) == len(expected)
@@ -77,8 +77,8 @@ def test_keys_sort_like_their_ids(ids, kind):
     assert encode_keys(kind, np.array(ids)) == [encode_key(kind, i) for i in ids]
     assert encode_keys(kind, np.array(ids), 7) == [encode_key(kind, i, 7) for i in ids]
     assert decode_keys(encode_keys(kind, np.array(ids)))[1].tolist() == ids
-    kinds, found = decode_keys(sorted(encode_key(kind, i) for i in ids))
-    assert (set(kinds.tolist()), found.tolist()) == ({encode_key(kind, 0)[0]}, sorted(ids))
+    kinds, ids_read = decode_keys(sorted(encode_key(kind, i) for i in ids))
+    assert (set(kinds.tolist()), ids_read.tolist()) == ({encode_key(kind, 0)[0]}, sorted(ids))
 
 
 def test_misses_stay_aligned(tmp_path):
@@ -87,8 +87,8 @@ def test_misses_stay_aligned(tmp_path):
         knowledge([("user", 5, 1, "five"), ("item", 7, 1, "a film")]),
         vectors("user", [5], [[0.5, -2.0]]),
     )
-    found = store.get("user", [7, 5, LARGEST, 5])
-    assert [k and k.text for k in found] == [None, "five", None, "five"]  # 7 is an item, no user
+    stored = store.get("user", [7, 5, LARGEST, 5])
+    assert [k and k.text for k in stored] == [None, "five", None, "five"]  # 7 is an item, no user
     rows, mask = store.vectors("user", np.array([7, 5, 6]))
     assert rows.dtype == np.float32
     assert rows.tolist() == [[0, 0], [0.5, -2.0], [0, 0]]

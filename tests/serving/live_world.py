@@ -26,7 +26,7 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
 USERS, ITEMS, DIM, LENGTH = 40, 20, 8, 3
-SIDES = {"user": USERS, "item": ITEMS}
+ENTITY_COUNTS = {"user": USERS, "item": ITEMS}
 ENCODER = "toy@256"
 CONFIG = CTRConfig(
     batch_size=64, epochs=2, embed_dim=4, hidden_dims=(8, 4), knowledge_dim=4, learning_rate=0.01, min_item_count=1
@@ -53,7 +53,7 @@ class Contents:
 def first_contents() -> Contents:
     """Of all users and items but two each; a second partition of even users; two cohorts that everybody is in."""
     contents = Contents()
-    for seed, (kind, n) in enumerate(SIDES.items()):
+    for seed, (kind, n) in enumerate(ENTITY_COUNTS.items()):
         newest, older = random_vectors(n, seed), random_vectors(n, seed + 10)
         contents.vectors[kind] = {
             id_: [newest[id_], older[id_]] if kind == "user" and id_ % 2 == 0 else [newest[id_]] for id_ in range(2, n)
@@ -148,8 +148,8 @@ class LiveWorld:
         """What `encode` and `reduction` would have written of these contents."""
         workspace, grid = self.workspace, self.trained_grid
         projection = Projection.load(workspace, f"{grid_folder(grid)}/vectors", grid)
-        found: dict[str, dict[str, KnowledgeTable]] = {}
-        for kind in SIDES:
+        tables: dict[str, dict[str, KnowledgeTable]] = {}
+        for kind in ENTITY_COUNTS:
             for name, rows in sources_of(contents, kind).items():
                 ids, as_of = np.array(sorted(rows), dtype=np.int64).T
                 vectors = np.stack([rows[key] for key in sorted(rows)])
@@ -158,8 +158,8 @@ class LiveWorld:
                     quantiser = self.quantisers[kind]
                     codes = code_vectors(quantiser, ids, vectors)[:, :-1]
                     table = replace(table, codes=codes, code_sizes=tuple(quantiser.sizes))
-                found.setdefault(name, {})[kind] = table
-        return found
+                tables.setdefault(name, {})[kind] = table
+        return tables
 
     @property
     def trained_grid(self) -> str:
@@ -178,12 +178,12 @@ def sources_of(contents: Contents, kind: str) -> dict[str, dict[tuple[int, int],
             for id_, partitions in rows.items()
             for number, vector in enumerate(partitions[1:], 1)
         }
-    for (of_kind, id_), named in contents.cohorts.items():
+    for (named_kind, id_), named in contents.cohorts.items():
         for source, cohorts in (
             ("collective", [c for c in named if c >= 0]),
             ("disliked", [~c for c in named if c < 0]),
         ):
-            if of_kind == kind and cohorts:
+            if named_kind == kind and cohorts:
                 mean = np.sum([contents.vectors["cohort"][c][0].astype(np.float32) for c in cohorts], axis=0)
                 sources[source][id_, 0] = (mean / np.linalg.norm(mean)).astype(np.float16)
     return sources
@@ -200,7 +200,7 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
         for item in range(ITEMS):
             label = float((item + user) % 2)
             rows.append((user, item, label, 1000, history, [1.0, 5.0, None], [0.0, 1.0, 0.0], split))
-    ids = {kind: pa.array(range(n), pa.int64()) for kind, n in SIDES.items()}
+    ids = {kind: pa.array(range(n), pa.int64()) for kind, n in ENTITY_COUNTS.items()}
     world = SimpleNamespace(
         users=pa.table({"user_id": ids["user"], "raw_id": [str(n) for n in range(USERS)]}),
         items=pa.table({"item_id": ids["item"], "raw_id": [str(n) for n in range(ITEMS)], "title": ["A"] * ITEMS}),
@@ -209,10 +209,10 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
     write_world(workspace, world, n_shards=1)
     quantisers: dict[str, Quantiser] = {}
     sources: dict[str, dict[str, str]] = {}
-    for kind in SIDES:
-        for name, of_source in sources_of(contents, kind).items():
-            known, as_of = np.array(sorted(of_source), dtype=np.int64).T
-            vectors = np.stack([of_source[key] for key in sorted(of_source)])
+    for kind in ENTITY_COUNTS:
+        for name, vectors_by_key in sources_of(contents, kind).items():
+            known, as_of = np.array(sorted(vectors_by_key), dtype=np.int64).T
+            vectors = np.stack([vectors_by_key[key] for key in sorted(vectors_by_key)])
             digests, codes = np.zeros((len(known), 16), np.uint8), np.zeros((len(known), 0), np.uint16)
             shard = VectorShard(kind, known, as_of, vectors, digests, codes, encoder=ENCODER)
             if name == "knowledge" and arm_parts(arm)[1] != "vectors":

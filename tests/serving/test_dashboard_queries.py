@@ -31,10 +31,10 @@ WITHIN_S = 30.0
 
 def labels_of(page):
     """The metrics on a page, and the labels of each."""
-    found = {}
+    by_metric = {}
     for metric, labels in re.findall(r"^(\w+)(?:\{(.*)\})? \S+$", page, re.MULTILINE):
-        found.setdefault(metric, set()).update(re.findall(r'(\w+)="', labels))
-    return found
+        by_metric.setdefault(metric, set()).update(re.findall(r'(\w+)="', labels))
+    return by_metric
 
 
 class Pages(threading.Thread):

@@ -244,7 +244,7 @@ def test_request_ids_are_kept_or_made():
     run(scenario())
 
 
-def test_the_log_has_a_line_a_request_and_names_no_user(caplog):
+def test_the_log_has_a_line_per_request_and_names_no_user(caplog):
     caplog.set_level(logging.INFO, "owlrec.serving.access")
     recorder = Recorder()
 

@@ -55,7 +55,7 @@ def test_keys_rotate_without_a_restart(tmp_path):
     assert ring.required
 
 
-def test_the_file_is_read_once_a_second_at_most(tmp_path, monkeypatch):
+def test_the_file_is_read_at_most_once_per_second(tmp_path, monkeypatch):
     monkeypatch.setattr(keys_module, "_LOOK_AGAIN_S", 60.0)
     (old, old_line), (new, new_line) = new_key("a"), new_key("b")
     write(tmp_path / "keys", old_line)

@@ -111,7 +111,7 @@ def test_similar_entities(web):
     assert [r["id"] for r in cohort] == [2, 1]
 
 
-def test_the_release_in_force_is_described(web, workspace):
+def test_the_release_in_use_is_described(web, workspace):
     body = web.get("/v1/releases/current").json()
     assert body["release"] == current_release(workspace)
     assert body["knowledge"] == {"user": 2, "item": 1, "cohort": 1}
@@ -255,7 +255,7 @@ def test_swaps_and_roll_backs_are_seen_and_never_mixed(tmp_path):
         assert seen == {"first", "second"}
 
 
-def test_a_release_that_cannot_be_opened_leaves_the_old_one_in_force(tmp_path):
+def test_a_release_that_cannot_be_opened_leaves_the_old_one_in_use(tmp_path):
     workspace = Workspace(tmp_path / "ws")
     first = publish_world(workspace, "first")
     app, served = knowledge_app(workspace, tmp_path / "indexes", refresh_s=60)

@@ -103,13 +103,13 @@ def test_a_forgotten_user_is_ranked_for_as_somebody_unknown(workspace: Workspace
     live = scorer_of(made)
     live.served.refresh()
     unknown, before = live.score(User(), CANDIDATES), live.score(6, CANDIDATES)
-    told = User(6, [1, 2], profile={"gender": "F"})
-    with_history = live.score(replace(told, user_id=None), CANDIDATES)
+    known_user = User(6, [1, 2], profile={"gender": "F"})
+    with_history = live.score(replace(known_user, user_id=None), CANDIDATES)
     assert not np.array_equal(before, unknown)
     write_tombstones(workspace, np.array([6]))
     assert live.served.refresh()
     assert live.score(6, CANDIDATES).tolist() == unknown.tolist()
-    assert live.score(told, CANDIDATES).tolist() == with_history.tolist()
+    assert live.score(known_user, CANDIDATES).tolist() == with_history.tolist()
     assert live.score(7, CANDIDATES).tolist() != unknown.tolist()
 
 
@@ -117,8 +117,8 @@ def test_a_history_in_the_request_takes_the_place_of_the_releases(world: LiveWor
     live = scorer_of(world)
     live.served.refresh()
     rows = first_contents().behaviors[9]
-    told = User(9, [r[1] for r in rows], [r[2] for r in rows], [r[2] is not None or r[3] > 0 for r in rows])
-    assert live.score(told, CANDIDATES).tolist() == live.score(9, CANDIDATES).tolist()
+    known_user = User(9, [r[1] for r in rows], [r[2] for r in rows], [r[2] is not None or r[3] > 0 for r in rows])
+    assert live.score(known_user, CANDIDATES).tolist() == live.score(9, CANDIDATES).tolist()
     assert live.score(User(9, []), [1, 2]).tolist() != live.score(9, [1, 2]).tolist()
     assert live.score(User(9, []), []).tolist() == []
 
@@ -212,8 +212,8 @@ def test_a_cache_makes_each_id_once_and_forgets_the_first_that_came() -> None:
         return np.stack([ids, ids * 10], axis=1).astype(np.float32)
 
     for ids in ([1, 2, 1], [2, 3], [4, 5], [1, 5, 3], list(range(10, 17))):
-        found = cache.gather(np.array(ids), make)
-        assert found.tolist() == [[i, i * 10] for i in ids]
+        fields = cache.gather(np.array(ids), make)
+        assert fields.tolist() == [[i, i * 10] for i in ids]
     assert asked == [[1, 2], [3], [4, 5], [1], list(range(10, 17))]
     assert len(cache) == 4
     copied = cache.without(np.array([10, 12]))

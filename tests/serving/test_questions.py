@@ -119,8 +119,8 @@ def test_candidates_of_a_request_share_all_but_their_title(workspace: Workspace)
 
 def test_a_history_that_comes_with_a_request_is_retrieved_from(workspace: Workspace) -> None:
     """Items 1 and 2 are nearest to nothing that user 0 did; told, they are shown and no other."""
-    told: list[Any] = [{"item_id": 1, "taken": True}, {"item_id": 2, "taken": False}, {"item_id": 3, "rating": 4.0}]
-    asked = Rank.model_validate({"user_id": 0, "history": told, "candidates": [50, 51]})
+    history: list[Any] = [{"item_id": 1, "taken": True}, {"item_id": 2, "taken": False}, {"item_id": 3, "rating": 4.0}]
+    asked = Rank.model_validate({"user_id": 0, "history": history, "candidates": [50, 51]})
     questions = writer(workspace, configured("set", "retrieved")).write(asked, [50, 51])
     assert [behaviours_of(text) for _, text in questions] == [['"Film 1"', '"Film 3" 4 stars']] * 2
 

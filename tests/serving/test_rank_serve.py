@@ -126,8 +126,8 @@ def kill(deployment):
     import ray
 
     actors = ray.util.list_named_actors(all_namespaces=True)
-    found = next(a for a in actors if a["name"].startswith(f"SERVE_REPLICA::rank#{deployment}#"))
-    ray.kill(ray.get_actor(found["name"], namespace=found["namespace"]), no_restart=True)
+    actor = next(a for a in actors if a["name"].startswith(f"SERVE_REPLICA::rank#{deployment}#"))
+    ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
 
 
 def order(answer):
@@ -258,6 +258,6 @@ def test_a_release_of_another_encoder_is_not_ready(ray_local, tmp_path):
             await model.score(Rank(user_id=55, candidates=[1, 2]), [1, 2])
         return model.problem()
 
-    found = asyncio.run(problem())
-    assert current_release(workspace) in found
-    assert "minilm@256" in found
+    reason = asyncio.run(problem())
+    assert current_release(workspace) in reason
+    assert "minilm@256" in reason

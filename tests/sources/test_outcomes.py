@@ -16,8 +16,8 @@ COLUMNS = {"user_id": [1, 1, 2], "item_id": [5, 6, 5], "timestamp": [10, 20, 30]
 def resolved(columns: dict[str, list], **config: object) -> tuple[list, list]:
     table = pa.table({**COLUMNS, **columns})
     labels = Labels.of(LabelConfig.model_validate(config), columns, rating_above=3)
-    found = with_outcomes(table, labels, "log.csv", first_row=100)
-    return found["rating"].to_pylist(), found["label"].to_pylist()
+    labeled = with_outcomes(table, labels, "log.csv", first_row=100)
+    return labeled["rating"].to_pylist(), labeled["label"].to_pylist()
 
 
 def test_ratings_are_labelled_by_a_threshold() -> None:
@@ -59,8 +59,8 @@ def test_odd_rules_are_refused(wrong: dict) -> None:
 def test_weights_are_taken_as_they_stand_and_are_1_elsewhere() -> None:
     labels = Labels(rule="positives_only", rating_above=0)
     for columns, weights in (({"weight": [0, 2, 0.5]}, [0, 2, 0.5]), ({}, [1, 1, 1])):
-        found = with_outcomes(pa.table({**COLUMNS, **columns}), labels, "log.csv")["weight"]
-        assert (found.to_pylist(), found.type) == (weights, pa.float32())
+        column = with_outcomes(pa.table({**COLUMNS, **columns}), labels, "log.csv")["weight"]
+        assert (column.to_pylist(), column.type) == (weights, pa.float32())
 
 
 def test_positives_alone_count_how_often_where_they_say_so() -> None:
@@ -127,14 +127,14 @@ def test_a_negative_is_never_what_its_user_took(data: st.DataObject, how: str, k
     user, at = np.array(sorted(pairs)).T
     item, time = catalog[at], np.arange(len(user))
     labels = Labels(rule="positives_only", rating_above=3, negatives=k, negatives_by=how)
-    found = drawn_negatives(user, time, item, labels, took=(user, item), catalog=catalog)
-    assert found.shape == (len(user), k)
-    for who, drawn in zip(user.tolist(), found.tolist(), strict=True):
+    drawn_items = drawn_negatives(user, time, item, labels, took=(user, item), catalog=catalog)
+    assert drawn_items.shape == (len(user), k)
+    for who, drawn in zip(user.tolist(), drawn_items.tolist(), strict=True):
         took = set(item[user == who].tolist())
         left = set(catalog.tolist()) - took
         assert set(drawn) <= (left or {-1})  # who has taken everything has none
     again = drawn_negatives(user[::-1], time[::-1], item[::-1], labels, took=(user, item), catalog=catalog)
-    assert again[::-1].tolist() == found.tolist()
+    assert again[::-1].tolist() == drawn_items.tolist()
 
 
 def test_popular_items_are_drawn_more_often() -> None:
@@ -144,6 +144,6 @@ def test_popular_items_are_drawn_more_often() -> None:
     for how, low, high in (("uniform", 0.0, 0.06), ("popularity", 0.2, 0.7)):
         labels = Labels(rule="positives_only", rating_above=3, negatives=2, negatives_by=how)
         asked = np.flatnonzero(user < 200)
-        found = drawn_negatives(user[asked], asked, item[asked], labels, took=(user, item), catalog=catalog)
+        drawn = drawn_negatives(user[asked], asked, item[asked], labels, took=(user, item), catalog=catalog)
         free = ~np.isin(user[asked], user[item == 7])
-        assert low <= (found[free] == 7).mean() <= high
+        assert low <= (drawn[free] == 7).mean() <= high

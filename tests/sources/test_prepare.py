@@ -260,15 +260,15 @@ def test_weights_reach_the_samples_that_are_trained_on(tmp_path: Path) -> None:
         weights = np.random.default_rng(number).integers(0, 9, len(table)) / 4
         keys = (np.char.lstrip(table["item_id"].to_numpy().astype(str), "i"), table["timestamp"].to_numpy())
         write_log(folder, number, table.append_column("importance", pa.array(weights)))
-        for user, item, time, of in zip(table["user_id"].to_pylist(), *keys, weights, strict=True):
-            weight[int(user), stable_id(f"i{item}"), time] = of
+        for user, item, time, drawn_weight in zip(table["user_id"].to_pylist(), *keys, weights, strict=True):
+            weight[int(user), stable_id(f"i{item}"), time] = drawn_weight
     columns = {"interactions": {"weight": "importance"}}
     pq.write_table(pa.table({"user_id": [str(n) for n in range(N_USERS)]}), folder / "users.parquet")
     _, workspace = prepared(recipe(folder, tmp_path / "weighted", columns=columns))
     rows = workspace.read_table("samples").to_pylist()
     taken_at: dict[tuple[int, int], set[float]] = {}
-    for (user, _, time), of in weight.items():
-        taken_at.setdefault((user, time), set()).add(of)
+    for (user, _, time), drawn_weight in weight.items():
+        taken_at.setdefault((user, time), set()).add(drawn_weight)
     drawn = 0
     for row in rows:
         key = (row["user_id"], row["item_id"], row["timestamp"])
@@ -433,8 +433,8 @@ def test_globs_of_a_bucket(pattern: str, names: list[str]) -> None:
     bucket = Storage("memory://prepare-globs")
     for name in ("a/y.csv", "a/b/c/x.csv", "a/b/x.txt", "b/z.csv"):
         bucket.write_bytes(f"data/{name}", b"x")
-    found = files.input_files(f"memory://prepare-globs/data/{pattern}")
-    assert [file.path for file in found] == [f"memory://prepare-globs/data/{name}" for name in names]
+    listed = files.input_files(f"memory://prepare-globs/data/{pattern}")
+    assert [file.path for file in listed] == [f"memory://prepare-globs/data/{name}" for name in names]
 
 
 @pytest.mark.parametrize("path", ["iceberg:shop.sales.items", "delta:s3://lake/items"])

@@ -89,9 +89,9 @@ def test_one_item_twice_at_different_times_is_allowed() -> None:
 
 
 def test_exact_double_is_refused_with_its_raw_ids() -> None:
-    doubled = interactions(["ann", "bob", "ann", "bob"], [1, 2, 1, 2], [T, T, T, T])
+    repeated = interactions(["ann", "bob", "ann", "bob"], [1, 2, 1, 2], [T, T, T, T])
     with pytest.raises(SchemaError, match=rf"r\.csv, row 2: user_id 'ann', item_id '1', timestamp {T} .*2 such rows"):
-        finished(interactions=doubled)
+        finished(interactions=repeated)
 
 
 def test_two_raw_ids_with_one_hash_are_refused() -> None:

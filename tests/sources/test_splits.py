@@ -39,7 +39,7 @@ def crowd(behaviours: list[tuple[int, Any, int]], n_users: int = 30) -> list[Row
     return [(user, *behaviour) for user in range(1, n_users + 1) for behaviour in behaviours]
 
 
-def of_user(tables: SplitTables, user: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def user_rows(tables: SplitTables, user: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One user's samples, without user_id and split, and history row."""
     samples = [row for row in tables.samples.to_pylist() if row.pop("user_id") == user and row.pop("split")]
     (history,) = (row for row in tables.histories.to_pylist() if row["user_id"] == user)
@@ -49,7 +49,7 @@ def of_user(tables: SplitTables, user: int) -> tuple[list[dict[str, Any]], dict[
 def test_hand_worked_user() -> None:
     # N = 5, so the LLM reads 3; item 12 comes before 13 at moment 30 because its id is smaller.
     rows = crowd([(14, 4.0, 50), (13, 3.0, 30), (10, 5.0, 10), (11, 1.0, 20), (12, 3.5, 30)])
-    samples, history = of_user(build_samples(table(rows), kar(history_length=3), ABOVE_3), user=7)
+    samples, history = user_rows(build_samples(table(rows), kar(history_length=3), ABOVE_3), user=7)
     assert history == {"user_id": 7, "as_of": 30, "items": [10, 11, 12], "ratings": [5.0, 1.0, 3.5], "passed": []}
     # Item 13 has the moment of the last behaviour read: no sample, but part of item 14's past.
     assert samples == [
@@ -66,14 +66,14 @@ def test_hand_worked_user() -> None:
 
 def test_samples_of_one_moment_do_not_see_each_other() -> None:
     rows = crowd([(1, 5, 10), (2, 5, 20), (3, 3, 30), (4, 4, 30)])
-    samples, _ = of_user(build_samples(table(rows), kar(), ABOVE_3), user=1)
+    samples, _ = user_rows(build_samples(table(rows), kar(), ABOVE_3), user=1)
     assert [(s["item_id"], s["history"], s["label"]) for s in samples] == [(3, [1, 2], 0.0), (4, [1, 2], 1.0)]
 
 
 def test_the_llm_reads_at_most_its_limit() -> None:
     rows = crowd([(item, 5, item * 10) for item in range(1, 101)])
     tables = build_samples(table(rows), kar(), ABOVE_3)
-    samples, history = of_user(tables, user=1)
+    samples, history = user_rows(tables, user=1)
     assert history["items"] == list(range(1, 31))
     assert history["as_of"] == 300
     assert [s["item_id"] for s in samples] == list(range(31, 101))
@@ -83,7 +83,7 @@ def test_the_llm_reads_at_most_its_limit() -> None:
 def test_one_behaviour_gives_a_history_and_no_sample() -> None:
     rows = [*crowd([(1, 5, 10), (2, 5, 20)]), (99, 1, 5, 10)]
     tables = build_samples(table(rows), kar(), ABOVE_3)
-    samples, history = of_user(tables, user=99)
+    samples, history = user_rows(tables, user=99)
     assert samples == []
     assert history == {"user_id": 99, "as_of": 10, "items": [1], "ratings": [5.0], "passed": []}
     assert tables.counts["users_without_samples"] == 1
@@ -147,7 +147,7 @@ def test_a_predefined_split_is_read_from_its_column() -> None:
 
 def test_positives_without_ratings_are_quoted_without_one() -> None:
     rows = crowd([(1, None, 10), (2, None, 20)])
-    samples, history = of_user(build_samples(table(rows), kar(), DRAWN), user=1)
+    samples, history = user_rows(build_samples(table(rows), kar(), DRAWN), user=1)
     assert history["ratings"] == [None]
     assert samples[0]["label"] == 1.0
 
@@ -377,8 +377,8 @@ def test_movielens_100k_samples() -> None:
 
 def test_last_behaviors_are_those_of_a_sample_that_would_come_next() -> None:
     rows = [(2, 7, 4.0, 30), (1, 5, 1.0, 10), (1, 9, 2.0, 30), (1, 8, 3.0, 30), (1, 6, 5.0, 20)]
-    found = last_behaviors(with_outcomes(table(rows), ABOVE_3, "rows"), 3)
-    assert found.to_pylist() == [
+    behaviors = last_behaviors(with_outcomes(table(rows), ABOVE_3, "rows"), 3)
+    assert behaviors.to_pylist() == [
         {"id": 1, "times": [20, 30, 30], "items": [6, 8, 9], "ratings": [5.0, 3.0, 2.0], "labels": [1.0, 0.0, 0.0]},
         {"id": 2, "times": [30], "items": [7], "ratings": [4.0], "labels": [1.0]},
     ]

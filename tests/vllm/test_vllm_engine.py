@@ -92,17 +92,17 @@ def test_drafts_from_a_release_give_the_same_answers_in_fewer_steps(tmp_path: Pa
                 *(engine.complete("", p, sampling, extra) for p, extra in zip(prompts, extras, strict=True))
             )
 
-        found = asyncio.run(ask())
+        texts = asyncio.run(ask())
         if decoding.mode != "off":
             counters = engine.counters
             assert counters is not None
-            assert counters.counts["accepted"] == sum(a.accepted for a in found) > 0
-            assert counters.counts["drafted"] == sum(a.drafted for a in found)
-            assert counters.counts["tokens"] + len(prompts) >= sum(a.output_tokens for a in found)
+            assert counters.counts["accepted"] == sum(a.accepted for a in texts) > 0
+            assert counters.counts["drafted"] == sum(a.drafted for a in texts)
+            assert counters.counts["tokens"] + len(prompts) >= sum(a.output_tokens for a in texts)
             assert counters.tokens_per_step > 1.5
             assert sum(s.tokens for s in counters.by_rows.values()) > 0
         engine.close()
-        return found
+        return texts
 
     plain = answers(DecodingConfig())
     rows = [

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from owlrec.cohorts.clustering import FactorSettings, ItemFactors, fold_in, judged, unit
+from owlrec.cohorts.clustering import FactorSettings, ItemFactors, fold_in, items_and_likes, unit
 from owlrec.cohorts.model import FACETS, Book, CohortModel, attribute_cohort_name, cohort_name
 from owlrec.cohorts.profiles import Group, choose_group, count_groups, values_of
 from owlrec.scenario import Scenario
@@ -26,7 +26,7 @@ def user_vectors(
 
     ids: int64 [n], ascending; histories: schema.HISTORIES of some of them.
     """
-    items, liked = judged(histories, positive_above)
+    items, liked = items_and_likes(histories, positive_above)
     silent = np.setdiff1d(ids, histories["user_id"].to_numpy())
     owner = np.concatenate([histories["user_id"].to_numpy(), silent])
     as_of = np.concatenate([histories["as_of"].to_numpy(), np.zeros(len(silent), dtype=np.int64)])
@@ -67,8 +67,8 @@ def route(
     """
     ids, as_of = vectors["id"].to_numpy(), vectors["as_of"].to_numpy()
     tables, alone = [], np.ones(len(ids), dtype=bool)
-    for book, (of, column, facet) in FACETS.items():
-        if of != kind or book not in model.books:
+    for book, (book_kind, column, facet) in FACETS.items():
+        if book_kind != kind or book not in model.books:
             continue
         rows, matrix = vector_rows(vectors[column])
         if facet != "disliked":

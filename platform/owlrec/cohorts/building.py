@@ -58,7 +58,7 @@ Ask = Callable[[pa.Table], pa.Table]  # profiles -> schema.PROMPTS about them
 
 
 @dataclass(frozen=True)
-class BookPlan:
+class CodebookTraining:
     """How one codebook is trained: from which shards' vectors, read in which batches, by how many receivers."""
 
     book: Book
@@ -174,19 +174,19 @@ class TrainCells(_CohortStage):
     """The first level of a codebook: one shard."""
 
     name = "cohorts: cells"
-    plans: Mapping[str, BookPlan] = field(default_factory=dict)  # by kind of shard
+    trainings: Mapping[str, CodebookTraining] = field(default_factory=dict)  # by kind of shard
 
     def run(self, work: Work) -> Result:
         """Writes the centroids of the cells."""
-        plan = self.plans[work.shard.kind]
+        training = self.trainings[work.shard.kind]
         sample, rows = [], 0
-        for vectors in self.vectors(work.workspace, plan.book, (n for batch in plan.batches for n in batch)):
+        for vectors in self.vectors(work.workspace, training.book, (n for batch in training.batches for n in batch)):
             sample.append(vectors)
             rows += len(vectors)
             if rows >= CELL_SAMPLE:
                 break
-        earlier = self.earlier_book(work.workspace, plan.book)
-        cells = train_cells(np.concatenate(sample), plan.sizes, earlier, seed=self.settings.seed)
+        earlier = self.earlier_book(work.workspace, training.book)
+        cells = train_cells(np.concatenate(sample), training.sizes, earlier, seed=self.settings.seed)
         return Result({work.shard.file(".arrow"): _write_vectors(work, np.arange(len(cells)), cells)}, rows, len(cells))
 
 
@@ -195,18 +195,18 @@ class DivideSample(_CohortStage):
     """Hands the vectors of a batch of shards to those who train their cells."""
 
     name = "cohorts: samples"
-    plans: Mapping[str, BookPlan] = field(default_factory=dict)
+    trainings: Mapping[str, CodebookTraining] = field(default_factory=dict)
 
     def run(self, work: Work) -> Result:
         """Writes a record batch for each group of cells: cell and vector."""
-        plan = self.plans[work.shard.kind]
-        cells = _read_vectors(work.workspace, work.artifact.path(Shard(plan.kind("cells"), 0).file(".arrow")))[1]
-        shards = plan.batches[work.shard.number]
-        sample = np.concatenate(list(self.vectors(work.workspace, plan.book, shards)))
+        training = self.trainings[work.shard.kind]
+        cells = _read_vectors(work.workspace, work.artifact.path(Shard(training.kind("cells"), 0).file(".arrow")))[1]
+        shards = training.batches[work.shard.number]
+        sample = np.concatenate(list(self.vectors(work.workspace, training.book, shards)))
         cell = nearest_rows(cells, sample)
         table = _vectors_table(cell, sample)
         path = work.shard.file(".arrow")
-        entry = _write_divided(work, path, table, cell * plan.groups // len(cells), plan.groups)
+        entry = _write_divided(work, path, table, cell * training.groups // len(cells), training.groups)
         return Result({path: entry}, rows_in=len(sample), rows_out=len(sample))
 
 
@@ -215,29 +215,29 @@ class TrainCentroids(_CohortStage):
     """The second level of a codebook, in a group of cells."""
 
     name = "cohorts: centroids"
-    plans: Mapping[str, BookPlan] = field(default_factory=dict)
+    trainings: Mapping[str, CodebookTraining] = field(default_factory=dict)
 
     def run(self, work: Work) -> Result:
         """Writes the centroids of the group's cells, cell by cell."""
-        plan, workspace, group = self.plans[work.shard.kind], work.workspace, work.shard.number
-        cells = _read_vectors(workspace, work.artifact.path(Shard(plan.kind("cells"), 0).file(".arrow")))[1]
-        path = work.artifact.path(plan.kind("samples"))
-        sample = pa.concat_tables(_read_divided(workspace, path, len(plan.batches), group))
+        training, workspace, group = self.trainings[work.shard.kind], work.workspace, work.shard.number
+        cells = _read_vectors(workspace, work.artifact.path(Shard(training.kind("cells"), 0).file(".arrow")))[1]
+        path = work.artifact.path(training.kind("samples"))
+        sample = pa.concat_tables(_read_divided(workspace, path, len(training.batches), group))
         cell, vectors = sample["cell"].to_numpy(), vector_rows(sample["vector"])[1]
         order = np.argsort(cell, kind="stable")
         present, starts = np.unique(cell[order], return_index=True)
-        book = self.earlier_book(workspace, plan.book)
-        of_earlier = nearest_rows(cells, book.centroids) if book is not None else None
+        book = self.earlier_book(workspace, training.book)
+        earlier_cells = nearest_rows(cells, book.centroids) if book is not None else None
         centroids = []
         for number, (start, stop) in zip(present.tolist(), pairwise([*starts.tolist(), len(cell)]), strict=True):
-            earlier = book.centroids[of_earlier == number] if book is not None else None
-            k = round((stop - start) * plan.sizes.cohorts / plan.sample)
+            earlier = book.centroids[earlier_cells == number] if book is not None else None
+            k = round((stop - start) * training.sizes.cohorts / training.sample)
             own = vectors[order[start:stop]]
-            share = plan.sample / plan.population
-            centroids.append(train_centroids(own, k, share, plan.sizes, earlier, seed=self.settings.seed))
-        of_cell = np.repeat(present, [len(c) for c in centroids])
+            share = training.sample / training.population
+            centroids.append(train_centroids(own, k, share, training.sizes, earlier, seed=self.settings.seed))
+        cell_rows = np.repeat(present, [len(c) for c in centroids])
         made = np.concatenate([np.zeros((0, cells.shape[1]), np.float32), *centroids])
-        return Result({work.shard.file(".arrow"): _write_vectors(work, of_cell, made)}, len(vectors), len(made))
+        return Result({work.shard.file(".arrow"): _write_vectors(work, cell_rows, made)}, len(vectors), len(made))
 
 
 @dataclass
@@ -390,23 +390,25 @@ def build_cohorts(
     moments = {str(cut): int(moment) for cut, moment in workspace.read_json(f"{folder}/{_MOMENTS}").items()}
     made = run(MakeVectors(*common), *((f"{kind}-vectors", n) for kind, n in n_shards.items()))
     cards = {kind: [made[Shard(f"{kind}-vectors", s).name] for s in range(n)] for kind, n in n_shards.items()}
-    plans = [plan for book in FACETS if (plan := _plan(book, cards[FACETS[book][0]], config)) is not None]
+    trainings = [
+        training for book in FACETS if (training := _training_of(book, cards[FACETS[book][0]], config)) is not None
+    ]
 
-    def by_kind(step: str) -> dict[str, BookPlan]:
-        return {plan.kind(step): plan for plan in plans}
+    def by_kind(step: str) -> dict[str, CodebookTraining]:
+        return {training.kind(step): training for training in trainings}
 
     run(TrainCells(*common, by_kind("cells")), *((kind, 1) for kind in by_kind("cells")))
     samples = by_kind("samples")
-    run(DivideSample(*common, samples), *((kind, len(plan.batches)) for kind, plan in samples.items()))
+    run(DivideSample(*common, samples), *((kind, len(training.batches)) for kind, training in samples.items()))
     centroids = by_kind("centroids")
-    run(TrainCentroids(*common, centroids), *((kind, plan.groups) for kind, plan in centroids.items()))
-    model = _join_model(workspace, TrainCells(*common), plans, cards)
+    run(TrainCentroids(*common, centroids), *((kind, training.groups) for kind, training in centroids.items()))
+    model = _join_model(workspace, TrainCells(*common), trainings, cards)
     model.save(workspace, folder)
     names = sum(len(book.numbers) for book in model.books.values()) + sum(len(g) + 1 for g in model.groups.values())
     workspace.fix_shards({"cohort": shards_for(names, shard_rows)})
 
     run(AssignCohorts(*common), *n_shards.items())
-    batches = {kind: _profile_batches(kind, cards[kind], plans) for kind in TABLES}
+    batches = {kind: _profile_batches(kind, cards[kind], trainings) for kind in TABLES}
     shares = {kind: _share(batches[kind], cards[kind]) for kind in TABLES}
     run(FindCandidates(*common, batches, moments), *((f"{kind}-candidates", len(b)) for kind, b in batches.items()))
     done = run(WritePrompts(*common, batches, moments, shares, ask), ("prompts", workspace.n_shards("cohort")))
@@ -418,14 +420,14 @@ def cohort_shards(names: Sequence[str], n_shards: int) -> np.ndarray:
     return shard_of(np.fromiter(map(stable_id, names), np.int64, len(names)), n_shards)
 
 
-def _plan(book: Book, cards: Sequence[Card], config: CohortsConfig) -> BookPlan | None:
+def _training_of(book: Book, cards: Sequence[Card], config: CohortsConfig) -> CodebookTraining | None:
     kind, column, _ = FACETS[book]
     rows = [int(card.counts[column]) for card in cards]
     if not any(rows) and book == "user-disliked":
         return None
     sizes = config.clusters(kind).sizes(sum(rows))
     batches = _batches(rows, sizes.sample)
-    return BookPlan(book, sizes, batches, sum(rows[: batches[-1].stop]), sum(rows))
+    return CodebookTraining(book, sizes, batches, sum(rows[: batches[-1].stop]), sum(rows))
 
 
 def _batches(rows: Sequence[int], wanted: int) -> list[range]:
@@ -440,11 +442,11 @@ def _batches(rows: Sequence[int], wanted: int) -> list[range]:
     return [*batches, range(start, min(enough, len(rows)))]
 
 
-def _profile_batches(kind: str, cards: Sequence[Card], plans: Sequence[BookPlan]) -> list[range]:
+def _profile_batches(kind: str, cards: Sequence[Card], trainings: Sequence[CodebookTraining]) -> list[range]:
     """The shards that the kind's codebooks were trained on; all where everybody was in the sample."""
-    mine = [plan for plan in plans if FACETS[plan.book][0] == kind]
-    everybody = any(plan.sample >= plan.population for plan in mine)
-    shards = len(cards) if everybody else max(plan.batches[-1].stop for plan in mine)
+    mine = [training for training in trainings if FACETS[training.book][0] == kind]
+    everybody = any(training.sample >= training.population for training in mine)
+    shards = len(cards) if everybody else max(training.batches[-1].stop for training in mine)
     rows = [card.rows_in for card in cards[:shards]]
     return _batches(rows, sum(rows) + 1)
 
@@ -455,19 +457,22 @@ def _share(batches: Sequence[range], cards: Sequence[Card]) -> float:
 
 
 def _join_model(
-    workspace: Workspace, stage: _CohortStage, plans: Sequence[BookPlan], cards: Mapping[Kind, Sequence[Card]]
+    workspace: Workspace,
+    stage: _CohortStage,
+    trainings: Sequence[CodebookTraining],
+    cards: Mapping[Kind, Sequence[Card]],
 ) -> CohortModel:
     books = {}
-    for plan in plans:
-        path = f"{stage.folder}/{Shard(plan.kind('cells'), 0).file('.arrow')}"
+    for training in trainings:
+        path = f"{stage.folder}/{Shard(training.kind('cells'), 0).file('.arrow')}"
         cells = _read_vectors(workspace, path)[1]
-        files = [Shard(plan.kind("centroids"), group).file(".arrow") for group in range(plan.groups)]
+        files = [Shard(training.kind("centroids"), group).file(".arrow") for group in range(training.groups)]
         centroids = np.concatenate([_read_vectors(workspace, f"{stage.folder}/{file}")[1] for file in files])
-        books[plan.book] = name_centroids(cells, centroids, stage.earlier_book(workspace, plan.book))
+        books[training.book] = name_centroids(cells, centroids, stage.earlier_book(workspace, training.book))
     groups = {}
-    for kind, of_kind in cards.items():
-        smallest = stage.config.clusters(kind).sizes(sum(card.rows_in for card in of_kind)).smallest
-        groups[kind] = large_groups(_group_counts(workspace, stage.folder, kind, len(of_kind)), smallest)
+    for kind, kind_cards in cards.items():
+        smallest = stage.config.clusters(kind).sizes(sum(card.rows_in for card in kind_cards)).smallest
+        groups[kind] = large_groups(_group_counts(workspace, stage.folder, kind, len(kind_cards)), smallest)
     return CohortModel(books, groups)
 
 
@@ -480,13 +485,13 @@ def _group_counts(
 
 
 def _summary(cards: Sequence[Card]) -> dict[str, int]:
-    def of(name: str) -> list[int]:
+    def counts(name: str) -> list[int]:
         return [int(card.counts.get(name, 0)) for card in cards]
 
-    summary = {"settled": sum(of("settled")), "prompts": sum(card.rows_out for card in cards)}
+    summary = {"settled": sum(counts("settled")), "prompts": sum(card.rows_out for card in cards)}
     for kind in TABLES:
-        summary |= {name: sum(of(name)) for name in (f"{kind}_cohorts", f"{kind}_members")}
-        summary[f"{kind}_cohort_largest"] = max(of(f"{kind}_cohort_largest"))
+        summary |= {name: sum(counts(name)) for name in (f"{kind}_cohorts", f"{kind}_members")}
+        summary[f"{kind}_cohort_largest"] = max(counts(f"{kind}_cohort_largest"))
     return summary
 
 

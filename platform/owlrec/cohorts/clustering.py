@@ -137,7 +137,7 @@ def fold_in(
     return np.where(known[:, None], unit(vectors), np.float32(0)), known
 
 
-def judged(histories: pa.Table, positive_above: float) -> tuple[pa.ListArray, np.ndarray]:
+def items_and_likes(histories: pa.Table, positive_above: float) -> tuple[pa.ListArray, np.ndarray]:
     """What each user took or passed over, list<int64> [n], and which of it they liked: bool, aligned with all items.
 
     Liked is what was taken, and where it was graded, with more than `positive_above`.
@@ -170,11 +170,11 @@ def _confidences(
     """The sparse matrix of who chose what; what a user chose several times counts once. column: of each flat item."""
     from scipy.sparse import csr_matrix
 
-    of_user = np.repeat(np.arange(len(items), dtype=np.int32), items.value_lengths().fill_null(0).to_numpy())
+    user_rows = np.repeat(np.arange(len(items), dtype=np.int32), items.value_lengths().fill_null(0).to_numpy())
     if chosen is not None:
-        of_user, column = of_user[chosen], column[chosen]
+        user_rows, column = user_rows[chosen], column[chosen]
     ones = np.ones(len(column), dtype=np.float32)
-    matrix = csr_matrix((ones, (of_user, column.astype(np.int32))), shape=(len(items), n_columns))
+    matrix = csr_matrix((ones, (user_rows, column.astype(np.int32))), shape=(len(items), n_columns))
     matrix.data[:] = 1 + settings.alpha
     return matrix
 
@@ -266,11 +266,11 @@ class Codebook:
         bounds = np.searchsorted(cell[order], np.arange(len(self.cells) + 1))
         cosines = np.full((len(cell), n), -np.inf, dtype=np.float32)
         rows = np.full((len(cell), n), -1, dtype=np.int64)
-        for (of_cell, index), start, stop in zip(self._indexes, bounds[:-1], bounds[1:], strict=True):
-            k, slots = min(n, len(of_cell)), order[start:stop]
+        for (cell_rows, index), start, stop in zip(self._indexes, bounds[:-1], bounds[1:], strict=True):
+            k, slots = min(n, len(cell_rows)), order[start:stop]
             if k and len(slots):
                 cosines[slots, :k], nearest = index.search(vectors[slots // probes], k)
-                rows[slots, :k] = of_cell[nearest]
+                rows[slots, :k] = cell_rows[nearest]
         cosines, rows = cosines.reshape(len(vectors), -1), rows.reshape(len(vectors), -1)
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :n]
         return np.take_along_axis(cosines, best, axis=1), np.take_along_axis(rows, best, axis=1)

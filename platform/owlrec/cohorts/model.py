@@ -41,12 +41,12 @@ def memberships(cohorts: pa.Table, *, marked: bool = False) -> pa.Table:
     ids, as_of = cohorts["id"].to_numpy(), cohorts["as_of"].to_numpy()
     kinds = np.array(cohorts["kind"].to_pylist(), dtype=str)
     order = np.lexsort((later, as_of, ids, kinds))
-    of = number[names.indices.to_numpy()][order] if len(order) else np.zeros(0, dtype=np.int64)
+    marked_names = number[names.indices.to_numpy()][order] if len(order) else np.zeros(0, dtype=np.int64)
     if marked:
-        of = np.where(later[order], ~of, of)
+        marked_names = np.where(later[order], ~marked_names, marked_names)
     ids, as_of, kinds = ids[order], as_of[order], kinds[order]
     start = np.unique(run_starts(as_of, ids, kinds))
-    lists = pa.ListArray.from_arrays(pa.array(np.r_[start, len(ids)], pa.int32()), pa.array(of, pa.int64()))
+    lists = pa.ListArray.from_arrays(pa.array(np.r_[start, len(ids)], pa.int32()), pa.array(marked_names, pa.int64()))
     table = pa.table([pa.array(kinds[start], pa.string()), pa.array(ids[start]), lists], schema=MEMBERSHIPS)
     return table.append_column("as_of", pa.array(as_of[start]))
 

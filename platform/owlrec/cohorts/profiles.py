@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.cohorts.clustering import judged
+from owlrec.cohorts.clustering import items_and_likes
 from owlrec.ordered import rows_of, run_starts
 from owlrec.scenario import Scenario
 from owlrec.schema import Kind, newest, stable_id
@@ -188,7 +188,7 @@ def _users_at(
     members: pa.Table, users: pa.Table, histories: pa.Table, scenario: Scenario, n: int, cut: str
 ) -> pa.Table:
     ids = members["id"].to_numpy()
-    items, mask = judged(histories, scenario.positive_above)
+    items, mask = items_and_likes(histories, scenario.positive_above)
     starts = items.offsets.to_numpy() - items.offsets[0].as_py()
     liked = np.diff(np.r_[0, np.cumsum(mask)][starts])
     place = rows_of(histories["user_id"].to_numpy(), ids)
@@ -366,7 +366,7 @@ def _shared_titles(items: Iterable[Sequence[int]], titles: Callable[[np.ndarray]
 
 
 def _common(attributes: Sequence[Sequence[str]], share: float) -> list[str]:
-    counts = Counter(a for of_one in attributes for a in set(of_one))
+    counts = Counter(a for entity in attributes for a in set(entity))
     return sorted(a for a, n in counts.items() if n >= share * len(attributes))
 
 

@@ -249,11 +249,11 @@ class Adaptor(nn.Module):
 
     def fields(self, user: Knowledge, item: Knowledge) -> Tensor:
         """The same of batches whose ids recur: float32 [b, 2, width]."""
-        of_users = self.user(user.vectors, user.mask, self.shared)
-        of_items = self.item(item.vectors, item.mask, self.shared)
-        rows = torch.stack([user.rows, item.rows + len(of_users)], dim=1)
+        user_fields = self.user(user.vectors, user.mask, self.shared)
+        item_fields = self.item(item.vectors, item.mask, self.shared)
+        rows = torch.stack([user.rows, item.rows + len(user_fields)], dim=1)
         # An embedding's gradient is several times as fast as that of an index.
-        return F.embedding(rows, torch.cat([of_users, of_items]))
+        return F.embedding(rows, torch.cat([user_fields, item_fields]))
 
 
 def _each_row(vectors: Tensor, mask: Tensor) -> Knowledge:

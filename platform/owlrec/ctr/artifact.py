@@ -179,7 +179,7 @@ def artifact_folder(grid: str, trial: Trial) -> str:
 def read_by(workspace: Workspace, trial: Trial, folders: Mapping[str, Mapping[str, str]]) -> Reads | None:
     """What a trial's model was given, and must be given where it serves; None where that is nothing.
 
-    folders: source -> side -> the folder of the vectors that the trial read.
+    folders: source -> kind -> the folder of the vectors that the trial read.
     """
     sources, (_, form) = arm_sources(trial.arm, folders), arm_parts(trial.arm)
     if not sources.user:
@@ -189,8 +189,8 @@ def read_by(workspace: Workspace, trial: Trial, folders: Mapping[str, Mapping[st
         kind: VectorShards(workspace, folders[sources.user[0]][kind], f"{sources.user[0]}-{kind}")
         for kind in ("user", "item")
     }
-    for kind, of_kind in shards.items() if form != "vectors" else ():
-        quantiser = of_kind.quantiser()
+    for kind, kind_shards in shards.items() if form != "vectors" else ():
+        quantiser = kind_shards.quantiser()
         codebooks[kind] = quantiser.fingerprint if quantiser else ""
     first = next((s for n in shards["item"].numbers if (s := shards["item"].shard(n)) is not None), None)
     return Reads(user=sources.user, item=sources.item, encoder=first.encoder if first else "", codebooks=codebooks)

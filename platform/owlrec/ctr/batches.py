@@ -53,20 +53,20 @@ def epoch_steps(
     world_size - 1 rows of the epoch sit out.
     """
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    n, of_rank = sum(sizes), max(1, batch_size // world_size)
+    n, rank_rows = sum(sizes), max(1, batch_size // world_size)
     if n <= WINDOW:
         window = tuple(segments(sizes, 0, n))
         kept = torch.randperm(n, generator=generator)[: n - n % world_size]
-        for batch in kept.split(of_rank * world_size):
+        for batch in kept.split(rank_rows * world_size):
             if len(batch):
                 yield Step(window, batch[rank::world_size])
         return
     share = n // world_size
     mine = list(segments(sizes, rank * share, (rank + 1) * share))
     order = [mine[i] for i in torch.randperm(len(mine), generator=generator).tolist()]
-    for window in _windows(order, max(of_rank, WINDOW // of_rank * of_rank)):
+    for window in _windows(order, max(rank_rows, WINDOW // rank_rows * rank_rows)):
         rows = torch.randperm(sum(b - a for _, a, b in window), generator=generator)
-        for batch in rows.split(of_rank):
+        for batch in rows.split(rank_rows):
             yield Step(window, batch)
 
 
@@ -87,11 +87,11 @@ def segments(sizes: Sequence[int], start: int, end: int) -> Iterator[Segment]:
         before += size
 
 
-def _windows(of: Iterable[Segment], rows: int) -> Iterator[tuple[Segment, ...]]:
+def _windows(parts: Iterable[Segment], rows: int) -> Iterator[tuple[Segment, ...]]:
     """The same rows in windows of `rows`, the last one smaller."""
     window: list[Segment] = []
     room = rows
-    for shard, start, end in of:
+    for shard, start, end in parts:
         while start < end:
             taken = min(room, end - start)
             window.append((shard, start, start + taken))
@@ -275,14 +275,14 @@ def _known(
     times: int64 [b], ms; an id's newest knowledge that is strictly earlier is read, or the newest of all without them.
     """
     read = tables if form != "codes" else tables[:1]
-    found = [table.find(ids, times) for table in read]
-    inverse, _ = pd.factorize(found[0])  # by hashes: np.unique would sort
-    for rows in found[1:]:
+    found_rows = [table.find(ids, times) for table in read]
+    inverse, _ = pd.factorize(found_rows[0])  # by hashes: np.unique would sort
+    for rows in found_rows[1:]:
         another, distinct = pd.factorize(rows)
         inverse, _ = pd.factorize(inverse.astype(np.int64) * max(1, len(distinct)) + another)
     first = np.zeros(inverse.max(initial=-1) + 1, dtype=np.int64)
     first[inverse[::-1]] = np.arange(len(ids))[::-1]  # where each distinct combination first occurs
-    at, distinct_rows = torch.from_numpy(inverse.astype(np.int64)), [rows[first] for rows in found]
+    at, distinct_rows = torch.from_numpy(inverse.astype(np.int64)), [rows[first] for rows in found_rows]
     knowledge, codes = None, None
     if form != "codes":
         vectors = np.stack([t.vectors_at(rows) for t, rows in zip(tables, distinct_rows, strict=True)], axis=1)

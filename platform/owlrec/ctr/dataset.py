@@ -31,10 +31,10 @@ from owlrec.ctr.features import (
     SampleFeatures,
     Split,
     Vocabularies,
+    binarize_outside_train,
     distinct_values,
     encode_items,
     item_rows,
-    judged_labels,
     kept_attributes,
     known_items,
     refuse_labels,
@@ -189,9 +189,9 @@ class EncodeSamples(Stage):
         order = np.argsort(split, kind="stable")
         rows, split, drawn = rows.take(order), split[order], order >= n_logged
         positive = np.append(positive, np.zeros(len(rows) - n_logged, dtype=bool))[order]
-        label = judged_labels(rows["label"].to_numpy(), split == SPLITS.index("train"))
+        label = binarize_outside_train(rows["label"].to_numpy(), split == SPLITS.index("train"))
         items = item_rows(self._item_ids, rows["item_id"].to_numpy())
-        of_history = item_rows(self._item_ids, behaviors["item_id"].to_numpy())
+        history_items = item_rows(self._item_ids, behaviors["item_id"].to_numpy())
         starts, ends = (rows[name].to_numpy().astype(np.int64) for name in ("history_start", "history_end"))
         samples = {
             "user_id": rows["user_id"],
@@ -208,8 +208,8 @@ class EncodeSamples(Stage):
         ratings = behaviors["rating"].to_numpy()
         tables = {
             "samples": pa.table(samples),
-            "behaviors": pa.table({"item": of_history, "rating": ratings, "label": behaviors["label"]}),
-            "counts": _item_counts(items[train], starts[train], ends[train], of_history, items[drawn]),
+            "behaviors": pa.table({"item": history_items, "rating": ratings, "label": behaviors["label"]}),
+            "counts": _item_counts(items[train], starts[train], ends[train], history_items, items[drawn]),
         }
         work.check()
         files = {
@@ -237,17 +237,17 @@ class EncodeSamples(Stage):
 
 
 def _item_counts(
-    items: np.ndarray, starts: np.ndarray, ends: np.ndarray, of_history: np.ndarray, unlabeled: np.ndarray
+    items: np.ndarray, starts: np.ndarray, ends: np.ndarray, history_items: np.ndarray, unlabeled: np.ndarray
 ) -> pa.Table:
     """How often training shows each item: `count`, as target or in a history; `unlabeled`, in pairs without a label.
 
-    items, starts, ends: of train samples, the last two in `of_history`; unlabeled: the items of those pairs.
+    items, starts, ends: of train samples, the last two in `history_items`; unlabeled: the items of those pairs.
     """
     # How often a history shows each behavior: up by one where it starts, down where it ends.
-    shown = np.bincount(starts, minlength=len(of_history) + 1).astype(np.int64)
-    shown -= np.bincount(ends, minlength=len(of_history) + 1)
-    item, of_item = np.unique(np.concatenate([items, of_history, unlabeled]), return_inverse=True)
-    as_target, in_history, in_pair = np.split(of_item, np.cumsum([len(items), len(of_history)]))
+    shown = np.bincount(starts, minlength=len(history_items) + 1).astype(np.int64)
+    shown -= np.bincount(ends, minlength=len(history_items) + 1)
+    item, item_places = np.unique(np.concatenate([items, history_items, unlabeled]), return_inverse=True)
+    as_target, in_history, in_pair = np.split(item_places, np.cumsum([len(items), len(history_items)]))
     count = np.bincount(in_history, weights=np.cumsum(shown)[:-1], minlength=len(item)).astype(np.int64)
     count += np.bincount(as_target, minlength=len(item))
     pairs = np.bincount(in_pair, minlength=len(item))
@@ -291,15 +291,15 @@ def encode_tables(
     made = run_stage(workspace, EncodeSamples(encoded, profile, soft_labels), dict.fromkeys(shards, encoded), pool)
     cards = [made[shard.name] for shard in shards]
     for split in SPLITS:
-        rows, positives, unlabeled = (_total(cards, split + of) for of in ("", "_positives", "_unlabeled"))
-        of_zero = rows - unlabeled - positives
-        refuse_labels(split, rows, {float(label) for label, n in enumerate((of_zero, positives)) if n})
+        rows, positives, unlabeled = (_total(cards, split + suffix) for suffix in ("", "_positives", "_unlabeled"))
+        negatives = rows - unlabeled - positives
+        refuse_labels(split, rows, {float(label) for label, n in enumerate((negatives, positives)) if n})
     ids = item_ids(workspace)
     counts, pairs = (np.zeros(len(ids) + RESERVED, dtype=np.int64) for _ in range(2))
     for shard in shards:
-        of_shard = _map(workspace, encoded, "counts", shard.number)
-        counts[of_shard["item"].to_numpy()] += of_shard["count"].to_numpy()
-        pairs[of_shard["item"].to_numpy()] += of_shard["unlabeled"].to_numpy()
+        shard_counts = _map(workspace, encoded, "counts", shard.number)
+        counts[shard_counts["item"].to_numpy()] += shard_counts["count"].to_numpy()
+        pairs[shard_counts["item"].to_numpy()] += shard_counts["unlabeled"].to_numpy()
     graded = [card.counts for card in cards if "rating_low" in card.counts]
     vocabularies = Vocabularies(
         grades=Grades(
@@ -358,9 +358,9 @@ class _EncodedShards:
         samples, behaviors = (_map(self.workspace, self.folder, name, number) for name in ("samples", "behaviors"))
         profile = [value_codes(samples[name], values) for name, values in self.vocabularies.profile.items()]
         starts, lengths = (samples[name].to_numpy() for name in ("start", "length"))
-        of_history, rating, label = (behaviors[name].to_numpy() for name in ("item", "rating", "label"))
+        history_items, rating, label = (behaviors[name].to_numpy() for name in ("item", "rating", "label"))
         outcomes = self.vocabularies.grades.tokens(rating, label)
-        histories = Histories(starts, lengths, of_history, outcomes, self.done.history_length)
+        histories = Histories(starts, lengths, history_items, outcomes, self.done.history_length)
         names = ("user_id", "item_id", "item", "label", "time", "weight")
         user_ids, item_ids, items, labels, times, weights = (samples[name].to_numpy() for name in names)
         profiles = np.stack(profile, axis=1) if profile else np.zeros((len(samples), 0), dtype=np.int32)

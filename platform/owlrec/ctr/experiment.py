@@ -125,11 +125,11 @@ def blended(samples: pa.Table, soft: pa.Table, alpha: float) -> pa.Table:
     samples = samples.set_column(place, "label", pa.array(label))
 
     known = keys.drop_duplicates().assign(known=True)
-    of_none = probabilities.merge(known, how="left", on=_KEY)
-    of_none = of_none[of_none["known"].isna()].drop(columns="known")
+    unseen = probabilities.merge(known, how="left", on=_KEY)
+    unseen = unseen[unseen["known"].isna()].drop(columns="known")
     moments = samples.select([*_MOMENT, "split", "history_start", "history_end"]).to_pandas()
     moments = moments[moments["split"] == "train"].drop_duplicates(_MOMENT)
-    drawn = of_none.merge(moments, how="inner", on=_MOMENT)
+    drawn = unseen.merge(moments, how="inner", on=_MOMENT)
     drawn = drawn.rename(columns={"p": "label"}).assign(weight=np.float32(alpha))
     added = pa.Table.from_pandas(drawn[samples.column_names], schema=samples.schema, preserve_index=False)
     return pa.concat_tables([samples, added])
@@ -165,7 +165,7 @@ def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -
     """
     cold_user = lengths < COLD_USER_BELOW
     cold_item = (item_counts[items] < COLD_ITEM_BELOW) | (items < RESERVED)
-    found = {
+    slices = {
         "cold users": cold_user,
         "warm users": ~cold_user,
         "cold items": cold_item,
@@ -173,38 +173,38 @@ def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -
     }
     bucket = np.searchsorted(_HISTORY_FROM, lengths, side="right") - 1
     for number, start in enumerate(_HISTORY_FROM):
-        found[_history_name(number, start)] = bucket == number
-    return {name: rows for name, rows in found.items() if rows.any()}
+        slices[_history_name(number, start)] = bucket == number
+    return {name: rows for name, rows in slices.items() if rows.any()}
 
 
 def slice_metrics(labels: np.ndarray, scores: np.ndarray, slices: Mapping[str, np.ndarray]) -> dict[str, SliceMetrics]:
     """The metrics of each slice's rows; slices as `slices_of` returns them."""
-    found = {}
+    metrics = {}
     for name, rows in slices.items():
         area = auc(labels[rows], scores[rows])
-        found[name] = SliceMetrics(
+        metrics[name] = SliceMetrics(
             rows=int(rows.sum()),
             auc=None if np.isnan(area) else area,
             log_loss=log_loss(labels[rows], scores[rows]),
         )
-    return found
+    return metrics
 
 
 def mean_slices(seeds: Sequence[Mapping[str, SliceMetrics]]) -> dict[str, SliceMetrics]:
     """The mean over trials that scored the same rows; an auc that is None in one of them is None in all."""
     by_name: dict[str, list[SliceMetrics]] = {}
     for slices in seeds:
-        for name, of_seed in slices.items():
-            by_name.setdefault(name, []).append(of_seed)
-    found = {}
+        for name, seed_slices in slices.items():
+            by_name.setdefault(name, []).append(seed_slices)
+    means = {}
     for name, each in by_name.items():
         aucs = [m.auc for m in each if m.auc is not None]
-        found[name] = SliceMetrics(
+        means[name] = SliceMetrics(
             rows=each[0].rows,
             auc=float(np.mean(aucs)) if aucs else None,
             log_loss=float(np.mean([m.log_loss for m in each])),
         )
-    return found
+    return means
 
 
 def _history_name(number: int, start: int) -> str:
@@ -282,7 +282,7 @@ class CTRConfig(Config):
 
     @field_validator("backbones", "arms", "seeds")
     @classmethod
-    def _no_doubles(cls, values: tuple[object, ...]) -> tuple[object, ...]:
+    def _no_duplicates(cls, values: tuple[object, ...]) -> tuple[object, ...]:
         repeated = sorted({str(v) for v in values if values.count(v) > 1})
         if repeated:
             raise ValueError(f"{', '.join(repeated)} stands there more than once; a trial is trained once.")
@@ -420,17 +420,17 @@ def _differences(
                 pairs.setdefault((result.backbone, result.arm, base), []).append((result, partner))
     paths = {key: [(arm.trial.path, base.trial.path) for arm, base in seeds] for key, seeds in pairs.items()}
     intervals = compare_arms(scores, paths) if scores else {}
-    found = {}
+    differences = {}
     for key, seeds in pairs.items():
-        arm_auc, base_auc = (float(np.mean([r.test.auc for r in side])) for side in zip(*seeds, strict=True))
+        arm_auc, base_auc = (float(np.mean([r.test.auc for r in half])) for half in zip(*seeds, strict=True))
         relative = relative_improvement(arm_auc, base_auc)
-        found[key] = PairedDifference(
+        differences[key] = PairedDifference(
             seeds=len(seeds),
             auc=arm_auc - base_auc,
             rela_imp=None if math.isnan(relative) else relative,
             interval=intervals.get(key),
         )
-    return found
+    return differences
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -488,11 +488,11 @@ def read_grid_scores(workspace: Workspace, fingerprint: str, trials: Iterable[Tr
         paths[trial.path] = path
     if first is None:
         return None
-    scores = _StoredScores(workspace, paths)
+    scores = _SavedScores(workspace, paths)
     return GridScores(first["user_id"].to_numpy(), first["label"].to_numpy(), scores)
 
 
-class _StoredScores(Mapping[str, np.ndarray]):
+class _SavedScores(Mapping[str, np.ndarray]):
     """The scores of trials by their path, read when they are asked for."""
 
     def __init__(self, workspace: Workspace, paths: Mapping[str, str]) -> None:

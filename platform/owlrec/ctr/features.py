@@ -252,14 +252,14 @@ def build_features(
     index = np.sort(items["item_id"].to_numpy())
     history = samples["history"].combine_chunks()
     rows = item_rows(index, samples["item_id"].to_numpy())
-    of_history = item_rows(index, pc.list_flatten(history).to_numpy())
+    history_items = item_rows(index, pc.list_flatten(history).to_numpy())
     train = pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False)
     lengths = pc.list_value_length(history).to_numpy()
     counts = np.bincount(rows[train], minlength=len(index) + RESERVED)
-    counts += np.bincount(of_history[np.repeat(train, lengths)], minlength=len(index) + RESERVED)
+    counts += np.bincount(history_items[np.repeat(train, lengths)], minlength=len(index) + RESERVED)
     by_split = {split: samples.filter(pc.equal(samples["split"], split)) for split in SPLITS}
-    for split, of_split in by_split.items():
-        refuse_labels(split, of_split.num_rows, set(pc.unique(of_split["label"]).to_pylist()))
+    for split, split_samples in by_split.items():
+        refuse_labels(split, split_samples.num_rows, set(pc.unique(split_samples["label"]).to_pylist()))
     train_users = users.filter(pc.is_in(users["user_id"], pc.unique(by_split["train"]["user_id"])))
     vocabularies = Vocabularies(
         items=known_items(index, counts, min_item_count),
@@ -269,8 +269,8 @@ def build_features(
     )
     features, length = encode_items([items], vocabularies), max(1, int(lengths[train].max(initial=0)))
     splits = {
-        split: Split.of(encode_samples(of_split, users, features, vocabularies, length))
-        for split, of_split in by_split.items()
+        split: Split.of(encode_samples(split_samples, users, features, vocabularies, length))
+        for split, split_samples in by_split.items()
     }
     return Features(vocabularies.spec(length), vocabularies, features, counts, splits)
 
@@ -339,16 +339,16 @@ def encode_samples(
     `history_length` behaviors of each.
     """
     columns = ("history", "history_ratings", "history_labels")
-    history, ratings, told = (samples[column].combine_chunks() for column in columns)
+    history, ratings, outcomes = (samples[column].combine_chunks() for column in columns)
     lengths = pc.list_value_length(history).to_numpy()
-    for column in (ratings, told):
+    for column in (ratings, outcomes):
         if not np.array_equal(lengths, pc.list_value_length(column).to_numpy()):
             raise SchemaError("samples: a history, its ratings and its labels differ in length. Run `prepare` again.")
     histories = Histories(
         starts=(np.cumsum(lengths) - lengths).astype(np.int64),
         lengths=lengths.astype(np.int32),
         items=items.rows(pc.list_flatten(history).to_numpy()),
-        ratings=vocabularies.grades.tokens(_floats(pc.list_flatten(ratings)), _floats(pc.list_flatten(told))),
+        ratings=vocabularies.grades.tokens(_floats(pc.list_flatten(ratings)), _floats(pc.list_flatten(outcomes))),
         width=history_length,
     )
     profile = np.zeros((samples.num_rows, len(vocabularies.profile)), dtype=np.int32)
@@ -358,14 +358,14 @@ def encode_samples(
             profile[:, i] = value_codes(users[name].take(where), values)
     item_ids, labels = samples["item_id"].to_numpy(), samples["label"].to_numpy().astype(np.float32)
     if "split" in samples.column_names:
-        labels = judged_labels(labels, pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
+        labels = binarize_outside_train(labels, pc.equal(samples["split"], "train").to_numpy(zero_copy_only=False))
     times = samples["timestamp"].to_numpy() if "timestamp" in samples.column_names else None
     weights = samples["weight"].to_numpy() if "weight" in samples.column_names else None
     user_ids, rows = samples["user_id"].to_numpy(), items.rows(item_ids)
     return SampleFeatures(user_ids, item_ids, rows, histories, profile, labels, times, weights)
 
 
-def judged_labels(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
+def binarize_outside_train(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Soft labels to learn from, 0 or 1 to judge by: float32 [n]. train: bool [n]."""
     return np.where(train, labels, labels >= POSITIVE).astype(np.float32)
 
@@ -383,9 +383,9 @@ def distinct_values(columns: Iterable[pa.ChunkedArray]) -> pa.Array:
     for column in columns:
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
             column = pc.list_flatten(column)
-        of_shard = pc.unique(column)
-        of_shard = of_shard.filter(pc.and_(pc.is_valid(of_shard), pc.not_equal(of_shard, "")))
-        values = pc.unique(pa.concat_arrays([values, of_shard.cast(pa.string())]))
+        shard_values = pc.unique(column)
+        shard_values = shard_values.filter(pc.and_(pc.is_valid(shard_values), pc.not_equal(shard_values, "")))
+        values = pc.unique(pa.concat_arrays([values, shard_values.cast(pa.string())]))
     return values.take(pc.sort_indices(values))
 
 

@@ -74,7 +74,7 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
     disliked; `both` that and the individual knowledge; `streaming` the newest texts of a user, those of partitions
     that refreshes have read among them. `shuffled` reads individual knowledge, or collective knowledge where there is
     no other.
-    given: source -> the sides ("user", "item") of which it has vectors.
+    given: source -> the kinds ("user", "item") of which it has vectors.
     Raises RecipeError where a source that the arm needs was not given.
     """
     needed: tuple[str, ...]
@@ -91,7 +91,7 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
         case _:
             needed = (reads,)
     for source in needed:
-        missing = [f"{side}s" for side in ("user", "item") if side not in given.get(source, ())]
+        missing = [f"{kind}s" for kind in ("user", "item") if kind not in given.get(source, ())]
         if missing:
             raise RecipeError(
                 f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
@@ -120,8 +120,8 @@ def bases(arm: Arm) -> tuple[Arm, ...]:
     """
     reads, form = arm_parts(arm)
     shuffled: dict[Form, Arm] = {"vectors": "shuffled", "codes": "shuffled-codes", "both": "shuffled+codes"}
-    found: list[Arm] = ["none", shuffled[form], *([] if form == "vectors" else [cast(Arm, reads)])]
-    return tuple(base for base in found if arm not in ("none", base))
+    candidates: list[Arm] = ["none", shuffled[form], *([] if form == "vectors" else [cast(Arm, reads)])]
+    return tuple(base for base in candidates if arm not in ("none", base))
 
 
 # ------------------------------------------------------------------------------------------------------------ knowledge
@@ -253,15 +253,15 @@ class MappedTable(VectorTable):
     def as_of_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         moments = np.zeros(len(rows), dtype=np.int64)
-        for _, shard, at, of_shard in self.shards.at(rows):
-            moments[at] = shard.as_of[of_shard]
+        for _, shard, at, shard_rows in self.shards.at(rows):
+            moments[at] = shard.as_of[shard_rows]
         return moments
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         vectors = np.zeros((len(rows), self.dim), dtype=np.float16)
-        for _, shard, at, of_shard in self.shards.at(rows):
-            vectors[at] = shard.vectors[of_shard]
+        for _, shard, at, shard_rows in self.shards.at(rows):
+            vectors[at] = shard.vectors[shard_rows]
         return vectors
 
     def codes_at(self, rows: np.ndarray) -> np.ndarray:
@@ -269,8 +269,8 @@ class MappedTable(VectorTable):
         if not self.code_sizes:
             raise _uncoded()
         codes = np.zeros((len(rows), len(self.code_sizes)), dtype=np.int64)
-        for _, shard, at, of_shard in self.shards.at(rows):
-            codes[at] = shard.codes[of_shard, :-1].astype(np.int64) + 1
+        for _, shard, at, shard_rows in self.shards.at(rows):
+            codes[at] = shard.codes[shard_rows, :-1].astype(np.int64) + 1
         return codes
 
     def shuffled(self, seed: int) -> "MappedTable":
@@ -404,16 +404,16 @@ class CascadeTable(VectorTable):
     def as_of_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         moments = np.empty(len(rows), dtype=np.int64)
-        for side, table in enumerate((self.runs, self.partitions)):
-            mine = rows % 2 == side
+        for parity, table in enumerate((self.runs, self.partitions)):
+            mine = rows % 2 == parity
             moments[mine] = table.as_of_at(rows[mine] // 2)
         return moments
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
         """See VectorTable."""
         vectors = np.zeros((len(rows), self.dim), dtype=np.float16)
-        for side, table in enumerate((self.runs, self.partitions)):
-            mine = (rows >= 0) & (rows % 2 == side)
+        for parity, table in enumerate((self.runs, self.partitions)):
+            mine = (rows >= 0) & (rows % 2 == parity)
             vectors[mine] = table.vectors_at(rows[mine] // 2)
         return vectors
 
@@ -428,8 +428,8 @@ class CascadeTable(VectorTable):
     def _newest(self, ids: np.ndarray, before: np.ndarray | None) -> np.ndarray:
         rows = [table.find(ids, before) for table in (self.runs, self.partitions)]
         moments = np.full((2, len(ids)), _NEVER, dtype=np.int64)
-        for table, found, of_table in zip((self.runs, self.partitions), rows, moments, strict=True):
-            of_table[found >= 0] = table.as_of_at(found[found >= 0])
+        for table, table_rows, table_moments in zip((self.runs, self.partitions), rows, moments, strict=True):
+            table_moments[table_rows >= 0] = table.as_of_at(table_rows[table_rows >= 0])
         later = moments[1] > moments[0]
         return np.where(later, 2 * rows[1] + 1, np.where(rows[0] >= 0, 2 * rows[0], -1))
 

@@ -82,15 +82,15 @@ class DistinctItems:
     """The u different items among a batch's targets and behaviors."""
 
     rows: Tensor  # int64 [u], ascending row numbers of ItemFeatures
-    of_target: Tensor  # int64 [b]: which of the u each target is
-    of_history: Tensor  # int64 [b, L]
+    target_rows: Tensor  # int64 [b]: which of the u each target is
+    history_rows: Tensor  # int64 [b, L]
 
     @classmethod
     def of(cls, items: np.ndarray, history: np.ndarray) -> "DistinctItems":
         """items: int [b], history: int [b, L]. Found on the CPU: on a GPU the step would wait for their number."""
         where, rows = pd.factorize(np.concatenate([items, history.reshape(-1)]), sort=True)
-        of_target, of_history = np.split(where.astype(np.int64), [len(items)])
-        arrays = (rows, of_target, of_history.reshape(history.shape))
+        target_rows, history_rows = np.split(where.astype(np.int64), [len(items)])
+        arrays = (rows, target_rows, history_rows.reshape(history.shape))
         return cls(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
@@ -111,7 +111,7 @@ class Batch:
     item_codes: Codes | None = None
     distinct: DistinctItems | None = None  # of a batch that has many rows; a request's items hardly recur
     # float32 [b, knowledge_fields, e]: what the model made of all these, the user's fields first, in their place
-    adapted: Tensor | None = None
+    adaptor_fields: Tensor | None = None
 
 
 class CTRModel(nn.Module):
@@ -170,7 +170,7 @@ class CTRModel(nn.Module):
                 history=history,
                 mask=batch.history != PADDING,
                 profile=torch.stack(profile, dim=1) if profile else target[:, :0],
-                knowledge=self.adapted(batch),
+                knowledge=self.adaptor_fields(batch),
                 behaviours=behaviours,
             )
         )
@@ -181,14 +181,14 @@ class CTRModel(nn.Module):
             rows = torch.cat([batch.items, batch.history.flatten()])
             target, history = self.embed_items(rows).split([batch.items.shape[0], batch.history.numel()])
             return target, self._with_ratings(history, batch), None
-        of_target, of_history = batch.distinct.of_target, batch.distinct.of_history.flatten()
+        target_rows, history_rows = batch.distinct.target_rows, batch.distinct.history_rows.flatten()
         distinct = self.embed_items(batch.distinct.rows)
         flat = distinct.flatten(1)
-        behaviours = TableRows((flat, self.rating(self.all_ratings)), (batch.distinct.of_history, batch.ratings))
-        target = F.embedding(of_target, flat).unflatten(1, distinct.shape[1:])
+        behaviours = TableRows((flat, self.rating(self.all_ratings)), (batch.distinct.history_rows, batch.ratings))
+        target = F.embedding(target_rows, flat).unflatten(1, distinct.shape[1:])
         if not self.backbone.reads_behaviours:
             return target, target.new_empty(len(target), 0, distinct.shape[1] + 1, distinct.shape[2]), behaviours
-        history = F.embedding(of_history, flat).unflatten(1, distinct.shape[1:])
+        history = F.embedding(history_rows, flat).unflatten(1, distinct.shape[1:])
         return target, self._with_ratings(history, batch), behaviours
 
     def _with_ratings(self, history: Tensor, batch: Batch) -> Tensor:
@@ -206,10 +206,10 @@ class CTRModel(nn.Module):
             fields.append(table(values[:, i]).sum(1) / n_values)
         return torch.stack(fields, dim=1)
 
-    def adapted(self, batch: Batch) -> Tensor | None:
+    def adaptor_fields(self, batch: Batch) -> Tensor | None:
         """float32 [b, knowledge_fields, e]: the user's fields, then the item's; None for an arm without knowledge."""
-        if batch.adapted is not None:
-            return batch.adapted
+        if batch.adaptor_fields is not None:
+            return batch.adaptor_fields
         forms: list[Tensor] = []
         if self.adaptor is not None:
             if batch.user is None or batch.item is None:

@@ -21,7 +21,7 @@ from owlrec.shards import Shard
 from owlrec.workspace import Workspace
 
 Name = TypeVar("Name")
-Folders = Mapping[str, Mapping[str, str]]  # source -> side -> folder that holds the vectors <source>-<side>
+Folders = Mapping[str, Mapping[str, str]]  # source -> kind -> folder that holds the vectors <source>-<kind>
 
 _FIT_ROWS = 16_384  # of each table: with 384 components the SVD then takes seconds
 _DONE = "done.json"  # written last
@@ -33,7 +33,7 @@ class ReduceVectors(Stage):
     name = "train_ctr"
 
     def __init__(self, folder: str, fingerprint: str, sources: Mapping[str, str]) -> None:
-        """fingerprint: that the projection in `folder` was saved under. sources: <source>-<side> -> its folder."""
+        """fingerprint: that the projection in `folder` was saved under. sources: <source>-<kind> -> its folder."""
         self.folder, self.fingerprint, self.sources = folder, fingerprint, dict(sources)
 
     def open(self, workspace: Workspace, worker: str) -> None:
@@ -69,20 +69,22 @@ def reduce_once(
     """
     kept = _kept(fingerprint)
     shards = {
-        f"{source}-{side}": VectorShards(workspace, folder, f"{source}-{side}")
-        for source, sides in folders.items()
-        for side, folder in sides.items()
+        f"{source}-{kind}": VectorShards(workspace, folder, f"{source}-{kind}")
+        for source, kinds in folders.items()
+        for kind, folder in kinds.items()
     }
     if components is None or workspace.exists(kept, _DONE) or all(s.dim <= components for s in shards.values()):
         return reduced_folders(workspace, folders, fingerprint)
-    refuse_two_sizes({f"vectors {name}": open_vectors(of_name, held=False) for name, of_name in shards.items()})
+    refuse_two_sizes({f"vectors {name}": open_vectors(name_shards, held=False) for name, name_shards in shards.items()})
     fitted = projection or _fit([s.sample(_FIT_ROWS, seed=0)[1] for s in shards.values()], components)
     fitted.save(workspace, kept, fingerprint)
-    stage = ReduceVectors(kept, fingerprint, {name: of_name.folder for name, of_name in shards.items()})
-    inputs = {Shard(name, number): fingerprint for name, of_name in shards.items() for number in of_name.numbers}
+    stage = ReduceVectors(kept, fingerprint, {name: name_shards.folder for name, name_shards in shards.items()})
+    inputs = {
+        Shard(name, number): fingerprint for name, name_shards in shards.items() for number in name_shards.numbers
+    }
     run_stage(workspace, stage, inputs, pool)
-    for name, of_name in shards.items():
-        if quantiser := of_name.quantiser():
+    for name, name_shards in shards.items():
+        if quantiser := name_shards.quantiser():
             quantiser.save(workspace, quantiser_folder(kept, name))
     workspace.write_json(f"{kept}/{_DONE}", {"components": components})
     return reduced_folders(workspace, folders, fingerprint)
@@ -93,11 +95,11 @@ def reduced_folders(workspace: Workspace, folders: Folders, fingerprint: str) ->
     kept = _kept(fingerprint)
     if not workspace.exists(kept, _DONE):
         return folders
-    return {source: dict.fromkeys(sides, kept) for source, sides in folders.items()}
+    return {source: dict.fromkeys(kinds, kept) for source, kinds in folders.items()}
 
 
 def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) -> dict[str, dict[str, VectorTable]]:
-    """Source -> side -> vectors and semantic ids. held: whether small tables are read into memory.
+    """Source -> kind -> vectors and semantic ids. held: whether small tables are read into memory.
 
     Raises as `open_vectors` does.
     """
@@ -108,8 +110,8 @@ def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) ->
         return open_vectors(shards, tuple(quantiser.sizes) if quantiser else (), held=held)
 
     return {
-        source: {side: opened(folder, f"{source}-{side}") for side, folder in sides.items()}
-        for source, sides in folders.items()
+        source: {kind: opened(folder, f"{source}-{kind}") for kind, folder in kinds.items()}
+        for source, kinds in folders.items()
     }
 
 

@@ -101,14 +101,14 @@ _HELD_BYTES = 1 << 26  # of a kind's fields in a process: half a million ids of 
 _NO_ID = -1  # ids are not negative
 
 
-class BehaviorStore(Protocol):
+class BehaviorReader(Protocol):
     """Where the behaviors of users come from."""
 
     def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
         """The last behaviors of users, oldest first: schema.BEHAVIOR [k] each."""
 
 
-class Store(BehaviorStore, Protocol):
+class ReleaseReader(BehaviorReader, Protocol):
     """What is read of a release (owlrec.releases.KnowledgeStore)."""
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,7 @@ class Store(BehaviorStore, Protocol):
 
 
 @dataclass(frozen=True)
-class SideKnowledge:
+class GatheredKnowledge:
     """The knowledge of n users or items, in the form that a model was trained on."""
 
     vectors: np.ndarray  # float [n, s, d], one a source; d = 0 where only codes are read
@@ -133,21 +133,21 @@ class SideKnowledge:
 class KnowledgeSource(Protocol):
     """Where a model's knowledge comes from."""
 
-    def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
+    def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
         """That of users or items, aligned with ids: int64 [n]."""
 
 
 @dataclass(frozen=True)
-class StoreKnowledge:
+class ReleaseKnowledge:
     """The knowledge of a release, brought into the form that training read."""
 
-    store: Store
+    store: ReleaseReader
     reads: Reads
     form: Form
     projection: Projection | None  # that the vectors were reduced by
     levels: int  # of the semantic ids
 
-    def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
+    def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
         """See KnowledgeSource. Only what stands under an id itself, as in training: no cohort stands in for it, except
         as a source of its own.
         """
@@ -160,7 +160,7 @@ class StoreKnowledge:
             for row, own in enumerate(self.store.own_codes(kind, ids)):
                 if own:
                     codes[row] = np.array(own[:-1]) + 1
-        return SideKnowledge(vectors, mask, codes)
+        return GatheredKnowledge(vectors, mask, codes)
 
     def _vectors(self, kind: str, ids: np.ndarray, sources: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         slots = {source: number for number, source in enumerate(("knowledge", *OLDER_PARTITIONS))}
@@ -173,7 +173,7 @@ class StoreKnowledge:
                 gathered.append(own[:, slots[source]])
                 masks.append(there[:, slots[source]])
             else:
-                vectors, known = self._of_members(kind, ids, facet=int(source == DISLIKED))
+                vectors, known = self._member_means(kind, ids, facet=int(source == DISLIKED))
                 gathered.append(vectors)
                 masks.append(known)
         vectors, mask = np.stack(gathered, axis=1), np.stack(masks, axis=1)
@@ -183,7 +183,7 @@ class StoreKnowledge:
         reduced = self.projection.apply(vectors.reshape(-1, vectors.shape[2])).astype(np.float16).astype(np.float32)
         return reduced.reshape(*mask.shape, -1), mask
 
-    def _of_members(self, kind: str, ids: np.ndarray, facet: int) -> tuple[np.ndarray, np.ndarray]:
+    def _member_means(self, kind: str, ids: np.ndarray, facet: int) -> tuple[np.ndarray, np.ndarray]:
         """The means of cohorts' vectors, as `encode` makes them, and who has one. facet: 1 of what users disliked."""
         groups = [facets[facet] for facets in self.store.facets(kind, ids)]
         cohorts, at = np.unique(np.array([c for group in groups for c in group], np.int64), return_inverse=True)
@@ -201,7 +201,7 @@ class TableKnowledge:
     tables: Tables
     before: int | None = None  # ms: only what is strictly earlier; None: the newest
 
-    def gather(self, kind: str, ids: np.ndarray) -> SideKnowledge:
+    def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
         """See KnowledgeSource."""
         tables = self.tables.users if kind == "user" else self.tables.items
         vectors, mask = np.zeros((len(ids), len(tables), 0), np.float32), np.zeros((len(ids), len(tables)), bool)
@@ -212,7 +212,7 @@ class TableKnowledge:
             vectors, mask = (np.stack(arrays, axis=1) for arrays in zip(*pairs, strict=True))
         if self.tables.form != "vectors":
             codes = tables[0].gather_codes(ids, before)
-        return SideKnowledge(vectors, mask, codes)
+        return GatheredKnowledge(vectors, mask, codes)
 
 
 class FieldCache:
@@ -261,11 +261,11 @@ class FieldCache:
 
     def _keep(self, ids: np.ndarray, fields: np.ndarray) -> None:
         with self._lock:
-            for id_, of_id in zip(ids.tolist()[: len(self._ids)], fields, strict=False):
+            for id_, id_fields in zip(ids.tolist()[: len(self._ids)], fields, strict=False):
                 if id_ in self._rows:
                     continue
                 self._rows.pop(int(self._ids[self._next]), None)
-                self._ids[self._next], self._fields[self._next], self._rows[id_] = id_, of_id, self._next
+                self._ids[self._next], self._fields[self._next], self._rows[id_] = id_, id_fields, self._next
                 self._next = (self._next + 1) % len(self._ids)
 
 
@@ -276,7 +276,7 @@ class LiveState:
         self,
         model: CTRModel,
         knowledge: KnowledgeSource | None,
-        store: BehaviorStore | None = None,
+        store: BehaviorReader | None = None,
         held: Mapping[str, FieldCache] | None = None,
     ) -> None:
         """knowledge: None where the model reads none. store: where behaviors come from; None: nobody has any.
@@ -301,8 +301,8 @@ class LiveState:
         """
         return self.held[kind].gather(ids, lambda missing: self._made(kind, missing))
 
-    def adapted(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
-        """Batch.adapted of one user's candidates; None where the model reads no knowledge. items: int64 [n]."""
+    def adaptor_fields(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
+        """Batch.adaptor_fields of one user's candidates; None where the model reads no knowledge. items: int64 [n]."""
         if self._nobody is None:
             return None
         user = self._nobody if user_id is None else self.fields("user", np.array([user_id]))
@@ -339,7 +339,7 @@ class User:
     profile: Mapping[str, str] = field(default_factory=dict)  # what it names takes the place of what is known
 
     @classmethod
-    def of_sample(cls, row: Mapping[str, Any]) -> "User":
+    def from_sample(cls, row: Mapping[str, Any]) -> "User":
         """Who a row of schema.SAMPLES is about, at its moment."""
         ratings, labels = row["history_ratings"], row["history_labels"]
         return cls(row["user_id"], row["history"], ratings, list(map(was_taken, ratings, labels)))
@@ -422,7 +422,7 @@ class Scorer:
         ids = np.asarray(candidates, dtype=np.int64)
         arrays = (self.items.rows(ids), *self._history(asking, live), self._profile(asking))
         items, history, ratings, profile = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
-        return Batch(items, history, ratings, profile, adapted=live.adapted(asking.user_id, ids))
+        return Batch(items, history, ratings, profile, adaptor_fields=live.adaptor_fields(asking.user_id, ids))
 
     def _history(self, user: User, live: LiveState) -> tuple[np.ndarray, np.ndarray]:
         """Items and outcomes as training encodes them, int [1, history_length] each."""
@@ -442,11 +442,11 @@ class Scorer:
         """int [1, profile fields]."""
         known = self.profiles.find(user.user_id) if self.profiles and user.user_id is not None else None
         codes = np.full(len(self._codes), UNKNOWN) if known is None else known
-        told = [
+        row = [
             field_codes.get(user.profile[name], UNKNOWN) if name in user.profile else code
             for name, field_codes, code in zip(self.vocabularies.profile, self._codes, codes.tolist(), strict=True)
         ]
-        return np.array([told], dtype=np.int64).reshape(1, -1)
+        return np.array([row], dtype=np.int64).reshape(1, -1)
 
 
 @dataclass(frozen=True)
@@ -465,7 +465,7 @@ class Artifact:
         projection = Projection.load(workspace, folder, card.grid) if reduced else None
         return cls(Scorer.open(workspace, folder), card, projection)
 
-    def over(self, store: Store, *, dim: int, held: Mapping[str, FieldCache] | None = None) -> LiveState:
+    def over(self, store: ReleaseReader, *, dim: int, held: Mapping[str, FieldCache] | None = None) -> LiveState:
         """What its model reads of a release, which must have passed `Reads.refuse_other`.
 
         dim: components of the release's vectors. held: by kind, fields that are known to be the same there.
@@ -482,7 +482,7 @@ class Artifact:
                 "export again on its vectors."
             )
         levels = len(model.spec.user_codes)
-        return LiveState(model, StoreKnowledge(store, reads, form, self.projection, levels), store, held)
+        return LiveState(model, ReleaseKnowledge(store, reads, form, self.projection, levels), store, held)
 
 
 # --------------------------------------------------------------------------------------------------------------- parity
@@ -528,5 +528,5 @@ def largest_difference(
     for row in samples.take(chosen).to_pylist():
         # A sample reads what was known before it, each in a state of its own.
         known = TableKnowledge(tables, row["timestamp"]) if tables else None
-        ours.append(scorer.score(User.of_sample(row), [row["item_id"]], LiveState(scorer.model, known))[0])
+        ours.append(scorer.score(User.from_sample(row), [row["item_id"]], LiveState(scorer.model, known))[0])
     return float(np.abs(np.array(ours) - scored.scores[trial.path][chosen]).max())

@@ -127,12 +127,12 @@ def large_tables(model: nn.Module, above_rows: int) -> dict[str, Tensor]:
     """Name -> weights of each embedding table with more than `above_rows` rows, which from now on yields sparse
     gradients.
     """
-    found: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.num_embeddings > above_rows:
             module.sparse = True
-            found[f"{name}.weight"] = module.weight
-    return found
+            tables[f"{name}.weight"] = module.weight
+    return tables
 
 
 def mean_over_ranks(gradient: Tensor, world_size: int) -> Tensor:
@@ -211,8 +211,8 @@ class Optimisers:
         for i, optimiser in enumerate(self._optimisers):
             restored: dict[int, dict[str, Tensor]] = {}
             for key, value in state.items():
-                of, weight, name = key.split(".")
-                if int(of) == i:
+                number, weight, name = key.split(".")
+                if int(number) == i:
                     restored.setdefault(int(weight), {})[name] = value
             optimiser.load_state_dict({**optimiser.state_dict(), "state": restored})
 
@@ -291,8 +291,8 @@ def metadata_of(data: bytes) -> dict[str, str]:
     Raises KeyError or ValueError where there is none.
     """
     length = int.from_bytes(data[:8], "little")  # of the JSON header
-    found: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return found
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return metadata
 
 
 def random_states(worker: Worker) -> dict[str, Tensor]:
@@ -302,12 +302,12 @@ def random_states(worker: Worker) -> dict[str, Tensor]:
         states["cuda"] = torch.cuda.get_rng_state(worker.device)
     if worker.world_size == 1:
         return {f"{name}.{worker.rank}": state for name, state in states.items()}
-    found = {}
+    all_states = {}
     for name, state in states.items():
         gathered = [torch.empty_like(state, device=worker.device) for _ in range(worker.world_size)]
         dist.all_gather(gathered, state.to(worker.device))
-        found.update({f"{name}.{other}": part.cpu() for other, part in enumerate(gathered)})
-    return found
+        all_states.update({f"{name}.{other}": part.cpu() for other, part in enumerate(gathered)})
+    return all_states
 
 
 def restore_random_states(states: Mapping[str, Tensor], worker: Worker) -> None:
@@ -415,10 +415,10 @@ class Epochs:
             checkpoint.save(self.progress, {f"{part}/{k}": v for part, held in parts.items() for k, v in held.items()})
 
     def _resume(self) -> None:
-        found = self.checkpoint.load() if self.checkpoint is not None else None
-        if found is None:
+        saved = self.checkpoint.load() if self.checkpoint is not None else None
+        if saved is None:
             return
-        self.progress, tensors = found
+        self.progress, tensors = saved
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimiser": {}, "random": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
@@ -440,7 +440,7 @@ class Epochs:
 
 _SCORING_ROWS = 8192
 # Settings that may change while a trial is interrupted.
-_BESIDE_A_TRIAL = {"backbones", "arms", "seeds", "patience"}
+_CHANGEABLE_SETTINGS = {"backbones", "arms", "seeds", "patience"}
 
 
 @dataclass(frozen=True)
@@ -448,7 +448,7 @@ class TrainingData:
     """What all trials of a grid share."""
 
     features: Features
-    knowledge: Mapping[str, Mapping[str, VectorTable]]  # source -> side ("user", "item"), as the arms need them
+    knowledge: Mapping[str, Mapping[str, VectorTable]]  # source -> kind ("user", "item"), as the arms need them
 
     def tables(self, trial: Trial) -> Tables | None:
         """What `tables_of` gives."""
@@ -464,14 +464,14 @@ def tables_of(trial: Trial, knowledge: Mapping[str, Mapping[str, VectorTable]]) 
     if trial.arm == "none":
         return None
     sources = arm_sources(trial.arm, knowledge)
-    of_user = ("knowledge", STREAMING) if arm_parts(trial.arm)[0] == "streaming" else sources.user
-    users = {f"{source} vectors of users": knowledge[source]["user"] for source in of_user}
+    user_reads = ("knowledge", STREAMING) if arm_parts(trial.arm)[0] == "streaming" else sources.user
+    users = {f"{source} vectors of users": knowledge[source]["user"] for source in user_reads}
     items = {f"{source} vectors of items": knowledge[source]["item"] for source in sources.item}
     reads, form = arm_parts(trial.arm)
     if form != "codes":
         refuse_two_sizes({**users, **items})
-    of_users = tuple(users.values()) if reads != "streaming" else cascade_slots(*users.values())
-    tables = Tables(of_users, tuple(items.values()), form)
+    user_tables = tuple(users.values()) if reads != "streaming" else cascade_slots(*users.values())
+    tables = Tables(user_tables, tuple(items.values()), form)
     return tables.shuffled(trial.seed) if reads == "shuffled" else tables
 
 
@@ -520,7 +520,7 @@ def train_one(
     model = model.to(worker.device)
     train, labels = splits["train"].split, _columns(splits["valid"].split, "labels")[0]
     if checkpoint is not None:
-        settings = (config.model_dump(exclude=_BESIDE_A_TRIAL), SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE)
+        settings = (config.model_dump(exclude=_CHANGEABLE_SETTINGS), SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE)
         checkpoint = checkpoint.of(spec, trial, settings, worker.world_size, train.sizes)
 
     def valid_auc(epoch: int) -> float:
@@ -657,14 +657,14 @@ def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
         for name in pc.unique(table["field"]).to_pylist()
     }
 
-    def of(kind: str) -> dict[str, pa.Array]:
+    def section(kind: str) -> dict[str, pa.Array]:
         prefix = kind + _SEPARATOR
         return {name.removeprefix(prefix): values for name, values in fields.items() if name.startswith(prefix)}
 
     return Vocabularies(
         items=fields["item"].cast(pa.int64()),
-        attributes=of("attribute"),
-        profile=of("profile"),
+        attributes=section("attribute"),
+        profile=section("profile"),
         grades=Grades(*map(float, fields["grades"].to_pylist())),
     )
 

@@ -40,7 +40,7 @@ MAX_FAILURES = 3
 CHECKPOINT_STEPS = 1000
 
 
-class WorkersJob(Config):
+class WorkerSpec(Config):
     """What every worker of a group is told: names only, for each reads the tables itself."""
 
     settings: Any
@@ -49,12 +49,12 @@ class WorkersJob(Config):
     max_failures: int = MAX_FAILURES
 
 
-class GridJob(WorkersJob):
+class GridSpec(WorkerSpec):
     """Of a grid of trials."""
 
     settings: CTRConfig
     trials: tuple[Trial, ...]
-    knowledge: dict[str, dict[str, str]]  # source -> side -> folder, of those that the trials read
+    knowledge: dict[str, dict[str, str]]  # source -> kind -> folder, of those that the trials read
     fingerprint: str
     attributes: tuple[str, ...]
     profile: tuple[str, ...]
@@ -99,7 +99,7 @@ def train_trials(
     pending = tuple(trial for trial in trials if trial not in done)
     if pending:
         needed = {source for trial in pending for source in stored_sources(arm_sources(trial.arm, knowledge))}
-        job = GridJob(
+        spec = GridSpec(
             settings=config,
             workers=workers or WorkersConfig(),
             trials=pending,
@@ -112,43 +112,43 @@ def train_trials(
             max_failures=max_failures,
             checkpoint_steps=checkpoint_steps,
         )
-        encode_once(workspace, job, pool)
-        with _announcing(workspace, job, on_trial):
-            fit_workers(workspace, _train_pending, job, name=f"ctr/ray/{fingerprint[:8]}")
+        encode_once(workspace, spec, pool)
+        with _announcing(workspace, spec, on_trial):
+            fit_workers(workspace, _train_pending, spec, name=f"ctr/ray/{fingerprint[:8]}")
         workspace.delete_dir(grid_folder(fingerprint), ENCODED)
     return finished_trials(workspace, fingerprint, trials)
 
 
-def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], job: WorkersJob, *, name: str) -> None:
+def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], spec: WorkerSpec, *, name: str) -> None:
     """Runs `loop` on a group of workers that torch.distributed joins, until it has returned on all of them.
 
-    Ray must be initialised. loop: is given the workspace and, as JSON, the job. name: a path in the workspace for what
-    Ray writes meanwhile. Each worker asks for as many CPUs as the job has threads, 1 for None. Raises what a
+    Ray must be initialised. loop: is given the workspace and, as JSON, the spec. name: a path in the workspace for what
+    Ray writes meanwhile. Each worker asks for as many CPUs as the spec has threads, 1 for None. Raises what a
     worker raised, if it is an OwlRecError.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    workers = job.workers
+    workers = spec.workers
     # Ray resumes a run whose name and storage it has seen, silently; and it insists on a storage that all nodes share.
     storage, _, prefix = name.rpartition("/")
     run = f"{prefix}-{uuid.uuid4().hex[:8]}"
     filesystem, storage_path = workspace.arrow(storage)
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"workspace": workspace, "job": job.model_dump(mode="json")},
+        train_loop_config={"workspace": workspace, "spec": spec.model_dump(mode="json")},
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
-            resources_per_worker={"CPU": job.threads or 1, **({"GPU": 1} if workers.use_gpu else {})},
+            resources_per_worker={"CPU": spec.threads or 1, **({"GPU": 1} if workers.use_gpu else {})},
         ),
         run_config=RunConfig(
             name=run,
             storage_path=storage_path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=job.max_failures, controller_failure_limit=_START_ATTEMPTS),
+            failure_config=FailureConfig(max_failures=spec.max_failures, controller_failure_limit=_START_ATTEMPTS),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -181,50 +181,50 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     from owlrec.ctr.trainer import CheckpointFile, export_trial, keep_freed_memory, train_one
 
     keep_freed_memory()
-    job = GridJob.model_validate(loop_config["job"])
-    worker = this_worker(job.threads)
+    spec = GridSpec.model_validate(loop_config["spec"])
+    worker = this_worker(spec.threads)
     # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
     # training.
-    done = {result.trial for result in finished_trials(workspace, job.fingerprint, job.trials)}
-    data = load_data(workspace, job)
-    begin = WarmStart.open(workspace, job.warm_start).load_into if job.warm_start else None
-    for trial in job.trials:
+    done = {result.trial for result in finished_trials(workspace, spec.fingerprint, spec.trials)}
+    data = load_data(workspace, spec)
+    begin = WarmStart.open(workspace, spec.warm_start).load_into if spec.warm_start else None
+    for trial in spec.trials:
         if trial not in done:
-            path = f"{grid_folder(job.fingerprint)}/{trial.path}/checkpoint.safetensors"
-            checkpoint = CheckpointFile(workspace, path, job.checkpoint_steps)
-            trained = train_one(trial, data, job.settings, worker, checkpoint, begin)
+            path = f"{grid_folder(spec.fingerprint)}/{trial.path}/checkpoint.safetensors"
+            checkpoint = CheckpointFile(workspace, path, spec.checkpoint_steps)
+            trained = train_one(trial, data, spec.settings, worker, checkpoint, begin)
             if worker.rank == 0:
-                export_trial(workspace, job.fingerprint, trained)
+                export_trial(workspace, spec.fingerprint, trained)
                 checkpoint.delete()
 
 
-def encode_once(workspace: Workspace, job: GridJob, pool: Pool | None = None) -> None:
+def encode_once(workspace: Workspace, spec: GridSpec, pool: Pool | None = None) -> None:
     """Encodes the samples once for all workers, into the grid's folder; an interrupted grid finds them there."""
     from owlrec.ctr.dataset import encode_tables
     from owlrec.ctr.experiment import SoftLabels
     from owlrec.ctr.trainer import read_vocabularies
 
-    distillation, folder = job.settings.distillation, job.soft_labels
+    distillation, folder = spec.settings.distillation, spec.soft_labels
     encode_tables(
         workspace,
-        grid_folder(job.fingerprint),
-        attributes=job.attributes,
-        profile=job.profile,
-        min_item_count=job.settings.min_item_count,
+        grid_folder(spec.fingerprint),
+        attributes=spec.attributes,
+        profile=spec.profile,
+        min_item_count=spec.settings.min_item_count,
         soft_labels=SoftLabels(folder, distillation.alpha) if distillation and folder else None,
-        before=read_vocabularies(workspace, job.warm_start) if job.warm_start else None,
+        before=read_vocabularies(workspace, spec.warm_start) if spec.warm_start else None,
         pool=pool,
     )
 
 
-def load_data(workspace: Workspace, job: GridJob) -> Any:
-    """fitting.TrainingData of a job whose samples are encoded: mapped, not read."""
+def load_data(workspace: Workspace, spec: GridSpec) -> Any:
+    """fitting.TrainingData of a grid whose samples are encoded: mapped, not read."""
     from owlrec.ctr.dataset import open_features
     from owlrec.ctr.pca import open_tables
     from owlrec.ctr.trainer import TrainingData
 
-    features = open_features(workspace, grid_folder(job.fingerprint))
-    return TrainingData(features, open_tables(workspace, job.knowledge))
+    features = open_features(workspace, grid_folder(spec.fingerprint))
+    return TrainingData(features, open_tables(workspace, spec.knowledge))
 
 
 def needs_ray(rows: int) -> bool:
@@ -245,13 +245,13 @@ def stage_pool(workspace: Workspace, rows: int) -> Pool:
 
 
 def _announcing(
-    workspace: Workspace, job: GridJob, on_trial: Callable[[TrialResult], None]
+    workspace: Workspace, spec: GridSpec, on_trial: Callable[[TrialResult], None]
 ) -> AbstractContextManager[None]:
     """Calls `on_trial` for each result that appears while the block runs."""
-    waiting = set(job.trials)
+    waiting = set(spec.trials)
 
     def look() -> None:
-        for result in finished_trials(workspace, job.fingerprint, [t for t in job.trials if t in waiting]):
+        for result in finished_trials(workspace, spec.fingerprint, [t for t in spec.trials if t in waiting]):
             waiting.discard(result.trial)
             on_trial(result)
 

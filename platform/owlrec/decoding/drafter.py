@@ -16,7 +16,7 @@ import numpy as np
 
 from owlrec.decoding import options
 from owlrec.decoding.controller import Controller
-from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, Shelf, build_pool
+from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
 from owlrec.decoding.options import DEFAULT_POOL, DecodingConfig, DraftLimits, Relaxation
 from owlrec.decoding.pools import Pools
 from owlrec.decoding.retrieval import AcceptanceRates, Drafts, draft_rows
@@ -69,10 +69,14 @@ class RetrievalProposer:
     def load_model(self, target_model: Any) -> None:
         """vLLM's CPU runner calls this unconditionally. There is no draft model: kernels are compiled, so that no
         request waits."""
-        shelf, live = Shelf(), LivePool(1 << 10)
+        search_set, live = SearchSet(), LivePool(1 << 10)
         live.insert([1, 2, 3, 1, 2])
-        texts = [(SEALED, shelf.add_sealed(build_pool([[1, 2, 3, 1, 2]])))]
-        texts += [(LIVE, shelf.add_live(live)), (TEXT, shelf.add_text(np.array([1, 2, 3], np.int32))), (CONTEXT, 0)]
+        texts = [(SEALED, search_set.add_sealed(build_pool([[1, 2, 3, 1, 2]])))]
+        texts += [
+            (LIVE, search_set.add_live(live)),
+            (TEXT, search_set.add_text(np.array([1, 2, 3], np.int32))),
+            (CONTEXT, 0),
+        ]
         draft_rows(
             np.ones((1, 4), np.int32),
             np.zeros(1, np.int64),
@@ -80,12 +84,12 @@ class RetrievalProposer:
             np.full(1, 2),
             np.array([texts]),
             np.zeros((1, len(texts)), np.int64),
-            shelf,
+            search_set,
             self.rates.rates,
             depth=self.limits.max_draft,
             floor=0.5,
         )
-        shelf.renew_live(texts[1][1], live)
+        search_set.renew_live(texts[1][1], live)
 
     def bind(self, runner: Any, verifier: Any, controller: Controller) -> None:
         """Gives access to the runner's requests and the verifier's verdicts, and the controller made from measured
@@ -123,8 +127,8 @@ class RetrievalProposer:
         self.counts["rows"] += len(rows)
         if rows and self.controller.worth_searching(len(rows)):
             states = [self.state(self._runner.input_batch.req_ids[i]) for i in rows]
-            found = self._search(np.array(rows), states, num_tokens_no_spec, token_ids_cpu)
-            self._propose(rows, states, found, drafts)
+            proposals = self._search(np.array(rows), states, num_tokens_no_spec, token_ids_cpu)
+            self._propose(rows, states, proposals, drafts)
         self.retrieval_s += time.perf_counter() - start
         return drafts
 
@@ -135,7 +139,7 @@ class RetrievalProposer:
         if state is None:
             return
         if state.text_place is not None:
-            self.pools.shelf.remove(TEXT, state.text_place)
+            self.pools.search_set.remove(TEXT, state.text_place)
         if output and not state.relaxed:  # else errors would feed on themselves
             cut = next((i + 1 for i, token in enumerate(output) if token in ends), len(output))
             name = state.pools[0] if state.pools else DEFAULT_POOL
@@ -195,7 +199,7 @@ class RetrievalProposer:
             sources += tiers
             classes += [CLASSES.index("named" if name in state.pools else "default")] * len(tiers)
         if state.text_place is None and state.document is not None:
-            self._shelve_document(state)
+            self._add_document(state)
         if state.text_place is not None:
             sources, classes = [(TEXT, state.text_place), *sources], [CLASSES.index("own"), *classes]
         sources.append((CONTEXT, 0))
@@ -205,12 +209,12 @@ class RetrievalProposer:
         state.classes = np.array([*classes, *[0] * padding], np.int64)
         state.version = self.pools.version
 
-    def _shelve_document(self, state: RequestState) -> None:
+    def _add_document(self, state: RequestState) -> None:
         for name in state.pools:
             pool = self.pools.open(name)
             text = pool.document(state.document or 0) if pool is not None else np.zeros(0, np.int32)
             if len(text):
-                state.text_place = self.pools.shelf.add_text(np.asarray(text))
+                state.text_place = self.pools.search_set.add_text(np.asarray(text))
                 return
         state.document = None
 
@@ -236,18 +240,18 @@ class RetrievalProposer:
         floor = self.controller.floor(len(rows))
         depth = self.limits.max_draft
         return draft_rows(
-            tokens, rows, n, limits, sources, groups, self.pools.shelf, self.rates.rates, depth=depth, floor=floor
+            tokens, rows, n, limits, sources, groups, self.pools.search_set, self.rates.rates, depth=depth, floor=floor
         )
 
-    def _propose(self, rows: list[int], states: list[RequestState], found: Drafts, drafts: list[list[int]]) -> None:
+    def _propose(self, rows: list[int], states: list[RequestState], proposals: Drafts, drafts: list[list[int]]) -> None:
         assert self.controller is not None
-        shares = self.controller.allocate(found.chance, found.count)
+        shares = self.controller.allocate(proposals.chance, proposals.count)
         for at in np.flatnonzero(shares):
-            state, share, source = states[at], int(shares[at]), int(found.source[at])
+            state, share, source = states[at], int(shares[at]), int(proposals.source[at])
             class_ = int(state.classes[source])
             group = class_ + (len(CLASSES) if state.rule is not None else 0)
-            drafts[rows[at]] = found.tokens[at, :share].tolist()
-            state.proposed = (group, found.cell[at, :share].astype(np.int64))
+            drafts[rows[at]] = proposals.tokens[at, :share].tolist()
+            state.proposed = (group, proposals.cell[at, :share].astype(np.int64))
             self.counts[f"hits_{CLASSES[class_]}"] += 1
 
 

@@ -428,33 +428,33 @@ def match_sealed(
     left, right = low - 1, low
     left_length = shared_length(tokens, order[left], context) if left >= 0 else 0
     right_length = shared_length(tokens, order[right], context) if right < len(order) else 0
-    found = 0
-    while found < len(positions) and (left_length > 0 or right_length > 0):
+    matches = 0
+    while matches < len(positions) and (left_length > 0 or right_length > 0):
         if left_length >= right_length:
-            positions[found], lengths[found] = order[left], left_length
+            positions[matches], lengths[matches] = order[left], left_length
             left_length = min(left_length, int(shared[left]))
             left -= 1
         else:
-            positions[found], lengths[found] = order[right], right_length
+            positions[matches], lengths[matches] = order[right], right_length
             right += 1
             right_length = min(right_length, int(shared[right])) if right < len(order) else 0
-        found += 1
-    return found
+        matches += 1
+    return matches
 
 
 @compiled
-def keep_longest(positions: np.ndarray, lengths: np.ndarray, found: int, position: int, length: int) -> int:
-    """Inserts a candidate into the `found` longest so far, sorted by length; of equal ones the earlier inserted
+def keep_longest(positions: np.ndarray, lengths: np.ndarray, matches: int, position: int, length: int) -> int:
+    """Inserts a candidate into the `matches` longest so far, sorted by length; of equal ones the earlier inserted
     stand first."""
     room = len(positions)
-    if found == room and lengths[found - 1] >= length:
-        return found
-    at = min(found, room - 1)
+    if matches == room and lengths[matches - 1] >= length:
+        return matches
+    at = min(matches, room - 1)
     while at > 0 and lengths[at - 1] < length:
         positions[at], lengths[at] = positions[at - 1], lengths[at - 1]
         at -= 1
     positions[at], lengths[at] = position, length
-    return min(found + 1, room)
+    return min(matches + 1, room)
 
 
 @compiled
@@ -472,10 +472,10 @@ def match_live(
     At each level the latest len(positions) occurrences are looked at, so a longer match that is older than those may be
     missed among texts that repeat themselves much; what is found is then at least as long as that level.
     """
-    mask, size, found, above = heads.shape[1] - 1, len(context), 0, DEPTH + 1
+    mask, size, matches, above = heads.shape[1] - 1, len(context), 0, DEPTH + 1
     for level in range(len(LEVELS) - 1, -1, -1):
         n = LEVELS[level]
-        if size < n or found == len(positions):
+        if size < n or matches == len(positions):
             continue
         position = heads[level, hash_before(context, size, n, mask)]
         for _ in range(len(positions)):
@@ -483,27 +483,27 @@ def match_live(
                 break
             length = shared_length(tokens, position, context)
             if n <= length < above:  # shorter ones are collisions, longer ones were found at the level above
-                found = keep_longest(positions, lengths, found, position, length)
+                matches = keep_longest(positions, lengths, matches, position, length)
             position = earlier[level, position]
         above = n
-    return found
+    return matches
 
 
 @compiled
 def match_text(text: np.ndarray, end: int, context: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> int:
     """The longest matches of the end of `context` in one text, at positions before `end`; of equal ones the latest
     stand first."""
-    found, size = 0, len(context)
+    matches, size = 0, len(context)
     if size == 0:
         return 0
     last = context[size - 1]
     for position in range(end - 1, 0, -1):
         if text[position - 1] == last:
-            found = keep_longest(positions, lengths, found, position, shared_length(text, position, context))
-    return found
+            matches = keep_longest(positions, lengths, matches, position, shared_length(text, position, context))
+    return matches
 
 
-# ---------------------------------------------------------------------------------------------------------------- shelf
+# ----------------------------------------------------------------------------------------------------------- search set
 # The texts that a retrieval call may search, held as the lists of arrays that compiled kernels take.
 #
 # A row names its sources by kind and place, so that one call serves rows of any pools. Places are reused: building
@@ -520,7 +520,7 @@ _STAND_INS: dict[int, tuple[np.ndarray, ...]] = {
 }
 
 
-class Shelf:
+class SearchSet:
     """Places for sealed pools, live pools and single texts."""
 
     def __init__(self) -> None:

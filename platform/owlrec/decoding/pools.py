@@ -23,7 +23,7 @@ from owlrec.decoding.index import (
     LivePool,
     PoolError,
     SealedPool,
-    Shelf,
+    SearchSet,
     build_pool,
     open_pool,
     rebuild_pool,
@@ -62,14 +62,14 @@ def write_pool(
 
 
 class Pools:
-    """Opens, closes and feeds pools, and keeps each one's place on the shelf. `version` changes whenever a place was
-    freed."""
+    """Opens, closes and feeds pools, and keeps each one's place in the search set. `version` changes whenever a place
+    was freed."""
 
     def __init__(self, root: str | None, identity: str, limits: DraftLimits | None = None) -> None:
         """root: the folder of sealed pools, None = none. identity: of the model and tokenizer that run. Raises
         PoolError, naming it, where the pools belong to others."""
         self.root, self.identity, self.limits = root, identity, limits or DraftLimits()
-        self.shelf, self.version = Shelf(), 0
+        self.search_set, self.version = SearchSet(), 0
         self.counts: Counter[str] = Counter()
         self._sealed: OrderedDict[str, tuple[SealedPool, int]] = OrderedDict()
         self._live: OrderedDict[str, tuple[LivePool, int]] = OrderedDict()
@@ -89,18 +89,18 @@ class Pools:
             return None
         while len(self._sealed) >= self.limits.max_open_pools:
             self._close(self._sealed, SEALED)
-        self._sealed[name] = (pool, self.shelf.add_sealed(pool))
+        self._sealed[name] = (pool, self.search_set.add_sealed(pool))
         return pool
 
     def sources(self, name: str) -> list[tuple[int, int]]:
         """Kind and place of the sealed and the live tier of pool `name`, those that exist."""
-        found = []
+        tiers = []
         if self.open(name) is not None:
-            found.append((SEALED, self._sealed[name][1]))
+            tiers.append((SEALED, self._sealed[name][1]))
         if name in self._live:
             self._live.move_to_end(name)
-            found.append((LIVE, self._live[name][1]))
-        return found
+            tiers.append((LIVE, self._live[name][1]))
+        return tiers
 
     def known(self, name: str) -> bool:
         """Whether requests that name this pool have one: on disk or, where nothing is on disk at all, any valid
@@ -117,11 +117,11 @@ class Pools:
             while len(self._live) >= self.limits.max_live_pools:
                 self._close(self._live, LIVE)
             pool = LivePool(max(self.limits.live_tokens, 1 << 10))
-            self._live[name] = (pool, self.shelf.add_live(pool))
+            self._live[name] = (pool, self.search_set.add_live(pool))
             self.version += 1  # requests of this pool have one source more
         pool, place = self._live[name]
         if pool.insert(tokens):
-            self.shelf.renew_live(place, pool)
+            self.search_set.renew_live(place, pool)
         self._live.move_to_end(name)
 
     def tokens(self) -> Mapping[str, int]:
@@ -144,7 +144,7 @@ class Pools:
 
     def _close(self, tier: OrderedDict, kind: int) -> None:
         _, (_, place) = tier.popitem(last=False)
-        self.shelf.remove(kind, place)
+        self.search_set.remove(kind, place)
         self.version += 1
 
     def _load(self, folder: Path) -> SealedPool | None:
@@ -154,22 +154,24 @@ class Pools:
             return open_pool(folder, self.identity)
         except CorruptPool as error:
             _log.warning("%s", error)
-            return self._mend(folder)
+            return self._repair(folder)
         except PoolError as error:
             _log.error("%s", error)
             self.counts["refused"] += 1
             return None
 
-    def _mend(self, folder: Path) -> SealedPool | None:
+    def _repair(self, folder: Path) -> SealedPool | None:
         try:
             pool = rebuild_pool(folder)
             pool.save(folder, self.identity)
             self.counts["rebuilt"] += 1
             return open_pool(folder, self.identity)
         except CorruptPool:
-            aside = folder.with_name(f".{folder.name}.corrupt")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            quarantine = folder.with_name(f".{folder.name}.corrupt")
+            shutil.rmtree(quarantine, ignore_errors=True)
+            folder.rename(quarantine)
             self.counts["quarantined"] += 1
-            _log.warning("pool %s cannot be repaired and was moved to %s; publish again to replace it", folder, aside)
+            _log.warning(
+                "pool %s cannot be repaired and was moved to %s; publish again to replace it", folder, quarantine
+            )
             return None

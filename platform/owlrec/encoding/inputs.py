@@ -197,7 +197,7 @@ class Members:
         shards = VectorShards(resources.workspace, self.vectors, "knowledge-cohort")
         ids, as_of, lists = _moments_of_members(table, shards)
         owner = np.repeat(np.arange(len(ids)), [len(cohorts) for cohorts in lists])
-        cohorts = np.array([cohort for of_row in lists for cohort in of_row], dtype=np.int64)
+        cohorts = np.array([cohort for row_cohorts in lists for cohort in row_cohorts], dtype=np.int64)
         handles = shards.find(cohorts, as_of[owner] + 1 if len(owner) else None)
         digests = np.zeros((len(handles), DIGEST_BYTES), dtype=np.uint8)
         for _, shard, at, rows in shards.at(handles):
@@ -211,8 +211,8 @@ class Members:
             place = np.zeros(len(ids), dtype=np.int64)
             place[rows] = np.arange(len(rows))
             total = np.zeros((len(rows), shards.dim), dtype=np.float32)
-            for _, shard, at, of_shard in shards.at(handles[wanted]):
-                np.add.at(total, place[owner[wanted[at]]], shard.vectors[of_shard].astype(np.float32))
+            for _, shard, at, shard_rows in shards.at(handles[wanted]):
+                np.add.at(total, place[owner[wanted[at]]], shard.vectors[shard_rows].astype(np.float32))
             return unit(total)
 
         return Rows(ids, as_of, digests_of(made_from), make, len(table))
@@ -226,14 +226,14 @@ def _moments_of_members(table: pa.Table, shards: VectorShards) -> tuple[np.ndarr
     """
     ids, as_of = table["id"].to_pylist(), table["as_of"].to_pylist()
     lists = table["cohorts"].to_pylist()
-    texts = {cohort: shards.moments(cohort) for cohort in {cohort for of_row in lists for cohort in of_row}}
-    found: list[tuple[int, int, list[int]]] = []
+    texts = {cohort: shards.moments(cohort) for cohort in {cohort for row_cohorts in lists for cohort in row_cohorts}}
+    rows: list[tuple[int, int, list[int]]] = []
     for row, (id_, since, cohorts) in enumerate(zip(ids, as_of, lists, strict=True)):
         until = as_of[row + 1] if row + 1 < len(ids) and ids[row + 1] == id_ else None
         moments = {max(since, moment) for cohort in cohorts for moment in texts[cohort]}
-        found += [(id_, moment, cohorts) for moment in sorted(moments) if until is None or moment < until]
-    keys = np.array([row[:2] for row in found], dtype=np.int64).reshape(-1, 2)
-    return keys[:, 0], keys[:, 1], [row[2] for row in found]
+        rows += [(id_, moment, cohorts) for moment in sorted(moments) if until is None or moment < until]
+    keys = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
+    return keys[:, 0], keys[:, 1], [row[2] for row in rows]
 
 
 @dataclass(frozen=True)

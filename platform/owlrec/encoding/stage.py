@@ -198,10 +198,10 @@ class EncodingJob:
         """Vectors by `<source>_<kind>`, their dimension, and the figures of their codes. cards: what `run` returned."""
         counts: dict[str, float | int | str] = {}
         for name, card in cards.items():
-            table = Shard.of_name(name).kind.replace("-", "_")
+            table = Shard.from_name(name).kind.replace("-", "_")
             counts[table] = int(counts.get(table, 0)) + card.rows_out
         if cards:
-            counts["dim"] = VectorShards(self.workspace, self.folder, Shard.of_name(next(iter(cards))).kind).dim
+            counts["dim"] = VectorShards(self.workspace, self.folder, Shard.from_name(next(iter(cards))).kind).dim
         for name, report in read_reports(self.workspace, self.folder).items():
             counts |= {f"{name.replace('-', '_')}_{figure}": value for figure, value in report.counts().items()}
         return counts

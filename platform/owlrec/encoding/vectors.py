@@ -373,11 +373,11 @@ class VectorShards:
         numbers, rows = np.divmod(handles[known], _ROWS_PER_SHARD)
         order = np.argsort(numbers, kind="stable")
         starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
-        for of_shard in np.split(order, starts[1:]) if len(known) else ():
-            number = int(numbers[of_shard[0]])
+        for shard_places in np.split(order, starts[1:]) if len(known) else ():
+            number = int(numbers[shard_places[0]])
             shard = self.shard(number)
             assert shard is not None
-            yield number, shard, known[of_shard], rows[of_shard]
+            yield number, shard, known[shard_places], rows[shard_places]
 
     def sample(self, rows: int, seed: int, numbers: Iterable[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids and vectors of at most `rows` ids: int64 [n] and float16 [n, dim], always the same for a seed.

@@ -46,13 +46,13 @@ class Users:
         names = table.column_names
         if "user_id" in names:
             return self._among(table["user_id"])
-        found = np.zeros(len(table), dtype=bool)
+        theirs = np.zeros(len(table), dtype=bool)
         if "kind" in names or own:
             for name in ("id", "raw_id"):
-                found |= self._among(table[name]) if name in names else False
+                theirs |= self._among(table[name]) if name in names else False
         if "kind" in names:
-            found &= pc.equal(table["kind"], self.kind).fill_null(False).to_numpy()
-        return found
+            theirs &= pc.equal(table["kind"], self.kind).fill_null(False).to_numpy()
+        return theirs
 
     def places(self, table: pa.Table) -> frozenset[int]:
         """Which users the rows of a table are about, by their places among `ids`."""
@@ -69,8 +69,8 @@ class Users:
             wanted = pa.array(sorted(self.raw), column.type)
         else:
             return np.zeros(len(column), dtype=bool)
-        found: np.ndarray = pc.is_in(column, value_set=wanted).to_numpy()
-        return found
+        theirs: np.ndarray = pc.is_in(column, value_set=wanted).to_numpy()
+        return theirs
 
     @property
     def words(self) -> re.Pattern[bytes]:
@@ -89,7 +89,7 @@ class Rewritten:
     left: int  # rows that stay
     before: str  # e_tag
     entry: FileEntry
-    found: frozenset[int] = frozenset()  # which of the users, by their places
+    places: frozenset[int] = frozenset()  # which of the users, by their places
 
 
 def erase(workspace: Workspace, path: str, users: Users) -> list[Rewritten]:
@@ -106,7 +106,7 @@ def erase(workspace: Workspace, path: str, users: Users) -> list[Rewritten]:
     return erase_lines(workspace, path, users)
 
 
-def of_users(path: str) -> bool:
+def is_users_file(path: str) -> bool:
     """Whether the shards of a file's folder are of users."""
     folder = path.rpartition("/")[0].rpartition("/")[2]
     return folder in ("user", "users", "interactions", "histories", "samples") or folder.endswith("-user")
@@ -115,26 +115,26 @@ def of_users(path: str) -> bool:
 def _erase_table(workspace: Workspace, path: str, users: Users) -> list[Rewritten]:
     if path.endswith(".parquet"):
         keys = [name for name in _KEYS if name in workspace.parquet_file(path).schema_arrow.names]
-        if not keys or not users.rows(workspace.read_parquet(path, keys), of_users(path)).any():
+        if not keys or not users.rows(workspace.read_parquet(path, keys), is_users_file(path)).any():
             return []
         table = workspace.read_parquet(path)
     else:
         table = pa.ipc.open_file(workspace.open_input(path)).read_all()
-    gone = users.rows(table, of_users(path))
+    gone = users.rows(table, is_users_file(path))
     return [_replace(workspace, path, table, gone, users)] if gone.any() else []
 
 
 def _replace(
     workspace: Workspace, path: str, table: pa.Table, gone: np.ndarray, users: Users | None = None
 ) -> Rewritten:
-    found = users.places(table.filter(pa.array(gone))) if users else frozenset()
+    places = users.places(table.filter(pa.array(gone))) if users else frozenset()
     before, kept = workspace.entry(path), table.filter(pa.array(~gone)).combine_chunks()
     assert before is not None
     if path.endswith(".parquet"):
         entry = workspace.write_parquet(path, kept)
     else:
         entry = workspace.write_arrow(path, kept, kept.schema)
-    return Rewritten(path, int(gone.sum()), before.bytes - entry.bytes, len(kept), before.e_tag, entry, found)
+    return Rewritten(path, int(gone.sum()), before.bytes - entry.bytes, len(kept), before.e_tag, entry, places)
 
 
 # Samples refer to rows of interactions by their places, which move: neither file may be replaced without the other.
@@ -156,14 +156,14 @@ def _erase_samples(workspace: Workspace, number: int, users: Users) -> list[Rewr
         at, places = kept.column_names.index(column), kept[column].to_numpy()
         kept = kept.set_column(at, kept.schema.field(at), pa.array(places - before[places], pa.int32()))
     about = json.dumps({"of": len(rows), "gone": np.flatnonzero(rows).tolist()})
-    workspace.write_parquet(_aside(number), kept.replace_schema_metadata({_ABOUT: about}))
+    workspace.write_parquet(_kept_samples(number), kept.replace_schema_metadata({_ABOUT: about}))
     return [*done, *_replace_samples(workspace, number)]
 
 
 def _replace_samples(workspace: Workspace, number: int) -> list[Rewritten]:
-    if workspace.entry(_aside(number)) is None:
+    if workspace.entry(_kept_samples(number)) is None:
         return []
-    changed, samples = [], workspace.read_parquet(_aside(number))
+    changed, samples = [], workspace.read_parquet(_kept_samples(number))
     about = json.loads(samples.schema.metadata[_ABOUT])
     path = table_file("interactions", number)
     interactions = workspace.read_parquet(path)
@@ -175,12 +175,12 @@ def _replace_samples(workspace: Workspace, number: int) -> list[Rewritten]:
     before, rows = workspace.entry(path), workspace.count_rows(path)
     assert before is not None
     entry = workspace.write_parquet(path, samples.replace_schema_metadata(None))
-    workspace.delete_file(_aside(number))
+    workspace.delete_file(_kept_samples(number))
     removed = rows - len(samples)
     return [*changed, Rewritten(path, removed, before.bytes - entry.bytes, len(samples), before.e_tag, entry)]
 
 
-def _aside(number: int) -> str:
+def _kept_samples(number: int) -> str:
     return f"tables/erasing/{number:08d}.parquet"
 
 
@@ -197,8 +197,8 @@ def _erase_batches(workspace: Workspace, path: str, users: Users) -> list[Rewrit
         return []
     kept = [batch.filter(pa.array(~rows)) for batch, rows in zip(batches, gone, strict=True)]
     entry = write_batches(workspace, path, kept, batches[0].schema)
-    left, found = sum(map(len, kept)), frozenset().union(*map(users.places, batches))
-    return [Rewritten(path, removed, before.bytes - entry.bytes, left, before.e_tag, entry, found)]
+    left, places = sum(map(len, kept)), frozenset().union(*map(users.places, batches))
+    return [Rewritten(path, removed, before.bytes - entry.bytes, left, before.e_tag, entry, places)]
 
 
 def erase_lines(storage: Storage, path: str, users: Users) -> list[Rewritten]:
@@ -309,13 +309,13 @@ def _table(workspace: Workspace, number: int, fields: set[str]) -> pa.Table:
 
 def _own_values(workspace: Workspace, users: Users, fields: set[str]) -> dict[str, set[str]]:
     """By field, the values of the users."""
-    found: dict[str, set[str]] = {field: set() for field in fields}
+    values: dict[str, set[str]] = {field: set() for field in fields}
     for number, _ in by_shard(users.ids, workspace.n_shards("user")):
         table = _table(workspace, number, fields)
         mine = table.filter(pa.array(users.rows(table)))
         for field in fields & set(mine.column_names):
-            found[field] |= set(mine[field].cast(pa.string()).drop_null().to_pylist())
-    return found
+            values[field] |= set(mine[field].cast(pa.string()).drop_null().to_pylist())
+    return values
 
 
 def _rewrite(workspace: Workspace, path: str, hidden: dict[str, set[str]]) -> int:
@@ -348,13 +348,13 @@ _ROOT = "cohorts"
 def quoting_cohorts(workspace: Workspace, users: Users) -> list[int]:
     """The ids of the cohorts whose profiles, in any folder of cohorts, quote what only these users have."""
     others = _Others(workspace)
-    found = set[int]()
+    cohorts = set[int]()
     for path in _profiles(workspace):
         for row in _naming(workspace.read_parquet(path), users).to_pylist():
             left = np.setdiff1d(np.array(row["representatives"], dtype=np.int64), users.ids)
             if row["kind"] == "user" and not others.have(left, row):
-                found.add(row["id"])
-    return sorted(found)
+                cohorts.add(row["id"])
+    return sorted(cohorts)
 
 
 def erase_cohorts(workspace: Workspace, cohorts: Sequence[int], users: Users, paths: Iterable[str]) -> list[Rewritten]:
@@ -436,7 +436,7 @@ class _Others:
             for row in users.filter(pc.is_in(users["user_id"], mine)).to_pylist():
                 attributes |= {f"{name} {banded(str(value))}" for name, value in row.items() if value is not None}
             histories = self._workspace.read_shard("histories", number, ["user_id", "items"])
-            of_mine = histories.filter(pc.is_in(histories["user_id"], mine))["items"]
-            items += [item for row in of_mine.to_pylist() for item in row or ()]
+            own_items = histories.filter(pc.is_in(histories["user_id"], mine))["items"]
+            items += [item for row in own_items.to_pylist() for item in row or ()]
         titles = set(self._catalog.titles(np.array(items, dtype=np.int64))) if items else set()
         return set(profile["attributes"]) <= attributes and {*profile["titles"], *profile["opposite"]} <= titles

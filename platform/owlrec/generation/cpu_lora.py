@@ -56,9 +56,9 @@ class RunwiseLora(PunicaWrapperCPU):
 
 def _runs(places: Tensor) -> Runs:
     """places: int64 [rows], of the adapter of each; -1 for none."""
-    found, lengths = torch.unique_consecutive(places, return_counts=True)
+    run_places, lengths = torch.unique_consecutive(places, return_counts=True)
     ends = lengths.cumsum(0).tolist()
-    runs = zip([0, *ends], ends, found.tolist(), strict=False)
+    runs = zip([0, *ends], ends, run_places.tolist(), strict=False)
     return [run for run in runs if run[2] >= 0]
 
 

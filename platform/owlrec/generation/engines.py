@@ -241,8 +241,8 @@ def _retry_after_s(response: httpx.Response) -> float:
 
 def _first_tokens(response: httpx.Response, url: str, attempt: int) -> list[tuple[str, float]]:
     try:
-        told = response.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return [(str(entry["token"]), float(entry["logprob"])) for entry in [told[0], *told[1:]]]
+        likeliest = response.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return [(str(entry["token"]), float(entry["logprob"])) for entry in [likeliest[0], *likeliest[1:]]]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise RequestFailed(
             f"{url} answered 200 but no log-probabilities ({type(error).__name__}: {error})", attempt

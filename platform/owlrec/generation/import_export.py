@@ -243,7 +243,7 @@ def _records(source: ImportSource, path: Path, format_: Format) -> Iterator[Reco
 
 
 def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterator[ImportedRow | RefusedRow]:
-    seen, of_other_kinds, of_this_kind, no_json = _SeenIds(), 0, 0, 0
+    seen, other_kinds, this_kind, no_json = _SeenIds(), 0, 0, 0
     for number, record in records:
         raw_id = ""
         try:
@@ -253,7 +253,7 @@ def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterat
             if ours and _text(record, "kind") != source.kind:
                 if _text(record, "kind") not in KINDS:
                     raise WrongKind(f"'{_text(record, 'kind')}' is none of {', '.join(KINDS)}")
-                of_other_kinds += 1
+                other_kinds += 1
                 continue
             raw_id = _raw_id(record)
             row = _row(record, raw_id, source, ours)
@@ -265,18 +265,18 @@ def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterat
             no_json += isinstance(problem, files.NotJson)
         else:
             yield row
-        of_this_kind += 1
-    if of_this_kind and no_json == of_this_kind:
+        this_kind += 1
+    if this_kind and no_json == this_kind:
         raise SourceError(f"{path}: none of its {no_json} lines is a JSON object. Set another format.")
-    if of_other_kinds and not of_this_kind:
-        raise SourceError(f"{path}: none of its {of_other_kinds} rows is of kind '{source.kind}'. Set another kind.")
+    if other_kinds and not this_kind:
+        raise SourceError(f"{path}: none of its {other_kinds} rows is of kind '{source.kind}'. Set another kind.")
 
 
 def _row(record: dict[str, Any], raw_id: str, source: ImportSource, ours: bool) -> ImportedRow:
     text = _text(record, "text")
     if text is None:
-        found = record.get("text")
-        raise NoText("the row has no text" if found is None else f"the text is of type {type(found).__name__}")
+        value = record.get("text")
+        raise NoText("the row has no text" if value is None else f"the text is of type {type(value).__name__}")
     return ImportedRow(
         id=_own_id(raw_id) if ours else stable_id(raw_id),
         as_of=_as_of(record, source, ours),
@@ -311,8 +311,8 @@ def _raw_id(record: dict[str, Any]) -> str:
     text = _text(record, "id")
     if text:
         return text
-    found = "is empty" if value in (None, "", b"") else f"is of type {type(value).__name__}"
-    raise NoId(f"the id {found}; set id_field or columns if the file calls it differently")
+    problem = "is empty" if value in (None, "", b"") else f"is of type {type(value).__name__}"
+    raise NoId(f"the id {problem}; set id_field or columns if the file calls it differently")
 
 
 def _own_id(raw_id: str) -> int:
@@ -381,7 +381,7 @@ class _SeenIds:
         return True
 
 
-# ------------------------------------------------------------------------------------------------------------- adoption
+# --------------------------------------------------------------------------------------------------------------- import
 # Knowledge made elsewhere becomes a job's: imported rows pass the same gate into the same tables as generated ones.
 #
 # All imports of a workspace make up one job, in which each replaces what an earlier one brought of its kind. A file of
@@ -407,7 +407,7 @@ _ROWS = pa.schema(
 )
 
 
-def adopt(
+def import_knowledge_file(
     workspace: Workspace, scenario: Scenario, quality: QualityConfig, source: ImportSource
 ) -> tuple[GenerationJob, dict[str, Card]]:
     """Reads a file of knowledge into the workspace, in place of all imported knowledge of its kind; the job of all
@@ -483,13 +483,13 @@ class _ImportStage(Stage):
         if self.kind == "user":
             mine &= ~read_tombstones(workspace).among(table["id"].to_numpy())
         gate = QualityGate(self.job.quality, self.job.scenario)
-        judged = [_judge(self.kind, row, gate) for row in table.filter(pa.array(mine)).to_pylist()]
-        rows, outcomes = [row for row, _ in judged], [outcome for _, outcome in judged]
+        checked = [_check_row(self.kind, row, gate) for row in table.filter(pa.array(mine)).to_pylist()]
+        rows, outcomes = [row for row, _ in checked], [outcome for _, outcome in checked]
         knowledge, dead = to_tables(self.job, self.framework, rows, outcomes)
         return write_shard(work, KNOWLEDGE.empty_table(), knowledge, dead, outcomes)
 
 
-def _judge(kind: Kind, row: dict[str, object], gate: QualityGate) -> tuple[Prompt | UnusableRow, Outcome]:
+def _check_row(kind: Kind, row: dict[str, object], gate: QualityGate) -> tuple[Prompt | UnusableRow, Outcome]:
     id_, as_of = int(str(row["id"])), int(str(row["as_of"]))
     if row["error"]:
         error, message = str(row["error"]), str(row["message"])

@@ -99,8 +99,10 @@ class GenerationJob:
 
     def count_prompts(self, workspace: Workspace, shard: Shard) -> int:
         """How many prompts a shard has, about: one per item, cohort or history."""
-        of_users = shard.kind == "user" and "user" not in self.ready
-        return workspace.count_rows(table_file("histories", shard.number) if of_users else self.input_file(shard))
+        reads_histories = shard.kind == "user" and "user" not in self.ready
+        return workspace.count_rows(
+            table_file("histories", shard.number) if reads_histories else self.input_file(shard)
+        )
 
 
 def build_job(
@@ -155,7 +157,7 @@ def iterate_knowledge(workspace: Workspace, folder: str, kinds: Iterable[Kind] =
     """The texts of a job, one shard at a time. folder: the job's. A file without a card is half-done work."""
     artifact = Artifact(workspace, folder)
     for card in artifact.cards(*kinds).values():
-        shard = Shard.of_name(card.shard)
+        shard = Shard.from_name(card.shard)
         table = workspace.read_parquet(artifact.path(shard.file()))
         yield read_tombstones(workspace).without(table, "id") if shard.kind == "user" else table
 
@@ -169,7 +171,7 @@ def add_cards(cards: Iterable[Card]) -> dict[str, float | int | str]:
     """Rows and tokens by kind, texts by flag and what the quality gate did, summed over shards."""
     counts: Counter[str] = Counter({f"{kind}_{name}": 0 for kind in KINDS for name in ("rows_out", "rows_dead")})
     for card in cards:
-        kind = Shard.of_name(card.shard).kind
+        kind = Shard.from_name(card.shard).kind
         counts.update({f"{kind}_rows_out": card.rows_out, f"{kind}_rows_dead": card.rows_dead})
         for name, n in card.counts.items():
             if not isinstance(n, str):

@@ -300,9 +300,9 @@ class _DomainRule:
 
     def suspects(self, words: Sequence[bytes], vocabulary: set[bytes]) -> set[bytes]:
         """The other domains' nouns in a text that may be about them, quotations included; mostly none."""
-        found = vocabulary & self._words
-        if found and (self._often(words, found) or not _STATEMENT_WORDS.isdisjoint(vocabulary)):
-            return found
+        suspicious = vocabulary & self._words
+        if suspicious and (self._often(words, suspicious) or not _STATEMENT_WORDS.isdisjoint(vocabulary)):
+            return suspicious
         return set()
 
     def is_foreign(self, said: str, sentences: Sequence[str], words: Sequence[bytes], suspects: set[bytes]) -> bool:
@@ -402,7 +402,7 @@ class QualityGate:
         if not text:
             return ("empty",)
         words = words_of(text)
-        found: dict[str, object] = {
+        flagged: dict[str, object] = {
             "too_short": len(text) < RULES.min_bytes and len(utf8(text)) < RULES.min_bytes,
             "cut_off": finish_reason == "length" and is_cut_off(text),
             "repetition": repeats(
@@ -418,7 +418,7 @@ class QualityGate:
             "language": not text.isascii()
             and (is_broken(text, prompt) or script_share(text, prompt) < RULES.min_script_share),
         }
-        return tuple(flag for flag in FLAGS if found.get(flag))
+        return tuple(flag for flag in FLAGS if flagged.get(flag))
 
     def action(self, flags: Iterable[Flag]) -> Policy:
         """The most severe policy among those of `flags`; "keep" where there are none."""

@@ -310,8 +310,8 @@ class VllmEngine(Engine):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         answer = await self._stepping.ask(token_ids, params, adapter)
-        found = answer.output.logprobs[0]
-        return NextTokenScores(tuple(found[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
+        logprobs = answer.output.logprobs[0]
+        return NextTokenScores(tuple(logprobs[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
 
     def count_tokens(self, text: str) -> int:
         """Exact; see count_by."""

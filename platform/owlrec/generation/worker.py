@@ -99,7 +99,7 @@ Row = Prompt | UnusableRow
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one prompt. Token counts include answers that were thrown away."""
+    """What outcomes of one prompt. Token counts include answers that were thrown away."""
 
     result: Completion | RowError
     flags: tuple[Flag, ...] = ()  # of the text that is kept, or of the one that a fallback replaced
@@ -197,11 +197,11 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
         raise WorkerLost(str(error)) from error
     framework = READY_MADE.get(shard.kind) if shard.kind in job.ready else None
     asked = [pair for chain in answers for pair in chain]
-    became = [outcome for _, outcome in asked]
-    new, dead = to_tables(job, framework or job.prompts.framework, [row for row, _ in asked], became)
+    outcomes = [outcome for _, outcome in asked]
+    new, dead = to_tables(job, framework or job.prompts.framework, [row for row, _ in asked], outcomes)
     # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for. A write
     # that fails for a moment is tried again by itself: the answers are paid for.
-    return await patiently(lambda: asyncio.to_thread(write_shard, work, kept, new, dead, became))
+    return await patiently(lambda: asyncio.to_thread(write_shard, work, kept, new, dead, outcomes))
 
 
 def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outcomes: Sequence[Outcome]) -> Result:
@@ -307,11 +307,11 @@ def _cohorts(workspace: Workspace, job: GenerationJob, shard: Shard) -> dict[int
     path = f"{job.cohorts}/{shard.file()}"
     if job.cohorts is None or job.decoding.mode == "off" or shard.kind in job.ready or not workspace.exists(path):
         return {}
-    found: dict[int, list[str]] = {}
+    cohorts: dict[int, list[str]] = {}
     table = newest(workspace.read_parquet(path, ["id", "as_of", "cohort"]))
     for id_, cohort in zip(table["id"].to_pylist(), table["cohort"].to_pylist(), strict=True):
-        found.setdefault(id_, []).append(cohort)
-    return found
+        cohorts.setdefault(id_, []).append(cohort)
+    return cohorts
 
 
 def _drafting(job: GenerationJob, prompt: Prompt, cohorts: Sequence[str]) -> dict[str, Any] | None:
@@ -336,7 +336,7 @@ def _keep_unchanged(
     place = {
         key: i for i, key in enumerate(zip(*(earlier[c].to_pylist() for c in ("id", "prompt_sha256")), strict=True))
     }
-    found, moments = list[int](), list[int]()
+    kept_rows, moments = list[int](), list[int]()
     chains = list[list[Row]]()
     open_, last = False, -1  # whether the row before is still to be asked; else where its text stands
     for row in rows:
@@ -351,9 +351,9 @@ def _keep_unchanged(
             chains.append([row])
         else:
             last = at
-            found.append(at)
+            kept_rows.append(at)
             moments.append(row.as_of)
-    kept = earlier.take(np.array(found, dtype=np.int64))
+    kept = earlier.take(np.array(kept_rows, dtype=np.int64))
     as_of = KNOWLEDGE.get_field_index("as_of")
     return kept.set_column(as_of, KNOWLEDGE.field(as_of), pa.array(moments, pa.int64())), chains
 

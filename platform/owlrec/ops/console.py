@@ -123,8 +123,8 @@ class _Counts:
 
     def figures(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-6)
-        of = f"/{self.total:,}" if self.total is not None else ""
-        parts = [f"{self.done:,}{of} {self.unit}", f"{_rate(self.done / seconds)} {self.unit}/s"]
+        out_of = f"/{self.total:,}" if self.total is not None else ""
+        parts = [f"{self.done:,}{out_of} {self.unit}", f"{_rate(self.done / seconds)} {self.unit}/s"]
         extra = {name: value for name, value in self.extra.items() if name != "steps"}
         parts += [f"{value:,} {name} ({_rate(value / seconds)}/s)" for name, value in extra.items()]
         if self.extra.get("steps", 0) > 0 and self.extra["steps"] < extra.get("tokens", 0):

@@ -140,9 +140,11 @@ def measured_workload(workspace: Workspace, shard_rows: int, in_flight: int = 1)
     seconds = engine_seconds(cards)
     texts = {}
     for kind in get_args(TextKind):
-        of = [i for i, c in enumerate(cards) if (Shard.of_name(c.shard).kind if i < len(run) else "refresh") == kind]
-        if any(_count(cards[i], "output_tokens") for i in of):
-            texts[kind] = _text_figures([cards[i] for i in of], seconds[of])
+        places = [
+            i for i, c in enumerate(cards) if (Shard.from_name(c.shard).kind if i < len(run) else "refresh") == kind
+        ]
+        if any(_count(cards[i], "output_tokens") for i in places):
+            texts[kind] = _text_figures([cards[i] for i in places], seconds[places])
     if not texts.keys() & KINDS:
         raise WorkspaceError(
             f"{workspace.path(folder)}: the run wrote no tokens. Run a recipe with a real model first."
@@ -196,7 +198,7 @@ def _text_figures(cards: list[Card], seconds: np.ndarray) -> TextFigures:
     names = ("rows_asked", "prompt_tokens", "output_tokens")
     asked, prompt, output = (np.array([_count(card, name) for card in cards]) for name in names)
     rows = np.array([float(card.rows_in) for card in cards])
-    size = np.array([float(card.files[Shard.of_name(card.shard).file()].bytes) for card in cards])
+    size = np.array([float(card.files[Shard.from_name(card.shard).file()].bytes) for card in cards])
     figures = (per_row(prompt, asked), per_row(output, asked), per_row(seconds, asked), per_row(size, rows))
     return TextFigures(int(rows.sum()), *figures)
 

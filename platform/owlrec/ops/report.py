@@ -260,13 +260,13 @@ def heat_rows(arms: Sequence[ArmFigures]) -> list[Row]:
 
 def slice_rows(arms: Sequence[ArmFigures]) -> list[Row]:
     """The table of slices: AUC and log-loss, one column per arm; blank where an arm was not measured."""
-    metrics = {(a.backbone, a.arm, name): of for a in arms for name, of in a.slices.items()}
-    sizes = {(backbone, name): of.rows for (backbone, _, name), of in metrics.items()}
+    metrics = {(a.backbone, a.arm, name): metric for a in arms for name, metric in a.slices.items()}
+    sizes = {(backbone, name): metric.rows for (backbone, _, name), metric in metrics.items()}
 
-    def cell(of: SliceMetrics | None) -> str:
-        if of is None:
+    def cell(metric: SliceMetrics | None) -> str:
+        if metric is None:
             return ""
-        return f"{'one class' if of.auc is None else f'{of.auc:.4f}'} / {of.log_loss:.4f}"
+        return f"{'one class' if metric.auc is None else f'{metric.auc:.4f}'} / {metric.log_loss:.4f}"
 
     return [
         {"backbone": backbone, "test rows of": name, "rows": f"{size:,}"}
@@ -281,11 +281,11 @@ def ranker_rows(results: Sequence[RankerResult]) -> list[Row]:
         {
             "prompt shows": shown,
             "model": model,
-            "seeds": str(len(of)),
-            "test AUC": _spread([r.auc for r in of]),
-            "95 % interval": f"[{i.low:.4f}, {i.high:.4f}]" if (i := of[0].interval) else "",  # of the first seed
+            "seeds": str(len(seeds)),
+            "test AUC": _spread([r.auc for r in seeds]),
+            "95 % interval": f"[{i.low:.4f}, {i.high:.4f}]" if (i := seeds[0].interval) else "",  # of the first seed
         }
-        for (shown, model), of in _by_prompt(results).items()
+        for (shown, model), seeds in _by_prompt(results).items()
     ]
 
 

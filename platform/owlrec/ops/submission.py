@@ -168,14 +168,14 @@ def submission_name(recipe: Recipe, pipeline: str, arguments: Sequence[str] = ()
 
 def latest_attempt(jobs: Jobs, name: str) -> tuple[int, Any] | None:
     """The number and the details of the last job of this name: NAME is number 1, NAME-2 number 2. None without any."""
-    found = {}
+    attempts = {}
     for job in jobs.list_jobs():
         head, _, number = (job.submission_id or "").rpartition("-")
         if job.submission_id == name:
-            found[1] = job
+            attempts[1] = job
         elif head == name and number.isdigit():
-            found[int(number)] = job
-    return max(found.items(), key=lambda pair: pair[0]) if found else None
+            attempts[int(number)] = job
+    return max(attempts.items(), key=lambda pair: pair[0]) if attempts else None
 
 
 def existing(jobs: Jobs, name: str, *, again: bool = False) -> Attempt | None:
@@ -316,8 +316,8 @@ def check_head(url: str, headers: Mapping[str, str]) -> list[Check]:
     try:
         version = str(answer.json()["ray_version"])
     except (ValueError, KeyError, TypeError):
-        found = f"what answers at {url} is not a Ray head (status {answer.status_code})"
-        return [Check("head", "fail", found, NAME_DASHBOARD)]
+        problem = f"what answers at {url} is not a Ray head (status {answer.status_code})"
+        return [Check("head", "fail", problem, NAME_DASHBOARD)]
     head = Check("head", "ok", url)
     if version != (ours := metadata.version("ray")):
         fix = f"use a cluster of Ray {ours}: OwlRec is made for that version alone"
@@ -359,7 +359,7 @@ def probe(jobs: Jobs, runtime_env: Mapping[str, Any], workspace: str | None, *, 
     return report
 
 
-def judge(report: Mapping[str, Any], workspace: str | None, demand: GpuDemand | None) -> list[Check]:
+def check_report(report: Mapping[str, Any], workspace: str | None, demand: GpuDemand | None) -> list[Check]:
     """What the probe's report means for a job that works in `workspace` and asks for `demand`."""
     if tuple(map(int, report["python"].split(".")[:2])) < (3, 11):
         fix = "use images with Python 3.11 or later"
@@ -404,9 +404,9 @@ def _workspace(report: Mapping[str, Any], workspace: str | None) -> list[Check]:
     if report["problem"]:
         problems = [f"on the head: {report['problem']}"]
     if problems:
-        found = f"{workspace or 'the cluster'} is not usable from {len(problems)} of its machines; {problems[0]}"
+        problem = f"{workspace or 'the cluster'} is not usable from {len(problems)} of its machines; {problems[0]}"
         fix = "name a workspace that all machines share: a mounted folder's absolute path, or an s3:// or gs:// URI"
-        return [Check("workspace", "fail", found, fix)]
+        return [Check("workspace", "fail", problem, fix)]
     if workspace is None:
         return []
     return [Check("workspace", "ok", f"{workspace}: read and written by {len(report['nodes'])} of its machines")]
@@ -460,7 +460,7 @@ def examine_inside(
 ) -> list[Check]:
     """What the cluster is like from the inside, for a job in workspace `root` that asks for `demand`."""
     patience = _INSTALL_S if runtime_env.keys() & {"pip", "uv", "conda"} else _PROBE_S
-    return judge(probe(jobs, runtime_env, root, timeout_s=patience), root, demand)
+    return check_report(probe(jobs, runtime_env, root, timeout_s=patience), root, demand)
 
 
 def check_cluster(address: str, workspace: str | None) -> list[Check]:

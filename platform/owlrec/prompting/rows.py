@@ -99,8 +99,8 @@ def user_prompts(
 
     users, histories: the same shard of both tables (see schema.py); a user without a history row gets no prompt.
     """
-    family = FRAMEWORKS[config.framework]
-    system = user_system(family, scenario)
+    templates = FRAMEWORKS[config.framework]
+    system = user_system(templates, scenario)
     profiles = dict(zip(users["user_id"].to_pylist(), _rows(users), strict=True))
     behaved, passed = (_titles(histories[column], catalog) for column in ("items", "passed"))
     rows = histories.drop_columns(["items", "passed"]).to_pylist()
@@ -113,7 +113,7 @@ def user_prompts(
         ratings = row["ratings"] or [None] * len(titles)
         behaviours = [(t, r) for t, r in zip(titles, ratings, strict=True) if t]
         text, facts = user_prompt(
-            family,
+            templates,
             scenario,
             profile,
             behaviours,
@@ -134,14 +134,14 @@ def _titles(lists: pa.ChunkedArray, catalog: ItemCatalog) -> list[list[str]]:
 
 def item_prompts(items: pa.Table, scenario: Scenario, framework: FrameworkName) -> Iterator[Prompt | UnusableRow]:
     """The prompts for a shard of items, in its order."""
-    family = FRAMEWORKS[framework]
-    system = item_system(family, scenario)
+    templates = FRAMEWORKS[framework]
+    system = item_system(templates, scenario)
     fields = ("title", *scenario.text_fields)
     for id_, row in zip(items["item_id"].to_pylist(), _rows(items), strict=True):
         if isinstance(row, str) or (wrong := _wrong(row, fields)):
             yield _unusable("item", id_, 0, row if isinstance(row, str) else wrong)
             continue
-        text, facts = item_prompt(family, scenario, row["title"] or "", row)
+        text, facts = item_prompt(templates, scenario, row["title"] or "", row)
         yield Prompt("item", id_, 0, system, text, facts)
 
 

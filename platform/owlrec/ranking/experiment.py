@@ -61,12 +61,12 @@ class RankerRun:
 
     tuning: TuningSettings = field(default_factory=TuningSettings)
     seed: int = 0  # of the shots
-    judged: tuple[Shown, ...] = ("recent", "retrieved", "mixed")
+    ways: tuple[Shown, ...] = ("recent", "retrieved", "mixed")
     valid_samples: int | None = 400  # at most; None = all
     test_samples: int | None = (
         1000  # that the models are judged on, at most; the standard error of an AUC near .75 is then .015
     )
-    judging_seed: int = 0
+    evaluation_seed: int = 0
     zero_shot: bool = True  # whether the model as it is is judged too
 
 
@@ -93,9 +93,9 @@ class RankingConfig(Config):
         tokens = self.data.behaviours * _TOKENS_PER_BEHAVIOR
         return RankPromptConfig(retrieved_for=self.retrieved_for, history_tokens=tokens)
 
-    def ranking_engine(self, of_recipe: EngineConfig) -> VllmEngineConfig:
+    def ranking_engine(self, recipe_engine: EngineConfig) -> VllmEngineConfig:
         """The engine that ranks: this section's own, else the recipe's. Raises RecipeError where that is not vLLM."""
-        engine = self.engine or of_recipe
+        engine = self.engine or recipe_engine
         if not isinstance(engine, VllmEngineConfig):
             raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
         return engine
@@ -109,5 +109,5 @@ class RankingConfig(Config):
             "projection": asdict(PROJECTION),
             "tuning": tuning,
             "seed": run.seed,
-            "valid": [run.valid_samples, run.judging_seed],
+            "valid": [run.valid_samples, run.evaluation_seed],
         }

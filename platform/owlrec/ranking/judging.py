@@ -23,10 +23,10 @@ from owlrec.ranking.experiment import RankingConfig
 from owlrec.workspace import Workspace
 
 _RESAMPLES = 500
-JUDGEMENT_COLUMNS = ("model", "shown", "AUC", "95 % interval", "gAUC", "accuracy", "log-loss", "calibration error")
+EVALUATION_COLUMNS = ("model", "shown", "AUC", "95 % interval", "gAUC", "accuracy", "log-loss", "calibration error")
 
 
-class Judgement(BaseModel):
+class Evaluation(BaseModel):
     """Of one model, asked in one way."""
 
     model: str  # "zero-shot" or "tuned"
@@ -43,50 +43,50 @@ class Judgement(BaseModel):
     raw_calibration_error: float
 
 
-def judge_models(
+def evaluate_models(
     workspace: Workspace,
     folder: str,
     valid: pa.Table,
     test: pa.Table,
     scores: Mapping[str, np.ndarray],
-) -> list[Judgement]:
-    """The judgements of all models; writes them, the calibrations and the test rows with their scores into `folder`.
+) -> list[Evaluation]:
+    """The evaluations of all models; writes them, the calibrations and the test rows with their scores into `folder`.
 
     scores: of each model, those of the valid rows and then those of the test rows.
     """
-    judgements = []
-    for model, found in scores.items():
-        on_valid, on_test = found[: valid.num_rows], found[valid.num_rows :]
-        judged, calibrations = judge(model, valid, on_valid, test, on_test)
+    evaluations = []
+    for model, model_scores in scores.items():
+        on_valid, on_test = model_scores[: valid.num_rows], model_scores[valid.num_rows :]
+        model_evaluations, calibrations = evaluate_model(model, valid, on_valid, test, on_test)
         workspace.write_parquet(f"{folder}/scores-{model}.parquet", test.append_column("score", pa.array(on_test)))
         for shown, calibration in calibrations.items():
             save_calibration(workspace, f"{folder}/calibration-{model}-{shown}.json", calibration)
-        judgements += judged
-    workspace.write_json(f"{folder}/judgements.json", [j.model_dump() for j in judgements])
-    return judgements
+        evaluations += model_evaluations
+    workspace.write_json(f"{folder}/evaluations.json", [e.model_dump() for e in evaluations])
+    return evaluations
 
 
-def judge(
+def evaluate_model(
     model: str,
     valid: pa.Table,
     valid_scores: np.ndarray,
     test: pa.Table,
     test_scores: np.ndarray,
-) -> tuple[list[Judgement], dict[str, PlattScaling]]:
-    """A judgement and a calibration for each way of asking that both tables hold, in the order of `test`.
+) -> tuple[list[Evaluation], dict[str, PlattScaling]]:
+    """An evaluation and a calibration for each way of asking that both tables hold, in the order of `test`.
 
     valid, test: samples.TUNING_ROWS; scores: float64, aligned, nan for none. Raises SchemaError where the valid rows of
     a way hold one class only.
     """
-    judgements, calibrations = [], {}
+    evaluations, calibrations = [], {}
     for shown in dict.fromkeys(test["shown"].to_pylist()):
         _, valid_labels, on_valid, _ = _rows(valid, valid_scores, shown)
         users, labels, raw, unscored = _rows(test, test_scores, shown)
         calibration = fit_calibration(on_valid, valid_labels)
         probabilities = calibration.apply(raw)
         gauc = metrics.gauc(labels, raw, users)
-        judgements.append(
-            Judgement(
+        evaluations.append(
+            Evaluation(
                 model=model,
                 shown=shown,
                 rows=len(labels),
@@ -102,16 +102,16 @@ def judge(
             )
         )
         calibrations[shown] = calibration
-    return judgements, calibrations
+    return evaluations, calibrations
 
 
-def judgement_row(j: Judgement) -> tuple[object, ...]:
-    """The cells under JUDGEMENT_COLUMNS."""
-    interval = f"[{j.interval.low:.4f}, {j.interval.high:.4f}]" if j.interval else ""
-    gauc = f"{j.gauc:.4f}" if j.gauc is not None else ""
-    error = f"{j.calibration_error:.3f} (raw {j.raw_calibration_error:.3f})"
-    loss = f"{j.log_loss:.4f} (raw {j.raw_log_loss:.4f})"
-    return j.model, j.shown, f"{j.auc:.4f}", interval, gauc, f"{j.accuracy:.4f}", loss, error
+def evaluation_row(e: Evaluation) -> tuple[object, ...]:
+    """The cells under EVALUATION_COLUMNS."""
+    interval = f"[{e.interval.low:.4f}, {e.interval.high:.4f}]" if e.interval else ""
+    gauc = f"{e.gauc:.4f}" if e.gauc is not None else ""
+    error = f"{e.calibration_error:.3f} (raw {e.raw_calibration_error:.3f})"
+    loss = f"{e.log_loss:.4f} (raw {e.raw_log_loss:.4f})"
+    return e.model, e.shown, f"{e.auc:.4f}", interval, gauc, f"{e.accuracy:.4f}", loss, error
 
 
 def _rows(table: pa.Table, scores: np.ndarray, shown: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
@@ -147,19 +147,19 @@ class RankerResult(BaseModel):
     interval: Interval | None = None  # 95 %, users resampled
 
 
-def results_of(config: RankingConfig, judgements: list[Judgement], seed: int = 0) -> list[RankerResult]:
+def results_of(config: RankingConfig, evaluations: list[Evaluation], seed: int = 0) -> list[RankerResult]:
     """Of one run of the ranker. seed: of its shots."""
     return [
         RankerResult(
-            model=j.model,
-            shots=0 if j.model == "zero-shot" else config.data.shots,
+            model=e.model,
+            shots=0 if e.model == "zero-shot" else config.data.shots,
             behaviours=config.data.behaviours,
-            shown=j.shown,
+            shown=e.shown,
             seed=seed,
-            auc=j.auc,
-            interval=j.interval,
+            auc=e.auc,
+            interval=e.interval,
         )
-        for j in judgements
+        for e in evaluations
     ]
 
 
@@ -170,10 +170,10 @@ def write_results(workspace: Workspace, name: str, results: list[RankerResult]) 
 
 def read_results(workspace: Workspace) -> list[RankerResult]:
     """Those of all runs, without those that were found twice: few behaviours and few shots first."""
-    found = {}
+    results = {}
     for file in workspace.names(_FOLDER):
         for row in workspace.read_json(f"{_FOLDER}/{file}"):
             result = RankerResult.model_validate(row)
             key = (result.behaviours or 0, result.shown, result.shots if result.shots is not None else 1 << 62)
-            found[(*key, result.model, result.seed)] = result
-    return [found[key] for key in sorted(found)]
+            results[(*key, result.model, result.seed)] = result
+    return [results[key] for key in sorted(results)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from owlrec.ctr.training import WorkersJob, fit_workers, looking_meanwhile, this_worker
+from owlrec.ctr.training import WorkerSpec, fit_workers, looking_meanwhile, this_worker
 from owlrec.errors import EngineError, root_mistake
 from owlrec.generation import VllmEngineConfig
 from owlrec.generation.models import load_tokenizer, model_identity, resolve_model
@@ -24,7 +24,7 @@ from owlrec.workspace import Workspace
 _AT_ONCE = 256  # questions of a call of the actor: how often progress shows
 
 
-class TuningJob(WorkersJob):
+class TuningSpec(WorkerSpec):
     """Of a run of the ranker; each worker reads its rows and the model itself."""
 
     folder: str  # of the run, in the workspace: it holds train.parquet and valid.parquet (samples.TUNING_ROWS)
@@ -44,19 +44,19 @@ class TuningJob(WorkersJob):
         return f"{self.folder}/checkpoint.safetensors"
 
 
-def tune_adapter(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None]) -> Adapter:
-    """The adapter of a job: tuned, or tuned on from its checkpoint, or found finished.
+def tune_adapter(workspace: Workspace, spec: TuningSpec, on_steps: Callable[[int], None]) -> Adapter:
+    """The adapter of a spec: tuned, or tuned on from its checkpoint, or found finished.
 
     Ray must be initialised. Worker output goes to the workspace's log file `tune_ranker`. on_steps: called with
     how many more steps are done, from a second thread of this process. Raises what a worker raised, if it is an
     OwlRecError.
     """
-    if not workspace.exists(job.adapter, "ranker.json"):
-        with _announcing(workspace, job, on_steps):
-            fit_workers(workspace, _tune, job, name=f"{job.folder}/ray/tune")
-        workspace.delete_file(job.checkpoint)
-        workspace.delete_file(_progress_file(job))
-    return open_adapter(workspace, job.adapter, model=model_identity(job.model, job.revision), wording=job.wording)
+    if not workspace.exists(spec.adapter, "ranker.json"):
+        with _announcing(workspace, spec, on_steps):
+            fit_workers(workspace, _tune, spec, name=f"{spec.folder}/ray/tune")
+        workspace.delete_file(spec.checkpoint)
+        workspace.delete_file(_progress_file(spec))
+    return open_adapter(workspace, spec.adapter, model=model_identity(spec.model, spec.revision), wording=spec.wording)
 
 
 def score_questions(
@@ -81,7 +81,7 @@ def score_questions(
     actor = ray.remote(_Scoring).options(num_cpus=cpus, num_gpus=int(use_gpu)).remote(log_path)
     try:
         ray.get(actor.start.remote(engine, max(ranks, default=None)))
-        found = {}
+        scores = {}
         for name, adapter in adapters.items():
             parts = []
             for start in range(0, len(questions), _AT_ONCE):
@@ -89,8 +89,8 @@ def score_questions(
                 parts.append(ray.get(actor.score.remote(asked, adapter.folder if adapter else None)))
                 if on_scored:
                     on_scored(len(asked))
-            found[name] = np.concatenate([np.empty(0), *parts])
-        return found
+            scores[name] = np.concatenate([np.empty(0), *parts])
+        return scores
     except ray.exceptions.RayError as error:
         mistake = root_mistake(error) or EngineError(f"the scoring engine has died ({error}). See {log_path}.")
         raise mistake from None
@@ -122,29 +122,29 @@ def _tune(loop_config: dict[str, Any]) -> None:
 
     from owlrec.ranking.tuning import Checkpoint, Progress, Schedule, load_model, tokenise, tune
 
-    job = TuningJob.model_validate(loop_config["job"])
-    worker = this_worker(job.threads)
-    tokenizer = load_tokenizer(job.model, job.revision)
-    train, valid = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("train", "valid"))
+    spec = TuningSpec.model_validate(loop_config["spec"])
+    worker = this_worker(spec.threads)
+    tokenizer = load_tokenizer(spec.model, spec.revision)
+    train, valid = (workspace.read_parquet(f"{spec.folder}/{split}.parquet") for split in ("train", "valid"))
     valid = valid.filter(pc.is_in(valid["shown"], pc.unique(train["shown"])))  # stopped by what is tuned on
-    to_tune, to_stop = (tokenise(rows, tokenizer, max_tokens=job.settings.max_tokens) for rows in (train, valid))
-    model = load_model(resolve_model(job.model), job.revision, job.settings)
-    steps = Schedule(len(to_tune), job.settings).steps
+    to_tune, to_stop = (tokenise(rows, tokenizer, max_tokens=spec.settings.max_tokens) for rows in (train, valid))
+    model = load_model(resolve_model(spec.model), spec.revision, spec.settings)
+    steps = Schedule(len(to_tune), spec.settings).steps
     # All ranks read the same one: none is written before every rank takes part in a step.
-    start = Checkpoint.from_bytes(workspace.read_bytes(job.checkpoint)) if workspace.exists(job.checkpoint) else None
+    start = Checkpoint.from_bytes(workspace.read_bytes(spec.checkpoint)) if workspace.exists(spec.checkpoint) else None
 
     def tell(progress: Progress) -> None:
         about = {"step": progress.step, "steps": steps, "loss": progress.losses[-1], "pid": os.getpid()}
-        workspace.write_json(_progress_file(job), about)
+        workspace.write_json(_progress_file(spec), about)
 
     def keep(checkpoint: Checkpoint) -> None:
-        workspace.write_bytes(job.checkpoint, checkpoint.to_bytes())
+        workspace.write_bytes(spec.checkpoint, checkpoint.to_bytes())
 
     tuned = tune(
         model,
         to_tune,
         to_stop,
-        job.settings,
+        spec.settings,
         worker,
         resume=start,
         on_step=tell,
@@ -153,28 +153,30 @@ def _tune(loop_config: dict[str, Any]) -> None:
     if worker.rank == 0:
         save_adapter(
             workspace,
-            job.adapter,
+            spec.adapter,
             save(tuned.weights, {"format": "pt"}),
-            tuned.settings | {"base_model_name_or_path": job.model, "revision": job.revision},
-            model=model_identity(job.model, job.revision),
-            wording=job.wording,
+            tuned.settings | {"base_model_name_or_path": spec.model, "revision": spec.revision},
+            model=model_identity(spec.model, spec.revision),
+            wording=spec.wording,
             progress=tuned.progress,
         )
 
 
-def _progress_file(job: TuningJob) -> str:
-    return f"{job.folder}/progress.json"
+def _progress_file(spec: TuningSpec) -> str:
+    return f"{spec.folder}/progress.json"
 
 
-def _announcing(workspace: Workspace, job: TuningJob, on_steps: Callable[[int], None]) -> AbstractContextManager[None]:
+def _announcing(
+    workspace: Workspace, spec: TuningSpec, on_steps: Callable[[int], None]
+) -> AbstractContextManager[None]:
     """Calls `on_steps` while the block runs."""
-    told = 0
+    reported = 0
 
     def look() -> None:
-        nonlocal told
-        done = workspace.read_json(_progress_file(job))["step"] if workspace.exists(_progress_file(job)) else 0
-        if done > told:  # after a restart steps are done again
-            on_steps(done - told)
-            told = done
+        nonlocal reported
+        done = workspace.read_json(_progress_file(spec))["step"] if workspace.exists(_progress_file(spec)) else 0
+        if done > reported:  # after a restart steps are done again
+            on_steps(done - reported)
+            reported = done
 
     return looking_meanwhile(look)

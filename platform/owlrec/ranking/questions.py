@@ -51,11 +51,11 @@ def write_questions(
     Raises RecipeError as `draw_samples` and SchemaError as `ask_about` does.
     """
     catalog, data, run = ItemCatalog.load(workspace), config.data, run or RankerRun()
-    valid_ways = tuple(dict.fromkeys((*run.judged, *data.shown)))
+    valid_ways = tuple(dict.fromkeys((*run.ways, *data.shown)))
     draws = {
         "train": (data.shots, run.seed, data.shown),
-        "valid": (run.valid_samples, run.judging_seed, valid_ways),
-        "test": (run.test_samples, run.judging_seed, run.judged),
+        "valid": (run.valid_samples, run.evaluation_seed, valid_ways),
+        "test": (run.test_samples, run.evaluation_seed, run.ways),
     }
     counts: dict[str, int] = {}
     for split, (limit, seed, ways) in draws.items():
@@ -212,19 +212,19 @@ class ScorePairs(Stage):
         digests = {key: _digest(*turns) for key, turns in asked.items()}
         new = [key for key in asked if not answers.keep(key, digests[key])]
         try:
-            found = await self._scorer.score([asked[key] for key in new], self._adapter)
+            scored = await self._scorer.score([asked[key] for key in new], self._adapter)
         except ExceptionGroup as group:
             mistakes = group.subgroup(OwlRecError)
             if mistakes is None:
                 raise
             first = mistakes.exceptions[0]
             raise WorkerLost(str(first)) if isinstance(first, EngineStopped) else first from group
-        answers.tokens += found.prompt_tokens
-        calibration, p = self.teacher.calibration, found.probabilities
+        answers.tokens += scored.prompt_tokens
+        calibration, p = self.teacher.calibration, scored.probabilities
         p = calibration.apply(np.nan_to_num(p)) if calibration else p
         for place, key in enumerate(new):
-            if place in found.failures:
-                answers.fail(key, found.failures[place])
+            if place in scored.failures:
+                answers.fail(key, scored.failures[place])
             else:
                 answers.add(key, digests[key], float(p[place]))
 

@@ -81,12 +81,12 @@ def with_candidates(samples: pa.Table, logged: pa.Table, catalog: np.ndarray) ->
 
 
 def _candidates(own: int, logged: np.ndarray, history: Sequence[int], catalog: np.ndarray, seed: int) -> np.ndarray:
-    found = dict.fromkeys([int(own), *logged.tolist()])
-    if len(found) < SET_SIZE:
+    candidates = dict.fromkeys([int(own), *logged.tolist()])
+    if len(candidates) < SET_SIZE:
         drawn = catalog[np.random.default_rng(seed).integers(0, len(catalog), _DRAWS)].tolist()
         met = set(history)
-        found |= dict.fromkeys(other for other in drawn if other not in met)
-    return np.sort(list(found)[:SET_SIZE])
+        candidates |= dict.fromkeys(other for other in drawn if other not in met)
+    return np.sort(list(candidates)[:SET_SIZE])
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
@@ -95,7 +95,7 @@ def _candidates(own: int, logged: np.ndarray, history: Sequence[int], catalog: n
 _PRODUCT_ERROR = 1e-5  # of a float32 cosine at most; 5e-7 was seen with 128 and with 512 dimensions
 _SCORES_AT_ONCE = 1 << 24  # cosines held at a time: 64 MB
 _BLOCK_BYTES = 1 << 20  # of vectors gathered at a time: within a core's L2, and too small for BLAS to start threads on
-_BLOCKS_A_THREAD = 8  # at least: some ms of work, beside which the start of a thread is nothing
+_BLOCKS_PER_THREAD = 8  # at least: some ms of work, beside which the start of a thread is nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ class BehaviourRetriever:
         for start in range(0, len(rows), at_once):
             queries = self._vectors[rows[start : start + at_once]]
             cosines = self._cosines(queries, opened.rows)
-            nearest += [self._nearest(opened, *of_one, k) for of_one in zip(queries, cosines, strict=True)]
+            nearest += [self._nearest(opened, *pair, k) for pair in zip(queries, cosines, strict=True)]
         chosen = _in_turns(nearest)[:k]
         if len(chosen) < k:
             without = np.setdiff1d(np.arange(n), opened.positions, assume_unique=True)
@@ -207,11 +207,11 @@ class BehaviourRetriever:
         def multiply(first: int, end: int) -> None:
             block = np.empty((block_rows, dim), dtype=np.float32)
             for start in range(first, end, block_rows):
-                of_block = rows[start : min(start + block_rows, end)]
-                vectors = np.take(self._vectors, of_block, axis=0, out=block[: len(of_block)], mode="clip")
-                cosines[:, start : start + len(of_block)] = queries @ vectors.T
+                places = rows[start : min(start + block_rows, end)]
+                vectors = np.take(self._vectors, places, axis=0, out=block[: len(places)], mode="clip")
+                cosines[:, start : start + len(places)] = queries @ vectors.T
 
-        threads = min(_threads(), len(rows) // (_BLOCKS_A_THREAD * block_rows))
+        threads = min(_threads(), len(rows) // (_BLOCKS_PER_THREAD * block_rows))
         if threads < 2:
             multiply(0, len(rows))
             return cosines
@@ -288,7 +288,7 @@ class ItemVectors:
         """
         texts = ItemMetadata()
         digests = texts.digests(workspace)
-        folder = _of_encode(workspace, encoder) or f"ranking/items-{fingerprint(encoder.identity)[:16]}"
+        folder = _encoded_folder(workspace, encoder) or f"ranking/items-{fingerprint(encoder.identity)[:16]}"
         if folder.startswith("ranking/"):
             stage = EncodeStage(folder, Resources(workspace, encoder), {_NAME: texts})
             run_stage(workspace, stage, {Shard(_NAME, number): digest for number, digest in digests.items()}, pool)
@@ -322,7 +322,7 @@ def item_retriever(
     return ItemVectors.encoded(workspace, encoder, projection).retriever()
 
 
-def _of_encode(workspace: Workspace, encoder: EncoderConfig) -> str | None:
+def _encoded_folder(workspace: Workspace, encoder: EncoderConfig) -> str | None:
     """Where `encode` has put item vectors of this encoder; its card is forgotten when tables are prepared again."""
     card = finished_stage(workspace, "encode")
     if card is None or not workspace.exists(card.outputs["vectors"], _NAME):

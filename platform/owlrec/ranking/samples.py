@@ -145,8 +145,8 @@ def draw_samples(
     order = np.argsort(shards, kind="stable")
     read = [with_candidates(SAMPLES.empty_table(), SAMPLES.empty_table(), catalog)]
     for number in np.unique(shards):
-        of_shard = read_samples(workspace, int(number))
-        read.append(with_candidates(of_shard.take(rows[order[shards[order] == number]]), of_shard, catalog))
+        shard_samples = read_samples(workspace, int(number))
+        read.append(with_candidates(shard_samples.take(rows[order[shards[order] == number]]), shard_samples, catalog))
     return pa.concat_tables(read).take(np.argsort(order))
 
 
@@ -199,8 +199,8 @@ def behaviours_shown(
             f"samples, user {sample['user_id']}: {len(history)} behaviours in history, but "
             f"{len(ratings)} in history_ratings. Run `prepare` again."
         )
-    told = sample.get("history_labels") or [1.0] * len(history)
-    took = list(map(was_taken, ratings, told))
+    outcomes = sample.get("history_labels") or [1.0] * len(history)
+    took = list(map(was_taken, ratings, outcomes))
     titled = [i for i, title in enumerate(titles) if took[i] and is_quotable(title)]
     behaviours = [(titles[i], ratings[i]) for i in titled]
     lately = {"recent": k, "retrieved": 0, "mixed": (k + 1) // 2}[shown]
@@ -210,8 +210,8 @@ def behaviours_shown(
         lists["recent"] = behaviours[n_older:]
     if k > lately:
         older = np.array([history[i] for i in titled[:n_older]], dtype=np.int64)
-        found = retriever.retrieve(older, np.array(candidates, dtype=np.int64), k - lately)
-        lists["retrieved"] = [behaviours[i] for i in found]
+        retrieved = retriever.retrieve(older, np.array(candidates, dtype=np.int64), k - lately)
+        lists["retrieved"] = [behaviours[i] for i in retrieved]
     return lists
 
 
@@ -254,8 +254,8 @@ def asked_pairs(
     samples = workspace.read_shard("samples", number, SAMPLE_ROWS.names).to_pandas()
     train = samples[samples["split"] == "train"].drop_duplicates(_KEY)
     if split.method == "item":  # values divide the items: up to one of train, all are of train
-        of_train = train["item_id"].to_numpy()[train["label"].to_numpy() >= POSITIVE]
-        catalog = catalog[id_values(catalog, split) <= id_values(of_train, split).max(initial=-1)]
+        train_items = train["item_id"].to_numpy()[train["label"].to_numpy() >= POSITIVE]
+        catalog = catalog[id_values(catalog, split) <= id_values(train_items, split).max(initial=-1)]
     train = train[[*_KEY, *_HISTORY]]
     met = workspace.read_shard("interactions", number, ["user_id", "item_id"]).to_pandas()
     met = pd.concat([met, samples[["user_id", "item_id"]]]).drop_duplicates()
@@ -275,13 +275,13 @@ def _unlabeled(train: pd.DataFrame, met: pd.DataFrame, most: int, catalog: np.nd
     moments = moments.iloc[in_hash_order(keys, 0)].sort_values("user_id", kind="stable")
     users, start, n = np.unique(moments["user_id"].to_numpy(), return_index=True, return_counts=True)
     draw = np.tile(np.arange(most), len(users))
-    of_user = np.repeat(np.arange(len(users)), most)
-    drawn = moments.iloc[(start[of_user] + draw % n[of_user]).astype(np.int64)]
+    user_places = np.repeat(np.arange(len(users)), most)
+    drawn = moments.iloc[(start[user_places] + draw % n[user_places]).astype(np.int64)]
     labels = Labels(rule="positives_only", rating_above=0, negatives=1, negatives_by="uniform")
     items = drawn_negatives(
         drawn["user_id"].to_numpy(),
         drawn["timestamp"].to_numpy(),
-        draw // n[of_user],  # in place of a positive's item: two draws at one moment differ
+        draw // n[user_places],  # in place of a positive's item: two draws at one moment differ
         labels,
         took=(met["user_id"].to_numpy(), met["item_id"].to_numpy()),
         catalog=catalog,

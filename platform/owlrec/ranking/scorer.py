@@ -96,15 +96,15 @@ def likely_answers(
         for word in ("Yes", "No")
     )
     start = len(opened)
-    found = Answers(tuple(yes[start : start + 1]), tuple(no[start : start + 1]))
+    likely = Answers(tuple(yes[start : start + 1]), tuple(no[start : start + 1]))
     follows = yes[:start] == no[:start] == opened
-    if not follows or not set(found.yes) & set(answers.yes) or not set(found.no) & set(answers.no):
+    if not follows or not set(likely.yes) & set(answers.yes) or not set(likely.no) & set(answers.no):
         raise EngineError(
             f"the chat template of {_name(tokenizer)} lets no answer follow the assistant's header at once; a "
             f"conversation reads {tokenizer.decode(yes)!r}. Its thinking block cannot be switched off "
             "(enable_thinking: false): rank with another model."
         )
-    return found
+    return likely
 
 
 def yes_probability(logprobs: Mapping[int, float] | np.ndarray, answers: Answers) -> float:
@@ -183,11 +183,11 @@ class PairScorer(ABC):
         async def one(place: int, question: Question) -> None:
             async with room:
                 try:
-                    found = await self._ask(question, adapter)
+                    answer = await self._ask(question, adapter)
                 except RowError as error:
                     failures[place] = error
                 else:
-                    probabilities[place], *tokens[place] = found
+                    probabilities[place], *tokens[place] = answer
                 if on_scored:
                     on_scored(1)
 
@@ -228,9 +228,9 @@ class Scorer(PairScorer):
     async def _ask(self, question: Question, adapter: str | None) -> tuple[float, int, int]:
         system, text = _turns(question)
         token_ids = render_chat(self._tokenizer, system, text, TEMPLATE_OPTIONS)
-        found = await self.engine.next_token_scores(token_ids, self.answers.ids, adapter)
-        scores = dict(zip(self.answers.ids, found.scores, strict=True))
-        return yes_probability(scores, self.answers), found.prompt_tokens, found.cached_tokens
+        answer = await self.engine.next_token_scores(token_ids, self.answers.ids, adapter)
+        scores = dict(zip(self.answers.ids, answer.scores, strict=True))
+        return yes_probability(scores, self.answers), answer.prompt_tokens, answer.cached_tokens
 
 
 class TokenScorer(PairScorer):
@@ -252,13 +252,13 @@ class TokenScorer(PairScorer):
     async def _ask(self, question: Question, adapter: str | None) -> tuple[float, int, int]:
         if adapter is not None:
             raise EngineError(f"{type(self.engine).__name__} takes no adapter. Rank with vLLM.")
-        found = await self.engine.first_tokens(*_turns(question))
-        ids = {word: [i for i, (t, _) in enumerate(found) if t.strip().lower() == word] for word in ("yes", "no")}
+        candidates = await self.engine.first_tokens(*_turns(question))
+        ids = {word: [i for i, (t, _) in enumerate(candidates) if t.strip().lower() == word] for word in ("yes", "no")}
         if not ids["yes"] and not ids["no"]:
-            raise BadRow(f"neither Yes nor No is among the likeliest tokens: {[t for t, _ in found]}", "NoAnswer")
-        scores = {i: logprob for i, (_, logprob) in enumerate(found)}
-        scores[len(found)] = min(scores.values())
-        yes, no = (tuple(ids[word]) or (len(found),) for word in ("yes", "no"))
+            raise BadRow(f"neither Yes nor No is among the likeliest tokens: {[t for t, _ in candidates]}", "NoAnswer")
+        scores = {i: logprob for i, (_, logprob) in enumerate(candidates)}
+        scores[len(candidates)] = min(scores.values())
+        yes, no = (tuple(ids[word]) or (len(candidates),) for word in ("yes", "no"))
         return yes_probability(scores, Answers(yes, no)), 0, 0
 
 

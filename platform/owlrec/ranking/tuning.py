@@ -112,10 +112,10 @@ class Progress(Config):
 
     def after_evaluation(self, auc: float) -> "Progress":
         """With one more AUC of the valid split."""
-        found = {"valid_aucs": (*self.valid_aucs, (self.step, auc))}
+        changes = {"valid_aucs": (*self.valid_aucs, (self.step, auc))}
         if auc > self.best_auc:
-            return self.model_copy(update={**found, "best_auc": auc, "best_step": self.step, "stale": 0})
-        return self.model_copy(update={**found, "stale": self.stale + 1})
+            return self.model_copy(update={**changes, "best_auc": auc, "best_step": self.step, "stale": 0})
+        return self.model_copy(update={**changes, "stale": self.stale + 1})
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,9 @@ class Checkpoint:
     def to_bytes(self) -> bytes:
         """The file."""
         groups = {"weights": self.weights, "best": self.best, **self.moments}
-        tensors = {f"{group}/{n}": t.detach().cpu().contiguous() for group, of in groups.items() for n, t in of.items()}
+        tensors = {
+            f"{group}/{n}": t.detach().cpu().contiguous() for group, named in groups.items() for n, t in named.items()
+        }
         return save(tensors, {"version": _VERSION, "progress": self.progress.model_dump_json()})
 
     @classmethod
@@ -300,8 +302,8 @@ def tune(
     """
     refuse_unusable(train, valid)
     torch.manual_seed(config.seed)
-    adapted = _adapt(model, config).to(worker.device)
-    weights = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+    peft_model = _adapt(model, config).to(worker.device)
+    weights = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
     optimiser = torch.optim.AdamW(weights.values(), config.learning_rate, betas=_BETAS, weight_decay=0.0)
     progress, best = Progress(), {name: weight.detach().clone() for name, weight in weights.items()}
     if resume is not None:
@@ -310,13 +312,13 @@ def tune(
         best = {name: tensor.to(worker.device) for name, tensor in resume.best.items()}
     schedule = Schedule(len(train), config)
     while progress.step < schedule.steps and progress.stale < config.patience:
-        loss = _step(adapted, weights, optimiser, train, schedule, progress.step, config, worker)
+        loss = _step(peft_model, weights, optimiser, train, schedule, progress.step, config, worker)
         progress = progress.after_step(loss)
         if progress.step in schedule.evaluations:
-            found = auc(valid.labels, score(adapted, valid, config.micro_tokens, worker))
-            if found > progress.best_auc:
+            valid_auc = auc(valid.labels, score(peft_model, valid, config.micro_tokens, worker))
+            if valid_auc > progress.best_auc:
                 best = {name: weight.detach().clone() for name, weight in weights.items()}
-            progress = progress.after_evaluation(found)
+            progress = progress.after_evaluation(valid_auc)
         due = progress.step in schedule.evaluations or progress.step % config.checkpoint_steps == 0
         if worker.rank == 0:
             if keep and due:
@@ -326,7 +328,7 @@ def tune(
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(best[name])
-    return Tuned(*_export(adapted), progress)
+    return Tuned(*_export(peft_model), progress)
 
 
 def load_model(folder: str, revision: str | None, config: TuningSettings) -> Any:
@@ -492,10 +494,10 @@ def _adapt(model: Any, config: TuningSettings) -> Any:
         ) from None
 
 
-def _export(adapted: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _export(peft_model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from peft import get_peft_model_state_dict
 
-    weights = {name: w.detach().float().cpu().contiguous() for name, w in get_peft_model_state_dict(adapted).items()}
-    settings = adapted.peft_config["default"].to_dict()
+    weights = {name: w.detach().float().cpu().contiguous() for name, w in get_peft_model_state_dict(peft_model).items()}
+    settings = peft_model.peft_config["default"].to_dict()
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     return weights, plain | {"inference_mode": True, "base_model_name_or_path": None}

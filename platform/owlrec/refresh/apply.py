@@ -58,7 +58,8 @@ KEEP_RELEASES = 3  # of those that were current, to roll back to; none younger t
 def interrupted_plan(workspace: Workspace, base: str, recipe: str) -> RefreshPlan | None:
     """The plan of an interrupted refresh that can still be carried out; others that go on from `base` are removed.
 
-    recipe: fingerprint of the settings, see plan.Planner. One whose delta is current, or was, only has to be settled.
+    recipe: fingerprint of the settings, see plan.RefreshPlanner. One whose delta is current, or was, only has to
+    be settled.
     """
     for plan in unfinished_plans(workspace, base):
         if published_delta(workspace, plan) is not None:
@@ -160,11 +161,11 @@ class Delta:
         )
         manifest = whole_release(workspace, info)
         if manifest is None:
-            shards = tuple(Shard.of_name(name) for name, card in self.texts.items() if card.rows_out)
+            shards = tuple(Shard.from_name(name) for name, card in self.texts.items() if card.rows_out)
             folders = (self.job.folder, folder, f"{plan.part('interests')}/behaviors")
             delta = DeltaRows(*folders, shards, tuple(behaviors), plan.parent, self.partitions)
             manifest = build_release(workspace, info, delta, n_parts, pool=pool)
-        numbers = [Shard.of_name(name).number for name in vectors if name.startswith("knowledge-user/")]
+        numbers = [Shard.from_name(name).number for name in vectors if name.startswith("knowledge-user/")]
         outputs = {"release": manifest.name, "knowledge": self.job.folder, "vectors": folder}
         Artifact(workspace, plan.folder).finish(delta_card(plan, outputs, numbers))
         make_current(workspace, manifest.name, expected=plan.parent)
@@ -181,12 +182,12 @@ class Delta:
             name = f"knowledge-{kind}"
             if kind in quantisers:
                 quantisers[kind].save(workspace, quantiser_folder(folder, name))
-            if any(Shard.of_name(shard).kind == kind for shard in self.texts):
+            if any(Shard.from_name(shard).kind == kind for shard in self.texts):
                 inputs[name] = KnowledgeTexts(self.job.folder, kind)
         # None are fitted, and those that are there are used.
         config = self.encoder.model_copy(update={"semantic_ids": None})
         cards = self.encode(EncodingJob(workspace, folder, config, inputs))
-        texts = {Shard.of_name(name): card for name, card in self.texts.items() if card.rows_out}
+        texts = {Shard.from_name(name): card for name, card in self.texts.items() if card.rows_out}
         mine = {Shard(f"knowledge-{shard.kind}", shard.number).name for shard in texts}
         return folder, {name: card for name, card in cards.items() if name in mine}
 
@@ -265,7 +266,7 @@ def stack_partitions(vectors: pa.Table, store: KnowledgeStore, partitions: int) 
 # States
 
 
-class StorePartitions(Stage):
+class SavePartitions(Stage):
     """Shards of users with new texts: the vector of each, by user and as_of, beside those of all earlier refreshes.
 
     A text's vector stays there after the release has dropped it: samples of any moment read what was known before.
@@ -333,20 +334,20 @@ def settle(moved: Moved, renewed: Renewed, encoder: EncoderConfig, run: RunStage
     """The state once the answers are there, and items and partitions stand where others read them."""
     plan, calls = moved.plan, moved.state.calls + moved.state.item_calls
     items = dict.fromkeys(moved.new_items, plan.fingerprint)
-    of_items = run(UpsertItems(plan, renewed.knowledge), items, len(items), "settling items")
+    item_cards = run(UpsertItems(plan, renewed.knowledge), items, len(items), "settling items")
     with_vectors = {Shard(PARTITIONS, number): plan.fingerprint for number in renewed.user_shards}
-    run(StorePartitions(renewed.vectors, encoder), with_vectors, calls, "storing partitions")
+    run(SavePartitions(renewed.vectors, encoder), with_vectors, calls, "storing partitions")
     stage = SettleStage(moved, renewed.knowledge)
     users = {shard: plan.fingerprint for shard in moved.prompts if shard.kind == "user"}
     cards = run(stage, users, calls, "settling")
     shards = dict(moved.state.shards)
     for name in cards:
-        shard = Shard.of_name(name)
+        shard = Shard.from_name(name)
         update = {"file": f"{stage.folder}/{shard.file()}", "encoder": plan.encoder}
         shards[shard.number] = shards[shard.number].model_copy(update=update)
     counts = {
         "renewed": sum(int(card.counts["renewed"]) for card in cards.values()),
-        "items_renewed": sum(int(card.counts["items_renewed"]) for card in of_items.values()),
+        "items_renewed": sum(int(card.counts["items_renewed"]) for card in item_cards.values()),
     }
     counts = moved.state.counts | counts
     return moved.state.model_copy(update={"shards": shards, "counts": counts, "release": renewed.release})

@@ -124,8 +124,8 @@ class Events:
 
 def canonical(events: Events) -> Events:
     """By user, time and item, each (user, item, time) once; of several ratings the highest stays."""
-    worth = np.where(np.isnan(events.rating), -np.inf, events.rating)
-    events = events.take(np.lexsort((-worth, events.item, events.time, events.user)))
+    grade = np.where(np.isnan(events.rating), -np.inf, events.rating)
+    events = events.take(np.lexsort((-grade, events.item, events.time, events.user)))
     return events.take(~_repeats(events))
 
 
@@ -385,7 +385,7 @@ class Buckets:
         """From the stage's cards."""
         by_group, by_file, holds = {}, dict[str, int](), {}
         for card in cards:
-            group, newest = Shard.of_name(card.shard).number, json.loads(str(card.counts["newest"]))
+            group, newest = Shard.from_name(card.shard).number, json.loads(str(card.counts["newest"]))
             by_group[group] = max(newest.values(), default=0)
             by_file |= {path: max(moment, by_file.get(path, 0)) for path, moment in newest.items()}
             holds[group] = base64.b64decode(str(card.counts["shards"]))

@@ -36,11 +36,11 @@ from owlrec.refresh.partitions import (
     behaviors,
     bootstrap,
     due_at,
+    due_reason,
     known_keys,
     renewed_behaviors,
     take_in,
     to_table,
-    why_due,
 )
 from owlrec.refresh.state import RefreshPlan, RefreshPrompts, State
 from owlrec.releases.release import Release, open_release
@@ -116,8 +116,8 @@ def budget_cut(workspace: Workspace, folder: str, cards: Mapping[str, Card], bud
         return NOBODY
     bins = {name: json.loads(str(card.counts["bins"])) for name, card in cards.items() if card.counts["due"]}
     counts: Counter[int] = Counter()
-    for of_shard in bins.values():
-        counts.update({int(digit): n for digit, n in of_shard.items()})
+    for shard_bins in bins.values():
+        counts.update({int(digit): n for digit, n in shard_bins.items()})
     if budget is None or counts.total() <= budget:
         return EVERYONE
     prefix: list[int] = []
@@ -130,7 +130,7 @@ def budget_cut(workspace: Workspace, folder: str, cards: Mapping[str, Card], bud
             left -= counts[digit]
         prefix.append(digit)
         if len(prefix) == 1:
-            holders = [Shard.of_name(name) for name, of_shard in bins.items() if str(digit) in of_shard]
+            holders = [Shard.from_name(name) for name, shard_bins in bins.items() if str(digit) in shard_bins]
             files = [f"{folder}/due/{shard.file()}" for shard in holders]
         tables = _with_prefix(workspace, files, prefix)
         if counts[digit] <= _AT_ONCE:
@@ -188,9 +188,9 @@ def sum_vectors(
     bounds = np.r_[0, np.cumsum(lengths)].astype(np.int64)
     for row, (start, end) in enumerate(pairwise(bounds)):  # bounds what is in memory at once
         used = start + np.flatnonzero(weights[start:end])
-        for side in (0, 1):
-            mine = used[disliked[used] == bool(side)]
-            sums[row, side] = (weights[mine, None] * vectors[place[mine]]).sum(axis=0)
+        for facet in (0, 1):
+            mine = used[disliked[used] == bool(facet)]
+            sums[row, facet] = (weights[mine, None] * vectors[place[mine]]).sum(axis=0)
     return sums
 
 
@@ -203,8 +203,8 @@ def drifts(unread: np.ndarray, read: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(unread, axis=2) * np.linalg.norm(read, axis=2)
     comparable = lengths > 0
     cosine = (unread * read).sum(axis=2) / np.where(comparable, lengths, 1.0)
-    of_sides = np.where(comparable, 1.0 - np.clip(cosine, -1.0, 1.0), -1.0)
-    return np.where(comparable.any(axis=1), of_sides.max(axis=1), _UNKNOWN)
+    facet_drift = np.where(comparable, 1.0 - np.clip(cosine, -1.0, 1.0), -1.0)
+    return np.where(comparable.any(axis=1), facet_drift.max(axis=1), _UNKNOWN)
 
 
 def priorities(drift: np.ndarray, n_unread: np.ndarray) -> np.ndarray:
@@ -414,9 +414,9 @@ def assess(
         ends = parted(user.short, titles[starts[row] : starts[row] + lengths[row]], prompts)
         if not ends:
             continue
-        if reason := why_due(user, float(drift[row]), clock, config):
-            worth = priorities(drift[row], lengths[row] - np.array([0, *ends[:-1]]))
-            due += [(user.user_id, n, end, reason, drift[row], worth[n]) for n, end in enumerate(ends)]
+        if reason := due_reason(user, float(drift[row]), clock, config):
+            ranked = priorities(drift[row], lengths[row] - np.array([0, *ends[:-1]]))
+            due += [(user.user_id, n, end, reason, drift[row], ranked[n]) for n, end in enumerate(ends)]
         else:
             waits.append(due_at(user, config))
     columns = [pa.array([row[i] for row in due], f.type) for i, f in enumerate(DUE)]

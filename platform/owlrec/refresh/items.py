@@ -163,7 +163,7 @@ class ItemBuckets:
     def of(cls, workspace: Workspace, folder: str, n_shards: int) -> "ItemBuckets":
         """From the stage's cards."""
         cards = Artifact(workspace, folder).cards().values()
-        return cls(folder, n_shards, {Shard.of_name(c.shard).number: _bits(c) for c in cards})
+        return cls(folder, n_shards, {Shard.from_name(c.shard).number: _bits(c) for c in cards})
 
     @property
     def shards(self) -> list[int]:
@@ -220,13 +220,13 @@ class ItemsStage(Stage):
         asked = [*self._changed(table, current, moments), *self._usable(left)]
         files = {}
         work.check()
-        for path, of_path in (
+        for path, content in (
             (f"rows/{shard.file()}", table if table.num_rows else None),
             (f"prompts/{shard.file()}", prompts_table(sorted(asked, key=lambda p: p.id)) if asked else None),
             (f"dead/{shard.file()}", _letters(letters) if letters else None),
         ):
-            if of_path is not None:
-                files[path] = workspace.write_parquet(work.artifact.path(path), of_path)
+            if content is not None:
+                files[path] = workspace.write_parquet(work.artifact.path(path), content)
         counts = {
             "items_new": sum(row["item_id"] not in raw_ids for row in rows),
             "items_refused": len(letters),
@@ -290,7 +290,7 @@ def read_updates(workspace: Workspace, number: int, schema: pa.Schema) -> pa.Tab
 def unwritten_shards(workspace: Workspace) -> list[int]:
     """The shards of items of which some have no answer yet, ascending."""
     cards = Artifact(workspace, ITEM_UPDATES).cards("item")
-    return sorted(Shard.of_name(name).number for name, card in cards.items() if card.counts.get("unwritten"))
+    return sorted(Shard.from_name(name).number for name, card in cards.items() if card.counts.get("unwritten"))
 
 
 def with_new_items(workspace: Workspace, plan: RefreshPlan) -> ItemCatalog:
@@ -331,9 +331,9 @@ class UpsertItems(Stage):
             known = pa.concat_tables([known.filter(others), new]).sort_by("item_id")
         ids, wanted = known["item_id"], asked["id"] if asked else pa.chunked_array([[]], pa.int64())
         written = answered["id"] if answered else pa.chunked_array([[]], pa.int64())
-        of_plan = pc.is_in(ids, value_set=wanted.combine_chunks())
-        failed = pc.and_(of_plan, pc.invert(pc.is_in(ids, value_set=written.combine_chunks())))
-        unwritten = pc.if_else(of_plan, failed, known["unwritten"])
+        planned = pc.is_in(ids, value_set=wanted.combine_chunks())
+        failed = pc.and_(planned, pc.invert(pc.is_in(ids, value_set=written.combine_chunks())))
+        unwritten = pc.if_else(planned, failed, known["unwritten"])
         known = known.set_column(len(known.schema) - 1, _UNWRITTEN, unwritten)
         work.check()
         files = {shard.file(): workspace.write_parquet(work.artifact.path(shard.file()), known)}

@@ -93,7 +93,7 @@ def take_in(state: UserState, behaviors: Iterable[Behavior], horizon: int | None
     return replace(state, short=short, seen=_within(state.seen, horizon))
 
 
-def why_due(state: UserState, drift: float, clock: int, config: RefreshConfig) -> Reason:
+def due_reason(state: UserState, drift: float, clock: int, config: RefreshConfig) -> Reason:
     """Why the short term is to be frozen now, "" where it is not.
 
     drift: see refresh.drift. clock: ms, the newest event of all users.

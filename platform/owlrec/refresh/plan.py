@@ -54,7 +54,7 @@ RunStage = Callable[[Stage, Mapping[Shard, str], int, str], Mapping[str, Card]]
 
 
 @dataclass(frozen=True)
-class Planner:
+class RefreshPlanner:
     """Makes the plan of the next refresh of a workspace, or goes on with one that was interrupted."""
 
     workspace: Workspace
@@ -91,12 +91,12 @@ class Planner:
             if base.watermark is not None or not items.files:
                 log.check_watermark(None, base.watermark, restart)
             return None
-        (fragments, rows), (of_items, item_rows) = log.fragments(), items.fragments()
+        (fragments, rows), (item_fragments, item_rows) = log.fragments(), items.fragments()
         made_from = fingerprint(
             base.name,
             base.n_shards,
             parent.fingerprint,
-            sorted(fragment.digest for fragment in (*fragments, *of_items)),
+            sorted(fragment.digest for fragment in (*fragments, *item_fragments)),
             admitted_by,
             self.recipe,
         )
@@ -104,12 +104,12 @@ class Planner:
         horizon = None if base.watermark is None else base.watermark - config.max_lateness_ms
         grouping = event_groups(fragments, base.n_shards)
         known = {f.path: base.log[n].rows for n, f in log.unread.items() if n in base.log}
-        stage = ReadEvents(f"{folder}/events", grouping, known, horizon, base.n_shards, Labels.of_card(prepared))
+        stage = ReadEvents(f"{folder}/events", grouping, known, horizon, base.n_shards, Labels.from_card(prepared))
         cards = self.run(stage, grouping.inputs(), sum(f.rows for f in fragments), "reading events")
         buckets = Buckets.of(f"{folder}/events", base.n_shards, cards.values())
         if log.unread or base.watermark is not None:
             log.check_watermark(buckets.newest, base.watermark, restart)
-        item_shards = self._read_items(f"{folder}/item-log", items, of_items, base)
+        item_shards = self._read_items(f"{folder}/item-log", items, item_fragments, base)
         newest = buckets.newest_until(workspace, now + FUTURE_MS)
         clock = max(newest or 0, base.watermark or 0)
         plan = RefreshPlan(
@@ -145,35 +145,35 @@ class Planner:
     def move_on(self, plan: RefreshPlan, base: State) -> "Moved":
         """Takes items and events in, and writes the questions about those whom the budget chooses."""
         workspace, resources = self.workspace, Resources(self.workspace, plan)
-        of_log = list(Artifact(workspace, plan.part("item-log")).cards().values())
+        log_cards = list(Artifact(workspace, plan.part("item-log")).cards().values())
         log = ItemBuckets.of(workspace, plan.part("item-log"), workspace.n_shards("item"))
         items = ItemsStage(plan, log, self.prompts.scenario, self.framework, plan.now + FUTURE_MS)
         inputs = {Shard("item", number): plan.fingerprint for number in plan.item_shards}
-        of_items = self.run(items, inputs, sum(card.rows_out for card in of_log), "taking items in")
-        of_events = list(Artifact(workspace, plan.part("events")).cards().values())
-        buckets = Buckets.of(plan.part("events"), plan.n_shards, of_events)
+        item_cards = self.run(items, inputs, sum(card.rows_out for card in log_cards), "taking items in")
+        event_cards = list(Artifact(workspace, plan.part("events")).cards().values())
+        buckets = Buckets.of(plan.part("events"), plan.n_shards, event_cards)
         inputs = {Shard("user", number): plan.fingerprint for number in plan.shards}
         rows = sum(base.shards[n].users for n in plan.shards if n in base.shards)
         stage = InterestsStage(plan, base, buckets, self.config, self.prompts, resources)
-        cards = self.run(stage, inputs, rows + sum(card.rows_out for card in of_events), "moving users on")
+        cards = self.run(stage, inputs, rows + sum(card.rows_out for card in event_cards), "moving users on")
         state = _state_after(plan, base, cards)
         cut = budget_cut(workspace, stage.folder, cards, plan.budget_calls)
-        due = {Shard.of_name(name): int(card.counts["due"]) for name, card in cards.items() if card.counts["due"]}
+        due = {Shard.from_name(name): int(card.counts["due"]) for name, card in cards.items() if card.counts["due"]}
         ask = PromptsStage(plan, state, cut, self.prompts, resources)
         written = self.run(ask, dict.fromkeys(due, plan.fingerprint), sum(due.values()), "writing prompts")
-        asked = {Shard.of_name(name): card for name, card in written.items() if card.rows_out}
+        asked = {Shard.from_name(name): card for name, card in written.items() if card.rows_out}
         for shard, card in asked.items():
             state.shards[shard.number].waiting -= card.rows_out
-        state.counts = _counts([*of_log, *of_items.values(), *of_events, *cards.values(), *asked.values()])
+        state.counts = _counts([*log_cards, *item_cards.values(), *event_cards, *cards.values(), *asked.values()])
         prompts = {shard: card.files[shard.file()] for shard, card in asked.items()}
         new_items = []
-        for name, card in of_items.items():
-            shard = Shard.of_name(name)
+        for name, card in item_cards.items():
+            shard = Shard.from_name(name)
             if file := card.files.get(f"prompts/{shard.file()}"):
                 prompts[shard] = file
             if any(path.startswith(("rows/", "prompts/")) for path in card.files):
                 new_items.append(shard)
-        moved = {Shard.of_name(name): card.files for name, card in cards.items()}
+        moved = {Shard.from_name(name): card.files for name, card in cards.items()}
         behaviors = {s: files[path] for s, files in moved.items() if (path := f"behaviors/{s.file()}") in files}
         return Moved(plan, state, prompts, behaviors, tuple(new_items))
 
@@ -193,7 +193,7 @@ def _state_after(plan: RefreshPlan, base: State, cards: Mapping[str, Card]) -> S
     """What is known before anybody is asked. cards: of InterestsStage."""
     shards = dict(base.shards)
     for name, card in cards.items():
-        shard = Shard.of_name(name)
+        shard = Shard.from_name(name)
         before = base.shards.get(shard.number, ShardState())
         users, deferred = f"users/{shard.file()}", f"deferred/{shard.file()}"
         moved = users in card.files

@@ -97,11 +97,11 @@ class TableRows:
         ):
             if table is None:
                 continue
-            rows = _of_part(table, part, n_parts)
+            rows = _part_rows(table, part, n_parts)
             for kind in KEY_ORDER:
                 add(kind, rows.filter(pc.equal(rows["kind"], kind)), name=f"{name} to publish")
         if self.behaviors is not None:
-            writer.add_behaviors(_of_part(self.behaviors, part, n_parts), name="behaviors to publish")
+            writer.add_behaviors(_part_rows(self.behaviors, part, n_parts), name="behaviors to publish")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class ShardRows:
         if not tables:
             return None, ""
         table = pa.concat_tables([newest(table) for table in tables.values()])
-        return _of_part(table, part, n_parts) if n_shards < n_parts else table, workspace.path(next(iter(tables)))
+        return _part_rows(table, part, n_parts) if n_shards < n_parts else table, workspace.path(next(iter(tables)))
 
 
 def publish(
@@ -479,7 +479,7 @@ def _refuse_other_codebooks(kind: Kind, table: pa.Table, writer: PartWriter, nam
         )
 
 
-def _of_part(table: pa.Table, part: int, n_parts: int) -> pa.Table:
+def _part_rows(table: pa.Table, part: int, n_parts: int) -> pa.Table:
     """The rows of a table whose ids are a part's."""
     if n_parts == 1:
         return table

@@ -338,8 +338,8 @@ class PartWriter:
     def add_rows(self, database: str, keys: list[bytes], values: list[bytes]) -> None:
         """Writes rows as they stand in a file, all keys above those before, in one transaction."""
         if len(self._tombstones):
-            told = speaking(keys, self._tombstones)
-            keys, values = list(compress(keys, told)), list(compress(values, told))
+            visible = speaking(keys, self._tombstones)
+            keys, values = list(compress(keys, visible)), list(compress(values, visible))
         if not keys:
             return
         while True:
@@ -405,10 +405,10 @@ class PartWriter:
         for counted, name in ((newest, database), (older, "partitions")):
             kinds, ids = decode_keys(counted)
             for byte in np.unique(kinds).tolist():
-                kind, of_kind = kind_of(byte), kinds == byte
-                self.counts[name][kind] = self.counts[name].get(kind, 0) + int(of_kind.sum())
+                kind, kind_rows = kind_of(byte), kinds == byte
+                self.counts[name][kind] = self.counts[name].get(kind, 0) + int(kind_rows.sum())
                 if name == "knowledge":
-                    self.ids[kind].append(ids[of_kind])
+                    self.ids[kind].append(ids[kind_rows])
 
     def _keep_sample(self, database: str, keys: list[bytes], values: list[bytes]) -> None:
         stride = max(1, len(keys) * 4 // _SAMPLE)

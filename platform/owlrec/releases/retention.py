@@ -144,13 +144,15 @@ def _related(part: int, n_parts: int, n_others: int) -> Iterable[int]:
     return range(part, n_others, n_parts) if n_others > n_parts else (part & (n_others - 1),)
 
 
-def _layer(files: Sequence[LmdbFile], database: str, of_part: tuple[int, int] | None) -> Iterator[tuple[bytes, bytes]]:
-    """The rows of one release's files, ascending; of_part: a part and the number of parts, to leave other ids out."""
+def _layer(
+    files: Sequence[LmdbFile], database: str, only_part: tuple[int, int] | None
+) -> Iterator[tuple[bytes, bytes]]:
+    """The rows of one release's files, ascending; only_part: a part and the number of parts, to leave other ids out."""
     rows = heapq.merge(*(file.items(database) for file in files), key=itemgetter(0))
-    if of_part is None:
+    if only_part is None:
         yield from rows
         return
-    part, n_parts = of_part
+    part, n_parts = only_part
     while batch := list(islice(rows, _ROWS_AT_ONCE)):
         mine = shard_of(decode_keys([key for key, _ in batch])[1], n_parts) == part
         yield from (row for row, keep in zip(batch, mine.tolist(), strict=True) if keep)

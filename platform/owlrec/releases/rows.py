@@ -37,7 +37,7 @@ from owlrec.workspace import Tombstones
 
 
 _Value = TypeVar("_Value")
-_Store = TypeVar("_Store", bound="KnowledgeStore")
+_Layer = TypeVar("_Layer", bound="KnowledgeStore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +113,13 @@ class KnowledgeStore(ABC):
         groups, cohorts = self._stand_ins(kind, [int(ids[row]) for row in missing])
         if not cohorts:
             return rows, mask
-        of_cohorts, known = self.own_vectors("cohort", cohorts, 1)
+        cohort_vectors, known = self.own_vectors("cohort", cohorts, 1)
         place = {cohort: at for at, cohort in enumerate(cohorts) if known[at, 0]}
         for row, group in zip(missing, groups, strict=True):
             at = [place[cohort] for cohort in group if cohort in place]
             if not at:
                 continue
-            mean = of_cohorts[at, 0].mean(axis=0)
+            mean = cohort_vectors[at, 0].mean(axis=0)
             length = np.linalg.norm(mean)
             if length > 0:  # vectors that cancel each other out point nowhere: a miss
                 rows[row, 0], mask[row, 0] = mean / length, True
@@ -200,7 +200,7 @@ class KnowledgeStore(ABC):
         self.close()
 
 
-class ChainedStore(KnowledgeStore, Generic[_Store]):
+class ChainedStore(KnowledgeStore, Generic[_Layer]):
     """A delta release and what it is read on top of: whatever a layer lacks, the next older one answers.
 
     Only what stands under an id itself is looked up layer by layer. Which cohorts stand in for an id, and what those
@@ -208,7 +208,7 @@ class ChainedStore(KnowledgeStore, Generic[_Store]):
     other layer resolves to.
     """
 
-    def __init__(self, layers: Sequence[_Store], *, dim: int, totals: dict[str, int]) -> None:
+    def __init__(self, layers: Sequence[_Layer], *, dim: int, totals: dict[str, int]) -> None:
         """layers: newest first, the last of them a full release; closed with the chain. dim, totals: as the newest
         manifest states.
         """
@@ -264,7 +264,7 @@ class ChainedStore(KnowledgeStore, Generic[_Store]):
             layer.close()
 
     def _newest(
-        self, look_up: Callable[[_Store, Sequence[int]], list[_Value | None]], ids: Sequence[int] | np.ndarray
+        self, look_up: Callable[[_Layer, Sequence[int]], list[_Value | None]], ids: Sequence[int] | np.ndarray
     ) -> list[_Value | None]:
         values: list[_Value | None] = [None] * len(ids)
         missing = list(range(len(ids)))
@@ -402,8 +402,8 @@ def speaking(keys: Sequence[bytes], tombstones: Tombstones) -> list[bool]:
     if not keys or not len(tombstones):
         return [True] * len(keys)
     kinds, ids = decode_keys(keys)
-    told: list[bool] = (~tombstones.among(ids) | (kinds != _KIND_BYTES["user"][0])).tolist()
-    return told
+    visible: list[bool] = (~tombstones.among(ids) | (kinds != _KIND_BYTES["user"][0])).tolist()
+    return visible
 
 
 def kind_of(byte: int) -> str:

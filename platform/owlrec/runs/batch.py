@@ -267,8 +267,8 @@ def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig
     decoding, engine, release = recipe.decoding, recipe.engine, current_release(workspace)
     if decoding.mode == "off" or decoding.pools or release is None or not isinstance(engine, VllmEngineConfig):
         return decoding
-    pools, why = find_pools(workspace, release, engine.model_identity)
-    note(why)
+    pools, reason = find_pools(workspace, release, engine.model_identity)
+    note(reason)
     return decoding.model_copy(update={"pools": pools})
 
 

@@ -26,7 +26,7 @@ from owlrec.ctr.knowledge import arm_parts, arm_sources, stored_sources
 from owlrec.ctr.pca import open_tables, reduce_once, reduced_folders
 from owlrec.ctr.scoring import TOLERANCE, LiveState, Scorer, TableKnowledge, User, export_program, largest_difference
 from owlrec.ctr.trainer import read_vocabularies, tables_of
-from owlrec.ctr.training import GridJob, encode_once, load_data, needs_ray, stage_pool, train_trials
+from owlrec.ctr.training import GridSpec, encode_once, load_data, needs_ray, stage_pool, train_trials
 from owlrec.encoding.projection import Projection
 from owlrec.encoding.vectors import partitions_folder
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
@@ -143,13 +143,13 @@ def going_on_from(
 
 
 def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, str]]:
-    """Source -> side -> the folder that holds the vectors <source>-<side>, of all that was written of a side."""
+    """Source -> kind -> the folder that holds the vectors <source>-<kind>, of all that was written of a side."""
     sources: dict[str, dict[str, str]] = {}
     for folder in folders:
         for name in workspace.names(folder):
-            source, _, side = name.rpartition("-")
-            if side in ("user", "item"):
-                sources.setdefault(source, {})[side] = folder
+            source, _, kind = name.rpartition("-")
+            if kind in ("user", "item"):
+                sources.setdefault(source, {})[kind] = folder
     return sources
 
 
@@ -197,7 +197,7 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
                 results,
                 scores=read_grid_scores(workspace, grid_key, grid),
                 run=recipe.name,
-                protocol=_protocol(recipe, Labels.of_card(prepared).about),
+                protocol=_protocol(recipe, Labels.from_card(prepared).about),
                 facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
             )
         report = f"reports/{recipe.name}.html"
@@ -332,7 +332,7 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
         with ray_session(recipe.ray, workspace.log_path("ray")):
             pool = stage_pool(workspace, int(prepared.counts["samples"]))
             read = reduce_once(workspace, folders, config.knowledge_dim, named, pool)
-            job = GridJob(
+            spec = GridSpec(
                 settings=config,
                 workers=recipe.training,
                 trials=tuple(trials),
@@ -342,28 +342,30 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
                 profile=recipe.domain.profile_fields if config.use_profile else (),
                 soft_labels=soft.outputs["soft_labels"] if soft else None,
             )
-            encode_once(workspace, job, pool)
-            found = tried(workspace, job, candidates)
-        workspace.write_json(path, found)
+            encode_once(workspace, spec, pool)
+            results = tried(workspace, spec, candidates)
+        workspace.write_json(path, results)
         for folder in (ENCODED, "vectors"):
             workspace.delete_dir(grid_folder(named), folder)
-        rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in found]
+        rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in results]
         table(f"sweep, arm {arm}", ["backbone", "valid AUC", "epochs", "settings"], rows)
-        note(f"best: {found[0]['backbone']} with {found[0]['changes']}; put its settings below `ctr:` in the recipe")
-        return {"candidates": len(found), "best_valid_auc": found[0]["valid_auc"]}, {"sweep": path}
+        note(
+            f"best: {results[0]['backbone']} with {results[0]['changes']}; put its settings below `ctr:` in the recipe"
+        )
+        return {"candidates": len(results), "best_valid_auc": results[0]["valid_auc"]}, {"sweep": path}
 
     return execute(workspace, "sweep_ctr", named, f"{len(candidates)} settings, {len(trials)} backbones", body)
 
 
-def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trains each backbone of the job with each candidate; best valid AUC first. Ray must be initialised."""
+def tried(workspace: Workspace, spec: GridSpec, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Trains each backbone of the grid with each candidate; best valid AUC first. Ray must be initialised."""
     from ray import tune
 
-    plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in job.trials]
-    cpus = {"cpu": job.threads or 1, "gpu": int(job.workers.use_gpu)}
-    name = f"sweep-{job.fingerprint[:8]}"
+    plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in spec.trials]
+    cpus = {"cpu": spec.threads or 1, "gpu": int(spec.workers.use_gpu)}
+    name = f"sweep-{spec.fingerprint[:8]}"
     workspace.delete_dir("ctr", "ray", name)  # of an interrupted sweep
-    trainable = tune.with_parameters(_try, workspace=workspace, job=job.model_dump(mode="json"))
+    trainable = tune.with_parameters(_try, workspace=workspace, spec=spec.model_dump(mode="json"))
     filesystem, path = workspace.arrow("ctr/ray")
     results = tune.Tuner(
         tune.with_resources(trainable, cpus),
@@ -373,18 +375,18 @@ def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) 
     for error in results.errors:
         raise error
     workspace.delete_dir("ctr", "ray", name)
-    found = [
+    outcomes = [
         {**r.config["candidate"], "valid_auc": r.metrics["valid_auc"], "epochs": r.metrics["epochs"]} for r in results
     ]
-    return sorted(found, key=lambda f: -f["valid_auc"])
+    return sorted(outcomes, key=lambda f: -f["valid_auc"])
 
 
-def _try(candidate: dict[str, Any], workspace: Workspace, job: dict[str, Any]) -> None:
+def _try(candidate: dict[str, Any], workspace: Workspace, spec: dict[str, Any]) -> None:
     from ray import tune
 
     from owlrec.ctr.trainer import train_one
 
-    tried_, parsed = candidate["candidate"], GridJob.model_validate(job)
+    tried_, parsed = candidate["candidate"], GridSpec.model_validate(spec)
     settings = CTRConfig.model_validate({**parsed.settings.model_dump(), **tried_["changes"]})
     trial = next(t for t in parsed.trials if t.backbone == tried_["backbone"])
     result = train_one(trial, load_data(workspace, parsed), settings).result

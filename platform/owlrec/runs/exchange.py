@@ -9,7 +9,7 @@ import pyarrow as pa
 from owlrec.ctr.artifact import read_card
 from owlrec.encoding.inputs import import_vectors as shard_vectors
 from owlrec.errors import ReleaseError, WorkspaceError
-from owlrec.generation.import_export import ImportSource, adopt, export_jsonl, export_parquet
+from owlrec.generation.import_export import ImportSource, export_jsonl, export_parquet, import_knowledge_file
 from owlrec.generation.job import add_cards, iterate_knowledge
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
@@ -35,7 +35,7 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
     needed_stage(workspace, "prepare", "the tables are not prepared")
     watch = Stopwatch()
     forget_stages(workspace, from_stage("generate"))
-    job = adopt(workspace, recipe.domain, recipe.quality, source)[0]
+    job = import_knowledge_file(workspace, recipe.domain, recipe.quality, source)[0]
     cards = job.artifact(workspace).cards()  # of all imports: this one replaced what an earlier one brought of its kind
     counts = add_cards(cards.values())
     for kind in KINDS:
@@ -126,7 +126,7 @@ class ExportVectors(Stage):
             "release": pa.array([self._opened.name] * len(ids), pa.string()),
         }
         if self._live is not None:
-            columns["adapted"] = _lists(self._live.fields(kind, ids))
+            columns["adaptor_fields"] = _lists(self._live.fields(kind, ids))
         return pa.table(columns)
 
 
@@ -140,14 +140,14 @@ def export_vectors(
     """Writes the vectors of a release, by default the current one; the folder of each kind.
 
     Columns: raw_id, id, vector (float16), semantic_id (uint16, the duplicate digit last, null where there is none),
-    as_of (ms, the newest thing that the text knows), release, and with an artifact of `owlrec ctr export` adapted
-    (float32): what its adaptor makes of the vectors. An id without a vector has no row. Files that are there
-    already stay. Raises ReleaseError where nothing is published, or the artifact's model was trained on other
+    as_of (ms, the newest thing that the text knows), release, and with an artifact of `owlrec ctr export`
+    adaptor_fields (float32): what its adaptor makes of the vectors. An id without a vector has no row. Files that are
+    there already stay. Raises ReleaseError where nothing is published, or the artifact's model was trained on other
     vectors; WorkspaceError where the artifact is missing, or its model reads no knowledge.
     """
     stage_header("export-vectors", release or "the current release")
     if artifact is not None and read_card(workspace, artifact).reads is None:
-        raise WorkspaceError(f"{workspace.path(artifact)}: its model reads no knowledge, so it has no adapted fields.")
+        raise WorkspaceError(f"{workspace.path(artifact)}: its model reads no knowledge, so it has no adaptor fields.")
     with open_release(workspace, release, verify=False, lazily=True) as opened:
         name = opened.name
         kinds = {kind: opened.store.count(kind) for kind in TABLES}

@@ -9,8 +9,8 @@ from owlrec.generation.job import check_dead_share
 from owlrec.ops.console import ShardWatch, note, progress, stage_header, table, warn
 from owlrec.prompting.ranking import rank_fingerprint
 from owlrec.ranking.experiment import RankerRun, RankingConfig
-from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge_models, judgement_row, results_of, write_results
-from owlrec.ranking.lora import TuningJob, score_questions, tune_adapter
+from owlrec.ranking.judging import EVALUATION_COLUMNS, evaluate_models, evaluation_row, results_of, write_results
+from owlrec.ranking.lora import TuningSpec, score_questions, tune_adapter
 from owlrec.ranking.questions import ScorePairs, Teacher, pair_inputs, write_questions
 from owlrec.ranking.retrieval import ItemVectors
 from owlrec.ranking.scorer import TEMPLATE_OPTIONS
@@ -37,7 +37,7 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
     settings = settings or RankerRun(tuning=config.tuning.settings(use_gpu=recipe.training.use_gpu))
     decides = (config.decides_adapter(settings), TEMPLATE_OPTIONS, recipe.encoder.identity)
     tuned_key = fingerprint(prepared.fingerprint, engine.model_identity, wording, decides)
-    job = TuningJob(
+    spec = TuningSpec(
         folder=f"ranking/{tuned_key[:16]}",
         model=engine.model,
         revision=engine.revision,
@@ -58,14 +58,14 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
             vectors = ItemVectors.encoded(workspace, recipe.encoder, pool=pool)
         counts: Counts = {}
         count = token_counter(engine)
-        counts |= write_questions(workspace, job.folder, config, recipe.domain, vectors, count, settings)
+        counts |= write_questions(workspace, spec.folder, config, recipe.domain, vectors, count, settings)
         note(f"{counts['train_rows']:,} rows to tune on, from {counts['train_samples']:,} samples")
         with ray_session(recipe.ray, workspace.log_path("ray")):
             with progress("tuning", None, "steps") as advance:
-                adapter = tune_adapter(workspace, job, advance)
+                adapter = tune_adapter(workspace, spec, advance)
             best = adapter.manifest.progress
             note(f"best valid AUC {best.best_auc:.4f}, after {best.best_step} of {best.step} steps")
-            valid, test = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("valid", "test"))
+            valid, test = (workspace.read_parquet(f"{spec.folder}/{split}.parquet") for split in ("valid", "test"))
             questions = [(row["system"], row["text"]) for rows in (valid, test) for row in rows.to_pylist()]
             models: dict[str, Adapter | None] = {"zero-shot": None} if settings.zero_shot else {}
             models["tuned"] = adapter
@@ -78,11 +78,11 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
                     use_gpu=settings.tuning.use_gpu,
                     on_scored=advance,
                 )
-        judgements = judge_models(workspace, job.folder, valid, test, scores)
-        write_results(workspace, named[:16], results_of(config, judgements, settings.seed))
-        table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
+        evaluations = evaluate_models(workspace, spec.folder, valid, test, scores)
+        write_results(workspace, named[:16], results_of(config, evaluations, settings.seed))
+        table("test split", EVALUATION_COLUMNS, [evaluation_row(j) for j in evaluations])
         counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}
-        return counts, {"adapter": job.adapter, "judgements": f"{job.folder}/judgements.json"}
+        return counts, {"adapter": spec.adapter, "evaluations": f"{spec.folder}/evaluations.json"}
 
     return execute(workspace, "tune_ranker", named, f"{engine.model}, {config.data.shots or 'all'} shots", body)
 

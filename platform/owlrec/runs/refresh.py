@@ -24,7 +24,7 @@ from owlrec.refresh.apply import (
     too_many_dead,
     with_latest_pools,
 )
-from owlrec.refresh.plan import Moved, Planner
+from owlrec.refresh.plan import Moved, RefreshPlanner
 from owlrec.refresh.state import CLAIM, RefreshPlan, RefreshPrompts, State, read_state, sweep, write_state
 from owlrec.releases.build import PART_IDS
 from owlrec.releases.release import pointer as release_pointer
@@ -70,13 +70,13 @@ class Refresh:
     signals: StopSignals
 
     @property
-    def planner(self) -> Planner:
+    def planner(self) -> RefreshPlanner:
         """What makes plans."""
         recipe = self.recipe
         tokens = recipe.prompts.history_tokens, recipe.sampling.max_tokens
         prompts = RefreshPrompts(recipe.domain, recipe.engine, *tokens)
         framework = recipe.prompts.framework
-        return Planner(self.workspace, recipe.streaming, prompts, framework, recipe.encoder, self.run_stage)
+        return RefreshPlanner(self.workspace, recipe.streaming, prompts, framework, recipe.encoder, self.run_stage)
 
     def carry_out(self, plan: RefreshPlan, base: State) -> State:
         """Takes items in, moves users on, asks, publishes and settles. A step that was done before finds its cards."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from owlrec.erasure.forgetting import Report
-from owlrec.erasure.forgetting import forget as erase
+from owlrec.erasure.forget import Report
+from owlrec.erasure.forget import forget as erase
 from owlrec.errors import WorkspaceError
 from owlrec.ops.console import progress, stage_header
 from owlrec.recipe import Recipe
@@ -33,13 +33,13 @@ def reshard(recipe: Recipe, workspace: Workspace, kinds: Sequence[Kind] = ()) ->
                 f"{workspace.path(REFRESH_FOLDER)}: a refresh was interrupted. Run `owlrec refresh` first."
             )
 
-        def doubled(pool: Pool) -> dict[Kind, int]:
+        def resharded(pool: Pool) -> dict[Kind, int]:
             return split_shards(workspace, kinds, pool, lambda card: advance(card.rows_in))
 
         if rows <= PREPARED_HERE:
-            return doubled(Pool())
+            return resharded(Pool())
         with ray_session(recipe.ray, workspace.log_path("ray")):
-            return doubled(Pool(here=False, max_workers=1 << 10, log_path=str(workspace.log_path("reshard"))))
+            return resharded(Pool(here=False, max_workers=1 << 10, log_path=str(workspace.log_path("reshard"))))
 
 
 def forget(

@@ -92,13 +92,13 @@ class KeyRing:
         Takes as long for a wrong key as for a right one.
         """
         self._look_again()
-        found = None
+        name = None
         if len(key) > _LONGEST_KEY:
             return None
         for stored in self._keys:  # all of them, whichever matches
             if hmac.compare_digest(_digest(stored.salt, key), stored.digest):
-                found = stored.name
-        return found
+                name = stored.name
+        return name
 
     def _look_again(self) -> None:
         now = time.monotonic()

@@ -136,8 +136,8 @@ def build_knowledge_api(
 
         def find() -> Response:
             with served.lease() as release:  # by the thread, which outlives a request that is given up
-                found = similar.find(release, asked)
-                answer = SimilarAnswer(release=release.name, kind=asked.kind, results=found)
+                neighbors = similar.find(release, asked)
+                answer = SimilarAnswer(release=release.name, kind=asked.kind, results=neighbors)
                 return _json(release, answer.model_dump_json())
 
         return await asyncio.to_thread(find)
@@ -188,18 +188,18 @@ class _Answers:
         store, n = release.store, len(ids)
         about_text = "text" in fields or "provenance" in fields
         knowledge: list[Knowledge | None] = store.get(kind, ids) if about_text else [None] * n
-        found = np.array([k is not None for k in knowledge], dtype=bool)
+        present = np.array([k is not None for k in knowledge], dtype=bool)
         vectors: list[str] = []
         if "vector" in fields:
             rows, mask = store.vectors(kind, ids)
             vectors = [v if there else "null" for v, there in zip(vectors_as_json(rows), mask.tolist(), strict=True)]
-            found |= mask
+            present |= mask
         codes = store.own_codes(kind, ids) if "codes" in fields else None
-        self._count(kind, int(found.sum()), n)
+        self._count(kind, int(present.sum()), n)
         pieces = []
         for row, id_ in enumerate(ids):
             known = knowledge[row]
-            parts = [f'{{"id":{id_},"found":{"true" if found[row] else "false"}']
+            parts = [f'{{"id":{id_},"found":{"true" if present[row] else "false"}']
             if "text" in fields:
                 parts.append(f'"text":{json.dumps(known.text, ensure_ascii=False) if known else "null"}')
             if vectors:
@@ -208,7 +208,7 @@ class _Answers:
                 parts.append(f'"codes":{json.dumps(codes[row] or None)}')
             if "provenance" in fields:
                 parts.append(f'"provenance":{json.dumps(_provenance(release, known)) if known else "null"}')
-            pieces.append(_Piece(bool(found[row]), ",".join(parts) + "}"))
+            pieces.append(_Piece(bool(present[row]), ",".join(parts) + "}"))
         return pieces
 
     def _count(self, kind: Kind, hits: int, asked: int) -> None:

@@ -51,9 +51,9 @@ class WorkspaceTables:
 
     def behaviours(self, user: int) -> list[tuple[int, float | None]]:
         """What the LLM read of a user when it wrote their text: (item, rating), oldest first."""
-        found = self._find("histories", "user_id", user)
-        items = (found or {}).get("items") or []
-        ratings = (found or {}).get("ratings") or [None] * len(items)
+        row = self._find("histories", "user_id", user)
+        items = (row or {}).get("items") or []
+        ratings = (row or {}).get("ratings") or [None] * len(items)
         return list(zip(items, ratings, strict=True))
 
     def history(self, user: int) -> list[tuple[int, str, float | None]]:
@@ -109,8 +109,8 @@ def recent_of(served: ServedReleases) -> Recent:
 
     def recent(user: int) -> list[tuple[int, float | None]]:
         with served.lease() as release:
-            (found,) = release.store.behaviors([user])
-        rows = [] if found is None else found[taken(found["rating"], found["label"])].tolist()
+            (recorded,) = release.store.behaviors([user])
+        rows = [] if recorded is None else recorded[taken(recorded["rating"], recorded["label"])].tolist()
         return [(item, None if math.isnan(rating) else rating) for _, item, rating, _ in rows]
 
     return recent

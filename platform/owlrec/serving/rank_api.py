@@ -28,7 +28,7 @@ from owlrec.serving.problems import (
     never_stopping,
     readiness,
 )
-from owlrec.serving.schemas import Health, Rank, RankAnswer, Ranked, Why
+from owlrec.serving.schemas import Explanation, Health, Rank, RankAnswer, Ranked
 from owlrec.workspace import Workspace
 
 # -------------------------------------------------------------------------------------------------------------- rankers
@@ -50,7 +50,7 @@ class RankerChoice(Config):
 
 
 @dataclass(frozen=True)
-class RankerInForce:
+class CurrentRanker:
     """A checked choice."""
 
     adapter: str | None  # a local folder
@@ -61,14 +61,14 @@ class RankerInForce:
         if self.calibration is None:
             return [float(score) for score in scores]
         known = ~np.isnan(scores)
-        found = np.full(len(scores), np.nan)
-        found[known] = self.calibration.apply(scores[known])
-        return found.tolist()
+        calibrated = np.full(len(scores), np.nan)
+        calibrated[known] = self.calibration.apply(scores[known])
+        return calibrated.tolist()
 
 
 def open_ranker(
     workspace: Workspace, choice: Mapping[str, str | None], *, model: str, wording: str, shown: str
-) -> RankerInForce:
+) -> CurrentRanker:
     """Opens a RankerChoice. model, wording: that the adapter must be of (see open_adapter); shown: how behaviours are
     shown in questions.
 
@@ -83,7 +83,7 @@ def open_ranker(
             file = beside
     calibration = load_calibration(workspace, file) if file else None
     _log.info("ranker: adapter %s, calibration %s", asked.adapter, file)
-    return RankerInForce(adapter, calibration)
+    return CurrentRanker(adapter, calibration)
 
 
 # -------------------------------------------------------------------------------------------------------------- ranking
@@ -141,7 +141,7 @@ class Cascade:
                 id=asked.candidates[row],
                 score=_number(mixed.get(row, ctr[row])),
                 by="llm" if row in llm else "ctr",
-                why=Why(ctr_score=_number(ctr[row]), ctr_place=places[row], llm_score=llm.get(row))
+                explanation=Explanation(ctr_score=_number(ctr[row]), ctr_place=places[row], llm_score=llm.get(row))
                 if asked.explain
                 else None,
             )

@@ -202,7 +202,7 @@ class Rank(Request):
         return self
 
 
-class Why(BaseModel):
+class Explanation(BaseModel):
     """How a place came about."""
 
     ctr_score: float | None = None  # absent where the CTR model could not score it
@@ -218,7 +218,7 @@ class Ranked(BaseModel):
     id: int
     score: float | None = None
     by: Literal["ctr", "llm"]
-    why: Why | None = None  # where `explain` asked for it
+    explanation: Explanation | None = None  # where `explain` asked for it
 
 
 class RankAnswer(BaseModel):

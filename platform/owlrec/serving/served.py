@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from owlrec import __version__
-from owlrec.erasure.forgetting import ErasedCopies
+from owlrec.erasure.forget import ErasedCopies
 from owlrec.errors import OwlRecError
 from owlrec.releases.release import Release, ReleaseSource, current_release, open_release
 from owlrec.serving.guard import Telemetry

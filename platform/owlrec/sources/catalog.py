@@ -46,18 +46,18 @@ class ItemCatalog:
         ids: int64 [n].
         """
         rows = rows_of(self._ids, ids)
-        found = self._titles.take(pa.array(rows, mask=rows < 0))
+        column = self._titles.take(pa.array(rows, mask=rows < 0))
         try:
-            texts = found.to_pylist()
+            texts = column.to_pylist()
         except UnicodeDecodeError:
-            texts = [_text_or_none(value) for value in found]
+            texts = [_text_or_none(value) for value in column]
         return [text or "" for text in texts]
 
     def draw(self, n: int, seed: int) -> list[int]:
         """At most `n` items, drawn at random and always the same ones for a seed, in the order drawn."""
         chosen = np.random.default_rng(seed).permutation(len(self._ids))[:n]
-        found: list[int] = self._ids[chosen].tolist()
-        return found
+        drawn: list[int] = self._ids[chosen].tolist()
+        return drawn
 
     def find(self, words: str, limit: int) -> list[tuple[int, str]]:
         """Items whose title holds `words`, whatever the case: at most `limit` (id, title), by id."""

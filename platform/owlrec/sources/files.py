@@ -63,7 +63,7 @@ def input_files(pattern: str) -> list[SourceFile]:
 
 def _local_files(path: Path) -> list[SourceFile]:
     if path.is_dir():
-        names = [p for p in path.rglob("*") if not _aside(p.relative_to(path).parts)]
+        names = [p for p in path.rglob("*") if not _is_marker(p.relative_to(path).parts)]
     elif path.exists():
         return [_local(path)]
     else:
@@ -90,7 +90,7 @@ def _remote_files(uri: str) -> list[SourceFile]:
     return [
         SourceFile(f"{bucket.root}/{folder}/{name}" if folder else f"{bucket.root}/{name}", entry.bytes, entry.e_tag)
         for name, entry in bucket.entries(*([folder] if folder else [])).items()
-        if matches.match(name) and _format(name) and (wild or not _aside(name.split("/")))
+        if matches.match(name) and _format(name) and (wild or not _is_marker(name.split("/")))
     ]
 
 
@@ -113,7 +113,7 @@ def _glob_pattern(text: str) -> re.Pattern[str]:
     return re.compile("".join(parts.get(t, re.escape(t)) for t in re.split(r"(\*\*/|\*\*|\*|\?)", text)) + r"\Z")
 
 
-def _aside(parts: Sequence[str]) -> bool:
+def _is_marker(parts: Sequence[str]) -> bool:
     """Whether a path is one that writers of data put beside it, such as _SUCCESS."""
     return any(part.startswith((".", "_")) for part in parts)
 
@@ -264,7 +264,7 @@ def lake_files(name: str) -> tuple[list[SourceFile], str]:
     if not paths:
         raise SourceError(f"{name}: the table holds no data files. Correct its name or its snapshot.")
     files = in_threads(input_files, sorted(paths))
-    return [file for found in files for file in found], f"{scheme}@{snapshot}"
+    return [file for shares in files for file in shares], f"{scheme}@{snapshot}"
 
 
 def _iceberg(name: str, table: str, snapshot: int | None) -> tuple[list[str], str]:

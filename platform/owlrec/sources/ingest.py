@@ -112,7 +112,7 @@ class Grouping(BaseModel):
 
     def fragments(self, number: int) -> list[Fragment]:
         """The fragments of a group."""
-        return [Fragment.of_json(values) for values in self.groups[number]]
+        return [Fragment.from_json(values) for values in self.groups[number]]
 
 
 def grouped(fragments: Sequence[Fragment], earlier: Grouping | None) -> Grouping:

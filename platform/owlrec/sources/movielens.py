@@ -214,9 +214,9 @@ def _fields(file: Path, separator: str, n: int) -> Iterator[tuple[int, list[str]
             yield number, fields
 
 
-def _check_header(file: Path, found: list[str], expected: list[str]) -> None:
-    if found != expected:
-        raise _bad_line(file, 1, f"the header is {','.join(found)} where {','.join(expected)} is expected")
+def _check_header(file: Path, header: list[str], expected: list[str]) -> None:
+    if header != expected:
+        raise _bad_line(file, 1, f"the header is {','.join(header)} where {','.join(expected)} is expected")
 
 
 def _columns(file: Path, rows: Iterable[list[str]]) -> list[list[str]]:

@@ -117,7 +117,7 @@ class Labels(BaseModel, frozen=True):
         )
 
     @classmethod
-    def of_card(cls, prepared: Card) -> "Labels":
+    def from_card(cls, prepared: Card) -> "Labels":
         """The rule that the tables were prepared by. prepared: the card of the stage."""
         return cls.model_validate_json(str(prepared.counts["labels"]))
 
@@ -203,9 +203,9 @@ def drawn_negatives(
     """
     users, place = np.unique(took[0], return_inverse=True)
     places = np.unique(rows_of(catalog, took[1]) + place * len(catalog))
-    of_user = np.searchsorted(users, user) * len(catalog)
+    user_keys = np.searchsorted(users, user) * len(catalog)
     source = np.sort(took[1]) if labels.negatives_by == "popularity" else catalog
-    found = np.full((len(user), labels.negatives), -1, dtype=np.int64)
+    negatives = np.full((len(user), labels.negatives), -1, dtype=np.int64)
     for number in range(labels.negatives):
         missing = np.arange(len(user))
         for attempt in range(_ROUNDS):
@@ -213,17 +213,17 @@ def drawn_negatives(
                 break
             mixed = hash_of(labels.seed, number, attempt, user[missing], time[missing], item[missing])
             chosen = source[mixed % len(source)]
-            key = rows_of(catalog, chosen) + of_user[missing]
-            twice = (found[missing, :number] == chosen[:, None]).any(axis=1) & (len(catalog) > 4 * labels.negatives)
+            key = rows_of(catalog, chosen) + user_keys[missing]
+            twice = (negatives[missing, :number] == chosen[:, None]).any(axis=1) & (len(catalog) > 4 * labels.negatives)
             good = (rows_of(places, key) < 0) & ~twice
-            found[missing[good], number] = chosen[good]
+            negatives[missing[good], number] = chosen[good]
             missing = missing[~good]
         for row in missing.tolist():  # of users who took nearly everything, or of few items
             left = np.setdiff1d(catalog, took[1][took[0] == user[row]])
             if len(left):
                 at = hash_of(labels.seed, number, _ROUNDS, user[[row]], time[[row]], item[[row]])[0] % len(left)
-                found[row, number] = left[at]
-    return found
+                negatives[row, number] = left[at]
+    return negatives
 
 
 def _ratings(table: pa.Table, labels: Labels, name: str, first_row: int) -> np.ndarray:

@@ -71,8 +71,8 @@ class WriteTables(Stage):
             tables = self._user_tables(catalog, *rows) if kind == "user" else {"items": rows[0]}
             drawn: Counter[str] = Counter()
             if self.labels.negatives and kind == "user":
-                of_zero = tables["samples"].filter(pc.equal(tables["samples"]["label"], 0))
-                drawn.update({n["values"]: n["counts"] for n in pc.value_counts(of_zero["split"]).to_pylist()})
+                negatives = tables["samples"].filter(pc.equal(tables["samples"]["label"], 0))
+                drawn.update({n["values"]: n["counts"] for n in pc.value_counts(negatives["split"]).to_pylist()})
             files = {f"{name}/{shard_file(number)}": table for name, table in tables.items()}
             entries = {path: workspace.write_parquet(f"{TABLES}/{path}", table) for path, table in files.items()}
             return entries, drawn
@@ -82,7 +82,7 @@ class WriteTables(Stage):
         # In threads: each file waits for its disk or its store.
         written = in_threads(write, list(zip(tasks.shards(work.shard.number), *shuffled, strict=True)))
         rows = sum(table.num_rows for table in shuffled[0])
-        drawn = sum((of_shard for _, of_shard in written), Counter[str]())
+        drawn = sum((shard_counts for _, shard_counts in written), Counter[str]())
         counts = {f"drawn_{split}": n for split, n in drawn.items()}
         return Result({path: e for files, _ in written for path, e in files.items()}, rows, rows, counts=counts)
 
@@ -166,7 +166,7 @@ class Preparation:
         tasks = self._tasks(groups)
         shuffle, counts, cards = self._shuffle(groups, tasks)
         values = [
-            SplitValues.of_table(self.workspace.map_arrow(f"{shuffle.folder}/{shuffled_file('split', task)}"))
+            SplitValues.from_table(self.workspace.map_arrow(f"{shuffle.folder}/{shuffled_file('split', task)}"))
             for task in range(len(tasks["user"]))
         ]
         thresholds = split_thresholds(values, self.split)
@@ -237,11 +237,11 @@ class Preparation:
         settings = (stage.split, stage.thresholds, stage.tasks, stage.labels)
         files = {name: {path: entry.sha256 for path, entry in card.files.items()} for name, card in cards.items()}
         # What is drawn depends on which items there are.
-        catalog = [of for name, of in files.items() if name.startswith("item/")] if stage.labels.negatives else None
-        inputs = {Shard.of_name(name): fingerprint(of, *settings, catalog) for name, of in files.items()}
+        catalog = [read for name, read in files.items() if name.startswith("item/")] if stage.labels.negatives else None
+        inputs = {Shard.from_name(name): fingerprint(read, *settings, catalog) for name, read in files.items()}
         artifact = Artifact(self.workspace, TABLES)
         for name in set(artifact.cards()) - {shard.name for shard in inputs}:
-            artifact.forget(Shard.of_name(name))  # of a time when there were more tasks
+            artifact.forget(Shard.from_name(name))  # of a time when there were more tasks
         written = self._make(stage, inputs, "writing tables", self.rows).values()
         return {split: sum(int(card.counts.get(f"drawn_{split}", 0)) for card in written) for split in SPLITS}
 

@@ -93,7 +93,7 @@ class Fragment:
     groups: tuple[int, int] = (0, 0)  # row groups of a Parquet file: from, to
 
     @classmethod
-    def of_json(cls, values: dict[str, Any]) -> "Fragment":
+    def from_json(cls, values: dict[str, Any]) -> "Fragment":
         """From what `json` gave."""
         return cls(**{**values, "groups": tuple(values["groups"])})
 
@@ -303,8 +303,8 @@ def interactions_piece(data: pa.Table, name: str, first_row: int = 0) -> pa.Tabl
     """
     ids = {key: id_array(_raw_ids(data, key, name, first_row)) for key in ("user_id", "item_id")}
     _refuse_null(data, "timestamp", name, first_row)
-    told = outcome_columns(data.column_names)
-    table = pa.table({**ids, "timestamp": data["timestamp"], **{column: data[column] for column in told}})
+    outcome_names = outcome_columns(data.column_names)
+    table = pa.table({**ids, "timestamp": data["timestamp"], **{column: data[column] for column in outcome_names}})
     schema = pa.schema([_INTERACTION[column] for column in table.column_names])
     table = conform(table, schema, name=name, first_row=first_row)
     check_milliseconds(table["timestamp"], name=name, first_row=first_row)

@@ -232,11 +232,11 @@ class SplitValues:
         return cls(value[last], users if config.method == "user" else total, total, positives)
 
     def table(self) -> pa.Table:
-        """As a table that `of_table` reads back."""
+        """As a table that `from_table` reads back."""
         return pa.table({name: getattr(self, name) for name in ("value", "weight", "samples", "positives")})
 
     @classmethod
-    def of_table(cls, table: pa.Table) -> "SplitValues":
+    def from_table(cls, table: pa.Table) -> "SplitValues":
         """From what `table` gave, without copying."""
         columns = (table[name] for name in ("value", "weight", "samples", "positives"))
         return cls(*(c.chunk(0).to_numpy() if c.num_chunks else np.zeros(0, dtype=np.int64) for c in columns))
@@ -406,8 +406,8 @@ def _passed_over(behaviors: Behaviors, texts: Texts) -> tuple[np.ndarray, np.nda
     chosen, n = [np.zeros(0, dtype=np.int64)], 0
     start, end = np.zeros(len(texts), dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
     nth = np.arange(len(texts)) - run_starts(texts.user)
-    for of_each in range(int(nth.max()) + 1):  # one text of each user at a time
-        text = np.flatnonzero(nth == of_each)
+    for round_ in range(int(nth.max()) + 1):  # one text of each user at a time
+        text = np.flatnonzero(nth == round_)
         as_of = np.full(int(place[-1]) + 1, np.iinfo(np.int64).min)
         has = texts.user[text] < len(as_of)
         as_of[texts.user[text[has]]] = texts.as_of[text[has]]

@@ -170,8 +170,8 @@ class DCNv2(Backbone):
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
-        width, of_knowledge = shape.n_fields * shape.embed_dim, shape.knowledge_fields * shape.embed_dim
-        self.blocks = [width - of_knowledge, of_knowledge] if of_knowledge else [width]  # knowledge comes last
+        width, knowledge_width = shape.n_fields * shape.embed_dim, shape.knowledge_fields * shape.embed_dim
+        self.blocks = [width - knowledge_width, knowledge_width] if knowledge_width else [width]  # knowledge comes last
         self.cross = nn.ModuleList(MatrixCross(block) for block in self.blocks)
         self.deep = mlp(width, hidden_dims, dropout)
         self.head = nn.Linear(width + hidden_dims[-1], 1)

@@ -58,8 +58,8 @@ class TableRows:
         """float32 [b, L, out]: each behaviour times `weight` [out, sum of the widths]; each row of a table once."""
         by_table = weight.split([table.shape[1] for table in self.tables], dim=1)
         parts = [
-            F.embedding(rows, F.linear(table, of_table))
-            for rows, table, of_table in zip(self.rows, self.tables, by_table, strict=True)
+            F.embedding(rows, F.linear(table, table_weight))
+            for rows, table, table_weight in zip(self.rows, self.tables, by_table, strict=True)
         ]
         return sum(parts[1:], parts[0])
 
@@ -104,8 +104,8 @@ class BackboneInputs:
 
     def fields(self, history: Tensor | None = None) -> Tensor:
         """float32 [b, n_fields, e]: target, history (its mean unless another summary is given), profile, knowledge."""
-        of_user = [self.mean_history() if history is None else history, self.profile]
-        parts = [self.target, *(part.expand(self.target.shape[0], -1, -1) for part in of_user)]
+        user_parts = [self.mean_history() if history is None else history, self.profile]
+        parts = [self.target, *(part.expand(self.target.shape[0], -1, -1) for part in user_parts)]
         return torch.cat(parts if self.knowledge is None else [*parts, self.knowledge], dim=1)
 
 

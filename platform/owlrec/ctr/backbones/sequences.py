@@ -81,8 +81,8 @@ class AttentionalGRU(nn.Module):
         ):
             recalled_gates, recalled = self.recall(state).split([2 * self.dim, self.dim], dim=1)
             reset, update = torch.sigmoid(gates + recalled_gates).chunk(2, dim=1)
-            found = torch.tanh(candidate + reset * recalled)
-            state = torch.lerp(state, found.to(state.dtype), (weight * update).to(state.dtype))
+            proposal = torch.tanh(candidate + reset * recalled)
+            state = torch.lerp(state, proposal.to(state.dtype), (weight * update).to(state.dtype))
         return state
 
 

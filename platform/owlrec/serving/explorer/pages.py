@@ -47,14 +47,14 @@ class Paragraph:
 
 def paragraphs(text: str) -> list[Paragraph]:
     """The paragraphs of a text, as plain strings: the template escapes them."""
-    found = []
+    parts = []
     for line in text.splitlines():
         if not line.strip():
             continue
         match = _FACTOR.match(line)
         factor = match["factor"].strip() if match else ""
-        found.append(Paragraph(factor, line[match.end() :].strip() if match else line.strip()))
-    return found
+        parts.append(Paragraph(factor, line[match.end() :].strip() if match else line.strip()))
+    return parts
 
 
 # -------------------------------------------------------------------------------------------------------------- ranking
@@ -95,8 +95,8 @@ async def compare_rankings(ranker: Ranker | None, tables: WorkspaceTables, user:
     except Exception as error:
         mistake = root_mistake(error)
         return {**view, "problem": str(mistake) if mistake else "the ranking application does not answer"}
-    sides = await asyncio.to_thread(_side_by_side, answer, tables)
-    return {**view, **sides, "problem": answer.reason}
+    comparison = await asyncio.to_thread(_comparison, answer, tables)
+    return {**view, **comparison, "problem": answer.reason}
 
 
 def parse_ids(words: str) -> list[int]:
@@ -115,20 +115,20 @@ def parse_ids(words: str) -> list[int]:
     return ids
 
 
-def _side_by_side(answer: RankAnswer, tables: WorkspaceTables) -> dict[str, Any]:
+def _comparison(answer: RankAnswer, tables: WorkspaceTables) -> dict[str, Any]:
     titles = tables.titles([r.id for r in answer.results])
     rows: list[dict[str, Any]] = []
     for place, (result, title) in enumerate(zip(answer.results, titles, strict=True), 1):
-        assert result.why is not None
+        assert result.explanation is not None
         rows.append(
             {
                 "id": result.id,
                 "title": title or f"item {result.id}",
                 "place": place,
-                "ctr_place": result.why.ctr_place,
-                "ctr_score": result.why.ctr_score,
-                "llm_score": result.why.llm_score,
-                "rise": result.why.ctr_place - place,  # places nearer to the top than the CTR model put it
+                "ctr_place": result.explanation.ctr_place,
+                "ctr_score": result.explanation.ctr_score,
+                "llm_score": result.explanation.llm_score,
+                "rise": result.explanation.ctr_place - place,  # places nearer to the top than the CTR model put it
             }
         )
     by_llm = any(row["llm_score"] is not None for row in rows)
@@ -226,7 +226,7 @@ class _Views:
     def __init__(self, similar: SimilarEntities, tables: WorkspaceTables) -> None:
         self._similar = similar
         self._tables = tables
-        self._judged: dict[str, list[dict[str, Any]]] = {}  # by release
+        self._quality: dict[str, list[dict[str, Any]]] = {}  # by release
         self._environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
         )
@@ -237,22 +237,22 @@ class _Views:
 
     def health(self, release: Release) -> dict[str, Any]:
         """Coverage, age and quality of the release."""
-        if release.name not in self._judged:
-            self._judged = {release.name: [self._judge(release, kind) for kind in ("user", "item", "cohort")]}
+        if release.name not in self._quality:
+            self._quality = {release.name: [self._quality_of(release, kind) for kind in ("user", "item", "cohort")]}
         age = time.time() - datetime.fromisoformat(release.manifest.created).timestamp()
-        return {"kinds": self._judged[release.name], "age_hours": age / 3600, "chain": release.chain}
+        return {"kinds": self._quality[release.name], "age_hours": age / 3600, "chain": release.chain}
 
     def search(self, release: Release, kind: Kind, words: str) -> dict[str, Any]:
         """Entities by id, and items by title."""
-        found: dict[int, str] = {}
+        matches: dict[int, str] = {}
         if words.isascii() and words.isdigit() and len(words) <= 19 and int(words) <= LARGEST_ID:
             id_ = int(words)
             known = release.store.get(kind, [id_])[0] is not None
             if known or (kind != "cohort" and self._tables.row(kind, id_)):
-                found[id_] = self._name(kind, id_)
+                matches[id_] = self._name(kind, id_)
         if kind == "item" and words:
-            found |= dict(self._tables.find_items(words, _FOUND))
-        return {"kind": kind, "words": words, "found": list(found.items())[:_FOUND]}
+            matches |= dict(self._tables.find_items(words, _FOUND))
+        return {"kind": kind, "words": words, "found": list(matches.items())[:_FOUND]}
 
     def entity(self, release: Release, kind: Kind, id_: int) -> dict[str, Any]:
         """One entity. Raises Problem (404) where neither the release nor the tables know it."""
@@ -290,7 +290,7 @@ class _Views:
         title = self._tables.titles([id_])[0] if kind == "item" else ""
         return title or f"{kind} {id_}"
 
-    def _judge(self, release: Release, kind: Kind) -> dict[str, Any]:
+    def _quality_of(self, release: Release, kind: Kind) -> dict[str, Any]:
         store = release.store
         ids = store.ids(kind, _SAMPLED)
         known = [k for k in store.get(kind, ids) if k]

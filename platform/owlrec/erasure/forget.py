@@ -33,7 +33,7 @@ from owlrec.erasure.rows import (
     erase_cohorts,
     erase_lines,
     hide_values,
-    of_users,
+    is_users_file,
     quoting_cohorts,
     update_cards,
 )
@@ -102,12 +102,12 @@ def files_to_read(workspace: Workspace, paths: Iterable[str], users: Users) -> d
 
 def files_to_remove(workspace: Workspace, sizes: Mapping[str, int]) -> dict[str, Removal]:
     """By what they are, the files that go whole. sizes: of all files by path."""
-    found: dict[str, Removal] = {}
+    removals: dict[str, Removal] = {}
     for pattern, about, stage in _WHOLE:
         files = [path for path in sizes if pattern.fullmatch(path)]
         if files:
-            found[about] = Removal(files, sum(sizes[path] for path in files), stage)
-    return found
+            removals[about] = Removal(files, sum(sizes[path] for path in files), stage)
+    return removals
 
 
 def shard_numbers(workspace: Workspace, users: Users) -> set[int]:
@@ -127,7 +127,7 @@ def _may_hold(path: str, numbers: set[int]) -> bool:
     match = _NUMBERED.fullmatch(path)
     if match is None or path.startswith(("ingest/", "events/")):
         return True
-    return not of_users(path) or int(match[1]) in numbers
+    return not is_users_file(path) or int(match[1]) in numbers
 
 
 # --------------------------------------------------------------------------------------------------------------- copies
@@ -176,7 +176,7 @@ _NOTE = (
 )
 
 
-class Place(BaseModel):
+class ErasedPlace(BaseModel):
     """One line of the report."""
 
     place: str
@@ -193,7 +193,7 @@ class Report(BaseModel):
     users: int
     unknown: int  # of them, of whom nothing was kept anywhere
     finished: float = 0  # seconds since 1970
-    places: list[Place] = []
+    places: list[ErasedPlace] = []
     models: list[str] = []  # folders of what was trained on rows of these users
     note: str = _NOTE
 
@@ -243,7 +243,7 @@ class EraseRows(Stage):
         for path in self.chunks[work.shard.kind][work.shard.number]:
             if work.workspace.entry(path) is not None:
                 done += erase(work.workspace, path, self.users)
-        lines = [{**asdict(r), "entry": r.entry.model_dump(), "found": sorted(r.found)} for r in done]
+        lines = [{**asdict(r), "entry": r.entry.model_dump(), "places": sorted(r.places)} for r in done]
         rows = sum(r.rows for r in done)
         return Result({}, rows_in=rows, rows_dead=rows, counts={"rewritten": json.dumps(lines)})
 
@@ -256,7 +256,7 @@ class _Erasure:
     ) -> None:
         self.workspace, self.users, self.run = workspace, users, run
         self.redis, self.drop_models = redis, drop_models
-        self.places: list[Place] = []
+        self.places: list[ErasedPlace] = []
         self.changed: list[str] = []  # files that were replaced or removed
 
     def carry_out(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> Report:
@@ -272,15 +272,15 @@ class _Erasure:
         update_cards(workspace, listing, rewritten, shard_numbers(workspace, self.users))
         _update_logs(workspace, rewritten)
         cohorts = self._erase_cohorts(listing)
-        found = {place for r in rewritten for place in r.found} | self._erase_releases(cohorts, pool)
-        if any(r.rows for r in rewritten if not r.path.startswith("logs/")) or found:
+        user_places = {place for r in rewritten for place in r.places} | self._erase_releases(cohorts, pool)
+        if any(r.rows for r in rewritten if not r.path.startswith("logs/")) or user_places:
             self._remove_whole()
         self._erase_redis()
         self._erase_outside()
         trained |= any(r.path.startswith("tables/samples/") for r in rewritten)
         report = Report(
             users=len(self.users.ids),
-            unknown=len(self.users.ids) - len(found),
+            unknown=len(self.users.ids) - len(user_places),
             finished=time.time(),
             places=self.places,
             models=self._models() if trained else [],
@@ -291,7 +291,7 @@ class _Erasure:
     def _hide_values(self) -> None:
         files, values = hide_values(self.workspace, self.users)
         if files:
-            self.places.append(Place(place="ctr, models", done="profile values hidden", files=files, rows=values))
+            self.places.append(ErasedPlace(place="ctr, models", done="profile values hidden", files=files, rows=values))
 
     def _erase_rows(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> list[Rewritten]:
         workspace, path = self.workspace, f"{self.run}/plan.json"
@@ -299,14 +299,14 @@ class _Erasure:
             workspace.write_json(path, files_to_read(workspace, workspace.entries(), self.users))
         chunks: dict[str, list[list[str]]] = workspace.read_json(path)
         stage = EraseRows(self.run, chunks, self.users)
-        inputs = {Shard(place, n): self.run for place, of_place in chunks.items() for n in range(len(of_place))}
+        inputs = {Shard(place, n): self.run for place, place_chunks in chunks.items() for n in range(len(place_chunks))}
         cards = run_stage(workspace, stage, inputs, pool, on_card)
         rewritten: list[Rewritten] = []
         for place in chunks:
             own = [
                 _rewritten(line)
                 for name, card in cards.items()
-                if Shard.of_name(name).kind == place
+                if Shard.from_name(name).kind == place
                 for line in json.loads(str(card.counts["rewritten"]))
             ]
             rewritten += own
@@ -344,8 +344,8 @@ class _Erasure:
             plan = workspace.read_json(path)
         plan["releases"] = sorted({*plan["releases"], *held.releases, *others.releases})
         plan["rows"] = max(plan["rows"], held.rows + others.rows)
-        found = np.flatnonzero(np.isin(self.users.ids, list(held.ids))).tolist()
-        plan["places"] = sorted({*plan["places"], *found})
+        places = np.flatnonzero(np.isin(self.users.ids, list(held.ids))).tolist()
+        plan["places"] = sorted({*plan["places"], *places})
         workspace.write_json(path, plan)
         if not plan["releases"]:
             return set()
@@ -423,11 +423,11 @@ class _Erasure:
 
     def _note(self, place: str, done: str, files: int, rows: int = 0, size: int = 0, again: str = "") -> None:
         if files or rows:
-            self.places.append(Place(place=place, done=done, files=files, rows=rows, bytes=size, again=again))
+            self.places.append(ErasedPlace(place=place, done=done, files=files, rows=rows, bytes=size, again=again))
 
 
 def _rewritten(line: dict[str, Any]) -> Rewritten:
-    return Rewritten(**{**line, "entry": FileEntry(**line["entry"]), "found": frozenset(line["found"])})
+    return Rewritten(**{**line, "entry": FileEntry(**line["entry"]), "places": frozenset(line["places"])})
 
 
 def _update_logs(workspace: Workspace, rewritten: Iterable[Rewritten]) -> None:
@@ -448,7 +448,7 @@ def _update_logs(workspace: Workspace, rewritten: Iterable[Rewritten]) -> None:
 
 def _unfinished_files(workspace: Workspace) -> list[Path]:
     """What killed writers left under temporary names."""
-    found = []
+    files = []
     for folder, _, names in os.walk(workspace.path()):
-        found += [Path(folder, name) for name in names if name.startswith(".") and name.endswith(".tmp")]
-    return found
+        files += [Path(folder, name) for name in names if name.startswith(".") and name.endswith(".tmp")]
+    return files

@@ -1,4 +1,4 @@
-"""Judgements against scikit-learn on hand-made rows: calibrated on valid only, each way of asking on its own."""
+"""Evaluations against scikit-learn on hand-made rows: calibrated on valid only, each way of asking on its own."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from owlrec.errors import SchemaError
 from owlrec.evaluation import load_calibration
-from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge, judge_models, judgement_row
+from owlrec.ranking.judging import EVALUATION_COLUMNS, evaluate_model, evaluate_models, evaluation_row
 from owlrec.ranking.samples import TUNING_ROWS
 from owlrec.workspace import Workspace
 
@@ -31,13 +31,13 @@ def rows(n: int, seed: int) -> tuple[pa.Table, np.ndarray]:
     return pa.Table.from_pylist(made, schema=TUNING_ROWS), np.array(scores)
 
 
-def test_each_way_is_judged_by_its_own_rows_and_calibration() -> None:
+def test_each_way_is_evaluated_by_its_own_rows_and_calibration() -> None:
     (valid, on_valid), (test, on_test) = rows(300, 0), rows(400, 1)
     on_test[4] = np.nan  # of a recent row
-    judgements, calibrations = judge("tuned", valid, on_valid, test, on_test)
-    assert [j.shown for j in judgements] == list(WAYS)
-    assert [(j.rows, j.unscored) for j in judgements] == [(399, 1), (400, 0)]
-    for j, shown in zip(judgements, WAYS, strict=True):
+    evaluations, calibrations = evaluate_model("tuned", valid, on_valid, test, on_test)
+    assert [j.shown for j in evaluations] == list(WAYS)
+    assert [(j.rows, j.unscored) for j in evaluations] == [(399, 1), (400, 0)]
+    for j, shown in zip(evaluations, WAYS, strict=True):
         asked = (np.array(test["shown"].to_pylist()) == shown) & ~np.isnan(on_test)
         labels = np.array([a == "Yes" for a in test["answer"].to_pylist()])[asked]
         calibrated = calibrations[shown].apply(on_test[asked])
@@ -49,28 +49,31 @@ def test_each_way_is_judged_by_its_own_rows_and_calibration() -> None:
         assert j.accuracy == pytest.approx(((calibrated > 0.5) == labels).mean())
         assert j.log_loss < 0.69 < j.raw_log_loss
         assert j.calibration_error < j.raw_calibration_error
-    assert judgements[1].auc > judgements[0].auc + 0.1
+    assert evaluations[1].auc > evaluations[0].auc + 0.1
     assert calibrations["recent"] != calibrations["retrieved"]
-    assert len(judgement_row(judgements[0])) == len(JUDGEMENT_COLUMNS)
+    assert len(evaluation_row(evaluations[0])) == len(EVALUATION_COLUMNS)
 
 
 def test_the_test_split_does_not_decide_its_own_calibration() -> None:
     (valid, on_valid), (test, on_test) = rows(300, 0), rows(200, 1)
     flipped = test.set_column(6, "answer", [["No" if a == "Yes" else "Yes" for a in test["answer"].to_pylist()]])
-    assert judge("m", valid, on_valid, test, on_test)[1] == judge("m", valid, on_valid, flipped, on_test)[1]
+    assert (
+        evaluate_model("m", valid, on_valid, test, on_test)[1]
+        == evaluate_model("m", valid, on_valid, flipped, on_test)[1]
+    )
     none_liked = valid.set_column(6, "answer", [["No"] * valid.num_rows])
     with pytest.raises(SchemaError, match="0 of 300 labels are 1"):
-        judge("m", none_liked, on_valid, test, on_test)
+        evaluate_model("m", none_liked, on_valid, test, on_test)
 
 
 def test_what_is_written_is_what_is_returned(workspace: Workspace) -> None:
     (valid, on_valid), (test, on_test) = rows(100, 0), rows(80, 1)
     scores = {"zero-shot": np.r_[on_valid, on_test][::1], "tuned": np.r_[on_valid, on_test] ** 2}
-    judgements = judge_models(workspace, "r", valid, test, scores)
-    assert [(j.model, j.shown) for j in judgements] == [(m, s) for m in scores for s in WAYS]
-    assert workspace.read_json("r/judgements.json") == [j.model_dump() for j in judgements]
+    evaluations = evaluate_models(workspace, "r", valid, test, scores)
+    assert [(j.model, j.shown) for j in evaluations] == [(m, s) for m in scores for s in WAYS]
+    assert workspace.read_json("r/evaluations.json") == [j.model_dump() for j in evaluations]
     written = workspace.read_parquet("r/scores-tuned.parquet")
     np.testing.assert_array_equal(written["score"].to_numpy(), scores["tuned"][valid.num_rows :])
     assert written.column_names[:-1] == TUNING_ROWS.names
     calibration = load_calibration(workspace, "r/calibration-tuned-recent.json")
-    assert calibration == judge("tuned", valid, on_valid**2, test, on_test**2)[1]["recent"]
+    assert calibration == evaluate_model("tuned", valid, on_valid**2, test, on_test**2)[1]["recent"]

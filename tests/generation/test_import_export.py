@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from owlrec.errors import SourceError, WorkspaceError
-from owlrec.generation.import_export import ImportSource, adopt
+from owlrec.generation.import_export import ImportSource, import_knowledge_file
 from owlrec.generation.job import GenerationJob, dead_file, read_knowledge
 from owlrec.generation.quality import QualityConfig
 from owlrec.runs.exchange import export_knowledge, import_knowledge
@@ -24,7 +24,7 @@ def write(path: Path, rows: list[dict]) -> str:
 
 def take_in(workspace: Workspace, **source: object) -> GenerationJob:
     config = ImportSource.model_validate({"format": "jsonl", **source})
-    return adopt(workspace, get_scenario("movies"), QualityConfig(), config)[0]
+    return import_knowledge_file(workspace, get_scenario("movies"), QualityConfig(), config)[0]
 
 
 def dead_rows(workspace: Workspace, job: GenerationJob) -> dict[int, str]:
@@ -94,8 +94,8 @@ def test_what_goes_out_comes_back_in(small_world: Workspace, tmp_path: Path, ech
         assert export_knowledge(small_world, out) == 30
         manifest = import_knowledge(recipe, small_world, ImportSource(kind="item", path=out))
         table = read_knowledge(small_world, manifest.outputs["knowledge"], "item")
-        found = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
-        assert found == {row["id"]: row["text"] for row in rows}
+        texts = dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+        assert texts == {row["id"]: row["text"] for row in rows}
 
 
 def test_unprepared_workspace_says_what_to_run(workspace: Workspace, tmp_path: Path, echo_recipe_for: object) -> None:
