@@ -64,7 +64,7 @@ class ExplorerReplica:
         try:
             handle = serve.get_app_handle(self._rank_app)
         except RayServeException:
-            raise ServingError("no ranking application is deployed beside this page") from None
+            raise ServingError("no ranking application is deployed with this page") from None
         return RankAnswer.model_validate(await handle.rank.remote(asked.model_dump()))
 
 

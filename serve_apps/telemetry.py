@@ -12,15 +12,15 @@ from ray.util.metrics import Counter, Gauge, Histogram
 _BOUNDS_S = [0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 2.0, 5.0]
 _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "requests": ("Requests by route and status", ("route", "status")),
-    "hits": ("Ids that something was known of", ("kind",)),
-    "misses": ("Ids that nothing was known of", ("kind",)),
-    "swaps": ("Releases that took the place of another", ()),
-    "degraded": ("Rankings that went out without the LLM, by reason", ("reason",)),
+    "hits": ("Requested ids with knowledge", ("kind",)),
+    "misses": ("Requested ids without knowledge", ("kind",)),
+    "swaps": ("Release swaps", ()),
+    "degraded": ("Rankings returned without the LLM, by reason", ("reason",)),
 }
 _GAUGES = {
     "release_age_s": "Age of the current release",
-    "release_texts": "Users, items and cohorts that the current release has a text of",
-    "release_error": "1 where the current release cannot be served",
+    "release_texts": "Users, items and cohorts with a text in the current release",
+    "release_error": "1 if the current release cannot be served",
 }
 
 

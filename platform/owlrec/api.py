@@ -163,13 +163,13 @@ def _pools(pools: str | PathLike[str] | Workspace | None, model: str | None) -> 
         release = current_release(workspace)
         if release is None or not workspace.exists(FOLDER, release):
             raise RecipeError(
-                f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` and a "
-                "vLLM engine in the recipe, or write a folder of pools."
+                f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` "
+                "and a vLLM engine in the recipe, or pass a folder of pools."
             )
         folder = workspace.local_path(FOLDER, release)
     identity = pools_identity(folder)
     if identity and model and identity not in (model, model_identity(model)):
-        raise RecipeError(f"pools: {folder} holds tokens of {identity}, not of {model}. Name pools of this model.")
+        raise RecipeError(f"pools: {folder} holds tokens of {identity}, not of {model}. Use pools of this model.")
     return str(folder), identity or model or ""
 
 
@@ -238,7 +238,7 @@ def write_texts(
             store = Workspace(fspath(place))
             _write_tables(store, recipe, kind, rows, items, interactions)
             answers = _generate(store, recipe, kind)
-    silence = _Answer(None, error=f"NoBehavior: the interactions hold nothing that this {kind} took")
+    silence = _Answer(None, error=f"NoBehavior: the interactions have nothing that this {kind} took")
     results = [
         _Answer(None, error=rows.errors[at]) if at in rows.errors else answers.get(stable_id(raw), silence)
         for at, raw in enumerate(rows.raw)
@@ -274,7 +274,7 @@ def _rows(frame: "pd.DataFrame", kind: Literal["item", "user"], scenario: Scenar
     for column in (key, *fields[: kind == "item"]):
         if column not in frame.columns:
             held = ", ".join(map(str, frame.columns)) or "no columns"
-            raise SchemaError(f"{name}: column '{column}' is missing; it has {held}. Rename a column of the frame.")
+            raise SchemaError(f"{name}: column '{column}' is missing; the frame has {held}. Rename one.")
     named = frame[key].tolist()
     raw = [_raw_id(value) for value in named]
     errors: dict[int, str] = {}
@@ -283,7 +283,7 @@ def _rows(frame: "pd.DataFrame", kind: Literal["item", "user"], scenario: Scenar
         if not id_:
             errors[row] = f"NoId: {named[row]!r:.60} is neither a text nor an integer"
         elif id_ in seen:
-            errors[row] = f"RepeatedId: {id_} stands in an earlier row"
+            errors[row] = f"RepeatedId: {id_} is also in an earlier row"
         seen.add(id_)
     columns = {}
     for field in dict.fromkeys(fields):
@@ -314,7 +314,7 @@ def _cells(values: list[Any], field: str, errors: dict[int, str]) -> list[str | 
             cells.append([_text(entry) for entry in value] if several else _text(value))
         except (TypeError, UnicodeEncodeError) as error:
             cells.append("")
-            errors.setdefault(row, f"{_ROW_ERRORS[type(error)]}: {field} holds {value!r:.60}, but text is meant")
+            errors.setdefault(row, f"{_ROW_ERRORS[type(error)]}: {field} holds {value!r:.60}, not text")
     return cells
 
 
@@ -356,11 +356,11 @@ def _write_tables(
     """What `prepare` would have written of the frames: the tables that prompts are made of."""
     earlier = finished_stage(store, "prepare")
     if earlier is not None and _FRAMES not in earlier.counts:
-        raise WorkspaceError(f"{store.root} is the workspace of a run, whose tables would be lost. Name another.")
+        raise WorkspaceError(f"{store.root} is the workspace of a run, and its tables would be lost. Use another.")
     if kind == "item":
         tables = {"items": entities_piece("items", rows.table, "frame").data}
     elif items is None or interactions is None:
-        raise SchemaError("write_texts: texts about users are made of what they did. Give items and interactions.")
+        raise SchemaError("write_texts: texts about users need their behaviors. Pass items and interactions.")
     else:
         known = _rows(items, "item", recipe.scenario, name="items")
         for row, error in sorted(known.errors.items()):
@@ -379,7 +379,7 @@ def _user_tables(recipe: Recipe, users: pa.Table, items: pa.Table, frame: "pd.Da
     try:
         raw = pa.Table.from_pandas(frame, preserve_index=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SchemaError(f"interactions: a column holds values of several types ({error}). Convert it.") from None
+        raise SchemaError(f"interactions: a column has values of several types ({error}). Convert it.") from None
     if "timestamp" not in raw.column_names:
         raise missing_column(raw, "timestamp", name="interactions")
     times = to_milliseconds(raw["timestamp"], "ms", name="interactions")
@@ -439,10 +439,10 @@ def _engine(llm: str | EngineConfig | Mapping[str, Any], model: str | None) -> A
     """The `engine` section of a recipe."""
     if isinstance(llm, str) and llm.startswith(("http://", "https://")):
         if model is None:
-            raise RecipeError(f"llm: {llm} is a server's address. Name its model as well: model='...'.")
+            raise RecipeError(f"llm: {llm} is a server's address. Also pass its model: model='...'.")
         return {"type": "http", "base_url": llm, "model": model}
     if model is not None:
-        raise RecipeError("model: only the address of a server needs one. Name the model as llm.")
+        raise RecipeError("model: only a server's address needs it. Pass the model as llm.")
     if isinstance(llm, str):
         return {"type": "echo"} if llm == "echo" else {"type": "vllm", "model": llm}
     return llm

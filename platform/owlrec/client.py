@@ -172,7 +172,7 @@ def exchange(
 def _refusal(call: Call[T], answer: Answer) -> ClientError:
     """The error that an answer stands for."""
     problem = _problem(answer)
-    detail = problem.detail if problem else "and nothing about it that OwlRec would say. Check the address."
+    detail = problem.detail if problem else "without a message from OwlRec. Check the address."
     request_id = answer.headers.get(REQUEST_ID_HEADER)
     message = f"{_where(call)}: {answer.status}, {detail}" + (f" (request {request_id})" if request_id else "")
     return ClientError(message, status=answer.status, errors=problem.errors if problem else (), request_id=request_id)
@@ -183,8 +183,8 @@ def _given_up(call: Call[T], outcome: Answer | Failure | None, attempts: int) ->
         error = _refusal(call, outcome)
         error.args = (f"{error}, after {attempts} attempts",)
         return error
-    reason = outcome.reason if outcome else "nothing came back"
-    return ClientError(f"{_where(call)}: {reason}, after {attempts} attempts. Does the server run at that address?")
+    reason = outcome.reason if outcome else "no response"
+    return ClientError(f"{_where(call)}: {reason}, after {attempts} attempts. Is the server running at that address?")
 
 
 def _problem(answer: Answer) -> ProblemDocument | None:
@@ -205,7 +205,8 @@ def _read(call: Call[T], answer: Answer) -> T:
         return call.read(answer)
     except (ValueError, KeyError):  # a ValidationError is a ValueError
         raise ClientError(
-            f"{_where(call)}: the answer is not this version of OwlRec's. Check the address, and `owlrec.__version__`.",
+            f"{_where(call)}: the response does not match this version of OwlRec. Check the address and "
+            "`owlrec.__version__`.",
             status=answer.status,
         ) from None
 
@@ -340,7 +341,7 @@ def _validated(model: type[_R], values: Mapping[str, Any]) -> _R:
     except ValidationError as error:
         errors = [_field_error(e["loc"], e["msg"]) for e in error.errors(include_input=False, include_url=False)]
         told = f"{errors[0].field}: {errors[0].message}"
-        raise ClientError(f"{model.__name__} was not sent, for it is wrong: {told}", errors=errors) from None
+        raise ClientError(f"{model.__name__} was not sent because it is invalid: {told}", errors=errors) from None
 
 
 def _json(asked: Request) -> bytes:
@@ -364,7 +365,7 @@ class _Addresses:
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         for one in self._urls.values():
             if not one.startswith(("http://", "https://")):
-                raise ClientError(f"'{one}' is not an address: it must begin with http:// or https://.")
+                raise ClientError(f"'{one}' is not a valid address: it must start with http:// or https://.")
 
     def _request(self, call: Call[T]) -> dict[str, Any]:
         url = self._urls[call.service] + call.path

@@ -62,7 +62,7 @@ class Registry(dict[str, str], Generic[Component]):
         if not isinstance(section, Mapping):
             return section
         if "type" not in section:
-            raise ValueError(f"its type is missing.{did_you_mean('', self)}")
+            raise ValueError(f"the type is missing.{did_you_mean('', self)}")
         try:
             config: Any = self.load(str(section["type"]))
         except RecipeError as error:

@@ -44,7 +44,7 @@ def gauc(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float:
     labels, scores = binary_rows(labels, scores)
     users = np.asarray(users)
     if len(users) != len(labels):
-        raise ValueError(f"{len(users)} users for {len(labels)} labels: give one user a row.")
+        raise ValueError(f"{len(users)} users for {len(labels)} labels: pass one user per row.")
     sums, positives, sizes = _rank_sums(labels, scores, users)
     each = _auc_of_groups(sums, positives, sizes)
     usable = ~np.isnan(each)
@@ -82,7 +82,7 @@ def equal_mass_calibration_error(labels: np.ndarray, probabilities: np.ndarray, 
     bins < 1.
     """
     if bins < 1:
-        raise ValueError(f"bins is {bins}: give at least one.")
+        raise ValueError(f"bins is {bins}: use at least one.")
     labels, probabilities = _rows_of_probabilities(labels, probabilities)
     n = len(labels)
     if n == 0:
@@ -96,15 +96,15 @@ def equal_mass_calibration_error(labels: np.ndarray, probabilities: np.ndarray, 
 def binary_rows(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64 [n]. Raises ValueError unless they are n labels of 0 and 1 and n scores without NaN."""
     labels, scores = _aligned(labels, scores)
-    _refuse((labels != 0) & (labels != 1), labels, "label", "labels are 0 or 1")
-    _refuse(np.isnan(scores), scores, "score", "it has no place in an order")
+    _refuse((labels != 0) & (labels != 1), labels, "label", "labels must be 0 or 1")
+    _refuse(np.isnan(scores), scores, "score", "it cannot be ranked")
     return labels, scores
 
 
 def _rows_of_probabilities(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels, probabilities = _aligned(labels, probabilities)
     for name, values in (("label", labels), ("probability", probabilities)):
-        _refuse(~((values >= 0) & (values <= 1)), values, name, "give a value within [0, 1]")
+        _refuse(~((values >= 0) & (values <= 1)), values, name, "it must be in [0, 1]")
     return labels, probabilities
 
 
@@ -117,7 +117,7 @@ def _refuse(wrong: np.ndarray, values: np.ndarray, name: str, why: str) -> None:
 def _aligned(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels, scores = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     if labels.shape != scores.shape or labels.ndim != 1:
-        raise ValueError(f"labels are {labels.shape} and scores {scores.shape}: give one score a label.")
+        raise ValueError(f"labels are {labels.shape} and scores {scores.shape}: pass one score per label.")
     return labels, scores
 
 
@@ -198,11 +198,9 @@ def bootstrap_aucs(
     """
     distinct, groups = np.unique(np.asarray(users), return_inverse=True)
     if len(groups) != len(labels):
-        raise ValueError(f"{len(groups)} users for {len(labels)} labels: give one user a row.")
+        raise ValueError(f"{len(groups)} users for {len(labels)} labels: pass one user per row.")
     if len(distinct) < 2 or resamples < 1:
-        raise ValueError(
-            f"{len(distinct)} users in {resamples} resamples: it takes two users to differ and one resample to see it."
-        )
+        raise ValueError(f"{len(distinct)} users in {resamples} resamples: use at least two users and one resample.")
     aucs = [WeightedAUC(labels, vector, groups) for vector in scores]
     rng = np.random.default_rng(seed)
     found = np.empty((resamples, len(aucs)))
@@ -220,7 +218,9 @@ def percentile_interval(values: np.ndarray, level: float = 0.95) -> Interval:
     """
     finite = values[~np.isnan(values)]
     if len(finite) == 0 or not 0 < level < 1:
-        raise ValueError(f"{len(finite)} values for a level of {level}: give at least one, and a level within (0, 1).")
+        raise ValueError(
+            f"{len(finite)} values for a level of {level}: pass at least one value, and a level in (0, 1)."
+        )
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return Interval(low=float(low), high=float(high))
 
@@ -243,7 +243,7 @@ def clustered_difference(
     distinct, of_row = np.unique(users, return_inverse=True)
     if min(len(positives), len(negatives), len(distinct)) < 2:
         raise ValueError(
-            f"{len(positives)} positives, {len(negatives)} negatives, {len(distinct)} users: give two each."
+            f"{len(positives)} positives, {len(negatives)} negatives, {len(distinct)} users: each needs at least two."
         )
     difference, positive = float(positives.mean()), np.asarray(labels) == 1
     influence = np.bincount(of_row[positive], (positives - difference) / len(positives), len(distinct))
@@ -374,15 +374,15 @@ def fit_calibration(scores: np.ndarray, labels: np.ndarray) -> PlattScaling:
     """
     scores, labels = _checked(scores), np.asarray(labels, dtype=np.float64)
     if labels.shape != scores.shape:
-        raise SchemaError(f"calibration: {len(scores)} scores, but {len(labels)} labels. Give one a score.")
+        raise SchemaError(f"calibration: {len(scores)} scores, but {len(labels)} labels. Pass one label per score.")
     wrong = np.flatnonzero((labels != 0) & (labels != 1))
     if len(wrong):
         raise SchemaError(f"calibration, row {wrong[0]}: the label is {labels[wrong[0]]}, which is neither 0 nor 1.")
     n_positive = int(labels.sum())
     if n_positive in (0, len(labels)):
         raise SchemaError(
-            f"calibration: {n_positive} of {len(labels)} labels are 1, so nothing tells one class from the other. "
-            "Score more of the valid split."
+            f"calibration: {n_positive} of {len(labels)} labels are 1, but both classes are needed. Score more "
+            "of the valid split."
         )
     return _fit_platt(scores, labels)
 
@@ -410,7 +410,7 @@ def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, *,
     """
     labels, probabilities = np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
     if labels.shape != probabilities.shape:
-        raise ValueError(f"labels are {labels.shape} and probabilities {probabilities.shape}: give one a label.")
+        raise ValueError(f"labels are {labels.shape} and probabilities {probabilities.shape}: pass one per label.")
     if len(labels) == 0:
         return float("nan")
     of_bin = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
@@ -446,8 +446,8 @@ def _checked(scores: np.ndarray) -> np.ndarray:
     wrong = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
     if len(wrong):
         raise SchemaError(
-            f"calibration, row {wrong[0]}: the score is {scores[wrong[0]]}, but probabilities of yes are meant, which "
-            "lie in [0, 1]. Drop the rows that could not be scored."
+            f"calibration, row {wrong[0]}: the score is {scores[wrong[0]]}, but must be a probability of yes "
+            "in [0, 1]. Drop rows without a score."
         )
     return scores
 

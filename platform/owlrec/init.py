@@ -143,13 +143,13 @@ def draft(tables: Sequence[Table], ask: Ask) -> Draft:
             likely = left
         if role != "users" and not likely:
             raise RecipeError(
-                f"no table of {role} is there (columns {', '.join(_NEEDED[role])}), only "
-                f"{', '.join(table.path for table in tables) or 'nothing'}. Name the folder that holds it."
+                f"there is no table of {role} (columns {', '.join(_NEEDED[role])}), only "
+                f"{', '.join(table.path for table in tables) or 'nothing'}. Pass the folder that has it."
             )
         if likely:
             path = likely[0].path
             if len(likely) > 1 or not fits(likely[0]):
-                path = ask(f"Which table holds the {role}?", [t.path for t in likely], guess=fits(likely[0]))
+                path = ask(f"Which table has the {role}?", [t.path for t in likely], guess=fits(likely[0]))
             chosen[role] = next(table for table in likely if table.path == path)
     columns = {role: _columns(role, table, ask) for role, table in chosen.items()}
     log = chosen["interactions"]
@@ -278,11 +278,11 @@ def write_recipe(folder: Path, file: Path | None, ask: Ask) -> Path:
     Raises RecipeError where the file exists, or the folder lacks tables.
     """
     if not folder.is_dir():
-        raise RecipeError(f"{folder}: there is no such folder. Name the one that holds the tables.")
+        raise RecipeError(f"{folder}: folder not found. Pass the folder with the tables.")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip(".-_") or "recipe"
     file = file or Path(f"{name}.yaml")
     if file.exists():
-        raise RecipeError(f"{file} exists already, and stays. Name another file with --output.")
+        raise RecipeError(f"{file} already exists and was not changed. Choose another file with --output.")
     text = recipe_text(
         file.stem if re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem, re.ASCII) else name, draft(find_tables(folder), ask)
     )
@@ -290,7 +290,7 @@ def write_recipe(folder: Path, file: Path | None, ask: Ask) -> Path:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text)
     except OSError as error:
-        raise RecipeError(f"{file}: cannot be written ({error.strerror}). Name another with --output.") from None
+        raise RecipeError(f"{file}: cannot be written ({error.strerror}). Choose another file with --output.") from None
     return file
 
 
@@ -307,7 +307,7 @@ def next_step(folder: Path) -> str:
             "`owlrec run RECIPE`."
         )
     return (
-        "which recipe? This folder holds none, and no tables. `owlrec init FOLDER` writes one for the Parquet, CSV or "
-        "JSON lines files\nin another folder; those under pipelines/recipes/ run on MovieLens, which is installed "
-        "with OwlRec."
+        "which recipe? This folder has no recipe and no tables. `owlrec init FOLDER` writes one for the "
+        "Parquet, CSV or JSON lines files\nin another folder; those under pipelines/recipes/ run on "
+        "MovieLens, which comes with OwlRec."
     )

@@ -94,14 +94,14 @@ class NodeCache:
         try:
             fetch(temporary)
             if temporary.stat().st_size != size:
-                raise WorkspaceError(f"{path.name}: {temporary.stat().st_size} bytes arrived, not {size}. Try again.")
+                raise WorkspaceError(f"{path.name}: {temporary.stat().st_size} of {size} bytes arrived. Try again.")
             if sha256 is not None:
                 with temporary.open("rb") as file:
                     arrived = hashlib.file_digest(file, "sha256").hexdigest()
                 if arrived != sha256:
                     raise WorkspaceError(
-                        f"{path.name}: the file arrived with SHA-256 {arrived[:16]}…, not {sha256[:16]}…. "
-                        "It is damaged where it lies: run its stage again."
+                        f"{path.name}: the file has SHA-256 {arrived[:16]}… instead of {sha256[:16]}…. The "
+                        "stored file is damaged: run its stage again."
                     )
             os.replace(temporary, path)
         finally:
@@ -118,12 +118,13 @@ class NodeCache:
                 used -= bytes_
         if used + size > self.max_bytes:
             raise WorkspaceError(
-                f"{self.folder}: {size:,} bytes do not fit beside {used:,} that are open; the cache may hold "
-                f"{self.max_bytes:,}. Raise OWLREC_CACHE_GIB, or set OWLREC_CACHE to a folder on a larger disk."
+                f"{self.folder}: {size:,} bytes do not fit in addition to {used:,} in use; the limit of the "
+                f"cache is {self.max_bytes:,}. Raise OWLREC_CACHE_GIB, or set OWLREC_CACHE to a folder on a "
+                "larger disk."
             )
         if shutil.disk_usage(self.folder).free < size:
             raise WorkspaceError(
-                f"{self.folder}: {size:,} bytes do not fit on this node's disk. Free some space there, or set "
+                f"{self.folder}: {size:,} bytes do not fit on this node's disk. Free some space, or set "
                 "OWLREC_CACHE to a folder on a larger disk."
             ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

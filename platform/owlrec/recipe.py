@@ -103,15 +103,15 @@ def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(
-            f"{path}: cannot be read ({error.strerror}). Recipes ship under pipelines/recipes/."
-        ) from None
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}). See pipelines/recipes/ for examples.") from None
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is not valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
+        raise RecipeError(f"{path}: is not valid YAML ({' '.join(str(error).split())}). Correct it.") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: must hold `key: value` lines at the top. See pipelines/recipes/ for an example.")
+        raise RecipeError(
+            f"{path}: must have `key: value` lines at the top level. See pipelines/recipes/ for an example."
+        )
     if workspace is not None:
         values["workspace"] = workspace
     if max_replicas is not None:
@@ -130,7 +130,9 @@ def make_recipe(values: Mapping[str, Any], *, name: str = "recipe") -> Recipe:
     except ValidationError as error:
         lines = _explain(error, values)
         if any("unknown key. Valid names" in line for line in lines):  # no misspelling
-            lines.append("Keys of the first edition are gone: `owlrec init` writes a recipe with today's, and")
+            lines.append(
+                "Keys of the first edition no longer work: `owlrec init` writes a recipe with current ones, and"
+            )
             lines.append("docs/reference/recipe.md lists them.")
         raise RecipeError(f"{name}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
@@ -180,7 +182,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
             names = _names_at(location[:-1], values)
             lines.append(f"{key}: unknown key.{did_you_mean(str(location[-1]), names)}")
         elif detail["type"] == "missing":
-            lines.append(f"{key}: is missing. Add it to the recipe.")
+            lines.append(f"{key}: missing. Add it to the recipe.")
         else:
             message = detail["msg"].removeprefix("Value error, ")
             value = detail.get("input")

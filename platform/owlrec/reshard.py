@@ -75,7 +75,7 @@ def _unfinished(workspace: Workspace, kinds: Sequence[Kind]) -> Plan | None:
     plan = Plan.model_validate(workspace.read_json(path))
     if kinds and set(kinds) != set(plan.shards):
         raise WorkspaceError(
-            f"{workspace.path(path)}: a reshard of {', '.join(plan.shards)} is not finished. Run it again first."
+            f"{workspace.path(path)}: a reshard of {', '.join(plan.shards)} is unfinished. Run it again first."
         )
     return plan
 
@@ -135,7 +135,10 @@ class Split(Stage):
         rows: dict[str, int] = {}
         card = Artifact(work.workspace, folder).card(shard)
         if card is None:
-            raise WorkspaceError(f"{work.workspace.path(folder)}: shard {shard.name} has changed since. Run it again.")
+            raise WorkspaceError(
+                f"{work.workspace.path(folder)}: shard {shard.name} has changed since the reshard started. Run it "
+                "again."
+            )
         # Kept beside the halves: once they are put in place, the artifact's own card no longer holds.
         path = work.shard.file(".json")
         files[path] = work.workspace.write_bytes(f"{self.folder}/{path}", card.model_dump_json().encode())
@@ -189,7 +192,9 @@ class Place(Stage):
         workspace, (folder, shard) = work.workspace, _of(work.shard)
         split = Artifact(workspace, Split.folder).card(work.shard)
         if split is None:
-            raise WorkspaceError(f"{workspace.path(_FOLDER)} lacks halves of {work.shard.name}. Restore the workspace.")
+            raise WorkspaceError(
+                f"{workspace.path(_FOLDER)} is missing halves of {work.shard.name}. Restore the workspace."
+            )
         work.check()
         n = self.shards[_kind(shard.kind)]  # type: ignore[index]
         own_card = work.shard.file(".json")

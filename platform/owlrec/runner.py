@@ -37,8 +37,8 @@ _COUNTS = {
     "rows": "Rows written",
     "dead_rows": "Rows sent to the dead letters",
     "shards": "Shards finished",
-    "worker_seconds": "Time since the worker began to load its model, as of its last shard",
-    "cost": "What that time costs, in the currency of the recipe's price_per_replica_hour",
+    "worker_seconds": "Time from the start of model loading to the worker's last shard",
+    "cost": "Cost of that time, in the currency of the recipe's price_per_replica_hour",
 }
 _TAGS = ("stage", "worker")
 
@@ -53,8 +53,8 @@ class StageMetrics:
         self._metrics: dict[str, Any] = {
             name: Counter(f"owlrec_stage_{name}", about, _TAGS) for name, about in _COUNTS.items()
         }
-        self._counts = Counter("owlrec_stage_counts", "What else shards count: tokens, flags", (*_TAGS, "count"))
-        self._in_flight = Gauge("owlrec_stage_shards_in_flight", "Shards begun and not finished", _TAGS)
+        self._counts = Counter("owlrec_stage_counts", "Other counts of shards: tokens, flags", (*_TAGS, "count"))
+        self._in_flight = Gauge("owlrec_stage_shards_in_flight", "Shards started but not finished", _TAGS)
         self._tags = {"stage": stage, "worker": worker}
         self._price_per_s = (price_per_hour or 0.0) / 3600
         self._shards, self._counted = 0, time.monotonic()
@@ -137,7 +137,7 @@ class Work:
     def check(self) -> None:
         """Raises ShardTaken where another run has taken the shard over. Call it before files are replaced."""
         if not self.still_mine():
-            raise ShardTaken(f"{self.artifact.folder}: shard {self.shard.name} was taken over by another run")
+            raise ShardTaken(f"{self.artifact.folder}: shard {self.shard.name} has been taken over by another run")
 
 
 class Stage(ABC):
@@ -264,8 +264,10 @@ def run_stage(
                     finish(card)
             idle = idle + 1 if not any(s.name in cards for s in mine) else 0
             if idle == _IDLE_PASSES:
-                where = f" {pool.log_path} says why." if pool.log_path else ""
-                raise EngineError(f"{stage.name}: {len(mine)} shards do not finish, first {mine[0].name}.{where}")
+                where = f" See {pool.log_path}." if pool.log_path else ""
+                raise EngineError(
+                    f"{stage.name}: {len(mine)} shards failed to finish, the first is {mine[0].name}.{where}"
+                )
         left = [s for s in left if s.name not in cards]
         if left:
             time.sleep(min(pool.lease_s / 4, _POLL_S))
@@ -339,8 +341,8 @@ class _Worker:
     async def _claimed(self, shard: Shard, inputs: str, claim: Claim, path: str) -> Card:
         if claim.failures >= _WORKERS_LOST:
             raise EngineError(
-                f"{self.run.stage.name}: {_WORKERS_LOST} workers have ended over shard {shard.name}. "
-                f"{self.run.pool.log_path or 'The log'} says why; run the same command again once it is fixed."
+                f"{self.run.stage.name}: {_WORKERS_LOST} workers died on shard {shard.name}. See "
+                f"{self.run.pool.log_path or 'the log'}, fix the cause, and run the same command again."
             )
         artifact = self.run.artifact
         earlier = await asyncio.to_thread(artifact.card, shard)  # another run may have come before

@@ -218,7 +218,7 @@ def as_ids(names: Iterable[int | str]) -> np.ndarray:
     names: a sequence, an array or a pandas Series. Raises SchemaError for what is neither text nor integer.
     """
     if isinstance(names, str | bytes):
-        raise SchemaError(f"ids: {names!r} is one id where several are meant. Write [{names!r}].")
+        raise SchemaError(f"ids: {names!r} is a single id, not a list. Write [{names!r}].")
     kind = getattr(getattr(names, "dtype", None), "kind", "")
     if kind in ("i", "u"):
         return np.asarray(names, dtype=np.int64)
@@ -229,9 +229,7 @@ def as_ids(names: Iterable[int | str]) -> np.ndarray:
         elif isinstance(name, int | np.integer) and not isinstance(name, bool):
             ids.append(int(name))
         else:
-            raise SchemaError(
-                f"ids, row {row}: {name!r} is neither a text nor an integer. Convert it, or drop the row."
-            )
+            raise SchemaError(f"ids, row {row}: {name!r} is neither a text nor an integer. Convert it or drop the row.")
     return np.array(ids, dtype=np.int64)
 
 
@@ -308,8 +306,8 @@ def _cast(column: pa.ChunkedArray, field: pa.Field, name: str, first_row: int) -
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         where, value = _first_bad(column, field.type)
         raise SchemaError(
-            f"{name}, row {first_row + where}: column '{field.name}' holds {value!r}, which is no {field.type} "
-            f"({error}). Correct the value or drop the row."
+            f"{name}, row {first_row + where}: column '{field.name}' holds {value!r}, which is not a valid "
+            f"{field.type} ({error}). Correct the value or drop the row."
         ) from None
 
 
@@ -332,11 +330,11 @@ def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str, first_row: int
     if largest is not None and largest < MILLISECONDS.start:
         row = first_row + pc.index(timestamps, largest).as_py()
         raise SchemaError(
-            f"{name}, row {row}: timestamp {largest} looks like seconds, but milliseconds since 1970 (UTC) are meant. "
-            f"Multiply by 1000, or set source.timestamp_unit: s in the recipe."
+            f"{name}, row {row}: timestamp {largest} looks like seconds, but must be milliseconds since 1970 "
+            "(UTC). Multiply by 1000, or set source.timestamp_unit: s in the recipe."
         )
     if largest is not None and largest >= MILLISECONDS.stop:
         raise SchemaError(
-            f"{name}: timestamp {largest} looks like micro- or nanoseconds, but milliseconds since 1970 (UTC) are "
-            "meant. Set source.timestamp_unit: us or ns in the recipe."
+            f"{name}: timestamp {largest} looks like micro- or nanoseconds, but must be milliseconds since "
+            "1970 (UTC). Set source.timestamp_unit: us or ns in the recipe."
         )

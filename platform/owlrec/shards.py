@@ -447,8 +447,8 @@ def claimed(storage: Storage, path: str, what: str) -> Iterator[None]:
             holder = _read(storage, path)[0]
             who = f"process {holder.pid} on {holder.host.split()[0]}" if holder else "another process"
             raise WorkspaceError(
-                f"{storage.root}: {what} is running already, in {who}. Wait for it, or end it and run this again; "
-                f"a claim whose process is gone ends by itself within {LEASE_S:g} s."
+                f"{storage.root}: {what} is already running in {who}. Wait for it, or stop it and run this "
+                f"again; the claim of a dead process expires within {LEASE_S:g} s."
             )
         yield
     finally:

@@ -90,7 +90,7 @@ class Storage:
         """The path as a local one, for what only a local folder can do. Raises WorkspaceError on an object store."""
         if not self.local:
             raise WorkspaceError(
-                f"{self.root} is not a local folder, which {'/'.join(parts)} needs. Use a local workspace."
+                f"{self.root} is not a local folder, but {'/'.join(parts)} needs one. Use a local workspace."
             )
         return Path(self.path(*parts))
 
@@ -117,7 +117,7 @@ class Storage:
             self.delete_file(probe)
         except WorkspaceError as error:
             raise WorkspaceError(
-                f"workspace {self.root} is not writable: {error} Or name another place, in the recipe's `workspace` or "
+                f"workspace {self.root} is not writable: {error} Or use another workspace, in the recipe or "
                 "with --workspace."
             ) from None
 
@@ -634,17 +634,17 @@ def _refuse(where: str, what: str, error: Exception) -> NoReturn:
     text = str(error)
     first = " ".join(text.split())[:300]
     if _is_full(error):
-        remedy = "Free some space there and run the same command again: what is finished stays."
+        remedy = "Free some space and run the same command again: finished work stays."
     elif "NoSuchBucket" in text or "bucket does not exist" in text:
-        remedy = "There is no such bucket: correct its name."
+        remedy = "The bucket does not exist: correct its name."
     elif "169.254.169.254" in text or "metadata.google.internal" in text:
         remedy = "This machine has no credentials for it: set them in the environment, or give its role access."
     elif "PermanentRedirect" in text or "AuthorizationHeaderMalformed" in text or "IllegalLocation" in text:
-        remedy = "The bucket lies in another region: set AWS_REGION to it."
+        remedy = "The bucket is in another region: set AWS_REGION to that region."
     elif "AccessDenied" in text or "403" in text:
-        remedy = "These credentials may not do that: give them access to this prefix, or name another."
+        remedy = "These credentials lack permission: grant them access to this prefix, or use other credentials."
     else:
-        remedy = "Check the bucket's name and region, and that this machine has credentials for it."
+        remedy = "Check the bucket's name and region, and this machine's credentials."
     kind = DiskFullError if _is_full(error) else WorkspaceError
     raise kind(f"{where} cannot be {what} ({type(error).__name__}: {first}). {remedy}") from error
 
@@ -655,10 +655,10 @@ def _written(target: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "Free some space there" if _is_full(error) else "Make it writable"
+        remedy = "Free some space" if _is_full(error) else "Make it writable"
         kind = DiskFullError if _is_full(error) else WorkspaceError
         raise kind(
-            f"{target} cannot be written ({error}). {remedy} and run the same command again: what is finished stays."
+            f"{target} cannot be written ({error}). {remedy} and run the same command again: finished work stays."
         ) from error
 
 
@@ -799,8 +799,8 @@ class Pointer:
         if hold := self.held:
             since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(hold.since))
             raise PointerHeld(
-                f"{self.storage.path(self.path)} is on HOLD since {since} by {hold.by}: {hold.reason}. It stays as it "
-                "is until the hold is lifted (`owlrec release unhold`)."
+                f"{self.storage.path(self.path)} is on HOLD since {since} by {hold.by}: {hold.reason}. It "
+                "cannot change until the hold is lifted (`owlrec release unhold`)."
             )
 
     @property
@@ -818,7 +818,8 @@ class Pointer:
                 raise ValueError("'history' does not end with 'current'")
         except (ValueError, KeyError, TypeError) as error:
             raise WorkspaceError(
-                f"{self.storage.path(self.path)} is not a pointer ({error!r}). Delete it and name what is current."
+                f"{self.storage.path(self.path)} is not a pointer ({error!r}). Delete it and set the current "
+                "value again."
             ) from None
         return history, e_tag
 
@@ -828,7 +829,7 @@ class Pointer:
             history, e_tag = self._read()
             current = history[-1] if history else None
             if expected is not _ANY and current != expected:
-                raise PointerMoved(f"{where} names {current!r}, not {expected!r}: somebody else was first.")
+                raise PointerMoved(f"{where} names {current!r}, not {expected!r}: another process was faster.")
             wanted = change(history)
             if wanted == history:
                 return
@@ -836,4 +837,4 @@ class Pointer:
             content = {"current": wanted[-1], "history": wanted[-_HISTORY:]}
             if self.storage.swap_bytes(self.path, json.dumps(content).encode(), e_tag) is not None:
                 return
-        raise PointerMoved(f"{where} was moved by others {_TRIES} times in a row. Try again.")
+        raise PointerMoved(f"{where} was changed by other processes {_TRIES} times in a row. Try again.")

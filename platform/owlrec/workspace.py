@@ -213,7 +213,8 @@ class Workspace(Storage):
         shards = self.layout.shards.get(kind)
         if shards is None:
             raise WorkspaceError(
-                f"{self.path(_FILE)} fixes no number of {kind} shards yet. Run `prepare` first, with the same recipe."
+                f"{self.path(_FILE)} does not set the number of {kind} shards. Run `prepare` first, with the "
+                "same recipe."
             )
         return shards
 
@@ -221,7 +222,7 @@ class Workspace(Storage):
         """Fixes the numbers of shards of kinds that have none yet; those that have keep theirs."""
         for n in shards.values():
             if n < 1 or n & (n - 1):
-                raise ValueError(f"{n} shards: only powers of two can grow by splitting")
+                raise ValueError(f"{n} shards: the number must be a power of two to grow by splitting")
         self._swap_layout({str(kind): n for kind, n in shards.items()} | self._read_layout()[0].shards)
 
     def grow_shards(self, shards: Mapping[Kind, int]) -> None:
@@ -236,14 +237,14 @@ class Workspace(Storage):
             data = wanted.model_dump_json(indent=2).encode()
             if wanted == layout or self.swap_bytes(_FILE, data, e_tag) is not None:
                 return
-        raise WorkspaceError(f"{self.path(_FILE)} was changed by others {_TRIES} times in a row. Try again.")
+        raise WorkspaceError(f"{self.path(_FILE)} was changed by other processes {_TRIES} times in a row. Try again.")
 
     def _read_layout(self) -> tuple[Layout, str | None]:
         if self.entry(_FILE) is None:
             if self.exists("manifests"):
                 raise WorkspaceError(
-                    f"{self.root} was written by the first edition of OwlRec, whose files this one does not read. "
-                    "Name another workspace in the recipe."
+                    f"{self.root} was written by the first edition of OwlRec, and this edition cannot read its "
+                    "files. Use another workspace in the recipe."
                 )
             return Layout(), None
         data, e_tag = self.read_tagged(_FILE)

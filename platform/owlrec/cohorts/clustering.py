@@ -95,8 +95,8 @@ def train_item_factors(
     frequent = np.bincount(matrix.indices, minlength=len(ids)) >= settings.min_item_users
     if not frequent.any():
         raise SchemaError(
-            f"histories: none of {len(ids)} items was chosen by {settings.min_item_users} users or more, so "
-            "nothing says which are alike. Use more users, or longer histories."
+            f"histories: none of {len(ids)} items was chosen by at least {settings.min_item_users} users, so "
+            "similarities cannot be computed. Use more users or longer histories."
         )
     ids, matrix = ids[frequent], matrix[:, np.flatnonzero(frequent)]
     model = _quietly(
@@ -294,7 +294,7 @@ def train_cells(vectors: np.ndarray, sizes: Sizes, previous: Codebook | None = N
     """
     if len(vectors) == 0:
         raise SchemaError(
-            "cohorts: nobody has a vector to cluster by. Use more data: users need several items in common."
+            "cohorts: no user has a vector to cluster. Use more data: users need several items in common."
         )
     earlier = previous.cells if previous is not None else None
     return _kmeans(vectors[:CELL_SAMPLE], min(sizes.cells, _distinct(vectors)), earlier, seed)

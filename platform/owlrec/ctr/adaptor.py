@@ -75,8 +75,8 @@ def code_sizes(tables: Sequence[VectorTable]) -> tuple[int, ...]:
     (table,) = tables
     if not table.code_sizes:
         raise SchemaError(
-            "ctr.arms: an arm with codes reads vectors without semantic ids. Set encoder.semantic_ids in the recipe "
-            "and run `encode` again, or leave the arm out."
+            "ctr.arms: an arm with codes reads vectors without semantic ids. Set encoder.semantic_ids in the "
+            "recipe and run `encode` again, or remove the arm."
         )
     return table.code_sizes
 
@@ -182,7 +182,7 @@ class Tower(nn.Module):
         Arguments and errors: see `forward`.
         """
         if vectors.shape[1] != self.sources:
-            raise ValueError(f"{vectors.shape[1]} vectors an id, but this tower was built for {self.sources}.")
+            raise ValueError(f"{vectors.shape[1]} vectors per id, but this tower was built for {self.sources}.")
         # Whatever stands where none is known must not reach a gradient.
         x = F.normalize(torch.where(mask.unsqueeze(2), vectors, 0.0), dim=2)
         return x[:, 0] if self.fusion is None else self.fusion(x, mask)

@@ -59,17 +59,17 @@ class Reads(BaseModel):
 
         encoder, codebooks: of the release.
         """
-        again = "Train and export again on its vectors, or roll back to a release that the model was trained on."
+        again = "Train and export again on its vectors, or roll back to a release with the model's encoder."
         if encoder != self.encoder:
             raise ReleaseError(
-                f"release {release} has vectors of encoder '{encoder}', but the model was trained on those of "
+                f"release {release} has vectors of encoder '{encoder}', but the model was trained with "
                 f"'{self.encoder}'. {again}"
             )
         for kind, codebook in self.codebooks.items():
             if codebooks.get(kind, "") != codebook:
                 raise ReleaseError(
-                    f"release {release} has {kind} codes of codebooks {codebooks.get(kind, '')[:8] or 'none'}, but the "
-                    f"model was trained on those of {codebook[:8]}. {again}"
+                    f"release {release} has {kind} codes of codebooks {codebooks.get(kind, '')[:8] or 'none'}, "
+                    f"but the model was trained with {codebook[:8]}. {again}"
                 )
 
 
@@ -93,12 +93,12 @@ def read_card(workspace: Workspace, folder: str) -> ModelCard:
     """Raises WorkspaceError where the folder holds no finished artifact."""
     if not workspace.exists(folder, "model.json"):
         raise WorkspaceError(
-            f"{workspace.path(folder)}: no finished artifact is there. `owlrec ctr export` writes one and names it."
+            f"{workspace.path(folder)}: there is no finished artifact. Run `owlrec ctr export`; it prints the folder."
         )
     try:
         return ModelCard.model_validate(workspace.read_json(f"{folder}/model.json"))
     except ValidationError as error:
-        raise WorkspaceError(f"{workspace.path(folder)}: model.json is of no known form ({error}). {AGAIN}") from None
+        raise WorkspaceError(f"{workspace.path(folder)}: model.json has an unknown format ({error}). {AGAIN}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- profiles
@@ -144,8 +144,8 @@ class Profiles:
         self._n_shards = len(workspace.names(folder))
         if self._n_shards == 0 or self._n_shards & (self._n_shards - 1):
             raise WorkspaceError(
-                f"{workspace.path(folder)} holds {self._n_shards} shards of users, and not a power of two: some are "
-                "missing. Run `export_ctr` again."
+                f"{workspace.path(folder)} has {self._n_shards} user shards, which is not a power of two: some "
+                "are missing. Run `export_ctr` again."
             )
         self._shard = lru_cache(maxsize=_SHARDS_OPEN)(self._open)
         self._shard(0)

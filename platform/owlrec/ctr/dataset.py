@@ -92,8 +92,8 @@ class WarmStart:
         for key, value in ours.items():
             if value != theirs[key]:
                 raise RecipeError(
-                    f"ctr: {key} is {value}, but the model to go on from, {self.folder}, has {theirs[key]}. Give the "
-                    "recipe the same, or train without --warm-start."
+                    f"ctr: {key} is {value}, but the warm-start model {self.folder} has {theirs[key]}. Use the "
+                    "same value, or train without --warm-start."
                 )
         before, now = self.vocabularies, vocabularies
         tables = {"item.weight": (before.items, now.items)}
@@ -103,8 +103,9 @@ class WarmStart:
         ):
             if list(old) != list(new):
                 raise RecipeError(
-                    f"ctr: {name} are {', '.join(new) or 'none'}, but the model to go on from, {self.folder}, reads "
-                    f"{', '.join(old) or 'none'}. Give the tables the same columns, or train without --warm-start."
+                    f"ctr: {name} are {', '.join(new) or 'none'}, but the warm-start model {self.folder} reads "
+                    f"{', '.join(old) or 'none'}. Use tables with the same columns, or train without "
+                    "--warm-start."
                 )
             tables |= {f"{name}.{at}.weight": (old[field], new[field]) for at, field in enumerate(old)}
         weights = dict(self.weights)
@@ -179,7 +180,7 @@ class EncodeSamples(Stage):
         if (odd := ~((label >= 0) & (label <= 1))).any():
             raise SchemaError(
                 f"{workspace.path(table_file('samples', number))}, row {odd.argmax()}: the label is "
-                f"{label[odd.argmax()]}; a CTR model's labels lie in [0, 1]. Run `prepare` again."
+                f"{label[odd.argmax()]}; a CTR model's labels must be in [0, 1]. Run `prepare` again."
             )
         positive, n_logged = label >= POSITIVE, len(rows)
         if self.soft_labels is not None:

@@ -110,8 +110,8 @@ class SoftLabels:
         p = table["p"].to_numpy()
         if (odd := ~((p >= 0) & (p <= 1))).any():
             raise SchemaError(
-                f"{workspace.path(path)}, row {odd.argmax()}: p is {p[odd.argmax()]}, but it is a probability. Delete "
-                "the file and run `ranker score-pairs` again."
+                f"{workspace.path(path)}, row {odd.argmax()}: p is {p[odd.argmax()]}, which is not a "
+                "probability. Delete the file and run `ranker score-pairs` again."
             )
         return table
 
@@ -290,7 +290,7 @@ class CTRConfig(Config):
     def _no_doubles(cls, values: tuple[object, ...]) -> tuple[object, ...]:
         repeated = sorted({str(v) for v in values if values.count(v) > 1})
         if repeated:
-            raise ValueError(f"{', '.join(repeated)} stands there more than once; a trial is trained once.")
+            raise ValueError(f"{', '.join(repeated)} is listed more than once. List each trial once.")
         return values
 
 
@@ -486,9 +486,9 @@ def read_grid_scores(workspace: Workspace, fingerprint: str, trials: Iterable[Tr
         first = rows if first is None else first
         if not rows.equals(first):
             raise WorkspaceError(
-                f"{workspace.path(path)} scores other rows ({rows.num_rows}) than the first trial of its grid does "
-                f"({first.num_rows}). Delete the folder {workspace.path(grid_folder(fingerprint))} and run `train_ctr` "
-                f"again."
+                f"{workspace.path(path)} scores different rows ({rows.num_rows}) from the first trial of its "
+                f"grid ({first.num_rows}). Delete the folder {workspace.path(grid_folder(fingerprint))} and "
+                "run `train_ctr` again."
             )
         paths[trial.path] = path
     if first is None:

@@ -279,13 +279,13 @@ def refuse_labels(split: str, rows: int, labels: set[Any]) -> None:
     """Raises SchemaError where a label that occurs in a split lies outside [0, 1], or all lie on one side of a half."""
     if odd := [label for label in labels if label is None or not 0 <= label <= 1]:
         raise SchemaError(
-            f"samples: split '{split}' has the label {odd[0]}; a CTR model's labels lie in [0, 1]. Run `prepare` "
-            "again, or correct the rows of samples."
+            f"samples: split '{split}' has the label {odd[0]}; a CTR model's labels must be in [0, 1]. Run "
+            "`prepare` again, or correct those samples."
         )
     if len({label >= POSITIVE for label in labels}) < 2:
         raise SchemaError(
-            f"samples: split '{split}' has {rows} rows and the labels {sorted(labels)}; a CTR model needs both classes "
-            f"in each split. Give it more users, or change source.split or the label rule in the recipe."
+            f"samples: split '{split}' has {rows} rows and the labels {sorted(labels)}; a CTR model needs both "
+            "classes in each split. Use more users, or change source.split or the label rule in the recipe."
         )
 
 
@@ -343,7 +343,7 @@ def encode_samples(
     lengths = pc.list_value_length(history).to_numpy()
     for column in (ratings, told):
         if not np.array_equal(lengths, pc.list_value_length(column).to_numpy()):
-            raise SchemaError("samples: a history, its ratings and its labels differ in length. Run `prepare` again.")
+            raise SchemaError("samples: a history differs in length from its ratings or labels. Run `prepare` again.")
     histories = Histories(
         starts=(np.cumsum(lengths) - lengths).astype(np.int64),
         lengths=lengths.astype(np.int32),

@@ -94,15 +94,15 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
         missing = [f"{side}s" for side in ("user", "item") if side not in given.get(source, ())]
         if missing:
             raise RecipeError(
-                f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
-                f"run it with a recipe that yields them, or leave the arm out."
+                f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of "
+                f"{' and '.join(missing)}: run it with a recipe that produces them, or remove the arm."
             )
     further: tuple[str, ...] = (DISLIKED,) if "collective" in needed and "user" in given.get(DISLIKED, ()) else ()
     if reads == "streaming":
         if "user" not in given.get(STREAMING, ()):
             raise RecipeError(
-                "ctr.arms: arm 'streaming' needs the interest partitions of users, but no refresh has read any with "
-                "this encoder. Run `owlrec refresh` first, or leave the arm out: without partitions it would be "
+                "ctr.arms: arm 'streaming' needs users' interest partitions, but no refresh with this encoder "
+                "has read any. Run `owlrec refresh` first, or remove the arm: without partitions it equals "
                 "`knowledge`."
             )
         further = OLDER_PARTITIONS
@@ -298,8 +298,8 @@ def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held
             continue
         if code_sizes and shard.codes.shape[1] != len(code_sizes) + 1:
             raise SchemaError(
-                f"{shards.name} vectors, shard {number}: rows have {shard.codes.shape[1]} codes; {len(code_sizes)} and "
-                "a duplicate digit are meant. Run `encode` again."
+                f"{shards.name} vectors, shard {number}: rows have {shard.codes.shape[1]} codes; expected "
+                f"{len(code_sizes)} and a duplicate digit. Run `encode` again."
             )
         # Copied one by one: views of all shards would hold as many files open.
         ids.append(np.array(shard.ids))
@@ -321,8 +321,8 @@ def refuse_two_sizes(tables: Mapping[str, VectorTable]) -> None:
     for name, other in others:
         if other.dim != table.dim:
             raise SchemaError(
-                f"{first} have {table.dim} components but {name} have {other.dim}; the adaptor's shared experts read "
-                f"both. Encode both with one encoder."
+                f"{first} have {table.dim} components but {name} have {other.dim}; the adaptor's shared "
+                "experts need the same dimension. Use one encoder for both."
             )
 
 
@@ -334,8 +334,8 @@ def refuse_non_finite(vectors: np.ndarray, ids: np.ndarray) -> None:
     finite = np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
     if not finite.all():
         raise SchemaError(
-            f"the knowledge vector of id {ids[np.argmin(finite)]} has a component that is not a finite number. Encode "
-            "it again, or leave the id out: a missing vector is not an error."
+            f"the knowledge vector of id {ids[np.argmin(finite)]} has a component that is not finite. Encode "
+            "it again, or remove the id: a missing vector is not an error."
         )
 
 
@@ -362,7 +362,7 @@ def _wrong_rows_in(shards: VectorShards, number: int, seed: int) -> np.ndarray |
 
 
 def _uncoded() -> SchemaError:
-    return SchemaError("these vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again.")
+    return SchemaError("these vectors have no semantic ids. Set encoder.semantic_ids and run `encode` again.")
 
 
 # -------------------------------------------------------------------------------------------------------------- cascade

@@ -205,11 +205,11 @@ class CTRModel(nn.Module):
         forms: list[Tensor] = []
         if self.adaptor is not None:
             if batch.user is None or batch.item is None:
-                raise ValueError("this model has an adaptor: give its batches the knowledge of users and items.")
+                raise ValueError("this model has an adaptor, so its batches need knowledge of users and items.")
             forms.append(self.adaptor.fields(batch.user, batch.item))
         if self.code_fields is not None:
             if batch.user_codes is None or batch.item_codes is None:
-                raise ValueError("this model reads semantic ids: give its batches the codes of users and items.")
+                raise ValueError("this model reads semantic ids, so its batches need codes of users and items.")
             forms.append(self.code_fields(batch.user_codes, batch.item_codes))
         return torch.stack(forms, dim=2).flatten(1, 2) if forms else None
 

@@ -44,7 +44,7 @@ class ReduceVectors(Stage):
     def run(self, work: Work) -> Result:
         """Raises SchemaError for a vector that is not finite."""
         shard = self._shards[work.shard.kind].shard(work.shard.number)
-        assert shard is not None, f"{work.shard.name} was listed, but is gone"
+        assert shard is not None, f"{work.shard.name} was listed but no longer exists"
         refuse_non_finite(shard.vectors, shard.ids)
         table = replace(shard, vectors=self._projection.apply(shard.vectors).astype(np.float16)).table()
         path = work.shard.file(".arrow")

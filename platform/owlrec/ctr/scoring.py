@@ -354,8 +354,8 @@ class User:
         took = [True] * len(history) if self.taken is None else list(self.taken)
         if not len(ratings) == len(took) == len(history):
             raise SchemaError(
-                f"a user comes with {len(history)} behaviors, {len(ratings)} ratings and {len(took)} outcomes. Give a "
-                f"rating or null each, or no ratings at all."
+                f"a user has {len(history)} behaviors, {len(ratings)} ratings and {len(took)} outcomes. Pass a "
+                "rating or null for each, or no ratings."
             )
         behaviors = np.zeros(len(history), dtype=BEHAVIOR)
         behaviors["item"], behaviors["label"] = history, took
@@ -478,8 +478,8 @@ class Artifact:
         trained_on = len(self.projection.centre) if self.projection else model.spec.knowledge_dim
         if form != "codes" and dim != trained_on:
             raise SchemaError(
-                f"the release's vectors have {dim} components, but the model was trained on {trained_on}. Train and "
-                "export again on its vectors."
+                f"the release's vectors have {dim} components, but the model was trained on {trained_on}. "
+                "Train and export again."
             )
         levels = len(model.spec.user_codes)
         return LiveState(model, StoreKnowledge(store, reads, form, self.projection, levels), store, held)
@@ -520,8 +520,8 @@ def largest_difference(
         or (read_all and n != len(scored.user_ids))
     ):
         raise WorkspaceError(
-            f"{workspace.root}: the test scores of {trial.path} are missing, or of other samples than `prepare` wrote "
-            f"last. Run `train_ctr` again."
+            f"{workspace.root}: the test scores of {trial.path} are missing, or do not match the current "
+            "samples. Run `train_ctr` again."
         )
     chosen = np.unique(np.linspace(0, n - 1, rows).astype(np.int64))
     ours = []

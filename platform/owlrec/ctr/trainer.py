@@ -261,13 +261,13 @@ class CheckpointFile:
             metadata = metadata_of(data)
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise WorkspaceError(
-                f"{self.workspace.path(self.path)} is not a readable checkpoint ({error}). Delete it, and the trial "
-                f"starts over."
+                f"{self.workspace.path(self.path)} is not a readable checkpoint ({error}). Delete it to "
+                "restart the trial."
             ) from None
         if metadata["trial"] != self.trial:
             raise WorkspaceError(
-                f"{self.workspace.path(self.path)} is the checkpoint of another model or of other data. Delete it, and "
-                f"the trial starts over."
+                f"{self.workspace.path(self.path)} is a checkpoint of another model or of other data. Delete "
+                "it to restart the trial."
             )
         progress = Progress.model_validate_json(metadata["progress"])
         progress.resumed += 1
@@ -621,8 +621,8 @@ def load_trial(workspace: Workspace, folder: str, items: ItemFeatures) -> CTRMod
         model.load_state_dict(safetensors.torch.load(workspace.read_bytes(f"{folder}/model.safetensors")))
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise WorkspaceError(
-            f"{workspace.path(folder)}: weights and spec.json do not belong together ({error}). "
-            f"Delete the folder and run `train_ctr` again."
+            f"{workspace.path(folder)}: weights and spec.json do not match ({error}). Delete the folder and "
+            "run `train_ctr` again."
         ) from None
     return model.eval()
 

@@ -68,8 +68,8 @@ class DecoderCounters(BaseModel):
         """In a line."""
         drafted, accepted, relaxed = (self.counts.get(name, 0) for name in ("drafted", "accepted", "relaxed"))
         return (
-            f"{self.tokens_per_step:.2f} tokens a row and step, {drafted:,.0f} drafted, {accepted:,.0f} accepted, "
-            f"{relaxed:,.0f} of them relaxed"
+            f"{self.tokens_per_step:.2f} tokens per row and step, {drafted:,.0f} drafted, {accepted:,.0f} "
+            f"accepted, {relaxed:,.0f} of them relaxed"
         )
 
 
@@ -108,7 +108,7 @@ class StepTimes:
         n, t = np.asarray(tokens, dtype=np.float64), np.maximum.accumulate(np.asarray(seconds, dtype=np.float64))
         if len(n) < 2 or np.any(np.diff(n) <= 0) or t[0] <= 0:
             raise ValueError(
-                f"a step-time curve needs two or more points of increasing tokens, not {n.tolist()} at {t.tolist()}"
+                f"a step-time curve needs at least two points with increasing tokens, not {n.tolist()} at {t.tolist()}"
             )
         slope = (t[-1] - t[-2]) / (n[-1] - n[-2])
         beyond = t[-1] + slope * (_NODES - n[-1])

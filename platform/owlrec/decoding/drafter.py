@@ -174,7 +174,7 @@ class RetrievalProposer:
             except ValueError as error:
                 # The engine serves others too: a request with a bad rule is verified strictly, which is never wrong.
                 self.counts["bad_rules"] += 1
-                _log.warning("a request's relaxed rule was refused, strict verification instead: %s", error)
+                _log.warning("a request's relaxed rule is invalid, using strict verification: %s", error)
         named = [str(name) for name in _as_list(extra.get(options.POOLS))][:_MAX_NAMED]
         known = [name for name in named if self.pools.known(name)]
         self.counts["unknown_pools"] += len(named) - len(known)

@@ -153,13 +153,14 @@ def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[in
     tokens = np.full(n, BORDER, dtype=np.int32)
     for part, end in zip(parts, ends, strict=True):
         if len(part) and part.min() < 0:
-            raise ValueError(f"token ids are not negative, but a sequence holds {part.min()}")
+            raise ValueError(f"token ids must not be negative, but a sequence has {part.min()}")
         tokens[end - len(part) : end] = part
     names = np.full(len(parts), NAMELESS, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
     named = names[names != NAMELESS]
     if len(names) != len(parts) or len(np.unique(named)) != len(named):
         raise ValueError(
-            f"{len(parts)} sequences need as many distinct ids, not {len(names)} with {len(np.unique(named))} distinct"
+            f"{len(parts)} sequences need as many distinct ids, but there are {len(names)} with "
+            f"{len(np.unique(named))} distinct"
         )
     documents = np.stack([names, ends - lengths, ends], axis=1) if len(parts) else np.zeros((0, 3), dtype=np.int64)
     order = _sort_backwards(tokens)
@@ -313,7 +314,7 @@ class LivePool:
         if len(new) == 0:
             return False
         if new.min() < 0:
-            raise ValueError(f"token ids are not negative, but a text holds {new.min()}")
+            raise ValueError(f"token ids must not be negative, but a text has {new.min()}")
         replaced = self._make_room(len(new) + 1)
         _insert(self.tokens, self.size, self.heads, self.earlier, new)
         return replaced

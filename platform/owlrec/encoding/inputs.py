@@ -276,9 +276,9 @@ def text_rows(resources: Resources, path: str, ids: np.ndarray, as_of: np.ndarra
     bad = np.flatnonzero((ids[1:] < ids[:-1]) | ((ids[1:] == ids[:-1]) & (as_of[1:] <= as_of[:-1])))
     if len(bad):
         raise SchemaError(
-            f"{resources.workspace.path(path)}, row {bad[0] + 1}: id {ids[bad[0] + 1]} as of {as_of[bad[0] + 1]} "
-            f"follows {ids[bad[0]]} as of {as_of[bad[0]]}, but the rows of a shard ascend by both, each once. Delete "
-            "the file and run its stage again."
+            f"{resources.workspace.path(path)}, row {bad[0] + 1}: id {ids[bad[0] + 1]} as of "
+            f"{as_of[bad[0] + 1]} follows {ids[bad[0]]} as of {as_of[bad[0]]}, but rows of a shard must ascend "
+            "by both, without duplicates. Delete the file and run its stage again."
         )
     full = [row for row, text in enumerate(texts) if text and text.strip()]
     kept = [str(texts[row]) for row in full]
@@ -373,13 +373,13 @@ def import_vectors(
     """
     if kind == "user" and as_of_ms is None:
         raise SourceError(
-            f"{npy_path}: nothing says up to which moment these vectors know their users. Set as_of_ms (--as-of-ms) to "
-            "the time of the last behavior that shaped them, ms since 1970, UTC: only later samples will read them."
+            f"{npy_path}: the cutoff of these users' vectors is unknown. Set as_of_ms (--as-of-ms) to the time "
+            "of the last behavior behind them (ms since 1970, UTC): only later samples will read them."
         )
     vectors = _array(npy_path)
     if vectors.dtype.kind != "f" or vectors.ndim != 2 or 0 in vectors.shape:
         raise SourceError(
-            f"{npy_path}: the array is {vectors.dtype} {list(vectors.shape)}, but float [n, dim] is meant. Save it so."
+            f"{npy_path}: the array is {vectors.dtype} {list(vectors.shape)}, but must be float [n, dim]. Convert it."
         )
     n_shards, before = workspace.n_shards(kind), imported_vectors(workspace, kind)
     scratch = workspace.scratch()
@@ -431,7 +431,7 @@ def _spill(
             start += len(ids)
     if start != n:
         raise SourceError(
-            f"{npy_path} has {n} vectors, but {ids_path} has {start} ids. They must be aligned, row by row."
+            f"{npy_path} has {n} vectors, but {ids_path} has {start} ids. Each vector needs the id in the same row."
         )
     return [np.memmap(path, record, "r") for path in paths if path.stat().st_size], total.hexdigest()
 
@@ -443,7 +443,7 @@ def _refuse_duplicates(bucket: np.ndarray, path: str | Path) -> None:
     if len(repeated):
         first, second = order[repeated[0]], order[repeated[0] + 1]
         raise SourceError(
-            f"{path}, row {rows[second]}: id {ids[second]} occurs in row {rows[first]} too. Keep one vector per id."
+            f"{path}, row {rows[second]}: id {ids[second]} is also in row {rows[first]}. Keep one vector per id."
         )
 
 
@@ -464,15 +464,13 @@ def _write_shards(workspace: Workspace, folder: str, kind: str, n_shards: int, b
 def _array(path: str | Path) -> np.ndarray:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise SourceError(f"{path}: there is no such file. Correct the path.")
+        raise SourceError(f"{path}: file not found. Correct the path.")
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise SourceError(
-            f"{path}: not a NumPy array without pickled objects ({error}). Write it with numpy.save."
-        ) from None
+        raise SourceError(f"{path}: not a pickle-free NumPy array ({error}). Write it with numpy.save.") from None
     if not isinstance(array, np.ndarray):
-        raise SourceError(f"{path}: an archive of arrays. Save the one array with numpy.save.")
+        raise SourceError(f"{path}: this is an archive of arrays. Save a single array with numpy.save.")
     return array
 
 
@@ -481,9 +479,7 @@ def _id_slices(path: str | Path, step: int) -> Iterator[np.ndarray]:
     if str(path).endswith(".npy"):
         ids = _array(path)
         if ids.ndim != 1 or not np.can_cast(ids.dtype, np.int64):
-            raise SourceError(
-                f"{path}: the array is {ids.dtype} {list(ids.shape)}, but int64 [n] is meant. Save it so."
-            )
+            raise SourceError(f"{path}: the array is {ids.dtype} {list(ids.shape)}, but must be int64 [n]. Convert it.")
         yield from (np.asarray(ids[start : start + step], dtype=np.int64) for start in range(0, len(ids), step))
         return
     parsed = _text_ids(path)
@@ -514,7 +510,7 @@ def _halves(vectors: np.ndarray, path: str | Path, start: int) -> np.ndarray:
         value = vectors[bad[0]][~np.isfinite(halves[bad[0]])][0]
         problem = f"too large for float16 (largest {_LARGEST:g})" if np.isfinite(value) else "not finite"
         raise SourceError(
-            f"{path}, row {start + bad[0]}: a component is {value:g}, which is {problem}. "
-            "Drop the row with its id, or scale the vectors."
+            f"{path}, row {start + bad[0]}: a component is {value:g}, which is {problem}. Drop the row and its "
+            "id, or scale the vectors."
         )
     return halves

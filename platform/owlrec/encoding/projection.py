@@ -45,8 +45,8 @@ class Projection:
         """
         if vectors.ndim != 2 or vectors.shape[1] != len(self.centre):
             raise SchemaError(
-                f"vectors are {vectors.shape}, but the projection was fitted on [n, {len(self.centre)}]. Fit it "
-                "again on these vectors, or encode the texts with the model it was fitted for."
+                f"vectors are {vectors.shape}, but the projection was fitted on [n, {len(self.centre)}]. Fit "
+                "it again on these vectors, or use the encoder it was fitted for."
             )
         projected = np.zeros((len(vectors), len(self.directions)), dtype=np.float32)
         for start in range(0, len(vectors), _ROWS_AT_ONCE):
@@ -79,11 +79,11 @@ class Projection:
         try:
             if about["version"] != _VERSION or about["fingerprint"] != fingerprint:
                 raise WorkspaceError(
-                    f"{where} is of version {about['version']} and of the item vectors {about['fingerprint'][:8]}, but "
-                    f"version {_VERSION} and {fingerprint[:8]} are wanted. Fit the projection again."
+                    f"{where} has version {about['version']} and item vectors {about['fingerprint'][:8]}, but "
+                    f"version {_VERSION} and {fingerprint[:8]} are expected. Fit the projection again."
                 )
             if about["sha256"] != hashlib.sha256(data).hexdigest():
-                raise ValueError("other bytes than were written")
+                raise ValueError("its checksum does not match")
             arrays = load(data)
             return cls(arrays["centre"], arrays["directions"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -110,7 +110,7 @@ def fit_projection(
     )
     if not len(usable):
         raise SchemaError(
-            f"vectors: none of {len(vectors)} can be fitted, all are zero or not finite. Encode the texts."
+            f"vectors: all {len(vectors)} are zero or not finite, so nothing can be fitted. Encode the texts."
         )
     if len(usable) > settings.fit_items:
         drawn = np.random.default_rng(settings.seed).choice(usable, settings.fit_items, replace=False)

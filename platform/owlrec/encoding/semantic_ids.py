@@ -43,10 +43,10 @@ def pack_codes(codes: np.ndarray, sizes: Sequence[int]) -> list[bytes]:
     codes = np.asarray(codes)
     if codes.ndim != 2 or codes.shape[1] != len(sizes) + 1:
         raise SchemaError(
-            f"semantic ids: they are {list(codes.shape)}, but [n, {len(sizes) + 1}] is meant: {len(sizes)} codes and "
-            "the duplicate digit. Code the vectors with the quantiser of the release."
+            f"semantic ids: the shape is {list(codes.shape)}, but must be [n, {len(sizes) + 1}]: {len(sizes)} "
+            "codes and the duplicate digit. Use the release's quantiser."
         )
-    check_codes(codes[:, :-1], sizes, "Code the vectors with the quantiser of the release.")
+    check_codes(codes[:, :-1], sizes, "Use the release's quantiser.")
     columns = [codes[:, level : level + 1].astype(f">u{_width(size)}") for level, size in enumerate(sizes)]
     heads = np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns], axis=1)
     return [head.tobytes() + _digit_bytes(digit) for head, digit in zip(heads, codes[:, -1].tolist(), strict=True)]
@@ -58,8 +58,8 @@ def check_codes(codes: np.ndarray, sizes: Sequence[int], remedy: str) -> None:
     if len(bad):
         row, level = bad[0]
         raise SchemaError(
-            f"semantic ids, row {row}: code {codes[row, level]} of level {level}, which has {sizes[level]} codes. "
-            f"{remedy}"
+            f"semantic ids, row {row}: code {codes[row, level]} is out of range: level {level} has "
+            f"{sizes[level]} codes. {remedy}"
         )
 
 
@@ -153,9 +153,9 @@ class Quantiser:
         if codes.ndim != 2 or codes.shape[1] != levels:
             raise SchemaError(
                 f"semantic ids: the codes are {list(codes.shape)}, but this quantiser's are [n, {levels}]. "
-                "Leave the duplicate digit out, and take the quantiser that gave them."
+                "Drop the duplicate digit, and use the quantiser that produced them."
             )
-        check_codes(codes, self.sizes, "Take the quantiser that gave it.")
+        check_codes(codes, self.sizes, "Use the quantiser that produced it.")
         vectors = np.zeros((len(codes), self.dim), dtype=np.float32)
         for level, book in enumerate(self.codebooks):
             vectors += book[codes[:, level]]
@@ -188,7 +188,7 @@ class Quantiser:
             config = SemanticIdConfig.model_validate_json(about["config"])
             quantiser = cls(config, tuple(books[str(level)] for level in range(len(books))))
             if quantiser.fingerprint != about["fingerprint"]:
-                raise ValueError("other codebooks than were written")
+                raise ValueError("their fingerprint does not match")
         except (SafetensorError, KeyError, ValueError) as error:
             raise WorkspaceError(
                 f"{workspace.path(folder, _FILE)}: the codebooks are damaged ({error}). Delete the folder and run "
@@ -245,22 +245,22 @@ def code_vectors(quantiser: Quantiser, ids: np.ndarray, vectors: np.ndarray) -> 
 def _checked(vectors: np.ndarray | Sequence[np.ndarray], dim: int | None = None) -> np.ndarray:
     """The vectors as contiguous float32 [n, d]; where `dim` is None, to train on: at least one, of any d."""
     if dim is None and len(vectors) == 0:
-        raise SchemaError("semantic ids: there are no vectors to train on. Run `encode` first, or leave ids out.")
+        raise SchemaError("semantic ids: there are no vectors to train on. Run `encode` first, or turn them off.")
     expected = (dim,) if dim else np.shape(vectors[0])
     table = isinstance(vectors, np.ndarray) and vectors.shape[1:] == expected
     odd = None if table else next((row for row, v in enumerate(vectors) if np.shape(v) != expected), None)
     if odd is not None or len(expected) != 1 or expected[0] == 0:
         raise SchemaError(
-            f"semantic ids, row {odd or 0}: the vector's shape is {np.shape(vectors[odd or 0])}, but "
-            f"{expected if odd is not None else '(d,)'} is meant. Train and code with vectors of one encoder."
+            f"semantic ids, row {odd or 0}: the vector's shape is {np.shape(vectors[odd or 0])}, but must be "
+            f"{expected if odd is not None else '(d,)'}. Use vectors of one encoder."
         )
     checked = np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1, expected[0])
     with np.errstate(over="ignore", invalid="ignore"):
         bad = np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", checked, checked)))
     if len(bad):
         raise SchemaError(
-            f"semantic ids, row {bad[0]}: the vector is not finite, or too long to be squared in float32 "
-            f"({len(bad)} such rows). Drop it with its id, and look at what its encoder read."
+            f"semantic ids, row {bad[0]}: the vector is not finite, or too large to square in float32 "
+            f"({len(bad)} such rows). Drop it with its id, and check the encoder's input."
         )
     return checked
 

@@ -75,8 +75,8 @@ def codes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     widths = np.unique(lengths[lengths > 0])
     if len(widths) > 1:
         raise SchemaError(
-            f"vectors: rows have {' and '.join(map(str, widths))} codes. Their codes are of different quantisers: run "
-            "`encode` again."
+            f"vectors: rows have {' and '.join(map(str, widths))} codes. They come from different quantisers: "
+            "run `encode` again."
         )
     mask = lengths > 0
     codes = np.zeros((len(lengths), int(widths[0]) if len(widths) else 0), dtype=np.uint16)
@@ -180,8 +180,8 @@ def user_metadata(users: pa.Table, catalog: ItemCatalog, histories: pa.Table) ->
     for user, start, end, ratings in zip(ids, starts, ends, histories["ratings"].to_pylist(), strict=True):
         if user not in profiles:
             raise SchemaError(
-                f"histories, user {user}: the users table has no such row. Run `prepare` again: the tables are of "
-                "different runs."
+                f"histories, user {user}: the users table has no row for this user. The tables come from "
+                "different runs: run `prepare` again."
             )
         texts.append(user_metadata_text(profiles[user], titles[start:end], ratings))
     return histories["user_id"].to_numpy(), texts
@@ -338,15 +338,16 @@ class VectorShards:
         quantiser = self.quantiser()
         if quantiser is None:
             raise SchemaError(
-                f"{self.name} vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again."
+                f"{self.name} vectors have no semantic ids. Set encoder.semantic_ids and run `encode` again."
             )
         codes = np.zeros((len(ids), len(quantiser.codebooks) + 1), dtype=np.uint16)
         mask = np.zeros(len(ids), dtype=bool)
         for shard, at, rows in self._rows(ids):
             if shard.quantiser != quantiser.fingerprint:
                 raise SchemaError(
-                    f"{self.name}: shard {shard_of(shard.ids[:1], self.n_shards)[0]} was coded by codebooks "
-                    f"{shard.quantiser[:8] or 'none'}, but the folder has {quantiser.fingerprint[:8]}. Run `encode`."
+                    f"{self.name}: shard {shard_of(shard.ids[:1], self.n_shards)[0]} was coded with codebooks "
+                    f"{shard.quantiser[:8] or 'none'}, but the folder has {quantiser.fingerprint[:8]}. Run "
+                    "`encode`."
                 )
             codes[at], mask[at] = shard.codes[rows], True
         return codes, mask

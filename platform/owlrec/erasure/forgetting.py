@@ -171,8 +171,8 @@ class ErasedCopies:
 
 
 _NOTE = (
-    "CTR models, the LLM ranker and cohorts have no parameters that belong to one user. Those named under `models` "
-    "were trained on rows of these users; --drop-models deletes them, and the next run trains again."
+    "CTR models, the LLM ranker and cohorts have no parameters for single users. The models listed under "
+    "`models` were trained on these users' rows; --drop-models deletes them, and the next run retrains them."
 )
 
 
@@ -219,7 +219,7 @@ def forget(
         push_tombstones(workspace, redis)
     with claimed(workspace, "claims/prepare", "prepare, reshard or forget"), claimed(workspace, CLAIM, "refresh"):
         if workspace.exists("reshard", "plan.json"):
-            raise WorkspaceError(f"{workspace.path('reshard')}: a reshard is not finished. Run `owlrec reshard` first.")
+            raise WorkspaceError(f"{workspace.path('reshard')}: a reshard is unfinished. Run `owlrec reshard` first.")
         return _Erasure(workspace, users, run, redis, drop_models).carry_out(pool, on_card)
 
 
@@ -351,7 +351,7 @@ class _Erasure:
             return set()
         if current in plan["releases"]:
             name = rebuild_without_forgotten(workspace, cohorts, pool=pool).name
-            self._note("releases", f"built again as {name}", 1)
+            self._note("releases", f"rebuilt as {name}", 1)
         files = {
             f"releases/{name}/{file}": entry
             for name in plan["releases"]
@@ -394,7 +394,7 @@ class _Erasure:
             write_copies(workspace, self.run, self.changed)
             evicted, held = NodeCache.default().evict({workspace.copy_name(path) for path in self.changed})
             self._note("node cache", "copies removed", evicted)
-            self._note("node cache", "copies that a process has open", held)
+            self._note("node cache", "copies that a process holds open", held)
         else:
             scratch = Path(workspace.path(".scratch"))
             files = [*_unfinished_files(workspace), *(scratch.iterdir() if scratch.is_dir() else ())]

@@ -124,7 +124,7 @@ class Engine(ABC):
 
         Raises RowError where this request fails for good, EngineError where the engine does not tell.
         """
-        raise EngineError(f"{type(self).__name__} does not tell how likely its tokens are. Ask vLLM or an HTTP server.")
+        raise EngineError(f"{type(self).__name__} does not return token probabilities. Use vLLM or an HTTP server.")
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
@@ -167,6 +167,6 @@ def check_length(prompt_tokens: int, sampling: SamplingConfig, context_tokens: i
     """Raises PromptTooLong where the prompt leaves no room for `max_tokens` more."""
     if prompt_tokens + sampling.max_tokens > context_tokens:
         raise PromptTooLong(
-            f"prompt has {prompt_tokens} tokens, with max_tokens {sampling.max_tokens} that exceeds the context of "
-            f"{context_tokens}. Lower prompts.history_tokens or raise engine.max_model_len."
+            f"prompt has {prompt_tokens} tokens; together with max_tokens {sampling.max_tokens} it exceeds the "
+            f"context of {context_tokens}. Lower prompts.history_tokens or raise engine.max_model_len."
         )

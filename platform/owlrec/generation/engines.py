@@ -247,7 +247,7 @@ def _first_tokens(response: httpx.Response, url: str, attempt: int) -> list[tupl
         return [(str(entry["token"]), float(entry["logprob"])) for entry in [told[0], *told[1:]]]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise RequestFailed(
-            f"{url} answered 200 but no log-probabilities ({type(error).__name__}: {error})", attempt
+            f"{url} returned 200 without log-probabilities ({type(error).__name__}: {error})", attempt
         ) from None
 
 
@@ -264,5 +264,5 @@ def _completion(response: httpx.Response, url: str, attempt: int) -> Completion:
         )
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise RequestFailed(
-            f"{url} answered 200 but no chat completion ({type(error).__name__}: {error})", attempt
+            f"{url} returned 200 without a chat completion ({type(error).__name__}: {error})", attempt
         ) from None

@@ -75,8 +75,9 @@ def export_parquet(tables: Iterable[pa.Table], path: str | Path) -> int:
                 writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
                 if not table.schema.equals(writer.schema):
                     raise SchemaError(
-                        f"knowledge for {path}: a table has columns {', '.join(table.column_names)}, but the first has "
-                        f"{', '.join(writer.schema.names)}, or types differ. Export them to two files."
+                        f"knowledge for {path}: a table has columns {', '.join(table.column_names)}, but the "
+                        f"first has {', '.join(writer.schema.names)}, or types differ. Export them to separate "
+                        "files."
                     )
                 writer.write_table(table)
                 rows += table.num_rows
@@ -185,7 +186,7 @@ def read_knowledge_file(source: ImportSource) -> Iterator[ImportedRow | RefusedR
     """
     path = Path(source.path).expanduser()
     if not path.is_file():
-        raise SourceError(f"{source.path}: there is no such file. Correct the path.")
+        raise SourceError(f"{source.path}: file not found. Correct the path.")
     format_ = source.format or _guess_format(path, source)
     _check_options(source, format_)
     return _rows(source, path, _records(source, path, format_))
@@ -207,25 +208,25 @@ def _guess_format(path: Path, source: ImportSource) -> Format:
         elif source.columns.get("id", "id") in first:
             return "jsonl"
     raise SourceError(
-        f"{path}: neither its name nor its first lines tell the format. Set format: kar, openai, jsonl, csv or parquet."
+        f"{path}: its name and first lines do not reveal the format. Set format: kar, openai, jsonl, csv or parquet."
     )
 
 
 def _check_options(source: ImportSource, format_: Format) -> None:
     if source.id_field is not None and format_ != "openai":
         raise SourceError(
-            f"{source.path}: id_field is for openai files, this one is {format_}. Use columns: {{id: ...}}."
+            f"{source.path}: id_field is only for openai files, but this one is {format_}. Use columns: {{id: ...}}."
         )
     allowed = {"kar": set[str](), "openai": {"prompt", "as_of"}}.get(format_)
     wrong = sorted(source.columns.keys() - allowed) if allowed is not None else []
     if wrong:
         hint = "Use id_field for the id." if format_ == "openai" else "Remove it: the format has no columns."
-        raise SourceError(f"{source.path}: columns.{wrong[0]} has no meaning for a file in format {format_}. {hint}")
+        raise SourceError(f"{source.path}: columns.{wrong[0]} is not a field of format {format_}. {hint}")
     says_as_of = format_ not in ("kar", "openai") or "as_of" in source.columns
     if source.kind == "user" and source.as_of_ms is None and not says_as_of:
         raise SourceError(
-            f"{source.path}: the format does not say up to which moment its texts know their users. Set as_of_ms to "
-            "the time of the last behavior that any prompt held (ms since 1970, UTC): only later samples read them."
+            f"{source.path}: the format has no cutoff for texts about users. Set as_of_ms to the time of the "
+            "last behavior in any prompt (ms since 1970, UTC): only later samples read them."
         )
 
 
@@ -252,13 +253,13 @@ def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterat
             ours = "kind" in record
             if ours and _text(record, "kind") != source.kind:
                 if _text(record, "kind") not in KINDS:
-                    raise WrongKind(f"'{_text(record, 'kind')}' is none of {', '.join(KINDS)}")
+                    raise WrongKind(f"'{_text(record, 'kind')}' is not one of {', '.join(KINDS)}")
                 of_other_kinds += 1
                 continue
             raw_id = _raw_id(record)
             row = _row(record, raw_id, source, ours)
             if not seen.add(row):
-                raise DuplicateId(f"an earlier row has id {row.id} as of {row.as_of} too; keep one row of both")
+                raise DuplicateId(f"an earlier row has id {row.id} as of {row.as_of}; keep only one")
         except Unusable as problem:
             message = str(problem).encode(errors="replace").decode()[:_SHOWN_CHARACTERS]
             yield RefusedRow(number, raw_id, type(problem).__name__, message)
@@ -276,7 +277,7 @@ def _row(record: dict[str, Any], raw_id: str, source: ImportSource, ours: bool) 
     text = _text(record, "text")
     if text is None:
         found = record.get("text")
-        raise NoText("the row has no text" if found is None else f"the text is of type {type(found).__name__}")
+        raise NoText("the row has no text" if found is None else f"the text has type {type(found).__name__}")
     return ImportedRow(
         id=_own_id(raw_id) if ours else stable_id(raw_id),
         as_of=_as_of(record, source, ours),
@@ -300,7 +301,7 @@ def _text(record: dict[str, Any], field: str) -> str | None:
             value.encode()
             return value
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise Undecodable(f"{field} is no UTF-8 ({error.reason} at {error.start})") from None
+        raise Undecodable(f"{field} is not valid UTF-8 ({error.reason} at {error.start})") from None
     return None
 
 
@@ -311,7 +312,7 @@ def _raw_id(record: dict[str, Any]) -> str:
     text = _text(record, "id")
     if text:
         return text
-    found = "is empty" if value in (None, "", b"") else f"is of type {type(value).__name__}"
+    found = "is empty" if value in (None, "", b"") else f"has type {type(value).__name__}"
     raise NoId(f"the id {found}; set id_field or columns if the file calls it differently")
 
 
@@ -321,7 +322,7 @@ def _own_id(raw_id: str) -> int:
     except ValueError:
         id_ = 2**63
     if id_ not in _INT64:
-        raise NoId("an OwlRec export has int64 ids; for other ids leave out one of its columns, or map columns")
+        raise NoId("an OwlRec export has int64 ids; for other ids, drop one of its columns or map columns")
     return id_
 
 
@@ -331,7 +332,7 @@ def _as_of(record: dict[str, Any], source: ImportSource, ours: bool) -> int:
         value = _text(record, "as_of") or None
     if value is None or value != value:  # NaN is how pandas writes a missing number
         if source.as_of_ms is None and source.kind == "user":
-            raise NoAsOf("the row has no as_of; give it one, or set as_of_ms for all rows without")
+            raise NoAsOf("the row has no as_of; add one, or set as_of_ms for all such rows")
         return source.as_of_ms or 0
     try:
         moment = int(value)
@@ -417,9 +418,7 @@ def adopt(
     WorkspaceError where `prepare` has not run. A bad row goes to the dead letters.
     """
     if source.kind == "cohort":
-        raise SourceError(
-            f"{source.path}: knowledge of kind '{source.kind}' cannot be imported yet, only user and item."
-        )
+        raise SourceError(f"{source.path}: knowledge of kind '{source.kind}' cannot be imported, only user and item.")
     rows = read_knowledge_file(source)  # complains of the file before anything is removed
     named = fingerprint("imported", scenario, quality, RULES)
     job = GenerationJob(scenario, PromptConfig(), SamplingConfig(), DecodingConfig(), quality, named)

@@ -115,7 +115,7 @@ def table_inputs(workspace: Workspace, kinds: Iterable[Kind] = ("user", "item"))
     """The shards of the prepared tables, each with a digest of its files. Raises WorkspaceError where `prepare` has not
     finished.
     """
-    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
     written = {
         path: file.sha256
         for card in Artifact(workspace, "tables").cards().values()
@@ -186,9 +186,8 @@ def check_dead_share(artifact: Artifact, cards: Iterable[Card], config: Generate
     lines = "\n".join(f"  {n} x {error}: {message}" for (error, message), n in reasons.most_common(3))
     raise EngineError(
         f"{dead} of {rows} rows failed, more than generate.max_dead_share {config.max_dead_share:g} allows. "
-        f"Commonest reasons:\n{lines}\n"
-        f"Fix the cause and run again with --retry-dead, which asks for these rows only, or raise max_dead_share to "
-        "go on without them."
+        f"Most common reasons:\n{lines}\nFix the cause and run again with --retry-dead, which retries only "
+        "these rows, or raise max_dead_share to continue without them."
     )
 
 

@@ -68,9 +68,9 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
             file.seek(0)
             yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
     except FileNotFoundError:
-        raise SourceError(f"{path}: there is no such file. Correct the path.") from None
+        raise SourceError(f"{path}: file not found. Correct the path.") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise SourceError(f"{path}: the file cannot be read ({error}). Replace it by a whole copy.") from None
+        raise SourceError(f"{path}: the file cannot be read ({error}). Replace it with a complete copy.") from None
 
 
 def lines(stream: BinaryIO) -> Iterator[bytes]:
@@ -86,9 +86,9 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise Undecodable(f"the line is no UTF-8 ({error.reason} at byte {error.start})") from None
+        raise Undecodable(f"the line is not valid UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise NotJson(f"the line is no JSON ({error})") from None
+        raise NotJson(f"the line is not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise NotJson(f"the line is a JSON {type(record).__name__}, not an object")
     return record
@@ -108,12 +108,20 @@ def read_kar(path: Path) -> Iterator[Record]:
     try:
         entries = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
-        hint = "For a JSON object a line set format: openai or jsonl." if error.msg == "Extra data" else "Fix the file."
-        raise SourceError(f"{path}, line {error.lineno}, column {error.colno}: no JSON ({error.msg}). {hint}") from None
+        hint = (
+            "For one JSON object per line, set format: openai or jsonl."
+            if error.msg == "Extra data"
+            else "Fix the file."
+        )
+        raise SourceError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). {hint}"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: no JSON of KAR's ({error}). Fix the file.") from None
+        raise SourceError(f"{path}: not in KAR's JSON format ({error}). Fix the file.") from None
     if not isinstance(entries, _Pairs):
-        raise SourceError(f"{path}: the JSON is a {type(entries).__name__}, but KAR's is an object of ids. Set format.")
+        raise SourceError(
+            f"{path}: the JSON is a {type(entries).__name__}, but KAR's format is an object keyed by id. Set format."
+        )
     for number, (raw_id, entry) in enumerate(entries, 1):
         fields = dict(entry) if isinstance(entry, _Pairs) else {}
         text_ = fields.get("answer", fields.get("ans"))
@@ -163,7 +171,7 @@ def _completion(record: dict[str, Any]) -> dict[str, Any]:
             "output_tokens": usage.get("completion_tokens") if isinstance(usage, dict) else None,
         }
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise NoText("there is no choices[0].message.content in the response") from None
+        raise NoText("the response has no choices[0].message.content") from None
 
 
 def read_jsonl(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
@@ -199,14 +207,14 @@ def read_csv(path: Path, columns: Mapping[str, str], required: Collection[str]) 
         try:
             header = next(reader, [])
         except csv.Error as error:
-            raise SourceError(f"{path}, line 1: the header is no CSV ({error}). Correct it.") from None
+            raise SourceError(f"{path}, line 1: the header is not valid CSV ({error}). Correct it.") from None
         if not header:
-            raise SourceError(f"{path}: the first line is empty. Give the file a header of column names.")
+            raise SourceError(f"{path}: the first line is empty. Add a header with column names.")
         header[0] = header[0].removeprefix("\ufeff")
         mapping = _mapping(path, header, columns, required)
         repeated = [name for name in mapping.values() if header.count(name) > 1]
         if repeated:
-            raise SourceError(f"{path}, line 1: two columns are called '{repeated[0]}'. Rename one.")
+            raise SourceError(f"{path}, line 1: two columns are named '{repeated[0]}'. Rename one.")
         places = {field: header.index(name) for field, name in mapping.items()}
         while True:
             number = reader.line_num + 1
@@ -214,14 +222,17 @@ def read_csv(path: Path, columns: Mapping[str, str], required: Collection[str]) 
                 row = next(reader, None)
             except csv.Error as error:
                 # The reader has dropped the lines since the opening quote; it goes on with the next one.
-                yield number, NotCsv(f'lines {number} to {reader.line_num} are no CSV ({error}); write "" for a quote')
+                yield (
+                    number,
+                    NotCsv(f'lines {number} to {reader.line_num} are not valid CSV ({error}); write "" for a quote'),
+                )
                 continue
             if row is None:
                 return
             if len(row) == len(header):
                 yield number, {field: row[place] for field, place in places.items()}
             elif row:
-                yield number, NotCsv(f"the line has {len(row)} fields where the header has {len(header)}")
+                yield number, NotCsv(f"the line has {len(row)} fields, but the header has {len(header)}")
 
 
 def read_parquet(path: Path, columns: Mapping[str, str], required: Collection[str]) -> Iterator[Record]:
@@ -239,7 +250,7 @@ def read_parquet(path: Path, columns: Mapping[str, str], required: Collection[st
                     number += 1
                     yield number, dict(zip(values, row, strict=True))
     except FileNotFoundError:
-        raise SourceError(f"{path}: there is no such file. Correct the path.") from None
+        raise SourceError(f"{path}: file not found. Correct the path.") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(f"{path}: the file cannot be read as Parquet ({error}). Replace it.") from None
 
@@ -251,7 +262,7 @@ def _mapping(
     names = {field: columns.get(field, field) for field in FIELDS}
     for field, name in names.items():
         if name not in present and (field in columns or field in required):
-            hint = " or set as_of_ms, the moment up to which its texts know their users" if field == "as_of" else ""
+            hint = " or set as_of_ms, the cutoff time of its texts about users" if field == "as_of" else ""
             raise SourceError(
                 f"{path}: column '{name}' is missing.{did_you_mean(name, present)} Rename a column, or map one to "
                 f"'{field}' under columns{hint}."
@@ -276,4 +287,4 @@ def _values(path: Path, field: str, column: pa.Array) -> list[Any]:
     if numbers or floats or pa.types.is_null(column.type):
         return cast(list[Any], column.to_pylist())
     wanted = "string" if field in ("text", "prompt", "kind", "finish_reason") else "int64 or string"
-    raise SourceError(f"{path}: the column of '{field}' is of type {column.type}. Write it as {wanted}.")
+    raise SourceError(f"{path}: the column of '{field}' has type {column.type}. Write it as {wanted}.")

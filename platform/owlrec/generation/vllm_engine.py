@@ -260,7 +260,7 @@ class VllmEngine(Engine):
         """
         if decoding.mode != "off" and "speculative_config" in config.engine_args:
             raise EngineError(
-                f"engine.engine_args.speculative_config and decoding.mode: {decoding.mode} exclude each other. "
+                f"engine.engine_args.speculative_config and decoding.mode: {decoding.mode} cannot be combined. "
                 "Remove one."
             )
         self.config, self.decoding, self.limits = config, decoding, limits
@@ -342,7 +342,7 @@ class VllmEngine(Engine):
         self._tokenizer = engine.get_tokenizer()
         self._count = count_by(self._tokenizer)
         if not self._tokenizer.chat_template:
-            raise EngineError("its tokenizer has no chat template. Name the instruction-tuned model of the family")
+            raise EngineError("its tokenizer has no chat template. Use the instruction-tuned version of the model")
         self.context_tokens = int(engine.model_config.max_model_len)
         return engine
 

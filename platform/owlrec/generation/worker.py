@@ -40,14 +40,14 @@ from owlrec.workspace import Workspace, read_tombstones
 
 
 _COUNTS = {
-    "steps": "Steps of the engine",
-    "rows": "Rows of all steps",
+    "steps": "Engine steps",
+    "rows": "Rows in all steps",
     "tokens": "Tokens emitted",
     "drafted": "Draft tokens verified",
     "accepted": "Draft tokens accepted",
-    "relaxed": "Draft tokens accepted by the relaxed rule alone",
-    "unknown_pools": "Pools named by requests that are not there",
-    "bad_rules": "Relaxed rules of requests that were refused",
+    "relaxed": "Draft tokens accepted only by the relaxed rule",
+    "unknown_pools": "Missing pools named by requests",
+    "bad_rules": "Invalid relaxed rules in requests",
     "retrieval_s": "Seconds spent on retrieval",
     "verification_s": "Seconds spent on verification",
 }
@@ -64,9 +64,7 @@ class DecoderMetrics:
         self._metrics: dict[str, Any] = {
             name: Counter(f"owlrec_decoder_{_full(name)}", about, ("engine",)) for name, about in _COUNTS.items()
         }
-        self._hits = Counter(
-            "owlrec_decoder_hits", "Drafts proposed, by the source that gave them", ("engine", "source")
-        )
+        self._hits = Counter("owlrec_decoder_hits", "Drafts proposed, by source", ("engine", "source"))
         self._tags = {"engine": engine}
         self._before: dict[str, float] = {}
 
@@ -278,7 +276,7 @@ async def _author(job: GenerationJob, row: Row, engine: Engine, gate: QualityGat
         if isinstance(row, UnusableRow):
             return Outcome(BadRow(row.message, row.error))
         if not row.text:
-            raise EmptyPrompt(f"{row.kind} {row.id} has no title, attribute or behaviour to ask about")
+            raise EmptyPrompt(f"{row.kind} {row.id} has no title, attribute or behavior for a prompt")
         extra = _drafting(job, row, cohorts)
         answer = await engine.complete(row.system, row.text, job.sampling, extra)
         first = flags = gate.flags(answer.text, prompt=row.text, finish_reason=answer.finish_reason)

@@ -128,7 +128,7 @@ class _Counts:
         extra = {name: value for name, value in self.extra.items() if name != "steps"}
         parts += [f"{value:,} {name} ({_rate(value / seconds)}/s)" for name, value in extra.items()]
         if self.extra.get("steps", 0) > 0 and self.extra["steps"] < extra.get("tokens", 0):
-            parts.append(f"{extra['tokens'] / self.extra['steps']:.2f} tokens a step")
+            parts.append(f"{extra['tokens'] / self.extra['steps']:.2f} tokens per step")
         if self.hourly_cost is not None:
             parts.append(f"cost {self.hourly_cost * seconds / 3600:,.2f}")
         return ", ".join(parts)

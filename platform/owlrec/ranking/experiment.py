@@ -95,7 +95,9 @@ class RankingConfig(Config):
         """The engine that ranks: this section's own, else the recipe's. Raises RecipeError where that is not vLLM."""
         engine = self.engine or of_recipe
         if not isinstance(engine, VllmEngineConfig):
-            raise RecipeError(f"ranking.engine: the recipe's engine is {engine.type}, but vLLM must rank. Name one.")
+            raise RecipeError(
+                f"ranking.engine: the recipe's engine is {engine.type}, but ranking needs vLLM. Set a vLLM engine here."
+            )
         return engine
 
     def decides_adapter(self, run: RankerRun) -> dict[str, Any]:

@@ -208,7 +208,7 @@ class ScorePairs(Stage):
         asked = {_key(row): (row["system"], row["text"]) for row in questions.to_pylist()}
         for row in pairs.select(["user_id", "item_id", "timestamp"]).to_pylist():
             if _key(row) not in asked:
-                answers.fail(_key(row), EmptyPrompt("the item has no title, so there is nothing to ask about"))
+                answers.fail(_key(row), EmptyPrompt("the item has no title, so it has no prompt"))
         digests = {key: _digest(*turns) for key, turns in asked.items()}
         new = [key for key in asked if not answers.keep(key, digests[key])]
         try:

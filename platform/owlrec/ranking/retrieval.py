@@ -120,14 +120,14 @@ class BehaviourRetriever:
         ids = np.asarray(ids, dtype=np.int64)
         if vectors.ndim != 2 or len(ids) != len(vectors):
             raise SchemaError(
-                f"item vectors: {len(ids)} ids, but vectors of shape {vectors.shape}. Give one row an id."
+                f"item vectors: {len(ids)} ids, but vectors of shape {vectors.shape}. Pass one row per id."
             )
         descents = np.flatnonzero(ids[1:] <= ids[:-1])
         if len(descents):
             row = int(descents[0]) + 1
             raise SchemaError(
-                f"item vectors, row {row}: id {ids[row]} follows {ids[row - 1]}. Sort the rows by id, and keep one row "
-                "an id."
+                f"item vectors, row {row}: id {ids[row]} follows {ids[row - 1]}. Sort the rows by id, and keep "
+                "one row per id."
             )
         unit = unit_rows(vectors)
         usable = unit.any(axis=1)
@@ -172,7 +172,7 @@ class BehaviourRetriever:
         ValueError where k < 1.
         """
         if k < 1:
-            raise ValueError(f"k is {k}, but at least one behaviour must be asked for")
+            raise ValueError(f"k is {k}, but must be at least 1")
         opened = history if isinstance(history, History) else self.look_up(history)
         n, rows = opened.n_behaviours, np.unique(self._rows(candidates))
         rows = rows[rows >= 0]

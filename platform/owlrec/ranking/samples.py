@@ -171,8 +171,8 @@ def in_hash_order(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
 def _refuse_fewer(shots: int, rows: int, split: str) -> None:
     if shots > rows:
         raise RecipeError(
-            f"tuning shots: {shots} are asked for, but the {split} split has {rows} samples. Lower the number, or "
-            "set it to null for all."
+            f"tuning: the recipe asks for {shots} shots, but the {split} split has {rows} samples. Use fewer, "
+            "or null for all."
         )
 
 
@@ -196,8 +196,8 @@ def behaviours_shown(
     ratings = sample["history_ratings"] or [None] * len(history)
     if len(ratings) != len(history):
         raise SchemaError(
-            f"samples, user {sample['user_id']}: {len(history)} behaviours in history, but "
-            f"{len(ratings)} in history_ratings. Run `prepare` again."
+            f"samples, user {sample['user_id']}: {len(history)} values in history, but {len(ratings)} in "
+            "history_ratings. Run `prepare` again."
         )
     told = sample.get("history_labels") or [1.0] * len(history)
     took = list(map(was_taken, ratings, told))
@@ -218,8 +218,9 @@ def behaviours_shown(
 def _answer(sample: Mapping[str, Any]) -> str:
     if sample["label"] not in (0, 1):
         raise SchemaError(
-            f"samples, user {sample['user_id']}, item {sample['item_id']}, timestamp {sample['timestamp']}: the label "
-            f"is {sample['label']}, but 0 or 1 is meant. Run `prepare` again, or write labels by the scenario's rule."
+            f"samples, user {sample['user_id']}, item {sample['item_id']}, timestamp {sample['timestamp']}: "
+            f"the label is {sample['label']}, but must be 0 or 1. Run `prepare` again, or use labels that "
+            "follow the scenario's rule."
         )
     return YES if sample["label"] else NO
 

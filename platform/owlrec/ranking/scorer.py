@@ -61,14 +61,14 @@ def find_answers(tokenizer: Any) -> Answers:
     if not yes or not no:
         missing = " and ".join(word for word, ids in (("Yes", yes), ("No", no)) if not ids)
         raise EngineError(
-            f"the tokenizer {_name(tokenizer)} has no single token for {missing}, so the first token of an answer does "
-            "not tell it. Rank with a model whose tokenizer has both, such as those of Llama, Qwen, Mistral, Gemma or "
-            "SmolLM."
+            f"the tokenizer {_name(tokenizer)} has no single token for {missing}, so the first token of an "
+            "answer does not identify it. Use a model whose tokenizer has both, such as those of Llama, Qwen, "
+            "Mistral, Gemma or SmolLM."
         )
     if shared := set(yes) & set(no):
         raise EngineError(
-            f"the tokenizer {_name(tokenizer)} gives Yes and No the same token ({min(shared)}). Its vocabulary is "
-            "damaged: copy the model's tokenizer files again, or rank with another model."
+            f"the tokenizer {_name(tokenizer)} gives Yes and No the same token ({min(shared)}). Its vocabulary "
+            "is damaged: copy the model's tokenizer files again, or use another model."
         )
     return Answers(yes, no)
 
@@ -86,7 +86,7 @@ def likely_answers(
     """
     if not tokenizer.chat_template:
         raise EngineError(
-            f"the tokenizer {_name(tokenizer)} has no chat template. Name the instruction-tuned model of the family."
+            f"the tokenizer {_name(tokenizer)} has no chat template. Use the instruction-tuned version of the model."
         )
     options = {"tokenize": True, "return_dict": False, **template_options}
     asked = [{"role": "user", "content": "?"}]
@@ -100,9 +100,9 @@ def likely_answers(
     follows = yes[:start] == no[:start] == opened
     if not follows or not set(found.yes) & set(answers.yes) or not set(found.no) & set(answers.no):
         raise EngineError(
-            f"the chat template of {_name(tokenizer)} lets no answer follow the assistant's header at once; a "
-            f"conversation reads {tokenizer.decode(yes)!r}. Its thinking block cannot be switched off "
-            "(enable_thinking: false): rank with another model."
+            f"the chat template of {_name(tokenizer)} does not let the answer follow the assistant's header "
+            f"directly; a conversation reads {tokenizer.decode(yes)!r}. Its thinking block cannot be turned "
+            "off (enable_thinking: false): use another model."
         )
     return found
 
@@ -120,8 +120,9 @@ def yes_probability(logprobs: Mapping[int, float] | np.ndarray, answers: Answers
         either = float(np.logaddexp(yes, no))
     if not math.isfinite(either):
         raise EngineError(
-            f"the model's scores of Yes and No are {yes} and {no}: no probability follows. Ask the engine for the "
-            f"log-probabilities of tokens {', '.join(map(str, answers.ids))}; if it gave them, its weights are damaged."
+            f"the model's scores of Yes and No are {yes} and {no}, which give no probability. Request the "
+            f"log-probabilities of tokens {', '.join(map(str, answers.ids))}from the engine; if it returned "
+            "them, its weights are damaged."
         )
     return math.exp(yes - either)
 
@@ -251,11 +252,11 @@ class TokenScorer(PairScorer):
 
     async def _ask(self, question: Question, adapter: str | None) -> tuple[float, int, int]:
         if adapter is not None:
-            raise EngineError(f"{type(self.engine).__name__} takes no adapter. Rank with vLLM.")
+            raise EngineError(f"{type(self.engine).__name__} does not support adapters. Use vLLM.")
         found = await self.engine.first_tokens(*_turns(question))
         ids = {word: [i for i, (t, _) in enumerate(found) if t.strip().lower() == word] for word in ("yes", "no")}
         if not ids["yes"] and not ids["no"]:
-            raise BadRow(f"neither Yes nor No is among the likeliest tokens: {[t for t, _ in found]}", "NoAnswer")
+            raise BadRow(f"neither Yes nor No is among the most likely tokens: {[t for t, _ in found]}", "NoAnswer")
         scores = {i: logprob for i, (_, logprob) in enumerate(found)}
         scores[len(found)] = min(scores.values())
         yes, no = (tuple(ids[word]) or (len(found),) for word in ("yes", "no"))
@@ -271,7 +272,7 @@ def open_scorer(config: EngineConfig, *, lora_rank: int | None = None) -> PairSc
 
 def _turns(question: Question) -> Question:
     if not question[1]:
-        raise EmptyPrompt("the candidate has no title, so there is nothing to ask about. Give the item a title.")
+        raise EmptyPrompt("the candidate has no title, so it has no prompt. Add a title.")
     return question
 
 
@@ -286,6 +287,6 @@ def scoring_engine(config: VllmEngineConfig, lora_rank: int | None = None) -> Vl
     if lora_rank is not None:
         room = next((rank for rank in _LORA_RANKS if rank >= lora_rank), None)
         if room is None:
-            raise EngineError(f"the adapter's rank is {lora_rank}, but vLLM takes {_LORA_RANKS[-1]} at most.")
+            raise EngineError(f"the adapter's rank is {lora_rank}, but vLLM supports at most {_LORA_RANKS[-1]}.")
         args = {"enable_lora": True, "max_lora_rank": room, **args}
     return config.model_copy(update={"engine_args": args})

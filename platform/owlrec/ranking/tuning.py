@@ -77,9 +77,9 @@ def tokenise(rows: pa.Table, tokenizer: Any, *, max_tokens: int) -> Examples:
         ids = render_chat(tokenizer, row["system"], row["text"], TEMPLATE_OPTIONS)
         if len(ids) > max_tokens:
             raise RecipeError(
-                f"ranking.prompt: the prompt of user {row['user_id']} and item {row['item_id']} has "
-                f"{len(ids)} tokens, but {max_tokens} are allowed. Lower ranking.prompt.history_tokens, which drops "
-                "the oldest behaviours."
+                f"ranking.prompt: the prompt of user {row['user_id']} and item {row['item_id']} has {len(ids)} "
+                f"tokens, but at most {max_tokens} are allowed. Lower ranking.prompt.history_tokens, which "
+                "drops the oldest behaviours."
             )
         prompts.append(np.array(ids, dtype=np.int32))
     labels = np.array([answer == YES for answer in rows["answer"].to_pylist()], dtype=bool)
@@ -143,7 +143,8 @@ class Checkpoint:
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         if shapes != {name: tuple(weight.shape) for name, weight in self.weights.items()}:
             raise WorkspaceError(
-                "the checkpoint is of another adapter (other modules, rank or model). Delete it to tune from the start."
+                "the checkpoint belongs to another adapter (different modules, rank or model). Delete it to "
+                "restart tuning."
             )
         for name, weight in weights.items():
             weight.data.copy_(self.weights[name])
@@ -164,14 +165,14 @@ class Checkpoint:
         try:
             about = metadata_of(data)
             if about["version"] != _VERSION:
-                raise ValueError(f"it is of version {about['version']}")
+                raise ValueError(f"it has version {about['version']}")
             groups: dict[str, dict[str, Tensor]] = {g: {} for g in ("weights", "best", "exp_avg", "exp_avg_sq")}
             for path, tensor in load(data).items():
                 group, _, name = path.partition("/")
                 groups[group][name] = tensor
             progress = Progress.model_validate_json(about["progress"])
         except (SafetensorError, ValidationError, KeyError, ValueError) as error:
-            raise WorkspaceError(f"the checkpoint is damaged ({error}). Delete it to tune from the start.") from None
+            raise WorkspaceError(f"the checkpoint is damaged ({error}). Delete it to restart tuning.") from None
         moments = {kind: groups[kind] for kind in ("exp_avg", "exp_avg_sq")}
         return cls(progress, groups["weights"], moments, groups["best"])
 
@@ -241,20 +242,20 @@ def open_adapter(workspace: Workspace, folder: str, *, model: str, wording: str)
     try:
         manifest = RankerManifest.model_validate(about)
         if manifest.sha256 != hashlib.sha256(weights).hexdigest():
-            raise ValueError("its weights are not those that were written")
+            raise ValueError("its weights do not match their checksum")
     except ValidationError as error:
         raise WorkspaceError(f"{where}/ranker.json is damaged ({error.errors()[0]['msg']}). Tune again.") from None
     except ValueError as error:
         raise WorkspaceError(f"{where} is damaged: {error}. Delete the folder and tune again.") from None
     if manifest.model != model:
         raise EngineError(
-            f"{where} is an adapter of {manifest.model}, but the ranker's model is {model}. Name the model that it was "
-            "tuned for, or tune one for this model."
+            f"{where} is an adapter for {manifest.model}, but the ranker's model is {model}. Use the model it "
+            "was tuned for, or tune one for this model."
         )
     if manifest.wording != wording:
         raise EngineError(
-            f"{where} was tuned on prompts of another wording ({manifest.wording[:8]}, not {wording[:8]}). Use the "
-            "ranking.prompt and the scenario that it was tuned with, or tune again."
+            f"{where} was tuned on prompts with a different wording ({manifest.wording[:8]}, not "
+            f"{wording[:8]}). Use the same ranking.prompt and scenario as in tuning, or tune again."
         )
     if workspace.local:
         return Adapter(where, manifest)
@@ -339,7 +340,7 @@ def load_model(folder: str, revision: str | None, config: TuningSettings) -> Any
         model = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError, KeyError) as error:
         raise EngineError(
-            f"{folder} cannot be tuned: {error}. Name a causal LM that transformers loads, unquantised."
+            f"{folder} cannot be tuned: {error}. Use an unquantized causal LM that transformers can load."
         ) from None
     if config.dtype == "bfloat16" and not config.use_gpu and model.config._attn_implementation == "sdpa":
         from owlrec.ranking import attention
@@ -419,11 +420,11 @@ def score(model: Any, examples: Examples, micro_tokens: int, worker: Worker) -> 
 def refuse_unusable(train: Examples, valid: Examples) -> None:
     """Raises RecipeError where there is nothing to tune on, or nothing to tell a good step from a bad one by."""
     if len(train) == 0:
-        raise RecipeError("tuning: no row is left to tune on. Give the items titles, or raise ranking.data.shots.")
+        raise RecipeError("tuning: no rows are left to tune on. Add titles to the items, or raise ranking.data.shots.")
     if len(valid) == 0 or valid.labels.all() or not valid.labels.any():
         raise RecipeError(
-            f"tuning: {int(valid.labels.sum())} of {len(valid)} valid rows are answered Yes, so no AUC tells when to "
-            "stop. Prepare more users."
+            f"tuning: {int(valid.labels.sum())} of {len(valid)} valid rows have the label Yes, so there is no "
+            "AUC for early stopping. Prepare more users."
         )
 
 
@@ -460,7 +461,7 @@ def _step(
     if not torch.isfinite(total):
         raise RecipeError(
             f"tuning: the loss of step {step + 1} is {total.item()}. Lower ranking.tuning.learning_rate (now "
-            f"{config.learning_rate:g}); where the first step's is so already, the model's weights are damaged."
+            f"{config.learning_rate:g}); if this is the first step, the model's weights are damaged."
         )
     for weight, gradient in zip(weights.values(), gradients, strict=True):
         weight.grad = gradient
@@ -488,7 +489,7 @@ def _adapt(model: Any, config: TuningSettings) -> Any:
         return get_peft_model(model, lora)
     except ValueError as error:
         raise RecipeError(
-            f"ranking.engine: LoRA finds no {' and '.join(config.target_modules)} in the model. Name another. ({error})"
+            f"ranking.engine: the model has no {' and '.join(config.target_modules)} for LoRA. Use another. ({error})"
         ) from None
 
 

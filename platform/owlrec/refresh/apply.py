@@ -367,5 +367,5 @@ def tidy(workspace: Workspace, compact_after: int = COMPACT_AFTER) -> str:
     try:
         name, removed = compact(workspace).name, prune(workspace, KEEP_RELEASES)
     except OwlRecError as error:  # a full disk or a HOLD does not undo the refresh
-        return f"not tidied: {error}"
+        return f"cleanup failed: {error}"
     return f"deltas merged into release {name}; {len(removed)} old releases removed"

@@ -81,10 +81,10 @@ _KEY = ["user_id", "item_id", "timestamp", "error"]
 _REASONS = {
     "NullField": "user_id, item_id or timestamp is null: write events with all three",
     "NotMilliseconds": "timestamp {timestamp} is not in milliseconds since 1970 (UTC): convert it",
-    "UnclearOutcome": "its label or event is not one that the tables were prepared with: correct it",
+    "UnclearOutcome": "its label or event does not occur in the prepared tables: correct it",
     "TooLate": "timestamp {timestamp} is more than streaming.max_lateness_days older than the newest event of the log",
-    "FromTheFuture": "timestamp {timestamp} lies in the future: correct the clock that it comes from",
-    "UnknownUser": "the users table has no such user: run `prepare` with them, or set streaming.unknown_users",
+    "FromTheFuture": "timestamp {timestamp} is in the future: correct the source's clock",
+    "UnknownUser": "the users table does not have this user: run `prepare` with it, or set streaming.unknown_users",
     "UnknownItem": "the items table has no item {item_id}: run `prepare` with it, or set streaming.unknown_items",
 }
 
@@ -220,15 +220,16 @@ class Log:
         newest = max((moment for moment in moments if moment is not None), default=None)
         if watermark is None and newest is None:
             raise SourceError(
-                f"{self.path}: no events are there. Put Parquet files with the columns {', '.join(EVENTS.names)} "
-                "(ms since 1970, UTC) into it, and only ever add to them; or name another place in streaming.events."
+                f"{self.path}: there are no events. Add Parquet files with the columns "
+                f"{', '.join(EVENTS.names)} (ms since 1970, UTC) and never change them; or set another folder "
+                "in streaming.events."
             )
         if watermark is not None and (newest is None or newest < watermark):
             ends = "is empty" if newest is None else f"ends at {_moment(newest)}"
             raise SourceError(
-                f"{self.path}: the log {ends}, but events up to {_moment(watermark)} were taken in: it has lost "
-                "events, or it is another log. Put its files back or correct streaming.events; to begin again, delete "
-                f"{restart}."
+                f"{self.path}: the log {ends}, but events up to {_moment(watermark)} were already read: it has "
+                "lost events, or it is a different log. Restore its files or correct streaming.events; to "
+                f"start over, delete {restart}."
             )
 
     def fragments(self) -> tuple[list[Fragment], dict[str, int]]:
@@ -254,8 +255,8 @@ def open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
             yield pq.ParquetFile(stream)
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(
-            f"{file.path}: cannot be read as Parquet ({error}). Write a file of the log under another name and rename "
-            "it when it is whole; remove what is broken."
+            f"{file.path}: cannot be read as Parquet ({error}). Remove it. Write log files under a temporary "
+            "name and rename them when complete."
         ) from error
 
 

@@ -40,9 +40,9 @@ _REASONS = {
     "NullField": "item_id or timestamp is null or empty: write rows with both",
     "NotMilliseconds": "the timestamp is not in milliseconds since 1970 (UTC): convert it",
     "UndecodableText": "a text is not valid UTF-8: correct it",
-    "FromTheFuture": "the timestamp lies in the future: correct the clock that it comes from and send the row again",
+    "FromTheFuture": "the timestamp is in the future: correct the source's clock and send the row again",
     "OversizedText": "{other}",
-    "SameId": "another item with the raw id '{other}' has the same number: rename one of them (a prefix is enough)",
+    "SameId": "another item with the raw id '{other}' has the same numeric id: rename one of them (a prefix is enough)",
 }
 
 

@@ -80,7 +80,7 @@ class Planner:
         """
         workspace, config = self.workspace, self.config
         parent = parent_release(workspace, base.release or None, self.encoder)
-        prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+        prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
         log = Log.events(workspace, config, base.log)
         items = Log.items(workspace, config, base.item_log)
         listed = {name: (file.bytes, file.e_tag) for name, file in items.files.items()}
@@ -149,13 +149,13 @@ class Planner:
         log = ItemBuckets.of(workspace, plan.part("item-log"), workspace.n_shards("item"))
         items = ItemsStage(plan, log, self.prompts.scenario, self.framework, plan.now + FUTURE_MS)
         inputs = {Shard("item", number): plan.fingerprint for number in plan.item_shards}
-        of_items = self.run(items, inputs, sum(card.rows_out for card in of_log), "taking items in")
+        of_items = self.run(items, inputs, sum(card.rows_out for card in of_log), "reading items")
         of_events = list(Artifact(workspace, plan.part("events")).cards().values())
         buckets = Buckets.of(plan.part("events"), plan.n_shards, of_events)
         inputs = {Shard("user", number): plan.fingerprint for number in plan.shards}
         rows = sum(base.shards[n].users for n in plan.shards if n in base.shards)
         stage = InterestsStage(plan, base, buckets, self.config, self.prompts, resources)
-        cards = self.run(stage, inputs, rows + sum(card.rows_out for card in of_events), "moving users on")
+        cards = self.run(stage, inputs, rows + sum(card.rows_out for card in of_events), "updating users")
         state = _state_after(plan, base, cards)
         cut = budget_cut(workspace, stage.folder, cards, plan.budget_calls)
         due = {Shard.of_name(name): int(card.counts["due"]) for name, card in cards.items() if card.counts["due"]}
@@ -327,27 +327,28 @@ def parent_release(workspace: Workspace, after: str | None, encoder: EncoderConf
     history = pointer_history(workspace)
     if not history:
         raise ReleaseError(
-            f"{workspace.path('releases')}: nothing was published yet, and a refresh builds on a whole run. "
+            f"{workspace.path('releases')}: nothing has been published, and a refresh builds on a full run. "
             "Run `owlrec run` with the same recipe first."
         )
     current = history[-1]
     if not workspace.exists("releases", current, MANIFEST):
         raise ReleaseError(
-            f"release {current}, which a refresh would build on, is gone from {workspace.path('releases')}. Make "
-            "another one current (`owlrec release rollback`; `release list` shows them), or publish in full "
-            "(`owlrec run --from publish`)."
+            f"the refresh would build on release {current}, which is missing from "
+            f"{workspace.path('releases')}. Make another one current (`owlrec release rollback`; `release "
+            "list` shows them), or publish in full (`owlrec run --from publish`)."
         )
     if after is not None and after not in history:
         raise ReleaseError(
-            f"the current release {current} does not come after {after}, which the refreshes go on from: it was "
-            f"rolled back. Make that one current again (`owlrec release rollback --to {after}`); or, to go on from "
-            f"{current}, delete {workspace.path(REFRESH_FOLDER)}: the refresh then reads the whole log again."
+            f"the current release {current} is not newer than {after}, the base of the refreshes, which was "
+            f"rolled back. Make {after} current again (`owlrec release rollback --to {after}`); or, to "
+            f"continue from {current}, delete {workspace.path(REFRESH_FOLDER)}: the refresh then reads the "
+            "whole log again."
         )
     manifest = chain(workspace, current)[0]
     if manifest.encoder != encoder.model or manifest.encoder_identity not in ("", encoder.identity):
         raise ReleaseError(
-            f"release {current} has the vectors of encoder '{manifest.encoder_identity or manifest.encoder}', but the "
-            f"recipe's is '{encoder.identity}'. "
-            "Put the encoder back, or run `encode` and `publish` with the new one first."
+            f"release {current} has vectors of encoder '{manifest.encoder_identity or manifest.encoder}', but "
+            f"the recipe uses '{encoder.identity}'. Restore the encoder, or run `encode` and `publish` with "
+            "the new one first."
         )
     return manifest

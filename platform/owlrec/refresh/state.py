@@ -325,7 +325,7 @@ def _read(workspace: Workspace, path: str, model: type[_Model]) -> _Model:
         return model.model_validate(workspace.read_json(path))
     except ValidationError as error:
         raise WorkspaceError(
-            f"{workspace.path(path)} was not written by this owlrec ({error.error_count()} mistakes). Delete "
-            f"{workspace.path(REFRESH_FOLDER)} to begin the refreshes again: all events are read once more, no text is "
-            "lost."
+            f"{workspace.path(path)} was written by another version of owlrec ({error.error_count()} errors). "
+            f"Delete {workspace.path(REFRESH_FOLDER)} to restart the refreshes: all events are read again, and "
+            "no text is lost."
         ) from None

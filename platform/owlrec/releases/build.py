@@ -242,7 +242,7 @@ def build_release(
     be as long as its own, and their codes its own. Else see publish_rows.
     """
     if info.delta and quantisers:
-        raise ValueError("a delta's vectors have the codes of its parent's quantisers: give it none.")
+        raise ValueError("a delta uses its parent's quantisers: do not pass any.")
     base = _parents(workspace, info) if info.delta else base
     info = _inherited(info, base)
     build = _begin(workspace, info)
@@ -355,14 +355,14 @@ def whole_release(workspace: Workspace, info: ReleaseInfo) -> ReleaseManifest | 
 def _parents(workspace: Workspace, info: ReleaseInfo) -> list[ReleaseManifest]:
     if info.parent is None:
         raise ReleaseError(
-            f"{workspace.root}: a delta release needs a parent. Name the release that it changes, or publish in full."
+            f"{workspace.root}: a delta release needs a parent. Pass the release that it changes, or publish in full."
         )
     try:
         return chain(workspace, info.parent)
     except ReleaseError as error:
         raise ReleaseError(
-            f"release '{info.parent}' cannot be the parent of a delta: {error} "
-            f"Name a complete release, or publish in full."
+            f"release '{info.parent}' cannot be the parent of a delta: {error} Use a complete release, or "
+            "publish in full."
         ) from None
 
 
@@ -373,8 +373,8 @@ def _inherited(info: ReleaseInfo, base: Sequence[ReleaseManifest]) -> ReleaseInf
     given, before = info.encoder_identity, base[0].encoder_identity if base else ""
     if given and before and given != before:
         raise ReleaseError(
-            f"release {base[0].name} has vectors of encoder {before}, but those to publish on top of it are of {given}."
-            " Put the encoder back, or run `encode` and `publish` with the new one first."
+            f"release {base[0].name} has vectors of encoder {before}, but the new ones come from {given}. "
+            "Restore the encoder, or run `encode` and `publish` with the new one first."
         )
     length = info.history_length or (base[0].history_length if base else 0)
     return info.model_copy(update={"encoder_identity": given or before, "history_length": length})
@@ -422,8 +422,8 @@ def _manifest(
     sums = {name: _sums(cards, name) for name in (*DATABASES, "partitions", "new")}
     if info.delta and not any(any(kinds.values()) for kinds in sums.values()):
         raise ReleaseError(
-            f"{workspace.root}: the delta of release '{info.parent}' has no row. Nothing is new or changed, so there "
-            f"is nothing to publish."
+            f"{workspace.root}: the delta of release '{info.parent}' has no rows. Nothing is new or changed, "
+            "so there is nothing to publish."
         )
     as_of = [int(card.counts[end]) for card in cards for end in ("as_of_min", "as_of_max") if end in card.counts]
     as_of += [base[0].as_of_min, base[0].as_of_max] if base else []
@@ -432,8 +432,8 @@ def _manifest(
     dims = sorted({int(card.counts["dim"]) for card in cards} - {0})
     if len(dims) > 1:
         raise ReleaseError(
-            f"{workspace.root}: the vectors to publish have {' and '.join(map(str, dims))} components. One release "
-            f"holds the vectors of one encoder: encode all of them again."
+            f"{workspace.root}: the vectors to publish have {' and '.join(map(str, dims))} components. A "
+            "release has vectors of one encoder: encode all of them again."
         )
     return ReleaseManifest(
         name=build["name"],
@@ -474,7 +474,7 @@ def _refuse_other_codebooks(kind: Kind, table: pa.Table, writer: PartWriter, nam
     coded_by = (table.schema.metadata or {}).get(b"quantiser", b"").decode()
     if coded_by and kind in writer.codes and coded_by != writer.codes[kind].codebooks:
         raise SchemaError(
-            f"{name}: its codes are of codebooks {coded_by[:8]}, but the release has "
+            f"{name}: its codes come from codebooks {coded_by[:8]}, but the release has "
             f"{writer.codes[kind].codebooks[:8]}. Run `encode` again."
         )
 

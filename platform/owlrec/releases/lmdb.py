@@ -292,8 +292,8 @@ class PartWriter:
             rows = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float16).reshape(len(ids), -1)
             if self.dim not in (0, rows.shape[1]):
                 raise SchemaError(
-                    f"{name}: its vectors have {rows.shape[1]} components, earlier ones {self.dim}. "
-                    f"One release holds the vectors of one encoder: encode all of them again."
+                    f"{name}: its vectors have {rows.shape[1]} components, but earlier ones have {self.dim}. A "
+                    "release has vectors of one encoder: encode all of them again."
                 )
             self.dim = rows.shape[1]
             if partitions.any():
@@ -316,7 +316,7 @@ class PartWriter:
             ids, lists = batch["id"].to_numpy(), batch["cohorts"].combine_chunks()
             if lists.flatten().null_count:
                 row = next(row for row, cohorts in enumerate(lists.to_pylist()) if None in cohorts)
-                raise SchemaError(f"{name}: the cohorts of {kind} {ids[row]} hold a null. Leave that cohort out.")
+                raise SchemaError(f"{name}: the cohorts of {kind} {ids[row]} contain a null. Remove that cohort.")
             self.add_rows("memberships", encode_keys(kind, ids), encode_lists(lists))
 
     def add_behaviors(self, table: pa.Table, *, name: str) -> None:
@@ -351,8 +351,7 @@ class PartWriter:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
             except lmdb.Error as error:
                 raise WorkspaceError(
-                    f"{self.path} cannot be written ({error}). Free some space there and publish again: finished parts "
-                    f"stay."
+                    f"{self.path} cannot be written ({error}). Free some space and publish again: finished parts stay."
                 ) from None
         self._keep_sample(database, keys, values)
         self._count(database, keys)
@@ -371,8 +370,8 @@ class PartWriter:
                 same = file.get_many(database, [key for key, _ in sample]) == [value for _, value in sample]
                 if file.rows(database) != rows or not same:
                     raise ReleaseError(
-                        f"{self.path}: its {database} do not read back as they were written. Check the disk, then "
-                        f"publish again; nothing was made visible."
+                        f"{self.path}: its {database} read back differently from what was written. Check the "
+                        "disk, then publish again; the current release did not change."
                     )
 
     def abort(self) -> None:

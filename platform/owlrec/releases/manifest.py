@@ -84,14 +84,14 @@ def read_manifest(workspace: Workspace, name: str) -> ReleaseManifest:
     path = f"releases/{name}/{MANIFEST}"
     if not workspace.exists(path):
         have = [n for n in workspace.names("releases") if workspace.exists("releases", n, MANIFEST)]
-        hint = did_you_mean(name, have) if have else " Nothing was published yet: run the publish stage."
-        raise ReleaseError(f"{workspace.path('releases')} holds no release '{name}'.{hint}")
+        hint = did_you_mean(name, have) if have else " Nothing has been published: run the publish stage."
+        raise ReleaseError(f"{workspace.path('releases')} has no release '{name}'.{hint}")
     try:
         document = workspace.read_json(path)
         if isinstance(document, dict) and document.get("format") != FORMAT:
             raise ReleaseError(
-                f"{workspace.path(path)} has format {document.get('format')}; this owlrec reads {FORMAT}. Use the "
-                "owlrec that wrote it, or publish again."
+                f"{workspace.path(path)} has format {document.get('format')}; this owlrec reads {FORMAT}. Use "
+                "the version that wrote it, or publish again."
             )
         return ReleaseManifest.model_validate(document)
     except (ValidationError, WorkspaceError) as error:

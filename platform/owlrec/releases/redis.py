@@ -115,8 +115,8 @@ class RedisStore(RowStore):
         for answer in answers:
             if answer[-1] is None:
                 raise StoreUnavailableError(
-                    f"release {self._manifest.name} is gone from Redis: it lost its data, or the release was pruned. "
-                    "Run `owlrec release push`."
+                    f"release {self._manifest.name} is missing from Redis: Redis lost its data, or the release "
+                    "was pruned. Run `owlrec release push`."
                 )
             values += answer[:-1]
         return values
@@ -175,7 +175,7 @@ class RedisReleases:
             manifest = self.manifest(step)
             if manifest is None:
                 raise ReleaseError(
-                    f"Redis holds no release '{step}'. Run `owlrec release push` for the workspace that has it."
+                    f"Redis has no release '{step}'. Run `owlrec release push` from the workspace that has it."
                 )
             manifests.append(manifest)
             step = manifest.parent if manifest.delta else None
@@ -221,7 +221,7 @@ def push(
     """
     name = name or current_release(workspace)
     if name is None:
-        raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
+        raise ReleaseError(f"{workspace.path('releases')}: nothing has been published. Run the publish stage first.")
     push_tombstones(workspace, releases)
     for manifest in reversed(chain(workspace, name)):  # oldest first: a delta is never there without its parent
         if replace or releases.manifest(manifest.name) is None:
@@ -242,9 +242,7 @@ def roll_back_redis(releases: RedisReleases, to: str | None = None) -> str:
     if to is None:
         earlier = [n for n in history if n != history[-1] and releases.manifest(n) is not None]
         if not earlier:
-            raise ReleaseError(
-                "Redis holds no release that was current before. Push one: `owlrec release push --release`."
-            )
+            raise ReleaseError("Redis has no previous release. Push one: `owlrec release push --release`.")
         to = earlier[-1]
     releases.chain(to)
     _write_pointer(releases, history[: len(history) - history[::-1].index(to)] if to in history else [*history, to])
@@ -361,8 +359,9 @@ def _write_release(
         present = client.exists(*(f"{prefix}:part:{part}" for part in parts))
         if present != len(parts):
             raise ReleaseError(
-                f"release {manifest.name}: Redis lost {len(parts) - present} of its {len(parts)} parts while they were "
-                "pushed. Give it more memory and no eviction (maxmemory-policy noeviction), then push again."
+                f"release {manifest.name}: Redis lost {len(parts) - present} of its {len(parts)} parts during "
+                "the push. Give it more memory and turn off eviction (maxmemory-policy noeviction), then push "
+                "again."
             )
         client.set(f"{prefix}:manifest", manifest.model_dump_json())
         client.delete(lease)

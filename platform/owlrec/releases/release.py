@@ -84,7 +84,9 @@ class Release:
             raise KeyError(f"there is no kind {kind!r}.{did_you_mean(str(kind), KINDS)}")
         (knowledge,) = self.get(kind, [id_])
         if knowledge is None:
-            raise KeyError(f"release {self.name} holds no text about {kind} {id_!r}. Ask with `get` where it may miss.")
+            raise KeyError(
+                f"release {self.name} has no text about {kind} {id_!r}. Use `get` for ids that may be missing."
+            )
         return knowledge
 
     def __len__(self) -> int:
@@ -154,8 +156,9 @@ def make_current(workspace: Workspace, name: str, *, expected: str | None = ANY)
         current.move(name) if expected is ANY else current.move(name, expected=expected)
     except PointerMoved as error:
         raise ReleaseError(
-            f"release {name} was built while {expected} was current, but now {current.current} is, and stays so "
-            f"({error}) Run the same command again, or make this one current: `owlrec release rollback --to {name}`."
+            f"release {name} was built on {expected}, but {current.current} is now current and stays current "
+            f"({error}) Run the same command again, or make {name} current: `owlrec release rollback --to "
+            f"{name}`."
         ) from None
 
 
@@ -173,8 +176,8 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
         if to is None:
             raise ReleaseError(
                 f"{workspace.path('releases/CURRENT')}: no release was current before "
-                f"{repr(history[-1]) if history else 'this'}, so there is nothing to roll back to. "
-                f"Name a release: `owlrec release list` shows them."
+                f"{repr(history[-1]) if history else 'this'}, so there is nothing to roll back to. Choose a "
+                "release from `owlrec release list`."
             )
     chain(workspace, to)
     pointer(workspace).rewind(to)
@@ -209,7 +212,9 @@ def open_release(
     for _ in range(_TRIES):
         name = current_release(workspace)
         if name is None:
-            raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
+            raise ReleaseError(
+                f"{workspace.path('releases')}: nothing has been published. Run the publish stage first."
+            )
         try:
             return _open(workspace, name, verify, warmed, lazily)
         except (OwlRecError, OSError) as error:
@@ -217,8 +222,8 @@ def open_release(
                 raise
             last = error
     raise ReleaseError(
-        f"{workspace.path('releases/CURRENT')} moved {_TRIES} times while what it named was being opened (last: "
-        f"{last}). Prune less often, or with a greater minimum age."
+        f"{workspace.path('releases/CURRENT')} changed {_TRIES} times while its release was being opened "
+        f"(last: {last}). Prune less often, or with a higher minimum age."
     )
 
 
@@ -327,8 +332,8 @@ def _check_fits(manifests: Sequence[ReleaseManifest]) -> None:
     room = NodeCache.default().max_bytes
     if size > room:
         raise ReleaseError(
-            f"release {manifests[0].name} has {size:,} bytes, but this node's cache may hold {room:,}. Raise "
-            "OWLREC_CACHE_GIB, or set OWLREC_CACHE to a folder on a larger disk."
+            f"release {manifests[0].name} has {size:,} bytes, but this node's cache is limited to {room:,}. "
+            "Raise OWLREC_CACHE_GIB, or set OWLREC_CACHE to a folder on a larger disk."
         )
 
 
@@ -378,5 +383,5 @@ def open_store(url: str) -> ReleaseSource:
     """The releases at an address such as redis://host:6379/0. Raises ReleaseError for a scheme that nobody knows."""
     scheme = url.partition("://")[0]
     if scheme not in STORES:
-        raise ReleaseError(f"'{scheme}' begins no address of a store.{did_you_mean(scheme, STORES)}")
+        raise ReleaseError(f"'{scheme}' is not a known store scheme.{did_you_mean(scheme, STORES)}")
     return STORES.load(scheme)(url)

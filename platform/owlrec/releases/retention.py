@@ -80,7 +80,7 @@ def compact(
     """
     current = current_release(workspace)
     if current is None:
-        raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
+        raise ReleaseError(f"{workspace.path('releases')}: nothing has been published. Run the publish stage first.")
     manifests = chain(workspace, current)
     newest = manifests[0]
     if not newest.delta:
@@ -285,8 +285,8 @@ def _needed_now(workspace: Workspace) -> set[str]:
     current = current_release(workspace)
     if current is None:
         raise ReleaseError(
-            f"{workspace.path('releases')}: no release is current, so nobody knows which ones are needed. "
-            f"Make one current first: `owlrec release rollback --to`."
+            f"{workspace.path('releases')}: no release is current, so it is unknown which ones are needed. "
+            "Make one current first: `owlrec release rollback --to`."
         )
     return {m.name for m in chain(workspace, current)}
 

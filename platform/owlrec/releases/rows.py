@@ -441,7 +441,7 @@ def decode_knowledge(kind: str, id_: int, value: bytes, where: str) -> Knowledge
         first = _HEAD_STRUCT.size
         second, third = first + framework, first + framework + quality
         if third > len(value):
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         text = value[third:].decode()
         return Knowledge(kind, id_, as_of, text, value[first:second].decode(), value[second:third].decode())
     except (ValueError, struct.error) as error:
@@ -546,7 +546,7 @@ class RowStore(KnowledgeStore):
 
 def _kind_byte(kind: str) -> bytes:
     if kind not in _KIND_BYTES:
-        raise ReleaseError(f"kind '{kind}' is none that a release holds.{did_you_mean(kind, _KIND_BYTES)}")
+        raise ReleaseError(f"kind '{kind}' is not in a release.{did_you_mean(kind, _KIND_BYTES)}")
     return _KIND_BYTES[kind]
 
 

@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, workspace: Workspace) -> Card:
     made_of = preparation.made_of
     done = finished_stage(workspace, "prepare")
     if done is not None and done.counts.get("made_of") == made_of and preparation.whole:
-        note("done already, nothing to do")
+        note("already done")
         return done
     watch = Stopwatch()
     with claimed(workspace, "claims/prepare", "prepare"), ExitStack() as session:
@@ -105,10 +105,10 @@ COHORTS_HERE = 200_000  # users and items that one process is done with sooner t
 
 def cohorts(recipe: Recipe, workspace: Workspace) -> Card:
     """Builds the recipe's cohorts; does nothing where it asks for none."""
-    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
     config, scenario = recipe.cohorts, recipe.domain
     if config is None:
-        return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))
+        return execute(workspace, "cohorts", fingerprint("none"), "the recipe has none", lambda: ({}, {}))
     wording, constants = collective_fingerprint(scenario), (CohortSettings(), ITERATIONS)
     named = fingerprint(prepared.fingerprint, config, constants, wording, recipe.split.cuts)
     folder = f"cohorts/{named[:16]}"
@@ -139,7 +139,7 @@ def cohorts(recipe: Recipe, workspace: Workspace) -> Card:
             note(f"{n:,} cohorts of {kind}s, of {members / n:.0f} members in the mean, {largest:,} in the largest")
         return {**counts}, {"cohorts": folder}
 
-    return execute(workspace, "cohorts", named, "users and items that are alike", body)
+    return execute(workspace, "cohorts", named, "groups of similar users and items", body)
 
 
 def cohorts_folder(recipe: Recipe, workspace: Workspace) -> str | None:
@@ -189,9 +189,9 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
         job = replace(job, decoding=_with_released_pools(recipe, workspace))
         rows = {s.name: job.count_prompts(workspace, s) for s in pending}
         rows |= {s.name: done[s.name].rows_dead for s in dead}
-        note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
+        note(f"{len(pending)} of {len(inputs)} shards left; engine log: {workspace.log_path('engine')}")
         if dead:
-            note(f"{sum(rows[s.name] for s in dead)} dead rows of {len(dead)} shards to ask for again")
+            note(f"{sum(rows[s.name] for s in dead)} dead rows of {len(dead)} shards to retry")
         with progress("writing knowledge", sum(rows.values()), hourly_cost=recipe.generate.hourly_cost) as advance:
             on_card = ShardWatch(advance, workspace.log_path("shards"), rows)
             stage = GenerateStage(job, recipe.engine)
@@ -199,7 +199,7 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
         if counters := decoder_counters(c for name, c in cards.items() if name in rows):
             note(f"decoder: {counters.summary}")
     else:
-        note(f"all {len(inputs)} shards done already, nothing to do")
+        note(f"all {len(inputs)} shards are already done")
     check_dead_share(job.artifact(workspace), cards.values(), recipe.generate)
     # Of contents too: asking again for dead rows adds texts under the same job.
     texts = [(shard.name, cards[shard.name].files[shard.file()].sha256) for shard in inputs]
@@ -289,7 +289,7 @@ def encode(recipe: Recipe, workspace: Workspace) -> Card:
         cards = job.run(pool, lambda card: advance(int(card.counts["encoded"])))
     content = {name: [file.sha256 for file in card.files.values()] for name, card in cards.items()}
     if before is not None and before.fingerprint == fingerprint(folder, content) and not pending:
-        note("done already, nothing to do")
+        note("already done")
         return before
     outputs = {"vectors": folder, "knowledge": knowledge}
     return finish_stage(
@@ -330,8 +330,9 @@ def _refuse_other_dim(recipe: Recipe, path: str, dim: int) -> None:
     expected = recipe.encoder.load().dimension
     if dim != expected:
         raise SourceError(
-            f"{path} has vectors of {dim} components, but the recipe's encoder gives {expected}: a release has one "
-            "dimension, and so have the arms of an experiment. Name an encoder of the same, or remove the folder."
+            f"{path} has vectors of {dim} components, but the recipe's encoder has {expected}: a release and "
+            "the arms of an experiment need one dimension. Use an encoder of that dimension, or remove the "
+            "folder."
         )
 
 
@@ -341,7 +342,7 @@ PARTS_ON_RAY = 8  # from a million users on; fewer parts are built here in less 
 def publish(recipe: Recipe, workspace: Workspace) -> Card:
     """Publishes what `encode` finished. Publishing the same contents again makes the same release current."""
     encoded = needed_stage(workspace, "encode", "no vectors yet")
-    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
     named = fingerprint(encoded.fingerprint, prepared.fingerprint)  # of texts and vectors, and of behaviors
 
     def body() -> tuple[Counts, Outputs]:
@@ -384,7 +385,7 @@ def _write_pools(recipe: Recipe, workspace: Workspace, encoded: Card, release: s
     if recipe.decoding.mode == "off" or not isinstance(engine, VllmEngineConfig):
         return {}
     if not workspace.local:
-        note("no retrieval pools: engines map them into memory, which needs a local or mounted workspace")
+        note("no retrieval pools: engines map them into memory, so they need a local or mounted workspace")
         return {}
     root, cohorts = workspace.local_path(FOLDER, release), cohorts_folder(recipe, workspace)
     written = write_release_pools(

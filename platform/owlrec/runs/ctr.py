@@ -86,7 +86,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
             )
         for row in summarise(results):
             none = row.differences.get("none")
-            gain = f" ({none.auc:+.4f} to none)" if none else ""
+            gain = f" ({none.auc:+.4f} from none)" if none else ""
             note(f"{row.backbone}, {row.arm}: test AUC {row.auc:.4f}{gain}, {row.seeds} seeds")
         counts: Counts = {
             "trials": len(results),
@@ -111,8 +111,8 @@ def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | 
     scored = needed_stage(workspace, "score_pairs", "no soft labels yet")
     if scored.counts["made_for"] != pairs.made_for(prepared.fingerprint):
         raise WorkspaceError(
-            f"{workspace.root}: the soft labels are of other tables, or of another ctr.distillation. Run `ranker "
-            "score-pairs` again; a pair whose question is the same is not asked about twice."
+            f"{workspace.root}: the soft labels belong to other tables or another ctr.distillation. Run "
+            "`ranker score-pairs` again; it skips pairs with an unchanged prompt."
         )
     return scored
 
@@ -127,14 +127,15 @@ def going_on_from(
     for trial in grid:
         if (trial.backbone, trial.arm) != (card.trial.backbone, card.trial.arm):
             raise RecipeError(
-                f"ctr: trial {trial.path} cannot go on from {artifact}, a {card.trial.backbone} with arm "
-                f"{card.trial.arm}. Name this backbone and arm alone under ctr.backbones and ctr.arms."
+                f"ctr: trial {trial.path} cannot continue from {artifact}, a {card.trial.backbone} with arm "
+                f"{card.trial.arm}. List only this backbone and arm under ctr.backbones and ctr.arms."
             )
         reads = read_by(workspace, trial, folders)
         if reads != card.reads:
             raise RecipeError(
-                f"ctr: trial {trial.path} cannot go on from {artifact}: it reads {reads}, but that model was trained "
-                f"on {card.reads}. Put encoder and semantic ids back, or train without --warm-start."
+                f"ctr: trial {trial.path} cannot continue from {artifact}: it reads {reads}, but that model "
+                f"was trained on {card.reads}. Restore the encoder and semantic ids, or train without "
+                "--warm-start."
             )
     return scoring.Artifact.open(workspace, artifact).projection
 
@@ -181,8 +182,8 @@ def shard_pool(recipe: Recipe, workspace: Workspace) -> Iterator[Pool]:
 
 def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
     """Writes the report and prints its main figures; every time, since it is cheap and its readers are here."""
-    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
-    trained = needed_stage(workspace, "train_ctr", "nothing trained yet")
+    prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
+    trained = needed_stage(workspace, "train_ctr", "no models have been trained")
 
     def body() -> tuple[Counts, Outputs]:
         grid, grid_key = trials(recipe.ctr), trained.outputs["grid"]
@@ -217,7 +218,7 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
         )
         if compared := comparison_rows(data.arms):
             table(
-                "difference in AUC, paired by seed and row; intervals over draws of users",
+                "difference in AUC, paired by seed and row; bootstrap intervals over users",
                 ["backbone", "arm", "compared with", "difference", "95 % interval", "RelaImp"],
                 [(r.backbone, r.arm, r.base, r.difference, r.interval, r.rela_imp) for r in compared],
             )
@@ -233,12 +234,12 @@ def _protocol(recipe: Recipe, labels: str) -> str:
     """How the figures were made, in a line: an AUC without its split and label rule means nothing."""
     split = recipe.split
     cuts = ", ".join(cut if isinstance(cut, str) else f"every {cut.every}" for cut in split.cuts)
-    samples = "what is later than that half" if split.kar_protocol else "every behavior"
+    samples = "interactions after that half" if split.kar_protocol else "every behavior"
     return (
-        f"{recipe.source.type}, split by {split.method} {':'.join(map(str, split.ratios))} (split seed {split.seed}), "
-        f"{labels}, history {split.history_length}; texts about users: {cuts}, of at most {split.llm_history} "
-        f"behaviors; samples: {samples}, each reads the newest text that is earlier; "
-        f"seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
+        f"{recipe.source.type}, split by {split.method} {':'.join(map(str, split.ratios))} (split seed "
+        f"{split.seed}), {labels}, history {split.history_length}; texts about users: {cuts}, from at most "
+        f"{split.llm_history} behaviors; samples: {samples}, each reads the newest earlier text; seeds "
+        f"{', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
     )
 
 
@@ -247,7 +248,7 @@ def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None
 
     trial: its path (din/knowledge/seed-0), in place of the best one.
     """
-    grid = needed_stage(workspace, "train_ctr", "nothing trained yet").outputs["grid"]
+    grid = needed_stage(workspace, "train_ctr", "no models have been trained").outputs["grid"]
     encoded = finished_stage(workspace, "encode")
     best = _chosen(finished_trials(workspace, grid, trials(recipe.ctr)), trial)
 
@@ -271,8 +272,9 @@ def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None
             differences[name] = largest_difference(path, tables, workspace, grid, best.trial)
             if not differences[name] <= TOLERANCE:
                 raise WorkspaceError(
-                    f"{workspace.path(folder)}: the exported {name} scores up to {differences[name]:.1e} off the "
-                    f"trainer's test scores. Were tables or vectors rewritten since? Run `train_ctr` again."
+                    f"{workspace.path(folder)}: the exported {name} differs from the trainer's test scores by "
+                    f"up to {differences[name]:.1e} off the trainer's test scores. Were tables or vectors "
+                    "rewritten since? Run `train_ctr` again."
                 )
         note(f"{best.trial.path}, valid AUC {best.valid.auc:.4f}; largest difference {max(differences.values()):.1e}")
         card = ModelCard(
@@ -302,11 +304,11 @@ def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
     servable = {r.trial.path: r for r in results if arm_parts(r.arm)[0] in RELEASED}
     if path is not None and path not in servable:
         raise RecipeError(
-            f"there is no trained trial '{path}' to export, of an arm whose vectors a release holds "
+            f"no trained trial '{path}' can be exported; its arm must read vectors of a release "
             f"({', '.join(RELEASED)}).{did_you_mean(path, servable)}"
         )
     if not servable:
-        raise WorkspaceError("no trial of the recipe's arms has finished, or only controls. Run `train_ctr`.")
+        raise WorkspaceError("no trial of the recipe's arms has finished, except controls. Run `train_ctr`.")
     return servable[path] if path else max(servable.values(), key=lambda r: r.valid.auc)
 
 
@@ -345,7 +347,7 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
             workspace.delete_dir(grid_folder(named), folder)
         rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in found]
         table(f"sweep, arm {arm}", ["backbone", "valid AUC", "epochs", "settings"], rows)
-        note(f"best: {found[0]['backbone']} with {found[0]['changes']}; put its settings below `ctr:` in the recipe")
+        note(f"best: {found[0]['backbone']} with {found[0]['changes']}; put these settings under `ctr:` in the recipe")
         return {"candidates": len(found), "best_valid_auc": found[0]["valid_auc"]}, {"sweep": path}
 
     return execute(workspace, "sweep_ctr", named, f"{len(candidates)} settings, {len(trials)} backbones", body)

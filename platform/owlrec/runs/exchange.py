@@ -32,7 +32,7 @@ _IDS_AT_ONCE = 4096
 def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource) -> Card:
     """Reads `source` into the workspace; `encode` and what follows then work on imported knowledge."""
     stage_header("import", f"{source.kind} knowledge from {source.path}")
-    needed_stage(workspace, "prepare", "the tables are not prepared")
+    needed_stage(workspace, "prepare", "there are no prepared tables")
     watch = Stopwatch()
     forget_stages(workspace, from_stage("generate"))
     job = adopt(workspace, recipe.domain, recipe.quality, source)[0]
@@ -63,7 +63,7 @@ def export_knowledge(workspace: Workspace, path: str, kind: Kind | None = None) 
     """Writes what `generate` made to one file, JSON lines or Parquet by its name; the number of rows."""
     generated = finished_stage(workspace, "generate")
     if generated is None:
-        raise WorkspaceError(f"{workspace.root}: no knowledge yet. Run `generate` first, or import some.")
+        raise WorkspaceError(f"{workspace.root}: there is no knowledge. Run `generate` first, or import some.")
     tables = iterate_knowledge(workspace, generated.outputs["knowledge"], (kind,) if kind else KINDS)
     write = export_parquet if path.endswith(".parquet") else export_jsonl
     return write(tables, path)
@@ -147,12 +147,12 @@ def export_vectors(
     """
     stage_header("export-vectors", release or "the current release")
     if artifact is not None and read_card(workspace, artifact).reads is None:
-        raise WorkspaceError(f"{workspace.path(artifact)}: its model reads no knowledge, so it has no adapted fields.")
+        raise WorkspaceError(f"{workspace.path(artifact)}: its model reads no knowledge, so it has no adaptor output.")
     with open_release(workspace, release, verify=False, lazily=True) as opened:
         name = opened.name
         kinds = {kind: opened.store.count(kind) for kind in TABLES}
     if not any(kinds.values()):
-        raise ReleaseError(f"release {name} holds neither users nor items. Publish some knowledge first.")
+        raise ReleaseError(f"release {name} has neither users nor items. Publish some knowledge first.")
     folder = f"{FOLDER}/{name}{f'-{fingerprint(artifact)[:8]}' if artifact else ''}"
     stage = ExportVectors(folder, name, artifact)
     inputs = {Shard(kind, number): name for kind in kinds for number in range(workspace.n_shards(kind))}

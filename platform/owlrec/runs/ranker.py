@@ -32,7 +32,7 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
     """
     prepared, config = needed_stage(workspace, "prepare", "no tables yet"), recipe.ranking
     if config is None:
-        raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
+        raise RecipeError("ranking: this section is missing. Add `ranking: {}` for the defaults.")
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
     settings = settings or RankerRun(tuning=config.tuning.settings)
     decides = (config.decides_adapter(settings), TEMPLATE_OPTIONS, recipe.encoder.identity)
@@ -50,8 +50,9 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
     def body() -> tuple[Counts, Outputs]:
         if recipe.split.history_length <= config.data.behaviours:
             warn(
-                f"split.history_length is {recipe.split.history_length}, and a prompt shows {config.data.behaviours} "
-                "behaviours: retrieved ones are the recent ones. Raise split.history_length and prepare again."
+                f"split.history_length is {recipe.split.history_length}, and a prompt shows "
+                f"{config.data.behaviours} behaviors, so the retrieved ones equal the recent ones. Raise "
+                "split.history_length and run `prepare` again."
             )
         with shard_pool(recipe, workspace) as pool:
             vectors = ItemVectors.encoded(workspace, recipe.encoder, pool=pool)
@@ -94,12 +95,15 @@ def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = Fals
     """
     pairs = recipe.ctr.distillation
     if pairs is None:
-        raise RecipeError("ctr.distillation: the recipe has no such section. Add `distillation: {}` for the defaults.")
+        raise RecipeError("ctr.distillation: this section is missing. Add `distillation: {}` for the defaults.")
     prepared = needed_stage(workspace, "prepare", "no tables yet")
     teacher = teacher_of(recipe, workspace)
-    stage_header("score_pairs", f"{teacher.engine.model_identity}, {'tuned' if teacher.adapter else 'as it is'}")
+    stage_header("score_pairs", f"{teacher.engine.model_identity}, {'tuned' if teacher.adapter else 'untuned'}")
     if teacher.calibration is None:
-        warn("the LLM's probabilities are not calibrated: CTR models learn them as they are. `ranker tune` calibrates.")
+        warn(
+            "the LLM's probabilities are not calibrated, and CTR models learn the raw values. `ranker tune` "
+            "calibrates them."
+        )
     inputs = pair_inputs(workspace, pairs)
     pending, done = pending_shards(workspace, teacher.folder, inputs)
     dead = [shard for shard in inputs if retry_dead and shard.name in done and done[shard.name].rows_dead]
@@ -108,7 +112,7 @@ def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = Fals
         forget_stages(workspace, ["score_pairs"])
         cards = _ask(recipe, workspace, teacher, inputs, pending, dead, done)
     else:
-        note(f"all {len(inputs)} shards done already, nothing to do")
+        note(f"all {len(inputs)} shards are already done")
     check_dead_share(Artifact(workspace, teacher.folder), cards.values(), recipe.generate)
     content = [(shard.name, cards[shard.name].files[shard.file()].sha256) for shard in inputs]
     counts: Counts = {
@@ -160,9 +164,9 @@ def _ask(
             vectors = ItemVectors.encoded(workspace, teacher.encoder, pool=pool)
     rows = {s.name: workspace.count_rows(table_file("samples", s.number)) for s in pending}
     rows |= {s.name: done[s.name].rows_dead for s in dead}
-    note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
+    note(f"{len(pending)} of {len(inputs)} shards left; engine log: {workspace.log_path('engine')}")
     stage = ScorePairs(teacher, pairs, recipe.split, vectors)
-    with progress("asking about pairs", None, "pairs", hourly_cost=recipe.generate.hourly_cost) as advance:
+    with progress("scoring pairs", None, "pairs", hourly_cost=recipe.generate.hourly_cost) as advance:
         on_card = ShardWatch(advance, workspace.log_path("shards"))
         return write_texts(
             recipe, workspace, stage, inputs, rows, on_card, done=done, again=dead, engine=teacher.engine

@@ -50,12 +50,12 @@ def run(
         refresh, done = Refresh(recipe, workspace, signals or StopSignals()), list[State]()
         base = read_state(workspace)
         if (plan := interrupted_plan(workspace, base.name, refresh.planner.recipe)) is not None:
-            note("an interrupted refresh left its plan: that one first")
+            note("finishing the plan of an interrupted refresh first")
             done.append(refresh.carry_out(plan, base))
             base = done[-1]
         plan = refresh.planner.read_log(base, round(time.time() * 1000) if now is None else now)
         if plan is None:
-            note("no new events, nothing to do")
+            note("no new events")
             return done
         refresh.signals.check()
         return [*done, refresh.carry_out(plan, base)]
@@ -92,7 +92,7 @@ class Refresh:
         sweep(workspace, state)
         users, items = state.counts["renewed"], state.counts["items_renewed"]
         failed = state.calls + state.item_calls - users - items
-        note(f"texts of {users:,} partitions of users and of {items:,} items; {failed:,} answers failed")
+        note(f"texts for {users:,} user partitions and {items:,} items; {failed:,} answers failed")
         note(f"current: {renewed.release}")
         if said := tidy(workspace):
             note(said)

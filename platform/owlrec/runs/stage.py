@@ -91,7 +91,7 @@ def execute(
     stage_header(stage, about)
     done = None if always else finished_stage(workspace, stage, fingerprint)
     if done is not None:
-        note("done already, nothing to do")
+        note("already done")
         return done
     forget_stages(workspace, from_stage(stage))
     watch = Stopwatch()

@@ -25,8 +25,8 @@ def reshard(recipe: Recipe, workspace: Workspace, kinds: Sequence[Kind] = ()) ->
     Errors: see owlrec.reshard. Raises WorkspaceError where a refresh is running or was interrupted, too: its answers
     lie in the shards that it was planned with.
     """
-    stage_header("reshard", "twice as many shards")
-    rows = int(needed_stage(workspace, "prepare", "the tables are not prepared").counts.get("interactions", 0))
+    stage_header("reshard", "doubling the shards")
+    rows = int(needed_stage(workspace, "prepare", "there are no prepared tables").counts.get("interactions", 0))
     with claimed(workspace, CLAIM, "refresh"), progress("splitting shards", None) as advance:
         if unfinished_plans(workspace, read_state(workspace).name):
             raise WorkspaceError(

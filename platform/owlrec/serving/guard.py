@@ -131,7 +131,7 @@ class Guard:
         if not self._keys.required:
             # Keyless means loopback, but a web page that renames its own host to 127.0.0.1 would reach that as well.
             if not _LOOPBACK_NAMES.fullmatch(headers.get(b"host", b"localhost").decode("latin-1")):
-                raise Problem(403, "without API keys only requests to localhost are answered", field="Host")
+                raise Problem(403, "without API keys, only requests to localhost are answered", field="Host")
             return ""
         name = self._keys.name_of(_presented_key(headers, self._browser))
         if name is None:
@@ -169,12 +169,12 @@ class _Exchange:
         except Problem as problem:
             await self._refuse(problem)
         except TimeoutError:
-            await self._refuse(Problem(504, f"not answered within {limits.timeout_s:g} s"))
+            await self._refuse(Problem(504, f"no answer within {limits.timeout_s:g} s"))
         except _ClientGoneError:
             self._status = 499
         except Exception:
             _log.exception("request %s failed", self._id)
-            await self._refuse(Problem(500, "an error on our side; the server's log has it under this request id"))
+            await self._refuse(Problem(500, "a server error; find it in the server's log by this request id"))
         finally:
             guard._active -= 1
             self._record(key, time.perf_counter() - start)
@@ -229,7 +229,7 @@ def _path(scope: Scope) -> str:
 
 async def _read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
     """The whole body, which is small by contract: what is too large is refused before it is held."""
-    too_large = Problem(413, f"the body has more than {limit:,} bytes", field="body")
+    too_large = Problem(413, f"the body is larger than {limit:,} bytes", field="body")
     declared = headers.get(b"content-length", b"0").decode("latin-1")
     if not declared.isdigit() or int(declared[:20]) > limit:
         raise too_large if declared.isdigit() else Problem(400, "is not a number", field="Content-Length")
@@ -262,8 +262,8 @@ def check_binding(host: str | None, keys: KeyRing) -> str | None:
     if keys.required or host is None or _LOOPBACK_NAMES.fullmatch(host) or host == "::1":
         return None
     return (
-        f"the HTTP server listens on {host}, beyond this machine, but no API key is asked for. Make one with `owlrec "
-        f"keys NAME >> keys.txt` and name the file (keys_file=keys.txt), or listen on 127.0.0.1."
+        f"the HTTP server listens on {host}, beyond this machine, but requires no API key. Create one with "
+        "`owlrec keys NAME >> keys.txt` and pass the file (keys_file=keys.txt), or listen on 127.0.0.1."
     )
 
 

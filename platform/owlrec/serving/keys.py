@@ -41,7 +41,9 @@ def new_key(name: str) -> tuple[str, str]:
     key, salt = f"owl_{secrets.token_urlsafe(32)}", secrets.token_bytes(16)
     line = f"{name} {salt.hex()} {_digest(salt, key).hex()}"
     if not _LINE.fullmatch(line):
-        raise ServingError(f"'{name}' cannot name a key. Use up to 64 letters, digits, dots, dashes and underscores.")
+        raise ServingError(
+            f"'{name}' is not a valid key name. Use up to 64 letters, digits, dots, dashes and underscores."
+        )
     return key, line
 
 
@@ -58,7 +60,8 @@ def parse_keys(text: str, source: str) -> list[StoredKey]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise ServingError(
-                f"{source}, line {number}: not a key. A line reads `name salt hash`, as `owlrec keys NAME` prints it."
+                f"{source}, line {number}: invalid line. A line must be `name salt hash`, as `owlrec keys "
+                "NAME` prints it."
             )
         if any(key.name == match["name"] for key in keys):
             raise ServingError(f"{source}, line {number}: the name '{match['name']}' occurs twice. Rename one key.")
@@ -84,7 +87,7 @@ class KeyRing:
         elif text is not None:
             self._keys = parse_keys(text, "OWLREC_API_KEYS")
         if self.required and not self._keys:
-            raise ServingError(f"{self._file or 'OWLREC_API_KEYS'}: holds no key. `owlrec keys NAME` makes one.")
+            raise ServingError(f"{self._file or 'OWLREC_API_KEYS'}: has no keys. Create one with `owlrec keys NAME`.")
 
     def name_of(self, key: str) -> str | None:
         """The name under which `key` is known, None where it is not valid (any more).
@@ -109,10 +112,10 @@ class KeyRing:
             status = os.stat(self._file)
             if (status.st_mtime_ns, status.st_size, status.st_ino) != self._stamp:
                 self._keys = self._read()
-                _log.info("key file %s read again: %d keys", self._file, len(self._keys))
+                _log.info("reloaded key file %s: %d keys", self._file, len(self._keys))
         except (OSError, ServingError) as error:
             # A typing mistake must not lock all clients out. An empty file does: it revokes every key.
-            _log.error("key file %s cannot be used, the keys of before stay valid: %s", self._file, error)
+            _log.error("key file %s cannot be used, the previous keys stay valid: %s", self._file, error)
 
     def _read(self) -> list[StoredKey]:
         assert self._file is not None
@@ -121,7 +124,7 @@ class KeyRing:
             keys = parse_keys(self._file.read_text(encoding="utf-8"), str(self._file))
         except (OSError, UnicodeDecodeError) as error:
             raise ServingError(
-                f"key file {self._file} cannot be read ({error}). Make one with `owlrec keys`."
+                f"key file {self._file} cannot be read ({error}). Create one with `owlrec keys`."
             ) from None
         self._stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         return keys

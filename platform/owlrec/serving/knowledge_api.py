@@ -103,7 +103,7 @@ def build_knowledge_api(
         """What is known of one user, item or cohort; where it has no text of its own, what its cohorts say."""
         wanted, number = int(id), list(dict.fromkeys(fields))
         if wanted > LARGEST_ID:
-            raise Problem(422, "is no 64-bit integer", field="id")
+            raise Problem(422, "is not a 64-bit integer", field="id")
         as_bytes = BYTES_TYPE in accept
         with served.lease() as release:
             tag = f'"{release.version}.{"f2" if as_bytes else "json"}"'
@@ -114,7 +114,7 @@ def build_knowledge_api(
                 return await answers.as_bytes(release, kind, [wanted], headers, single=True)
             [entity] = await answers.entities(release, kind, [wanted], number)
             if not entity.found:
-                raise Problem(404, "nothing is known of this id", field="id", headers={RELEASE_HEADER: release.name})
+                raise Problem(404, "this id has no knowledge", field="id", headers={RELEASE_HEADER: release.name})
             head = f'{{"release":{json.dumps(release.name)},"kind":"{kind}",'
             return _json(release, head + entity.json[1:], headers)
 
@@ -173,7 +173,7 @@ class _Answers:
         self._count(kind, int(mask.sum()), len(ids))
         headers = {**headers, RELEASE_HEADER: release.name, DIM_HEADER: str(rows.shape[1])}
         if single and not mask[0]:
-            raise Problem(404, "no vector is known of this id", field="id", headers={RELEASE_HEADER: release.name})
+            raise Problem(404, "this id has no vector", field="id", headers={RELEASE_HEADER: release.name})
         return Response(vectors_as_bytes(rows, mask), 200, headers, BYTES_TYPE)
 
     async def _timed(self, release: Release, look_up: Callable[[], _T]) -> _T:

@@ -59,11 +59,11 @@ def install_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(StoreUnavailableError)
     async def _unavailable(_: Request, error: StoreUnavailableError) -> Response:
         _log.error("%s", error)
-        return problem_response(503, "the store does not answer; try again", headers={"Retry-After": "1"})
+        return problem_response(503, "the store does not respond; try again", headers={"Retry-After": "1"})
 
     @app.exception_handler(Exception)
     async def _failed(_: Request, error: Exception) -> Response:
-        return problem_response(500, "an error on our side; the server's log has it under this request id")
+        return problem_response(500, "a server error; find it in the server's log by this request id")
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> Response:
@@ -79,7 +79,7 @@ def _field_error(error: Any) -> FieldError:
     # A location reads ("body", "ids", 3); of JSON that does not parse, ("body", <offset>).
     where, *parts = error["loc"]
     if error["type"] == "json_invalid":
-        return FieldError(field="body", message=f"is no JSON, at character {parts[0] if parts else 0}")
+        return FieldError(field="body", message=f"is not valid JSON, at character {parts[0] if parts else 0}")
     field = ""
     for part in parts:
         field += f"[{part}]" if isinstance(part, int) else f".{str(part)[:60]}" if field else str(part)[:60]
@@ -97,16 +97,16 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, about in {
         400: "the request cannot be read",
         401: "no valid API key",
-        403: "not a request of this machine, where no key is asked for",
+        403: "not a request from this machine, which needs no key",
         413: "the body is too large",
-        422: "a field is wrong; the message names it",
-        503: "overloaded, or what it needs is not available: try again",
-        504: "not answered in time",
+        422: "a field is invalid; the message names it",
+        503: "overloaded, or a dependency is unavailable; try again",
+        504: "no answer in time",
     }.items()
 }
 PROBLEMS_OF_ONE: dict[int | str, dict[str, Any]] = {
     **PROBLEMS,
-    404: {"model": ProblemDocument, "description": "nothing is known of this id"},
+    404: {"model": ProblemDocument, "description": "this id has no knowledge"},
 }
 
 

@@ -57,7 +57,7 @@ class BatchGet(Request):
     @classmethod
     def _each_once(cls, values: list[int | str]) -> list[int | str]:
         if len(set(values)) < len(values):
-            raise ValueError("holds a value twice; name each once")
+            raise ValueError("has a duplicate; list each value once")
         return values
 
 
@@ -74,7 +74,7 @@ class Similar(Request):
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if (self.id is None) == (self.vector is None):
-            raise ValueError("give either `id` or `vector`, not both")
+            raise ValueError("pass either `id` or `vector`, not both")
         return self
 
 
@@ -190,15 +190,15 @@ class Rank(Request):
     @classmethod
     def _each_once(cls, values: list[int]) -> list[int]:
         if len(set(values)) < len(values):
-            raise ValueError("holds a value twice; name each once")
+            raise ValueError("has a duplicate; list each value once")
         return values
 
     @model_validator(mode="after")
     def _somebody(self) -> Self:
         if self.user_id is None and self.history is None:
-            raise ValueError("give `user_id`, `history`, or both")
+            raise ValueError("pass `user_id`, `history`, or both")
         if self.mode == "llm" and len(self.candidates) > MAX_LLM_CANDIDATES:
-            raise ValueError(f"mode llm takes at most {MAX_LLM_CANDIDATES} candidates; use cascade for more")
+            raise ValueError(f"mode llm accepts at most {MAX_LLM_CANDIDATES} candidates; use cascade for more")
         return self
 
 

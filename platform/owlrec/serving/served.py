@@ -88,7 +88,7 @@ class ServedReleases:
             try:
                 name = self._source.current()
                 if name is None:
-                    self.error = "no release is current any more" if self._held else "nothing was published yet"
+                    self.error = "there is no current release any more" if self._held else "nothing has been published"
                     return False
                 held = self._held
                 if held and (name, self._source.forgotten()) == (held.release.name, held.release.tombstones.mark):

@@ -125,17 +125,17 @@ class SimilarEntities:
         if asked.id is not None:
             rows, mask = release.store.vectors(asked.kind, [asked.id])
             if not mask[0]:
-                raise Problem(404, "no vector is known of this id", field="id")
+                raise Problem(404, "this id has no vector", field="id")
             vector = rows[0]
         else:
             vector = np.array(asked.vector, dtype=np.float32)
             if len(vector) != release.manifest.dim:
                 raise Problem(
-                    422, f"has {len(vector)} components; the release's have {release.manifest.dim}", field="vector"
+                    422, f"has {len(vector)} components, but the release has {release.manifest.dim}", field="vector"
                 )
         length = float(np.linalg.norm(vector))
         if not length > 0:
-            raise Problem(422, "is all zeros, which points nowhere", field="vector")
+            raise Problem(422, "is all zeros and has no direction", field="vector")
         return vector / length
 
     def _index(self, release: Release, kind: Kind) -> Any:
@@ -184,7 +184,7 @@ def _build(release: Release, kind: Kind, path: Path) -> None:
         else:
             faiss.write_index(index, str(file))
         storage.upload(file, path.name)  # of two that build it at once, the later one's stays
-        _log.info("built the index of %s vectors of release %s", kind, release.name)
+        _log.info("built the index of %s vectors for release %s", kind, release.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -230,5 +230,7 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise Problem(501, "this server has no faiss, which similar entities need: pip install faiss-cpu") from None
+        raise Problem(
+            501, "similar entities need faiss, which this server does not have: pip install faiss-cpu"
+        ) from None
     return faiss

@@ -51,7 +51,7 @@ class AmazonSource(Source):
         core = _core_rows(interactions, self.user_core, self.item_core)
         if not len(core):
             raise SchemaError(
-                f"{reviews}: no interaction is left with source.user_core {self.user_core} and item_core "
+                f"{reviews}: no interactions are left with source.user_core {self.user_core} and item_core "
                 f"{self.item_core}. Lower them."
             )
         counts["outside_core_dropped"] = interactions.num_rows - len(core)
@@ -111,11 +111,13 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise SourceError(
-                            f"{file}, line {number}: the line holds no JSON object. Correct or delete it."
+                            f"{file}, line {number}: the line is not a JSON object. Correct or delete it."
                         )
                     yield number, row
     except ValueError as error:
-        raise SourceError(f"{file}, line {number}: the line is no JSON ({error}). Correct or delete it.") from None
+        raise SourceError(
+            f"{file}, line {number}: the line is not valid JSON ({error}). Correct or delete it."
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(
             f"{file}, after line {number}: the file cannot be read ({error}). Download it again."
@@ -134,9 +136,9 @@ def _read_reviews(file: Path) -> pa.Table:
     names = next((release for release in _RELEASES if release.matches(first)), None)
     if names is None:
         raise SourceError(
-            f"{file}, line 1: the fields {', '.join(first)} are neither those of Amazon's 2018 reviews (reviewerID, "
-            "asin) nor of 2023's (user_id, parent_asin). Swap source.reviews and source.metadata, or use a source of "
-            "type `table`."
+            f"{file}, line 1: the fields {', '.join(first)} match neither Amazon's 2018 reviews (reviewerID, "
+            "asin) nor the 2023 ones (user_id, parent_asin). Swap source.reviews and source.metadata, or use "
+            "a source of type `table`."
         )
     schema = pa.schema(
         [
@@ -194,7 +196,7 @@ def _read_metadata(file: Path, wanted: list[str]) -> pa.Table:
     key = "parent_asin" if "parent_asin" in first else "asin"
     if key not in first:
         raise SourceError(
-            f"{file}, line 1: the fields {', '.join(first)} hold neither asin nor parent_asin. Point "
+            f"{file}, line 1: the fields {', '.join(first)} have neither asin nor parent_asin. Point "
             "source.metadata at item metadata."
         )
     rows: dict[str, dict[str, Any]] = {item: {} for item in wanted}

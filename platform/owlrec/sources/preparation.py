@@ -155,8 +155,8 @@ class Preparation:
         """
         if self.split.method == "column" and SPLIT not in self.source.outcomes:
             raise SchemaError(
-                f"{self.source.names['interactions']}: split.method is column, but the interactions have no column "
-                f"'{SPLIT}'. Map one under source.columns.interactions, or choose another method."
+                f"{self.source.names['interactions']}: split.method is column, but the interactions have no "
+                f"column '{SPLIT}'. Map one under source.columns.interactions, or use another method."
             )
         self._make = make
         folder = self._folder
@@ -219,7 +219,7 @@ class Preparation:
         folder = f"shuffled/{fingerprint(self.made_of, list(tasks.values()))[:16]}"
         stage = Shuffle(folder, groups, tasks, self.split, self.labels, self.source.drop_orphans, self.source.names)
         cards: dict[str, Card] = {}
-        kinds: dict[Kind, str] = {"item": "checking items", "user": "bringing users together"}
+        kinds: dict[Kind, str] = {"item": "checking items", "user": "shuffling rows by user"}
         for kind, about in kinds.items():
             inputs = {Shard(kind, task): folder for task in range(len(tasks[kind]))}
             cards |= self._make(stage, inputs, about, groups["items"].rows if kind == "item" else self.rows)

@@ -171,7 +171,7 @@ def input_file(path: str | Path) -> Path:
     """`path` with ~ expanded. Raises SourceError where there is no such file."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise SourceError(f"{path}: there is no such file. Correct the path in the recipe's source section.")
+        raise SourceError(f"{path}: file not found. Correct the path in the recipe's source section.")
     return file
 
 
@@ -358,11 +358,11 @@ def _raw_ids(table: pa.Table, key: str, name: str, first_row: int) -> pa.Chunked
     try:
         column = column.cast(pa.string())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-        raise SchemaError(f"{name}: column '{key}' is of type {column.type}. Write ids as integers or text.") from None
+        raise SchemaError(f"{name}: column '{key}' has type {column.type}. Write ids as integers or text.") from None
     if (row := pc.index(column, "").as_py()) >= 0:
         raise SchemaError(
-            f"{name}, row {first_row + row}: {key} is empty. Drop the row or give it an id; rows without ids cannot be "
-            "joined."
+            f"{name}, row {first_row + row}: {key} is empty. Drop the row or add an id; rows without ids "
+            "cannot be joined."
         )
     return column
 
@@ -371,7 +371,7 @@ def _refuse_null(table: pa.Table, column: str, name: str, first_row: int) -> Non
     if table[column].null_count:
         row = first_row + pc.index(pc.is_null(table[column]), True).as_py()
         raise SchemaError(
-            f"{name}, row {row}: {column} is null. Drop the row or give it a value; rows without one cannot be joined."
+            f"{name}, row {row}: {column} is null. Drop the row or add a value; rows without one cannot be joined."
         )
 
 
@@ -389,8 +389,8 @@ def _as_text(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArray 
         return column.cast(pa.string()).fill_null("")
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise SchemaError(
-            f"{table}: column '{name}' is of type {type_}, which is neither text nor a list of texts ({error}). "
-            f"Drop the column or write it as text."
+            f"{table}: column '{name}' has type {type_}, which is neither text nor a list of texts ({error}). "
+            "Drop the column or convert it to text."
         ) from None
 
 
@@ -419,8 +419,8 @@ def refuse_repeated_ids(table: pa.Table, key: str, where: Callable[[int], Place]
             f"Rename one of them in the data (a prefix is enough)."
         )
     raise SchemaError(
-        f"{place.name}, row {place.row}: {key} '{raw}' occurs a second time ({len(repeated)} such rows so far). "
-        "Keep one row per id."
+        f"{place.name}, row {place.row}: {key} '{raw}' is a duplicate ({len(repeated)} such rows so far). Keep "
+        "one row per id."
     )
 
 
@@ -440,9 +440,9 @@ def refuse_repeated_interactions(
         row = int(order[same].min())
         place = where(row)
         raise SchemaError(
-            f"{place.name}, row {place.row}: user_id '{place.user}', item_id '{place.item}', "
-            f"timestamp {table['timestamp'][row].as_py()} occurs a second time ({len(same)} such rows so far). "
-            "Drop the repeated rows; only other timestamps make it another interaction."
+            f"{place.name}, row {place.row}: user_id '{place.user}', item_id '{place.item}', timestamp "
+            f"{table['timestamp'][row].as_py()} is a duplicate ({len(same)} such rows so far). Drop the "
+            "duplicates, or give repeated interactions different timestamps."
         )
 
 

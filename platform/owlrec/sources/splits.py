@@ -73,7 +73,7 @@ class SplitConfig(Config):
     @classmethod
     def _distinct(cls, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
         if len(set(cuts)) < len(cuts):
-            raise ValueError("a cut is named twice. Name each once.")
+            raise ValueError("a cut is listed twice. List each once.")
         return cuts
 
 
@@ -305,26 +305,25 @@ def refuse_empty(counts: dict[str, int], config: SplitConfig) -> None:
     """Raises SchemaError where a split holds no samples. counts: samples, users and samples_* among them."""
     empty = [name for name in SPLITS if counts[f"samples_{name}"] == 0]
     if empty:
-        remedy = "use more users" if config.method == "user" else "use data over a longer time"
+        remedy = "use more users" if config.method == "user" else "use data from a longer period"
         raise SchemaError(
-            f"interactions: {counts['samples']} samples of {counts['users'] - counts['users_without_samples']} users "
-            f"leave the {' and '.join(empty)} split empty with split.method {config.method} and ratios "
+            f"interactions: {counts['samples']} samples of {counts['users'] - counts['users_without_samples']} "
+            f"users leave the {' and '.join(empty)} split empty with split.method {config.method} and ratios "
             f"{':'.join(map(str, config.ratios))}. Change the ratios, {remedy}, or lower split.llm_history "
-            f"({counts['ties_dropped']} samples had the timestamp of the last behavior that the LLM reads)."
+            f"({counts['ties_dropped']} samples have the timestamp of the last behavior that the LLM reads)."
         )
 
 
 def refuse_one_label(counts: dict[str, int], labels: Labels) -> None:
     """Raises SchemaError where all labels of a split are the same. counts: samples_* and positives_* among them."""
     remedy = {
-        "rating_above": "Set labels.rating_above in the recipe to a value that your ratings straddle.",
-        "column": "Log what was passed over as well, or set labels.rule: positives_only in the recipe.",
+        "rating_above": "Set labels.rating_above in the recipe to a value within the range of your ratings.",
+        "column": "Also log passed-over items, or set labels.rule: positives_only in the recipe.",
     }
     for name in SPLITS:
         if labels.rule in remedy and counts[f"positives_{name}"] in (0, counts[f"samples_{name}"]):
             raise SchemaError(
-                f"samples: all labels of the {name} split are the same under the rule '{labels.about}'. "
-                f"{remedy[labels.rule]}"
+                f"samples: the {name} split has only one label under the rule '{labels.about}'. {remedy[labels.rule]}"
             )
 
 

@@ -118,8 +118,8 @@ class FileFragments(Fragments):
             if (other := outcome_columns(schema.names)) != first:
                 mine = " and ".join(other) or "neither rating, label, event, split nor weight"
                 raise SchemaError(
-                    f"{file.path} has {mine}, but {files[0].path} has {' and '.join(first) or 'none of these'}. Give "
-                    "all files of the interactions the same columns."
+                    f"{file.path} has {mine}, but {files[0].path} has "
+                    f"{' and '.join(first) or 'none of these'}. All interactions files need the same columns."
                 )
         return first
 
@@ -196,8 +196,8 @@ def _rename(data: pa.Table, mapping: Mapping[str, str], table: TableName, file: 
     for ours, theirs in mapping.items():
         if theirs not in data.column_names:
             raise SchemaError(
-                f"{file}: source.columns.{table} maps {ours} to column '{theirs}', which the file "
-                f"lacks.{did_you_mean(theirs, data.column_names)}"
+                f"{file}: source.columns.{table} maps {ours} to column '{theirs}', which the file does not "
+                f"have.{did_you_mean(theirs, data.column_names)}"
             )
     rest = [c for c in data.column_names if c not in mapping and c not in mapping.values()]
     return pa.table({**{ours: data[theirs] for ours, theirs in mapping.items()}, **{c: data[c] for c in rest}})

@@ -79,9 +79,9 @@ async def compare_rankings(ranker: Ranker | None, tables: WorkspaceTables, user:
     candidates = parse_ids(words) or await asyncio.to_thread(tables.draw_candidates, user, _DRAWN)
     view = {"user": user, "listed": words.strip(), "candidates": len(candidates), "ctr": [], "llm": [], "moved": 0}
     if ranker is None:
-        return {**view, "problem": "no ranking application is deployed beside this page"}
+        return {**view, "problem": "no ranking application is deployed with this page"}
     if not candidates:
-        return {**view, "problem": "there are no candidates: name items by their ids"}
+        return {**view, "problem": "there are no candidates: enter item ids"}
     asked = Rank(
         user_id=user,
         candidates=candidates,
@@ -94,7 +94,7 @@ async def compare_rankings(ranker: Ranker | None, tables: WorkspaceTables, user:
         answer = await ranker(asked)
     except Exception as error:
         mistake = root_mistake(error)
-        return {**view, "problem": str(mistake) if mistake else "the ranking application does not answer"}
+        return {**view, "problem": str(mistake) if mistake else "the ranking application does not respond"}
     sides = await asyncio.to_thread(_side_by_side, answer, tables)
     return {**view, **sides, "problem": answer.reason}
 
@@ -109,9 +109,7 @@ def parse_ids(words: str) -> list[int]:
         raise Problem(422, "is not a list of item ids, such as 50, 100, 181", field="candidates")
     ids = list(dict.fromkeys(map(int, parts)))
     if len(ids) > MAX_LLM_CANDIDATES:
-        raise Problem(
-            422, f"holds {len(ids)} ids; an LLM is asked about {MAX_LLM_CANDIDATES} at most", field="candidates"
-        )
+        raise Problem(422, f"has {len(ids)} ids; an LLM ranks at most {MAX_LLM_CANDIDATES}", field="candidates")
     return ids
 
 
@@ -216,7 +214,7 @@ def build_explorer(
 
 def _id_of(text: str, field: str) -> int:
     if int(text) > LARGEST_ID:
-        raise Problem(422, "is no 64-bit integer", field=field)
+        raise Problem(422, "is not a 64-bit integer", field=field)
     return int(text)
 
 
@@ -260,7 +258,7 @@ class _Views:
         known = store.get(kind, [id_])[0]
         row = self._tables.row(kind, id_) if kind != "cohort" else None
         if known is None and row is None:
-            raise Problem(404, f"nothing is known of {kind} {id_}")
+            raise Problem(404, f"there is no text about {kind} {id_}")
         codes = store.own_codes(kind, [id_])[0]
         cohorts = store.cohorts(kind, [id_])[0]
         return {
