@@ -92,7 +92,7 @@ def test_the_stage_tunes_calibrates_and_judges(
     assert [r.auc for r in results if r.model == "tuned"] == [judged["tuned", s]["auc"] for s in ("mixed", "recent")]
 
     assert run(recipe, workspace, SETTINGS) == manifest
-    assert "done already" in capsys.readouterr().out
+    assert "already done" in capsys.readouterr().out
 
     # What CTR models learn from is the tuned model's answer, calibrated, about pairs that it was not tuned on, too.
     ctr = {"distillation": {"unlabeled": 2}}

@@ -155,7 +155,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_held(chunked):
             read.clear()
             check_problem(await web.post("/echo", content=body(500)), 413, "1,000 bytes")
             assert len(read) <= 12
-            check_problem(await web.post("/echo", headers={"content-length": "-1"}, content=b""), 400, "no number")
+            check_problem(await web.post("/echo", headers={"content-length": "-1"}, content=b""), 400, "not a number")
 
     run(scenario())
 
@@ -217,7 +217,7 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_place():
 def test_errors_have_one_shape_and_tell_nothing(caplog):
     async def scenario():
         async with client(guarded()) as web:
-            body = check_problem(await web.get("/broken"), 500, "our side")
+            body = check_problem(await web.get("/broken"), 500, "server error")
             assert "secret" not in json.dumps(body)
             response = await web.get("/problem")
             assert check_problem(response, 418)["errors"] == [{"field": "drink", "message": "no coffee"}]

@@ -189,7 +189,7 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
         job = replace(job, decoding=_with_released_pools(recipe, workspace))
         rows = {s.name: job.count_prompts(workspace, s) for s in pending}
         rows |= {s.name: done[s.name].rows_dead for s in dead}
-        note(f"{len(pending)} of {len(inputs)} shards left; engine log: {workspace.log_path('engine')}")
+        note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
         if dead:
             note(f"{sum(rows[s.name] for s in dead)} dead rows of {len(dead)} shards to retry")
         with progress("writing knowledge", sum(rows.values()), hourly_cost=recipe.generate.hourly_cost) as advance:

@@ -210,7 +210,7 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
         table("lookup", ["what", "latency"], list(data.lookup.items()))
         table(
             "test split, mean over seeds",
-            ["backbone", "arm", "seeds", "AUC", "to none", "95 % interval", "gAUC", "log-loss"],
+            ["backbone", "arm", "seeds", "AUC", "minus none", "95 % interval", "gAUC", "log-loss"],
             [
                 (r.backbone, r.arm, r.seeds, r.auc, r.difference, r.interval, r.gauc, r.log_loss)
                 for r in arm_rows(data.arms)

@@ -164,7 +164,7 @@ def _ask(
             vectors = ItemVectors.encoded(workspace, teacher.encoder, pool=pool)
     rows = {s.name: workspace.count_rows(table_file("samples", s.number)) for s in pending}
     rows |= {s.name: done[s.name].rows_dead for s in dead}
-    note(f"{len(pending)} of {len(inputs)} shards left; engine log: {workspace.log_path('engine')}")
+    note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
     stage = ScorePairs(teacher, pairs, recipe.split, vectors)
     with progress("scoring pairs", None, "pairs", hourly_cost=recipe.generate.hourly_cost) as advance:
         on_card = ShardWatch(advance, workspace.log_path("shards"))
