@@ -278,13 +278,13 @@ def encode_tables(
     before: Vocabularies | None = None,
     pool: Pool | None = None,
 ) -> None:
-    """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`; shards that
-    are there already are kept, and nothing happens where all is.
+    """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`. Existing
+    shards are kept; if all exist, nothing happens.
 
-    attributes, profile, min_item_count, and errors: as of `build_features`. soft_labels: probabilities to blend with
-    the labels of train; their pairs without a label are trained on as well. An item that only such pairs show is known,
-    too; the counts of items remain those of logged interactions.
-    before: what the vocabularies grow from.
+    attributes, profile, min_item_count, and errors: see `build_features`. soft_labels: probabilities to blend with
+    the labels of train; their pairs without a label become training rows, too. Items that occur only in such pairs are
+    known, too; item counts include only logged interactions.
+    before: vocabularies to grow from.
     """
     encoded = f"{folder}/{ENCODED}"
     if workspace.exists(encoded, _DONE):

@@ -487,12 +487,12 @@ def train_one(
     checkpoint: CheckpointFile | None = None,
     begin: Callable[[CTRModel, Vocabularies], None] | None = None,
 ) -> Trained:
-    """Trains a trial to its best valid AUC, and scores valid and test with that epoch's weights.
+    """Trains a trial to its best valid AUC, then scores valid and test with that epoch's weights.
 
-    Where world_size exceeds 1, every rank of the process group must call it; all return the same metrics and weights.
-    checkpoint: the trial goes on from it where it exists, and writes it. Callers delete it after storing the result.
-    begin: gives the new model other weights than random ones (WarmStart.load_into).
-    Raises RecipeError where training diverges, or where the arm's vectors are missing; WorkspaceError for a checkpoint
+    If world_size exceeds 1, every rank of the process group must call it; all return the same metrics and weights.
+    checkpoint: resumes from it if it exists, and writes it. Callers delete it after storing the result.
+    begin: loads other than random weights into the new model (WarmStart.load_into).
+    Raises RecipeError if training diverges or the arm's vectors are missing, and WorkspaceError for a checkpoint
     of another model.
     """
     started = time.perf_counter()
@@ -547,7 +547,7 @@ def train_one(
 
 
 def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.ndarray:
-    """float64 [n]: the probabilities of a split's rows, in its order, on every rank; each computes a range of them."""
+    """float64 [n]: probabilities of a split's rows, in order, on every rank; each rank computes a range of them."""
     sizes, n = split.split.sizes, len(split.split)
     share = -(-n // worker.world_size)
     start, end = (min(n, share * rank) for rank in (worker.rank, worker.rank + 1))
@@ -556,7 +556,7 @@ def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.nd
         parts = [model(batch) for batch, _ in batches]
     logits = torch.cat([*parts, torch.empty(0, device=split.device)])
     if worker.world_size > 1:
-        # The last ranks may have fewer rows: they pad, and the cut to n removes exactly that padding.
+        # The last ranks may have fewer rows: they pad, and the truncation to n removes exactly that padding.
         logits = F.pad(logits, (0, share - len(logits)))
         gathered = [torch.empty_like(logits) for _ in range(worker.world_size)]
         dist.all_gather(gathered, logits)
@@ -565,7 +565,7 @@ def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.nd
 
 
 def _columns(split: Split, *names: str) -> list[np.ndarray]:
-    """Columns of a whole split, copied, without the behaviors that it refers to."""
+    """Columns of a whole split, copied, without the behaviors it refers to."""
     columns: list[list[np.ndarray]] = [[] for _ in names]
     for shard, a, b in segments(split.sizes, 0, len(split)):
         samples = split.shards[shard]
@@ -590,10 +590,10 @@ def _evaluate(rows: ScoredRows) -> Metrics:
 
 
 # --------------------------------------------------------------------------------------------------------------- export
-# A trained trial on disk: model.safetensors, spec.json, test_scores.parquet and, last, result.json.
+# A trained trial on disk: model.safetensors, spec.json, test_scores.parquet and, written last, result.json.
 #
 # Vocabularies and items, which encode the input, are files in the grid's folder; an artifact has its own. No pickle:
-# weights that came from elsewhere must not be able to run code.
+# weights from other sources must not be able to run code.
 
 
 VOCABULARIES = "vocabularies.parquet"
@@ -616,7 +616,7 @@ def load_trial(workspace: Workspace, folder: str, items: ItemFeatures) -> CTRMod
     """A trained model, ready to score (in eval mode, on the CPU).
 
     items: the item table encoded by the grid's own vocabularies (`read_vocabularies`, `encode_items`).
-    Raises WorkspaceError where the folder is incomplete, or holds weights of another model.
+    Raises WorkspaceError if the folder is incomplete or has weights of another model.
     """
     model = CTRModel(ModelSpec.model_validate(workspace.read_json(f"{folder}/spec.json")), items)
     try:
@@ -635,9 +635,9 @@ def write_vocabularies(workspace: Workspace, folder: str, vocabularies: Vocabula
         "item": vocabularies.items.cast(pa.string()),
         **{f"attribute{_SEPARATOR}{name}": values for name, values in vocabularies.attributes.items()},
         **{f"profile{_SEPARATOR}{name}": values for name, values in vocabularies.profile.items()},
-        "grades": pa.array([repr(rating) for rating in vocabularies.grades]),  # the lowest and the highest
+        "grades": pa.array([repr(rating) for rating in vocabularies.grades]),  # lowest and highest
     }
-    # A field without values would vanish from the table, and with it a column of the model's input.
+    # A field without values would vanish from the table, and a column of the model's input with it.
     values = [pa.concat_arrays([pa.array([None], pa.string()), v.cast(pa.string())]) for v in fields.values()]
     names = [pa.array([name] * len(v), pa.string()) for name, v in zip(fields, values, strict=True)]
     table = pa.table({"field": pa.concat_arrays(names), "value": pa.concat_arrays(values)})
@@ -645,7 +645,7 @@ def write_vocabularies(workspace: Workspace, folder: str, vocabularies: Vocabula
 
 
 def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
-    """What `write_vocabularies` wrote. Raises WorkspaceError where it is missing."""
+    """Reads the file of `write_vocabularies`. Raises WorkspaceError if it is missing."""
     table = workspace.read_parquet(f"{folder}/{VOCABULARIES}")
     fields = {
         name: table.filter(pc.equal(table["field"], name))["value"].drop_null().combine_chunks()
@@ -665,14 +665,14 @@ def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
 
 
 def write_items(workspace: Workspace, folder: str, items: ItemFeatures, counts: np.ndarray | None = None) -> None:
-    """Writes items.safetensors. counts: features.Features.item_counts, for training alone."""
+    """Writes items.safetensors. counts: features.Features.item_counts, for training only."""
     counts = np.zeros(len(items.codes), np.int64) if counts is None else counts
     arrays = {"ids": items.ids, "codes": items.codes, "attributes": items.attributes, "counts": counts}
     workspace.write_bytes(f"{folder}/{ITEMS}", safetensors.numpy.save(arrays))
 
 
 def read_items(workspace: Workspace, folder: str) -> tuple[ItemFeatures, np.ndarray]:
-    """What `write_items` wrote. Raises WorkspaceError where it is missing or damaged."""
+    """Reads the file of `write_items`. Raises WorkspaceError if it is missing or damaged."""
     try:
         arrays = safetensors.numpy.load(workspace.read_bytes(f"{folder}/{ITEMS}"))
         return ItemFeatures(arrays["ids"], arrays["codes"], arrays["attributes"]), arrays["counts"]
