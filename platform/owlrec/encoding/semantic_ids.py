@@ -243,7 +243,7 @@ def code_vectors(quantiser: Quantiser, ids: np.ndarray, vectors: np.ndarray) -> 
 
 
 def _checked(vectors: np.ndarray | Sequence[np.ndarray], dim: int | None = None) -> np.ndarray:
-    """The vectors as contiguous float32 [n, d]; where `dim` is None, to train on: at least one, of any d."""
+    """Vectors as contiguous float32 [n, d]; with `dim` None, for training: at least one, of any d."""
     if dim is None and len(vectors) == 0:
         raise SchemaError("semantic ids: there are no vectors to train on. Run `encode` first, or turn them off.")
     expected = (dim,) if dim else np.shape(vectors[0])
@@ -271,7 +271,7 @@ def _train(vectors: np.ndarray, config: SemanticIdConfig, seed: int) -> tuple[np
     codes = min(config.codes_per_level, len(np.unique(vectors, axis=0)))
     bits = max(1, codes.bit_length() - 1)
     if len(vectors) == 1:
-        vectors = np.repeat(vectors, 2, axis=0)  # a level has two codes at least, and k-means wants a vector for each
+        vectors = np.repeat(vectors, 2, axis=0)  # a level has at least two codes, and k-means needs a vector for each
     quantiser = _residual_quantiser(vectors.shape[1], bits, config.levels, seed)
     quantiser.train(vectors)
     books = faiss.vector_to_array(quantiser.codebooks).reshape(config.levels, 1 << bits, -1)
@@ -283,14 +283,14 @@ def _residual_quantiser(dim: int, bits: int, levels: int, seed: int = SEED) -> "
 
     quantiser = faiss.ResidualQuantizer(dim, levels, bits)
     quantiser.max_beam_size = _BEAM
-    # faiss's default clusters in few dimensions first, and fits a level to the whole beam, most of which is dropped. Of
-    # 512 clusters planted as 8 x 8 x 8 it tells 15 apart; plain k-means on the best of the beam tells all.
+    # faiss's default first clusters in few dimensions, and fits a level to the whole beam, most of which is dropped. Of
+    # 512 clusters planted as 8 x 8 x 8 it separates 15; plain k-means on the best of the beam separates all.
     quantiser.train_type = faiss.ResidualQuantizer.Train_default | faiss.ResidualQuantizer.Train_top_beam
     parameters = quantiser.cp
     parameters.niter = _ITERATIONS
     parameters.seed = seed
-    parameters.min_points_per_centroid = 1  # fewer vectors than faiss likes do not call for a warning
-    # k-means++: from starting points drawn evenly, two of eight clear clusters often end in one code.
+    parameters.min_points_per_centroid = 1  # no warning about fewer vectors than faiss likes
+    # k-means++: with uniform starting points, two of eight clear clusters often end in one code.
     parameters.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
     return quantiser
 
@@ -300,7 +300,7 @@ def _slices(n: int) -> Iterator[slice]:
 
 
 # --------------------------------------------------------------------------------------------------------- code quality
-# What semantic ids are worth on the vectors that they stand for: are they unique, are all codes used, what is lost.
+# Quality of semantic ids for their vectors: uniqueness, usage of codes, loss of information.
 
 
 _ROWS_AT_ONCE = 1 << 13
@@ -309,20 +309,20 @@ _ROWS_AT_ONCE = 1 << 13
 class QuantisationReport(Config):
     """Figures of one quantiser on some vectors."""
 
-    vectors: int  # of the sample that was measured; of more vectors fewer ids are unique
-    unique_rate: float  # distinct ids per vector, without the duplicate digit; TorchEasyRec asks for more than .7
-    unique_rate_with_digit: float  # 1: no two vectors share one
-    code_usage: tuple[float, ...]  # of each level: the share of its codes that occur
-    relative_error: float  # mean squared error by the vectors' mean square: 0 is exact, 1 no better than zeros
-    bytes_per_entity: float  # the codes and the digit, packed as a release holds them
+    vectors: int  # sample size; with more vectors, fewer ids are unique
+    unique_rate: float  # distinct ids per vector, without the duplicate digit; TorchEasyRec recommends more than .7
+    unique_rate_with_digit: float  # 1: all are distinct
+    code_usage: tuple[float, ...]  # per level: share of its codes in use
+    relative_error: float  # mean squared error / the vectors' mean square: 0 is exact, 1 no better than zeros
+    bytes_per_entity: float  # the codes and the digit, packed as in a release
 
     @property
     def mean_code_usage(self) -> float:
-        """The share of all codes of all levels that occur, levels counting alike."""
+        """Share of codes in use, averaged over levels."""
         return sum(self.code_usage) / len(self.code_usage)
 
     def counts(self) -> dict[str, float]:
-        """What a stage's manifest says of it."""
+        """Counts for a stage's manifest."""
         return {
             "ids_unique_rate": self.unique_rate,
             "ids_unique_rate_with_digit": self.unique_rate_with_digit,
