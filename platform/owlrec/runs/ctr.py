@@ -40,15 +40,15 @@ from owlrec.sources.outcomes import Labels
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
-# What the grid holds: growing the grid must not retrain what it has.
+# Settings outside the grid: growing the grid must not retrain existing trials.
 _NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds"}
 
 
 def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) -> Card:
-    """Trains the trials that have no result yet; of arm "none" alone without vectors too.
+    """Trains trials without a result; if there are no vectors, only those of arm "none".
 
-    warm_start: the folder of an artifact of `export_ctr`, relative to the workspace: all trials go on from its weights.
-    Raises RecipeError where a trial has another backbone or arm than it, or vectors come from another encoder.
+    warm_start: folder of an artifact of `export_ctr`, relative to the workspace: all trials continue from its weights.
+    Raises RecipeError if a trial has another backbone or arm, or vectors come from another encoder.
     """
     prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
@@ -58,7 +58,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
     made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
     made_from += partitions_read(recipe, workspace)
     if warm_start is not None:
-        read_card(workspace, warm_start)  # complains where there is none
+        read_card(workspace, warm_start)  # raises if there is none
         made_from.append(workspace.digest(f"{warm_start}/model.safetensors"))
     grid_key = fingerprint(*made_from)
     grid = trials(recipe.ctr)
@@ -101,9 +101,9 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
 
 
 def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | None:
-    """What `score-pairs` wrote for this recipe and these tables; None where the recipe has no distillation.
+    """Output of `score-pairs` for this recipe and these tables; None if the recipe has no distillation.
 
-    Raises WorkspaceError where it has not run for them.
+    Raises WorkspaceError if it has not run for them.
     """
     pairs = recipe.ctr.distillation
     if pairs is None:
@@ -120,8 +120,8 @@ def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | 
 def going_on_from(
     workspace: Workspace, artifact: str, grid: Sequence[Trial], folders: Mapping[str, Mapping[str, str]]
 ) -> Projection | None:
-    """The projection of an artifact, None where its vectors were not reduced. Raises RecipeError where the grid's
-    trials cannot go on from its weights.
+    """Projection of an artifact, None if its vectors were not reduced. Raises RecipeError if the grid's
+    trials cannot continue from its weights.
     """
     card = read_card(workspace, artifact)
     for trial in grid:
@@ -141,7 +141,7 @@ def going_on_from(
 
 
 def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, str]]:
-    """Source -> side -> the folder that holds the vectors <source>-<side>, of all that was written of a side."""
+    """Source -> side -> folder with the vectors <source>-<side>, for all written ones."""
     sources: dict[str, dict[str, str]] = {}
     for folder in folders:
         for name in workspace.names(folder):
@@ -152,13 +152,13 @@ def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, s
 
 
 def written_vectors(recipe: Recipe, workspace: Workspace, encoded: Card | None) -> dict[str, dict[str, str]]:
-    """The same of what `encode` wrote, and of the partitions that refreshes have read, where an arm reads them."""
+    """The same for the output of `encode`, plus the partitions read by refreshes if an arm reads them."""
     folders = [encoded.outputs["vectors"]] if encoded else []
     return vector_folders(workspace, *folders, *_partitions(recipe))
 
 
 def partitions_read(recipe: Recipe, workspace: Workspace) -> list[str]:
-    """Digests of those partitions: what a grid depends on."""
+    """Digests of those partitions, on which a grid depends."""
     cards = [c for folder in _partitions(recipe) for c in Artifact(workspace, folder).cards().values()]
     return sorted(file.sha256 for card in cards for file in card.files.values())
 
@@ -169,7 +169,7 @@ def _partitions(recipe: Recipe) -> list[str]:
 
 @contextmanager
 def shard_pool(recipe: Recipe, workspace: Workspace) -> Iterator[Pool]:
-    """Where a stage over the shards of users runs: in this process where that takes seconds, else on Ray, which is
+    """Where a stage over the shards of users runs: in this process if that takes seconds, else on Ray, which is
     connected for the block.
     """
     samples = int(needed_stage(workspace, "prepare", "no tables yet").counts.get("samples", 0))
@@ -181,7 +181,7 @@ def shard_pool(recipe: Recipe, workspace: Workspace) -> Iterator[Pool]:
 
 
 def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
-    """Writes the report and prints its main figures; every time, since it is cheap and its readers are here."""
+    """Writes the report and prints its main figures; always runs, because it is cheap."""
     prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
     trained = needed_stage(workspace, "train_ctr", "no models have been trained")
 
@@ -231,7 +231,7 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
 
 
 def _protocol(recipe: Recipe, labels: str) -> str:
-    """How the figures were made, in a line: an AUC without its split and label rule means nothing."""
+    """The protocol of the figures in one line: an AUC without its split and label rule means nothing."""
     split = recipe.split
     cuts = ", ".join(cut if isinstance(cut, str) else f"every {cut.every}" for cut in split.cuts)
     samples = "interactions after that half" if split.kar_protocol else "every behavior"
@@ -246,7 +246,7 @@ def _protocol(recipe: Recipe, labels: str) -> str:
 def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None) -> Card:
     """Writes the artifact; its folder is the manifest's output `model`.
 
-    trial: its path (din/knowledge/seed-0), in place of the best one.
+    trial: its path (din/knowledge/seed-0), instead of the best one.
     """
     grid = needed_stage(workspace, "train_ctr", "no models have been trained").outputs["grid"]
     encoded = finished_stage(workspace, "encode")
@@ -300,7 +300,7 @@ def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None
 
 
 def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
-    """The best on valid among the trials whose vectors a release holds: the others are controls."""
+    """The best trial on valid whose vectors are in a release; the others are controls."""
     servable = {r.trial.path: r for r in results if arm_parts(r.arm)[0] in RELEASED}
     if path is not None and path not in servable:
         raise RecipeError(
@@ -354,13 +354,13 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
 
 
 def tried(workspace: Workspace, job: GridJob, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trains each backbone of the job with each candidate; best valid AUC first. Ray must be initialised."""
+    """Trains each backbone of the job with each candidate; best valid AUC first. Ray must be initialized."""
     from ray import tune
 
     plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in job.trials]
     cpus = {"cpu": job.threads or 1, "gpu": int(job.settings.use_gpu)}
     name = f"sweep-{job.fingerprint[:8]}"
-    workspace.delete_dir("ctr", "ray", name)  # of an interrupted sweep
+    workspace.delete_dir("ctr", "ray", name)  # from an interrupted sweep
     trainable = tune.with_parameters(_try, workspace=workspace, job=job.model_dump(mode="json"))
     filesystem, path = workspace.arrow("ctr/ray")
     results = tune.Tuner(

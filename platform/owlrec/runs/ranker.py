@@ -1,4 +1,4 @@
-"""The stages of the LLM ranker: tuning it, and its probabilities of Yes that CTR models learn from."""
+"""The stages of the LLM ranker: tuning, and its probabilities of Yes for CTR models."""
 
 from collections.abc import Mapping
 
@@ -26,9 +26,9 @@ from owlrec.workspace import Workspace, table_file
 
 
 def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None = None) -> Card:
-    """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on.
+    """Resumes an interrupted run: a finished adapter stays, and an unfinished one continues tuning.
 
-    settings: None = the recipe's, and else the defaults.
+    settings: None = the recipe's, or else the defaults.
     """
     prepared, config = needed_stage(workspace, "prepare", "no tables yet"), recipe.ranking
     if config is None:
@@ -88,9 +88,9 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
 
 
 def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Card:
-    """Does every shard that is not done by this very teacher; starts no engine where all are.
+    """Scores every pending shard with this teacher; starts no engine if there are none.
 
-    retry_dead: asks again about the pairs of finished shards that ended as dead letters. Raises RecipeError where the
+    retry_dead: retry the pairs of finished shards that ended as dead letters. Raises RecipeError if the
     recipe has no `ctr.distillation`.
     """
     pairs = recipe.ctr.distillation
@@ -129,10 +129,10 @@ def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = Fals
 
 
 def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
-    """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `ranker tune`
-    where that has run.
+    """The recipe's ranker: its own engine, or else the recipe's, with the adapter and the calibration of `ranker tune`
+    if it has run.
 
-    Raises what open_adapter does.
+    Raises the errors of open_adapter.
     """
     config = recipe.ranking or RankingConfig()
     engine = config.engine or recipe.engine
