@@ -54,9 +54,7 @@ class ReleaseInfo(Config):
     fingerprint: str  # of everything that shaped the contents; publishing it twice gives one release
     model: str
     encoder: str
-    encoder_identity: str = (
-        ""  # EncoderConfig.identity; "" for a delta: as in its parent
-    )
+    encoder_identity: str = ""  # EncoderConfig.identity; "" for a delta: as in its parent
     history_length: int = 0  # maximum behaviors per user; 0 for a delta: as in its parent
     parent: str | None = None  # the current release before it, if any
     delta: bool = False  # only new or changed rows; others are read from `parent`
