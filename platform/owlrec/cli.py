@@ -99,7 +99,7 @@ def owlrec(
 def init(
     folder: Annotated[Path, typer.Argument(help="folder with the tables")] = Path("."),
     output: Annotated[Path | None, typer.Option("--output", help="recipe to write; default: FOLDER.yaml")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="take the likeliest answers without asking")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="take the most likely answers without asking")] = False,
 ) -> None:
     """Write a commented recipe for the tables in a folder: Parquet, CSV or JSON lines. Never overwrites a file."""
     from owlrec.init import write_recipe
@@ -377,7 +377,7 @@ def serve(
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="minimum replicas")] = 1,
     max_replicas: Annotated[int, typer.Option("--max-replicas", min=1, help="maximum replicas")] = 2,
     artifact: Annotated[
-        str | None, typer.Option("--artifact", help="rank with this model from `owlrec ctr export`")
+        str | None, typer.Option("--artifact", help="rank with this exported model (see `owlrec ctr export`)")
     ] = None,
     llm: Annotated[bool, typer.Option("--llm", help="with --artifact: re-rank with the recipe's LLM")] = False,
     llm_cpus: Annotated[int, typer.Option("--llm-cpus", min=1, help="CPU cores of the LLM")] = 1,
@@ -475,7 +475,7 @@ def rollback(
 @release_app.command()
 def hold(
     target: Target,
-    reason: Annotated[str, typer.Option("--reason", help="shown with each refusal")] = "not given",
+    reason: Annotated[str, typer.Option("--reason", help="reason shown with each refusal")] = "not given",
 ) -> None:
     """Keep the current release: publish, refresh, compact and rollback are refused until `release unhold`."""
     store = _store(target)
@@ -554,7 +554,10 @@ def import_(
     ] = None,
     id_field: Annotated[str | None, typer.Option("--id-field", help="openai: field with the row's id")] = None,
     as_of_ms: Annotated[
-        int | None, typer.Option("--as-of-ms", help="cutoff of rows without one: newest moment the texts know, in ms")
+        int | None,
+        typer.Option(
+            "--as-of-ms", help="cutoff time for rows without one, in ms: the newest moment that the texts cover"
+        ),
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -585,7 +588,8 @@ def import_vectors_(
     ids: Annotated[Path, typer.Argument(help="aligned ids: int64 .npy, or a text file with one raw id per line")],
     kind: KindOption,
     as_of_ms: Annotated[
-        int | None, typer.Option("--as-of-ms", help="cutoff: newest moment the vectors know, in ms; items: 0")
+        int | None,
+        typer.Option("--as-of-ms", help="cutoff time, in ms: the newest moment that the vectors cover; items: 0"),
     ] = None,
     workspace: WorkspaceOption = None,
 ) -> None:
@@ -620,7 +624,8 @@ def export_vectors_(
     workspace: WorkspaceOption = None,
     release: Annotated[str | None, typer.Option("--release", help="name; default: the current release")] = None,
     artifact: Annotated[
-        str | None, typer.Option("--artifact", help="add the adaptor's output of this model from `owlrec ctr export`")
+        str | None,
+        typer.Option("--artifact", help="also export the adaptor's output of this model (see `owlrec ctr export`)"),
     ] = None,
 ) -> None:
     """Write a release's vectors as Parquet by raw id, for your own trainer."""
@@ -638,7 +643,7 @@ def train(
     recipe: RecipePath,
     workspace: WorkspaceOption = None,
     warm_start: Annotated[
-        str | None, typer.Option("--warm-start", help="continue from this model from `owlrec ctr export`")
+        str | None, typer.Option("--warm-start", help="continue from this exported model (see `owlrec ctr export`)")
     ] = None,
 ) -> None:
     """Train the CTR models like `owlrec run`, or continue training an exported one on newer samples."""

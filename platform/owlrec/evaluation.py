@@ -117,7 +117,7 @@ def _refuse(wrong: np.ndarray, values: np.ndarray, name: str, why: str) -> None:
 def _aligned(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels, scores = np.asarray(labels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     if labels.shape != scores.shape or labels.ndim != 1:
-        raise ValueError(f"labels are {labels.shape} and scores {scores.shape}: pass one score per label.")
+        raise ValueError(f"labels have shape {labels.shape} and scores {scores.shape}: pass one score per label.")
     return labels, scores
 
 
@@ -410,7 +410,9 @@ def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, *,
     """
     labels, probabilities = np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
     if labels.shape != probabilities.shape:
-        raise ValueError(f"labels are {labels.shape} and probabilities {probabilities.shape}: pass one per label.")
+        raise ValueError(
+            f"labels have shape {labels.shape} and probabilities {probabilities.shape}: pass one per label."
+        )
     if len(labels) == 0:
         return float("nan")
     of_bin = np.minimum((probabilities * bins).astype(np.int64), bins - 1)

@@ -229,7 +229,7 @@ def as_ids(names: Iterable[int | str]) -> np.ndarray:
         elif isinstance(name, int | np.integer) and not isinstance(name, bool):
             ids.append(int(name))
         else:
-            raise SchemaError(f"ids, row {row}: {name!r} is neither a text nor an integer. Convert it or drop the row.")
+            raise SchemaError(f"ids, row {row}: {name!r} is neither text nor an integer. Convert it or drop the row.")
     return np.array(ids, dtype=np.int64)
 
 

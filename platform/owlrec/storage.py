@@ -831,7 +831,7 @@ class Pointer:
             history, e_tag = self._read()
             current = history[-1] if history else None
             if expected is not _ANY and current != expected:
-                raise PointerMoved(f"{where} names {current!r}, not {expected!r}: another process was faster.")
+                raise PointerMoved(f"{where} names {current!r}, not {expected!r}: another process changed it first.")
             wanted = change(history)
             if wanted == history:
                 return

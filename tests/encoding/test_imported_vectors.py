@@ -176,5 +176,5 @@ def test_other_files_are_refused(tmp_path: Path, prepared: Workspace, npy: Path)
     for name in ("cut.npy", "absent.npy"):
         with pytest.raises(SourceError, match=name):
             import_vectors(prepared, "item", tmp_path / name, ids)
-    with pytest.raises(SourceError, match="there is no such file"):
+    with pytest.raises(SourceError, match="file not found"):
         import_vectors(prepared, "item", npy, tmp_path / "ids.txt")

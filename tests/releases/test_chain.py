@@ -244,7 +244,7 @@ def test_a_delta_without_a_row_or_a_complete_parent_is_refused(workspace, full):
         publish(workspace, **tables(one), info=orphan)
     delta = publish_rows(workspace, "d", one, delta_of=full).name
     workspace.delete_dir("releases", full)
-    with pytest.raises(ReleaseError, match=rf"'{delta}' cannot be the parent of a delta: .*'{full}', which is gone"):
+    with pytest.raises(ReleaseError, match=rf"'{delta}' cannot be the parent of a delta: .*'{full}', which is missing"):
         publish_rows(workspace, "dd", one, delta_of=delta)
     assert [m.name for m in list_releases(workspace)] == [delta]
 
@@ -298,7 +298,7 @@ def test_a_deleted_parent_is_named_with_the_way_back(workspace, full):
     workspace.delete_dir("releases", middle)
     with pytest.raises(ReleaseError, match=rf"{newest} is a delta of release '{middle}', .*rollback --to {full}"):
         open_release(workspace)
-    with pytest.raises(ReleaseError, match="which is gone"):
+    with pytest.raises(ReleaseError, match="which is missing"):
         roll_back(workspace, to=newest)
     assert roll_back(workspace) == full
     workspace.delete_dir("releases", full)

@@ -253,7 +253,7 @@ def test_rows_of_a_dead_push_are_swept(workspace, releases):
 
 def test_damage_is_an_error_that_names_it(workspace, releases):
     name = publish_rows(workspace, "a", texts({("user", 1): "a"})).name
-    with pytest.raises(ReleaseError, match="nothing was published yet"):
+    with pytest.raises(ReleaseError, match="nothing has been published"):
         push(Workspace(workspace.path("elsewhere")), releases)
     assert releases.current() is None
     push(workspace, releases)

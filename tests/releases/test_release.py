@@ -151,7 +151,7 @@ def test_a_failing_publish_leaves_nothing(workspace):
     with pytest.raises(ReleaseError, match="no knowledge to publish"):
         publish(workspace, knowledge=[], vectors=[], info=info("a"))
     assert workspace.names("releases") == workspace.names(BUILDS) == []
-    with pytest.raises(ReleaseError, match="nothing was published yet"):
+    with pytest.raises(ReleaseError, match="nothing has been published"):
         open_release(workspace)
 
 

@@ -487,9 +487,9 @@ def read_grid_scores(workspace: Workspace, fingerprint: str, trials: Iterable[Tr
         first = rows if first is None else first
         if not rows.equals(first):
             raise WorkspaceError(
-                f"{workspace.path(path)} scores different rows ({rows.num_rows}) from the first trial of its "
-                f"grid ({first.num_rows}). Delete the folder {workspace.path(grid_folder(fingerprint))} and "
-                "run `train_ctr` again."
+                f"{workspace.path(path)} has scores for different rows ({rows.num_rows}) than the first trial "
+                f"of its grid ({first.num_rows}). Delete the folder {workspace.path(grid_folder(fingerprint))} "
+                "and run `train_ctr` again."
             )
         paths[trial.path] = path
     if first is None:

@@ -159,8 +159,8 @@ def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[in
     named = names[names != NAMELESS]
     if len(names) != len(parts) or len(np.unique(named)) != len(named):
         raise ValueError(
-            f"{len(parts)} sequences need as many distinct ids, but there are {len(names)} with "
-            f"{len(np.unique(named))} distinct"
+            f"{len(parts)} sequences need one distinct id each, but {len(names)} ids are given, "
+            f"{len(np.unique(named))} of them distinct"
         )
     documents = np.stack([names, ends - lengths, ends], axis=1) if len(parts) else np.zeros((0, 3), dtype=np.int64)
     order = _sort_backwards(tokens)

@@ -374,7 +374,7 @@ def import_vectors(
     if kind == "user" and as_of_ms is None:
         raise SourceError(
             f"{npy_path}: the cutoff of these users' vectors is unknown. Set as_of_ms (--as-of-ms) to the time "
-            "of the last behavior behind them (ms since 1970, UTC): only later samples will read them."
+            "of the last behavior they reflect (ms since 1970, UTC): only later samples will read them."
         )
     vectors = _array(npy_path)
     if vectors.dtype.kind != "f" or vectors.ndim != 2 or 0 in vectors.shape:

@@ -45,8 +45,8 @@ class Projection:
         """
         if vectors.ndim != 2 or vectors.shape[1] != len(self.centre):
             raise SchemaError(
-                f"vectors are {vectors.shape}, but the projection was fitted on [n, {len(self.centre)}]. Fit "
-                "it again on these vectors, or use the encoder it was fitted for."
+                f"vectors have shape {vectors.shape}, but the projection was fitted on [n, "
+                f"{len(self.centre)}]. Fit it again on these vectors, or use the encoder it was fitted for."
             )
         projected = np.zeros((len(vectors), len(self.directions)), dtype=np.float32)
         for start in range(0, len(vectors), _ROWS_AT_ONCE):

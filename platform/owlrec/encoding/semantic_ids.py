@@ -152,8 +152,8 @@ class Quantiser:
         codes, levels = np.asarray(codes), len(self.codebooks)
         if codes.ndim != 2 or codes.shape[1] != levels:
             raise SchemaError(
-                f"semantic ids: the codes are {list(codes.shape)}, but this quantiser's are [n, {levels}]. "
-                "Drop the duplicate digit, and use the quantiser that produced them."
+                f"semantic ids: the codes have shape {list(codes.shape)}, but this quantiser's have [n, "
+                f"{levels}]. Drop the duplicate digit, and use the quantiser that produced them."
             )
         check_codes(codes, self.sizes, "Use the quantiser that produced it.")
         vectors = np.zeros((len(codes), self.dim), dtype=np.float32)

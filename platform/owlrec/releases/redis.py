@@ -325,7 +325,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (redis.RedisError, OSError) as error:
-        raise StoreUnavailableError(f"Redis does not answer: {type(error).__name__}: {error}") from error
+        raise StoreUnavailableError(f"Redis does not respond: {type(error).__name__}: {error}") from error
 
 
 def _write_release(

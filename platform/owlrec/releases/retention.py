@@ -285,8 +285,8 @@ def _needed_now(workspace: Workspace) -> set[str]:
     current = current_release(workspace)
     if current is None:
         raise ReleaseError(
-            f"{workspace.path('releases')}: no release is current, so it is unknown which ones are needed. "
-            "Make one current first: `owlrec release rollback --to`."
+            f"{workspace.path('releases')}: no release is current, so the needed ones are unknown. Make one "
+            "current first: `owlrec release rollback --to`."
         )
     return {m.name for m in chain(workspace, current)}
 

@@ -273,8 +273,8 @@ def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None
             if not differences[name] <= TOLERANCE:
                 raise WorkspaceError(
                     f"{workspace.path(folder)}: the exported {name} differs from the trainer's test scores by "
-                    f"up to {differences[name]:.1e} off the trainer's test scores. Were tables or vectors "
-                    "rewritten since? Run `train_ctr` again."
+                    f"up to {differences[name]:.1e}. Were tables or vectors rewritten since? Run `train_ctr` "
+                    "again."
                 )
         note(f"{best.trial.path}, valid AUC {best.valid.auc:.4f}; largest difference {max(differences.values()):.1e}")
         card = ModelCard(
@@ -304,7 +304,7 @@ def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
     servable = {r.trial.path: r for r in results if arm_parts(r.arm)[0] in RELEASED}
     if path is not None and path not in servable:
         raise RecipeError(
-            f"no trained trial '{path}' can be exported; its arm must read vectors of a release "
+            f"trial '{path}' cannot be exported: it is not trained, or its arm reads no vectors of a release "
             f"({', '.join(RELEASED)}).{did_you_mean(path, servable)}"
         )
     if not servable:

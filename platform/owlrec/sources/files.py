@@ -131,7 +131,7 @@ def file_format(file: SourceFile) -> Format:
     format_ = _format(file.path)
     if format_ is None:
         raise SourceError(
-            f"{file.path}: the name is not that of a Parquet, CSV or JSON lines file. Use .parquet, {_SUFFIXES}."
+            f"{file.path}: the file is not Parquet, CSV or JSON lines by its name. Use .parquet, {_SUFFIXES}."
         )
     return format_
 
