@@ -221,7 +221,7 @@ class Adaptor(nn.Module):
     >>> import owlrec
     >>> adaptor = owlrec.Adaptor(dim=384, width=16)
     >>> users, items = torch.randn(8, 384), torch.randn(8, 384)
-    >>> known = torch.tensor([True] * 7 + [False])  # of the last user there is no vector: a learned default stands in
+    >>> known = torch.tensor([True] * 7 + [False])  # the last user has no vector: a learned default replaces it
     >>> adaptor(users, items, masks=(known, torch.ones(8, dtype=torch.bool))).shape
     torch.Size([8, 2, 16])
     """

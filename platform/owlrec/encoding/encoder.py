@@ -214,7 +214,7 @@ def _load(config: EncoderConfig) -> Any:
         )
     try:
         import sentence_transformers
-        import torch  # noqa: F401  # named in the error where it is missing
+        import torch  # noqa: F401  # named in the error if it is missing
         import transformers
     except ImportError as error:
         raise EngineError(

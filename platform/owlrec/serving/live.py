@@ -90,7 +90,7 @@ class LiveScorer:
 
     def score(self, user: int | User, candidates: Sequence[int]) -> np.ndarray:
         """See Scorer.score; all of it over one release, for who is forgotten as for somebody unknown. Raises Problem
-        (503) where there is none.
+        (503) if there is none.
         """
         asking = user if isinstance(user, User) else User(user)
         with self.served.lease() as release:
