@@ -89,8 +89,8 @@ class LiveScorer:
         self._scorer = artifact.scorer
 
     def score(self, user: int | User, candidates: Sequence[int]) -> np.ndarray:
-        """See Scorer.score; all of it over one release, for who is forgotten as for somebody unknown. Raises Problem
-        (503) if there is none.
+        """See Scorer.score. The whole call uses one release, and a forgotten user scores like an unknown one. Raises
+        Problem (503) if there is no release.
         """
         asking = user if isinstance(user, User) else User(user)
         with self.served.lease() as release:
