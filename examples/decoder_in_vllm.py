@@ -1,9 +1,9 @@
-"""The retrieval decoder in a plain `vllm.LLM`: your own texts draft, vLLM verifies, and the answers stay the same.
+"""The retrieval decoder in a plain `vllm.LLM`: it drafts from your texts, vLLM verifies, and the answers stay the same.
 
     python examples/decoder_in_vllm.py
     python examples/decoder_in_vllm.py --model Qwen/Qwen3-4B-Instruct-2507 --texts earlier_answers.txt
 
-The texts (one a line) are answers that the same model, or people, wrote before; without --texts the model writes some.
+The texts (one per line) are earlier answers from the same model or from people; without --texts the model writes some.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     options = parser.parse_args()
     prepare_environment(VllmEngineConfig(type="vllm", model=options.model), is_cpu_build())
-    from vllm import LLM, SamplingParams  # here, since it reads the environment when it is imported
+    from vllm import LLM, SamplingParams  # here, since it reads the environment on import
 
     modes = request_arguments(mode="off"), request_arguments(["mine"])
     plain, drafted = (SamplingParams(max_tokens=100, temperature=0, extra_args=mode) for mode in modes)
@@ -42,7 +42,7 @@ def main() -> None:
         tokens = list(answer_tokens(llm.get_tokenizer(), texts, [True] * len(texts)))
         write_pool(pools, "mine", tokens, None, identity=options.model, max_tokens=10**7)
         times, written = [], []
-        for sampling in (drafted, plain):  # in this order: finished texts draft too, and plain answers would be known
+        for sampling in (drafted, plain):  # drafted first: finished plain answers would become drafts
             start = time.perf_counter()
             written.append(answers(llm, TODAY, sampling))
             times.append(time.perf_counter() - start)

@@ -1,9 +1,9 @@
-"""An LLM ranks on a pandas frame: behaviours retrieved for the candidates, one question each, the probability of Yes.
+"""LLM ranking on a pandas frame: retrieves behaviours for the candidates and gets P(Yes) from one prompt per candidate.
 
     python examples/llm_ranking_on_pandas.py
     python examples/llm_ranking_on_pandas.py --model Qwen/Qwen3-4B-Instruct-2507
 
-So small a model as the default one judges badly; `owlrec ranker tune` tunes it (README, "An LLM that ranks").
+A model as small as the default one ranks badly; `owlrec ranker tune` tunes it (README, "An LLM that ranks").
 """
 
 import argparse
@@ -27,7 +27,7 @@ FILMS = {
 
 
 def main() -> None:
-    """Prints what was shown, and the candidates with their probability, the likeliest first."""
+    """Prints the behaviors shown, and the candidates by decreasing probability."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PACKAGED)
     engine = VllmEngineConfig(type="vllm", model=parser.parse_args().model, max_model_len=512, max_num_seqs=8)

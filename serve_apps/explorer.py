@@ -1,7 +1,7 @@
 """The explorer as a Ray Serve application: `serve run serve_apps.explorer:app workspace=runs/movielens-demo`.
 
-Pages for people, over the same release as lookups; off loopback a browser asks for a key (any name, the key as the
-password). It reads a workspace's tables as well, for names and histories.
+Pages for people, over the same release as lookups; off loopback a browser prompts for a key (any name, with the key as
+the password). It also reads a workspace's tables, for names and histories.
 """
 
 from typing import Any
@@ -28,18 +28,18 @@ from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 
 class ExplorerArgs(Config):
-    """The arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
+    """Arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
 
     workspace: str
-    rank_app: str = "rank"  # the name of the ranking application; without one, the page says so
+    rank_app: str = "rank"  # name of the ranking application; if missing, the page says so
     keys_file: str | None = None
     timeout_s: float = Field(10.0, gt=0)
-    num_cpus: float = Field(0.1, ge=0)  # people click seldom
+    num_cpus: float = Field(0.1, ge=0)  # people rarely click
 
 
 @serve.ingress()
 class ExplorerReplica:
-    """The one replica."""
+    """The only replica."""
 
     def __init__(self, args: dict[str, Any]) -> None:
         """args: of ExplorerArgs."""
@@ -64,7 +64,7 @@ class ExplorerReplica:
         try:
             handle = serve.get_app_handle(self._rank_app)
         except RayServeException:
-            raise ServingError("no ranking application is deployed beside this page") from None
+            raise ServingError("no ranking application is deployed with this page") from None
         return RankAnswer.model_validate(await handle.rank.remote(asked.model_dump()))
 
 

@@ -1,8 +1,8 @@
-"""The gate of this process, put before Serve's own HTTP handling.
+"""The gate of this process, installed before Serve's own HTTP handling.
 
-Serve calls `middlewares` in every process that listens if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it
-(`owlrec serve` does; on a cluster it is a variable of the Ray processes). Behind HAProxy these are the replicas
-themselves; elsewhere it is Serve's proxy, whose gate nobody narrows.
+Serve calls `middlewares` in every listening process if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it
+(`owlrec serve` sets it; on a cluster it is a variable of the Ray processes). Behind HAProxy these are the replicas
+themselves; otherwise it is Serve's proxy, whose gate is never narrowed.
 """
 
 import socket
@@ -17,16 +17,16 @@ GATE = Gate()
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve puts before each request."""
+    """Middlewares that Serve installs before each request."""
     _send_at_once()
     return [Middleware(GateMiddleware, gate=GATE)]
 
 
-@cache  # once a process, however often Serve asks
+@cache  # once per process, however often Serve calls it
 def _send_at_once() -> None:
-    """Sets TCP_NODELAY on the socket that Serve is going to listen on, which connections inherit.
+    """Sets TCP_NODELAY on the socket on which Serve will listen; connections inherit it.
 
-    asyncio sets it only where a socket was made with IPPROTO_TCP, and Serve's is not: the body of an answer would wait
+    asyncio sets it only for a socket created with IPPROTO_TCP, and Serve's is not: the body of a response would wait
     40 ms for its head to be acknowledged.
     """
     startup = uvicorn.Server.startup

@@ -1,8 +1,8 @@
 """Knowledge lookup as a Ray Serve application: `serve run serve_apps.knowledge:app workspace=runs/movielens-demo`.
 
-Every replica of a machine maps the same release files, so that replicas cost memory for their process alone. Off
+Every replica of a machine maps the same release files, so a replica costs only its process's memory. Off
 loopback it refuses to start without API keys: `serve_apps.knowledge:app workspace=… keys_file=keys.txt`, or the
-lines of a key file in OWLREC_API_KEYS.
+contents of a key file in OWLREC_API_KEYS.
 """
 
 from typing import Any
@@ -24,18 +24,18 @@ from owlrec.workspace import Workspace
 from serve_apps.binding import asked_to_stop, refuse_open_binding
 from serve_apps.telemetry import RayTelemetry, log_with_serve
 
-_AT_ONCE_LOCAL = 4  # a lookup in a mapped file computes: more at once only wait for each other
-_AT_ONCE_REMOTE = 32  # one in a database waits
+_AT_ONCE_LOCAL = 4  # a lookup in a mapped file computes: more at once only wait
+_AT_ONCE_REMOTE = 32  # a lookup in a database waits
 
 
 class KnowledgeArgs(Config):
-    """The arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
+    """Arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
 
-    workspace: str  # a folder or URI; with `store`, only the name under which indexes are cached
-    store: str | None = None  # redis://… that `owlrec release push` published to; None = LMDB of the workspace
+    workspace: str  # a folder or URI; with `store`, only the name for cached indexes
+    store: str | None = None  # redis://… with pushed releases; None = LMDB of the workspace
     keys_file: str | None = None
     verify: bool = False
-    max_active: int = Field(64, ge=1)  # of one replica; beyond it and Serve's queue, requests get 503
+    max_active: int = Field(64, ge=1)  # per replica; beyond it and Serve's queue, requests get 503
     max_body_bytes: int = Field(256 * 1024, ge=1)
     timeout_s: float = Field(5.0, gt=0)
     refresh_s: float = Field(1.0, gt=0)
@@ -67,7 +67,7 @@ class KnowledgeReplica:
         self._similar = SimilarEntities(settings.store or settings.workspace)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        from serve_apps.gate import GATE  # here: this class travels to its process by value, and the gate must not
+        from serve_apps.gate import GATE  # here, since this class is pickled by value and the gate must not be
 
         telemetry, limits = RayTelemetry("knowledge"), self._config.limits
         refused = {"route": "unknown", "status": "503"}
@@ -96,7 +96,7 @@ def app(args: KnowledgeArgs) -> serve.Application:
         graceful_shutdown_timeout_s=20,
         health_check_period_s=5,
         health_check_timeout_s=10,
-        logging_config={"encoding": "JSON", "enable_access_log": False},  # the guard writes its own, without paths
+        logging_config={"encoding": "JSON", "enable_access_log": False},  # the guard writes its own log, without paths
     )
     application: serve.Application = deployment.bind(args.model_dump())
     return application

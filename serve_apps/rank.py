@@ -1,11 +1,11 @@
 """Ranking as a Ray Serve application: `serve run serve_apps.rank:app workspace=runs/shop artifact=models/…`.
 
-Two deployments, each scaled for itself: the ingress, which opens an artifact that `owlrec ctr export` wrote, follows
-the current release and holds the deadline; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank).
-The CTR model works in the ingress: its millisecond would cost three more as a call to another process.
+There are two deployments, scaled independently: the ingress, which opens an artifact of `owlrec ctr export`, follows
+the current release and enforces the deadline; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank).
+The CTR model runs in the ingress: its millisecond would cost three more as a call to another process.
 
-A new artifact or adapter is taken in by `reconfigure`: change `user_config` in the Serve configuration and deploy; no
-replica restarts. (A change of `args` builds the application again.)
+`reconfigure` loads a new artifact or adapter: change `user_config` in the Serve configuration and deploy; no
+replica restarts. (A change of `args` rebuilds the application.)
 """
 
 import asyncio
@@ -39,18 +39,18 @@ from serve_apps.binding import asked_to_stop, refuse_open_binding
 from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 # ------------------------------------------------------------------------------------------------------------- rank llm
-# The LLM of the ranking application: one vLLM engine a replica, which answers Yes or No about each candidate.
+# The LLM of the ranking application: one vLLM engine per replica, which answers Yes or No about each candidate.
 
 
-_REQUESTS = 4  # at once: more share the engine's steps and all miss their deadlines
-_ADAPTER_RANK = 64  # of the largest adapter that may be swapped in
+_REQUESTS = 4  # concurrent requests: more share the engine's steps and all miss their deadlines
+_ADAPTER_RANK = 64  # maximum rank of later adapters
 
 
 class LlmReplica:
     """Scores candidates with a recipe's ranker."""
 
     def __init__(self, workspace: str, recipe: dict[str, Any]) -> None:
-        """workspace: prepared; recipe: of Recipe. Starts the engine, which takes from seconds to minutes."""
+        """workspace: prepared; recipe: of Recipe. Starts the engine, which takes seconds to minutes."""
         from owlrec.generation import token_counter
         from owlrec.generation.models import model_identity
         from owlrec.prompting.ranking import rank_fingerprint
@@ -81,7 +81,7 @@ class LlmReplica:
         self._ranker = CurrentRanker(None, None)
 
     async def reconfigure(self, choice: dict[str, Any]) -> None:
-        """Takes in a RankerChoice; requests at work keep the one that they began with."""
+        """Applies a RankerChoice; current requests keep the one they started with."""
         self._ranker = open_ranker(self._workspace, choice, **self._made_for)
         await self._following.aclose()
         await self._following.enter_async_context(following(self._served, REFRESH_S, NoTelemetry()))
@@ -90,7 +90,7 @@ class LlmReplica:
         """See owlrec.serving.rank_api.Backend."""
         try:
             questions = self._writer.write(Rank(**asked, candidates=list(candidates)), candidates)
-        except Problem as problem:  # which cannot travel between processes
+        except Problem as problem:  # which cannot be pickled between processes
             raise ServingError(str(problem)) from None
         ranker = self._ranker
         answer = await self._scorer.score(questions, ranker.adapter)
@@ -98,10 +98,10 @@ class LlmReplica:
 
 
 def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: int, cpus: float) -> serve.Application:
-    """The deployment. recipe: a file, read here, so that replicas on other machines need not have it. cpus: of a
-    replica, to which Ray gives as many threads.
+    """The deployment. recipe: a file, read here, so replicas on other machines do not need it. cpus: per
+    replica, which Ray also uses as the number of threads.
 
-    Raises RecipeError where the recipe has no vLLM engine to rank with.
+    Raises RecipeError if the recipe has no vLLM engine for ranking.
     """
     settings = load_recipe(recipe)
     (settings.ranking or RankingConfig()).ranking_engine(settings.engine)
@@ -115,7 +115,7 @@ def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: 
             "max_replicas": max_replicas,
             "target_ongoing_requests": _REQUESTS / 2,
             "upscale_delay_s": 10,
-            "downscale_delay_s": 600,  # an engine that was stopped too soon takes minutes to come back
+            "downscale_delay_s": 600,  # an engine stopped too soon takes minutes to restart
         },
         max_ongoing_requests=_REQUESTS,
         max_queued_requests=_REQUESTS,
@@ -130,7 +130,7 @@ def llm_scorer(workspace: str, recipe: str, choice: RankerChoice, max_replicas: 
 
 
 _SCALING = {"min_replicas": 1, "upscale_delay_s": 5, "downscale_delay_s": 120}
-# A replica that is stuck, or whose machine is gone, is noticed within 10 s.
+# A stuck replica, or one on a lost machine, is noticed within 10 s.
 _WATCHED: dict[str, Any] = {
     "health_check_period_s": 5,
     "health_check_timeout_s": 10,
@@ -139,38 +139,38 @@ _WATCHED: dict[str, Any] = {
 
 
 class RankArgs(Config):
-    """The arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
+    """Arguments of `app`, as `key=value` on the command line or under `args` in a Serve configuration."""
 
     workspace: str
     artifact: str  # relative to the workspace
     recipe: str | None = None  # with a `ranking:` section: its LLM re-ranks; None = no LLM
-    adapter: str | None = None  # that `owlrec ranker tune` wrote, relative to the workspace; None = the model as it is
-    calibration: str | None = None  # of the LLM's scores; None = what was fitted with the adapter, if there is one
+    adapter: str | None = None  # of `owlrec ranker tune`, relative to the workspace; None = the untuned model
+    calibration: str | None = None  # of the LLM's scores; None = the adapter's own, if there is one
     keys_file: str | None = None
-    max_active: int = Field(64, ge=1)  # of one replica of the ingress; beyond it and Serve's queue, requests get 503
+    max_active: int = Field(64, ge=1)  # per ingress replica; beyond it and Serve's queue, requests get 503
     max_replicas: int = Field(1, ge=1)  # of the ingress, each with a CTR model
     max_llm_replicas: int = Field(1, ge=1)
-    llm_cpus: float = Field(1.0, gt=0)  # of each LLM replica: the cores that its engine may use
-    ctr_threads: int = Field(1, ge=1)  # of torch, in each replica
-    num_cpus: float = Field(1.0, ge=0)  # of each replica of the ingress
+    llm_cpus: float = Field(1.0, gt=0)  # per LLM replica: the cores of its engine
+    ctr_threads: int = Field(1, ge=1)  # of torch, per replica
+    num_cpus: float = Field(1.0, ge=0)  # per ingress replica
 
 
 class CtrModel:
     """An exported CTR model over the current release, as the cascade's backend.
 
-    Without @serve.batch: a request is a batch already, of one user whose side is computed once, and waiting for the
-    requests of others would cost each of them that wait.
+    Without @serve.batch: a request is already a batch, for one user whose side is computed once, and waiting for other
+    requests would only add latency.
     """
 
     def __init__(self, workspace: Workspace, telemetry: Telemetry) -> None:
-        """workspace: that holds the artifacts."""
+        """workspace: has the artifacts."""
         self._workspace = workspace
         self._telemetry = telemetry
         self._scorer: LiveScorer | None = None
         self._following = AsyncExitStack()
 
     async def open(self, artifact: str) -> None:
-        """Opens an artifact and the current release; requests at work keep the model that they began with."""
+        """Opens an artifact and the current release; current requests keep the model they started with."""
         opened = await asyncio.to_thread(Artifact.open, self._workspace, artifact)
         scorer, stack = LiveScorer(opened, WorkspaceReleases(self._workspace)), AsyncExitStack()
         await stack.enter_async_context(following(scorer.served, REFRESH_S, self._telemetry))
@@ -181,7 +181,7 @@ class CtrModel:
             before.served.close()
 
     def problem(self) -> str | None:
-        """What keeps it from scoring; None where nothing does."""
+        """The problem that prevents scoring; None if there is none."""
         return self._scorer.problem() if self._scorer else "no model is loaded yet"
 
     async def score(self, asked: Rank, candidates: Sequence[int]) -> Sequence[float]:
@@ -196,14 +196,14 @@ class CtrModel:
             taken=None if history is None else [b.taken for b in history],
             profile=asked.profile,
         )
-        # Without a thread: torch lets go of the interpreter at every operation, and threads that fight for it halve the
-        # rate of requests. It takes milliseconds, and nobody gains by taking turns.
+        # Without a thread: torch releases the interpreter lock at every operation, and threads competing for it halve
+        # the rate of requests. It takes milliseconds, so concurrency gains nothing.
         scores: list[float] = self._scorer.score(user, candidates).tolist()
         return scores
 
 
 class _Remote:
-    """A deployment as the cascade's backend. Giving up on an answer cancels it in the replica as well."""
+    """A deployment as the cascade's backend. Giving up on an answer also cancels it in the replica."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
@@ -217,10 +217,10 @@ class _Remote:
 
 @serve.ingress()
 class RankReplica:
-    """Takes requests, and holds their deadline."""
+    """Receives requests and enforces their deadline."""
 
     def __init__(self, args: dict[str, Any], llm: DeploymentHandle | None = None) -> None:
-        """args: of RankArgs. llm: a deployment with a method `score` like LlmReplica's; None where none ranks."""
+        """args: of RankArgs. llm: a deployment with a method `score` like LlmReplica's; None for none."""
         settings = RankArgs.model_validate(args)
         torch.set_num_threads(settings.ctr_threads)
         self._keys = KeyRing(settings.keys_file, api_keys())
@@ -232,14 +232,14 @@ class RankReplica:
         self._cascade = Cascade(self._ctr, _Remote(llm) if llm else None, self._telemetry)
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Takes in {"artifact": folder}."""
+        """Applies {"artifact": folder}."""
         await self._ctr.open(config["artifact"])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready, asked_to_stop)
 
     async def rank(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """What POST /v1/rank answers, for other applications of the cluster. Raises ServingError where it is 503."""
+        """Answer of POST /v1/rank, for other applications of the cluster. Raises ServingError for a 503."""
         try:
             return (await self._cascade.rank(Rank.model_validate(asked))).model_dump()
         except Problem as problem:  # which cannot travel between processes
@@ -250,7 +250,7 @@ class RankReplica:
 
 
 def app(args: RankArgs) -> serve.Application:
-    """Builds the application: what `serve run` and `serve deploy` call, with one argument."""
+    """Builds the application, for `serve run` and `serve deploy`, from one argument."""
     if args.recipe is None:
         return rank_application(args, None)
     from owlrec.serving.rank_api import RankerChoice

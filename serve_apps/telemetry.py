@@ -1,7 +1,7 @@
-"""An application's numbers as metrics of the Ray cluster, which every node's agent exposes to Prometheus.
+"""An application's metrics in the Ray cluster, which every node's agent exports to Prometheus.
 
 `ray_owlrec_serving_requests_total{app="knowledge",route="…",status="200"}`, `…_hits_total{kind}`, `…_misses_total`,
-`…_seconds_bucket{stage}` (request, lookup, …), `…_release_age_s` and their kin.
+`…_seconds_bucket{stage}` (request, lookup, …), `…_release_age_s` and others.
 """
 
 import logging
@@ -12,15 +12,15 @@ from ray.util.metrics import Counter, Gauge, Histogram
 _BOUNDS_S = [0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.125, 0.25, 0.5, 1.0, 2.0, 5.0]
 _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "requests": ("Requests by route and status", ("route", "status")),
-    "hits": ("Ids that something was known of", ("kind",)),
-    "misses": ("Ids that nothing was known of", ("kind",)),
-    "swaps": ("Releases that took the place of another", ()),
-    "degraded": ("Rankings that went out without the LLM, by reason", ("reason",)),
+    "hits": ("Requested ids with knowledge", ("kind",)),
+    "misses": ("Requested ids without knowledge", ("kind",)),
+    "swaps": ("Release swaps", ()),
+    "degraded": ("Rankings returned without the LLM, by reason", ("reason",)),
 }
 _GAUGES = {
     "release_age_s": "Age of the current release",
-    "release_texts": "Users, items and cohorts that the current release has a text of",
-    "release_error": "1 where the current release cannot be served",
+    "release_texts": "Users, items and cohorts with a text in the current release",
+    "release_error": "1 if the current release cannot be served",
 }
 
 
@@ -28,7 +28,7 @@ class RayTelemetry:
     """Telemetry of one replica (owlrec.serving.guard)."""
 
     def __init__(self, app: str) -> None:
-        """app: tells applications apart; Ray itself tells replicas apart."""
+        """app: distinguishes applications; Ray itself distinguishes replicas."""
         self._app = {"app": app}
         self._counters = {
             name: Counter(f"owlrec_serving_{name}", about, ("app", *tags)) for name, (about, tags) in _COUNTERS.items()
@@ -41,16 +41,16 @@ class RayTelemetry:
         self._counters[name].inc(n, {**self._app, **(tags or {})})
 
     def time(self, stage: str, seconds: float) -> None:
-        """How long a stage of one request took."""
+        """Duration of one stage of a request."""
         self._seconds.observe(seconds, {**self._app, "stage": stage})
 
     def gauge(self, name: str, value: float) -> None:
-        """What something stands at."""
+        """Current value of a gauge."""
         self._gauges[name].set(value, self._app)
 
 
 def log_with_serve() -> None:
-    """Sends the lines of owlrec.serving where Serve's own go: JSON, a file a replica. For replicas."""
+    """Sends the log lines of owlrec.serving to Serve's own logs: JSON, one file per replica. For replicas."""
     ours = logging.getLogger("owlrec.serving")
     ours.handlers = logging.getLogger("ray.serve").handlers
     ours.setLevel(logging.INFO)

@@ -64,7 +64,7 @@ def test_what_arrives_damaged_is_not_kept(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 100)
     with pytest.raises(WorkspaceError, match="3 bytes arrived, not 5"):
         cache.open("short", 5, writing(b"123"))
-    with pytest.raises(WorkspaceError, match="damaged where it lies"):
+    with pytest.raises(WorkspaceError, match="stored file is damaged"):
         cache.open("wrong", 5, writing(b"12345"), hashlib.sha256(b"54321").hexdigest())
     assert names(cache) == set()
     cache.open("right", 5, writing(b"12345"), hashlib.sha256(b"12345").hexdigest()).close()

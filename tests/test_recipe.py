@@ -158,7 +158,7 @@ def test_missing_file_and_bad_yaml(tmp_path: Path) -> None:
         load_recipe(tmp_path / "absent.yaml")
     with pytest.raises(RecipeError, match="not valid YAML"):
         load(tmp_path, "a: [1")
-    with pytest.raises(RecipeError, match="must hold"):
+    with pytest.raises(RecipeError, match="must have"):
         load(tmp_path, "- 1")
 
 

@@ -87,7 +87,7 @@ def test_every_row_is_at_its_new_home_and_nothing_is_lost(tmp_path: Path) -> Non
 def test_prepare_has_nothing_to_do_afterwards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reshard(workspace_of(tmp_path))
     workspace_of(tmp_path)
-    assert "done already" in capsys.readouterr().out
+    assert "already done" in capsys.readouterr().out
 
 
 def test_one_kind_alone(tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """OwlRec: open-world LLM recommendation on Ray (see README.md for the tour).
 
-Six names are the Python API: `run`, `write_texts`, `open`, `Adaptor`, `drafting`, and `Client` with its twin
-`AsyncClient`. Each is imported when it is first named, so that `import owlrec` loads neither pandas, torch, Ray nor
-vLLM.
+The Python API is six names: `run`, `write_texts`, `open`, `Adaptor`, `drafting`, and `Client` (for asyncio,
+`AsyncClient`). Each is imported on first use, so `import owlrec` loads neither pandas, torch, Ray nor vLLM.
 """
 
 from importlib import import_module

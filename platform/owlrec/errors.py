@@ -1,4 +1,4 @@
-"""What a user did wrong, said so that they can fix it: every message names the file, row or key and the next step."""
+"""Errors that a user can cause and fix: every message names the file, row or key and the next step."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ class OwlRecError(Exception):
 
 
 class RecipeError(OwlRecError):
-    """The recipe file is missing, malformed or asks for something that does not exist."""
+    """The recipe file is missing, malformed or refers to something that does not exist."""
 
 
 class SchemaError(OwlRecError):
@@ -21,15 +21,15 @@ class SourceError(OwlRecError):
 
 
 class WorkspaceError(OwlRecError):
-    """The workspace cannot be written, or an artifact that a stage needs is not there yet."""
+    """The workspace cannot be written, or an artifact that a stage needs does not exist yet."""
 
 
 class DiskFullError(WorkspaceError):
-    """A disk or a quota is full: to try again helps only once somebody has freed space."""
+    """A disk or a quota is full: retrying helps only after somebody frees space."""
 
 
 class EngineError(OwlRecError):
-    """An LLM or encoder cannot be started, or a request to it failed for good."""
+    """An LLM or encoder cannot be started, or a request to it failed permanently."""
 
 
 class ReleaseError(OwlRecError):
@@ -37,22 +37,22 @@ class ReleaseError(OwlRecError):
 
 
 class StoreUnavailableError(OwlRecError):
-    """The database behind a store does not answer; the same question may be answered a little later."""
+    """The database behind a store does not respond; retrying later may help."""
 
 
 class ServingError(OwlRecError):
-    """An endpoint must not start as it is configured: no API key off loopback, an unreadable key file."""
+    """An endpoint must not start with its configuration: no API key off loopback, an unreadable key file."""
 
 
 class ClusterError(OwlRecError):
-    """A Ray cluster cannot be reached, refuses its caller, or cannot run the job as it is configured."""
+    """A Ray cluster cannot be reached, refuses its caller, or cannot run the job as configured."""
 
 
 def root_mistake(error: BaseException | None) -> OwlRecError | None:
-    """The OwlRecError behind `error`, however Ray wrapped it on its way out of a worker; None where there is none.
+    """The OwlRecError behind `error`, however Ray wrapped it in a worker; None if there is none.
 
-    Ray's wrappers may be instances of the error's own class too, with a worker's traceback for a message, so the
-    innermost one is meant.
+    Ray's wrappers may be instances of the error's own class, with a worker's traceback as the message, so this returns
+    the innermost one.
     """
     mistake = None
     while error is not None:

@@ -1,6 +1,6 @@
-"""`owlrec init`: a commented recipe for the tables of a folder, guessed from names of columns and a sample of rows.
+"""`owlrec init`: a commented recipe for the tables of a folder, guessed from column names and a sample of rows.
 
-A table is a file, or the files of one folder that have the same columns. Nothing here reads a whole file.
+A table is a file, or the files of one folder with the same columns. Nothing here reads a whole file.
 """
 
 import io
@@ -21,12 +21,13 @@ from owlrec.sources.files import SourceFile, file_format, input_files
 
 
 class Ask(Protocol):
-    """Gives one of the answers to a question. guess: whether the first one is likely enough to be taken unasked."""
+    """Returns one of the answers to a question. guess: whether the first one is likely enough to take without
+    asking."""
 
     def __call__(self, question: str, answers: Sequence[str], *, guess: bool) -> str: ...
 
 
-_NAMES = {  # of columns, without case and punctuation, the likeliest first
+_NAMES = {  # column names, without case and punctuation, most likely first
     "user_id": "userid user uid customerid customer memberid member accountid visitorid readerid buyerid viewerid",
     "item_id": "itemid item sku productid product asin parentasin movieid bookid isbn articleid newsid trackid songid "
     "videoid appid adid contentid artistid",
@@ -58,7 +59,7 @@ _SAMPLE_ROWS, _SAMPLE_BYTES = 1000, 1 << 20
 
 @dataclass(frozen=True)
 class Table:
-    """A table of a folder: what a recipe names it by, and a sample of its rows."""
+    """A table of a folder: its name in a recipe, and a sample of its rows."""
 
     path: str
     sample: pa.Table
@@ -70,7 +71,7 @@ class Table:
 
 
 def find_tables(folder: Path) -> list[Table]:
-    """The tables in a folder and in the folders right below it, but for `runs`, which holds workspaces."""
+    """Tables in a folder and its immediate subfolders, except `runs`, which has workspaces."""
     below = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name != "runs" and p.name[0] not in "._"]
     tables = []
     for place in [folder, *below]:
@@ -100,7 +101,7 @@ def _pattern(paths: Sequence[Path]) -> str:
 
 
 def _sample(file: SourceFile) -> pa.Table:
-    """The first rows of a file, types guessed. Raises SourceError where it cannot be read."""
+    """The first rows of a file, with guessed types. Raises SourceError if it cannot be read."""
     format_ = file_format(file)
     try:
         with file.open() as stream:
@@ -120,22 +121,22 @@ def _sample(file: SourceFile) -> pa.Table:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a recipe is written from."""
+    """Contents of a recipe."""
 
-    tables: Mapping[str, Table]  # by interactions, items and, where there is one, users
-    columns: Mapping[str, Mapping[str, str]]  # of each table: our name -> the file's, where it is another
+    tables: Mapping[str, Table]  # by interactions, items and, if present, users
+    columns: Mapping[str, Mapping[str, str]]  # per table: our name -> the file's, if different
     unit: str  # of timestamps
     domain: str
 
 
 def draft(tables: Sequence[Table], ask: Ask) -> Draft:
-    """Tells the tables and their columns apart. ask: is asked what cannot be guessed.
+    """Assigns tables and columns to their roles. ask: answers what cannot be guessed.
 
-    Raises RecipeError where there are no items or no interactions among the tables.
+    Raises RecipeError if there are no items or no interactions among the tables.
     """
     chosen: dict[str, Table] = {}
     roles = [("interactions", _is_log), ("items", _has_title), ("users", _has_users)]
-    roles.sort(key=lambda pair: not any(map(pair[1], tables)))  # first those that are clear: the others have the rest
+    roles.sort(key=lambda pair: not any(map(pair[1], tables)))  # clear cases first
     for role, fits in roles:
         left = [table for table in tables if table not in chosen.values()]
         likely = [table for table in left if fits(table)]
@@ -143,13 +144,13 @@ def draft(tables: Sequence[Table], ask: Ask) -> Draft:
             likely = left
         if role != "users" and not likely:
             raise RecipeError(
-                f"no table of {role} is there (columns {', '.join(_NEEDED[role])}), only "
-                f"{', '.join(table.path for table in tables) or 'nothing'}. Name the folder that holds it."
+                f"there is no table of {role} (columns {', '.join(_NEEDED[role])}), only "
+                f"{', '.join(table.path for table in tables) or 'nothing'}. Pass the folder that has it."
             )
         if likely:
             path = likely[0].path
             if len(likely) > 1 or not fits(likely[0]):
-                path = ask(f"Which table holds the {role}?", [t.path for t in likely], guess=fits(likely[0]))
+                path = ask(f"Which table has the {role}?", [t.path for t in likely], guess=fits(likely[0]))
             chosen[role] = next(table for table in likely if table.path == path)
     columns = {role: _columns(role, table, ask) for role, table in chosen.items()}
     log = chosen["interactions"]
@@ -162,7 +163,7 @@ def _columns(role: str, table: Table, ask: Ask) -> dict[str, str]:
     for ours in (*_NEEDED[role], *_OPTIONAL[role]):
         free = [name for name in table.columns if name not in columns.values()]
         theirs = _match(ours, free)
-        if theirs is None and role != "interactions" and ours != "title":  # the one id of a table of entities
+        if theirs is None and role != "interactions" and ours != "title":  # the only id of a table of entities
             theirs = next((name for name in free if _plain(name) == "id"), None)
         if theirs is None and ours in _NEEDED[role]:
             if not free:
@@ -200,7 +201,7 @@ def _plain(name: str) -> str:
 def _unit(column: pa.ChunkedArray) -> str:
     """s, ms, us or ns, by the size of the largest value: today is 1.8e9 s after 1970."""
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        return "ms"  # dates know their unit
+        return "ms"  # dates have a unit
     largest = max((abs(value) for value in column.to_pylist() if value is not None), default=0)
     return next((unit for unit, most in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if largest < most), "ns")
 
@@ -273,16 +274,16 @@ ctr:
 
 
 def write_recipe(folder: Path, file: Path | None, ask: Ask) -> Path:
-    """Writes the recipe for a folder's tables, by default NAME.yaml in the current folder; the file.
+    """Writes the recipe for a folder's tables, by default NAME.yaml in the current folder; returns the file.
 
-    Raises RecipeError where the file exists, or the folder lacks tables.
+    Raises RecipeError if the file exists, or the folder lacks tables.
     """
     if not folder.is_dir():
-        raise RecipeError(f"{folder}: there is no such folder. Name the one that holds the tables.")
+        raise RecipeError(f"{folder}: folder not found. Pass the folder with the tables.")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip(".-_") or "recipe"
     file = file or Path(f"{name}.yaml")
     if file.exists():
-        raise RecipeError(f"{file} exists already, and stays. Name another file with --output.")
+        raise RecipeError(f"{file} already exists and was not changed. Choose another file with --output.")
     text = recipe_text(
         file.stem if re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem, re.ASCII) else name, draft(find_tables(folder), ask)
     )
@@ -290,12 +291,12 @@ def write_recipe(folder: Path, file: Path | None, ask: Ask) -> Path:
         with file.open("x", encoding="utf-8") as opened:
             opened.write(text)
     except OSError as error:
-        raise RecipeError(f"{file}: cannot be written ({error.strerror}). Name another with --output.") from None
+        raise RecipeError(f"{file}: cannot be written ({error.strerror}). Choose another file with --output.") from None
     return file
 
 
 def next_step(folder: Path) -> str:
-    """What to do in a folder where `owlrec run` was called without a recipe."""
+    """Hint for `owlrec run` without a recipe in this folder."""
     recipes = [p.name for p in sorted(folder.glob("*.y*ml")) if re.search(r"^engine:", p.read_text("utf-8"), re.M)]
     if recipes:
         return f"which recipe? Run `owlrec run {recipes[0]}`" + (
@@ -307,7 +308,7 @@ def next_step(folder: Path) -> str:
             "`owlrec run RECIPE`."
         )
     return (
-        "which recipe? This folder holds none, and no tables. `owlrec init FOLDER` writes one for the Parquet, CSV or "
-        "JSON lines files\nin another folder; those under pipelines/recipes/ run on MovieLens, which is installed "
-        "with OwlRec."
+        "which recipe? This folder has no recipe and no tables. `owlrec init FOLDER` writes one for the "
+        "Parquet, CSV or JSON lines files\nin another folder; those under pipelines/recipes/ run on "
+        "MovieLens, which comes with OwlRec."
     )

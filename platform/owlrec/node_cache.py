@@ -1,8 +1,8 @@
-"""A bounded folder of copies on the node's own disk, which its processes share.
+"""A bounded folder of copies on the node's own disk, shared by its processes.
 
-A file is fetched once per node, by the first to ask: a lock makes the others wait for it. It is checked when it arrives
-and mapped from then on. What does not fit is evicted, the longest unused first and never what somebody has open:
-readers hold a shared lock on their copy, which the kernel gives back even when they are killed.
+A file is fetched once per node, by the first process; a lock makes the others wait. It is verified on arrival
+and mapped from then on. If space runs out, the least recently used copies are evicted, but never open ones:
+readers hold a shared lock on their copy, which the kernel releases even when they are killed.
 """
 
 import errno
@@ -21,24 +21,24 @@ from typing import Any
 from owlrec.errors import WorkspaceError
 from owlrec.process import cache_bytes, cache_folder
 
-_STALE_S = 3600.0  # a download writes all the time: an hour without a change means that its process is gone
+_STALE_S = 3600.0  # a download writes continuously: an hour without a change means that its process died
 
 
 class CachedFile:
-    """A file on this machine's disk; a copy in the cache stays until it is closed."""
+    """A file on this machine's disk; a cached copy stays until it is closed."""
 
     def __init__(self, path: Path, lock: int | None = None) -> None:
-        """lock: the descriptor that holds the copy's shared lock, if it is one."""
+        """lock: descriptor of the copy's shared lock, if it is a copy."""
         self.path = path
         self._release = weakref.finalize(self, os.close, lock) if lock is not None else None
 
     def close(self) -> None:
-        """Lets the cache evict the copy. Safe to call twice."""
+        """Allows the cache to evict the copy. Safe to call twice."""
         if self._release:
             self._release()
 
     def keep_for(self, owner: Any) -> None:
-        """Keeps the copy for as long as `owner`, which has mapped it, is alive."""
+        """Keeps the copy while `owner`, which has mapped it, is alive."""
         if self._release and self._release.alive:
             weakref.finalize(owner, self.close)
 
@@ -50,7 +50,7 @@ class CachedFile:
 
 
 class NodeCache:
-    """Copies by key under one folder, together at most `max_bytes`."""
+    """Copies by key under one folder, with at most `max_bytes` in total."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
@@ -59,21 +59,21 @@ class NodeCache:
     @staticmethod
     @lru_cache(maxsize=1)
     def default() -> "NodeCache":
-        """The node's own, as OWLREC_CACHE and OWLREC_CACHE_GIB say."""
+        """The node's own cache, set by OWLREC_CACHE and OWLREC_CACHE_GIB."""
         folder = cache_folder("files")
         return NodeCache(folder, cache_bytes(folder))
 
     def open(self, key: str, size: int, fetch: Callable[[Path], None], sha256: str | None = None) -> CachedFile:
-        """The copy under `key`, fetched if it is not there.
+        """The copy under `key`, fetched if missing.
 
-        size: in bytes. fetch: writes the file to the path it is given. sha256: what the content must be.
-        Raises WorkspaceError where it does not fit beside what is open, or arrives damaged.
+        size: in bytes. fetch: writes the file to the path it is given. sha256: expected digest of the content.
+        Raises WorkspaceError if it does not fit in addition to open copies, or arrives damaged.
         """
         path, lock = self.folder / key, self._lock(key)
         try:
             fcntl.flock(lock, fcntl.LOCK_SH)
             if not self._there(path, size):
-                fcntl.flock(lock, fcntl.LOCK_EX)  # not atomic: another may have fetched it in between
+                fcntl.flock(lock, fcntl.LOCK_EX)  # not atomic: another process may have fetched it in between
                 if not self._there(path, size):
                     self._fetch(path, size, fetch, sha256)
                 fcntl.flock(lock, fcntl.LOCK_SH)
@@ -94,21 +94,21 @@ class NodeCache:
         try:
             fetch(temporary)
             if temporary.stat().st_size != size:
-                raise WorkspaceError(f"{path.name}: {temporary.stat().st_size} bytes arrived, not {size}. Try again.")
+                raise WorkspaceError(f"{path.name}: {temporary.stat().st_size} of {size} bytes arrived. Try again.")
             if sha256 is not None:
                 with temporary.open("rb") as file:
                     arrived = hashlib.file_digest(file, "sha256").hexdigest()
                 if arrived != sha256:
                     raise WorkspaceError(
-                        f"{path.name}: the file arrived with SHA-256 {arrived[:16]}…, not {sha256[:16]}…. "
-                        "It is damaged where it lies: run its stage again."
+                        f"{path.name}: the file has SHA-256 {arrived[:16]}… instead of {sha256[:16]}…. The "
+                        "stored file is damaged: run its stage again."
                     )
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
     def make_room(self, size: int) -> None:
-        """Evicts copies that nobody has open until `size` bytes fit. Raises WorkspaceError where they cannot."""
+        """Evicts unused copies until `size` bytes fit. Raises WorkspaceError if they cannot."""
         copies = sorted(self._copies(), key=lambda copy: copy[2])
         used = sum(bytes_ for _, bytes_, _ in copies)
         for path, bytes_, _ in copies:
@@ -118,17 +118,18 @@ class NodeCache:
                 used -= bytes_
         if used + size > self.max_bytes:
             raise WorkspaceError(
-                f"{self.folder}: {size:,} bytes do not fit beside {used:,} that are open; the cache may hold "
-                f"{self.max_bytes:,}. Raise OWLREC_CACHE_GIB, or set OWLREC_CACHE to a folder on a larger disk."
+                f"{self.folder}: {size:,} bytes do not fit in addition to {used:,} in use; the limit of the "
+                f"cache is {self.max_bytes:,}. Raise OWLREC_CACHE_GIB, or set OWLREC_CACHE to a folder on a "
+                "larger disk."
             )
         if shutil.disk_usage(self.folder).free < size:
             raise WorkspaceError(
-                f"{self.folder}: {size:,} bytes do not fit on this node's disk. Free some space there, or set "
+                f"{self.folder}: {size:,} bytes do not fit on this node's disk. Free some space, or set "
                 "OWLREC_CACHE to a folder on a larger disk."
             ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def evict(self, names: Collection[str]) -> tuple[int, int]:
-        """Removes all copies of some files (Storage.copy_name); how many, and how many stay since somebody has them
+        """Removes all copies of some files (Storage.copy_name); returns how many, and how many stay because they are
         open.
         """
         copies = [path for path, _, _ in self._copies() if path.name.partition("-")[0] in names]
@@ -136,7 +137,7 @@ class NodeCache:
         return evicted, len(copies) - evicted
 
     def _evict(self, path: Path) -> bool:
-        """Removes a copy unless somebody has it open; whether it did."""
+        """Removes a copy unless it is open; returns whether it did."""
         lock = self._lock(path.name)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,10 @@
-"""Columns in ascending order: where an id stands in one, and where a run of equal keys begins."""
+"""Columns in ascending order: positions of ids, and starts of runs of equal keys."""
 
 import numpy as np
 
 
 def rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The row of each of `wanted` among `ids`, which ascend: int64 of its shape, -1 for what is not there."""
+    """Index of each wanted id in sorted `ids`, or -1: int64 of the same shape."""
     if len(ids) == 0:
         return np.full(np.shape(wanted), -1, dtype=np.int64)
     rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
@@ -12,7 +12,7 @@ def rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def run_starts(*columns: np.ndarray) -> np.ndarray:
-    """For each row the first of the rows around it that are equal in all `columns`: int64 [n]."""
+    """For each row, the first row of its run of equal values in all `columns`: int64 [n]."""
     new = np.zeros(len(columns[0]), dtype=bool)
     new[:1] = True
     for column in columns:
@@ -26,16 +26,16 @@ def last_rows(ids: np.ndarray) -> np.ndarray:
 
 
 def newest_rows(ids: np.ndarray, as_of: np.ndarray, wanted: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
-    """Where what is known of each of `wanted` stands: int64 of its shape, -1 for nothing.
+    """Newest row of each wanted id: int64 of the same shape, -1 for none.
 
-    ids, as_of: int64 [n], in ascending order of both, the moments of an id apart. before: int64 aligned with wanted;
-    then the newest row whose as_of is strictly earlier, else the newest of all.
+    ids, as_of: int64 [n], in ascending order of both, with distinct moments per id. before: int64 aligned with wanted;
+    then only rows with a strictly earlier as_of count.
     """
     if len(ids) == 0:
         return np.full(np.shape(wanted), -1, dtype=np.int64)
     rows = np.searchsorted(ids, wanted, side="right") - 1
     if before is not None:
-        while True:  # as often as an id has rows that are too new
+        while True:  # once per row of an id that is too new
             late = (rows >= 0) & (ids[rows] == wanted) & (as_of[rows] >= before)
             if not late.any():
                 break

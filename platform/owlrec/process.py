@@ -1,8 +1,8 @@
-"""This process's surroundings: environment variables, streams and Ray.
+"""This process's environment variables, streams and Ray.
 
 OWLREC_CACHE      folder for converted models and copied files (default ~/.cache/owlrec)
-OWLREC_CACHE_GIB  how much of it copied files may take (default: half of what the disk has free)
-OWLREC_API_KEYS   the lines of a key file, for endpoints that are given none (owlrec.serving.keys)
+OWLREC_CACHE_GIB  maximum size of copied files (default: half of the free disk space)
+OWLREC_API_KEYS   contents of a key file, for endpoints without a key file (owlrec.serving.keys)
 
 No other module reads OwlRec's environment variables; everything else is configured by the recipe.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder in OwlRec's cache, made if absent."""
+    """A folder in OwlRec's cache, created if missing."""
     base = os.environ.get("OWLREC_CACHE") or Path.home() / ".cache" / "owlrec"
     folder = Path(base).joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def cache_folder(*parts: str) -> Path:
 
 
 def cache_bytes(folder: Path) -> int:
-    """How many bytes copied files may take below `folder`."""
+    """Maximum bytes of copied files below `folder`."""
     if limit := os.environ.get("OWLREC_CACHE_GIB"):
         return int(float(limit) * 2**30)
     held = sum(path.stat().st_size for path in folder.iterdir())
@@ -38,27 +38,27 @@ def cache_bytes(folder: Path) -> int:
 
 
 def package_folder(name: str) -> Path | None:
-    """Where an installed package lies, None where it does not: without importing it or what it needs."""
+    """Folder of an installed package, None if it is missing; imports nothing."""
     spec = importlib.util.find_spec(name)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def secret(variable: str | None) -> str | None:
-    """The value of an environment variable that the recipe names as the holder of a secret, such as an API key."""
+    """Value of an environment variable that a recipe names for a secret, such as an API key."""
     return os.environ.get(variable) if variable else None
 
 
 def api_keys() -> str | None:
-    """The lines of a key file; None where the variable is absent or empty."""
+    """Lines of a key file; None if the variable is missing or empty."""
     return os.environ.get("OWLREC_API_KEYS") or None
 
 
 # ---------------------------------------------------------------------------------------------------------------- quiet
-# Keeps third-party chatter out of the terminal: it goes to a log file whose path the run prints.
+# Sends third-party output to a log file, whose path the run prints, instead of the terminal.
 
 
 class _LogStream(io.TextIOWrapper):
-    """Text to a file descriptor, unbuffered; a disk that is full costs the line and not the process."""
+    """Text to a file descriptor, unbuffered; on a full disk it loses the line, not the process."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(open(descriptor, "wb", buffering=0, closefd=False), errors="replace", write_through=True)  # noqa: SIM115 - never closed
@@ -74,9 +74,9 @@ class _LogStream(io.TextIOWrapper):
 
 
 def redirect_output(path: str | os.PathLike[str]) -> None:
-    """Sends this process's standard output and error to `path`, appending, from native code as well as from Python.
+    """Appends this process's standard output and error to `path`, from native code as well as from Python.
 
-    A file that cannot be opened leaves them where they are: no log is worth a worker.
+    If the file cannot be opened, they stay as they are: a log is not worth a worker.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -86,13 +86,13 @@ def redirect_output(path: str | os.PathLike[str]) -> None:
         os.dup2(file, 1)
         os.dup2(file, 2)
         os.close(file)
-        # Ray flushes a worker's streams after each task, and takes an error there for the task's own.
+        # Ray flushes a worker's streams after each task, and treats an error there as the task's own.
         sys.stdout, sys.stderr = _LogStream(1), _LogStream(2)
 
 
 @contextmanager
 def native_errors_to(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Sends what native code (Ray's core, OpenMP) writes to standard error to `path` for the block; Python's own
+    """Sends standard error of native code (Ray's core, OpenMP) to `path` during the block; Python's own
     stays.
     """
     sys.stderr.flush()
@@ -112,7 +112,7 @@ def native_errors_to(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------- ray data
-# Reading what a Ray Data job returns.
+# Reads the results of a Ray Data job.
 
 
 Row = dict[str, Any]
@@ -125,12 +125,12 @@ def on_ray() -> bool:
 
 
 def dataset_rows(dataset: Any) -> Generator[Row, None, None]:
-    """The rows of a data set, as its blocks are finished. Close it before Ray is shut down.
+    """Rows of a data set, as its blocks finish. Close it before Ray shuts down.
 
-    Blocks, not `iter_rows`: that reads ahead in threads which outlive its iterator, find Ray shut down after an error
-    and end the whole process from native code (Ray 2.60), so that the error's message is lost.
+    Uses blocks instead of `iter_rows`, which reads ahead in threads that outlive its iterator, find Ray shut down after
+    an error and end the whole process from native code (Ray 2.60), so that the error's message is lost.
     """
-    import ray  # here, since recipes load modules that import this one, and Ray takes a second
+    import ray  # here, since every recipe imports this module, and Ray takes a second
     from ray.data.block import BlockAccessor
 
     bundles = dataset.iter_internal_ref_bundles()
@@ -139,7 +139,7 @@ def dataset_rows(dataset: Any) -> Generator[Row, None, None]:
             yield from BlockAccessor.for_block(block).iter_rows(public_row_format=True)
     finally:
         del bundles
-        # Ray 2.60 itself gives its scheduling thread two seconds (streaming_executor.py:338).
+        # Ray 2.60 gives its own scheduling thread two seconds (streaming_executor.py:338).
         for thread in threading.enumerate():
             if thread.name.startswith("StreamingExecutor-"):
                 thread.join(timeout=60)

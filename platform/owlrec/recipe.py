@@ -1,7 +1,7 @@
-"""What describes a run, as a YAML file or as a dict: each section is the Config of the component that it sets up.
+"""The recipe of a run, as a YAML file or a dict: each section is the Config of its component.
 
-This module gathers the stages' Configs, so it imports the stages; none of them imports it. A stage takes its own
-Config and nothing else.
+This module gathers the stages' Configs, so it imports the stages; none of them imports it. A stage receives only its
+own Config.
 """
 
 import os
@@ -36,13 +36,13 @@ class Recipe(Config):
     """A whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    scenario: Scenario  # the name of one that ships, or a domain of your own, written out
+    scenario: Scenario  # the name of a built-in scenario, or your own domain
     workspace: str
     source: SourceConfig
     split: SplitConfig = SplitConfig()
     labels: LabelConfig = LabelConfig()
-    shard_rows: int = Field(1024, ge=1)  # about this many users or items a shard: the unit of resuming
-    cohorts: CohortsConfig | None = None  # None = no cohorts are built; `cohorts: {}` builds them by the defaults
+    shard_rows: int = Field(1024, ge=1)  # approximate users or items per shard, the unit of resuming
+    cohorts: CohortsConfig | None = None  # None = no cohorts; `cohorts: {}` builds them with the defaults
     prompts: PromptConfig = PromptConfig()
     engine: EngineSection
     sampling: SamplingConfig = SamplingConfig()
@@ -52,7 +52,7 @@ class Recipe(Config):
     encoder: EncoderConfig = EncoderConfig()
     ctr: CTRConfig = CTRConfig()
     training: WorkersConfig = WorkersConfig()
-    ranking: RankingConfig | None = None  # None = no LLM ranker; `ranking: {}` tunes one by the defaults
+    ranking: RankingConfig | None = None  # None = no LLM ranker; `ranking: {}` tunes one with the defaults
     streaming: RefreshConfig = RefreshConfig()
     # Which Ray cluster a run uses; inside `ray job submit` always the job's own. local: one that ends with the run,
     # with all cores or, as local[4], some; auto or host:port joins one.
@@ -79,7 +79,7 @@ class Recipe(Config):
 
     @property
     def domain(self) -> Scenario:
-        """The scenario itself, as this recipe's label rule has it: of positives alone a rating tells how often."""
+        """The scenario, adjusted to this recipe's label rule: with positives only, a rating is a count."""
         changes: dict[str, Any] = {}
         if self.labels.rating_above is not None:
             changes["positive_above"] = self.labels.rating_above
@@ -89,25 +89,25 @@ class Recipe(Config):
 
 
 def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas: int | None = None) -> Recipe:
-    """Reads and checks a recipe file.
+    """Reads and validates a recipe file.
 
-    workspace, max_replicas: take the place of the recipe's own, where given; of `generate.replicas` that is the most. A
-    relative workspace stands in the current folder.
+    workspace, max_replicas: override the recipe's own, if given; of `generate.replicas` that is the most. A
+    relative workspace is in the current folder.
     Raises RecipeError, which lists every mistake with its key, and the nearest valid name for an unknown one.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RecipeError(
-            f"{path}: cannot be read ({error.strerror}). Recipes ship under pipelines/recipes/."
-        ) from None
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}). See pipelines/recipes/ for examples.") from None
     try:
         values = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: is not valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
+        raise RecipeError(f"{path}: is not valid YAML ({' '.join(str(error).split())}). Correct it.") from None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: must hold `key: value` lines at the top. See pipelines/recipes/ for an example.")
+        raise RecipeError(
+            f"{path}: must have `key: value` lines at the top level. See pipelines/recipes/ for an example."
+        )
     if workspace is not None:
         values["workspace"] = workspace
     if max_replicas is not None:
@@ -122,16 +122,18 @@ def load_recipe(path: str | Path, *, workspace: str | None = None, max_replicas:
 
 
 def make_recipe(values: Mapping[str, Any], *, name: str = "recipe") -> Recipe:
-    """A recipe of a dict: what stands in a file, where a section may also be its Config and a path a `Path`.
+    """A recipe from a dict with the contents of a file; a section may also be its Config and a path a `Path`.
 
-    name: what to call it in errors. Raises as load_recipe.
+    name: its name in errors. Raises RecipeError like load_recipe.
     """
     try:
         return Recipe.model_validate(dict(values))
     except ValidationError as error:
         lines = _explain(error, values)
-        if any("unknown key. Valid names" in line for line in lines):  # no misspelling
-            lines.append("Keys of the first edition are gone: `owlrec init` writes a recipe with today's, and")
+        if any("unknown key. Valid names" in line for line in lines):  # not a misspelling
+            lines.append(
+                "Keys of the first edition no longer work: `owlrec init` writes a recipe with current ones, and"
+            )
             lines.append("docs/reference/recipe.md lists them.")
         raise RecipeError(f"{name}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
@@ -145,7 +147,7 @@ def _paths_as_text(value: Any) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that occurs twice: YAML would silently keep the last."""
+    """Refuses duplicate keys: YAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -157,15 +159,15 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads a bare off, on, yes or no as a truth value: `mode: off` would be refused as False. As in YAML 1.2, only
-# true and false are; where a yes or no is meant, pydantic still takes the words.
+# YAML 1.1 reads a bare off, on, yes or no as a boolean: `mode: off` would be refused as False. As in YAML 1.2, only
+# true and false are booleans here; pydantic still converts yes and no for boolean fields.
 _BOOL = "tag:yaml.org,2002:bool"
 _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver(_BOOL, re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
-# YAML 1.1 reads 1e-3 as a string; recipes are full of learning rates.
+# YAML 1.1 reads 1e-3 as a string, and recipes have many learning rates.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
@@ -177,7 +179,7 @@ _FORM = re.compile(r"int|float|str|bool|tuple|list|dict|Every|constrained-\w+|\w
 
 
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
-    """One line per mistake in a recipe of these values."""
+    """One line per mistake in a recipe with these values."""
     messages: dict[str, list[str]] = {}  # by key: a value of several forms is told what each of them takes
     for detail in error.errors():
         location = [part for part in detail["loc"] if not _FORM.fullmatch(str(part))]
@@ -185,7 +187,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
             names = _names_at(location[:-1], values)
             message = f"unknown key.{did_you_mean(str(location[-1]), names)}"
         elif detail["type"] == "missing":
-            message = "is missing. Add it to the recipe."
+            message = "missing. Add it to the recipe."
         else:
             value = detail.get("input")
             shown = f" (found {value!r})" if not isinstance(value, dict | list) else ""
@@ -195,7 +197,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
 
 
 def _names_at(location: Sequence[Any], values: Any) -> list[str]:
-    """The valid keys of the section that an error's location points to, in a recipe of these values."""
+    """Valid keys of the section at an error's location, in a recipe with these values."""
     model: type[BaseModel] = Recipe
     for part in location:
         field = model.model_fields.get(part)

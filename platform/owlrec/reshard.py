@@ -1,8 +1,8 @@
-"""Twice as many shards: every file of a shard is split in two by the next bit of the hash. No model is asked.
+"""Doubles the number of shards: splits every shard's file in two by the next bit of the hash, without LLM calls.
 
-Both halves of every shard are first written aside, by the runner, while readers go on. Then they are put in place,
-file by file; workspace.json says the new numbers last. A plan in the workspace says what is being done, so that a run
-that was killed goes on where it was, whether it was still writing or already replacing.
+The runner first writes both halves of every shard to a temporary folder, while readers continue. Then they are moved
+into place, file by file; workspace.json gets the new numbers last. A plan in the workspace records the work, so a
+killed run resumes, whether it was still writing or already replacing.
 """
 
 import re
@@ -24,23 +24,23 @@ from owlrec.workspace import ITEM_UPDATES, Workspace, shard_file
 
 _FOLDER = "reshard"
 _NUMBERED = re.compile(r"(.*)/(\d{8,})(\.parquet|\.arrow)")
-# Where artifacts with shards of users, items or cohorts lie. Releases and ingested fragments have other numbers; the
-# state of refreshes, but for the items that they changed, is split as it is read.
+# Folders with shards of users, items or cohorts. Releases and ingested fragments have other numbers; the
+# state of refreshes, except for changed items, is split when it is read.
 _ROOTS = ("tables", "cohorts", "knowledge", "vectors", "soft-labels", ITEM_UPDATES)
 _DEPTH = 3
-_SLASH = "--"  # in the runner's kinds, which are names of folders
-_KIND_OF: dict[str, Kind] = {"prompts": "cohort"}  # where an artifact's shards are not named by their kind
+_SLASH = "--"  # replaces slashes in the runner's kinds, which are folder names
+_KIND_OF: dict[str, Kind] = {"prompts": "cohort"}  # for artifacts whose shards are not named by their kind
 
 
 class ReshardPlan(BaseModel):
-    """reshard/plan.json: what is being done."""
+    """reshard/plan.json: the work of a reshard."""
 
-    shards: dict[Kind, int]  # how many there were
+    shards: dict[Kind, int]  # old numbers
     work: list[str]  # names of the runner's shards: an artifact's folder, then one of its own shards
 
     @property
     def id(self) -> str:
-        """The digest that all of its work is made from."""
+        """Digest of the inputs of all its work."""
         return fingerprint(self)
 
 
@@ -52,17 +52,17 @@ def reshard(
 ) -> dict[Kind, int]:
     """Doubles the number of shards of some kinds (default: all); returns the new numbers.
 
-    Raises WorkspaceError where nothing was prepared, another plan is unfinished, or `prepare` is running.
+    Raises WorkspaceError if nothing was prepared, another plan is unfinished, or `prepare` is running.
     """
     with claimed(workspace, "claims/prepare", "prepare or reshard"):
         plan = _unfinished(workspace, kinds) or _new_plan(workspace, kinds)
         new_counts: dict[Kind, int] = {kind: 2 * n for kind, n in plan.shards.items()}
-        if any(workspace.n_shards(kind) != n for kind, n in new_counts.items()):  # else only tidying was left to do
+        if any(workspace.n_shards(kind) != n for kind, n in new_counts.items()):  # otherwise only cleanup was left
             inputs = {Shard.from_name(name): plan.id for name in plan.work}
             run_stage(workspace, Split(plan.shards), inputs, pool, on_card)
             run_stage(workspace, Place(plan.shards), inputs, pool, on_card)
             workspace.grow_shards(new_counts)
-        workspace.delete_file(f"{_FOLDER}/plan.json")  # before what it speaks of: what is left is in nobody's way
+        workspace.delete_file(f"{_FOLDER}/plan.json")  # before the files it names; leftovers are harmless
         workspace.delete_dir(_FOLDER)
         return new_counts
 
@@ -75,7 +75,7 @@ def _unfinished(workspace: Workspace, kinds: Sequence[Kind]) -> ReshardPlan | No
     plan = ReshardPlan.model_validate(workspace.read_json(path))
     if kinds and set(kinds) != set(plan.shards):
         raise WorkspaceError(
-            f"{workspace.path(path)}: a reshard of {', '.join(plan.shards)} is not finished. Run it again first."
+            f"{workspace.path(path)}: a reshard of {', '.join(plan.shards)} is unfinished. Run it again first."
         )
     return plan
 
@@ -84,7 +84,7 @@ def _new_plan(workspace: Workspace, kinds: Sequence[Kind]) -> ReshardPlan:
     fixed = workspace.layout.shards
     chosen = {kind: workspace.n_shards(kind) for kind in kinds or [kind for kind in KINDS if kind in fixed]}
     if not chosen:
-        workspace.n_shards("user")  # says that nothing was prepared
+        workspace.n_shards("user")  # raises if nothing was prepared
     names = []
     for root in _ROOTS:
         for folder in _artifacts(workspace, root, _DEPTH):
@@ -107,19 +107,19 @@ def _artifacts(workspace: Workspace, folder: str, depth: int) -> Iterator[str]:
 
 
 def _kind(name: str) -> str:
-    """The kind of the ids in an artifact's shards, such as user of knowledge-user."""
+    """Kind of the ids in an artifact's shards, such as user for knowledge-user."""
     return _KIND_OF.get(name, name.rpartition("-")[2])
 
 
 def _of(shard: Shard) -> tuple[str, Shard]:
-    """The artifact's folder and its own shard, of a shard of the runner's."""
+    """The artifact's folder and its own shard, from the runner's shard."""
     folder, _, kind = shard.kind.rpartition(_SLASH)
     return folder.replace(_SLASH, "/"), Shard(kind, shard.number)
 
 
 @dataclass
 class Split(Stage):
-    """Writes both halves of a card's files aside."""
+    """Writes both halves of a card's files to the temporary folder."""
 
     shards: dict[Kind, int]
 
@@ -135,8 +135,11 @@ class Split(Stage):
         rows: dict[str, int] = {}
         card = Artifact(work.workspace, folder).card(shard)
         if card is None:
-            raise WorkspaceError(f"{work.workspace.path(folder)}: shard {shard.name} has changed since. Run it again.")
-        # Kept beside the halves: once they are put in place, the artifact's own card no longer holds.
+            raise WorkspaceError(
+                f"{work.workspace.path(folder)}: shard {shard.name} has changed since the reshard started. Run it "
+                "again."
+            )
+        # Kept with the halves: once they are in place, the artifact's own card is no longer valid.
         path = work.shard.file(".json")
         files[path] = work.workspace.write_bytes(f"{self.folder}/{path}", card.model_dump_json().encode())
         for path in card.files:
@@ -156,7 +159,7 @@ class Split(Stage):
 
 
 def _moved(workspace: Workspace, number: int, samples: pa.Table, half: int, n_shards: int) -> pa.Table:
-    """Samples whose histories stand where they do among the interactions of one half."""
+    """Samples whose histories point to the same interactions in one half."""
     users = in_histories(workspace, number, ["user_id"])["user_id"].to_numpy()
     before = np.r_[0, np.cumsum(shard_of(users, n_shards) == half)].astype(np.int32)
     for column in ("history_start", "history_end"):
@@ -177,7 +180,7 @@ def _write(workspace: Workspace, path: str, table: pa.Table) -> FileEntry:
 
 @dataclass
 class Place(Stage):
-    """Puts both halves where readers look for them, and writes their cards."""
+    """Moves both halves to their final place and writes their cards."""
 
     shards: dict[Kind, int]
 
@@ -189,7 +192,9 @@ class Place(Stage):
         workspace, (folder, shard) = work.workspace, _of(work.shard)
         split = Artifact(workspace, Split.folder).card(work.shard)
         if split is None:
-            raise WorkspaceError(f"{workspace.path(_FOLDER)} lacks halves of {work.shard.name}. Restore the workspace.")
+            raise WorkspaceError(
+                f"{workspace.path(_FOLDER)} is missing halves of {work.shard.name}. Restore the workspace."
+            )
         work.check()
         n = self.shards[_kind(shard.kind)]  # type: ignore[index]
         own_card = work.shard.file(".json")
@@ -202,11 +207,11 @@ class Place(Stage):
         placed = dict(zip(numbers, in_threads(put, list(numbers)), strict=True))
         artifact = Artifact(workspace, folder)
         files = {path: entry for path, entry in before.files.items() if not _NUMBERED.fullmatch(path)}
-        if {number % n for number in numbers.values()} != {shard.number}:  # of several shards, as those of tables are
+        if {number % n for number in numbers.values()} != {shard.number}:  # cards of several shards, as for tables
             files |= {path.removeprefix(f"{folder}/"): entry for path, entry in placed.items()}
             artifact.finish(before.model_copy(update={"files": files}))
             return Result({}, split.rows_in, split.rows_in)
-        # The card of the upper half first: until the lower one's is written, all of it can be done again.
+        # The card of the upper half first: until the lower one's is written, everything can be repeated.
         for half, kept in ((shard.number + n, {}), (shard.number, files)):
             own = {path.removeprefix(f"{folder}/"): path for path, number in numbers.items() if number == half}
             rows = {name: int(split.counts[path]) for name, path in own.items()}
@@ -218,7 +223,7 @@ class Place(Stage):
                 "rows_in": out + dead,
                 "rows_out": out,
                 "rows_dead": dead,
-                "counts": before.counts if half == shard.number else {},  # once, so that sums stay
+                "counts": before.counts if half == shard.number else {},  # only once, so that sums stay correct
             }
             artifact.finish(before.model_copy(update=update))
         return Result({}, split.rows_in, split.rows_in)

@@ -1,9 +1,9 @@
-"""A recommendation domain: its nouns, the factors that an LLM reasons over, its label rule and the text fields of its
+"""A recommendation domain: its nouns, the factors for the LLM's reasoning, its label rule and the text fields of its
 items.
 
 The factors are KAR's "scenario-specific factors" (RecSys 2024, sec. 3.1): movies and books as published with the
-paper, music, apps, ads and news as its deployments report them. A prompt that names a domain's own factors draws far
-more relevant knowledge out of an LLM than a bare "describe this user". The quality gate reads the nouns too: an
+paper, music, apps, ads and news as reported from its deployments. A prompt with a domain's own factors gets far
+more relevant knowledge from an LLM than a bare "describe this user". The quality gate reads the nouns, too: an
 answer about books in a movie scenario is flagged.
 """
 
@@ -25,20 +25,20 @@ _PASSED_OVER = {  # by items: the verb in its plain form, which `consumed` does 
 
 
 class Scenario(Config):
-    """One domain, of those below or written out in a recipe. `user_factors` steer preference reasoning about users,
+    """One domain, built in or defined in a recipe. `user_factors` guide preference reasoning about users,
     `item_factors` factual knowledge about items.
     """
 
     nouns: tuple[str, str]  # of an item: singular and plural
     consumed: str  # past tense of what a user does with an item
-    history: str  # what the user's list of behaviours is called
-    # The noun that follows a rating, singular ("star"), and the highest rating where it is not 5 ("point of 10", quoted
-    # as 7 of 10 points); "" where ratings are not quoted.
+    history: str  # name of the user's list of behaviors
+    # The noun after a rating, singular ("star"), and the highest rating if it is not 5 ("point of 10", quoted
+    # as 7 of 10 points); "" if ratings are not quoted.
     rating_unit: str
     user_factors: tuple[str, ...]
     item_factors: tuple[str, ...]
-    positive_above: float  # of rated data: the label is 1 where the rating exceeds this
-    text_fields: tuple[str, ...]  # item columns quoted in prompts after the title, where a table has them
+    positive_above: float  # for rated data: the label is 1 if the rating exceeds this
+    text_fields: tuple[str, ...]  # item columns quoted in prompts after the title, if present
     profile_fields: tuple[str, ...] = ("gender", "age", "occupation")
 
     @property
@@ -170,7 +170,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def get_scenario(name: str) -> Scenario:
-    """The scenario called `name`. Raises RecipeError, with the nearest valid name, where there is none."""
+    """The scenario called `name`. Raises RecipeError with the nearest valid name if there is none."""
     if name not in SCENARIOS:
         raise RecipeError(f"there is no scenario '{name}'.{did_you_mean(name, SCENARIOS)}")
     return SCENARIOS[name]

@@ -134,7 +134,7 @@ def test_identical_members_make_one_cohort() -> None:
 
 
 def test_nobody_with_a_vector_is_refused() -> None:
-    with pytest.raises(SchemaError, match="nobody has a vector"):
+    with pytest.raises(SchemaError, match="vector to cluster"):
         train(np.zeros((0, 8), np.float32))
 
 

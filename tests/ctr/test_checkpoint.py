@@ -129,7 +129,7 @@ def test_checkpoint_of_another_model_is_refused(workspace: Workspace, toy_world:
         train_one(TRIAL, toy_world.data, CONFIG, checkpoint=checkpoint)
     kill_after(0)
     for changes in ({"embed_dim": 4}, {"learning_rate": 0.02}):
-        with pytest.raises(WorkspaceError, match=r"is the checkpoint of another model or of other data\. Delete it"):
+        with pytest.raises(WorkspaceError, match="checkpoint of another model or of other data"):
             train_one(TRIAL, toy_world.data, CONFIG.model_copy(update=changes), checkpoint=checkpoint)
     other = TRIAL.model_copy(update={"seed": 4})
     with pytest.raises(WorkspaceError, match="another model"):

@@ -117,5 +117,5 @@ def test_vectors_without_codes_are_refused(data: TrainingData) -> None:
     table = data.knowledge["knowledge"]["user"]
     spec = ModelSpec.of(data.features.spec, "din", 0, CONFIG, user_codes=(4, 4), item_codes=(4, 4))
     batch = SplitTensors(data.features.splits["test"].whole(), Tables((table,), (table,)), "cpu").batch(torch.arange(3))
-    with pytest.raises(ValueError, match="give its batches the codes"):
+    with pytest.raises(ValueError, match="batches need codes"):
         CTRModel(spec, data.features.items)(batch)

@@ -92,11 +92,11 @@ def test_percentiles_by_hand() -> None:
 
 def test_what_cannot_have_an_interval_is_refused() -> None:
     labels, scores = np.array([0, 1]), np.array([0.2, 0.3])
-    with pytest.raises(ValueError, match="one user a row"):
+    with pytest.raises(ValueError, match="one user per row"):
         bootstrap_aucs(labels, [scores], np.arange(3))
     with pytest.raises(ValueError, match="1 users in 1000 resamples"):
         bootstrap_aucs(labels, [scores], np.zeros(2))
     with pytest.raises(ValueError, match="0 values for a level"):
         percentile_interval(np.array([math.nan]))
-    with pytest.raises(ValueError, match="one score a label"):
+    with pytest.raises(ValueError, match="one score per label"):
         bootstrap_aucs(labels, [np.ones(3)], np.arange(2))

@@ -39,9 +39,9 @@ def test_single_class_is_nan(labels: list[int]) -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(ValueError, match="one score a label"):
+    with pytest.raises(ValueError, match="one score per label"):
         auc(np.ones(3), np.ones(2))
-    with pytest.raises(ValueError, match="one user a row"):
+    with pytest.raises(ValueError, match="one user per row"):
         gauc(np.ones(3), np.ones(3), np.ones(2))
 
 

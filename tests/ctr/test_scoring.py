@@ -215,5 +215,5 @@ def test_unfinished_and_damaged_artifacts_are_refused(workspace: Workspace, toy_
     with pytest.raises(WorkspaceError, match=r"items.safetensors is damaged"):
         Artifact.open(workspace, folder)
     workspace.delete_file(f"{folder}/model.json")
-    with pytest.raises(WorkspaceError, match=r"no finished artifact is there"):
+    with pytest.raises(WorkspaceError, match=r"finished artifact"):
         Artifact.open(workspace, folder)

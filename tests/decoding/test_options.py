@@ -38,7 +38,7 @@ def test_a_requests_rule_out_of_range_is_refused(wrong: dict) -> None:
 
 
 def test_missing_pool_folder_is_a_recipe_error(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"there is no folder .*none"):
+    with pytest.raises(RecipeError, match=r"decoding\.pools: .*none"):
         engine_arguments(DecodingConfig(mode="strict", pools=str(tmp_path / "none")), "m", cpu=True)
 
 

@@ -38,7 +38,7 @@ BASE = {
 }
 OTHER_YAML = {"rule_files"}  # first key of YAML that is another program's
 WALK = ROOT / "docs" / "your-data.md"
-WALK_SECTION = "The whole walk on invented data"
+WALK_SECTION = "A walkthrough on invented data"
 HOST = "http://127.0.0.1:8000"  # without keys, applications answer to loopback alone
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)

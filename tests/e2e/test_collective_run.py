@@ -77,7 +77,7 @@ def test_a_cohort_s_text_serves_its_members(
 
     capsys.readouterr()
     run(recipe, "generate")
-    assert "shards done already" in capsys.readouterr().out
+    assert "shards are already done" in capsys.readouterr().out
 
     # A few more users: cohorts that have hardly moved keep their prompt, and so their text.
     run(write_recipe(recipe, folder, 126), "generate")

@@ -274,5 +274,5 @@ def test_watch_goes_on_until_it_is_told_to_stop(published: Path, copies: Callabl
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "stopped; the next refresh goes on from here" in output
+    assert "stopped; the next refresh continues from here" in output
     assert output.count("events_new") == 2

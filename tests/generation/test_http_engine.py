@@ -118,7 +118,7 @@ def test_server_down_is_a_failed_request() -> None:
 
 def test_answer_of_another_shape_is_a_failed_request(server: _Server) -> None:
     server.replies = [(200, {}, {"choices": []})]
-    with pytest.raises(RequestFailed, match="no chat completion"):
+    with pytest.raises(RequestFailed, match="chat completion"):
         ask(server.server_port)
 
 
@@ -131,7 +131,7 @@ def test_first_tokens_are_asked_for_with_their_log_probabilities(server: _Server
     async def twice() -> None:
         engine = HttpEngine(config)
         assert await engine.first_tokens("be brief", "hi") == [("Yes", -0.25), (" no", -1.5)]
-        with pytest.raises(RequestFailed, match="no log-probabilities"):
+        with pytest.raises(RequestFailed, match="log-probabilities"):
             await engine.first_tokens("be brief", "hi")
 
     asyncio.run(twice())

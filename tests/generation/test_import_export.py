@@ -77,7 +77,7 @@ def test_import_replaces_its_kind_and_leaves_the_other(small_world: Workspace, t
 def test_mistaken_file_removes_nothing(small_world: Workspace, tmp_path: Path) -> None:
     rows = [{"id": 100, "text": GOOD}]
     job = take_in(small_world, kind="item", path=write(tmp_path / "a.jsonl", rows))
-    with pytest.raises(SourceError, match="there is no such file"):
+    with pytest.raises(SourceError, match="file not found"):
         take_in(small_world, kind="item", path=str(tmp_path / "missing.jsonl"))
     with pytest.raises(SourceError, match="kind 'cohort'"):
         take_in(small_world, kind="cohort", path=str(tmp_path / "a.jsonl"))

@@ -262,7 +262,7 @@ def test_bad_csv_rows_stop_nobody(tmp_path: Path) -> None:
         ("id,text", {"columns": {"prompt": "asked"}}, "column 'asked' is missing"),
         ("id,text", {"kind": "user"}, "column 'as_of' is missing.*set as_of_ms"),
         ("id,text,text", {}, "two columns are called 'text'"),
-        ('"id"x,text', {}, "header is no CSV"),
+        ('"id"x,text', {}, "not valid CSV"),
         ("", {}, "first line is empty"),
     ],
 )
@@ -374,7 +374,7 @@ def test_file_without_any_json_object_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "csv", "id_field": "x"}, "id_field is for openai files"),
+        ({"format": "csv", "id_field": "x"}, "id_field is only for openai"),
         ({"format": "openai", "columns": {"id": "x"}}, r"columns.id has no meaning .* Use id_field"),
         ({"format": "kar", "columns": {"text": "x"}}, r"columns.text has no meaning"),
     ],
@@ -385,7 +385,7 @@ def test_option_that_the_format_lacks_is_refused(tmp_path: Path, options: dict[s
 
 
 def test_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="there is no such file"):
+    with pytest.raises(SourceError, match="file not found"):
         read(tmp_path / "a.csv")
     whole = gzip.compress(json_lines(*({"id": i, "text": random.Random(i).random()} for i in range(999))).encode())
     with pytest.raises(SourceError, match="cannot be read"):

@@ -267,7 +267,7 @@ def test_replicas_and_nodes_for_a_rate_of_requests():
     figures = workload(release_bytes=np.array([1024.0, 2048.0, 4096.0]))
     estimate = estimate_cost(figures, machines, needed)
     assert (estimate.expected("serving: replicas"), estimate.expected("serving: nodes")) == (5, 3)
-    assert estimate.figures["serving: release files of a node, GiB"] == pytest.approx([2, 4, 8])  # current and next
+    assert estimate.figures["serving: release files per node, GiB"] == pytest.approx([2, 4, 8])  # current and next
     assert estimate.figures["serving: cost per month"] == pytest.approx([3 * (73 + gib / 4) for gib in (2, 4, 8)])
 
 
@@ -335,12 +335,12 @@ def test_savings_add_up_from_everything_again_to_the_estimate():
     again, kept, streaming = 11 * (4000 + 200), 3000 * 4 + 200, 4000 + 200 + 1000 * 3
     assert saved("streaming") == pytest.approx(
         {
-            "everything again each time": 0,
-            "texts with the same prompt kept": again - kept,
+            "regenerate everything each time": 0,
+            "keep texts with unchanged prompts": again - kept,
             "streaming texts": kept - streaming,
         }
     )
-    collective = {"everything again each time": 0, "collective texts": again - 11 * 51 * 8}
+    collective = {"regenerate everything each time": 0, "collective texts": again - 11 * 51 * 8}
     assert saved("collective") == pytest.approx(collective)
     # A second moment of each user is written about in the full run alone.
     assert saved("collective", texts_per_user=2.0)["collective texts"] == pytest.approx(again + 4000 - 11 * 51 * 8)
@@ -556,7 +556,7 @@ def test_json_is_every_figure_alone_on_standard_output(command, capsys):
     expected = 3 * 14_400 / 3600 / (1 - 0.5 * 36 / 3600)
     assert figures["estimate"]["figures"]["cost"] == pytest.approx([expected] * 3)
     assert [step["name"] for step in figures["savings"]][:2] == [
-        "everything again each time", "texts with the same prompt kept"
+        "regenerate everything each time", "keep texts with unchanged prompts"
     ]  # fmt: skip
     assert figures["workload"]["texts"]["user"]["output_tokens"] == [200.0, 200.0, 200.0]
 

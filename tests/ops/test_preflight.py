@@ -48,8 +48,8 @@ def server(status: int, body: str) -> Iterator[str]:
         (200, "<html>", "head", "not a Ray head"),
         (200, "[]", "head", "not a Ray head"),
         (404, "{}", "head", "not a Ray head"),
-        (401, "Unauthorized", "token", "asks for a token and got none"),
-        (403, "Forbidden", "token", "refuses this token"),
+        (401, "Unauthorized", "token", "requires a token"),
+        (403, "Forbidden", "token", "rejects this token"),
     ],
 )
 def test_a_head_that_will_not_do_is_named(status, body, name, problem):

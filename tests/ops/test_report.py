@@ -193,8 +193,8 @@ def test_heat_follows_the_gain_and_fades_where_it_may_be_chance(data):
         figures("dcnv2", "knowledge", 0.01, -0.01, 0.03),
     ]
     din, dcnv2 = heat_rows(arms)
-    assert list(din) == ["test AUC to none", "knowledge", "shuffled"]
-    assert (din["test AUC to none"], dcnv2["test AUC to none"], dcnv2["shuffled"]) == ("din", "dcnv2", "")
+    assert list(din) == ["test AUC minus none", "knowledge", "shuffled"]
+    assert (din["test AUC minus none"], dcnv2["test AUC minus none"], dcnv2["shuffled"]) == ("din", "dcnv2", "")
     for cell, gain, color in (
         (din["knowledge"], "+0.0200", "var(--green) 70%"),
         (din["shuffled"], "-0.0100", "var(--ochre) 35%"),
@@ -203,9 +203,9 @@ def test_heat_follows_the_gain_and_fades_where_it_may_be_chance(data):
         assert gain in cell
         assert color in cell
     page = render_report(data.model_copy(update={"arms": arms}))
-    assert "Which backbone gains by which arm?" in page
+    assert "Which backbones gain from which arms?" in page
     assert din["knowledge"] in page
-    assert "Which backbone gains" not in render_report(data)  # no paired differences, no map
+    assert "Which backbones gain" not in render_report(data)  # no paired differences, no map
 
 
 def test_slices_stand_side_by_side_for_the_arms(compared):

@@ -166,7 +166,7 @@ def test_a_head_that_stays_away_is_given_up_with_what_to_do(monkeypatch):
     moments = iter([0.0, 30.0, 61.0])
     monkeypatch.setattr(submission.time, "monotonic", lambda: next(moments))  # of _no_waiting's clock
     jobs = FakeJobs(chunks=[[ConnectionError("refused")]] * 3)
-    with pytest.raises(ClusterError, match=f"what became of job {JOB.name} is unknown"):
+    with pytest.raises(ClusterError, match=f"job {JOB.name} is unknown"):
         asyncio.run(follow(jobs, JOB.name, lambda text: None))
 
 

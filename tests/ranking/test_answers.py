@@ -145,7 +145,7 @@ def test_a_word_in_pieces_is_refused_by_name(
 ) -> None:
     tokenizer = saved(tmp_path, build(("No", "no")), template)
     assert len(tokenizer.tokenize("Yes")) > 1
-    with pytest.raises(EngineError, match=rf"{tmp_path.name}.*no single token for Yes,.*Rank with"):
+    with pytest.raises(EngineError, match=rf"{tmp_path.name}.*no single token for Yes,"):
         find_answers(tokenizer)
 
 
@@ -168,13 +168,15 @@ def test_one_token_for_both_words_is_refused() -> None:
 def test_a_template_that_puts_something_before_the_answer_is_refused(tmp_path: Path) -> None:
     tokenizer = saved(tmp_path, llama3(WORDS), THINKING)
     answers = find_answers(tokenizer)
-    with pytest.raises(EngineError, match=r"lets no answer follow.*<think>"):
+    with pytest.raises(EngineError, match=r"does not let the answer follow.*<think>"):
         likely_answers(tokenizer, answers, template_options={})
     picked = likely_answers(tokenizer, answers)
     assert tokenizer.convert_ids_to_tokens(list(picked.ids)) == ["Yes", "No"]
 
 
-@pytest.mark.parametrize(("template", "says"), [(None, "has no chat template"), ("{{ 'fixed' }}", "lets no answer")])
+@pytest.mark.parametrize(
+    ("template", "says"), [(None, "has no chat template"), ("{{ 'fixed' }}", "does not let the answer")]
+)
 def test_a_template_that_says_nothing_is_refused(tmp_path: Path, template: str | None, says: str) -> None:
     tokenizer = saved(tmp_path, gpt2(WORDS), template)
     with pytest.raises(EngineError, match=says):
@@ -210,7 +212,7 @@ def test_an_absent_form_counts_as_impossible() -> None:
 
 @pytest.mark.parametrize("logprobs", [{}, {0: -1.0}, {1: math.nan, 2: 0.0}, {1: math.inf, 2: 0.0}, np.full(7, -np.inf)])
 def test_no_probability_is_made_up(logprobs: Any) -> None:
-    with pytest.raises(EngineError, match=r"no probability follows.*1, 4, 2, 5, 6"):
+    with pytest.raises(EngineError, match=r"no probability.*1, 4, 2, 5, 6"):
         yes_probability(logprobs, FORMS)
 
 

@@ -132,5 +132,5 @@ def test_calibration_error_by_hand() -> None:
     assert expected_calibration_error(labels, probabilities, bins=2) == pytest.approx((2 * 0.2 + 0.1) / 3)
     assert expected_calibration_error(np.array([1, 0]), np.array([1.0, 0.0])) == 0
     assert math.isnan(expected_calibration_error(np.array([]), np.array([])))
-    with pytest.raises(ValueError, match="give one a label"):
+    with pytest.raises(ValueError, match="one per label"):
         expected_calibration_error(np.ones(2), np.ones(3))

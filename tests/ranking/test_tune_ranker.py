@@ -93,7 +93,7 @@ def test_the_stage_tunes_calibrates_and_evaluates(
     ]
 
     assert run(recipe, workspace, SETTINGS) == manifest
-    assert "done already" in capsys.readouterr().out
+    assert "already done" in capsys.readouterr().out
 
     # What CTR models learn from is the tuned model's answer, calibrated, about pairs that it was not tuned on, too.
     ctr = {"distillation": {"unlabeled": 2}}

@@ -255,7 +255,7 @@ def test_what_became_current_meanwhile_stays_and_the_answers_are_kept_for_the_ne
     log_events(world, watched(1, AWAY))
     plan = plan_refresh(world)
     later = publish_world(world, "second")
-    with pytest.raises(ReleaseError, match=f"built while {plan.plan.parent} was current, but now {later}"):
+    with pytest.raises(ReleaseError, match=f"built on {plan.plan.parent}, but {later}"):
         carry_out(world, plan)
     assert current_release(world) == later
     assert interrupted_plan(world, "", plan.refresh.planner.recipe) is None
@@ -274,7 +274,7 @@ def test_plan_whose_parent_was_rolled_back_is_not_published(world: Workspace) ->
     log_events(world, watched(1, AWAY))
     plan = plan_refresh(world)
     roll_back(world)
-    with pytest.raises(ReleaseError, match=f"built while {plan.plan.parent} was current, but now {first} is"):
+    with pytest.raises(ReleaseError, match=f"built on {plan.plan.parent}, but {first} is"):
         carry_out(world, plan)
     assert current_release(world) == first
     assert read_state(world).name == ""

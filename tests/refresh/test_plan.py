@@ -308,10 +308,10 @@ def test_parent_that_is_gone_is_named(world: Workspace) -> None:
     delta = carry_out(world, plan_refresh(world)).release
     log_events(world, watched(1, [118], START + 2 * DAY), "two")
     shutil.move(world.path("releases", first), world.path("aside"))
-    with pytest.raises(ReleaseError, match=f"delta of release '{first}', which is gone"):
+    with pytest.raises(ReleaseError, match=f"delta of release '{first}', which is missing"):
         plan_refresh(world)
     shutil.move(world.path("releases", delta), world.path("aside-too"))
-    with pytest.raises(ReleaseError, match=f"release {delta}, which a refresh would build on, is gone"):
+    with pytest.raises(ReleaseError, match=f"release {delta}, which is missing"):
         plan_refresh(world)
 
 
@@ -321,7 +321,7 @@ def test_rolled_back_release_is_not_built_around(world: Workspace) -> None:
     roll_back(world)
     log_events(world, watched(1, [118], START + 2 * DAY), "two")
     with pytest.raises(
-        ReleaseError, match=f"does not come after {delta}.*`owlrec release rollback --to {delta}`.*delete"
+        ReleaseError, match=f"is not newer than {delta}.*`owlrec release rollback --to {delta}`.*delete"
     ):
         plan_refresh(world)
     roll_back(world, delta)

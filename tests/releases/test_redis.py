@@ -167,7 +167,7 @@ def test_rolling_back_is_one_command(workspace, releases):
     a, b, c = names
     assert roll_back_redis(releases) == b
     assert roll_back_redis(releases) == a
-    with pytest.raises(ReleaseError, match="no release that was current before"):
+    with pytest.raises(ReleaseError, match="no previous release"):
         roll_back_redis(releases)
     assert roll_back_redis(releases, to=c) == c
     assert releases.history() == [a, c]
@@ -253,7 +253,7 @@ def test_rows_of_a_dead_push_are_swept(workspace, releases):
 
 def test_damage_is_an_error_that_names_it(workspace, releases):
     name = publish_rows(workspace, "a", texts({("user", 1): "a"})).name
-    with pytest.raises(ReleaseError, match="nothing was published yet"):
+    with pytest.raises(ReleaseError, match="nothing has been published"):
         push(Workspace(workspace.path("elsewhere")), releases)
     assert releases.current() is None
     push(workspace, releases)
@@ -284,7 +284,7 @@ def test_a_server_that_stops_is_found_out_at_once_and_found_again(workspace, tmp
     with pytest.raises(StoreUnavailableError):
         releases.current()
     with redis_server(tmp_path, port):
-        with pytest.raises(StoreUnavailableError, match="gone from Redis"):  # it kept nothing on disk
+        with pytest.raises(StoreUnavailableError, match="missing from Redis"):  # it kept nothing on disk
             release.store.get("user", [1])
         push(workspace, releases)
         assert release.store.get("user", [1])[0].text == "a"

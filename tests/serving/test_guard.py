@@ -217,7 +217,7 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_place():
 def test_errors_have_one_shape_and_tell_nothing(caplog):
     async def scenario():
         async with client(guarded()) as web:
-            body = check_problem(await web.get("/broken"), 500, "our side")
+            body = check_problem(await web.get("/broken"), 500, "server error")
             assert "secret" not in json.dumps(body)
             response = await web.get("/problem")
             assert check_problem(response, 418)["errors"] == [{"field": "drink", "message": "no coffee"}]

@@ -84,12 +84,12 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
     _, line = new_key("twice")
     with pytest.raises(ServingError, match="line 2: the name 'twice' occurs twice"):
         parse_keys(f"{line}\n{line}", "keys")
-    with pytest.raises(ServingError, match="cannot name a key"):
+    with pytest.raises(ServingError, match="valid key name"):
         new_key("two words")
     with pytest.raises(ServingError, match="cannot be read"):
         KeyRing(tmp_path / "absent")
     (tmp_path / "empty").touch()
-    with pytest.raises(ServingError, match="holds no key"):
+    with pytest.raises(ServingError, match="has no keys"):
         KeyRing(tmp_path / "empty")
 
 
@@ -98,5 +98,5 @@ def test_without_keys_only_loopback_may_be_bound():
     for host in ("127.0.0.1", "localhost", "::1", "127.8.9.1", None):
         assert check_binding(host, KeyRing()) is None
     for host in ("0.0.0.0", "::", "10.0.0.7", "example.org", "127.0.0.1.evil.org", "localhost.evil.org"):
-        assert "no API key is asked for" in check_binding(host, KeyRing())
+        assert "no API key" in check_binding(host, KeyRing())
         assert check_binding(host, keyed) is None

@@ -208,7 +208,7 @@ def test_no_release_is_not_ready_and_becomes_so(tmp_path):
     with TestClient(app, base_url=LOCAL) as web:
         assert web.get("/healthz").status_code == 200
         assert web.get("/readyz").status_code == 503
-        assert "nothing was published" in web.get("/readyz").json()["problem"]
+        assert "nothing has been published" in web.get("/readyz").json()["problem"]
         refused = web.get("/v1/knowledge/user/1")
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         name = publish_world(workspace, "first")

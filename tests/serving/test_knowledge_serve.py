@@ -256,6 +256,6 @@ def test_off_loopback_without_keys_no_replica_starts(ray_local, monkeypatch):
             host = "0.0.0.0"
 
     monkeypatch.setattr(binding.context, "_get_global_client", Client)
-    with pytest.raises(ServingError, match="no API key is asked for"):
+    with pytest.raises(ServingError, match="no API key"):
         binding.refuse_open_binding(KeyRing())
     binding.refuse_open_binding(KeyRing(text=new_key("a")[1]))

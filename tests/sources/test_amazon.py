@@ -160,7 +160,7 @@ def test_bad_review_lines_are_named(tmp_path: Path, bad: Any, message: str) -> N
     [
         ([{"asin": "B1"}, "{'asin': 'B2'}"], r"meta\.jsonl, line 2: the line is no JSON"),
         ([{"asin": "B1"}, {"title": "x"}], r"meta\.jsonl, line 2: asin is None"),
-        ([{"title": "x"}], r"meta\.jsonl, line 1: .*hold neither asin nor parent_asin"),
+        ([{"title": "x"}], r"meta\.jsonl, line 1: .*neither asin nor parent_asin"),
         ([""], r"meta\.jsonl: the file has no lines"),
     ],
 )

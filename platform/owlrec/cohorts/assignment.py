@@ -1,7 +1,7 @@
-"""Which cohorts every user and item belongs to: the router between collaborative cohorts and attribute groups.
+"""Assigns every user and item to cohorts: collaborative cohorts first, attribute groups as the fallback.
 
-With enough history: the nearest collaborative cohort, and a second one by what the user disliked. Else the attribute
-group, else everybody. All of it works on one shard of a table.
+With enough history, a user gets the nearest collaborative cohort and a second one by dislikes. Otherwise the attribute
+group, or else the group of everybody. All functions work on one shard of a table.
 """
 
 from collections import Counter
@@ -21,10 +21,10 @@ from owlrec.schema import COHORTS, Kind
 def user_vectors(
     ids: np.ndarray, histories: pa.Table, factors: ItemFactors, settings: FactorSettings, positive_above: float
 ) -> pa.Table:
-    """The columns id, as_of, liked and disliked (see vector_array) of a shard's users, in order of id and as_of: a row
-    for each of their histories, and one as of 0 where they have none.
+    """Columns id, as_of, liked and disliked (see vector_array) of a shard's users, ordered by id and as_of: one row
+    per history, and one as of 0 for users without any.
 
-    ids: int64 [n], ascending; histories: schema.HISTORIES of some of them.
+    ids: int64 [n], ascending; histories: schema.HISTORIES for some of them.
     """
     items, liked = items_and_likes(histories, positive_above)
     silent = np.setdiff1d(ids, histories["user_id"].to_numpy())
@@ -40,16 +40,16 @@ def user_vectors(
 
 
 def item_vectors(ids: np.ndarray, factors: ItemFactors) -> pa.Table:
-    """The columns id, as_of (0: nobody's behavior is told) and vector of a shard's items."""
+    """Columns id, as_of (0: it depends on no behavior) and vector of a shard's items."""
     vectors, known = factors.gather(ids)
     columns = {"id": ids, "as_of": np.zeros(len(ids), dtype=np.int64), "vector": vector_array(unit(vectors), known)}
     return pa.table(columns)
 
 
 def groups_without_vectors(kind: Kind, vectors: pa.Table, rows: pa.Table, scenario: Scenario) -> Counter[Group]:
-    """How many of a shard's rows without a first vector each attribute group holds.
+    """Number of a shard's rows without a first vector, per attribute group.
 
-    vectors: of each row the newest; rows: of the kind's own table, aligned.
+    vectors: the newest of each row; rows: of the kind's own table, aligned.
     """
     lonely = rows.filter(vectors["liked" if kind == "user" else "vector"].is_null())
     fields = _fields(kind, scenario)
@@ -59,11 +59,11 @@ def groups_without_vectors(kind: Kind, vectors: pa.Table, rows: pa.Table, scenar
 def route(
     model: CohortModel, kind: Kind, vectors: pa.Table, attributes: Callable[[], pa.Table], scenario: Scenario
 ) -> pa.Table:
-    """The cohorts of some users or items, new ones too (schema.COHORTS), in order of id and as_of.
+    """Cohorts of users or items, including new ones (schema.COHORTS), ordered by id and as_of.
 
     vectors: columns id, as_of and, made by vector_array, `liked` and `disliked` of users or `vector` of items.
-    attributes: gives the rows of the users or items table; asked only where somebody has no vector. What follows from
-    them alone is as of 0.
+    attributes: returns rows of the users or items table; called only if somebody has no vector. Assignments that depend
+    only on attributes are as of 0.
     """
     ids, as_of = vectors["id"].to_numpy(), vectors["as_of"].to_numpy()
     tables, alone = [], np.ones(len(ids), dtype=bool)
@@ -90,14 +90,14 @@ def route(
 
 
 def vector_array(vectors: np.ndarray, known: np.ndarray) -> pa.FixedSizeBinaryArray:
-    """float [n, d] as float16 bytes, null where not `known`."""
+    """float [n, d] as float16 bytes, null if not `known`."""
     data = pa.py_buffer(np.ascontiguousarray(vectors, dtype=np.float16))
     validity = pa.py_buffer(np.packbits(known, bitorder="little"))
     return pa.Array.from_buffers(pa.binary(2 * vectors.shape[1]), len(vectors), [validity, data])
 
 
 def vector_rows(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that have a vector, int64 [m], and these, float32 [m, d]; of a column that vector_array made."""
+    """Rows with a vector, int64 [m], and their vectors, float32 [m, d], from a column of vector_array."""
     array = column.combine_chunks()
     rows = np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))
     dim = array.type.byte_width // 2

@@ -1,10 +1,10 @@
-"""From prepared tables to cohorts: factors, vectors, codebooks, memberships, profiles and the prompts about them.
+"""Builds cohorts from prepared tables: factors, vectors, codebooks, memberships, profiles and prompts.
 
-Seven stages for the runner, in this order. Those that must see many users at once (factors, codebooks, profiles) see a
-sample: shards go by a hash of the id, so that the first ones are a fair sample of all. Those that see everybody
-(vectors, memberships) do so shard by shard. Between the two levels of a codebook, and between members and their cohort,
-rows are shuffled: each batch of shards writes one Arrow file with a record batch for each receiver, and each receiver
-reads its own out of every file.
+Seven stages for the runner, in this order. Stages that must see many users at once (factors, codebooks, profiles) read
+a sample: shards go by a hash of the id, so the first ones are a fair sample. Stages that see everybody
+(vectors, memberships) work shard by shard. Between the two levels of a codebook, and between members and their cohort,
+rows are shuffled: each batch of shards writes one Arrow file with one record batch per receiver, and each receiver
+reads its own batch from every file.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,35 +51,35 @@ from owlrec.sources.splits import Cut
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shards_for
 
-_BATCH_ROWS = 1 << 17  # of a shuffle: 40 MB of candidates
+_BATCH_ROWS = 1 << 17  # per shuffle: 40 MB of candidates
 _MOMENTS = "factors/moments.json"
-_MERGE_ROWS = 1 << 17  # candidates in memory before all but the best of each cohort go
+_MERGE_ROWS = 1 << 17  # candidates in memory before only each cohort's best are kept
 Ask = Callable[[pa.Table], pa.Table]  # profiles -> schema.PROMPTS about them
 
 
 @dataclass(frozen=True)
 class CodebookTraining:
-    """How one codebook is trained: from which shards' vectors, read in which batches, by how many receivers."""
+    """Training plan of one codebook: its shards' vectors, read in batches, and the number of receivers."""
 
     book: Book
     sizes: Sizes
-    batches: Sequence[range]  # of shards; together the sample
+    batches: Sequence[range]  # of shards; together they are the sample
     sample: int  # vectors in them
     population: int
 
     @property
     def groups(self) -> int:
-        """In how many shards its cells are trained."""
+        """Number of shards in which its cells are trained."""
         return min(self.sizes.cells, -(-max(1, self.sample) // CELL_SAMPLE))
 
     def kind(self, step: str) -> str:
-        """The kind of the shards of one of its steps."""
+        """Kind of the shards of one of its steps."""
         return f"{self.book}-{step}"
 
 
 @dataclass
 class _CohortStage(Stage):
-    """What the stages share."""
+    """Shared parts of the stages."""
 
     folder: str
     config: CohortsConfig
@@ -88,14 +88,14 @@ class _CohortStage(Stage):
     settings: CohortSettings = field(default_factory=CohortSettings)
 
     def vectors(self, workspace: Workspace, book: Book, shards: Iterable[int]) -> Iterator[np.ndarray]:
-        """The vectors of a codebook in some shards, float32 [n, d] each."""
+        """Vectors of a codebook in some shards, float32 [n, d] each."""
         kind, column, _ = FACETS[book]
         for number in shards:
             table = workspace.map_arrow(f"{self.folder}/{Shard(f'{kind}-vectors', number).file('.arrow')}")
             yield vector_rows(newest(table)[column])[1]
 
     def earlier_book(self, workspace: Workspace, book: Book) -> Codebook | None:
-        """The codebook of the earlier run, where that was of the same space."""
+        """The earlier run's codebook, if it is in the same space."""
         if self.previous is None:
             return None
         earlier = CohortModel.load(workspace, self.previous).books.get(book)
@@ -105,7 +105,7 @@ class _CohortStage(Stage):
 
 @dataclass
 class TrainFactors(_CohortStage):
-    """ALS over a sample of histories, the newest of each user: one shard."""
+    """ALS over a sample of histories, the newest of each user, as one shard."""
 
     cuts: Sequence[Cut] = ()
     name = "cohorts: factors"
@@ -135,7 +135,7 @@ class TrainFactors(_CohortStage):
 
 @dataclass
 class MakeVectors(_CohortStage):
-    """Folds the users of a shard in, or gathers the vectors of its items."""
+    """Folds in the users of a shard, or gathers the vectors of its items."""
 
     name = "cohorts: vectors"
 
@@ -144,7 +144,7 @@ class MakeVectors(_CohortStage):
         self.factors = ItemFactors.load(workspace, f"{self.folder}/{FACTORS}")
 
     def run(self, work: Work) -> Result:
-        """Writes vectors, and how large the attribute groups of those without one are."""
+        """Writes vectors, and the sizes of the attribute groups of rows without one."""
         kind: Kind = "user" if work.shard.kind == "user-vectors" else "item"
         number, workspace = work.shard.number, work.workspace
         rows = workspace.read_shard(TABLES[kind], number)
@@ -192,13 +192,13 @@ class TrainCells(_CohortStage):
 
 @dataclass
 class DivideSample(_CohortStage):
-    """Hands the vectors of a batch of shards to those who train their cells."""
+    """Splits the vectors of a batch of shards by the groups that train their cells."""
 
     name = "cohorts: samples"
     trainings: Mapping[str, CodebookTraining] = field(default_factory=dict)
 
     def run(self, work: Work) -> Result:
-        """Writes a record batch for each group of cells: cell and vector."""
+        """Writes one record batch per group of cells: cell and vector."""
         training = self.trainings[work.shard.kind]
         cells = _read_vectors(work.workspace, work.artifact.path(Shard(training.kind("cells"), 0).file(".arrow")))[1]
         shards = training.batches[work.shard.number]
@@ -263,14 +263,14 @@ class AssignCohorts(_CohortStage):
 
 @dataclass
 class FindCandidates(_CohortStage):
-    """Hands the best representatives of a batch of shards to their cohorts."""
+    """Sends the best representatives of a batch of shards to their cohorts."""
 
     name = "cohorts: candidates"
     batches: Mapping[Kind, Sequence[range]] = field(default_factory=dict)  # of shards, by kind
     moments: Moments = field(default_factory=dict)
 
     def run(self, work: Work) -> Result:
-        """Writes a record batch of candidates, and one of numbers of members, for each shard of cohorts."""
+        """Writes one record batch of candidates and one of member counts per shard of cohorts."""
         kind: Kind = "user" if work.shard.kind == "user-candidates" else "item"
         workspace, shards = work.workspace, self.batches[kind][work.shard.number]
         candidates, sizes, rows = [], [], 0
@@ -285,7 +285,7 @@ class FindCandidates(_CohortStage):
                 candidates.append(user_candidates(members, table, histories, self.scenario, n, self.moments))
             sizes.append(count_members(newest(members), earlier))
         best, counts = best_candidates(candidates, self.settings.profiles.representatives), add_members(sizes)
-        # A cohort of an earlier cut may have no member any more.
+        # A cohort of an earlier cut may no longer have members.
         names = list(dict.fromkeys([*counts["cohort"].to_pylist(), *best["cohort"].to_pylist()]))
         n_shards = workspace.n_shards("cohort")
         shard = dict(zip(names, cohort_shards(names, n_shards).tolist(), strict=True))
@@ -311,7 +311,7 @@ class WritePrompts(_CohortStage):
     name = "cohorts: prompts"
     batches: Mapping[Kind, Sequence[range]] = field(default_factory=dict)
     moments: Moments = field(default_factory=dict)
-    shares: Mapping[Kind, float] = field(default_factory=dict)  # of all ids that the batches hold, by kind
+    shares: Mapping[Kind, float] = field(default_factory=dict)  # share of all ids in the batches, by kind
     ask: Ask | None = None
 
     def open(self, workspace: Workspace, worker: str) -> None:
@@ -319,7 +319,7 @@ class WritePrompts(_CohortStage):
         self.titles = ItemCatalog.load(workspace).titles
 
     def run(self, work: Work) -> Result:
-        """Writes profiles/ and prompts/; a settled cohort keeps its earlier profile."""
+        """Writes profiles/ and prompts/; a stable cohort keeps its earlier profile."""
         assert self.ask is not None
         workspace, number, settings = work.workspace, work.shard.number, self.settings.profiles
         tables = [PROFILES.empty_table()]
@@ -372,11 +372,11 @@ def build_cohorts(
     settings: CohortSettings | None = None,
     on_card: Callable[[Card], None] | None = None,
 ) -> dict[str, int]:
-    """Builds the cohorts of a prepared workspace in `folder`; returns what there is to count.
+    """Builds the cohorts of a prepared workspace in `folder`; returns counts.
 
-    ask: makes prompts of profiles; shard_rows: cohorts in one of their shards, if nothing has fixed it yet. cuts: of
-    the recipe (see profiles.cut_moments). previous: the folder of an earlier run, whose names and settled profiles go
-    on. Raises SchemaError where the data cannot be clustered: no item that enough users chose.
+    ask: turns profiles into prompts; shard_rows: cohorts per shard, if not yet fixed. cuts: of
+    the recipe (see profiles.cut_moments). previous: the folder of an earlier run, to keep names and stable profiles.
+    Raises SchemaError if the data cannot be clustered because no item has enough users.
     """
     inputs = fingerprint(folder, previous)
     common = (folder, config, scenario, previous, settings or CohortSettings())
@@ -416,7 +416,7 @@ def build_cohorts(
 
 
 def cohort_shards(names: Sequence[str], n_shards: int) -> np.ndarray:
-    """The shard of each cohort by its name, int64 [n]."""
+    """Shard of each cohort by its name, int64 [n]."""
     return shard_of(np.fromiter(map(stable_id, names), np.int64, len(names)), n_shards)
 
 
@@ -431,7 +431,7 @@ def _training_of(book: Book, cards: Sequence[Card], config: CohortsConfig) -> Co
 
 
 def _batches(rows: Sequence[int], wanted: int) -> list[range]:
-    """The first shards that together hold `wanted` rows, in batches of about as many rows as are shuffled at once."""
+    """The first shards that together have `wanted` rows, in batches of about the shuffle's size."""
     enough = int(np.searchsorted(np.cumsum(rows), wanted)) + 1
     batches, start, held = [], 0, 0
     for shard in range(min(enough, len(rows))):
@@ -443,7 +443,7 @@ def _batches(rows: Sequence[int], wanted: int) -> list[range]:
 
 
 def _profile_batches(kind: str, cards: Sequence[Card], trainings: Sequence[CodebookTraining]) -> list[range]:
-    """The shards that the kind's codebooks were trained on; all where everybody was in the sample."""
+    """The shards that trained the kind's codebooks; all if the sample included everybody."""
     mine = [training for training in trainings if FACETS[training.book][0] == kind]
     everybody = any(training.sample >= training.population for training in mine)
     shards = len(cards) if everybody else max(training.batches[-1].stop for training in mine)
@@ -518,7 +518,7 @@ def _read_vectors(workspace: Workspace, path: str) -> tuple[np.ndarray, np.ndarr
 
 
 def _write_divided(work: Work, path: str, table: pa.Table, receiver: np.ndarray, receivers: int) -> FileEntry:
-    """Writes one Arrow file with a record batch of rows for each receiver."""
+    """Writes one Arrow file with one record batch of rows per receiver."""
     order = np.argsort(receiver, kind="stable")
     ends = np.searchsorted(receiver[order], np.arange(receivers + 1))
     table = table.take(pa.array(order)).combine_chunks()
@@ -531,7 +531,7 @@ def _one_batch(table: pa.Table) -> pa.RecordBatch:
 
 
 def _read_divided(workspace: Workspace, folder: str, files: int, receiver: int) -> Iterator[pa.Table]:
-    """One receiver's rows out of each of the files that _write_divided wrote."""
+    """One receiver's rows from each file of _write_divided."""
     for number in range(files):
         with workspace.open_input(f"{folder}/{number:08d}.arrow") as file:
             yield pa.Table.from_batches([pa.ipc.open_file(file).get_batch(receiver)])

@@ -1,8 +1,8 @@
-"""The cohorts of a run on disk: item factors, a codebook of each sort, attribute groups, memberships and prompts.
+"""The cohorts of a run on disk: item factors, codebooks, attribute groups, memberships and prompts.
 
-Folder, in the workspace: cohorts/<fingerprint>/. What says for any user or item, new ones too, which cohorts it belongs
-to is small: factors/, model.safetensors and model.json. <kind>/ holds the memberships by shard, prompts/ and profiles/
-go by the cohort's own shard; cohorts/CURRENT points to the newest that is complete.
+The folder in the workspace is cohorts/<fingerprint>/. The small part that assigns any user or item, even a new one, to
+cohorts is factors/, model.safetensors and model.json. <kind>/ has the memberships by shard; prompts/ and profiles/
+go by the cohort's own shard. cohorts/CURRENT points to the newest complete run.
 """
 
 import re
@@ -24,16 +24,16 @@ from owlrec.storage import Pointer
 from owlrec.workspace import Workspace
 
 # ---------------------------------------------------------------------------------------------------------- memberships
-# Whose texts stand in for a user or item: its cohorts, as a release and as training want them.
+# Cohorts whose texts stand in for a user or item, in the form that releases and training need.
 #
-# A user's own cohort by what they liked comes first, that by what they disliked second.
+# A user's cohort by likes comes first, the one by dislikes second.
 
 
 def memberships(cohorts: pa.Table, *, marked: bool = False) -> pa.Table:
     """The memberships in a table of cohorts (schema.COHORTS), in ascending order of kind, id and as_of.
 
-    Columns of schema.MEMBERSHIPS, then as_of: since when the list holds. marked: whether a cohort by what users
-    disliked is its complement, as in a release (`by_facet`).
+    Columns of schema.MEMBERSHIPS, then as_of: the start of validity. marked: whether a cohort by dislikes
+    is stored as its complement, as in a release (`by_facet`).
     """
     names = cohorts["cohort"].combine_chunks().dictionary_encode()
     number = np.array([stable_id(name) for name in names.dictionary.to_pylist()], dtype=np.int64)
@@ -52,14 +52,14 @@ def memberships(cohorts: pa.Table, *, marked: bool = False) -> pa.Table:
 
 
 def by_facet(listed: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a release's list of a member the cohorts by what they liked or by what they are, and those by what they
-    disliked, which it holds as the complement of their ids.
+    """Splits a member's list from a release: cohorts by likes or attributes, and cohorts by dislikes, which are
+    stored as the complement of their ids.
     """
     return tuple(c for c in listed if c >= 0), tuple(~c for c in listed if c < 0)
 
 
 class CohortNames:
-    """The names of everybody's cohorts, in memory: 12 bytes a membership."""
+    """Names of everybody's cohorts, in memory: 12 bytes per membership."""
 
     def __init__(self, workspace: Workspace, folder: str) -> None:
         self._names: list[str] = []
@@ -78,7 +78,7 @@ class CohortNames:
             self._of[kind] = ids[order], numbers[order]
 
     def __call__(self, kind: str, ids: Sequence[int]) -> list[list[str]]:
-        """The names of each id's cohorts; none for an unknown id or another kind."""
+        """Names of each id's cohorts; none for an unknown id or another kind."""
         if kind not in self._of:
             return [[] for _ in ids]
         known, numbers = self._of[kind]
@@ -111,7 +111,7 @@ class CohortsConfig(Config):
     mean_size: MeanSize | dict[Literal["users", "items"], MeanSize] | None = None
 
     def clusters(self, kind: Kind) -> ClusterConfig:
-        """The settings of a kind's codebooks."""
+        """Settings of a kind's codebooks."""
         size = self.mean_size
         return ClusterConfig(
             mean_size=size.get("items" if kind == "item" else "users") if isinstance(size, dict) else size
@@ -120,7 +120,7 @@ class CohortsConfig(Config):
 
 @dataclass(frozen=True)
 class CohortSettings:
-    """What no recipe sets. Its values shape cohorts and prompts, so they are part of the fingerprint of cohorts."""
+    """Settings outside the recipe. They shape cohorts and prompts, so they are part of the cohorts' fingerprint."""
 
     factors: FactorSettings = field(default_factory=FactorSettings)
     profiles: ProfileSettings = field(default_factory=ProfileSettings)
@@ -129,20 +129,20 @@ class CohortSettings:
 
 @dataclass(frozen=True)
 class CohortModel:
-    """Codebooks may be absent: of what nobody disliked, for example."""
+    """A codebook may be missing, for example if nobody disliked anything."""
 
     books: Mapping[Book, Codebook]
-    groups: Mapping[Kind, Collection[Group]]  # by kind: the attribute groups that are large enough
+    groups: Mapping[Kind, Collection[Group]]  # by kind: the large enough attribute groups
 
     def names(self) -> list[str]:
-        """All cohorts that somebody can be assigned to."""
+        """All cohorts with possible members."""
         collaborative = [cohort_name(name, n) for name, book in self.books.items() for n in book.numbers.tolist()]
         attribute = [attribute_cohort_name(kind, g) for kind, groups in self.groups.items() for g in [*groups, ()]]
         return collaborative + attribute
 
     def save(self, workspace: Workspace, folder: str) -> None:
         """Writes the model into `folder`, the JSON last."""
-        from safetensors.numpy import save  # here: a lookup needs neither this nor what brings it
+        from safetensors.numpy import save  # here, since a lookup does not need it
 
         arrays: dict[str, np.ndarray] = {}
         for name, book in self.books.items():
@@ -160,7 +160,7 @@ class CohortModel:
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str) -> "CohortModel":
-        """What `save` wrote. Raises WorkspaceError where it is missing or damaged."""
+        """Loads what `save` wrote. Raises WorkspaceError if it is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -182,23 +182,23 @@ class CohortModel:
 
 
 def previous_folder(workspace: Workspace, folder: str) -> str | None:
-    """The folder that a run in `folder` goes on from; a run that is repeated goes on from where it did before."""
+    """The folder on which a run in `folder` builds; a repeated run builds on the same one."""
     history = Pointer(workspace, POINTER).history
     before = history[: history.index(folder)] if folder in history else history
     return next((f for f in reversed(before) if workspace.exists(f, "model.json")), None)
 
 
 def read_profiles(workspace: Workspace, folder: str, shards: Collection[int] | None = None) -> pa.Table:
-    """Profiles (cohorts.profiles.PROFILES) of the cohorts in some of their shards; of all by default."""
+    """Profiles (cohorts.profiles.PROFILES) of the cohorts in some shards; by default in all."""
     numbers = range(workspace.n_shards("cohort")) if shards is None else sorted(shards)
     return pa.concat_tables([workspace.read_parquet(f"{folder}/profiles/{n:08d}.parquet") for n in numbers])
 
 
 def cohort_name(book: Book, number: int) -> str:
-    """A collaborative cohort's name."""
+    """Name of a collaborative cohort."""
     return f"{book}-{number:06d}"
 
 
 def attribute_cohort_name(kind: str, group: Group) -> str:
-    """An attribute group's name; () is everybody of the kind."""
+    """Name of an attribute group; () is everybody of the kind."""
     return f"{kind}-{re.sub(r'[^A-Za-z0-9=+]+', '-', group_name(group)).strip('-')}"

@@ -1,9 +1,9 @@
-"""What the LLM reads of a cohort: its most representative members, the titles they share, their common attributes.
+"""Input of a cohort's prompt: its most representative members, their shared titles and common attributes.
 
-The members nearest to the center stand for all; of an attribute group, those with the longest history. Each shard gives
-its best few of each cohort, which are merged by the cohort's own shard. A profile is kept from one run to the next
-while the cohort's members and titles have hardly moved, so that its prompt stays the same to the letter and nothing is
-asked again.
+The members nearest to the center represent the cohort; in an attribute group, those with the longest history. Each
+shard returns the best few per cohort, and the cohort's own shard merges them. A profile is kept across runs while
+members and titles have hardly changed, so the exact prompt stays the same and needs no new
+call.
 """
 
 from collections import Counter
@@ -23,11 +23,11 @@ from owlrec.schema import Kind, newest, stable_id
 from owlrec.sources.splits import Cut, Every
 
 # ----------------------------------------------------------------------------------------------------------- attributes
-# Attribute groups: cohorts of those whose history says too little, by what the tables say about them.
+# Attribute groups: cohorts of users or items with too little history, by their table fields.
 #
-# A group is a combination of values: of profile fields for a user, of text fields for an item. Ages and other numbers
-# go by tens. Where too few share all values, the last field is left out, and so on; the rest belong to the group of
-# all.
+# A group is a combination of values: of profile fields for a user, of text fields for an item. Numbers such as ages
+# are banded by tens. If too few rows share all values, the last field is dropped, and so on; the rest belong to the
+# group of all.
 
 
 Group = tuple[tuple[str, str], ...]  # (field, value), in the order of the fields
@@ -37,7 +37,7 @@ _MOST_GROUPS = 1 << 18
 
 
 def values_of(row: Mapping[str, Any], fields: Sequence[str]) -> Group:
-    """What a row says of `fields`: empty ones are left out, of a list the first value counts, numbers are banded."""
+    """A row's values of `fields`: skips empty ones, takes the first value of a list, and bands numbers."""
     values = []
     for field in fields:
         value = row.get(field)
@@ -57,7 +57,7 @@ def banded(value: str) -> str:
 
 
 def count_groups(rows: Iterable[Group]) -> Counter[Group]:
-    """How many rows each group and each of its prefixes holds."""
+    """Number of rows in each group and in each of its prefixes."""
     counts: Counter[Group] = Counter()
     for group in rows:
         counts.update(group[:n] for n in range(1, len(group) + 1))
@@ -65,10 +65,10 @@ def count_groups(rows: Iterable[Group]) -> Counter[Group]:
 
 
 def large_groups(shards: Iterable[Mapping[Group, int]], smallest: int) -> set[Group]:
-    """The groups that hold at least `smallest` rows over all shards.
+    """Groups with at least `smallest` rows over all shards.
 
-    Rare values may make millions of groups; where they exceed 2^18, the rarest so far are forgotten, so that a group
-    which is large may be missed only if it is among those.
+    Rare values may make millions of groups. Beyond 2^18 groups, the rarest so far are dropped, so only a group among
+    those can be missed.
     """
     total: Counter[Group] = Counter()
     for counts in shards:
@@ -79,12 +79,12 @@ def large_groups(shards: Iterable[Mapping[Group, int]], smallest: int) -> set[Gr
 
 
 def choose_group(group: Group, large: Container[Group]) -> Group:
-    """The longest prefix of `group` that is `large`; () where none is."""
+    """The longest prefix of `group` that is `large`, or () if none is."""
     return next((group[:n] for n in range(len(group), 0, -1) if group[:n] in large), ())
 
 
 def group_name(group: Group) -> str:
-    """The group in a few words for a cohort's name, "all" for ()."""
+    """Short form of the group for a cohort's name, "all" for ()."""
     return " ".join(f"{field}={value}" for field, value in group) or "all"
 
 
@@ -98,10 +98,10 @@ PROFILES = pa.schema(
         ("kind", pa.string()),  # of its members
         ("facet", pa.string()),
         ("source", pa.string()),
-        ("size", pa.int64()),  # members; an estimate where only a sample of the shards was read
-        ("cut", pa.string()),  # which of the cohort's texts this is: see Moments
-        ("as_of", pa.int64()),  # ms: of the latest behavior that the profile rests on; 0 for items
-        ("titles", pa.list_(pa.string())),  # liked, or disliked where that is the facet; of items, their own
+        ("size", pa.int64()),  # members; an estimate if only a sample of the shards was read
+        ("cut", pa.string()),  # cut of this text: see Moments
+        ("as_of", pa.int64()),  # ms: latest behavior in the profile; 0 for items
+        ("titles", pa.list_(pa.string())),  # liked, or disliked for that facet; for items, their own
         ("opposite", pa.list_(pa.string())),  # the other way round
         ("attributes", pa.list_(pa.string())),
         ("representatives", pa.list_(pa.int64())),
@@ -116,7 +116,7 @@ CANDIDATES = pa.schema(
         ("rank", pa.float32()),  # ascending
         ("id", pa.int64()),
         ("as_of", pa.int64()),
-        ("chosen", pa.list_(pa.int64())),  # item ids that the facet is about
+        ("chosen", pa.list_(pa.int64())),  # item ids of the facet
         ("opposite", pa.list_(pa.int64())),
         ("attributes", pa.list_(pa.string())),
     ]
@@ -125,22 +125,22 @@ MEMBERS = pa.schema(
     [
         ("cohort", pa.string()),
         ("members", pa.int64()),
-        ("stayed", pa.int64()),  # those of them who were in the cohort of this name before
+        ("stayed", pa.int64()),  # members who were in this cohort before
     ]
 )
 
 
 NOW = "now"  # the cut after everything that is known
-Moments = Mapping[str, int]  # cut -> ms: a cohort's text as of a cut quotes what its members had done up to then
+Moments = Mapping[str, int]  # cut -> ms: a text as of a cut quotes behaviors up to then
 LATEST: Moments = {NOW: np.iinfo(np.int64).max}
 
 
 def cut_moments(histories: pa.Table, cuts: Sequence[Cut]) -> dict[str, int]:
-    """The moments of a recipe's cuts, for texts that many users share.
+    """Moments of a recipe's cuts, for texts that many users share.
 
-    A sample may read nothing that is as late as itself, so a text that quotes members up to yesterday serves none of
-    the past: `half` here is the moment by which half of the users have a text of their own. `now` is always among them,
-    to be published. histories: schema.HISTORIES of a sample of users.
+    A sample may read only earlier texts, so a text that quotes members up to yesterday is useless for
+    the past. Here `half` is the moment by which half of the users have their own text. `now` is always included,
+    for publication. histories: schema.HISTORIES of a sample of users.
     """
     as_of, moments = histories["as_of"].to_numpy(), {}
     first = as_of[np.unique(run_starts(histories["user_id"].to_numpy()))]
@@ -155,15 +155,15 @@ def cut_moments(histories: pa.Table, cuts: Sequence[Cut]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """How much of a cohort its prompt quotes, and how far it may move before it is asked about again. No recipe sets
+    """How much of a cohort its prompt quotes, and how far it may change before it gets a new text. No recipe sets
     these.
     """
 
     representatives: int = 10
     titles: int = 15  # REKI quotes as many
     opposite: int = 5
-    common_share: float = 0.5  # an attribute is common where so many representatives have it
-    # Of its members, or of its titles: below this a cohort's text is still about the same people and tastes.
+    common_share: float = 0.5  # share of representatives that makes an attribute common
+    # Share of changed members or titles below which a cohort's text still fits.
     settled_share: float = 0.3
 
 
@@ -172,7 +172,7 @@ def user_candidates(
 ) -> pa.Table:
     """The best `n` representatives of each cohort and cut (CANDIDATES) within one shard of users.
 
-    members: schema.COHORTS of the shard; users and histories: its tables.
+    members: schema.COHORTS of the shard; users and histories: the shard's tables.
     """
 
     def up_to(table: pa.Table, key: str, moment: int) -> pa.Table:
@@ -204,7 +204,7 @@ def _users_at(
 
 
 def item_candidates(members: pa.Table, items: pa.Table, scenario: Scenario, n: int) -> pa.Table:
-    """As user_candidates, of a shard of items, whose one cut is `now`."""
+    """Like user_candidates, for a shard of items, whose only cut is `now`."""
     ids = members["id"].to_numpy()
     best, rank = _best(members, np.ones(len(ids)), n)
     rows = [
@@ -215,7 +215,7 @@ def item_candidates(members: pa.Table, items: pa.Table, scenario: Scenario, n: i
 
 
 def best_candidates(tables: Sequence[pa.Table], n: int) -> pa.Table:
-    """The best `n` of each cohort and cut among candidates of several shards."""
+    """The best `n` candidates of each cohort and cut from several shards."""
     table = pa.concat_tables([CANDIDATES.empty_table(), *tables])
     rank, ids = table["rank"].to_numpy(), table["id"].to_numpy()
     texts = pa.chunked_array([pc.binary_join_element_wise(table["cohort"], table["cut"], "\n").combine_chunks()])
@@ -223,7 +223,7 @@ def best_candidates(tables: Sequence[pa.Table], n: int) -> pa.Table:
 
 
 def count_members(members: pa.Table, earlier: pa.Table | None) -> pa.Table:
-    """How many members each cohort has (MEMBERS) within one shard. earlier: the shard's COHORTS of an earlier run."""
+    """Members per cohort (MEMBERS) within one shard. earlier: the shard's COHORTS of an earlier run."""
     stayed = pa.array(np.zeros(len(members), np.int64))
     if earlier is not None:
         keys = [
@@ -248,7 +248,7 @@ def build_profiles(
     titles: Callable[[np.ndarray], list[str]],
     settings: ProfileSettings,
 ) -> pa.Table:
-    """The profiles (PROFILES) of the cohorts that best_candidates are of, by id and as_of. titles: of item ids."""
+    """Profiles (PROFILES) of the cohorts in best_candidates, by id and as_of. titles: by item id."""
     texts: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in best.to_pylist():
         texts.setdefault((row["cohort"], row["cut"]), []).append(row)
@@ -273,7 +273,7 @@ def build_profiles(
 
 
 def distinct_texts(profiles: pa.Table, moments: Moments) -> pa.Table:
-    """Profiles by id and as_of; of two that have both in common the one of the later cut."""
+    """Profiles by id and as_of; among duplicates keeps the one of the later cut."""
     rows = sorted(profiles.to_pylist(), key=lambda row: moments.get(row["cut"], 0))
     distinct = {(row["id"], row["as_of"]): row for row in rows}
     return pa.Table.from_pylist([distinct[key] for key in sorted(distinct)], schema=PROFILES)
@@ -282,10 +282,10 @@ def distinct_texts(profiles: pa.Table, moments: Moments) -> pa.Table:
 def keep_settled(
     new: pa.Table, previous: pa.Table, stayed: Mapping[str, int], settings: ProfileSettings
 ) -> tuple[pa.Table, int]:
-    """`new` profiles, but the earlier one of each cohort and cut that has settled, and how many these are.
+    """`new` profiles, with the earlier ones of stable cohorts and cuts, and the number of those.
 
-    stayed: how many of a cohort's members were in it before. It has settled where the share of members, of those then
-    and now together, that came or went is at most `settled_share`, and so is that of titles.
+    stayed: how many of a cohort's members were in it before. A cohort is stable if at most `settled_share` of its
+    members, then and now together, came or left, and the same holds for its titles.
     """
     before = {(row["cohort"], row["cut"]): row for row in previous.to_pylist()}
     rows, kept = [], 0
@@ -308,7 +308,7 @@ def _distance(common: int, together: int) -> float:
 
 
 def _best(members: pa.Table, length: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of the `n` best members of each cohort, and their ranks: nearest to the center, or else of the longest
+    """Rows of the `n` best members of each cohort, with ranks: nearest to the center, or else with the longest
     history."""
     distance = members["distance"].to_numpy()  # NaN where null
     rank = np.where(np.isnan(distance), -length, distance)
@@ -317,7 +317,7 @@ def _best(members: pa.Table, length: np.ndarray, n: int) -> tuple[np.ndarray, np
 
 
 def _first(keys: np.ndarray, rank: np.ndarray, ids: np.ndarray, n: int) -> np.ndarray:
-    """The rows of the `n` least ranks of each key, int64, key by key."""
+    """Rows of the `n` lowest ranks of each key, int64, key by key."""
     order = np.lexsort((ids, rank, keys))
     return order[np.arange(len(order)) - run_starts(keys[order]) < n]
 
@@ -353,13 +353,13 @@ def _candidates(
 
 
 def _rows(table: pa.Table, key: str, ids: np.ndarray) -> list[dict[str, Any]]:
-    """The row of each id, all null where there is none; ids ascend in the table."""
+    """Row of each id, all null if missing; ids ascend in the table."""
     places = rows_of(table[key].to_numpy(), ids)
     return table.take(pa.array(places, mask=places < 0)).to_pylist()
 
 
 def _shared_titles(items: Iterable[Sequence[int]], titles: Callable[[np.ndarray], list[str]], n: int) -> list[str]:
-    """Titles of the items that most representatives have, ties by the order in which they first occur."""
+    """Titles that most representatives share; ties keep the order of first occurrence."""
     counts = Counter(item for chosen in items for item in dict.fromkeys(chosen))
     ids = np.array([item for item, _ in counts.most_common()], dtype=np.int64)
     return list(dict.fromkeys(title for title in titles(ids) if title))[:n]

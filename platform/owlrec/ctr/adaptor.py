@@ -1,13 +1,14 @@
-"""The hybrid-expert adaptor of KAR (RecSys 2024, sec. 3.3): an encoder's vectors to two fields that a backbone reads.
+"""The hybrid-expert adaptor of KAR (RecSys 2024, sec. 3.3): turns encoder vectors into two fields of the backbone.
 
-Each tower (user, item) mixes experts by a softmax gate over its input: some are shared between the towers, some its
+Each tower (user, item) mixes experts by a softmax gate over its input: some are shared between the towers, some are its
 own. An expert is d -> hidden_dim -> e with a ReLU after both, so its output is never negative. Missing knowledge is a
-learned default vector that takes the input's place, so that gate and experts treat "unknown" as one more thing to
-know. Inputs are brought to length one, so that encoders of any scale train alike; LayerNorm instead cost valid AUC
+learned default vector in place of the input, so gate and experts can learn what "unknown"
+means. Inputs are scaled to length one, so encoders of any scale train alike; LayerNorm instead cost valid AUC
 on MovieLens-100K (DIN .7645 to .7637, DCN-V2 .7641 to .7618; metadata vectors, mean of three user splits).
 
-Several sources a side (individual and collective knowledge, a user's interest partitions) are fused before the experts,
-by attention as in LIBER (arXiv 2411.14713, User Interest Fusion), so that the adaptor's size hardly grows with them.
+Several sources per side (individual and collective knowledge, a user's interest partitions) are fused before the
+experts by attention, as in LIBER (arXiv 2411.14713, User Interest Fusion), so the adaptor's size hardly grows with
+them.
 """
 
 from collections.abc import Sequence
@@ -24,20 +25,20 @@ from owlrec.ctr.knowledge import VectorTable
 from owlrec.errors import SchemaError
 
 # ---------------------------------------------------------------------------------------------------------------- codes
-# Semantic ids as categorical features: a field a side (user, item), beside the adaptor's or in its place.
+# Semantic ids as categorical features: one field per side (user, item), in addition to the adaptor's or instead of it.
 #
-# A residual quantiser's vector is the sum of its codes' centroids, and a linear layer of it the sum of what the layer
-# makes of each. So a code embeds as (level, code) and the levels are summed: the field can be any linear function of
-# the decoded vector, and field models get one further field, not three that belong together. Missing knowledge has a
-# code of its own on each level.
+# A residual quantiser's vector is the sum of its codes' centroids, and a linear layer of that sum is the sum over the
+# centroids. So a code is embedded as (level, code) and the levels are summed: the field can be any linear function of
+# the decoded vector, and field models get one more field, not three that belong together. Missing knowledge has its
+# own code on each level.
 
 
 @dataclass(frozen=True)
 class Codes:
-    """The semantic ids of one side of a batch, each distinct id once."""
+    """Semantic ids of one side of a batch, each distinct id once."""
 
     values: Tensor  # int64 [u, levels], codes plus one; 0 where an id has no knowledge
-    rows: Tensor  # int64 [b]: which of the u ids belongs to each row
+    rows: Tensor  # int64 [b]: each row's index among the u ids
 
 
 class CodeTower(nn.Module):
@@ -47,7 +48,7 @@ class CodeTower(nn.Module):
 
     def __init__(self, sizes: Sequence[int], dim: int, *, init_std: float) -> None:
         super().__init__()
-        rows = [size + 1 for size in sizes]  # of a level: the missing code, then its codes
+        rows = [size + 1 for size in sizes]  # per level: the missing code, then its codes
         self.table = nn.EmbeddingBag(sum(rows), dim, mode="sum")
         nn.init.normal_(self.table.weight, std=init_std)
         self.register_buffer("starts", torch.from_numpy(np.cumsum([0, *rows[:-1]])), persistent=False)
@@ -66,17 +67,17 @@ class CodeFields(nn.Module):
         self.user, self.item = CodeTower(user, dim, init_std=init_std), CodeTower(item, dim, init_std=init_std)
 
     def forward(self, user: Codes, item: Codes) -> Tensor:
-        """float32 [b, 2, dim]: the user's field, then the item's, of each row."""
+        """float32 [b, 2, dim]: per row, the user's field, then the item's."""
         return torch.stack([self.user(user.values)[user.rows], self.item(item.values)[item.rows]], dim=1)
 
 
 def code_sizes(tables: Sequence[VectorTable]) -> tuple[int, ...]:
-    """How many codes each level of a side has. Raises SchemaError where its table has none."""
+    """Number of codes on each level of a side. Raises SchemaError if its table has none."""
     (table,) = tables
     if not table.code_sizes:
         raise SchemaError(
-            "ctr.arms: an arm with codes reads vectors without semantic ids. Set encoder.semantic_ids in the recipe "
-            "and run `encode` again, or leave the arm out."
+            "ctr.arms: an arm with codes reads vectors without semantic ids. Set encoder.semantic_ids in the "
+            "recipe and run `encode` again, or remove the arm."
         )
     return table.code_sizes
 
@@ -84,33 +85,33 @@ def code_sizes(tables: Sequence[VectorTable]) -> tuple[int, ...]:
 # -------------------------------------------------------------------------------------------------------------- adaptor
 
 
-# All that comes of it is one number a source, and a side has four sources at most. As wide as the layer from which DIN
+# It yields one number per source, and a side has at most four sources. As wide as the layer with which DIN
 # scores a behaviour; at d = 64 a fusion then has 1,000 weights, 3 % of the adaptor's.
 FUSION_DIM = 16
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """The vectors of one side of a batch, each distinct id once: the adaptor's work grows with ids, not with rows."""
+    """Vectors of one side of a batch, each distinct id once: the adaptor's work grows with ids, not with rows."""
 
-    vectors: Tensor  # float32 [u, s, d], one a source
-    mask: Tensor  # bool [u, s], False where an id has no knowledge of a source
-    rows: Tensor  # int64 [b]: which of the u ids belongs to each row
+    vectors: Tensor  # float32 [u, s, d], one per source
+    mask: Tensor  # bool [u, s], False if an id has no knowledge from a source
+    rows: Tensor  # int64 [b]: each row's index among the u ids
 
 
 class Experts(nn.Module):
-    """n experts, each in_dim -> hidden_dim -> out_dim. `Layers` evaluates those of several such groups at once."""
+    """n experts, each in_dim -> hidden_dim -> out_dim. `Layers` evaluates several such groups at once."""
 
     def __init__(self, n: int, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
         self.first = nn.Linear(in_dim, n * hidden_dim)
-        bound = hidden_dim**-0.5  # what nn.Linear would draw its weights from
+        bound = hidden_dim**-0.5  # the range of nn.Linear's initial weights
         self.weight = nn.Parameter(torch.empty(n, hidden_dim, out_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n, out_dim).uniform_(-bound, bound))
 
 
 class Layers(NamedTuple):
-    """Several groups of experts and their gate, joined: of n experts, each layer is one product."""
+    """Several groups of experts and their gate, joined: each layer of n experts is one product."""
 
     first: Tensor  # float32 [n * hidden_dim + n, in_dim]: the first layers, then the gate
     first_bias: Tensor
@@ -119,18 +120,18 @@ class Layers(NamedTuple):
 
     @classmethod
     def joined(cls, groups: Sequence[Experts], gate: nn.Linear) -> "Layers":
-        """gate: one output for each expert, in the groups' order."""
-        layers = [*(group.first for group in groups), gate]  # they read the same input
+        """gate: one output per expert, in the groups' order."""
+        layers = [*(group.first for group in groups), gate]  # all read the same input
         first, first_bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
         return cls(first, first_bias, torch.cat([g.weight for g in groups]), torch.cat([g.bias for g in groups]))
 
     def read(self, x: Tensor) -> Tensor:
-        """What the first layers and the gate make of x: float32 [b, in_dim]."""
+        """First layers and gate applied to x: float32 [b, in_dim]."""
         return F.linear(x, self.first, self.first_bias)
 
     def mixed(self, read: Tensor) -> Tensor:
-        """float32 [b, out_dim], not negative: the outputs of all experts, weighed by the gate's softmax. read: see
-        `read`.
+        """float32 [b, out_dim], not negative: the outputs of all experts, weighted by the gate's softmax. read: output
+        of `read`.
         """
         n, hidden_dim, _ = self.weight.shape
         hidden, logits = read.split([n * hidden_dim, n], dim=1)
@@ -140,10 +141,10 @@ class Layers(NamedTuple):
 
 
 class Fusion(nn.Module):
-    """Additive attention over the sources that an id has: weights softmax_i(q . tanh(W x_i + e_i)), e_i of the slot.
+    """Additive attention over an id's sources: weights softmax_i(q . tanh(W x_i + e_i)), with e_i per slot.
 
-    The fused vector is the weighted sum of the sources' own vectors, so it stands in the encoder's space, as a single
-    source does.
+    The fused vector is the weighted sum of the sources' vectors, so it is in the encoder's space, like a single
+    source.
     """
 
     def __init__(self, sources: int, dim: int) -> None:
@@ -154,7 +155,7 @@ class Fusion(nn.Module):
         self.query = nn.Parameter(torch.empty(FUSION_DIM).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """float32 [b, dim], zeros where no source is there. x: float32 [b, s, dim], zeros where the mask is False;
+        """float32 [b, dim], zeros without sources. x: float32 [b, s, dim], zeros where the mask is False;
         mask: bool [b, s].
         """
         scores = torch.tanh(self.key(x) + self.slots) @ self.query
@@ -163,27 +164,27 @@ class Fusion(nn.Module):
 
 
 class Tower(nn.Module):
-    """Gate, dedicated experts, default vector and fusion of one side; the shared experts are handed in.
+    """Gate, dedicated experts, default vector and fusion of one side; the shared experts are passed in.
 
-    One source needs no fusion, and has no parameters for it.
+    With one source there is no fusion and no parameters for it.
     """
 
     def __init__(self, in_dim: int, out_dim: int, config: AdaptorConfig, sources: int = 1) -> None:
         super().__init__()
         self.sources = sources
-        self.default = nn.Parameter(torch.randn(in_dim) * in_dim**-0.5)  # of length about 1, as the vectors are
+        self.default = nn.Parameter(torch.randn(in_dim) * in_dim**-0.5)  # length about 1, like the vectors
         self.gate = nn.Linear(in_dim, config.shared_experts + config.dedicated_experts)
         self.experts = Experts(config.dedicated_experts, in_dim, config.hidden_dim, out_dim)
         self.fusion = Fusion(sources, in_dim) if sources > 1 else None
 
     def fused(self, vectors: Tensor, mask: Tensor) -> Tensor:
-        """float32 [b, in_dim], what gate and experts read of an id: zeros where no source is there.
+        """float32 [b, in_dim], the input of gate and experts for each id: zeros without sources.
 
         Arguments and errors: see `forward`.
         """
         if vectors.shape[1] != self.sources:
-            raise ValueError(f"{vectors.shape[1]} vectors an id, but this tower was built for {self.sources}.")
-        # Whatever stands where none is known must not reach a gradient.
+            raise ValueError(f"{vectors.shape[1]} vectors per id, but this tower was built for {self.sources}.")
+        # Values in place of missing vectors must not reach a gradient.
         x = F.normalize(torch.where(mask.unsqueeze(2), vectors, 0.0), dim=2)
         return x[:, 0] if self.fusion is None else self.fusion(x, mask)
 
@@ -193,13 +194,13 @@ class Tower(nn.Module):
         Raises ValueError for another number of sources.
         """
         x, layers = self.fused(vectors, mask), Layers.joined((shared, self.experts), self.gate)
-        # The default, which is learned, joins behind the first layer: before it, all of x would need a gradient too.
+        # The learned default is added after the first layer: before it, all of x would need a gradient, too.
         mixed = layers.mixed(torch.cat([layers.read(x), layers.read(self.default[None])]))
         return torch.where(mask.any(dim=1, keepdim=True), mixed[:-1], mixed[-1])
 
 
 class TrainedTower:
-    """A tower that learns no more, its layers joined once: for the few ids of a request that is most of the work."""
+    """A trained tower with its layers joined once, which is most of the work for the few ids of a request."""
 
     def __init__(self, tower: Tower, shared: Experts) -> None:
         self._tower = tower
@@ -214,13 +215,13 @@ class TrainedTower:
 
 
 class Adaptor(nn.Module):
-    """Both towers, which read vectors of the same encoder: two more fields for a model of one's own.
+    """Both towers over vectors of one encoder: two more fields for your own model.
 
     >>> import torch
     >>> import owlrec
     >>> adaptor = owlrec.Adaptor(dim=384, width=16)
     >>> users, items = torch.randn(8, 384), torch.randn(8, 384)
-    >>> known = torch.tensor([True] * 7 + [False])  # of the last user there is no vector: a learned default stands in
+    >>> known = torch.tensor([True] * 7 + [False])  # the last user has no vector: a learned default replaces it
     >>> adaptor(users, items, masks=(known, torch.ones(8, dtype=torch.bool))).shape
     torch.Size([8, 2, 16])
     """
@@ -228,7 +229,7 @@ class Adaptor(nn.Module):
     def __init__(
         self, dim: int, width: int, config: AdaptorConfig | None = None, user_sources: int = 1, item_sources: int = 1
     ) -> None:
-        """dim: components of a vector. width: of a field, as wide as the model's embeddings. *_sources: vectors per
+        """dim: components of a vector. width: of a field, the same as the model's embeddings. *_sources: vectors per
         id, fused by attention.
         """
         super().__init__()
@@ -238,21 +239,21 @@ class Adaptor(nn.Module):
         self.item = Tower(dim, width, config, item_sources)
 
     def forward(self, user_vectors: Tensor, item_vectors: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """float32 [b, 2, width]: the user's field, then the item's, of each row.
+        """float32 [b, 2, width]: per row, the user's field, then the item's.
 
-        *_vectors: float32 [b, dim], or [b, sources, dim] of several. masks: of users and of items, bool [b] or
-        [b, sources], False where nothing is known; by default that is where a vector is all zeros. What
-        `Release.vectors` gives for a batch's ids, as tensors.
+        *_vectors: float32 [b, dim], or [b, sources, dim] for several. masks: for users and items, bool [b] or
+        [b, sources], False for missing knowledge; by default, all-zero vectors are missing. Pass the output of
+        `Release.vectors` for a batch's ids, as tensors.
         """
         user_mask, item_mask = masks or (user_vectors.any(-1), item_vectors.any(-1))
         return self.fields(_each_row(user_vectors, user_mask), _each_row(item_vectors, item_mask))
 
     def fields(self, user: Knowledge, item: Knowledge) -> Tensor:
-        """The same of batches whose ids recur: float32 [b, 2, width]."""
+        """The same for batches with repeated ids: float32 [b, 2, width]."""
         user_fields = self.user(user.vectors, user.mask, self.shared)
         item_fields = self.item(item.vectors, item.mask, self.shared)
         rows = torch.stack([user.rows, item.rows + len(user_fields)], dim=1)
-        # An embedding's gradient is several times as fast as that of an index.
+        # An embedding's gradient is several times faster than that of indexing.
         return F.embedding(rows, torch.cat([user_fields, item_fields]))
 
 

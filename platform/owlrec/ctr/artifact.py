@@ -1,16 +1,16 @@
-"""The folder that a serving process opens to score; `scoring.Scorer` reads it.
+"""The exported model's folder, which a serving process opens; `scoring.Scorer` reads it.
 
-    spec.json, model.safetensors   the trained trial, its adaptor included
-    vocabularies.parquet           how values become codes
+    spec.json, model.safetensors   the trained trial, including its adaptor
+    vocabularies.parquet           maps values to codes
     items.safetensors              the item table's ids and codes
-    profiles/                      by shard, each user's profile as codes, where the model reads any
-    projection.*                   how an encoder's vectors become those that the model reads, where they are reduced
+    profiles/                      by shard, each user's profile as codes, if the model reads any
+    projection.*                   projection of the encoder's vectors, if the model reads reduced ones
     program.pt2                    the backbone as a torch.export program
-    cards/                         that shards are done, so that an interrupted export goes on
-    model.json                     what it is, and whose vectors it must be given; written last
+    cards/                         cards of finished shards, so an interrupted export resumes
+    model.json                     the model's description and the vectors it needs; written last
 
-Nothing in it follows from texts or behaviors: those are read from the current release (ctr.live), so that a refresh
-reaches the scores. JSON, Arrow and safetensors only, no pickle.
+The folder contains no texts or behaviors: those come from the current release (ctr.live), so scores follow each
+refresh. JSON, Arrow and safetensors only, no pickle.
 """
 
 from collections.abc import Mapping
@@ -34,47 +34,47 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
 # ----------------------------------------------------------------------------------------------------------- model card
-# model.json of an artifact, which is written last: read without torch, so that who only asks for it starts fast.
+# model.json of an artifact, written last. Read without torch, so programs that only need it start fast.
 
 
 AGAIN = "Run `owlrec ctr export` again."
 
 
 class Reads(BaseModel):
-    """The knowledge that a model was trained on. Other encoders and codebooks would give it numbers that mean something
+    """The knowledge that a model was trained on. Numbers from other encoders and codebooks would mean something
     else.
     """
 
     user: tuple[str, ...]  # sources, in the order of the adaptor's slots
     item: tuple[str, ...]
     encoder: str  # EncoderConfig.identity
-    codebooks: dict[str, str]  # by kind, fingerprints of those whose codes it reads
+    codebooks: dict[str, str]  # by kind, fingerprints of the codebooks it reads
 
     def sources(self, kind: str) -> tuple[str, ...]:
-        """Of users or items."""
+        """Sources of users or items."""
         return self.user if kind == "user" else self.item
 
     def refuse_other(self, release: str, encoder: str, codebooks: Mapping[str, str]) -> None:
-        """Raises ReleaseError where a release has the vectors of another encoder, or codes of other codebooks.
+        """Raises ReleaseError if a release has vectors of another encoder, or codes of other codebooks.
 
         encoder, codebooks: of the release.
         """
-        again = "Train and export again on its vectors, or roll back to a release that the model was trained on."
+        again = "Train and export again on its vectors, or roll back to a release with the model's encoder."
         if encoder != self.encoder:
             raise ReleaseError(
-                f"release {release} has vectors of encoder '{encoder}', but the model was trained on those of "
+                f"release {release} has vectors of encoder '{encoder}', but the model was trained with "
                 f"'{self.encoder}'. {again}"
             )
         for kind, codebook in self.codebooks.items():
             if codebooks.get(kind, "") != codebook:
                 raise ReleaseError(
-                    f"release {release} has {kind} codes of codebooks {codebooks.get(kind, '')[:8] or 'none'}, but the "
-                    f"model was trained on those of {codebook[:8]}. {again}"
+                    f"release {release} has {kind} codes of codebooks {codebooks.get(kind, '')[:8] or 'none'}, "
+                    f"but the model was trained with {codebook[:8]}. {again}"
                 )
 
 
 class ModelCard(BaseModel):
-    """model.json: what an artifact is, and how it scored before it was exported."""
+    """model.json: description of an artifact, with its scores before the export."""
 
     trial: Trial
     grid: str  # fingerprint
@@ -85,43 +85,43 @@ class ModelCard(BaseModel):
 
 
 def finish_artifact(workspace: Workspace, folder: str, card: ModelCard) -> None:
-    """Completes an artifact: only now does a scorer open it."""
+    """Completes an artifact; a scorer opens only complete ones."""
     workspace.write_json(f"{folder}/model.json", card.model_dump(mode="json"))
 
 
 def read_card(workspace: Workspace, folder: str) -> ModelCard:
-    """Raises WorkspaceError where the folder holds no finished artifact."""
+    """Raises WorkspaceError if the folder has no finished artifact."""
     if not workspace.exists(folder, "model.json"):
         raise WorkspaceError(
-            f"{workspace.path(folder)}: no finished artifact is there. `owlrec ctr export` writes one and names it."
+            f"{workspace.path(folder)}: there is no finished artifact. Run `owlrec ctr export`; it prints the folder."
         )
     try:
         return ModelCard.model_validate(workspace.read_json(f"{folder}/model.json"))
     except ValidationError as error:
-        raise WorkspaceError(f"{workspace.path(folder)}: model.json is of no known form ({error}). {AGAIN}") from None
+        raise WorkspaceError(f"{workspace.path(folder)}: model.json has an unknown format ({error}). {AGAIN}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- profiles
-# The profile of each user as codes, in mapped shards: what an artifact holds of users, as far as its model reads it.
+# Each user's profile as codes, in mapped shards; only artifacts whose model reads profiles have it.
 #
-# One of 10^8 users then costs a binary search in one file, and replicas of one machine share the page cache.
+# At 10^8 users, a lookup is one binary search in one file, and the replicas of a machine share the page cache.
 
 
 PROFILES = "profiles"
-_SHARDS_OPEN = 256  # each holds a file descriptor, of which a process often has no more than 1,024
+_SHARDS_OPEN = 256  # each holds a file descriptor; processes are often limited to 1,024
 
 
 class EncodeProfiles(Stage):
-    """Encodes a shard of the users table by an artifact's vocabularies."""
+    """Encodes a shard of the users table with an artifact's vocabularies."""
 
     name = "export_ctr"
 
     def __init__(self, folder: str) -> None:
-        """folder: of the artifact, with its vocabularies."""
+        """folder: the artifact's, with its vocabularies."""
         self.folder = folder
 
     def run(self, work: Work) -> Result:
-        """Writes the shard's one file."""
+        """Writes the shard's only file."""
         profile = read_vocabularies(work.workspace, self.folder).profile
         users = work.workspace.read_shard("users", work.shard.number, ["user_id", *profile]).sort_by("user_id")
         columns = {name: value_codes(users[name], values) for name, values in profile.items()}
@@ -136,22 +136,22 @@ class Profiles:
     """All users' profiles on disk."""
 
     def __init__(self, workspace: Workspace, folder: str) -> None:
-        """folder: of the shards, as many as the users had when they were written.
+        """folder: of the shards, one per user shard at the time of export.
 
-        Raises WorkspaceError where shards are missing, or the first one is damaged.
+        Raises WorkspaceError if shards are missing or the first one is damaged.
         """
         self._workspace, self._folder = workspace, folder
         self._n_shards = len(workspace.names(folder))
         if self._n_shards == 0 or self._n_shards & (self._n_shards - 1):
             raise WorkspaceError(
-                f"{workspace.path(folder)} holds {self._n_shards} shards of users, and not a power of two: some are "
-                "missing. Run `export_ctr` again."
+                f"{workspace.path(folder)} has {self._n_shards} user shards, which is not a power of two: some "
+                "are missing. Run `export_ctr` again."
             )
         self._shard = lru_cache(maxsize=_SHARDS_OPEN)(self._open)
         self._shard(0)
 
     def find(self, user_id: int) -> np.ndarray | None:
-        """A user's codes, int32 [fields]; None for a user who is not there."""
+        """A user's codes, int32 [fields]; None for an unknown user."""
         ids, codes = self._shard(int(shard_of(np.array([user_id]), self._n_shards)[0]))
         row = int(rows_of(ids, np.array([user_id]))[0])
         return None if row < 0 else np.array([column[row] for column in codes], dtype=np.int32)
@@ -167,19 +167,19 @@ class Profiles:
 
 MODELS = "models"
 PROGRAM = "program.pt2"
-# The sources whose vectors a release holds. Metadata is a control, and shuffled knowledge is another.
+# The sources whose vectors a release has. Metadata and shuffled knowledge are controls.
 RELEASED = ("none", "knowledge", "collective", "both", "streaming")
 
 
 def artifact_folder(grid: str, trial: Trial) -> str:
-    """Where the artifact of a trial lives, relative to the workspace."""
+    """Folder of a trial's artifact, relative to the workspace."""
     return f"{MODELS}/{grid[:16]}-{trial.path.replace('/', '-')}"
 
 
 def read_by(workspace: Workspace, trial: Trial, folders: Mapping[str, Mapping[str, str]]) -> Reads | None:
-    """What a trial's model was given, and must be given where it serves; None where that is nothing.
+    """The inputs of a trial's model, which it also needs in serving; None if there are none.
 
-    folders: source -> kind -> the folder of the vectors that the trial read.
+    folders: source -> kind -> folder of the vectors that the trial read.
     """
     sources, (_, form) = arm_sources(trial.arm, folders), arm_parts(trial.arm)
     if not sources.user:
@@ -205,11 +205,11 @@ def write_artifact(
     projection: str | None = None,
     pool: Pool | None = None,
 ) -> str:
-    """Writes all but the program, and model.json (`finish_artifact`), into `artifact_folder`, which it returns; an
-    interrupted one goes on.
+    """Writes everything but the program and model.json (`finish_artifact`) into `artifact_folder`, which it returns.
+    Resumes if interrupted.
 
-    grid: the fingerprint of the grid whose trial this is. items: of the whole items table. projection: the folder of
-    the projection that made the vectors that the trial read, None where they are the encoder's.
+    grid: fingerprint of the trial's grid. items: the whole items table. projection: folder of
+    the projection of the trial's vectors, or None if they are the encoder's own.
     """
     folder, source = artifact_folder(grid, trial), f"{grid_folder(grid)}/{trial.path}"
     if workspace.exists(folder, "model.json"):

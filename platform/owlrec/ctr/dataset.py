@@ -1,9 +1,9 @@
-"""Samples encoded by shard on disk, memory-mapped: data sets larger than memory, and one encoding for all workers.
+"""Samples encoded by shard on disk and memory-mapped: data sets larger than memory, one encoding for all workers.
 
-A shard is encoded once, from its users' samples and interactions alone: rows of samples, which refer to the behaviors
-beside them, and what the shard adds to the counts of items. Vocabularies are sums over shards, so no pass looks at two
-of them at once. Ray Data could stream the tables instead, but neither its iterator nor its local shuffle can be entered
-again at a position, so a restarted worker would see other batches than the one that died. Here a position is a number.
+A shard is encoded once, from its own users' samples and interactions: rows of samples, which refer to the behaviors
+next to them, and the shard's part of the item counts. Vocabularies are sums over shards, so no pass needs two
+shards at once. Ray Data could stream the tables instead, but neither its iterator nor its local shuffle can resume
+at a position, so a restarted worker would see different batches. Here a position is a number.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,19 +51,19 @@ from owlrec.sources.splits import in_histories, sample_places
 from owlrec.workspace import Workspace, shard_file, table_file
 
 # ----------------------------------------------------------------------------------------------------------- warm start
-# Training that goes on from an artifact on newer samples: weights carry over, by the values that they embed.
+# Warm start: training continues from an artifact on newer samples. Weights carry over by embedded value.
 #
-# A vocabulary keeps what it knew and grows by what is new, which starts as the embedding of unknown values: training
-# went on with it for everything that was rare. The optimizer starts fresh. Projection, grades and codebooks stay those
-# of the artifact, or its weights would read numbers of another meaning.
+# A vocabulary keeps its values and adds new ones, which start as the embedding of unknown values: training
+# used it for all rare values. The optimizer starts fresh. Projection, grades and codebooks stay those
+# of the artifact; otherwise its weights would read numbers with another meaning.
 
 
-_MAY_DIFFER = {"features"}  # of a spec
+_MAY_DIFFER = {"features"}  # keys of a spec
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """An artifact to go on from."""
+    """An artifact to continue from."""
 
     folder: str
     trial: Trial
@@ -73,7 +73,7 @@ class WarmStart:
 
     @classmethod
     def open(cls, workspace: Workspace, folder: str) -> "WarmStart":
-        """Raises WorkspaceError where the folder holds no finished artifact."""
+        """Raises WorkspaceError if the folder has no finished artifact."""
         card = read_card(workspace, folder)
         return cls(
             folder,
@@ -84,16 +84,16 @@ class WarmStart:
         )
 
     def load_into(self, model: CTRModel, vocabularies: Vocabularies) -> None:
-        """Gives a new model the weights. vocabularies: of the new samples, grown from the artifact's (`grown`).
+        """Loads the weights into a new model. vocabularies: of the new samples, grown from the artifact's (`grown`).
 
-        Raises RecipeError, naming the key of ctr, where the model has another backbone or other dimensions.
+        Raises RecipeError with the key of ctr if the model has another backbone or other dimensions.
         """
         ours, theirs = (spec.model_dump(exclude=_MAY_DIFFER) for spec in (model.spec, self.spec))
         for key, value in ours.items():
             if value != theirs[key]:
                 raise RecipeError(
-                    f"ctr: {key} is {value}, but the model to go on from, {self.folder}, has {theirs[key]}. Give the "
-                    "recipe the same, or train without --warm-start."
+                    f"ctr: {key} is {value}, but the warm-start model {self.folder} has {theirs[key]}. Use the "
+                    "same value, or train without --warm-start."
                 )
         before, now = self.vocabularies, vocabularies
         tables = {"item.weight": (before.items, now.items)}
@@ -103,8 +103,9 @@ class WarmStart:
         ):
             if list(old) != list(new):
                 raise RecipeError(
-                    f"ctr: {name} are {', '.join(new) or 'none'}, but the model to go on from, {self.folder}, reads "
-                    f"{', '.join(old) or 'none'}. Give the tables the same columns, or train without --warm-start."
+                    f"ctr: {name} are {', '.join(new) or 'none'}, but the warm-start model {self.folder} reads "
+                    f"{', '.join(old) or 'none'}. Use tables with the same columns, or train without "
+                    "--warm-start."
                 )
             tables |= {f"{name}.{at}.weight": (old[field], new[field]) for at, field in enumerate(old)}
         weights = dict(self.weights)
@@ -114,15 +115,15 @@ class WarmStart:
 
 
 def carried_over(table: Tensor, old: pa.Array, new: pa.Array) -> Tensor:
-    """The rows of an embedding table for a new vocabulary: those of values that the old one has, and for others that
-    of unknown values. table: float32 [len(old) + 2, e]. Returns float32 [len(new) + 2, e].
+    """Rows of an embedding table for a new vocabulary: known values keep their rows, and new ones start as
+    unknown values. table: float32 [len(old) + 2, e]. Returns float32 [len(new) + 2, e].
     """
     rows = pc.fill_null(pc.index_in(new, old), UNKNOWN - RESERVED).to_numpy().astype(np.int64) + RESERVED
     return torch.cat([table[:RESERVED], table[torch.from_numpy(rows)]])
 
 
 def grown(new: Vocabularies, before: Vocabularies, items: np.ndarray) -> Vocabularies:
-    """Vocabularies of new samples and all that an earlier one knew, items as far as the table still has them; with its
+    """Vocabularies of new samples plus an earlier one's values (items only if still in the table), with the earlier
     grades. items: int64 [n], of the items table.
     """
 
@@ -142,7 +143,7 @@ def grown(new: Vocabularies, before: Vocabularies, items: np.ndarray) -> Vocabul
 # -------------------------------------------------------------------------------------------------------------- encoded
 
 
-# Rows of valid and of test that are scored at most: those of the first shards, whose users are a random draw, since a
+# Maximum of scored rows of valid and of test: those of the first shards, whose users are a random sample, since a
 # shard is a hash of the id. The standard error of an AUC is then below .0002, and arrays of all rows fit one process.
 EVALUATED_ROWS = 1 << 23
 _DONE = "done.json"  # written last
@@ -154,7 +155,7 @@ class _Encoded(BaseModel):
 
     history_length: int
     profile: tuple[str, ...]
-    sizes: dict[str, list[int]]  # split -> rows in each shard
+    sizes: dict[str, list[int]]  # split -> rows per shard
 
 
 class EncodeSamples(Stage):
@@ -179,7 +180,7 @@ class EncodeSamples(Stage):
         if (odd := ~((label >= 0) & (label <= 1))).any():
             raise SchemaError(
                 f"{workspace.path(table_file('samples', number))}, row {odd.argmax()}: the label is "
-                f"{label[odd.argmax()]}; a CTR model's labels lie in [0, 1]. Run `prepare` again."
+                f"{label[odd.argmax()]}; a CTR model's labels must be in [0, 1]. Run `prepare` again."
             )
         positive, n_logged = label >= POSITIVE, len(rows)
         if self.soft_labels is not None:
@@ -239,11 +240,12 @@ class EncodeSamples(Stage):
 def _item_counts(
     items: np.ndarray, starts: np.ndarray, ends: np.ndarray, history_items: np.ndarray, unlabeled: np.ndarray
 ) -> pa.Table:
-    """How often training shows each item: `count`, as target or in a history; `unlabeled`, in pairs without a label.
+    """Number of occurrences of each item in training: `count`, as target or in a history; `unlabeled`, in pairs without
+    a label.
 
     items, starts, ends: of train samples, the last two in `history_items`; unlabeled: the items of those pairs.
     """
-    # How often a history shows each behavior: up by one where it starts, down where it ends.
+    # How often a history shows each behavior: +1 where it starts, -1 where it ends.
     shown = np.bincount(starts, minlength=len(history_items) + 1).astype(np.int64)
     shown -= np.bincount(ends, minlength=len(history_items) + 1)
     item, item_places = np.unique(np.concatenate([items, history_items, unlabeled]), return_inverse=True)
@@ -256,7 +258,7 @@ def _item_counts(
 
 
 def item_ids(workspace: Workspace) -> np.ndarray:
-    """int64: of all items that `prepare` read, ascending; those of a grid stay whatever refreshes bring."""
+    """int64: all items that `prepare` read, ascending; a grid keeps its items whatever refreshes add."""
     shards = workspace.table_shards("items")
     return np.sort(
         np.concatenate(
@@ -276,13 +278,13 @@ def encode_tables(
     before: Vocabularies | None = None,
     pool: Pool | None = None,
 ) -> None:
-    """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`; shards that
-    are there already are kept, and nothing happens where all is.
+    """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`. Existing
+    shards are kept; if all exist, nothing happens.
 
-    attributes, profile, min_item_count, and errors: as of `build_features`. soft_labels: probabilities to blend with
-    the labels of train; their pairs without a label are trained on as well. An item that only such pairs show is known,
-    too; the counts of items remain those of logged interactions.
-    before: what the vocabularies grow from.
+    attributes, profile, min_item_count, and errors: see `build_features`. soft_labels: probabilities to blend with
+    the labels of train; their pairs without a label become training rows, too. Items that occur only in such pairs are
+    known, too; item counts include only logged interactions.
+    before: vocabularies to grow from.
     """
     encoded = f"{folder}/{ENCODED}"
     if workspace.exists(encoded, _DONE):
@@ -323,7 +325,7 @@ def encode_tables(
 
 
 def open_features(workspace: Workspace, folder: str) -> Features:
-    """What `encode_tables` wrote; samples are mapped shard by shard, as they are read."""
+    """Opens the output of `encode_tables`; sample shards are mapped when they are read."""
     done = _Encoded.model_validate(workspace.read_json(f"{folder}/{ENCODED}/{_DONE}"))
     vocabularies = read_vocabularies(workspace, folder)
     items, counts = read_items(workspace, folder)
@@ -336,19 +338,19 @@ def open_features(workspace: Workspace, folder: str) -> Features:
 
 
 def evaluated(sizes: Sequence[int]) -> list[int]:
-    """The sizes of those first shards of a split that are scored."""
+    """Sizes of the first shards of a split, up to the limit for scoring."""
     within = np.cumsum(sizes) <= EVALUATED_ROWS
     return list(sizes[: max(1, int(within.sum()))])
 
 
 def item_shards(workspace: Workspace, vocabularies: Vocabularies) -> Iterator[pa.Table]:
-    """The shards of the prepared items table, with those columns that are encoded."""
+    """Shards of the prepared items table, with the encoded columns."""
     for number in workspace.table_shards("items"):
         yield workspace.read_parquet(table_file("items", number), ["item_id", *vocabularies.attributes])
 
 
 class _EncodedShards:
-    """All encoded shards; the last used stay mapped."""
+    """All encoded shards; recently used ones stay mapped."""
 
     def __init__(self, workspace: Workspace, folder: str, done: _Encoded, vocabularies: Vocabularies) -> None:
         self.workspace, self.folder, self.done, self.vocabularies = workspace, folder, done, vocabularies
@@ -404,7 +406,7 @@ def _attribute_values(workspace: Workspace, attributes: Sequence[str]) -> dict[s
 def _profile_values(
     workspace: Workspace, folder: str, profile: Sequence[str], train_rows: Mapping[int, int]
 ) -> dict[str, pa.Array]:
-    """Of the users that training shows. train_rows: in each shard, the first ones."""
+    """Values of users in training. train_rows: in each shard, the first ones."""
     has = set(_map(workspace, folder, "samples", 0).column_names) if profile else set()
     return {
         name: distinct_values(

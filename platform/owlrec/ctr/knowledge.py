@@ -1,9 +1,9 @@
-"""Knowledge vectors and semantic ids by id and moment: what the CTR models read while they train.
+"""Knowledge vectors and semantic ids by id and moment, read by CTR models during training.
 
-A sample names its moment and finds the newest row of an id that is strictly earlier: no text from later reaches it. A
-row that was found has a number, by which vectors and codes are then read, each row once however many samples found it.
-A small table is held in memory; a large one stays in the memory-mapped shards that `encode` or `reduction` wrote, from
-which a batch copies the rows it asks for. An id without knowledge is normal (a new user): it yields zeros and a mask,
+A sample finds the newest row of an id that is strictly earlier than its own moment, so no later text reaches it. A
+found row has a number; vectors and codes are read by number, each row once for all samples that found it.
+A small table is held in memory; a large one stays in the memory-mapped shards of `encode` or `reduction`, and
+a batch copies only its rows. An id without knowledge is normal (a new user): it gives zeros and a mask,
 never an error.
 """
 
@@ -21,10 +21,10 @@ from owlrec.errors import RecipeError, SchemaError, WorkspaceError
 from owlrec.ordered import newest_rows, rows_of, run_starts
 
 # ----------------------------------------------------------------------------------------------------------------- arms
-# The arms of an experiment: what each reads of users and items, in which form, and what it is compared with.
+# The arms of an experiment: what each reads about users and items, in which form, and its comparisons.
 #
-# An arm's name is what it reads ("knowledge"), followed by nothing where it reads vectors, by "-codes" where it reads
-# their semantic ids alone, and by "+codes" where it reads both. Vectors of cohorts and of interest partitions have no
+# An arm's name is its knowledge ("knowledge"), with no suffix for vectors, "-codes" for
+# semantic ids alone, and "+codes" for both. Vectors of cohorts and of interest partitions have no
 # semantic ids.
 
 
@@ -44,14 +44,14 @@ Arm = Literal[
     "metadata+codes",
 ]
 Form = Literal["vectors", "codes", "both"]
-DISLIKED = "disliked"  # of a user's cohort by what they disliked, beside "collective" of what they liked
-STREAMING = "streaming"  # the source in which refreshes keep a vector of each partition of a user's interests
-# Of a user's texts, before the newest one in the slot of "knowledge" (LIBER, arXiv 2411.14713); the newest first.
+DISLIKED = "disliked"  # a user's cohort by dislikes; "collective" is by likes
+STREAMING = "streaming"  # vectors of the interest partitions that refreshes read
+# Slots of a user's texts before the newest one, which is "knowledge" (LIBER, arXiv 2411.14713); the newest first.
 OLDER_PARTITIONS = ("partition-1", "partition-2", "partition-3")
 
 
 def arm_parts(arm: Arm) -> tuple[str, Form]:
-    """What an arm reads (an arm without a form), and in which form."""
+    """Splits an arm into its knowledge and its form."""
     forms: dict[str, Form] = {"-codes": "codes", "+codes": "both"}
     for suffix, form in forms.items():
         if arm.endswith(suffix):
@@ -61,21 +61,21 @@ def arm_parts(arm: Arm) -> tuple[str, Form]:
 
 @dataclass(frozen=True)
 class ArmSources:
-    """The sources of the vectors that an arm reads, a side; their order is that of the adaptor's slots."""
+    """Sources of the vectors that an arm reads, per side, in the order of the adaptor's slots."""
 
     user: tuple[str, ...] = ()
     item: tuple[str, ...] = ()
 
 
 def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
-    """Which of the vectors that were given an arm reads.
+    """Selects an arm's sources from the given ones.
 
-    `collective` reads the knowledge of cohorts, of users by what they liked and, where that was given, by what they
-    disliked; `both` that and the individual knowledge; `streaming` the newest texts of a user, those of partitions
-    that refreshes have read among them. `shuffled` reads individual knowledge, or collective knowledge where there is
+    `collective` reads the knowledge of cohorts; for users, by likes and, if given, by
+    dislikes. `both` adds the individual knowledge. `streaming` reads a user's newest texts, including partitions
+    read by refreshes. `shuffled` reads individual knowledge, or collective knowledge if there is
     no other.
-    given: source -> the kinds ("user", "item") of which it has vectors.
-    Raises RecipeError where a source that the arm needs was not given.
+    given: source -> kinds ("user", "item") that have vectors.
+    Raises RecipeError if a required source is missing.
     """
     needed: tuple[str, ...]
     reads, _ = arm_parts(arm)
@@ -94,15 +94,15 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
         missing = [f"{kind}s" for kind in ("user", "item") if kind not in given.get(source, ())]
         if missing:
             raise RecipeError(
-                f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of {' and '.join(missing)}: "
-                f"run it with a recipe that yields them, or leave the arm out."
+                f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of "
+                f"{' and '.join(missing)}: run it with a recipe that produces them, or remove the arm."
             )
     further: tuple[str, ...] = (DISLIKED,) if "collective" in needed and "user" in given.get(DISLIKED, ()) else ()
     if reads == "streaming":
         if "user" not in given.get(STREAMING, ()):
             raise RecipeError(
-                "ctr.arms: arm 'streaming' needs the interest partitions of users, but no refresh has read any with "
-                "this encoder. Run `owlrec refresh` first, or leave the arm out: without partitions it would be "
+                "ctr.arms: arm 'streaming' needs users' interest partitions, but no refresh with this encoder "
+                "has read any. Run `owlrec refresh` first, or remove the arm: without partitions it equals "
                 "`knowledge`."
             )
         further = OLDER_PARTITIONS
@@ -110,13 +110,13 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
 
 
 def stored_sources(sources: ArmSources) -> set[str]:
-    """The sources that hold what an arm reads: partitions stand in one."""
+    """Stored sources of an arm: all partitions are in one."""
     return {STREAMING if source in OLDER_PARTITIONS else source for source in (*sources.user, *sources.item)}
 
 
 def bases(arm: Arm) -> tuple[Arm, ...]:
-    """What an arm is compared with: no knowledge, as many parameters reading the wrong ids' knowledge, and, where it
-    reads semantic ids, the vectors alone.
+    """The arms to compare with: no knowledge, the wrong ids' knowledge with the same number of parameters, and, for
+    arms with semantic ids, the vectors alone.
     """
     reads, form = arm_parts(arm)
     shuffled: dict[Form, Arm] = {"vectors": "shuffled", "codes": "shuffled-codes", "both": "shuffled+codes"}
@@ -127,15 +127,15 @@ def bases(arm: Arm) -> tuple[Arm, ...]:
 # ------------------------------------------------------------------------------------------------------------ knowledge
 
 
-# Up to so many bytes a worker holds a table itself. Users' vectors are read from the few shards that a window of
-# samples is of, those of items from all shards in each batch.
+# Largest table in bytes that a worker holds in memory. Users' vectors come from the few shards of a window of
+# samples; items' vectors come from all shards in each batch.
 _HELD_BYTES = {"user": 1 << 27, "item": 1 << 31}
 
 
 class VectorTable(ABC):
     """Vectors of users or of items."""
 
-    code_sizes: tuple[int, ...]  # how many codes each level of the semantic ids has; empty where they were not coded
+    code_sizes: tuple[int, ...]  # number of codes per level of the semantic ids; empty without codes
 
     @property
     @abstractmethod
@@ -144,49 +144,49 @@ class VectorTable(ABC):
 
     @abstractmethod
     def find(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
-        """The row that is to be read of each id: the newest, of those whose as_of is strictly earlier than `before`.
+        """Row to read for each id: the newest with an as_of strictly earlier than `before`.
 
-        ids: int64 [b], any order, repeats allowed; before: int64 [b], ms. Returns int64 [b], -1 where there is none.
+        ids: int64 [b], any order, repeats allowed; before: int64 [b], ms. Returns int64 [b], -1 if there is none.
         """
 
     @abstractmethod
     def as_of_at(self, rows: np.ndarray) -> np.ndarray:
-        """The as_of (ms) of rows that `find` gave, none of them -1: int64 [b]."""
+        """as_of (ms) of rows from `find`, none of them -1: int64 [b]."""
 
     @abstractmethod
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors of rows that `find` gave: float16 [b, dim], zeros for -1."""
+        """Vectors of rows from `find`: float16 [b, dim], zeros for -1."""
 
     @abstractmethod
     def codes_at(self, rows: np.ndarray) -> np.ndarray:
-        """Their semantic ids: int64 [b, levels], each code plus one, zeros for -1; the duplicate digit, which says
-        nothing of an id, is left out. Raises SchemaError where there are no codes.
+        """Semantic ids: int64 [b, levels], each code plus one, zeros for -1; without the duplicate digit, which carries
+        no information. Raises SchemaError without codes.
         """
 
     @abstractmethod
     def shuffled(self, seed: int) -> "VectorTable":
-        """The control arm: the same ids and moments, but no id keeps a vector or code of its own."""
+        """The control arm: the same ids and moments, but no id keeps its own vector or code."""
 
     def gather(self, ids: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors that `find` finds, [b, dim], zeros where an id has none, and bool [b], True where it has one."""
+        """Vectors of the rows from `find`, [b, dim], zeros if missing, and bool [b], False if missing."""
         rows = self.find(ids, before)
         return self.vectors_at(rows), rows >= 0
 
     def gather_codes(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
-        """The semantic ids that `find` finds: see codes_at."""
+        """Semantic ids of the rows from `find`: see codes_at."""
         return self.codes_at(self.find(ids, before))
 
 
 @dataclasses.dataclass(frozen=True)
 class KnowledgeTable(VectorTable):
-    """A VectorTable in memory: row i is of `ids[i]` as of `as_of[i]`."""
+    """A VectorTable in memory: row i belongs to `ids[i]` as of `as_of[i]`."""
 
     ids: np.ndarray  # int64 [n], ascending
     vectors: np.ndarray  # float16 [n, d]
     as_of: np.ndarray | None = None  # int64 [n], ms, ascending for an id; None: known at any time
     codes: np.ndarray | None = None  # uint16 [n, levels], without the duplicate digit
     code_sizes: tuple[int, ...] = ()
-    order: np.ndarray | None = None  # int64 [n]: whose vector and code each row has, where they were shuffled
+    order: np.ndarray | None = None  # int64 [n]: source row of each vector and code, if shuffled
 
     @property
     def dim(self) -> int:
@@ -202,12 +202,12 @@ class KnowledgeTable(VectorTable):
         return rows if self.order is None else np.where(rows < 0, -1, self.order[rows])
 
     def as_of_at(self, rows: np.ndarray) -> np.ndarray:
-        """See VectorTable; for a table that knows it."""
+        """See VectorTable; only for a table with moments."""
         assert self.as_of is not None
         return self.as_of[rows]
 
     def vectors_at(self, rows: np.ndarray) -> np.ndarray:
-        """See VectorTable; of the type that the table holds."""
+        """See VectorTable; in the table's own type."""
         vectors = np.zeros((len(rows), self.dim), dtype=self.vectors.dtype)
         vectors[rows >= 0] = self.vectors[rows[rows >= 0]]
         return vectors
@@ -228,13 +228,13 @@ class KnowledgeTable(VectorTable):
 
 @dataclasses.dataclass(frozen=True)
 class MappedTable(VectorTable):
-    """A VectorTable in shards on disk. Shuffled, vectors change hands within their shard, which is as random a set of
-    ids as any; a shard's only id has none then.
+    """A VectorTable in shards on disk. When shuffled, vectors are exchanged within their shard, which is a random set
+    of ids; an id alone in its shard then has none.
     """
 
     shards: VectorShards
     code_sizes: tuple[int, ...] = ()
-    seed: int | None = None  # of a shuffled one
+    seed: int | None = None  # of the shuffle
 
     @property
     def dim(self) -> int:
@@ -279,10 +279,10 @@ class MappedTable(VectorTable):
 
 
 def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held: bool = True) -> VectorTable:
-    """The table of some shards, in memory where it is small and `held` allows it.
+    """Table of some shards, in memory if it is small and `held` allows it.
 
-    code_sizes: of the quantiser that coded them. Raises WorkspaceError where nothing was encoded, SchemaError where
-    rows have other codes than code_sizes says.
+    code_sizes: of the quantiser. Raises WorkspaceError if nothing was encoded, and SchemaError if
+    rows have codes of other sizes.
     """
     entries = shards.workspace.entries(shards.folder, shards.name)
     if not entries:
@@ -298,10 +298,10 @@ def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held
             continue
         if code_sizes and shard.codes.shape[1] != len(code_sizes) + 1:
             raise SchemaError(
-                f"{shards.name} vectors, shard {number}: rows have {shard.codes.shape[1]} codes; {len(code_sizes)} and "
-                "a duplicate digit are meant. Run `encode` again."
+                f"{shards.name} vectors, shard {number}: rows have {shard.codes.shape[1]} codes; expected "
+                f"{len(code_sizes)} and a duplicate digit. Run `encode` again."
             )
-        # Copied one by one: views of all shards would hold as many files open.
+        # Copied one by one: views of all shards would keep all their files open.
         ids.append(np.array(shard.ids))
         as_of.append(np.array(shard.as_of))
         vectors.append(np.array(shard.vectors))
@@ -316,32 +316,32 @@ def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held
 
 
 def refuse_two_sizes(tables: Mapping[str, VectorTable]) -> None:
-    """Raises SchemaError where vectors differ in their number of components. tables: by what a message calls them."""
+    """Raises SchemaError if vectors differ in their number of components. tables: by the name for messages."""
     (first, table), *others = tables.items()
     for name, other in others:
         if other.dim != table.dim:
             raise SchemaError(
-                f"{first} have {table.dim} components but {name} have {other.dim}; the adaptor's shared experts read "
-                f"both. Encode both with one encoder."
+                f"{first} have {table.dim} components but {name} have {other.dim}; the adaptor's shared "
+                "experts need the same dimension. Use one encoder for both."
             )
 
 
 def refuse_non_finite(vectors: np.ndarray, ids: np.ndarray) -> None:
-    """Raises SchemaError, naming an id, where a vector has a component that is not a finite number.
+    """Raises SchemaError with an id if a vector has a component that is not finite.
 
     vectors: float [n, ...]; ids: int64 [n].
     """
     finite = np.isfinite(vectors).all(axis=tuple(range(1, vectors.ndim)))
     if not finite.all():
         raise SchemaError(
-            f"the knowledge vector of id {ids[np.argmin(finite)]} has a component that is not a finite number. Encode "
-            "it again, or leave the id out: a missing vector is not an error."
+            f"the knowledge vector of id {ids[np.argmin(finite)]} has a component that is not finite. Encode "
+            "it again, or remove the id: a missing vector is not an error."
         )
 
 
 def _wrong_rows(ids: np.ndarray, *seed: int) -> np.ndarray:
-    """int64 [n]: for each row one of another id, so that all ids are on one random cycle; of an id's rows the first
-    gets the other's first, and so on, and those without a counterpart its last. ids: ascending.
+    """int64 [n]: for each row a row of another id, such that all ids form one random cycle; the first row of an id
+    gets the other id's first, and so on; rows without a counterpart get its last. ids: ascending.
     """
     starts = np.unique(run_starts(ids))
     counts = np.diff(starts, append=len(ids))
@@ -355,22 +355,22 @@ def _wrong_rows(ids: np.ndarray, *seed: int) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _wrong_rows_in(shards: VectorShards, number: int, seed: int) -> np.ndarray | None:
-    """The same within a shard; None where it has one id only."""
+    """The same within a shard; None if it has only one id."""
     shard = shards.shard(number)
     assert shard is not None
     return _wrong_rows(shard.ids, seed, number) if len(np.unique(shard.ids)) > 1 else None
 
 
 def _uncoded() -> SchemaError:
-    return SchemaError("these vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again.")
+    return SchemaError("these vectors have no semantic ids. Set encoder.semantic_ids and run `encode` again.")
 
 
 # -------------------------------------------------------------------------------------------------------------- cascade
-# A user's texts as a sample may see them (LIBER, arXiv 2411.14713): the newest ones that are earlier, one per slot.
+# A user's texts as a sample may see them (LIBER, arXiv 2411.14713): the newest earlier ones, one per slot.
 #
-# Whole runs write one text per cut, refreshes one per partition of the interests since. In order of as_of they are
-# what a release stacks up: the first slot of the adaptor's tower reads the newest text before the sample, the second
-# the one before that, and the fusion weighs them.
+# Full runs write one text per cut, refreshes one per interest partition since then. Ordered by as_of, they are
+# stacked like in a release: the first slot of the adaptor's tower reads the newest text before the sample, the second
+# the one before that, and the fusion weights them.
 
 
 _NEVER = np.iinfo(np.int64).min
@@ -378,9 +378,9 @@ _NEVER = np.iinfo(np.int64).min
 
 @dataclass(frozen=True)
 class CascadeTable(VectorTable):
-    """A VectorTable of the texts in two, of which each slot reads the one that stands `older` places before the newest.
+    """A VectorTable over two tables of texts; each slot reads the text that is `older` places before the newest.
 
-    Rows are those of both tables by turns: 2 i is row i of the first, 2 i + 1 that of the second.
+    Rows of the two tables alternate: 2 i is row i of the first, 2 i + 1 row i of the second.
     """
 
     runs: VectorTable
@@ -396,7 +396,7 @@ class CascadeTable(VectorTable):
     def find(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
         """See VectorTable."""
         rows = self._newest(ids, before)
-        for _ in range(self.older):  # what is strictly earlier than the one that was found
+        for _ in range(self.older):  # strictly earlier than the found one
             there = np.flatnonzero(rows >= 0)
             rows[there] = self._newest(ids[there], self.as_of_at(rows[there]))
         return rows
@@ -435,8 +435,8 @@ class CascadeTable(VectorTable):
 
 
 def cascade_slots(runs: VectorTable, partitions: VectorTable) -> tuple[VectorTable, ...]:
-    """The slots of the arm `streaming`, the newest text first.
+    """Slots of the arm `streaming`, the newest text first.
 
-    runs: texts of whole runs; partitions: those that refreshes have read.
+    runs: texts of full runs; partitions: those read by refreshes.
     """
     return tuple(CascadeTable(runs, partitions, older) for older in range(1 + len(OLDER_PARTITIONS)))

@@ -1,8 +1,8 @@
-"""A whole CTR model: embeddings, the adaptor where the arm has knowledge, and a backbone.
+"""A complete CTR model: embeddings, the adaptor if the arm has knowledge, and a backbone.
 
-Items and ids recur within a batch (a popular item stands in hundreds of histories), so each distinct item is embedded
-once and each distinct id goes through the adaptor once; rows then gather the results. The numbers are the same, the
-work several times less.
+Items and ids repeat within a batch (a popular item is in hundreds of histories). So each distinct item is embedded
+once and each distinct id passes the adaptor once; rows then gather the results. The numbers are the same, for
+several times less work.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from owlrec.ctr.backbones.interface import BackboneInputs, InputShape, TableRows
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
 from owlrec.ctr.features import OUTCOMES, PADDING, FeatureSpec, ItemFeatures
 
-# Small, so that an item that training hardly saw stays near zero: .01 beats .05 by .002 valid AUC on MovieLens-100K.
+# Small, so an item rarely seen in training stays near zero: .01 beats .05 by .002 valid AUC on MovieLens-100K.
 _INIT_STD = 0.01
 
 
@@ -29,7 +29,7 @@ DROPOUT = 0.0
 
 
 class ModelSpec(Config):
-    """All that a model is built from: with its weights, what a serving process needs."""
+    """Everything a model is built from. With its weights, it is all that a serving process needs."""
 
     features: FeatureSpec
     backbone: str
@@ -37,10 +37,10 @@ class ModelSpec(Config):
     embed_dim: int
     hidden_dims: tuple[int, ...]
     expert_dim: int  # of the adaptor
-    # Vectors an id; a spec.json from before there were several says nothing of them.
+    # Vectors per id; a spec.json from before there were several does not have it.
     user_sources: int = 1
     item_sources: int = 1
-    # How many codes each level of the semantic ids has; empty where they are not read.
+    # Number of codes per level of the semantic ids; empty if they are not read.
     user_codes: tuple[int, ...] = ()
     item_codes: tuple[int, ...] = ()
 
@@ -57,7 +57,7 @@ class ModelSpec(Config):
         user_codes: tuple[int, ...] = (),
         item_codes: tuple[int, ...] = (),
     ) -> "ModelSpec":
-        """The model that `config` asks for."""
+        """The model specified by `config`."""
         return cls(
             features=features,
             backbone=backbone,
@@ -73,21 +73,21 @@ class ModelSpec(Config):
 
     @property
     def knowledge_fields(self) -> int:
-        """The adaptor's two fields and the semantic ids', as far as there are any."""
+        """The fields of the adaptor and of the semantic ids, two each if present."""
         return 2 * bool(self.knowledge_dim) + 2 * bool(self.user_codes)
 
 
 @dataclass(frozen=True)
 class DistinctItems:
-    """The u different items among a batch's targets and behaviors."""
+    """The u distinct items among a batch's targets and behaviors."""
 
     rows: Tensor  # int64 [u], ascending row numbers of ItemFeatures
-    target_rows: Tensor  # int64 [b]: which of the u each target is
+    target_rows: Tensor  # int64 [b]: each target's index among the u
     history_rows: Tensor  # int64 [b, L]
 
     @classmethod
     def of(cls, items: np.ndarray, history: np.ndarray) -> "DistinctItems":
-        """items: int [b], history: int [b, L]. Found on the CPU: on a GPU the step would wait for their number."""
+        """items: int [b], history: int [b, L]. Computed on the CPU: on a GPU the step would wait for the count."""
         where, rows = pd.factorize(np.concatenate([items, history.reshape(-1)]), sort=True)
         target_rows, history_rows = np.split(where.astype(np.int64), [len(items)])
         arrays = (rows, target_rows, history_rows.reshape(history.shape))
@@ -96,9 +96,9 @@ class DistinctItems:
 
 @dataclass(frozen=True)
 class Batch:
-    """The codes of b rows, and their knowledge where the model has an adaptor. L: history length.
+    """Codes of b rows, and their knowledge if the model has an adaptor. L: history length.
 
-    history, ratings and profile have one row where all rows are of one user's request.
+    history, ratings and profile have one row if all rows belong to one user's request.
     """
 
     items: Tensor  # int64 [b], row numbers of ItemFeatures
@@ -107,17 +107,17 @@ class Batch:
     profile: Tensor  # int64 [b or 1, n_profile]
     user: Knowledge | None = None
     item: Knowledge | None = None
-    user_codes: Codes | None = None  # where the model reads semantic ids
+    user_codes: Codes | None = None  # if the model reads semantic ids
     item_codes: Codes | None = None
-    distinct: DistinctItems | None = None  # of a batch that has many rows; a request's items hardly recur
-    # float32 [b, knowledge_fields, e]: what the model made of all these, the user's fields first, in their place
+    distinct: DistinctItems | None = None  # for batches with many rows; a request's items rarely repeat
+    # float32 [b, knowledge_fields, e]: precomputed output for all of these, the user's fields first; replaces them
     adaptor_fields: Tensor | None = None
 
 
 class CTRModel(nn.Module):
     """Embeddings, adaptor and backbone.
 
-    The items' codes are buffers that stay out of the weights file: they follow from the item table.
+    The items' codes are buffers outside the weights file, because they follow from the item table.
     """
 
     item_codes: Tensor
@@ -160,7 +160,7 @@ class CTRModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """float32 [b]: logits.
 
-        Raises ValueError where the model has an adaptor and the batch no knowledge, or of another number of sources.
+        Raises ValueError if the model has an adaptor and the batch has no knowledge, or another number of sources.
         """
         target, history, behaviours = self._embedded(batch)
         profile = [table(batch.profile[:, i]) for i, table in enumerate(self.profile)]
@@ -176,7 +176,7 @@ class CTRModel(nn.Module):
         )
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor, TableRows | None]:
-        """Targets, behaviours, and these as rows of tables: what BackboneInputs says of target, history, behaviours."""
+        """Targets, behaviours, and behaviors as table rows, as in BackboneInputs."""
         if batch.distinct is None:
             rows = torch.cat([batch.items, batch.history.flatten()])
             target, history = self.embed_items(rows).split([batch.items.shape[0], batch.history.numel()])
@@ -196,8 +196,8 @@ class CTRModel(nn.Module):
         return torch.cat([history.unflatten(0, batch.history.shape), ratings], dim=2)
 
     def embed_items(self, rows: Tensor) -> Tensor:
-        """rows: int64 [u]. Returns float32 [u, 1 + n_attributes, embed_dim]; several values of an attribute are
-        averaged.
+        """rows: int64 [u]. Returns float32 [u, 1 + n_attributes, embed_dim]; averages the values of a multi-valued
+        attribute.
         """
         fields = [self.item(self.item_codes[rows])]
         values = self.item_attributes[rows]
@@ -213,11 +213,11 @@ class CTRModel(nn.Module):
         forms: list[Tensor] = []
         if self.adaptor is not None:
             if batch.user is None or batch.item is None:
-                raise ValueError("this model has an adaptor: give its batches the knowledge of users and items.")
+                raise ValueError("this model has an adaptor, so its batches need knowledge of users and items.")
             forms.append(self.adaptor.fields(batch.user, batch.item))
         if self.code_fields is not None:
             if batch.user_codes is None or batch.item_codes is None:
-                raise ValueError("this model reads semantic ids: give its batches the codes of users and items.")
+                raise ValueError("this model reads semantic ids, so its batches need codes of users and items.")
             forms.append(self.code_fields(batch.user_codes, batch.item_codes))
         return torch.stack(forms, dim=2).flatten(1, 2) if forms else None
 

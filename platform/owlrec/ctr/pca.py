@@ -1,9 +1,9 @@
-"""Knowledge vectors of fewer components, for training: all of them seen from their first principal directions.
+"""Reduces knowledge vectors to their first principal components for training.
 
-The vectors of 10^8 users take 77 GB with the 384 components of MiniLM and 13 GB with 64, and the adaptor's first layer
-shrinks as they do. One projection serves all sources and both sides, since the shared experts read users and items, and
-the fusion adds sources up. It has no center: what all vectors share stays in them, as the lengths and angles that the
-adaptor reads. It is fitted on a bounded sample, kept with the grid, and applied by shard.
+The vectors of 10^8 users take 77 GB with MiniLM's 384 components and 13 GB with 64, and the adaptor's first layer
+shrinks accordingly. One projection serves all sources and both sides, since the shared experts read users and items,
+and the fusion adds up sources. It has no center, so the part common to all vectors stays, as do the lengths and angles
+that the adaptor reads. It is fitted on a bounded sample, stored with the grid, and applied by shard.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,19 +21,19 @@ from owlrec.shards import Shard
 from owlrec.workspace import Workspace
 
 Name = TypeVar("Name")
-Folders = Mapping[str, Mapping[str, str]]  # source -> kind -> folder that holds the vectors <source>-<kind>
+Folders = Mapping[str, Mapping[str, str]]  # source -> kind -> folder with the vectors <source>-<kind>
 
-_FIT_ROWS = 16_384  # of each table: with 384 components the SVD then takes seconds
+_FIT_ROWS = 16_384  # per table: with 384 components the SVD then takes seconds
 _DONE = "done.json"  # written last
 
 
 class ReduceVectors(Stage):
-    """Projects a shard of vectors; ids, codes and digests stay."""
+    """Projects a shard of vectors; ids, codes and digests stay unchanged."""
 
     name = "train_ctr"
 
     def __init__(self, folder: str, fingerprint: str, sources: Mapping[str, str]) -> None:
-        """fingerprint: that the projection in `folder` was saved under. sources: <source>-<kind> -> its folder."""
+        """fingerprint: of the projection in `folder`. sources: <source>-<kind> -> its folder."""
         self.folder, self.fingerprint, self.sources = folder, fingerprint, dict(sources)
 
     def open(self, workspace: Workspace, worker: str) -> None:
@@ -44,7 +44,7 @@ class ReduceVectors(Stage):
     def run(self, work: Work) -> Result:
         """Raises SchemaError for a vector that is not finite."""
         shard = self._shards[work.shard.kind].shard(work.shard.number)
-        assert shard is not None, f"{work.shard.name} was listed, but is gone"
+        assert shard is not None, f"{work.shard.name} was listed but no longer exists"
         refuse_non_finite(shard.vectors, shard.ids)
         table = replace(shard, vectors=self._projection.apply(shard.vectors).astype(np.float16)).table()
         path = work.shard.file(".arrow")
@@ -61,11 +61,11 @@ def reduce_once(
     pool: Pool | None = None,
     projection: Projection | None = None,
 ) -> Folders:
-    """The folders that the trials of a grid read in place of `folders` (`reduced_folders`), written where they are not
-    there yet: vectors of at most `components`, of length 1, and the projection. None, or vectors that have no more,
-    leave all where it is. projection: is applied in place of one that is fitted on these vectors.
+    """Folders that a grid's trials read instead of `folders` (`reduced_folders`), written if missing:
+    vectors with at most `components`, of length 1, and the projection. With None, or vectors that are short enough,
+    returns `folders`. projection: applied instead of fitting one on these vectors.
 
-    Raises SchemaError where two tables differ in size, or for a vector that is not finite.
+    Raises SchemaError if two tables differ in size, or for a vector that is not finite.
     """
     kept = _kept(fingerprint)
     shards = {
@@ -91,7 +91,7 @@ def reduce_once(
 
 
 def reduced_folders(workspace: Workspace, folders: Folders, fingerprint: str) -> Folders:
-    """Where the vectors lie that a grid's trials read: in its own folder where they were reduced."""
+    """Folders of the vectors that a grid's trials read: the grid's own folder if they were reduced."""
     kept = _kept(fingerprint)
     if not workspace.exists(kept, _DONE):
         return folders
@@ -99,9 +99,9 @@ def reduced_folders(workspace: Workspace, folders: Folders, fingerprint: str) ->
 
 
 def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) -> dict[str, dict[str, VectorTable]]:
-    """Source -> kind -> vectors and semantic ids. held: whether small tables are read into memory.
+    """Source -> kind -> vectors and semantic ids. held: whether to read small tables into memory.
 
-    Raises as `open_vectors` does.
+    Raises the errors of `open_vectors`.
     """
 
     def opened(folder: str, name: str) -> VectorTable:
@@ -116,7 +116,7 @@ def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) ->
 
 
 def reduced(tables: Mapping[Name, KnowledgeTable], components: int | None) -> dict[Name, KnowledgeTable]:
-    """Tables in memory as `reduce_once` reduces those on disk."""
+    """Tables in memory, reduced like those on disk by `reduce_once`."""
     if components is None or all(table.dim <= components for table in tables.values()):
         return dict(tables)
     refuse_two_sizes({f"vectors {name}": table for name, table in tables.items()})

@@ -1,9 +1,9 @@
-"""Scores one user's candidates by an exported artifact, as the trainer would have scored them.
+"""Scores one user's candidates with an exported artifact, exactly as the trainer would.
 
-Nobody is refused: a user or an item that nothing is known of gets what training left for the unknown (an empty history,
-the code of unknown values, the adaptor's default). An item that came after the export has no code of its own, but ranks
-by its text. A user may come by id, with the behaviors that the release holds, or bring newer ones. The user's side is
-computed once a request, whatever the number of candidates.
+Nobody is refused: unknown users and items get the trained defaults (an empty history,
+the code of unknown values, the adaptor's default). An item added after the export has no code of its own, but ranks
+by its text. A request may name a user by id, with the release's behaviors, or bring newer ones. The user's side is
+computed once per request for any number of candidates.
 """
 
 import copy
@@ -39,24 +39,24 @@ from owlrec.workspace import Workspace
 # -------------------------------------------------------------------------------------------------------------- program
 # A trained model as a `torch.export` program that scores one user's candidates: its runtime needs none of our classes.
 #
-# It reads the tensors of a `Batch` by their names, the user's part in one row, and what the adaptor made of the
-# knowledge in place of the knowledge itself; the number of candidates is free. Weights are inside.
+# It reads the tensors of a `Batch` by name, with one row for the user's part, and the adaptor's output
+# instead of the knowledge; the number of candidates is free. It contains the weights.
 
 
 Program = Callable[[dict[str, Tensor]], Tensor]  # request_tensors -> float64 [n], probabilities
 
 
 def request_tensors(batch: Batch) -> dict[str, Tensor]:
-    """What a program reads of a batch: its tensors by name."""
+    """Inputs of a program from a batch: its tensors by name."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def export_program(model: CTRModel, example: Batch) -> bytes:
-    """The program of a model, as `load_program` reads it.
+    """Program of a model, in the form that `load_program` reads.
 
-    example: candidates of one user, at least two, adapted where the model has an adaptor; history, ratings and profile
-    in one row.
+    example: candidates of one user, at least two, with the adaptor's output if the model has one; history, ratings and
+    profile have one row.
     """
     request = _Request(model).eval()
     tensors = request_tensors(example)
@@ -64,7 +64,7 @@ def export_program(model: CTRModel, example: Batch) -> bytes:
     candidates = torch.export.Dim("candidates", min=1)
     shapes = {name: {0: candidates} if len(tensor) == n else {} for name, tensor in tensors.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about its tracing
+        warnings.simplefilter("ignore")  # torch's own warnings about tracing
         program = torch.export.export(request, (tensors,), dynamic_shapes=(shapes,), strict=False)
         file = io.BytesIO()
         torch.export.save(program, file)
@@ -72,7 +72,7 @@ def export_program(model: CTRModel, example: Batch) -> bytes:
 
 
 def load_program(data: bytes) -> Program:
-    """What `export_program` wrote."""
+    """Loads the output of `export_program`."""
     module: Program = torch.export.load(io.BytesIO(data)).module()
     return module
 
@@ -81,7 +81,7 @@ class _Request(nn.Module):
     def __init__(self, model: CTRModel) -> None:
         super().__init__()
         self.model = copy.copy(model)
-        self.model._modules = {**model._modules, "adaptor": None, "code_fields": None}  # what they make is given
+        self.model._modules = {**model._modules, "adaptor": None, "code_fields": None}  # their output is an input
 
     def forward(self, tensors: dict[str, Tensor]) -> Tensor:
         given: dict[str, Any] = {**tensors}
@@ -90,66 +90,66 @@ class _Request(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------- live
-# What changes under a trained model: the fields that it makes of the knowledge of users and items, and what users did.
+# Inputs that change under a trained model: the fields it computes from knowledge, and users' behaviors.
 #
-# An artifact holds weights; vectors, semantic ids and behaviors are read when a request comes, from the current
-# release. Items recur in requests, and users in sessions, so what the model makes of them is kept as long as it stays
-# the same.
+# An artifact has weights; vectors, semantic ids and behaviors are read from the current
+# release at request time. Items repeat across requests, and users within sessions, so computed fields are cached as
+# long as they stay the same.
 
 
-_HELD_BYTES = 1 << 26  # of a kind's fields in a process: half a million ids of 32 numbers
+_HELD_BYTES = 1 << 26  # cache size per kind and process: half a million ids of 32 numbers
 _NO_ID = -1  # ids are not negative
 
 
 class BehaviorReader(Protocol):
-    """Where the behaviors of users come from."""
+    """Source of users' behaviors."""
 
     def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
-        """The last behaviors of users, oldest first: schema.BEHAVIOR [k] each."""
+        """Latest behaviors of users, oldest first: schema.BEHAVIOR [k] each."""
 
 
 class ReleaseReader(BehaviorReader, Protocol):
-    """What is read of a release (owlrec.releases.KnowledgeStore)."""
+    """The parts of a release that scoring reads (owlrec.releases.KnowledgeStore)."""
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors of the newest n partitions of each id: float32 [m, n, d], and bool [m, n]."""
+        """Vectors of the newest n partitions of each id: float32 [m, n, d], and bool [m, n]."""
 
     def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
-        """The semantic ids, their duplicate digit last."""
+        """Semantic ids, with the duplicate digit last."""
 
     def facets(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """The cohorts of each id, and those of users by what they disliked."""
+        """Cohorts of each id, and for users those by dislikes."""
 
 
 @dataclass(frozen=True)
 class GatheredKnowledge:
-    """The knowledge of n users or items, in the form that a model was trained on."""
+    """Knowledge of n users or items, in the form that the model was trained on."""
 
-    vectors: np.ndarray  # float [n, s, d], one a source; d = 0 where only codes are read
+    vectors: np.ndarray  # float [n, s, d], one per source; d = 0 if only codes are read
     mask: np.ndarray  # bool [n, s]
     codes: np.ndarray  # int64 [n, levels]: see VectorTable.gather_codes
 
 
 class KnowledgeSource(Protocol):
-    """Where a model's knowledge comes from."""
+    """Source of a model's knowledge."""
 
     def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
-        """That of users or items, aligned with ids: int64 [n]."""
+        """Knowledge of users or items, aligned with ids: int64 [n]."""
 
 
 @dataclass(frozen=True)
 class ReleaseKnowledge:
-    """The knowledge of a release, brought into the form that training read."""
+    """Knowledge of a release, in the form of training."""
 
     store: ReleaseReader
     reads: Reads
     form: Form
-    projection: Projection | None  # that the vectors were reduced by
+    projection: Projection | None  # that reduced the vectors
     levels: int  # of the semantic ids
 
     def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
-        """See KnowledgeSource. Only what stands under an id itself, as in training: no cohort stands in for it, except
-        as a source of its own.
+        """See KnowledgeSource. Uses only an id's own knowledge, as in training: cohorts do not replace it, except
+        as a separate source.
         """
         n, sources = len(ids), self.reads.sources(kind)
         vectors, mask = np.zeros((n, len(sources), 0), np.float32), np.zeros((n, len(sources)), bool)
@@ -184,7 +184,7 @@ class ReleaseKnowledge:
         return reduced.reshape(*mask.shape, -1), mask
 
     def _member_means(self, kind: str, ids: np.ndarray, facet: int) -> tuple[np.ndarray, np.ndarray]:
-        """The means of cohorts' vectors, as `encode` makes them, and who has one. facet: 1 of what users disliked."""
+        """Means of cohorts' vectors, as in `encode`, and a mask. facet: 1 for dislikes."""
         groups = [facets[facet] for facets in self.store.facets(kind, ids)]
         cohorts, at = np.unique(np.array([c for group in groups for c in group], np.int64), return_inverse=True)
         vectors, known = self.store.own_vectors("cohort", cohorts, 1)
@@ -196,10 +196,10 @@ class ReleaseKnowledge:
 
 @dataclass(frozen=True)
 class TableKnowledge:
-    """The vectors that a trial was trained on, as a sample of some moment read them."""
+    """The vectors that a trial was trained on, as a sample at some moment reads them."""
 
     tables: Tables
-    before: int | None = None  # ms: only what is strictly earlier; None: the newest
+    before: int | None = None  # ms: only strictly earlier rows; None: the newest
 
     def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
         """See KnowledgeSource."""
@@ -216,7 +216,7 @@ class TableKnowledge:
 
 
 class FieldCache:
-    """Fields of ids, float32 [width] each, as many as there is room for; the first that came go first. Threads may
+    """Cache of fields by id, float32 [width] each, first in, first out. Threads may
     share it.
     """
 
@@ -231,7 +231,7 @@ class FieldCache:
         return len(self._rows)
 
     def gather(self, ids: np.ndarray, make: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """float32 [n, width]. make: gives the fields of ids that are not held: int64 [k] -> float32 [k, width]."""
+        """float32 [n, width]. make: computes the fields of missing ids: int64 [k] -> float32 [k, width]."""
         with self._lock:
             rows = np.fromiter((self._rows.get(id_, -1) for id_ in ids.tolist()), np.int64, len(ids))
             fields: np.ndarray = self._fields[rows]
@@ -247,9 +247,9 @@ class FieldCache:
         return fields
 
     def without(self, ids: np.ndarray) -> "FieldCache":
-        """A copy that has forgotten some ids."""
+        """A copy without some ids."""
         copy = FieldCache(self._fields.shape[1], self._fields.nbytes)
-        with self._lock:  # for some milliseconds: requests wait for it
+        with self._lock:  # for a few milliseconds, in which requests wait
             held = np.array(list(self._rows.values()), dtype=np.int64)
             kept, fields = self._ids[held], self._fields[held]
         same = np.flatnonzero(~np.isin(kept, ids))
@@ -270,7 +270,7 @@ class FieldCache:
 
 
 class LiveState:
-    """What a model is given of users and items at this moment. Threads may share it."""
+    """Current inputs of a model for users and items. Threads may share it."""
 
     def __init__(
         self,
@@ -279,8 +279,8 @@ class LiveState:
         store: BehaviorReader | None = None,
         held: Mapping[str, FieldCache] | None = None,
     ) -> None:
-        """knowledge: None where the model reads none. store: where behaviors come from; None: nobody has any.
-        held: by kind, fields that are known to be the same here.
+        """knowledge: None if the model reads none. store: source of behaviors; None: nobody has any.
+        held: by kind, fields that are known to be the same in this state.
         """
         self.model, self._knowledge, self._store = model, knowledge, store
         width = max(1, model.spec.knowledge_fields // 2 * model.spec.embed_dim)
@@ -291,18 +291,18 @@ class LiveState:
         self._nobody = None if knowledge is None else self._made("user", np.array([_NO_ID]))
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
-        """What the user did last, oldest first: schema.BEHAVIOR [k]; None where nothing is known."""
+        """A user's latest behaviors, oldest first: schema.BEHAVIOR [k]; None if unknown."""
         return self._store.behaviors([user_id])[0] if self._store else None
 
     def fields(self, kind: str, ids: np.ndarray) -> np.ndarray:
-        """What the model makes of the knowledge of users or items: float32 [n, w], an id's fields in a row.
+        """The model's fields for the knowledge of users or items: float32 [n, w], an id's fields in a row.
 
         ids: int64 [n]. Only for a model that reads knowledge.
         """
         return self.held[kind].gather(ids, lambda missing: self._made(kind, missing))
 
     def adaptor_fields(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
-        """Batch.adaptor_fields of one user's candidates; None where the model reads no knowledge. items: int64 [n]."""
+        """Batch.adaptor_fields of one user's candidates; None if the model reads no knowledge. items: int64 [n]."""
         if self._nobody is None:
             return None
         user = self._nobody if user_id is None else self.fields("user", np.array([user_id]))
@@ -330,32 +330,32 @@ class LiveState:
 
 @dataclass(frozen=True)
 class User:
-    """Who asks. What is None is taken from the live state, which knows nothing of those without an id."""
+    """The user of a request. Fields that are None come from the live state, which has nothing without an id."""
 
     user_id: int | None = None
     history: Sequence[int] | None = None  # item ids, most recent last
     ratings: Sequence[float | None] | None = None  # aligned with history; None: without ratings
-    taken: Sequence[bool] | None = None  # aligned with history: False of what was passed over; None: all was taken
-    profile: Mapping[str, str] = field(default_factory=dict)  # what it names takes the place of what is known
+    taken: Sequence[bool] | None = None  # aligned with history: False for passed-over items; None: all taken
+    profile: Mapping[str, str] = field(default_factory=dict)  # overrides stored fields
 
     @classmethod
     def from_sample(cls, row: Mapping[str, Any]) -> "User":
-        """Who a row of schema.SAMPLES is about, at its moment."""
+        """The user of a row of schema.SAMPLES, at its moment."""
         ratings, labels = row["history_ratings"], row["history_labels"]
         return cls(row["user_id"], row["history"], ratings, list(map(was_taken, ratings, labels)))
 
     def behaviors(self) -> np.ndarray:
-        """The history that they bring: schema.BEHAVIOR [n], without moments.
+        """The history in the request: schema.BEHAVIOR [n], without moments.
 
-        Raises SchemaError where the history and its ratings differ in length.
+        Raises SchemaError if the history and its ratings differ in length.
         """
         history = list(self.history or ())
         ratings = [None] * len(history) if self.ratings is None else list(self.ratings)
         took = [True] * len(history) if self.taken is None else list(self.taken)
         if not len(ratings) == len(took) == len(history):
             raise SchemaError(
-                f"a user comes with {len(history)} behaviors, {len(ratings)} ratings and {len(took)} outcomes. Give a "
-                f"rating or null each, or no ratings at all."
+                f"a user has {len(history)} behaviors, {len(ratings)} ratings and {len(took)} outcomes. Pass a "
+                "rating or null for each, or no ratings."
             )
         behaviors = np.zeros(len(history), dtype=BEHAVIOR)
         behaviors["item"], behaviors["label"] = history, took
@@ -364,7 +364,7 @@ class User:
 
 
 class Scorer:
-    """An artifact in memory. Threads may share it: it changes nothing after it was opened."""
+    """An artifact in memory. Threads may share it: it does not change after opening."""
 
     def __init__(
         self,
@@ -374,7 +374,7 @@ class Scorer:
         profiles: Profiles | None = None,
         program: Program | None = None,
     ) -> None:
-        """profiles: None where the model reads none. program: scores in the model's place."""
+        """profiles: None if the model reads none. program: scores instead of the model."""
         self.model, self.items, self.vocabularies = model.eval(), items, vocabularies
         self.profiles, self.program = profiles, program
         self._length = model.spec.features.history_length
@@ -385,10 +385,10 @@ class Scorer:
 
     @classmethod
     def open(cls, workspace: Workspace, folder: str, *, program: bool = False) -> "Scorer":
-        """An artifact, which may still lack its card. program: by its torch.export program, not by the model that our
-        classes build.
+        """Opens an artifact, which may still lack its card. program: use its torch.export program instead of the model
+        built from our classes.
 
-        Raises WorkspaceError where the folder holds none, or where it is damaged.
+        Raises WorkspaceError if the folder has none, or if it is damaged.
         """
         items, _ = read_items(workspace, folder)
         vocabularies = read_vocabularies(workspace, folder)
@@ -401,10 +401,10 @@ class Scorer:
         )
 
     def score(self, user: int | User, candidates: Sequence[int] | np.ndarray, live: LiveState) -> np.ndarray:
-        """float64 [n]: the probability of a click (or of the label that the recipe defines), in the candidates' order.
+        """float64 [n]: probability of a click (or of the label that the recipe defines), in the candidates' order.
 
-        user: an id, or a User. candidates: item ids, repeats allowed. live: of this scorer's model. Raises SchemaError
-        where a history and its ratings differ in length.
+        user: an id, or a User. candidates: item ids, repeats allowed. live: for this scorer's model. Raises SchemaError
+        if a history and its ratings differ in length.
         """
         if len(candidates) == 0:
             return np.zeros(0)
@@ -417,7 +417,7 @@ class Scorer:
         return scores.numpy()
 
     def batch(self, user: int | User, candidates: Sequence[int] | np.ndarray, live: LiveState) -> Batch:
-        """What the model reads for a request: n candidates, the user's part in one row."""
+        """Model inputs for a request: n candidates, the user's part in one row."""
         asking = user if isinstance(user, User) else User(int(user))
         ids = np.asarray(candidates, dtype=np.int64)
         arrays = (self.items.rows(ids), *self._history(asking, live), self._profile(asking))
@@ -451,7 +451,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact: what scores, and what says which releases it may read."""
+    """A finished artifact: the scorer, and the description of the releases it may read."""
 
     scorer: Scorer
     card: ModelCard
@@ -459,17 +459,17 @@ class Artifact:
 
     @classmethod
     def open(cls, workspace: Workspace, folder: str) -> "Artifact":
-        """Raises WorkspaceError where the folder holds no finished artifact, or where it is damaged."""
+        """Raises WorkspaceError if the folder has no finished artifact, or if it is damaged."""
         card = read_card(workspace, folder)
         reduced = workspace.exists(folder, "projection.json")
         projection = Projection.load(workspace, folder, card.grid) if reduced else None
         return cls(Scorer.open(workspace, folder), card, projection)
 
     def over(self, store: ReleaseReader, *, dim: int, held: Mapping[str, FieldCache] | None = None) -> LiveState:
-        """What its model reads of a release, which must have passed `Reads.refuse_other`.
+        """The model's inputs from a release, which must have passed `Reads.refuse_other`.
 
         dim: components of the release's vectors. held: by kind, fields that are known to be the same there.
-        Raises SchemaError for vectors of another length than the model was trained on.
+        Raises SchemaError for vectors of another length than in training.
         """
         model, reads = self.scorer.model, self.card.reads
         if reads is None:
@@ -478,30 +478,30 @@ class Artifact:
         trained_on = len(self.projection.centre) if self.projection else model.spec.knowledge_dim
         if form != "codes" and dim != trained_on:
             raise SchemaError(
-                f"the release's vectors have {dim} components, but the model was trained on {trained_on}. Train and "
-                "export again on its vectors."
+                f"the release's vectors have {dim} components, but the model was trained on {trained_on}. "
+                "Train and export again."
             )
         levels = len(model.spec.user_codes)
         return LiveState(model, ReleaseKnowledge(store, reads, form, self.projection, levels), store, held)
 
 
 # --------------------------------------------------------------------------------------------------------------- parity
-# Whether an artifact scores as the trainer did: the trainer's own test scores, asked for again one request at a time.
+# Checks that an artifact scores like the trainer, by scoring the trainer's test samples again, one request at a time.
 #
-# Each row becomes a request of its user, who brings the history that the sample had. Everything between the two is
-# thereby compared: the encoding of features, the fields of knowledge, the model's one-user path, the program.
+# Each row becomes a request of its user with the sample's history. This
+# compares everything in between: the encoding of features, the fields of knowledge, the one-user path, the program.
 
 
-TOLERANCE = 1e-5  # in probability; float32 sums in another order differ by some 1e-7
+TOLERANCE = 1e-5  # in probability; float32 sums in another order differ by about 1e-7
 
 
 def largest_difference(
     scorer: Scorer, tables: Tables | None, workspace: Workspace, grid: str, trial: Trial, *, rows: int = 200
 ) -> float:
-    """Over `rows` test samples, evenly spaced over the first shards: the largest difference in probability from what
-    the trial scored.
+    """Largest difference in probability from the trial's own scores, over `rows` test samples, evenly spaced over the
+    first shards.
 
-    tables: that the trial read. Raises WorkspaceError where the trial left no test scores, or of other
+    tables: that the trial read. Raises WorkspaceError if the trial has no test scores, or scores of other
     samples than the workspace has.
     """
     scored = read_grid_scores(workspace, grid, [trial])
@@ -520,13 +520,13 @@ def largest_difference(
         or (read_all and n != len(scored.user_ids))
     ):
         raise WorkspaceError(
-            f"{workspace.root}: the test scores of {trial.path} are missing, or of other samples than `prepare` wrote "
-            f"last. Run `train_ctr` again."
+            f"{workspace.root}: the test scores of {trial.path} are missing, or do not match the current "
+            "samples. Run `train_ctr` again."
         )
     chosen = np.unique(np.linspace(0, n - 1, rows).astype(np.int64))
     ours = []
     for row in samples.take(chosen).to_pylist():
-        # A sample reads what was known before it, each in a state of its own.
+        # A sample reads the knowledge before it, each in a separate state.
         known = TableKnowledge(tables, row["timestamp"]) if tables else None
         ours.append(scorer.score(User.from_sample(row), [row["item_id"]], LiveState(scorer.model, known))[0])
     return float(np.abs(np.array(ours) - scored.scores[trial.path][chosen]).max())

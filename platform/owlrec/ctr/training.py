@@ -1,10 +1,10 @@
-"""Trains a grid of trials through Ray Train: the only file of this package that knows Ray. `fit_workers` and
-`this_worker` serve LoRA tuning (`ranking.lora`) too.
+"""Trains a grid of trials with Ray Train; no other file of this package uses Ray. LoRA tuning (`ranking.lora`) also
+uses `fit_workers` and `this_worker`.
 
-One worker group trains all pending trials one after another, since starting a group costs about ten seconds, more
-than a small trial takes. Each trial is exported as soon as it is trained, its result.json last, and a trial that has
-one is never trained again: that is what makes a grid resumable. Within a trial a restarted group goes on from the
-trial's own checkpoint (checkpoint.py); Ray's are not used, for they are pickled and belong to a run, not to a grid.
+One worker group trains all pending trials one after another, since starting a group takes about ten seconds, more
+than a small trial. Each trial is exported right after training, its result.json last, and a trial with a
+result is never trained again, so a grid is resumable. Within a trial, a restarted group resumes from the
+trial's own checkpoint (checkpoint.py); Ray's are not used, because they are pickled and belong to a run, not to a grid.
 """
 
 import os
@@ -24,42 +24,42 @@ from owlrec.process import redirect_output
 from owlrec.runner import Pool
 from owlrec.workspace import Workspace
 
-# Two ranks that stop answering each other for this long will not recover; torch would wait half an hour.
+# Two ranks without contact for this long will not recover; torch would wait half an hour.
 _COLLECTIVE_TIMEOUT_S = 300
-# A group that finds no resources is asked for once a minute (Ray Train); by default Ray never gives up.
+# Interval of requests for a group without resources (Ray Train); by default Ray never gives up.
 _START_ATTEMPTS = 15
 _POLL_S = 0.5
 _ROWS_HERE = 5_000_000
 
 
-# Restarts after a lost worker: spot machines go several times in a long run, and a mistake that every restart repeats
-# costs some seconds.
+# Restarts after a lost worker: spot machines are lost several times in a long run, and an error that repeats
+# costs only seconds.
 MAX_FAILURES = 3
-# Between two checkpoints of a trial; a restart goes on from the last, at the very next sample. A step takes some 10 ms,
+# Time between two checkpoints of a trial; a restart resumes at the very next sample. A step takes about 10 ms,
 # a checkpoint less than a second.
 CHECKPOINT_STEPS = 1000
 
 
 class WorkerSpec(Config):
-    """What every worker of a group is told: names only, for each reads the tables itself."""
+    """Instructions for every worker of a group: names only, since each reads the tables itself."""
 
     settings: Any
     workers: WorkersConfig = WorkersConfig()
-    threads: int | None = None  # of each worker; None = the machine's cores, shared among its workers
+    threads: int | None = None  # per worker; None = the machine's cores, shared among its workers
     max_failures: int = MAX_FAILURES
 
 
 class GridSpec(WorkerSpec):
-    """Of a grid of trials."""
+    """Instructions for a grid of trials."""
 
     settings: CTRConfig
     trials: tuple[Trial, ...]
-    knowledge: dict[str, dict[str, str]]  # source -> kind -> folder, of those that the trials read
+    knowledge: dict[str, dict[str, str]]  # source -> kind -> folder, for the sources that trials read
     fingerprint: str
     attributes: tuple[str, ...]
     profile: tuple[str, ...]
-    soft_labels: str | None = None  # folder of the probabilities to learn from, for settings.distillation
-    warm_start: str | None = None  # the artifact that the trials go on from
+    soft_labels: str | None = None  # folder of the LLM's probabilities, for settings.distillation
+    warm_start: str | None = None  # the artifact that trials continue from
     checkpoint_steps: int = CHECKPOINT_STEPS
 
 
@@ -80,20 +80,20 @@ def train_trials(
     checkpoint_steps: int = CHECKPOINT_STEPS,
     on_trial: Callable[[TrialResult], None],
 ) -> list[TrialResult]:
-    """Trains those of `trials` that have no result yet, from the tables users, items and samples.
+    """Trains those of `trials` without a result, from the tables users, items and samples.
 
-    Ray must be initialised. Worker output goes to the workspace's log file `train_ctr`.
-    knowledge: source ("knowledge", "collective", ...; see `arm_sources`) -> side ("user", "item") -> the folder that
-        holds its vectors (VectorShards). Those that the trials do not need are left alone.
-    fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
-    attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
+    Ray must be initialized. Worker output goes to the workspace's log file `train_ctr`.
+    knowledge: source ("knowledge", "collective", ...; see `arm_sources`) -> side ("user", "item") -> folder of
+    its vectors (VectorShards). Unneeded ones are ignored.
+    fingerprint: of everything that determines a result; its first 16 digits name the grid's folder under ctr/.
+    attributes, profile: columns of items and users (see `build_features`); profile only with config.use_profile.
     workers: default: one, without a GPU.
-    soft_labels: what `ranker score-pairs` wrote, where config.distillation is given.
-    warm_start: the folder of an artifact whose weights all trials go on from.
-    pool: where the samples are encoded.
-    on_trial: called with each new result as it is written, from a second thread of this process.
-    Returns all results in the order of `trials`. Raises RecipeError, before any training, where an arm's vectors were
-    not given; and what a worker raised, if it is an OwlRecError.
+    soft_labels: output of `ranker score-pairs`, if config.distillation is set.
+    warm_start: the folder of an artifact whose weights all trials start from.
+    pool: encodes the samples.
+    on_trial: called with each new result when it is written, from a second thread of this process.
+    Returns all results in the order of `trials`. Raises RecipeError before any training if an arm's vectors are
+    missing, and any OwlRecError of a worker.
     """
     done = {result.trial for result in finished_trials(workspace, fingerprint, trials)}
     pending = tuple(trial for trial in trials if trial not in done)
@@ -120,18 +120,17 @@ def train_trials(
 
 
 def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], spec: WorkerSpec, *, name: str) -> None:
-    """Runs `loop` on a group of workers that torch.distributed joins, until it has returned on all of them.
+    """Runs `loop` on a group of workers in one torch.distributed group, until all have returned.
 
-    Ray must be initialised. loop: is given the workspace and, as JSON, the spec. name: a path in the workspace for what
-    Ray writes meanwhile. Each worker asks for as many CPUs as the spec has threads, 1 for None. Raises what a
-    worker raised, if it is an OwlRecError.
+    Ray must be initialised. loop: receives the workspace and the spec as JSON. name: a path in the workspace for Ray's
+    files. Each worker requests as many CPUs as the spec has threads, 1 for None. Raises any OwlRecError of a worker.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
     workers = spec.workers
-    # Ray resumes a run whose name and storage it has seen, silently; and it insists on a storage that all nodes share.
+    # Ray silently resumes a run with a known name and storage, and requires a storage that all nodes share.
     storage, _, prefix = name.rpartition("/")
     run = f"{prefix}-{uuid.uuid4().hex[:8]}"
     filesystem, storage_path = workspace.arrow(storage)
@@ -163,7 +162,7 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], sp
 
 
 def this_worker(threads: int | None) -> Worker:
-    """Which of the group this process is. torch gets `threads`, or for None its share of the machine's cores."""
+    """This process's place in the group. torch gets `threads`, or for None its share of the machine's cores."""
     import ray.train
     import torch
     from ray.train.torch import get_device
@@ -174,7 +173,7 @@ def this_worker(threads: int | None) -> Worker:
 
 
 def _train_pending(loop_config: dict[str, Any]) -> None:
-    """What each worker runs."""
+    """Main function of each worker."""
     workspace: Workspace = loop_config["workspace"]
     redirect_output(workspace.log_path("train_ctr"))
     from owlrec.ctr.dataset import WarmStart
@@ -184,7 +183,6 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
     spec = GridSpec.model_validate(loop_config["spec"])
     worker = this_worker(spec.threads)
     # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
-    # training.
     done = {result.trial for result in finished_trials(workspace, spec.fingerprint, spec.trials)}
     data = load_data(workspace, spec)
     begin = WarmStart.open(workspace, spec.warm_start).load_into if spec.warm_start else None
@@ -199,7 +197,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
 
 
 def encode_once(workspace: Workspace, spec: GridSpec, pool: Pool | None = None) -> None:
-    """Encodes the samples once for all workers, into the grid's folder; an interrupted grid finds them there."""
+    """Encodes the samples once for all workers into the grid's folder; an interrupted grid reuses them."""
     from owlrec.ctr.dataset import encode_tables
     from owlrec.ctr.experiment import SoftLabels
     from owlrec.ctr.trainer import read_vocabularies
@@ -218,7 +216,7 @@ def encode_once(workspace: Workspace, spec: GridSpec, pool: Pool | None = None) 
 
 
 def load_data(workspace: Workspace, spec: GridSpec) -> Any:
-    """fitting.TrainingData of a grid whose samples are encoded: mapped, not read."""
+    """fitting.TrainingData of a grid with encoded samples: mapped, not read."""
     from owlrec.ctr.dataset import open_features
     from owlrec.ctr.pca import open_tables
     from owlrec.ctr.trainer import TrainingData
@@ -228,13 +226,13 @@ def load_data(workspace: Workspace, spec: GridSpec) -> Any:
 
 
 def needs_ray(rows: int) -> bool:
-    """Whether a stage over so many rows takes more than the seconds that a start of Ray takes."""
+    """Whether a stage over this many rows takes longer than starting Ray."""
     return rows > _ROWS_HERE
 
 
 def stage_pool(workspace: Workspace, rows: int) -> Pool:
-    """Where shards of `rows` rows in all are made: here where that takes seconds, else on Ray, which must be
-    initialised.
+    """Where to run shards with `rows` rows in all: in this process if that takes seconds, else on Ray, which must be
+    initialized.
     """
     if not needs_ray(rows):
         return Pool()
@@ -247,7 +245,7 @@ def stage_pool(workspace: Workspace, rows: int) -> Pool:
 def _announcing(
     workspace: Workspace, spec: GridSpec, on_trial: Callable[[TrialResult], None]
 ) -> AbstractContextManager[None]:
-    """Calls `on_trial` for each result that appears while the block runs."""
+    """Calls `on_trial` for each new result while the block runs."""
     waiting = set(spec.trials)
 
     def look() -> None:
@@ -260,8 +258,8 @@ def _announcing(
 
 @contextmanager
 def looking_meanwhile(look: Callable[[], None]) -> Iterator[None]:
-    """Calls `look` from a second thread as long as the block runs, and once more after it has ended; Ray Train's `fit`
-    blocks, and its callbacks run elsewhere.
+    """Calls `look` from a second thread while the block runs and once after it ends, because Ray Train's `fit`
+    blocks and its callbacks run elsewhere.
     """
     stop = threading.Event()
 

@@ -1,6 +1,6 @@
-"""The speculative retrieval decoder: earlier knowledge drafts, vLLM verifies.
+"""The speculative retrieval decoder: drafts from earlier knowledge, verified by vLLM.
 
-Named here is what a recipe and an engine need; it imports neither torch, numba nor vLLM.
+This module exports the names for recipes and engines; it imports neither torch, numba nor vLLM.
 """
 
 from owlrec.decoding.options import DecodingConfig, DraftLimits, Relaxation, engine_arguments, request_arguments

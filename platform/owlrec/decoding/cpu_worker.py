@@ -1,5 +1,5 @@
-"""vLLM's CPU worker with the retrieval decoder; its own file, since the GPU build cannot import it.
-`engine_arguments` names it."""
+"""vLLM's CPU worker with the retrieval decoder, in its own file because the GPU build cannot import it.
+`engine_arguments` refers to it."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 

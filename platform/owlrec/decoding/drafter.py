@@ -1,8 +1,8 @@
-"""The proposer that vLLM 0.32's `custom_class` speculation calls once a step: retrieval, then the controller's cut.
+"""The proposer that vLLM 0.32's `custom_class` speculation calls once per step: retrieval, then the controller's limit.
 
-vLLM hands it token ids but not whose they are (custom_class_proposer.py, gpu_model_runner.py:4778), so the worker binds
-the model runner after it is built; requests then name their pools in `extra_args`. State is kept by request id: rows
-change places between steps.
+vLLM passes token ids but not their requests (custom_class_proposer.py, gpu_model_runner.py:4778), so the worker binds
+the model runner after building it; requests then name their pools in `extra_args`. State is kept by request id, because
+rows change places between steps.
 """
 
 import logging
@@ -21,15 +21,20 @@ from owlrec.decoding.options import DEFAULT_POOL, DecodingConfig, DraftLimits, R
 from owlrec.decoding.pools import Pools
 from owlrec.decoding.retrieval import AcceptanceRates, Drafts, draft_rows
 
-CLASSES = ("own", "named", "default", "context")  # of sources; acceptance is learnt for each, strict and relaxed apart
-_MAX_NAMED = 4  # pools a request may name
+CLASSES = (
+    "own",
+    "named",
+    "default",
+    "context",
+)  # classes of sources; acceptance is learned per class, strict and relaxed separately
+_MAX_NAMED = 4  # pools that a request may name
 _SOURCES = 2 + 2 * (_MAX_NAMED + 1)
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class RequestState:
-    """What the decoder knows of one request. The verdict on its drafts comes in the step after they were proposed."""
+    """State of one request. The verdict on its drafts arrives in the step after they were proposed."""
 
     rule: Relaxation | None
     drafting: bool
@@ -41,17 +46,17 @@ class RequestState:
     sources: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     text_place: int | None = None
-    proposed: tuple[int, np.ndarray] | None = None  # group of the tokens proposed last, and the cell of each
+    proposed: tuple[int, np.ndarray] | None = None  # group of the last proposed tokens, and the cell of each
     drafted: int = 0
     accepted: int = 0
     relaxed: int = 0
 
 
 class RetrievalProposer:
-    """Drafts for vLLM. Until `bind`, it proposes nothing."""
+    """Drafts for vLLM. Proposes nothing until `bind`."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """vllm_config: with the settings that `engine_arguments` put in its additional_config."""
+        """vllm_config: with the settings of `engine_arguments` in its additional_config."""
         settings = vllm_config.additional_config[options.SETTINGS_KEY]
         self.config = DecodingConfig.model_validate(settings["config"])
         self.limits = DraftLimits(**settings["limits"])
@@ -59,7 +64,7 @@ class RetrievalProposer:
         self.rates = AcceptanceRates(2 * len(CLASSES))
         self.counts: Counter[str] = Counter()
         self.retrieval_s = 0.0
-        self.scheduled: dict[str, int] = {}  # drafts that this step verifies, by request; set by the worker
+        self.scheduled: dict[str, int] = {}  # drafts verified in this step, by request; set by the worker
         self.requests: dict[str, RequestState] = {}
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.controller: Controller | None = None
@@ -67,7 +72,7 @@ class RetrievalProposer:
         self._verifier: Any = None
 
     def load_model(self, target_model: Any) -> None:
-        """vLLM's CPU runner calls this unconditionally. There is no draft model: kernels are compiled, so that no
+        """vLLM's CPU runner calls this unconditionally. There is no draft model; it compiles the kernels so that no
         request waits."""
         search_set, live = SearchSet(), LivePool(1 << 10)
         live.insert([1, 2, 3, 1, 2])
@@ -92,12 +97,12 @@ class RetrievalProposer:
         search_set.renew_live(texts[1][1], live)
 
     def bind(self, runner: Any, verifier: Any, controller: Controller) -> None:
-        """Gives access to the runner's requests and the verifier's verdicts, and the controller made from measured
+        """Connects the runner's requests, the verifier's verdicts, and the controller built from measured
         step times."""
         self._runner, self._verifier, self.controller = runner, verifier, controller
 
     def state(self, request_id: str) -> RequestState:
-        """The decoder's state of a request that the runner holds, made at its first step."""
+        """The decoder's state of a request in the runner, created at its first step."""
         if request_id not in self.requests:
             params = self._runner.requests[request_id].sampling_params
             extra = (params.extra_args or {}) if params is not None else {}
@@ -113,7 +118,7 @@ class RetrievalProposer:
     ) -> list[list[int]]:
         """Drafts for each row of the batch, [] for none.
 
-        sampled_token_ids: what each row emitted in this step, [] while its prompt is being read.
+        sampled_token_ids: tokens emitted by each row in this step, [] while its prompt is being read.
         num_tokens_no_spec: int [rows]; token_ids_cpu: int32 [rows, max_len], each row's prompt and output.
         """
         start = time.perf_counter()
@@ -133,25 +138,25 @@ class RetrievalProposer:
         return drafts
 
     def finish(self, request_id: str, prompt: Sequence[int], output: Sequence[int], ends: set[int]) -> None:
-        """Forgets a request; its text, cut at the first of the end tokens `ends`, feeds the live tier of its first
+        """Forgets a request; its text, cut at the first of the end tokens `ends`, goes to the live tier of its first
         pool."""
         state = self.requests.pop(request_id, None)
         if state is None:
             return
         if state.text_place is not None:
             self.pools.search_set.remove(TEXT, state.text_place)
-        if output and not state.relaxed:  # else errors would feed on themselves
+        if output and not state.relaxed:  # otherwise errors would accumulate
             cut = next((i + 1 for i, token in enumerate(output) if token in ends), len(output))
             name = state.pools[0] if state.pools else DEFAULT_POOL
             self.pools.insert(name, [*prompt[-options.LEAD_TOKENS :], *output[:cut]])
 
     def _settle(self, sampled_token_ids: list[list[int]]) -> None:
-        """Takes in the verifier's word on the drafts of this step."""
+        """Applies the verifier's verdict on the drafts of this step."""
         groups, cells, fates = [], [], []
         for row, request_id in enumerate(self._runner.input_batch.req_ids if self.scheduled else ()):
             scheduled, state = self.scheduled.get(request_id), self.state(request_id)
             if not scheduled or state.proposed is None or not sampled_token_ids[row]:
-                continue  # not drafted for, or padded with -1 by vLLM when it was admitted
+                continue  # without drafts, or padded with -1 by vLLM on admission
             accepted = len(sampled_token_ids[row]) - 1
             relaxed = int(self._verifier.verdict.relaxed[row])
             state.drafted += scheduled
@@ -177,9 +182,10 @@ class RetrievalProposer:
             try:
                 rule = Relaxation(k=k, min_prob=min_prob, margin=margin)
             except ValueError as error:
-                # The engine serves others too: a request with a bad rule is verified strictly, which is never wrong.
+                # The engine serves other requests, too: one with an invalid rule is verified strictly, which is always
+                # correct.
                 self.counts["bad_rules"] += 1
-                _log.warning("a request's relaxed rule was refused, strict verification instead: %s", error)
+                _log.warning("a request's relaxed rule is invalid, using strict verification: %s", error)
         named = [str(name) for name in _as_list(extra.get(options.POOLS))][:_MAX_NAMED]
         known = [name for name in named if self.pools.known(name)]
         self.counts["unknown_pools"] += len(named) - len(known)
@@ -191,7 +197,7 @@ class RetrievalProposer:
         return RequestState(rule, mode != "off", least, most, known, document)
 
     def _refresh_sources(self, state: RequestState) -> None:
-        """Looks up where the request's pools stand; again only after a pool was opened or closed."""
+        """Looks up the places of the request's pools, again only after a pool was opened or closed."""
         sources: list[tuple[int, int]] = []
         classes: list[int] = []
         for name in [*state.pools, *([] if DEFAULT_POOL in state.pools else [DEFAULT_POOL])]:
@@ -225,10 +231,10 @@ class RetrievalProposer:
                 self._refresh_sources(state)
         drafting = np.array([s.drafting for s in states])
         n = lengths[rows].astype(np.int64)
-        # vLLM counts the token sampled after the drafts as well: beyond this a row would pass the model's context.
+        # vLLM also counts the token sampled after the drafts: beyond this a row would exceed the model's context.
         room = self.max_model_len - n - 1
         # vLLM 0.32 still bans stop tokens for the token after the drafts if they began before min_tokens was reached
-        # (rejection_sampler.py:144), so no drafts lead beyond it.
+        # (rejection_sampler.py:144), so drafts end at min_tokens.
         written = n - self._runner.input_batch.num_prompt_tokens[rows]
         missing = np.array([s.min_tokens for s in states]) - written
         room = np.where(missing > 0, np.minimum(room, missing - 1), room)

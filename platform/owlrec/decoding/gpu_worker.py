@@ -1,4 +1,4 @@
-"""vLLM's GPU worker with the retrieval decoder. `engine_arguments` names it."""
+"""vLLM's GPU worker with the retrieval decoder. `engine_arguments` refers to it."""
 
 from vllm.v1.worker.gpu_worker import Worker
 

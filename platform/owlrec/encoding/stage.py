@@ -1,7 +1,7 @@
-"""The stage that encodes: a shard of texts (or of members of cohorts) becomes a file of vectors.
+"""The encode stage: a shard of texts (or of members of cohorts) becomes a file of vectors.
 
-It is incremental by row: where a shard was encoded before, rows whose text has the digest it had keep their vectors,
-and their codes where the codebooks are the same.
+It is incremental by row: in an already encoded shard, rows whose text has the same digest keep their vectors,
+and their codes if the codebooks are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,12 +40,12 @@ class EncodeStage(Stage):
     name = "encode"
 
     def __init__(self, folder: str, resources: Resources, inputs: Mapping[str, Input], coded: bool = False) -> None:
-        """folder: of the vectors. inputs: by `<source>-<kind>`. coded: whether those with codebooks get codes."""
+        """folder: of the vectors. inputs: by `<source>-<kind>`. coded: whether vectors with codebooks get codes."""
         self.folder, self.resources, self.inputs, self.coded = folder, resources, dict(inputs), coded
         self._quantisers: dict[str, Quantiser | None] = {}
 
     def run(self, work: Work) -> Result:
-        """Encodes one shard. Raises OwlRecError as the input, the encoder and the quantiser do."""
+        """Encodes one shard. Raises the OwlRecErrors of the input, the encoder and the quantiser."""
         watch, loaded_s = Stopwatch(), self.resources.load_s
         name, number = work.shard.kind, work.shard.number
         source = self.inputs[name]
@@ -85,7 +85,7 @@ class EncodeStage(Stage):
 
 
 def _timed(texts: int, seconds: float, earlier: Card | None) -> dict[str, float | int | str]:
-    """How many texts were encoded in how many seconds, to tell the encoder's speed. A pass that only adds codes
+    """Number of encoded texts and seconds, for the encoder's speed. A pass that only adds codes
     adds its seconds to those of the pass that encoded.
     """
     if not texts and earlier is not None:
@@ -99,14 +99,14 @@ def _earlier(work: Work, path: str) -> VectorShard | None:
         return None
     try:
         return VectorShard.read(work.workspace, path)
-    except WorkspaceError:  # damaged since its card was read: encode it all again
+    except WorkspaceError:  # damaged since its card was read: encode all of it again
         return None
 
 
 def _unchanged(rows: Rows, earlier: VectorShard | None) -> np.ndarray:
-    """Of each row, the row of the earlier shard that is of the same id and was made from the same, or -1: int64 [n].
+    """For each row, the earlier shard's row with the same id and input, or -1: int64 [n].
 
-    It leaves the as_of out: a text that was found to hold for longer keeps its vector.
+    It ignores as_of: a text that turns out to hold for longer keeps its vector.
     """
     if earlier is None:
         return np.full(len(rows.ids), -1, dtype=np.int64)
@@ -123,7 +123,7 @@ def _keys(ids: np.ndarray, digests: np.ndarray) -> list[tuple[int, bytes]]:
 
 
 def _coded(shard: VectorShard, earlier: VectorShard | None, at: np.ndarray, quantiser: Quantiser) -> VectorShard:
-    """The shard with codes. at: see _unchanged; a vector that these codebooks coded already keeps its codes."""
+    """The shard with codes. at: see _unchanged; a vector already coded with these codebooks keeps its codes."""
     codes = np.zeros((len(at), len(quantiser.codebooks) + 1), dtype=np.uint16)
     kept = np.zeros(len(at), dtype=bool)
     if earlier is not None and len(earlier.ids) and earlier.quantiser == quantiser.fingerprint:
@@ -134,18 +134,19 @@ def _coded(shard: VectorShard, earlier: VectorShard | None, at: np.ndarray, quan
 
 
 # ------------------------------------------------------------------------------------------------------------------ job
-# Encoding all shards of all sources: first a bounded sample, on which codebooks are fitted, then the rest.
+# Encodes all shards of all sources: first a bounded sample to fit codebooks, then the rest.
 #
-# Shards that were encoded before their codebooks existed are passed over once more: their vectors are kept, codes are
-# added. Later runs code with the same codebooks, whatever has been added meanwhile; where a folder of `quantisers/`
-# was deleted, they are fitted again and every vector of that source and kind is coded again, without the encoder.
+# Shards encoded before their codebooks existed are visited once more: their vectors stay and codes are
+# added. Later runs use the same codebooks, whatever has been added meanwhile. If a folder of `quantisers/`
+# is deleted, its codebooks are fitted again and every vector of that source and kind is coded again, without the
+# encoder.
 
 
-COHORTS = "knowledge-cohort"  # which members' vectors are made from: encoded before them
+COHORTS = "knowledge-cohort"  # input of members' vectors, so encoded before them
 
 
 class EncodingJob:
-    """What to encode into a folder of vectors."""
+    """The inputs to encode into a folder of vectors."""
 
     def __init__(
         self,
@@ -156,20 +157,20 @@ class EncodingJob:
         *,
         sample: int = TRAIN_SAMPLE,
     ) -> None:
-        """inputs: by `<source>-<kind>`. sample: vectors that codebooks are fitted on."""
+        """inputs: by `<source>-<kind>`. sample: number of vectors for fitting codebooks."""
         self.workspace, self.folder, self.config, self.inputs, self.sample = workspace, folder, config, inputs, sample
-        self._cards: dict[str, Card] | None = None  # of all shards that were encoded: listed once
+        self._cards: dict[str, Card] | None = None  # cards of all encoded shards, listed once
         self._digests: dict[str, dict[int, str]] = {}
 
     def pending(self) -> bool:
-        """Whether a shard is still to be encoded or coded. Loads no encoder."""
+        """Whether a shard still needs encoding or coding. Loads no encoder."""
         shards = self._all()
         return bool(self._unfitted()) or len(self._done(shards)) < len(shards)
 
     def run(self, pool: Pool, on_card: Callable[[Card], None] | None = None) -> dict[str, Card]:
-        """Encodes what is pending; the cards of all shards, by name (`knowledge-user/00000012`).
+        """Encodes pending shards; returns the cards of all shards, by name (`knowledge-user/00000012`).
 
-        on_card: see run_stage. Raises OwlRecError as the stage does.
+        on_card: see run_stage. Raises the OwlRecErrors of the stage.
         """
         resources = Resources(self.workspace, self.config)
         samples = {name: self._sample(name) for name in self._unfitted()}
@@ -183,19 +184,19 @@ class EncodingJob:
         return self._run(stage, self._all(), pool, on_card)
 
     def pool(self, log_path: str) -> Pool:
-        """Where the config has it run: in this process, or on Ray where it asks for replicas or GPUs."""
+        """Where the config runs the stage: in this process, or on Ray if it requests replicas or GPUs."""
         config = self.config
         return Pool(
             here=config.replicas == 1 and not config.gpus,
             min_workers=config.replicas,
             max_workers=config.replicas,
-            cpus=1,  # of which Ray makes the threads of torch, too: more replicas use more cores
+            cpus=1,  # Ray also sets torch's threads from it: more replicas use more cores
             gpus=config.gpus,
             log_path=log_path,
         )
 
     def counts(self, cards: Mapping[str, Card]) -> dict[str, float | int | str]:
-        """Vectors by `<source>_<kind>`, their dimension, and the figures of their codes. cards: what `run` returned."""
+        """Vectors by `<source>_<kind>`, their dimension, and figures of their codes. cards: returned by `run`."""
         counts: dict[str, float | int | str] = {}
         for name, card in cards.items():
             table = Shard.from_name(name).kind.replace("-", "_")
@@ -215,7 +216,7 @@ class EncodingJob:
         return made
 
     def _done(self, shards: Mapping[Shard, str]) -> dict[str, Card]:
-        """The cards of those shards that are made of these inputs."""
+        """Cards of the shards made from these inputs."""
         if self._cards is None:
             self._cards = Artifact(self.workspace, self.folder).cards()
         cards = {shard.name: self._cards.get(shard.name) for shard in shards}
@@ -223,15 +224,15 @@ class EncodingJob:
         return {name: card for name, card in cards.items() if card and card.fingerprint == digests[name]}
 
     def _unfitted(self) -> list[str]:
-        """The inputs whose vectors get codes but have no codebooks yet."""
+        """Inputs whose vectors get codes but have no codebooks yet."""
         coded = [f"{source}-{kind}" for source in CODED_SOURCES for kind in CODED_KINDS]
         if self.config.id_config is None:
             return []
         return [n for n in coded if n in self.inputs and not self.workspace.exists(quantiser_folder(self.folder, n))]
 
     def _of(self, name: str) -> dict[int, str]:
-        """The digests of an input's shards."""
-        if isinstance(self.inputs[name], Members):  # made from vectors that this very job may replace
+        """Digests of an input's shards."""
+        if isinstance(self.inputs[name], Members):  # made from vectors that this job may replace
             return self.inputs[name].digests(self.workspace)
         if name not in self._digests:
             self._digests[name] = self.inputs[name].digests(self.workspace)
@@ -250,7 +251,7 @@ class EncodingJob:
         return Quantiser.load(self.workspace, folder).fingerprint if self.workspace.exists(folder) else ""
 
     def _sample(self, name: str) -> list[int]:
-        """Shards that hold as many rows as codebooks are fitted on."""
+        """Shards with enough rows to fit codebooks."""
         wanted, numbers = self.sample, []
         for number in shard_order(self.workspace.n_shards(_kind(name)), SEED):
             if wanted <= 0:

@@ -1,4 +1,4 @@
-"""Tables of texts -> vectors tables, in memory, and the texts of the metadata-only control arm (see inputs.py)."""
+"""Tables of texts -> vectors tables, in memory, plus the texts of the metadata-only control arm (see inputs.py)."""
 
 import threading
 from collections import OrderedDict
@@ -28,26 +28,26 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
 # -------------------------------------------------------------------------------------------------------- coded vectors
-# The codes of vectors tables: codebooks of their own for the vectors of each source and kind.
+# Codes of vectors tables: separate codebooks for the vectors of each source and kind.
 #
-# Users and items are coded apart. Their texts read differently ("the user prefers", "the film tells"), so that a
-# common first level would spend its codes on telling users from items, which their keys do already; and a refresh,
-# which brings new vectors of users, needs the users' codebooks alone. Cohorts have no codes: a cohort is a category
-# itself. Codebooks are fitted once, on a bounded sample; whatever is encoded later is coded by the same ones.
+# Users and items have separate codebooks. Their texts read differently ("the user prefers", "the film tells"), so a
+# common first level would waste its codes on separating users from items, which their keys already do. And a refresh,
+# which adds vectors of users, needs only the users' codebooks. Cohorts have no codes: a cohort is already a
+# category. Codebooks are fitted once on a bounded sample; later vectors are coded with the same ones.
 
 
 CODED_KINDS = ("user", "item")
-CODED_SOURCES = ("knowledge", "metadata")  # members of a cohort share its vector, and have its name for a category
+CODED_SOURCES = ("knowledge", "metadata")  # members of a cohort share its vector and have its name as a category
 _REPORT = "report.json"
 
 
 def fit_codebooks(
     workspace: Workspace, folder: str, name: str, ids: np.ndarray, vectors: np.ndarray, config: SemanticIdConfig
 ) -> QuantisationReport:
-    """Fits codebooks on a sample of the vectors `name` of a folder, keeps them beside these, and measures them.
+    """Fits codebooks on a sample of a folder's vectors `name`, stores them next to these, and measures them.
 
-    ids: int64 [n]; vectors: float [n, d], aligned. Codebooks that another run has kept meanwhile stay.
-    Raises SchemaError as train_quantiser.
+    ids: int64 [n]; vectors: float [n, d], aligned. Codebooks that another run has stored meanwhile stay.
+    Raises SchemaError like train_quantiser.
     """
     train_quantiser(vectors, config).save(workspace, quantiser_folder(folder, name))
     quantiser = Quantiser.load(workspace, quantiser_folder(folder, name))
@@ -66,17 +66,17 @@ def with_codes(table: pa.Table, codes: np.ndarray) -> pa.Table:
 
 
 def codes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """The semantic ids in a vectors table: (uint16 [n, width], mask bool [n]), zeros and False where a row has none.
+    """Semantic ids in a vectors table: (uint16 [n, width], mask bool [n]), zeros and False if missing.
 
-    Raises SchemaError where rows have different numbers of codes.
+    Raises SchemaError if rows have different numbers of codes.
     """
     lists = table["codes"].combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     widths = np.unique(lengths[lengths > 0])
     if len(widths) > 1:
         raise SchemaError(
-            f"vectors: rows have {' and '.join(map(str, widths))} codes. Their codes are of different quantisers: run "
-            "`encode` again."
+            f"vectors: rows have {' and '.join(map(str, widths))} codes. They come from different quantisers: "
+            "run `encode` again."
         )
     mask = lengths > 0
     codes = np.zeros((len(lengths), int(widths[0]) if len(widths) else 0), dtype=np.uint16)
@@ -85,7 +85,7 @@ def codes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_quantisers(workspace: Workspace, folder: str, source: str) -> dict[str, Quantiser]:
-    """By kind, the quantisers of a source whose vectors `encode` wrote into a folder; those that are not there are left
+    """By kind, the quantisers of a source's vectors in a folder of `encode`; missing ones are left
     out.
     """
     places = {kind: quantiser_folder(folder, f"{source}-{kind}") for kind in CODED_KINDS}
@@ -93,7 +93,7 @@ def read_quantisers(workspace: Workspace, folder: str, source: str) -> dict[str,
 
 
 def read_reports(workspace: Workspace, folder: str) -> dict[str, QuantisationReport]:
-    """The reports on the vectors in a folder, by the name of their table ("knowledge-user")."""
+    """Reports on the vectors in a folder, by the name of their table ("knowledge-user")."""
     names = workspace.names(quantiser_folder(folder, ""))
     files = {name: f"{quantiser_folder(folder, name)}/{_REPORT}" for name in names}
     return {
@@ -104,7 +104,7 @@ def read_reports(workspace: Workspace, folder: str) -> dict[str, QuantisationRep
 
 
 def quantiser_folder(folder: str, name: str) -> str:
-    """Where the codebooks of the vectors `name` of a folder are."""
+    """Folder of the codebooks of a folder's vectors `name`."""
     return f"{folder}/quantisers/{name}".rstrip("/")
 
 
@@ -119,7 +119,7 @@ def encode_knowledge(
 ) -> pa.Table:
     """The vectors table (schema.vectors_schema) of a knowledge table (schema.KNOWLEDGE), row by row.
 
-    A row whose text is empty has no vector: downstream it is a miss with its learned default, not a zero that looks
+    A row with an empty text has no vector: downstream it is a miss with its learned default, not a zero that looks
     like knowledge.
     """
     texts = [text or "" for text in knowledge["text"].to_pylist()]
@@ -133,7 +133,7 @@ def encode_texts(
     encoder: TextEncoder,
     on_batch: Callable[[int], None] | None = None,
 ) -> pa.Table:
-    """The vectors table of texts aligned with `ids`, of one kind or of a kind each. Empty texts are left out."""
+    """Vectors table of texts aligned with `ids`, of one kind or with one kind per id. Empty texts are left out."""
     if len(ids) != len(texts):
         raise ValueError(f"{len(ids)} ids but {len(texts)} texts")
     rows = [row for row, text in enumerate(texts) if text.strip()]
@@ -142,15 +142,15 @@ def encode_texts(
 
 
 def item_metadata_text(row: Mapping[str, Any]) -> str:
-    """An item as `title; attribute: value, value; ...` from a row of the items table; empty attributes are left out."""
+    """An item as `title; attribute: value, value; ...` from a row of the items table; without empty attributes."""
     return "; ".join(part for part in (str(row.get("title") or ""), *_attributes(row)) if part)
 
 
 def user_metadata_text(profile: Mapping[str, Any], titles: Sequence[str], ratings: Sequence[float | None]) -> str:
     """A user as profile fields and rated titles, from a row of the users table and the history that the LLM read.
 
-    titles, ratings: aligned, oldest first, as in schema.HISTORIES. The text lists the most recent first: what an
-    encoder's window cuts off is then the oldest.
+    titles, ratings: aligned, oldest first, as in schema.HISTORIES. The text lists the most recent first, so an
+    encoder's window cuts off the oldest.
     """
     liked = [
         f"{title} ({rating:g})" if rating is not None else title
@@ -166,10 +166,10 @@ def item_metadata(items: pa.Table) -> tuple[np.ndarray, list[str]]:
 
 
 def user_metadata(users: pa.Table, catalog: ItemCatalog, histories: pa.Table) -> tuple[np.ndarray, list[str]]:
-    """Ids (int64 [n]) and metadata texts of the users who have a history, in the order of `histories`
+    """Ids (int64 [n]) and metadata texts of the users with a history, in the order of `histories`
     (schema.HISTORIES).
 
-    Raises SchemaError where a history is of a user whom the table lacks.
+    Raises SchemaError if a history belongs to a user who is not in the table.
     """
     items = histories["items"].combine_chunks()
     titles = catalog.titles(items.flatten().to_numpy())
@@ -180,8 +180,8 @@ def user_metadata(users: pa.Table, catalog: ItemCatalog, histories: pa.Table) ->
     for user, start, end, ratings in zip(ids, starts, ends, histories["ratings"].to_pylist(), strict=True):
         if user not in profiles:
             raise SchemaError(
-                f"histories, user {user}: the users table has no such row. Run `prepare` again: the tables are of "
-                "different runs."
+                f"histories, user {user}: the users table has no row for this user. The tables come from "
+                "different runs: run `prepare` again."
             )
         texts.append(user_metadata_text(profiles[user], titles[start:end], ratings))
     return histories["user_id"].to_numpy(), texts
@@ -200,36 +200,36 @@ def _attributes(row: Mapping[str, Any]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- vector shards
 # Vectors on disk: one Arrow file per shard of ids, memory-mapped and gathered by id.
 #
-# `encode` writes them, training, releases and refreshes read them. A file holds the rows of one shard in ascending
-# order of id and as_of, uncompressed, so that a reader maps what it needs and copies only the rows it asks for; from
-# an object store each file is fetched once per node. Who asks on behalf of a sample names its moment and gets what was
-# known before. An id without a vector is normal (a new user): it yields zeros and a mask, no error.
+# `encode` writes them; training, releases and refreshes read them. A file has the rows of one shard in ascending
+# order of id and as_of, uncompressed, so a reader maps what it needs and copies only the requested rows; from
+# an object store each file is fetched once per node. A lookup for a sample gives its moment and reads only earlier
+# rows. An id without a vector is normal (a new user): it gives zeros and a mask, not an error.
 
 
-DIGEST_BYTES = 16  # BLAKE2b-128 of what a vector was made from
-PARTITIONS = "streaming-user"  # what refreshes write: a vector of each interest partition of a user, by its as_of
-_MOST_OPEN = 256  # a mapped file keeps a descriptor, of which a process often has no more than 1,024
-_ROWS_PER_SHARD = 1 << 32  # what a handle leaves room for
+DIGEST_BYTES = 16  # BLAKE2b-128 of a vector's input
+PARTITIONS = "streaming-user"  # written by refreshes: a vector per interest partition of a user, by as_of
+_MOST_OPEN = 256  # a mapped file keeps a descriptor; processes are often limited to 1,024
+_ROWS_PER_SHARD = 1 << 32  # limit set by the handle's bits
 _QUANTISER, _ENCODER = b"quantiser", b"encoder"
 
 
 @dataclass(frozen=True)
 class VectorShard:
-    """The rows of one file."""
+    """Rows of one file."""
 
     kind: str
     ids: np.ndarray  # int64 [n], ascending
-    as_of: np.ndarray  # int64 [n], ms: what the vector stands for knows nothing later; ascending and distinct for an id
+    as_of: np.ndarray  # int64 [n], ms: the vector's cutoff; ascending and distinct per id
     vectors: np.ndarray  # float16 [n, dim]
-    digests: np.ndarray  # uint8 [n, 16]: of what each vector was made from
-    codes: np.ndarray  # uint16 [n, levels + 1], the duplicate digit last; [n, 0] where no quantiser coded them
+    digests: np.ndarray  # uint8 [n, 16]: of each vector's input
+    codes: np.ndarray  # uint16 [n, levels + 1], the duplicate digit last; [n, 0] without codes
     quantiser: str = ""  # fingerprint of the codebooks
     encoder: str = ""  # identity of the encoder
-    mapped: pa.Table | None = field(default=None, repr=False, compare=False)  # what the arrays lie in: kept open
+    mapped: pa.Table | None = field(default=None, repr=False, compare=False)  # the memory behind the arrays, kept open
 
     @classmethod
     def read(cls, workspace: Workspace, path: str) -> "VectorShard":
-        """Maps a file. Raises WorkspaceError where it is missing or damaged."""
+        """Maps a file. Raises WorkspaceError if it is missing or damaged."""
         table = workspace.map_arrow(path)
         try:
             about = table.schema.metadata or {}
@@ -251,7 +251,7 @@ class VectorShard:
             ) from None
 
     def table(self) -> pa.Table:
-        """The rows as written: vectors_schema, `digest` and `as_of`."""
+        """Rows as written: vectors_schema, `digest` and `as_of`."""
         n = len(self.ids)
         plain = with_codes(vectors_table(self.kind, self.ids, self.vectors), self.codes)
         digests = pa.FixedSizeBinaryArray.from_buffers(
@@ -264,14 +264,14 @@ class VectorShard:
 
 
 class VectorShards:
-    """The vectors of one source and kind ("knowledge-user") in a folder that `encode` wrote.
+    """Vectors of one source and kind ("knowledge-user") in a folder of `encode`.
 
-    Opens a shard when it is first asked for and keeps the 256 last used. Threads may share it; processes get their own
-    by pickling.
+    Opens a shard on first use and keeps the 256 most recently used. Threads may share it; processes get their own
+    copy by pickling.
     """
 
     def __init__(self, workspace: Workspace, folder: str, name: str) -> None:
-        """Reads nothing yet. name: `<source>-<kind>`, whose kind says how many shards there are."""
+        """Reads nothing yet. name: `<source>-<kind>`; the kind determines the number of shards."""
         self.workspace, self.folder, self.name = workspace, folder, name
         self.kind = cast(Kind, name.rpartition("-")[2])
         self.n_shards = workspace.n_shards(self.kind)
@@ -284,15 +284,15 @@ class VectorShards:
 
     @property
     def numbers(self) -> list[int]:
-        """The shards that have a file, ascending; lists the folder."""
+        """Shards with a file, ascending; lists the folder."""
         suffix = shard_file(0, ".arrow")[8:]
         names = self.workspace.names(self.folder, self.name)
         return [int(name.removesuffix(suffix)) for name in names if name.endswith(suffix)]
 
     @cached_property
     def dim(self) -> int:
-        """Components of a vector. Raises WorkspaceError where no shard has a file."""
-        # Nearly always the first shard is there; only else the folder is listed.
+        """Components of a vector. Raises WorkspaceError if no shard has a file."""
+        # The first shard nearly always exists; the folder is listed only if it does not.
         if (shard := self.shard(0) or next(map(self.shard, self.numbers), None)) is not None:
             return int(shard.vectors.shape[1])
         raise WorkspaceError(
@@ -300,14 +300,14 @@ class VectorShards:
         )
 
     def quantiser(self) -> Quantiser | None:
-        """The codebooks of the codes, None where these vectors were not coded."""
+        """Codebooks of the codes, None if these vectors have no codes."""
         if self._quantiser is None:
             folder = quantiser_folder(self.folder, self.name)
             self._quantiser = Quantiser.load(self.workspace, folder) if self.workspace.exists(folder) else None
         return self._quantiser
 
     def shard(self, number: int) -> VectorShard | None:
-        """The rows of one shard, mapped; None where nothing was encoded for it."""
+        """Rows of one shard, mapped; None if nothing was encoded for it."""
         with self._lock:
             if number not in self._open:
                 path = f"{self.folder}/{self.name}/{shard_file(number, '.arrow')}"
@@ -319,10 +319,10 @@ class VectorShards:
             return self._open[number]
 
     def gather(self, ids: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The newest vectors of `ids`, in their order.
+        """Newest vectors of `ids`, in their order.
 
-        ids: int64 [b], any order, repeats allowed. before: int64 [b], ms: only what is strictly earlier counts.
-        Returns float16 [b, dim], zeros where an id has none, and bool [b], True where it has one.
+        ids: int64 [b], any order, repeats allowed. before: int64 [b], ms: considers only strictly earlier rows.
+        Returns float16 [b, dim], zeros if missing, and bool [b], False if missing.
         """
         vectors, mask = np.zeros((len(ids), self.dim), dtype=np.float16), np.zeros(len(ids), dtype=bool)
         for shard, at, rows in self._rows(ids, before):
@@ -330,29 +330,30 @@ class VectorShards:
         return vectors, mask
 
     def codes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The semantic ids of `ids`, in their order: uint16 [b, levels + 1], the duplicate digit last, zeros where an
-        id has none, and bool [b], True where it has one.
+        """Semantic ids of `ids`, in their order: uint16 [b, levels + 1], the duplicate digit last, zeros
+        if missing, and bool [b], False if missing.
 
-        Raises SchemaError where the vectors were not coded, or a shard by other codebooks than the folder's.
+        Raises SchemaError if the vectors have no codes, or a shard was coded with other codebooks than the folder's.
         """
         quantiser = self.quantiser()
         if quantiser is None:
             raise SchemaError(
-                f"{self.name} vectors have no semantic ids. Set encoder.semantic_ids, and run `encode` again."
+                f"{self.name} vectors have no semantic ids. Set encoder.semantic_ids and run `encode` again."
             )
         codes = np.zeros((len(ids), len(quantiser.codebooks) + 1), dtype=np.uint16)
         mask = np.zeros(len(ids), dtype=bool)
         for shard, at, rows in self._rows(ids):
             if shard.quantiser != quantiser.fingerprint:
                 raise SchemaError(
-                    f"{self.name}: shard {shard_of(shard.ids[:1], self.n_shards)[0]} was coded by codebooks "
-                    f"{shard.quantiser[:8] or 'none'}, but the folder has {quantiser.fingerprint[:8]}. Run `encode`."
+                    f"{self.name}: shard {shard_of(shard.ids[:1], self.n_shards)[0]} was coded with codebooks "
+                    f"{shard.quantiser[:8] or 'none'}, but the folder has {quantiser.fingerprint[:8]}. Run "
+                    "`encode`."
                 )
             codes[at], mask[at] = shard.codes[rows], True
         return codes, mask
 
     def moments(self, id_: int) -> list[int]:
-        """The as_of (ms) of each vector of an id, ascending."""
+        """as_of (ms) of each vector of an id, ascending."""
         shard = self.shard(int(shard_of(np.array([id_]), self.n_shards)[0]))
         if shard is None:
             return []
@@ -361,14 +362,14 @@ class VectorShards:
         return moments
 
     def find(self, ids: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
-        """What `gather` would read: int64 [b], a number for each row of these vectors, -1 where an id has none."""
+        """Rows that `gather` would read: int64 [b], a handle per row, -1 for ids without any."""
         handles = np.full(len(ids), -1, dtype=np.int64)
         for shard, at, rows in self._rows(ids, before):
             handles[at] = shard_of(shard.ids[:1], self.n_shards)[0] * _ROWS_PER_SHARD + rows
         return handles
 
     def at(self, handles: np.ndarray) -> Iterator[tuple[int, VectorShard, np.ndarray, np.ndarray]]:
-        """By shard, its number first: which of `handles` (see find; -1 among them) are rows of it, and which rows."""
+        """By shard number: which of `handles` (see find; may include -1) are its rows, and which rows."""
         known = np.flatnonzero(handles >= 0)
         numbers, rows = np.divmod(handles[known], _ROWS_PER_SHARD)
         order = np.argsort(numbers, kind="stable")
@@ -380,10 +381,10 @@ class VectorShards:
             yield number, shard, known[shard_places], rows[shard_places]
 
     def sample(self, rows: int, seed: int, numbers: Iterable[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and vectors of at most `rows` ids: int64 [n] and float16 [n, dim], always the same for a seed.
+        """Ids and vectors of at most `rows` ids: int64 [n] and float16 [n, dim], deterministic for a seed.
 
         Takes whole shards, in random order or in that of `numbers`, until there are enough. Shards are a hash of the
-        id, so their ids are a random draw; memory holds `rows` vectors, and only those shards are read.
+        id, so their ids are a random sample. It holds `rows` vectors in memory and reads only those shards.
         """
         ids, vectors, left = [np.zeros(0, np.int64)], [np.zeros((0, self.dim), np.float16)], rows
         for number in shard_order(self.n_shards, seed) if numbers is None else numbers:
@@ -398,7 +399,7 @@ class VectorShards:
     def _rows(
         self, ids: np.ndarray, before: np.ndarray | None = None
     ) -> Iterator[tuple[VectorShard, np.ndarray, np.ndarray]]:
-        """By shard: which of `ids` have a row there, and which row: the newest, of those before a moment."""
+        """By shard: which of `ids` have a row there, and the newest such row before a moment."""
         ids = np.asarray(ids, dtype=np.int64)
         for number, at in by_shard(ids, self.n_shards):
             if (shard := self.shard(number)) is None:
@@ -410,17 +411,17 @@ class VectorShards:
 
 
 def partitions_folder(encoder: str) -> str:
-    """The folder of PARTITIONS by an encoder (EncoderConfig.identity), relative to the workspace."""
+    """Folder of PARTITIONS by encoder (EncoderConfig.identity), relative to the workspace."""
     return f"vectors/{fingerprint('partitions', encoder)[:16]}"
 
 
 def shard_order(n_shards: int, seed: int) -> list[int]:
-    """The shards in the random order in which samples take them."""
+    """The shards in the random order of samples."""
     return [int(number) for number in np.random.default_rng(seed).permutation(n_shards)]
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece; copies only where it is in several, which combine_chunks always does."""
+    """A column as one chunk; copies only if it has several, unlike combine_chunks."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 

@@ -1,16 +1,16 @@
-"""Forgets users: tombstones first, which silence them at once, then the erasure of what each place keeps.
+"""Forgets users: writes tombstones, which hide them at once, then erases their data from each place.
 
     forgotten/<run>/tombstones.bin    see owlrec.workspace
-    forgotten/<run>/plan.json         which files are read, in chunks
-    forgotten/<run>/cards/            that chunks are done, and how many rows they lost
-    forgotten/<run>/cohorts.json      whose texts tell of them alone
-    forgotten/<run>/releases.json     which releases held somebody
-    forgotten/<run>/copies.json       what nodes must remove from their caches (erasure.copies)
-    forgotten/<run>/report.json       written last; no id stands in it
+    forgotten/<run>/plan.json         the files to read, in chunks
+    forgotten/<run>/cards/            finished chunks and their numbers of removed rows
+    forgotten/<run>/cohorts.json      cohorts whose texts depend on these users alone
+    forgotten/<run>/releases.json     releases that contained the users
+    forgotten/<run>/copies.json       files that nodes must remove from their caches (erasure.copies)
+    forgotten/<run>/report.json       written last; contains no ids
 
-A run that was killed goes on when the same users are named again: every step finds what it has done. Run it while no
-stage is running: a stage that began before the tombstones were written may write a user once more. The same command
-then finds and removes that, too.
+A killed run continues when it is repeated with the same users: every step finds its finished work. Run it while no
+stage is running: a stage that started before the tombstones were written may write a user's rows again. Repeating the
+command then finds and removes those, too.
 """
 
 import json
@@ -52,18 +52,18 @@ from owlrec.storage import FileEntry, Storage, fingerprint
 from owlrec.workspace import TOMBSTONES, Workspace, write_tombstones
 
 # --------------------------------------------------------------------------------------------------------------- places
-# Where a workspace may keep a user: which files are read for their rows, and what is removed whole.
+# Places that may hold a user: files to read for their rows, and files to remove completely.
 #
-# Files of shards of users are read only where the number is that of a user's shard, now or before a reshard; tables
-# that are not sharded by user are read as far as their ids. What cannot be read row by row is removed and made again
-# by the stage that wrote it: shuffled rows, what cohorts were built from, encoded samples, retrieval pools, reports.
+# Files sharded by user are read only if their number is that of a user's shard, now or before a reshard; only the ids
+# of other tables are read. Files that cannot be read row by row are removed and rebuilt
+# by the stage that wrote them: shuffled rows, inputs of cohorts, encoded samples, retrieval pools, reports.
 
 
 _NUMBERED = re.compile(r".*/(\d{8,})\.(?:parquet|arrow)")
-_CHUNK = 16  # files of one step, after which a killed run goes on
-# What other parts of the erasure know how to treat, and what holds nobody.
+_CHUNK = 16  # files per step; a killed run resumes after the last one
+# Handled by other parts of the erasure, or without user data.
 _NOT_HERE = ("releases", "forgotten", "claims", "stages")
-_WHOLE = (  # what goes, and the stage that makes it again
+_WHOLE = (  # what to remove, and the stage that rebuilds it
     (re.compile(r"shuffled/.*"), "shuffled rows", "prepare"),
     (re.compile(r"pools/.*"), "retrieval pools", "publish"),
     (re.compile(r"cohorts/[^/]+/user-[^/]*(vectors|groups|candidates|members|samples)/.*"), "cohort drafts", "cohorts"),
@@ -76,15 +76,15 @@ _LOGS = re.compile(r"logs/.*")
 
 @dataclass(frozen=True)
 class Removal:
-    """Files that are removed whole."""
+    """Files to remove completely."""
 
     files: list[str]
     bytes: int
-    again: str  # the stage that makes them again
+    again: str  # the stage that rebuilds them
 
 
 def files_to_read(workspace: Workspace, paths: Iterable[str], users: Users) -> dict[str, list[list[str]]]:
-    """Of a workspace's files those that may hold rows of the users, by the first folder of their path, in chunks."""
+    """A workspace's files that may have rows of the users, by the first folder of their path, in chunks."""
     numbers = shard_numbers(workspace, users)
     places: dict[str, list[str]] = {}
     known = set(paths)
@@ -93,7 +93,7 @@ def files_to_read(workspace: Workspace, paths: Iterable[str], users: Users) -> d
         if place in _NOT_HERE or any(pattern.fullmatch(path) for pattern, _, _ in _WHOLE):
             continue
         if path.startswith("tables/interactions/") and path.replace("interactions", "samples") in known:
-            continue  # done with its samples
+            continue  # handled with its samples
         if path.startswith("tables/erasing/") or not _may_hold(path, numbers):
             continue
         places.setdefault(place, []).append(path)
@@ -101,7 +101,7 @@ def files_to_read(workspace: Workspace, paths: Iterable[str], users: Users) -> d
 
 
 def files_to_remove(workspace: Workspace, sizes: Mapping[str, int]) -> dict[str, Removal]:
-    """By what they are, the files that go whole. sizes: of all files by path."""
+    """Files to remove completely, by what they are. sizes: of all files by path."""
     removals: dict[str, Removal] = {}
     for pattern, about, stage in _WHOLE:
         files = [path for path in sizes if pattern.fullmatch(path)]
@@ -111,7 +111,7 @@ def files_to_remove(workspace: Workspace, sizes: Mapping[str, int]) -> dict[str,
 
 
 def shard_numbers(workspace: Workspace, users: Users) -> set[int]:
-    """The numbers that shards of the users have, or had when there were fewer."""
+    """Numbers of the users' shards, now or when there were fewer shards."""
     n, numbers = workspace.layout.shards.get("user", 1), set[int]()
     while n:
         numbers |= set(shard_of(users.ids, n).tolist())
@@ -133,26 +133,26 @@ def _may_hold(path: str, numbers: set[int]) -> bool:
 # --------------------------------------------------------------------------------------------------------------- copies
 # Copies of erased files in the caches of nodes.
 #
-# An erasure cannot reach another machine's disk. It leaves the hashed names of the files that it replaced or removed,
-# and each server's process evicts what its own node has of them, as soon as nobody has it open.
+# An erasure cannot reach another machine's disk. It writes the hashed names of the files that it replaced or removed,
+# and each server's process evicts its own node's copies as soon as nobody has them open.
 
 
 _FILE = "copies.json"
 
 
 def write_copies(workspace: Workspace, run: str, paths: Iterable[str]) -> None:
-    """Says which files' copies must go. run: the folder of the erasure."""
+    """Lists the files whose copies must be removed. run: the folder of the erasure."""
     workspace.write_json(f"{run}/{_FILE}", sorted({workspace.copy_name(path) for path in paths}))
 
 
 class ErasedCopies:
-    """What a node has still to evict of a workspace."""
+    """Copies in a workspace that a node has yet to evict."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace, self._done = workspace, set[str]()
 
     def evict(self) -> int:
-        """Removes the copies of erasures that it has not been through yet; how many stay, since they are open."""
+        """Evicts the copies of new erasures; returns how many stay because they are open."""
         workspace, left = self._workspace, 0
         if workspace.local:
             return 0
@@ -171,8 +171,8 @@ class ErasedCopies:
 
 
 _NOTE = (
-    "CTR models, the LLM ranker and cohorts have no parameters that belong to one user. Those named under `models` "
-    "were trained on rows of these users; --drop-models deletes them, and the next run trains again."
+    "CTR models, the LLM ranker and cohorts have no parameters for single users. The models listed under "
+    "`models` were trained on these users' rows; --drop-models deletes them, and the next run retrains them."
 )
 
 
@@ -184,17 +184,17 @@ class ErasedPlace(BaseModel):
     files: int = 0
     rows: int = 0
     bytes: int = 0
-    again: str = ""  # the stage that makes it again
+    again: str = ""  # the stage that rebuilds it
 
 
 class Report(BaseModel):
-    """What was erased. Holds no id."""
+    """Report of an erasure. Contains no ids."""
 
     users: int
-    unknown: int  # of them, of whom nothing was kept anywhere
+    unknown: int  # users without any data
     finished: float = 0  # seconds since 1970
     places: list[ErasedPlace] = []
-    models: list[str] = []  # folders of what was trained on rows of these users
+    models: list[str] = []  # folders of models trained on rows of these users
     note: str = _NOTE
 
 
@@ -207,11 +207,11 @@ def forget(
     pool: Pool | None = None,
     on_card: Callable[[Card], None] | None = None,
 ) -> Report:
-    """Forgets users by their raw ids; what was erased where. A user whom nothing knows is counted, and stays out.
+    """Forgets users by their raw ids and returns a report. An unknown user is counted and stays excluded.
 
     redis: where releases were pushed to. pool: where files are read, by default in this process; on_card: see
-    run_stage. Raises WorkspaceError where `prepare`, a refresh or another erasure is running, or a reshard is
-    unfinished; PointerHeld where the current release holds a user and a HOLD keeps it. The users are silent even then.
+    run_stage. Raises WorkspaceError if `prepare`, a refresh or another erasure is running, or a reshard is
+    unfinished; PointerHeld if the current release contains a user and a HOLD keeps it. The users are hidden even then.
     """
     users = _users(raw_ids)
     run = write_tombstones(workspace, users.ids)
@@ -219,7 +219,7 @@ def forget(
         push_tombstones(workspace, redis)
     with claimed(workspace, "claims/prepare", "prepare, reshard or forget"), claimed(workspace, CLAIM, "refresh"):
         if workspace.exists("reshard", "plan.json"):
-            raise WorkspaceError(f"{workspace.path('reshard')}: a reshard is not finished. Run `owlrec reshard` first.")
+            raise WorkspaceError(f"{workspace.path('reshard')}: a reshard is unfinished. Run `owlrec reshard` first.")
         return _Erasure(workspace, users, run, redis, drop_models).carry_out(pool, on_card)
 
 
@@ -229,7 +229,7 @@ def _users(raw_ids: Iterable[str]) -> Users:
 
 
 class EraseRows(Stage):
-    """Chunks of files, from which the rows of users are removed."""
+    """Chunks of files from which the users' rows are removed."""
 
     name = "forget"
 
@@ -249,7 +249,7 @@ class EraseRows(Stage):
 
 
 class _Erasure:
-    """One run."""
+    """One run of an erasure."""
 
     def __init__(
         self, workspace: Workspace, users: Users, run: str, redis: RedisReleases | None, drop_models: bool
@@ -257,11 +257,11 @@ class _Erasure:
         self.workspace, self.users, self.run = workspace, users, run
         self.redis, self.drop_models = redis, drop_models
         self.places: list[ErasedPlace] = []
-        self.changed: list[str] = []  # files that were replaced or removed
+        self.changed: list[str] = []  # replaced or removed files
 
     def carry_out(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> Report:
         workspace, trained = self.workspace, False
-        if workspace.entry(f"{self.run}/report.json") is not None:  # of an earlier, finished run: look once more
+        if workspace.entry(f"{self.run}/report.json") is not None:  # from an earlier, finished run: check again
             trained = bool(workspace.read_json(f"{self.run}/report.json")["models"])
             for name in ("report.json", "plan.json", "cohorts.json", "releases.json", "copies.json"):
                 workspace.delete_file(f"{self.run}/{name}")
@@ -316,7 +316,7 @@ class _Erasure:
         return rewritten
 
     def _erase_cohorts(self, listing: Sequence[str]) -> list[int]:
-        """Removes what tells of the users in cohorts; the ids of the cohorts that lost their texts."""
+        """Removes the users' traces from cohorts; returns the ids of the cohorts that lost their texts."""
         workspace, path = self.workspace, f"{self.run}/cohorts.json"
         if workspace.entry(path) is None:
             workspace.write_json(path, quoting_cohorts(workspace, self.users))
@@ -331,12 +331,12 @@ class _Erasure:
         return cohorts
 
     def _erase_releases(self, cohorts: Sequence[int], pool: Pool | None) -> set[int]:
-        """Removes the releases that hold somebody; the places of those who were found."""
+        """Removes the releases that contain the users; returns the places of the users found."""
         workspace, path = self.workspace, f"{self.run}/releases.json"
         current = current_release(workspace)
         if current is None:
             return set()
-        # Looked for even where an interrupted run has: another release may have become current since.
+        # Checked again even if an interrupted run has done so: another release may have become current since.
         held = find_rows(workspace, "user", self.users.ids)
         others = find_rows(workspace, "cohort", np.array(cohorts, dtype=np.int64))
         plan: dict[str, Any] = {"releases": [], "rows": 0, "places": []}
@@ -351,7 +351,7 @@ class _Erasure:
             return set()
         if current in plan["releases"]:
             name = rebuild_without_forgotten(workspace, cohorts, pool=pool).name
-            self._note("releases", f"built again as {name}", 1)
+            self._note("releases", f"rebuilt as {name}", 1)
         files = {
             f"releases/{name}/{file}": entry
             for name in plan["releases"]
@@ -385,7 +385,7 @@ class _Erasure:
             self._note("redis", "rows removed", 0, forget_in_redis(self.redis, self.users.ids))
 
     def _erase_outside(self) -> None:
-        """What lies on this machine, not in the workspace."""
+        """Removes data on this machine outside the workspace."""
         workspace = self.workspace
         if not workspace.local:
             logs = Storage(workspace.log_path("forget").parent)
@@ -394,7 +394,7 @@ class _Erasure:
             write_copies(workspace, self.run, self.changed)
             evicted, held = NodeCache.default().evict({workspace.copy_name(path) for path in self.changed})
             self._note("node cache", "copies removed", evicted)
-            self._note("node cache", "copies that a process has open", held)
+            self._note("node cache", "copies that a process holds open", held)
         else:
             scratch = Path(workspace.path(".scratch"))
             files = [*_unfinished_files(workspace), *(scratch.iterdir() if scratch.is_dir() else ())]
@@ -403,7 +403,7 @@ class _Erasure:
             self._note("unfinished files", "removed", len(files))
 
     def _models(self) -> list[str]:
-        """Folders of what was trained; removed where the caller wants that."""
+        """Folders of trained models; removed if the caller asks for it."""
         workspace = self.workspace
         made = (("ctr", "result.json"), ("models", "model.json"), ("ranking", "ranker.json"))
         folders = sorted(
@@ -431,7 +431,7 @@ def _rewritten(line: dict[str, Any]) -> Rewritten:
 
 
 def _update_logs(workspace: Workspace, rewritten: Iterable[Rewritten]) -> None:
-    """Has refreshes know the files of the log that were rewritten for those that they have read."""
+    """Records rewritten log files as already read by refreshes."""
     events = {r.path.removeprefix("events/"): r for r in rewritten if r.path.startswith("events/")}
     for name in workspace.names(REFRESH) if events else ():
         for path in (f"{REFRESH}/{name}/state.json", f"{REFRESH}/{name}/plan.json"):
@@ -447,7 +447,7 @@ def _update_logs(workspace: Workspace, rewritten: Iterable[Rewritten]) -> None:
 
 
 def _unfinished_files(workspace: Workspace) -> list[Path]:
-    """What killed writers left under temporary names."""
+    """Temporary files left by killed writers."""
     files = []
     for folder, _, names in os.walk(workspace.path()):
         files += [Path(folder, name) for name in names if name.startswith(".") and name.endswith(".tmp")]

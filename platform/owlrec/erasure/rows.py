@@ -1,7 +1,7 @@
-"""Files without the rows of some users: Parquet, Arrow, the bucket files of a shuffle, lines of a log.
+"""Removes some users' rows from files: Parquet, Arrow, the bucket files of a shuffle, lines of a log.
 
-A file that holds none of the users is read as far as its ids and left alone. One that does is written again under its
-name, in the same format; nothing else in it changes.
+Only the ids of a file are read first; a file without the users stays untouched. Other files are rewritten under their
+name, in the same format, without any other change.
 """
 
 import json
@@ -33,15 +33,15 @@ _KEYS = ("user_id", "id", "raw_id", "kind")
 
 @dataclass(frozen=True)
 class Users:
-    """Whom to erase: users, or cohorts that tell of nobody else. Never written to a file."""
+    """Users to erase, or cohorts that depend on them alone. Never written to a file."""
 
     ids: np.ndarray  # int64 [n], distinct
     raw: frozenset[str]  # the same by their raw ids
     kind: Kind = "user"
 
     def rows(self, table: pa.Table, own: bool = False) -> np.ndarray:
-        """Which rows of a table are about one of the users, bool [n]: by user_id; else by id or raw_id, where `kind`
-        says that a row is of a user, or where there is no such column and all rows are (own).
+        """Rows of a table about one of the users, bool [n]: by user_id; otherwise by id or raw_id, if `kind`
+        marks a user's row, or if there is no such column and all rows are users' (own).
         """
         names = table.column_names
         if "user_id" in names:
@@ -55,7 +55,7 @@ class Users:
         return theirs
 
     def places(self, table: pa.Table) -> frozenset[int]:
-        """Which users the rows of a table are about, by their places among `ids`."""
+        """The users of a table's rows, as positions in `ids`."""
         column = next((table[name] for name in ("user_id", "id") if name in table.column_names), None)
         if column is None or not pa.types.is_integer(column.type):
             return frozenset()
@@ -74,28 +74,28 @@ class Users:
 
     @property
     def words(self) -> re.Pattern[bytes]:
-        """A pattern of their ids as words of a text."""
+        """Pattern that matches their ids as words in a text."""
         names = sorted({*map(str, self.ids.tolist()), *self.raw}, key=len, reverse=True)
         return re.compile(rb"(?<![\w-])(?:" + b"|".join(re.escape(name.encode()) for name in names) + rb")(?![\w-])")
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A file that held rows of the users, and the one in its place."""
+    """A file with rows of the users, and its replacement."""
 
     path: str
-    rows: int  # that were removed
-    bytes: int  # by which it shrank
-    left: int  # rows that stay
+    rows: int  # removed
+    bytes: int  # decrease in size
+    left: int  # remaining rows
     before: str  # e_tag
     entry: FileEntry
-    places: frozenset[int] = frozenset()  # which of the users, by their places
+    places: frozenset[int] = frozenset()  # users found, by position
 
 
 def erase(workspace: Workspace, path: str, users: Users) -> list[Rewritten]:
-    """Removes the users' rows from a file; none where it holds none. Of samples, the interactions are done as well.
+    """Removes the users' rows from a file; returns nothing if it has none. For samples, also handles the interactions.
 
-    Raises WorkspaceError where the file cannot be read or written.
+    Raises WorkspaceError if the file cannot be read or written.
     """
     if path.startswith("tables/samples/"):
         return _erase_samples(workspace, int(path[-16:-8]), users)
@@ -107,7 +107,7 @@ def erase(workspace: Workspace, path: str, users: Users) -> list[Rewritten]:
 
 
 def is_users_file(path: str) -> bool:
-    """Whether the shards of a file's folder are of users."""
+    """Whether the shards of a file's folder are sharded by user."""
     folder = path.rpartition("/")[0].rpartition("/")[2]
     return folder in ("user", "users", "interactions", "histories", "samples") or folder.endswith("-user")
 
@@ -137,12 +137,12 @@ def _replace(
     return Rewritten(path, int(gone.sum()), before.bytes - entry.bytes, len(kept), before.e_tag, entry, places)
 
 
-# Samples refer to rows of interactions by their places, which move: neither file may be replaced without the other.
+# Samples refer to positions of interactions, which change: the two files must be replaced together.
 
 
 def _erase_samples(workspace: Workspace, number: int, users: Users) -> list[Rewritten]:
-    """The new samples are first written aside, with the places of the interactions that go: a run that is killed leaves
-    what the next one needs to finish.
+    """Writes the new samples to a temporary file first, with the positions of the removed interactions, so that the
+    next run can finish after a kill.
     """
     done = _replace_samples(workspace, number)
     samples = workspace.read_parquet(table_file("samples", number))
@@ -213,7 +213,7 @@ def erase_lines(storage: Storage, path: str, users: Users) -> list[Rewritten]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- cards
-# Cards after their files were rewritten: a shard that lost a user is as done as it was, with other digests.
+# Cards of rewritten files: a shard without a forgotten user is still done, with other digests.
 
 
 _CARD = re.compile(r"(.+)/cards/.+/(\d{8,})\.json")
@@ -221,10 +221,10 @@ _NUMBER = re.compile(r".*/(\d{8,})\.\w+")
 
 
 def update_cards(workspace: Workspace, paths: Sequence[str], rewritten: Iterable[Rewritten], numbers: set[int]) -> None:
-    """Writes the cards that name rewritten files again, with these and the rows that are left.
+    """Rewrites the cards of rewritten files with the new digests and row counts.
 
-    paths: of all files of the workspace. numbers: that shards of the users may have (places.shard_numbers). A card that
-    knows a file already as it is now is left alone.
+    paths: of all files of the workspace. numbers: possible shards of the users (places.shard_numbers). Cards that
+    are already up to date stay untouched.
     """
     cards: dict[str, list[tuple[int, str]]] = {}
     for path in paths:
@@ -237,7 +237,7 @@ def update_cards(workspace: Workspace, paths: Sequence[str], rewritten: Iterable
             root = max(roots, key=len)
             by_artifact.setdefault(root, {})[file.path[len(root) + 1 :]] = file
     for root, files in by_artifact.items():
-        # A card of several shards has the number of one of them under fewer shards.
+        # A card of several shards has the number that one of them had with fewer shards.
         own = {int(match[1]) for path in files if (match := _NUMBER.fullmatch(f"/{path}"))}
         for number, path in cards[root]:
             if number in numbers | own:
@@ -247,14 +247,14 @@ def update_cards(workspace: Workspace, paths: Sequence[str], rewritten: Iterable
 def _update(workspace: Workspace, root: str, path: str, files: dict[str, Rewritten]) -> None:
     try:
         card = Card.model_validate_json(workspace.read_bytes(path))
-    except (ValidationError, WorkspaceError):  # cut off, or removed since it was listed
+    except (ValidationError, WorkspaceError):  # truncated, or removed since it was listed
         return
     changed = {p: f for p, f in files.items() if p in card.files and card.files[p].sha256 != f.entry.sha256}
     if not changed:
         return
     tables = {p for p in card.files if not p.startswith("dead/")}
     dead = sum(file.rows for p, file in changed.items() if p.startswith("dead/"))
-    # Of several tables, the users' is the one that rows are counted by.
+    # If there are several tables, rows are counted in the users' table.
     out = sum(f.rows for p, f in changed.items() if p in tables and (len(tables) == 1 or p.startswith("users/")))
     update = {
         "files": card.files | {p: file.entry for p, file in changed.items()},
@@ -268,8 +268,8 @@ def _update(workspace: Workspace, root: str, path: str, files: dict[str, Rewritt
 # ------------------------------------------------------------------------------------------------------------- profiles
 # Profile values that only forgotten users had, in the vocabularies of CTR models.
 #
-# A vocabulary lists every value that training has seen; one that nobody else has would name its user. It gives way to
-# a random word, so that all other values keep their codes.
+# A vocabulary lists every value seen in training; a value that nobody else has would identify its user. It is replaced
+# with a random word, so all other values keep their codes.
 
 
 _FILE = "vocabularies.parquet"
@@ -277,8 +277,8 @@ _PREFIX = "profile/"
 
 
 def hide_values(workspace: Workspace, users: Users) -> tuple[int, int]:
-    """Hides the values of users who still stand in the table of users; how many files were rewritten, and how many
-    values each of them lost together.
+    """Hides the values of users who are still in the users table; returns the number of rewritten files and of hidden
+    values.
     """
     files = [f"{root}/{path}" for root in ("ctr", "models") for path in workspace.entries(root) if path.endswith(_FILE)]
     fields = {field for path in files for field in _fields(workspace, path)}
@@ -308,7 +308,7 @@ def _table(workspace: Workspace, number: int, fields: set[str]) -> pa.Table:
 
 
 def _own_values(workspace: Workspace, users: Users, fields: set[str]) -> dict[str, set[str]]:
-    """By field, the values of the users."""
+    """The users' values, by field."""
     values: dict[str, set[str]] = {field: set() for field in fields}
     for number, _ in by_shard(users.ids, workspace.n_shards("user")):
         table = _table(workspace, number, fields)
@@ -335,18 +335,18 @@ def _rewrite(workspace: Workspace, path: str, hidden: dict[str, set[str]]) -> in
 
 
 # -------------------------------------------------------------------------------------------------------------- cohorts
-# Cohorts whose texts quote somebody who is forgotten.
+# Cohorts whose texts quote a forgotten user.
 #
-# A cohort's profile names its representatives and quotes what they have in common, so that their texts go on without
-# one of them. Where it quotes something that none of the others has, it tells of that one alone: then the profile, the
-# prompt, the text and its vector go, and the next run writes them again from those who are left.
+# A cohort's profile names its representatives and quotes what they have in common, so its text usually stays valid
+# without one of them. If it quotes something that no other representative has, the profile, the
+# prompt, the text and its vector are removed, and the next run writes them again from the remaining members.
 
 
 _ROOT = "cohorts"
 
 
 def quoting_cohorts(workspace: Workspace, users: Users) -> list[int]:
-    """The ids of the cohorts whose profiles, in any folder of cohorts, quote what only these users have."""
+    """Ids of the cohorts whose profiles, in any folder of cohorts, quote something only these users have."""
     others = _Others(workspace)
     cohorts = set[int]()
     for path in _profiles(workspace):
@@ -358,9 +358,9 @@ def quoting_cohorts(workspace: Workspace, users: Users) -> list[int]:
 
 
 def erase_cohorts(workspace: Workspace, cohorts: Sequence[int], users: Users, paths: Iterable[str]) -> list[Rewritten]:
-    """Removes what stands of some cohorts in their folders, texts and vectors, and the users from the other profiles.
+    """Removes some cohorts' data from their folders, texts and vectors, and the users from all other profiles.
 
-    paths: of all files of the workspace. The cards of prompts that were lost go, too: the next run makes them again.
+    paths: of all files of the workspace. Cards of removed prompts are removed, too, so the next run rebuilds them.
     """
     gone = Users(np.array(cohorts, dtype=np.int64), frozenset(), "cohort")
     numbers = _numbers(workspace, gone.ids)
@@ -370,7 +370,7 @@ def erase_cohorts(workspace: Workspace, cohorts: Sequence[int], users: Users, pa
         kind, number = folder.rpartition("/")[2], name.partition(".")[0]
         if number.isdigit() and int(number) in numbers and (kind == "cohort" or kind.endswith("-cohort")):
             done += erase(workspace, path, gone) if path.startswith(("knowledge/", "vectors/")) else []
-    for path in _profiles(workspace):  # last: they say what is to be done
+    for path in _profiles(workspace):  # last, because they define the work
         folder, _, name = path.rpartition("/profiles/")
         prompts = f"{folder}/prompts/{name}"
         lost = erase(workspace, prompts, gone) if workspace.entry(prompts) is not None else []
@@ -400,7 +400,7 @@ def _profiles(workspace: Workspace) -> list[str]:
 
 
 def _naming(profiles: pa.Table, users: Users) -> pa.Table:
-    """The profiles of users' cohorts that name one of the users."""
+    """Profiles of users' cohorts that name one of the users."""
     lists = profiles["representatives"].combine_chunks()
     named = np.isin(lists.flatten().to_numpy(), users.ids)
     rows = np.zeros(len(profiles), dtype=bool)
@@ -409,7 +409,7 @@ def _naming(profiles: pa.Table, users: Users) -> pa.Table:
 
 
 def _numbers(workspace: Workspace, ids: np.ndarray) -> set[int]:
-    """The numbers that shards of these cohorts have, or had before a reshard."""
+    """Numbers of these cohorts' shards, now or before a reshard."""
     n, numbers = workspace.layout.shards.get("cohort", 1), set[int]()
     while n:
         numbers |= set(shard_of(ids, n).tolist())
@@ -418,7 +418,7 @@ def _numbers(workspace: Workspace, ids: np.ndarray) -> set[int]:
 
 
 class _Others:
-    """What the other representatives have."""
+    """Values of the other representatives."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
@@ -428,7 +428,7 @@ class _Others:
         return ItemCatalog.load(self._workspace)
 
     def have(self, ids: np.ndarray, profile: Mapping[str, Any]) -> bool:
-        """Whether some users (int64 [n]) together have every attribute and every title that a profile quotes."""
+        """Whether some users (int64 [n]) together have every attribute and every title quoted in a profile."""
         attributes, items = set[str](), list[int]()
         for number, at in by_shard(ids, self._workspace.n_shards("user")):
             mine = pa.array(ids[at])

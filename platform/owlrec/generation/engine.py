@@ -1,8 +1,8 @@
-"""The engine interface: what turns one prompt into one text, whatever runs behind it.
+"""The engine interface: turns one prompt into one text, with any backend.
 
-An engine takes single requests and batches them itself (vLLM's continuous batching, an HTTP server's), so callers
-just keep enough of them in flight; no caller ever waits for the slowest row of a batch. A failed row raises a
-`RowError`, which the caller writes to the dead-letter table; any other exception means that the engine itself is gone.
+An engine takes single requests and batches them itself (vLLM's continuous batching, or an HTTP server's), so callers
+only keep enough of them in flight and never wait for the slowest row of a batch. A failed row raises a
+`RowError`, which the caller writes to the dead-letter table; any other exception means that the engine itself is dead.
 """
 
 from abc import ABC, abstractmethod
@@ -25,14 +25,14 @@ _SET_ELSEWHERE = {
 
 
 class SamplingConfig(Config):
-    """How tokens are chosen. Greedy by default: knowledge should be repeatable, and drafts from earlier texts accept
-    best.
+    """Sampling of tokens. Greedy by default: knowledge should be repeatable, and drafts from earlier texts are accepted
+    most often.
     """
 
     max_tokens: int = Field(128, ge=1)
     temperature: float = Field(0.0, ge=0)
     # Whatever else vLLM's SamplingParams take, or an HTTP server: {top_p: 0.8}. A repetition_penalty scans all earlier
-    # tokens of each row at each step and slows a small model markedly.
+    # tokens of each row at each step and slows a small model noticeably.
     options: dict[str, float | int | bool | str] = {}
 
     @field_validator("options")
@@ -44,11 +44,11 @@ class SamplingConfig(Config):
 
 
 class EngineStopped(EngineError):
-    """The engine itself has failed: every request in flight is lost and it must be built again."""
+    """The engine itself has failed: every request in flight is lost and it must be rebuilt."""
 
 
 class RowError(EngineError):
-    """One request failed for good; the engine lives on. `name` becomes the dead-letter row's error."""
+    """One request failed permanently; the engine keeps running. `name` becomes the dead-letter row's error."""
 
     attempts = 1
 
@@ -59,15 +59,15 @@ class RowError(EngineError):
 
 
 class PromptTooLong(RowError):
-    """Prompt and answer do not fit the model's context together."""
+    """The prompt and its answer together do not fit the model's context."""
 
 
 class EmptyPrompt(RowError):
-    """The row gave nothing to ask about: no title, no behaviour."""
+    """The row has nothing for a prompt: no title, no behaviour."""
 
 
 class BadRow(RowError):
-    """The row itself cannot be read: a wrong type, invalid text, a page in place of a title."""
+    """The row itself is unreadable: a wrong type, invalid text, a page instead of a title."""
 
     def __init__(self, message: str, name: str) -> None:
         super().__init__(message)
@@ -75,7 +75,7 @@ class BadRow(RowError):
 
     @property
     def name(self) -> str:
-        """What is wrong with the row."""
+        """The fault of the row."""
         return self._name
 
 
@@ -88,11 +88,11 @@ class RequestFailed(RowError):
 
 
 class RequestRefused(RequestFailed):
-    """The server or vLLM will not take the request, however often it is sent."""
+    """The server or vLLM will never accept the request."""
 
 
 class RequestTimedOut(RequestFailed):
-    """No answer came in time, in any attempt."""
+    """No answer arrived in time in any attempt."""
 
 
 class FailedQuality(RequestFailed):
@@ -101,7 +101,7 @@ class FailedQuality(RequestFailed):
 
 @dataclass(frozen=True)
 class Completion:
-    """An engine's answer. Draft counts are 0 where no speculative decoder ran."""
+    """An engine's answer. Draft counts are 0 without a speculative decoder."""
 
     text: str
     prompt_tokens: int
@@ -112,15 +112,15 @@ class Completion:
     relaxed: int = 0
 
     def after(self, discarded: "Completion") -> "Completion":
-        """This answer, with the tokens of an earlier one that was thrown away counted in."""
+        """This answer plus the token counts of an earlier, discarded one."""
         counts = ("prompt_tokens", "output_tokens", "drafted", "accepted", "relaxed")
         return replace(self, **{name: getattr(self, name) + getattr(discarded, name) for name in counts})
 
 
 class Engine(ABC):
-    """One LLM, ready to answer. Made by `build_engine`, closed by `close`."""
+    """One LLM, ready to answer. Created by `build_engine`, closed by `close`."""
 
-    counters: DecoderCounters | None = None  # of the speculative decoder since the start; None where none runs
+    counters: DecoderCounters | None = None  # of the speculative decoder since the start; None without one
 
     @abstractmethod
     async def complete(
@@ -129,57 +129,57 @@ class Engine(ABC):
         """The answer to `prompt` after the system turn `system` ("" for the model's own).
 
         extra: vLLM's `extra_args` of this request (see decoding.request_arguments); other engines ignore it.
-        Raises RowError where this request fails for good.
+        Raises RowError if this request fails permanently.
         """
 
     async def first_tokens(self, system: str, prompt: str) -> list[tuple[str, float]]:
-        """Texts of the likeliest first tokens of the answer with their log-probabilities, at least one.
+        """Texts of the most likely first tokens of the answer with their log-probabilities, at least one.
 
-        Raises RowError where this request fails for good, EngineError where the engine does not tell.
+        Raises RowError if this request fails permanently, and EngineError if the engine does not return them.
         """
-        raise EngineError(f"{type(self).__name__} does not tell how likely its tokens are. Ask vLLM or an HTTP server.")
+        raise EngineError(f"{type(self).__name__} does not return token probabilities. Use vLLM or an HTTP server.")
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
-        """Tokens of `text` alone, by the model's tokenizer or a close upper estimate."""
+        """Tokens of `text` alone, from the model's tokenizer or a close upper estimate."""
 
     def close(self) -> None:  # noqa: B027 - most engines hold nothing
-        """Frees what the engine holds. Safe to call twice."""
+        """Frees the engine's resources. Safe to call twice."""
 
 
 class EngineConfig(Config):
-    """What a recipe says of an engine. A new engine is a file with a subclass, and a line in `generation.ENGINES`."""
+    """A recipe's engine section. A new engine is a file with a subclass, and a line in `generation.ENGINES`."""
 
-    shapes_output: ClassVar[tuple[str, ...]]  # the fields that answers depend on: no batch size, threads or time-outs
+    shapes_output: ClassVar[tuple[str, ...]]  # fields that change answers: not batch size, threads or time-outs
 
-    type: str  # of a subclass: a Literal of its name in ENGINES
-    max_model_len: int = 8192  # tokens of a prompt and its answer together, at most
+    type: str  # in a subclass: a Literal of its name in ENGINES
+    max_model_len: int = 8192  # maximum tokens of a prompt and its answer together
 
     def shaping(self) -> dict[str, Any]:
-        """What answers depend on besides the weights, as JSON can hold it."""
+        """Everything besides the weights that answers depend on, in JSON types."""
         return self.model_dump(mode="json", include=set(self.shapes_output))
 
     @property
     @abstractmethod
     def model_identity(self) -> str:
-        """Names the weights that answer, for fingerprints."""
+        """Name of the weights, for fingerprints."""
 
     @abstractmethod
     def start(self, decoding: DecodingConfig) -> Engine:
-        """The engine, ready to answer. Raises EngineError where it cannot start.
+        """Starts the engine. Raises EngineError if it cannot start.
 
-        decoding: how vLLM drafts and verifies; other engines ignore it.
+        decoding: drafting and verification in vLLM; other engines ignore it.
         """
 
     @abstractmethod
     def token_counter(self) -> Callable[[str], int]:
-        """What counts tokens as the engine would, without starting it."""
+        """Function that counts tokens like the engine, without starting it."""
 
 
 def check_length(prompt_tokens: int, sampling: SamplingConfig, context_tokens: int) -> None:
-    """Raises PromptTooLong where the prompt leaves no room for `max_tokens` more."""
+    """Raises PromptTooLong if the prompt leaves no room for `max_tokens` more."""
     if prompt_tokens + sampling.max_tokens > context_tokens:
         raise PromptTooLong(
-            f"prompt has {prompt_tokens} tokens, with max_tokens {sampling.max_tokens} that exceeds the context of "
-            f"{context_tokens}. Lower prompts.history_tokens or raise engine.max_model_len."
+            f"prompt has {prompt_tokens} tokens; together with max_tokens {sampling.max_tokens} it exceeds the "
+            f"context of {context_tokens}. Lower prompts.history_tokens or raise engine.max_model_len."
         )

@@ -1,4 +1,4 @@
-"""Engines without a model in this process: `echo` answers by a rule, `http` asks an OpenAI-compatible server."""
+"""Engines without a model in this process: `echo` answers by a rule, `http` calls an OpenAI-compatible server."""
 
 import asyncio
 import hashlib
@@ -26,11 +26,11 @@ from owlrec.generation.engine import (
 from owlrec.process import secret
 
 # ----------------------------------------------------------------------------------------------------------------- echo
-# A deterministic engine without a model: it answers a digest of the prompt and words that the digest chooses.
+# A deterministic engine without a model: it answers with a digest of the prompt and words chosen by the digest.
 #
-# It is for tests, and for scale runs of everything around an engine. The answer depends on the prompt alone, so two
-# runs must agree to the byte, and it passes the quality gate as a good text of its length does. It is never the
-# default: knowledge from it is worthless.
+# It is for tests, and for scale runs of everything around an engine. The answer depends only on the prompt, so two
+# runs must agree to the byte, and it passes the quality gate like a good text of its length. It is never the
+# default, because its knowledge is worthless.
 
 
 _VOCABULARY = """
@@ -44,20 +44,20 @@ bends carries drifts enters follows gathers holds invites joins keeps leads mend
 returns settles turns unites visits waits yields answers builds climbs divides expects finds grows
 """
 _ONE_TOKEN = SamplingConfig(max_tokens=1)
-_SENTENCE = 15  # words; sentences drawn at random repeat themselves as little as good texts do
+_SENTENCE = 15  # words; random sentences repeat as little as good texts
 _DRAW = random.Random(0)
 _SENTENCES = [" ".join(_DRAW.sample(_VOCABULARY.split(), _SENTENCE)) + "." for _ in range(1 << 12)]
 
 
 class EchoEngineConfig(EngineConfig):
-    """How long answers are and take."""
+    """Length and latency of answers."""
 
     shapes_output: ClassVar[tuple[str, ...]] = ("type", "answer_tokens")
 
     type: Literal["echo"]
     max_model_len: int = 4096
-    latency_s: float = 0.0  # a whole answer's time
-    answer_tokens: int = 60  # about; never more than sampling.max_tokens
+    latency_s: float = 0.0  # time for a whole answer
+    answer_tokens: int = 60  # approximate; at most sampling.max_tokens
 
     @property
     def model_identity(self) -> str:
@@ -74,7 +74,7 @@ class EchoEngineConfig(EngineConfig):
 
 
 class EchoEngine(Engine):
-    """A token is what stands between blanks."""
+    """An engine whose tokens are separated by blanks."""
 
     def __init__(self, config: EchoEngineConfig) -> None:
         self.config = config
@@ -95,7 +95,7 @@ class EchoEngine(Engine):
         return Completion(text, n_prompt, sentences * _SENTENCE + 1, "stop")
 
     async def first_tokens(self, system: str, prompt: str) -> list[tuple[str, float]]:
-        """See Engine.first_tokens: Yes and No, as likely as the digest of the prompt says."""
+        """See Engine.first_tokens: Yes and No, with probabilities from the prompt's digest."""
         check_length(count_words(system) + count_words(prompt), _ONE_TOKEN, self.config.max_model_len)
         yes = (int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6]) + 0.5) / (1 << 48)
         return [("Yes", math.log(yes)), ("No", math.log1p(-yes))]
@@ -106,14 +106,14 @@ class EchoEngine(Engine):
 
 
 def count_words(text: str) -> int:
-    """What stands between blanks."""
+    """Words separated by blanks."""
     return text.count(" ") + 1 if text else 0
 
 
 # ---------------------------------------------------------------------------------------------------------- http engine
 # Any server that speaks the OpenAI chat-completions protocol: vLLM, SGLang, TGI, llama.cpp or a hosted API.
 #
-# Retries with exponential back-off and full jitter on 429, 5xx, time-outs and refused connections, honouring Retry-
+# Retries with exponential back-off and full jitter on 429, 5xx, time-outs and refused connections, respecting Retry-
 # After; other 4xx are final, since a repeated bad request stays bad. User histories leave the machine with this
 # engine: the recipe must name the server.
 
@@ -132,7 +132,7 @@ class HttpEngineConfig(EngineConfig):
     base_url: str
     model: str
     revision: str = ""  # the server's model version, if it has one: part of the fingerprint
-    api_key_env: str | None = None  # the environment variable that holds the key
+    api_key_env: str | None = None  # environment variable with the key
     concurrency: int = Field(32, ge=1)
     timeout_s: float = Field(120.0, gt=0)
     max_attempts: int = Field(5, ge=1)
@@ -143,7 +143,7 @@ class HttpEngineConfig(EngineConfig):
         return f"{self.model}@{self.revision}"
 
     def start(self, decoding: DecodingConfig) -> "HttpEngine":
-        """See EngineConfig.start; the server decodes as it was started."""
+        """See EngineConfig.start; the server's own decoding applies."""
         return HttpEngine(self)
 
     def token_counter(self) -> Callable[[str], int]:
@@ -155,7 +155,7 @@ class HttpEngine(Engine):
     """A client with bounded concurrency."""
 
     def __init__(self, config: HttpEngineConfig) -> None:
-        """Raises EngineError where the named API key variable is not set."""
+        """Raises EngineError if the named API key variable is not set."""
         self.config = config
         key = secret(config.api_key_env)
         if config.api_key_env and not key:
@@ -169,9 +169,9 @@ class HttpEngine(Engine):
     async def complete(
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
     ) -> Completion:
-        """See Engine.complete; `extra` travels as vLLM's `vllm_xargs`.
+        """See Engine.complete; `extra` is sent as vLLM's `vllm_xargs`.
 
-        Raises RequestFailed after `max_attempts`, naming the last status.
+        Raises RequestFailed with the last status after `max_attempts`.
         """
         body = self._body(system, prompt, sampling)
         if extra:
@@ -180,7 +180,7 @@ class HttpEngine(Engine):
             return await self._with_retries(body, _completion)
 
     async def first_tokens(self, system: str, prompt: str) -> list[tuple[str, float]]:
-        """See Engine.first_tokens: as many as OpenAI's protocol gives. Raises RequestFailed as `complete` does."""
+        """See Engine.first_tokens: as many as OpenAI's protocol returns. Raises RequestFailed like `complete`."""
         body = self._body(system, prompt, SamplingConfig(max_tokens=1))
         async with self._slots:
             return await self._with_retries(body | {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}, _first_tokens)
@@ -197,7 +197,7 @@ class HttpEngine(Engine):
         }
 
     async def _with_retries(self, body: dict[str, Any], read: Callable[[httpx.Response, str, int], _T]) -> _T:
-        if self._client is None:  # made here, since a client belongs to the event loop that first uses it
+        if self._client is None:  # created here, since a client belongs to the event loop of its first use
             limits = httpx.Limits(max_connections=self.config.concurrency)
             self._client = httpx.AsyncClient(timeout=self.config.timeout_s, headers=self._headers, limits=limits)
         url = self.config.base_url.rstrip("/") + "/chat/completions"
@@ -235,7 +235,7 @@ def estimate_tokens(text: str) -> int:
 def _retry_after_s(response: httpx.Response) -> float:
     try:
         return min(60.0, float(response.headers.get("Retry-After", 0)))
-    except ValueError:  # an HTTP date; the back-off alone must do
+    except ValueError:  # an HTTP date; use only the back-off
         return 0.0
 
 
@@ -245,7 +245,7 @@ def _first_tokens(response: httpx.Response, url: str, attempt: int) -> list[tupl
         return [(str(entry["token"]), float(entry["logprob"])) for entry in [likeliest[0], *likeliest[1:]]]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise RequestFailed(
-            f"{url} answered 200 but no log-probabilities ({type(error).__name__}: {error})", attempt
+            f"{url} returned 200 without log-probabilities ({type(error).__name__}: {error})", attempt
         ) from None
 
 
@@ -262,5 +262,5 @@ def _completion(response: httpx.Response, url: str, attempt: int) -> Completion:
         )
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise RequestFailed(
-            f"{url} answered 200 but no chat completion ({type(error).__name__}: {error})", attempt
+            f"{url} returned 200 without a chat completion ({type(error).__name__}: {error})", attempt
         ) from None

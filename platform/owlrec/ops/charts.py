@@ -1,7 +1,7 @@
-"""Charts as SVG, drawn by matplotlib, that read well on light and on dark pages: points, bars, histograms.
+"""Charts as SVG, drawn by matplotlib, for light and dark pages: points, bars, histograms.
 
-Ink is drawn in black and written as `currentColor`, on a transparent figure, so a chart takes the page's text color.
-Text stays text, and the same values give the same bytes. matplotlib loads when the first chart is drawn: it takes half
+Ink is drawn in black and written as `currentColor` on a transparent figure, so a chart takes the page's text color.
+Text stays text, and the same values give the same bytes. matplotlib is imported with the first chart: it takes half
 a second, and most commands draw none.
 """
 
@@ -16,15 +16,15 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#2f7fdc", "#d08a24", "#2a9d6b", "#8a94a3")  # of middling lightness: they stand out on white and on black
-_WIDTH = 8.2  # inches, as all lengths
-_ROW, _AXIS = 0.3, 0.7  # height of a row, and of the axis below all rows
+COLORS = ("#2f7fdc", "#d08a24", "#2a9d6b", "#8a94a3")  # of medium lightness: visible on white and on black
+_WIDTH = 8.2  # inches, like all lengths
+_ROW, _AXIS = 0.3, 0.7  # height of a row, and of the axis at the bottom
 _BINS = 24
 _STYLE: Any = {  # matplotlib's settings
     "font.sans-serif": ["DejaVu Sans", "Segoe UI", "Arial"],
     "svg.fonttype": "none",
-    "svg.hashsalt": "owlrec",  # names inside the file: random without one
-    "text.parse_math": False,  # labels may hold a $
+    "svg.hashsalt": "owlrec",  # fixes names inside the file, which are random without it
+    "text.parse_math": False,  # labels may contain a $
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
@@ -38,8 +38,8 @@ def points_chart(values: Mapping[tuple[str, str], Sequence[float]], axis: str) -
     """One row per group and series: values as small dots, their mean as a large one.
 
     values: (group, series), such as a backbone and an arm, -> values, one per seed. Whiskers show one standard
-    deviation. The axis does not start at zero, which dots allow and bars would not. Values that are not finite are
-    left out; "" where none is left.
+    deviation. The axis does not start at zero, which is fine for dots but not for bars. Values that are not finite are
+    left out; "" if none is left.
     """
     rows = {names: finite for names, vs in values.items() if (finite := [v for v in vs if math.isfinite(v)])}
     series = list(dict.fromkeys(name for _, name in rows))
@@ -60,7 +60,7 @@ def points_chart(values: Mapping[tuple[str, str], Sequence[float]], axis: str) -
 
 
 def bar_chart(values: Mapping[str, float], unit: str) -> Markup:
-    """One horizontal bar per label, from zero, its value at its end; "" where there are no values."""
+    """One horizontal bar per label, from zero, with its value at its end; "" without values."""
 
     def plot(axes: "Axes") -> None:
         bars = axes.barh(range(len(values)), list(values.values()), color=COLORS[0])
@@ -68,7 +68,7 @@ def bar_chart(values: Mapping[str, float], unit: str) -> Markup:
         axes.set_yticks(range(len(values)), list(values))
         axes.set(
             ylim=(len(values) - 0.5, -0.5), xlim=(0, max(*values.values(), 0) or 1)
-        )  # labels may stand beyond the end
+        )  # labels may extend beyond the end
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
 
@@ -76,7 +76,7 @@ def bar_chart(values: Mapping[str, float], unit: str) -> Markup:
 
 
 def histogram(values: Sequence[float], axis: str) -> Markup:
-    """How often values fall into equal bins; a dashed line marks the median. "" where there are no values."""
+    """Counts of values in equal bins; a dashed line marks the median. "" without values."""
 
     def plot(axes: "Axes") -> None:
         axes.hist(values, bins=_BINS, color=COLORS[0])
@@ -87,7 +87,7 @@ def histogram(values: Sequence[float], axis: str) -> Markup:
 
 
 def draw(plot: Callable[["Axes"], None], height: float, label: str) -> Markup:
-    """What `plot` draws, as an `<svg>` element for a page. height: inches. label: for those who do not see it."""
+    """Output of `plot` as an `<svg>` element for a page. height: inches. label: alternative text."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -102,13 +102,13 @@ def draw(plot: Callable[["Axes"], None], height: float, label: str) -> Markup:
 
 
 def standalone(chart: Markup) -> str:
-    """A chart as a file of its own: with the colors that a page would give it, light and dark."""
+    """A chart as a standalone file, with a page's colors for light and dark mode."""
     head, rest = chart.split(">", 1)
     return f"{head}>{_PAGE}{rest}"
 
 
 def short_number(value: float) -> str:
-    """Three significant digits, whole numbers from 100 in full, millions from ten of them."""
+    """Three significant digits; whole numbers from 100 in full; millions from ten million."""
     if value >= 10_000_000:
         return f"{value / 1e6:,.0f} M"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

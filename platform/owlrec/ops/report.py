@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that needs nothing beside it, to be kept, mailed and opened years later.
+"""The report of a run: one self-contained HTML file, to be kept, mailed and opened years later.
 
-Sections whose figures `ReportData` lacks are left out. All texts are escaped: titles come from users' data and answers
-from an LLM. Only cards, results and a few rows are read, so a report of 10^8 users costs no more than one of a hundred.
+Sections without figures in `ReportData` are left out. All texts are escaped: titles come from users' data and answers
+from an LLM. It reads only cards, results and a few rows, so a report of 10^8 users costs no more than one of a hundred.
 """
 
 import os
@@ -51,28 +51,33 @@ from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
 
 REPORTED_STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")
-_SLICES = 12  # of a job's time
+_SLICES = 12  # time slices of a job
 _SAMPLES_PER_KIND = 3
 _LENGTH_ROWS = 20_000
 _NOTE = (
-    "A gain is the LLM's only where `knowledge` beats both `shuffled` (the same vectors given to other ids: the effect "
-    "of the adaptor's extra parameters) and `metadata` (titles, attributes and history encoded without an LLM: the "
-    "effect of the text encoder)."
+    "Credit a gain to the LLM only if `knowledge` beats both `shuffled` (the same vectors with the wrong "
+    "ids: the effect of the adaptor's extra parameters) and `metadata` (titles, attributes and history "
+    "encoded without an LLM: the effect of the text encoder)."
 )
 _NOTES_ON_MODELS = {
-    PACKAGED: "SmolLM2-135M makes up most facts: with it expect no gain over metadata. A stronger model in the "
-    "recipe's engine section changes the texts, and nothing else of the run.",
-    "echo": "The engine echo answers with invented words, so these texts can have no value: it shows the machinery.",
+    PACKAGED: (
+        "SmolLM2-135M makes up most of its facts, so expect no gain over metadata. A stronger model in the "
+        "recipe's engine section changes only the texts."
+    ),
+    "echo": (
+        "The engine echo answers with invented words, so these texts have no value: it only shows that the "
+        "machinery works."
+    ),
 }
 
 
 class Throughput(BaseModel):
-    """Figures of a whole generation job, over all runs that it took."""
+    """Figures of a whole generation job over all its runs."""
 
     over_time: dict[str, float] = {}  # output tokens/s by twelfth of the time, "0.0 to 5.0 min" and so on
     by_replica: dict[str, float] = {}  # output tokens/s between a replica's first shard and its last
     texts_by_flag: dict[str, int] = {}
-    actions: dict[str, int] = {}  # of the quality gate
+    actions: dict[str, int] = {}  # actions of the quality gate
 
 
 class ArmFigures(BaseModel):
@@ -85,12 +90,12 @@ class ArmFigures(BaseModel):
     log_loss: list[float] = []
     valid_auc: list[float] = []
     calibration_error: list[float] = []
-    differences: dict[str, PairedDifference] = {}  # arm that this one is compared with -> over the seeds of both
-    slices: dict[str, SliceMetrics] = {}  # parts of the test split, means over seeds
+    differences: dict[str, PairedDifference] = {}  # base arm -> difference over common seeds
+    slices: dict[str, SliceMetrics] = {}  # slices of the test split, means over seeds
 
 
 class KnowledgeSample(BaseModel):
-    """What the LLM read about a user or an item, and what it wrote."""
+    """A prompt about a user or an item, and the LLM's text."""
 
     kind: str
     title: str  # "user 12", or the item's title
@@ -99,7 +104,7 @@ class KnowledgeSample(BaseModel):
 
 
 class ReportData(BaseModel):
-    """All that a report may show."""
+    """All inputs of a report."""
 
     run: str
     finished: str  # date and time, as shown
@@ -112,26 +117,26 @@ class ReportData(BaseModel):
     samples: list[KnowledgeSample] = []
     release: dict[str, str] = {}
     lookup: dict[str, str] = {}
-    throughput: Throughput = Throughput()  # of the generation job
-    decoder: DecoderCounters | None = None  # of the speculative decoder, where one ran
+    throughput: Throughput = Throughput()  # throughput of the generation job
+    decoder: DecoderCounters | None = None  # of the speculative decoder, if any
     semantic_ids: dict[str, QuantisationReport] = {}  # by the name of their vectors: knowledge-user, metadata-item, ...
     ranker: list[RankerResult] = []  # of all runs of the LLM ranker, and of CTR models on the same samples
-    notes: list[str] = []  # what a reader must know in order not to misread the figures
+    notes: list[str] = []  # warnings that a reader of the figures needs
     versions: dict[str, str] = {}
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
-Row = dict[str, str]  # column -> what is shown; Markup is not escaped
+Row = dict[str, str]  # column -> content; Markup is not escaped
 
 
 class ArmRow(NamedTuple):
-    """A row of the table of arms, as shown: means over seeds, with one standard deviation where there are several."""
+    """A row of the table of arms, formatted: means over seeds, with one standard deviation if there are several."""
 
     backbone: str
     arm: str
     auc: str
-    difference: str  # of the mean AUC to the arm "none" of the same backbone, over the seeds of both where paired
+    difference: str  # mean AUC minus that of the arm "none" of the same backbone, over common seeds
     interval: str  # of that difference
     gauc: str
     log_loss: str
@@ -141,7 +146,7 @@ class ArmRow(NamedTuple):
 
 
 class ComparisonRow(NamedTuple):
-    """A row of the table of paired comparisons, as shown: AUC of an arm minus that of `base`, of the same backbone."""
+    """A row of the table of paired comparisons, formatted: AUC of an arm minus that of `base`, of the same backbone."""
 
     backbone: str
     arm: str
@@ -216,7 +221,7 @@ def arm_rows(arms: Sequence[ArmFigures]) -> list[ArmRow]:
 
 
 def comparison_rows(arms: Sequence[ArmFigures]) -> list[ComparisonRow]:
-    """The table of paired comparisons; what is not known is left blank."""
+    """The table of paired comparisons; unknown values are blank."""
     return [
         ComparisonRow(
             backbone=arm.backbone,
@@ -233,9 +238,9 @@ def comparison_rows(arms: Sequence[ArmFigures]) -> list[ComparisonRow]:
 
 
 def heat_rows(arms: Sequence[ArmFigures]) -> list[Row]:
-    """The heat map of gains to "none": one row per backbone that has one, one cell per arm, blank where not measured.
+    """Heat map of gains over "none": one row per backbone that has one, one cell per arm, blank if not measured.
 
-    Colors are as strong as the gain is beside the largest one, and fade where its interval holds 0.
+    Color strength is relative to the largest gain; colors fade if the interval includes 0.
     """
     gains = {(a.backbone, a.arm): a.differences["none"] for a in arms if "none" in a.differences}
     largest = max((abs(gain.auc) for gain in gains.values()), default=0.0) or 1.0
@@ -253,13 +258,13 @@ def heat_rows(arms: Sequence[ArmFigures]) -> list[Row]:
         )
 
     return [
-        {"test AUC to none": backbone} | {arm: cell(gains.get((backbone, arm))) for arm in others}
+        {"test AUC minus none": backbone} | {arm: cell(gains.get((backbone, arm))) for arm in others}
         for backbone in dict.fromkeys(backbone for backbone, _ in gains)
     ]
 
 
 def slice_rows(arms: Sequence[ArmFigures]) -> list[Row]:
-    """The table of slices: AUC and log-loss, one column per arm; blank where an arm was not measured."""
+    """The table of slices: AUC and log-loss, one column per arm; blank if an arm was not measured."""
     metrics = {(a.backbone, a.arm, name): metric for a in arms for name, metric in a.slices.items()}
     sizes = {(backbone, name): metric.rows for (backbone, _, name), metric in metrics.items()}
 
@@ -283,14 +288,14 @@ def ranker_rows(results: Sequence[RankerResult]) -> list[Row]:
             "model": model,
             "seeds": str(len(seeds)),
             "test AUC": _spread([r.auc for r in seeds]),
-            "95 % interval": f"[{i.low:.4f}, {i.high:.4f}]" if (i := seeds[0].interval) else "",  # of the first seed
+            "95 % interval": f"[{i.low:.4f}, {i.high:.4f}]" if (i := seeds[0].interval) else "",  # for the first seed
         }
         for (shown, model), seeds in _by_prompt(results).items()
     ]
 
 
 def _by_prompt(results: Sequence[RankerResult]) -> dict[tuple[str, str], list[RankerResult]]:
-    """(what a prompt shows, who answers) -> the results of all seeds."""
+    """(content of a prompt, model) -> results of all seeds."""
     groups: dict[tuple[str, str], list[RankerResult]] = {}
     for result in results:
         shots = "all samples" if result.shots is None else f"{result.shots:,} shots"
@@ -301,14 +306,14 @@ def _by_prompt(results: Sequence[RankerResult]) -> dict[tuple[str, str], list[Ra
 
 
 def decoder_figures(counters: DecoderCounters) -> dict[str, str]:
-    """What the decoder counted, as shown."""
+    """Counters of the decoder, formatted."""
     counts = counters.counts
     drafted, accepted = counts.get("drafted", 0), counts.get("accepted", 0)
     hits = {name.removeprefix("hits_"): n for name, n in counts.items() if name.startswith("hits_")}
     figures = {
-        "tokens per row and step": f"{counters.tokens_per_step:.2f} (steps without drafts included)",
+        "tokens per row and step": f"{counters.tokens_per_step:.2f} (including steps without drafts)",
         "draft tokens": f"{drafted:,.0f}, {accepted / max(drafted, 1):.0%} accepted",
-        "accepted by the relaxed rule alone": f"{counts.get('relaxed', 0):,.0f}",
+        "accepted only by the relaxed rule": f"{counts.get('relaxed', 0):,.0f}",
         "drafts by source": ", ".join(f"{name} {n:,.0f}" for name, n in sorted(hits.items())) or "none",
         "requests for unknown pools": f"{counts.get('unknown_pools', 0):,.0f}",
     }
@@ -365,10 +370,10 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def throughput(cards: Iterable[Card]) -> Throughput:
-    """How fast a generation job ran. A shard's tokens are spread evenly over the time that it took."""
+    """Speed of a generation job. A shard's tokens are spread evenly over its time."""
     flags: Counter[str] = Counter()
     actions: Counter[str] = Counter()
-    rows: list[tuple[str, float, float, int]] = []  # worker, begin, end, output tokens
+    rows: list[tuple[str, float, float, int]] = []  # worker, start, end, output tokens
     for card in cards:
         counts = {name: n for name, n in card.counts.items() if isinstance(n, int)}
         flags.update({name.removeprefix("flag_"): n for name, n in counts.items() if name.startswith("flag_")})
@@ -382,7 +387,7 @@ def throughput(cards: Iterable[Card]) -> Throughput:
         edges = np.linspace(start.min(), end.max(), _SLICES + 1)
         overlap = np.minimum(end[:, None], edges[1:]) - np.maximum(start[:, None], edges[:-1])
         speed = (np.clip(overlap, 0, None) * (tokens / (end - start))[:, None]).sum(axis=0) / np.diff(edges)
-        unit, scale = ("min", 60) if edges[-1] - edges[0] >= 120 else ("s", 1)  # so that slices have distinct names
+        unit, scale = ("min", 60) if edges[-1] - edges[0] >= 120 else ("s", 1)  # gives slices distinct names
         times = [f"{t:.1f}" for t in (edges - edges[0]) / scale]
         figures.over_time = {f"{a} to {b} {unit}": float(s) for (a, b), s in zip(pairwise(times), speed, strict=True)}
         for worker, mine in spans.groupby("worker", sort=False):
@@ -400,9 +405,9 @@ def collect(
     protocol: str,
     facts: Mapping[str, str],
 ) -> ReportData:
-    """All figures of a run. Stages that have not finished are left out.
+    """All figures of a run. Unfinished stages are left out.
 
-    scores: the test scores of the trials, where they left any: without them differences have no interval.
+    scores: test scores of the trials, if any: without them differences have no interval.
     """
     stages = {stage: card for stage in REPORTED_STAGES if (card := finished_stage(workspace, stage))}
     folder = stages["generate"].outputs["knowledge"]
@@ -437,7 +442,7 @@ def collect(
 
 
 def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
-    """Latency of single lookups, as the report and the console print them."""
+    """Latency of single lookups, for the report and the console."""
     figures = measure_lookup(release.store, "user", ids)
     if not figures["n"]:
         return {}
@@ -451,7 +456,7 @@ def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
 
 
 def hardware_line() -> str:
-    """The machine in a line, as every table of figures needs it."""
+    """One line about the machine, for tables of figures."""
     memory = psutil.virtual_memory().total / 2**30
     processor = ", ".join([platform.machine(), *_matrix_instructions()])
     python = platform.python_version()
@@ -459,7 +464,7 @@ def hardware_line() -> str:
 
 
 def _matrix_instructions() -> list[str]:
-    """What decides an LLM's speed on a CPU, of what Linux says of the first one."""
+    """CPU features that determine an LLM's speed, according to Linux."""
     with suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
         return [name for flag, name in (("avx512_bf16", "AVX512-BF16"), ("amx_tile", "AMX")) if flag in flags]
@@ -467,7 +472,7 @@ def _matrix_instructions() -> list[str]:
 
 
 def arm_figures(results: Sequence[TrialResult], scores: GridScores | None = None) -> list[ArmFigures]:
-    """Results by backbone and arm, one value per seed; differences and slices as `summarise` computes them."""
+    """Results by backbone and arm, one value per seed; differences and slices as computed by `summarise`."""
     seeds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in results:
         seeds.setdefault((r.backbone, r.arm), []).append({"valid_auc": r.valid.auc, **r.test.model_dump()})
@@ -496,7 +501,7 @@ def _some_rows(workspace: Workspace, folder: str, kind: Kind) -> pa.Table:
 
 
 def _samples(workspace: Workspace, kind: Kind, texts: pa.Table) -> list[KnowledgeSample]:
-    # The longest of the texts that end by themselves show best what the model can do; the histogram shows the rest.
+    # The longest of the complete texts show best what the model can do; the histogram shows the rest.
     order = pc.sort_indices(texts, sort_keys=[("finish_reason", "descending"), ("output_tokens", "descending")])
     chosen = texts.take(order[:_SAMPLES_PER_KIND]).to_pylist()
     describe = {"user": _users, "item": _items, "cohort": _cohorts}[kind]
@@ -522,7 +527,7 @@ def _users(workspace: Workspace, ids: list[int]) -> list[tuple[str, list[str]]]:
 
 def _items(workspace: Workspace, ids: list[int]) -> list[tuple[str, list[str]]]:
     items = _by_id(workspace, "items", "item_id", ids)
-    unknown = {"title": "not in the items table"}  # imported knowledge may be about other items
+    unknown = {"title": "not in the items table"}  # imported knowledge may cover other items
     rows = [items.get(i, unknown) for i in ids]
     return [(row["title"], _fields(row, {"item_id", "raw_id", "title"})) for row in rows]
 

@@ -1,6 +1,6 @@
-"""Refreshing again and again in one process: how it is asked to stop, and which errors it outlives.
+"""Repeated refreshes in one process: requests to stop, and errors that it survives.
 
-A wish to stop is honoured between the steps of a refresh, whose journal makes any of them a good place to end.
+A request to stop is handled between the steps of a refresh, whose journal makes each a safe place to end.
 """
 
 import os
@@ -19,13 +19,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """A refresh ended early, between two steps, because it was asked to."""
+    """A refresh ended early, between two steps, because of a request to stop."""
 
 
 class StopSignals:
-    """While its block runs, SIGINT and SIGTERM are wishes to stop; a second one interrupts (KeyboardInterrupt).
+    """While its block runs, SIGINT and SIGTERM request a stop; a second one interrupts (KeyboardInterrupt).
 
-    Outside of a block nothing is listened to, and nobody ever wants to stop.
+    Outside a block, signals are not handled and a stop is never requested.
     """
 
     def __init__(self) -> None:
@@ -45,31 +45,31 @@ class StopSignals:
         self._before = []
 
     def arm(self) -> None:
-        """Listens to the signals; to be called again after `ray.init`, which takes SIGTERM for itself (Ray 2.60)."""
+        """Installs the handlers; call it again after `ray.init`, which takes over SIGTERM (Ray 2.60)."""
         if self._before:
             for number in _SIGNALS:
                 signal.signal(number, self._note)
 
     def check(self) -> None:
-        """Raises Stopped where the end is wanted."""
+        """Raises Stopped if a stop is requested."""
         if self._wanted.is_set():
             raise Stopped
 
     def wait(self, seconds: float) -> None:
-        """Waits, unless the end is wanted or becomes so."""
+        """Waits, unless a stop is or becomes requested."""
         self._wanted.wait(seconds)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._wanted.is_set():
             raise KeyboardInterrupt
         self._wanted.set()
-        os.write(2, b"stopping after this step; once more to stop at once\n")  # print may not be called from here
+        os.write(2, b"stopping after this step; once more to stop at once\n")  # print is not allowed here
 
 
 def repeat(step: Callable[[StopSignals], object], seconds: float | None) -> None:
-    """Runs `step` every so many seconds until SIGINT or SIGTERM, or once where `seconds` is None.
+    """Runs `step` at this interval until SIGINT or SIGTERM, or once if `seconds` is None.
 
-    An error that may pass (see is_transient) is said, and the next round tries again; any other ends it.
+    A transient error (see is_transient) is reported, and the next round tries again; any other error ends it.
     """
     with StopSignals() as signals:
         try:
@@ -85,13 +85,13 @@ def repeat(step: Callable[[StopSignals], object], seconds: float | None) -> None
                 signals.wait(seconds)
                 signals.check()
         except Stopped:
-            note("stopped; the next refresh goes on from here")
+            note("stopped; the next refresh continues from here")
 
 
 def is_transient(error: OwlRecError) -> bool:
-    """Whether the same refresh may well succeed a little later, with nobody's help.
+    """Whether the same refresh may succeed later without intervention.
 
-    So may one whose engine is away or failed its rows, whose disk or network did not answer, or that met a file of the
-    log in the middle of its writing. A recipe, a roll-back or a log that has lost events needs somebody to decide.
+    This includes a dead engine, failed rows, a disk or network that did not respond, and a file of the
+    log that is still being written. Errors in a recipe, roll-backs and lost events need a person to decide.
     """
     return isinstance(error, EngineError) or isinstance(error.__cause__, OSError | pa.ArrowInvalid)

@@ -1,9 +1,9 @@
-"""What the prompt families share: a `Framework` is one paper's four templates, and the functions here fill them.
+"""Shared parts of the prompt frameworks: a `Framework` is one paper's four templates, and the functions here fill them.
 
-Each family is a module that holds nothing but its templates; how behaviours, profiles and attributes are quoted,
-cleaned and fitted into their budget is the same for all, so that a comparison of families compares their questions.
-What all rows share stands in the system turn, so that a batching engine computes and keeps that prefix once; the
-question ends the user turn, since a small model goes on with whatever it read last.
+Each framework consists only of templates. All of them quote, clean and truncate behaviours, profiles and attributes in
+the same way, so comparing frameworks compares only their questions.
+The parts shared by all rows are in the system turn, so a batching engine computes and keeps that prefix once. The
+question ends the user turn, since a small model continues from whatever it read last.
 """
 
 import re
@@ -17,10 +17,10 @@ from typing import Literal
 from owlrec.scenario import USUAL_BEST, Scenario
 
 # ----------------------------------------------------------------------------------------------------------------- text
-# Makes untrusted text safe to quote in a prompt, and fits a history into a token budget.
+# Makes untrusted text safe to quote in a prompt, and truncates a history to a token budget.
 #
-# Titles and profile fields come from outside: a title may hold another model's control tokens, bidirectional overrides
-# or a whole page. What is removed could otherwise end the user's turn early and let a title give the model orders.
+# Titles and profile fields are untrusted: a title may contain another model's control tokens, bidirectional overrides
+# or a whole page. Such tokens could end the user's turn early and let a title give instructions to the model.
 
 
 # Turn, sentence and instruction markers of the chat templates in use (ChatML, Llama 2 and 3, Gemma, Mistral,
@@ -32,18 +32,18 @@ TEMPLATE_TOKEN = re.compile(
 )
 _MARKUP = re.compile(r"[<\[]")
 _CHARS_PER_TOKEN = 12  # more than any tokenizer packs into one
-_ROOM = 50  # times the wanted length that are read at all: a page of controls in place of a title costs no seconds
+_ROOM = 50  # multiple of the wanted length that is read, so a page of controls is cheap
 
 
 def clean_text(text: str, *, max_chars: int = 200) -> str:
     """`text` on one line, without control characters or chat-template tokens, at most `max_chars` long.
 
-    Double quotes become single ones, since prompts quote titles in double quotes. A cut is marked by an ellipsis.
+    Double quotes become single ones, since prompts quote titles in double quotes. An ellipsis marks truncation.
     """
     if text.isascii() and text.isprintable() and not _MARKUP.search(text):  # nearly every title: nothing to remove
         return _on_one_line(text, max_chars)
     text = unicodedata.normalize("NFC", text[: max_chars * _ROOM])
-    # Cc and Cf hold control, zero-width and bidirectional characters; Co and Cs private use and lone surrogates.
+    # Cc and Cf contain control, zero-width and bidirectional characters; Co and Cs private use and lone surrogates.
     text = "".join(
         " " if c in "\t\n\r\v\f" else c
         for c in text
@@ -63,10 +63,10 @@ def _on_one_line(text: str, max_chars: int) -> str:
 
 
 def fit_recent(entries: Sequence[str], budget_tokens: int, count_tokens: Callable[[str], int]) -> Sequence[str]:
-    """The longest run of the most recent `entries` (last = newest) whose token counts add up to at most
+    """The longest run of the most recent `entries` (last = newest) whose token counts sum to at most
     `budget_tokens`.
 
-    The oldest go first: what a user did lately tells most about what comes next. May be empty.
+    The oldest are dropped first: a user's latest behaviors say most about the next one. May be empty.
     """
     spent = 0
     for kept, entry in enumerate(reversed(entries)):
@@ -77,9 +77,9 @@ def fit_recent(entries: Sequence[str], budget_tokens: int, count_tokens: Callabl
 
 
 def first_tokens(text: str, budget_tokens: int, count_tokens: Callable[[str], int]) -> str:
-    """The beginning of `text`, cleaned, in whole words that make at most `budget_tokens`.
+    """The beginning of `text`, cleaned, in whole words of at most `budget_tokens` together.
 
-    Where not even the first word fits, as in a script that puts no blanks between words, it is cut inside.
+    If even the first word does not fit, as in a script without blanks between words, it is truncated.
     """
     if budget_tokens < 1:
         return ""
@@ -95,9 +95,9 @@ def _longest(pieces: Sequence[str], glue: str, budget_tokens: int, count_tokens:
 
 
 def in_budget(entries: Sequence[str], budget_tokens: int, count_tokens: Callable[[str], int]) -> list[int]:
-    """Where to part `entries`, so that each run of them has at most `budget_tokens`, or is a single longer entry.
+    """Splits `entries` into runs of at most `budget_tokens`, or of a single longer entry.
 
-    Returns the end of each run, ascending; the last one is len(entries). None is left out.
+    Returns the end of each run, ascending; the last one is len(entries). All entries are included.
     """
     ends, spent = list[int](), 0
     for place, entry in enumerate(entries):
@@ -112,32 +112,32 @@ def in_budget(entries: Sequence[str], budget_tokens: int, count_tokens: Callable
 # ------------------------------------------------------------------------------------------------------------ framework
 
 
-_USUAL_CHARS = 300  # of a title; longer ones are not remembered
+_USUAL_CHARS = 300  # of a title; longer ones are not cached
 FrameworkName = Literal["kar", "once", "rlmrec", "trawl"]
 
 
 @dataclass(frozen=True)
 class Framework:
-    """The templates of one family, for `str.format`.
+    """Templates of one framework, for `str.format`.
 
-    Each may name the scenario's words {item}, {items}, {consumed}, {history} and {factors}: the user factors in the
-    user's templates, the item factors in the item's.
+    Each may use the scenario's words {item}, {items}, {consumed}, {history} and {factors}: user factors in
+    the user's templates, item factors in the item's.
     """
 
     user_system: str
-    # Must name {behaviours}; {profile} is "" or a sentence and a space, {passed} is "" or a space and a sentence.
+    # Must contain {behaviours}; {profile} is "" or a sentence and a space, {passed} is "" or a space and a sentence.
     user_template: str
     item_system: str
-    item_template: str  # must name {description}: the quoted title and, in brackets, the attributes
+    item_template: str  # must contain {description}: the quoted title and, in brackets, the attributes
 
 
 def user_system(framework: Framework, scenario: Scenario) -> str:
-    """The system turn that all users' prompts of a scenario share."""
+    """System turn shared by all users' prompts of a scenario."""
     return framework.user_system.format(**scenario_words(scenario, scenario.user_factors))
 
 
 def item_system(framework: Framework, scenario: Scenario) -> str:
-    """The system turn that all items' prompts of a scenario share."""
+    """System turn shared by all items' prompts of a scenario."""
     return framework.item_system.format(**scenario_words(scenario, scenario.item_factors))
 
 
@@ -151,14 +151,14 @@ def user_prompt(
     history_tokens: int,
     count_tokens: Callable[[str], int],
 ) -> tuple[str, str]:
-    """The prompt for one user, and the same facts as a sentence of their own.
+    """Prompt for one user, and the same facts as a separate sentence.
 
-    profile: the user's profile fields; empty ones and those the scenario does not name are left out, and all of them
-    where the family does not ask for them.
-    behaviours: (title, rating) oldest first; a rating of None, or a scenario without graded ratings, quotes the title
-    alone. passed: titles that the user passed over, oldest first.
-    history_tokens: budget for the list of behaviours; the oldest are dropped until it fits.
-    Returns two "" where no behaviour is left: a user without one has nothing to reason about.
+    profile: the user's profile fields; uses only the scenario's fields with a value, and none if the framework does not
+    ask for them.
+    behaviours: (title, rating) oldest first; with a rating of None, or a scenario without graded ratings, only the
+    title is quoted. passed: titles that the user passed over, oldest first. history_tokens: budget for the list of
+    behaviours; the oldest are dropped until it fits. Returns two "" if no behaviour is left, since there is nothing to
+    reason about.
     """
     entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviours]
     kept = fit_recent(entries, history_tokens, count_tokens)
@@ -176,10 +176,10 @@ def user_prompt(
 def item_prompt(
     framework: Framework, scenario: Scenario, title: str, attributes: Mapping[str, str | Sequence[str]]
 ) -> tuple[str, str]:
-    """The prompt for one item, and the same facts as a sentence of their own.
+    """Prompt for one item, and the same facts as a separate sentence.
 
-    attributes: the item's columns; those that the scenario lists as text fields are quoted, where they have a value.
-    Returns two "" where the item has neither a title nor such an attribute.
+    attributes: the item's columns; quotes the scenario's text fields that have a value.
+    Returns two "" if the item has neither a title nor such an attribute.
     """
     title = clean_text(title)
     facts = []
@@ -198,7 +198,7 @@ def item_prompt(
 
 
 def scenario_words(scenario: Scenario, factors: tuple[str, ...]) -> dict[str, str]:
-    """What templates may name."""
+    """Words that templates may use."""
     return {
         "item": scenario.item,
         "items": scenario.items,
@@ -210,7 +210,7 @@ def scenario_words(scenario: Scenario, factors: tuple[str, ...]) -> dict[str, st
 
 
 def quoted_behaviour(scenario: Scenario, title: str, rating: float | None) -> str:
-    """A title in quotes, and its rating where there is one and the scenario grades."""
+    """A title in quotes, with its rating if there is one and the scenario has graded ratings."""
     quoted = quoted_title(title)
     if rating is None or not scenario.unit:
         return quoted
@@ -225,7 +225,7 @@ def quoted_title(title: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _quoted(title: str) -> str:
-    """Remembered, since most titles stand in many histories."""
+    """Cached, since most titles occur in many histories."""
     return f'"{clean_text(title, max_chars=120)}"'
 
 

@@ -3,7 +3,7 @@
 from owlrec.prompting.framework import Framework
 
 # ------------------------------------------------------------------------------------------------------------------ kar
-# KAR's factorisation prompts (RecSys 2024, sec. 3.1): preference reasoning about a user, facts about an item.
+# KAR's factorization prompts (RecSys 2024, sec. 3.1): preference reasoning about a user, facts about an item.
 #
 # A bare "describe this user" makes an LLM ramble; naming the domain's factors splits the question into parts it can
 # answer. The structure and the factors follow the paper, the wording is ours.
@@ -26,14 +26,14 @@ KAR = Framework(
 
 
 # --------------------------------------------------------------------------------------------------------------- rlmrec
-# RLMRec's profile prompts (WWW 2024): what kinds of users an item appeals to, what kinds of items appeal to a user,
-# each with its reason.
+# RLMRec's profile prompts (WWW 2024): the kinds of users an item appeals to, and the kinds of items a user likes,
+# each with a reason.
 #
-# From the paper: both profiles look across to the other side, which is what lets them be aligned with collaborative
-# signals; a summary comes first and a brief reasoning after it; no profile fields, since a user is the sum of what
-# they interacted with. Ours: the wording, prose for the paper's JSON, and ratings where the paper quotes reviews. The
-# paper also quotes the interacted items' finished profiles in a user's prompt; we ask about users and items at once,
-# so there titles speak for themselves.
+# From the paper: both profiles refer to the other side, so they can be aligned with collaborative
+# signals; a summary comes first and a brief reasoning after it; no profile fields, since a user is defined by
+# their interactions. Ours: the wording, prose instead of the paper's JSON, and ratings where the paper quotes reviews.
+# The paper also quotes the interacted items' finished profiles in a user's prompt; we write users and items at the same
+# time, so prompts quote only titles.
 
 
 RLMREC = Framework(
@@ -54,14 +54,14 @@ RLMREC = Framework(
 
 
 # ---------------------------------------------------------------------------------------------------------------- trawl
-# TRAWL's prompts (arXiv 2403.06642, CIKM 2025): from all that is known outside the data, the LLM keeps what helps a
+# TRAWL's prompts (arXiv 2403.06642, CIKM 2025): from all external knowledge, the LLM keeps the parts that help a
 # recommendation.
 #
-# From the paper, as far as its abstract and reviews of it tell: raw external knowledge is noisy, so the LLM extracts
-# what bears on recommending, guided by the domain's key factors, and adds by common sense what the text only implies;
-# one such text an item, one a user. Ours: the wording, and the sources. The paper feeds in external documents; here
-# they are the item's own text columns and the world knowledge of the LLM, which is also the light in which a user's
-# behaviours are read.
+# From the paper, judging by its abstract and reviews of it: raw external knowledge is noisy, so the LLM extracts
+# the parts relevant to recommending, guided by the domain's key factors, and adds implications by common sense;
+# one such text per item and one per user. Ours: the wording, and the sources. The paper uses external documents; here
+# they are the item's own text columns and the world knowledge of the LLM, which also informs how a user's
+# behaviors are read.
 
 
 TRAWL = Framework(
@@ -83,14 +83,14 @@ TRAWL = Framework(
 
 
 # ----------------------------------------------------------------------------------------------------------------- once
-# ONCE's prompts for a closed-source LLM (WSDM 2024, the part called GENRE): a content summariser for items, a user
+# ONCE's prompts for a closed-source LLM (WSDM 2024, the part called GENRE): a content summarizer for items, a user
 # profiler.
 #
-# From the paper: an item's title is rewritten into a clearer and fuller text, objective and neutral; a user is told by
-# the topics of interest, strongest first, and by further traits (the paper's is the region), read off the titles
-# alone, hence no profile fields and no factors. Ours: the wording, traits beyond the region, and sentences where the
-# paper wants a fixed list, which a small model seldom keeps to. The paper's third use, inventing content for users
-# with short histories, is left out: it makes rows, not knowledge about rows.
+# From the paper: an item's title is rewritten into a clearer and fuller text, objective and neutral; a user is
+# described by topics of interest, strongest first, and by other traits (the paper's is the region), derived from the
+# titles alone, so without profile fields and factors. Ours: the wording, traits beyond the region, and sentences
+# instead of the paper's fixed list, which a small model seldom keeps to. The paper's third use, inventing content for
+# users with short histories, is left out: it makes rows, not knowledge about rows.
 
 
 ONCE = Framework(

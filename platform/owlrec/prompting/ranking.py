@@ -1,9 +1,9 @@
-"""ReLLa's question (WWW 2024, arXiv 2308.11131): a user in a sentence, numbered behaviours with their ratings, one
-candidate, and an answer that may only be Yes or No.
+"""ReLLa's ranking prompt (WWW 2024, arXiv 2308.11131): a user in a sentence, numbered behaviours with their ratings,
+one candidate, and an answer of Yes or No.
 
-The structure follows the paper, the wording is ours. One function writes all its variants: the behaviours shown are the
-most recent ones, retrieved ones, or both. The candidate comes last, so an engine that keeps prefixes reads once what
-the candidates of a request share: profile and recent behaviours, and the retrieved ones where they are those of the
+The structure follows the paper, the wording is ours. One function writes all variants, with the most recent behaviours,
+the retrieved ones, or both. The candidate comes last, so an engine with a prefix cache reads the shared parts of a
+request's candidates once: profile and recent behaviours, and the retrieved ones if they are for the
 whole set. The paper retrieves for each candidate, which leaves little to share.
 """
 
@@ -24,9 +24,9 @@ from owlrec.prompting.framework import (
 from owlrec.scenario import Scenario
 from owlrec.storage import fingerprint
 
-YES, NO = "Yes", "No"  # the answers that are tuned for and scored
+YES, NO = "Yes", "No"  # the tuned and scored answers
 
-# The system turn holds what no row changes. A scenario without ratings asks for the act itself.
+# The system turn has the parts that no row changes. A scenario without ratings asks about the act itself.
 _SYSTEM_GRADED = (
     "You judge from a user's {history} whether the user will like one more {item}. "
     "The more {unit}s the user gave, the better the user liked the {item}."
@@ -46,22 +46,22 @@ RetrievedFor = Literal["set", "candidate"]
 
 
 class RankPromptConfig(Config):
-    """For what behaviors are retrieved, and how much of a history is quoted."""
+    """Targets of the retrieval of behaviors, and the length of quoted histories."""
 
-    # set: once for all candidates of a request, which then share all but their own title; candidate: for each (ReLLa).
+    # set: once for all candidates of a request, which then share all but their titles; candidate: for each (ReLLa).
     retrieved_for: RetrievedFor = "set"
     history_tokens: int = Field(512, ge=0)  # for each list; the paper gains nothing beyond prompts of 700
 
 
 def rank_fingerprint(config: RankPromptConfig, scenario: Scenario) -> str:
-    """SHA-256 of all that shapes a prompt besides its row: what was tuned on one wording must not score another."""
+    """SHA-256 of everything that shapes a prompt besides its row: an adapter must not score another wording."""
     graded, ungraded = (_SYSTEM_GRADED, _QUESTION_GRADED), (_SYSTEM_UNGRADED, _QUESTION_UNGRADED)
     shared = (_RECENT, _RETRIEVED, _NO_HISTORY, _INSTRUCTION)
     return fingerprint(config, scenario, graded if scenario.rating_unit else ungraded, shared)
 
 
 def rank_system(scenario: Scenario) -> str:
-    """The system turn that all prompts of a scenario share."""
+    """System turn shared by all prompts of a scenario."""
     template = _SYSTEM_GRADED if scenario.rating_unit else _SYSTEM_UNGRADED
     return template.format(**scenario_words(scenario, scenario.user_factors))
 
@@ -78,16 +78,16 @@ def rank_prompt(
 ) -> tuple[str, str]:
     """System turn and user turn that ask whether the user will like one candidate.
 
-    profile: the user's profile fields; empty ones and those that the scenario does not name are left out.
+    profile: the user's profile fields; uses only the scenario's fields with a value.
     target: the candidate's title. recent, retrieved: (title, rating), oldest first; either may be empty, and a
-    behaviour without a title is left out. A rating is quoted as it stands, since only the source knows its scale: what
-    is out of range the source must refuse. A rating of None, or a scenario without graded ratings,
-    quotes the title alone.
+    behaviour without a title is left out. A rating is quoted unchanged, since only the source knows its scale and
+    must refuse invalid ones. With a rating of None, or a scenario without graded ratings,
+    only the title is quoted.
 
-    Of each list the oldest are dropped until it fits `history_tokens`; candidate and question always stand, the title
-    cut to 120 characters. The lists have a budget each, so that the shared beginning depends on no candidate. Where no
-    behaviour is left the prompt says that none is known. Returns two "" where the candidate has no title: there is
-    nothing to ask about.
+    The oldest entries of each list are dropped until it fits `history_tokens`. Candidate and question are always
+    included, with the title truncated to 120 characters. Each list has its own budget, so the shared beginning depends
+    on no candidate. If no behaviour is left, the prompt says that none is known. Returns two "" if the candidate has no
+    title, since there is nothing to ask.
     """
     if not is_quotable(target):
         return "", ""
@@ -106,7 +106,7 @@ def rank_prompt(
 
 
 def is_quotable(title: str) -> bool:
-    """Whether anything of a title is left once it is cleaned."""
+    """Whether anything of a title is left after cleaning."""
     return quoted_title(title) != quoted_title("")
 
 
@@ -122,8 +122,8 @@ def _numbered(
     budget_tokens: int,
     count_tokens: Callable[[str], int],
 ) -> str:
-    """The latest behaviours that fit, oldest first, each after its number on a line of its own; "" where none does."""
+    """The latest behaviours that fit, oldest first, each on its own numbered line; "" if none fits."""
     entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviours if is_quotable(title)]
-    numbering = count_tokens(f"\n{len(entries)}. ")  # apart: counts of titles are remembered, of numbered lines not
+    numbering = count_tokens(f"\n{len(entries)}. ")  # separate, since counts of titles are cached
     kept = fit_recent(entries, budget_tokens, lambda entry: count_tokens(entry) + numbering)
     return "".join(f"\n{number}. {entry}" for number, entry in enumerate(kept, 1))

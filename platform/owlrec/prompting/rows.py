@@ -1,4 +1,4 @@
-"""Turns the shards of the users, histories and items tables into prompts, one a row."""
+"""Turns the shards of the users, histories and items tables into prompts, one per row."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -27,41 +27,41 @@ from owlrec.schema import PROMPTS
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
 
-# A prompt quotes a few hundred characters of a field; a field of this length is a mistake.
+# A prompt quotes a few hundred characters of a field; a longer field than this is an error.
 _MAX_FIELD_CHARS = 100_000
-EARLIER = "\x02earlier\x03"  # where a prompt quotes what was answered before: no title has control characters
+EARLIER = "\x02earlier\x03"  # stands for the earlier answer in a prompt; titles have no control characters
 
 FRAMEWORKS: dict[FrameworkName, Framework] = {"kar": KAR, "once": ONCE, "rlmrec": RLMREC, "trawl": TRAWL}
 
 
 class PromptConfig(Config):
-    """Which prompts to write. `framework` names the paper whose structure they follow.
+    """Prompts to write. `framework` names the paper whose structure they follow.
 
-    mode: a text for every user and item (individual), one for each cohort that its members share (collective), or both.
+    mode: a text for every user and item (individual), one per cohort for all its members (collective), or both.
     """
 
     mode: Literal["individual", "collective", "both"] = "individual"
     framework: FrameworkName = "kar"
     history_tokens: int = (
-        256  # about 20 film titles: beyond it a small model loses the thread and prefill dominates the cost
+        256  # about 20 film titles: beyond it a small model loses track and prefill dominates the cost
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What to ask about one user or item. `text` is "" where there is nothing to ask about."""
+    """Prompt about one user or item. `text` is "" if there is nothing to ask."""
 
     kind: str
     id: int
     as_of: int  # ms; 0 for items, whose facts do not depend on anybody's history
     system: str  # the same for all rows of a kind
     text: str
-    facts: str  # the row's own facts in a sentence: what stands in for an answer that cannot be used
-    # Above 0: a prompt that goes on from the answer to the same id's prompt before it, and quotes so much of that.
+    facts: str  # the row's own facts in a sentence: replaces an unusable answer
+    # Above 0: the prompt continues from the answer to the same id's previous prompt and quotes this many of its tokens.
     earlier_tokens: int = 0
 
     def after(self, answer: str, count_tokens: Callable[[str], int]) -> "Prompt":
-        """The prompt with the beginning of an answer in the place of EARLIER."""
+        """The prompt with the beginning of an answer in place of EARLIER."""
         earlier = first_tokens(answer, self.earlier_tokens, count_tokens)
         text, facts = (value.replace(EARLIER, earlier) for value in (self.text, self.facts))
         return replace(self, text=text, facts=facts, earlier_tokens=0)
@@ -69,7 +69,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class UnusableRow:
-    """A row of a table that no prompt can be made of, and why."""
+    """A row of a table without a possible prompt, and the reason."""
 
     kind: str
     id: int
@@ -79,10 +79,10 @@ class UnusableRow:
 
 
 def template_fingerprint(config: PromptConfig, scenario: Scenario) -> str:
-    """SHA-256 of all that shapes a prompt besides its row: a changed wording is another job.
+    """SHA-256 of everything that shapes a prompt besides its row: a changed wording is another job.
 
-    Of the families only the chosen one counts, so that a change to another leaves finished work valid; nor does the
-    mode, which decides what is asked about and not how.
+    Only the chosen framework counts, so a change to another leaves finished work valid. The mode does not count:
+    it selects the rows, not the wording.
     """
     return fingerprint(config.model_dump(exclude={"mode"}), scenario, *astuple(FRAMEWORKS[config.framework]))
 
@@ -95,7 +95,7 @@ def user_prompts(
     scenario: Scenario,
     count_tokens: Callable[[str], int],
 ) -> Iterator[Prompt | UnusableRow]:
-    """The prompts for a shard of users, in the order of `histories`.
+    """Prompts for a shard of users, in the order of `histories`.
 
     users, histories: the same shard of both tables (see schema.py); a user without a history row gets no prompt.
     """
@@ -125,7 +125,7 @@ def user_prompts(
 
 
 def _titles(lists: pa.ChunkedArray, catalog: ItemCatalog) -> list[list[str]]:
-    """The titles of each list of item ids."""
+    """Titles of each list of item ids."""
     items = lists.combine_chunks()
     titles = catalog.titles(items.flatten().to_numpy(zero_copy_only=False))
     bounds = np.r_[0, np.cumsum(items.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))].tolist()
@@ -133,7 +133,7 @@ def _titles(lists: pa.ChunkedArray, catalog: ItemCatalog) -> list[list[str]]:
 
 
 def item_prompts(items: pa.Table, scenario: Scenario, framework: FrameworkName) -> Iterator[Prompt | UnusableRow]:
-    """The prompts for a shard of items, in its order."""
+    """Prompts for a shard of items, in its order."""
     templates = FRAMEWORKS[framework]
     system = item_system(templates, scenario)
     fields = ("title", *scenario.text_fields)
@@ -146,18 +146,18 @@ def item_prompts(items: pa.Table, scenario: Scenario, framework: FrameworkName) 
 
 
 def prompts_table(prompts: Iterable[Prompt]) -> pa.Table:
-    """Prompts as a table (schema.PROMPTS), to be asked later."""
+    """Prompts as a table (schema.PROMPTS), for later use."""
     columns = [list(column) for column in zip(*map(astuple, prompts), strict=True)] or [[] for _ in PROMPTS]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, PROMPTS, strict=True)], schema=PROMPTS)
 
 
 def prompts_from_table(table: pa.Table) -> list[Prompt]:
-    """What `prompts_table` was made of."""
+    """Prompts from a table of `prompts_table`."""
     return [Prompt(**row) for row in table.select(PROMPTS.names).to_pylist()]
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any] | str]:
-    """The rows of a table; for one whose text is not valid, what is wrong with it (see _unusable)."""
+    """Rows of a table, or for a row with invalid text its fault (see _unusable)."""
     try:
         return table.to_pylist()
     except UnicodeDecodeError:
@@ -168,14 +168,14 @@ def _rows(table: pa.Table) -> list[dict[str, Any] | str]:
 
 
 def _wrong(row: Mapping[str, Any], fields: Sequence[str]) -> str:
-    """What makes a row's fields unusable, or ""."""
+    """The fault that makes a row's fields unusable, or ""."""
     for name in fields:
         value = row.get(name)
         for text in value if isinstance(value, list) else (value,):
             if text is None:
                 continue
             if not isinstance(text, str):
-                return f"WrongType: {name} holds {text!r:.60} ({type(text).__name__}), but text is meant"
+                return f"WrongType: {name} holds {text!r:.60} ({type(text).__name__}), not text"
             if len(text) > _MAX_FIELD_CHARS:
                 return f"OversizedText: {name} has {len(text):,} characters, more than {_MAX_FIELD_CHARS:,}"
     return ""
@@ -187,12 +187,12 @@ def _unusable(kind: str, id_: int, as_of: int, wrong: str) -> UnusableRow:
 
 
 # ----------------------------------------------------------------------------------------------------------- collective
-# REKI's collective prompts (arXiv 2408.10520): one text for a whole cohort, read off its most representative members.
+# REKI's collective prompts (arXiv 2408.10520): one text for a whole cohort, based on its most representative members.
 #
-# From the paper: the titles that a group shares stand for it, and every member takes the group's text. Ours: the
-# wording, in the scenario's own words and factors (the released prompts call books movies), what the group disliked
-# beside what it liked, and attributes that most of it share. A cohort without a title or an attribute is never asked
-# about: in the released data nine tenths of one set of groups were, and the answers ask for titles.
+# From the paper: the titles that a group shares represent it, and every member gets the group's text. Ours: the
+# wording, in the scenario's own words and factors (the released prompts call books movies), the group's dislikes
+# as well as its likes, and attributes that most members share. A cohort without a title or an attribute gets no prompt:
+# in the released data nine tenths of one set of groups had neither, and the answers ask for titles.
 
 
 _USER_SYSTEM = (
@@ -213,7 +213,7 @@ def collective_fingerprint(scenario: Scenario) -> str:
 
 
 def cohort_prompts(profiles: pa.Table, scenario: Scenario) -> Iterator[Prompt]:
-    """The prompts of cohorts (cohorts.profiles.PROFILES), in their order; "" where there is nothing to ask about."""
+    """Prompts of cohorts (cohorts.profiles.PROFILES), in their order; "" if there is nothing to ask."""
     systems = {
         "user": _USER_SYSTEM.format(items=scenario.items, factors=enumerate_words(scenario.user_factors)),
         "item": _ITEM_SYSTEM.format(items=scenario.items, factors=enumerate_words(scenario.item_factors)),
@@ -233,7 +233,7 @@ def cohort_prompts(profiles: pa.Table, scenario: Scenario) -> Iterator[Prompt]:
 def user_group_facts(
     scenario: Scenario, liked: Sequence[str], disliked: Sequence[str], attributes: Sequence[str]
 ) -> str:
-    """What is known of a group of users, in sentences; "" for nothing."""
+    """Facts about a group of users, in sentences; "" for none."""
     parts = []
     if attributes:
         parts.append(f"Most users of this group: {', '.join(clean_text(a, max_chars=60) for a in attributes)}.")
@@ -245,7 +245,7 @@ def user_group_facts(
 
 
 def item_group_facts(scenario: Scenario, titles: Sequence[str], attributes: Sequence[str]) -> str:
-    """What is known of a group of items, in sentences; "" for nothing."""
+    """Facts about a group of items, in sentences; "" for none."""
     parts = []
     if titles:
         parts.append(f"The same users like these {scenario.items}: {_list(titles)}.")

@@ -1,8 +1,8 @@
 """Causal attention for tuning on a CPU, as matrix products row by row.
 
-torch's flash kernel for CPUs (2.13) reaches a tenth of what the same cores do in a bf16 matrix product where they have
-no AMX, and spends a third of a tuning step there. A prompt has a few hundred tokens: its scores fit a core's cache, so
-nothing is gained by never writing them down.
+torch's flash kernel for CPUs (2.13) reaches a tenth of the speed of a bf16 matrix product on cores without
+AMX, and takes a third of a tuning step. A prompt has a few hundred tokens: its scores fit a core's cache, so
+avoiding to write them gains nothing.
 """
 
 from typing import Any
@@ -28,8 +28,8 @@ def attend_by_rows(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [b, h, t, d], key and value [b, g, t, d] to [b, t, h, d].
 
-    Heads of a group are one product with the keys that they share. A mask beyond the causal one, as of a window that is
-    shorter than the prompt, and whatever else is not plain, goes to torch's own kernel.
+    Heads of a group are one product with their shared keys. A mask beyond the causal one (such as a window
+    shorter than the prompt) and other special cases go to torch's own kernel.
     """
     plain = attention_mask is None and not dropout and key.shape[2] == query.shape[2] and key.shape == value.shape
     if not plain or kwargs.get("position_bias") is not None:

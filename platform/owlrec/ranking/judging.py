@@ -1,5 +1,5 @@
-"""What a ranker's scores are worth: AUC, gAUC, log loss, accuracy and calibration error on test, before and after a
-calibration that was fitted on valid.
+"""Evaluation of a ranker's scores: AUC, gAUC, log loss, accuracy and calibration error on test, before and after a
+calibration fitted on valid.
 """
 
 from collections.abc import Mapping
@@ -27,16 +27,16 @@ EVALUATION_COLUMNS = ("model", "shown", "AUC", "95 % interval", "gAUC", "accurac
 
 
 class Evaluation(BaseModel):
-    """Of one model, asked in one way."""
+    """Evaluation of one model with one type of prompt."""
 
     model: str  # "zero-shot" or "tuned"
     shown: str  # samples.Shown
     rows: int
-    unscored: int  # rows whose question could not be asked; they count nowhere
+    unscored: int  # rows without a score; excluded from all figures
     auc: float
     interval: Interval | None  # 95 %, users resampled; None with fewer than two users
-    gauc: float | None  # None where no user has both classes
-    accuracy: float  # calibrated, at one half
+    gauc: float | None  # None if no user has both classes
+    accuracy: float  # calibrated, at threshold 0.5
     log_loss: float  # calibrated
     raw_log_loss: float
     calibration_error: float  # calibrated
@@ -50,9 +50,9 @@ def evaluate_models(
     test: pa.Table,
     scores: Mapping[str, np.ndarray],
 ) -> list[Evaluation]:
-    """The evaluations of all models; writes them, the calibrations and the test rows with their scores into `folder`.
+    """Evaluates all models; writes the results, the calibrations and the scored test rows into `folder`.
 
-    scores: of each model, those of the valid rows and then those of the test rows.
+    scores: of each model, for the valid rows and then the test rows.
     """
     evaluations = []
     for model, model_scores in scores.items():
@@ -73,10 +73,10 @@ def evaluate_model(
     test: pa.Table,
     test_scores: np.ndarray,
 ) -> tuple[list[Evaluation], dict[str, PlattScaling]]:
-    """An evaluation and a calibration for each way of asking that both tables hold, in the order of `test`.
+    """An evaluation and a calibration for each prompt type in both tables, in the order of `test`.
 
-    valid, test: samples.TUNING_ROWS; scores: float64, aligned, nan for none. Raises SchemaError where the valid rows of
-    a way hold one class only.
+    valid, test: samples.TUNING_ROWS; scores: float64, aligned, nan for none. Raises SchemaError if the valid rows of
+    a prompt type have only one class.
     """
     evaluations, calibrations = [], {}
     for shown in dict.fromkeys(test["shown"].to_pylist()):
@@ -115,7 +115,7 @@ def evaluation_row(e: Evaluation) -> tuple[object, ...]:
 
 
 def _rows(table: pa.Table, scores: np.ndarray, shown: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Users, labels and scores of the rows that were asked in one way and scored; how many were not."""
+    """Users, labels and scores of the scored rows of one prompt type; and the number without a score."""
     asked = np.array(table["shown"].to_pylist(), dtype=object) == shown
     kept = asked & ~np.isnan(scores)
     labels = np.array([answer == YES for answer in table["answer"].to_pylist()], dtype=np.float64)
@@ -129,18 +129,18 @@ def _interval(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> Inte
 
 
 # -------------------------------------------------------------------------------------------------------------- results
-# What runs of the ranker, and CTR models on the same samples, came to: small files that a report gathers.
+# Results of ranker runs, and of CTR models on the same samples: small files that a report gathers.
 
 
 _FOLDER = "ranking/results"
 
 
 class RankerResult(BaseModel):
-    """Test AUC of one model asked in one way, or of a CTR model on the same samples."""
+    """Test AUC of one model with one prompt type, or of a CTR model on the same samples."""
 
     model: str  # "zero-shot", "tuned", or a backbone
-    shots: int | None  # samples that it was trained on: None for the whole train split, 0 for zero-shot
-    behaviours: int | None  # that a prompt shows at most; None for a CTR model
+    shots: int | None  # training samples: None for the whole train split, 0 for zero-shot
+    behaviours: int | None  # maximum in a prompt; None for a CTR model
     shown: str  # samples.Shown; "" for a CTR model
     seed: int
     auc: float
@@ -148,7 +148,7 @@ class RankerResult(BaseModel):
 
 
 def results_of(config: RankingConfig, evaluations: list[Evaluation], seed: int = 0) -> list[RankerResult]:
-    """Of one run of the ranker. seed: of its shots."""
+    """Results of one run of the ranker. seed: of its shots."""
     return [
         RankerResult(
             model=e.model,
@@ -164,12 +164,12 @@ def results_of(config: RankingConfig, evaluations: list[Evaluation], seed: int =
 
 
 def write_results(workspace: Workspace, name: str, results: list[RankerResult]) -> None:
-    """Keeps the results of a run. name: other for every run, the same when one is done again."""
+    """Stores the results of a run. name: unique per run, the same for a repeated run."""
     workspace.write_json(f"{_FOLDER}/{name}.json", [result.model_dump() for result in results])
 
 
 def read_results(workspace: Workspace) -> list[RankerResult]:
-    """Those of all runs, without those that were found twice: few behaviours and few shots first."""
+    """Results of all runs, without duplicates: few behaviours and few shots first."""
     results = {}
     for file in workspace.names(_FOLDER):
         for row in workspace.read_json(f"{_FOLDER}/{file}"):

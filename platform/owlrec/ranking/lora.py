@@ -1,8 +1,8 @@
 """Tunes the ranker's adapter on Ray Train workers, and scores with it in an engine actor: the only file of this package
-that knows Ray.
+that uses Ray.
 
-Checkpoints go to the workspace, not to Ray: a run then goes on where it stood after a lost worker (Ray restarts the
-group) and after a lost driver (the same command again) alike.
+Checkpoints go to the workspace, not to Ray, so a run resumes after a lost worker (Ray restarts the
+group) and after a lost driver (run the same command again) alike.
 """
 
 import os
@@ -21,13 +21,13 @@ from owlrec.ranking.experiment import TuningSettings
 from owlrec.ranking.tuning import Adapter, open_adapter, save_adapter
 from owlrec.workspace import Workspace
 
-_AT_ONCE = 256  # questions of a call of the actor: how often progress shows
+_AT_ONCE = 256  # prompts per call of the actor: determines how often progress shows
 
 
 class TuningSpec(WorkerSpec):
-    """Of a run of the ranker; each worker reads its rows and the model itself."""
+    """A tuning run; each worker reads its rows and the model itself."""
 
-    folder: str  # of the run, in the workspace: it holds train.parquet and valid.parquet (samples.TUNING_ROWS)
+    folder: str  # of the run, in the workspace; contains train.parquet and valid.parquet (samples.TUNING_ROWS)
     model: str
     revision: str | None
     wording: str  # prompting.rella.rank_fingerprint
@@ -40,16 +40,16 @@ class TuningSpec(WorkerSpec):
 
     @property
     def checkpoint(self) -> str:
-        """Where the run stands; gone once the adapter is there."""
+        """Checkpoint of the run; removed once the adapter exists."""
         return f"{self.folder}/checkpoint.safetensors"
 
 
 def tune_adapter(workspace: Workspace, spec: TuningSpec, on_steps: Callable[[int], None]) -> Adapter:
-    """The adapter of a spec: tuned, or tuned on from its checkpoint, or found finished.
+    """Adapter of a spec: tuned, resumed from its checkpoint, or already finished.
 
-    Ray must be initialised. Worker output goes to the workspace's log file `tune_ranker`. on_steps: called with
-    how many more steps are done, from a second thread of this process. Raises what a worker raised, if it is an
-    OwlRecError.
+    Ray must be initialized. Worker output goes to the workspace's log file `tune_ranker`. on_steps: called with
+    the number of newly finished steps, from a second thread of this process. Raises any OwlRecError
+    of a worker.
     """
     if not workspace.exists(spec.adapter, "ranker.json"):
         with _announcing(workspace, spec, on_steps):
@@ -68,15 +68,15 @@ def score_questions(
     use_gpu: bool = False,
     on_scored: Callable[[int], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Of each adapter, by its name, the probabilities of Yes: float64 [n], nan where a question cannot be asked.
+    """Probabilities of Yes by adapter name: float64 [n], nan for failed prompts.
 
-    None stands for the model as it is. One actor holds the one engine, which ends with the call. Ray must be
-    initialised. Raises EngineError where it cannot start or dies.
+    None is the untuned model. One actor has the engine and ends with the call. Ray must be
+    initialized. Raises EngineError if it cannot start or dies.
     """
     import ray
 
     ranks = [adapter.manifest.rank for adapter in adapters.values() if adapter is not None]
-    # On a CPU an engine with fewer cores than the machine has runs that much slower.
+    # On a CPU an engine's speed scales with its share of the machine's cores.
     cpus = 1 if use_gpu else engine.threads or os.cpu_count() or 1
     actor = ray.remote(_Scoring).options(num_cpus=cpus, num_gpus=int(use_gpu)).remote(log_path)
     try:
@@ -99,7 +99,7 @@ def score_questions(
 
 
 class _Scoring:
-    """The actor. What is wrong with an engine is raised by `start`: raised here, Ray would keep a traceback of it."""
+    """The actor. Engine errors are raised by `start`; raised here, Ray would wrap them in a traceback."""
 
     def __init__(self, log_path: str) -> None:
         redirect_output(log_path)
@@ -114,7 +114,7 @@ class _Scoring:
 
 
 def _tune(loop_config: dict[str, Any]) -> None:
-    """What each worker runs."""
+    """Main function of each worker."""
     workspace: Workspace = loop_config["workspace"]
     redirect_output(workspace.log_path("tune_ranker"))
     import pyarrow.compute as pc
@@ -126,11 +126,11 @@ def _tune(loop_config: dict[str, Any]) -> None:
     worker = this_worker(spec.threads)
     tokenizer = load_tokenizer(spec.model, spec.revision)
     train, valid = (workspace.read_parquet(f"{spec.folder}/{split}.parquet") for split in ("train", "valid"))
-    valid = valid.filter(pc.is_in(valid["shown"], pc.unique(train["shown"])))  # stopped by what is tuned on
+    valid = valid.filter(pc.is_in(valid["shown"], pc.unique(train["shown"])))  # stops on the tuned prompt types
     to_tune, to_stop = (tokenise(rows, tokenizer, max_tokens=spec.settings.max_tokens) for rows in (train, valid))
     model = load_model(resolve_model(spec.model), spec.revision, spec.settings)
     steps = Schedule(len(to_tune), spec.settings).steps
-    # All ranks read the same one: none is written before every rank takes part in a step.
+    # All ranks read the same checkpoint: none is written before every rank takes part in a step.
     start = Checkpoint.from_bytes(workspace.read_bytes(spec.checkpoint)) if workspace.exists(spec.checkpoint) else None
 
     def tell(progress: Progress) -> None:
@@ -175,7 +175,7 @@ def _announcing(
     def look() -> None:
         nonlocal reported
         done = workspace.read_json(_progress_file(spec))["step"] if workspace.exists(_progress_file(spec)) else 0
-        if done > reported:  # after a restart steps are done again
+        if done > reported:  # after a restart, steps are repeated
             on_steps(done - reported)
             reported = done
 

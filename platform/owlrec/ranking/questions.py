@@ -1,4 +1,4 @@
-"""Writes what a run of the ranker asks: the shots that it is tuned on, and the valid and test rows that judge it."""
+"""Writes the prompts of a ranker run: the tuning shots, and the valid and test rows for evaluation."""
 
 import asyncio
 import hashlib
@@ -46,9 +46,9 @@ def write_questions(
 ) -> dict[str, int]:
     """Writes train, valid and test.parquet (samples.TUNING_ROWS) into `folder`, from the workspace's tables.
 
-    Valid rows are asked in the ways that are judged and in those that are tuned on, which tell when to stop. Only the
-    drawn samples, their users and their items' vectors are read whole. Returns the counts of all three, by split.
-    Raises RecipeError as `draw_samples` and SchemaError as `ask_about` does.
+    Valid rows use the prompt types of the evaluation and of tuning; the latter are for early stopping. Only the
+    drawn samples, their users and their items' vectors are read in full. Returns the counts of all three, by split.
+    Raises RecipeError like `draw_samples` and SchemaError like `ask_about`.
     """
     catalog, data, run = ItemCatalog.load(workspace), config.data, run or RankerRun()
     valid_ways = tuple(dict.fromkeys((*run.ways, *data.shown)))
@@ -78,39 +78,39 @@ def write_questions(
 
 
 # ---------------------------------------------------------------------------------------------------------- soft labels
-# The stage behind `owlrec ranker score-pairs`: an LLM's P(yes) of pairs of user and item, for CTR models to learn from.
+# The stage of `owlrec ranker score-pairs`: an LLM's P(yes) for user-item pairs, from which CTR models learn.
 #
-# A pair is asked about as the ranker asks when it serves: the same wording, the same choice of behaviors, all strictly
-# earlier than the pair. Rows whose question is what it was keep their probability, so more pairs or more users cost
-# what is new. A pair that cannot be asked is a dead letter, and training falls back to its label.
+# A pair's prompt equals the ranker's in serving: the same wording, the same choice of behaviors, all strictly
+# earlier than the pair. Rows with an unchanged prompt keep their probability, so adding pairs or users costs
+# only the new ones. A pair without a prompt is a dead letter, and training falls back to its label.
 #
-#     soft-labels/<fingerprint>/user/00000000.parquet    schema.SOFT_LABELS, and a digest of each question
-#     soft-labels/<fingerprint>/dead/user/...            schema.DEAD_LETTERS, where rows died
+#     soft-labels/<fingerprint>/user/00000000.parquet    schema.SOFT_LABELS, plus a digest of each prompt
+#     soft-labels/<fingerprint>/dead/user/...            schema.DEAD_LETTERS, if rows failed
 
 
 SOFT_LABELS_FOLDER = "soft-labels"
 _ROWS = SOFT_LABELS.append(pa.field("question", pa.binary(16)))  # BLAKE2b of both turns
 _MOMENTS = ("user_id", "item_id", "timestamp")
-_ASKED_AT_ONCE = 4096  # questions that are held at a time
+_ASKED_AT_ONCE = 4096  # prompts held at a time
 _USER_TABLES = ("users", "interactions", "samples")
 Key = tuple[int, int, int]  # user_id, item_id, timestamp
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The LLM that is asked, and how."""
+    """The teacher LLM and its prompts."""
 
     engine: EngineConfig
     config: RankingConfig
     scenario: Scenario
-    encoder: EncoderConfig  # of the vectors by which behaviors are retrieved
-    adapter: str | None = None  # a folder that `ranker tune` wrote; None = the model as it is
+    encoder: EncoderConfig  # of the vectors for retrieving behaviors
+    adapter: str | None = None  # a folder of `ranker tune`; None = the untuned model
     adapter_sha256: str = ""
     calibration: PlattScaling | None = None
 
     @property
     def shown(self) -> Shown:
-        """How behaviors are shown: as they are when the ranker serves."""
+        """Prompt type: the same as in serving."""
         return self.config.data.shown[-1]
 
     @property
@@ -120,21 +120,21 @@ class Teacher:
 
     @property
     def folder(self) -> str:
-        """Of its answers, named by all that they depend on besides the pairs."""
+        """Folder of its answers, named by everything they depend on besides the pairs."""
         retrieved = (self.encoder.identity, PROJECTION) if self.shown != "recent" else None
         shows = (self.shown, self.config.data.behaviours, retrieved, TEMPLATE_OPTIONS)
         made_by = (engine_fingerprint(self.engine), self.adapter_sha256, self.calibration)
         return f"{SOFT_LABELS_FOLDER}/{fingerprint(self.wording, shows, made_by)[:16]}"
 
     def open_adapter(self, workspace: Workspace) -> Adapter | None:
-        """Raises WorkspaceError where it is damaged, EngineError where it was tuned for another model or wording."""
+        """Raises WorkspaceError if it is damaged, and EngineError if it was tuned for another model or wording."""
         if self.adapter is None:
             return None
         return open_adapter(workspace, self.adapter, model=self.engine.model_identity, wording=self.wording)
 
 
 def pair_inputs(workspace: Workspace, config: DistillationConfig) -> dict[Shard, str]:
-    """The shards of users, each with a digest of what its questions are made from."""
+    """Shards of users, each with a digest of its prompts' inputs."""
     files = {path: entry.sha256 for path, entry in table_files(workspace).items()}
     titles = fingerprint({path: digest for path, digest in files.items() if path.startswith("items/")})
     inputs = {}
@@ -145,14 +145,14 @@ def pair_inputs(workspace: Workspace, config: DistillationConfig) -> dict[Shard,
 
 
 class ScorePairs(Stage):
-    """Asks about the pairs of a shard of users."""
+    """Scores the pairs of a shard of users."""
 
     name = "score_pairs"
 
     def __init__(
         self, teacher: Teacher, pairs: DistillationConfig, split: SplitConfig, vectors: ItemVectors | None
     ) -> None:
-        """split: by which `prepare` split; vectors: None where behaviors are not retrieved."""
+        """split: the split of `prepare`; vectors: None if behaviors are not retrieved."""
         self.folder, self.teacher, self.pairs, self.split, self.vectors = teacher.folder, teacher, pairs, split, vectors
         self._scorer: PairScorer | None = None
 
@@ -165,7 +165,7 @@ class ScorePairs(Stage):
         self._scorer = open_scorer(self.teacher.engine, lora_rank=adapter.manifest.rank if adapter else None)
 
     async def run(self, work: Work) -> Result:
-        """See Stage.run. Raises WorkerLost where the engine is gone."""
+        """See Stage.run. Raises WorkerLost if the engine is dead."""
         workspace = work.workspace
         number, catalog = work.shard.number, self._catalog.ids
         pairs = await asyncio.to_thread(asked_pairs, workspace, number, self.pairs, self.split, catalog)
@@ -184,7 +184,7 @@ class ScorePairs(Stage):
             self._scorer = None
 
     def _questions(self, workspace: Workspace, pairs: pa.Table) -> pa.Table:
-        """samples.TUNING_ROWS of the pairs whose item has a title; their answers mean nothing."""
+        """samples.TUNING_ROWS of the pairs whose item has a title; their answers are meaningless."""
         if self.vectors is None:
             retriever = BehaviourRetriever(np.zeros(0, np.int64), np.zeros((0, 1), np.float32))
         else:
@@ -208,7 +208,7 @@ class ScorePairs(Stage):
         asked = {_key(row): (row["system"], row["text"]) for row in questions.to_pylist()}
         for row in pairs.select(["user_id", "item_id", "timestamp"]).to_pylist():
             if _key(row) not in asked:
-                answers.fail(_key(row), EmptyPrompt("the item has no title, so there is nothing to ask about"))
+                answers.fail(_key(row), EmptyPrompt("the item has no title, so it has no prompt"))
         digests = {key: _digest(*turns) for key, turns in asked.items()}
         new = [key for key in asked if not answers.keep(key, digests[key])]
         try:
@@ -247,28 +247,28 @@ class ScorePairs(Stage):
 
 
 class _Answers:
-    """What is known of a shard's pairs so far, by key: user_id, item_id, timestamp."""
+    """Answers for a shard's pairs so far, by key: user_id, item_id, timestamp."""
 
     def __init__(self, earlier: Mapping[bytes, float]) -> None:
-        """earlier: probabilities by the digest of their question."""
+        """earlier: probabilities by the digest of their prompt."""
         self._earlier = earlier
         self.rows: list[tuple[int, int, int, float, bytes]] = []
         self.dead: list[tuple[Key, RowError]] = []
         self.asked = self.tokens = 0
 
     def keep(self, key: Key, question: bytes) -> bool:
-        """Whether the question was answered before; then that answer stands."""
+        """Reuses an earlier answer to the same prompt; returns whether there was one."""
         if question in self._earlier:
             self.rows.append((*key, self._earlier[question], question))
         return question in self._earlier
 
     def add(self, key: Key, question: bytes, probability: float) -> None:
-        """Takes in a new answer."""
+        """Adds a new answer."""
         self.asked += 1
         self.rows.append((*key, probability, question))
 
     def fail(self, key: Key, error: RowError) -> None:
-        """Takes in a pair that cannot be asked about."""
+        """Adds a pair without a prompt."""
         self.dead.append((key, error))
 
     def table(self) -> pa.Table:
@@ -296,7 +296,7 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 
 def _earlier(work: Work) -> dict[bytes, float]:
-    """What this teacher answered in the shard before, of whatever pairs. The card is not asked: a run that was killed
+    """This teacher's earlier answers in the shard, for any pairs. Ignores the card: a run killed
     between the file and the card must not pay twice.
     """
     path = work.artifact.path(work.shard.file())
@@ -304,6 +304,6 @@ def _earlier(work: Work) -> dict[bytes, float]:
         return {}
     try:
         table = work.workspace.read_parquet(path, ["question", "p"])
-    except WorkspaceError:  # damaged: ask again
+    except WorkspaceError:  # damaged: score again
         return {}
     return dict(zip(table["question"].to_pylist(), table["p"].to_pylist(), strict=True))

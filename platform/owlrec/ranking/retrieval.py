@@ -1,20 +1,20 @@
-"""Semantic user behaviour retrieval (SUBR; ReLLa, WWW 2024): the behaviours of a history that are most like some
-candidates, in the order in which they happened.
+"""Semantic user behaviour retrieval (SUBR; ReLLa, WWW 2024): the behaviours of a history most similar to some
+candidates, in chronological order.
 
-An LLM loses the thread of a long history; the K behaviours that bear on the question tell more than the K latest in as
-few tokens. The paper retrieves for one candidate. Here a set of them takes turns: what is nearest to each comes first,
-then what is second nearest to each, so that no candidate is left without its own (the mean and the maximum of the
-cosines, which let some take it all, predict labels worse: benchmarks/ranking_sets.py).
+An LLM loses track of a long history; the K most relevant behaviors say more than the K latest in as
+few tokens. The paper retrieves for one candidate. Here a set of candidates takes turns: first the nearest behavior of
+each, then the second nearest of each, so no candidate is left without its own. (The mean and the maximum of the
+cosines, which let a few candidates dominate, predict labels worse: benchmarks/ranking_sets.py.)
 
-The released code ranks by inner product on two of three data sets, and on the third takes row numbers for ids that
-start at 1, so that it shows the neighbours of what it found. Here ids are looked up, and all vectors have length 1.
+The released code ranks by inner product on two of three data sets. On the third it confuses row numbers with ids that
+start at 1, so it shows the neighbors of the right behaviors. Here ids are looked up, and all vectors have length 1.
 
-Exact at any length: one pass over the vectors of a history's distinct items, of whose behaviours only those of the
-items that may be among the nearest are looked at. The pass gathers vectors a block at a time and multiplies them while
-they are in cache: a copy of them all would take twice as long as the product. Long histories are shared by as many
+It is exact at any length: one pass over the vectors of a history's distinct items, then over the behaviors of the
+items that may be among the nearest. The pass gathers vectors a block at a time and multiplies them while
+they are in cache: a copy of all of them would take twice as long as the product. Long histories are split among as many
 threads as OMP_NUM_THREADS allows, or the process has cores. A product in float32 rounds differently
-from one batch of candidates to the next, so the few that count are computed again in float64: equal items tie, and a
-candidate's company changes nothing.
+from one batch of candidates to the next, so the few relevant ones are recomputed in float64: equal items tie, and the
+other candidates change nothing.
 """
 
 import os
@@ -40,27 +40,27 @@ from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 # ------------------------------------------------------------------------------------------------------- candidate sets
-# The candidates among which a sample's behaviors are retrieved, so that a ranker is tuned on what it is served.
+# Candidate sets for retrieving a sample's behaviors, so that a ranker is tuned on the prompts it serves.
 #
-# A request asks about several candidates, and behaviors are retrieved once for all of them. A sample is one candidate;
-# those that its request may have held besides are, first, what was logged for its user at the same moment (an
-# impression list, or a positive with its drawn negatives), whose history is the same to the letter, and then items
-# drawn from the catalog in place of what a recall stage would have added. The draw hangs on user and moment alone:
-# samples of one moment share their set however many are drawn, and nothing that the user did later tells what is
-# shown.
+# A request has several candidates, and behaviors are retrieved once for all of them. A sample is one candidate;
+# the others of its request are, first, the logged impressions of its user at the same moment (an
+# impression list, or a positive with its sampled negatives), whose history is exactly the same, and then random
+# catalog items in place of those from a recall stage. The random choice depends only on user and moment, so
+# samples of one moment share their set however many are drawn, and later behaviors of the user reveal
+# nothing.
 
 
-SET_SIZE = 10  # as many as a cascade asks the LLM about by default
-_DRAWS = 4 * SET_SIZE  # some are drawn twice, some the user has met
+SET_SIZE = 10  # the cascade's default number of LLM candidates
+_DRAWS = 4 * SET_SIZE  # some are duplicates, some already seen
 
 
 def with_candidates(samples: pa.Table, logged: pa.Table, catalog: np.ndarray) -> pa.Table:
-    """`samples` with a column `candidates`: list<int64>, at most SET_SIZE different items, ascending, the sample's own
-    among them. Shorter only where the catalog has too few items that the user has not met.
+    """`samples` with a column `candidates`: list<int64>, at most SET_SIZE distinct items, ascending, including the
+    sample's own. Shorter only if the catalog has too few items that the user has not seen.
 
     samples: user_id, item_id, timestamp and history; logged: user_id, item_id and timestamp of at least all samples of
-    these users at these moments, in any order; catalog: int64 [n], all item ids. Of a longer logged list the sample
-    keeps those that come first by a hash of user, moment and item.
+    these users at these moments, in any order; catalog: int64 [n], all item ids. From a longer logged list, keeps
+    the items that come first by a hash of user, moment and item.
     """
     user, item, time = (logged[name].to_numpy() for name in ("user_id", "item_id", "timestamp"))
     rank = hash_of(1, user, time, item)
@@ -92,20 +92,20 @@ def _candidates(own: int, logged: np.ndarray, history: Sequence[int], catalog: n
 # ------------------------------------------------------------------------------------------------------------ retrieval
 
 
-_PRODUCT_ERROR = 1e-5  # of a float32 cosine at most; 5e-7 was seen with 128 and with 512 dimensions
+_PRODUCT_ERROR = 1e-5  # maximum of a float32 cosine; observed: 5e-7 with 128 and 512 dimensions
 _SCORES_AT_ONCE = 1 << 24  # cosines held at a time: 64 MB
 _BLOCK_BYTES = 1 << 20  # of vectors gathered at a time: within a core's L2, and too small for BLAS to start threads on
-_BLOCKS_PER_THREAD = 8  # at least: some ms of work, beside which the start of a thread is nothing
+_BLOCKS_PER_THREAD = 8  # minimum: a few ms of work, so starting a thread costs little
 
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """One user's behaviours, looked up once for many requests of the retriever whose `look_up` made it."""
+    """One user's behaviours, looked up once for many requests to the same retriever."""
 
     n_behaviours: int
-    rows: np.ndarray  # int64 [u], ascending: where the retriever holds the vectors of the distinct items that have one
-    positions: np.ndarray  # int64 [v]: the behaviours whose item has a vector, item by item, each item's ascending
-    starts: np.ndarray  # int64 [u + 1]: where each item's begin in `positions`, and the end
+    rows: np.ndarray  # int64 [u], ascending: rows of the distinct items with a vector
+    positions: np.ndarray  # int64 [v]: behaviors whose item has a vector, by item, ascending within each
+    starts: np.ndarray  # int64 [u + 1]: start of each item in `positions`, and the end
 
 
 class BehaviourRetriever:
@@ -114,20 +114,20 @@ class BehaviourRetriever:
     def __init__(self, ids: np.ndarray, vectors: np.ndarray) -> None:
         """ids: int64 [n], ascending, each once; vectors: float [n, d], of any length.
 
-        A vector that is zero or not finite counts as none. Raises SchemaError for unsorted or duplicate ids, and for
-        another number of vectors.
+        A vector that is zero or not finite counts as missing. Raises SchemaError for unsorted or duplicate ids, and for
+        a different number of vectors.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if vectors.ndim != 2 or len(ids) != len(vectors):
             raise SchemaError(
-                f"item vectors: {len(ids)} ids, but vectors of shape {vectors.shape}. Give one row an id."
+                f"item vectors: {len(ids)} ids, but vectors of shape {vectors.shape}. Pass one row per id."
             )
         descents = np.flatnonzero(ids[1:] <= ids[:-1])
         if len(descents):
             row = int(descents[0]) + 1
             raise SchemaError(
-                f"item vectors, row {row}: id {ids[row]} follows {ids[row - 1]}. Sort the rows by id, and keep one row "
-                "an id."
+                f"item vectors, row {row}: id {ids[row]} follows {ids[row - 1]}. Sort the rows by id, and keep "
+                "one row per id."
             )
         unit = unit_rows(vectors)
         usable = unit.any(axis=1)
@@ -135,9 +135,10 @@ class BehaviourRetriever:
 
     @classmethod
     def from_table(cls, table: pa.Table, projection: Projection | None = None) -> "BehaviourRetriever":
-        """From the item rows of a vectors table (schema.vectors_schema), in any order; projected where told how.
+        """Builds it from the item rows of a vectors table (schema.vectors_schema), in any order; with an optional
+        projection.
 
-        Raises SchemaError as the constructor and the projection do.
+        Raises SchemaError like the constructor and the projection.
         """
         table = table.filter(pc.and_(pc.equal(table["kind"], "item"), pc.is_valid(table["vector"])))
         ids = table["id"].to_numpy()
@@ -146,7 +147,7 @@ class BehaviourRetriever:
         return cls(ids[order], projection.apply(vectors) if projection else vectors)
 
     def look_up(self, history: np.ndarray) -> History:
-        """A history to ask about again and again.
+        """A history for repeated requests.
 
         history: int64 [h], item ids, oldest first.
         """
@@ -159,20 +160,19 @@ class BehaviourRetriever:
         return History(len(rows), grouped[starts], positions, np.r_[starts, len(positions)])
 
     def retrieve(self, history: np.ndarray | History, candidates: np.ndarray, k: int) -> np.ndarray:
-        """The `k` behaviours nearest to a set of candidates by cosine, in the order in which they happened.
+        """The `k` behaviours nearest to a set of candidates by cosine, in chronological order.
 
-        history: int64 [h], item ids, oldest first, or what `look_up` made of them; candidates: int64 [m], item ids, in
+        history: int64 [h], item ids, oldest first, or a result of `look_up`; candidates: int64 [m], item ids, in
         any order, repeats allowed. Returns int64 [min(h, k)]: ascending positions in the history.
 
-        The candidates take turns: first come the behaviours that are the nearest to one of them, then those that are
-        the second nearest, and so on; within a turn the nearer first, of equally near ones the newer. Behaviours whose
-        item has no vector come after all that have one, the newest first; candidates without vectors take no turn, and
-        where none has one the k newest are shown. So a history of k behaviours always shows k. An earlier occurrence of
-        a candidate itself is allowed, and is nearest: that a user comes back to an item is part of the history. Raises
-        ValueError where k < 1.
+        The candidates take turns: first the behaviours that are the nearest to one of them, then
+        the second nearest, and so on; within a turn nearer ones come first, and among equals newer ones. Behaviours
+        whose item has no vector come after all others, the newest first. Candidates without vectors take no turn, and
+        if none has one, the k newest are shown. So a history of k behaviours always shows k. An earlier occurrence of a
+        candidate itself is allowed and is nearest: repeat visits are part of the history. Raises ValueError if k < 1.
         """
         if k < 1:
-            raise ValueError(f"k is {k}, but at least one behaviour must be asked for")
+            raise ValueError(f"k is {k}, but must be at least 1")
         opened = history if isinstance(history, History) else self.look_up(history)
         n, rows = opened.n_behaviours, np.unique(self._rows(candidates))
         rows = rows[rows >= 0]
@@ -191,15 +191,15 @@ class BehaviourRetriever:
         return np.sort(chosen)
 
     def _rows(self, ids: np.ndarray) -> np.ndarray:
-        """int64 [n]: the row of each id's vector, -1 where it has none."""
+        """int64 [n]: row of each id's vector, -1 if there is none."""
         ids = np.asarray(ids, dtype=np.int64)
         rows = np.empty(len(ids), dtype=np.int64)
-        order = np.argsort(ids)  # ids in order walk through the table, others jump about in it
+        order = np.argsort(ids)  # ordered ids scan the table instead of jumping
         rows[order] = rows_of(self._ids, ids[order])
         return rows
 
     def _cosines(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """float32 [m, u]: the rounded products of queries [m, d] with the vectors in `rows` [u]."""
+        """float32 [m, u]: rounded products of queries [m, d] with the vectors in `rows` [u]."""
         dim = self._vectors.shape[1]
         block_rows = max(1, _BLOCK_BYTES // (4 * max(1, dim)))
         cosines = np.empty((len(queries), len(rows)), dtype=np.float32)
@@ -223,16 +223,16 @@ class BehaviourRetriever:
     def _nearest(
         self, history: History, query: np.ndarray, cosines: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The positions of at most k behaviours, the nearest first, and their cosines: int64 and float64 [<= k].
+        """Positions of at most k behaviours, the nearest first, and their cosines: int64 and float64 [<= k].
 
         query: float32 [d]; cosines: float32 [u], its rounded products with the history's items.
         """
         items = np.arange(len(cosines))
-        if len(items) > k:  # k items have at least k behaviours: an item that is farther than all of these shows none
+        if len(items) > k:  # k items have at least k behaviors, so farther items are not needed
             kth = np.partition(cosines, len(cosines) - k)[len(cosines) - k]
             items = np.flatnonzero(cosines >= kth - 2 * _PRODUCT_ERROR)
         exact = (self._vectors[history.rows[items]].astype(np.float64) * query).sum(axis=1)
-        exact = np.round(exact, 12)  # below that the order of a float64 sum shows
+        exact = np.round(exact, 12)  # below that, the order of a float64 sum matters
         ends = history.starts[items + 1]
         newest = [history.positions[max(a, b - k) : b] for a, b in zip(history.starts[items], ends, strict=True)]
         positions = np.concatenate([ends[:0], *newest])
@@ -251,15 +251,15 @@ def _in_turns(nearest: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
 
 def _threads() -> int:
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list names what nested loops may use
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is for nested loops
     return int(asked) if asked.strip().isdigit() else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- items
-# The vectors by which behaviors are compared with a candidate: item texts encoded by shard, projected, found by id.
+# Vectors for comparing behaviors with a candidate: item texts encoded by shard, projected, found by id.
 #
-# ReLLa pools the LLM's own last layer. A sentence encoder was trained to tell texts apart, costs a fraction, and stays
-# the same where the ranker's model changes; where `encode` has written the vectors of the same texts, they are read
+# ReLLa pools the LLM's own last layer. A sentence encoder was trained to distinguish texts, costs a fraction, and stays
+# the same when the ranker's model changes. If `encode` has written the vectors of the same texts, they are read
 # from there.
 
 
@@ -268,7 +268,7 @@ _NAME = "metadata-item"  # as `encode` names the vectors of titles and attribute
 
 @dataclass(frozen=True)
 class ItemVectors:
-    """The vectors of all items on disk, and the space in which they are compared."""
+    """Vectors of all items on disk, and the space for comparing them."""
 
     shards: VectorShards
     projection: Projection
@@ -281,9 +281,9 @@ class ItemVectors:
         projection: ProjectionSettings = PROJECTION,
         pool: Pool | None = None,
     ) -> "ItemVectors":
-        """Of the workspace's items. encoder: the recipe's.
+        """For the workspace's items. encoder: the recipe's.
 
-        A later call encodes the items whose texts have changed since; the projection is fitted once for these items
+        A later call encodes items whose texts have changed since; the projection is fitted once for these items
         and settings, on a bounded sample.
         """
         texts = ItemMetadata()
@@ -301,7 +301,7 @@ class ItemVectors:
         return cls(shards, Projection.load(workspace, kept, fitted_for))
 
     def retriever(self, items: np.ndarray | None = None) -> BehaviourRetriever:
-        """Over some items (int64 [n], any order, repeats allowed), or over all of them for None, in memory."""
+        """Retriever in memory over some items (int64 [n], any order, repeats allowed), or over all of them for None."""
         if items is not None:
             ids = np.unique(items)
             vectors, mask = self.shards.gather(ids)
@@ -309,7 +309,7 @@ class ItemVectors:
         all_ids, projected = [np.zeros(0, np.int64)], [np.zeros((0, len(self.projection.directions)), np.float32)]
         for number in self.shards.numbers:
             if (shard := self.shards.shard(number)) is not None:
-                all_ids.append(np.array(shard.ids))  # a view would hold the file open
+                all_ids.append(np.array(shard.ids))  # a view would keep the file open
                 projected.append(self.projection.apply(shard.vectors))
         order = np.argsort(np.concatenate(all_ids), kind="stable")
         return BehaviourRetriever(np.concatenate(all_ids)[order], np.concatenate(projected)[order])
@@ -323,7 +323,7 @@ def item_retriever(
 
 
 def _encoded_folder(workspace: Workspace, encoder: EncoderConfig) -> str | None:
-    """Where `encode` has put item vectors of this encoder; its card is forgotten when tables are prepared again."""
+    """Item vectors that `encode` has written with this encoder; its card is removed when tables are prepared again."""
     card = finished_stage(workspace, "encode")
     if card is None or not workspace.exists(card.outputs["vectors"], _NAME):
         return None

@@ -1,11 +1,11 @@
-"""ReLLa's tuning data (ReiT, WWW 2024): each sample asked twice, once with its most recent behaviours and once with
-retrieved ones: those most like the candidates of a request, or, as in the paper, those most like its own candidate.
+"""ReLLa's tuning data (ReiT, WWW 2024): each sample is used twice, with its most recent behaviors and with
+retrieved ones, which are most similar to the candidates of a request or, as in the paper, to its own candidate.
 
-Without the mixture the paper loses .008 to .016 AUC. K shots are the first K of one order of the train split, so that
-64 are among 256; the order is a hash of each sample's own keys, hence the same however the table is sharded, and a
-sample that is added leaves the others in their order.
+Without the mixture the paper loses .008 to .016 AUC. K shots are the first K of one order of the train split, so
+64 are among 256. The order is a hash of each sample's own keys, so it does not depend on sharding, and an
+added sample does not change the order of the others.
 
-A sample's history holds strictly earlier behaviours only (see sources.splits), and nothing else is shown.
+A sample's history has only strictly earlier behaviors (see sources.splits), and nothing else is shown.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,21 +43,21 @@ TUNING_ROWS = pa.schema(
         ("answer", pa.string()),  # Yes or No
     ]
 )
-_ORDER = ("user_id", "item_id", "timestamp")  # what a sample's place among the shots is a hash of
+_ORDER = ("user_id", "item_id", "timestamp")  # hashed to order samples
 
 
 class TuningDataConfig(Config):
-    """How many samples, how many behaviours each shows, and in which ways each is asked, in this order."""
+    """Number of samples, number of behaviours per prompt, and prompt types, in this order."""
 
     shots: int | None = Field(256, ge=1)  # 256: the smallest setting of the paper's table; None: the whole train split
-    behaviours: int = Field(15, ge=1)  # beyond 15 the paper's zero-shot scores rise on one of three data sets only
+    behaviours: int = Field(15, ge=1)  # beyond 15 the paper's zero-shot scores rise on only one of three data sets
     shown: tuple[Shown, ...] = Field(("recent", "retrieved"), min_length=1)
 
 
 @dataclass(frozen=True)
 class TuningData:
-    """rows: TUNING_ROWS, the ways of asking about one sample next to each other. counts: samples drawn, those skipped
-    since their candidate has no title, rows, and rows whose answer is Yes.
+    """rows: TUNING_ROWS, with the prompts of one sample next to each other. counts: samples drawn, samples skipped
+    because their candidate has no title, rows, and rows whose answer is Yes.
     """
 
     rows: pa.Table
@@ -76,11 +76,11 @@ def ask_about(
     k: int,
     ways: Sequence[Shown],
 ) -> TuningData:
-    """Rows of all `samples` (schema.SAMPLES and the column of `with_candidates`), of whatever split, each asked in all
-    `ways` with at most `k` behaviours.
+    """Rows for all `samples` (schema.SAMPLES and the column of `with_candidates`) of any split, each in all
+    `ways`, with at most `k` behaviours.
 
     users: user_id and profile fields; a user without a row has no profile. A sample whose candidate has no title is
-    skipped and counted. A behaviour without a title is passed over before any are chosen. Raises SchemaError for a
+    skipped and counted. Behaviors without a title are excluded before any are chosen. Raises SchemaError for a
     label other than 0 and 1, or ratings that do not match their history.
     """
     profiles = _profiles(users, samples["user_id"], scenario)
@@ -109,9 +109,9 @@ def ask_about(
 
 
 def draw_shots(samples: pa.Table, shots: int | None, seed: int, split: str = "train") -> np.ndarray:
-    """The rows of the first `shots` samples of a split in the seed's order: int64 [shots]; all of them for None.
+    """Rows of the first `shots` samples of a split in the seed's order: int64 [shots]; all of them for None.
 
-    Raises RecipeError where there are fewer.
+    Raises RecipeError if there are fewer.
     """
     rows = np.flatnonzero(pc.equal(samples["split"], split).to_numpy(zero_copy_only=False))
     _refuse_fewer(shots or 0, len(rows), split)
@@ -121,17 +121,18 @@ def draw_shots(samples: pa.Table, shots: int | None, seed: int, split: str = "tr
 def draw_samples(
     workspace: Workspace, split: str, limit: int | None, seed: int, catalog: np.ndarray, *, exactly: bool = False
 ) -> pa.Table:
-    """What `draw_shots` draws of a prepared workspace, with their candidates: at most `limit`, in the seed's order.
+    """Samples that `draw_shots` draws from a prepared workspace, with their candidates: at most `limit`, in the seed's
+    order.
 
-    Reads the keys of one shard after the other, holds the `limit` first of them, and then reads the histories of these
-    alone. catalog: int64 [n], all item ids (see with_candidates). exactly: raises RecipeError where there are fewer.
+    Reads the keys of one shard after another, keeps the first `limit` of them, and then reads only their
+    histories. catalog: int64 [n], all item ids (see with_candidates). exactly: raises RecipeError if there are fewer.
     """
     best, total = pa.table({name: pa.array([], pa.int64()) for name in (*_ORDER, "shard", "row")}), 0
     for number in workspace.table_shards("samples"):
         keys = read_samples(workspace, number, [*_ORDER, "split"])
         rows = np.flatnonzero(pc.equal(keys["split"], split).to_numpy(zero_copy_only=False))
         total += len(rows)
-        if limit is not None and len(best) == limit:  # most rows come after all that are held
+        if limit is not None and len(best) == limit:  # most rows come after all kept ones
             ranks = (hash_of(seed + 1, *(t[name].to_numpy() for name in _ORDER)) for t in (keys.take(rows), best))
             own, held = ranks
             rows = rows[own <= held.max()]
@@ -151,7 +152,7 @@ def draw_samples(
 
 
 def read_users(workspace: Workspace, ids: np.ndarray) -> pa.Table:
-    """The rows of the users table that are of some ids (int64 [n]), from their shards alone."""
+    """Rows of the users table for some ids (int64 [n]), read only from their shards."""
     parts = [
         users.filter(pc.is_in(users["user_id"], pa.array(np.unique(ids[at]))))
         for number, at in by_shard(ids, workspace.n_shards("user"))
@@ -161,9 +162,9 @@ def read_users(workspace: Workspace, ids: np.ndarray) -> pa.Table:
 
 
 def in_hash_order(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """Rows in an order by the seed and each row's own keys, whatever other rows there are: int64 [n] positions.
+    """Rows in an order by the seed and each row's own keys, independent of other rows: int64 [n] positions.
 
-    keys: int64 [n] each, together different for every row.
+    keys: int64 [n] each, together unique per row.
     """
     return np.lexsort((*keys, hash_of(seed + 1, *keys)))
 
@@ -171,8 +172,8 @@ def in_hash_order(keys: Sequence[np.ndarray], seed: int) -> np.ndarray:
 def _refuse_fewer(shots: int, rows: int, split: str) -> None:
     if shots > rows:
         raise RecipeError(
-            f"tuning shots: {shots} are asked for, but the {split} split has {rows} samples. Lower the number, or "
-            "set it to null for all."
+            f"tuning: the recipe asks for {shots} shots, but the {split} split has {rows} samples. Use fewer, "
+            "or null for all."
         )
 
 
@@ -184,20 +185,20 @@ def behaviours_shown(
     k: int,
     shown: Shown,
 ) -> dict[Literal["recent", "retrieved"], Behaviours]:
-    """The at most `k` behaviours that a sample's prompt quotes, as the lists that `rank_prompt` takes.
+    """The behaviors in a sample's prompt, at most `k`, as lists for `rank_prompt`.
 
     sample: user_id, history, history_ratings and history_labels, the last two null or aligned with history;
-    titles: aligned with history, "" for none; candidates: item ids, for all of which together behaviors are retrieved.
-    What was passed over is not quoted. A mixed prompt retrieves from what is older than its recent half, so that none
-    stands twice.
-    Raises SchemaError where the ratings do not match.
+    titles: aligned with history, "" for none; candidates: item ids; behaviors are retrieved once for all of them.
+    Passed-over items are not quoted. A mixed prompt retrieves from behaviors older than its recent half, so none
+    appears twice.
+    Raises SchemaError if the ratings do not match.
     """
     history = sample["history"] or []
     ratings = sample["history_ratings"] or [None] * len(history)
     if len(ratings) != len(history):
         raise SchemaError(
-            f"samples, user {sample['user_id']}: {len(history)} behaviours in history, but "
-            f"{len(ratings)} in history_ratings. Run `prepare` again."
+            f"samples, user {sample['user_id']}: {len(history)} values in history, but {len(ratings)} in "
+            "history_ratings. Run `prepare` again."
         )
     outcomes = sample.get("history_labels") or [1.0] * len(history)
     took = list(map(was_taken, ratings, outcomes))
@@ -218,26 +219,27 @@ def behaviours_shown(
 def _answer(sample: Mapping[str, Any]) -> str:
     if sample["label"] not in (0, 1):
         raise SchemaError(
-            f"samples, user {sample['user_id']}, item {sample['item_id']}, timestamp {sample['timestamp']}: the label "
-            f"is {sample['label']}, but 0 or 1 is meant. Run `prepare` again, or write labels by the scenario's rule."
+            f"samples, user {sample['user_id']}, item {sample['item_id']}, timestamp {sample['timestamp']}: "
+            f"the label is {sample['label']}, but must be 0 or 1. Run `prepare` again, or use labels that "
+            "follow the scenario's rule."
         )
     return YES if sample["label"] else NO
 
 
 def _profiles(users: pa.Table, wanted: pa.ChunkedArray, scenario: Scenario) -> dict[int, dict[str, str]]:
-    """The profile fields of the wanted users that have a row."""
+    """Profile fields of the wanted users with a row."""
     fields = [field for field in scenario.profile_fields if field in users.column_names]
     rows = users.filter(pc.is_in(users["user_id"], pc.unique(wanted))).select(["user_id", *fields]).to_pylist()
     return {row["user_id"]: {f: str(row[f]) for f in fields if row[f] is not None} for row in rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
-# Which pairs of user and item an LLM is asked about, for CTR models to learn from: train samples, and items that their
-# users never met, at the moments of train samples.
+# Pairs for LLM scoring, from which CTR models learn: train samples, plus items that their
+# users never saw, at the moments of train samples.
 #
-# A pair without a label takes the moment of a train sample of its user, and with it that sample's split and history:
-# nothing is asked, or learned, about a moment of valid or test; nor, in a split by item, about the items of these. All
-# draws are hashes of a row's own keys, so a pair stays whatever else is prepared with it.
+# A pair without a label takes the moment of a train sample of its user, and so that sample's split and history:
+# nothing is scored or learned at a moment of valid or test or, in a split by item, about their items. All
+# random choices are hashes of a row's own keys, so a pair does not change when other data is added.
 
 
 _KEY = ["user_id", "item_id", "timestamp"]
@@ -249,11 +251,11 @@ def asked_pairs(
 ) -> pa.Table:
     """The pairs of a shard of users (schema.SAMPLES, every label 0), by user, timestamp and item.
 
-    split: by which `prepare` split; catalog: all item ids, ascending. Raises WorkspaceError where it has not run.
+    split: the split of `prepare`; catalog: all item ids, ascending. Raises WorkspaceError if it has not run.
     """
     samples = workspace.read_shard("samples", number, SAMPLE_ROWS.names).to_pandas()
     train = samples[samples["split"] == "train"].drop_duplicates(_KEY)
-    if split.method == "item":  # values divide the items: up to one of train, all are of train
+    if split.method == "item":  # values divide the items: all up to the last train value are train
         train_items = train["item_id"].to_numpy()[train["label"].to_numpy() >= POSITIVE]
         catalog = catalog[id_values(catalog, split) <= id_values(train_items, split).max(initial=-1)]
     train = train[[*_KEY, *_HISTORY]]
@@ -266,9 +268,9 @@ def asked_pairs(
 
 
 def _unlabeled(train: pd.DataFrame, met: pd.DataFrame, most: int, catalog: np.ndarray) -> pd.DataFrame:
-    """At most `most` pairs of each user of `train`, spread evenly over the moments of their samples.
+    """At most `most` pairs per user of `train`, spread evenly over the moments of their samples.
 
-    met: user_id and item_id of all that users took, passed over, or have a sample of in any split, each once.
+    met: user_id and item_id of all items that users took, passed over, or have a sample of in any split, each once.
     """
     moments = train.drop_duplicates(["user_id", "timestamp"])
     keys = [moments[name].to_numpy() for name in ("user_id", "timestamp")]
@@ -281,7 +283,7 @@ def _unlabeled(train: pd.DataFrame, met: pd.DataFrame, most: int, catalog: np.nd
     items = drawn_negatives(
         drawn["user_id"].to_numpy(),
         drawn["timestamp"].to_numpy(),
-        draw // n[user_places],  # in place of a positive's item: two draws at one moment differ
+        draw // n[user_places],  # replaces a positive's item, so two draws at one moment differ
         labels,
         took=(met["user_id"].to_numpy(), met["item_id"].to_numpy()),
         catalog=catalog,

@@ -1,11 +1,11 @@
-"""Tunes a LoRA adapter to answer Yes or No (ReiT; ReLLa, WWW 2024), on one process or on several that torch.distributed
-joins; knows nothing of Ray.
+"""Tunes a LoRA adapter to answer Yes or No (ReiT; ReLLa, WWW 2024), in one process or in several torch.distributed
+ones; does not depend on Ray.
 
-What a step does follows from the seed and its number alone: which rows it takes, how they are dealt to workers, what
-dropout drops. So a run that was killed goes on from its last checkpoint exactly as it would have gone on without. Rows
-of a step are computed in order of length, as many at a time as fit `micro_tokens`, and the vocabulary's logits at the
-one position that the loss sees: they would cost more than the layers of a small model. Workers add up their gradients
-once a step, which gives what one worker would have computed, however unevenly the rows fell.
+Each step depends only on the seed and its number: its rows, their distribution over workers, and
+dropout. So a killed run resumes from its last checkpoint with exactly the same results. The rows
+of a step are computed in order of length, as many at a time as fit `micro_tokens`, with the vocabulary's logits at only
+the position that the loss sees: they would cost more than the layers of a small model. Workers sum their gradients
+once per step, which equals the result of one worker, however unevenly the rows are distributed.
 """
 
 import hashlib
@@ -37,19 +37,19 @@ from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 
 # ------------------------------------------------------------------------------------------------------------- examples
-# Tuning rows as token ids: prompts that end where the answer begins, and the one token that should follow.
+# Tuning rows as token ids: prompts that end where the answer begins, and the one expected next token.
 #
-# The loss sees that token alone. The end of the turn, which every answer shares, would be learnt in a few steps and
-# then halve what Yes and No weigh.
+# The loss sees only that token. The end of the turn, shared by all answers, would be learned in a few steps and
+# then halve the weight of Yes and No.
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows to tune on, or to judge by."""
+    """Rows for tuning or evaluation."""
 
     prompts: list[np.ndarray]  # int32, each of its own length
     labels: np.ndarray  # bool [n]: whether the answer is Yes
-    answers: Answers  # one token each
+    answers: Answers  # one token per answer
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -61,14 +61,14 @@ class Examples:
 
     @property
     def targets(self) -> np.ndarray:
-        """int64 [n]: the token that should follow each prompt."""
+        """int64 [n]: expected next token of each prompt."""
         return np.where(self.labels, self.answers.yes[0], self.answers.no[0])
 
 
 def tokenise(rows: pa.Table, tokenizer: Any, *, max_tokens: int) -> Examples:
     """The rows (samples.TUNING_ROWS) in the model's chat template.
 
-    Raises EngineError where Yes and No cannot be told by their first token, RecipeError where a prompt is longer than
+    Raises EngineError if the first token does not separate Yes and No, and RecipeError if a prompt is longer than
     `max_tokens`.
     """
     answers = likely_answers(tokenizer, find_answers(tokenizer))
@@ -77,9 +77,9 @@ def tokenise(rows: pa.Table, tokenizer: Any, *, max_tokens: int) -> Examples:
         ids = render_chat(tokenizer, row["system"], row["text"], TEMPLATE_OPTIONS)
         if len(ids) > max_tokens:
             raise RecipeError(
-                f"ranking: the prompt of user {row['user_id']} and item {row['item_id']} has "
-                f"{len(ids)} tokens, but {max_tokens} are allowed. Lower ranking.data.behaviours, which drops "
-                "the oldest."
+                f"ranking: the prompt of user {row['user_id']} and item {row['item_id']} has {len(ids)} "
+                f"tokens, but at most {max_tokens} are allowed. Lower ranking.data.behaviours, which "
+                "drops the oldest."
             )
         prompts.append(np.array(ids, dtype=np.int32))
     labels = np.array([answer == YES for answer in rows["answer"].to_pylist()], dtype=bool)
@@ -87,20 +87,20 @@ def tokenise(rows: pa.Table, tokenizer: Any, *, max_tokens: int) -> Examples:
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
-# Where a tuning run stands, as one safetensors file: adapter, optimiser, the best adapter so far, and the counts.
+# Checkpoint of a tuning run as one safetensors file: adapter, optimizer, the best adapter so far, and the counts.
 #
-# One file, so that a reader never sees the adapter of one step with the optimiser of another. What else a run depends
-# on follows from its seed and its step (see `tuning`).
+# It is one file, so a reader never sees the adapter of one step with the optimizer of another. Everything else depends
+# on the seed and the step (see `tuning`).
 
 
 _VERSION = "1"
 
 
 class Progress(Config):
-    """What has been done so far."""
+    """Work done so far."""
 
     step: int = 0
-    losses: tuple[float, ...] = ()  # of each step
+    losses: tuple[float, ...] = ()  # per step
     valid_aucs: tuple[tuple[int, float], ...] = ()  # step, AUC
     best_auc: float = -1.0
     best_step: int = 0
@@ -111,7 +111,7 @@ class Progress(Config):
         return self.model_copy(update={"step": self.step + 1, "losses": (*self.losses, loss)})
 
     def after_evaluation(self, auc: float) -> "Progress":
-        """With one more AUC of the valid split."""
+        """With one more AUC on the valid split."""
         changes = {"valid_aucs": (*self.valid_aucs, (self.step, auc))}
         if auc > self.best_auc:
             return self.model_copy(update={**changes, "best_auc": auc, "best_step": self.step, "stale": 0})
@@ -131,7 +131,7 @@ class Checkpoint:
     def of(
         cls, progress: Progress, weights: Mapping[str, Tensor], optimiser: Optimizer, best: Mapping[str, Tensor]
     ) -> "Checkpoint":
-        """Of a running optimiser."""
+        """Checkpoint of a running optimizer."""
         moments = {
             kind: {name: optimiser.state[weight][kind] for name, weight in weights.items()}
             for kind in ("exp_avg", "exp_avg_sq")
@@ -139,11 +139,12 @@ class Checkpoint:
         return cls(progress, dict(weights), moments, dict(best))
 
     def restore(self, weights: Mapping[str, Tensor], optimiser: Optimizer) -> None:
-        """Puts weights and moments where they were. Raises WorkspaceError where the adapter has another shape."""
+        """Restores weights and moments. Raises WorkspaceError if the adapter has another shape."""
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         if shapes != {name: tuple(weight.shape) for name, weight in self.weights.items()}:
             raise WorkspaceError(
-                "the checkpoint is of another adapter (other modules, rank or model). Delete it to tune from the start."
+                "the checkpoint belongs to another adapter (different modules, rank or model). Delete it to "
+                "restart tuning."
             )
         for name, weight in weights.items():
             weight.data.copy_(self.weights[name])
@@ -153,7 +154,7 @@ class Checkpoint:
                 state[kind] = tensors[name].to(weight.device, weight.dtype).clone()
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """The file's contents."""
         groups = {"weights": self.weights, "best": self.best, **self.moments}
         tensors = {
             f"{group}/{n}": t.detach().cpu().contiguous() for group, named in groups.items() for n, t in named.items()
@@ -162,37 +163,37 @@ class Checkpoint:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Checkpoint":
-        """What `to_bytes` wrote. Raises WorkspaceError where it is damaged or of another version."""
+        """Parses the output of `to_bytes`. Raises WorkspaceError if it is damaged or has another version."""
         try:
             about = metadata_of(data)
             if about["version"] != _VERSION:
-                raise ValueError(f"it is of version {about['version']}")
+                raise ValueError(f"it has version {about['version']}")
             groups: dict[str, dict[str, Tensor]] = {g: {} for g in ("weights", "best", "exp_avg", "exp_avg_sq")}
             for path, tensor in load(data).items():
                 group, _, name = path.partition("/")
                 groups[group][name] = tensor
             progress = Progress.model_validate_json(about["progress"])
         except (SafetensorError, ValidationError, KeyError, ValueError) as error:
-            raise WorkspaceError(f"the checkpoint is damaged ({error}). Delete it to tune from the start.") from None
+            raise WorkspaceError(f"the checkpoint is damaged ({error}). Delete it to restart tuning.") from None
         moments = {kind: groups[kind] for kind in ("exp_avg", "exp_avg_sq")}
         return cls(progress, groups["weights"], moments, groups["best"])
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters
-# A tuned adapter on disk: the folder that peft and vLLM load as it is, and beside their files what it was tuned for.
+# A tuned adapter on disk: the folder that peft and vLLM load directly, plus a manifest of its purpose.
 #
 #     adapter_config.json, adapter_model.safetensors    as peft writes them
 #     ranker.json                                       model, wording and settings; written last
 #
-# vLLM loads an adapter of whatever model into whatever model of the same shape, and a prompt in another wording scores
-# without complaint; ranker.json is what both are checked against.
+# vLLM loads any model's adapter into any model of the same shape, and a prompt with another wording scores
+# without an error; both are checked against ranker.json.
 
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class RankerManifest(BaseModel):
-    """What an adapter was tuned for, and how that went."""
+    """Purpose and results of an adapter's tuning."""
 
     model: str  # its identity (generation.models.model_identity)
     wording: str  # prompting.rella.rank_fingerprint
@@ -203,7 +204,7 @@ class RankerManifest(BaseModel):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter on a local disk."""
+    """A verified adapter on a local disk."""
 
     folder: str
     manifest: RankerManifest
@@ -233,9 +234,9 @@ def save_adapter(
 
 
 def open_adapter(workspace: Workspace, folder: str, *, model: str, wording: str) -> Adapter:
-    """What `save_adapter` wrote, on a local disk: copied into OwlRec's cache from an object store.
+    """Opens the folder of `save_adapter` on a local disk, copied into OwlRec's cache from an object store.
 
-    Raises WorkspaceError where it is missing or damaged, EngineError where it was tuned for another model or wording.
+    Raises WorkspaceError if it is missing or damaged, and EngineError if it was tuned for another model or wording.
     """
     where = workspace.path(folder)
     about = workspace.read_json(f"{folder}/ranker.json")
@@ -243,20 +244,20 @@ def open_adapter(workspace: Workspace, folder: str, *, model: str, wording: str)
     try:
         manifest = RankerManifest.model_validate(about)
         if manifest.sha256 != hashlib.sha256(weights).hexdigest():
-            raise ValueError("its weights are not those that were written")
+            raise ValueError("its weights do not match their checksum")
     except ValidationError as error:
         raise WorkspaceError(f"{where}/ranker.json is damaged ({error.errors()[0]['msg']}). Tune again.") from None
     except ValueError as error:
         raise WorkspaceError(f"{where} is damaged: {error}. Delete the folder and tune again.") from None
     if manifest.model != model:
         raise EngineError(
-            f"{where} is an adapter of {manifest.model}, but the ranker's model is {model}. Name the model that it was "
-            "tuned for, or tune one for this model."
+            f"{where} is an adapter for {manifest.model}, but the ranker's model is {model}. Use the model it "
+            "was tuned for, or tune one for this model."
         )
     if manifest.wording != wording:
         raise EngineError(
-            f"{where} was tuned on prompts of another wording ({manifest.wording[:8]}, not {wording[:8]}). Use the "
-            "retrieved_for, the behaviours and the scenario that it was tuned with, or tune again."
+            f"{where} was tuned on prompts with a different wording ({manifest.wording[:8]}, not {wording[:8]}). Use "
+            "the retrieved_for, behaviours and scenario of tuning, or tune again."
         )
     if workspace.local:
         return Adapter(where, manifest)
@@ -270,13 +271,13 @@ def open_adapter(workspace: Workspace, folder: str, *, model: str, wording: str)
 # --------------------------------------------------------------------------------------------------------------- tuning
 
 
-# With beta2 = 0.999 the second moment of a run of a hundred steps still remembers the first.
+# With beta2 = 0.999 the second moment of a hundred-step run would still remember the first step.
 _BETAS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """weights: of the best evaluation, by peft's names; settings: of the adapter, as peft writes them."""
+    """weights: from the best evaluation, by peft's names; settings: of the adapter, in peft's format."""
 
     weights: dict[str, Tensor]
     settings: dict[str, Any]
@@ -294,11 +295,11 @@ def tune(
     on_step: Callable[[Progress], None] | None = None,
     keep: Callable[[Checkpoint], None] | None = None,
 ) -> Tuned:
-    """Tunes to the best AUC on `valid`. Where world_size exceeds 1, every rank of the process group must call it.
+    """Tunes to the best AUC on `valid`. If world_size exceeds 1, every rank of the process group must call it.
 
-    model: a causal LM of transformers, whose own weights stay as they are. resume: where an earlier call of the same
-    arguments stood. on_step, keep: called by rank 0, after each step and with each checkpoint. Raises RecipeError where
-    the loss is not a number, `valid` has one class only, or the model has no such modules.
+    model: a causal LM of transformers, whose own weights do not change. resume: checkpoint of an earlier call with the
+    same arguments. on_step, keep: called by rank 0, after each step and with each checkpoint. Raises RecipeError if
+    the loss is not a number, `valid` has only one class, or the model has no such modules.
     """
     refuse_unusable(train, valid)
     torch.manual_seed(config.seed)
@@ -332,7 +333,7 @@ def tune(
 
 
 def load_model(folder: str, revision: str | None, config: TuningSettings) -> Any:
-    """The model of transformers that is tuned. Raises EngineError where it cannot be loaded."""
+    """Loads the transformers model for tuning. Raises EngineError if it cannot be loaded."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -341,7 +342,7 @@ def load_model(folder: str, revision: str | None, config: TuningSettings) -> Any
         model = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError, KeyError) as error:
         raise EngineError(
-            f"{folder} cannot be tuned: {error}. Name a causal LM that transformers loads, unquantised."
+            f"{folder} cannot be tuned: {error}. Use an unquantized causal LM that transformers can load."
         ) from None
     if config.dtype == "bfloat16" and not config.use_gpu and model.config._attn_implementation == "sdpa":
         from owlrec.ranking import attention
@@ -351,7 +352,7 @@ def load_model(folder: str, revision: str | None, config: TuningSettings) -> Any
 
 
 class Schedule:
-    """Which rows each step takes, at what learning rate, and after which steps the model is judged."""
+    """Rows of each step, its learning rate, and the steps with an evaluation."""
 
     def __init__(self, n_rows: int, config: TuningSettings) -> None:
         self.n_rows, self.config = n_rows, config
@@ -361,22 +362,22 @@ class Schedule:
         self.evaluations = {-(-self.steps * (i + 1) // times) for i in range(times)}
 
     def rows(self, step: int) -> np.ndarray:
-        """int64: the rows of a step; an epoch's last has what is left."""
+        """int64: rows of a step; an epoch's last step has the rest."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self.config.seed, epoch]).permutation(self.n_rows)
         return order[place * self.config.batch_rows :][: self.config.batch_rows]
 
     def learning_rate(self, step: int) -> float:
-        """A line up to the highest, then one down to 0, which is reached one step after the last."""
+        """Rises linearly to the maximum, then falls linearly to 0, reached one step after the last."""
         warmup = int(self.config.warmup_share * self.steps)
         share = (step + 1) / warmup if step < warmup else (self.steps - step) / (self.steps - warmup)
         return self.config.learning_rate * share
 
 
 def micro_batches(lengths: np.ndarray, micro_tokens: int, world_size: int) -> list[np.ndarray]:
-    """Parts rows into batches of similar length: positions in `lengths`, the longest first.
+    """Splits rows into batches of similar length: positions in `lengths`, the longest first.
 
-    Each holds at most `micro_tokens` once padded, or one row; there is one for every worker where rows suffice.
+    Each has at most `micro_tokens` once padded, or one row; every worker gets one if there are enough rows.
     """
     order = np.argsort(-lengths, kind="stable")
     most = max(1, len(order) // world_size)
@@ -391,7 +392,7 @@ def micro_batches(lengths: np.ndarray, micro_tokens: int, world_size: int) -> li
 def answer_logits(model: Any, prompts: Sequence[np.ndarray], device: str) -> Tensor:
     """float32 [b, vocabulary]: the logits after each prompt.
 
-    Padding stands on the right, where a causal model's real positions do not see it: no mask is needed, and attention
+    Padding is on the right, where a causal model's real positions do not see it: no mask is needed, and attention
     takes its fastest path.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -404,7 +405,7 @@ def answer_logits(model: Any, prompts: Sequence[np.ndarray], device: str) -> Ten
 
 
 def score(model: Any, examples: Examples, micro_tokens: int, worker: Worker) -> np.ndarray:
-    """float64 [n]: the probability of Yes against No after each prompt, on every rank; each computes its share."""
+    """float64 [n]: probability of Yes against No after each prompt, on every rank; each computes its share."""
     yes_no = [examples.answers.yes[0], examples.answers.no[0]]
     scores = torch.zeros(len(examples), dtype=torch.float64)
     model.eval()
@@ -419,13 +420,13 @@ def score(model: Any, examples: Examples, micro_tokens: int, worker: Worker) -> 
 
 
 def refuse_unusable(train: Examples, valid: Examples) -> None:
-    """Raises RecipeError where there is nothing to tune on, or nothing to tell a good step from a bad one by."""
+    """Raises RecipeError if there are no rows to tune on, or no usable rows to evaluate."""
     if len(train) == 0:
-        raise RecipeError("tuning: no row is left to tune on. Give the items titles, or raise ranking.data.shots.")
+        raise RecipeError("tuning: no rows are left to tune on. Add titles to the items, or raise ranking.data.shots.")
     if len(valid) == 0 or valid.labels.all() or not valid.labels.any():
         raise RecipeError(
-            f"tuning: {int(valid.labels.sum())} of {len(valid)} valid rows are answered Yes, so no AUC tells when to "
-            "stop. Prepare more users."
+            f"tuning: {int(valid.labels.sum())} of {len(valid)} valid rows have the label Yes, so there is no "
+            "AUC for early stopping. Prepare more users."
         )
 
 
@@ -462,7 +463,7 @@ def _step(
     if not torch.isfinite(total):
         raise RecipeError(
             f"tuning: the loss of step {step + 1} is {total.item()}. Lower ranking.tuning.learning_rate (now "
-            f"{config.learning_rate:g}); where the first step's is so already, the model's weights are damaged."
+            f"{config.learning_rate:g}); if this is the first step, the model's weights are damaged."
         )
     for weight, gradient in zip(weights.values(), gradients, strict=True):
         weight.grad = gradient
@@ -490,7 +491,7 @@ def _adapt(model: Any, config: TuningSettings) -> Any:
         return get_peft_model(model, lora)
     except ValueError as error:
         raise RecipeError(
-            f"ranking.engine: LoRA finds no {' and '.join(config.target_modules)} in the model. Name another. ({error})"
+            f"ranking.engine: the model has no {' and '.join(config.target_modules)} for LoRA. Use another. ({error})"
         ) from None
 
 

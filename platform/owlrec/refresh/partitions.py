@@ -1,11 +1,10 @@
-"""One user's interests as LIBER keeps them (arXiv 2411.14713): what the LLM has read, and a short term still unread.
+"""One user's interests as in LIBER (arXiv 2411.14713): behaviors read by the LLM, and an unread short term.
 
-New behaviors gather in the short term. It is frozen, all of it, when it is long enough, old enough, or when it drifts
-from what was read before: into one partition, or into several where it is longer than a prompt. Only then the LLM reads
-it, one partition after another. The clock is the newest event of the log,
-never the machine's, so that the same events always freeze the same partitions. An answer that fails loses nothing: the
-short term stays, and is asked about again once it has grown by a smallest partition, since the same question would fail
-again.
+New behaviors gather in the short term. All of it freezes when it is long enough, old enough, or when it drifts
+from earlier behaviors: into one partition, or into several if it is longer than a prompt. Only then does the LLM read
+it, one partition after another. The clock is the newest event of the log, never the machine's, so the same events
+always freeze the same partitions. A failed answer loses nothing: the short term stays and is retried once it has grown
+by the size of a minimum partition, since the same prompt would fail again.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,15 +19,15 @@ from owlrec.releases.release import Release
 from owlrec.schema import BEHAVIOR, BEHAVIORS
 
 Reason = Literal["", "length", "age", "drift"]
-FREEZE_DRIFT = 0.6  # cosine distance between what is unread and what was read: films of two genres are about so far
-FREEZE_MIN_BEHAVIORS = 3  # fewer are an accident, not a drift
+FREEZE_DRIFT = 0.6  # cosine distance between unread and read behaviors; about that between two film genres
+FREEZE_MIN_BEHAVIORS = 3  # fewer are chance, not drift
 STATE = pa.schema(
     [
         ("user_id", pa.int64()),
         ("text_as_of", pa.int64()),
         ("n_partitions", pa.int32()),
         ("held", pa.int32()),
-        ("times", pa.list_(pa.int64())),  # of the short term, as are items and ratings
+        ("times", pa.list_(pa.int64())),  # of the short term, like items and ratings
         ("items", pa.list_(pa.int64())),
         ("ratings", pa.list_(pa.float32())),
         ("seen_times", pa.list_(pa.int64())),
@@ -47,34 +46,34 @@ class Behavior(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
-        """What tells it from the user's other behaviors."""
+        """Key that distinguishes it from the user's other behaviors."""
         return self.time, self.item
 
 
 def no_interest() -> np.ndarray:
-    """Of a user of whom nothing was read."""
+    """Interest of a user without read behaviors."""
     return np.zeros((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class UserState:
-    """What is remembered of one user."""
+    """Stored state of one user."""
 
     user_id: int
-    text_as_of: int = 0  # ms: the newest behavior that the LLM has read; 0 for none
+    text_as_of: int = 0  # ms: newest behavior that the LLM has read; 0 for none
     n_partitions: int = 0  # frozen and read so far
-    held: int = 0  # behaviors in the short term when an answer about it failed; 0: none did
+    held: int = 0  # length of the short term at its last failed answer; 0: no failure
     short: tuple[Behavior, ...] = ()  # unread, sorted
-    # Keys of behaviors that left the short term and might still arrive again, sorted.
+    # Keys of behaviors that left the short term and may still arrive again, sorted.
     seen: tuple[tuple[int, int], ...] = ()
-    # Of all items read (drift.sum_vectors): float32 [2, d], [0, 0] for none.
+    # Over all read items (drift.sum_vectors): float32 [2, d], [0, 0] for none.
     interest: np.ndarray = field(default_factory=no_interest, compare=False)
 
 
 def bootstrap(user_id: int, as_of: int | None, behaviors: Iterable[Behavior], horizon: int | None) -> UserState:
-    """The state of a user whom no refresh has met: read up to `as_of` (None: not at all), the later behaviors unread.
+    """State of a user that no refresh has seen: read up to `as_of` (None: not at all), with later behaviors unread.
 
-    behaviors: all that the tables hold of the user. horizon: see `take_in`.
+    behaviors: all of the user's in the tables. horizon: see `take_in`.
     """
     behaviors = sorted(behaviors)
     unread = tuple(b for b in behaviors if as_of is None or b.time > as_of)
@@ -83,9 +82,9 @@ def bootstrap(user_id: int, as_of: int | None, behaviors: Iterable[Behavior], ho
 
 
 def take_in(state: UserState, behaviors: Iterable[Behavior], horizon: int | None) -> UserState:
-    """`state` with new behaviors in its short term; those that it has seen are left out.
+    """`state` with new behaviors in its short term; known ones are skipped.
 
-    horizon: ms; no older event will ever be considered again, so what was seen before it is forgotten. None: none was.
+    horizon: ms; older events will never be considered again, so their keys are dropped. None: keep all.
     """
     known = {b.key for b in state.short} | set(state.seen)
     new = {b.key: b for b in behaviors if b.key not in known}
@@ -94,7 +93,7 @@ def take_in(state: UserState, behaviors: Iterable[Behavior], horizon: int | None
 
 
 def due_reason(state: UserState, drift: float, clock: int, config: RefreshConfig) -> Reason:
-    """Why the short term is to be frozen now, "" where it is not.
+    """Reason to freeze the short term now, "" if there is none.
 
     drift: see refresh.drift. clock: ms, the newest event of all users.
     """
@@ -109,24 +108,24 @@ def due_reason(state: UserState, drift: float, clock: int, config: RefreshConfig
 
 
 def due_at(state: UserState, config: RefreshConfig) -> int | None:
-    """When the short term will be old enough if nothing else happens (ms); None where it never will."""
+    """When the short term becomes old enough if nothing else happens (ms); None for never."""
     waits = state.held and len(state.short) < state.held + FREEZE_MIN_BEHAVIORS
     return None if waits or not state.short else state.short[0].time + config.freeze_ms
 
 
 def next_as_of(behaviors: Iterable[Behavior], before: int) -> int:
-    """The as_of (ms) of a text that reads a partition after a text of `before`: the newest behavior that it quotes.
+    """as_of (ms) of a text that reads a partition after a text of `before`: the newest quoted behavior.
 
-    Later than `before` in any case, so that no two texts of a user have one moment: a partition of late behaviors, or
-    the next one of the same moment, comes a millisecond after.
+    It is always later than `before`, so no two texts of a user have the same moment: a partition of late behaviors, or
+    the next one of the same moment, gets one millisecond more.
     """
     return max([before + 1, *(b.time for b in behaviors)])
 
 
 def freeze(state: UserState, n: int, as_of: int, interest: np.ndarray, horizon: int | None) -> UserState:
-    """The state once the LLM has read the first `n` behaviors of the short term.
+    """State after the LLM has read the first `n` behaviors of the short term.
 
-    as_of: of what it wrote. interest: of the items, as UserState has it. horizon: see `take_in`.
+    as_of: of the new text. interest: of the items, as in UserState. horizon: see `take_in`.
     """
     return replace(
         state,
@@ -140,7 +139,7 @@ def freeze(state: UserState, n: int, as_of: int, interest: np.ndarray, horizon: 
 
 
 def hold(state: UserState) -> UserState:
-    """The state once an answer about the short term has failed."""
+    """State after a failed answer about the short term."""
     return replace(state, held=len(state.short))
 
 
@@ -150,7 +149,7 @@ def add_interest(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def as_interest(values: np.ndarray) -> np.ndarray:
-    """An interest that was written flat: float32 [2, d]."""
+    """An interest from its flat form: float32 [2, d]."""
     return values.astype(np.float32).reshape(2, -1) if len(values) else no_interest()
 
 
@@ -159,13 +158,13 @@ def _within(keys: Sequence[tuple[int, int]], horizon: int | None) -> tuple[tuple
 
 
 def behaviors(events: Events) -> list[Behavior]:
-    """Events of one user as behaviors, in their order."""
+    """Events of one user as behaviors, in order."""
     ratings = [None if np.isnan(rating) else rating for rating in events.rating.tolist()]
     return list(map(Behavior, events.time.tolist(), events.item.tolist(), ratings))
 
 
 def known_keys(users: Iterable[UserState]) -> Events:
-    """All behaviors that the users still know, without ratings."""
+    """All behaviors that the users' states know, without ratings."""
     keys = [(u.user_id, *key) for u in users for key in (*(b.key for b in u.short), *u.seen)]
     user, time, item = np.array(keys, dtype=np.int64).reshape(-1, 3).T
     return Events(user, item, np.full(len(user), np.nan, dtype=np.float32), time)
@@ -192,7 +191,7 @@ def to_table(users: Sequence[UserState]) -> pa.Table:
 
 
 def from_table(table: pa.Table, *, interests: bool = True) -> list[UserState]:
-    """The users of a table of STATE; without `interests`, nothing is known of what they liked."""
+    """Users from a table of STATE; without `interests`, nothing is known about their likes."""
     values, lengths = _flat(table, "interest")
     bounds = np.r_[0, np.cumsum(lengths)]
     users = []
@@ -213,21 +212,21 @@ def from_table(table: pa.Table, *, interests: bool = True) -> list[UserState]:
 
 
 def _flat(table: pa.Table, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """A list column's values, one list after another, and the lists' lengths."""
+    """A list column's values, concatenated, and the lists' lengths."""
     lists = table[column].combine_chunks()
     return lists.flatten().to_numpy(zero_copy_only=False), lists.value_lengths().to_numpy(zero_copy_only=False)
 
 
 # ------------------------------------------------------------------------------------------------------------ behaviors
-# The last behaviors of users with new events, as the next release keeps them: scores follow what users did, whether or
-# not their texts are renewed.
+# Latest behaviors of users with new events for the next release: scores follow users' actions, whether or
+# not their texts change.
 
 
 def renewed_behaviors(users: Sequence[UserState], parent: Release) -> pa.Table:
-    """The rows of these users (schema.BEHAVIORS): what the parent release holds of them and their unread behaviors,
-    each once, by time and item, as many as the release keeps. Empty where it keeps none.
+    """Rows of these users (schema.BEHAVIORS): the parent release's and their unread behaviors,
+    each once, by time and item, up to the release's limit. Empty if the release keeps none.
 
-    The parent's row of a behavior stays: it knows the label.
+    The parent's row of a behavior takes precedence, because it has the label.
     """
     length = parent.manifest.history_length
     if not length or not users:
@@ -248,7 +247,7 @@ def _last(user: UserState, before: np.ndarray | None, length: int) -> np.ndarray
     new = np.zeros(len(user.short), dtype=BEHAVIOR)
     for name in ("time", "item", "rating"):
         new[name] = np.array([getattr(b, name) for b in user.short], dtype=BEHAVIOR[name])  # None becomes NaN
-    new["label"] = 1  # events that were passed over are not read
+    new["label"] = 1  # passed-over events are not read
     both = np.concatenate([known, new])
     kept = both[np.unique(both[["time", "item"]], return_index=True)[1]]  # the first of each, by time and item
     return kept[-length:]

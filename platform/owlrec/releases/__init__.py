@@ -1,5 +1,5 @@
-"""Releases of knowledge: `publish` one, in full or as a delta, `open_release` and ask its store, `roll_back` to the one
-before, `compact` a chain of deltas, `prune` what is old.
+"""Releases of knowledge: `publish` one, in full or as a delta; `open_release` and query its store; `roll_back` to the
+previous one; `compact` a chain of deltas; `prune` old ones.
 """
 
 from owlrec.releases.build import ReleaseInfo, ShardRows, publish, publish_rows

@@ -1,9 +1,9 @@
-"""The embedded store: the parts of a release as LMDB files, mapped into memory, so that all processes of a machine
+"""The embedded store: the parts of a release as LMDB files, mapped into memory, so all processes of a machine
 share their pages.
 
-An id's part is its hash's (`part_of`). A part is written once, in ascending order of its keys, so that its pages are
-full and nothing is read while it is written; LMDB's lock file is not used, since one process writes a file that nobody
-else sees yet and afterwards it never changes.
+An id's part comes from its hash (`part_of`). A part is written once, in ascending order of its keys, so its pages are
+full and nothing is read while it is written. LMDB's lock file is not used, since one process writes a file that no
+other process sees yet, and afterwards it never changes.
 """
 
 import os
@@ -43,28 +43,28 @@ from owlrec.releases.rows import (
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, conform, shard_of
 from owlrec.workspace import Tombstones
 
-_TRANSACTION_ROWS = 20_000  # bounds the dirty pages LMDB holds in memory: about 20 MB of texts
+_TRANSACTION_ROWS = 20_000  # bounds LMDB's dirty pages in memory: about 20 MB of texts
 _READ_ROWS = 1000  # about 1 MB of texts
 _FIRST_MAP_BYTES = 64 << 20
-_SAMPLE = 1000  # rows of each database whose bytes are kept, to be compared after the file was closed and opened again
+_SAMPLE = 1000  # rows per database to compare after the file is closed and reopened
 _WORD = (1 << 64) - 1
 
 
 def part_of(id_: int, n_parts: int) -> int:
-    """The part of one id: schema.shard_of without numpy, whose calls would take longer than the lookup."""
+    """Part of one id: schema.shard_of without numpy, whose calls would take longer than the lookup."""
     x = ((id_ & _WORD) ^ ((id_ & _WORD) >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _WORD
     return (x ^ (x >> 31)) & (n_parts - 1)
 
 
 class LmdbFile:
-    """Reads one part. Threads may share it, and two of a process may read the same file."""
+    """Reads one part. Threads may share it, and two in a process may read the same file."""
 
     def __init__(self, path: Path, copy: CachedFile | None = None) -> None:
-        """copy: the copy in the node's cache that the path is of; closed with the file. Raises ReleaseError where the
+        """copy: the copy in the node's cache behind the path; closed with the file. Raises ReleaseError if the
         file is not a part.
 
-        The file's size must have been checked by the caller: LMDB answers a truncated file with SIGBUS, not with an
+        The caller must have checked the file's size: LMDB reacts to a truncated file with SIGBUS, not with an
         error.
         """
         self.path, self._copy = path, copy
@@ -73,19 +73,19 @@ class LmdbFile:
         self._env, self._databases = _shared_environments.acquire(self._name)
 
     def get(self, database: str, key: bytes) -> bytes | None:
-        """The value under a key."""
+        """Value under a key."""
         with self._env.begin(db=self._databases[database]) as transaction:
             value: bytes | None = transaction.get(key)
         return value
 
     def get_many(self, database: str, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The values under many keys, aligned, by one cursor."""
+        """Values under many keys, aligned, with one cursor."""
         with self._env.begin(db=self._databases[database]) as transaction:
             known = dict(transaction.cursor().getmulti(keys))
         return [known.get(key) for key in keys]
 
     def rows(self, database: str) -> int:
-        """How many rows a database holds."""
+        """Number of rows in a database."""
         with self._env.begin() as transaction:
             return int(transaction.stat(self._databases[database])["entries"])
 
@@ -93,17 +93,17 @@ class LmdbFile:
         """All keys and values of a database, ascending by key."""
         after = b""
         while True:
-            # No transaction outlives a batch, so that the file may be closed while an iterator is still around.
+            # No transaction outlives a batch, so the file may be closed while an iterator still exists.
             with self._env.begin(db=self._databases[database]) as transaction:
                 cursor = transaction.cursor()
                 if not cursor.set_range(after):
                     return
                 batch = list(islice(cursor.iternext(), _READ_ROWS))
             yield from batch
-            after = batch[-1][0] + b"\0"  # the least key above it
+            after = batch[-1][0] + b"\0"  # the smallest key above it
 
     def ids(self, kind: str, limit: int | None = None, database: str = "knowledge") -> np.ndarray:
-        """The ids of a kind that a database has a row of, at most `limit`: int64, ascending."""
+        """Ids of a kind with a row in a database, at most `limit`: int64, ascending."""
         first, pieces, left = encode_key(kind, 0), [np.zeros(0, dtype=np.int64)], limit
         with self._env.begin(db=self._databases[database]) as transaction:
             cursor = transaction.cursor()
@@ -117,7 +117,7 @@ class LmdbFile:
         return np.concatenate(pieces)
 
     def close(self) -> None:
-        """Closes it; calling it twice does no harm."""
+        """Closes the file. Safe to call twice."""
         if not self._closed:
             self._closed = True
             _shared_environments.release(self._name)
@@ -145,8 +145,8 @@ class LmdbStore(RowStore):
         partitions: Mapping[str, int],
         code_sizes: Mapping[str, Sequence[int]],
     ) -> None:
-        """n_parts: a power of two. open_part: called for a part when an id of it is first asked for. The others: see
-        RowStore.
+        """n_parts: a power of two. open_part: called for a part when one of its ids is first requested. For the others,
+        see RowStore.
         """
         super().__init__(where, dim=dim, counts=counts, partitions=partitions, code_sizes=code_sizes)
         self._parts: list[LmdbFile | None] = [None] * n_parts
@@ -189,7 +189,7 @@ class LmdbStore(RowStore):
         return np.sort(np.concatenate(pieces))[:limit]
 
     def vector_ids(self, kind: str) -> np.ndarray:
-        """The ids of a kind that have a vector, ascending: for deltas, which are small."""
+        """Ids of a kind with a vector, ascending: for deltas, which are small."""
         pieces = [self._part(number).ids(kind, database="vectors") for number in range(len(self._parts))]
         return np.unique(np.concatenate(pieces))
 
@@ -203,7 +203,7 @@ class LmdbStore(RowStore):
         part = self._parts[number]
         if part is None:
             opened = self._open_part(number)
-            with self._lock:  # not while it opens: several may be fetched at once
+            with self._lock:  # not during opening, so several can be fetched at once
                 part = self._parts[number]
                 if part is None:
                     part = self._parts[number] = opened
@@ -213,7 +213,7 @@ class LmdbStore(RowStore):
 
 
 def warm(path: Path) -> None:
-    """Asks the kernel to read a file ahead, so that the first lookups do not wait for the disk."""
+    """Asks the kernel to read a file ahead, so the first lookups do not wait for the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -222,7 +222,7 @@ def warm(path: Path) -> None:
 
 
 class PartWriter:
-    """Writes one part. Each database takes cohorts, then items, then users, and a kind's rows in one call."""
+    """Writes one part. Each database takes cohorts, then items, then users, with a kind's rows in one call."""
 
     def __init__(
         self,
@@ -232,8 +232,8 @@ class PartWriter:
         dim: int = 0,
         tombstones: Tombstones | None = None,
     ) -> None:
-        """path: the file to make; its folder exists, the file does not. codes: how semantic ids are written, by kind.
-        dim: components of a vector; 0: the first one decides. tombstones: of users whose rows are left out.
+        """path: the file to create, in an existing folder. codes: format of semantic ids, by kind.
+        dim: components of a vector; 0: taken from the first one. tombstones: users whose rows are left out.
         """
         self.path, self.dim = path, dim
         self.codes = codes
@@ -248,16 +248,16 @@ class PartWriter:
             metasync=False,
         )
         self._databases = {name: self._env.open_db(name.encode()) for name in DATABASES}
-        # Rows by kind; `vectors` are the newest ones of their ids, `partitions` those of older interest partitions.
+        # Rows by kind; `vectors` are the newest of their ids, `partitions` those of older interest partitions.
         self.counts: dict[str, dict[str, int]] = {name: {} for name in (*DATABASES, "partitions")}
-        self.ids: dict[str, list[np.ndarray]] = {kind: [] for kind in KEY_ORDER}  # that have knowledge
+        self.ids: dict[str, list[np.ndarray]] = {kind: [] for kind in KEY_ORDER}  # ids with knowledge
         self.as_of: tuple[int, int] | None = None  # the earliest and the latest moment of its texts, ms
         self._samples: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in DATABASES}
 
     def add_knowledge(self, kind: str, table: pa.Table, *, name: str) -> None:
-        """Writes the knowledge of a kind (schema.KNOWLEDGE), in any order.
+        """Writes knowledge of a kind (schema.KNOWLEDGE), in any order.
 
-        Raises SchemaError for a null or an id that occurs twice.
+        Raises SchemaError for a null or a duplicate id.
         """
         table = conform(table, KNOWLEDGE, name=name)
         _refuse_nulls(table, ("id", "as_of", "text"), name)
@@ -271,12 +271,12 @@ class PartWriter:
             self.add_rows("knowledge", keys, encode_knowledge(batch, name=name))
 
     def add_vectors(self, kind: str, table: pa.Table, *, name: str) -> None:
-        """Writes the vectors of a kind (schema.vectors_schema), in any order; a column `partition`, where there is one,
+        """Writes vectors of a kind (schema.vectors_schema), in any order; an optional column `partition`
         counts from 0, the newest or only vector of an id, to 255.
 
-        The codes of partition 0 are the id's semantic id; a row without them says that it has none.
-        Raises SchemaError where vectors differ in length, codes are not of these codebooks, or an id has an older
-        partition and no newest one.
+        The codes of partition 0 are the id's semantic id; a row without codes marks that it has none.
+        Raises SchemaError if vectors differ in length, codes are not from these codebooks, or an id has an older
+        partition but no newest one.
         """
         for column in ("id", "vector"):
             if column not in table.column_names:
@@ -292,8 +292,8 @@ class PartWriter:
             rows = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float16).reshape(len(ids), -1)
             if self.dim not in (0, rows.shape[1]):
                 raise SchemaError(
-                    f"{name}: its vectors have {rows.shape[1]} components, earlier ones {self.dim}. "
-                    f"One release holds the vectors of one encoder: encode all of them again."
+                    f"{name}: its vectors have {rows.shape[1]} components, but earlier ones have {self.dim}. A "
+                    "release has vectors of one encoder: encode all of them again."
                 )
             self.dim = rows.shape[1]
             if partitions.any():
@@ -305,10 +305,10 @@ class PartWriter:
                 self._add_codes(kind, batch.filter(pc.equal(batch["partition"], 0)), name)
 
     def add_memberships(self, kind: str, table: pa.Table, *, name: str) -> None:
-        """Writes the memberships of a kind (schema.MEMBERSHIPS), in any order; an empty list says that an id has no
-        cohort.
+        """Writes memberships of a kind (schema.MEMBERSHIPS), in any order; an empty list marks an id without
+        cohorts.
 
-        Raises SchemaError for a null or an id that occurs twice.
+        Raises SchemaError for a null or a duplicate id.
         """
         table = conform(table, MEMBERSHIPS, name=name)
         _refuse_nulls(table, ("id", "cohorts"), name)
@@ -316,13 +316,13 @@ class PartWriter:
             ids, lists = batch["id"].to_numpy(), batch["cohorts"].combine_chunks()
             if lists.flatten().null_count:
                 row = next(row for row, cohorts in enumerate(lists.to_pylist()) if None in cohorts)
-                raise SchemaError(f"{name}: the cohorts of {kind} {ids[row]} hold a null. Leave that cohort out.")
+                raise SchemaError(f"{name}: the cohorts of {kind} {ids[row]} contain a null. Remove that cohort.")
             self.add_rows("memberships", encode_keys(kind, ids), encode_lists(lists))
 
     def add_behaviors(self, table: pa.Table, *, name: str) -> None:
-        """Writes the last behaviors of users (schema.BEHAVIORS), in any order.
+        """Writes the latest behaviors of users (schema.BEHAVIORS), in any order.
 
-        Raises SchemaError for a null, a user who occurs twice, or lists that are not aligned.
+        Raises SchemaError for a null, a duplicate user, or lists that are not aligned.
         """
         table = conform(table, BEHAVIORS, name=name)
         _refuse_nulls(table, BEHAVIORS.names, name)
@@ -336,7 +336,7 @@ class PartWriter:
             self.add_rows("behaviors", encode_keys("user", batch["id"].to_numpy()), values)
 
     def add_rows(self, database: str, keys: list[bytes], values: list[bytes]) -> None:
-        """Writes rows as they stand in a file, all keys above those before, in one transaction."""
+        """Writes rows in stored form, all keys above earlier ones, in one transaction."""
         if len(self._tombstones):
             visible = speaking(keys, self._tombstones)
             keys, values = list(compress(keys, visible)), list(compress(values, visible))
@@ -351,15 +351,14 @@ class PartWriter:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
             except lmdb.Error as error:
                 raise WorkspaceError(
-                    f"{self.path} cannot be written ({error}). Free some space there and publish again: finished parts "
-                    f"stay."
+                    f"{self.path} cannot be written ({error}). Free some space and publish again: finished parts stay."
                 ) from None
         self._keep_sample(database, keys, values)
         self._count(database, keys)
 
     def close(self) -> None:
-        """Finishes the file and reads it back: row counts and a sample of rows. Raises ReleaseError where they differ
-        from what was written.
+        """Finishes the file and reads it back: row counts and a sample of rows. Raises ReleaseError if they differ
+        from the written data.
         """
         self._env.sync(True)
         self._env.close()
@@ -371,8 +370,8 @@ class PartWriter:
                 same = file.get_many(database, [key for key, _ in sample]) == [value for _, value in sample]
                 if file.rows(database) != rows or not same:
                     raise ReleaseError(
-                        f"{self.path}: its {database} do not read back as they were written. Check the disk, then "
-                        f"publish again; nothing was made visible."
+                        f"{self.path}: its {database} read back differently from what was written. Check the "
+                        "disk, then publish again; the current release did not change."
                     )
 
     def abort(self) -> None:
@@ -380,7 +379,7 @@ class PartWriter:
         self._env.close()
 
     def ids_bytes(self) -> bytes:
-        """The content of the part's file of ids: those with knowledge, little-endian int64, kinds in KEY_ORDER."""
+        """Contents of the part's file of ids: those with knowledge, little-endian int64, kinds in KEY_ORDER."""
         return b"".join(ids.astype("<i8").tobytes() for kind in KEY_ORDER for ids in self.ids[kind])
 
     def _add_codes(self, kind: str, rows: pa.Table, name: str) -> None:
@@ -419,8 +418,8 @@ class PartWriter:
 
 
 class _SharedEnvironments:
-    """LMDB refuses to open a file twice in one process, so stores on the same file share one environment and count its
-    users.
+    """LMDB refuses to open a file twice in one process, so stores on the same file share one environment with a
+    reference count.
     """
 
     def __init__(self) -> None:
@@ -450,7 +449,7 @@ _shared_environments = _SharedEnvironments()
 
 def _open_readonly(path: str) -> tuple[Any, dict[str, Any]]:
     try:
-        # Without read-ahead: lookups are random, and reading 128 kB for each would evict pages that are wanted.
+        # Without read-ahead: lookups are random, and reading 128 kB for each would evict useful pages.
         env = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, max_dbs=len(DATABASES))
         try:
             return env, {name: env.open_db(name.encode(), create=False) for name in DATABASES}
@@ -464,7 +463,7 @@ def _open_readonly(path: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _ascending(table: pa.Table, kind: str, database: str, name: str) -> Iterator[pa.Table]:
-    """The rows in ascending order of their keys, some at a time. Raises SchemaError for a key that occurs twice."""
+    """Rows in ascending order of their keys, in batches. Raises SchemaError for a duplicate key."""
     ids = table["id"].to_numpy()
     partitions = table["partition"].to_numpy() if "partition" in table.column_names else np.zeros(len(ids), np.int32)
     order = None
@@ -484,7 +483,7 @@ def _ascending(table: pa.Table, kind: str, database: str, name: str) -> Iterator
 
 
 def _with_partitions(table: pa.Table, name: str) -> pa.Table:
-    """id, vector, codes where there are any, and partition of a vectors table, 0 where it has no such column."""
+    """id, vector, codes if present, and partition of a vectors table, 0 without such a column."""
     columns = [c for c in ("id", "vector", "codes") if c in table.column_names]
     if "partition" not in table.column_names:
         zeros = pa.array(np.zeros(table.num_rows, dtype=np.int32))
@@ -501,7 +500,7 @@ def _with_partitions(table: pa.Table, name: str) -> pa.Table:
 
 
 def _refuse_headless(kind: str, ids: np.ndarray, partitions: np.ndarray, last: int | None) -> None:
-    """Refuses older partitions of an id without partition 0, which no lookup would reach."""
+    """Refuses older partitions of an id without partition 0, which no lookup would find."""
     first = np.diff(ids, prepend=ids[0] - 1 if last is None else last) != 0
     headless = first & (partitions > 0)
     if headless.any():

@@ -1,7 +1,7 @@
-"""What a release says of itself, in release.json.
+"""A release's manifest, release.json.
 
-Manifests are small and read often: what a count or a decision needs of a whole chain of deltas is in its newest
-manifest, so that nobody has to read rows for it.
+Manifests are small and read often: the newest manifest has all the totals of its chain of deltas,
+so nothing has to read rows for them.
 """
 
 from contextlib import suppress
@@ -18,21 +18,21 @@ WAY_BACK = "Roll back to the previous release (`owlrec release rollback`), or pu
 
 
 class SemanticIdEntry(BaseModel):
-    """How the semantic ids of one kind are written."""
+    """Format of one kind's semantic ids."""
 
-    sizes: tuple[int, ...]  # codes of each level
+    sizes: tuple[int, ...]  # codes per level
     codebooks: str = ""  # fingerprint of the quantiser
 
 
 class PartEntry(BaseModel):
-    """One of a release's files: the rows that it holds."""
+    """One of a release's files and its rows."""
 
     rows: dict[str, int]  # by database
-    ids: dict[str, int]  # ids with knowledge of their own by kind
+    ids: dict[str, int]  # ids with their own knowledge, by kind
 
 
 class ReleaseManifest(BaseModel):
-    """release.json. Counts are the release's own rows by kind; a delta has those of its parent besides."""
+    """release.json. Counts are the release's own rows by kind; a delta also has those of its parent."""
 
     format: int = FORMAT
     name: str
@@ -40,18 +40,18 @@ class ReleaseManifest(BaseModel):
     fingerprint: str
     model: str
     encoder: str
-    encoder_identity: str = ""  # which changes with its weights
-    parent: str | None = None  # what a delta is read on top of; of a full release, what was current before it
+    encoder_identity: str = ""  # changes with its weights
+    parent: str | None = None  # base of a delta; for a full release, the previously current one
     delta: bool = False
     knowledge: dict[str, int]
     vectors: dict[str, int]  # the newest of each id
     partitions: dict[str, int] = {}  # vectors of older interest partitions
     memberships: dict[str, int] = {}
-    codes: dict[str, int] = {}  # newest vectors whose semantic ids are known, or known to be none
-    behaviors: dict[str, int] = {}  # users whose last behaviors it holds
-    history_length: int = 0  # so many of each at most; 0 where it holds none
+    codes: dict[str, int] = {}  # newest vectors with semantic ids, or marked as having none
+    behaviors: dict[str, int] = {}  # users with behaviors
+    history_length: int = 0  # maximum behaviors per user; 0 without any
     semantic_ids: dict[str, SemanticIdEntry] = {}  # by kind; the codebooks are in the oldest release of a chain
-    totals: dict[str, int] = {}  # ids with knowledge of their own, its parents' included
+    totals: dict[str, int] = {}  # ids with their own knowledge, including its parents'
     dim: int
     as_of_min: int  # ms since 1970, UTC; no text of it or its parents is earlier
     as_of_max: int
@@ -60,38 +60,38 @@ class ReleaseManifest(BaseModel):
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
+        """Size of all its files."""
         return sum(entry.bytes for entry in self.files.values())
 
 
 def part_file(number: int) -> str:
-    """The file with the rows of a part, relative to the release's folder."""
+    """File with the rows of a part, relative to the release's folder."""
     return f"parts/{number:05d}.lmdb"
 
 
 def ids_file(number: int) -> str:
-    """The file with the ids of a part that have knowledge, relative to the release's folder."""
+    """File with a part's ids that have knowledge, relative to the release's folder."""
     return f"parts/{number:05d}.ids"
 
 
 def quantiser_folder(kind: str) -> str:
-    """Where a full release keeps the codebooks of a kind, relative to its folder."""
+    """Folder of a kind's codebooks in a full release, relative to its folder."""
     return f"semantic_ids/{kind}"
 
 
 def read_manifest(workspace: Workspace, name: str) -> ReleaseManifest:
-    """release.json of release `name`. Raises ReleaseError where there is none, or one that this version cannot read."""
+    """release.json of release `name`. Raises ReleaseError if it is missing, or unreadable by this version."""
     path = f"releases/{name}/{MANIFEST}"
     if not workspace.exists(path):
         have = [n for n in workspace.names("releases") if workspace.exists("releases", n, MANIFEST)]
-        hint = did_you_mean(name, have) if have else " Nothing was published yet: run the publish stage."
-        raise ReleaseError(f"{workspace.path('releases')} holds no release '{name}'.{hint}")
+        hint = did_you_mean(name, have) if have else " Nothing has been published: run the publish stage."
+        raise ReleaseError(f"{workspace.path('releases')} has no release '{name}'.{hint}")
     try:
         document = workspace.read_json(path)
         if isinstance(document, dict) and document.get("format") != FORMAT:
             raise ReleaseError(
-                f"{workspace.path(path)} has format {document.get('format')}; this owlrec reads {FORMAT}. Use the "
-                "owlrec that wrote it, or publish again."
+                f"{workspace.path(path)} has format {document.get('format')}; this owlrec reads {FORMAT}. Use "
+                "the version that wrote it, or publish again."
             )
         return ReleaseManifest.model_validate(document)
     except (ValidationError, WorkspaceError) as error:
@@ -99,22 +99,22 @@ def read_manifest(workspace: Workspace, name: str) -> ReleaseManifest:
 
 
 def list_releases(workspace: Workspace) -> list[ReleaseManifest]:
-    """The manifests of all complete releases, oldest first. Raises ReleaseError where one cannot be read."""
+    """Manifests of all complete releases, oldest first. Raises ReleaseError if one is unreadable."""
     names = (n for n in workspace.names("releases") if workspace.exists("releases", n, MANIFEST))
     return [read_manifest(workspace, name) for name in names]
 
 
 def chain(workspace: Workspace, name: str) -> list[ReleaseManifest]:
-    """The manifests of release `name` and of what it is read on top of: newest first, the last of them full.
+    """Manifests of release `name` and its parents: newest first, the last of them full.
 
-    Raises ReleaseError where one is missing or cannot be read, or where deltas go round in a circle.
+    Raises ReleaseError if one is missing or unreadable, or if deltas form a cycle.
     """
     manifests = [read_manifest(workspace, name)]
     while (delta := manifests[-1]).delta:
         parent = delta.parent or ""
         if not workspace.exists("releases", parent, MANIFEST):
             raise ReleaseError(
-                f"{workspace.path('releases', delta.name)} is a delta of release '{parent}', which is gone. "
+                f"{workspace.path('releases', delta.name)} is a delta of release '{parent}', which is missing. "
                 f"{_full_release(workspace)}"
             )
         if parent in {m.name for m in manifests}:

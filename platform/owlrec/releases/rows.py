@@ -1,11 +1,11 @@
-"""The rows of a release as bytes, the same in LMDB and in Redis, and the store that reads them.
+"""Rows of a release as bytes, the same in LMDB and in Redis, and the store that reads them.
 
-A key is one byte for the kind and the id as eight big-endian bytes, so that byte order is numeric order; vectors of
-older interest partitions follow their id's newest one, under its key and one byte more. Five databases hold values:
+A key is one byte for the kind and eight big-endian bytes for the id, so byte order is numeric order; vectors of
+older interest partitions follow their id's newest one, under its key plus one byte. Five databases hold values:
 `knowledge` (as_of, framework, quality, text), `vectors` (raw float16), `memberships` (cohort ids, each as eight
-big-endian bytes), `codes` (semantic ids as owlrec.encoding.semantic_ids writes them; empty: none) and, of users,
+big-endian bytes), `codes` (semantic ids in the format of owlrec.encoding.semantic_ids; empty: none) and, for users,
 `behaviors` (24 bytes each, schema.BEHAVIOR). Whole columns are encoded at once: a loop over 10^8 rows in Python
-would cost hours.
+would take hours.
 """
 
 import struct
@@ -28,12 +28,12 @@ from owlrec.schema import BEHAVIOR, Kind
 from owlrec.workspace import Tombstones
 
 # ------------------------------------------------------------------------------------------------------------ interface
-# What a store of knowledge answers, whatever database is behind it: texts and vectors, aligned with their ids.
+# The interface of a knowledge store over any database: texts and vectors, aligned with their ids.
 #
-# A miss is an answer, never an error, because new users and items are normal: `get` gives None in its place, `vectors`
-# a zero row with a False in the mask. Before that the cohorts of an id stand in for it (REKI's collective knowledge):
-# that rule is written here once, and a database only says what it holds under an id itself. Stores are read-only: what
-# they hold was written and verified once, by `owlrec.releases.build`.
+# A miss is an answer, never an error, because new users and items are normal: `get` returns None for it, `vectors`
+# a zero row with False in the mask. Before that, an id falls back to its cohorts (REKI's collective knowledge).
+# That rule is implemented once, here, and a database only returns the values of an id itself. Stores are read-only:
+# `owlrec.releases.build` wrote and verified their contents once.
 
 
 _Value = TypeVar("_Value")
@@ -42,17 +42,17 @@ _Layer = TypeVar("_Layer", bound="KnowledgeStore")
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
-    """What the LLM wrote about one user, item or cohort."""
+    """An LLM's text about one user, item or cohort."""
 
     kind: str
     id: int
-    as_of: int  # ms since 1970, UTC: the text knows nothing later
+    as_of: int  # ms since 1970, UTC: the text's cutoff
     text: str
-    framework: str  # "collective": the texts of the id's cohorts, which has none of its own
+    framework: str  # "collective": texts of the id's cohorts, if it has none of its own
     quality: str  # "ok", or the names of the quality rules that flagged the text
 
     def _repr_html_(self) -> str:
-        """The text in a notebook, with what is known of it."""
+        """The text for a notebook, with its metadata."""
         about = [self.framework, f"as of {_day(self.as_of)}" if self.as_of else "", self.quality]
         line = " · ".join(escape(part) for part in about if part)
         text = escape(self.text).replace("\n", "<br>")
@@ -66,13 +66,13 @@ def _day(milliseconds: int) -> str:
 class KnowledgeStore(ABC):
     """Read access to one release; a context manager that closes itself."""
 
-    remote = False  # whether a question waits for a network: servers then ask from a thread
+    remote = False  # whether lookups wait for a network; servers then use a thread
 
     def get(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
-        """Knowledge aligned with `ids`: an id's own, else what its cohorts say, None where there is neither.
+        """Knowledge aligned with `ids`: an id's own, or else its cohorts', or None.
 
-        The texts of several cohorts are joined by a line break, in the order of the memberships; the moment is the
-        latest of theirs, the quality that of the first. Raises ReleaseError for an unknown kind.
+        The texts of several cohorts are joined by a line break, in the order of the memberships; as_of is the
+        latest of theirs, and quality that of the first. Raises ReleaseError for an unknown kind.
         """
         answers = self.own_knowledge(kind, ids)
         missing = [row for row, knowledge in enumerate(answers) if knowledge is None]
@@ -96,15 +96,15 @@ class KnowledgeStore(ABC):
     def vectors(self, kind: str, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Vectors aligned with `ids`: (float32 [n, d], mask bool [n]).
 
-        An id's own newest vector; else the mean of its cohorts' vectors, scaled to length 1; else zeros and False.
+        An id's own newest vector, or else the mean of its cohorts' vectors, scaled to length 1, or zeros and False.
         """
         rows, mask = self.partitions(kind, ids, 1)
         return rows[:, 0], mask[:, 0]
 
     def partitions(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors of the newest `n` interest partitions of each id: (float32 [m, n, d], mask bool [m, n]).
+        """Vectors of the newest `n` interest partitions of each id: (float32 [m, n, d], mask bool [m, n]).
 
-        Newest first. An id without a vector of its own has in slot 0 what `vectors` gives for it. n: at least 1.
+        Newest first. For an id without its own vector, slot 0 has the result of `vectors`. n: at least 1.
         """
         rows, mask = self.own_vectors(kind, ids, n)
         missing = [row for row, there in enumerate(mask[:, 0].tolist()) if not there]
@@ -121,15 +121,15 @@ class KnowledgeStore(ABC):
                 continue
             mean = cohort_vectors[at, 0].mean(axis=0)
             length = np.linalg.norm(mean)
-            if length > 0:  # vectors that cancel each other out point nowhere: a miss
+            if length > 0:  # vectors that cancel out have no direction: a miss
                 rows[row, 0], mask[row, 0] = mean / length, True
         return rows, mask
 
     def codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The semantic ids of the newest vectors of `ids`: (uint16 [n, levels + 1], mask bool [n]).
+        """Semantic ids of the newest vectors of `ids`: (uint16 [n, levels + 1], mask bool [n]).
 
-        Coarse to fine, the duplicate digit last; zeros and False where an id has none of its own, for cohorts do not
-        stand in: what several share tells nobody apart. [n, 0] where none of them has any.
+        Coarse to fine, the duplicate digit last; zeros and False if an id has none of its own. Cohorts are no
+        fallback, since shared codes would not identify an id. [n, 0] if none of them has any.
         """
         own = self.own_codes(kind, ids)
         width = max((len(codes) for codes in own if codes), default=0)
@@ -139,59 +139,59 @@ class KnowledgeStore(ABC):
         return rows, mask
 
     def cohorts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...]]:
-        """The cohorts of each id, the one that tells most first; an empty tuple where it has none."""
+        """Cohorts of each id, the most informative first; an empty tuple for none."""
         return [liked + disliked for liked, disliked in self.facets(kind, ids)]
 
     def facets(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """The cohorts of each id, and apart from them those of users by what they disliked."""
+        """Cohorts of each id, and separately users' cohorts by dislikes."""
         return [by_facet(group or ()) for group in self.memberships(kind, ids)]
 
     def _stand_ins(self, kind: str, ids: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
-        """The cohorts of each id, and all of them, each once."""
+        """Cohorts of each id, and all of them without duplicates."""
         groups = self.cohorts(kind, ids)
         return groups, sorted({cohort for group in groups for cohort in group})
 
     @abstractmethod
     def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
-        """Knowledge that stands under the ids themselves, aligned, None where there is none.
+        """The ids' own knowledge, aligned, None if missing.
 
         Raises ReleaseError for an unknown kind.
         """
 
     @abstractmethod
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors of partitions 0 to n - 1 that stand under the ids themselves: (float32 [m, n, d], mask bool [m, n]).
+        """The ids' own vectors of partitions 0 to n - 1: (float32 [m, n, d], mask bool [m, n]).
 
         An id without partition 0 has none at all.
         """
 
     @abstractmethod
     def own_codes(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
-        """The codes of each id, its duplicate digit last; None where nothing is said of it, () where its newest vector
-        is said to have none.
+        """Codes of each id, its duplicate digit last; None if the store has no entry, () if its newest vector
+        is marked as having none.
         """
 
     @abstractmethod
     def memberships(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[tuple[int, ...] | None]:
-        """The cohorts of each id, as `by_facet` reads them; None where nothing is said of it, () where it is said that
-        it has none.
+        """Cohorts of each id, as read by `by_facet`; None if the store has no entry, () if the id is marked as
+        having none.
         """
 
     @abstractmethod
     def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
-        """The last behaviors of each user, oldest first: schema.BEHAVIOR [k]; None of those without any."""
+        """Latest behaviors of each user, oldest first: schema.BEHAVIOR [k]; None without any."""
 
     @abstractmethod
     def count(self, kind: str) -> int:
-        """How many ids of this kind have knowledge of their own."""
+        """Number of ids of this kind with their own knowledge."""
 
     @abstractmethod
     def ids(self, kind: str, limit: int | None = None) -> np.ndarray:
-        """The ids of this kind that have knowledge of their own: int64, ascending, at most `limit`."""
+        """Ids of this kind with their own knowledge: int64, ascending, at most `limit`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Frees what the store holds; calling it twice does no harm."""
+        """Frees the store's resources. Safe to call twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -201,16 +201,16 @@ class KnowledgeStore(ABC):
 
 
 class ChainedStore(KnowledgeStore, Generic[_Layer]):
-    """A delta release and what it is read on top of: whatever a layer lacks, the next older one answers.
+    """A delta release with its parents: rows missing from a layer come from the next older one.
 
-    Only what stands under an id itself is looked up layer by layer. Which cohorts stand in for an id, and what those
-    say, is settled above over the whole chain: a delta that renews a cohort's text renews what a member stored in any
-    other layer resolves to.
+    Only an id's own values are looked up layer by layer. Cohort fallbacks are resolved
+    above, over the whole chain: a delta that updates a cohort's text updates the result for members stored in any
+    other layer.
     """
 
     def __init__(self, layers: Sequence[_Layer], *, dim: int, totals: dict[str, int]) -> None:
-        """layers: newest first, the last of them a full release; closed with the chain. dim, totals: as the newest
-        manifest states.
+        """layers: newest first, the last of them a full release; closed with the chain. dim, totals: from the newest
+        manifest.
         """
         self.layers = tuple(layers)
         self.remote = self.layers[0].remote
@@ -222,8 +222,8 @@ class ChainedStore(KnowledgeStore, Generic[_Layer]):
         return self._newest(lambda layer, asked: layer.own_knowledge(kind, asked), ids)
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """See KnowledgeStore.own_vectors. The newest layer with an id's partition 0 answers for all its partitions:
-        older ones may lie elsewhere in it, or be gone.
+        """See KnowledgeStore.own_vectors. The newest layer with an id's partition 0 provides all its partitions:
+        older ones may have moved or been dropped.
         """
         vectors = np.zeros((len(ids), n, self._dim), dtype=np.float32)
         mask = np.zeros((len(ids), n), dtype=bool)
@@ -231,7 +231,7 @@ class ChainedStore(KnowledgeStore, Generic[_Layer]):
         for layer in self.layers:
             rows, known = layer.own_vectors(kind, [int(ids[row]) for row in missing.tolist()], n)
             hit = known[:, 0]
-            if hit.any():  # else its rows may have no components at all: vectors began later in the chain
+            if hit.any():  # otherwise its rows may have no components: vectors started later in the chain
                 vectors[missing[hit]], mask[missing[hit]] = rows[hit], known[hit]
                 missing = missing[~hit]
             if not len(missing):
@@ -279,7 +279,7 @@ class ChainedStore(KnowledgeStore, Generic[_Layer]):
 
 
 class TombstonedStore(KnowledgeStore):
-    """A store that says nothing of users who are forgotten, whatever it still holds."""
+    """A store that hides forgotten users, even if it still has their rows."""
 
     def __init__(self, store: KnowledgeStore, tombstones: Tombstones) -> None:
         """store: closed with this one."""
@@ -310,7 +310,7 @@ class TombstonedStore(KnowledgeStore):
         return self._without("user", ids, self._store.behaviors(ids))
 
     def count(self, kind: str) -> int:
-        """See KnowledgeStore.count: as the release was built, those who are forgotten since included."""
+        """See KnowledgeStore.count: as the release was built, including users forgotten since."""
         return self._store.count(kind)
 
     def ids(self, kind: str, limit: int | None = None) -> np.ndarray:
@@ -336,9 +336,9 @@ class TombstonedStore(KnowledgeStore):
 def measure_lookup(
     store: KnowledgeStore, kind: str, ids: np.ndarray, *, n: int = 2000, seed: int = 0
 ) -> dict[str, float]:
-    """Times `n` single lookups each of knowledge and vectors, for ids drawn from `ids` and read once before.
+    """Times `n` single lookups each of knowledge and vectors, for ids sampled from `ids` and read once before.
 
-    Returns {"n", "knowledge_p50_us", "knowledge_p99_us", "vector_p50_us", "vector_p99_us"} (microseconds); n is 0 where
+    Returns {"n", "knowledge_p50_us", "knowledge_p99_us", "vector_p50_us", "vector_p99_us"} (microseconds); n is 0 if
     ids is empty.
     """
     if len(ids) == 0:
@@ -363,7 +363,7 @@ def measure_lookup(
 
 
 DATABASES = ("knowledge", "vectors", "memberships", "codes", "behaviors")
-KEY_ORDER: tuple[Kind, ...] = ("cohort", "item", "user")  # kinds as their keys ascend
+KEY_ORDER: tuple[Kind, ...] = ("cohort", "item", "user")  # kinds in ascending order of keys
 KEY_BYTES = 9
 LAST_PARTITION = 255  # one byte of a key
 _KIND_BYTES = {"user": b"u", "item": b"i", "cohort": b"c"}
@@ -392,13 +392,13 @@ def encode_keys(kind: str, ids: np.ndarray, partition: int = 0) -> list[bytes]:
 
 
 def decode_keys(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """The kinds (their bytes, uint8) and ids (int64) of keys."""
+    """Kinds (as bytes, uint8) and ids (int64) of keys."""
     table = np.frombuffer(b"".join(key[:KEY_BYTES] for key in keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
     return table[:, 0], np.ascontiguousarray(table[:, 1:]).view(">i8").ravel().astype(np.int64)
 
 
 def speaking(keys: Sequence[bytes], tombstones: Tombstones) -> list[bool]:
-    """Of each key whether its row may be told: not that of a user who is forgotten."""
+    """Whether each key's row may be shown, because it does not belong to a forgotten user."""
     if not keys or not len(tombstones):
         return [True] * len(keys)
     kinds, ids = decode_keys(keys)
@@ -407,7 +407,7 @@ def speaking(keys: Sequence[bytes], tombstones: Tombstones) -> list[bool]:
 
 
 def kind_of(byte: int) -> str:
-    """The kind that a key's first byte stands for."""
+    """Kind for a key's first byte."""
     return _KINDS[byte]
 
 
@@ -418,7 +418,7 @@ def byte_rows(table: np.ndarray) -> list[bytes]:
 
 
 def encode_knowledge(table: pa.Table, *, name: str) -> list[bytes]:
-    """The values of knowledge rows (schema.KNOWLEDGE). Raises SchemaError for a framework or quality beyond 64 kB."""
+    """Values of knowledge rows (schema.KNOWLEDGE). Raises SchemaError for a framework or quality beyond 64 kB."""
     framework, quality, text = (_binary(table[column]) for column in ("framework", "quality", "text"))
     head = np.empty(table.num_rows, dtype=_HEAD)
     head["as_of"] = table["as_of"].to_numpy()
@@ -435,13 +435,13 @@ def encode_knowledge(table: pa.Table, *, name: str) -> list[bytes]:
 
 
 def decode_knowledge(kind: str, id_: int, value: bytes, where: str) -> Knowledge:
-    """The knowledge that a value holds. Raises ReleaseError, which names `where`, for a damaged one."""
+    """Knowledge from a value. Raises ReleaseError, naming `where`, for a damaged one."""
     try:
         as_of, framework, quality = _HEAD_STRUCT.unpack_from(value)
         first = _HEAD_STRUCT.size
         second, third = first + framework, first + framework + quality
         if third > len(value):
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         text = value[third:].decode()
         return Knowledge(kind, id_, as_of, text, value[first:second].decode(), value[second:third].decode())
     except (ValueError, struct.error) as error:
@@ -452,16 +452,16 @@ def decode_knowledge(kind: str, id_: int, value: bytes, where: str) -> Knowledge
 
 
 def encode_lists(lists: pa.ListArray) -> list[bytes]:
-    """The values of memberships: of each list of int64 eight big-endian bytes per cohort."""
+    """Values of memberships: per list of int64, eight big-endian bytes per cohort."""
     offsets = lists.offsets.to_numpy().astype(np.int64) * 8
     data = lists.values.to_numpy().astype(">i8").tobytes()
     return [data[start:end] for start, end in pairwise(offsets.tolist())]
 
 
 def encode_behaviors(table: pa.Table) -> list[bytes]:
-    """The values of behaviors (schema.BEHAVIORS): schema.BEHAVIOR after each other, NaN for no rating.
+    """Values of behaviors (schema.BEHAVIORS): concatenated schema.BEHAVIOR, NaN for no rating.
 
-    Raises ValueError where the lists of a row differ in length.
+    Raises ValueError if the lists of a row differ in length.
     """
     lists = {name: table[f"{name}s"].combine_chunks() for name in BEHAVIOR.names or ()}
     offsets = np.r_[0, np.cumsum(lists["time"].value_lengths().to_numpy())]
@@ -475,7 +475,7 @@ def encode_behaviors(table: pa.Table) -> list[bytes]:
 
 
 class RowStore(KnowledgeStore):
-    """What a database answers that holds these rows under these keys."""
+    """Store over a database with these rows under these keys."""
 
     def __init__(
         self,
@@ -486,7 +486,7 @@ class RowStore(KnowledgeStore):
         partitions: Mapping[str, int],
         code_sizes: Mapping[str, Sequence[int]],
     ) -> None:
-        """where: the folder or server, for errors. The others as the release's manifest states."""
+        """where: the folder or server, for errors. The others come from the release's manifest."""
         self._where, self._dim, self._counts = where, dim, counts
         self._partitions, self._code_sizes = partitions, code_sizes
 
@@ -494,7 +494,7 @@ class RowStore(KnowledgeStore):
     def values(
         self, database: str, kind: str, ids: Sequence[int] | np.ndarray, partition: int = 0
     ) -> list[bytes | None]:
-        """The bytes under each id in a database, None where there are none. Raises ReleaseError for an unknown kind."""
+        """Bytes under each id in a database, None if missing. Raises ReleaseError for an unknown kind."""
 
     def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
         """See KnowledgeStore.own_knowledge."""
@@ -509,13 +509,13 @@ class RowStore(KnowledgeStore):
         vectors = np.zeros((len(ids), n, self._dim), dtype=np.float32)
         mask = np.zeros((len(ids), n), dtype=bool)
         asked: Sequence[int] | np.ndarray = ids
-        rows: slice | np.ndarray = slice(None)  # of the ids that are asked for
+        rows: slice | np.ndarray = slice(None)  # of the requested ids
         for partition in range(min(n, LAST_PARTITION + 1) if self._partitions.get(kind) else 1):
             values = self.values("vectors", kind, asked, partition)
             present = [value for value in values if value is not None]
             if not present:
                 break
-            if len(present) < len(values):  # who lacks a partition lacks all older ones
+            if len(present) < len(values):  # an id without a partition has no older ones
                 known = [at for at, value in enumerate(values) if value is not None]
                 rows, asked = np.arange(len(ids))[rows][known], [asked[at] for at in known]
             data = np.frombuffer(b"".join(present), dtype=np.float16)
@@ -546,12 +546,12 @@ class RowStore(KnowledgeStore):
 
 def _kind_byte(kind: str) -> bytes:
     if kind not in _KIND_BYTES:
-        raise ReleaseError(f"kind '{kind}' is none that a release holds.{did_you_mean(kind, _KIND_BYTES)}")
+        raise ReleaseError(f"kind '{kind}' is not in a release.{did_you_mean(kind, _KIND_BYTES)}")
     return _KIND_BYTES[kind]
 
 
 def _binary(column: pa.ChunkedArray) -> pa.Array:
-    """A string column as one array of bytes, "" in the place of nulls."""
+    """A string column as one array of bytes, "" for nulls."""
     column = pc.fill_null(column, "") if column.null_count else column
     return column.cast(pa.binary()).combine_chunks()
 

@@ -59,14 +59,14 @@ from owlrec.sources.splits import SPLITS
 from owlrec.storage import Pointer, fingerprint
 from owlrec.workspace import Workspace, shards_for
 
-PREPARED_HERE = 3_000_000  # interactions of a source that is prepared in this process, in some ten seconds
+PREPARED_HERE = 3_000_000  # up to this many interactions in this process, in about ten seconds
 
 
 def prepare(recipe: Recipe, workspace: Workspace) -> Card:
-    """Reads the source, builds samples and histories, writes five tables. The card's fingerprint is of their content.
+    """Reads the source, builds samples and histories, writes five tables. The card's fingerprint covers their content.
 
-    Raises SourceError or SchemaError, naming file and row, where the source breaks the contract: the tables of an
-    earlier run stay then. Raises WorkspaceError where another `prepare` is at this workspace.
+    Raises SourceError or SchemaError with file and row if the source breaks the contract: the tables of an
+    earlier run then stay. Raises WorkspaceError if another `prepare` is running in this workspace.
     """
     stage_header("prepare", f"{recipe.source.type} to tables")
     source = recipe.source.open()
@@ -75,7 +75,7 @@ def prepare(recipe: Recipe, workspace: Workspace) -> Card:
     made_of = preparation.made_of
     done = finished_stage(workspace, "prepare")
     if done is not None and done.counts.get("made_of") == made_of and preparation.whole:
-        note("done already, nothing to do")
+        note("already done")
         return done
     watch = Stopwatch()
     with claimed(workspace, "claims/prepare", "prepare"), ExitStack() as session:
@@ -101,15 +101,15 @@ def prepare(recipe: Recipe, workspace: Workspace) -> Card:
         return card
 
 
-COHORTS_HERE = 200_000  # users and items that one process is done with sooner than Ray has started
+COHORTS_HERE = 200_000  # up to this many users and items, one process is faster than starting Ray
 
 
 def cohorts(recipe: Recipe, workspace: Workspace) -> Card:
-    """Builds the recipe's cohorts; does nothing where it asks for none."""
-    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    """Builds the recipe's cohorts; does nothing if it has none."""
+    prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
     config, scenario = recipe.cohorts, recipe.domain
     if config is None:
-        return execute(workspace, "cohorts", fingerprint("none"), "the recipe asks for none", lambda: ({}, {}))
+        return execute(workspace, "cohorts", fingerprint("none"), "the recipe has none", lambda: ({}, {}))
     wording, constants = collective_fingerprint(scenario), (CohortSettings(), ITERATIONS)
     named = fingerprint(prepared.fingerprint, config, constants, wording, recipe.split.cuts)
     folder = f"cohorts/{named[:16]}"
@@ -140,12 +140,12 @@ def cohorts(recipe: Recipe, workspace: Workspace) -> Card:
             note(f"{n:,} cohorts of {kind}s, of {members / n:.0f} members in the mean, {largest:,} in the largest")
         return {**counts}, {"cohorts": folder}
 
-    return execute(workspace, "cohorts", named, "users and items that are alike", body)
+    return execute(workspace, "cohorts", named, "groups of similar users and items", body)
 
 
 def cohorts_folder(recipe: Recipe, workspace: Workspace) -> str | None:
-    """The folder of the recipe's cohorts, None where it asks for none. Raises WorkspaceError where they are not built
-    yet."""
+    """Folder of the recipe's cohorts, None if it has none. Raises WorkspaceError if they have not been
+    built."""
     if recipe.cohorts is None:
         return None
     built = finished_stage(workspace, "cohorts")
@@ -158,13 +158,13 @@ def _ask(profiles: pa.Table, scenario: Scenario) -> pa.Table:
     return prompts_table(cohort_prompts(profiles, scenario))
 
 
-ANSWERED_HERE = 20_000  # an engine without a model answers so many before Ray would have started
+ANSWERED_HERE = 20_000  # an engine without a model answers this many before Ray would start
 
 
 def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Card:
-    """Does every shard that is not done under this very job; starts no engine where all are.
+    """Generates every pending shard of this job; starts no engine if there are none.
 
-    retry_dead: asks for the dead rows of finished shards once more, too.
+    retry_dead: also retry the dead rows of finished shards once.
     """
     model = getattr(recipe.engine, "model", recipe.engine.type)
     stage_header("generate", f"{recipe.prompts.framework} prompts, {model}, decoding {recipe.decoding.mode}")
@@ -192,7 +192,7 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
         rows |= {s.name: done[s.name].rows_dead for s in dead}
         note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
         if dead:
-            note(f"{sum(rows[s.name] for s in dead)} dead rows of {len(dead)} shards to ask for again")
+            note(f"{sum(rows[s.name] for s in dead)} dead rows of {len(dead)} shards to retry")
         with progress("writing knowledge", sum(rows.values()), hourly_cost=recipe.generate.hourly_cost) as advance:
             on_card = ShardWatch(advance, workspace.log_path("shards"), rows)
             stage = GenerateStage(job, recipe.engine)
@@ -200,9 +200,9 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
         if counters := decoder_counters(c for name, c in cards.items() if name in rows):
             note(f"decoder: {counters.summary}")
     else:
-        note(f"all {len(inputs)} shards done already, nothing to do")
+        note(f"all {len(inputs)} shards are already done")
     check_dead_share(job.artifact(workspace), cards.values(), recipe.generate)
-    # Of contents too: asking again for dead rows adds texts under the same job.
+    # Also covers contents: retrying dead rows adds texts under the same job.
     texts = [(shard.name, cards[shard.name].files[shard.file()].sha256) for shard in inputs]
     named = fingerprint(job.fingerprint, texts)
     before = finished_stage(workspace, "generate", named)
@@ -227,11 +227,11 @@ def write_texts(
     engine: EngineConfig | None = None,
     here_rows: int | None = None,
 ) -> dict[str, Card]:
-    """Runs a stage that asks an engine on its replicas (`generate:` in the recipe), in this process where that takes
+    """Runs a stage that calls an engine on its replicas (`generate:` in the recipe), or in this process if that takes
     seconds.
 
-    rows: of the shards to do, by their names. engine: default: the recipe's. here_rows: up to how many rows this
-    process does; default: as many as take seconds, and none for vLLM or several replicas.
+    rows: of the pending shards, by name. engine: default: the recipe's. here_rows: maximum rows for this
+    process; default: as many as take seconds, and none for vLLM or several replicas.
     """
     config, engine = recipe.generate, engine or recipe.engine
     if here_rows is None:
@@ -254,7 +254,7 @@ def write_texts(
 
 
 def engine_cpus(engine: EngineConfig, config: GenerateConfig) -> float:
-    """Logical CPUs of one replica."""
+    """Logical CPUs per replica."""
     if config.engine_cpus is not None:
         return config.engine_cpus
     if isinstance(engine, VllmEngineConfig) and not config.engine_gpus:
@@ -263,7 +263,7 @@ def engine_cpus(engine: EngineConfig, config: GenerateConfig) -> float:
 
 
 def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig:
-    """The recipe's decoding, drafting from the current release's pools where it names none itself."""
+    """The recipe's decoding, with the current release's pools unless it names its own."""
     decoding, engine, release = recipe.decoding, recipe.engine, current_release(workspace)
     if decoding.mode == "off" or decoding.pools or release is None or not isinstance(engine, VllmEngineConfig):
         return decoding
@@ -273,11 +273,11 @@ def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig
 
 
 def encode(recipe: Recipe, workspace: Workspace) -> Card:
-    """Encodes what `generate` wrote, and of that only what is new or has changed."""
+    """Encodes new or changed texts of `generate`."""
     stage_header("encode", recipe.encoder.model)
     watch, knowledge = Stopwatch(), needed_stage(workspace, "generate", "no knowledge yet").outputs["knowledge"]
-    # What changes a vector, and nothing else: no batch size, device or precision (half on a GPU moves a component by up
-    # to 3e-4), and not how many texts there are.
+    # Only settings that change a vector: not batch size, device or precision (half on a GPU changes a component by up
+    # to 3e-4), nor the number of texts.
     named = fingerprint(recipe.encoder.identity, recipe.encoder.semantic_ids, CODING, knowledge)
     folder = f"vectors/{named[:16]}"
     job = EncodingJob(workspace, folder, recipe.encoder, _inputs(recipe, workspace, knowledge, folder))
@@ -290,7 +290,7 @@ def encode(recipe: Recipe, workspace: Workspace) -> Card:
         cards = job.run(pool, lambda card: advance(int(card.counts["encoded"])))
     content = {name: [file.sha256 for file in card.files.values()] for name, card in cards.items()}
     if before is not None and before.fingerprint == fingerprint(folder, content) and not pending:
-        note("done already, nothing to do")
+        note("already done")
         return before
     outputs = {"vectors": folder, "knowledge": knowledge}
     return finish_stage(
@@ -304,7 +304,7 @@ def encode(recipe: Recipe, workspace: Workspace) -> Card:
 
 
 def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -> dict[str, Input]:
-    """What the recipe has encoded: knowledge, and what else an arm reads."""
+    """The recipe's inputs: knowledge, and the inputs of its arms."""
     arms = {arm_parts(arm)[0] for arm in recipe.ctr.arms}
     inputs: dict[str, Input] = {}
     written = workspace.names(knowledge)
@@ -318,7 +318,7 @@ def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -
             inputs[f"knowledge-{kind}"] = texts
     if "metadata" in arms:
         inputs |= {"metadata-user": UserMetadata(), "metadata-item": ItemMetadata()}
-    # Where there is no individual knowledge, `shuffled` reads that of cohorts.
+    # Without individual knowledge, `shuffled` reads that of cohorts.
     reads = {"collective", "both"} | ({"shuffled"} if recipe.prompts.mode == "collective" else set())
     cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
     if cohorts is not None and arms & reads:
@@ -331,18 +331,19 @@ def _refuse_other_dim(recipe: Recipe, path: str, dim: int) -> None:
     expected = recipe.encoder.load().dimension
     if dim != expected:
         raise SourceError(
-            f"{path} has vectors of {dim} components, but the recipe's encoder gives {expected}: a release has one "
-            "dimension, and so have the arms of an experiment. Name an encoder of the same, or remove the folder."
+            f"{path} has vectors of {dim} components, but the recipe's encoder has {expected}: a release and "
+            "the arms of an experiment need one dimension. Use an encoder of that dimension, or remove the "
+            "folder."
         )
 
 
-PARTS_ON_RAY = 8  # from a million users on; fewer parts are built here in less time than Ray takes to start
+PARTS_ON_RAY = 8  # a million users; with fewer parts, this process is faster than starting Ray
 
 
 def publish(recipe: Recipe, workspace: Workspace) -> Card:
-    """Publishes what `encode` finished. Publishing the same contents again makes the same release current."""
+    """Publishes the output of `encode`. Publishing the same contents again makes the same release current."""
     encoded = needed_stage(workspace, "encode", "no vectors yet")
-    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+    prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
     named = fingerprint(encoded.fingerprint, prepared.fingerprint)  # of texts and vectors, and of behaviors
 
     def body() -> tuple[Counts, Outputs]:
@@ -380,12 +381,12 @@ def publish(recipe: Recipe, workspace: Workspace) -> Card:
 
 
 def _write_pools(recipe: Recipe, workspace: Workspace, encoded: Card, release: str) -> dict[str, int]:
-    """Retrieval pools of the release's texts, for the next generation to draft from; tokens by pool."""
+    """Retrieval pools of the release's texts, for the next generation's drafts; returns tokens by pool."""
     engine = recipe.engine
     if recipe.decoding.mode == "off" or not isinstance(engine, VllmEngineConfig):
         return {}
     if not workspace.local:
-        note("no retrieval pools: engines map them into memory, which needs a local or mounted workspace")
+        note("no retrieval pools: engines map them into memory, so they need a local or mounted workspace")
         return {}
     root, cohorts = workspace.local_path(FOLDER, release), cohorts_folder(recipe, workspace)
     written = write_release_pools(

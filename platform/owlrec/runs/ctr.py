@@ -41,15 +41,15 @@ from owlrec.sources.outcomes import Labels
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
-# What the grid holds: growing the grid must not retrain what it has.
+# Settings outside the grid: growing the grid must not retrain existing trials.
 _NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds"}
 
 
 def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = None) -> Card:
-    """Trains the trials that have no result yet; of arm "none" alone without vectors too.
+    """Trains trials without a result; if there are no vectors, only those of arm "none".
 
-    warm_start: the folder of an artifact of `export_ctr`, relative to the workspace: all trials go on from its weights.
-    Raises RecipeError where a trial has another backbone or arm than it, or vectors come from another encoder.
+    warm_start: folder of an artifact of `export_ctr`, relative to the workspace: all trials continue from its weights.
+    Raises RecipeError if a trial has another backbone or arm, or vectors come from another encoder.
     """
     prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
     if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
@@ -60,7 +60,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
     made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
     made_from += partitions_read(recipe, workspace)
     if warm_start is not None:
-        read_card(workspace, warm_start)  # complains where there is none
+        read_card(workspace, warm_start)  # raises if there is none
         made_from.append(workspace.digest(f"{warm_start}/model.safetensors"))
     grid_key = fingerprint(*made_from)
     grid = trials(recipe.ctr)
@@ -89,7 +89,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
             )
         for row in summarise(results):
             none = row.differences.get("none")
-            gain = f" ({none.auc:+.4f} to none)" if none else ""
+            gain = f" ({none.auc:+.4f} from none)" if none else ""
             note(f"{row.backbone}, {row.arm}: test AUC {row.auc:.4f}{gain}, {row.seeds} seeds")
         counts: Counts = {
             "trials": len(results),
@@ -104,9 +104,9 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
 
 
 def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | None:
-    """What `score-pairs` wrote for this recipe and these tables; None where the recipe has no distillation.
+    """Output of `score-pairs` for this recipe and these tables; None if the recipe has no distillation.
 
-    Raises WorkspaceError where it has not run for them.
+    Raises WorkspaceError if it has not run for them.
     """
     pairs = recipe.ctr.distillation
     if pairs is None:
@@ -114,8 +114,8 @@ def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | 
     scored = needed_stage(workspace, "score_pairs", "no soft labels yet")
     if scored.counts["made_for"] != pairs.made_for(prepared.fingerprint):
         raise WorkspaceError(
-            f"{workspace.root}: the soft labels are of other tables, or of another ctr.distillation. Run `ranker "
-            "score-pairs` again; a pair whose question is the same is not asked about twice."
+            f"{workspace.root}: the soft labels belong to other tables or another ctr.distillation. Run "
+            "`ranker score-pairs` again; it skips pairs with an unchanged prompt."
         )
     return scored
 
@@ -123,27 +123,28 @@ def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | 
 def going_on_from(
     workspace: Workspace, artifact: str, grid: Sequence[Trial], folders: Mapping[str, Mapping[str, str]]
 ) -> Projection | None:
-    """The projection of an artifact, None where its vectors were not reduced. Raises RecipeError where the grid's
-    trials cannot go on from its weights.
+    """Projection of an artifact, None if its vectors were not reduced. Raises RecipeError if the grid's
+    trials cannot continue from its weights.
     """
     card = read_card(workspace, artifact)
     for trial in grid:
         if (trial.backbone, trial.arm) != (card.trial.backbone, card.trial.arm):
             raise RecipeError(
-                f"ctr: trial {trial.path} cannot go on from {artifact}, a {card.trial.backbone} with arm "
-                f"{card.trial.arm}. Name this backbone and arm alone under ctr.backbones and ctr.arms."
+                f"ctr: trial {trial.path} cannot continue from {artifact}, a {card.trial.backbone} with arm "
+                f"{card.trial.arm}. List only this backbone and arm under ctr.backbones and ctr.arms."
             )
         reads = read_by(workspace, trial, folders)
         if reads != card.reads:
             raise RecipeError(
-                f"ctr: trial {trial.path} cannot go on from {artifact}: it reads {reads}, but that model was trained "
-                f"on {card.reads}. Put encoder and semantic ids back, or train without --warm-start."
+                f"ctr: trial {trial.path} cannot continue from {artifact}: it reads {reads}, but that model "
+                f"was trained on {card.reads}. Restore the encoder and semantic ids, or train without "
+                "--warm-start."
             )
     return scoring.Artifact.open(workspace, artifact).projection
 
 
 def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, str]]:
-    """Source -> kind -> the folder that holds the vectors <source>-<kind>, of all that was written of a side."""
+    """Source -> kind -> folder with the vectors <source>-<kind>, for all written ones."""
     sources: dict[str, dict[str, str]] = {}
     for folder in folders:
         for name in workspace.names(folder):
@@ -154,13 +155,13 @@ def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, s
 
 
 def written_vectors(recipe: Recipe, workspace: Workspace, encoded: Card | None) -> dict[str, dict[str, str]]:
-    """The same of what `encode` wrote, and of the partitions that refreshes have read, where an arm reads them."""
+    """The same for the output of `encode`, plus the partitions read by refreshes if an arm reads them."""
     folders = [encoded.outputs["vectors"]] if encoded else []
     return vector_folders(workspace, *folders, *_partitions(recipe))
 
 
 def partitions_read(recipe: Recipe, workspace: Workspace) -> list[str]:
-    """Digests of those partitions: what a grid depends on."""
+    """Digests of those partitions, on which a grid depends."""
     cards = [c for folder in _partitions(recipe) for c in Artifact(workspace, folder).cards().values()]
     return sorted(file.sha256 for card in cards for file in card.files.values())
 
@@ -171,7 +172,7 @@ def _partitions(recipe: Recipe) -> list[str]:
 
 @contextmanager
 def shard_pool(recipe: Recipe, workspace: Workspace) -> Iterator[Pool]:
-    """Where a stage over the shards of users runs: in this process where that takes seconds, else on Ray, which is
+    """Where a stage over the shards of users runs: in this process if that takes seconds, else on Ray, which is
     connected for the block.
     """
     samples = int(needed_stage(workspace, "prepare", "no tables yet").counts.get("samples", 0))
@@ -183,9 +184,9 @@ def shard_pool(recipe: Recipe, workspace: Workspace) -> Iterator[Pool]:
 
 
 def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
-    """Writes the report and prints its main figures; every time, since it is cheap and its readers are here."""
-    prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
-    trained = needed_stage(workspace, "train_ctr", "nothing trained yet")
+    """Writes the report and prints its main figures; always runs, because it is cheap."""
+    prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
+    trained = needed_stage(workspace, "train_ctr", "no models have been trained")
 
     def body() -> tuple[Counts, Outputs]:
         grid, grid_key = trials(recipe.ctr), trained.outputs["grid"]
@@ -212,7 +213,7 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
         table("lookup", ["what", "latency"], list(data.lookup.items()))
         table(
             "test split, mean over seeds",
-            ["backbone", "arm", "seeds", "AUC", "to none", "95 % interval", "gAUC", "log-loss"],
+            ["backbone", "arm", "seeds", "AUC", "minus none", "95 % interval", "gAUC", "log-loss"],
             [
                 (r.backbone, r.arm, r.seeds, r.auc, r.difference, r.interval, r.gauc, r.log_loss)
                 for r in arm_rows(data.arms)
@@ -220,7 +221,7 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
         )
         if compared := comparison_rows(data.arms):
             table(
-                "difference in AUC, paired by seed and row; intervals over draws of users",
+                "difference in AUC, paired by seed and row; bootstrap intervals over users",
                 ["backbone", "arm", "compared with", "difference", "95 % interval", "RelaImp"],
                 [(r.backbone, r.arm, r.base, r.difference, r.interval, r.rela_imp) for r in compared],
             )
@@ -233,14 +234,14 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
 
 
 def _protocol(recipe: Recipe, labels: str) -> str:
-    """How the figures were made, in a line: an AUC without its split and label rule means nothing."""
+    """The protocol of the figures in one line: an AUC without its split and label rule means nothing."""
     split = recipe.split
     cuts = ", ".join(cut if isinstance(cut, str) else f"every {cut.every}" for cut in split.cuts)
-    samples = "what is later than that half" if "kar" in split.cuts else "every behavior"
+    samples = "interactions after that half" if "kar" in split.cuts else "every behavior"
     return (
         f"{recipe.source.type}, split by {split.method} {':'.join(map(str, split.ratios))}, "
-        f"{labels}, history {split.history_length}; texts about users: {cuts}, of at most {split.llm_history} "
-        f"behaviors; samples: {samples}, each reads the newest text that is earlier; "
+        f"{labels}, history {split.history_length}; texts about users: {cuts}, from at most {split.llm_history} "
+        f"behaviors; samples: {samples}, each reads the newest earlier text; "
         f"seeds {', '.join(map(str, recipe.ctr.seeds))}; early stopping on valid"
     )
 
@@ -248,9 +249,9 @@ def _protocol(recipe: Recipe, labels: str) -> str:
 def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None) -> Card:
     """Writes the artifact; its folder is the manifest's output `model`.
 
-    trial: its path (din/knowledge/seed-0), in place of the best one.
+    trial: its path (din/knowledge/seed-0), instead of the best one.
     """
-    grid = needed_stage(workspace, "train_ctr", "nothing trained yet").outputs["grid"]
+    grid = needed_stage(workspace, "train_ctr", "no models have been trained").outputs["grid"]
     encoded = finished_stage(workspace, "encode")
     best = _chosen(finished_trials(workspace, grid, trials(recipe.ctr)), trial)
 
@@ -274,8 +275,9 @@ def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None
             differences[name] = largest_difference(path, tables, workspace, grid, best.trial)
             if not differences[name] <= TOLERANCE:
                 raise WorkspaceError(
-                    f"{workspace.path(folder)}: the exported {name} scores up to {differences[name]:.1e} off the "
-                    f"trainer's test scores. Were tables or vectors rewritten since? Run `train_ctr` again."
+                    f"{workspace.path(folder)}: the exported {name} differs from the trainer's test scores by "
+                    f"up to {differences[name]:.1e}. Were tables or vectors rewritten since? Run `train_ctr` "
+                    "again."
                 )
         note(f"{best.trial.path}, valid AUC {best.valid.auc:.4f}; largest difference {max(differences.values()):.1e}")
         card = ModelCard(
@@ -301,15 +303,15 @@ def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None
 
 
 def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
-    """The best on valid among the trials whose vectors a release holds: the others are controls."""
+    """The best trial on valid whose vectors are in a release; the others are controls."""
     servable = {r.trial.path: r for r in results if arm_parts(r.arm)[0] in RELEASED}
     if path is not None and path not in servable:
         raise RecipeError(
-            f"there is no trained trial '{path}' to export, of an arm whose vectors a release holds "
+            f"trial '{path}' cannot be exported: it is not trained, or its arm reads no vectors of a release "
             f"({', '.join(RELEASED)}).{did_you_mean(path, servable)}"
         )
     if not servable:
-        raise WorkspaceError("no trial of the recipe's arms has finished, or only controls. Run `train_ctr`.")
+        raise WorkspaceError("no trial of the recipe's arms has finished, except controls. Run `train_ctr`.")
     return servable[path] if path else max(servable.values(), key=lambda r: r.valid.auc)
 
 
@@ -350,7 +352,8 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
         rows = [(f["backbone"], f["valid_auc"], f["epochs"], str(f["changes"])) for f in results]
         table(f"sweep, arm {arm}", ["backbone", "valid AUC", "epochs", "settings"], rows)
         note(
-            f"best: {results[0]['backbone']} with {results[0]['changes']}; put its settings below `ctr:` in the recipe"
+            f"best: {results[0]['backbone']} with {results[0]['changes']}; put these settings under `ctr:` in the "
+            "recipe"
         )
         return {"candidates": len(results), "best_valid_auc": results[0]["valid_auc"]}, {"sweep": path}
 
@@ -358,13 +361,13 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
 
 
 def tried(workspace: Workspace, spec: GridSpec, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Trains each backbone of the grid with each candidate; best valid AUC first. Ray must be initialised."""
+    """Trains each backbone of the grid with each candidate; best valid AUC first. Ray must be initialized."""
     from ray import tune
 
     plain = [{"backbone": trial.backbone, "changes": changes} for changes in candidates for trial in spec.trials]
     cpus = {"cpu": spec.threads or 1, "gpu": int(spec.workers.use_gpu)}
     name = f"sweep-{spec.fingerprint[:8]}"
-    workspace.delete_dir("ctr", "ray", name)  # of an interrupted sweep
+    workspace.delete_dir("ctr", "ray", name)  # from an interrupted sweep
     trainable = tune.with_parameters(_try, workspace=workspace, spec=spec.model_dump(mode="json"))
     filesystem, path = workspace.arrow("ctr/ray")
     results = tune.Tuner(

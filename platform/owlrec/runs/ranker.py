@@ -1,4 +1,4 @@
-"""The stages of the LLM ranker: tuning it, and its probabilities of Yes that CTR models learn from."""
+"""The stages of the LLM ranker: tuning, and its probabilities of Yes for CTR models."""
 
 from collections.abc import Mapping
 
@@ -26,13 +26,13 @@ from owlrec.workspace import Workspace, table_file
 
 
 def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None = None) -> Card:
-    """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on.
+    """Resumes an interrupted run: a finished adapter stays, and an unfinished one continues tuning.
 
-    settings: None = the recipe's, and else the defaults.
+    settings: None = the recipe's, or else the defaults.
     """
     prepared, config = needed_stage(workspace, "prepare", "no tables yet"), recipe.ranking
     if config is None:
-        raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
+        raise RecipeError("ranking: this section is missing. Add `ranking: {}` for the defaults.")
     engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
     settings = settings or RankerRun(tuning=config.tuning.settings(use_gpu=recipe.training.use_gpu))
     decides = (config.decides_adapter(settings), TEMPLATE_OPTIONS, recipe.encoder.identity)
@@ -51,8 +51,9 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
     def body() -> tuple[Counts, Outputs]:
         if recipe.split.history_length <= config.data.behaviours:
             warn(
-                f"split.history_length is {recipe.split.history_length}, and a prompt shows {config.data.behaviours} "
-                "behaviours: retrieved ones are the recent ones. Raise split.history_length and prepare again."
+                f"split.history_length is {recipe.split.history_length}, and a prompt shows "
+                f"{config.data.behaviours} behaviors, so the retrieved ones equal the recent ones. Raise "
+                "split.history_length and run `prepare` again."
             )
         with shard_pool(recipe, workspace) as pool:
             vectors = ItemVectors.encoded(workspace, recipe.encoder, pool=pool)
@@ -88,19 +89,22 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
 
 
 def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Card:
-    """Does every shard that is not done by this very teacher; starts no engine where all are.
+    """Scores every pending shard with this teacher; starts no engine if there are none.
 
-    retry_dead: asks again about the pairs of finished shards that ended as dead letters. Raises RecipeError where the
+    retry_dead: retry the pairs of finished shards that ended as dead letters. Raises RecipeError if the
     recipe has no `ctr.distillation`.
     """
     pairs = recipe.ctr.distillation
     if pairs is None:
-        raise RecipeError("ctr.distillation: the recipe has no such section. Add `distillation: {}` for the defaults.")
+        raise RecipeError("ctr.distillation: this section is missing. Add `distillation: {}` for the defaults.")
     prepared = needed_stage(workspace, "prepare", "no tables yet")
     teacher = teacher_of(recipe, workspace)
-    stage_header("score_pairs", f"{teacher.engine.model_identity}, {'tuned' if teacher.adapter else 'as it is'}")
+    stage_header("score_pairs", f"{teacher.engine.model_identity}, {'tuned' if teacher.adapter else 'untuned'}")
     if teacher.calibration is None:
-        warn("the LLM's probabilities are not calibrated: CTR models learn them as they are. `ranker tune` calibrates.")
+        warn(
+            "the LLM's probabilities are not calibrated, and CTR models learn the raw values. `ranker tune` "
+            "calibrates them."
+        )
     inputs = pair_inputs(workspace, pairs)
     pending, done = pending_shards(workspace, teacher.folder, inputs)
     dead = [shard for shard in inputs if retry_dead and shard.name in done and done[shard.name].rows_dead]
@@ -109,7 +113,7 @@ def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = Fals
         forget_stages(workspace, ["score_pairs"])
         cards = _ask(recipe, workspace, teacher, inputs, pending, dead, done)
     else:
-        note(f"all {len(inputs)} shards done already, nothing to do")
+        note(f"all {len(inputs)} shards are already done")
     check_dead_share(Artifact(workspace, teacher.folder), cards.values(), recipe.generate)
     content = [(shard.name, cards[shard.name].files[shard.file()].sha256) for shard in inputs]
     counts: Counts = {
@@ -126,10 +130,10 @@ def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = Fals
 
 
 def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
-    """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `ranker tune`
-    where that has run.
+    """The recipe's ranker: its own engine, or else the recipe's, with the adapter and the calibration of `ranker tune`
+    if it has run.
 
-    Raises what open_adapter does.
+    Raises the errors of open_adapter.
     """
     config = recipe.ranking or RankingConfig()
     engine = config.engine or recipe.engine
@@ -163,7 +167,7 @@ def _ask(
     rows |= {s.name: done[s.name].rows_dead for s in dead}
     note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
     stage = ScorePairs(teacher, pairs, recipe.split, vectors)
-    with progress("asking about pairs", None, "pairs", hourly_cost=recipe.generate.hourly_cost) as advance:
+    with progress("scoring pairs", None, "pairs", hourly_cost=recipe.generate.hourly_cost) as advance:
         on_card = ShardWatch(advance, workspace.log_path("shards"))
         return write_texts(
             recipe, workspace, stage, inputs, rows, on_card, done=done, again=dead, engine=teacher.engine

@@ -1,5 +1,5 @@
-"""Renews the behaviors of users with new events, and the texts of those who have moved on and of items that are new or
-changed: a delta release on top of the current one, for few and short calls.
+"""Updates the behaviors of users with new events, and the texts of changed users and items, in a
+delta release on top of the current one, with few and short calls.
 """
 
 import time
@@ -34,28 +34,28 @@ from owlrec.runs.stage import ray_session
 from owlrec.shards import Card, Shard, claimed
 from owlrec.workspace import Workspace, shards_for
 
-HERE_ROWS = 300_000  # users or events that are read in this process, in some ten seconds
+HERE_ROWS = 300_000  # up to this many users or events in this process, in about ten seconds
 
 
 def run(
     recipe: Recipe, workspace: Workspace, *, now: int | None = None, signals: StopSignals | None = None
 ) -> list[State]:
-    """Finishes what an interrupted refresh left, then takes in the log's new events; gives the state after each.
+    """Finishes an interrupted refresh, then reads the log's new events; yields the state after each.
 
-    now: ms since 1970, for tests. signals: where a wish to stop arrives; Stopped is then raised between two steps.
-    Raises WorkspaceError where another refresh of the workspace is running.
+    now: ms since 1970, for tests. signals: requests to stop; Stopped is then raised between two steps.
+    Raises WorkspaceError if another refresh of the workspace is running.
     """
     stage_header("refresh", f"model {getattr(recipe.engine, 'model', recipe.engine.type)}")
     with claimed(workspace, CLAIM, "refresh"):
         refresh, done = Refresh(recipe, workspace, signals or StopSignals()), list[State]()
         base = read_state(workspace)
         if (plan := interrupted_plan(workspace, base.name, refresh.planner.recipe)) is not None:
-            note("an interrupted refresh left its plan: that one first")
+            note("finishing the plan of an interrupted refresh first")
             done.append(refresh.carry_out(plan, base))
             base = done[-1]
         plan = refresh.planner.read_log(base, round(time.time() * 1000) if now is None else now)
         if plan is None:
-            note("no new events, nothing to do")
+            note("no new events")
             return done
         refresh.signals.check()
         return [*done, refresh.carry_out(plan, base)]
@@ -63,7 +63,7 @@ def run(
 
 @dataclass
 class Refresh:
-    """The refreshes of a workspace by a recipe."""
+    """Refreshes of a workspace with a recipe."""
 
     recipe: Recipe
     workspace: Workspace
@@ -71,7 +71,7 @@ class Refresh:
 
     @property
     def planner(self) -> RefreshPlanner:
-        """What makes plans."""
+        """Planner of the refreshes."""
         recipe = self.recipe
         tokens = recipe.prompts.history_tokens, recipe.sampling.max_tokens
         prompts = RefreshPrompts(recipe.domain, recipe.engine, *tokens)
@@ -79,7 +79,7 @@ class Refresh:
         return RefreshPlanner(self.workspace, recipe.streaming, prompts, framework, recipe.encoder, self.run_stage)
 
     def carry_out(self, plan: RefreshPlan, base: State) -> State:
-        """Takes items in, moves users on, asks, publishes and settles. A step that was done before finds its cards."""
+        """Reads items, updates users, generates, publishes and settles. Finished steps find their cards."""
         recipe, workspace = self.recipe, self.workspace
         moved = self.planner.move_on(plan, base)
         note(", ".join(f"{name} {n:,}" for name, n in moved.state.counts.items() if n))
@@ -92,14 +92,14 @@ class Refresh:
         sweep(workspace, state)
         users, items = state.counts["renewed"], state.counts["items_renewed"]
         failed = state.calls + state.item_calls - users - items
-        note(f"texts of {users:,} partitions of users and of {items:,} items; {failed:,} answers failed")
+        note(f"texts for {users:,} user partitions and {items:,} items; {failed:,} answers failed")
         note(f"current: {renewed.release}")
         if said := tidy(workspace):
             note(said)
         return state
 
     def run_stage(self, stage: Stage, inputs: Mapping[Shard, str], rows: int, about: str) -> dict[str, Card]:
-        """Runs a stage, in this process where it has few rows. See plan.RunStage."""
+        """Runs a stage, in this process if it has few rows. See plan.RunStage."""
         pending, done = pending_shards(self.workspace, stage.folder, inputs)
         if not pending:
             return done
@@ -111,7 +111,7 @@ class Refresh:
             return run_stage(self.workspace, stage, inputs, pool, on_card, done=done)
 
     def encode(self, job: EncodingJob) -> dict[str, Card]:
-        """Runs the encoder where the recipe has it run."""
+        """Runs the encoder in the recipe's place."""
         pool = job.pool(str(self.workspace.log_path("encode")))
         with self._session(pool.here or not job.pending()), progress("encoding", None, "texts") as advance:
             return job.run(pool, lambda card: advance(int(card.counts["encoded"])))
@@ -120,9 +120,9 @@ class Refresh:
         return nullcontext() if here else ray_session(self.recipe.ray, self.workspace.log_path("ray"))
 
     def _renew(self, moved: Moved) -> Renewed:
-        """Asks, and publishes answers and behaviors."""
+        """Generates, and publishes answers and behaviors."""
         recipe, plan = self.recipe, moved.plan
-        release_pointer(self.workspace).refuse_hold()  # before answers are paid for
+        release_pointer(self.workspace).refuse_hold()  # before paying for answers
         job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding, recipe.quality)
         job = job_of_plan(job, plan)
         texts = self._ask(moved, GenerateStage(job, recipe.engine, "refresh")) if moved.prompts else {}

@@ -1,4 +1,4 @@
-"""What all stages share: their order, the skip of what is done, the card of what was made, and the Ray session."""
+"""Shared parts of all stages: their order, skipping finished work, cards, and the Ray session."""
 
 import importlib
 import os
@@ -24,35 +24,35 @@ _MODULES = dict.fromkeys(STAGES, "batch") | {
 
 Counts = dict[str, float | int | str]
 Outputs = dict[str, str]
-Stage = Callable[..., Card]  # of a recipe, its workspace and the stage's own switches
+Stage = Callable[..., Card]  # takes a recipe, its workspace and the stage's own options
 
-# Ray reads these at import. Its own bars and per-worker logs would drown the run's.
+# Ray reads these on import. Its own bars and per-worker logs would drown the run's.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TQDM": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # any `uv run` ancestor would otherwise start workers through uv
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
-    "RAY_worker_niceness": "0",  # of a local cluster: its workers are the run, not a guest beside it
+    "RAY_worker_niceness": "0",  # for a local cluster, whose workers are the run itself
 }
-_OBJECT_STORE_BYTES = 256 << 20  # of a local cluster: blocks carry cards, not data
+_OBJECT_STORE_BYTES = 256 << 20  # for a local cluster: blocks carry cards, not data
 _SOURCE_ROOT = Path(owlrec.__file__).resolve().parent.parent
 
 
 def stage_function(name: str) -> Stage:
-    """The function of a stage. Its module is imported now: those of CTR models bring torch."""
+    """Function of a stage. Imports its module, which for CTR models imports torch."""
     stage: Stage = getattr(importlib.import_module(f"owlrec.runs.{_MODULES[name]}"), name)
     return stage
 
 
 def from_stage(stage: str) -> tuple[str, ...]:
-    """`stage` and all that come after it; one that `owlrec run` leaves out stands alone."""
+    """`stage` and all later ones; a stage outside `owlrec run` by itself."""
     return STAGES[STAGES.index(stage) :] if stage in STAGES else (stage,)
 
 
 def chosen_stages(first: str = STAGES[0], last: str = STAGES[-1]) -> tuple[str, ...]:
-    """The stages from `first` to `last`. Raises RecipeError for an unknown name, or where they are the wrong way
-    round.
+    """Stages from `first` to `last`. Raises RecipeError for an unknown name or the wrong
+    order.
     """
     for name in (first, last):
         if name not in STAGES:
@@ -64,14 +64,14 @@ def chosen_stages(first: str = STAGES[0], last: str = STAGES[-1]) -> tuple[str, 
 
 
 def run_stages(recipe: Recipe, stages: Sequence[str], *, retry_dead: bool = False) -> dict[str, Card]:
-    """Runs stages one after the other, each of which skips what is done; their cards. retry_dead: of `generate`."""
+    """Runs stages one after another, skipping finished ones; returns their cards. retry_dead: for `generate`."""
     workspace = open_workspace(recipe)
     switches = {"generate": {"retry_dead": retry_dead}}
     return {name: stage_function(name)(recipe, workspace, **switches.get(name, {})) for name in stages}
 
 
 def open_workspace(recipe: Recipe) -> Workspace:
-    """The recipe's workspace, known to be writable."""
+    """The recipe's workspace, checked to be writable."""
     workspace = Workspace(recipe.workspace)
     workspace.check_writable()
     return workspace
@@ -86,13 +86,13 @@ def execute(
     *,
     always: bool = False,
 ) -> Card:
-    """Runs `body` and records what it returns; unless `always`, skips a stage that has finished under this
+    """Runs `body` and records its result; unless `always`, skips a stage that has finished with this
     fingerprint.
     """
     stage_header(stage, about)
     done = None if always else finished_stage(workspace, stage, fingerprint)
     if done is not None:
-        note("done already, nothing to do")
+        note("already done")
         return done
     forget_stages(workspace, from_stage(stage))
     watch = Stopwatch()
@@ -108,10 +108,10 @@ def local_cpus(cluster: str) -> int | None:
 
 @contextmanager
 def ray_session(cluster: str, log_path: Path) -> Iterator[None]:
-    """Connects to Ray for the block: to the job's own cluster inside `ray job submit`, else to the one that the recipe
-    names. Ends a local cluster after the block. Joins a session that is open already.
+    """Connects to Ray for the block: to the job's own cluster inside `ray job submit`, otherwise to the recipe's.
+    Stops a local cluster after the block. Joins an open session.
 
-    cluster: as a recipe's `ray`. log_path: a file for what Ray's own native code has to say.
+    cluster: as a recipe's `ray`. log_path: a file for the output of Ray's own native code.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -123,8 +123,8 @@ def ray_session(cluster: str, log_path: Path) -> Iterator[None]:
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     options: dict[str, Any] = {"address": "auto" if in_job else cluster}
     if not in_job and cluster.startswith("local"):
-        os.environ.pop("RAY_ADDRESS", None)  # "local" must never join a cluster that the shell happens to name
-        # Token authentication would write ~/.ray/auth_token for a cluster that nobody else can reach.
+        os.environ.pop("RAY_ADDRESS", None)  # "local" must never join a cluster named by the shell
+        # Token authentication would write ~/.ray/auth_token for a cluster that only this process can reach.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         options |= {
             "address": "local",
@@ -142,13 +142,13 @@ def ray_session(cluster: str, log_path: Path) -> Iterator[None]:
 
 
 def _runtime_env(in_job: bool) -> dict[str, Any]:
-    """Workers unpickle owlrec's classes by name, so they need it on their path before any of our code runs there."""
+    """Workers unpickle owlrec's classes by name, so they need it on their path before any of our code runs."""
     if _SOURCE_ROOT.name != "platform":  # an installed wheel
         return {}
     if in_job and _SOURCE_ROOT.name in os.environ.get("PYTHONPATH", "").split(os.pathsep):
-        return {}  # the job brings it, as `owlrec submit` has it; Ray refuses the same variable twice
-    # In a job the working directory lies elsewhere on each node; a relative entry resolves to it, since workers start
-    # there.
+        return {}  # `owlrec submit` sets it for the job; Ray refuses the same variable twice
+    # In a job the working directory has a different path on each node; a relative entry resolves to it, because workers
+    # start there.
     root = _SOURCE_ROOT.name if in_job else str(_SOURCE_ROOT)
     roots = [root] if in_job else [root, str(_SOURCE_ROOT.parent)]
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(roots)}}

@@ -1,4 +1,4 @@
-"""Upkeep of a workspace: twice as many shards for a population that outgrew them, users who asked to be forgotten."""
+"""Upkeep of a workspace: doubling the shards for a larger population, and forgetting users."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,13 +20,13 @@ from owlrec.workspace import Workspace
 
 
 def reshard(recipe: Recipe, workspace: Workspace, kinds: Sequence[Kind] = ()) -> dict[Kind, int]:
-    """Doubles the numbers of shards of some kinds (default: all); the new numbers.
+    """Doubles the numbers of shards of some kinds (default: all); returns the new numbers.
 
-    Errors: see owlrec.reshard. Raises WorkspaceError where a refresh is running or was interrupted, too: its answers
-    lie in the shards that it was planned with.
+    Errors: see owlrec.reshard. Also raises WorkspaceError if a refresh is running or was interrupted, because its
+    answers are in the shards of its plan.
     """
-    stage_header("reshard", "twice as many shards")
-    rows = int(needed_stage(workspace, "prepare", "the tables are not prepared").counts.get("interactions", 0))
+    stage_header("reshard", "doubling the shards")
+    rows = int(needed_stage(workspace, "prepare", "there are no prepared tables").counts.get("interactions", 0))
     with claimed(workspace, CLAIM, "refresh"), progress("splitting shards", None) as advance:
         if unfinished_plans(workspace, read_state(workspace).name):
             raise WorkspaceError(
@@ -45,7 +45,7 @@ def reshard(recipe: Recipe, workspace: Workspace, kinds: Sequence[Kind] = ()) ->
 def forget(
     workspace: Workspace, raw_ids: list[str], *, redis: RedisReleases | None = None, drop_models: bool = False
 ) -> Report:
-    """Forgets users, on the Ray cluster that a run would use where the tables are large. See owlrec.erasure.forget."""
+    """Forgets users, on the run's Ray cluster if the tables are large. See owlrec.erasure.forget."""
     stage_header("forget", f"{len(raw_ids):,} users")
     prepared = finished_stage(workspace, "prepare")
     here = prepared is None or int(prepared.counts.get("interactions", 0)) <= PREPARED_HERE

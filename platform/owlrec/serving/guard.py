@@ -1,7 +1,7 @@
-"""What stands before every application: request ids, API keys, limits, load shedding, time-outs, one line of log.
+"""Middleware of every application: request ids, API keys, limits, load shedding, time-outs, one log line per request.
 
-An ASGI middleware without Ray, so that it holds whatever carries the requests: Serve's proxy, HAProxy, a test. Each
-replica counts for itself; Serve's own queue limit, before it, refuses what does not even reach a replica.
+It is an ASGI middleware without Ray, so it works behind any server: Serve's proxy, HAProxy, a test. Each
+replica counts for itself; Serve's own queue limit refuses requests before they reach a replica.
 """
 
 import asyncio
@@ -24,29 +24,29 @@ from owlrec.serving.problems import MEDIA_TYPE, Problem, problem_bytes
 from owlrec.serving.schemas import REQUEST_ID_HEADER
 
 # ------------------------------------------------------------------------------------------------------------ telemetry
-# What an application says about itself while it serves: one line of log a request, and numbers for Prometheus.
+# Telemetry of an application: one log line per request, and numbers for Prometheus.
 #
-# Neither holds what was asked about or answered: a request is logged under its route, never under its path or body.
+# Neither contains requests' or responses' contents: a request is logged by its route, never by its path or body.
 
 
 _log = logging.getLogger("owlrec.serving.access")
 
 
 class Telemetry(Protocol):
-    """Where numbers go."""
+    """Receiver of metrics."""
 
     def count(self, name: str, n: float = 1, tags: Mapping[str, str] | None = None) -> None:
         """Adds to a counter."""
 
     def time(self, stage: str, seconds: float) -> None:
-        """How long a stage of one request took."""
+        """Duration of one stage of a request."""
 
     def gauge(self, name: str, value: float) -> None:
-        """What something stands at."""
+        """Current value of a gauge."""
 
 
 class NoTelemetry:
-    """Numbers go nowhere."""
+    """Discards metrics."""
 
     def count(self, name: str, n: float = 1, tags: Mapping[str, str] | None = None) -> None:
         """See Telemetry.count."""
@@ -74,7 +74,7 @@ def log_request(*, request_id: str, key: str, method: str, route: str, status: i
 # ---------------------------------------------------------------------------------------------------------------- guard
 
 
-OPEN_PATHS = ("/healthz", "/readyz")  # what a load balancer asks, without a key
+OPEN_PATHS = ("/healthz", "/readyz")  # for load balancers, without a key
 TOO_MANY = "too many requests at once; try again"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOOPBACK_NAMES = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
@@ -82,11 +82,11 @@ _METHODS = ("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE")
 
 
 class Limits(Config):
-    """How much one replica takes on."""
+    """Capacity of one replica."""
 
-    max_active: int = Field(64, ge=1)  # requests at work at once; one more is refused with 503
+    max_active: int = Field(64, ge=1)  # concurrent requests; one more is refused with 503
     # Of these, how many run at once while the rest wait in line; None = all. Handlers that compute rather than wait
-    # gain nothing by taking turns, and a few turns are all that a refusal then has to wait for.
+    # gain nothing from concurrency, and a refusal then waits for only a few of them.
     at_once: int | None = Field(None, ge=1)
     max_body_bytes: int = Field(256 * 1024, ge=1)  # a batch of 1,000 ids takes 20 kB
     timeout_s: float = Field(5.0, gt=0)
@@ -94,7 +94,7 @@ class Limits(Config):
 
 
 class Guard:
-    """The outermost middleware of an application."""
+    """Outermost middleware of an application."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Guard:
         telemetry: Telemetry | None = None,
         browser: bool = False,
     ) -> None:
-        """browser: keys may also come as the password of HTTP's basic authentication, which browsers ask people for."""
+        """browser: also accept keys as the password of HTTP's basic authentication, for which browsers prompt."""
         self._app = app
         self._keys = keys
         self._limits = limits
@@ -120,18 +120,18 @@ class Guard:
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1000})  # a refused handshake: nothing here speaks it
+            await send({"type": "websocket.close", "code": 1000})  # refuses the handshake: websockets are not supported
             return
         await _Exchange(self, scope, send).run(receive)
 
     def admit(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
-        """The name of the key that a request comes with, "" where none is needed. Raises Problem to keep it out."""
+        """Name of a request's key, "" if none is required. Raises Problem to refuse the request."""
         if _path(scope) in OPEN_PATHS:
             return ""
         if not self._keys.required:
-            # Keyless means loopback, but a web page that renames its own host to 127.0.0.1 would reach that as well.
+            # Keyless means loopback, but a web page that maps its own host name to 127.0.0.1 could reach that as well.
             if not _LOOPBACK_NAMES.fullmatch(headers.get(b"host", b"localhost").decode("latin-1")):
-                raise Problem(403, "without API keys only requests to localhost are answered", field="Host")
+                raise Problem(403, "without API keys, only requests to localhost are answered", field="Host")
             return ""
         name = self._keys.name_of(_presented_key(headers, self._browser))
         if name is None:
@@ -143,7 +143,7 @@ class Guard:
 
 
 class _Exchange:
-    """One request and its answer."""
+    """One request and its response."""
 
     def __init__(self, guard: Guard, scope: Scope, send: Send) -> None:
         self._guard = guard
@@ -152,7 +152,7 @@ class _Exchange:
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         asked = self._headers.get(b"x-request-id", b"").decode("latin-1")
         self._id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        self._status = 0  # 0 until the answer has begun
+        self._status = 0  # 0 until the response starts
 
     async def run(self, receive: Receive) -> None:
         guard, limits, start, key = self._guard, self._guard._limits, time.perf_counter(), ""
@@ -163,18 +163,18 @@ class _Exchange:
                 raise Problem(503, TOO_MANY, headers={"Retry-After": str(limits.retry_after_s)})
             async with asyncio.timeout(limits.timeout_s):
                 body = await _read_body(self._headers, receive, limits.max_body_bytes)
-                # A turn begins after the body is here: who sends slowly holds up nobody.
+                # A turn starts after the body has arrived, so slow senders block nobody.
                 async with nullcontext() if _path(self._scope) in OPEN_PATHS else guard._turns:
                     await guard._app(self._scope, _replay(body, receive), self._forward)
         except Problem as problem:
             await self._refuse(problem)
         except TimeoutError:
-            await self._refuse(Problem(504, f"not answered within {limits.timeout_s:g} s"))
+            await self._refuse(Problem(504, f"no answer within {limits.timeout_s:g} s"))
         except _ClientGoneError:
             self._status = 499
         except Exception:
             _log.exception("request %s failed", self._id)
-            await self._refuse(Problem(500, "an error on our side; the server's log has it under this request id"))
+            await self._refuse(Problem(500, "a server error; find it in the server's log by this request id"))
         finally:
             guard._active -= 1
             self._record(key, time.perf_counter() - start)
@@ -186,7 +186,7 @@ class _Exchange:
         await self._send(message)
 
     async def _refuse(self, problem: Problem) -> None:
-        if self._status:  # the answer has begun: it can only be cut off
+        if self._status:  # the response has started: it can only be aborted
             return
         self._status = problem.status
         body = problem_bytes(problem.status, str(problem), problem.errors)
@@ -222,14 +222,14 @@ def _presented_key(headers: dict[bytes, bytes], browser: bool) -> str:
 
 
 def _path(scope: Scope) -> str:
-    """The path within the application, wherever that is mounted."""
+    """Path within the application, independent of its mount point."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
 async def _read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
-    """The whole body, which is small by contract: what is too large is refused before it is held."""
-    too_large = Problem(413, f"the body has more than {limit:,} bytes", field="body")
+    """The whole body, which is small by contract; larger ones are refused before they are held."""
+    too_large = Problem(413, f"the body is larger than {limit:,} bytes", field="body")
     declared = headers.get(b"content-length", b"0").decode("latin-1")
     if not declared.isdigit() or int(declared[:20]) > limit:
         raise too_large if declared.isdigit() else Problem(400, "is not a number", field="Content-Length")
@@ -258,28 +258,28 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def check_binding(host: str | None, keys: KeyRing) -> str | None:
-    """What is wrong with serving on `host`, None where nothing is: off loopback an API key is needed."""
+    """Problem with serving on `host`, None if there is none: off loopback an API key is required."""
     if keys.required or host is None or _LOOPBACK_NAMES.fullmatch(host) or host == "::1":
         return None
     return (
-        f"the HTTP server listens on {host}, beyond this machine, but no API key is asked for. Make one with `owlrec "
-        f"keys NAME >> keys.txt` and name the file (keys_file=keys.txt), or listen on 127.0.0.1."
+        f"the HTTP server listens on {host}, beyond this machine, but requires no API key. Create one with "
+        "`owlrec keys NAME >> keys.txt` and pass the file (keys_file=keys.txt), or listen on 127.0.0.1."
     )
 
 
 # ----------------------------------------------------------------------------------------------------------------- gate
-# Refuses what a server process cannot take on before anything else is done for it.
+# Refuses requests beyond a server process's capacity before doing anything else for them.
 #
-# Beyond its capacity a server pays for every request that it refuses with one that it could have answered. So the gate
-# stands before routing, keys, logs and limits, and refuses with bytes that were written once, over a connection that
-# stays open. What passes it meets the guard (owlrec.serving.guard).
+# Beyond capacity, every refusal costs the server a request that it could have answered. So the gate
+# comes before routing, keys, logs and limits, and refuses with constant bytes over a connection that
+# stays open. Requests that pass it reach the guard (owlrec.serving.guard).
 
 
-_ALWAYS = (*OPEN_PATHS, "/-/healthz", "/-/routes")  # full is not dead
+_ALWAYS = (*OPEN_PATHS, "/-/healthz", "/-/routes")  # a full process is not dead
 
 
 class Gate:
-    """Of one process. Open until it is narrowed."""
+    """Gate of one process. Open until it is narrowed."""
 
     def __init__(self) -> None:
         self.inside = 0
@@ -288,7 +288,7 @@ class Gate:
         self._messages: tuple[dict[str, object], dict[str, object]] | None = None
 
     def narrow(self, limit: int, retry_after_s: int, on_refusal: Callable[[], None] | None = None) -> None:
-        """Lets `limit` requests in at once from now on. on_refusal: called for each that is refused."""
+        """From now on admits `limit` requests at once. on_refusal: called for each refused one."""
         body = problem_bytes(503, TOO_MANY)
         headers = {"content-type": MEDIA_TYPE, "content-length": str(len(body)), "retry-after": str(retry_after_s)}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
@@ -299,7 +299,7 @@ class Gate:
         self._limit, self._on_refusal = limit, on_refusal
 
     def refusal(self, scope: Scope) -> tuple[dict[str, object], dict[str, object]] | None:
-        """The messages that refuse a request; None for one that may come in."""
+        """Messages that refuse a request; None for an admitted one."""
         if self._limit is None or self.inside < self._limit or scope["path"].endswith(_ALWAYS):
             return None
         if self._on_refusal:

@@ -1,7 +1,7 @@
-"""A trained model over the current release: what `/v1/rank` scores with, so that a refresh reaches scores at once.
+"""A trained model over the current release, for `/v1/rank`, so that a refresh changes scores at once.
 
-A release whose vectors come from another encoder or codebooks than the model was trained on is refused like one that
-cannot be opened: the one before stays, and without one the application is not ready.
+A release whose vectors come from another encoder or codebooks than the model's is refused like one that
+cannot be opened: the previous release stays, and without one the application is not ready.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from owlrec.serving.served import ServedReleases
 
 
 def live_state(artifact: Artifact, release: Release, held: Mapping[str, FieldCache] | None = None) -> LiveState:
-    """What an artifact's model reads of a release. held: by kind, fields that are known to be the same there.
+    """The inputs of an artifact's model from a release. held: by kind, fields that are known to be the same there.
 
     Raises ReleaseError for a release of another encoder or codebooks, SchemaError for vectors of another length.
     """
@@ -29,11 +29,11 @@ def live_state(artifact: Artifact, release: Release, held: Mapping[str, FieldCac
 
 
 class ScoredRelease(Release):
-    """An open release with what a model reads of it."""
+    """An open release with a model's inputs from it."""
 
     def __init__(self, release: Release, live: LiveState) -> None:
         super().__init__(release.store, release.chain)
-        self.tombstones = release.tombstones  # which its store honors already
+        self.tombstones = release.tombstones  # already applied by its store
         self.live = live
 
 
@@ -65,9 +65,9 @@ class ScoredReleases:
 
 
 def unchanged_fields(before: ScoredRelease, release: Release) -> dict[str, FieldCache]:
-    """By kind, the fields that are the same in a release as in the one before; none where nobody can tell.
+    """Fields that are the same in a release as in the previous one, by kind; none if unknown.
 
-    A delta on top of the release before changes those ids whose vectors it has, if it leaves cohorts alone.
+    A delta on top of the previous release changes only the ids whose vectors it has, if it does not change cohorts.
     """
     names = [manifest.name for manifest in release.chain]
     delta, store = release.manifest, release.store
@@ -82,15 +82,15 @@ def unchanged_fields(before: ScoredRelease, release: Release) -> dict[str, Field
 
 
 class LiveScorer:
-    """Scores by an artifact over the current release of a source, which `served` follows. Threads may share it."""
+    """Scores with an artifact over the current release of a source, followed by `served`. Threads may share it."""
 
     def __init__(self, artifact: Artifact, source: ReleaseSource) -> None:
         self.served = ServedReleases(ScoredReleases(artifact, source))
         self._scorer = artifact.scorer
 
     def score(self, user: int | User, candidates: Sequence[int]) -> np.ndarray:
-        """See Scorer.score; all of it over one release, for who is forgotten as for somebody unknown. Raises Problem
-        (503) where there is none.
+        """See Scorer.score. The whole call uses one release, and a forgotten user scores like an unknown one. Raises
+        Problem (503) if there is no release.
         """
         asking = user if isinstance(user, User) else User(user)
         with self.served.lease() as release:
@@ -100,5 +100,5 @@ class LiveScorer:
             return self._scorer.score(asking, candidates, release.live)
 
     def problem(self) -> str | None:
-        """What keeps it from scoring; None where nothing does."""
+        """The problem that prevents scoring; None if there is none."""
         return None if self.served.name else self.served.error or "no release is loaded yet"

@@ -1,6 +1,6 @@
-"""Error bodies of one shape: RFC 9457 problem documents, which name the field that is wrong and never repeat its value.
+"""Error bodies: RFC 9457 problem documents, which name the invalid field and never repeat its value.
 
-What clients sent and what went wrong inside stay out of the answers: a message holds only what the schema itself says.
+Responses contain neither client data nor internal errors: a message has only what the schema itself says.
 """
 
 import json
@@ -29,7 +29,7 @@ class Problem(OwlRecError):
     def __init__(
         self, status: int, detail: str, *, field: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
-        """field: the field of the request that is wrong, if it is one's."""
+        """field: the invalid field of the request, if any."""
         super().__init__(detail)
         self.status = status
         self.errors = [FieldError(field=field, message=detail)] if field else []
@@ -50,7 +50,7 @@ def problem_response(
 
 
 def install_problem_handlers(app: FastAPI) -> None:
-    """Makes `app` answer its errors with problem documents. Other errors are left to the guard."""
+    """Makes `app` answer errors with problem documents. The guard handles other errors."""
 
     @app.exception_handler(Problem)
     async def _problem(_: Request, error: Problem) -> Response:
@@ -59,11 +59,11 @@ def install_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(StoreUnavailableError)
     async def _unavailable(_: Request, error: StoreUnavailableError) -> Response:
         _log.error("%s", error)
-        return problem_response(503, "the store does not answer; try again", headers={"Retry-After": "1"})
+        return problem_response(503, "the store does not respond; try again", headers={"Retry-After": "1"})
 
     @app.exception_handler(Exception)
     async def _failed(_: Request, error: Exception) -> Response:
-        return problem_response(500, "an error on our side; the server's log has it under this request id")
+        return problem_response(500, "a server error; find it in the server's log by this request id")
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(_: Request, error: RequestValidationError) -> Response:
@@ -76,10 +76,10 @@ def install_problem_handlers(app: FastAPI) -> None:
 
 
 def _field_error(error: Any) -> FieldError:
-    # A location reads ("body", "ids", 3); of JSON that does not parse, ("body", <offset>).
+    # A location reads ("body", "ids", 3); for JSON that does not parse, ("body", <offset>).
     where, *parts = error["loc"]
     if error["type"] == "json_invalid":
-        return FieldError(field="body", message=f"is no JSON, at character {parts[0] if parts else 0}")
+        return FieldError(field="body", message=f"is not valid JSON, at character {parts[0] if parts else 0}")
     field = ""
     for part in parts:
         field += f"[{part}]" if isinstance(part, int) else f".{str(part)[:60]}" if field else str(part)[:60]
@@ -87,7 +87,7 @@ def _field_error(error: Any) -> FieldError:
 
 
 # -------------------------------------------------------------------------------------------------------------- openapi
-# What the OpenAPI documents of all applications say alike: the errors, and how to come in.
+# Shared parts of all applications' OpenAPI documents: the errors and the authentication.
 
 
 _PROBLEM = "#/components/schemas/ProblemDocument"
@@ -97,16 +97,16 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, about in {
         400: "the request cannot be read",
         401: "no valid API key",
-        403: "not a request of this machine, where no key is asked for",
+        403: "not a request from this machine, which needs no key",
         413: "the body is too large",
-        422: "a field is wrong; the message names it",
-        503: "overloaded, or what it needs is not available: try again",
-        504: "not answered in time",
+        422: "a field is invalid; the message names it",
+        503: "overloaded, or a dependency is unavailable; try again",
+        504: "no answer in time",
     }.items()
 }
 PROBLEMS_OF_ONE: dict[int | str, dict[str, Any]] = {
     **PROBLEMS,
-    404: {"model": ProblemDocument, "description": "nothing is known of this id"},
+    404: {"model": ProblemDocument, "description": "this id has no knowledge"},
 }
 
 
@@ -116,7 +116,7 @@ BYTES: dict[int | str, dict[str, Any]] = {
 
 
 def complete_document(app: FastAPI, *, keys: bool) -> None:
-    """Makes the document of `app` say of what type errors are and, with `keys`, that requests need one."""
+    """Adds the type of errors to the document of `app` and, with `keys`, that requests need one."""
 
     def document() -> dict[str, Any]:
         if not app.openapi_schema:
@@ -124,7 +124,7 @@ def complete_document(app: FastAPI, *, keys: bool) -> None:
             for operation in (o for path in made["paths"].values() for o in path.values()):
                 for response in operation["responses"].values():
                     content = response.get("content", {})
-                    if _PROBLEM in str(content.get("application/json")):  # FastAPI knows one type for all models
+                    if _PROBLEM in str(content.get("application/json")):  # FastAPI has one type for all models
                         content[MEDIA_TYPE] = content.pop("application/json")
             if keys:
                 made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -136,22 +136,22 @@ def complete_document(app: FastAPI, *, keys: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ readiness
-# What /readyz answers: the truth, for load balancers to go by.
+# Response of /readyz, for load balancers.
 
 
-Stopping = Callable[[], bool]  # whether this process was asked to stop
+Stopping = Callable[[], bool]  # whether a stop was requested
 
 
 def never_stopping() -> bool:
-    """Of a process that nobody asks."""
+    """For a process without stop requests."""
     return False
 
 
 def readiness(
     problem: str | None, stopping: Stopping, *, release: str | None = None, note: str | None = None
 ) -> Response:
-    """200, or 503 with what keeps it from answering. A process that was asked to stop finishes what it has and is not
-    ready from then on, so that nothing new is sent to it. note: what is wrong though requests are answered.
+    """200, or 503 with the problem. After a stop request a process finishes its requests and is no longer
+    ready, so it gets no new ones. note: a problem that does not prevent answers.
     """
     problem = "stopping" if stopping() else problem
     health = Health(status="not ready" if problem else "ready", release=release, problem=problem or note)

@@ -32,10 +32,10 @@ from owlrec.serving.schemas import Explanation, Health, Rank, RankAnswer, Ranked
 from owlrec.workspace import Workspace
 
 # -------------------------------------------------------------------------------------------------------------- rankers
-# Which ranker is current: an adapter or the model as it is, and the map that makes its scores probabilities.
+# The current ranker: an adapter or the untuned model, and the map from its scores to probabilities.
 #
-# `owlrec ranker tune` fits a calibration for each way of asking and leaves it beside the adapter, where it is found
-# without being named. A score that it was not fitted for would come out wrong but plausible, so the way of asking is
+# `owlrec ranker tune` fits a calibration for each prompt type and stores it next to the adapter, where it is found
+# automatically. Applied to other scores, it would give wrong but plausible values, so the prompt type is
 # part of the file's name.
 
 
@@ -43,10 +43,10 @@ _log = logging.getLogger("owlrec.serving")
 
 
 class RankerChoice(Config):
-    """What the ranker is set to; paths are relative to the workspace."""
+    """Settings of the ranker; paths are relative to the workspace."""
 
-    adapter: str | None = None  # a folder that `owlrec ranker tune` wrote; None = the model as it is
-    calibration: str | None = Field(None, min_length=1)  # a file; None = the adapter's own, where it has one
+    adapter: str | None = None  # a folder of `owlrec ranker tune`; None = the untuned model
+    calibration: str | None = Field(None, min_length=1)  # a file; None = the adapter's own, if it has one
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CurrentRanker:
     calibration: PlattScaling | None
 
     def probabilities(self, scores: np.ndarray) -> list[float]:
-        """Scores of Yes as probabilities, calibrated where there is a calibration. scores: [n]; nan stays nan."""
+        """Scores of Yes as probabilities, with the calibration if there is one. scores: [n]; nan stays nan."""
         if self.calibration is None:
             return [float(score) for score in scores]
         known = ~np.isnan(scores)
@@ -69,10 +69,10 @@ class CurrentRanker:
 def open_ranker(
     workspace: Workspace, choice: Mapping[str, str | None], *, model: str, wording: str, shown: str
 ) -> CurrentRanker:
-    """Opens a RankerChoice. model, wording: that the adapter must be of (see open_adapter); shown: how behaviours are
-    shown in questions.
+    """Opens a RankerChoice. model, wording: expected of the adapter (see open_adapter); shown: the prompt
+    type.
 
-    Raises WorkspaceError for what is missing or damaged, EngineError for an adapter of another model or wording.
+    Raises WorkspaceError for missing or damaged files, and EngineError for an adapter of another model or wording.
     """
     asked = RankerChoice.model_validate(choice)
     adapter, file = None, asked.calibration
@@ -87,24 +87,24 @@ def open_ranker(
 
 
 # -------------------------------------------------------------------------------------------------------------- ranking
-# The cascade: a CTR model puts all candidates in order, an LLM re-orders the head of it within the deadline.
+# The cascade: a CTR model ranks all candidates, and an LLM re-ranks the first ones within the deadline.
 #
-# What the LLM has not said by then is not waited for: the CTR order goes out, marked as degraded. A recommendation
-# that is late is worth nothing, and one by the CTR model is what there was before the LLM came.
+# On deadline, the CTR ranking is returned with `degraded: true`. A late
+# recommendation is worthless, and the CTR ranking is the usual one without an LLM.
 
 
-_MARGIN_S = 0.01  # kept for writing the answer, but no more than a tenth of what there is
+_MARGIN_S = 0.01  # reserved for writing the response, at most a tenth of the deadline
 
 
 class Backend(Protocol):
-    """Something that scores candidates: a deployment's handle, or a test."""
+    """A scorer of candidates: a deployment's handle, or a test."""
 
     async def score(self, asked: Rank, candidates: Sequence[int]) -> Sequence[float]:
-        """A probability for each candidate, in their order; nan where one could not be scored."""
+        """A probability for each candidate, in order; nan if one could not be scored."""
 
 
 class Cascade:
-    """Ranks with a CTR model and, where there is one, an LLM."""
+    """Ranks with a CTR model and, if there is one, an LLM."""
 
     def __init__(self, ctr: Backend, llm: Backend | None, telemetry: Telemetry | None = None) -> None:
         self._ctr = ctr
@@ -112,14 +112,14 @@ class Cascade:
         self._telemetry = telemetry or NoTelemetry()
 
     async def rank(self, asked: Rank) -> RankAnswer:
-        """Candidates in order, at the deadline at the latest.
+        """Candidates in order, by the deadline at the latest.
 
-        Raises Problem (503) where not even the CTR model answers in time.
+        Raises Problem (503) if even the CTR model does not answer in time.
         """
         whole_s = asked.deadline_ms / 1000
         due = time.monotonic() + whole_s - min(_MARGIN_S, whole_s / 10)
         ctr = await self._ctr_scores(asked, due)
-        # Ties, and NaN keep the order in which the candidates came.
+        # Ties and NaN keep the input order.
         order = sorted(range(len(ctr)), key=lambda row: -ctr[row] if not math.isnan(ctr[row]) else math.inf)
         head = order if asked.mode == "llm" else order[: asked.rerank] if asked.mode == "cascade" else []
         said, reason = await self._llm_scores(asked, [asked.candidates[row] for row in head], due)
@@ -204,7 +204,7 @@ def build_rank_api(
     ready: Callable[[], Awaitable[str | None]],
     stopping: Stopping = never_stopping,
 ) -> FastAPI:
-    """The application. ready: what keeps it from ranking now; None where nothing does."""
+    """Builds the application. ready: the problem that prevents ranking; None if there is none."""
     app = FastAPI(title="OwlRec ranking", version=__version__, redoc_url=None)
     install_problem_handlers(app)
 
@@ -215,12 +215,12 @@ def build_rank_api(
 
     @app.get("/readyz", response_model=Health, responses={503: {"model": Health}})
     async def readyz() -> Response:
-        """Whether requests can be ranked: the CTR model answers."""
+        """Whether requests can be ranked, that is, whether the CTR model responds."""
         return readiness(await ready(), stopping)
 
     @app.post("/v1/rank", response_model=RankAnswer, response_model_exclude_none=True, responses=PROBLEMS)
     async def rank(asked: Rank) -> RankAnswer:
-        """Candidates in order, at the deadline at the latest; `degraded` where the LLM did not have its say."""
+        """Candidates in order, by the deadline at the latest; `degraded` if the LLM did not rank in time."""
         return await cascade.rank(asked)
 
     app.add_middleware(Guard, keys=keys, limits=limits, telemetry=telemetry)

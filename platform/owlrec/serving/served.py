@@ -1,8 +1,8 @@
-"""The current release, held open for requests: swapped between two requests, never under one.
+"""The current release, held open for requests and swapped between two requests, never during one.
 
-A request leases the release it starts with and keeps it to its end, whatever becomes current meanwhile, so that no
-answer mixes two. A watcher asks for the pointer every second; a roll-back is thus seen like any other swap. A new
-release that cannot be opened changes nothing but what `error` says: the old one goes on.
+A request leases the release it starts with and keeps it to its end, even if another one becomes current, so no
+response mixes two. A watcher reads the pointer every second, so a roll-back is seen like any other swap. If a new
+release cannot be opened, only `error` changes: the old one continues.
 """
 
 import asyncio
@@ -26,16 +26,16 @@ from owlrec.serving.schemas import Health
 from owlrec.serving.similar import SimilarEntities
 from owlrec.workspace import Workspace, read_tombstones
 
-REFRESH_S = 1.0  # between two looks for another release, where nothing else is asked for
+REFRESH_S = 1.0  # default interval of checks for another release
 _log = logging.getLogger("owlrec.serving")
 
 
 class WorkspaceReleases:
-    """The releases of a workspace: LMDB files on this machine, mapped into memory and shared by its replicas."""
+    """Releases of a workspace: LMDB files on this machine, mapped into memory and shared by its replicas."""
 
     def __init__(self, workspace: Workspace, *, verify: bool = False) -> None:
-        """verify: compare checksums whenever a release is opened, about 1 s a GB; sizes always are, and copies of
-        remote releases are verified when they arrive.
+        """verify: compare checksums whenever a release is opened, about 1 s per GB; sizes are always compared, and
+        copies of remote releases are verified on arrival.
         """
         self._workspace = workspace
         self._verify = verify
@@ -65,30 +65,30 @@ class _Held:
 
 
 class ServedReleases:
-    """Thread-safe. Call `refresh` now and then; close it at the end."""
+    """Thread-safe. Call `refresh` regularly; close it at the end."""
 
     def __init__(self, source: ReleaseSource) -> None:
         self._source = source
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
         self._held: _Held | None = None
-        self.error: str | None = None  # why the pointer could not be followed, last time
+        self.error: str | None = None  # last error in following the pointer
 
     @property
     def name(self) -> str | None:
-        """The name of the release that the next request gets."""
+        """Name of the release for the next request."""
         held = self._held
         return held.release.name if held else None
 
     def refresh(self) -> bool:
-        """Opens what is current now, if it is another release or somebody was forgotten since; whether it swapped.
-        Never raises an OwlRecError: where something is wrong, `error` says so and the release of before stays.
+        """Opens the current release, if it is another one or users were forgotten since; returns whether it swapped.
+        Never raises an OwlRecError: on failure, `error` has the message and the previous release stays.
         """
         with self._refreshing:
             try:
                 name = self._source.current()
                 if name is None:
-                    self.error = "no release is current any more" if self._held else "nothing was published yet"
+                    self.error = "there is no current release any more" if self._held else "nothing has been published"
                     return False
                 held = self._held
                 if held and (name, self._source.forgotten()) == (held.release.name, held.release.tombstones.mark):
@@ -109,7 +109,7 @@ class ServedReleases:
 
     @contextmanager
     def lease(self) -> Iterator[Release]:
-        """The current release, open until the end of the block. Raises Problem (503) where there is none."""
+        """The current release, open until the end of the block. Raises Problem (503) if there is none."""
         with self._lock:
             held = self._held
             if held is None:
@@ -124,7 +124,7 @@ class ServedReleases:
                     held.release.close()
 
     def close(self) -> None:
-        """Closes the release once its last request has ended."""
+        """Closes the release after its last request."""
         with self._lock:
             before, self._held = self._held, None
             self._retire(before)
@@ -141,9 +141,9 @@ class ServedReleases:
 async def following(
     served: ServedReleases, every_s: float, telemetry: Telemetry, *, on_swap: Callable[[str | None], None] | None = None
 ) -> AsyncIterator[None]:
-    """Follows the pointer for the block: an application's or a replica's life.
+    """Follows the pointer during the block, for the lifetime of an application or a replica.
 
-    on_swap: called, from a thread, with the name of the release that took another's place.
+    on_swap: called from a thread with the name of the new release.
     """
     await asyncio.to_thread(served.refresh)
 
@@ -170,8 +170,8 @@ async def following(
 
 
 # -------------------------------------------------------------------------------------------------------- following app
-# What the applications over releases share: they follow the current release, answer mistakes with problem documents,
-# and tell at /readyz whether they can answer.
+# Shared parts of applications over releases: they follow the current release, answer errors with problem documents,
+# and report at /readyz whether they are ready.
 
 
 def following_app(
@@ -184,9 +184,9 @@ def following_app(
     stopping: Stopping,
     **options: Any,
 ) -> FastAPI:
-    """An application without routes of its own. It follows the pointer as long as it runs.
+    """An application without its own routes. It follows the pointer while it runs.
 
-    refresh_s: how often the pointer is asked for. options: of FastAPI.
+    refresh_s: interval of reading the pointer. options: of FastAPI.
     """
 
     @asynccontextmanager
@@ -199,7 +199,7 @@ def following_app(
 
     @app.get("/readyz", response_model=Health, responses={503: {"model": Health}})
     async def readyz() -> Response:
-        """Whether lookups can be answered: a release is loaded."""
+        """Whether lookups are ready, that is, whether a release is loaded."""
         missing = None if served.name else served.error or "no release is loaded yet"
         return readiness(missing, stopping, release=served.name, note=served.error)
 

@@ -1,9 +1,9 @@
-"""Similar entities by vector: one faiss index a release and kind, built once a machine and shared by memory map.
+"""Similar entities by vector: one faiss index per release and kind, built once per machine and shared by memory map.
 
 Cosine is the inner product of vectors of length 1. Up to 50,000 vectors are compared one by one, which is exact; more
-go into inverted lists of float16 (as the release stores them), of which the nearest 32 are searched. The file is made
-at the first question, in the cache folder beside copies of releases, and replicas of a machine map the same pages; who
-asks meanwhile is told to try again.
+go into inverted lists of float16 (as in the release), of which the nearest 32 are searched. The file is built
+for the first request, in the cache folder next to copies of releases, and replicas of a machine map the same pages;
+requests during the build are told to try again.
 """
 
 import logging
@@ -25,10 +25,10 @@ from owlrec.serving.schemas import Kind, Neighbour, Similar
 from owlrec.storage import Storage, fingerprint
 
 # ---------------------------------------------------------------------------------------------------------- vector text
-# Vectors as JSON, quickly: float16 has 65,536 values, so that the text of each is looked up instead of printed.
+# Vectors as JSON, quickly: float16 has 65,536 values, so each value's text is looked up instead of formatted.
 #
-# 256 vectors of 384 components take 2 ms this way and 50 ms by `json.dumps` of their float32 values, whose digits
-# beyond the fourth say nothing: releases store float16.
+# 256 vectors of 384 components take 2 ms this way and 50 ms with `json.dumps` of their float32 values, whose digits
+# beyond the fourth are meaningless: releases store float16.
 
 
 _PADDING = b"\0"  # of NumPy's byte strings, up to the longest
@@ -37,7 +37,7 @@ _PADDING = b"\0"  # of NumPy's byte strings, up to the longest
 def vectors_as_json(rows: np.ndarray) -> list[str]:
     """Each row as a JSON list of numbers.
 
-    rows: float [n, d], taken as float16; what is not finite there becomes null.
+    rows: float [n, d], converted to float16; values that are not finite become null.
     """
     bits = np.ascontiguousarray(rows, dtype=np.float16).view(np.uint16)
     padded = _texts()[bits]
@@ -45,7 +45,7 @@ def vectors_as_json(rows: np.ndarray) -> list[str]:
 
 
 def vectors_as_bytes(rows: np.ndarray, mask: np.ndarray) -> bytes:
-    """Rows of float16, little-endian, one after another; a row that `mask` (bool [n]) denies is all NaN."""
+    """Rows of float16, little-endian, concatenated; rows with a False `mask` (bool [n]) are all NaN."""
     values = np.array(rows, dtype="<f2")
     values[~mask] = np.nan
     return values.tobytes()
@@ -55,7 +55,7 @@ def vectors_as_bytes(rows: np.ndarray, mask: np.ndarray) -> bytes:
 def _texts() -> np.ndarray:
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = np.isfinite(values)
-    # The shortest decimal that reads back as the same float16, in a form that JSON knows.
+    # The shortest decimal that reads back as the same float16, in valid JSON.
     shortest = [repr(float(str(value))) if good else "null" for value, good in zip(values, finite, strict=True)]
     return np.array([f"{text}," for text in shortest], dtype=np.bytes_)
 
@@ -66,17 +66,17 @@ def _texts() -> np.ndarray:
 _EXACT_UP_TO = 50_000
 _ROWS_AT_ONCE = 20_000
 _LISTS_SEARCHED = 32
-_MOST_FORGOTTEN = 100  # neighbors that are looked up besides, in case they are forgotten
-_TRAINED_ON = 64  # vectors a list, from the whole of them
+_MOST_FORGOTTEN = 100  # extra neighbors, in case some are forgotten
+_TRAINED_ON = 64  # training vectors per list, sampled from all
 
 _log = logging.getLogger("owlrec.serving")
 
 
 class SimilarEntities:
-    """The indexes of the releases that are served; thread-safe."""
+    """Indexes of the served releases; thread-safe."""
 
     def __init__(self, root: str, folder: Path | None = None) -> None:
-        """root: of the releases' workspace, which tells its indexes from another's. folder: where they are kept, by
+        """root: of the releases' workspace, which distinguishes its indexes from others. folder: their location, by
         default OwlRec's cache.
         """
         self._folder = folder or cache_folder("similar", fingerprint(root)[:8])
@@ -85,16 +85,16 @@ class SimilarEntities:
         self._building: set[tuple[str, Kind]] = set()
 
     def find(self, release: Release, asked: Similar) -> list[Neighbour]:
-        """The nearest entities, most similar first, without the one asked about.
+        """Nearest entities, most similar first, without the queried one.
 
-        Raises Problem: 404 where the entity has no vector, 422 for a vector of the wrong length or of zeros, 501
-        without faiss, 503 while the index is being built.
+        Raises Problem: 404 if the entity has no vector, 422 for a vector of the wrong length or all zeros, 501
+        without faiss, 503 during the build of the index.
         """
         question = self._question(release, asked)
         index = self._index(release, asked.kind)
         if index is None:
             return []
-        # An index may be older than a wish to be forgotten, until the release without that user comes.
+        # An index may be older than an `owlrec forget`, until the release without that user is served.
         spare = min(len(release.tombstones), _MOST_FORGOTTEN) if asked.kind == "user" else 0
         scores, ids = index.search(question[None], asked.limit + 1 + spare)
         gone = release.tombstones.among(ids[0]) if spare else np.zeros(ids.shape[1], dtype=bool)
@@ -106,14 +106,14 @@ class SimilarEntities:
         return near[: asked.limit]
 
     def forget_all_but(self, name: str | None) -> None:
-        """Closes the indexes of other releases than `name` and removes their files, so that disks do not fill up.
+        """Closes the indexes of releases other than `name` and removes their files, so disks do not fill up.
         A roll-back builds its index again.
         """
         with self._lock:
             self._open = {key: index for key, index in self._open.items() if key[0] == name}
         for path in self._folder.glob("*"):
             if name is not None and not path.name.startswith((name, ".")):
-                path.unlink(missing_ok=True)  # those who have it mapped keep it
+                path.unlink(missing_ok=True)  # processes that have mapped it keep it
 
     def close(self) -> None:
         """Closes all indexes; their files stay for the next start."""
@@ -125,17 +125,17 @@ class SimilarEntities:
         if asked.id is not None:
             rows, mask = release.store.vectors(asked.kind, [asked.id])
             if not mask[0]:
-                raise Problem(404, "no vector is known of this id", field="id")
+                raise Problem(404, "this id has no vector", field="id")
             vector = rows[0]
         else:
             vector = np.array(asked.vector, dtype=np.float32)
             if len(vector) != release.manifest.dim:
                 raise Problem(
-                    422, f"has {len(vector)} components; the release's have {release.manifest.dim}", field="vector"
+                    422, f"has {len(vector)} components, but the release has {release.manifest.dim}", field="vector"
                 )
         length = float(np.linalg.norm(vector))
         if not length > 0:
-            raise Problem(422, "is all zeros, which points nowhere", field="vector")
+            raise Problem(422, "is all zeros and has no direction", field="vector")
         return vector / length
 
     def _index(self, release: Release, kind: Kind) -> Any:
@@ -183,8 +183,8 @@ def _build(release: Release, kind: Kind, path: Path) -> None:
             file.touch()
         else:
             faiss.write_index(index, str(file))
-        storage.upload(file, path.name)  # of two that build it at once, the later one's stays
-        _log.info("built the index of %s vectors of release %s", kind, release.name)
+        storage.upload(file, path.name)  # if two processes build it at once, the later one wins
+        _log.info("built the index of %s vectors for release %s", kind, release.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -230,5 +230,7 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise Problem(501, "this server has no faiss, which similar entities need: pip install faiss-cpu") from None
+        raise Problem(
+            501, "similar entities need faiss, which this server does not have: pip install faiss-cpu"
+        ) from None
     return faiss

@@ -1,4 +1,5 @@
-"""Raw data to contract tables. A new source is a file with a Source, whose `load` gives RawTables, and a line here."""
+"""Raw data to contract tables. A new source is a file with a Source, whose `load` returns RawTables, and a line
+here."""
 
 from typing import Annotated
 

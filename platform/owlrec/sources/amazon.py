@@ -1,8 +1,8 @@
 """Amazon reviews (McAuley Lab): JSON lines, plain or gzip, with the field names of the 2018 or of the 2023 release.
 
-Both releases hold exact duplicates and reviews of items without metadata; 2018's metadata also repeats items and holds
-page source in place of some titles. The k-core filter ("at least k interactions a user, an item") runs until it removes
-nothing more.
+Both releases have exact duplicates and reviews of items without metadata; 2018's metadata also repeats items and has
+page source in place of some titles. The k-core filter ("at least k interactions per user or item") is repeated until
+stable.
 """
 
 import gzip
@@ -24,7 +24,7 @@ from owlrec.errors import SchemaError, SourceError
 from owlrec.ordered import run_starts
 from owlrec.sources.raw import RawTables, Source, finish, id_array, input_file
 
-# Reviews run to tens of kilobytes, and Arrow refuses a line that is longer than its block.
+# Reviews can have tens of kilobytes, and Arrow refuses a line that is longer than its block.
 _BLOCK_BYTES = 16 << 20
 
 
@@ -34,13 +34,13 @@ class AmazonSource(Source):
     type: Literal["amazon"]
     reviews: str
     metadata: str
-    user_core: int = Field(default=0, ge=0)  # keep users with at least so many interactions; 0 keeps all
+    user_core: int = Field(default=0, ge=0)  # keep users with at least this many interactions; 0 keeps all
     item_core: int = Field(default=0, ge=0)
 
     def load(self) -> RawTables:
-        """The three tables: the items are those with interactions, title "" where the metadata has no row for one.
+        """The three tables; items are those with interactions, with title "" if the metadata has no row for one.
 
-        Raises SourceError naming file and line for a line that is no JSON object or lacks a field, SchemaError where
+        Raises SourceError with file and line for a line that is not a JSON object or lacks a field, and SchemaError if
         the k-core filter leaves nothing.
         """
         reviews, metadata = input_file(self.reviews), input_file(self.metadata)
@@ -51,7 +51,7 @@ class AmazonSource(Source):
         core = _core_rows(interactions, self.user_core, self.item_core)
         if not len(core):
             raise SchemaError(
-                f"{reviews}: no interaction is left with source.user_core {self.user_core} and item_core "
+                f"{reviews}: no interactions are left with source.user_core {self.user_core} and item_core "
                 f"{self.item_core}. Lower them."
             )
         counts["outside_core_dropped"] = interactions.num_rows - len(core)
@@ -71,7 +71,7 @@ class AmazonSource(Source):
 
 @dataclass(frozen=True)
 class _ReviewNames:
-    """What a release calls the fields of a review."""
+    """Names of a review's fields in a release."""
 
     user: str
     item: str
@@ -83,7 +83,7 @@ class _ReviewNames:
         return self.user in row and self.item in row
 
     def problem(self, row: dict[str, Any]) -> str:
-        """What is wrong with a review's fields, or ""."""
+        """The fault of a review's fields, or ""."""
         for name in (self.user, self.item):
             if not isinstance(row.get(name), str) or not row[name]:
                 return f"{name} is {row.get(name)!r}, not an id in quotes"
@@ -93,7 +93,7 @@ class _ReviewNames:
         return ""
 
 
-# parent_asin comes before asin: 2023 lists both, and its metadata is keyed by the parent.
+# parent_asin comes before asin: 2023 has both, and its metadata is keyed by the parent.
 _RELEASES = (
     _ReviewNames(user="reviewerID", item="asin", rating="overall", timestamp="unixReviewTime", to_ms=1000),
     _ReviewNames(user="user_id", item="parent_asin", rating="rating", timestamp="timestamp", to_ms=1),
@@ -102,7 +102,7 @@ _RELEASES = (
 
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers (from 1) and objects of a JSON lines file. Raises SourceError for a line that is none."""
+    """Line numbers (from 1) and objects of a JSON lines file. Raises SourceError for an invalid line."""
     number = 0
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
@@ -111,11 +111,13 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise SourceError(
-                            f"{file}, line {number}: the line holds no JSON object. Correct or delete it."
+                            f"{file}, line {number}: the line is not a JSON object. Correct or delete it."
                         )
                     yield number, row
     except ValueError as error:
-        raise SourceError(f"{file}, line {number}: the line is no JSON ({error}). Correct or delete it.") from None
+        raise SourceError(
+            f"{file}, line {number}: the line is not valid JSON ({error}). Correct or delete it."
+        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(
             f"{file}, after line {number}: the file cannot be read ({error}). Download it again."
@@ -134,9 +136,9 @@ def _read_reviews(file: Path) -> pa.Table:
     names = next((release for release in _RELEASES if release.matches(first)), None)
     if names is None:
         raise SourceError(
-            f"{file}, line 1: the fields {', '.join(first)} are neither those of Amazon's 2018 reviews (reviewerID, "
-            "asin) nor of 2023's (user_id, parent_asin). Swap source.reviews and source.metadata, or use a source of "
-            "type `table`."
+            f"{file}, line 1: the fields {', '.join(first)} match neither Amazon's 2018 reviews (reviewerID, "
+            "asin) nor the 2023 ones (user_id, parent_asin). Swap source.reviews and source.metadata, or use "
+            "a source of type `table`."
         )
     schema = pa.schema(
         [
@@ -157,7 +159,7 @@ def _read_reviews(file: Path) -> pa.Table:
     except (pa.ArrowInvalid, OSError) as error:
         problem = str(error)
     if problem:
-        # Arrow does not say which line it stumbled over, so the slow reader looks for it.
+        # Arrow does not report the faulty line, so the slow reader finds it.
         for number, row in _lines(file):
             if wrong := names.problem(row):
                 raise SourceError(f"{file}, line {number}: {wrong}. Correct or delete the line.")
@@ -178,7 +180,7 @@ def _latest_of_each(interactions: pa.Table) -> np.ndarray:
 
 
 def _core_rows(interactions: pa.Table, user_core: int, item_core: int) -> np.ndarray:
-    """Row numbers of the largest part in which each user has `user_core` interactions and each item `item_core`."""
+    """Row numbers of the largest subset in which each user has `user_core` interactions and each item `item_core`."""
     user, item = (np.unique(id_array(interactions[c]), return_inverse=True)[1] for c in ("user_id", "item_id"))
     rows = np.arange(len(user))
     while True:
@@ -189,12 +191,12 @@ def _core_rows(interactions: pa.Table, user_core: int, item_core: int) -> np.nda
 
 
 def _read_metadata(file: Path, wanted: list[str]) -> pa.Table:
-    """title, brand, author and categories of the `wanted` items, in that order; empty where the file has no row."""
+    """title, brand, author and categories of the `wanted` items, in order; empty if the file has no row."""
     first = _first_row(file)
     key = "parent_asin" if "parent_asin" in first else "asin"
     if key not in first:
         raise SourceError(
-            f"{file}, line 1: the fields {', '.join(first)} hold neither asin nor parent_asin. Point "
+            f"{file}, line 1: the fields {', '.join(first)} have neither asin nor parent_asin. Point "
             "source.metadata at item metadata."
         )
     rows: dict[str, dict[str, Any]] = {item: {} for item in wanted}
@@ -217,9 +219,9 @@ def _read_metadata(file: Path, wanted: list[str]) -> pa.Table:
 
 
 def _item(row: dict[str, Any]) -> dict[str, Any]:
-    """A metadata row of either release under our names."""
+    """A metadata row of either release with our names."""
     title = _text(row.get("title"))
-    if "getTime" in title:  # 2018: the page's script where the title should be
+    if "getTime" in title:  # 2018: the page's script instead of the title
         title = ""
     author = row.get("author")
     categories = row.get("category") or row.get("categories") or [row.get("main_cat") or row.get("main_category")]

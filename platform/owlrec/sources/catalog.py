@@ -1,6 +1,6 @@
 """Titles by item id: an Arrow column behind a sorted id array.
 
-10^7 titles take about 0.5 GB a process there, and several times that in a Python dict.
+10^7 titles take about 0.5 GB per process this way, and several times that in a Python dict.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ class ItemCatalog:
     """Titles by item id."""
 
     def __init__(self, items: pa.Table) -> None:
-        """items: a table with `item_id` and `title`, in any order; of several rows of an item the last one counts."""
+        """items: a table with `item_id` and `title`, in any order; among several rows of an item, the last one wins."""
         ids = items["item_id"].to_numpy()
         order = np.argsort(ids, kind="stable")
         order = order[last_rows(ids[order])]
@@ -26,7 +26,7 @@ class ItemCatalog:
 
     @classmethod
     def load(cls, workspace: Workspace, more: Sequence[pa.Table] = ()) -> "ItemCatalog":
-        """Reads the workspace's items table; titles other than text are left out. more: rows that stand over it."""
+        """Reads the workspace's items table, without titles other than text. more: rows that override it."""
         parts = []
         for number in workspace.table_shards("items"):
             table = workspace.read_shard("items", number, ["item_id", "title"])
@@ -41,7 +41,7 @@ class ItemCatalog:
         return self._ids
 
     def titles(self, ids: np.ndarray) -> list[str]:
-        """The title of each id, in order; "" for an unknown id, a null title or invalid text.
+        """Title of each id, in order; "" for an unknown id, a null title or invalid text.
 
         ids: int64 [n].
         """
@@ -54,13 +54,13 @@ class ItemCatalog:
         return [text or "" for text in texts]
 
     def draw(self, n: int, seed: int) -> list[int]:
-        """At most `n` items, drawn at random and always the same ones for a seed, in the order drawn."""
+        """At most `n` random items, always the same ones for a seed, in the order drawn."""
         chosen = np.random.default_rng(seed).permutation(len(self._ids))[:n]
         drawn: list[int] = self._ids[chosen].tolist()
         return drawn
 
     def find(self, words: str, limit: int) -> list[tuple[int, str]]:
-        """Items whose title holds `words`, whatever the case: at most `limit` (id, title), by id."""
+        """Items whose title contains `words`, in any case: at most `limit` (id, title), by id."""
         rows = np.flatnonzero(pc.match_substring(self._titles, words, ignore_case=True).fill_null(False))[:limit]
         return list(zip(self._ids[rows].tolist(), self._titles.take(pa.array(rows)).to_pylist(), strict=True))
 

@@ -25,20 +25,20 @@ _CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _SUFFIXES = ", ".join((*_CSV_SUFFIXES, *_JSON_SUFFIXES))
 _JSON_BLOCK = 16 << 20  # Arrow refuses a line that is longer than its block
-_HEAD_BYTES = 1 << 20  # of a text file, to tell its columns
+_HEAD_BYTES = 1 << 20  # bytes of a text file read to find its columns
 _WILD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as a listing shows it."""
+    """A file from a listing."""
 
     path: str  # local, or a URI
     bytes: int
     e_tag: str
 
     def open(self) -> pa.NativeFile:
-        """For reading, decompressed where its name ends in .gz. Raises SourceError where it is gone."""
+        """Opens it for reading, decompressed if its name ends in .gz. Raises SourceError if it is missing."""
         storage, name = _at(self.path)
         try:
             stream = storage.open_input(name)
@@ -48,15 +48,15 @@ class SourceFile:
 
 
 def input_files(pattern: str) -> list[SourceFile]:
-    """The files that a path or URI names: itself, the data files in a folder, or those matching a glob, sorted.
+    """Files for a path or URI: itself, the data files in a folder, or the matches of a glob, sorted.
 
-    Raises SourceError where there are none.
+    Raises SourceError if there are none.
     """
     files = _remote_files(pattern) if "://" in pattern else _local_files(Path(pattern).expanduser())
     if not files:
         raise SourceError(
-            f"{pattern}: no Parquet, CSV or JSON lines file is there (names in .parquet, {_SUFFIXES}). "
-            f"Correct the path in the recipe's source section."
+            f"{pattern}: there are no Parquet, CSV or JSON lines files (.parquet, {_SUFFIXES}). Correct the "
+            "path in the recipe's source section."
         )
     return sorted(files, key=lambda file: file.path)
 
@@ -75,7 +75,7 @@ def _local(path: Path) -> SourceFile:
     storage, name = _at(str(path.absolute()))
     entry = storage.entry(name)
     if entry is None:
-        raise SourceError(f"{path}: the file vanished while the source was listed. Run the same command again.")
+        raise SourceError(f"{path}: the file disappeared while the source was listed. Run the same command again.")
     return SourceFile(str(path.absolute()), entry.bytes, entry.e_tag)
 
 
@@ -95,7 +95,7 @@ def _remote_files(uri: str) -> list[SourceFile]:
 
 
 def _at(path: str) -> tuple[Storage, str]:
-    """The bucket, or the local folder, of a file and its path there."""
+    """The bucket or local folder of a file, and its path there."""
     if "://" not in path:
         return Storage(Path(path).parent), Path(path).name
     scheme, _, rest = path.partition("://")
@@ -114,7 +114,7 @@ def _glob_pattern(text: str) -> re.Pattern[str]:
 
 
 def _is_marker(parts: Sequence[str]) -> bool:
-    """Whether a path is one that writers of data put beside it, such as _SUCCESS."""
+    """Whether a path is an auxiliary file of data writers, such as _SUCCESS."""
     return any(part.startswith((".", "_")) for part in parts)
 
 
@@ -127,17 +127,17 @@ def _format(name: str) -> Format | None:
 
 
 def file_format(file: SourceFile) -> Format:
-    """Its format by its name. Raises SourceError for another."""
+    """Format by file name. Raises SourceError for an unknown one."""
     format_ = _format(file.path)
     if format_ is None:
         raise SourceError(
-            f"{file.path}: neither Parquet nor CSV nor JSON lines by its name. Name it .parquet, {_SUFFIXES}."
+            f"{file.path}: the file is not Parquet, CSV or JSON lines by its name. Use .parquet, {_SUFFIXES}."
         )
     return format_
 
 
 def head(file: SourceFile, typed: set[str]) -> tuple[pa.Schema, pq.FileMetaData | None]:
-    """A file's columns, without reading its rows, and a Parquet file's footer. typed: see read_file."""
+    """A file's columns without its rows, and a Parquet file's footer. typed: see read_file."""
     format_ = file_format(file)
     try:
         with file.open() as stream:
@@ -155,7 +155,7 @@ def head(file: SourceFile, typed: set[str]) -> tuple[pa.Schema, pq.FileMetaData 
 
 def read_file(path: SourceFile | str | Path, typed: set[str], groups: tuple[int, int] | None = None) -> pa.Table:
     """One Parquet, CSV or JSON lines file, or some row groups of it. In CSV only the columns in `typed` get a guessed
-    type, all others are text.
+    type; all others are text.
 
     Raises SourceError for another kind of file or one that cannot be parsed.
     """
@@ -177,7 +177,7 @@ def _unreadable(file: SourceFile, format_: str, error: Exception) -> SourceError
 
 
 def _csv_type(name: str, typed: set[str]) -> pa.DataType:
-    return pa.null() if name in typed else pa.string()  # null: to be guessed
+    return pa.null() if name in typed else pa.string()  # null: type to be guessed
 
 
 def _delimiter(file: SourceFile) -> str:
@@ -196,14 +196,14 @@ def _csv_names(start: bytes, file: SourceFile) -> list[str]:
 def _read_csv(file: SourceFile, typed: set[str]) -> pa.Table:
     with file.open() as stream:
         names = _csv_names(stream.read(_HEAD_BYTES), file)
-    # Line breaks occur inside titles, never inside the numbers of interactions, which are parsed faster without.
+    # Line breaks occur inside titles, never inside the numbers of interactions, which parse faster without them.
     parse = pacsv.ParseOptions(delimiter=_delimiter(file), newlines_in_values=not typed)
     convert = pacsv.ConvertOptions(column_types={name: pa.string() for name in names if name not in typed})
     try:
         with file.open() as stream:
             return pacsv.read_csv(stream, parse_options=parse, convert_options=convert)
     except pa.ArrowInvalid:
-        # Only the single-threaded reader says which row is wrong.
+        # Only the single-threaded reader reports the faulty row.
         single = pacsv.ReadOptions(use_threads=False)
         with file.open() as stream:
             return pacsv.read_csv(stream, read_options=single, parse_options=parse, convert_options=convert)
@@ -219,39 +219,39 @@ def _json_table(stream: pa.NativeFile) -> pa.Table:
 
 
 def common_schema(schemas: Sequence[pa.Schema], table: str) -> pa.Schema:
-    """The columns of several files of one table. Raises SchemaError where they disagree on a column's type."""
+    """Columns of several files of one table. Raises SchemaError if they disagree on a column's type."""
     try:
         return pa.unify_schemas(list(dict.fromkeys(schemas)), promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise SchemaError(
-            f"source.{table}: its {len(schemas)} files disagree on a column's type ({error}). Write that column "
-            "alike in all."
+            f"source.{table}: its {len(schemas)} files disagree on a column's type ({error}). Use the same "
+            "type in all files."
         ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- lake
 # Tables of a lake, by snapshot: `iceberg:CATALOG.NAMESPACE.TABLE[@SNAPSHOT]` and `delta:PATH-OR-URI[@VERSION]`.
 #
-# Each is resolved to its Parquet data files, which are then read as any others; the snapshot goes into the
+# Each is resolved to its Parquet data files, which are read like any others; the snapshot is part of the
 # fingerprint. Needs the extra `lake` (pyiceberg, deltalake).
 
 
 _SCHEMES = ("iceberg:", "delta:")
-_SNAPSHOT = re.compile(r"@(\d+)$")  # an address of Azure holds another @
+_SNAPSHOT = re.compile(r"@(\d+)$")  # Azure addresses contain another @
 _INSTALL = "Install owlrec's extra `lake`: pip install 'owlrec[lake]'."
 
 _CHECK = "Correct its name or snapshot in the recipe, or the settings of its catalog or store."
 
 
 def is_lake_table(name: str) -> bool:
-    """Whether a recipe's path names a table of a lake."""
+    """Whether a recipe's path is a lake table."""
     return name.startswith(_SCHEMES)
 
 
 def lake_files(name: str) -> tuple[list[SourceFile], str]:
-    """The data files of a table's snapshot, and what names that snapshot.
+    """Data files of a table's snapshot, and the name of that snapshot.
 
-    Raises SourceError where the package is missing, the table cannot be opened, or rows are deleted by other files.
+    Raises SourceError if the package is missing, the table cannot be opened, or rows are deleted by other files.
     """
     scheme, _, table = name.partition(":")
     table, version = _SNAPSHOT.sub("", table), _SNAPSHOT.search(table)
@@ -262,7 +262,7 @@ def lake_files(name: str) -> tuple[list[SourceFile], str]:
     except ImportError as error:
         raise SourceError(f"{name}: {error.name} is not installed. {_INSTALL}") from None
     if not paths:
-        raise SourceError(f"{name}: the table holds no data files. Correct its name or its snapshot.")
+        raise SourceError(f"{name}: the table has no data files. Correct its name or its snapshot.")
     files = in_threads(input_files, sorted(paths))
     return [file for shares in files for file in shares], f"{scheme}@{snapshot}"
 
@@ -274,10 +274,10 @@ def _iceberg(name: str, table: str, snapshot: int | None) -> tuple[list[str], st
     try:
         opened = load_catalog(catalog).load_table(identifier)
         tasks = list(opened.scan(snapshot_id=snapshot).plan_files())
-    except Exception as error:  # pyiceberg's catalogs raise classes of their own, and those of what they talk to
+    except Exception as error:  # pyiceberg's catalogs raise their own classes and those of their back ends
         raise SourceError(f"{name}: the table cannot be opened ({type(error).__name__}: {error}). {_CHECK}") from error
     if any(task.delete_files for task in tasks):
-        raise SourceError(f"{name}: rows are deleted by delete files, which are not read. Compact the table first.")
+        raise SourceError(f"{name}: it has delete files, which are not supported. Compact the table first.")
     current = opened.current_snapshot()
     paths = [task.file.file_path.removeprefix("file://") for task in tasks]
     return paths, str(snapshot or (current.snapshot_id if current else 0))
@@ -290,8 +290,8 @@ def _delta(name: str, table: str, version: int | None) -> tuple[list[str], str]:
         opened = DeltaTable(table, version=version)
         paths = [path.removeprefix("file://") for path in opened.file_uris()]
         features = opened.protocol().reader_features or []
-    except Exception as error:  # deltalake's classes share no base, and its stores raise OSError
+    except Exception as error:  # deltalake's classes have no common base, and its stores raise OSError
         raise SourceError(f"{name}: the table cannot be opened ({type(error).__name__}: {error}). {_CHECK}") from error
     if "deletionVectors" in features:
-        raise SourceError(f"{name}: rows are deleted by deletion vectors, which are not read. Purge the table first.")
+        raise SourceError(f"{name}: it has deletion vectors, which are not supported. Purge the table first.")
     return paths, str(opened.version())

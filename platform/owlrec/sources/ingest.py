@@ -1,7 +1,7 @@
-"""Stage 1 of `prepare`: fragments of the source, checked row by row, as files by bucket.
+"""Stage 1 of `prepare`: fragments of the source, validated row by row, as files by bucket.
 
-A shard is a group of fragments. Which fragments are in which group is written down, and a group whose fragments are
-all unchanged keeps its number, so that a source that grew by some files has only these read.
+A shard is a group of fragments. The assignment of fragments to groups is stored, and a group with only
+unchanged fragments keeps its number, so if a source grows by some files, only those are read.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,22 +23,22 @@ from owlrec.storage import FileEntry, Storage, fingerprint
 from owlrec.workspace import Workspace, read_tombstones, shard_file, shards_for
 
 # -------------------------------------------------------------------------------------------------------------- buckets
-# Rows of a table by bucket: one file whose batches are fetched by ranged reads, one at a time.
+# Rows of a table by bucket: one file whose batches are fetched one at a time by ranged reads.
 #
-# A bucket is the low bits of an id's hash, as a shard is, so that a bucket is a set of whole shards (or a shard of
+# A bucket is the low bits of an id's hash, like a shard, so a bucket is a set of whole shards (or a shard of
 # whole buckets). This is the shuffle of `prepare`: writers sort rows by bucket once, readers fetch their
-# own batch of every file, and nothing passes through a driver or an object store of Ray's.
+# own batch of every file, and nothing passes through a driver or Ray's object store.
 #
-# A file is one Arrow stream (LZ4) per batch, then where each begins and the last one ends, as int64. Arrow's own file
-# format would take several reads more to find a batch.
+# A file is one Arrow stream (LZ4) per batch, followed by the offsets of their starts and of the end, as int64. Arrow's
+# own file format would take several more reads to find a batch.
 
 
-MAX_BUCKETS = 1 << 14  # so that their numbers sort as 16-bit integers
+MAX_BUCKETS = 1 << 14  # their numbers sort as 16-bit integers
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
 def write_buckets(storage: Storage, path: str, table: pa.Table, key: str, n_buckets: int) -> FileEntry:
-    """Writes a table with one batch for each bucket of its ids; rows keep their order within one."""
+    """Writes a table with one batch per bucket of its ids; rows keep their order within one."""
     order, bounds = bucket_order(table[key].to_numpy(), n_buckets)
     table = table.combine_chunks().take(pa.array(order))
     parts = (table.slice(begin, end - begin) for begin, end in pairwise(bounds))
@@ -46,9 +46,9 @@ def write_buckets(storage: Storage, path: str, table: pa.Table, key: str, n_buck
 
 
 def bucket_order(ids: np.ndarray, n_buckets: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of `ids` by bucket, int64 [n], in their order within one; where each bucket begins, [n_buckets + 1]."""
+    """Rows of `ids` by bucket, int64 [n], in order within one; and the start of each bucket, [n_buckets + 1]."""
     buckets = shard_of(ids, n_buckets).astype(np.uint16)
-    order = np.argsort(buckets, kind="stable")  # of 16-bit integers: a radix sort
+    order = np.argsort(buckets, kind="stable")  # a radix sort, for 16-bit integers
     bounds = np.zeros(n_buckets + 1, dtype=np.int64)
     np.cumsum(np.bincount(buckets, minlength=n_buckets), out=bounds[1:])
     return order, bounds
@@ -70,7 +70,7 @@ def write_batches(storage: Storage, path: str, parts: Iterable[pa.Table], schema
 
 
 def read_batches(storage: Storage, path: str, numbers: Sequence[int], n_batches: int) -> list[pa.Table]:
-    """Some batches of a file that has `n_batches`, by ranged reads. Raises WorkspaceError where it is missing."""
+    """Some batches of a file that has `n_batches`, by ranged reads. Raises WorkspaceError if it is missing."""
     entry, size = storage.entry(path), 8 * (n_batches + 1)
     if entry is None:
         raise WorkspaceError(f"{storage.path(path)} does not exist. Run `prepare` again.")
@@ -89,20 +89,20 @@ def read_batches(storage: Storage, path: str, numbers: Sequence[int], n_batches:
 KIND = "fragments"
 GROUP_ROWS = 1 << 21
 GROUP_BYTES = 128 << 20
-BUCKET_INTERACTIONS = 1 << 20  # in one bucket, at most
+BUCKET_INTERACTIONS = 1 << 20  # maximum in one bucket
 BUCKET_ITEMS = 1 << 18
-_SLACK = 4  # a source may grow by so much before its buckets are divided again, and all of it is read again
+_SLACK = 4  # growth factor of a source before its buckets are redone and all of it is read again
 
 
 class Grouping(BaseModel):
-    """Which fragments are read together, and by how many buckets: groups.json."""
+    """Fragments by group, and the number of buckets: groups.json."""
 
     user_buckets: int
     item_buckets: int
     groups: dict[int, list[dict[str, Any]]] = {}  # Fragment.json by group
 
     def inputs(self) -> dict[Shard, str]:
-        """The digest of each group, for the runner."""
+        """Digest of each group, for the runner."""
         return {
             Shard(KIND, number): fingerprint(
                 self.user_buckets, self.item_buckets, [fragment["digest"] for fragment in group]
@@ -116,7 +116,7 @@ class Grouping(BaseModel):
 
 
 def grouped(fragments: Sequence[Fragment], earlier: Grouping | None) -> Grouping:
-    """Groups of fragments of one table, of about GROUP_ROWS each; groups of an earlier run that are unchanged stay."""
+    """Groups of fragments of one table, of about GROUP_ROWS each; unchanged groups of an earlier run stay."""
     rows = dict.fromkeys(("", *TABLE_NAMES), 0)
     for fragment in fragments:
         rows[fragment.table] += fragment.rows
@@ -154,7 +154,7 @@ def _kept(wanted: int, earlier: int) -> int:
 
 
 def read_grouping(workspace: Workspace, folder: str) -> Grouping | None:
-    """The grouping of an earlier run, None where there was none."""
+    """Grouping of an earlier run, None if there was none."""
     try:
         return Grouping.model_validate_json(workspace.read_bytes(f"{folder}/groups.json"))
     except (WorkspaceError, ValueError):
@@ -163,7 +163,7 @@ def read_grouping(workspace: Workspace, folder: str) -> Grouping | None:
 
 @dataclass
 class Ingest(Stage):
-    """Reads groups of fragments: for each table a file by bucket."""
+    """Reads groups of fragments: one file by bucket per table."""
 
     source: Fragments
     folder: str
@@ -199,7 +199,7 @@ class Ingest(Stage):
 
 
 def bucket_file(table: str, group: int) -> str:
-    """Where a group's rows of a table lie, relative to the artifact."""
+    """Path of a group's rows of a table, relative to the artifact."""
     return f"{table}/{shard_file(group, '.arrow')}"
 
 
@@ -209,7 +209,7 @@ def _key(table: TableName) -> str:
 
 @dataclass(frozen=True)
 class Groups:
-    """The ingested files of a table, and where a row of one of their buckets stands in the source."""
+    """Ingested files of a table, and positions of their rows in the source."""
 
     source: Fragments
     folder: str
@@ -220,7 +220,7 @@ class Groups:
 
     @property
     def schema(self) -> pa.Schema:
-        """The table's columns, where no group has rows of it."""
+        """The table's columns, if no group has rows of it."""
         return ENTITIES[self.table][1] if self.table in ENTITIES else INTERACTIONS
 
     @property
@@ -230,11 +230,11 @@ class Groups:
 
     @property
     def n_buckets(self) -> int:
-        """How many buckets the files have."""
+        """Number of buckets in the files."""
         return self.grouping.item_buckets if self.table == "items" else self.grouping.user_buckets
 
     def place(self, workspace: Workspace, number: int, bucket: int, row: int) -> Place:
-        """Where the row of a bucket of a group's file stands in the source: only for errors, since it reads the group
+        """Position in the source of a row from a bucket of a group's file: only for errors, since it reads the group
         again.
         """
         gone = read_tombstones(workspace)

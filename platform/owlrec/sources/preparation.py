@@ -1,5 +1,5 @@
-"""The three stages of `prepare`: `ingest` reads fragments of the source, `shuffle` brings the rows of each user
-together and refuses what is wrong, `tables` writes. Only then is the earlier run's output touched.
+"""The three stages of `prepare`: `ingest` reads fragments of the source, `shuffle` groups the rows of each user
+and refuses invalid data, `tables` writes. Only then is the earlier run's output changed.
 """
 
 from collections import Counter
@@ -38,7 +38,7 @@ from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shard_file, shards_for
 
 # ------------------------------------------------------------------------------------------------------------- prepared
-# Stage 3 of `prepare`: the tables that all later stages read, shard by shard, every file ascending by id.
+# Stage 3 of `prepare`: the tables that all later stages read, shard by shard, each file in ascending order of id.
 
 
 TABLES = "tables"
@@ -105,8 +105,8 @@ class WriteTables(Stage):
 
 
 def table_files(workspace: Workspace) -> dict[str, FileEntry]:
-    """The files of the prepared tables, by path such as users/00000012.parquet, with their digests: what a shard that
-    reads some of them is made from.
+    """Files of the prepared tables, by path such as users/00000012.parquet, with their digests: the inputs of a shard
+    that reads some of them.
     """
     cards = Artifact(workspace, TABLES).cards("item", "user")
     return {path: entry for card in cards.values() for path, entry in card.files.items()}
@@ -115,48 +115,48 @@ def table_files(workspace: Workspace) -> dict[str, FileEntry]:
 # ---------------------------------------------------------------------------------------------------------- preparation
 
 
-# Runs a stage over shards of these inputs: how is up to the caller, who is told what to say of it and, about, how many
-# rows it reads.
+# Runs a stage over shards of these inputs. The caller decides how; it receives a name for the progress bar and the
+# approximate number of rows.
 Make = Callable[[Stage, Mapping[Shard, str], str, int], dict[str, Card]]
 
 
 @dataclass
 class Preparation:
-    """One source on its way into one workspace."""
+    """Prepares one source for one workspace."""
 
     workspace: Workspace
     source: Fragments
     split: SplitConfig
     labels: Labels
-    shard_rows: int  # about so many users or items per shard, where the workspace has no number of shards yet
+    shard_rows: int  # approximate users or items per shard, if the workspace has no number of shards yet
 
     @property
     def rows(self) -> int:
-        """About how many interactions there are."""
+        """Approximate number of interactions."""
         return sum(fragment.rows for fragment in self.source.fragments if fragment.table in ("interactions", ""))
 
     @property
     def made_of(self) -> str:
-        """Digest of all that the tables depend on."""
+        """Digest of everything that the tables depend on."""
         digests = sorted(fragment.digest for fragment in self.source.fragments)
         return fingerprint(self.source.meaning, digests, self.source.drop_orphans, self.split, self.labels)
 
     @property
     def whole(self) -> bool:
-        """Whether every shard of the tables is there as it was written."""
+        """Whether every shard of the tables exists as it was written."""
         expected = self.workspace.n_shards("item") + len(USER_TABLES) * self.workspace.n_shards("user")
         return len(table_files(self.workspace)) == expected
 
     def run(self, make: Make, before_writing: Callable[[], None]) -> tuple[dict[str, int], str]:
-        """Makes the tables; what there is to count, and a fingerprint of their content.
+        """Makes the tables; returns counts and a fingerprint of their content.
 
-        before_writing: called when nothing can be refused any more. Raises SourceError or SchemaError, naming file and
-        row, where the source breaks the contract.
+        before_writing: called when nothing can be refused any more. Raises SourceError or SchemaError with file and
+        row if the source breaks the contract.
         """
         if self.split.method == "column" and SPLIT not in self.source.outcomes:
             raise SchemaError(
-                f"{self.source.names['interactions']}: split.method is column, but the interactions have no column "
-                f"'{SPLIT}'. Map one under source.columns.interactions, or choose another method."
+                f"{self.source.names['interactions']}: split.method is column, but the interactions have no "
+                f"column '{SPLIT}'. Map one under source.columns.interactions, or use another method."
             )
         self._make = make
         folder = self._folder
@@ -199,7 +199,7 @@ class Preparation:
         return groups
 
     def _tasks(self, groups: Mapping[TableName, Groups]) -> dict[Kind, Tasks]:
-        """How shards are made: their numbers are those of the workspace, or follow from the rows where it is new."""
+        """Distribution of shards: numbers are the workspace's, or follow from the rows if it is new."""
         users = (
             groups["users"].rows if self.source.has_users else _estimated_users(self.workspace, groups["interactions"])
         )
@@ -219,7 +219,7 @@ class Preparation:
         folder = f"shuffled/{fingerprint(self.made_of, list(tasks.values()))[:16]}"
         stage = Shuffle(folder, groups, tasks, self.split, self.labels, self.source.drop_orphans, self.source.names)
         cards: dict[str, Card] = {}
-        kinds: dict[Kind, str] = {"item": "checking items", "user": "bringing users together"}
+        kinds: dict[Kind, str] = {"item": "checking items", "user": "shuffling rows by user"}
         for kind, about in kinds.items():
             inputs = {Shard(kind, task): folder for task in range(len(tasks[kind]))}
             cards |= self._make(stage, inputs, about, groups["items"].rows if kind == "item" else self.rows)
@@ -232,21 +232,21 @@ class Preparation:
         return stage, counts, cards
 
     def _write(self, shuffle: Shuffle, thresholds: tuple[int, int], cards: Mapping[str, Card]) -> dict[str, int]:
-        """Writes the tables; how many samples of label 0 were drawn, by split."""
+        """Writes the tables; returns the number of sampled negatives by split."""
         stage = WriteTables(shuffle.folder, shuffle.tasks, self.split, shuffle.labels, thresholds)
         settings = (stage.split, stage.thresholds, stage.tasks, stage.labels)
         files = {name: {path: entry.sha256 for path, entry in card.files.items()} for name, card in cards.items()}
-        # What is drawn depends on which items there are.
+        # Sampled negatives depend on the existing items.
         catalog = [read for name, read in files.items() if name.startswith("item/")] if stage.labels.negatives else None
         inputs = {Shard.from_name(name): fingerprint(read, *settings, catalog) for name, read in files.items()}
         artifact = Artifact(self.workspace, TABLES)
         for name in set(artifact.cards()) - {shard.name for shard in inputs}:
-            artifact.forget(Shard.from_name(name))  # of a time when there were more tasks
+            artifact.forget(Shard.from_name(name))  # from a run with more tasks
         written = self._make(stage, inputs, "writing tables", self.rows).values()
         return {split: sum(int(card.counts.get(f"drawn_{split}", 0)) for card in written) for split in SPLITS}
 
     def tidy(self) -> None:
-        """Removes what only an unfinished run would read again: shuffled rows, and groups that no longer are."""
+        """Removes data that only an unfinished run would read again: shuffled rows and outdated groups."""
         self.workspace.delete_dir("shuffled")
         for name in self.workspace.names("ingest"):
             if f"ingest/{name}" != self._folder:
@@ -259,6 +259,6 @@ class Preparation:
 
 
 def _estimated_users(workspace: Workspace, groups: Groups) -> int:
-    """From one bucket, which is a sample of the users by their hash; all of them where there is but one."""
+    """Estimate from one bucket, which is a sample of the users by their hash; exact if there is only one."""
     batches = [read_batches(workspace, path, [0], groups.n_buckets)[0] for path in groups.paths]
     return len(pa.concat_tables(batches)["user_id"].unique()) * groups.n_buckets

@@ -1,8 +1,8 @@
-"""Stage 2 of `prepare`: everything about some users, or some items, brought together, checked and sorted.
+"""Stage 2 of `prepare`: gathers, validates and sorts all rows of some users, or of some items.
 
-A task is a bucket; where there are fewer shards than buckets, those buckets that are one shard. It reads its batch of
-every ingested file and writes one file with a batch per shard. All that can be refused is refused here, before the
-first table is touched.
+A task is a bucket or, if there are fewer shards than buckets, the buckets of one shard. It reads its batch of
+every ingested file and writes one file with one batch per shard. All remaining checks happen here, before the
+first table is changed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ from owlrec.workspace import Workspace, shard_file
 
 @dataclass(frozen=True)
 class Tasks:
-    """How the shards of a kind are divided among tasks: task t makes the shards t, t + n, ... of n_shards."""
+    """Distribution of a kind's shards among tasks: task t makes the shards t, t + n, ... of n_shards."""
 
     kind: Kind
     n_buckets: int
@@ -50,7 +50,7 @@ class Tasks:
         return range(task, self.n_shards, len(self))
 
     def order(self, ids: np.ndarray, task: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of a task's ids by shard, in their order within one, and where each of its shards begins."""
+        """Rows of a task's ids by shard, in order within one, and the start of each of its shards."""
         place = (shard_of(ids, self.n_shards) - task) // len(self)
         n = len(self.shards(task))
         order = np.argsort(place.astype(np.uint16) if n <= 1 << 16 else place, kind="stable")
@@ -59,7 +59,7 @@ class Tasks:
 
 @dataclass
 class Shuffle(Stage):
-    """Sorts buckets. Items come first: interactions are checked against them."""
+    """Sorts buckets. Items come first, because interactions are checked against them."""
 
     folder: str
     groups: Mapping[TableName, Groups]
@@ -67,7 +67,7 @@ class Shuffle(Stage):
     split: SplitConfig
     labels: Labels
     drop_orphans: bool
-    names: Mapping[str, str]  # of tables, in errors
+    names: Mapping[str, str]  # names of tables in errors
     _item_ids: np.ndarray | None = field(default=None, repr=False)
 
     name = "shuffle"
@@ -128,7 +128,7 @@ class Shuffle(Stage):
     def _read(
         self, workspace: Workspace, table: TableName, buckets: Sequence[int]
     ) -> tuple[pa.Table, Callable[[int], Place]]:
-        """The rows of some buckets, in the source's order within one, and what says where a row stands there."""
+        """Rows of some buckets, in source order within one, and a function for their source positions."""
         groups = self.groups[table]
         rows = [
             (number, bucket, batch)
@@ -148,7 +148,7 @@ class Shuffle(Stage):
         return pa.concat_tables([batch for _, _, batch in rows]).combine_chunks(), where
 
     def _write(self, work: Work, table: TableName, rows: pa.Table, key: str) -> dict:
-        """Writes rows that are sorted as a shard's are, one batch per shard."""
+        """Writes rows in shard order, one batch per shard."""
         tasks, task = self.tasks[work.shard.kind], work.shard.number  # type: ignore[index]
         order, bounds = tasks.order(rows[key].to_numpy(), task)
         rows = rows.take(pa.array(order))
@@ -157,7 +157,7 @@ class Shuffle(Stage):
         return {path: write_batches(work.workspace, f"{self.folder}/{path}", parts, rows.schema)}
 
     def _known_items(self, workspace: Workspace) -> np.ndarray:
-        """The ids of all items, ascending: read once a worker, 80 MB of 10^7."""
+        """Ids of all items, ascending: read once per worker, 80 MB for 10^7."""
         if self._item_ids is None:
             self._item_ids = shuffled_items(workspace, self.folder, self.tasks["item"])
         return self._item_ids
@@ -168,13 +168,13 @@ class Shuffle(Stage):
 
 
 def shuffled_items(workspace: Workspace, folder: str, tasks: Tasks) -> np.ndarray:
-    """The ids of all items, ascending: int64."""
+    """Ids of all items, ascending: int64."""
     paths = [f"{folder}/{shuffled_file('item-ids', task)}" for task in range(len(tasks))]
     return np.sort(np.concatenate([workspace.map_arrow(path)["item_id"].to_numpy() for path in paths]))
 
 
 def shuffled_file(table: str, task: int) -> str:
-    """Where a task's rows of a table lie, relative to the artifact."""
+    """Path of a task's rows of a table, relative to the artifact."""
     return f"{table}/{shard_file(task, '.arrow')}"
 
 

@@ -1,7 +1,7 @@
 """Your own data: three tables as Parquet, CSV or JSON lines, or as Iceberg or Delta tables, with a mapping of column
 names.
 
-Columns that are neither ids nor mapped are kept, as profile fields of users and attributes of items.
+Columns that are neither ids nor mapped are kept as profile fields of users and attributes of items.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,31 +42,32 @@ from owlrec.sources.raw import (
 )
 from owlrec.storage import fingerprint
 
-FRAGMENT_ROWS = 1 << 21  # of row groups that are read together
+FRAGMENT_ROWS = 1 << 21  # rows of row groups read together
 FRAGMENT_BYTES = 128 << 20
-_ROW_BYTES = {"users": 64, "items": 128, "interactions": 32}  # of a line of text, about
-_THREADS = 32  # that open files: on an object store each waits for its answer most of the time
+_ROW_BYTES = {"users": 64, "items": 128, "interactions": 32}  # approximate bytes per line of text
+_THREADS = 32  # threads that open files: on an object store each mostly waits
 
 
 class TableSource(Source):
-    """Tables in files. `columns` maps, for each table, our column name to the file's: {items: {title: name}}."""
+    """Tables in files. `columns` maps our column names to the file's, per table: {items: {title: name}}."""
 
     type: Literal["table"]
-    users: str | None = None  # without it, users are those of the interactions and have no profile
+    users: str | None = None  # default: the users of the interactions, without profiles
     items: str
     interactions: str
     columns: dict[TableName, dict[str, str]] = {}
     timestamp_unit: Literal["s", "ms", "us", "ns"] = "ms"
-    drop_orphans: bool = False  # drop interactions whose user or item has no row, in place of an error
+    drop_orphans: bool = False  # drop interactions whose user or item has no row instead of failing
 
     def open(self) -> Fragments:
-        """The files as fragments, their columns checked. Raises SourceError where a file is missing or cannot be
-        parsed, SchemaError where one lacks a column or files disagree.
+        """The files as fragments, with checked columns. Raises SourceError if a file is missing or cannot be
+        parsed, and SchemaError if one lacks a column or files disagree.
         """
         return FileFragments(self)
 
     def load(self) -> RawTables:
-        """The three tables, in memory. Raises as `open`, and SchemaError where their content breaks the contract."""
+        """The three tables, in memory. Raises the errors of `open`, and SchemaError if their content breaks the
+        contract."""
         fragments = self.open()
         pieces = [piece for fragment in fragments.fragments for piece in fragments.read(fragment)]
         if not self.users:
@@ -83,7 +84,7 @@ class FileFragments(Fragments):
     """The files of a TableSource."""
 
     def __init__(self, source: TableSource) -> None:
-        """Lists the files and reads what tells their columns. Errors: see TableSource.open."""
+        """Lists the files and reads their columns. Errors: see TableSource.open."""
         self._source = source
         self.drop_orphans, self.has_users = source.drop_orphans, source.users is not None
         paths = {"users": source.users or source.interactions, "items": source.items}
@@ -118,19 +119,19 @@ class FileFragments(Fragments):
             if (other := outcome_columns(schema.names)) != first:
                 mine = " and ".join(other) or "neither rating, label, event, split nor weight"
                 raise SchemaError(
-                    f"{file.path} has {mine}, but {files[0].path} has {' and '.join(first) or 'none of these'}. Give "
-                    "all files of the interactions the same columns."
+                    f"{file.path} has {mine}, but {files[0].path} has "
+                    f"{' and '.join(first) or 'none of these'}. All interactions files need the same columns."
                 )
         return first
 
     def _typed(self, table: TableName) -> set[str]:
-        """The columns whose types CSV files leave to be guessed, by their names."""
+        """Columns whose types are guessed in CSV files, by name."""
         mapping = self._source.columns.get(table, {})
         numbers = ("rating", "label", "timestamp", "weight")
         return {mapping.get(c, c) for c in numbers} if table == "interactions" else set()
 
     def _checked_columns(self, table: TableName, file: SourceFile, schema: pa.Schema) -> pa.Schema:
-        """A file's columns under our names. Raises SchemaError where one that we need is missing."""
+        """A file's columns with our names. Raises SchemaError if a required one is missing."""
         empty = _rename(schema.empty_table(), self._source.columns.get(table, {}), table, file.path)
         needed = {"users": ("user_id",), "items": ("item_id", "title")}.get(table, ("user_id", "item_id", "timestamp"))
         for column in needed:
@@ -152,7 +153,7 @@ class FileFragments(Fragments):
                 yield Piece("users", hashed_users(data, rows), name, first_row)
         else:
             schema = self._attributes[table]
-            for field in schema:  # a column that other files have
+            for field in schema:  # a column of other files
                 if field.name not in data.column_names:
                     data = data.append_column(field, pa.nulls(data.num_rows, field.type))
             yield entities_piece(table, data.select(schema.names), name, first_row)
@@ -196,17 +197,17 @@ def _rename(data: pa.Table, mapping: Mapping[str, str], table: TableName, file: 
     for ours, theirs in mapping.items():
         if theirs not in data.column_names:
             raise SchemaError(
-                f"{file}: source.columns.{table} maps {ours} to column '{theirs}', which the file "
-                f"lacks.{did_you_mean(theirs, data.column_names)}"
+                f"{file}: source.columns.{table} maps {ours} to column '{theirs}', which the file does not "
+                f"have.{did_you_mean(theirs, data.column_names)}"
             )
     rest = [c for c in data.column_names if c not in mapping and c not in mapping.values()]
     return pa.table({**{ours: data[theirs] for ours, theirs in mapping.items()}, **{c: data[c] for c in rest}})
 
 
 def to_milliseconds(column: pa.ChunkedArray, unit: Literal["s", "ms", "us", "ns"], *, name: str) -> pa.ChunkedArray:
-    """Timestamps as ms since 1970, UTC. Dates and Arrow timestamps know their unit; for numbers it is `unit`.
+    """Timestamps as ms since 1970, UTC. Dates and Arrow timestamps have a unit; for numbers it is `unit`.
 
-    Times without a zone count as UTC, fractions of a millisecond are cut off, text is returned as it is. Raises
+    Times without a zone count as UTC, fractions of a millisecond are truncated, text is returned unchanged. Raises
     SchemaError for numbers too large for the unit.
     """
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):

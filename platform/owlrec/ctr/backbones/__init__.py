@@ -1,4 +1,4 @@
-"""The CTR backbones, one file each, and a line here."""
+"""The CTR backbones: one file per group and one line here per backbone."""
 
 from typing import TYPE_CHECKING
 

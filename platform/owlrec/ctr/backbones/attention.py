@@ -1,4 +1,4 @@
-"""Backbones that weigh fields by what stands beside them: AutoInt+, FiBiNET and Fi-GNN."""
+"""Backbones that weight fields by the other fields: AutoInt+, FiBiNET and Fi-GNN."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape, mlp
 
 # -------------------------------------------------------------------------------------------------------------- autoint
-# AutoInt+ (Song et al., CIKM 2019): self-attention over the fields, beside an MLP (sec. 5.5), summed.
+# AutoInt+ (Song et al., CIKM 2019): self-attention over the fields plus an MLP (sec. 5.5), summed.
 #
-# An interacting layer (sec. 4.4) lets each field gather from all fields what goes with it; a residual keeps what it
-# was. The scores are not scaled, as in the paper. Query, key and value have no bias: the softmax would cancel the
-# key's. The MLP is the paper's joint form; without it the model would have no use for `hidden_dims`, and in the paper
-# it is weaker.
+# An interacting layer (sec. 4.4) lets each field gather related information from all fields; a residual keeps its
+# input. As in the paper, the scores are not scaled. Query, key and value have no bias: the softmax would cancel the
+# key's. The MLP is the paper's joint form. Without it `hidden_dims` would be unused, and in the paper the model
+# without an MLP is weaker.
 
 
 # The paper's sizes.
@@ -42,7 +42,7 @@ class FieldAttention(nn.Module):
 
 
 class AutoInt(Backbone):
-    """Knowledge is two further fields: attention decides which others each goes with."""
+    """Knowledge is two more fields; attention relates them to the others."""
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
@@ -65,18 +65,18 @@ class AutoInt(Backbone):
 # -------------------------------------------------------------------------------------------------------------- fibinet
 # FiBiNET (Huang et al., RecSys 2019): field weights, bilinear products of field pairs, an MLP, and a linear term.
 #
-# SENET (sec. 3.2) weighs each field by what all fields' means say. Pairs (sec. 3.3) are (v_i W_i) * v_j, one matrix a
-# field (the paper's field-each type), taken once of the embeddings and once of the weighted ones with the same
-# matrices. The gate ends in a sigmoid, as in the SENET of images, where the paper has a ReLU: embeddings start near
+# SENET (sec. 3.2) weights each field by the means of all fields. Pairs (sec. 3.3) are (v_i W_i) * v_j, one matrix per
+# field (the paper's field-each type), computed from the embeddings and from the weighted embeddings with the same
+# matrices. The gate ends in a sigmoid, as in the SENET for images, while the paper has a ReLU: embeddings start near
 # zero, and with a ReLU half of the weighted fields start at exactly zero and the others too small to learn from. The
-# linear term is a learned projection of the embeddings. Knowledge is two further fields throughout.
+# linear term is a learned projection of the embeddings. Knowledge is two more fields throughout.
 
 
 FIBINET_REDUCTION = 3  # the paper's: the gate's hidden layer has a third of the fields
 
 
 class FieldWeights(nn.Module):
-    """Squeeze and excitation over fields: a gate in (0, 1) for each."""
+    """Squeeze and excitation over fields: a gate in (0, 1) per field."""
 
     def __init__(self, n_fields: int) -> None:
         super().__init__()
@@ -86,12 +86,12 @@ class FieldWeights(nn.Module):
         )
 
     def forward(self, fields: Tensor) -> Tensor:
-        """float32 [b, n_fields, e]: the fields, each times its gate."""
+        """float32 [b, n_fields, e]: each field times its gate."""
         return fields * self.excite(fields.mean(2)).unsqueeze(2)
 
 
 class BilinearPairs(nn.Module):
-    """(v_i W_i) * v_j of all pairs i < j, in the order (0, 1), (0, 2), ..., (1, 2), ..."""
+    """(v_i W_i) * v_j for all pairs i < j, in the order (0, 1), (0, 2), ..., (1, 2), ..."""
 
     left: Tensor
     right: Tensor
@@ -101,7 +101,7 @@ class BilinearPairs(nn.Module):
         left, right = torch.triu_indices(n_fields, n_fields, offset=1)
         self.register_buffer("left", left, persistent=False)
         self.register_buffer("right", right, persistent=False)
-        # No pair has the last field on its left.
+        # The last field is never on the left of a pair.
         self.weight = nn.Parameter(torch.empty(n_fields - 1, embed_dim, embed_dim))
         nn.init.xavier_normal_(self.weight)
 
@@ -112,7 +112,7 @@ class BilinearPairs(nn.Module):
 
 
 class FiBiNET(Backbone):
-    """Which fields matter, and how each pair of them goes together."""
+    """Learns the importance of fields and the interaction of each pair."""
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
@@ -132,14 +132,14 @@ class FiBiNET(Backbone):
 # ---------------------------------------------------------------------------------------------------------------- fignn
 # Fi-GNN (Li et al., CIKM 2019): the fields as the nodes of a complete graph that exchange messages for some steps.
 #
-# Nodes start from self-attention over the fields; AutoInt's layer serves, whose residual keeps them apart while all
-# embeddings are near zero. A message passes a matrix of its sender, the edge's weight and a matrix of its receiver; a
-# GRU takes it in, and the starting state is added after each step. A linear layer scores each node, and an MLP over
-# all nodes weighs the scores, between 0 and 1. An MLP that scores single nodes is what the paper has: on a toy world
-# it died in two of three runs, since all nodes of all rows look alike to it at first. Knowledge is two further nodes.
+# Nodes start from self-attention over the fields, with AutoInt's layer, whose residual keeps them distinct while all
+# embeddings are near zero. A message passes a matrix of its sender, the edge's weight and a matrix of its receiver. A
+# GRU reads it, and the starting state is added after each step. A linear layer scores each node, and an MLP over
+# all nodes weights the scores between 0 and 1. The paper uses an MLP that scores single nodes: on a toy world
+# it died in two of three runs, since all nodes of all rows look alike to it at first. Knowledge is two more nodes.
 
 
-FIGNN_STEPS = 2  # KAR's; the paper is at its best with 2 or 3
+FIGNN_STEPS = 2  # as in KAR; the paper does best with 2 or 3
 FIGNN_HEADS = 2
 FIGNN_HEAD_DIM = 16
 FIGNN_STATE_DIM = FIGNN_HEADS * FIGNN_HEAD_DIM
@@ -162,21 +162,21 @@ class FieldGraph(nn.Module):
     def edges(self, nodes: Tensor) -> Tensor:
         """float32 [b, n, n]: how much row i takes from column j, 0 on the diagonal; rows sum to 1.
 
-        The paper scores an edge by one vector over both nodes, concatenated: that is the sum of two scores.
+        The paper scores an edge with one vector over both concatenated nodes, which is the sum of two scores.
         """
         scores = F.leaky_relu(self.receiver_score(nodes) + self.sender_score(nodes).transpose(1, 2))
         itself = torch.eye(nodes.shape[1], dtype=torch.bool, device=nodes.device)
         return torch.softmax(scores.masked_fill(itself, float("-inf")), dim=2)
 
     def step(self, states: Tensor, edges: Tensor) -> Tensor:
-        """float32 [b, n, dim]: the states after one exchange of messages, without the residual."""
+        """float32 [b, n, dim]: states after one exchange of messages, without the residual."""
         sent = torch.einsum("bjd,jdk->bjk", states, self.send)
         taken = torch.einsum("bij,bjd,idk->bik", edges, sent, self.receive) + self.bias
         return self.update(taken.flatten(0, 1), states.flatten(0, 1)).view_as(states)
 
 
 class FiGNN(Backbone):
-    """Field interactions by message passing; the state of a node is 32 wide whatever the embedding is."""
+    """Field interactions by message passing; a node's state is 32 wide for any embedding width."""
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)

@@ -9,24 +9,24 @@ from torch import Tensor, nn
 from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape, mlp
 
 # --------------------------------------------------------------------------------------------------------------- deepfm
-# DeepFM (Guo et al., IJCAI 2017): a linear term, a factorisation machine and an MLP, summed (sec. 2.1).
+# DeepFM (Guo et al., IJCAI 2017): a linear term, a factorization machine and an MLP, summed (sec. 2.1).
 #
-# A backbone sees embeddings only, so the linear term is a learned projection of them: the weight of a feature is the
+# A backbone sees only embeddings, so the linear term is a learned projection of them: the weight of a feature is the
 # dot product of its embedding and a vector of its field. Knowledge enters that term and the MLP but not the
-# factorisation machine, as in KAR: a pair of an id's embedding and a dense vector does not co-occur as two features do.
+# factorization machine, as in KAR: an id's embedding and a dense vector do not co-occur like two features.
 
 
 def pair_sum(fields: Tensor) -> Tensor:
-    """The second order of a factorisation machine: the sum of <v_i, v_j> over all pairs i < j.
+    """Second order of a factorization machine: the sum of <v_i, v_j> over all pairs i < j.
 
-    It is half of what the square of the fields' sum has more than the sum of their squares: linear in their number.
+    Computed as half of (square of the fields' sum - sum of their squares), in time linear in the number of fields.
     fields: float32 [b, n, e]. Returns float32 [b].
     """
     return 0.5 * (fields.sum(1).square() - fields.square().sum(1)).sum(1)
 
 
 class DeepFM(Backbone):
-    """All three parts share the embeddings; a history stands for one field, its mean."""
+    """All three parts share the embeddings; a history counts as one field, its mean."""
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
@@ -45,10 +45,10 @@ class DeepFM(Backbone):
 # -------------------------------------------------------------------------------------------------------------- xdeepfm
 # xDeepFM (Lian et al., KDD 2018): a linear term, a compressed interaction network and an MLP, summed (sec. 3.3).
 #
-# Each layer of the network (CIN, sec. 3.1) weighs the products of all pairs of its own and the original feature maps,
-# component by component, so that a map stays a vector of the embedding's width; no activation, as the paper found
-# best. Components come before maps in memory here, so that a layer is one matrix product. The linear term is a learned
-# projection of the embeddings, since a backbone sees nothing else. Knowledge is two further fields of all three parts.
+# Each layer of the network (CIN, sec. 3.1) weights the products of all pairs of its own and the original feature maps,
+# component by component, so a map stays a vector of the embedding's width. There is no activation, which the paper
+# found best. Components come before maps in memory here, so a layer is one matrix product. The linear term is a learned
+# projection of the embeddings, since a backbone sees nothing else. Knowledge is two more fields of all three parts.
 
 
 # Maps of each layer. The paper's 200 cost ten times as much; KAR has 50, 50.
@@ -77,7 +77,7 @@ class CompressedInteraction(nn.Module):
 
 
 class XDeepFM(Backbone):
-    """Explicit interactions up to degree three, vector by vector, beside the implicit ones of an MLP."""
+    """Explicit vector-wise interactions up to degree three, plus the implicit ones of an MLP."""
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
@@ -97,9 +97,9 @@ class XDeepFM(Backbone):
 # ---------------------------------------------------------------------------------------------------------------- dcnv1
 # DCN, the deep and cross network (Wang et al., ADKDD 2017): a cross network and a deep network side by side.
 #
-# A cross layer is x_{l+1} = x_0 (x_l . w_l) + b_l + x_l (sec. 2.2): its weight matrix has rank one, so a layer weighs
-# x_0 by one number a row, where DCN-V2 weighs each component by its own. The paper normalises the deep part by batch;
-# here it is not, as in all our backbones: a row's score must not hang on the rows beside it.
+# A cross layer is x_{l+1} = x_0 (x_l . w_l) + b_l + x_l (sec. 2.2). Its weight matrix has rank one, so a layer scales
+# x_0 by one number per row, while DCN-V2 weights each component separately. The paper uses batch normalization in the
+# deep part; our backbones do not, since a row's score must not depend on the other rows of its batch.
 
 
 CROSS_LAYERS = 3  # as KAR has it
@@ -122,7 +122,7 @@ class CrossNetwork(nn.Module):
 
 
 class DCNv1(Backbone):
-    """Crosses up to degree four, and an MLP; knowledge and the history's mean stand among the crossed fields."""
+    """Crosses up to degree four, and an MLP; the crossed fields include knowledge and the history's mean."""
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
@@ -140,11 +140,11 @@ class DCNv1(Backbone):
 # ---------------------------------------------------------------------------------------------------------------- dcnv2
 # DCN-V2 (Wang et al., WWW 2021), parallel form: a cross network and a deep network side by side over all fields.
 #
-# A cross layer is x_{l+1} = x_0 * (W x_l + b) + x_l with a full-rank W: at the width of our input (some 300) the
+# A cross layer is x_{l+1} = x_0 * (W x_l + b) + x_l with a full-rank W. At our input width (about 300) the
 # paper's low-rank form saves nothing.
 #
-# With knowledge W is block-diagonal: the knowledge fields are crossed with each other, which is where a user's taste
-# meets what an item is, and the deep network alone reads them beside the others. A full W would be 1.7 times as large.
+# With knowledge, W is block-diagonal: the knowledge fields are crossed with each other, so a user's taste meets an
+# item's facts. Only the deep network reads them together with the others. A full W would be 1.7 times as large.
 
 
 CROSS_LAYERS = 3
@@ -166,7 +166,7 @@ class MatrixCross(nn.Module):
 
 
 class DCNv2(Backbone):
-    """Explicit feature crosses up to degree four, and an MLP; the history enters as its mean."""
+    """Explicit feature crosses up to degree four, plus an MLP; the history enters as its mean."""
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)

@@ -1,7 +1,7 @@
-"""What every backbone is given and gives back: features, adaptor and training know none of them by name.
+"""The interface of every backbone: features, adaptor and training know no backbone by name.
 
-A backbone sees embeddings only. Knowledge, where an arm has it, comes as two further fields (user, item) of the same
-width as all others, so that field models (FM, CIN, attention over fields) take it in without a special case, as in
+A backbone sees only embeddings. Knowledge, if the arm has it, is two more fields (user, item) of the same
+width as all others, so field models (FM, CIN, attention over fields) need no special case, as in
 KAR (RecSys 2024, sec. 3.4).
 """
 
@@ -19,29 +19,29 @@ from torch.nn import functional as F
 class InputShape:
     """Sizes that a backbone needs to build its layers."""
 
-    item_fields: int  # the item's id and attributes
+    item_fields: int  # item id and attributes
     profile_fields: int
-    knowledge_fields: int  # 2 for each form of it (vectors, semantic ids), or 0 in the arm without knowledge
+    knowledge_fields: int  # 2 per form of knowledge (vectors, semantic ids), or 0 without knowledge
     embed_dim: int
 
     @property
     def behaviour_fields(self) -> int:
-        """Fields of one behaviour: those of its item, and its rating."""
+        """Fields of one behaviour: those of its item, plus its rating."""
         return self.item_fields + 1
 
     @property
     def n_fields(self) -> int:
-        """How many fields `BackboneInputs.fields` gives."""
+        """Number of fields in `BackboneInputs.fields`."""
         return self.item_fields + self.behaviour_fields + self.profile_fields + self.knowledge_fields
 
 
 @dataclass(frozen=True)
 class TableRows:
     """Behaviours as rows of tables. A weighted sum over them is then an embedding bag, seven times faster on a CPU than
-    to gather a [b, L, f, e] tensor and to multiply it.
+    gathering and multiplying a [b, L, f, e] tensor.
     """
 
-    tables: tuple[Tensor, ...]  # float32 [r, width], their fields side by side
+    tables: tuple[Tensor, ...]  # float32 [r, width], their fields concatenated
     rows: tuple[Tensor, ...]  # int64 [b, L], of each table
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -68,29 +68,29 @@ class TableRows:
 class BackboneInputs:
     """One batch, embedded. b: rows, L: history length, e: embed_dim.
 
-    history, mask and profile may have one row for all b: those of the user whose candidates a request scores. What a
-    backbone makes of them alone is then made once.
+    history, mask and profile may have one row for all b: the row of the user whose candidates a request scores. Work
+    that depends only on them is then done once.
     """
 
     target: Tensor  # float32 [b, item_fields, e]
-    # float32 [b or 1, L, behaviour_fields, e], the rating last; L is 0 where the backbone reads only sums of it
+    # float32 [b or 1, L, behaviour_fields, e], the rating last; L is 0 if the backbone reads only sums of it
     history: Tensor
-    mask: Tensor  # bool [b or 1, L], True where a behaviour stands
+    mask: Tensor  # bool [b or 1, L], False for padding
     profile: Tensor  # float32 [b or 1, profile_fields, e]
     knowledge: Tensor | None  # float32 [b, knowledge_fields, e]: the user's, then the item's
-    behaviours: TableRows | None = None  # the history as rows of tables, where a batch's items recur
+    behaviours: TableRows | None = None  # the history as rows of tables, if a batch repeats items
 
     def mean_history(self) -> Tensor:
-        """float32 [b or 1, behaviour_fields, e]: the mean over the behaviours that stand; zeros for an empty
+        """float32 [b or 1, behaviour_fields, e]: mean over the behaviors without padding; zeros for an empty
         history.
         """
         weights = self.mask.to(self.target.dtype)
         return self.sum_history(weights / weights.sum(1, keepdim=True).clamp(min=1))
 
     def sum_history(self, weights: Tensor) -> Tensor:
-        """float32 [b, behaviour_fields, e]: the sum of the behaviours, each times its weight.
+        """float32 [b, behaviour_fields, e]: weighted sum of the behaviours.
 
-        weights: float32 [b, L], or [1, L] where the history has one row and the weights too.
+        weights: float32 [b, L], or [1, L] if history and weights have one row.
         """
         if self.behaviours is None:
             return torch.einsum("bl,blfe->bfe", weights, self.history)
@@ -103,16 +103,16 @@ class BackboneInputs:
         return self.behaviours.projected(weight)
 
     def fields(self, history: Tensor | None = None) -> Tensor:
-        """float32 [b, n_fields, e]: target, history (its mean unless another summary is given), profile, knowledge."""
+        """float32 [b, n_fields, e]: target, history (by default its mean), profile, knowledge."""
         user_parts = [self.mean_history() if history is None else history, self.profile]
         parts = [self.target, *(part.expand(self.target.shape[0], -1, -1) for part in user_parts)]
         return torch.cat(parts if self.knowledge is None else [*parts, self.knowledge], dim=1)
 
 
 class Backbone(nn.Module, ABC):
-    """A CTR model from embeddings on."""
+    """The part of a CTR model above the embeddings."""
 
-    reads_behaviours: ClassVar[bool] = False  # True where `forward` reads `history` itself, not only sums of it
+    reads_behaviours: ClassVar[bool] = False  # True if `forward` reads `history` itself, not only sums of it
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Backbone(nn.Module, ABC):
 
 
 def mlp(in_dim: int, hidden_dims: Sequence[int], dropout: float, out_dim: int | None = None) -> nn.Sequential:
-    """Linear, ReLU and dropout for each of `hidden_dims`, then a linear layer to `out_dim` where one is given."""
+    """Linear, ReLU and dropout for each of `hidden_dims`, then an optional linear layer to `out_dim`."""
     layers: list[nn.Module] = []
     for width in hidden_dims:
         layers += [nn.Linear(in_dim, width), nn.ReLU(), nn.Dropout(dropout)]

@@ -11,9 +11,9 @@ from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape,
 # DIN, the deep interest network (Zhou et al., KDD 2018): attention of the target item over the user's behaviours.
 #
 # The paper's attention unit is an MLP over [q, k, q - k, q * k]. Its first layer is linear in q, k and q - k, so it is
-# written as three projections whose sum is that layer: the same function, without a [b, L, 4d] tensor. The weights are
+# written as the sum of three projections: the same function without a [b, L, 4d] tensor. The weights are
 # a softmax: the paper's plain sum scored the same on MovieLens-100K (valid AUC .7637, softmax .7638), and a softmax
-# keeps its scale whatever the history's length.
+# keeps its scale for any history length.
 
 
 ATTENTION_DIMS = (32, 16)
@@ -50,12 +50,12 @@ class DIN(Backbone):
 
 
 # ----------------------------------------------------------------------------------------------------------------- dien
-# DIEN, the deep interest evolution network (Zhou et al., AAAI 2019): two GRUs over the history, the second steered by
-# the target: each step's update gate is scaled by that step's attention to the target (AUGRU), so that what has
-# nothing to do with it leaves the state as it was. So does padding, whose attention is 0. The paper's auxiliary loss,
-# which has the first GRU's states predict the next behaviour against a sampled one, is left out: a backbone returns a
-# logit and sees no negatives. The head reads the final state beside all fields, the history's mean among them;
-# knowledge is dense input to it.
+# DIEN, the deep interest evolution network (Zhou et al., AAAI 2019): two GRUs over the history. The target steers the
+# second: each step's update gate is scaled by that step's attention to the target (AUGRU), so irrelevant
+# steps leave the state unchanged. So does padding, whose attention is 0. The paper's auxiliary loss,
+# in which the first GRU's states predict the next behavior against a sampled one, is left out: a backbone returns a
+# logit and sees no negatives. The head reads the final state and all fields, including the history's mean;
+# knowledge is a dense input to it.
 
 
 class AttentionalGRU(nn.Module):
@@ -64,7 +64,7 @@ class AttentionalGRU(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self.read = nn.Linear(in_dim, 3 * dim)  # reset gate, update gate, candidate: of all steps in one product
+        self.read = nn.Linear(in_dim, 3 * dim)  # reset gate, update gate, candidate, for all steps in one product
         self.recall = nn.Linear(dim, 3 * dim, bias=False)
         nn.init.orthogonal_(self.recall.weight)
 
@@ -75,7 +75,7 @@ class AttentionalGRU(nn.Module):
         """
         read_gates, read_candidate = self.read(steps).split([2 * self.dim, self.dim], dim=2)
         state = steps.new_zeros(weights.shape[1], self.dim)
-        # unbind, not an index a step: the gradient of an index is a tensor of all steps.
+        # unbind instead of an index per step: the gradient of an index is a tensor of all steps.
         for gates, candidate, weight in zip(
             read_gates.unbind(), read_candidate.unbind(), weights.unsqueeze(2).unbind(), strict=True
         ):
@@ -87,10 +87,10 @@ class AttentionalGRU(nn.Module):
 
 
 class DIEN(Backbone):
-    """Interests as they evolve towards the target; an empty history gives a state of zeros.
+    """Interests that evolve towards the target; an empty history gives a zero state.
 
-    A state is as wide as an item's embedding, as in the paper. Behaviours must come before padding, as features.py
-    has them: the extractor reads them in their order.
+    A state is as wide as an item's embedding, as in the paper. Behaviours must come before padding, as in features.py,
+    because the extractor reads them in order.
     """
 
     reads_behaviours = True
@@ -104,7 +104,7 @@ class DIEN(Backbone):
         self.head = mlp(item_dim + shape.n_fields * shape.embed_dim, hidden_dims, dropout, out_dim=1)
 
     def attention(self, interests: Tensor, inputs: BackboneInputs) -> Tensor:
-        """float32 [L, b]: the softmax over a history of h_t W e, e the target; 0 on padding, and for an empty history.
+        """float32 [L, b]: softmax over a history of h_t W e, e the target; 0 on padding and for an empty history.
 
         interests: float32 [L, b or 1, item_dim], the extractor's states.
         """
