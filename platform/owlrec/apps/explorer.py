@@ -1,4 +1,4 @@
-"""The explorer as a Ray Serve application: `serve run serve_apps.explorer:app workspace=runs/movielens-demo`.
+"""The explorer as a Ray Serve application: `serve run owlrec.apps.explorer:app workspace=runs/movielens-demo`.
 
 Pages for people, over the same release as lookups; off loopback a browser asks for a key (any name, the key as the
 password). It reads a workspace's tables as well, for names and histories.
@@ -11,6 +11,8 @@ from pydantic import Field
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from owlrec.apps.binding import asked_to_stop, refuse_open_binding
+from owlrec.apps.telemetry import RayTelemetry, log_with_serve
 from owlrec.config import Config
 from owlrec.errors import ServingError
 from owlrec.process import api_keys
@@ -23,8 +25,6 @@ from owlrec.serving.schemas import Rank, RankAnswer
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
 from owlrec.workspace import Workspace
-from serve_apps.binding import asked_to_stop, refuse_open_binding
-from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 
 class ExplorerArgs(Config):

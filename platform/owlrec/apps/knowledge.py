@@ -1,7 +1,7 @@
-"""Knowledge lookup as a Ray Serve application: `serve run serve_apps.knowledge:app workspace=runs/movielens-demo`.
+"""Knowledge lookup as a Ray Serve application: `serve run owlrec.apps.knowledge:app workspace=runs/movielens-demo`.
 
 Every replica of a machine maps the same release files, so that replicas cost memory for their process alone. Off
-loopback it refuses to start without API keys: `serve_apps.knowledge:app workspace=… keys_file=keys.txt`, or the
+loopback it refuses to start without API keys: `owlrec.apps.knowledge:app workspace=… keys_file=keys.txt`, or the
 lines of a key file in OWLREC_API_KEYS.
 """
 
@@ -12,6 +12,8 @@ from pydantic import Field
 from ray import serve
 from ray.serve.config import BackpressureConfig
 
+from owlrec.apps.binding import asked_to_stop, refuse_open_binding
+from owlrec.apps.telemetry import RayTelemetry, log_with_serve
 from owlrec.config import Config
 from owlrec.process import api_keys
 from owlrec.releases.release import ReleaseSource, open_store
@@ -21,8 +23,6 @@ from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.serving.similar import SimilarEntities
 from owlrec.workspace import Workspace
-from serve_apps.binding import asked_to_stop, refuse_open_binding
-from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 _AT_ONCE_LOCAL = 4  # a lookup in a mapped file computes: more at once only wait for each other
 _AT_ONCE_REMOTE = 32  # one in a database waits
@@ -67,7 +67,7 @@ class KnowledgeReplica:
         self._similar = SimilarEntities(settings.store or settings.workspace)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        from serve_apps.gate import GATE  # here: this class travels to its process by value, and the gate must not
+        from owlrec.apps.gate import GATE  # here: this class travels to its process by value, and the gate must not
 
         telemetry, limits = RayTelemetry("knowledge"), self._config.limits
         refused = {"route": "unknown", "status": "503"}

@@ -19,7 +19,7 @@ _ENVIRONMENT = {
     # and requests that should have been refused at once would wait seconds for their connection. The gate then sets
     # TCP_NODELAY, as uvloop does.
     "RAY_USE_UVLOOP": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.gate:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "owlrec.apps.gate:middlewares",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy laptop a proxy needs longer than Serve's 5 s
     # A full replica answers HAProxy's checks late, and after two HAProxy would send its requests to Serve's own proxy,
     # where they get stuck. A dead one it sees at once, by connections that fail.
@@ -59,7 +59,7 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
     """Serves in the Ray session that is open; calls on_ready once all applications answer."""
     from ray import serve
 
-    from serve_apps import explorer, knowledge
+    from owlrec.apps import explorer, knowledge
 
     # Without the proxy's access log, which has paths, and with them ids; replicas write one without.
     serve.start(
@@ -72,7 +72,7 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
     )
     applications = {"knowledge": ("/", knowledge.app(lookup))}
     if args.artifact:
-        from serve_apps import rank
+        from owlrec.apps import rank
 
         ranking = rank.RankArgs(**common, artifact=args.artifact, recipe=args.recipe, llm_cpus=args.llm_cpus)
         applications["rank"] = ("/rank", rank.app(ranking))

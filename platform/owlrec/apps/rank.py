@@ -1,7 +1,7 @@
-"""Ranking as a Ray Serve application: `serve run serve_apps.rank:app workspace=runs/shop artifact=models/…`.
+"""Ranking as a Ray Serve application: `serve run owlrec.apps.rank:app workspace=runs/shop artifact=models/…`.
 
 Two deployments, each scaled for itself: the ingress, which opens an artifact that `owlrec ctr export` wrote, follows
-the current release and holds the deadline; and, with `recipe=shop.yaml`, the LLM that re-ranks (serve_apps.rank).
+the current release and holds the deadline; and, with `recipe=shop.yaml`, the LLM that re-ranks (owlrec.apps.rank).
 The CTR model works in the ingress: its millisecond would cost three more as a call to another process.
 
 A new artifact or adapter is taken in by `reconfigure`: change `user_config` in the Serve configuration and deploy; no
@@ -20,6 +20,8 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
+from owlrec.apps.binding import asked_to_stop, refuse_open_binding
+from owlrec.apps.telemetry import RayTelemetry, log_with_serve
 from owlrec.config import Config
 from owlrec.ctr.scoring import Artifact, User
 from owlrec.errors import ServingError
@@ -35,8 +37,6 @@ from owlrec.serving.rank_api import Cascade, RankerChoice, RankerInForce, build_
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import REFRESH_S, ServedReleases, WorkspaceReleases, following
 from owlrec.workspace import Workspace
-from serve_apps.binding import asked_to_stop, refuse_open_binding
-from serve_apps.telemetry import RayTelemetry, log_with_serve
 
 # ------------------------------------------------------------------------------------------------------------- rank llm
 # The LLM of the ranking application: one vLLM engine a replica, which answers Yes or No about each candidate.

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from owlrec.config import Config
-from owlrec.decoding import DecodingConfig
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.errors import EngineError
+from owlrec_decoding import DecodingConfig
+from owlrec_decoding.controller import DecoderCounters
 
 
 class SamplingConfig(Config):

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from pydantic import field_validator
 
 from owlrec.config import Config
-from owlrec.decoding import DecodingConfig
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation import knowledge_files as files
 from owlrec.generation.engine import BadRow, Completion, FailedQuality, SamplingConfig
@@ -32,6 +31,7 @@ from owlrec.schema import KINDS, KNOWLEDGE, MILLISECONDS, Kind, conform, shard_o
 from owlrec.shards import Card, Shard
 from owlrec.storage import Storage, Writer, file_digest, fingerprint
 from owlrec.workspace import Workspace, read_tombstones
+from owlrec_decoding import DecodingConfig
 
 # ------------------------------------------------------------------------------------------------------------ exporting
 # Knowledge for others: one JSON-lines or one Parquet file of all rows, each written whole or not at all.

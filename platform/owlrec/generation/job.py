@@ -12,8 +12,6 @@ import pyarrow as pa
 from pydantic import Field
 
 from owlrec.config import Config
-from owlrec.decoding import DecodingConfig
-from owlrec.decoding.controller import DecoderCounters, add_counters
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, engine_fingerprint
 from owlrec.generation.engine import SamplingConfig
@@ -24,6 +22,8 @@ from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
 from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file
+from owlrec_decoding import DecodingConfig
+from owlrec_decoding.controller import DecoderCounters, add_counters
 
 DECODER = "decoder"  # a card's count: what the decoder counted over the shard, as JSON
 # Work queued in an engine beyond what it runs: a shard's last rows must not leave its batch half empty.

@@ -17,8 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.decoding import request_arguments
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.errors import WorkspaceError
 from owlrec.generation import EngineConfig, build_engine
 from owlrec.generation.engine import BadRow, Completion, EmptyPrompt, Engine, EngineStopped, FailedQuality, RowError
@@ -31,6 +29,8 @@ from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, TABLES, newest
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace, read_tombstones
+from owlrec_decoding import request_arguments
+from owlrec_decoding.controller import DecoderCounters
 
 # ------------------------------------------------------------------------------------------------------ decoder metrics
 # The decoder's counters as metrics of the Ray cluster, which every node's agent exposes to Prometheus.

@@ -18,7 +18,6 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from owlrec.config import Config
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.encoding.stage import TIMED_SECONDS, TIMED_TEXTS
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.generation.job import decoder_counters
@@ -28,6 +27,7 @@ from owlrec.releases.manifest import read_manifest
 from owlrec.schema import BEHAVIOR, KINDS
 from owlrec.shards import Artifact, Card, Shard, finished_stage
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters
 
 Range = np.ndarray  # float64 [3]: low, expected, high
 TextKind = Literal["user", "item", "cohort", "refresh"]  # what a text is about; refresh: a user who has moved on

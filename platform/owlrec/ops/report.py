@@ -35,7 +35,6 @@ from owlrec.ctr.experiment import (
     TrialResult,
     summarise,
 )
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.encoding.semantic_ids import QuantisationReport
 from owlrec.encoding.vectors import read_reports
 from owlrec.evaluation import GridScores, Interval
@@ -49,6 +48,7 @@ from owlrec.schema import KINDS, KNOWLEDGE, Kind, shard_of
 from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters
 
 REPORTED_STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")
 _SLICES = 12  # of a job's time

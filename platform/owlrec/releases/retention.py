@@ -17,8 +17,8 @@ from operator import itemgetter
 
 import numpy as np
 
-from owlrec.decoding.release_pools import FOLDER as POOLS
 from owlrec.errors import ReleaseError
+from owlrec.generation.release_pools import FOLDER as POOLS
 from owlrec.releases.build import BUILDS, PART_IDS, ReleaseInfo, build_release, whole_release
 from owlrec.releases.lmdb import LmdbFile, PartWriter
 from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain, list_releases

@@ -12,8 +12,6 @@ from owlrec.cohorts.building import build_cohorts
 from owlrec.cohorts.clustering import ITERATIONS
 from owlrec.cohorts.model import POINTER, CohortNames, CohortSettings, previous_folder
 from owlrec.ctr.knowledge import DISLIKED, arm_parts
-from owlrec.decoding import DecodingConfig
-from owlrec.decoding.release_pools import FOLDER, find_pools, write_release_pools
 from owlrec.encoding.inputs import (
     Input,
     ItemMetadata,
@@ -40,6 +38,7 @@ from owlrec.generation.job import (
     table_inputs,
 )
 from owlrec.generation.models import load_tokenizer
+from owlrec.generation.release_pools import FOLDER, find_pools, write_release_pools
 from owlrec.generation.worker import GenerateStage
 from owlrec.ops.console import ShardWatch, note, progress, stage_header
 from owlrec.prompting.rows import cohort_prompts, collective_fingerprint, prompts_table
@@ -57,6 +56,7 @@ from owlrec.sources.preparation import USER_TABLES, Preparation
 from owlrec.sources.splits import SPLITS
 from owlrec.storage import Pointer, fingerprint
 from owlrec.workspace import Workspace, shards_for
+from owlrec_decoding import DecodingConfig
 
 PREPARED_HERE = 3_000_000  # interactions of a source that is prepared in this process, in some ten seconds
 
