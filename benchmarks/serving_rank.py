@@ -37,7 +37,8 @@ from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.scoring import Artifact, LiveState
 from owlrec.encoding.encoder import HashingEncoder
 from owlrec.refresh.events import EVENTS
-from owlrec.releases import ReleaseInfo, current_release, open_release, publish
+from owlrec.releases import current_release, open_release
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_table
 from owlrec.serving.live import live_state
 from owlrec.shards import finished_stage

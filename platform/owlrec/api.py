@@ -1,4 +1,5 @@
-"""The Python API: `run`, `write_texts`, `open` and `drafting`; `owlrec.Adaptor` and `owlrec.Client` stand beside them.
+"""The Python API: `run`, `write_texts` and `drafting`; `owlrec.open`, `owlrec.Adaptor` and `owlrec.Client` stand beside
+them.
 
 What a command does is done here in the caller's process, with dicts, frames and raw ids in place of files and options.
 Nothing is done in a second way: `run` calls the stages of `owlrec run`, `write_texts` makes the tables that `prepare`
@@ -24,14 +25,17 @@ from owlrec.generation.job import build_job, dead_file, iterate_knowledge, table
 from owlrec.generation.models import model_identity
 from owlrec.generation.release_pools import FOLDER
 from owlrec.generation.worker import GenerateStage
+from owlrec.ids import TABLES, stable_id
+from owlrec.lookup import workspace_of
 from owlrec.ops.console import ShardWatch, progress, silent
 from owlrec.recipe import Recipe, load_recipe, make_recipe
-from owlrec.releases.release import Release, current_release, open_release
+from owlrec.releases.release import current_release
 from owlrec.runner import pending_shards
+from owlrec.runs import STAGES
 from owlrec.runs.batch import write_texts as write_shards
-from owlrec.runs.stage import STAGES, chosen_stages, run_stages
+from owlrec.runs.stage import chosen_stages, run_stages
 from owlrec.scenario import Scenario
-from owlrec.schema import INTERACTIONS, TABLES, missing_column, stable_id
+from owlrec.schema import INTERACTIONS, missing_column
 from owlrec.shards import Card, finish_stage, finished_stage
 from owlrec.sources.outcomes import Labels, outcome_columns, with_outcomes
 from owlrec.sources.raw import Piece, checked, entities_piece, interactions_piece
@@ -91,37 +95,6 @@ def _recipe(recipe: RecipeLike, workspace: str | PathLike[str] | None = None) ->
     return load_recipe(fspath(recipe), workspace=place.get("workspace"))
 
 
-def _workspace(place: Workspace | RecipeLike) -> Workspace:
-    """A workspace, or that of a recipe."""
-    if isinstance(place, Workspace):
-        return place
-    if isinstance(place, str | PathLike) and not fspath(place).endswith((".yaml", ".yml")):
-        return Workspace(fspath(place))
-    return Workspace(_recipe(place).workspace)
-
-
-# ----------------------------------------------------------------------------------------------------------------- open
-
-
-def open(source: Workspace | RecipeLike, release: str | None = None, *, verify: bool = True) -> Release:
-    """Opens the current release of a workspace, or the one named `release`, for lookups by raw id.
-
-    source: the workspace's folder or URI, or a recipe (a path in .yaml, a dict, a Recipe) whose workspace is meant.
-    verify: hash the release's files first, which takes a second per GB. The result is a context manager; what it opened
-    stays what it was, whatever is published afterwards. Raises ReleaseError where nothing was published.
-
-    >>> import owlrec
-    >>> with owlrec.open("shop.yaml") as release:
-    ...     text = release["item", "B007"].text
-    ...     vectors, known = release.vectors("item", ["B007", "B999"])
-    >>> text  # doctest: +ELLIPSIS
-    'echo-...'
-    >>> vectors.shape, known.tolist()
-    ((2, 256), [True, False])
-    """
-    return open_release(_workspace(source), release, verify=verify)
-
-
 # ------------------------------------------------------------------------------------------------------------ drafting
 
 
@@ -165,7 +138,7 @@ def _pools(pools: str | PathLike[str] | Workspace) -> Path:
     folder = None if isinstance(pools, Workspace) else Path(fspath(pools)).expanduser()
     if folder is not None and folder.is_dir() and not (folder / "workspace.json").exists():
         return folder
-    workspace = _workspace(pools)
+    workspace = workspace_of(pools)
     release = current_release(workspace)
     if release is None or not workspace.exists(FOLDER, release):
         raise RecipeError(

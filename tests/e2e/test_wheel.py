@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.releases import ReleaseInfo, publish
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_schema
 from owlrec.workspace import Workspace
 

@@ -12,7 +12,7 @@ from toy_taste import toy_texts  # type: ignore[import-not-found]
 
 from owlrec.apps.rank import LlmReplica
 from owlrec.errors import OwlRecError, ServingError
-from owlrec.releases import ReleaseInfo, publish
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace

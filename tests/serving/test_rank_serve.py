@@ -18,7 +18,8 @@ from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import build_features
 from owlrec.ctr.scoring import Artifact
 from owlrec.ctr.trainer import TrainingData, export_trial, train_one, write_vocabularies
-from owlrec.releases import ReleaseInfo, current_release, publish
+from owlrec.releases import current_release
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.serving.guard import NoTelemetry
 from owlrec.serving.live import LiveScorer
 from owlrec.serving.problems import Problem

@@ -31,7 +31,7 @@ from owlrec.encoding.encoder import Encoder, EncoderConfig, HashingEncoder
 from owlrec.encoding.vectors import DIGEST_BYTES, VectorShard, VectorShards, item_metadata, user_metadata
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
-from owlrec.schema import Kind, shard_of, stable_id
+from owlrec.ids import Kind, shard_of, stable_id
 from owlrec.shards import Stopwatch
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
@@ -365,7 +365,7 @@ def import_vectors(
     """Shards n vectors of one kind into the workspace; those imported before go.
 
     npy_path: float [n, dim]. ids_path: int64 [n] as .npy, taken as they are, or else a text file with one raw id per
-    line (gzip or not), turned into ids by schema.stable_id; aligned with the vectors. as_of_ms: the last moment that
+    line (gzip or not), turned into ids by ids.stable_id; aligned with the vectors. as_of_ms: the last moment that
     the vectors know of their ids; only later samples read them. Items, which depend on nobody's behavior, are 0 then.
     Raises SourceError for vectors of users without as_of_ms, for a file that cannot be read, another shape or type,
     numbers of rows that differ, a component that is not finite or too large for float16 (naming the row, from 0), an

@@ -24,10 +24,11 @@ from owlrec.generation.job import GenerationJob
 from owlrec.generation.knowledge_files import Field, Format, NoText, Record, Undecodable, Unusable
 from owlrec.generation.quality import RULES, QualityConfig, QualityGate
 from owlrec.generation.worker import Outcome, to_tables, write_shard
+from owlrec.ids import KINDS, Kind, shard_of, stable_id
 from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.scenario import Scenario
-from owlrec.schema import KINDS, KNOWLEDGE, MILLISECONDS, Kind, conform, shard_of, stable_id
+from owlrec.schema import KNOWLEDGE, MILLISECONDS, conform
 from owlrec.shards import Card, Shard
 from owlrec.storage import Storage, Writer, file_digest, fingerprint
 from owlrec.workspace import Workspace, read_tombstones
@@ -178,7 +179,7 @@ class RefusedRow:
 def read_knowledge_file(source: ImportSource) -> Iterator[ImportedRow | RefusedRow]:
     """The rows of a file, in order; memory holds a batch of them and 8 bytes per text, KAR's JSON excepted.
 
-    Ids are `schema.stable_id` of the file's, except in OwlRec's own exports (known by their columns), whose ids are
+    Ids are `ids.stable_id` of the file's, except in OwlRec's own exports (known by their columns), whose ids are
     taken as they are, and of which rows of other kinds are passed over. Raises SourceError at once for a missing file,
     an unknown format, options that the format does not have, and user texts of no known moment; while reading, for a
     file that is no JSON, CSV or Parquet, lacks a column, or is an export without a row of this kind.

@@ -16,9 +16,10 @@ from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, engine_fingerprint
 from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.quality import RULES, QualityConfig
+from owlrec.ids import KINDS, TABLES, Kind
 from owlrec.prompting.rows import PromptConfig, template_fingerprint
 from owlrec.scenario import Scenario
-from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
+from owlrec.schema import KNOWLEDGE
 from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file

@@ -22,10 +22,11 @@ from owlrec.generation import EngineConfig, build_engine
 from owlrec.generation.engine import BadRow, Completion, EmptyPrompt, Engine, EngineStopped, FailedQuality, RowError
 from owlrec.generation.job import DECODER, GenerationJob, dead_file
 from owlrec.generation.quality import RULES, Flag, QualityGate
+from owlrec.ids import TABLES
 from owlrec.process import on_ray
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
 from owlrec.runner import Result, Stage, Work, WorkerLost, patiently
-from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, TABLES, newest
+from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, newest
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace, read_tombstones

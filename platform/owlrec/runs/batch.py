@@ -40,6 +40,7 @@ from owlrec.generation.job import (
 from owlrec.generation.models import load_tokenizer
 from owlrec.generation.release_pools import FOLDER, find_pools, write_release_pools
 from owlrec.generation.worker import GenerateStage
+from owlrec.ids import KINDS, TABLES
 from owlrec.ops.console import ShardWatch, note, progress, stage_header
 from owlrec.prompting.rows import cohort_prompts, collective_fingerprint, prompts_table
 from owlrec.recipe import Recipe
@@ -48,7 +49,6 @@ from owlrec.releases.release import current_release
 from owlrec.runner import Pool, Stage, pending_shards, run_stage
 from owlrec.runs.stage import Counts, Outputs, execute, from_stage, ray_session
 from owlrec.scenario import Scenario
-from owlrec.schema import KINDS, TABLES
 from owlrec.shards import Card, Shard, Stopwatch, claimed, finish_stage, finished_stage, forget_stages, needed_stage
 from owlrec.sources.outcomes import Labels
 from owlrec.sources.preparation import TABLES as TABLES_FOLDER
