@@ -2,7 +2,7 @@
 a refresh reaches its scores while requests go on.
 
 MovieLens-100K, prepared as pipelines/recipes/movielens-100k-ranker.yaml says; a DIN of one epoch, since a better one is
-no slower; the LLM as it is, through serve_apps.rank, shown behaviors that are retrieved once for the candidates of
+no slower; the LLM as it is, through owlrec.apps.rank, shown behaviors that are retrieved once for the candidates of
 a request, on all cores beside everything else. Every request is of another user, so that no prompt is found in the
 engine's cache but what the candidates of one request share.
 """
