@@ -260,14 +260,13 @@ def _worth(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
 
 
 def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
-    from owlrec.decoding import DecodingConfig, DraftLimits, request_arguments
-    from owlrec.decoding.pools import write_pool
-    from owlrec.decoding.release_pools import answer_tokens
     from owlrec.generation import VllmEngine, VllmEngineConfig, token_counter
     from owlrec.generation.job import read_knowledge
     from owlrec.generation.models import load_tokenizer, model_identity
     from owlrec.prompting.rows import Prompt, user_prompts
     from owlrec.sources.catalog import ItemCatalog
+    from owlrec_decoding import DecodingConfig, DraftLimits, request_arguments
+    from owlrec_decoding.pools import answer_tokens, write_pool
 
     generated, built = finished_stage(workspace, "generate"), finished_stage(workspace, "cohorts")
     assert generated is not None

@@ -45,10 +45,10 @@ from owlrec.ctr.scoring import LiveState, Scorer, TableKnowledge, User, export_p
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.evaluation import GridScores, Interval, auc, compare_arms, gauc
+from owlrec.ids import BEHAVIOR
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.releases.rows import encode_behaviors
-from owlrec.schema import BEHAVIOR
+from owlrec.releases.parts import encode_behaviors
 from owlrec.shards import finished_stage
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace

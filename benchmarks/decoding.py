@@ -25,8 +25,6 @@ import pyarrow as pa
 import pipelines
 from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
-from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
-from owlrec.decoding.options import LEAD_TOKENS
 from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, resolve_model
 from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
 from owlrec.process import cache_folder
@@ -37,6 +35,8 @@ from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.sources.splits import build_samples
 from owlrec.storage import fingerprint
+from owlrec_decoding import DecodingConfig, engine_arguments, request_arguments
+from owlrec_decoding.options import LEAD_TOKENS
 
 NEW_TOKENS = 200
 POOL_TEXTS = 192  # of users, and as many of items
@@ -320,7 +320,7 @@ class _Engine:
 
     @staticmethod
     def _write_pools(job: dict[str, Any]) -> None:
-        from owlrec.decoding.pools import write_pool
+        from owlrec_decoding.pools import write_pool
 
         identity = model_identity(PACKAGED)
         for framework, file in job["pool_texts"].items():

@@ -25,19 +25,20 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.dataset import encode_tables, open_features
 from owlrec.ctr.experiment import CTRConfig, DistillationConfig, SoftLabels, Trial
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.decoding import DecodingConfig
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.generation import EchoEngineConfig
 from owlrec.generation.engine import Completion, Engine, EngineConfig, SamplingConfig
+from owlrec.ids import shard_of
 from owlrec.ops.console import note
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.questions import ScorePairs, Teacher, pair_inputs
 from owlrec.ranking.samples import TuningDataConfig
 from owlrec.runner import run_stage
 from owlrec.scenario import get_scenario
-from owlrec.schema import INTERACTIONS, SAMPLE_ROWS, shard_of
+from owlrec.schema import INTERACTIONS, SAMPLE_ROWS
 from owlrec.sources.splits import SplitConfig
 from owlrec.workspace import Workspace, table_file
+from owlrec_decoding import DecodingConfig
 
 USERS, ITEMS, SEEDS = 1000, 100, (0, 1, 2)
 SHARE = 0.1  # of the train samples that have a label

@@ -26,7 +26,8 @@ from benchmarks.load import LoadSpec
 from benchmarks.serving_processes import free_port, load, peer, process, serving, wait_for_port
 from benchmarks.serving_rank import measure_live, measure_rank
 from benchmarks.table import Figure, options_parser, show
-from owlrec.releases import KnowledgeStore, ReleaseInfo, open_release, publish, roll_back
+from owlrec.releases import KnowledgeStore, open_release, roll_back
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_table
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace

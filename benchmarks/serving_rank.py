@@ -2,7 +2,7 @@
 a refresh reaches its scores while requests go on.
 
 MovieLens-100K, prepared as pipelines/recipes/movielens-100k-ranker.yaml says; a DIN of one epoch, since a better one is
-no slower; the LLM as it is, through serve_apps.rank, shown behaviors that are retrieved once for the candidates of
+no slower; the LLM as it is, through owlrec.apps.rank, shown behaviors that are retrieved once for the candidates of
 a request, on all cores beside everything else. Every request is of another user, so that no prompt is found in the
 engine's cache but what the candidates of one request share.
 """
@@ -37,7 +37,8 @@ from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.scoring import Artifact, LiveState
 from owlrec.encoding.encoder import HashingEncoder
 from owlrec.refresh.events import EVENTS
-from owlrec.releases import ReleaseInfo, current_release, open_release, publish
+from owlrec.releases import current_release, open_release
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_table
 from owlrec.serving.live import live_state
 from owlrec.shards import finished_stage
@@ -114,7 +115,7 @@ def _run_and_export(folder: Path, settings: dict[str, Any], last: str) -> tuple[
 
 
 def _run(*arguments: str) -> None:
-    command = [sys.executable, "-m", "owlrec.cli", *arguments]
+    command = [sys.executable, "-m", "owlrec", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
@@ -238,7 +239,7 @@ def refresh_while_serving(recipe: Path, workspace: Workspace, artifact: str, *, 
     items = np.sort(workspace.read_table("items", ["item_id"])["item_id"].to_numpy())
     port = free_port()
     address = f"http://127.0.0.1:{port}/rank/v1/rank"
-    serve = [sys.executable, "-m", "owlrec.cli", "serve", str(recipe)]
+    serve = [sys.executable, "-m", "owlrec", "serve", str(recipe)]
     draw, changed = np.random.default_rng(0), []
     bodies = [
         json.dumps({"user_id": int(draw.choice(known)), "candidates": draw.choice(items, 10, replace=False).tolist()})
@@ -320,7 +321,7 @@ def _interactions(workspace: Workspace) -> Iterator[pa.Table]:
 
 def _refresh(recipe: Path) -> None:
     """At the lowest priority, since on one machine it takes the server's cores; a cluster has others for it."""
-    subprocess.run(["nice", "-n", "19", sys.executable, "-m", "owlrec.cli", "refresh", str(recipe)], check=True)
+    subprocess.run(["nice", "-n", "19", sys.executable, "-m", "owlrec", "refresh", str(recipe)], check=True)
 
 
 def _publish_items(workspace: Workspace, ids: np.ndarray) -> None:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import owlrec
-from owlrec.decoding import request_arguments
-from owlrec.decoding.options import is_cpu_build
-from owlrec.decoding.pools import write_pool
-from owlrec.decoding.release_pools import answer_tokens
 from owlrec.generation.models import PACKAGED, resolve_model
 from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
+from owlrec_decoding import request_arguments
+from owlrec_decoding.options import is_cpu_build
+from owlrec_decoding.pools import answer_tokens, write_pool
 
 FILMS = ("Alien", "Casablanca", "Fargo", "Heat")
 YESTERDAY = [f"Write a catalogue entry for the film {film}." for film in FILMS]

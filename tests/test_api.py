@@ -19,15 +19,15 @@ import torch
 import owlrec
 from owlrec import api
 from owlrec.ctr import adaptor
-from owlrec.decoding.pools import write_pool
-from owlrec.decoding.release_pools import FOLDER
 from owlrec.errors import RecipeError, ReleaseError, SchemaError, WorkspaceError
 from owlrec.generation import EchoEngineConfig
+from owlrec.generation.release_pools import FOLDER
+from owlrec.ids import as_ids, stable_id
 from owlrec.recipe import Recipe, load_recipe, make_recipe
 from owlrec.releases import Release
 from owlrec.releases.rows import Knowledge
-from owlrec.schema import as_ids, stable_id
 from owlrec.workspace import Workspace
+from owlrec_decoding.pools import write_pool
 
 ROOT = Path(__file__).resolve().parent.parent
 WALK = (ROOT / "docs" / "your-data.md").read_text()

@@ -8,11 +8,12 @@ import pyarrow as pa
 import pytest
 
 from owlrec.errors import WorkspaceError
+from owlrec.ids import shard_of
 from owlrec.recipe import Recipe
 from owlrec.reshard import reshard
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.runs.batch import prepare
-from owlrec.schema import shard_of, vectors_table
+from owlrec.schema import vectors_table
 from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.sources.splits import read_samples
 from owlrec.storage import Storage

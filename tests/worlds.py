@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from owlrec import schema
 from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.encoding.vectors import VectorShard
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.workspace import Workspace, shard_file, table_file
 
 

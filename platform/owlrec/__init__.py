@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from owlrec.api import drafting, open, run, write_texts
+    from owlrec.api import drafting, run, write_texts
     from owlrec.client import AsyncClient, Client
     from owlrec.ctr.adaptor import Adaptor
+    from owlrec.lookup import open
 
 __version__ = "0.1.0"
 __all__ = ["Adaptor", "AsyncClient", "Client", "__version__", "drafting", "open", "run", "write_texts"]
@@ -19,13 +20,21 @@ _MODULES = {
     "Adaptor": "owlrec.ctr.adaptor",
     "AsyncClient": "owlrec.client",
     "Client": "owlrec.client",
-    **dict.fromkeys(("drafting", "open", "run", "write_texts"), "owlrec.api"),
+    "open": "owlrec.lookup",
+    **dict.fromkeys(("drafting", "run", "write_texts"), "owlrec.api"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
+        try:
+            return getattr(import_module(_MODULES[name]), name)
+        except ModuleNotFoundError as error:
+            from owlrec.errors import missing_extra
+
+            if (missing := missing_extra(error)) is None:
+                raise
+            raise missing from None
     raise AttributeError(f"module 'owlrec' has no attribute '{name}'")
 
 

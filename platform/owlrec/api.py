@@ -1,4 +1,5 @@
-"""The Python API: `run`, `write_texts`, `open` and `drafting`; see also `owlrec.Adaptor` and `owlrec.Client`.
+"""The Python API: `run`, `write_texts` and `drafting`; `owlrec.open`, `owlrec.Adaptor` and `owlrec.Client` stand beside
+them.
 
 These functions do the work of the commands in the caller's process, with dicts, frames and raw ids instead of files and
 options. They share the commands' code: `run` calls the stages of `owlrec run`, `write_texts` builds the tables of
@@ -17,21 +18,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from owlrec.decoding import engine_arguments
-from owlrec.decoding.release_pools import FOLDER, pools_identity
-from owlrec.errors import RecipeError, SchemaError, WorkspaceError
+import owlrec_decoding
+from owlrec.errors import EngineError, RecipeError, SchemaError, WorkspaceError
 from owlrec.generation import EngineConfig
 from owlrec.generation.job import build_job, dead_file, iterate_knowledge, table_inputs
 from owlrec.generation.models import model_identity
+from owlrec.generation.release_pools import FOLDER
 from owlrec.generation.worker import GenerateStage
+from owlrec.ids import TABLES, stable_id
+from owlrec.lookup import workspace_of
 from owlrec.ops.console import ShardWatch, progress, silent
 from owlrec.recipe import Recipe, load_recipe, make_recipe
-from owlrec.releases.release import Release, current_release, open_release
+from owlrec.releases.release import current_release
 from owlrec.runner import pending_shards
+from owlrec.runs import STAGES
 from owlrec.runs.batch import write_texts as write_shards
-from owlrec.runs.stage import STAGES, chosen_stages, run_stages
+from owlrec.runs.stage import chosen_stages, run_stages
 from owlrec.scenario import Scenario
-from owlrec.schema import INTERACTIONS, TABLES, missing_column, stable_id
+from owlrec.schema import INTERACTIONS, missing_column
 from owlrec.shards import Card, finish_stage, finished_stage
 from owlrec.sources.outcomes import Labels, outcome_columns, with_outcomes
 from owlrec.sources.raw import Piece, checked, entities_piece, interactions_piece
@@ -39,6 +43,8 @@ from owlrec.sources.splits import Behaviors, Texts, histories
 from owlrec.sources.tabular import to_milliseconds
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shards_for, table_file
+from owlrec_decoding import DecodingError, VllmError
+from owlrec_decoding.options import pools_identity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,37 +95,6 @@ def _recipe(recipe: RecipeLike, workspace: str | PathLike[str] | None = None) ->
     return load_recipe(fspath(recipe), workspace=place.get("workspace"))
 
 
-def _workspace(place: Workspace | RecipeLike) -> Workspace:
-    """Workspace from a path, or of a recipe."""
-    if isinstance(place, Workspace):
-        return place
-    if isinstance(place, str | PathLike) and not fspath(place).endswith((".yaml", ".yml")):
-        return Workspace(fspath(place))
-    return Workspace(_recipe(place).workspace)
-
-
-# ----------------------------------------------------------------------------------------------------------------- open
-
-
-def open(source: Workspace | RecipeLike, release: str | None = None, *, verify: bool = True) -> Release:
-    """Opens the current release of a workspace, or the one named `release`, for lookups by raw id.
-
-    source: the workspace's folder or URI, or a recipe (a path in .yaml, a dict, a Recipe).
-    verify: first hash the release's files, which takes a second per GB. The result is a context manager. An open
-    release never changes, even if another one is published. Raises ReleaseError if nothing has been published.
-
-    >>> import owlrec
-    >>> with owlrec.open("shop.yaml") as release:
-    ...     text = release["item", "B007"].text
-    ...     vectors, known = release.vectors("item", ["B007", "B999"])
-    >>> text  # doctest: +ELLIPSIS
-    'echo-...'
-    >>> vectors.shape, known.tolist()
-    ((2, 256), [True, False])
-    """
-    return open_release(_workspace(source), release, verify=verify)
-
-
 # ------------------------------------------------------------------------------------------------------------ drafting
 
 
@@ -132,11 +107,11 @@ def drafting(
 ) -> dict[str, Any]:
     """Keyword arguments that enable the retrieval decoder in a `vllm.LLM`: `LLM(name, **owlrec.drafting(...))`.
 
-    pools: the texts to draft from: a folder of pools (`owlrec.decoding.pools.write_pool`), or a workspace or recipe
+    pools: the texts to draft from: a folder of pools (`owlrec_decoding.pools.write_pool`), or a workspace or recipe
     whose current release has some. Without pools, finished texts serve as drafts for later ones. mode: strict changes
     no answer; relaxed accepts more drafts by DARE's rule (`min_prob`). model: the LLM's model, if the pools do not
     name it; pools of another model are refused. settings: more keys of a recipe's `decoding`. Requests name their
-    pools: `SamplingParams(extra_args=owlrec.decoding.request_arguments(["item"]))`. Raises RecipeError for an unknown
+    pools: `SamplingParams(extra_args=owlrec_decoding.request_arguments(["item"]))`. Raises RecipeError for an unknown
     setting or a workspace without pools, and EngineError if vLLM is missing or has another version than the decoder
     supports.
 
@@ -147,30 +122,30 @@ def drafting(
     >>> sorted(arguments)
     ['additional_config', 'speculative_config', 'worker_cls']
     """
-    folder, identity = _pools(pools, model)
-    section = {"decoding": {**settings, "mode": mode, "pools": folder}}
-    decoding = make_recipe({**_UNREAD, **section}, name="drafting").decoding
-    return engine_arguments(decoding, identity)
+    folder = None if pools is None else _pools(pools)
+    if folder is not None and model and pools_identity(folder) == model_identity(model):
+        model = None  # pools of a run are named by what identifies the model's weights
+    try:
+        return owlrec_decoding.drafting(folder, mode, model=model, **settings)
+    except VllmError as error:
+        raise EngineError(str(error)) from None
+    except DecodingError as error:
+        raise RecipeError(str(error)) from None
 
 
-def _pools(pools: str | PathLike[str] | Workspace | None, model: str | None) -> tuple[str | None, str]:
-    """Folder of pools, and the model of their tokens."""
-    if pools is None:
-        return None, model or ""
+def _pools(pools: str | PathLike[str] | Workspace) -> Path:
+    """The folder of pools: what is given, or that of a workspace's current release."""
     folder = None if isinstance(pools, Workspace) else Path(fspath(pools)).expanduser()
-    if folder is None or not folder.is_dir() or (folder / "workspace.json").exists():
-        workspace = _workspace(pools)
-        release = current_release(workspace)
-        if release is None or not workspace.exists(FOLDER, release):
-            raise RecipeError(
-                f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` "
-                "and a vLLM engine in the recipe, or pass a folder of pools."
-            )
-        folder = workspace.local_path(FOLDER, release)
-    identity = pools_identity(folder)
-    if identity and model and identity not in (model, model_identity(model)):
-        raise RecipeError(f"pools: {folder} holds tokens of {identity}, not of {model}. Use pools of this model.")
-    return str(folder), identity or model or ""
+    if folder is not None and folder.is_dir() and not (folder / "workspace.json").exists():
+        return folder
+    workspace = workspace_of(pools)
+    release = current_release(workspace)
+    if release is None or not workspace.exists(FOLDER, release):
+        raise RecipeError(
+            f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` and a "
+            "vLLM engine in the recipe, or pass a folder of pools."
+        )
+    return workspace.local_path(FOLDER, release)
 
 
 # --------------------------------------------------------------------------------------------------------- write_texts
@@ -200,8 +175,8 @@ def write_texts(
     `items` (id and title) and `interactions` (user_id, item_id, timestamp in ms or as a time, and optionally a rating,
     label or event). scenario: a name such as books, or a custom scenario. llm: a model for vLLM on this machine,
     "echo" (invented words, for trying things out), the http(s) address of an OpenAI-compatible server up to /v1
-    (`model` then names its model), or the `engine` section of a recipe. prompts, sampling, quality, generate: sections of
-    a recipe. ray: a recipe's `ray`, such as auto.
+    (`model` then names its model), or the `engine` section of a recipe. prompts, sampling, quality, generate: sections
+    of a recipe. ray: a recipe's `ray`, such as auto.
 
     quality: "ok", or the names of the quality rules that flagged the text. error: the reason for a missing text
     (missing id, duplicate id, empty prompt, failed request); missing elsewhere. Every row is returned once. Up to 2,000

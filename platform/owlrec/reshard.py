@@ -15,8 +15,8 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from owlrec.errors import WorkspaceError
+from owlrec.ids import KINDS, Kind, shard_of
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.schema import KINDS, Kind, shard_of
 from owlrec.shards import Artifact, Card, Shard, claimed, in_threads
 from owlrec.sources.splits import in_histories
 from owlrec.storage import FileEntry, fingerprint

@@ -2,33 +2,21 @@
 
 Stages exchange only these tables on disk, never objects in memory. Ids are int64 throughout: 10^8 of
 them sort and join as one 0.8 GB array, while strings cost several times that in each process. Raw string ids are
-hashed by `stable_id`; the raw id stays in the table and a collision is an error at ingest.
+hashed by `ids.stable_id`; the raw id stays in the table and a collision is an error at ingest.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
+from owlrec.ids import stable_id
 from owlrec.ordered import last_rows
 
-Kind = Literal["user", "item", "cohort"]  # subject of a text or a vector
-KINDS: tuple[Kind, ...] = get_args(Kind)
-TABLES: dict[Kind, str] = {"user": "users", "item": "items"}  # per kind, if it has one
-# The column whose hash shards each table's rows.
-TABLE_KINDS: dict[str, Kind] = {
-    "users": "user",
-    "items": "item",
-    "interactions": "user",
-    "histories": "user",
-    "samples": "user",
-}
-
-USERS = pa.schema([("user_id", pa.int64()), ("raw_id", pa.string())])  # then one string column per profile field
+USERS = pa.schema([("user_id", pa.int64()), ("raw_id", pa.string())])  # then one string column a profile field
 ITEMS = pa.schema([("item_id", pa.int64()), ("raw_id", pa.string()), ("title", pa.string())])  # then attributes
 INTERACTIONS = pa.schema(
     [
@@ -93,7 +81,7 @@ COHORTS = pa.schema(
     ]
 )
 # Cohorts whose texts replace a missing text of an id, in a release: the most informative first; one
-# by dislikes as the complement of its id (cohorts.memberships.by_facet).
+# by dislikes as the complement of its id (releases.rows.by_facet).
 MEMBERSHIPS = pa.schema([("kind", pa.string()), ("id", pa.int64()), ("cohorts", pa.list_(pa.int64()))])
 # A user's latest behaviors in a release, for scores: aligned lists, oldest first.
 BEHAVIORS = pa.schema(
@@ -105,9 +93,7 @@ BEHAVIORS = pa.schema(
         ("labels", pa.list_(pa.float32())),
     ]
 )
-# One behavior in memory; NaN: not graded.
-BEHAVIOR = np.dtype([("time", "<i8"), ("item", "<i8"), ("rating", "<f4"), ("label", "<f4")])
-# Prompts built before the shard that sends them: for cohorts and for a refresh.
+# Prompts that were made before the shard that asks them: of cohorts, and of a refresh.
 PROMPTS = pa.schema(
     [
         ("kind", pa.string()),
@@ -184,16 +170,6 @@ def vector_matrix(table: pa.Table) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
 
 
-def stable_id(raw: str) -> int:
-    """int64 id of a raw id: a canonical decimal integer stays the same, any other text is hashed (BLAKE2b, 63
-    bits).
-    """
-    raw = str(raw)
-    if raw.isascii() and raw.isdigit() and len(raw) <= 18 and (raw == "0" or raw[0] != "0"):
-        return int(raw)
-    return int.from_bytes(hashlib.blake2b(raw.encode(), digest_size=8).digest(), "big") >> 1
-
-
 def stable_ids(raw: pa.Array) -> np.ndarray:
     """`stable_id` of each raw id, without a Python call for canonical integers.
 
@@ -210,58 +186,6 @@ def stable_ids(raw: pa.Array) -> np.ndarray:
         values = values.copy()
         values[~canonical] = [stable_id(value) for value in raw.filter(pa.array(~canonical)).to_pylist()]
     return values
-
-
-def as_ids(names: Iterable[int | str]) -> np.ndarray:
-    """int64 ids [n]: a text is a raw id (`stable_id`), an integer is an int64 id as in tables.
-
-    names: a sequence, an array or a pandas Series. Raises SchemaError for anything but text and integers.
-    """
-    if isinstance(names, str | bytes):
-        raise SchemaError(f"ids: {names!r} is a single id, not a list. Write [{names!r}].")
-    kind = getattr(getattr(names, "dtype", None), "kind", "")
-    if kind in ("i", "u"):
-        return np.asarray(names, dtype=np.int64)
-    ids = []
-    for row, name in enumerate(names):
-        if isinstance(name, str):
-            ids.append(stable_id(name))
-        elif isinstance(name, int | np.integer) and not isinstance(name, bool):
-            ids.append(int(name))
-        else:
-            raise SchemaError(f"ids, row {row}: {name!r} is neither text nor an integer. Convert it or drop the row.")
-    return np.array(ids, dtype=np.int64)
-
-
-def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:
-    """Shard of each id, out of `n_shards`.
-
-    ids: int64 [n]. Returns int64 [n] in [0, n_shards). A multiplicative hash (splitmix64's finaliser), so ids
-    with a common stride still spread evenly.
-    """
-    x = np.asarray(ids, dtype=np.int64).astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return (x % np.uint64(n_shards)).astype(np.int64)
-
-
-def hash_of(*keys: int | np.ndarray) -> np.ndarray:
-    """Hash of aligned keys (int64 [n] each) and numbers, int64 [n] in [0, 2^62): randomness that depends on a row
-    alone."""
-    mixed = np.zeros(1, dtype=np.int64)
-    for key in keys:
-        mixed = shard_of(mixed ^ np.asarray(key, dtype=np.int64), 1 << 62)
-    return mixed
-
-
-def by_shard(ids: np.ndarray, n_shards: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Each shard of some of `ids` (int64 [n]), and the positions of those."""
-    numbers = shard_of(ids, n_shards)
-    order = np.argsort(numbers, kind="stable")
-    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
-    for at in np.split(order, starts[1:]) if len(ids) else ():
-        yield int(numbers[at[0]]), at
 
 
 def newest(table: pa.Table, key: str = "id") -> pa.Table:

@@ -6,6 +6,8 @@ store; claims, cards and pointers need nothing else. Local files are read and wr
 neither syncs nor swaps.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import hashlib
@@ -21,15 +23,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from owlrec.errors import DiskFullError, WorkspaceError
 from owlrec.node_cache import CachedFile, NodeCache
 from owlrec.process import cache_folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # imported where a table is read or written: a lookup needs no Arrow
+    import pyarrow.parquet as pq
 
 COMPRESSION = "zstd"
 SCHEMES = ("s3://", "s3a://", "gs://", "az://", "azure://", "abfs://", "abfss://", "adl://", "memory://")
@@ -80,7 +84,7 @@ class Storage:
             self.base = self.root.rstrip("/")
             self._store = _open_store(self.base)
 
-    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return type(self), (self.base,)
 
     def path(self, *parts: str) -> str:
@@ -256,7 +260,7 @@ class Storage:
                 return None
 
     @contextmanager
-    def writer(self, path: str) -> Iterator["Writer"]:
+    def writer(self, path: str) -> Iterator[Writer]:
         """A writable binary file that appears complete when the block ends without an error; `.entry` after it."""
         spool = self._temporary(path)
         try:
@@ -305,12 +309,17 @@ class Storage:
 
     def write_parquet(self, path: str, table: pa.Table, *, row_group_rows: int | None = None) -> FileEntry:
         """Writes one Parquet file (Zstandard, with a checksum per page) atomically."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression=COMPRESSION, row_group_size=row_group_rows, write_page_checksum=True)
         return self.write_bytes(path, sink.getvalue())
 
     def write_arrow(self, path: str, batches: pa.Table | Sequence[pa.RecordBatch], schema: pa.Schema) -> FileEntry:
         """Writes one uncompressed Arrow IPC file for `map_arrow`; batches stay separate, a table becomes one."""
+        import pyarrow as pa
+
         if isinstance(batches, pa.Table):
             batches = batches.combine_chunks().to_batches()
         sink = pa.BufferOutputStream()
@@ -412,12 +421,16 @@ class Storage:
 
     def read_parquet(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """Reads one Parquet file. Raises WorkspaceError if it is missing or corrupt."""
+        import pyarrow.parquet as pq
+
         with self._readable(path):
             # ParquetFile, since read_table would add columns for folder names such as day=3.
             return pq.ParquetFile(self.open_input(path), page_checksum_verification=True).read(columns)
 
     def parquet_file(self, path: str) -> pq.ParquetFile:
         """A Parquet file for piecewise reading, by ranged reads. Raises the errors of read_parquet."""
+        import pyarrow.parquet as pq
+
         with self._readable(path):
             return pq.ParquetFile(self.open_input(path))
 
@@ -430,6 +443,8 @@ class Storage:
 
         entry: of the file, to verify its content after fetching. Raises the errors of read_parquet.
         """
+        import pyarrow as pa
+
         with self._readable(path):
             copy = self.local_copy(path, entry)
             table = pa.ipc.open_file(pa.memory_map(str(copy.path), "r")).read_all()
@@ -440,6 +455,8 @@ class Storage:
         """A file for random access: mapped from a local disk, by ranged reads elsewhere. Raises WorkspaceError if
         it is missing.
         """
+        import pyarrow as pa
+
         if self.local:
             try:
                 return pa.memory_map(self.path(path), "r")
@@ -502,6 +519,8 @@ class Storage:
 
     @contextmanager
     def _readable(self, path: str) -> Iterator[None]:
+        import pyarrow as pa
+
         try:
             yield
         except (pa.ArrowInvalid, OSError) as error:

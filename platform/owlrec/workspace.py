@@ -17,6 +17,8 @@
 A row's shard is its id's hash modulo the number of shards of its kind, a power of two, so more users move no rows.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import struct
@@ -24,15 +26,17 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from owlrec.errors import WorkspaceError
-from owlrec.schema import TABLE_KINDS, Kind, shard_of
+from owlrec.ids import TABLE_KINDS, Kind, shard_of
 from owlrec.storage import Storage, fingerprint
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # imported where a table is read or written: a lookup needs no Arrow
 
 # ----------------------------------------------------------------------------------------------------------- tombstones
 # Forgotten users: user ids as keyed hashes, checked by every lookup and every stage.
@@ -88,6 +92,8 @@ class Tombstones:
 
     def without(self, table: pa.Table, column: str = "user_id") -> pa.Table:
         """Rows of a table whose user is not forgotten. column: of the ids; a null is nobody."""
+        import pyarrow as pa
+
         if not len(self) or not len(table):
             return table
         return table.filter(pa.array(~self.among(table[column].fill_null(-1).to_numpy())))
@@ -97,7 +103,7 @@ class Tombstones:
         return self._key + self._records.tobytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Tombstones":
+    def from_bytes(cls, data: bytes) -> Tombstones:
         """Parses the output of `to_bytes`."""
         return cls(data[:_KEY_BYTES], np.frombuffer(data[_KEY_BYTES:], _RECORD))
 
@@ -268,6 +274,9 @@ class Workspace(Storage):
 
         Samples refer to interactions by position: code that reads both must remove users afterwards.
         """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         path = table_file(name, number)
         if name == "items" and self.entry(updated := f"{ITEM_UPDATES}/item/{shard_file(number)}") is not None:
             table = self.read_parquet(path, columns and list({*columns, "item_id"}))
@@ -283,6 +292,8 @@ class Workspace(Storage):
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """All shards of a table, in shard order: for small tables, and for tests. Raises the errors of read_shard."""
+        import pyarrow as pa
+
         return pa.concat_tables([self.read_shard(name, number, columns) for number in self.table_shards(name)])
 
     def write_table(self, name: str, table: pa.Table, *, key: str, n_shards: int = 1) -> None:
@@ -290,6 +301,8 @@ class Workspace(Storage):
 
         n_shards: of the table's kind, if not yet fixed.
         """
+        import pyarrow as pa
+
         kind = TABLE_KINDS[name]
         self.fix_shards({kind: n_shards})
         n = self.n_shards(kind)
@@ -311,10 +324,14 @@ def as_texts(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Rows of items in the columns of another items table: missing values are empty, and texts and lists of texts are
     converted to each other.
     """
+    import pyarrow as pa
+
     return pa.table([_as_texts(table, field) for field in schema], schema=schema)
 
 
 def _as_texts(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
+    import pyarrow as pa
+
     is_list = pa.types.is_list(field.type)
     if field.name not in table.column_names:
         return pa.array([[] if is_list else ""] * len(table), field.type)

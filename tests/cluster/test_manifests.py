@@ -21,6 +21,7 @@ from manifests import (
 )
 
 import owlrec
+from owlrec.cli import SUBMITTED
 
 KUBERNETES = CLUSTER / "kubernetes"
 # Ray's and Prometheus' operators; RayCronJob is younger than the catalog, so -ignore-missing-schemas.
@@ -173,7 +174,7 @@ def test_gpus_are_spot_machines_that_start_from_none() -> None:
 
 
 @overlays
-def test_jobs_run_real_modules_on_the_cluster_with_the_mounted_recipe(name: str) -> None:
+def test_jobs_run_a_stages_command_on_the_cluster_with_the_mounted_recipe(name: str) -> None:
     objects = overlay(name)
     jobs = {n: o["spec"] for n, o in by_kind(objects, "RayJob").items()}
     jobs |= {n: o["spec"]["jobTemplate"] for n, o in by_kind(objects, "RayCronJob").items()}
@@ -181,9 +182,9 @@ def test_jobs_run_real_modules_on_the_cluster_with_the_mounted_recipe(name: str)
     for job in jobs.values():
         cluster = ray_clusters(objects)[job["clusterSelector"]["ray.io/cluster"]]
         head = cluster["headGroupSpec"]["template"]["spec"]
-        python, dash_m, module, recipe = job["entrypoint"].split()
-        assert (python, dash_m) == ("python", "-m")
-        assert (ROOT / f"{module.replace('.', '/')}.py").exists()
+        command, *words, recipe = job["entrypoint"].split()
+        assert command == "owlrec"
+        assert tuple(words) in SUBMITTED.values()
         (mount,) = [m for m in head["containers"][0]["volumeMounts"] if recipe.startswith(m["mountPath"] + "/")]
         (volume,) = [v for v in head["volumes"] if v["name"] == mount["name"]]
         assert (

@@ -4,8 +4,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from owlrec.cohorts.model import by_facet, memberships
-from owlrec.schema import COHORTS, stable_id
+from owlrec.cohorts.model import memberships
+from owlrec.ids import stable_id
+from owlrec.releases.rows import by_facet
+from owlrec.schema import COHORTS
 
 
 def row(id_: int, cohort: str, facet: str = "liked", kind: str = "user", as_of: int = 9) -> dict[str, Any]:

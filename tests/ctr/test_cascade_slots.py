@@ -13,7 +13,7 @@ from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable, casca
 from owlrec.ctr.pca import open_tables
 from owlrec.ctr.trainer import tables_of
 from owlrec.encoding.vectors import PARTITIONS, VectorShard, VectorShards, partitions_folder
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.workspace import Workspace, shard_file
 
 IDS = np.array([1, 1, 1, 1, 2, 5, 5])

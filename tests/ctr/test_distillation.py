@@ -20,7 +20,8 @@ from owlrec.ctr.experiment import CTRConfig, DistillationConfig, SoftLabels, Tri
 from owlrec.ctr.features import Features, SampleFeatures, Split
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.errors import SchemaError
-from owlrec.schema import SAMPLE_ROWS, SOFT_LABELS, shard_of
+from owlrec.ids import shard_of
+from owlrec.schema import SAMPLE_ROWS, SOFT_LABELS
 from owlrec.workspace import Workspace, shard_file
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from owlrec.ctr import knowledge
 from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable, open_vectors
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.workspace import Workspace
 
 IDS = np.array([10, 30, 2**62])

@@ -19,7 +19,8 @@ from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Members, Resources
 from owlrec.encoding.vectors import VectorShard
 from owlrec.errors import SchemaError
-from owlrec.schema import COHORTS, INTERACTIONS, stable_id
+from owlrec.ids import stable_id
+from owlrec.schema import COHORTS, INTERACTIONS
 from owlrec.sources.outcomes import Labels
 from owlrec.sources.splits import SplitConfig, build_samples
 from owlrec.workspace import Workspace

@@ -20,7 +20,8 @@ from owlrec.ctr.knowledge import KnowledgeTable
 from owlrec.ctr.scoring import Artifact, LiveState, Scorer, TableKnowledge, User, export_program
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, score, train_one, write_vocabularies
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.releases.rows import encode_behaviors
+from owlrec.ids import BEHAVIOR
+from owlrec.releases.parts import encode_behaviors
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 
@@ -73,7 +74,7 @@ class Behaviors:
 
     def behaviors(self, ids: Any) -> list[np.ndarray | None]:
         rows = map(self._rows.get, ids)
-        return [None if value is None else np.frombuffer(value, schema.BEHAVIOR) for value in rows]
+        return [None if value is None else np.frombuffer(value, BEHAVIOR) for value in rows]
 
 
 def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exported:

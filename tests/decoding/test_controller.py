@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.controller import Controller, StepTimes
+from owlrec_decoding.controller import Controller, StepTimes
 
 
 def seasoned(

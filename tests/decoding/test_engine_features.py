@@ -24,7 +24,7 @@ from tiny_engine import (  # type: ignore[import-not-found]
     write_tokenizer,
 )
 
-from owlrec.decoding import DecodingConfig, DraftLimits
+from owlrec_decoding import DecodingConfig, DraftLimits
 
 pytestmark = pytest.mark.vllm
 BLOCK = 32  # tokens of the engine's cache blocks

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sealed import brute_force
 
-from owlrec.decoding.index import LivePool, build_pool, match_live, match_sealed
+from owlrec_decoding.index import LivePool, build_pool, match_live, match_sealed
 
 texts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), max_size=8)
 

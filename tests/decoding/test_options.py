@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from owlrec.decoding import DecodingConfig, DraftLimits, Relaxation, engine_arguments, request_arguments
-from owlrec.errors import RecipeError
+from owlrec_decoding import DecodingConfig, DecodingError, DraftLimits, Relaxation, engine_arguments, request_arguments
 
 
 def test_off_changes_nothing() -> None:
@@ -19,7 +18,7 @@ def test_off_changes_nothing() -> None:
 def test_engine_arguments_name_proposer_and_worker(cpu: bool, worker: str) -> None:
     arguments = engine_arguments(DecodingConfig(mode="strict"), "m", limits=DraftLimits(max_draft=6), cpu=cpu)
     assert arguments["speculative_config"]["num_speculative_tokens"] == 6
-    assert arguments["worker_cls"] == f"owlrec.decoding.{worker}"
+    assert arguments["worker_cls"] == f"owlrec_decoding.{worker}"
     assert arguments["additional_config"]["owlrec_decoding"]["identity"] == "m"
 
 
@@ -37,8 +36,8 @@ def test_a_requests_rule_out_of_range_is_refused(wrong: dict) -> None:
         Relaxation(**wrong)
 
 
-def test_missing_pool_folder_is_a_recipe_error(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"decoding\.pools: .*none"):
+def test_a_missing_folder_of_pools_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DecodingError, match=r"decoding\.pools: .*none"):
         engine_arguments(DecodingConfig(mode="strict", pools=str(tmp_path / "none")), "m", cpu=True)
 
 
@@ -56,5 +55,5 @@ def test_request_arguments_hold_only_what_http_can_carry() -> None:
 
 @pytest.mark.process
 def test_the_recipe_needs_neither_torch_nor_numba_nor_vllm() -> None:
-    code = "import sys, owlrec.decoding; assert not {'torch', 'numba', 'vllm', 'ray'} & set(sys.modules)"
+    code = "import sys, owlrec_decoding; assert not {'torch', 'numba', 'vllm', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from owlrec.decoding.index import LIVE, SEALED, PoolError, open_pool
-from owlrec.decoding.options import DraftLimits
-from owlrec.decoding.pools import Pools, write_pool
+from owlrec_decoding.index import LIVE, SEALED, PoolError, open_pool
+from owlrec_decoding.options import DraftLimits
+from owlrec_decoding.pools import Pools, write_pool
 
 
 def write(root: Path, name: str, texts: list[list[int]], ids: list[int] | None = None, identity: str = "m") -> None:

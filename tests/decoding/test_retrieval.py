@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
-from owlrec.decoding.retrieval import CELLS, VOTES, AcceptanceRates, Drafts, draft_rows
+from owlrec_decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
+from owlrec_decoding.retrieval import CELLS, VOTES, AcceptanceRates, Drafts, draft_rows
 
 HALF = np.full((4, CELLS), 0.5)
 

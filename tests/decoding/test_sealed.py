@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.index import (
+from owlrec_decoding.index import (
     BORDER,
     DEPTH,
     CorruptPool,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.options import Relaxation
+from owlrec_decoding.options import Relaxation
 
 pytestmark = pytest.mark.vllm
 
@@ -17,7 +17,7 @@ def _cpu_kernels() -> None:
     """What vLLM does when a worker starts: its Triton kernels are replaced by C++ ones on a CPU."""
     from vllm.platforms import current_platform
 
-    import owlrec.decoding.index  # noqa: F401  # before the search through modules, which numba's would end
+    import owlrec_decoding.index  # noqa: F401  # before the search through modules, which numba's would end
 
     current_platform.import_kernels()
     current_platform.register_triton_kernel_overrides()
@@ -60,7 +60,7 @@ def verify(
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    from owlrec.decoding.verification import Verifier
+    from owlrec_decoding.verification import Verifier
 
     counts = [len(drafts) for _, drafts in rows]
     starts = np.cumsum([0, *[n + 1 for n in counts]])
@@ -117,7 +117,7 @@ def test_padding_is_never_accepted() -> None:
 def test_rule_equals_brute_force(logits: list[float], token: int, rule: Relaxation) -> None:
     import torch
 
-    from owlrec.decoding.verification import relaxed_accept
+    from owlrec_decoding.verification import relaxed_accept
 
     if token >= 0 and boundary(logits, token, rule):
         return
@@ -189,7 +189,7 @@ def test_values_are_repeated_for_each_draft_of_a_row() -> None:
     """vLLM 0.32's own kernel leaves float32 and int32 results uninitialised on a CPU."""
     import torch
 
-    from owlrec.decoding.worker import expand_batch_to_tokens
+    from owlrec_decoding.worker import expand_batch_to_tokens
 
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     temperature = torch.tensor([0.0, 0.5, 1.3])

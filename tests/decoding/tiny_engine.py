@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from owlrec.decoding import DecodingConfig, DraftLimits, engine_arguments, request_arguments
-from owlrec.decoding.controller import Controller, DecoderCounters, StepTimes
+from owlrec_decoding import DecodingConfig, DraftLimits, engine_arguments, request_arguments
+from owlrec_decoding.controller import Controller, DecoderCounters, StepTimes
 
 VOCAB = 96
 EOS = 0

@@ -26,9 +26,9 @@ from processes import command_lines
 
 from owlrec import schema
 from owlrec.generation.job import build_job, dead_file, read_knowledge, table_inputs
+from owlrec.ids import shard_of
 from owlrec.recipe import load_recipe
 from owlrec.runner import pending_shards
-from owlrec.schema import shard_of
 from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace
 

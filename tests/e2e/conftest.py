@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from heads import make_bare_python
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "ranking"))  # whose tiny models are tuned here too
+TESTS = Path(__file__).resolve().parent.parent
+sys.path += [str(TESTS / "ranking"), str(TESTS / "decoding")]  # whose tiny models are tuned and served here too
 
 
 @pytest.fixture(scope="session")

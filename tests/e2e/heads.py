@@ -142,7 +142,7 @@ def owlrec(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def owlrec_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "owlrec.cli", *arguments]
+    return [sys.executable, "-m", "owlrec", *arguments]
 
 
 def free_port() -> int:

@@ -77,7 +77,7 @@ ray: local[2]
 
 def owlrec(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "owlrec.cli", *arguments],
+        [sys.executable, "-m", "owlrec", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=60 * MINUTES, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,7 +88,7 @@ def owlrec(*arguments: str) -> str:
 def served(workspace: str) -> Iterator[httpx.Client]:
     """`owlrec serve` over the workspace, ready."""
     port = free_port()
-    command = [sys.executable, "-m", "owlrec.cli", "serve", workspace, "--port", str(port), "--max-replicas=1"]
+    command = [sys.executable, "-m", "owlrec", "serve", workspace, "--port", str(port), "--max-replicas=1"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as web:

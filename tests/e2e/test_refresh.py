@@ -24,8 +24,9 @@ from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import dead_files, pointer, read_state
 from owlrec.releases import current_release, list_releases, open_release
 from owlrec.releases.manifest import read_manifest
+from owlrec.runs import STAGES
 from owlrec.runs.refresh import run
-from owlrec.runs.stage import STAGES, stage_function
+from owlrec.runs.stage import stage_function
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]

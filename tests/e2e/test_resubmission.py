@@ -62,7 +62,7 @@ def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
         wait_until(lambda: "is already running" in (second.stdout.readline() if second.stdout else ""), 60, "the job")
         wait_until(lambda: shards(workspace) > 0, 120, "a shard")
         [job] = generate_jobs(head)
-        head.kill_where(lambda p: p.cmdline()[1:3] == ["-m", "pipelines.generate"])
+        head.kill_where(lambda p: p.cmdline()[1:4] == ["-m", "owlrec", "run"])
         assert [first.wait(), second.wait()] == [137, 137]
         done = shards(workspace)
         assert 0 < done < 12
@@ -107,7 +107,7 @@ def refused_without_its_token(head: Head, *submit: str) -> None:
 
 
 def generate_jobs(head: Head) -> list[dict]:
-    return [job for job in head.jobs() if "pipelines.generate" in job["entrypoint"]]
+    return [job for job in head.jobs() if "owlrec run --only generate" in job["entrypoint"]]
 
 
 def shards(workspace: Path) -> int:

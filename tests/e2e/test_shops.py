@@ -69,7 +69,7 @@ ray: local[2]
 """
     )
     done = subprocess.run(
-        [sys.executable, "-m", "owlrec.cli", "run", str(recipe)],
+        [sys.executable, "-m", "owlrec", "run", str(recipe)],
         cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

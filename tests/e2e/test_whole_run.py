@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def owlrec(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "owlrec.cli", *arguments],
+        [sys.executable, "-m", "owlrec", *arguments],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -76,7 +76,7 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
 def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
     process = subprocess.Popen(
-        [sys.executable, "-m", "owlrec.cli", "run", str(echo_recipe), "--to", "generate"],
+        [sys.executable, "-m", "owlrec", "run", str(echo_recipe), "--to", "generate"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120

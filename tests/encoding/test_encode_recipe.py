@@ -9,10 +9,11 @@ import pytest
 
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SourceError
+from owlrec.ids import TABLE_KINDS, TABLES, shard_of
 from owlrec.recipe import Recipe
 from owlrec.runs.batch import encode as run
 from owlrec.runs.exchange import import_vectors
-from owlrec.schema import KNOWLEDGE, TABLE_KINDS, TABLES, shard_of
+from owlrec.schema import KNOWLEDGE
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace, shard_file
 

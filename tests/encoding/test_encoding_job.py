@@ -15,8 +15,9 @@ from owlrec.encoding.semantic_ids import code_vectors
 from owlrec.encoding.stage import EncodingJob
 from owlrec.encoding.vectors import VectorShards, read_quantisers, read_reports
 from owlrec.errors import SchemaError
+from owlrec.ids import shard_of, stable_id
 from owlrec.runner import Pool
-from owlrec.schema import COHORTS, HISTORIES, KNOWLEDGE, shard_of, stable_id
+from owlrec.schema import COHORTS, HISTORIES, KNOWLEDGE
 from owlrec.shards import Card
 from owlrec.workspace import Workspace, shard_file
 

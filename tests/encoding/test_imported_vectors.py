@@ -9,7 +9,7 @@ from owlrec.encoding import inputs as module
 from owlrec.encoding.inputs import import_vectors, imported_vectors
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SourceError, WorkspaceError
-from owlrec.schema import shard_of, stable_id
+from owlrec.ids import shard_of, stable_id
 from owlrec.workspace import Workspace
 
 

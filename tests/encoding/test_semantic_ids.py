@@ -18,7 +18,7 @@ from owlrec.encoding.semantic_ids import (
     train_quantiser,
 )
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.workspace import Workspace
 
 

@@ -13,7 +13,7 @@ from owlrec.encoding import vectors as vector_shards
 from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
 from owlrec.encoding.vectors import VectorShard, VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.workspace import Workspace, shard_file
 
 CORNERS = np.array([[0, 0], [4, 0], [0, 4], [4, 4]], dtype=np.float32)

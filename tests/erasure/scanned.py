@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from owlrec.erasure.rows import Users
-from owlrec.schema import stable_id
+from owlrec.ids import stable_id
 from owlrec.sources.ingest import read_batches
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace

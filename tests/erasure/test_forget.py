@@ -30,6 +30,7 @@ from owlrec.ctr.training import GridSpec, encode_once, load_data
 from owlrec.erasure.forget import forget
 from owlrec.generation.engines import EchoEngine, count_words
 from owlrec.generation.import_export import ImportSource
+from owlrec.ids import stable_id
 from owlrec.node_cache import NodeCache
 from owlrec.ranking.experiment import RankerRun
 from owlrec.ranking.questions import write_questions
@@ -38,11 +39,11 @@ from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import read_state
 from owlrec.releases import current_release, list_releases, open_release
+from owlrec.runs import STAGES
 from owlrec.runs.ctr import export_ctr, vector_folders
 from owlrec.runs.exchange import export_vectors, import_knowledge
 from owlrec.runs.refresh import run as refresh
-from owlrec.runs.stage import STAGES, stage_function
-from owlrec.schema import stable_id
+from owlrec.runs.stage import stage_function
 from owlrec.shards import finish_stage, needed_stage
 from owlrec.storage import Storage
 from owlrec.workspace import TOMBSTONES, Workspace, read_tombstones

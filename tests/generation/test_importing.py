@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from owlrec.errors import SourceError
 from owlrec.generation import knowledge_files
 from owlrec.generation.import_export import ImportedRow, ImportSource, RefusedRow, _SeenIds, read_knowledge_file
-from owlrec.schema import stable_id
+from owlrec.ids import stable_id
 
 T = 1_700_000_000_000
 TEXTS = st.lists(st.text(max_size=30), min_size=1, max_size=6)

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 from shard_runs import ECHO, dead_letters_file, run_shard, texts_file
 
-from owlrec.decoding import DecodingConfig
 from owlrec.errors import WorkspaceError
 from owlrec.generation import (
     ENGINES,
@@ -27,6 +26,7 @@ from owlrec.scenario import get_scenario
 from owlrec.schema import KNOWLEDGE
 from owlrec.shards import Shard, finish_stage
 from owlrec.workspace import Workspace
+from owlrec_decoding import DecodingConfig
 
 
 def job(**changes: object) -> GenerationJob:

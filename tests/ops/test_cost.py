@@ -9,7 +9,6 @@ import pytest
 from fleet_simulation import Machines, Simulation  # type: ignore[import-not-found]
 
 from owlrec.cli import app, row_count
-from owlrec.decoding.controller import DecoderCounters, StepSums
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.generation.job import DECODER
 from owlrec.ops.cost import (
@@ -29,6 +28,7 @@ from owlrec.refresh.state import State, write_state
 from owlrec.releases.manifest import ReleaseManifest
 from owlrec.shards import Artifact, Card
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters, StepSums
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "cluster" / "fleet-example.yaml"
 MILLION = 2**20

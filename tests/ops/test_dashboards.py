@@ -47,12 +47,12 @@ def exported(monkeypatch):
         return record
 
     kinds = {"Counter": recording("_total"), "Gauge": recording(""), "Histogram": recording("_bucket", "le")}
-    import serve_apps.telemetry
+    import owlrec.apps.telemetry
 
     for kind, record in kinds.items():
         monkeypatch.setattr(ray.util.metrics, kind, record)  # for those that import it when they are made
-        monkeypatch.setattr(serve_apps.telemetry, kind, record)
-    serve_apps.telemetry.RayTelemetry("app")
+        monkeypatch.setattr(owlrec.apps.telemetry, kind, record)
+    owlrec.apps.telemetry.RayTelemetry("app")
     StageMetrics("stage", "worker")
     DecoderMetrics("engine")
     return metrics

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from owlrec.ctr.experiment import Metrics, PairedDifference, SliceMetrics, TrialResult
-from owlrec.decoding.controller import DecoderCounters, StepSums
 from owlrec.encoding.semantic_ids import QuantisationReport
 from owlrec.evaluation import GridScores, Interval
 from owlrec.ops.report import (
@@ -22,6 +21,7 @@ from owlrec.ops.report import (
     slice_rows,
 )
 from owlrec.shards import Card
+from owlrec_decoding.controller import DecoderCounters, StepSums
 
 EVIL = "<script>alert('x')</script>"
 

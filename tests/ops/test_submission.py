@@ -27,7 +27,7 @@ from owlrec.ops.submission import (
 )
 from owlrec.recipe import Recipe, load_recipe
 
-JOB = Submission("generate-shop-0123", "python -m pipelines.generate", {"working_dir": "/x"})
+JOB = Submission("generate-shop-0123", "python -m owlrec run --only generate", {"working_dir": "/x"})
 
 
 @dataclass

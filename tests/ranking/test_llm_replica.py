@@ -10,12 +10,12 @@ from test_tune_ranker import prepare, recipe_for  # type: ignore[import-not-foun
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
+from owlrec.apps.rank import LlmReplica
 from owlrec.errors import OwlRecError, ServingError
-from owlrec.releases import ReleaseInfo, publish
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
-from serve_apps.rank import LlmReplica
 
 NOWHERE = 10**6  # an item without a title
 

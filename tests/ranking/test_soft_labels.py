@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from owlrec.ctr.experiment import SoftLabels, read_grid_scores, trials
-from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.generation import ENGINES
 from owlrec.generation.engine import Completion, Engine, EngineConfig, EngineStopped, RequestRefused, SamplingConfig
@@ -26,6 +25,7 @@ from owlrec.runs.ranker import score_pairs
 from owlrec.schema import DEAD_LETTERS, SOFT_LABELS
 from owlrec.shards import finished_stage, needed_stage
 from owlrec.workspace import Workspace
+from owlrec_decoding import DecodingConfig
 
 USERS, ITEMS = 60, 20
 asked: list[str] = []  # all questions since the test began

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from worlds import write_samples
 
 from owlrec.errors import RecipeError, SchemaError
+from owlrec.ids import shard_of
 from owlrec.prompting.ranking import RankPromptConfig
 from owlrec.ranking import samples as samples_module
 from owlrec.ranking.retrieval import BehaviourRetriever, with_candidates
@@ -24,7 +25,7 @@ from owlrec.ranking.samples import (
     read_users,
 )
 from owlrec.scenario import get_scenario
-from owlrec.schema import SAMPLES, shard_of
+from owlrec.schema import SAMPLES
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import Labels
 from owlrec.sources.splits import SplitConfig, build_samples

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.shards import Card
+from owlrec_decoding.controller import DecoderCounters
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 NAME = "worker-1"

@@ -22,7 +22,7 @@ from owlrec.refresh import partitions
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.plan import Moved
 from owlrec.refresh.state import RefreshPlan, State, read_state
-from owlrec.releases import ReleaseInfo, publish
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.runner import Result, Stage, Work, run_stage
 from owlrec.runs.refresh import Refresh
 from owlrec.schema import KNOWLEDGE, vector_matrix, vectors_schema

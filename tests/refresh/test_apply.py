@@ -26,7 +26,6 @@ from refresh_world import (  # type: ignore[import-not-found]
     watched,
 )
 
-from owlrec.decoding import DecodingConfig
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
@@ -43,6 +42,7 @@ from owlrec.runs import refresh
 from owlrec.shards import Card, claimed
 from owlrec.storage import PointerMoved
 from owlrec.workspace import Workspace
+from owlrec_decoding import DecodingConfig
 
 AWAY = [115, 116, 117]
 

@@ -15,8 +15,9 @@ from refresh_world import (  # type: ignore[import-not-found]
 )
 
 from owlrec.refresh.partitions import Behavior, UserState, renewed_behaviors
-from owlrec.releases import compact, current_release, list_releases, open_release
+from owlrec.releases import current_release, list_releases, open_release
 from owlrec.releases.manifest import read_manifest
+from owlrec.releases.retention import compact
 from owlrec.runs import refresh
 from owlrec.workspace import Workspace
 

@@ -27,12 +27,12 @@ from owlrec.encoding.inputs import Resources as EncoderResources
 from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation.job import table_inputs
+from owlrec.ids import shard_of, stable_id
 from owlrec.refresh.items import unwritten_shards
 from owlrec.refresh.state import State, dead_files, read_state
 from owlrec.releases import current_release, open_release
 from owlrec.releases.manifest import read_manifest
 from owlrec.reshard import reshard
-from owlrec.schema import shard_of, stable_id
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace

@@ -25,12 +25,12 @@ from refresh_world import (  # type: ignore[import-not-found]
 
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.errors import ReleaseError, SourceError
+from owlrec.ids import shard_of
 from owlrec.ops.watching import StopSignals
 from owlrec.prompting.rows import EARLIER
 from owlrec.refresh.state import State, dead_files, read_state
 from owlrec.releases import current_release, roll_back
 from owlrec.releases.retention import compact
-from owlrec.schema import shard_of
 from owlrec.workspace import Workspace
 
 AWAY = [115, 116, 117]  # films at a right angle to all that users 1 to 11 have read

@@ -6,8 +6,8 @@ from typing import ClassVar
 import numpy as np
 from release_rows import Rows  # type: ignore[import-not-found]
 
+from owlrec.ids import BEHAVIOR
 from owlrec.releases import Knowledge, KnowledgeStore, Release, ReleaseManifest
-from owlrec.schema import BEHAVIOR
 
 
 class MemoryStore(KnowledgeStore):

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
-from owlrec.releases import KnowledgeStore, ReleaseInfo, ReleaseManifest, publish
+from owlrec.releases import KnowledgeStore, ReleaseManifest
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, vectors_schema
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace

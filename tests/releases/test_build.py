@@ -14,11 +14,13 @@ from release_rows import CODE_SIZES, QUANTISERS, Rows, check, tables
 
 from owlrec import storage
 from owlrec.errors import ReleaseError, SchemaError
-from owlrec.releases import ReleaseInfo, ShardRows, build, current_release, open_release, prune, publish_rows
-from owlrec.releases.build import BUILDS
+from owlrec.ids import shard_of, stable_id
+from owlrec.releases import build, current_release, open_release
+from owlrec.releases.build import BUILDS, ReleaseInfo, ShardRows, publish_rows
 from owlrec.releases.lmdb import part_of
+from owlrec.releases.retention import prune
 from owlrec.runner import Pool
-from owlrec.schema import COHORTS, INTERACTIONS, shard_of, stable_id
+from owlrec.schema import COHORTS, INTERACTIONS
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 

@@ -12,20 +12,11 @@ from hypothesis import strategies as st
 from release_rows import CODE_SIZES, KINDS, QUANTISERS, Rows, check, publish_rows, tables, texts
 
 from owlrec.errors import ReleaseError, SchemaError
-from owlrec.releases import (
-    ReleaseInfo,
-    build,
-    compact,
-    current_release,
-    list_releases,
-    open_release,
-    prune,
-    publish,
-    retention,
-    roll_back,
-)
+from owlrec.releases import build, current_release, list_releases, open_release, retention, roll_back
 from owlrec.releases import release as release_module
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.releases.manifest import chain, read_manifest
+from owlrec.releases.retention import compact, prune
 from owlrec.schema import MEMBERSHIPS
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from owlrec.cli import app
 from owlrec.errors import ReleaseError
-from owlrec.releases import compact, current_release, list_releases, open_release, prune, retention
-from owlrec.releases.lmdb import PartWriter
+from owlrec.releases import current_release, list_releases, open_release, retention
 from owlrec.releases.manifest import read_manifest
+from owlrec.releases.parts import PartWriter
+from owlrec.releases.retention import compact, prune
 from owlrec.workspace import Workspace
 
 

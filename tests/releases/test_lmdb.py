@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.errors import ReleaseError, SchemaError
-from owlrec.releases import lmdb
-from owlrec.releases.lmdb import LmdbFile, LmdbStore, PartWriter
+from owlrec.releases import parts
+from owlrec.releases.lmdb import LmdbFile, LmdbStore
+from owlrec.releases.parts import PartWriter
 from owlrec.releases.rows import KEY_ORDER, decode_keys, encode_key, encode_keys
 from owlrec.schema import KNOWLEDGE, vectors_schema
 
@@ -133,8 +134,8 @@ def test_null_text_and_mixed_vector_lengths_are_refused(tmp_path):
 
 
 def test_the_map_grows_and_pages_are_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(lmdb, "_FIRST_MAP_BYTES", 1 << 16)
-    monkeypatch.setattr(lmdb, "_TRANSACTION_ROWS", 64)
+    monkeypatch.setattr(parts, "_FIRST_MAP_BYTES", 1 << 16)
+    monkeypatch.setattr(parts, "_TRANSACTION_ROWS", 64)
     text = "x" * 1300  # three rows to a page of 4096 bytes
     order = [i for start in (2, 0, 1) for i in range(start, 900, 3)]
     with written(tmp_path / "s.lmdb", knowledge([("user", i, i, f"{i}{text}") for i in order])) as store:
@@ -144,7 +145,7 @@ def test_the_map_grows_and_pages_are_full(tmp_path, monkeypatch):
 
 
 def test_the_sample_for_verification_is_bounded_and_spread(tmp_path, monkeypatch):
-    monkeypatch.setattr(lmdb, "_SAMPLE", 10)
+    monkeypatch.setattr(parts, "_SAMPLE", 10)
     writer = PartWriter(tmp_path / "s.lmdb", codes={})
     for start in range(0, 1000, 100):
         ids = np.arange(start, start + 100)

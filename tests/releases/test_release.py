@@ -10,17 +10,8 @@ import pytest
 
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
 from owlrec.node_cache import NodeCache
-from owlrec.releases import (
-    ReleaseInfo,
-    build,
-    current_release,
-    list_releases,
-    measure_lookup,
-    open_release,
-    publish,
-    roll_back,
-)
-from owlrec.releases.build import BUILDS
+from owlrec.releases import build, current_release, list_releases, measure_lookup, open_release, roll_back
+from owlrec.releases.build import BUILDS, ReleaseInfo, publish
 from owlrec.releases.lmdb import part_of
 from owlrec.releases.manifest import read_manifest
 from owlrec.releases.release import make_current, pointer

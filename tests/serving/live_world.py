@@ -20,7 +20,8 @@ from owlrec.ctr.trainer import Trained, TrainingData, export_trial, tables_of, t
 from owlrec.encoding.projection import Projection
 from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
 from owlrec.encoding.vectors import VectorShard, quantiser_folder
-from owlrec.releases import ReleaseInfo, ReleaseManifest, publish
+from owlrec.releases import ReleaseManifest
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, SAMPLES, vectors_schema
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 from release_rows import Rows, publish_rows, tables
 
-from owlrec.releases import ReleaseInfo, publish
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.problems import Stopping, never_stopping

@@ -14,7 +14,6 @@ from dashboards import expressions, parse
 from processes import free_port
 from served_world import publish_world
 
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.generation import EchoEngineConfig
 from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.job import build_job, table_inputs
@@ -24,6 +23,7 @@ from owlrec.releases import roll_back
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 WITHIN_S = 30.0
@@ -82,7 +82,7 @@ def knowledge(ray_local, tmp_path_factory):
     """The knowledge application's address and its workspace, with two releases."""
     from ray import serve
 
-    from serve_apps.knowledge import KnowledgeArgs, app
+    from owlrec.apps.knowledge import KnowledgeArgs, app
 
     workspace, port = Workspace(tmp_path_factory.mktemp("served") / "ws"), free_port()
     for label in ("first", "second"):
@@ -108,9 +108,9 @@ def count_elsewhere():
     @ray.remote(num_cpus=0)
     class Ranker:
         async def rank(self):
+            from owlrec.apps.telemetry import RayTelemetry
             from owlrec.serving.rank_api import Cascade
             from owlrec.serving.schemas import Rank
-            from serve_apps.telemetry import RayTelemetry
 
             class Ctr:
                 async def score(self, asked, candidates):

@@ -51,7 +51,7 @@ def deploy(base, workspace, monkeypatch, tmp_path):
     """Deploys the application with given arguments; its address."""
     from ray import serve
 
-    from serve_apps.knowledge import KnowledgeArgs, app
+    from owlrec.apps.knowledge import KnowledgeArgs, app
 
     def deploy(**args):
         settings = {"workspace": workspace.path(), "num_cpus": 0.1, "refresh_s": 0.05, **args}
@@ -247,9 +247,9 @@ def test_requests_are_logged_by_route_and_name_nobody(deploy):
 
 
 def test_off_loopback_without_keys_no_replica_starts(ray_local, monkeypatch):
+    from owlrec.apps import binding
     from owlrec.errors import ServingError
     from owlrec.serving.keys import KeyRing
-    from serve_apps import binding
 
     class Client:
         class http_config:

@@ -18,7 +18,8 @@ from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import build_features
 from owlrec.ctr.scoring import Artifact
 from owlrec.ctr.trainer import TrainingData, export_trial, train_one, write_vocabularies
-from owlrec.releases import ReleaseInfo, current_release, publish
+from owlrec.releases import current_release
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.serving.guard import NoTelemetry
 from owlrec.serving.live import LiveScorer
 from owlrec.serving.problems import Problem
@@ -87,7 +88,7 @@ def served(ray_local, tmp_path_factory):
     """The address, the workspace, the artifacts, and a function that deploys with one of them."""
     from ray import serve
 
-    from serve_apps.rank import RankArgs, rank_application
+    from owlrec.apps.rank import RankArgs, rank_application
 
     workspace = Workspace(tmp_path_factory.mktemp("rank") / "ws")
     folders = write_artifacts(workspace)
@@ -223,7 +224,7 @@ def test_another_model_is_deployed_in_its_place(served):
 
 def test_a_replica_takes_in_another_model_without_a_restart(served):
     """What Serve calls where only `user_config` of its configuration has changed."""
-    from serve_apps.rank import CtrModel
+    from owlrec.apps.rank import CtrModel
 
     _, workspace, folders, _ = served
     asked = Rank(user_id=55, candidates=list(range(ITEMS)))
@@ -243,7 +244,7 @@ def test_a_replica_takes_in_another_model_without_a_restart(served):
 
 
 def test_a_release_of_another_encoder_is_not_ready(ray_local, tmp_path):
-    from serve_apps.rank import CtrModel
+    from owlrec.apps.rank import CtrModel
 
     workspace = Workspace(tmp_path / "ws")
     (folder, _) = write_artifacts(workspace)

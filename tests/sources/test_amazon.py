@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from owlrec.errors import SchemaError, SourceError
-from owlrec.schema import stable_id
+from owlrec.ids import stable_id
 from owlrec.sources.amazon import AmazonSource
 
 T = 1_400_000_000

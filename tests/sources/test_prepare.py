@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from owlrec.errors import OwlRecError, SchemaError, WorkspaceError
+from owlrec.ids import shard_of, stable_id
 from owlrec.recipe import Recipe
 from owlrec.runs import batch
-from owlrec.schema import INTERACTIONS, SAMPLES, shard_of, stable_id
+from owlrec.schema import INTERACTIONS, SAMPLES
 from owlrec.shards import Artifact, Card, Claims, finished_stage
 from owlrec.sources import files, ingest, tabular
 from owlrec.sources.outcomes import LabelConfig, Labels, with_outcomes

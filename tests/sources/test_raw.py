@@ -8,7 +8,7 @@ import pytest
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError
-from owlrec.schema import stable_id
+from owlrec.ids import stable_id
 from owlrec.sources.raw import RawTables, finish, input_file
 
 NAMES = {"users": "u.csv", "items": "i.csv", "interactions": "r.csv"}

@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from owlrec.errors import SchemaError, SourceError
-from owlrec.schema import stable_id
+from owlrec.ids import stable_id
 from owlrec.sources import SourceConfig
 from owlrec.sources.tabular import TableSource
 

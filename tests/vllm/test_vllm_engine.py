@@ -7,14 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from owlrec.decoding import DecodingConfig, request_arguments
-from owlrec.decoding.release_pools import write_release_pools
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig, build_engine
 from owlrec.generation.engine import Completion, PromptTooLong, SamplingConfig
 from owlrec.generation.models import load_tokenizer, model_identity
+from owlrec.generation.release_pools import write_release_pools
 from owlrec.generation.vllm_engine import VllmEngine
 from owlrec.schema import KNOWLEDGE
+from owlrec_decoding import DecodingConfig, request_arguments
 
 pytestmark = pytest.mark.vllm
 CONFIG = VllmEngineConfig(type="vllm", model="smollm2-135m", max_model_len=256, max_num_seqs=8, kv_cache_gib=1)

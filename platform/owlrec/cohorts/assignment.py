@@ -14,8 +14,9 @@ import pyarrow as pa
 from owlrec.cohorts.clustering import FactorSettings, ItemFactors, fold_in, items_and_likes, unit
 from owlrec.cohorts.model import FACETS, Book, CohortModel, attribute_cohort_name, cohort_name
 from owlrec.cohorts.profiles import Group, choose_group, count_groups, values_of
+from owlrec.ids import Kind
 from owlrec.scenario import Scenario
-from owlrec.schema import COHORTS, Kind
+from owlrec.schema import COHORTS
 
 
 def user_vectors(

@@ -42,9 +42,10 @@ from owlrec.cohorts.profiles import (
     user_candidates,
 )
 from owlrec.errors import WorkspaceError
+from owlrec.ids import TABLES, Kind, shard_of, stable_id
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.scenario import Scenario
-from owlrec.schema import TABLES, Kind, newest, shard_of, stable_id
+from owlrec.schema import newest
 from owlrec.shards import Card, Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.splits import Cut

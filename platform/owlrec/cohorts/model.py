@@ -18,8 +18,9 @@ from owlrec.cohorts.clustering import ClusterConfig, Codebook, FactorSettings
 from owlrec.cohorts.profiles import Group, ProfileSettings, group_name
 from owlrec.config import Config
 from owlrec.errors import WorkspaceError
+from owlrec.ids import Kind, stable_id
 from owlrec.ordered import run_starts
-from owlrec.schema import MEMBERSHIPS, Kind, newest, stable_id
+from owlrec.schema import MEMBERSHIPS, newest
 from owlrec.storage import Pointer
 from owlrec.workspace import Workspace
 
@@ -49,13 +50,6 @@ def memberships(cohorts: pa.Table, *, marked: bool = False) -> pa.Table:
     lists = pa.ListArray.from_arrays(pa.array(np.r_[start, len(ids)], pa.int32()), pa.array(marked_names, pa.int64()))
     table = pa.table([pa.array(kinds[start], pa.string()), pa.array(ids[start]), lists], schema=MEMBERSHIPS)
     return table.append_column("as_of", pa.array(as_of[start]))
-
-
-def by_facet(listed: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Splits a member's list from a release: cohorts by likes or attributes, and cohorts by dislikes, which are
-    stored as the complement of their ids.
-    """
-    return tuple(c for c in listed if c >= 0), tuple(~c for c in listed if c < 0)
 
 
 class CohortNames:

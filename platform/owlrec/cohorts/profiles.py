@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.cohorts.clustering import items_and_likes
+from owlrec.ids import Kind, stable_id
 from owlrec.ordered import rows_of, run_starts
 from owlrec.scenario import Scenario
-from owlrec.schema import Kind, newest, stable_id
+from owlrec.schema import newest
 from owlrec.sources.splits import Cut, Every
 
 # ----------------------------------------------------------------------------------------------------------- attributes

@@ -26,9 +26,9 @@ from owlrec.ctr.knowledge import arm_parts, arm_sources
 from owlrec.ctr.trainer import VOCABULARIES, read_vocabularies, write_items
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import ReleaseError, WorkspaceError
+from owlrec.ids import shard_of
 from owlrec.ordered import rows_of
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.schema import shard_of
 from owlrec.shards import Shard
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file

@@ -31,7 +31,7 @@ from owlrec.ctr.model import Batch, CTRModel
 from owlrec.ctr.trainer import load_trial, read_items, read_vocabularies
 from owlrec.encoding.projection import Projection
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.schema import BEHAVIOR
+from owlrec.ids import BEHAVIOR
 from owlrec.sources.outcomes import was_taken
 from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace
@@ -105,7 +105,7 @@ class BehaviorReader(Protocol):
     """Source of users' behaviors."""
 
     def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
-        """Latest behaviors of users, oldest first: schema.BEHAVIOR [k] each."""
+        """Latest behaviors of users, oldest first: ids.BEHAVIOR [k] each."""
 
 
 class ReleaseReader(BehaviorReader, Protocol):
@@ -291,7 +291,7 @@ class LiveState:
         self._nobody = None if knowledge is None else self._made("user", np.array([_NO_ID]))
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
-        """A user's latest behaviors, oldest first: schema.BEHAVIOR [k]; None if unknown."""
+        """A user's latest behaviors, oldest first: ids.BEHAVIOR [k]; None if unknown."""
         return self._store.behaviors([user_id])[0] if self._store else None
 
     def fields(self, kind: str, ids: np.ndarray) -> np.ndarray:
@@ -345,7 +345,7 @@ class User:
         return cls(row["user_id"], row["history"], ratings, list(map(was_taken, ratings, labels)))
 
     def behaviors(self) -> np.ndarray:
-        """The history in the request: schema.BEHAVIOR [n], without moments.
+        """The history in the request: ids.BEHAVIOR [n], without moments.
 
         Raises SchemaError if the history and its ratings differ in length.
         """

@@ -20,8 +20,8 @@ from pydantic import Field, field_validator
 from owlrec.config import Config
 from owlrec.encoding.semantic_ids import SemanticIdConfig
 from owlrec.errors import EngineError
+from owlrec.ids import shard_of
 from owlrec.process import package_folder
-from owlrec.schema import shard_of
 from owlrec.storage import file_digest, fingerprint
 
 # ------------------------------------------------------------------------------------------------------ hashing encoder

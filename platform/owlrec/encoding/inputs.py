@@ -31,7 +31,7 @@ from owlrec.encoding.encoder import Encoder, EncoderConfig, HashingEncoder
 from owlrec.encoding.vectors import DIGEST_BYTES, VectorShard, VectorShards, item_metadata, user_metadata
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
-from owlrec.schema import Kind, shard_of, stable_id
+from owlrec.ids import Kind, shard_of, stable_id
 from owlrec.shards import Stopwatch
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
@@ -365,7 +365,7 @@ def import_vectors(
     """Writes n vectors of one kind into the workspace's shards, replacing earlier imports.
 
     npy_path: float [n, dim]. ids_path: int64 [n] as .npy, used unchanged, or a text file with one raw id per
-    line (gzip or not), converted by schema.stable_id; aligned with the vectors. as_of_ms: the vectors' cutoff
+    line (gzip or not), converted by ids.stable_id; aligned with the vectors. as_of_ms: the vectors' cutoff
     time; only later samples read them. Items depend on nobody's behavior, so theirs is 0.
     Raises SourceError for user vectors without as_of_ms, an unreadable file, another shape or type,
     different numbers of rows, a component that is not finite or too large for float16 (with its row, from 0), an

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 

@@ -25,8 +25,8 @@ from owlrec.encoding.vectors import (
     shard_order,
 )
 from owlrec.errors import WorkspaceError
+from owlrec.ids import Kind
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.schema import Kind
 from owlrec.shards import Artifact, Card, Shard, Stopwatch
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, read_tombstones

@@ -21,8 +21,9 @@ from owlrec.encoding.semantic_ids import (
     train_quantiser,
 )
 from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.ids import Kind, by_shard, shard_of
 from owlrec.ordered import newest_rows
-from owlrec.schema import Kind, by_shard, shard_of, vectors_schema, vectors_table
+from owlrec.schema import vectors_schema, vectors_table
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file

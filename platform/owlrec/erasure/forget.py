@@ -38,6 +38,7 @@ from owlrec.erasure.rows import (
     update_cards,
 )
 from owlrec.errors import WorkspaceError
+from owlrec.ids import shard_of, stable_id
 from owlrec.node_cache import NodeCache
 from owlrec.process import cache_folder
 from owlrec.refresh.state import CLAIM
@@ -46,7 +47,6 @@ from owlrec.releases.redis import RedisReleases, forget_in_redis, push_tombstone
 from owlrec.releases.release import current_release
 from owlrec.releases.retention import find_rows, rebuild_without_forgotten, remove_releases
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.schema import shard_of, stable_id
 from owlrec.shards import Card, Shard, claimed, forget_stages
 from owlrec.storage import FileEntry, Storage, fingerprint
 from owlrec.workspace import TOMBSTONES, Workspace, write_tombstones

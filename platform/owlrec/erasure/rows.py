@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from owlrec.cohorts.profiles import banded
 from owlrec.errors import WorkspaceError
-from owlrec.schema import Kind, by_shard, shard_of
+from owlrec.ids import Kind, by_shard, shard_of
 from owlrec.shards import Artifact, Card, Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.ingest import read_batches, write_batches

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Annotated
 
 from owlrec.config import Registry
-from owlrec.decoding import DecodingConfig
 from owlrec.generation.engine import Engine, EngineConfig
 from owlrec.generation.engines import EchoEngine, EchoEngineConfig, HttpEngine, HttpEngineConfig
 from owlrec.generation.vllm_engine import VllmEngine, VllmEngineConfig
 from owlrec.storage import fingerprint
+from owlrec_decoding import DecodingConfig
 
 __all__ = [
     "ENGINES",

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from owlrec.config import Config
-from owlrec.decoding import DecodingConfig
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.errors import EngineError
+from owlrec_decoding import DecodingConfig
+from owlrec_decoding.controller import DecoderCounters
 
 # By SamplingConfig itself, by the engines, or by requests.
 _SET_ELSEWHERE = {

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 import httpx
 from pydantic import Field
 
-from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError
 from owlrec.generation.engine import (
     Completion,
@@ -24,6 +23,7 @@ from owlrec.generation.engine import (
     check_length,
 )
 from owlrec.process import secret
+from owlrec_decoding import DecodingConfig
 
 # ----------------------------------------------------------------------------------------------------------------- echo
 # A deterministic engine without a model: it answers with a digest of the prompt and words chosen by the digest.

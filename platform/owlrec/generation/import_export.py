@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from pydantic import field_validator
 
 from owlrec.config import Config
-from owlrec.decoding import DecodingConfig
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation import knowledge_files as files
 from owlrec.generation.engine import BadRow, Completion, FailedQuality, SamplingConfig
@@ -25,13 +24,15 @@ from owlrec.generation.job import GenerationJob
 from owlrec.generation.knowledge_files import Field, Format, NoText, Record, Undecodable, Unusable
 from owlrec.generation.quality import RULES, QualityConfig, QualityGate
 from owlrec.generation.worker import Outcome, to_tables, write_shard
+from owlrec.ids import KINDS, Kind, shard_of, stable_id
 from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.scenario import Scenario
-from owlrec.schema import KINDS, KNOWLEDGE, MILLISECONDS, Kind, conform, shard_of, stable_id
+from owlrec.schema import KNOWLEDGE, MILLISECONDS, conform
 from owlrec.shards import Card, Shard
 from owlrec.storage import Storage, Writer, file_digest, fingerprint
 from owlrec.workspace import Workspace, read_tombstones
+from owlrec_decoding import DecodingConfig
 
 # ------------------------------------------------------------------------------------------------------------ exporting
 # Export: one JSON-lines or Parquet file of all rows, written atomically.
@@ -179,7 +180,7 @@ class RefusedRow:
 def read_knowledge_file(source: ImportSource) -> Iterator[ImportedRow | RefusedRow]:
     """Rows of a file, in order; holds a batch of them and 8 bytes per text in memory, except for KAR's JSON.
 
-    Ids are `schema.stable_id` of the file's, except in OwlRec's own exports (recognized by their columns), whose ids
+    Ids are `ids.stable_id` of the file's, except in OwlRec's own exports (recognized by their columns), whose ids
     are used unchanged and whose rows of other kinds are skipped. Raises SourceError at once for a missing file, an
     unknown format, options that the format does not have, and user texts without a cutoff; while reading, for a file
     that is not valid JSON, CSV or Parquet, lacks a column, or is an export without a row of this kind.

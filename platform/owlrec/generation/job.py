@@ -12,18 +12,19 @@ import pyarrow as pa
 from pydantic import Field, PositiveInt, field_validator
 
 from owlrec.config import Config
-from owlrec.decoding import DecodingConfig
-from owlrec.decoding.controller import DecoderCounters, add_counters
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, engine_fingerprint
 from owlrec.generation.engine import SamplingConfig
 from owlrec.generation.quality import RULES, QualityConfig
+from owlrec.ids import KINDS, TABLES, Kind
 from owlrec.prompting.rows import PromptConfig, template_fingerprint
 from owlrec.scenario import Scenario
-from owlrec.schema import KINDS, KNOWLEDGE, TABLES, Kind
+from owlrec.schema import KNOWLEDGE
 from owlrec.shards import Artifact, Card, Shard, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file
+from owlrec_decoding import DecodingConfig
+from owlrec_decoding.controller import DecoderCounters, add_counters
 
 DECODER = "decoder"  # key of a card's decoder counters, as JSON
 # Work queued in an engine beyond its batch, so that a shard's last rows do not leave the batch half empty.

@@ -17,9 +17,6 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from owlrec.decoding import DecodingConfig, DraftLimits, engine_arguments
-from owlrec.decoding.controller import DecoderCounters
-from owlrec.decoding.options import is_cpu_build
 from owlrec.errors import EngineError
 from owlrec.generation.engine import (
     Completion,
@@ -31,6 +28,9 @@ from owlrec.generation.engine import (
     check_length,
 )
 from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, render_chat, resolve_model
+from owlrec_decoding import DecodingConfig, DraftLimits, VllmError, engine_arguments
+from owlrec_decoding.controller import DecoderCounters
+from owlrec_decoding.options import is_cpu_build
 
 # -------------------------------------------------------------------------------------------------------- vllm stepping
 # One thread steps a vllm.LLMEngine; any number of callers await their rows.
@@ -261,7 +261,10 @@ class VllmEngine(Engine):
                 "Remove one."
             )
         self.config, self.decoding, self.limits = config, decoding, limits
-        self.cpu = is_cpu_build()
+        try:
+            self.cpu = is_cpu_build()
+        except VllmError as error:
+            raise EngineError(str(error)) from None
         self.model = resolve_model(config.model)
         prepare_environment(config, self.cpu)
         try:

@@ -17,20 +17,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.decoding import request_arguments
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.errors import WorkspaceError
 from owlrec.generation import EngineConfig, build_engine
 from owlrec.generation.engine import BadRow, Completion, EmptyPrompt, Engine, EngineStopped, FailedQuality, RowError
 from owlrec.generation.job import DECODER, GenerationJob, dead_file
 from owlrec.generation.quality import RULES, Flag, QualityGate
+from owlrec.ids import TABLES
 from owlrec.process import on_ray
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_from_table, user_prompts
 from owlrec.runner import Result, Stage, Work, WorkerLost, patiently
-from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, TABLES, newest
+from owlrec.schema import DEAD_LETTERS, KNOWLEDGE, newest
 from owlrec.shards import Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace, read_tombstones
+from owlrec_decoding import request_arguments
+from owlrec_decoding.controller import DecoderCounters
 
 # ------------------------------------------------------------------------------------------------------ decoder metrics
 # The decoder's counters as metrics of the Ray cluster, which every node's agent exports to Prometheus.

@@ -18,16 +18,16 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from owlrec.config import Config
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.encoding.stage import TIMED_SECONDS, TIMED_TEXTS
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.generation.job import decoder_counters
+from owlrec.ids import BEHAVIOR, KINDS
 from owlrec.ops.console import note, table, warn
 from owlrec.refresh.state import pointer, read_state
 from owlrec.releases.manifest import read_manifest
-from owlrec.schema import BEHAVIOR, KINDS
 from owlrec.shards import Artifact, Card, Shard, finished_stage
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters
 
 Range = np.ndarray  # float64 [3]: low, expected, high
 TextKind = Literal["user", "item", "cohort", "refresh"]  # subject of a text; refresh: a user with new behaviors

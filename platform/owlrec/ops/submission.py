@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import glob
-import importlib.util
 import json
 import logging
 import math
@@ -34,6 +33,7 @@ import httpx
 import yaml
 
 import owlrec
+import owlrec_decoding
 from owlrec import __version__
 from owlrec.errors import ClusterError, OwlRecError, RecipeError
 from owlrec.ops.console import note
@@ -54,19 +54,13 @@ if TYPE_CHECKING:
 
 
 RECIPE = "recipe.yaml"
-CODE_ROOT = "platform"  # folder of owlrec, as in the repository; relative, since its path differs per node
+CODE_ROOT = "platform"  # folder of the code, as in the repository; relative, since its path differs per node
 _FOR_PACKAGES = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 
 def code_packages() -> dict[str, Path]:
-    """OwlRec's own code: folder by its path in a job's folder."""
-    packages = {f"{CODE_ROOT}/owlrec": Path(owlrec.__file__).parent}
-    for name in ("pipelines", "serve_apps"):
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise ClusterError(f"{name} is not installed here: submit with --installed, or from OwlRec's repository.")
-        packages[name] = Path(spec.origin).parent
-    return packages
+    """OwlRec's own code, the decoder included: folder by where it lies in a job's folder."""
+    return {f"{CODE_ROOT}/{package.__name__}": Path(package.__path__[0]) for package in (owlrec, owlrec_decoding)}
 
 
 def workspace_root(workspace: str) -> str:

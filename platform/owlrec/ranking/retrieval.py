@@ -32,9 +32,10 @@ from owlrec.encoding.projection import PROJECTION, Projection, ProjectionSetting
 from owlrec.encoding.stage import EncodeStage
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SchemaError
+from owlrec.ids import hash_of
 from owlrec.ordered import rows_of, run_starts
 from owlrec.runner import Pool, run_stage
-from owlrec.schema import hash_of, vector_matrix
+from owlrec.schema import vector_matrix
 from owlrec.shards import Shard, finished_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace

@@ -21,10 +21,11 @@ from pydantic import Field
 from owlrec.config import Config
 from owlrec.ctr.experiment import DistillationConfig
 from owlrec.errors import RecipeError, SchemaError
+from owlrec.ids import by_shard, hash_of
 from owlrec.prompting.ranking import NO, YES, RankPromptConfig, is_quotable, rank_prompt
 from owlrec.ranking.retrieval import BehaviourRetriever, with_candidates
 from owlrec.scenario import Scenario
-from owlrec.schema import SAMPLE_ROWS, SAMPLES, by_shard, hash_of
+from owlrec.schema import SAMPLE_ROWS, SAMPLES
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import POSITIVE, Labels, drawn_negatives, was_taken
 from owlrec.sources.splits import SplitConfig, id_values, in_histories, read_samples, with_histories

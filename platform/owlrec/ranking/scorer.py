@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, VllmEngineConfig, build_engine
 from owlrec.generation.engine import BadRow, EmptyPrompt, RowError
 from owlrec.generation.models import load_tokenizer, render_chat
 from owlrec.generation.vllm_engine import VllmEngine
+from owlrec_decoding import DecodingConfig
 
 # -------------------------------------------------------------------------------------------------------------- answers
 # Token ids of Yes and No, and the probability of Yes from their logits (ReLLa, WWW 2024).

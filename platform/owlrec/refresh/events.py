@@ -24,9 +24,10 @@ from pydantic import BaseModel, Field
 
 from owlrec.config import Config
 from owlrec.errors import SourceError
+from owlrec.ids import shard_of
 from owlrec.ordered import rows_of, run_starts
 from owlrec.runner import Result, Stage, Work
-from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform, shard_of
+from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform
 from owlrec.shards import Card, Shard, in_threads
 from owlrec.sources.files import SourceFile, input_files
 from owlrec.sources.ingest import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets

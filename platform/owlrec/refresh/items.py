@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.ids import shard_of
 from owlrec.prompting.framework import FrameworkName
 from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_table
 from owlrec.refresh.events import open_parquet
 from owlrec.refresh.state import RefreshPlan
 from owlrec.runner import Result, Stage, Work
 from owlrec.scenario import Scenario
-from owlrec.schema import DEAD_LETTERS, MILLISECONDS, missing_column, shard_of
+from owlrec.schema import DEAD_LETTERS, MILLISECONDS, missing_column
 from owlrec.shards import Artifact, Card, Shard
 from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.files import SourceFile

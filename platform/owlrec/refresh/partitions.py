@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from owlrec.ids import BEHAVIOR
 from owlrec.refresh.events import Events, RefreshConfig
 from owlrec.releases.release import Release
-from owlrec.schema import BEHAVIOR, BEHAVIORS
+from owlrec.schema import BEHAVIORS
 
 Reason = Literal["", "length", "age", "drift"]
 FREEZE_DRIFT = 0.6  # cosine distance between unread and read behaviors; about that between two film genres

@@ -26,12 +26,12 @@ from pydantic import BaseModel, ValidationError
 
 from owlrec.errors import WorkspaceError
 from owlrec.generation import EngineConfig, token_counter
+from owlrec.ids import shard_of
 from owlrec.prompting.framework import first_tokens, in_budget, quoted_behaviour, scenario_words
 from owlrec.prompting.rows import EARLIER
 from owlrec.refresh.events import REFUSED, LogFile
 from owlrec.refresh.partitions import UserState, from_table
 from owlrec.scenario import Scenario
-from owlrec.schema import shard_of
 from owlrec.shards import Card, Shard, in_threads
 from owlrec.storage import Pointer, fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones

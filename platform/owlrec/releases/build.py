@@ -22,7 +22,7 @@ from owlrec.cohorts.model import memberships
 from owlrec.config import Config
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import OwlRecError, ReleaseError, SchemaError
-from owlrec.releases.lmdb import PartWriter
+from owlrec.ids import Kind, shard_of
 from owlrec.releases.manifest import (
     MANIFEST,
     PartEntry,
@@ -34,10 +34,11 @@ from owlrec.releases.manifest import (
     quantiser_folder,
     read_manifest,
 )
+from owlrec.releases.parts import PartWriter
 from owlrec.releases.release import ANY, check_files, make_current, read_part_ids
 from owlrec.releases.rows import DATABASES, KEY_ORDER
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.schema import Kind, newest, shard_of
+from owlrec.schema import newest
 from owlrec.shards import Card, Shard
 from owlrec.sources.splits import last_behaviors
 from owlrec.storage import FileEntry, fingerprint

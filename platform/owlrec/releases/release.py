@@ -22,6 +22,7 @@ import numpy as np
 from owlrec.config import Registry
 from owlrec.encoding.semantic_ids import Quantiser
 from owlrec.errors import OwlRecError, ReleaseError, did_you_mean
+from owlrec.ids import KINDS, TABLES, Kind, as_ids
 from owlrec.node_cache import NodeCache
 from owlrec.releases.lmdb import LmdbFile, LmdbStore, warm
 from owlrec.releases.manifest import (
@@ -34,7 +35,6 @@ from owlrec.releases.manifest import (
     quantiser_folder,
 )
 from owlrec.releases.rows import DATABASES, KEY_ORDER, ChainedStore, Knowledge, KnowledgeStore, TombstonedStore
-from owlrec.schema import KINDS, TABLES, Kind, as_ids
 from owlrec.storage import FileEntry, Pointer, PointerMoved
 from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
@@ -47,7 +47,7 @@ ANY: Any = object()
 class Release:
     """One release, open for reading together with its parents; a context manager.
 
-    Ids follow `schema.as_ids`: a text is a raw id, an integer an int64 id as in tables. Answers are aligned
+    Ids follow `ids.as_ids`: a text is a raw id, an integer an int64 id as in tables. Answers are aligned
     with the ids; an unknown id has None, or zeros and False.
     """
 

@@ -17,11 +17,13 @@ from operator import itemgetter
 
 import numpy as np
 
-from owlrec.decoding.release_pools import FOLDER as POOLS
 from owlrec.errors import ReleaseError
+from owlrec.generation.release_pools import FOLDER as POOLS
+from owlrec.ids import Kind, shard_of
 from owlrec.releases.build import BUILDS, PART_IDS, ReleaseInfo, build_release, whole_release
-from owlrec.releases.lmdb import LmdbFile, PartWriter
+from owlrec.releases.lmdb import LmdbFile
 from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain, list_releases
+from owlrec.releases.parts import PartWriter
 from owlrec.releases.release import (
     check_files,
     current_release,
@@ -33,7 +35,6 @@ from owlrec.releases.release import (
 )
 from owlrec.releases.rows import DATABASES, KEY_BYTES, decode_keys, encode_keys
 from owlrec.runner import Pool
-from owlrec.schema import Kind, shard_of
 from owlrec.shards import Artifact, Card
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, read_tombstones, shards_for

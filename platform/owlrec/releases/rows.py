@@ -4,7 +4,7 @@ A key is one byte for the kind and eight big-endian bytes for the id, so byte or
 older interest partitions follow their id's newest one, under its key plus one byte. Five databases hold values:
 `knowledge` (as_of, framework, quality, text), `vectors` (raw float16), `memberships` (cohort ids, each as eight
 big-endian bytes), `codes` (semantic ids in the format of owlrec.encoding.semantic_ids; empty: none) and, for users,
-`behaviors` (24 bytes each, schema.BEHAVIOR). Whole columns are encoded at once: a loop over 10^8 rows in Python
+`behaviors` (24 bytes each, ids.BEHAVIOR). Whole columns are encoded at once: a loop over 10^8 rows in Python
 would take hours.
 """
 
@@ -14,17 +14,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 from typing import Generic, Self, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from owlrec.cohorts.model import by_facet
 from owlrec.encoding.semantic_ids import unpack_codes
-from owlrec.errors import ReleaseError, SchemaError, did_you_mean
-from owlrec.schema import BEHAVIOR, Kind
+from owlrec.errors import ReleaseError, did_you_mean
+from owlrec.ids import BEHAVIOR, Kind
 from owlrec.workspace import Tombstones
 
 # ------------------------------------------------------------------------------------------------------------ interface
@@ -179,7 +175,7 @@ class KnowledgeStore(ABC):
 
     @abstractmethod
     def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
-        """Latest behaviors of each user, oldest first: schema.BEHAVIOR [k]; None without any."""
+        """Latest behaviors of each user, oldest first: ids.BEHAVIOR [k]; None without any."""
 
     @abstractmethod
     def count(self, kind: str) -> int:
@@ -359,6 +355,13 @@ def measure_lookup(
     return figures
 
 
+def by_facet(listed: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Splits a member's list from a release: cohorts by likes or attributes, and cohorts by dislikes, which are
+    stored as the complement of their ids.
+    """
+    return tuple(c for c in listed if c >= 0), tuple(~c for c in listed if c < 0)
+
+
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -369,9 +372,7 @@ LAST_PARTITION = 255  # one byte of a key
 _KIND_BYTES = {"user": b"u", "item": b"i", "cohort": b"c"}
 _KINDS = {value[0]: kind for kind, value in _KIND_BYTES.items()}
 _KEY = struct.Struct(">cq")
-_HEAD = np.dtype([("as_of", ">i8"), ("framework", ">u2"), ("quality", ">u2")])  # lengths of the two names in bytes
-_HEAD_STRUCT = struct.Struct(">qHH")
-_LONGEST_NAME = (1 << 16) - 1
+_HEAD = struct.Struct(">qHH")  # as_of, and the lengths of the two names in bytes
 
 
 def encode_key(kind: str, id_: int, partition: int = 0) -> bytes:
@@ -417,28 +418,11 @@ def byte_rows(table: np.ndarray) -> list[bytes]:
     return table.view(f"V{table.shape[1]}").ravel().tolist() if table.size else [b""] * len(table)
 
 
-def encode_knowledge(table: pa.Table, *, name: str) -> list[bytes]:
-    """Values of knowledge rows (schema.KNOWLEDGE). Raises SchemaError for a framework or quality beyond 64 kB."""
-    framework, quality, text = (_binary(table[column]) for column in ("framework", "quality", "text"))
-    head = np.empty(table.num_rows, dtype=_HEAD)
-    head["as_of"] = table["as_of"].to_numpy()
-    for column, values in (("framework", framework), ("quality", quality)):
-        lengths = pc.binary_length(values).to_numpy(zero_copy_only=False)
-        if len(lengths) and lengths.max() > _LONGEST_NAME:
-            row = int(lengths.argmax())
-            raise SchemaError(
-                f"{name}, row {row}: its {column} has {lengths[row]:,} bytes, more than {_LONGEST_NAME:,}. Shorten it."
-            )
-        head[column] = lengths
-    heads = pa.FixedSizeBinaryArray.from_buffers(pa.binary(_HEAD.itemsize), len(head), [None, pa.py_buffer(head)])
-    return _slices(pc.binary_join_element_wise(heads.cast(pa.binary()), framework, quality, text, b""))
-
-
 def decode_knowledge(kind: str, id_: int, value: bytes, where: str) -> Knowledge:
     """Knowledge from a value. Raises ReleaseError, naming `where`, for a damaged one."""
     try:
-        as_of, framework, quality = _HEAD_STRUCT.unpack_from(value)
-        first = _HEAD_STRUCT.size
+        as_of, framework, quality = _HEAD.unpack_from(value)
+        first = _HEAD.size
         second, third = first + framework, first + framework + quality
         if third > len(value):
             raise ValueError("it is truncated")
@@ -449,29 +433,6 @@ def decode_knowledge(kind: str, id_: int, value: bytes, where: str) -> Knowledge
             f"{where}: the row of {kind} {id_} is unreadable ({error!r}). The store is corrupt: "
             f"roll back to the previous release, or publish again."
         ) from None
-
-
-def encode_lists(lists: pa.ListArray) -> list[bytes]:
-    """Values of memberships: per list of int64, eight big-endian bytes per cohort."""
-    offsets = lists.offsets.to_numpy().astype(np.int64) * 8
-    data = lists.values.to_numpy().astype(">i8").tobytes()
-    return [data[start:end] for start, end in pairwise(offsets.tolist())]
-
-
-def encode_behaviors(table: pa.Table) -> list[bytes]:
-    """Values of behaviors (schema.BEHAVIORS): concatenated schema.BEHAVIOR, NaN for no rating.
-
-    Raises ValueError if the lists of a row differ in length.
-    """
-    lists = {name: table[f"{name}s"].combine_chunks() for name in BEHAVIOR.names or ()}
-    offsets = np.r_[0, np.cumsum(lists["time"].value_lengths().to_numpy())]
-    rows = np.empty(offsets[-1], dtype=BEHAVIOR)
-    for name, column in lists.items():
-        if not np.array_equal(column.value_lengths().to_numpy(), np.diff(offsets)):
-            raise ValueError(f"{name}s and times differ in length")
-        rows[name] = column.flatten().to_numpy(zero_copy_only=False)
-    data, bounds = rows.tobytes(), (offsets * BEHAVIOR.itemsize).tolist()
-    return [data[start:end] for start, end in pairwise(bounds)]
 
 
 class RowStore(KnowledgeStore):
@@ -548,18 +509,3 @@ def _kind_byte(kind: str) -> bytes:
     if kind not in _KIND_BYTES:
         raise ReleaseError(f"kind '{kind}' is not in a release.{did_you_mean(kind, _KIND_BYTES)}")
     return _KIND_BYTES[kind]
-
-
-def _binary(column: pa.ChunkedArray) -> pa.Array:
-    """A string column as one array of bytes, "" for nulls."""
-    column = pc.fill_null(column, "") if column.null_count else column
-    return column.cast(pa.binary()).combine_chunks()
-
-
-def _slices(values: pa.Array) -> list[bytes]:
-    """A binary array as a list of bytes; `to_pylist` takes several times as long."""
-    offsets = np.frombuffer(values.buffers()[1], dtype=np.int32)[values.offset : values.offset + len(values) + 1]
-    data = values.buffers()[2]
-    data = data.to_pybytes() if data is not None else b""
-    bounds = offsets.tolist()
-    return [data[start:end] for start, end in pairwise(bounds)]

@@ -12,9 +12,6 @@ from owlrec.cohorts.building import build_cohorts
 from owlrec.cohorts.clustering import ITERATIONS
 from owlrec.cohorts.model import POINTER, CohortNames, CohortSettings, previous_folder
 from owlrec.ctr.knowledge import DISLIKED, arm_parts
-from owlrec.decoding import DecodingConfig
-from owlrec.decoding.options import POOL_TOKENS
-from owlrec.decoding.release_pools import FOLDER, find_pools, write_release_pools
 from owlrec.encoding.inputs import (
     Input,
     ItemMetadata,
@@ -41,7 +38,9 @@ from owlrec.generation.job import (
     table_inputs,
 )
 from owlrec.generation.models import load_tokenizer
+from owlrec.generation.release_pools import FOLDER, find_pools, write_release_pools
 from owlrec.generation.worker import GenerateStage
+from owlrec.ids import KINDS, TABLES
 from owlrec.ops.console import ShardWatch, note, progress, stage_header
 from owlrec.prompting.rows import cohort_prompts, collective_fingerprint, prompts_table
 from owlrec.recipe import Recipe
@@ -50,7 +49,6 @@ from owlrec.releases.release import current_release
 from owlrec.runner import Pool, Stage, pending_shards, run_stage
 from owlrec.runs.stage import Counts, Outputs, execute, from_stage, local_cpus, ray_session
 from owlrec.scenario import Scenario
-from owlrec.schema import KINDS, TABLES
 from owlrec.shards import Card, Shard, Stopwatch, claimed, finish_stage, finished_stage, forget_stages, needed_stage
 from owlrec.sources.outcomes import Labels
 from owlrec.sources.preparation import TABLES as TABLES_FOLDER
@@ -58,6 +56,8 @@ from owlrec.sources.preparation import USER_TABLES, Preparation
 from owlrec.sources.splits import SPLITS
 from owlrec.storage import Pointer, fingerprint
 from owlrec.workspace import Workspace, shards_for
+from owlrec_decoding import DecodingConfig
+from owlrec_decoding.options import POOL_TOKENS
 
 PREPARED_HERE = 3_000_000  # up to this many interactions in this process, in about ten seconds
 

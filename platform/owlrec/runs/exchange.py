@@ -11,12 +11,12 @@ from owlrec.encoding.inputs import import_vectors as shard_vectors
 from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.generation.import_export import ImportSource, export_jsonl, export_parquet, import_knowledge_file
 from owlrec.generation.job import add_cards, iterate_knowledge
+from owlrec.ids import KINDS, TABLES, Kind
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.runs.stage import from_stage, ray_session
-from owlrec.schema import KINDS, TABLES, Kind
 from owlrec.shards import Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace

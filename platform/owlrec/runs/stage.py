@@ -13,10 +13,10 @@ from owlrec.errors import RecipeError, did_you_mean
 from owlrec.ops.console import note, stage_header
 from owlrec.process import native_errors_to
 from owlrec.recipe import Recipe
+from owlrec.runs import STAGES
 from owlrec.shards import Card, Stopwatch, finish_stage, finished_stage, forget_stages
 from owlrec.workspace import Workspace
 
-STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr", "evaluate")
 _MODULES = dict.fromkeys(STAGES, "batch") | {
     **dict.fromkeys(("train_ctr", "evaluate", "export_ctr", "sweep_ctr"), "ctr"),
     **dict.fromkeys(("tune_ranker", "score_pairs"), "ranker"),

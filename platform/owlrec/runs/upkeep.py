@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from owlrec.erasure.forget import Report
 from owlrec.erasure.forget import forget as erase
 from owlrec.errors import WorkspaceError
+from owlrec.ids import Kind
 from owlrec.ops.console import progress, stage_header
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import CLAIM, REFRESH_FOLDER, read_state, unfinished_plans
@@ -14,7 +15,6 @@ from owlrec.reshard import reshard as split_shards
 from owlrec.runner import Pool
 from owlrec.runs.batch import PREPARED_HERE
 from owlrec.runs.stage import ray_session
-from owlrec.schema import Kind
 from owlrec.shards import claimed, finished_stage, needed_stage
 from owlrec.workspace import Workspace
 

@@ -1,5 +1,5 @@
 """Shared parts of the Serve applications, as plain Python: request schemas, API keys, limits, errors, current release.
 
-`knowledge_api` and the others are complete ASGI applications, which unit tests call without Ray; serve_apps/ wraps them
+`knowledge_api` and the others are complete ASGI applications, which unit tests call without Ray; owlrec.apps wraps them
 in deployments.
 """

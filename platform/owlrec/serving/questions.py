@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from owlrec.errors import OwlRecError
+from owlrec.ids import shard_of
 from owlrec.prompting.ranking import rank_prompt
 from owlrec.ranking.experiment import RankingConfig
 from owlrec.ranking.retrieval import BehaviourRetriever
 from owlrec.ranking.samples import Shown, behaviours_shown
 from owlrec.scenario import Scenario
-from owlrec.schema import shard_of
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import ServedReleases
 from owlrec.sources.catalog import ItemCatalog

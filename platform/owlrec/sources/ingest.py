@@ -14,8 +14,9 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from owlrec.errors import WorkspaceError
+from owlrec.ids import shard_of
 from owlrec.runner import Result, Stage, Work
-from owlrec.schema import INTERACTIONS, shard_of
+from owlrec.schema import INTERACTIONS
 from owlrec.shards import Shard
 from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.raw import ENTITIES, TABLE_NAMES, Fragment, Fragments, Piece, Place, TableName

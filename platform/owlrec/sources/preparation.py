@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
+from owlrec.ids import Kind
 from owlrec.runner import Result, Stage, Work
-from owlrec.schema import Kind
 from owlrec.shards import Artifact, Card, Shard, in_threads
 from owlrec.sources.ingest import Grouping, Groups, Ingest, grouped, read_batches, read_grouping
 from owlrec.sources.outcomes import SPLIT, Labels

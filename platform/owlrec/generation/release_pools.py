@@ -6,17 +6,16 @@ them. Pools are named after the release but stored outside its folder, since the
 the next release, not readers of this one; losing them costs speed and no text.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from owlrec.decoding.options import LEAD_TOKENS
 from owlrec.schema import newest
 from owlrec.workspace import Workspace
+from owlrec_decoding.options import pools_identity
 
 FOLDER = "pools"  # in a workspace; contains one folder per release
 
@@ -42,25 +41,6 @@ class _Newest:
         return sorted(self._rows, key=lambda row: row[:2])
 
 
-def opening_tokens(tokenizer: Any) -> list[int]:
-    """Tokens before an answer in the tokenizer's chat template, at most LEAD_TOKENS."""
-    turn = [{"role": "user", "content": "x"}]
-    closed, opened = (
-        list(tokenizer.apply_chat_template(turn, add_generation_prompt=opened, tokenize=True, return_dict=False))
-        for opened in (False, True)
-    )
-    shared = next((i for i, (a, b) in enumerate(zip(closed, opened, strict=False)) if a != b), len(closed))
-    return opened[shared:][-LEAD_TOKENS:]
-
-
-def answer_tokens(tokenizer: Any, texts: Sequence[str], ended: Sequence[bool]) -> Iterator[np.ndarray]:
-    """Each text as the engine wrote it, int32 [n]: after its opening and, if it `ended` by itself, with the end
-    token."""
-    opening = opening_tokens(tokenizer)
-    for ids, done in zip(tokenizer(list(texts), add_special_tokens=False)["input_ids"], ended, strict=True):
-        yield np.array([*opening, *ids, *([tokenizer.eos_token_id] if done else [])], np.int32)
-
-
 def write_release_pools(
     root: Path,
     knowledge: Iterable[pa.Table],
@@ -76,7 +56,7 @@ def write_release_pools(
     not reinforce its own suggestions. max_tokens: per pool; the newest texts (by as_of) stay. cohorts_of: returns the
     names of the cohorts of each id of a kind.
     """
-    from owlrec.decoding.pools import write_pool  # here, since importing numba takes a second
+    from owlrec_decoding.pools import answer_tokens, write_pool  # here, since importing numba takes a second
 
     pools: dict[str, _Newest] = {}
     for table in knowledge:
@@ -115,13 +95,3 @@ def find_pools(workspace: Workspace, release: str, identity: str) -> tuple[str |
             f"the pools of release {release} have tokens of {theirs}, not of {identity}: no drafts from it",
         )
     return str(root), f"drafting from the texts of release {release}"
-
-
-def pools_identity(root: Path) -> str | None:
-    """Model of the pools under `root`; None if there are no readable ones."""
-    for manifest in sorted(root.glob("[!.]*/manifest.json")):
-        try:
-            return str(json.loads(manifest.read_text())["identity"])
-        except (ValueError, KeyError):
-            continue
-    return None

@@ -19,7 +19,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
-from owlrec.decoding.options import Relaxation
+from owlrec_decoding.options import Relaxation
 
 if TYPE_CHECKING:
     from vllm.v1.sample.metadata import SamplingMetadata

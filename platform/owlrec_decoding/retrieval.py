@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from owlrec.decoding.index import (
+from owlrec_decoding.index import (
     BORDER,
     LIVE,
     NOTHING,

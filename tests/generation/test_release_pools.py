@@ -6,9 +6,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from owlrec.decoding.index import BORDER, PoolError, open_pool
-from owlrec.decoding.release_pools import answer_tokens, opening_tokens, pools_identity, write_release_pools
+from owlrec.generation.release_pools import write_release_pools
 from owlrec.schema import KNOWLEDGE
+from owlrec_decoding.index import BORDER, PoolError, open_pool
+from owlrec_decoding.options import pools_identity
+from owlrec_decoding.pools import answer_tokens, opening_tokens
 
 
 class Words:
