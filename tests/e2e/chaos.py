@@ -138,7 +138,7 @@ workspace: {workspace}
 source: {{type: movielens-100k}}
 engine: {{type: http, base_url: "http://{host}:{port}/v1", model: oracle, concurrency: {CONCURRENCY}, max_attempts: 2}}
 generate: {{replicas: [{replicas[0]}, {replicas[1]}], engine_cpus: 1, max_dead_share: 0.1}}
-ray: {{address: "{address}"}}
+ray: "{address}"
 """
     )
 

@@ -326,6 +326,7 @@ class VllmEngine(Engine):
 
     def _params(self, sampling: SamplingConfig, extra: Mapping[str, Any] | None) -> Any:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         try:
@@ -336,7 +337,7 @@ class VllmEngine(Engine):
                 extra_args=dict(extra) if extra else None,
                 **sampling.options,  # vLLM checks them
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, VLLMClientError) as error:
             raise EngineError(f"sampling.options: vLLM does not take them ({error}). Correct the recipe.") from None
 
     def _start(self) -> Any:
