@@ -312,7 +312,7 @@ def test_fignn_adds_the_start_after_each_of_two_steps() -> None:
     states = model.graph.step(start, edges) + start
     states = model.graph.step(states, edges) + start
     for row, nodes in enumerate(states):
-        weights = torch.sigmoid(model.weigh(nodes.flatten()))
+        weights = torch.sigmoid(model.field_gate(nodes.flatten()))
         expected = sum((w * model.score(node)).item() for w, node in zip(weights, nodes, strict=True))
         assert model(given)[row].item() == pytest.approx(expected, abs=1e-5)
 

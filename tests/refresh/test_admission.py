@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from refresh_world import START, interactions  # type: ignore[import-not-found]
 
-from owlrec.refresh.events import REFUSED, Events, RefreshConfig, admit, dead_letters, new_refusals, part_future
+from owlrec.refresh.events import REFUSED, Events, RefreshConfig, admit, dead_letters, new_refusals, split_future
 from owlrec.schema import DEAD_LETTERS
 
 USERS, ITEMS = np.array([1, 2]), np.array([10, 11])
@@ -19,7 +19,7 @@ def keys(events: Events) -> list[tuple[int, int, int]]:
 
 
 def test_future_begins_after_the_allowance() -> None:
-    now, later = part_future(events((1, 10, START + 300_000), (1, 11, START + 300_001)), START)
+    now, later = split_future(events((1, 10, START + 300_000), (1, 11, START + 300_001)), START)
     assert keys(now) == [(1, 10, START + 300_000)]
     assert later.to_pylist() == [
         {"user_id": 1, "item_id": 11, "rating": 4.0, "timestamp": START + 300_001, "error": "FromTheFuture"}

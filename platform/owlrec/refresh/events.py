@@ -433,7 +433,7 @@ class Buckets:
 # What is taken in
 
 
-def part_future(events: Events, now: int) -> tuple[Events, pa.Table]:
+def split_future(events: Events, now: int) -> tuple[Events, pa.Table]:
     """Events up to now (ms), and those from the future as REFUSED."""
     future = events.time > now + FUTURE_MS
     return events.take(~future), events.take(future).refused("FromTheFuture")

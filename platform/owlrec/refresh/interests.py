@@ -27,7 +27,7 @@ from owlrec.refresh.events import (
     count_errors,
     dead_letters,
     new_refusals,
-    part_future,
+    split_future,
 )
 from owlrec.refresh.items import with_new_items
 from owlrec.refresh.partitions import (
@@ -317,7 +317,7 @@ class InterestsStage(Stage):
             earlier = earlier.take(earlier.time >= self.base.watermark - self.plan.lateness_ms)
         events = canonical(Events.join([new, earlier]))
         twice = len(new) + len(earlier) - len(events)
-        events, future = part_future(events, self.plan.now)
+        events, future = split_future(events, self.plan.now)
         strangers = np.setdiff1d(events.user, list(users))
         acting = set(events.user.tolist())
         known = Events.join([known_keys(u for i, u in users.items() if i in acting), tables.interactions(strangers)])
@@ -411,7 +411,7 @@ def assess(
     titles, starts = catalog.titles(items), np.cumsum(lengths) - lengths
     due, waits = [], []
     for row, user in enumerate(unread):
-        ends = parted(user.short, titles[starts[row] : starts[row] + lengths[row]], prompts)
+        ends = question_ends(user.short, titles[starts[row] : starts[row] + lengths[row]], prompts)
         if not ends:
             continue
         if reason := due_reason(user, float(drift[row]), clock, config):
@@ -423,7 +423,7 @@ def assess(
     return pa.table(columns, schema=DUE), min((moment for moment in waits if moment is not None), default=None)
 
 
-def parted(short: Sequence[Behavior], titles: Sequence[str], prompts: RefreshPrompts) -> list[int]:
+def question_ends(short: Sequence[Behavior], titles: Sequence[str], prompts: RefreshPrompts) -> list[int]:
     """Ends of a short term's partitions, each as long as a prompt may quote; none without any item title.
 
     titles: aligned with `short`, "" for none. A behavior without one belongs to the preceding partition.

@@ -183,7 +183,7 @@ class FiGNN(Backbone):
         self.attention = FieldAttention(shape.embed_dim, FIGNN_HEADS, FIGNN_HEAD_DIM)
         self.graph = FieldGraph(shape.n_fields, FIGNN_STATE_DIM)
         self.score = nn.Linear(FIGNN_STATE_DIM, 1)
-        self.weigh = mlp(shape.n_fields * FIGNN_STATE_DIM, hidden_dims, dropout, out_dim=shape.n_fields)
+        self.field_gate = mlp(shape.n_fields * FIGNN_STATE_DIM, hidden_dims, dropout, out_dim=shape.n_fields)
 
     def forward(self, inputs: BackboneInputs) -> Tensor:
         """float32 [b]: logits."""
@@ -192,5 +192,5 @@ class FiGNN(Backbone):
         states = start
         for _ in range(FIGNN_STEPS):
             states = self.graph.step(states, edges) + start
-        weights = torch.sigmoid(self.weigh(states.flatten(1)))
+        weights = torch.sigmoid(self.field_gate(states.flatten(1)))
         return (weights * self.score(states).squeeze(2)).sum(1)
