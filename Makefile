@@ -34,7 +34,7 @@ test: setup
 
 # What only computes: no Ray, no engine, no other process.
 check: setup
-	$(BIN)/pytest -m "not (ray or vllm or e2e or process)"
+	$(BIN)/python tests/lanes.py --check
 
 # The tests of `make test`, slower, with line coverage of platform/ in every child process.
 coverage: setup

@@ -1,6 +1,7 @@
 """The export stage: which trial it takes, that it checks what it wrote, and what it says where it cannot."""
 
 import dataclasses
+import shutil
 from typing import Any
 
 import pyarrow as pa
@@ -43,8 +44,16 @@ def recipe(workspace: Workspace) -> Recipe:
 
 
 @pytest.fixture
-def trained(workspace: Workspace, toy_world: Any) -> Workspace:
+def trained(grid: Workspace, workspace: Workspace) -> Workspace:
+    """A copy of `grid` for one test."""
+    shutil.copytree(grid.path(), workspace.path())
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory, toy_world: Any) -> Workspace:
     """What `prepare`, `encode` and `train_ctr` leave, with valid AUCs as VALID has them."""
+    workspace = Workspace(tmp_path_factory.mktemp("grid") / "ws")
     write_world(workspace, toy_world, n_shards=2)
     for table, kind in zip(toy_world.vectors, ("user", "item"), strict=True):
         write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)

@@ -30,6 +30,7 @@ def write_recipe(path: Path, workspace: Path, users: int) -> Path:
           mean_size: 12
         prompts: {{mode: collective}}
         engine: {{type: echo}}
+        encoder: {{model: hashing}}
         sampling: {{max_tokens: 40}}
         ctr: {{backbones: [dcnv2], arms: [none, collective, shuffled], seeds: [0], epochs: 1}}
         """

@@ -221,8 +221,9 @@ class FieldCache:
     """
 
     def __init__(self, width: int, held_bytes: int = _HELD_BYTES) -> None:
+        # Left unwritten: memory that no id has come to use is not the process's yet.
         self._fields = np.empty((max(1, held_bytes // (4 * width)), width), dtype=np.float32)
-        self._ids = np.full(len(self._fields), _NO_ID, dtype=np.int64)
+        self._ids = np.empty(len(self._fields), dtype=np.int64)
         self._rows: dict[int, int] = {}
         self._next = 0
         self._lock = threading.Lock()
@@ -264,7 +265,8 @@ class FieldCache:
             for id_, id_fields in zip(ids.tolist()[: len(self._ids)], fields, strict=False):
                 if id_ in self._rows:
                     continue
-                self._rows.pop(int(self._ids[self._next]), None)
+                if len(self._rows) == len(self._ids):
+                    del self._rows[int(self._ids[self._next])]
                 self._ids[self._next], self._fields[self._next], self._rows[id_] = id_, id_fields, self._next
                 self._next = (self._next + 1) % len(self._ids)
 
