@@ -29,3 +29,18 @@ def test_loading_a_recipe_imports_nothing_heavy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_a_lookup_imports_nothing_that_only_an_extra_brings() -> None:
+    code = (
+        "import sys; import owlrec.cli, owlrec.client, owlrec.lookup, owlrec.ops.doctor, owlrec.releases.redis, "
+        "owlrec.serving.keys; from owlrec.errors import _EXTRA_OF; print([m for m in _EXTRA_OF if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_the_decoder_imports_neither_ray_nor_owlrec_nor_numba_until_it_drafts() -> None:
+    code = "import sys; import owlrec_decoding; print([m for m in ('ray','owlrec','numba','vllm') if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

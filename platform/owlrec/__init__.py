@@ -27,14 +27,10 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        try:
-            return getattr(import_module(_MODULES[name]), name)
-        except ModuleNotFoundError as error:
-            from owlrec.errors import missing_extra
+        from owlrec.errors import naming_extras
 
-            if (missing := missing_extra(error)) is None:
-                raise
-            raise missing from None
+        with naming_extras():
+            return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'owlrec' has no attribute '{name}'")
 
 

@@ -1,7 +1,8 @@
 """Errors that a user can cause and fix: every message names the file, row or key and the next step."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class OwlRecError(Exception):
@@ -70,6 +71,17 @@ def missing_extra(error: BaseException) -> MissingExtraError | None:
         return None
     other = ' (or "owlrec[gpu]" on a GPU)' if extra == "cpu" else ""
     return MissingExtraError(f'this needs {package}, which is not installed. Run: pip install "owlrec[{extra}]"{other}')
+
+
+@contextmanager
+def naming_extras() -> Iterator[None]:
+    """Raises MissingExtraError where the block cannot import a package that an extra brings."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (missing := missing_extra(error)) is None:
+            raise
+        raise missing from None
 
 
 def root_mistake(error: BaseException | None) -> OwlRecError | None:

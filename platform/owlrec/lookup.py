@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Union
 
+from owlrec.errors import naming_extras
 from owlrec.releases.release import Release, open_release
 from owlrec.workspace import Workspace
 
@@ -31,11 +32,11 @@ def workspace_of(place: Place) -> Workspace:
     if isinstance(place, str | PathLike):
         if not is_recipe(path := fspath(place)):
             return Workspace(path)
-        from owlrec.recipe import load_recipe
-
+        with naming_extras():
+            from owlrec.recipe import load_recipe
         return Workspace(load_recipe(path).workspace)
-    from owlrec.recipe import make_recipe
-
+    with naming_extras():
+        from owlrec.recipe import make_recipe
     return Workspace((make_recipe(place) if isinstance(place, Mapping) else place).workspace)
 
 

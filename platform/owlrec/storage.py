@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from pydantic import BaseModel
 
-from owlrec.errors import DiskFullError, WorkspaceError
+from owlrec.errors import DiskFullError, WorkspaceError, naming_extras
 from owlrec.node_cache import CachedFile, NodeCache
 from owlrec.process import cache_folder
 
@@ -627,8 +627,9 @@ def _open_store(uri: str) -> Any:
         raise WorkspaceError(
             f"workspace {uri} cannot be opened. Use a local path or one of {', '.join(SCHEMES)}; mount other stores."
         )
-    from obstore.exceptions import BaseError
-    from obstore.store import MemoryStore, from_url
+    with naming_extras():
+        from obstore.exceptions import BaseError
+        from obstore.store import MemoryStore, from_url
 
     if uri.startswith("memory://"):
         return _MEMORY.setdefault(uri, MemoryStore())

@@ -145,7 +145,7 @@ def test_every_container_says_what_it_needs(name: str) -> None:
 @overlays
 def test_ray_clusters_keep_kuberays_rules_and_ours(name: str) -> None:
     """KubeRay 1.7.0's validation of RayCluster, as far as it reaches these fields."""
-    pinned = next(d for d in _project()["dependencies"] if d.startswith("ray[")).partition("==")[2]
+    pinned = next(d for d in _project()["optional-dependencies"]["ray"] if d.startswith("ray[")).partition("==")[2]
     for spec in ray_clusters(overlay(name)).values():
         assert spec["rayVersion"] == pinned
         head = spec["headGroupSpec"]

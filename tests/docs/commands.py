@@ -196,8 +196,9 @@ def make_targets() -> set[str]:
 
 
 def _make(arguments: Sequence[str]) -> None:
-    if not arguments or (unknown := set(arguments) - make_targets()):
-        raise Wrong(f"make has no target {', '.join(unknown) if arguments else ''}")
+    targets = {word for word in arguments if "=" not in word}  # the others set a variable
+    if not targets or (unknown := targets - make_targets()):
+        raise Wrong(f"make has no target {', '.join(unknown) if targets else ''}")
 
 
 def _pytest(arguments: Sequence[str]) -> None:

@@ -162,6 +162,18 @@ def test_what_an_extra_brings_is_named_in_a_line(base: Path, tmp_path: Path, wor
     assert f"owlrec[{extra}]" in line
 
 
+@pytest.mark.parametrize(
+    ("call", "extra"),
+    [("run('x.yaml')", "ray"), ("open('x.yaml')", "ray"), ("open('s3://b/x')", "cloud"), ("Adaptor", "cpu")],
+)
+def test_python_names_the_extra_too(base: Path, tmp_path: Path, call: str, extra: str) -> None:
+    code = (
+        "import owlrec\nfrom owlrec.errors import MissingExtraError\n"
+        f"try: owlrec.{call}\nexcept MissingExtraError as error: print(error)"
+    )
+    assert f"owlrec[{extra}]" in run(base / "bin/python", "-c", code, cwd=tmp_path)
+
+
 def test_importing_the_package_takes_a_moment(base: Path, tmp_path: Path) -> None:
     code = "import time; start = time.perf_counter(); import owlrec; print(time.perf_counter() - start)"
     assert min(float(run(base / "bin/python", "-c", code, cwd=tmp_path)) for _ in range(5)) < 0.1
