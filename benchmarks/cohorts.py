@@ -32,7 +32,7 @@ from owlrec.cohorts.assignment import vector_array
 from owlrec.cohorts.building import AssignCohorts, build_cohorts
 from owlrec.cohorts.clustering import ClusterConfig, Codebook, FactorSettings, train_cells, unit
 from owlrec.cohorts.model import CohortModel, CohortsConfig, CohortSettings
-from owlrec.ctr.experiment import finished_trials, summarise, trials
+from owlrec.ctr.experiment import finished_trials, summarize, trials
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.runner import Pool, run_stage
 from owlrec.runs.stage import ray_session, stage_function
@@ -201,7 +201,7 @@ def _liked(workspace: Workspace, recipe: Recipe) -> dict[str, dict[int, set[int]
     for row in workspace.read_table("samples", ["user_id", "item_id", "label"]).to_pylist():
         if row["label"]:
             later.setdefault(row["user_id"], set()).add(row["item_id"])
-    return {"overlap within cohorts, behaviours read": read, "overlap within cohorts, later behaviours": later}
+    return {"overlap within cohorts, behaviors read": read, "overlap within cohorts, later behaviors": later}
 
 
 def _overlap(labels: dict[int, str], liked: dict[int, set[int]]) -> tuple[float, float]:
@@ -255,7 +255,7 @@ def _worth(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
     trained = finished_stage(workspace, "train_ctr")
     assert trained is not None
     results = finished_trials(workspace, trained.outputs["grid"], trials(recipe.ctr))
-    for row in summarise(results):
+    for row in summarize(results):
         yield arm_figure(row, method={"knowledge": "individual"}.get(row.arm))
 
 

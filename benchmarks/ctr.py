@@ -35,7 +35,7 @@ from owlrec.ctr.experiment import (
     finished_trials,
     read_grid_scores,
     slices_of,
-    summarise,
+    summarize,
     trials,
 )
 from owlrec.ctr.features import build_features
@@ -246,7 +246,7 @@ def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
     grid = train(recipe, workspace).outputs["grid"]
     wanted = trials(recipe.ctr)
     scores = read_grid_scores(workspace, grid, wanted)
-    for row in summarise(finished_trials(workspace, grid, wanted), scores):
+    for row in summarize(finished_trials(workspace, grid, wanted), scores):
         yield arm_figure(row, f"{row.backbone}, all test rows")
         for base, paired in row.differences.items():
             yield _gain(f"{row.backbone}, all test rows", f"{row.arm} to {base}", paired.auc, paired.interval)

@@ -305,7 +305,7 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
     from owlrec.ctr.experiment import CTRConfig
     from owlrec.ctr.features import RESERVED, FeatureSpec, Histories, ItemFeatures, SampleFeatures
     from owlrec.ctr.model import CTRModel, ModelSpec
-    from owlrec.ctr.trainer import Optimisers
+    from owlrec.ctr.trainer import Optimizers
 
     rng = np.random.default_rng(0)
     codes = np.arange(n_items + RESERVED, dtype=np.int32)
@@ -327,14 +327,14 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
     )  # fmt: skip
     config = CTRConfig(batch_size=BATCH)
     model = CTRModel(ModelSpec.of(spec, "dcnv2", 0, config), items)
-    optimisers = Optimisers(model, config)
+    optimizers = Optimizers(model, config)
     times, labels = [], torch.from_numpy(split.samples.labels)
     for rows in torch.arange(n).split(BATCH):
         started = time.perf_counter()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(model(split.batch(rows)), labels[rows])
-        optimisers.zero_grad()
+        optimizers.zero_grad()
         loss.backward()
-        optimisers.step()
+        optimizers.step()
         times.append(time.perf_counter() - started)
     gradient = model.item.weight.grad
     assert gradient is not None

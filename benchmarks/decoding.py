@@ -2,7 +2,7 @@
 
 Each method runs in a process of its own, in turns, on the same requests: the default prompts over MovieLens-100K, in
 each framework's words, SmolLM2-135M in bf16, greedy, 200 new tokens, a batch kept full from a queue. `refresh`: users
-whose history moved on by two behaviours, drafts from all users' previous texts. `new users` and `items`: ids that the
+whose history moved on by two behaviors, drafts from all users' previous texts. `new users` and `items`: ids that the
 pool has no text of. No request occurs twice in a process, so that what a method learns on the way never answers a
 request word for word. Tokens/s count the whole of a request, its prompt included.
 """

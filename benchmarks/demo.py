@@ -9,7 +9,7 @@ from pathlib import Path
 import pipelines
 from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
-from owlrec.ctr.experiment import finished_trials, summarise, trials
+from owlrec.ctr.experiment import finished_trials, summarize, trials
 from owlrec.ops.report import REPORTED_STAGES
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.releases.release import open_release
@@ -49,7 +49,7 @@ def read(recipe: Recipe, workspace: Workspace) -> list[Figure]:
     for what in ("knowledge", "vector"):
         figures.append(Figure(measure="lookup", method=what, value=latencies[f"{what}_p50_us"], unit="µs, p50"))
     results = finished_trials(workspace, stages["train_ctr"].outputs["grid"], trials(recipe.ctr))
-    return figures + [arm_figure(row) for row in summarise(results)]
+    return figures + [arm_figure(row) for row in summarize(results)]
 
 
 if __name__ == "__main__":

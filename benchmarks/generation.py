@@ -93,7 +93,7 @@ def _movielens(workspace: Workspace, prompts: int) -> None:
     histories = build_samples(raw.interactions, SplitConfig(cuts=("half",)), RATED).histories
     users, catalog = raw.users, raw.items
     more = max(0, prompts - histories.num_rows)
-    if more:  # the same user one behaviour earlier is another prompt
+    if more:  # the same user one behavior earlier is another prompt
         rows = [
             {**r, "user_id": r["user_id"] + 10**6, "items": r["items"][:-1], "ratings": r["ratings"][:-1]}
             for r in histories.slice(0, more).to_pylist()

@@ -1,6 +1,6 @@
 """The planner against measurement: a small run of MovieLens-100K, estimates from it, and the whole of it as it went.
 
-Of every user the first 60 % of behaviours are in the tables, the next 20 % come as events. A small world of 200 users
+Of every user the first 60 % of behaviors are in the tables, the next 20 % come as events. A small world of 200 users
 is asked about individually and by cohorts, then refreshed; its figures plan three policies for all 943 users and 1,682
 items: a text for each (individual), for each cohort (collective), and a refresh of who has acted (streaming). Then
 these three are run and the errors printed: texts, tokens, and time, which is that of the stage with its start, for the
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.samples import RATED, labelled
+from benchmarks.samples import RATED, labeled
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation.models import PACKAGED
 from owlrec.ops.cost import (
@@ -41,7 +41,7 @@ from owlrec.shards import finish_stage, finished_stage
 from owlrec.sources.movielens import MovieLens100KSource
 from owlrec.workspace import Workspace, shards_for
 
-READ, NEWS = 0.6, 0.2  # shares of a user's behaviours: in the tables, and then as events
+READ, NEWS = 0.6, 0.2  # shares of a user's behaviors: in the tables, and then as events
 SIZES = {"small": (200, 320), "whole": (None, None)}
 QUICK = {"small": (60, 100), "whole": (150, 250)}
 MACHINE = {"name": "this machine", "accelerator": "CPU", "gpus": 1, "price_per_gpu_hour": 0.0}
@@ -163,7 +163,7 @@ def _prepare(workspace: Workspace, size: tuple[int | None, int | None]) -> None:
     users, first, count = np.unique(order["user_id"].to_numpy(), return_index=True, return_counts=True)
     place = (np.arange(order.num_rows) - np.repeat(first, count)) / np.repeat(count, count)
     read, news = order.filter(pa.array(place < READ)), order.filter(pa.array((place >= READ) & (place < READ + NEWS)))
-    tables = {"users": raw.users, "interactions": labelled(read), "histories": _histories(read)}
+    tables = {"users": raw.users, "interactions": labeled(read), "histories": _histories(read)}
     for name, table in tables.items():
         workspace.write_table(name, table, key="user_id", n_shards=shards_for(len(users), SHARD_ROWS))
     workspace.write_table("items", raw.items, key="item_id", n_shards=shards_for(raw.items.num_rows, SHARD_ROWS))

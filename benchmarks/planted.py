@@ -35,7 +35,7 @@ POLES = (
         ("castles and medieval knights", "courts of old kingdoms", "monks and peasants of the Middle Ages", "crusades"),
     ),
     (
-        ("slapstick and jokes", "light-hearted laughs", "witty comedy", "silly, cheerful humour"),
+        ("slapstick and jokes", "light-hearted laughs", "witty comedy", "silly, cheerful humor"),
         ("terrifying ghosts", "blood and gore", "nightmarish horror", "dread in dark cellars"),
     ),
     (

@@ -137,7 +137,7 @@ def measure_tuning(folder: Path, quick: bool) -> list[Figure]:
     peer = speeds.get("TRL SFTTrainer")
     return [
         Figure(
-            measure=f"LoRA tuning, {rows} rows, batch {batch}, {history} behaviours",
+            measure=f"LoRA tuning, {rows} rows, batch {batch}, {history} behaviors",
             method=method,
             value=value,
             unit="tokens/s",
@@ -149,18 +149,18 @@ def measure_tuning(folder: Path, quick: bool) -> list[Figure]:
 
 
 def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
-    """Milliseconds for the 15 behaviours nearest to one candidate, exactly, beside faiss's exact search.
+    """Milliseconds for the 15 behaviors nearest to one candidate, exactly, beside faiss's exact search.
 
     Items are drawn from 10^6, so that few repeat: the fewer do, the more there is to compare with.
     """
     import faiss
 
-    from owlrec.ranking.retrieval import BehaviourRetriever
+    from owlrec.ranking.retrieval import BehaviorRetriever
 
     rng, n_items, dim, k = np.random.default_rng(0), 10**6, 128, 15
     vectors = rng.standard_normal((n_items, dim), dtype=np.float32)
     ids = np.sort(rng.choice(2**62, n_items, replace=False))
-    retriever = BehaviourRetriever(ids, vectors)
+    retriever = BehaviorRetriever(ids, vectors)
     figures = []
     for length in (10**5, 10**6):
         history = rng.choice(ids, length)
@@ -182,7 +182,7 @@ def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
                 took.append(1000 * (time.perf_counter() - start))
             figures.append(
                 Figure(
-                    measure=f"retrieval, {length:,} behaviours, {len(opened.rows):,} distinct items",
+                    measure=f"retrieval, {length:,} behaviors, {len(opened.rows):,} distinct items",
                     method=method,
                     value=statistics.median(took),
                     unit=f"ms (p95 {np.percentile(took, 95):.1f})",
@@ -193,9 +193,9 @@ def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
 
 def lists_of_questions(n_users: int, retrieved_for: str, history: int = HISTORY) -> list[list[Question]]:
     """Of each of `n_users` MovieLens-100K users with a long history, the questions about 50 films they had not seen.
-    Shows `history` behaviours, retrieved once for a set of candidates or for each.
+    Shows `history` behaviors, retrieved once for a set of candidates or for each.
 
-    Retrieved behaviours are drawn at random: which they are does not change the cost.
+    Retrieved behaviors are drawn at random: which they are does not change the cost.
     """
     raw = MovieLens100KSource(type="movielens-100k").load()
     titles = dict(zip(raw.items["item_id"].to_pylist(), raw.items["title"].to_pylist(), strict=True))
@@ -208,14 +208,14 @@ def lists_of_questions(n_users: int, retrieved_for: str, history: int = HISTORY)
     rng = np.random.default_rng(0)
     lists = []
     for user in sorted(u for u, items in seen.items() if len(items) >= 2 * HISTORY)[:n_users]:
-        behaviours = [(titles[item], rating) for _, item, rating in sorted(seen[user])]
+        behaviors = [(titles[item], rating) for _, item, rating in sorted(seen[user])]
         fresh = sorted(set(titles) - {item for _, item, _ in seen[user]})
         asked: list[Question] = []
         retrieved: list[tuple[str, float]] = []
         for item in rng.choice(fresh, CANDIDATES, replace=False).tolist():
             if not retrieved or retrieved_for == "candidate":
-                drawn = sorted(rng.choice(len(behaviours), history, replace=False).tolist())
-                retrieved = [behaviours[i] for i in drawn]
+                drawn = sorted(rng.choice(len(behaviors), history, replace=False).tolist())
+                retrieved = [behaviors[i] for i in drawn]
             asked.append(rank_prompt(scenario, profile, titles[item], config, count, retrieved=retrieved))
         lists.append(asked)
     return lists
@@ -290,18 +290,18 @@ def _work_tune(job: dict[str, Any]) -> dict[str, Any]:
     import pyarrow as pa
 
     from owlrec.ranking.experiment import TuningSettings
-    from owlrec.ranking.tuning import Progress, load_model, tokenise, tune
+    from owlrec.ranking.tuning import Progress, load_model, tokenize, tune
 
     rows = [
         {"user_id": 0, "item_id": i, "system": q[0], "text": q[1], "answer": answer}
         for i, (q, answer) in enumerate(zip(job["questions"], job["answers"], strict=True))
     ]
-    examples = tokenise(pa.Table.from_pylist(rows), load_tokenizer(PACKAGED), max_tokens=4096)
+    examples = tokenize(pa.Table.from_pylist(rows), load_tokenizer(PACKAGED), max_tokens=4096)
     longest = int(examples.lengths.max())
     config = TuningSettings(
         batch_rows=job["batch"], micro_tokens=job["micro"] * longest, dtype=job["dtype"], epochs=1, learning_rate=1e-4
     )
-    few = tokenise(pa.Table.from_pylist(rows[:2]), load_tokenizer(PACKAGED), max_tokens=4096)
+    few = tokenize(pa.Table.from_pylist(rows[:2]), load_tokenizer(PACKAGED), max_tokens=4096)
     ticks: list[float] = []
 
     def on_step(progress: Progress) -> None:

@@ -78,7 +78,7 @@ def llm_scores(recipe: Recipe, workspace: Workspace, folder: str, asked: pa.Tabl
     """The ranker's, in the way that its adapter was tuned for last: float64 [rows of asked], nan for none."""
     data = (recipe.ranking or RankingConfig()).data
     asked = with_candidates(asked, asked, ItemCatalog.load(workspace).ids)
-    rows = ask_ranker(recipe, workspace, folder, asked, k=data.behaviours, ways=data.shown[-1:])
+    rows = ask_ranker(recipe, workspace, folder, asked, k=data.behaviors, ways=data.shown[-1:])
     if len(rows) != len(asked):
         raise EngineError("cascade: a candidate of the lists has no title. Give all items titles.")
     return rows["tuned"].to_numpy()

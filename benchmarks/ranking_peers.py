@@ -27,7 +27,7 @@ def ctr_results(workspace: Workspace, scenario: Scenario, ranking: RankingConfig
     results = []
     for name in BACKBONES:
         auc = train(name, features, few, seed).result.test.auc
-        results.append(RankerResult(model=name, shots=shots, behaviours=None, shown="", seed=seed, auc=auc))
+        results.append(RankerResult(model=name, shots=shots, behaviors=None, shown="", seed=seed, auc=auc))
     write_results(workspace, f"ctr-{shots}-{seed}", results)
     return results
 

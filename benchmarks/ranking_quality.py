@@ -1,8 +1,8 @@
-"""How well the LLM ranker ranks: test AUC by shots, by how many behaviours it is shown and which, beside CTR models.
+"""How well the LLM ranker ranks: test AUC by shots, by how many behaviors it is shown and which, beside CTR models.
 
 MovieLens-100K, the recipe `movielens-100k-ranker`, SmolLM2-135M; the `tune_ranker` stage with other settings each time.
-`shots`: tuned on few samples, beside DIN and DCN-V2 trained on the very same ones. `lengths`: K behaviours, recent,
-retrieved or mixed, as the model is and tuned. `longer`: the ranker of the most shots, asked with more behaviours than
+`shots`: tuned on few samples, beside DIN and DCN-V2 trained on the very same ones. `lengths`: K behaviors, recent,
+retrieved or mixed, as the model is and tuned. `longer`: the ranker of the most shots, asked with more behaviors than
 it was tuned on. `mixture`: tuned on recent or retrieved prompts alone, or on both. `sets`: behaviors retrieved once for
 a set of candidates, or for each candidate, on as many shots.
 `cascade`: DIN, trained on the whole train split, orders held-out lists, and the ranker of the most shots re-orders
@@ -43,11 +43,11 @@ from owlrec.workspace import Workspace
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k-ranker.yaml"
 PARTS = ("shots", "lengths", "longer", "mixture", "sets", "cascade")
 WAYS = ("recent", "retrieved", "mixed")
-_FIXED_TOKENS, _BEHAVIOUR_TOKENS = 115, 17.5  # of a prompt, about: without behaviours, and for each
+_FIXED_TOKENS, _BEHAVIOR_TOKENS = 115, 17.5  # of a prompt, about: without behaviors, and for each
 _START_S = 60  # of Ray, an engine and their models, for each run
 _QUICK = {
     "shots": [16],
-    "behaviours": [5],
+    "behaviors": [5],
     "shown": 5,
     "length_shots": 16,
     "seeds": [0],
@@ -65,7 +65,7 @@ class Run:
 
     seed: int
     shots: int
-    behaviours: int
+    behaviors: int
     ways: tuple[Shown, ...]
     zero_shot: bool = False
     asked: tuple[str, ...] = ("recent", "retrieved")  # how its samples are asked while it is tuned
@@ -84,7 +84,7 @@ class Bench:
         """The recipe with a run's settings."""
         o, values = self.options, self.recipe.model_dump(mode="json")
         changed: dict[str, dict[str, Any]] = {
-            "data": {"shots": run.shots, "behaviours": run.behaviours, "shown": run.asked},
+            "data": {"shots": run.shots, "behaviors": run.behaviors, "shown": run.asked},
             "tuning": {"epochs": o.epochs},
         }
         for section, changes in changed.items():
@@ -148,8 +148,8 @@ def main() -> None:
     parser = options_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shots", type=int, nargs="+", default=[64, 256, 1024], help="any number: 4096 takes hours")
-    parser.add_argument("--shown", type=int, default=5, help="behaviours that a prompt of `shots` and `cascade` shows")
-    parser.add_argument("--behaviours", type=int, nargs="+", default=[5, 10, 15, 20, 30], help="K of lengths, longer")
+    parser.add_argument("--shown", type=int, default=5, help="behaviors that a prompt of `shots` and `cascade` shows")
+    parser.add_argument("--behaviors", type=int, nargs="+", default=[5, 10, 15, 20, 30], help="K of lengths, longer")
     parser.add_argument("--longer-rows", type=int, default=500, help="test rows of `longer`")
     parser.add_argument("--length-shots", type=int, default=256, help="that `lengths` and `mixture` tune on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -183,7 +183,7 @@ def runs_of(part: str, o: Namespace) -> list[Run]:
         "shots": few,
         "cascade": [run for run in few if run.zero_shot],
         "longer": [run for run in few if run.zero_shot],
-        "lengths": [Run(o.seeds[0], o.length_shots, k, WAYS, zero_shot=True) for k in o.behaviours],
+        "lengths": [Run(o.seeds[0], o.length_shots, k, WAYS, zero_shot=True) for k in o.behaviors],
         "mixture": [
             Run(seed, o.length_shots, o.shown, ("retrieved",), asked=asked)
             for seed in o.seeds
@@ -207,15 +207,15 @@ def announce(bench: Bench) -> None:
         return
     read, tuned = 0.0, 0.0
     for run in left:
-        prompt = _FIXED_TOKENS + _BEHAVIOUR_TOKENS * run.behaviours
+        prompt = _FIXED_TOKENS + _BEHAVIOR_TOKENS * run.behaviors
         tuned += prompt * o.epochs * run.shots * len(run.asked)
         stops = o.epochs * o.valid_samples * len(run.asked)
         scoring = (1 + run.zero_shot) * (o.valid_samples + o.test_samples) * len(run.ways)
         read += prompt * (stops + scoring)
     if "longer" in o.only:
-        read += sum(4 * o.longer_rows * (_FIXED_TOKENS + _BEHAVIOUR_TOKENS * k) for k in o.behaviours)
+        read += sum(4 * o.longer_rows * (_FIXED_TOKENS + _BEHAVIOR_TOKENS * k) for k in o.behaviors)
     if "cascade" in o.only:
-        read += 20 * o.lists * (_FIXED_TOKENS + _BEHAVIOUR_TOKENS * o.shown)
+        read += 20 * o.lists * (_FIXED_TOKENS + _BEHAVIOR_TOKENS * o.shown)
     tuning, reading = tokens_per_s(bench.recipe.ranking or RankingConfig())
     seconds = tuned / tuning + read / reading + _START_S * len(left)
     note(
@@ -260,12 +260,12 @@ def by_lengths(bench: Bench) -> list[Figure]:
     """Each K with its own adapter."""
     figures: list[Figure] = []
     for run in runs_of("lengths", bench.options):
-        figures += bench.figures(run, f"K = {run.behaviours}, {run.shots} shots")
+        figures += bench.figures(run, f"K = {run.behaviors}, {run.shots} shots")
         rows, _ = bench.tuned(run)
         for model in ("zero-shot", "tuned"):
             for way in WAYS[1:]:
                 pair = [scored(rows[model], shown) for shown in (way, "recent")]
-                figures.append(auc_figure(f"K = {run.behaviours}", f"{model}: {way} - recent", *pair))
+                figures.append(auc_figure(f"K = {run.behaviors}", f"{model}: {way} - recent", *pair))
     return figures
 
 
@@ -277,7 +277,7 @@ def by_longer(bench: Bench) -> list[Figure]:
     catalog = ItemCatalog.load(workspace).ids
     asked = draw_samples(workspace, "test", rows, RankerRun.evaluation_seed, catalog, exactly=True)
     figures = []
-    for k in bench.options.behaviours:
+    for k in bench.options.behaviors:
         file = f"{bench.kept(run)}/longer-{k}-{rows}.parquet"
         if not workspace.exists(file):
             rows_asked = ask_ranker(recipe, workspace, folder, asked, k=k, ways=("recent", "retrieved"), zero_shot=True)
@@ -293,7 +293,7 @@ def by_longer(bench: Bench) -> list[Figure]:
 
 
 def by_mixture(bench: Bench) -> list[Figure]:
-    """As many samples, asked in one way or in both; judged on retrieved behaviours, as ReLLa does."""
+    """As many samples, asked in one way or in both; judged on retrieved behaviors, as ReLLa does."""
     figures: list[Figure] = []
     seed_scores: dict[int, dict[str, Scored]] = {}
     for run in runs_of("mixture", bench.options):

@@ -1,4 +1,4 @@
-"""Semantic ids: are they unique, are all codes used, what do they lose, beside other quantisers of as many bytes.
+"""Semantic ids: are they unique, are all codes used, what do they lose, beside other quantizers of as many bytes.
 
 `--vectors FOLDER` judges the ids of an encoded run (vectors/<fingerprint> of its workspace): of its knowledge, or of
 its metadata with `--source metadata`; vectors without ids get them here, by the defaults. Without a folder, the
@@ -17,12 +17,12 @@ from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.semantic_ids import (
-    QuantisationReport,
-    Quantiser,
+    QuantizationReport,
+    Quantizer,
     SemanticIdConfig,
     code_vectors,
     measure_codes,
-    train_quantiser,
+    train_quantizer,
 )
 from owlrec.encoding.vectors import CODED_KINDS, VectorShards, item_metadata, user_metadata
 from owlrec.errors import SourceError
@@ -33,7 +33,7 @@ from owlrec.workspace import Workspace
 
 OURS = "owlrec (beam search)"
 GREEDY = "residual k-means, level by level"
-PRODUCT = "product quantisation, 3 bytes"
+PRODUCT = "product quantization, 3 bytes"
 _MOST_VECTORS = 1 << 20
 
 
@@ -43,7 +43,7 @@ class Coded:
 
     vectors: np.ndarray
     codes: np.ndarray
-    quantiser: Quantiser
+    quantizer: Quantizer
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--source", default="knowledge", help="with --vectors: whose ids; default: %(default)s")
     options = parser.parse_args()
     coded = _run_codes(options) if options.vectors else _metadata_codes(options)
-    reports = {kind: measure_codes(c.quantiser, c.codes, c.vectors) for kind, c in coded.items()}
+    reports = {kind: measure_codes(c.quantizer, c.codes, c.vectors) for kind, c in coded.items()}
     figures = [f for kind, report in reports.items() for f in _figures(kind, report)]
     figures += _together(coded, reports)
     for kind, c in coded.items():
@@ -70,9 +70,9 @@ def _run_codes(options: argparse.Namespace) -> dict[str, Coded]:
         shards = VectorShards(workspace, f"vectors/{folder.name}", f"{options.source}-{kind}")
         if shards.numbers:
             ids, vectors = shards.sample(_MOST_VECTORS, seed=0)
-            quantiser = shards.quantiser()
+            quantizer = shards.quantizer()
             coded[kind] = (
-                Coded(vectors.astype(np.float32), shards.codes(ids)[0], quantiser) if quantiser else _code(ids, vectors)
+                Coded(vectors.astype(np.float32), shards.codes(ids)[0], quantizer) if quantizer else _code(ids, vectors)
             )
     if not coded:
         raise SourceError(
@@ -96,11 +96,11 @@ def _metadata_codes(options: argparse.Namespace) -> dict[str, Coded]:
 
 def _code(ids: np.ndarray, vectors: np.ndarray) -> Coded:
     vectors = vectors.astype(np.float32)
-    quantiser = train_quantiser(vectors, SemanticIdConfig())
-    return Coded(vectors, code_vectors(quantiser, ids, vectors), quantiser)
+    quantizer = train_quantizer(vectors, SemanticIdConfig())
+    return Coded(vectors, code_vectors(quantizer, ids, vectors), quantizer)
 
 
-def _figures(kind: str, report: QuantisationReport, method: str = OURS) -> list[Figure]:
+def _figures(kind: str, report: QuantizationReport, method: str = OURS) -> list[Figure]:
     values = {
         "unique ids": (100 * report.unique_rate, "%"),
         "unique ids with duplicate digit": (100 * report.unique_rate_with_digit, "%"),
@@ -115,7 +115,7 @@ def _figures(kind: str, report: QuantisationReport, method: str = OURS) -> list[
     ]
 
 
-def _together(coded: dict[str, Coded], reports: dict[str, QuantisationReport]) -> list[Figure]:
+def _together(coded: dict[str, Coded], reports: dict[str, QuantizationReport]) -> list[Figure]:
     """Over all kinds: the key tells a user from an item, so a rate is the mean over their vectors."""
     weights = [r.vectors for r in reports.values()]
 
@@ -145,8 +145,8 @@ def _together(coded: dict[str, Coded], reports: dict[str, QuantisationReport]) -
     ]
 
 
-def _peers(kind: str, vectors: np.ndarray, ours: QuantisationReport) -> list[Figure]:
-    """Relative error and unique ids of other quantisers of 3 x 256 codes, trained on the same vectors."""
+def _peers(kind: str, vectors: np.ndarray, ours: QuantizationReport) -> list[Figure]:
+    """Relative error and unique ids of other quantizers of 3 x 256 codes, trained on the same vectors."""
     greedy, left = _greedy(vectors)
     errors = {OURS: ours.relative_error, GREEDY: float(np.square(left).sum() / np.square(vectors).sum())}
     unique = {OURS: ours.unique_rate, GREEDY: len(np.unique(greedy, axis=0)) / len(greedy)}

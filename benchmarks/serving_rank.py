@@ -375,7 +375,7 @@ def _scores(address: str, user: int, candidates: np.ndarray) -> list[float]:
 
 
 def _requests(workspace: Workspace) -> list[dict[str, object]]:
-    """A request of each user, with candidates drawn from the catalogue."""
+    """A request of each user, with candidates drawn from the catalog."""
     random = np.random.default_rng(0)
     users = workspace.read_table("users", ["user_id"])["user_id"].to_numpy()
     items = workspace.read_table("items", ["item_id"])["item_id"].to_numpy()

@@ -1,6 +1,6 @@
 """Streaming refresh of user knowledge, on a replay of MovieLens-100K in the order of time.
 
-`cost`: a full run on the first 60 % of all behaviours, then a refresh a day, with an engine that answers at once: calls
+`cost`: a full run on the first 60 % of all behaviors, then a refresh a day, with an engine that answers at once: calls
 of each day beside the share of users who acted that day. `worth`: the same with SmolLM2-135M and a refresh a week over
 the next fifth: tokens of a refresh's prompts beside those of whole histories, whether drift predicts how far a user's
 vector moves, and AUC on the days after: CTR models trained on what came between, which then read, for the same
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.samples import RATED, labelled
+from benchmarks.samples import RATED, labeled
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import build_features
@@ -43,8 +43,8 @@ from owlrec.sources.raw import RawTables
 from owlrec.workspace import Workspace, shards_for
 
 DAY_MS = 86_400_000
-READ = 1000  # behaviours that a full run may read: all that anybody has
-HISTORY = 10  # behaviours that a CTR model sees before a sample
+READ = 1000  # behaviors that a full run may read: all that anybody has
+HISTORY = 10  # behaviors that a CTR model sees before a sample
 BACKBONES, SEEDS = ("din", "dcnv2"), (0, 1, 2)
 
 
@@ -83,7 +83,7 @@ def _recipe(workspace: str, engine: dict[str, Any], encoder: dict[str, Any] | No
 
 
 def _until(raw: RawTables, share: float) -> int:
-    """The moment up to which this share of all behaviours has happened."""
+    """The moment up to which this share of all behaviors has happened."""
     return int(np.quantile(raw.interactions["timestamp"].to_numpy(), share, method="lower"))
 
 
@@ -97,7 +97,7 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     from owlrec.runs.stage import stage_function
 
     workspace = Workspace(recipe.workspace)
-    interactions = labelled(_between(raw, -1, until))
+    interactions = labeled(_between(raw, -1, until))
     histories = _histories(interactions)
     tables = {"users": raw.users, "interactions": interactions, "histories": histories}
     for name, table in tables.items():
@@ -310,7 +310,7 @@ def _move_figures(moved: list[tuple[float, float]]) -> Iterator[Figure]:
 
 
 def _samples(raw: RawTables, start: int, end: int) -> pa.Table:
-    """Every behaviour after `start` with the ten before it; the last quarter up to `end` is valid, the rest test."""
+    """Every behavior after `start` with the ten before it; the last quarter up to `end` is valid, the rest test."""
     late = _until(raw, 0.75)
     rows: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
     table = raw.interactions.to_pandas().sort_values(["user_id", "timestamp", "item_id"])

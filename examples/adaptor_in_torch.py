@@ -38,11 +38,11 @@ if __name__ == "__main__":
     labels, train = (taste[users] == items % 2).float(), users < 150
     for name, vectors in (("own", user_vectors), ("shuffled", user_vectors[torch.randperm(USERS)])):
         model = Model()
-        optimiser = torch.optim.Adam(model.parameters(), 0.01)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
         for _ in range(40):  # all users are in one batch, but the loss reads only the first 150
             logits = model(items, vectors[users], item_vectors[items])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             nn.functional.binary_cross_entropy_with_logits(logits[train], labels[train]).backward()
-            optimiser.step()
+            optimizer.step()
         score = auc(labels[~train].numpy(), logits[~train].detach().numpy())
         print(f"{name} vectors: AUC {score:.3f} on users never trained on")

@@ -20,7 +20,7 @@ from owlrec_decoding.options import is_cpu_build
 from owlrec_decoding.pools import answer_tokens, write_pool
 
 FILMS = ("Alien", "Casablanca", "Fargo", "Heat")
-YESTERDAY = [f"Write a catalogue entry for the film {film}." for film in FILMS]
+YESTERDAY = [f"Write a catalog entry for the film {film}." for film in FILMS]
 TODAY = [f"{question} The cinema shows it tonight." for question in YESTERDAY]
 
 

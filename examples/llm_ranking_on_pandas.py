@@ -1,4 +1,4 @@
-"""LLM ranking on a pandas frame: retrieves behaviours for the candidates and gets P(Yes) from one prompt per candidate.
+"""LLM ranking on a pandas frame: retrieves behaviors for the candidates and gets P(Yes) from one prompt per candidate.
 
     python examples/llm_ranking_on_pandas.py
     python examples/llm_ranking_on_pandas.py --model Qwen/Qwen3-4B-Instruct-2507
@@ -15,7 +15,7 @@ from owlrec.encoding.encoder import Encoder, EncoderConfig
 from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.models import PACKAGED
 from owlrec.prompting.ranking import RankPromptConfig, rank_prompt
-from owlrec.ranking.retrieval import BehaviourRetriever
+from owlrec.ranking.retrieval import BehaviorRetriever
 from owlrec.ranking.scorer import Scorer
 from owlrec.scenario import get_scenario
 
@@ -38,7 +38,7 @@ def main() -> None:
 
     history, candidates = history.join(items, on="item_id"), candidates.join(items.title, on="item_id")
     vectors = Encoder(EncoderConfig()).encode((items.title + ", a film about " + items.about).tolist())
-    retriever = BehaviourRetriever(items.index.to_numpy(), vectors)
+    retriever = BehaviorRetriever(items.index.to_numpy(), vectors)
     shown = history.iloc[retriever.retrieve(history.item_id.to_numpy(), candidates.item_id.to_numpy(), k=3)]
     print(f"shown: {', '.join(shown.title)}")
 

@@ -60,7 +60,7 @@ def as_ids(names: Iterable[int | str]) -> np.ndarray:
 def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:
     """Shard of each id, out of `n_shards`.
 
-    ids: int64 [n]. Returns int64 [n] in [0, n_shards). A multiplicative hash (splitmix64's finaliser), so ids
+    ids: int64 [n]. Returns int64 [n] in [0, n_shards). A multiplicative hash (splitmix64's finalizer), so ids
     with a common stride still spread evenly.
     """
     x = np.asarray(ids, dtype=np.int64).astype(np.uint64)

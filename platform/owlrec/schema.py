@@ -77,7 +77,7 @@ COHORTS = pa.schema(
         ("cohort", pa.string()),  # its name; `stable_id` of the name is the id of its knowledge
         ("facet", pa.string()),  # for users: liked or disliked; for items: ""
         ("source", pa.string()),  # collaborative, attribute or global
-        ("distance", pa.float32()),  # 1 - cosine to the cohort's centre; null without one
+        ("distance", pa.float32()),  # 1 - cosine to the cohort's center; null without one
     ]
 )
 # Cohorts whose texts replace a missing text of an id, in a release: the most informative first; one
@@ -245,7 +245,7 @@ def _first_bad(column: pa.ChunkedArray, type_: pa.DataType) -> tuple[int, Any]:
     return -1, None
 
 
-# From March 1973 to November 2286; in seconds, micro- or nanoseconds no real behaviour log is in this range.
+# From March 1973 to November 2286; in seconds, micro- or nanoseconds no real behavior log is in this range.
 MILLISECONDS = range(10**11, 10**13 + 1)
 
 

@@ -4,7 +4,7 @@
     tables/<name>/00000000.parquet       users, items, interactions, histories, samples
     cohorts/<fingerprint>/               memberships by shard, prompts, the model; cohorts/CURRENT names the newest
     knowledge/<fingerprint>/<kind>/      texts by shard; dead/<kind>/ for failed rows
-    vectors/<fingerprint>/<source>-<kind>/   encoded texts by shard; quantisers/ next to them
+    vectors/<fingerprint>/<source>-<kind>/   encoded texts by shard; quantizers/ next to them
     soft-labels/<fingerprint>/user/      an LLM's probabilities of pairs by shard; dead/user/ for failed rows
     releases/<name>/                     immutable; releases/CURRENT names the current one
     refresh/<fingerprint>/               inputs and results of a refresh; refresh/CURRENT names the last one

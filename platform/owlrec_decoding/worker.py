@@ -62,7 +62,7 @@ class RetrievalWorker(_Base):
         runner: Any = self.model_runner
         if self.use_v2_model_runner or self.parallel_config.pipeline_parallel_size > 1:
             raise VllmError(
-                "the retrieval decoder runs on vLLM's model runner V1 without pipeline parallelism. "
+                "the retrieval decoder runs on vLLM's model runner V1 without pipeline parallelizm. "
                 "Unset VLLM_USE_V2_MODEL_RUNNER and pipeline_parallel_size, or set decoding.mode: off."
             )
         if runner.device.type == "cpu":

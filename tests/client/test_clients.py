@@ -206,7 +206,7 @@ def test_both_clients_have_the_same_calls():
         assert inspect.signature(getattr(Client, name)) == inspect.signature(getattr(AsyncClient, name))
 
 
-def server_that(*behaviours):
+def server_that(*behaviors):
     """A real address whose connections are treated in turns: an answer in bytes, or None to say nothing. Its url, and
     what it was sent.
     """
@@ -214,15 +214,15 @@ def server_that(*behaviours):
 
     def serve():
         held = []
-        for behaviour in behaviours:
+        for behavior in behaviors:
             connection, _ = listener.accept()
             got.append(connection.recv(65536))
-            if behaviour is None:
+            if behavior is None:
                 held.append(connection)
-            elif callable(behaviour):
-                behaviour(connection)
+            elif callable(behavior):
+                behavior(connection)
             else:
-                connection.sendall(behaviour)
+                connection.sendall(behavior)
                 connection.close()
         listener.close()
 

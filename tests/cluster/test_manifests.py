@@ -135,7 +135,7 @@ def test_every_container_says_what_it_needs(name: str) -> None:
     for where, container, _ in containers(overlay(name)):
         requests, limits = container["resources"]["requests"], container["resources"]["limits"]
         assert {"cpu", "memory"} <= requests.keys(), where
-        assert requests["memory"] == limits["memory"], where  # the kernel must not end Ray's workers for a neighbour
+        assert requests["memory"] == limits["memory"], where  # the kernel must not end Ray's workers for a neighbor
         assert all(quantity(requests[k]) <= quantity(limits[k]) for k in limits), where
         if container["name"] == "ray-worker":
             assert requests == limits, where

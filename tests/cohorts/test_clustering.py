@@ -23,10 +23,10 @@ CONFIG = ClusterConfig(mean_size=20)  # 2 to 50 members
 SMALLEST, LARGEST = 2, 50
 
 
-def blobs(n: int, centres: int, spread: float = 0.1, seed: int = 0, d: int = 8) -> np.ndarray:
+def blobs(n: int, centers: int, spread: float = 0.1, seed: int = 0, d: int = 8) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    middle = unit(np.random.default_rng(99).normal(size=(centres, d)))
-    return unit(middle[rng.integers(centres, size=n)] + spread * rng.normal(size=(n, d)))
+    middle = unit(np.random.default_rng(99).normal(size=(centers, d)))
+    return unit(middle[rng.integers(centers, size=n)] + spread * rng.normal(size=(n, d)))
 
 
 def train(
@@ -80,8 +80,8 @@ def test_both_levels_are_bounded_whatever_is_asked_for() -> None:
 
 @settings(max_examples=20)
 @given(st.integers(1, 400), st.integers(1, 12), st.integers(0, 3))
-def test_no_cohort_of_the_sample_is_too_small(n: int, centres: int, seed: int) -> None:
-    vectors = blobs(n, centres, seed=seed)
+def test_no_cohort_of_the_sample_is_too_small(n: int, centers: int, seed: int) -> None:
+    vectors = blobs(n, centers, seed=seed)
     bounds = sizes(train(vectors), vectors)
     assert bounds.sum() == n
     assert bounds.min() >= min(SMALLEST, n)

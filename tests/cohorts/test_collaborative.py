@@ -57,7 +57,7 @@ def test_doubled_and_unknown_items_add_nothing() -> None:
     assert not folded[2:].any()
 
 
-def test_only_the_chosen_behaviours_count() -> None:
+def test_only_the_chosen_behaviors_count() -> None:
     factors = train_item_factors(planted()[0], SETTINGS)
     whole = pa.array([[0, 1, 2, 100, 101, 102]], pa.list_(pa.int64()))
     liked, _ = fold_in(factors, SETTINGS, whole, np.array([1, 1, 1, 0, 0, 0], bool))

@@ -134,12 +134,12 @@ def test_din_attends_as_written_in_the_paper() -> None:
     torch.testing.assert_close(weights.sum(1), torch.tensor([0.0, 1, 1, 1, 1, 1]))
     q = given.target[3].flatten()
     scores = []
-    for behaviour in given.history[3, :3]:
-        k = behaviour[:2].flatten()
+    for behavior in given.history[3, :3]:
+        k = behavior[:2].flatten()
         first = (
             model.query.weight @ q
             + model.query.bias
-            + model.key.weight @ behaviour.flatten()
+            + model.key.weight @ behavior.flatten()
             + model.product.weight @ (q * k)
         )
         scores.append(model.score(first).item())
@@ -342,8 +342,8 @@ def test_dien_attends_to_its_interests_and_reads_them_in_order() -> None:
     model, given = build("dien"), inputs()
     assert isinstance(model, DIEN)
     row, length = 3, 3
-    behaviours = given.history[row, :length].flatten(1).unsqueeze(1)
-    interests, _ = model.extractor(behaviours)
+    behaviors = given.history[row, :length].flatten(1).unsqueeze(1)
+    interests, _ = model.extractor(behaviors)
     e = given.target[row].flatten()
     scores = [(h @ model.key.weight @ e).item() for h in interests[:, 0]]
     total = sum(math.exp(s) for s in scores)

@@ -10,12 +10,12 @@ import torch
 from owlrec.ctr import model, trainer
 from owlrec.ctr.batches import SplitBatches, Step
 from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.trainer import CheckpointFile, Optimisers, Progress, train_one
+from owlrec.ctr.trainer import CheckpointFile, Optimizers, Progress, train_one
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
 torch.set_num_threads(1)
-# Dropout (below), both optimisers (20 items are a large table here), knowledge: all that could be forgotten.
+# Dropout (below), both optimizers (20 items are a large table here), knowledge: all that could be forgotten.
 CONFIG = CTRConfig(
     batch_size=64,
     learning_rate=0.01,
@@ -72,18 +72,18 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 @pytest.fixture
 def kill_after(monkeypatch: pytest.MonkeyPatch) -> Killer:
     """Ends training after so many further steps, or never again for 0."""
-    original = Optimisers.step
+    original = Optimizers.step
 
     def arrange(steps: int) -> None:
         left = [steps]
 
-        def step(self: Optimisers) -> None:
+        def step(self: Optimizers) -> None:
             original(self)
             left[0] -= 1
             if left[0] == 0:
                 raise Killed
 
-        monkeypatch.setattr(Optimisers, "step", step)
+        monkeypatch.setattr(Optimizers, "step", step)
 
     return arrange
 

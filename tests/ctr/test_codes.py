@@ -12,7 +12,7 @@ from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.knowledge import Arm, KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors, train_quantizer
 from owlrec.errors import SchemaError
 
 torch.set_num_threads(1)
@@ -25,9 +25,9 @@ def trial(arm: Arm, backbone: str = "din", seed: int = 0) -> Trial:
 
 
 def coded(table: KnowledgeTable) -> KnowledgeTable:
-    quantiser = train_quantiser(table.vectors, IDS)
-    codes = code_vectors(quantiser, table.ids, table.vectors)[:, :-1]
-    return KnowledgeTable(table.ids, table.vectors, codes=codes, code_sizes=tuple(quantiser.sizes))
+    quantizer = train_quantizer(table.vectors, IDS)
+    codes = code_vectors(quantizer, table.ids, table.vectors)[:, :-1]
+    return KnowledgeTable(table.ids, table.vectors, codes=codes, code_sizes=tuple(quantizer.sizes))
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ TABLE = samples(
 
 
 def build(**changes: object) -> Features:
-    options: dict = {"attributes": ["genres", "colour", "year"], "profile": ["gender", "age"], "min_item_count": 1}
+    options: dict = {"attributes": ["genres", "color", "year"], "profile": ["gender", "age"], "min_item_count": 1}
     return build_features(USERS, ITEMS, TABLE, **{**options, **changes})
 
 

@@ -61,7 +61,7 @@ def test_slices_part_the_test_rows_and_calibration_is_measured(data: TrainingDat
     config = CONFIG.model_copy(update={"expert_dim": 64})
     result = train_one(trial("knowledge"), data, config).result
     rows = len(data.features.splits["test"])
-    # The toy world's histories have 0 to 4 behaviours, and every item occurs in training more than a hundred times.
+    # The toy world's histories have 0 to 4 behaviors, and every item occurs in training more than a hundred times.
     assert result.slices.keys() == {"cold users", "warm items", "history 0", "history 1-2", "history 3-5"}
     assert result.slices["cold users"].rows == result.slices["warm items"].rows == rows
     assert result.slices["warm items"].auc == result.test.auc

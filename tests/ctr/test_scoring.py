@@ -146,7 +146,7 @@ def test_several_vectors_of_an_id_are_fused(workspace: Workspace, toy_world: Any
     np.testing.assert_allclose(scores, made.trained.test.scores[:25], rtol=0, atol=1e-5)
 
 
-def test_a_user_comes_by_id_with_their_last_behaviours(exported: Exported) -> None:
+def test_a_user_comes_by_id_with_their_last_behaviors(exported: Exported) -> None:
     scorer, live = exported.scorer(), exported.live
     table = interactions().sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("item_id", "ascending")])
     length = exported.data.features.spec.history_length
@@ -154,7 +154,7 @@ def test_a_user_comes_by_id_with_their_last_behaviours(exported: Exported) -> No
         rows = table.filter(pc.equal(table["user_id"], user_id)).to_pylist()[-length:]
         brought = User(user_id, [r["item_id"] for r in rows], [r["rating"] for r in rows])
         assert scorer.score(user_id, range(20), live).tolist() == scorer.score(brought, range(20), live).tolist()
-    # Of user 120 there is a profile and knowledge, but no behaviour.
+    # Of user 120 there is a profile and knowledge, but no behavior.
     assert scorer.score(120, [1, 2], live).tolist() == scorer.score(User(120, []), [1, 2], live).tolist()
     longer = scorer.score(User(5, [9, 9, *range(length)]), [3], live)
     assert longer.tolist() == scorer.score(User(5, range(length)), [3], live).tolist()

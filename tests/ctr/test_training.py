@@ -141,7 +141,7 @@ def test_every_source_that_encode_wrote_is_offered(workspace: Workspace) -> None
         "knowledge-item",
         "knowledge-cohort",
         "collective-user",
-        "quantisers/knowledge-user",
+        "quantizers/knowledge-user",
     ):
         workspace.write_bytes(f"vectors/abc/{name}/00000000.arrow", b"")
     assert vector_folders(workspace, "vectors/abc") == {

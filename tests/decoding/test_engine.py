@@ -84,7 +84,7 @@ def test_options_of_a_request_mean_the_same_with_drafts(llama: Decoder, params: 
 
 
 def test_requests_with_and_without_temperature_share_a_batch(llama: Decoder) -> None:
-    """On a CPU, vLLM 0.32 reads uninitialised temperatures here; the greedy rows must not notice, nor the others end
+    """On a CPU, vLLM 0.32 reads uninitialized temperatures here; the greedy rows must not notice, nor the others end
     early."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

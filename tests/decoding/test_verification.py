@@ -186,7 +186,7 @@ def test_short_way_and_vllms_kernel_agree_with_brute_force(batch: list[Any]) -> 
 
 
 def test_values_are_repeated_for_each_draft_of_a_row() -> None:
-    """vLLM 0.32's own kernel leaves float32 and int32 results uninitialised on a CPU."""
+    """vLLM 0.32's own kernel leaves float32 and int32 results uninitialized on a CPU."""
     import torch
 
     from owlrec_decoding.worker import expand_batch_to_tokens

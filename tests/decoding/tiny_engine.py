@@ -29,7 +29,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": EOS,
     "pad_token_id": EOS,
-    "initializer_range": 0.4,  # sharp enough that texts differ by prompt and neighbours in rank rarely tie
+    "initializer_range": 0.4,  # sharp enough that texts differ by prompt and neighbors in rank rarely tie
 }
 
 

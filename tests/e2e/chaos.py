@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         if POISON in prompt:
             self._reply(400, {"error": "no"})
             return
-        text = "The viewer enjoys slow stories with wry humour, since most of what was rated highly is told that way."
+        text = "The viewer enjoys slow stories with wry humor, since most of what was rated highly is told that way."
         choice = {"message": {"content": text}, "finish_reason": "stop"}
         self._reply(200, {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 20}})
 

@@ -53,7 +53,7 @@ sampling: {{max_tokens: 40}}
 generate: {{replicas: {replicas}, engine_cpus: 1}}
 ray: local[2]
 encoder: {{model: hashing, replicas: {replicas}, semantic_ids: 3x8}}
-streaming: {{freeze_behaviours: 4}}
+streaming: {{freeze_behaviors: 4}}
 """
     )
     return path

@@ -32,7 +32,7 @@ streaming: {{partitions: 3}}
 ranking:
   engine: {{type: vllm, model: {model}, dtype: float32, max_model_len: 1024, threads: 1, kv_cache_gib: 1,
             engine_args: {{enforce_eager: true}}}}
-  data: {{shots: 16, behaviours: 2, shown: [recent]}}
+  data: {{shots: 16, behaviors: 2, shown: [recent]}}
   tuning: {{epochs: 1}}
 """
 

@@ -72,7 +72,7 @@ def test_knowledge_and_the_control_are_encoded_and_counted(generated: Workspace)
 )
 def test_a_control_that_no_arm_reads_is_not_encoded(generated: Workspace, arms: list[str], names: set[str]) -> None:
     card = run(recipe_for(generated, ctr={"arms": arms}), generated)
-    assert set(generated.names(card.outputs["vectors"])) - {"cards", "gathered", "quantisers"} == names
+    assert set(generated.names(card.outputs["vectors"])) - {"cards", "gathered", "quantizers"} == names
 
 
 def test_a_second_run_changes_nothing_and_a_new_text_the_stage(generated: Workspace) -> None:

@@ -1,4 +1,4 @@
-"""Each quality rule by hand, the gate's laws, and its precision and recall over texts labelled by reading."""
+"""Each quality rule by hand, the gate's laws, and its precision and recall over texts labeled by reading."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from owlrec.generation.quality import DEFAULT_POLICY, FLAGS, QualityConfig, QualityGate
 from owlrec.scenario import SCENARIOS
 
-LABELLED = Path(__file__).parent / "quality_texts.jsonl"
+LABELED = Path(__file__).parent / "quality_texts.jsonl"
 GATES = {name: QualityGate(QualityConfig(), scenario) for name, scenario in SCENARIOS.items()}
 PROMPT = (
     'The user watched these movies, oldest first: "Heat (1995)" 5 stars; "Fargo (1996)" 4 stars.\nExplain the taste.'
@@ -29,12 +29,12 @@ def flags(text: str, scenario: str = "movies", prompt: str = PROMPT, finish_reas
     return GATES[scenario].flags(text, prompt=prompt, finish_reason=finish_reason)
 
 
-def labelled() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in LABELLED.read_text().splitlines()]
+def labeled() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in LABELED.read_text().splitlines()]
 
 
 def scores(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[int, float, float]]:
-    """By flag, and in all (micro-averaged): labelled texts, precision, recall; 1 where none can go wrong."""
+    """By flag, and in all (micro-averaged): labeled texts, precision, recall; 1 where none can go wrong."""
     right: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
     missed: Counter[str] = Counter()
@@ -58,8 +58,8 @@ def table(results: dict[str, tuple[int, float, float]]) -> str:
     return "\n".join(["flag              texts precision recall", *lines])
 
 
-def test_precision_and_recall_over_the_labelled_texts() -> None:
-    rows = labelled()
+def test_precision_and_recall_over_the_labeled_texts() -> None:
+    rows = labeled()
     results = scores(rows)
     print("\n" + table(results))
     assert len(rows) >= 220
@@ -133,7 +133,7 @@ def test_a_loop_is_seen_without_spaces_and_behind_changing_numbers() -> None:
 @pytest.mark.parametrize(
     ("text", "refuses"),
     [
-        ("I'm unable to analyse the preferences of a person whom I have never met in all my life.", True),
+        ("I'm unable to analyze the preferences of a person whom I have never met in all my life.", True),
         ("As an AI language model, I have no taste of my own and so no view on the films of others.", True),
         ("I’m sorry, but this is something that had better be left to the persons who watched it all.", True),
         ("The hero cannot help his brother, who is unable to give an answer to the police in the end.", False),
@@ -175,7 +175,7 @@ def test_wrong_domain_is_the_things_being_other_things(scenario: str, text: str,
 
 
 def test_prompt_echo_is_the_question_again_and_not_its_titles() -> None:
-    question = "Analyse at length what this user likes and dislikes and explain each of the reasons."
+    question = "Analyze at length what this user likes and dislikes and explain each of the reasons."
     prompt = f'The user watched "Heat (1995)" 5 stars; "Fargo (1996)" 4 stars. {question}'
     assert flags(question, prompt=prompt) == ("prompt_echo",)
     assert flags(prompt, prompt=prompt) == ("prompt_echo",)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from owlrec.ctr.experiment import Metrics, PairedDifference, SliceMetrics, TrialResult
-from owlrec.encoding.semantic_ids import QuantisationReport
+from owlrec.encoding.semantic_ids import QuantizationReport
 from owlrec.evaluation import GridScores, Interval
 from owlrec.ops.report import (
     ArmFigures,
@@ -56,7 +56,7 @@ def data():
         samples=[KnowledgeSample(kind="item", title=EVIL, inputs=[f"genres: {EVIL}"], text=f"{EVIL} & more")],
         release={"name": "20260102T030400Z-0123abcd"},
         semantic_ids={
-            "knowledge-user": QuantisationReport(
+            "knowledge-user": QuantizationReport(
                 vectors=943,
                 unique_rate=0.9876,
                 unique_rate_with_digit=1,

@@ -19,10 +19,10 @@ def words(text: str) -> int:
 
 
 def ask_user(
-    framework: Framework, scenario: Scenario, behaviours: list[tuple[str, float | None]], budget: int = 100
+    framework: Framework, scenario: Scenario, behaviors: list[tuple[str, float | None]], budget: int = 100
 ) -> str:
     profile = {"gender": "female", "zip": "12345"}
-    return user_prompt(framework, scenario, profile, behaviours, history_tokens=budget, count_tokens=words)[0]
+    return user_prompt(framework, scenario, profile, behaviors, history_tokens=budget, count_tokens=words)[0]
 
 
 def all_turns(framework: Framework, scenario: Scenario, title: str = "X") -> list[str]:

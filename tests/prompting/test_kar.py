@@ -27,7 +27,7 @@ def test_user_prompt_of_movies() -> None:
     assert prompt == (
         'User: gender female, age 25-34. The user watched these movies, oldest first: "Alien (1979)" 5 stars; '
         '"Big (1988)" 1 star; "Heat (1995)".\n'
-        "Analyse the user's preferences on movies and explain them."
+        "Analyze the user's preferences on movies and explain them."
     )
     assert facts == (
         'User: gender female, age 25-34. The user watched these movies: "Alien (1979)" 5 stars; "Big (1988)" 1 star; '

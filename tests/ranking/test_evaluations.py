@@ -17,7 +17,7 @@ WAYS = ("recent", "retrieved")
 
 
 def rows(n: int, seed: int) -> tuple[pa.Table, np.ndarray]:
-    """Rows asked in both ways, interleaved, and overconfident scores: better ones where behaviours are retrieved."""
+    """Rows asked in both ways, interleaved, and overconfident scores: better ones where behaviors are retrieved."""
     rng = np.random.default_rng(seed)
     made: list[dict[str, Any]] = []
     scores = []

@@ -101,7 +101,7 @@ def recipe_for(folder: Path, workspace: Workspace, **changes: Any) -> Recipe:
     source = {"type": "table", "items": f"{folder}/items.parquet", "interactions": f"{folder}/log.parquet"}
     values: dict[str, Any] = {"name": "t", "scenario": "movies", "workspace": workspace.root, "source": source}
     values |= {"engine": {"type": "oracle"}, "encoder": {"model": "hashing"}, "shard_rows": 32}
-    values |= {"ranking": {"data": {"behaviours": 3}}, "generate": {"max_dead_share": 0.5}}
+    values |= {"ranking": {"data": {"behaviors": 3}}, "generate": {"max_dead_share": 0.5}}
     values["ctr"] = {"distillation": {"unlabeled": 4}}
     return Recipe.model_validate({**values, **changes})
 
@@ -178,7 +178,7 @@ def test_what_was_answered_is_not_asked_again(shop: Recipe, workspace: Workspace
     assert 0 < len(asked) - n == card.counts["asked"] <= card.counts["pairs"] - first.counts["pairs"]
     assert card.fingerprint != first.fingerprint
     # Another wording: all of them, in a folder of their own.
-    other = recipe_for(tmp_path / "shop", workspace, ranking={"data": {"behaviours": 3}, "retrieved_for": "candidate"})
+    other = recipe_for(tmp_path / "shop", workspace, ranking={"data": {"behaviors": 3}, "retrieved_for": "candidate"})
     n = len(asked)
     assert score_pairs(other, workspace).outputs != first.outputs
     assert len(asked) - n == first.counts["pairs"]
@@ -224,7 +224,7 @@ def test_retrieved_behaviors_are_those_of_the_ranker(tmp_path: Path, workspace: 
     assert all("most like the movies in question" in question for question in asked if "1. " in question)
     assert any("1. " in question for question in asked)
     asked.clear()
-    recent = {"data": {"behaviours": 3, "shown": ["recent"]}}
+    recent = {"data": {"behaviors": 3, "shown": ["recent"]}}
     score_pairs(recipe_for(tmp_path / "shop", workspace, ranking=recent), workspace)
     assert not any("most like" in question for question in asked)
 
@@ -318,7 +318,7 @@ def test_the_folder_names_all_that_answers_depend_on(shop: Recipe) -> None:
     for change in (
         {"adapter_sha256": "a"},
         {"engine": ENGINES.load("echo").model_validate({"type": "echo"})},
-        {"config": ranking.model_copy(update={"data": ranking.data.model_copy(update={"behaviours": 4})})},
+        {"config": ranking.model_copy(update={"data": ranking.data.model_copy(update={"behaviors": 4})})},
         {"scenario": shop.domain.model_copy(update={"nouns": ("picture", "pictures")})},
     ):
         assert folder(**change) != usual.folder

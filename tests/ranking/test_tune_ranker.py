@@ -51,7 +51,7 @@ def recipe_for(workspace: Workspace, model: str = "nowhere", **ranking: Any) -> 
     engine = {"type": "vllm", "model": model, "dtype": "float32", "max_model_len": 512, "threads": 1, "kv_cache_gib": 1}
     values: dict[str, Any] = {"name": "t", "scenario": "movies", "workspace": workspace.root, "engine": engine}
     values["ranking"] = {
-        "data": {"shots": 120, "behaviours": 4, "shown": ["recent", "mixed"]},
+        "data": {"shots": 120, "behaviors": 4, "shown": ["recent", "mixed"]},
         "tuning": {"learning_rate": 0.02, "epochs": 4},
         **ranking,
     }
@@ -85,7 +85,7 @@ def test_the_stage_tunes_calibrates_and_evaluates(
     )
     assert "test split" in capsys.readouterr().out
     results = read_results(workspace)
-    assert {(r.model, r.shots, r.behaviours, r.shown) for r in results} == {
+    assert {(r.model, r.shots, r.behaviors, r.shown) for r in results} == {
         (model, shots, 4, shown) for model, shots in (("zero-shot", 0), ("tuned", 120)) for shown in ("recent", "mixed")
     }
     assert [r.auc for r in results if r.model == "tuned"] == [

@@ -26,7 +26,7 @@ from owlrec.ranking.tuning import (
     load_model,
     micro_batches,
     score,
-    tokenise,
+    tokenize,
     tune,
 )
 
@@ -179,7 +179,7 @@ def test_a_prompt_too_long_is_named(model: str) -> None:
     from owlrec.generation.models import load_tokenizer
 
     with pytest.raises(RecipeError, match=r"prompt of user 0 and item 0 has \d+ tokens, but 20 are allowed"):
-        tokenise(toy_rows(3), load_tokenizer(model), max_tokens=20)
+        tokenize(toy_rows(3), load_tokenizer(model), max_tokens=20)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 300), st.integers(1, 5))

@@ -14,7 +14,7 @@ from owlrec.errors import RecipeError, SchemaError
 from owlrec.ids import shard_of
 from owlrec.prompting.ranking import RankPromptConfig
 from owlrec.ranking import samples as samples_module
-from owlrec.ranking.retrieval import BehaviourRetriever, with_candidates
+from owlrec.ranking.retrieval import BehaviorRetriever, with_candidates
 from owlrec.ranking.samples import (
     TUNING_ROWS,
     Shown,
@@ -36,7 +36,7 @@ UNTITLED, INVISIBLE = 10, 11
 TITLES = [f"Film {i:02d}" for i in range(10)] + [None, "\u200b"]
 CATALOG = ItemCatalog(pa.table({"item_id": pa.array(range(N_ITEMS), pa.int64()), "title": TITLES}))
 # Even items are alike, and so are odd ones.
-RETRIEVER = BehaviourRetriever(np.arange(N_ITEMS), np.array([[1, 0], [0, 1]] * 6, dtype=np.float32))
+RETRIEVER = BehaviorRetriever(np.arange(N_ITEMS), np.array([[1, 0], [0, 1]] * 6, dtype=np.float32))
 USERS = pa.table({"user_id": pa.array([1, 2], pa.int64()), "gender": ["female", None], "age": pa.array([33, 44])})
 
 
@@ -72,7 +72,7 @@ def asked(
 
 
 def shown(text: str) -> list[tuple[int, str]]:
-    """(item, rating) of the numbered behaviours."""
+    """(item, rating) of the numbered behaviors."""
     return [(int(item), rating) for item, rating in re.findall(r'^\d+\. "Film (\d+)" ?(.*)$', text, re.MULTILINE)]
 
 
@@ -94,7 +94,7 @@ def many(n: int, seed: int = 0) -> pa.Table:
     )
 
 
-def test_a_sample_is_asked_with_recent_then_with_retrieved_behaviours() -> None:
+def test_a_sample_is_asked_with_recent_then_with_retrieved_behaviors() -> None:
     data = built(table(sample()))
     assert data.rows.schema == TUNING_ROWS
     recent, retrieved = data.rows.to_pylist()
@@ -137,7 +137,7 @@ def test_a_mixed_prompt_shows_recent_and_older_ones_like_the_candidate_and_none_
 
 
 @given(st.lists(st.integers(0, N_ITEMS + 1), max_size=9), st.integers(1, 6))
-def test_a_mixed_prompt_has_as_many_behaviours_as_any_other(history: list[int], k: int) -> None:
+def test_a_mixed_prompt_has_as_many_behaviors_as_any_other(history: list[int], k: int) -> None:
     one = table(sample(history=history, history_ratings=None))
     ways: tuple[Shown, ...] = ("recent", "retrieved", "mixed")
     counts = [len(shown(row["text"])) for row in built(one, ways=ways, k=k).rows.to_pylist()]
@@ -248,7 +248,7 @@ def test_a_candidate_without_text_is_skipped_and_counted(item: int) -> None:
     assert data.rows["user_id"].to_pylist() == [2, 2]
 
 
-def test_behaviours_without_a_title_leave_their_place_to_others() -> None:
+def test_behaviors_without_a_title_leave_their_place_to_others() -> None:
     history = [4, 1, UNTITLED, 99, 3, INVISIBLE]
     recent, retrieved = built(table(sample(history=history, history_ratings=None)), k=2).rows.to_pylist()
     assert shown(recent["text"]) == [(1, ""), (3, "")]
@@ -269,14 +269,14 @@ def test_a_label_that_is_neither_yes_nor_no_is_refused(label: float | None) -> N
 
 
 def test_ratings_of_another_history_are_refused() -> None:
-    with pytest.raises(SchemaError, match="6 behaviours in history, but 1 in history_ratings"):
+    with pytest.raises(SchemaError, match="6 behaviors in history, but 1 in history_ratings"):
         built(table(sample(history_ratings=[1.0])))
 
 
 def test_nothing_at_or_after_a_samples_own_moment_is_shown_and_order_is_kept() -> None:
     rng = np.random.default_rng(5)
     n, users = 400, 12
-    # Coarse clocks, so that several behaviours share a moment; an item's rating says when it happened.
+    # Coarse clocks, so that several behaviors share a moment; an item's rating says when it happened.
     times = rng.integers(0, 40, n) * 86_400_000 + 10**12
     interactions = pa.table(
         {

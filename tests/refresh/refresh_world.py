@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.encoding.semantic_ids import Quantizer, SemanticIdConfig, code_vectors, train_quantizer
 from owlrec.encoding.vectors import with_codes
 from owlrec.generation.worker import GenerateStage
 from owlrec.ops.watching import StopSignals
@@ -88,11 +88,11 @@ def publish_world(
     ]
     user_vectors = {u: np.full(DIM, u / 64, dtype=np.float32) for u in users}
     tables = {"user": vectors("user", user_vectors), "item": vectors("item", {i: direction(i) for i in items})}
-    quantisers: dict[str, Quantiser] = {}
+    quantizers: dict[str, Quantizer] = {}
     for kind, table in tables.items() if ids else ():
         matrix = vector_matrix(table).astype(np.float32)
-        quantisers[kind] = train_quantiser(matrix, ids)
-        tables[kind] = with_codes(table, code_vectors(quantisers[kind], table["id"].to_numpy(), matrix))
+        quantizers[kind] = train_quantizer(matrix, ids)
+        tables[kind] = with_codes(table, code_vectors(quantizers[kind], table["id"].to_numpy(), matrix))
     info = ReleaseInfo(fingerprint=fingerprint(name), model="echo", encoder="minilm", history_length=history_length)
     behaviors = [last_behaviors(workspace.read_table("interactions"), history_length)] if history_length else []
     return publish(
@@ -100,7 +100,7 @@ def publish_world(
         knowledge=texts,
         vectors=list(tables.values()),
         behaviors=behaviors,
-        quantisers=quantisers or None,
+        quantizers=quantizers or None,
         info=info,
     ).name
 

@@ -90,11 +90,11 @@ def test_one_partition_is_only_the_newest(world: Workspace) -> None:
     assert partitions_of(world, 1) == [vector_of(text_of(world, 1))]
 
 
-def test_new_vectors_are_coded_by_the_releases_own_quantiser(world: Workspace) -> None:
+def test_new_vectors_are_coded_by_the_releases_own_quantizer(world: Workspace) -> None:
     publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4))
     with open_release(world) as release:
         before, _ = release.store.codes("user", range(1, 41))
-        quantiser = release.quantisers()["user"]
+        quantizer = release.quantizers()["user"]
     for day in (1, 2):
         log_events(world, [*watched(1, AWAY, START + day * DAY), *watched(2, AWAY, START + day * DAY)], str(day))
         carry_out(world, plan_refresh(world, drift=0))
@@ -104,7 +104,7 @@ def test_new_vectors_are_coded_by_the_releases_own_quantiser(world: Workspace) -
             after, coded = release.store.codes("user", range(1, 41))
             newest = release.store.vectors("user", [1, 2])[0]
         assert coded.all()
-        np.testing.assert_array_equal(after[:2, :-1], quantiser.encode(newest))
+        np.testing.assert_array_equal(after[:2, :-1], quantizer.encode(newest))
         np.testing.assert_array_equal(after[2:], before[2:])
         assert after[:2, -1].tolist() == before[:2, -1].tolist()  # a hash of the id tells equal codes apart
 
@@ -330,7 +330,7 @@ def test_no_event_is_lost_or_doubled_however_they_are_split(
             log_events(copy, rows, str(number))
             if any(events for events, _ in rounds[: number + 1]):
                 # With such a lateness nothing that was read is forgotten, so that it can be counted.
-                plan = plan_refresh(copy, freeze_behaviours=4, max_lateness_days=1000)
+                plan = plan_refresh(copy, freeze_behaviors=4, max_lateness_days=1000)
                 if plan is not None:
                     carry_out(copy, plan, failed)
         state = read_state(copy)

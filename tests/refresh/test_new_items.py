@@ -283,14 +283,14 @@ def test_items_outlive_a_split_of_their_shards(world: Workspace) -> None:
     assert (rows[500]["title"], rows[501]["title"]) == ("Newer", "New 501")
 
 
-def test_new_vectors_of_items_are_coded_by_the_releases_own_quantiser(world: Workspace) -> None:
+def test_new_vectors_of_items_are_coded_by_the_releases_own_quantizer(world: Workspace) -> None:
     publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4))
     log_items(world, [(500, START, "Heat (1995)")])
     refresh(world)
     with open_release(world) as release:
-        quantiser = release.quantisers()["item"]
+        quantizer = release.quantizers()["item"]
         codes, coded = release.store.codes("item", [500, 101])
         vectors, _ = release.store.vectors("item", [500])
     assert vectors.shape == (1, DIM)
     assert coded.all()
-    np.testing.assert_array_equal(codes[:1, :-1], quantiser.encode(vectors))
+    np.testing.assert_array_equal(codes[:1, :-1], quantizer.encode(vectors))

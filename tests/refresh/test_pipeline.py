@@ -94,7 +94,7 @@ def test_a_few_failures_hold_nobody_up(world: Workspace, server: Server) -> None
     assert refresh.run(recipe_for(world), world) == []
 
 
-def test_wish_to_stop_is_honoured_after_the_step_and_the_next_run_goes_on(
+def test_wish_to_stop_is_honored_after_the_step_and_the_next_run_goes_on(
     world: Workspace, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_events(world, watched(1, AWAY))

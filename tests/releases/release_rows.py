@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
+from owlrec.encoding.semantic_ids import Quantizer, SemanticIdConfig
 from owlrec.releases import KnowledgeStore, ReleaseManifest
 from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, vectors_schema
@@ -18,8 +18,8 @@ Behavior = tuple[int, int, float | None, float]  # time, item, rating, label
 KINDS = ("user", "item", "cohort")
 # A byte tells the codes of the first level apart, but not those of the second.
 CODE_SIZES = (4, 300)
-QUANTISERS = {
-    kind: Quantiser(
+QUANTIZERS = {
+    kind: Quantizer(
         SemanticIdConfig(levels=2, codes_per_level=512),
         tuple(np.full((size, 2), number, dtype=np.float32) for size in CODE_SIZES),
     )
@@ -110,7 +110,7 @@ def publish_rows(workspace: Workspace, label: str, rows: Rows, delta_of: str | N
     info = ReleaseInfo(
         fingerprint=fingerprint(label), model="m", encoder="e", parent=delta_of, delta=delta_of is not None
     )
-    return publish(workspace, **tables(rows), quantisers=None if delta_of else QUANTISERS, info=info)
+    return publish(workspace, **tables(rows), quantizers=None if delta_of else QUANTIZERS, info=info)
 
 
 def listed(rows: np.ndarray | None) -> list[Behavior] | None:

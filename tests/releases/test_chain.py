@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from release_rows import CODE_SIZES, KINDS, QUANTISERS, Rows, check, publish_rows, tables, texts
+from release_rows import CODE_SIZES, KINDS, QUANTIZERS, Rows, check, publish_rows, tables, texts
 
 from owlrec.errors import ReleaseError, SchemaError
 from owlrec.releases import build, current_release, list_releases, open_release, retention, roll_back
@@ -134,16 +134,16 @@ def test_a_chain_codes_by_the_codebooks_of_its_full_release(workspace, full):
     delta = publish_rows(workspace, "d", rows, delta_of=full)
     assert (delta.codes, delta.files.keys()) == ({"user": 2}, {"parts/00000.lmdb", "parts/00000.ids"})
     assert {k: (e.sizes, e.codebooks) for k, e in delta.semantic_ids.items()} == {
-        kind: (CODE_SIZES, quantiser.fingerprint) for kind, quantiser in QUANTISERS.items()
+        kind: (CODE_SIZES, quantizer.fingerprint) for kind, quantizer in QUANTIZERS.items()
     }
     later = publish_rows(workspace, "dd", Rows(vectors={("user", 3): [[0, 0]]}), delta_of=delta.name)
     for manifest in (later, compact(workspace)):
         with open_release(workspace, manifest.name) as opened:
-            quantisers = opened.quantisers()
-            assert quantisers.keys() == QUANTISERS.keys()
-            for kind, quantiser in quantisers.items():
-                assert quantiser.config == QUANTISERS[kind].config
-                np.testing.assert_array_equal(quantiser.codebooks[1], QUANTISERS[kind].codebooks[1])
+            quantizers = opened.quantizers()
+            assert quantizers.keys() == QUANTIZERS.keys()
+            for kind, quantizer in quantizers.items():
+                assert quantizer.config == QUANTIZERS[kind].config
+                np.testing.assert_array_equal(quantizer.codebooks[1], QUANTIZERS[kind].codebooks[1])
         assert manifest.semantic_ids == delta.semantic_ids
 
 
@@ -158,8 +158,8 @@ def test_codes_that_no_codebook_explains_are_refused(workspace, full):
     with pytest.raises(SchemaError, match="kind 'user' have codes, but the release has no codebooks"):
         publish(workspace, **tables(rows), info=info)
     delta = info.model_copy(update={"parent": full, "delta": True})
-    with pytest.raises(ValueError, match="quantisers"):
-        publish(workspace, **tables(rows), quantisers=QUANTISERS, info=delta)
+    with pytest.raises(ValueError, match="quantizers"):
+        publish(workspace, **tables(rows), quantizers=QUANTIZERS, info=delta)
     assert current_release(workspace) == full
 
 

@@ -112,7 +112,7 @@ def test_a_remote_workspace_is_compacted_and_pruned(tmp_path):
     compacted = compact(remote)
     assert compacted.name == name
     with open_release(remote) as opened:
-        assert opened.quantisers().keys() == {"user", "item"}
+        assert opened.quantizers().keys() == {"user", "item"}
         assert opened.store.own_codes("user", [1]) == [(3, 299, 0)]
     other = publish_rows(remote, "other", FULL).name
     assert prune(remote, keep=1, min_age_s=0) == [name]

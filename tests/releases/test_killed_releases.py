@@ -63,7 +63,7 @@ COMPACT_STEPS = [
     "owlrec.releases.lmdb.LmdbFile.items",
     "owlrec.releases.parts.PartWriter.add_rows",
     "owlrec.releases.parts.PartWriter.close",
-    "owlrec.releases.build._write_quantisers",
+    "owlrec.releases.build._write_quantizers",
     "owlrec.storage.Storage.upload",
     "owlrec.releases.build._manifest",
     "owlrec.releases.retention.make_current",

@@ -18,8 +18,8 @@ from owlrec.ctr.knowledge import Arm, KnowledgeTable, arm_parts
 from owlrec.ctr.pca import open_tables, reduce_once, reduced_folders
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, tables_of, train_one
 from owlrec.encoding.projection import Projection
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
-from owlrec.encoding.vectors import VectorShard, quantiser_folder
+from owlrec.encoding.semantic_ids import Quantizer, SemanticIdConfig, code_vectors, train_quantizer
+from owlrec.encoding.vectors import VectorShard, quantizer_folder
 from owlrec.releases import ReleaseManifest
 from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, SAMPLES, vectors_schema
@@ -80,7 +80,7 @@ class LiveWorld:
     folder: str  # of the artifact
     trained: Trained
     data: TrainingData
-    quantisers: Mapping[str, Quantiser]
+    quantizers: Mapping[str, Quantizer]
 
     def publish(
         self, contents: Contents, name: str = "first", delta_of: str | None = None, encoder: str = ENCODER
@@ -102,8 +102,8 @@ class LiveWorld:
                 texts.append({**defaults, "kind": kind, "id": id_, "text": f"{kind} {id_}"})
                 for number, vector in enumerate(partitions):
                     codes = []
-                    if kind in self.quantisers and number == 0:
-                        codes = code_vectors(self.quantisers[kind], np.array([id_]), vector[None])[0].tolist()
+                    if kind in self.quantizers and number == 0:
+                        codes = code_vectors(self.quantizers[kind], np.array([id_]), vector[None])[0].tolist()
                     vectors.append({"kind": kind, "id": id_, "vector": vector, "codes": codes, "partition": number})
         behaviors = [
             {"id": user, **{name: [row[at] for row in rows] for at, name in enumerate(BEHAVIORS.names[1:])}}
@@ -117,7 +117,7 @@ class LiveWorld:
             vectors=[pa.Table.from_pylist(vectors, with_partition)],
             memberships=[pa.Table.from_pylist(members, MEMBERSHIPS)],
             behaviors=[pa.Table.from_pylist(behaviors, BEHAVIORS)],
-            quantisers=None if delta_of else dict(self.quantisers),
+            quantizers=None if delta_of else dict(self.quantizers),
             info=info,
         )
 
@@ -155,10 +155,10 @@ class LiveWorld:
                 ids, as_of = np.array(sorted(rows), dtype=np.int64).T
                 vectors = np.stack([rows[key] for key in sorted(rows)])
                 table = KnowledgeTable(ids, projection.apply(vectors).astype(np.float16), as_of)
-                if name == "knowledge" and kind in self.quantisers:
-                    quantiser = self.quantisers[kind]
-                    codes = code_vectors(quantiser, ids, vectors)[:, :-1]
-                    table = replace(table, codes=codes, code_sizes=tuple(quantiser.sizes))
+                if name == "knowledge" and kind in self.quantizers:
+                    quantizer = self.quantizers[kind]
+                    codes = code_vectors(quantizer, ids, vectors)[:, :-1]
+                    table = replace(table, codes=codes, code_sizes=tuple(quantizer.sizes))
                 tables.setdefault(name, {})[kind] = table
         return tables
 
@@ -208,7 +208,7 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
         samples=pa.table([list(column) for column in zip(*rows, strict=True)], schema=SAMPLES),
     )
     write_world(workspace, world, n_shards=1)
-    quantisers: dict[str, Quantiser] = {}
+    quantizers: dict[str, Quantizer] = {}
     sources: dict[str, dict[str, str]] = {}
     for kind in ENTITY_COUNTS:
         for name, vectors_by_key in sources_of(contents, kind).items():
@@ -217,10 +217,10 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
             digests, codes = np.zeros((len(known), 16), np.uint8), np.zeros((len(known), 0), np.uint16)
             shard = VectorShard(kind, known, as_of, vectors, digests, codes, encoder=ENCODER)
             if name == "knowledge" and arm_parts(arm)[1] != "vectors":
-                quantisers[kind] = train_quantiser(vectors.astype(np.float32), IDS)
-                quantisers[kind].save(workspace, quantiser_folder("vectors/v", f"{name}-{kind}"))
-                coded = code_vectors(quantisers[kind], known, vectors)
-                shard = replace(shard, codes=coded, quantiser=quantisers[kind].fingerprint)
+                quantizers[kind] = train_quantizer(vectors.astype(np.float32), IDS)
+                quantizers[kind].save(workspace, quantizer_folder("vectors/v", f"{name}-{kind}"))
+                coded = code_vectors(quantizers[kind], known, vectors)
+                shard = replace(shard, codes=coded, quantizer=quantizers[kind].fingerprint)
             table = shard.table()
             workspace.write_arrow(f"vectors/v/{name}-{kind}/{shard_file(0, '.arrow')}", table, table.schema)
             sources.setdefault(name, {})[kind] = "vectors/v"
@@ -235,6 +235,6 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
     figures = {"valid": trained.result.valid, "test": trained.result.test}
     reads = read_by(workspace, trial, reduced_folders(workspace, sources, grid))
     finish_artifact(workspace, folder, ModelCard(trial=trial, grid=grid, items=ITEMS, reads=reads, **figures))
-    made = LiveWorld(workspace, folder, trained, data, quantisers)
+    made = LiveWorld(workspace, folder, trained, data, quantizers)
     made.publish(contents)
     return made

@@ -125,11 +125,11 @@ def test_search_by_id_and_by_title(web):
     assert web.get("/search?q=" + "x" * 201).status_code == 422
 
 
-def test_a_user_with_history_and_neighbours(web):
+def test_a_user_with_history_and_neighbors(web):
     page = web.get("/user/1").text
     assert "first likes films" in page
     assert links(page) == ["/item/11", "/item/9", "/item/7", "/user/2"]
-    assert "item 11" in page  # a title that the catalogue lacks
+    assert "item 11" in page  # a title that the catalog lacks
     assert page.count("rated") == 2
     assert "rated 3.5" in page
 

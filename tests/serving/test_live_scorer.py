@@ -147,8 +147,8 @@ def test_a_release_of_other_codebooks_is_refused_by_a_model_that_reads_codes(wor
     made = write_live_world(workspace, "knowledge+codes")
     artifact = Artifact.open(workspace, made.folder)
     assert artifact.card.reads is not None
-    assert artifact.card.reads.codebooks == {k: q.fingerprint for k, q in made.quantisers.items()}
-    made.quantisers["item"], made.quantisers["user"] = made.quantisers["user"], made.quantisers["item"]  # type: ignore[index]
+    assert artifact.card.reads.codebooks == {k: q.fingerprint for k, q in made.quantizers.items()}
+    made.quantizers["item"], made.quantizers["user"] = made.quantizers["user"], made.quantizers["item"]  # type: ignore[index]
     made.publish(first_contents(), "other")
     with open_release(workspace) as release, pytest.raises(ReleaseError, match="user codes of codebooks"):
         live_state(artifact, release)

@@ -20,7 +20,7 @@ def resolved(columns: dict[str, list], **config: object) -> tuple[list, list]:
     return labeled["rating"].to_pylist(), labeled["label"].to_pylist()
 
 
-def test_ratings_are_labelled_by_a_threshold() -> None:
+def test_ratings_are_labeled_by_a_threshold() -> None:
     assert resolved({"rating": [5, 3, 4]}) == ([5, 3, 4], [1, 0, 1])
     assert resolved({"rating": [5, 3, 4]}, rule={"rating_above": 4})[1] == [1, 0, 0]
     np.testing.assert_allclose(resolved({"rating": [0.9, 0.2, 0.6]}, rule={"rating_above": 0.5})[1], [1, 0, 1])

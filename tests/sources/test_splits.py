@@ -34,9 +34,9 @@ def table(rows: Sequence[Row]) -> pa.Table:
     return pa.table(dict(zip(RATED.names, map(list, columns), strict=True)), schema=RATED)
 
 
-def crowd(behaviours: list[tuple[int, Any, int]], n_users: int = 30) -> list[Row]:
+def crowd(behaviors: list[tuple[int, Any, int]], n_users: int = 30) -> list[Row]:
     """`n_users` users, numbered from 1, who all did the same (item, rating, timestamp)."""
-    return [(user, *behaviour) for user in range(1, n_users + 1) for behaviour in behaviours]
+    return [(user, *behavior) for user in range(1, n_users + 1) for behavior in behaviors]
 
 
 def user_rows(tables: SplitTables, user: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -51,7 +51,7 @@ def test_hand_worked_user() -> None:
     rows = crowd([(14, 4.0, 50), (13, 3.0, 30), (10, 5.0, 10), (11, 1.0, 20), (12, 3.5, 30)])
     samples, history = user_rows(build_samples(table(rows), kar(history_length=3), ABOVE_3), user=7)
     assert history == {"user_id": 7, "as_of": 30, "items": [10, 11, 12], "ratings": [5.0, 1.0, 3.5], "passed": []}
-    # Item 13 has the moment of the last behaviour read: no sample, but part of item 14's past.
+    # Item 13 has the moment of the last behavior read: no sample, but part of item 14's past.
     assert samples == [
         {
             "item_id": 14,
@@ -80,7 +80,7 @@ def test_the_llm_reads_at_most_its_limit() -> None:
     assert samples[-1]["history"] == list(range(90, 100))
 
 
-def test_one_behaviour_gives_a_history_and_no_sample() -> None:
+def test_one_behavior_gives_a_history_and_no_sample() -> None:
     rows = [*crowd([(1, 5, 10), (2, 5, 20)]), (99, 1, 5, 10)]
     tables = build_samples(table(rows), kar(), ABOVE_3)
     samples, history = user_rows(tables, user=99)
@@ -228,9 +228,9 @@ def test_items_of_a_split_by_item_are_in_one_split_each() -> None:
     assert sorted(Counter(split for _, split in split_of).values()) == [20, 20, 160]
 
 
-def cuts_of(behaviours: list[Any], config: SplitConfig) -> dict[int, int]:
+def cuts_of(behaviors: list[Any], config: SplitConfig) -> dict[int, int]:
     """as_of -> how many of a user's behaviors the text of that moment may quote."""
-    moments = [time for _, _, time in behaviours]
+    moments = [time for _, _, time in behaviors]
     cuts: dict[int, int] = {}
     for cut in config.cuts:
         if cut in ("half", "kar"):
@@ -250,13 +250,13 @@ def cuts_of(behaviours: list[Any], config: SplitConfig) -> dict[int, int]:
 def oracle(
     rows: list[Row], config: SplitConfig, positive_above: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Samples (without split) and histories, one user and one behaviour at a time."""
+    """Samples (without split) and histories, one user and one behavior at a time."""
     samples: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
     for user, group in groupby(sorted(rows, key=lambda r: (r[0], r[3], r[1])), key=lambda r: r[0]):
-        behaviours = [row[1:] for row in group]
-        for as_of, n in cuts_of(behaviours, config).items():
-            quoted = behaviours[max(0, n - config.llm_history) : n]
+        behaviors = [row[1:] for row in group]
+        for as_of, n in cuts_of(behaviors, config).items():
+            quoted = behaviors[max(0, n - config.llm_history) : n]
             histories.append(
                 {
                     "user_id": user,
@@ -266,10 +266,10 @@ def oracle(
                     "passed": [],
                 }
             )
-        half = min((len(behaviours) + 1) // 2, config.llm_history) if "kar" in config.cuts else 0
-        for item, rating, timestamp in behaviours[half:]:
-            if half == 0 or timestamp > behaviours[half - 1][2]:
-                past = [b for b in behaviours if b[2] < timestamp][-config.history_length :]
+        half = min((len(behaviors) + 1) // 2, config.llm_history) if "kar" in config.cuts else 0
+        for item, rating, timestamp in behaviors[half:]:
+            if half == 0 or timestamp > behaviors[half - 1][2]:
+                past = [b for b in behaviors if b[2] < timestamp][-config.history_length :]
                 samples.append(
                     {
                         "user_id": user,

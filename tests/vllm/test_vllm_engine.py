@@ -29,7 +29,7 @@ def engine() -> Iterator[VllmEngine]:
 
 
 def test_many_requests_at_once_get_their_own_answers(engine: VllmEngine) -> None:
-    words = ["alpha", "bravo", "castle", "delta", "eagle", "forest", "garden", "harbour", "island", "jungle"]
+    words = ["alpha", "bravo", "castle", "delta", "eagle", "forest", "garden", "harbor", "island", "jungle"]
 
     async def ask() -> list:
         sampling = SamplingConfig(max_tokens=16)
@@ -43,7 +43,7 @@ def test_many_requests_at_once_get_their_own_answers(engine: VllmEngine) -> None
 
 def test_greedy_answers_repeat(engine: VllmEngine) -> None:
     async def ask() -> str:
-        return (await engine.complete("You are brief.", "Name a colour.", SamplingConfig(max_tokens=12))).text
+        return (await engine.complete("You are brief.", "Name a color.", SamplingConfig(max_tokens=12))).text
 
     assert asyncio.run(ask()) == asyncio.run(ask())
 

@@ -27,7 +27,7 @@ from owlrec.errors import SchemaError
 # ---------------------------------------------------------------------------------------------------------------- codes
 # Semantic ids as categorical features: one field per side (user, item), in addition to the adaptor's or instead of it.
 #
-# A residual quantiser's vector is the sum of its codes' centroids, and a linear layer of that sum is the sum over the
+# A residual quantizer's vector is the sum of its codes' centroids, and a linear layer of that sum is the sum over the
 # centroids. So a code is embedded as (level, code) and the levels are summed: the field can be any linear function of
 # the decoded vector, and field models get one more field, not three that belong together. Missing knowledge has its
 # own code on each level.
@@ -86,7 +86,7 @@ def code_sizes(tables: Sequence[VectorTable]) -> tuple[int, ...]:
 
 
 # It yields one number per source, and a side has at most four sources. As wide as the layer with which DIN
-# scores a behaviour; at d = 64 a fusion then has 1,000 weights, 3 % of the adaptor's.
+# scores a behavior; at d = 64 a fusion then has 1,000 weights, 3 % of the adaptor's.
 FUSION_DIM = 16
 
 

@@ -190,8 +190,8 @@ def read_by(workspace: Workspace, trial: Trial, folders: Mapping[str, Mapping[st
         for kind in ("user", "item")
     }
     for kind, kind_shards in shards.items() if form != "vectors" else ():
-        quantiser = kind_shards.quantiser()
-        codebooks[kind] = quantiser.fingerprint if quantiser else ""
+        quantizer = kind_shards.quantizer()
+        codebooks[kind] = quantizer.fingerprint if quantizer else ""
     first = next((s for n in shards["item"].numbers if (s := shards["item"].shard(n)) is not None), None)
     return Reads(user=sources.user, item=sources.item, encoder=first.encoder if first else "", codebooks=codebooks)
 

@@ -144,7 +144,7 @@ def blended(samples: pa.Table, soft: pa.Table, alpha: float) -> pa.Table:
 # truncated to the longest one in training (`features.build_features`).
 
 
-COLD_USER_BELOW = 5  # behaviours in the row's history
+COLD_USER_BELOW = 5  # behaviors in the row's history
 COLD_ITEM_BELOW = 5  # occurrences in the training samples, as target or in a history
 _HISTORY_FROM = (0, 1, 3, 6, 11, 21, 51)  # minimum length per bucket; the last one is open
 
@@ -379,7 +379,7 @@ class ArmSummary(BaseModel):
     slices: dict[str, SliceMetrics] = {}  # means over seeds
 
 
-def summarise(results: Sequence[TrialResult], scores: GridScores | None = None) -> list[ArmSummary]:
+def summarize(results: Sequence[TrialResult], scores: GridScores | None = None) -> list[ArmSummary]:
     """One row per (backbone, arm), in order of first occurrence.
 
     scores: the trials' test scores (`scores.read_grid_scores`), which give differences their intervals.

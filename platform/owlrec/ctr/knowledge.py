@@ -281,7 +281,7 @@ class MappedTable(VectorTable):
 def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held: bool = True) -> VectorTable:
     """Table of some shards, in memory if it is small and `held` allows it.
 
-    code_sizes: of the quantiser. Raises WorkspaceError if nothing was encoded, and SchemaError if
+    code_sizes: of the quantizer. Raises WorkspaceError if nothing was encoded, and SchemaError if
     rows have codes of other sizes.
     """
     entries = shards.workspace.entries(shards.folder, shards.name)

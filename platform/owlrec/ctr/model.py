@@ -162,7 +162,7 @@ class CTRModel(nn.Module):
 
         Raises ValueError if the model has an adaptor and the batch has no knowledge, or another number of sources.
         """
-        target, history, behaviours = self._embedded(batch)
+        target, history, behaviors = self._embedded(batch)
         profile = [table(batch.profile[:, i]) for i, table in enumerate(self.profile)]
         return self.backbone(
             BackboneInputs(
@@ -171,12 +171,12 @@ class CTRModel(nn.Module):
                 mask=batch.history != PADDING,
                 profile=torch.stack(profile, dim=1) if profile else target[:, :0],
                 knowledge=self.adaptor_fields(batch),
-                behaviours=behaviours,
+                behaviors=behaviors,
             )
         )
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor, TableRows | None]:
-        """Targets, behaviours, and behaviors as table rows, as in BackboneInputs."""
+        """Targets, behaviors, and behaviors as table rows, as in BackboneInputs."""
         if batch.distinct is None:
             rows = torch.cat([batch.items, batch.history.flatten()])
             target, history = self.embed_items(rows).split([batch.items.shape[0], batch.history.numel()])
@@ -184,12 +184,12 @@ class CTRModel(nn.Module):
         target_rows, history_rows = batch.distinct.target_rows, batch.distinct.history_rows.flatten()
         distinct = self.embed_items(batch.distinct.rows)
         flat = distinct.flatten(1)
-        behaviours = TableRows((flat, self.rating(self.all_ratings)), (batch.distinct.history_rows, batch.ratings))
+        behaviors = TableRows((flat, self.rating(self.all_ratings)), (batch.distinct.history_rows, batch.ratings))
         target = F.embedding(target_rows, flat).unflatten(1, distinct.shape[1:])
-        if not self.backbone.reads_behaviours:
-            return target, target.new_empty(len(target), 0, distinct.shape[1] + 1, distinct.shape[2]), behaviours
+        if not self.backbone.reads_behaviors:
+            return target, target.new_empty(len(target), 0, distinct.shape[1] + 1, distinct.shape[2]), behaviors
         history = F.embedding(history_rows, flat).unflatten(1, distinct.shape[1:])
-        return target, self._with_ratings(history, batch), behaviours
+        return target, self._with_ratings(history, batch), behaviors
 
     def _with_ratings(self, history: Tensor, batch: Batch) -> Tensor:
         ratings = self.rating(batch.ratings).unsqueeze(2)

@@ -15,7 +15,7 @@ import numpy as np
 from owlrec.ctr.experiment import grid_folder
 from owlrec.ctr.knowledge import KnowledgeTable, VectorTable, open_vectors, refuse_non_finite, refuse_two_sizes
 from owlrec.encoding.projection import Projection, ProjectionSettings, fit_projection
-from owlrec.encoding.vectors import VectorShards, quantiser_folder
+from owlrec.encoding.vectors import VectorShards, quantizer_folder
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.shards import Shard
 from owlrec.workspace import Workspace
@@ -84,8 +84,8 @@ def reduce_once(
     }
     run_stage(workspace, stage, inputs, pool)
     for name, name_shards in shards.items():
-        if quantiser := name_shards.quantiser():
-            quantiser.save(workspace, quantiser_folder(kept, name))
+        if quantizer := name_shards.quantizer():
+            quantizer.save(workspace, quantizer_folder(kept, name))
     workspace.write_json(f"{kept}/{_DONE}", {"components": components})
     return reduced_folders(workspace, folders, fingerprint)
 
@@ -106,8 +106,8 @@ def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) ->
 
     def opened(folder: str, name: str) -> VectorTable:
         shards = VectorShards(workspace, folder, name)
-        quantiser = shards.quantiser()
-        return open_vectors(shards, tuple(quantiser.sizes) if quantiser else (), held=held)
+        quantizer = shards.quantizer()
+        return open_vectors(shards, tuple(quantizer.sizes) if quantizer else (), held=held)
 
     return {
         source: {kind: opened(folder, f"{source}-{kind}") for kind, folder in kinds.items()}
@@ -130,7 +130,7 @@ def reduced(tables: Mapping[Name, KnowledgeTable], components: int | None) -> di
 
 def _fit(samples: Sequence[np.ndarray], components: int) -> Projection:
     sample = np.concatenate(samples)
-    return fit_projection(sample, ProjectionSettings(components=components, fit_items=len(sample)), centred=False)
+    return fit_projection(sample, ProjectionSettings(components=components, fit_items=len(sample)), centered=False)
 
 
 def _kept(fingerprint: str) -> str:

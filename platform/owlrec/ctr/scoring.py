@@ -477,7 +477,7 @@ class Artifact:
         if reads is None:
             return LiveState(model, None, store, held)
         form = arm_parts(self.card.trial.arm)[1]
-        trained_on = len(self.projection.centre) if self.projection else model.spec.knowledge_dim
+        trained_on = len(self.projection.center) if self.projection else model.spec.knowledge_dim
         if form != "codes" and dim != trained_on:
             raise SchemaError(
                 f"the release's vectors have {dim} components, but the model was trained on {trained_on}. "

@@ -87,7 +87,7 @@ def keep_freed_memory() -> None:
             mallopt(option, 1 << 30)
 
 
-# ------------------------------------------------------------------------------------------------------------ optimiser
+# ------------------------------------------------------------------------------------------------------------ optimizer
 # Optimizers of a CTR model: AdamW for dense weights, row-wise Adagrad for large id tables.
 #
 # Row-wise Adagrad (FBGEMM's EXACT_ROWWISE_ADAGRAD, used by DLRM) keeps one number per row, the sum of its
@@ -158,7 +158,7 @@ def mean_over_ranks(gradient: Tensor, world_size: int) -> Tensor:
     ).coalesce()
 
 
-class Optimisers:
+class Optimizers:
     """Both optimizers of a model. Learning rates stay constant: early stopping ends a trial after a few epochs."""
 
     def __init__(
@@ -173,18 +173,18 @@ class Optimisers:
         self.steps = 0  # completed
         self.tables = large_tables(model, sparse_above_rows)
         dense = [weight for name, weight in model.named_parameters() if name not in self.tables]
-        self._optimisers: list[torch.optim.Optimizer] = [
+        self._optimizers: list[torch.optim.Optimizer] = [
             # One kernel for all weights; foreach, the default, makes a dozen passes over them.
             # No weight decay: from 0 to 1 it moved the valid AUC by less than .0005, early stopping does its work.
             torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=0.0, fused=True)
         ]
         if self.tables:
-            self._optimisers.append(RowwiseAdagrad(list(self.tables.values()), table_learning_rate))
+            self._optimizers.append(RowwiseAdagrad(list(self.tables.values()), table_learning_rate))
 
     def zero_grad(self) -> None:
         """Clears all gradients."""
-        for optimiser in self._optimisers:
-            optimiser.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
 
     def step(self) -> None:
         """One step of both. Dense gradients must already be averaged over the ranks; tables' gradients are averaged
@@ -193,29 +193,29 @@ class Optimisers:
             for table in self.tables.values():
                 if table.grad is not None:
                     table.grad = mean_over_ranks(table.grad, self.world_size)
-        for optimiser in self._optimisers:
-            optimiser.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         self.steps += 1
 
     def state(self) -> dict[str, Tensor]:
         """State for a checkpoint, in addition to `steps`."""
         return {
             f"{i}.{weight}.{name}": value
-            for i, optimiser in enumerate(self._optimisers)
-            for weight, values in optimiser.state_dict()["state"].items()
+            for i, optimizer in enumerate(self._optimizers)
+            for weight, values in optimizer.state_dict()["state"].items()
             for name, value in values.items()
         }
 
     def restore(self, state: dict[str, Tensor], steps: int) -> None:
         """Restores `state` and `steps` of the same model and settings."""
         self.steps = steps
-        for i, optimiser in enumerate(self._optimisers):
+        for i, optimizer in enumerate(self._optimizers):
             restored: dict[int, dict[str, Tensor]] = {}
             for key, value in state.items():
                 number, weight, name = key.split(".")
                 if int(number) == i:
                     restored.setdefault(int(weight), {})[name] = value
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": restored})
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoint
@@ -349,12 +349,12 @@ class Epochs:
         self.worker, self.checkpoint = worker, checkpoint
         n_rows = sum(sizes)
         self.batch_size = min(config.batch_size, max(1, n_rows // _MIN_STEPS))
-        self.optimisers = Optimisers(model, config, worker.world_size, SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE)
+        self.optimizers = Optimizers(model, config, worker.world_size, SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE)
         self.wrapped: nn.Module = model
         if worker.world_size > 1:
             # Buffers are the items' codes, the same everywhere; by default DDP broadcasts them at each step.
             nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model, list(self.optimisers.tables)
+                model, list(self.optimizers.tables)
             )
             self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         torch.manual_seed(seed + worker.rank)  # from here on, only dropout is random; it must differ between ranks
@@ -394,9 +394,9 @@ class Epochs:
                 with autocast:
                     logits = model(batch)
                 loss = targets.loss(logits.float())
-                self.optimisers.zero_grad()
+                self.optimizers.zero_grad()
                 loss.backward()
-                self.optimisers.step()
+                self.optimizers.step()
                 progress.batches, progress.steps = progress.batches + 1, progress.steps + 1
                 if self.checkpoint is not None and progress.steps % self.checkpoint.every_steps == 0:
                     now = time.perf_counter()
@@ -411,7 +411,7 @@ class Epochs:
             parts = {
                 "model": self.model.state_dict(),
                 "best": self.best_weights,
-                "optimiser": self.optimisers.state(),
+                "optimizer": self.optimizers.state(),
                 "random": random,
             }
             checkpoint.save(self.progress, {f"{part}/{k}": v for part, held in parts.items() for k, v in held.items()})
@@ -421,13 +421,13 @@ class Epochs:
         if saved is None:
             return
         self.progress, tensors = saved
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimiser": {}, "random": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = tensor
         self.model.load_state_dict(parts["model"])
         self.best_weights = parts["best"]
-        self.optimisers.restore(parts["optimiser"], self.progress.steps)
+        self.optimizers.restore(parts["optimizer"], self.progress.steps)
         restore_random_states(parts["random"], self.worker)
         logger.info("resumed in epoch %d, after %d batches", self.progress.epoch, self.progress.batches)
 

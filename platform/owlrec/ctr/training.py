@@ -122,7 +122,7 @@ def train_trials(
 def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], spec: WorkerSpec, *, name: str) -> None:
     """Runs `loop` on a group of workers in one torch.distributed group, until all have returned.
 
-    Ray must be initialised. loop: receives the workspace and the spec as JSON. name: a path in the workspace for Ray's
+    Ray must be initialized. loop: receives the workspace and the spec as JSON. name: a path in the workspace for Ray's
     files. Each worker requests as many CPUs as the spec has threads, 1 for None. Raises any OwlRecError of a worker.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError

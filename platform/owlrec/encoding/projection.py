@@ -1,8 +1,8 @@
-"""PCA of vectors: the space in which ReLLa (WWW 2024) compares items, fitted once per set of vectors; without a centre,
+"""PCA of vectors: the space in which ReLLa (WWW 2024) compares items, fitted once per set of vectors; without a center,
 it reduces knowledge for the CTR models (ctr.reduction).
 
 ReLLa reduces 5,120 components to 512. Its few-shot AUC changes by at most .003 from 512 to 64, so the default
-is a cheaper 128. Centring matters, too: vectors of similar texts share a large common direction, which makes all
+is a cheaper 128. Centering matters, too: vectors of similar texts share a large common direction, which makes all
 cosines alike until it is removed.
 """
 
@@ -32,9 +32,9 @@ PROJECTION = ProjectionSettings()
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A centre, and orthonormal directions in decreasing order of variance."""
+    """A center, and orthonormal directions in decreasing order of variance."""
 
-    centre: np.ndarray  # float32 [d]
+    center: np.ndarray  # float32 [d]
     directions: np.ndarray  # float32 [c, d]
 
     def apply(self, vectors: np.ndarray) -> np.ndarray:
@@ -43,16 +43,16 @@ class Projection:
         vectors: float [n, d]. Returns float32 [n, c]; a row that is zero or not finite (an item without text)
         becomes zeros. Raises SchemaError if d differs from the fit.
         """
-        if vectors.ndim != 2 or vectors.shape[1] != len(self.centre):
+        if vectors.ndim != 2 or vectors.shape[1] != len(self.center):
             raise SchemaError(
                 f"vectors have shape {vectors.shape}, but the projection was fitted on [n, "
-                f"{len(self.centre)}]. Fit it again on these vectors, or use the encoder it was fitted for."
+                f"{len(self.center)}]. Fit it again on these vectors, or use the encoder it was fitted for."
             )
         projected = np.zeros((len(vectors), len(self.directions)), dtype=np.float32)
         for start in range(0, len(vectors), _ROWS_AT_ONCE):
             block = np.asarray(vectors[start : start + _ROWS_AT_ONCE], dtype=np.float32)
             usable = _usable(block)
-            projected[start : start + len(block)][usable] = (block[usable] - self.centre) @ self.directions.T
+            projected[start : start + len(block)][usable] = (block[usable] - self.center) @ self.directions.T
         return unit_rows(projected)
 
     def save(self, workspace: Workspace, folder: str, fingerprint: str) -> None:
@@ -62,7 +62,7 @@ class Projection:
         """
         from safetensors.numpy import save  # here, since retrieval does not need it
 
-        data = save({"centre": self.centre, "directions": np.ascontiguousarray(self.directions)})
+        data = save({"center": self.center, "directions": np.ascontiguousarray(self.directions)})
         about = {"version": _VERSION, "fingerprint": fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
         workspace.write_bytes(f"{folder}/projection.safetensors", data)
         workspace.write_json(f"{folder}/projection.json", about)
@@ -85,7 +85,7 @@ class Projection:
             if about["sha256"] != hashlib.sha256(data).hexdigest():
                 raise ValueError("its checksum does not match")
             arrays = load(data)
-            return cls(arrays["centre"], arrays["directions"])
+            return cls(arrays["center"], arrays["directions"])
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise WorkspaceError(
                 f"{where}: the projection is damaged ({error!r}). Delete the folder and fit it again."
@@ -93,11 +93,11 @@ class Projection:
 
 
 def fit_projection(
-    vectors: np.ndarray, settings: ProjectionSettings = PROJECTION, *, centred: bool = True
+    vectors: np.ndarray, settings: ProjectionSettings = PROJECTION, *, centered: bool = True
 ) -> Projection:
     """Principal directions of vectors: an SVD of a seeded sample of those that are finite and not zero.
 
-    vectors: float [n, d]. centred: False uses the origin as the centre, so vectors keep their common part. Has
+    vectors: float [n, d]. centered: False uses the origin as the center, so vectors keep their common part. Has
     min(components, d, items used) directions. Raises SchemaError if no vector is usable.
     """
     usable = np.flatnonzero(
@@ -116,11 +116,11 @@ def fit_projection(
         drawn = np.random.default_rng(settings.seed).choice(usable, settings.fit_items, replace=False)
         usable = np.sort(drawn)
     sample = np.asarray(vectors[usable], dtype=np.float64)
-    centre = sample.mean(axis=0) if centred else np.zeros(sample.shape[1])
+    center = sample.mean(axis=0) if centered else np.zeros(sample.shape[1])
     # SVD of the covariance: the same directions as of the data, at a fraction of the cost.
-    _, _, directions = np.linalg.svd((sample - centre).T @ (sample - centre), hermitian=True)
+    _, _, directions = np.linalg.svd((sample - center).T @ (sample - center), hermitian=True)
     kept = min(settings.components, len(sample))
-    return Projection(centre.astype(np.float32), directions[:kept].astype(np.float32))
+    return Projection(center.astype(np.float32), directions[:kept].astype(np.float32))
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Vectors -> semantic ids: a few small codes per vector, coarse to fine, by residual quantisation.
+"""Vectors -> semantic ids: a few small codes per vector, coarse to fine, by residual quantization.
 
 Each level codes the residual of the levels before it, so vectors with a common prefix are alike (TIGER, NeurIPS 2023,
 sec. 3.1; AutoGraph, KDD 2025, codes LLM knowledge this way, with 3 levels of 256). The codebooks come from k-means, not
@@ -44,9 +44,9 @@ def pack_codes(codes: np.ndarray, sizes: Sequence[int]) -> list[bytes]:
     if codes.ndim != 2 or codes.shape[1] != len(sizes) + 1:
         raise SchemaError(
             f"semantic ids: the shape is {list(codes.shape)}, but must be [n, {len(sizes) + 1}]: {len(sizes)} "
-            "codes and the duplicate digit. Use the release's quantiser."
+            "codes and the duplicate digit. Use the release's quantizer."
         )
-    check_codes(codes[:, :-1], sizes, "Use the release's quantiser.")
+    check_codes(codes[:, :-1], sizes, "Use the release's quantizer.")
     columns = [codes[:, level : level + 1].astype(f">u{_width(size)}") for level, size in enumerate(sizes)]
     heads = np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns], axis=1)
     return [head.tobytes() + _digit_bytes(digit) for head, digit in zip(heads, codes[:, -1].tolist(), strict=True)]
@@ -127,7 +127,7 @@ class SemanticIdConfig(Config):
 
 
 @dataclass(frozen=True)
-class Quantiser:
+class Quantizer:
     """Trained codebooks. A vector is near the sum of its codes' centroids, one per level."""
 
     config: SemanticIdConfig
@@ -163,10 +163,10 @@ class Quantiser:
         codes, levels = np.asarray(codes), len(self.codebooks)
         if codes.ndim != 2 or codes.shape[1] != levels:
             raise SchemaError(
-                f"semantic ids: the codes have shape {list(codes.shape)}, but this quantiser's have [n, "
-                f"{levels}]. Drop the duplicate digit, and use the quantiser that produced them."
+                f"semantic ids: the codes have shape {list(codes.shape)}, but this quantizer's have [n, "
+                f"{levels}]. Drop the duplicate digit, and use the quantizer that produced them."
             )
-        check_codes(codes, self.sizes, "Use the quantiser that produced it.")
+        check_codes(codes, self.sizes, "Use the quantizer that produced it.")
         vectors = np.zeros((len(codes), self.dim), dtype=np.float32)
         for level, book in enumerate(self.codebooks):
             vectors += book[codes[:, level]]
@@ -187,7 +187,7 @@ class Quantiser:
         workspace.create_bytes(f"{folder}/{_FILE}", save(books, about))
 
     @classmethod
-    def load(cls, workspace: Workspace, folder: str) -> "Quantiser":
+    def load(cls, workspace: Workspace, folder: str) -> "Quantizer":
         """Loads the file of `save`. Raises WorkspaceError if it is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -197,35 +197,35 @@ class Quantiser:
             books = load(data)
             about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             config = SemanticIdConfig.model_validate_json(about["config"])
-            quantiser = cls(config, tuple(books[str(level)] for level in range(len(books))))
-            if quantiser.fingerprint != about["fingerprint"]:
+            quantizer = cls(config, tuple(books[str(level)] for level in range(len(books))))
+            if quantizer.fingerprint != about["fingerprint"]:
                 raise ValueError("their fingerprint does not match")
         except (SafetensorError, KeyError, ValueError) as error:
             raise WorkspaceError(
                 f"{workspace.path(folder, _FILE)}: the codebooks are damaged ({error}). Delete the folder and run "
                 "`encode` again."
             ) from None
-        return quantiser
+        return quantizer
 
     def _beam_search(self, vectors: np.ndarray) -> np.ndarray:
         import faiss
 
         bits = len(self.codebooks[0]).bit_length() - 1
-        quantiser = _residual_quantiser(self.dim, bits, len(self.codebooks))
-        faiss.copy_array_to_vector(np.concatenate(self.codebooks).ravel(), quantiser.codebooks)
-        quantiser.is_trained = True
-        quantiser.use_beam_LUT = 1  # distances from product tables: four times as fast, .3 % of codes differ
-        quantiser.compute_codebook_tables()  # type: ignore[attr-defined]
-        return faiss.unpack_bitstrings(quantiser.compute_codes(vectors), len(self.codebooks), bits)
+        quantizer = _residual_quantizer(self.dim, bits, len(self.codebooks))
+        faiss.copy_array_to_vector(np.concatenate(self.codebooks).ravel(), quantizer.codebooks)
+        quantizer.is_trained = True
+        quantizer.use_beam_LUT = 1  # distances from product tables: four times as fast, .3 % of codes differ
+        quantizer.compute_codebook_tables()  # type: ignore[attr-defined]
+        return faiss.unpack_bitstrings(quantizer.compute_codes(vectors), len(self.codebooks), bits)
 
 
-def train_quantiser(
+def train_quantizer(
     vectors: np.ndarray | Sequence[np.ndarray],
     config: SemanticIdConfig,
     *,
     sample: int = TRAIN_SAMPLE,
     seed: int = SEED,
-) -> Quantiser:
+) -> Quantizer:
     """Codebooks for vectors (float [n, d]), deterministic for a seed.
 
     sample: maximum number of training vectors. With fewer distinct vectors than codes_per_level, levels have fewer
@@ -235,22 +235,22 @@ def train_quantiser(
     if len(vectors) > sample:
         rows = np.random.default_rng(seed).choice(len(vectors), sample, replace=False)
         vectors = vectors[np.sort(rows)]
-    return Quantiser(config, _train(vectors, config, seed))
+    return Quantizer(config, _train(vectors, config, seed))
 
 
-def code_vectors(quantiser: Quantiser, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+def code_vectors(quantizer: Quantizer, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """Semantic ids of `ids`: uint16 [n, levels + 1], the codes of each vector and a last digit that separates ids with
     equal codes (TIGER, sec. 3.1).
 
     The digit is 16 bits of a hash of the id, not a count over all ids: it depends on no other id, and stays the same in
     every shard and refresh. Two ids with equal codes share the digit with probability 2^-16.
-    ids: int64 [n]; vectors: float [n, d], aligned. Raises SchemaError like Quantiser.encode.
+    ids: int64 [n]; vectors: float [n, d], aligned. Raises SchemaError like Quantizer.encode.
     """
     if len(ids) != len(vectors):
         raise ValueError(f"{len(ids)} ids but {len(vectors)} vectors")
     # Bits 32 to 47 of the hash. The low bits choose the shard, so they are the same for all ids of a shard.
     digits = shard_of(ids, 1 << 48) >> 32
-    return np.column_stack([quantiser.encode(vectors), digits.astype(np.uint16)])
+    return np.column_stack([quantizer.encode(vectors), digits.astype(np.uint16)])
 
 
 def _checked(vectors: np.ndarray | Sequence[np.ndarray], dim: int | None = None) -> np.ndarray:
@@ -283,27 +283,27 @@ def _train(vectors: np.ndarray, config: SemanticIdConfig, seed: int) -> tuple[np
     bits = max(1, codes.bit_length() - 1)
     if len(vectors) == 1:
         vectors = np.repeat(vectors, 2, axis=0)  # a level has at least two codes, and k-means needs a vector for each
-    quantiser = _residual_quantiser(vectors.shape[1], bits, config.levels, seed)
-    quantiser.train(vectors)
-    books = faiss.vector_to_array(quantiser.codebooks).reshape(config.levels, 1 << bits, -1)
+    quantizer = _residual_quantizer(vectors.shape[1], bits, config.levels, seed)
+    quantizer.train(vectors)
+    books = faiss.vector_to_array(quantizer.codebooks).reshape(config.levels, 1 << bits, -1)
     return tuple(np.array(book, dtype=np.float32) for book in books)
 
 
-def _residual_quantiser(dim: int, bits: int, levels: int, seed: int = SEED) -> "faiss.ResidualQuantizer":
+def _residual_quantizer(dim: int, bits: int, levels: int, seed: int = SEED) -> "faiss.ResidualQuantizer":
     import faiss
 
-    quantiser = faiss.ResidualQuantizer(dim, levels, bits)
-    quantiser.max_beam_size = _BEAM
+    quantizer = faiss.ResidualQuantizer(dim, levels, bits)
+    quantizer.max_beam_size = _BEAM
     # faiss's default first clusters in few dimensions, and fits a level to the whole beam, most of which is dropped. Of
     # 512 clusters planted as 8 x 8 x 8 it separates 15; plain k-means on the best of the beam separates all.
-    quantiser.train_type = faiss.ResidualQuantizer.Train_default | faiss.ResidualQuantizer.Train_top_beam
-    parameters = quantiser.cp
+    quantizer.train_type = faiss.ResidualQuantizer.Train_default | faiss.ResidualQuantizer.Train_top_beam
+    parameters = quantizer.cp
     parameters.niter = _ITERATIONS
     parameters.seed = seed
     parameters.min_points_per_centroid = 1  # no warning about fewer vectors than faiss likes
     # k-means++: with uniform starting points, two of eight clear clusters often end in one code.
     parameters.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
-    return quantiser
+    return quantizer
 
 
 def _slices(n: int) -> Iterator[slice]:
@@ -317,8 +317,8 @@ def _slices(n: int) -> Iterator[slice]:
 _ROWS_AT_ONCE = 1 << 13
 
 
-class QuantisationReport(Config):
-    """Figures of one quantiser on some vectors."""
+class QuantizationReport(Config):
+    """Figures of one quantizer on some vectors."""
 
     vectors: int  # sample size; with more vectors, fewer ids are unique
     unique_rate: float  # distinct ids per vector, without the duplicate digit; TorchEasyRec recommends more than .7
@@ -342,18 +342,18 @@ class QuantisationReport(Config):
         }
 
 
-def measure_codes(quantiser: "Quantiser", codes: np.ndarray, vectors: np.ndarray) -> QuantisationReport:
+def measure_codes(quantizer: "Quantizer", codes: np.ndarray, vectors: np.ndarray) -> QuantizationReport:
     """Measures semantic ids on a sample of vectors.
 
     codes: uint16 [n, levels + 1], the duplicate digit last; vectors: float [n, d], aligned; n >= 1.
     """
-    levels, sizes = codes[:, :-1], quantiser.sizes
+    levels, sizes = codes[:, :-1], quantizer.sizes
     error = energy = 0.0
     for start in range(0, len(codes), _ROWS_AT_ONCE):
         exact = np.asarray(vectors[start : start + _ROWS_AT_ONCE], dtype=np.float64)
-        error += float(np.square(exact - quantiser.decode(levels[start : start + _ROWS_AT_ONCE])).sum())
+        error += float(np.square(exact - quantizer.decode(levels[start : start + _ROWS_AT_ONCE])).sum())
         energy += float(np.square(exact).sum())
-    return QuantisationReport(
+    return QuantizationReport(
         vectors=len(codes),
         unique_rate=len(np.unique(levels, axis=0)) / len(codes),
         unique_rate_with_digit=len(np.unique(codes, axis=0)) / len(codes),

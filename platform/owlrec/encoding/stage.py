@@ -12,7 +12,7 @@ import numpy as np
 
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Input, Members, Resources, Rows
-from owlrec.encoding.semantic_ids import SEED, TRAIN_SAMPLE, Quantiser, code_vectors
+from owlrec.encoding.semantic_ids import SEED, TRAIN_SAMPLE, Quantizer, code_vectors
 from owlrec.encoding.vectors import (
     CODED_KINDS,
     CODED_SOURCES,
@@ -20,7 +20,7 @@ from owlrec.encoding.vectors import (
     VectorShard,
     VectorShards,
     fit_codebooks,
-    quantiser_folder,
+    quantizer_folder,
     read_reports,
     shard_order,
 )
@@ -42,10 +42,10 @@ class EncodeStage(Stage):
     def __init__(self, folder: str, resources: Resources, inputs: Mapping[str, Input], coded: bool = False) -> None:
         """folder: of the vectors. inputs: by `<source>-<kind>`. coded: whether vectors with codebooks get codes."""
         self.folder, self.resources, self.inputs, self.coded = folder, resources, dict(inputs), coded
-        self._quantisers: dict[str, Quantiser | None] = {}
+        self._quantizers: dict[str, Quantizer | None] = {}
 
     def run(self, work: Work) -> Result:
-        """Encodes one shard. Raises the OwlRecErrors of the input, the encoder and the quantiser."""
+        """Encodes one shard. Raises the OwlRecErrors of the input, the encoder and the quantizer."""
         watch, loaded_s = Stopwatch(), self.resources.load_s
         name, number = work.shard.kind, work.shard.number
         source = self.inputs[name]
@@ -64,8 +64,8 @@ class EncodeStage(Stage):
         no_codes = np.zeros((len(at), 0), dtype=np.uint16)
         kind, identity = name.rpartition("-")[2], self.resources.config.identity
         shard = VectorShard(kind, rows.ids, rows.as_of, vectors, rows.digests, no_codes, encoder=identity)
-        if (quantiser := self._quantiser(name)) is not None:
-            shard = _coded(shard, earlier, at, quantiser)
+        if (quantizer := self._quantizer(name)) is not None:
+            shard = _coded(shard, earlier, at, quantizer)
         work.check()
         table = shard.table()
         file = work.workspace.write_arrow(path, table, table.schema)
@@ -77,11 +77,11 @@ class EncodeStage(Stage):
             counts={"encoded": len(new), "kept": len(at) - len(new), **_timed(len(new), seconds, work.earlier)},
         )
 
-    def _quantiser(self, name: str) -> Quantiser | None:
-        if self.coded and name not in self._quantisers:
-            workspace, folder = self.resources.workspace, quantiser_folder(self.folder, name)
-            self._quantisers[name] = Quantiser.load(workspace, folder) if workspace.exists(folder) else None
-        return self._quantisers.get(name)
+    def _quantizer(self, name: str) -> Quantizer | None:
+        if self.coded and name not in self._quantizers:
+            workspace, folder = self.resources.workspace, quantizer_folder(self.folder, name)
+            self._quantizers[name] = Quantizer.load(workspace, folder) if workspace.exists(folder) else None
+        return self._quantizers.get(name)
 
 
 def _timed(texts: int, seconds: float, earlier: Card | None) -> dict[str, float | int | str]:
@@ -122,22 +122,22 @@ def _keys(ids: np.ndarray, digests: np.ndarray) -> list[tuple[int, bytes]]:
     ]
 
 
-def _coded(shard: VectorShard, earlier: VectorShard | None, at: np.ndarray, quantiser: Quantiser) -> VectorShard:
+def _coded(shard: VectorShard, earlier: VectorShard | None, at: np.ndarray, quantizer: Quantizer) -> VectorShard:
     """The shard with codes. at: see _unchanged; a vector already coded with these codebooks keeps its codes."""
-    codes = np.zeros((len(at), len(quantiser.codebooks) + 1), dtype=np.uint16)
+    codes = np.zeros((len(at), len(quantizer.codebooks) + 1), dtype=np.uint16)
     kept = np.zeros(len(at), dtype=bool)
-    if earlier is not None and len(earlier.ids) and earlier.quantiser == quantiser.fingerprint:
+    if earlier is not None and len(earlier.ids) and earlier.quantizer == quantizer.fingerprint:
         kept = at >= 0
         codes[kept] = earlier.codes[at[kept]]
-    codes[~kept] = code_vectors(quantiser, shard.ids[~kept], shard.vectors[~kept])
-    return replace(shard, codes=codes, quantiser=quantiser.fingerprint)
+    codes[~kept] = code_vectors(quantizer, shard.ids[~kept], shard.vectors[~kept])
+    return replace(shard, codes=codes, quantizer=quantizer.fingerprint)
 
 
 # ------------------------------------------------------------------------------------------------------------------ job
 # Encodes all shards of all sources: first a bounded sample to fit codebooks, then the rest.
 #
 # Shards encoded before their codebooks existed are visited once more: their vectors stay and codes are
-# added. Later runs use the same codebooks, whatever has been added meanwhile. If a folder of `quantisers/`
+# added. Later runs use the same codebooks, whatever has been added meanwhile. If a folder of `quantizers/`
 # is deleted, its codebooks are fitted again and every vector of that source and kind is coded again, without the
 # encoder.
 
@@ -228,7 +228,7 @@ class EncodingJob:
         coded = [f"{source}-{kind}" for source in CODED_SOURCES for kind in CODED_KINDS]
         if self.config.id_config is None:
             return []
-        return [n for n in coded if n in self.inputs and not self.workspace.exists(quantiser_folder(self.folder, n))]
+        return [n for n in coded if n in self.inputs and not self.workspace.exists(quantizer_folder(self.folder, n))]
 
     def _of(self, name: str) -> dict[int, str]:
         """Digests of an input's shards."""
@@ -247,8 +247,8 @@ class EncodingJob:
         return shards
 
     def _codebooks(self, name: str) -> str:
-        folder = quantiser_folder(self.folder, name)
-        return Quantiser.load(self.workspace, folder).fingerprint if self.workspace.exists(folder) else ""
+        folder = quantizer_folder(self.folder, name)
+        return Quantizer.load(self.workspace, folder).fingerprint if self.workspace.exists(folder) else ""
 
     def _sample(self, name: str) -> list[int]:
         """Shards with enough rows to fit codebooks."""

@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 
 from owlrec.encoding.encoder import TextEncoder
 from owlrec.encoding.semantic_ids import (
-    QuantisationReport,
-    Quantiser,
+    QuantizationReport,
+    Quantizer,
     SemanticIdConfig,
     code_vectors,
     measure_codes,
-    train_quantiser,
+    train_quantizer,
 )
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.ids import Kind, by_shard, shard_of
@@ -44,16 +44,16 @@ _REPORT = "report.json"
 
 def fit_codebooks(
     workspace: Workspace, folder: str, name: str, ids: np.ndarray, vectors: np.ndarray, config: SemanticIdConfig
-) -> QuantisationReport:
+) -> QuantizationReport:
     """Fits codebooks on a sample of a folder's vectors `name`, stores them next to these, and measures them.
 
     ids: int64 [n]; vectors: float [n, d], aligned. Codebooks that another run has stored meanwhile stay.
-    Raises SchemaError like train_quantiser.
+    Raises SchemaError like train_quantizer.
     """
-    train_quantiser(vectors, config).save(workspace, quantiser_folder(folder, name))
-    quantiser = Quantiser.load(workspace, quantiser_folder(folder, name))
-    report = measure_codes(quantiser, code_vectors(quantiser, ids, vectors), vectors)
-    workspace.write_json(f"{quantiser_folder(folder, name)}/{_REPORT}", report.model_dump(mode="json"))
+    train_quantizer(vectors, config).save(workspace, quantizer_folder(folder, name))
+    quantizer = Quantizer.load(workspace, quantizer_folder(folder, name))
+    report = measure_codes(quantizer, code_vectors(quantizer, ids, vectors), vectors)
+    workspace.write_json(f"{quantizer_folder(folder, name)}/{_REPORT}", report.model_dump(mode="json"))
     return report
 
 
@@ -76,7 +76,7 @@ def codes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     widths = np.unique(lengths[lengths > 0])
     if len(widths) > 1:
         raise SchemaError(
-            f"vectors: rows have {' and '.join(map(str, widths))} codes. They come from different quantisers: "
+            f"vectors: rows have {' and '.join(map(str, widths))} codes. They come from different quantizers: "
             "run `encode` again."
         )
     mask = lengths > 0
@@ -85,28 +85,28 @@ def codes_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return codes, mask
 
 
-def read_quantisers(workspace: Workspace, folder: str, source: str) -> dict[str, Quantiser]:
-    """By kind, the quantisers of a source's vectors in a folder of `encode`; missing ones are left
+def read_quantizers(workspace: Workspace, folder: str, source: str) -> dict[str, Quantizer]:
+    """By kind, the quantizers of a source's vectors in a folder of `encode`; missing ones are left
     out.
     """
-    places = {kind: quantiser_folder(folder, f"{source}-{kind}") for kind in CODED_KINDS}
-    return {kind: Quantiser.load(workspace, place) for kind, place in places.items() if workspace.exists(place)}
+    places = {kind: quantizer_folder(folder, f"{source}-{kind}") for kind in CODED_KINDS}
+    return {kind: Quantizer.load(workspace, place) for kind, place in places.items() if workspace.exists(place)}
 
 
-def read_reports(workspace: Workspace, folder: str) -> dict[str, QuantisationReport]:
+def read_reports(workspace: Workspace, folder: str) -> dict[str, QuantizationReport]:
     """Reports on the vectors in a folder, by the name of their table ("knowledge-user")."""
-    names = workspace.names(quantiser_folder(folder, ""))
-    files = {name: f"{quantiser_folder(folder, name)}/{_REPORT}" for name in names}
+    names = workspace.names(quantizer_folder(folder, ""))
+    files = {name: f"{quantizer_folder(folder, name)}/{_REPORT}" for name in names}
     return {
-        name: QuantisationReport.model_validate(workspace.read_json(file))
+        name: QuantizationReport.model_validate(workspace.read_json(file))
         for name, file in files.items()
         if workspace.exists(file)
     }
 
 
-def quantiser_folder(folder: str, name: str) -> str:
+def quantizer_folder(folder: str, name: str) -> str:
     """Folder of the codebooks of a folder's vectors `name`."""
-    return f"{folder}/quantisers/{name}".rstrip("/")
+    return f"{folder}/quantizers/{name}".rstrip("/")
 
 
 # -------------------------------------------------------------------------------------------------------------- vectors
@@ -211,7 +211,7 @@ DIGEST_BYTES = 16  # BLAKE2b-128 of a vector's input
 PARTITIONS = "streaming-user"  # written by refreshes: a vector per interest partition of a user, by as_of
 _MOST_OPEN = 256  # a mapped file keeps a descriptor; processes are often limited to 1,024
 _ROWS_PER_SHARD = 1 << 32  # limit set by the handle's bits
-_QUANTISER, _ENCODER = b"quantiser", b"encoder"
+_QUANTIZER, _ENCODER = b"quantizer", b"encoder"
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class VectorShard:
     vectors: np.ndarray  # float16 [n, dim]
     digests: np.ndarray  # uint8 [n, 16]: of each vector's input
     codes: np.ndarray  # uint16 [n, levels + 1], the duplicate digit last; [n, 0] without codes
-    quantiser: str = ""  # fingerprint of the codebooks
+    quantizer: str = ""  # fingerprint of the codebooks
     encoder: str = ""  # identity of the encoder
     mapped: pa.Table | None = field(default=None, repr=False, compare=False)  # the memory behind the arrays, kept open
 
@@ -242,7 +242,7 @@ class VectorShard:
                 vectors=vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size),
                 digests=_bytes_matrix(_whole(table["digest"])),
                 codes=codes_of(table)[0],
-                quantiser=about.get(_QUANTISER, b"").decode(),
+                quantizer=about.get(_QUANTIZER, b"").decode(),
                 encoder=about.get(_ENCODER, b"").decode(),
                 mapped=table,
             )
@@ -260,7 +260,7 @@ class VectorShard:
         )
         schema = vectors_schema(self.vectors.shape[1]).append(pa.field("digest", pa.binary(DIGEST_BYTES)))
         schema = schema.append(pa.field("as_of", pa.int64()))
-        schema = schema.with_metadata({_QUANTISER: self.quantiser.encode(), _ENCODER: self.encoder.encode()})
+        schema = schema.with_metadata({_QUANTIZER: self.quantizer.encode(), _ENCODER: self.encoder.encode()})
         return pa.table([*plain.columns, digests, pa.array(self.as_of, pa.int64())], schema=schema)
 
 
@@ -278,7 +278,7 @@ class VectorShards:
         self.n_shards = workspace.n_shards(self.kind)
         self._open: OrderedDict[int, VectorShard | None] = OrderedDict()
         self._lock = threading.Lock()
-        self._quantiser: Quantiser | None = None
+        self._quantizer: Quantizer | None = None
 
     def __reduce__(self) -> tuple[type["VectorShards"], tuple[Workspace, str, str]]:
         return VectorShards, (self.workspace, self.folder, self.name)
@@ -300,12 +300,12 @@ class VectorShards:
             f"{self.workspace.path(self.folder, self.name)} holds no vectors. Run `encode` first, with the same recipe."
         )
 
-    def quantiser(self) -> Quantiser | None:
+    def quantizer(self) -> Quantizer | None:
         """Codebooks of the codes, None if these vectors have no codes."""
-        if self._quantiser is None:
-            folder = quantiser_folder(self.folder, self.name)
-            self._quantiser = Quantiser.load(self.workspace, folder) if self.workspace.exists(folder) else None
-        return self._quantiser
+        if self._quantizer is None:
+            folder = quantizer_folder(self.folder, self.name)
+            self._quantizer = Quantizer.load(self.workspace, folder) if self.workspace.exists(folder) else None
+        return self._quantizer
 
     def shard(self, number: int) -> VectorShard | None:
         """Rows of one shard, mapped; None if nothing was encoded for it."""
@@ -336,18 +336,18 @@ class VectorShards:
 
         Raises SchemaError if the vectors have no codes, or a shard was coded with other codebooks than the folder's.
         """
-        quantiser = self.quantiser()
-        if quantiser is None:
+        quantizer = self.quantizer()
+        if quantizer is None:
             raise SchemaError(
                 f"{self.name} vectors have no semantic ids. Set encoder.semantic_ids and run `encode` again."
             )
-        codes = np.zeros((len(ids), len(quantiser.codebooks) + 1), dtype=np.uint16)
+        codes = np.zeros((len(ids), len(quantizer.codebooks) + 1), dtype=np.uint16)
         mask = np.zeros(len(ids), dtype=bool)
         for shard, at, rows in self._rows(ids):
-            if shard.quantiser != quantiser.fingerprint:
+            if shard.quantizer != quantizer.fingerprint:
                 raise SchemaError(
                     f"{self.name}: shard {shard_of(shard.ids[:1], self.n_shards)[0]} was coded with codebooks "
-                    f"{shard.quantiser[:8] or 'none'}, but the folder has {quantiser.fingerprint[:8]}. Run "
+                    f"{shard.quantizer[:8] or 'none'}, but the folder has {quantizer.fingerprint[:8]}. Run "
                     "`encode`."
                 )
             codes[at], mask[at] = shard.codes[rows], True

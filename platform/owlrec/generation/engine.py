@@ -63,7 +63,7 @@ class PromptTooLong(RowError):
 
 
 class EmptyPrompt(RowError):
-    """The row has nothing for a prompt: no title, no behaviour."""
+    """The row has nothing for a prompt: no title, no behavior."""
 
 
 class BadRow(RowError):

@@ -38,7 +38,7 @@ amber bright calm daring early faint gentle humble icy jolly keen light mellow n
 tender urban vivid warm young ancient blunt crisp dense eager frank grave harsh idle just kind loose modest narrow
 open proud queer rough sharp thin usual vast wild zealous above across along around before behind beneath beside
 between beyond during inside near outside over past since through toward under until upon within without anchor basket
-candle desert engine forest garden harbour island jacket kitchen ladder mirror needle orchard pillar quarry river
+candle desert engine forest garden harbor island jacket kitchen ladder mirror needle orchard pillar quarry river
 shelter tunnel valley window bridge cabin door echo field gate hill lamp meadow night ocean path rain stone tower wave
 bends carries drifts enters follows gathers holds invites joins keeps leads mends needs offers passes questions
 returns settles turns unites visits waits yields answers builds climbs divides expects finds grows

@@ -68,8 +68,8 @@ def write_release_pools(
                 at = [i for i, row in enumerate(usable) if row["kind"] == kind]
                 for i, cohorts in zip(at, cohorts_of(kind, [usable[i]["id"] for i in at]), strict=True):
                     names[i] += cohorts
-        tokenised = answer_tokens(tokenizer, texts, ended) if usable else ()
-        for row, pools_of_row, tokens in zip(usable, names, tokenised, strict=True):
+        tokenized = answer_tokens(tokenizer, texts, ended) if usable else ()
+        for row, pools_of_row, tokens in zip(usable, names, tokenized, strict=True):
             for name in pools_of_row:
                 pools.setdefault(name, _Newest(max_tokens)).add(row["as_of"], row["id"], tokens)
     written = {}

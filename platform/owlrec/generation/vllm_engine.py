@@ -385,7 +385,7 @@ def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
     """Sets variables that vLLM and its libraries read only from the environment, on import."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELIZM", "false")
     if os.path.isdir(config.model) or config.model == PACKAGED:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if cpu:

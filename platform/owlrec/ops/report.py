@@ -33,9 +33,9 @@ from owlrec.ctr.experiment import (
     PairedDifference,
     SliceMetrics,
     TrialResult,
-    summarise,
+    summarize,
 )
-from owlrec.encoding.semantic_ids import QuantisationReport
+from owlrec.encoding.semantic_ids import QuantizationReport
 from owlrec.encoding.vectors import read_reports
 from owlrec.evaluation import GridScores, Interval
 from owlrec.generation.job import decoder_counters, iterate_knowledge
@@ -120,7 +120,7 @@ class ReportData(BaseModel):
     lookup: dict[str, str] = {}
     throughput: Throughput = Throughput()  # throughput of the generation job
     decoder: DecoderCounters | None = None  # of the speculative decoder, if any
-    semantic_ids: dict[str, QuantisationReport] = {}  # by the name of their vectors: knowledge-user, metadata-item, ...
+    semantic_ids: dict[str, QuantizationReport] = {}  # by the name of their vectors: knowledge-user, metadata-item, ...
     ranker: list[RankerResult] = []  # of all runs of the LLM ranker, and of CTR models on the same samples
     notes: list[str] = []  # warnings that a reader of the figures needs
     versions: dict[str, str] = {}
@@ -301,7 +301,7 @@ def _by_prompt(results: Sequence[RankerResult]) -> dict[tuple[str, str], list[Ra
     for result in results:
         shots = "all samples" if result.shots is None else f"{result.shots:,} shots"
         model = "zero-shot" if result.model == "zero-shot" else f"{result.model}, {shots}"
-        shown = f"{result.shown}, K = {result.behaviours}" if result.behaviours else "CTR models"
+        shown = f"{result.shown}, K = {result.behaviors}" if result.behaviors else "CTR models"
         groups.setdefault((shown, model), []).append(result)
     return groups
 
@@ -337,7 +337,7 @@ def _count(n: int) -> str:
     return f"{n:,}" if n else ""
 
 
-def _codes_row(name: str, ids: QuantisationReport) -> Row:
+def _codes_row(name: str, ids: QuantizationReport) -> Row:
     return {
         "vectors": name,
         "how many": f"{ids.vectors:,}",
@@ -473,12 +473,12 @@ def _matrix_instructions() -> list[str]:
 
 
 def arm_figures(results: Sequence[TrialResult], scores: GridScores | None = None) -> list[ArmFigures]:
-    """Results by backbone and arm, one value per seed; differences and slices as computed by `summarise`."""
+    """Results by backbone and arm, one value per seed; differences and slices as computed by `summarize`."""
     seeds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in results:
         seeds.setdefault((r.backbone, r.arm), []).append({"valid_auc": r.valid.auc, **r.test.model_dump()})
     figures = []
-    for summary in summarise(results, scores):
+    for summary in summarize(results, scores):
         values = pd.DataFrame(seeds[summary.backbone, summary.arm])
         figures.append(
             ArmFigures(

@@ -1,6 +1,6 @@
 """Shared parts of the prompt frameworks: a `Framework` is one paper's four templates, and the functions here fill them.
 
-Each framework consists only of templates. All of them quote, clean and truncate behaviours, profiles and attributes in
+Each framework consists only of templates. All of them quote, clean and truncate behaviors, profiles and attributes in
 the same way, so comparing frameworks compares only their questions.
 The parts shared by all rows are in the system turn, so a batching engine computes and keeps that prefix once. The
 question ends the user turn, since a small model continues from whatever it read last.
@@ -125,7 +125,7 @@ class Framework:
     """
 
     user_system: str
-    # Must contain {behaviours}; {profile} is "" or a sentence and a space, {passed} is "" or a space and a sentence.
+    # Must contain {behaviors}; {profile} is "" or a sentence and a space, {passed} is "" or a space and a sentence.
     user_template: str
     item_system: str
     item_template: str  # must contain {description}: the quoted title and, in brackets, the attributes
@@ -145,7 +145,7 @@ def user_prompt(
     framework: Framework,
     scenario: Scenario,
     profile: Mapping[str, str],
-    behaviours: Sequence[tuple[str, float | None]],
+    behaviors: Sequence[tuple[str, float | None]],
     passed: Sequence[str] = (),
     *,
     history_tokens: int,
@@ -155,12 +155,12 @@ def user_prompt(
 
     profile: the user's profile fields; uses only the scenario's fields with a value, and none if the framework does not
     ask for them.
-    behaviours: (title, rating) oldest first; with a rating of None, or a scenario without graded ratings, only the
+    behaviors: (title, rating) oldest first; with a rating of None, or a scenario without graded ratings, only the
     title is quoted. passed: titles that the user passed over, oldest first. history_tokens: budget for the list of
-    behaviours; the oldest are dropped until it fits. Returns two "" if no behaviour is left, since there is nothing to
+    behaviors; the oldest are dropped until it fits. Returns two "" if no behavior is left, since there is nothing to
     reason about.
     """
-    entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviours]
+    entries = [quoted_behavior(scenario, title, rating) for title, rating in behaviors]
     kept = fit_recent(entries, history_tokens, count_tokens)
     if not kept:
         return "", ""
@@ -169,7 +169,7 @@ def user_prompt(
     left = "; ".join(quoted_title(title) for title in passed)
     not_taken = f" The user {scenario.passed_over} these: {left}." if left else ""
     words = scenario_words(scenario, scenario.user_factors)
-    text = framework.user_template.format(**words, profile=about, behaviours=behaved, passed=not_taken)
+    text = framework.user_template.format(**words, profile=about, behaviors=behaved, passed=not_taken)
     return text, f"{about}The user {scenario.consumed} these {scenario.items}: {behaved}.{not_taken}"
 
 
@@ -209,7 +209,7 @@ def scenario_words(scenario: Scenario, factors: tuple[str, ...]) -> dict[str, st
     }
 
 
-def quoted_behaviour(scenario: Scenario, title: str, rating: float | None) -> str:
+def quoted_behavior(scenario: Scenario, title: str, rating: float | None) -> str:
     """A title in quotes, with its rating if there is one and the scenario has graded ratings."""
     quoted = quoted_title(title)
     if rating is None or not scenario.unit:

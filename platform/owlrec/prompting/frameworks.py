@@ -15,8 +15,8 @@ KAR = Framework(
         "You give a reason from the {history} for each point, in a few clear and brief sentences."
     ),
     user_template=(
-        "{profile}The user {consumed} these {items}, oldest first: {behaviours}.{passed}\n"
-        "Analyse the user's preferences on {items} and explain them."
+        "{profile}The user {consumed} these {items}, oldest first: {behaviors}.{passed}\n"
+        "Analyze the user's preferences on {items} and explain them."
     ),
     item_system=(
         "You introduce {items} and describe their {factors}. You state facts, in a few clear and brief sentences."
@@ -42,7 +42,7 @@ RLMREC = Framework(
         "up the kinds in one or two sentences, then you explain briefly how the {history} shows it."
     ),
     user_template=(
-        "The user {consumed} these {items}, oldest first: {behaviours}.{passed}\n"
+        "The user {consumed} these {items}, oldest first: {behaviors}.{passed}\n"
         "What kinds of {items} would appeal to this user, and why?"
     ),
     item_system=(
@@ -71,14 +71,14 @@ TRAWL = Framework(
         "You answer with a short summary."
     ),
     user_template=(
-        "{profile}The user {consumed} these {items}, oldest first: {behaviours}.{passed}\n"
-        "From what you know of these {items}, summarise what the user prefers."
+        "{profile}The user {consumed} these {items}, oldest first: {behaviors}.{passed}\n"
+        "From what you know of these {items}, summarize what the user prefers."
     ),
     item_system=(
         "You know much about {items}, and keep only what helps to decide whom to recommend the {item} to: {factors}. "
         "You add what common sense implies and leave out the rest. You answer with a short summary."
     ),
-    item_template="Recall what you know of the {item} {description} and summarise what matters for recommending it.",
+    item_template="Recall what you know of the {item} {description} and summarize what matters for recommending it.",
 )
 
 
@@ -100,7 +100,7 @@ ONCE = Framework(
         "You leave out what cannot be told, and write a few short sentences."
     ),
     user_template=(
-        "The user {consumed} these {items}, oldest first: {behaviours}.{passed}\n"
+        "The user {consumed} these {items}, oldest first: {behaviors}.{passed}\n"
         "Name the topics that interest this user, then the user's traits."
     ),
     item_system=(

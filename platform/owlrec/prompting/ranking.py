@@ -1,9 +1,9 @@
-"""ReLLa's ranking prompt (WWW 2024, arXiv 2308.11131): a user in a sentence, numbered behaviours with their ratings,
+"""ReLLa's ranking prompt (WWW 2024, arXiv 2308.11131): a user in a sentence, numbered behaviors with their ratings,
 one candidate, and an answer of Yes or No.
 
-The structure follows the paper, the wording is ours. One function writes all variants, with the most recent behaviours,
+The structure follows the paper, the wording is ours. One function writes all variants, with the most recent behaviors,
 the retrieved ones, or both. The candidate comes last, so an engine with a prefix cache reads the shared parts of a
-request's candidates once: profile and recent behaviours, and the retrieved ones if they are for the
+request's candidates once: profile and recent behaviors, and the retrieved ones if they are for the
 whole set. The paper retrieves for each candidate, which leaves little to share.
 """
 
@@ -17,7 +17,7 @@ from owlrec.prompting.framework import (
     clean_text,
     enumerate_words,
     fit_recent,
-    quoted_behaviour,
+    quoted_behavior,
     quoted_title,
     scenario_words,
 )
@@ -32,9 +32,9 @@ _SYSTEM_GRADED = (
     "The more {unit}s the user gave, the better the user liked the {item}."
 )
 _SYSTEM_UNGRADED = "You judge from a user's {history} whether it is likely that the user {consumed} one more {item}."
-_RECENT = "The user {consumed} these {items} last, in this order:{behaviours}"
+_RECENT = "The user {consumed} these {items} last, in this order:{behaviors}"
 _RETRIEVED = (
-    "Of all {items} that the user {consumed}, these are most like the {asked} in question, in this order:{behaviours}"
+    "Of all {items} that the user {consumed}, these are most like the {asked} in question, in this order:{behaviors}"
 )
 _NO_HISTORY = "Nothing is known of the user's {history}."
 _QUESTION_GRADED = "Will the user like the {item} {target}?"
@@ -80,13 +80,13 @@ def rank_prompt(
 
     profile: the user's profile fields; uses only the scenario's fields with a value.
     target: the candidate's title. recent, retrieved: (title, rating), oldest first; either may be empty, and a
-    behaviour without a title is left out. A rating is quoted unchanged, since only the source knows its scale and
+    behavior without a title is left out. A rating is quoted unchanged, since only the source knows its scale and
     must refuse invalid ones. With a rating of None, or a scenario without graded ratings,
     only the title is quoted.
 
     The oldest entries of each list are dropped until it fits `history_tokens`. Candidate and question are always
     included, with the title truncated to 120 characters. Each list has its own budget, so the shared beginning depends
-    on no candidate. If no behaviour is left, the prompt says that none is known. Returns two "" if the candidate has no
+    on no candidate. If no behavior is left, the prompt says that none is known. Returns two "" if the candidate has no
     title, since there is nothing to ask.
     """
     if not is_quotable(target):
@@ -94,9 +94,9 @@ def rank_prompt(
     asked = scenario.items if config.retrieved_for == "set" else scenario.item
     words = scenario_words(scenario, scenario.user_factors) | {"target": quoted_title(target), "asked": asked}
 
-    def listed(template: str, behaviours: Sequence[tuple[str, float | None]]) -> str:
-        lines = _numbered(scenario, behaviours, config.history_tokens, count_tokens)
-        return template.format(**words, behaviours=lines) if lines else ""
+    def listed(template: str, behaviors: Sequence[tuple[str, float | None]]) -> str:
+        lines = _numbered(scenario, behaviors, config.history_tokens, count_tokens)
+        return template.format(**words, behaviors=lines) if lines else ""
 
     lately, alike = listed(_RECENT, recent), listed(_RETRIEVED, retrieved)
     unknown = "" if lately or alike else _NO_HISTORY.format(**words)
@@ -118,12 +118,12 @@ def _profile_sentence(scenario: Scenario, profile: Mapping[str, str]) -> str:
 
 def _numbered(
     scenario: Scenario,
-    behaviours: Sequence[tuple[str, float | None]],
+    behaviors: Sequence[tuple[str, float | None]],
     budget_tokens: int,
     count_tokens: Callable[[str], int],
 ) -> str:
-    """The latest behaviours that fit, oldest first, each on its own numbered line; "" if none fits."""
-    entries = [quoted_behaviour(scenario, title, rating) for title, rating in behaviours if is_quotable(title)]
+    """The latest behaviors that fit, oldest first, each on its own numbered line; "" if none fits."""
+    entries = [quoted_behavior(scenario, title, rating) for title, rating in behaviors if is_quotable(title)]
     numbering = count_tokens(f"\n{len(entries)}. ")  # separate, since counts of titles are cached
     kept = fit_recent(entries, budget_tokens, lambda entry: count_tokens(entry) + numbering)
     return "".join(f"\n{number}. {entry}" for number, entry in enumerate(kept, 1))

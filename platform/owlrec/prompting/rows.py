@@ -111,12 +111,12 @@ def user_prompts(
             yield _unusable("user", id_, as_of, profile if isinstance(profile, str) else wrong)
             continue
         ratings = row["ratings"] or [None] * len(titles)
-        behaviours = [(t, r) for t, r in zip(titles, ratings, strict=True) if t]
+        behaviors = [(t, r) for t, r in zip(titles, ratings, strict=True) if t]
         text, facts = user_prompt(
             templates,
             scenario,
             profile,
-            behaviours,
+            behaviors,
             [t for t in left if t],
             history_tokens=config.history_tokens,
             count_tokens=count_tokens,
@@ -199,7 +199,7 @@ _USER_SYSTEM = (
     "You explain what kinds of {items} a group of similar users likes and dislikes, and why. You consider {factors}. "
     "You give a reason from what the group chose for each point, in a few clear and brief sentences."
 )
-_USER_TEMPLATE = "{facts}\nAnalyse what these users have in common in their preferences on {items} and explain it."
+_USER_TEMPLATE = "{facts}\nAnalyze what these users have in common in their preferences on {items} and explain it."
 _ITEM_SYSTEM = (
     "You introduce groups of similar {items} and describe what they share: their {factors}. You state facts, in a few "
     "clear and brief sentences."

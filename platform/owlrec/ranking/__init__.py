@@ -1,1 +1,1 @@
-"""The LLM ranker (ReLLa, WWW 2024): selects behaviours for prompts, builds tuning data, and reads answers."""
+"""The LLM ranker (ReLLa, WWW 2024): selects behaviors for prompts, builds tuning data, and reads answers."""

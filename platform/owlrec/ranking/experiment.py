@@ -90,7 +90,7 @@ class RankingConfig(Config):
     @property
     def prompt(self) -> RankPromptConfig:
         """How a prompt is written."""
-        tokens = self.data.behaviours * _TOKENS_PER_BEHAVIOR
+        tokens = self.data.behaviors * _TOKENS_PER_BEHAVIOR
         return RankPromptConfig(retrieved_for=self.retrieved_for, history_tokens=tokens)
 
     def ranking_engine(self, recipe_engine: EngineConfig) -> VllmEngineConfig:

@@ -140,7 +140,7 @@ class RankerResult(BaseModel):
 
     model: str  # "zero-shot", "tuned", or a backbone
     shots: int | None  # training samples: None for the whole train split, 0 for zero-shot
-    behaviours: int | None  # maximum in a prompt; None for a CTR model
+    behaviors: int | None  # maximum in a prompt; None for a CTR model
     shown: str  # samples.Shown; "" for a CTR model
     seed: int
     auc: float
@@ -153,7 +153,7 @@ def results_of(config: RankingConfig, evaluations: list[Evaluation], seed: int =
         RankerResult(
             model=e.model,
             shots=0 if e.model == "zero-shot" else config.data.shots,
-            behaviours=config.data.behaviours,
+            behaviors=config.data.behaviors,
             shown=e.shown,
             seed=seed,
             auc=e.auc,
@@ -169,11 +169,11 @@ def write_results(workspace: Workspace, name: str, results: list[RankerResult]) 
 
 
 def read_results(workspace: Workspace) -> list[RankerResult]:
-    """Results of all runs, without duplicates: few behaviours and few shots first."""
+    """Results of all runs, without duplicates: few behaviors and few shots first."""
     results = {}
     for file in workspace.names(_FOLDER):
         for row in workspace.read_json(f"{_FOLDER}/{file}"):
             result = RankerResult.model_validate(row)
-            key = (result.behaviours or 0, result.shown, result.shots if result.shots is not None else 1 << 62)
+            key = (result.behaviors or 0, result.shown, result.shots if result.shots is not None else 1 << 62)
             results[(*key, result.model, result.seed)] = result
     return [results[key] for key in sorted(results)]

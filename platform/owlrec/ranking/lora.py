@@ -120,14 +120,14 @@ def _tune(loop_config: dict[str, Any]) -> None:
     import pyarrow.compute as pc
     from safetensors.torch import save
 
-    from owlrec.ranking.tuning import Checkpoint, Progress, Schedule, load_model, tokenise, tune
+    from owlrec.ranking.tuning import Checkpoint, Progress, Schedule, load_model, tokenize, tune
 
     spec = TuningSpec.model_validate(loop_config["spec"])
     worker = this_worker(spec.threads)
     tokenizer = load_tokenizer(spec.model, spec.revision)
     train, valid = (workspace.read_parquet(f"{spec.folder}/{split}.parquet") for split in ("train", "valid"))
     valid = valid.filter(pc.is_in(valid["shown"], pc.unique(train["shown"])))  # stops on the tuned prompt types
-    to_tune, to_stop = (tokenise(rows, tokenizer, max_tokens=spec.settings.max_tokens) for rows in (train, valid))
+    to_tune, to_stop = (tokenize(rows, tokenizer, max_tokens=spec.settings.max_tokens) for rows in (train, valid))
     model = load_model(resolve_model(spec.model), spec.revision, spec.settings)
     steps = Schedule(len(to_tune), spec.settings).steps
     # All ranks read the same checkpoint: none is written before every rank takes part in a step.

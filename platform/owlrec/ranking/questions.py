@@ -20,7 +20,7 @@ from owlrec.generation.engine import EmptyPrompt, EngineStopped, RowError
 from owlrec.generation.job import dead_file
 from owlrec.prompting.ranking import rank_fingerprint
 from owlrec.ranking.experiment import RankerRun, RankingConfig
-from owlrec.ranking.retrieval import BehaviourRetriever, ItemVectors, with_candidates
+from owlrec.ranking.retrieval import BehaviorRetriever, ItemVectors, with_candidates
 from owlrec.ranking.samples import Shown, ask_about, asked_pairs, draw_samples, read_users
 from owlrec.ranking.scorer import TEMPLATE_OPTIONS, PairScorer, open_scorer
 from owlrec.ranking.tuning import Adapter, open_adapter
@@ -69,7 +69,7 @@ def write_questions(
             scenario,
             config.prompt,
             count_tokens,
-            k=data.behaviours,
+            k=data.behaviors,
             ways=ways,
         )
         workspace.write_parquet(f"{folder}/{split}.parquet", asked.rows)
@@ -122,7 +122,7 @@ class Teacher:
     def folder(self) -> str:
         """Folder of its answers, named by everything they depend on besides the pairs."""
         retrieved = (self.encoder.identity, PROJECTION) if self.shown != "recent" else None
-        shows = (self.shown, self.config.data.behaviours, retrieved, TEMPLATE_OPTIONS)
+        shows = (self.shown, self.config.data.behaviors, retrieved, TEMPLATE_OPTIONS)
         made_by = (engine_fingerprint(self.engine), self.adapter_sha256, self.calibration)
         return f"{SOFT_LABELS_FOLDER}/{fingerprint(self.wording, shows, made_by)[:16]}"
 
@@ -186,7 +186,7 @@ class ScorePairs(Stage):
     def _questions(self, workspace: Workspace, pairs: pa.Table) -> pa.Table:
         """samples.TUNING_ROWS of the pairs whose item has a title; their answers are meaningless."""
         if self.vectors is None:
-            retriever = BehaviourRetriever(np.zeros(0, np.int64), np.zeros((0, 1), np.float32))
+            retriever = BehaviorRetriever(np.zeros(0, np.int64), np.zeros((0, 1), np.float32))
         else:
             items = [pc.list_flatten(pairs[name]).to_numpy() for name in ("candidates", "history")]
             retriever = self.vectors.retriever(np.concatenate(items))
@@ -199,7 +199,7 @@ class ScorePairs(Stage):
             teacher.scenario,
             teacher.config.prompt,
             self._count,
-            k=teacher.config.data.behaviours,
+            k=teacher.config.data.behaviors,
             ways=(teacher.shown,),
         ).rows
 

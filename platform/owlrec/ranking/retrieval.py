@@ -1,4 +1,4 @@
-"""Semantic user behaviour retrieval (SUBR; ReLLa, WWW 2024): the behaviours of a history most similar to some
+"""Semantic user behavior retrieval (SUBR; ReLLa, WWW 2024): the behaviors of a history most similar to some
 candidates, in chronological order.
 
 An LLM loses track of a long history; the K most relevant behaviors say more than the K latest in as
@@ -101,16 +101,16 @@ _BLOCKS_PER_THREAD = 8  # minimum: a few ms of work, so starting a thread costs 
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """One user's behaviours, looked up once for many requests to the same retriever."""
+    """One user's behaviors, looked up once for many requests to the same retriever."""
 
-    n_behaviours: int
+    n_behaviors: int
     rows: np.ndarray  # int64 [u], ascending: rows of the distinct items with a vector
     positions: np.ndarray  # int64 [v]: behaviors whose item has a vector, by item, ascending within each
     starts: np.ndarray  # int64 [u + 1]: start of each item in `positions`, and the end
 
 
-class BehaviourRetriever:
-    """Finds behaviours by the vectors of their items."""
+class BehaviorRetriever:
+    """Finds behaviors by the vectors of their items."""
 
     def __init__(self, ids: np.ndarray, vectors: np.ndarray) -> None:
         """ids: int64 [n], ascending, each once; vectors: float [n, d], of any length.
@@ -135,7 +135,7 @@ class BehaviourRetriever:
         self._ids, self._vectors = (ids, unit) if usable.all() else (ids[usable], unit[usable])
 
     @classmethod
-    def from_table(cls, table: pa.Table, projection: Projection | None = None) -> "BehaviourRetriever":
+    def from_table(cls, table: pa.Table, projection: Projection | None = None) -> "BehaviorRetriever":
         """Builds it from the item rows of a vectors table (schema.vectors_schema), in any order; with an optional
         projection.
 
@@ -155,27 +155,27 @@ class BehaviourRetriever:
         rows = self._rows(history)
         bits = len(rows).bit_length()
         keys = np.sort(rows << bits | np.arange(len(rows)))  # by row and position: faster than a stable argsort
-        keys = keys[np.searchsorted(keys, 0) :]  # a behaviour without a vector has row -1
+        keys = keys[np.searchsorted(keys, 0) :]  # a behavior without a vector has row -1
         positions, grouped = keys & ((1 << bits) - 1), keys >> bits
         starts = np.flatnonzero(np.diff(grouped, prepend=-1))
         return History(len(rows), grouped[starts], positions, np.r_[starts, len(positions)])
 
     def retrieve(self, history: np.ndarray | History, candidates: np.ndarray, k: int) -> np.ndarray:
-        """The `k` behaviours nearest to a set of candidates by cosine, in chronological order.
+        """The `k` behaviors nearest to a set of candidates by cosine, in chronological order.
 
         history: int64 [h], item ids, oldest first, or a result of `look_up`; candidates: int64 [m], item ids, in
         any order, repeats allowed. Returns int64 [min(h, k)]: ascending positions in the history.
 
-        The candidates take turns: first the behaviours that are the nearest to one of them, then
-        the second nearest, and so on; within a turn nearer ones come first, and among equals newer ones. Behaviours
+        The candidates take turns: first the behaviors that are the nearest to one of them, then
+        the second nearest, and so on; within a turn nearer ones come first, and among equals newer ones. Behaviors
         whose item has no vector come after all others, the newest first. Candidates without vectors take no turn, and
-        if none has one, the k newest are shown. So a history of k behaviours always shows k. An earlier occurrence of a
+        if none has one, the k newest are shown. So a history of k behaviors always shows k. An earlier occurrence of a
         candidate itself is allowed and is nearest: repeat visits are part of the history. Raises ValueError if k < 1.
         """
         if k < 1:
             raise ValueError(f"k is {k}, but must be at least 1")
         opened = history if isinstance(history, History) else self.look_up(history)
-        n, rows = opened.n_behaviours, np.unique(self._rows(candidates))
+        n, rows = opened.n_behaviors, np.unique(self._rows(candidates))
         rows = rows[rows >= 0]
         if n <= k or len(rows) == 0:
             return np.arange(max(0, n - k), n)
@@ -224,7 +224,7 @@ class BehaviourRetriever:
     def _nearest(
         self, history: History, query: np.ndarray, cosines: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions of at most k behaviours, the nearest first, and their cosines: int64 and float64 [<= k].
+        """Positions of at most k behaviors, the nearest first, and their cosines: int64 and float64 [<= k].
 
         query: float32 [d]; cosines: float32 [u], its rounded products with the history's items.
         """
@@ -301,24 +301,24 @@ class ItemVectors:
             fit_projection(vectors, projection).save(workspace, kept, fitted_for)
         return cls(shards, Projection.load(workspace, kept, fitted_for))
 
-    def retriever(self, items: np.ndarray | None = None) -> BehaviourRetriever:
+    def retriever(self, items: np.ndarray | None = None) -> BehaviorRetriever:
         """Retriever in memory over some items (int64 [n], any order, repeats allowed), or over all of them for None."""
         if items is not None:
             ids = np.unique(items)
             vectors, mask = self.shards.gather(ids)
-            return BehaviourRetriever(ids[mask], self.projection.apply(vectors[mask]))
+            return BehaviorRetriever(ids[mask], self.projection.apply(vectors[mask]))
         all_ids, projected = [np.zeros(0, np.int64)], [np.zeros((0, len(self.projection.directions)), np.float32)]
         for number in self.shards.numbers:
             if (shard := self.shards.shard(number)) is not None:
                 all_ids.append(np.array(shard.ids))  # a view would keep the file open
                 projected.append(self.projection.apply(shard.vectors))
         order = np.argsort(np.concatenate(all_ids), kind="stable")
-        return BehaviourRetriever(np.concatenate(all_ids)[order], np.concatenate(projected)[order])
+        return BehaviorRetriever(np.concatenate(all_ids)[order], np.concatenate(projected)[order])
 
 
 def item_retriever(
     workspace: Workspace, encoder: EncoderConfig, projection: ProjectionSettings = PROJECTION
-) -> BehaviourRetriever:
+) -> BehaviorRetriever:
     """The retriever over all of the workspace's items; arguments: see ItemVectors.encoded."""
     return ItemVectors.encoded(workspace, encoder, projection).retriever()
 

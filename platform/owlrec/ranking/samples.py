@@ -23,7 +23,7 @@ from owlrec.ctr.experiment import DistillationConfig
 from owlrec.errors import RecipeError, SchemaError
 from owlrec.ids import by_shard, hash_of
 from owlrec.prompting.ranking import NO, YES, RankPromptConfig, is_quotable, rank_prompt
-from owlrec.ranking.retrieval import BehaviourRetriever, with_candidates
+from owlrec.ranking.retrieval import BehaviorRetriever, with_candidates
 from owlrec.scenario import Scenario
 from owlrec.schema import SAMPLE_ROWS, SAMPLES
 from owlrec.sources.catalog import ItemCatalog
@@ -31,8 +31,8 @@ from owlrec.sources.outcomes import POSITIVE, Labels, drawn_negatives, was_taken
 from owlrec.sources.splits import SplitConfig, id_values, in_histories, read_samples, with_histories
 from owlrec.workspace import Workspace
 
-Shown = Literal["recent", "retrieved", "mixed"]  # mixed: one prompt with both, half of the behaviours each
-Behaviours = list[tuple[str, float | None]]  # title and rating, oldest first
+Shown = Literal["recent", "retrieved", "mixed"]  # mixed: one prompt with both, half of the behaviors each
+Behaviors = list[tuple[str, float | None]]  # title and rating, oldest first
 TUNING_ROWS = pa.schema(
     [
         ("user_id", pa.int64()),
@@ -48,10 +48,10 @@ _ORDER = ("user_id", "item_id", "timestamp")  # hashed to order samples
 
 
 class TuningDataConfig(Config):
-    """Number of samples, number of behaviours per prompt, and prompt types, in this order."""
+    """Number of samples, number of behaviors per prompt, and prompt types, in this order."""
 
     shots: int | None = Field(256, ge=1)  # 256: the smallest setting of the paper's table; None: the whole train split
-    behaviours: int = Field(15, ge=1)  # beyond 15 the paper's zero-shot scores rise on only one of three data sets
+    behaviors: int = Field(15, ge=1)  # beyond 15 the paper's zero-shot scores rise on only one of three data sets
     shown: tuple[Shown, ...] = Field(("recent", "retrieved"), min_length=1)
 
 
@@ -69,7 +69,7 @@ def ask_about(
     samples: pa.Table,
     users: pa.Table,
     catalog: ItemCatalog,
-    retriever: BehaviourRetriever,
+    retriever: BehaviorRetriever,
     scenario: Scenario,
     prompt: RankPromptConfig,
     count_tokens: Callable[[str], int],
@@ -78,7 +78,7 @@ def ask_about(
     ways: Sequence[Shown],
 ) -> TuningData:
     """Rows for all `samples` (schema.SAMPLES and the column of `with_candidates`) of any split, each in all
-    `ways`, with at most `k` behaviours.
+    `ways`, with at most `k` behaviors.
 
     users: user_id and profile fields; a user without a row has no profile. A sample whose candidate has no title is
     skipped and counted. Behaviors without a title are excluded before any are chosen. Raises SchemaError for a
@@ -96,7 +96,7 @@ def ask_about(
         profile = profiles.get(sample["user_id"], {})
         together = sample["candidates"] if prompt.retrieved_for == "set" else [sample["item_id"]]
         for shown in ways:
-            lists = behaviours_shown(sample, titles, together, retriever, k, shown)
+            lists = behaviors_shown(sample, titles, together, retriever, k, shown)
             system, text = rank_prompt(scenario, profile, target, prompt, count_tokens, **lists)
             keys = {name: sample[name] for name in _ORDER}
             rows.append({**keys, "shown": shown, "system": system, "text": text, "answer": answer})
@@ -178,14 +178,14 @@ def _refuse_fewer(shots: int, rows: int, split: str) -> None:
         )
 
 
-def behaviours_shown(
+def behaviors_shown(
     sample: Mapping[str, Any],
     titles: Sequence[str],
     candidates: Sequence[int],
-    retriever: BehaviourRetriever,
+    retriever: BehaviorRetriever,
     k: int,
     shown: Shown,
-) -> dict[Literal["recent", "retrieved"], Behaviours]:
+) -> dict[Literal["recent", "retrieved"], Behaviors]:
     """The behaviors in a sample's prompt, at most `k`, as lists for `rank_prompt`.
 
     sample: user_id, history, history_ratings and history_labels, the last two null or aligned with history;
@@ -204,16 +204,16 @@ def behaviours_shown(
     outcomes = sample.get("history_labels") or [1.0] * len(history)
     took = list(map(was_taken, ratings, outcomes))
     titled = [i for i, title in enumerate(titles) if took[i] and is_quotable(title)]
-    behaviours = [(titles[i], ratings[i]) for i in titled]
+    behaviors = [(titles[i], ratings[i]) for i in titled]
     lately = {"recent": k, "retrieved": 0, "mixed": (k + 1) // 2}[shown]
-    n_older = max(0, len(behaviours) - lately)
-    lists: dict[Literal["recent", "retrieved"], Behaviours] = {}
+    n_older = max(0, len(behaviors) - lately)
+    lists: dict[Literal["recent", "retrieved"], Behaviors] = {}
     if lately:
-        lists["recent"] = behaviours[n_older:]
+        lists["recent"] = behaviors[n_older:]
     if k > lately:
         older = np.array([history[i] for i in titled[:n_older]], dtype=np.int64)
         retrieved = retriever.retrieve(older, np.array(candidates, dtype=np.int64), k - lately)
-        lists["retrieved"] = [behaviours[i] for i in retrieved]
+        lists["retrieved"] = [behaviors[i] for i in retrieved]
     return lists
 
 

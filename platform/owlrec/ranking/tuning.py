@@ -65,7 +65,7 @@ class Examples:
         return np.where(self.labels, self.answers.yes[0], self.answers.no[0])
 
 
-def tokenise(rows: pa.Table, tokenizer: Any, *, max_tokens: int) -> Examples:
+def tokenize(rows: pa.Table, tokenizer: Any, *, max_tokens: int) -> Examples:
     """The rows (samples.TUNING_ROWS) in the model's chat template.
 
     Raises EngineError if the first token does not separate Yes and No, and RecipeError if a prompt is longer than
@@ -78,7 +78,7 @@ def tokenise(rows: pa.Table, tokenizer: Any, *, max_tokens: int) -> Examples:
         if len(ids) > max_tokens:
             raise RecipeError(
                 f"ranking: the prompt of user {row['user_id']} and item {row['item_id']} has {len(ids)} "
-                f"tokens, but at most {max_tokens} are allowed. Lower ranking.data.behaviours, which "
+                f"tokens, but at most {max_tokens} are allowed. Lower ranking.data.behaviors, which "
                 "drops the oldest."
             )
         prompts.append(np.array(ids, dtype=np.int32))
@@ -129,16 +129,16 @@ class Checkpoint:
 
     @classmethod
     def of(
-        cls, progress: Progress, weights: Mapping[str, Tensor], optimiser: Optimizer, best: Mapping[str, Tensor]
+        cls, progress: Progress, weights: Mapping[str, Tensor], optimizer: Optimizer, best: Mapping[str, Tensor]
     ) -> "Checkpoint":
         """Checkpoint of a running optimizer."""
         moments = {
-            kind: {name: optimiser.state[weight][kind] for name, weight in weights.items()}
+            kind: {name: optimizer.state[weight][kind] for name, weight in weights.items()}
             for kind in ("exp_avg", "exp_avg_sq")
         }
         return cls(progress, dict(weights), moments, dict(best))
 
-    def restore(self, weights: Mapping[str, Tensor], optimiser: Optimizer) -> None:
+    def restore(self, weights: Mapping[str, Tensor], optimizer: Optimizer) -> None:
         """Restores weights and moments. Raises WorkspaceError if the adapter has another shape."""
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         if shapes != {name: tuple(weight.shape) for name, weight in self.weights.items()}:
@@ -148,7 +148,7 @@ class Checkpoint:
             )
         for name, weight in weights.items():
             weight.data.copy_(self.weights[name])
-            state: dict[str, Any] = optimiser.state[weight]
+            state: dict[str, Any] = optimizer.state[weight]
             state["step"] = weight.new_tensor(float(self.progress.step), device="cpu")
             for kind, tensors in self.moments.items():
                 state[kind] = tensors[name].to(weight.device, weight.dtype).clone()
@@ -257,7 +257,7 @@ def open_adapter(workspace: Workspace, folder: str, *, model: str, wording: str)
     if manifest.wording != wording:
         raise EngineError(
             f"{where} was tuned on prompts with a different wording ({manifest.wording[:8]}, not {wording[:8]}). Use "
-            "the retrieved_for, behaviours and scenario of tuning, or tune again."
+            "the retrieved_for, behaviors and scenario of tuning, or tune again."
         )
     if workspace.local:
         return Adapter(where, manifest)
@@ -305,15 +305,15 @@ def tune(
     torch.manual_seed(config.seed)
     peft_model = _adapt(model, config).to(worker.device)
     weights = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
-    optimiser = torch.optim.AdamW(weights.values(), config.learning_rate, betas=_BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights.values(), config.learning_rate, betas=_BETAS, weight_decay=0.0)
     progress, best = Progress(), {name: weight.detach().clone() for name, weight in weights.items()}
     if resume is not None:
         progress = resume.progress
-        resume.restore(weights, optimiser)
+        resume.restore(weights, optimizer)
         best = {name: tensor.to(worker.device) for name, tensor in resume.best.items()}
     schedule = Schedule(len(train), config)
     while progress.step < schedule.steps and progress.stale < config.patience:
-        loss = _step(peft_model, weights, optimiser, train, schedule, progress.step, config, worker)
+        loss = _step(peft_model, weights, optimizer, train, schedule, progress.step, config, worker)
         progress = progress.after_step(loss)
         if progress.step in schedule.evaluations:
             valid_auc = auc(valid.labels, score(peft_model, valid, config.micro_tokens, worker))
@@ -323,7 +323,7 @@ def tune(
         due = progress.step in schedule.evaluations or progress.step % config.checkpoint_steps == 0
         if worker.rank == 0:
             if keep and due:
-                keep(Checkpoint.of(progress, weights, optimiser, best))
+                keep(Checkpoint.of(progress, weights, optimizer, best))
             if on_step:
                 on_step(progress)
     with torch.no_grad():
@@ -433,7 +433,7 @@ def refuse_unusable(train: Examples, valid: Examples) -> None:
 def _step(
     model: Any,
     weights: dict[str, Tensor],
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     train: Examples,
     schedule: Schedule,
     step: int,
@@ -445,7 +445,7 @@ def _step(
     targets = torch.from_numpy(train.targets[rows]).to(worker.device)
     torch.manual_seed(int(np.random.SeedSequence([config.seed, step, worker.rank]).generate_state(1)[0]))
     model.train()
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     total = torch.zeros(1, device=worker.device)
     for batch in micro_batches(train.lengths[rows], config.micro_tokens, worker.world_size)[
         worker.rank :: worker.world_size
@@ -468,9 +468,9 @@ def _step(
     for weight, gradient in zip(weights.values(), gradients, strict=True):
         weight.grad = gradient
     torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = schedule.learning_rate(step)
-    optimiser.step()
+    optimizer.step()
     return float(total)
 
 

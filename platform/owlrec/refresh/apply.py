@@ -20,7 +20,7 @@ import pyarrow as pa
 from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Input, KnowledgeTexts
 from owlrec.encoding.stage import EncodingJob
-from owlrec.encoding.vectors import PARTITIONS, VectorShard, partitions_folder, quantiser_folder
+from owlrec.encoding.vectors import PARTITIONS, VectorShard, partitions_folder, quantizer_folder
 from owlrec.errors import OwlRecError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig, GenerationJob
@@ -175,14 +175,14 @@ class Delta:
     def _encode(self) -> tuple[str, dict[str, Card]]:
         """Folder of the vectors, with their semantic ids, and the cards of the shards with texts."""
         workspace, identity = self.workspace, self.encoder.identity
-        quantisers = read_codebooks(workspace, chain(workspace, self.moved.plan.parent)[-1])
-        codebooks = [quantisers[kind].fingerprint if kind in quantisers else "" for kind in _KINDS]
+        quantizers = read_codebooks(workspace, chain(workspace, self.moved.plan.parent)[-1])
+        codebooks = [quantizers[kind].fingerprint if kind in quantizers else "" for kind in _KINDS]
         folder = f"vectors/{fingerprint('delta', self.job.fingerprint, identity, codebooks)[:16]}"
         inputs: dict[str, Input] = {}
         for kind in _KINDS:
             name = f"knowledge-{kind}"
-            if kind in quantisers:
-                quantisers[kind].save(workspace, quantiser_folder(folder, name))
+            if kind in quantizers:
+                quantizers[kind].save(workspace, quantizer_folder(folder, name))
             if any(Shard.from_name(shard).kind == kind for shard in self.texts):
                 inputs[name] = KnowledgeTexts(self.job.folder, kind)
         # Fits no codebooks; uses the existing ones.
@@ -283,7 +283,7 @@ class SavePartitions(Stage):
         """See Stage.run."""
         workspace, number = work.workspace, work.shard.number
         new = VectorShard.read(workspace, f"{self.vectors}/knowledge-user/{shard_file(number, '.arrow')}")
-        tables = [replace(new, codes=new.codes[:, :0], quantiser="").table()]
+        tables = [replace(new, codes=new.codes[:, :0], quantizer="").table()]
         path = work.artifact.path(work.shard.file(".arrow"))
         if workspace.entry(path) is not None:
             tables.append(VectorShard.read(workspace, path).table())

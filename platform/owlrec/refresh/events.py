@@ -53,7 +53,7 @@ class RefreshConfig(Config):
     # Whose ids in no table are taken in, else refused. Such a user gets a text of their own; such an item counts as a
     # behavior, but has neither a title to quote nor a vector.
     admit: tuple[Literal["users", "items"], ...] = ()
-    freeze_behaviours: int = Field(6, ge=1)  # unread ones that trigger a new text
+    freeze_behaviors: int = Field(6, ge=1)  # unread ones that trigger a new text
     freeze_days: float = Field(7.0, gt=0)  # between the oldest unread behavior and the newest event of all
     partitions: int = Field(4, ge=1, le=256)  # kept vectors per user, newest first; 256: what a release has room for
     # Calls about users, one per partition; None: no limit. Calls about items are not included.

@@ -101,7 +101,7 @@ def due_reason(state: UserState, drift: float, clock: int, config: RefreshConfig
     n = len(state.short)
     if n == 0 or (state.held and n < state.held + FREEZE_MIN_BEHAVIORS):
         return ""
-    if n >= config.freeze_behaviours:
+    if n >= config.freeze_behaviors:
         return "length"
     if clock - state.short[0].time >= config.freeze_ms:
         return "age"

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 from owlrec.errors import WorkspaceError
 from owlrec.generation import EngineConfig, token_counter
 from owlrec.ids import shard_of
-from owlrec.prompting.framework import first_tokens, in_budget, quoted_behaviour, scenario_words
+from owlrec.prompting.framework import first_tokens, in_budget, quoted_behavior, scenario_words
 from owlrec.prompting.rows import EARLIER
 from owlrec.refresh.events import REFUSED, LogFile
 from owlrec.refresh.partitions import UserState, from_table
@@ -55,7 +55,7 @@ _NEXT = (
 )
 _FIRST = (
     "The user {consumed} these {items}, oldest first: {behaviors}.\n"
-    "Summarise the user's preferences on {items}, considering {factors}."
+    "Summarize the user's preferences on {items}, considering {factors}."
 )
 _CHAT_TOKENS = 64  # upper bound on a chat template's tokens
 
@@ -116,7 +116,7 @@ class RefreshPrompts:
         return text, facts, max(1, self.engine.max_model_len - taken)  # the engine reports a lack of space
 
     def _quoted(self, behaviors: Behaviors) -> list[str]:
-        return [quoted_behaviour(self.scenario, title, rating) for title, rating in behaviors]
+        return [quoted_behavior(self.scenario, title, rating) for title, rating in behaviors]
 
     def _facts(self, behaved: str) -> str:
         return f"{self.scenario.consumed} these {self.scenario.items}: {behaved}."

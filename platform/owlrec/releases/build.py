@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from owlrec.cohorts.model import memberships
 from owlrec.config import Config
-from owlrec.encoding.semantic_ids import Quantiser
+from owlrec.encoding.semantic_ids import Quantizer
 from owlrec.errors import OwlRecError, ReleaseError, SchemaError
 from owlrec.ids import Kind, shard_of
 from owlrec.releases.manifest import (
@@ -31,7 +31,7 @@ from owlrec.releases.manifest import (
     chain,
     ids_file,
     part_file,
-    quantiser_folder,
+    quantizer_folder,
     read_manifest,
 )
 from owlrec.releases.parts import PartWriter
@@ -185,7 +185,7 @@ def publish(
     info: ReleaseInfo,
     memberships: Iterable[pa.Table] = (),
     behaviors: Iterable[pa.Table] = (),
-    quantisers: Mapping[str, Quantiser] | None = None,
+    quantizers: Mapping[str, Quantizer] | None = None,
 ) -> ReleaseManifest:
     """Publishes rows in memory (a small delta) and makes the release current. `publish_rows` takes shards.
 
@@ -195,7 +195,7 @@ def publish(
     existing = whole_release(workspace, info)
     if existing is None:
         rows = TableRows.of(knowledge, vectors, memberships, behaviors)
-        existing = build_release(workspace, info, rows, shards_for(rows.most_ids, PART_IDS), quantisers=quantisers)
+        existing = build_release(workspace, info, rows, shards_for(rows.most_ids, PART_IDS), quantizers=quantizers)
     make_current(workspace, existing.name, expected=info.parent or ANY)
     return existing
 
@@ -206,13 +206,13 @@ def publish_rows(
     rows: ReleaseRows,
     n_parts: int,
     *,
-    quantisers: Mapping[str, Quantiser] | None = None,
+    quantizers: Mapping[str, Quantizer] | None = None,
     pool: Pool | None = None,
     on_card: Callable[[Card], None] | None = None,
 ) -> ReleaseManifest:
     """Publishes a release of `n_parts` (a power of two) and makes it current.
 
-    quantisers: by kind, for the vectors' codes; a full release keeps them, and a delta uses its parent's.
+    quantizers: by kind, for the vectors' codes; a full release keeps them, and a delta uses its parent's.
     pool: builds the parts, by default in this process. on_card: called for each finished part.
     Raises SchemaError for a broken table, a duplicate key or vectors of another length than a delta's
     parent; ReleaseError if there is nothing to publish, a delta has no complete parent, written rows read back
@@ -220,7 +220,7 @@ def publish_rows(
     stays in each case.
     """
     manifest = whole_release(workspace, info) or build_release(
-        workspace, info, rows, n_parts, quantisers=quantisers, pool=pool, on_card=on_card
+        workspace, info, rows, n_parts, quantizers=quantizers, pool=pool, on_card=on_card
     )
     make_current(workspace, manifest.name, expected=info.parent or ANY)
     return manifest
@@ -233,7 +233,7 @@ def build_release(
     n_parts: int,
     *,
     base: Sequence[ReleaseManifest] = (),
-    quantisers: Mapping[str, Quantiser] | None = None,
+    quantizers: Mapping[str, Quantizer] | None = None,
     pool: Pool | None = None,
     on_card: Callable[[Card], None] | None = None,
 ) -> ReleaseManifest:
@@ -242,17 +242,17 @@ def build_release(
     base: the chain, newest first, whose rows a full release takes over (for a delta, that of its parent); vectors must
     have its dimension and codes its codebooks. Otherwise see publish_rows.
     """
-    if info.delta and quantisers:
-        raise ValueError("a delta uses its parent's quantisers: do not pass any.")
+    if info.delta and quantizers:
+        raise ValueError("a delta uses its parent's quantizers: do not pass any.")
     base = _parents(workspace, info) if info.delta else base
     info = _inherited(info, base)
     build = _begin(workspace, info)
     folder = f"releases/{build['name']}"
     try:
-        books = _write_quantisers(workspace, folder, quantisers or {})
+        books = _write_quantizers(workspace, folder, quantizers or {})
         codes = dict(base[0].semantic_ids) if base else {}
-        for kind, quantiser in (quantisers or {}).items():
-            codes[kind] = SemanticIdEntry(sizes=quantiser.sizes, codebooks=quantiser.fingerprint)
+        for kind, quantizer in (quantizers or {}).items():
+            codes[kind] = SemanticIdEntry(sizes=quantizer.sizes, codebooks=quantizer.fingerprint)
         stage = PartStage(folder, rows, n_parts, codes, base[0].dim if base else 0, base if info.delta else ())
         digest = fingerprint(info.fingerprint, n_parts)
         inputs = {Shard("part", number): digest for number in range(n_parts)}
@@ -398,13 +398,13 @@ def _begin(workspace: Workspace, info: ReleaseInfo) -> dict[str, str]:
     return build
 
 
-def _write_quantisers(workspace: Workspace, folder: str, quantisers: Mapping[str, Quantiser]) -> dict[str, FileEntry]:
+def _write_quantizers(workspace: Workspace, folder: str, quantizers: Mapping[str, Quantizer]) -> dict[str, FileEntry]:
     """Writes codebooks into a release's folder; returns their files by relative path."""
-    for kind, quantiser in quantisers.items():
-        quantiser.save(workspace, f"{folder}/{quantiser_folder(kind)}")
+    for kind, quantizer in quantizers.items():
+        quantizer.save(workspace, f"{folder}/{quantizer_folder(kind)}")
     books = {}
-    for kind in quantisers:
-        below = quantiser_folder(kind)
+    for kind in quantizers:
+        below = quantizer_folder(kind)
         for name, entry in workspace.entries(folder, below).items():
             digest = workspace.digest(f"{folder}/{below}/{name}")
             books[f"{below}/{name}"] = FileEntry(bytes=entry.bytes, sha256=digest, e_tag=entry.e_tag)
@@ -472,7 +472,7 @@ def _sums(cards: Sequence[Card], name: str) -> dict[str, int]:
 
 def _refuse_other_codebooks(kind: Kind, table: pa.Table, writer: PartWriter, name: str) -> None:
     """Refuses vectors coded with other codebooks than the release's."""
-    coded_by = (table.schema.metadata or {}).get(b"quantiser", b"").decode()
+    coded_by = (table.schema.metadata or {}).get(b"quantizer", b"").decode()
     if coded_by and kind in writer.codes and coded_by != writer.codes[kind].codebooks:
         raise SchemaError(
             f"{name}: its codes come from codebooks {coded_by[:8]}, but the release has "

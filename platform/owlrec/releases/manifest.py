@@ -21,7 +21,7 @@ class SemanticIdEntry(BaseModel):
     """Format of one kind's semantic ids."""
 
     sizes: tuple[int, ...]  # codes per level
-    codebooks: str = ""  # fingerprint of the quantiser
+    codebooks: str = ""  # fingerprint of the quantizer
 
 
 class PartEntry(BaseModel):
@@ -74,7 +74,7 @@ def ids_file(number: int) -> str:
     return f"parts/{number:05d}.ids"
 
 
-def quantiser_folder(kind: str) -> str:
+def quantizer_folder(kind: str) -> str:
     """Folder of a kind's codebooks in a full release, relative to its folder."""
     return f"semantic_ids/{kind}"
 

@@ -208,7 +208,7 @@ class PartWriter:
             if coded.any():
                 raise SchemaError(
                     f"{name}: vectors of kind '{kind}' have codes, but the release has no codebooks for them. "
-                    "Publish them with their quantiser, or without codes."
+                    "Publish them with their quantizer, or without codes."
                 )
             return
         values = [b""] * len(rows)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from owlrec.config import Registry
-from owlrec.encoding.semantic_ids import Quantiser
+from owlrec.encoding.semantic_ids import Quantizer
 from owlrec.errors import OwlRecError, ReleaseError, did_you_mean
 from owlrec.ids import KINDS, TABLES, Kind, as_ids
 from owlrec.node_cache import NodeCache
@@ -32,7 +32,7 @@ from owlrec.releases.manifest import (
     chain,
     ids_file,
     part_file,
-    quantiser_folder,
+    quantizer_folder,
 )
 from owlrec.releases.rows import DATABASES, KEY_ORDER, ChainedStore, Knowledge, KnowledgeStore, TombstonedStore
 from owlrec.storage import FileEntry, Pointer, PointerMoved
@@ -108,8 +108,8 @@ class Release:
         """Semantic ids of some ids, coarse to fine and a duplicate digit: (uint16 [n, levels + 1], bool [n])."""
         return self.store.codes(kind, as_ids(ids))
 
-    def quantisers(self) -> dict[str, Quantiser]:
-        """By kind, the quantisers of its semantic ids; kinds without codes are missing."""
+    def quantizers(self) -> dict[str, Quantizer]:
+        """By kind, the quantizers of its semantic ids; kinds without codes are missing."""
         return read_codebooks(self._workspace, self.chain[-1]) if self._workspace else {}
 
     def close(self) -> None:
@@ -309,10 +309,10 @@ def check_files(workspace: Workspace, manifest: ReleaseManifest, *, hashed: bool
             pass
 
 
-def read_codebooks(workspace: Workspace, full: ReleaseManifest) -> dict[str, Quantiser]:
-    """Quantisers in a full release, by kind."""
-    folders = {kind: f"releases/{full.name}/{quantiser_folder(kind)}" for kind in full.semantic_ids}
-    return {kind: Quantiser.load(workspace, folder) for kind, folder in folders.items()}
+def read_codebooks(workspace: Workspace, full: ReleaseManifest) -> dict[str, Quantizer]:
+    """Quantizers in a full release, by kind."""
+    folders = {kind: f"releases/{full.name}/{quantizer_folder(kind)}" for kind in full.semantic_ids}
+    return {kind: Quantizer.load(workspace, folder) for kind, folder in folders.items()}
 
 
 def read_part_ids(workspace: Workspace, manifest: ReleaseManifest, number: int, kind: str) -> np.ndarray:

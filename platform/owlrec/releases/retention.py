@@ -115,7 +115,7 @@ def _merged(
         ChainRows(manifests, without),
         shards_for(max(newest.totals.values(), default=0), PART_IDS),
         base=manifests,
-        quantisers=read_codebooks(workspace, manifests[-1]),
+        quantizers=read_codebooks(workspace, manifests[-1]),
         pool=pool,
         on_card=on_card,
     )

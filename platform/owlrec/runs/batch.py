@@ -23,7 +23,7 @@ from owlrec.encoding.inputs import (
 )
 from owlrec.encoding.semantic_ids import CODING
 from owlrec.encoding.stage import EncodingJob
-from owlrec.encoding.vectors import read_quantisers
+from owlrec.encoding.vectors import read_quantizers
 from owlrec.errors import SourceError, WorkspaceError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import (
@@ -366,7 +366,7 @@ def publish(recipe: Recipe, workspace: Workspace) -> Card:
                 info,
                 ShardRows(encoded.outputs["knowledge"], folder, cohorts, recipe.split.history_length),
                 n_parts,
-                quantisers=read_quantisers(workspace, folder, "knowledge"),
+                quantizers=read_quantizers(workspace, folder, "knowledge"),
                 pool=pool,
                 on_card=lambda card: advance(card.rows_out),
             )

@@ -18,7 +18,7 @@ from owlrec.ctr.experiment import (
     finished_trials,
     grid_folder,
     read_grid_scores,
-    summarise,
+    summarize,
     trials,
 )
 from owlrec.ctr.features import encode_items
@@ -87,7 +87,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
                 pool=pool,
                 on_trial=lambda result: advance(1),
             )
-        for row in summarise(results):
+        for row in summarize(results):
             none = row.differences.get("none")
             gain = f" ({none.auc:+.4f} from none)" if none else ""
             note(f"{row.backbone}, {row.arm}: test AUC {row.auc:.4f}{gain}, {row.seeds} seeds")

@@ -49,10 +49,10 @@ def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None
     named = fingerprint(tuned_key, config, settings, engine)
 
     def body() -> tuple[Counts, Outputs]:
-        if recipe.split.history_length <= config.data.behaviours:
+        if recipe.split.history_length <= config.data.behaviors:
             warn(
                 f"split.history_length is {recipe.split.history_length}, and a prompt shows "
-                f"{config.data.behaviours} behaviors, so the retrieved ones equal the recent ones. Raise "
+                f"{config.data.behaviors} behaviors, so the retrieved ones equal the recent ones. Raise "
                 "split.history_length and run `prepare` again."
             )
         with shard_pool(recipe, workspace) as pool:

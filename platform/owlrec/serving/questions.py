@@ -1,4 +1,4 @@
-"""The LLM's prompts about a request's candidates: the user's most relevant behaviours (SUBR, ReLLa), in the
+"""The LLM's prompts about a request's candidates: the user's most relevant behaviors (SUBR, ReLLa), in the
 wording that the ranker was tuned on. Retrieved for the set, they are the same in each prompt, so the engine reads them
 once.
 
@@ -17,8 +17,8 @@ from owlrec.errors import OwlRecError
 from owlrec.ids import shard_of
 from owlrec.prompting.ranking import rank_prompt
 from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import BehaviourRetriever
-from owlrec.ranking.samples import Shown, behaviours_shown
+from owlrec.ranking.retrieval import BehaviorRetriever
+from owlrec.ranking.samples import Shown, behaviors_shown
 from owlrec.scenario import Scenario
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import ServedReleases
@@ -49,7 +49,7 @@ class WorkspaceTables:
         """A user's or an item's columns; None if there is no such row, or the user is forgotten."""
         return self._find(f"{kind}s", f"{kind}_id", id_)
 
-    def behaviours(self, user: int) -> list[tuple[int, float | None]]:
+    def behaviors(self, user: int) -> list[tuple[int, float | None]]:
         """Behaviors in the prompt of a user's text: (item, rating), oldest first."""
         row = self._find("histories", "user_id", user)
         items = (row or {}).get("items") or []
@@ -58,9 +58,9 @@ class WorkspaceTables:
 
     def history(self, user: int) -> list[tuple[int, str, float | None]]:
         """The same for display: (item, its title, rating), latest first."""
-        behaviours = self.behaviours(user)
-        titles = self.titles([item for item, _ in behaviours])
-        return [(item, title, rating) for (item, rating), title in zip(behaviours, titles, strict=True)][::-1]
+        behaviors = self.behaviors(user)
+        titles = self.titles([item for item, _ in behaviors])
+        return [(item, title, rating) for (item, rating), title in zip(behaviors, titles, strict=True)][::-1]
 
     def titles(self, items: list[int]) -> list[str]:
         """Title of each item, "" if it has none."""
@@ -74,7 +74,7 @@ class WorkspaceTables:
 
     def draw_candidates(self, user: int, n: int) -> list[int]:
         """At most `n` random catalog items without behaviors of the user; always the same ones."""
-        catalog, seen = self._titles(), {item for item, _ in self.behaviours(user)}
+        catalog, seen = self._titles(), {item for item, _ in self.behaviors(user)}
         drawn = catalog.draw(n + len(seen), user) if catalog else []
         return [item for item in drawn if item not in seen][:n]
 
@@ -122,7 +122,7 @@ class QuestionWriter:
     def __init__(
         self,
         tables: WorkspaceTables,
-        retriever: BehaviourRetriever,
+        retriever: BehaviorRetriever,
         scenario: Scenario,
         config: RankingConfig,
         recent: Recent,
@@ -140,19 +140,19 @@ class QuestionWriter:
     def write(self, asked: Rank, candidates: Sequence[int]) -> list[tuple[str, str]]:
         """System turn and user turn about each candidate, in their order; two "" for one without a title."""
         if asked.history is None:
-            behaviours = [] if asked.user_id is None else self._recent(asked.user_id)
+            behaviors = [] if asked.user_id is None else self._recent(asked.user_id)
         else:
-            behaviours = [(b.item_id, b.rating) for b in asked.history if b.taken]
-        items = [item for item, _ in behaviours]
+            behaviors = [(b.item_id, b.rating) for b in asked.history if b.taken]
+        items = [item for item, _ in behaviors]
         sample = {
             "user_id": asked.user_id,
             "history": items,
-            "history_ratings": [rating for _, rating in behaviours],
+            "history_ratings": [rating for _, rating in behaviors],
         }
         titles, targets = self._tables.titles(items), self._tables.titles(list(candidates))
-        profile, prompt, k = self._profile(asked), self._config.prompt, self._config.data.behaviours
+        profile, prompt, k = self._profile(asked), self._config.prompt, self._config.data.behaviors
         sets = [list(candidates)] if prompt.retrieved_for == "set" else [[item] for item in candidates]
-        shown = [behaviours_shown(sample, titles, one, self._retriever, k, self._shown) for one in sets]
+        shown = [behaviors_shown(sample, titles, one, self._retriever, k, self._shown) for one in sets]
         if prompt.retrieved_for == "set":
             shown *= len(targets)
         return [

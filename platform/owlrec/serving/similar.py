@@ -21,7 +21,7 @@ import numpy as np
 from owlrec.process import cache_folder
 from owlrec.releases.release import Release
 from owlrec.serving.problems import Problem
-from owlrec.serving.schemas import Kind, Neighbour, Similar
+from owlrec.serving.schemas import Kind, Neighbor, Similar
 from owlrec.storage import Storage, fingerprint
 
 # ---------------------------------------------------------------------------------------------------------- vector text
@@ -84,7 +84,7 @@ class SimilarEntities:
         self._open: dict[tuple[str, Kind], Any] = {}
         self._building: set[tuple[str, Kind]] = set()
 
-    def find(self, release: Release, asked: Similar) -> list[Neighbour]:
+    def find(self, release: Release, asked: Similar) -> list[Neighbor]:
         """Nearest entities, most similar first, without the queried one.
 
         Raises Problem: 404 if the entity has no vector, 422 for a vector of the wrong length or all zeros, 501
@@ -99,7 +99,7 @@ class SimilarEntities:
         scores, ids = index.search(question[None], asked.limit + 1 + spare)
         gone = release.tombstones.among(ids[0]) if spare else np.zeros(ids.shape[1], dtype=bool)
         near = [
-            Neighbour(id=id_, score=round(min(1.0, score), 6))
+            Neighbor(id=id_, score=round(min(1.0, score), 6))
             for id_, score, forgotten in zip(ids[0].tolist(), scores[0].tolist(), gone.tolist(), strict=True)
             if id_ >= 0 and id_ != asked.id and not forgotten
         ]

@@ -183,7 +183,7 @@ class Ingest(Stage):
         counts: dict[str, int] = {}
         gone = read_tombstones(work.workspace)
         for name, pieces in tables.items():
-            data = [self._labelled(piece) if name == "interactions" else piece.data for piece in pieces]
+            data = [self._labeled(piece) if name == "interactions" else piece.data for piece in pieces]
             if name != "items":
                 data = [gone.without(table) for table in data]
             table = pa.concat_tables(data)
@@ -194,7 +194,7 @@ class Ingest(Stage):
         rows = sum(counts[name] for name in tables)
         return Result(files, rows_in=rows, rows_out=rows, counts=counts)
 
-    def _labelled(self, piece: Piece) -> pa.Table:
+    def _labeled(self, piece: Piece) -> pa.Table:
         table = with_outcomes(piece.data, self.labels, piece.name, piece.first_row)
         return table.select(INTERACTIONS.names).cast(INTERACTIONS)
 

@@ -92,11 +92,11 @@ class Labels(BaseModel, frozen=True):
 
         Raises SchemaError if the rule needs a missing column.
         """
-        labelled = bool({"label", "event"} & set(columns))
+        labeled = bool({"label", "event"} & set(columns))
         rule = config.rule_name or (
-            "column" if labelled else "rating_above" if "rating" in columns else "positives_only"
+            "column" if labeled else "rating_above" if "rating" in columns else "positives_only"
         )
-        if rule == "column" and not labelled:
+        if rule == "column" and not labeled:
             raise SchemaError(
                 "labels.rule is column, but the interactions have neither a column label nor event. Map one "
                 "under source.columns.interactions, or use another rule."

@@ -26,7 +26,7 @@ from owlrec.sources.outcomes import outcome_columns
 from owlrec.storage import file_digest, fingerprint
 
 # --------------------------------------------------------------------------------------------------------------- titles
-# Film titles in their usual form: an LLM knows "The Usual Suspects" better than a catalogue's "Usual Suspects, The".
+# Film titles in their usual form: an LLM knows "The Usual Suspects" better than a catalog's "Usual Suspects, The".
 #
 # The year stays in the title, because it distinguishes remakes, and is also a separate attribute.
 

@@ -25,19 +25,19 @@ class InputShape:
     embed_dim: int
 
     @property
-    def behaviour_fields(self) -> int:
-        """Fields of one behaviour: those of its item, plus its rating."""
+    def behavior_fields(self) -> int:
+        """Fields of one behavior: those of its item, plus its rating."""
         return self.item_fields + 1
 
     @property
     def n_fields(self) -> int:
         """Number of fields in `BackboneInputs.fields`."""
-        return self.item_fields + self.behaviour_fields + self.profile_fields + self.knowledge_fields
+        return self.item_fields + self.behavior_fields + self.profile_fields + self.knowledge_fields
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """Behaviours as rows of tables. A weighted sum over them is then an embedding bag, seven times faster on a CPU than
+    """Behaviors as rows of tables. A weighted sum over them is then an embedding bag, seven times faster on a CPU than
     gathering and multiplying a [b, L, f, e] tensor.
     """
 
@@ -55,7 +55,7 @@ class TableRows:
         )
 
     def projected(self, weight: Tensor) -> Tensor:
-        """float32 [b, L, out]: each behaviour times `weight` [out, sum of the widths]; each row of a table once."""
+        """float32 [b, L, out]: each behavior times `weight` [out, sum of the widths]; each row of a table once."""
         by_table = weight.split([table.shape[1] for table in self.tables], dim=1)
         parts = [
             F.embedding(rows, F.linear(table, table_weight))
@@ -73,34 +73,34 @@ class BackboneInputs:
     """
 
     target: Tensor  # float32 [b, item_fields, e]
-    # float32 [b or 1, L, behaviour_fields, e], the rating last; L is 0 if the backbone reads only sums of it
+    # float32 [b or 1, L, behavior_fields, e], the rating last; L is 0 if the backbone reads only sums of it
     history: Tensor
     mask: Tensor  # bool [b or 1, L], False for padding
     profile: Tensor  # float32 [b or 1, profile_fields, e]
     knowledge: Tensor | None  # float32 [b, knowledge_fields, e]: the user's, then the item's
-    behaviours: TableRows | None = None  # the history as rows of tables, if a batch repeats items
+    behaviors: TableRows | None = None  # the history as rows of tables, if a batch repeats items
 
     def mean_history(self) -> Tensor:
-        """float32 [b or 1, behaviour_fields, e]: mean over the behaviors without padding; zeros for an empty
+        """float32 [b or 1, behavior_fields, e]: mean over the behaviors without padding; zeros for an empty
         history.
         """
         weights = self.mask.to(self.target.dtype)
         return self.sum_history(weights / weights.sum(1, keepdim=True).clamp(min=1))
 
     def sum_history(self, weights: Tensor) -> Tensor:
-        """float32 [b, behaviour_fields, e]: weighted sum of the behaviours.
+        """float32 [b, behavior_fields, e]: weighted sum of the behaviors.
 
         weights: float32 [b, L], or [1, L] if history and weights have one row.
         """
-        if self.behaviours is None:
+        if self.behaviors is None:
             return torch.einsum("bl,blfe->bfe", weights, self.history)
-        return self.behaviours.weighted_sum(weights).unflatten(1, self.history.shape[2:])
+        return self.behaviors.weighted_sum(weights).unflatten(1, self.history.shape[2:])
 
     def project_history(self, weight: Tensor) -> Tensor:
-        """float32 [b or 1, L, out]: a linear map of each behaviour. weight: float32 [out, behaviour_fields * e]."""
-        if self.behaviours is None:
+        """float32 [b or 1, L, out]: a linear map of each behavior. weight: float32 [out, behavior_fields * e]."""
+        if self.behaviors is None:
             return F.linear(self.history.flatten(2), weight)
-        return self.behaviours.projected(weight)
+        return self.behaviors.projected(weight)
 
     def fields(self, history: Tensor | None = None) -> Tensor:
         """float32 [b, n_fields, e]: target, history (by default its mean), profile, knowledge."""
@@ -112,7 +112,7 @@ class BackboneInputs:
 class Backbone(nn.Module, ABC):
     """The part of a CTR model above the embeddings."""
 
-    reads_behaviours: ClassVar[bool] = False  # True if `forward` reads `history` itself, not only sums of it
+    reads_behaviors: ClassVar[bool] = False  # True if `forward` reads `history` itself, not only sums of it
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape, mlp
 
 # ------------------------------------------------------------------------------------------------------------------ din
-# DIN, the deep interest network (Zhou et al., KDD 2018): attention of the target item over the user's behaviours.
+# DIN, the deep interest network (Zhou et al., KDD 2018): attention of the target item over the user's behaviors.
 #
 # The paper's attention unit is an MLP over [q, k, q - k, q * k]. Its first layer is linear in q, k and q - k, so it is
 # written as the sum of three projections: the same function without a [b, L, 4d] tensor. The weights are
@@ -22,20 +22,20 @@ ATTENTION_DIMS = (32, 16)
 class DIN(Backbone):
     """Target attention over the history; an empty history gives zeros."""
 
-    reads_behaviours = True
+    reads_behaviors = True
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
         self.item_fields = shape.item_fields
-        item_dim, behaviour_dim = shape.item_fields * shape.embed_dim, shape.behaviour_fields * shape.embed_dim
+        item_dim, behavior_dim = shape.item_fields * shape.embed_dim, shape.behavior_fields * shape.embed_dim
         self.query = nn.Linear(item_dim, ATTENTION_DIMS[0])
-        self.key = nn.Linear(behaviour_dim, ATTENTION_DIMS[0], bias=False)
+        self.key = nn.Linear(behavior_dim, ATTENTION_DIMS[0], bias=False)
         self.product = nn.Linear(item_dim, ATTENTION_DIMS[0], bias=False)
         self.score = nn.Sequential(nn.ReLU(), nn.Linear(*ATTENTION_DIMS), nn.ReLU(), nn.Linear(ATTENTION_DIMS[1], 1))
         self.head = mlp(shape.n_fields * shape.embed_dim, hidden_dims, dropout, out_dim=1)
 
     def attention(self, inputs: BackboneInputs) -> Tensor:
-        """float32 [b, L]: the behaviours' weights, 0 on padding. They sum to 1, or to 0 for an empty history."""
+        """float32 [b, L]: the behaviors' weights, 0 on padding. They sum to 1, or to 0 for an empty history."""
         target = inputs.target.flatten(1).unsqueeze(1)
         item = inputs.history[:, :, : self.item_fields].flatten(2)
         hidden = self.query(target) + inputs.project_history(self.key.weight) + self.product(target * item)
@@ -89,16 +89,16 @@ class AttentionalGRU(nn.Module):
 class DIEN(Backbone):
     """Interests that evolve towards the target; an empty history gives a zero state.
 
-    A state is as wide as an item's embedding, as in the paper. Behaviours must come before padding, as in features.py,
+    A state is as wide as an item's embedding, as in the paper. Behaviors must come before padding, as in features.py,
     because the extractor reads them in order.
     """
 
-    reads_behaviours = True
+    reads_behaviors = True
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
-        item_dim, behaviour_dim = shape.item_fields * shape.embed_dim, shape.behaviour_fields * shape.embed_dim
-        self.extractor = nn.GRU(behaviour_dim, item_dim)
+        item_dim, behavior_dim = shape.item_fields * shape.embed_dim, shape.behavior_fields * shape.embed_dim
+        self.extractor = nn.GRU(behavior_dim, item_dim)
         self.key = nn.Linear(item_dim, item_dim, bias=False)
         self.evolution = AttentionalGRU(item_dim, item_dim)
         self.head = mlp(item_dim + shape.n_fields * shape.embed_dim, hidden_dims, dropout, out_dim=1)

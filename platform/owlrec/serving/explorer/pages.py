@@ -71,7 +71,7 @@ _DEADLINE_MS = 8000  # people wait longer than services
 
 
 async def compare_rankings(ranker: Ranker | None, tables: WorkspaceTables, user: int, words: str) -> dict[str, Any]:
-    """Template values for the page. words: item ids, or empty for random ones from the catalogue.
+    """Template values for the page. words: item ids, or empty for random ones from the catalog.
 
     Raises Problem (422) for invalid ids or too many of them.
     """
@@ -145,7 +145,7 @@ _FOLDER = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 _HEADERS = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer", "cache-control": "no-store"}
 _FOUND = 50  # maximum search results
-_NEIGHBOURS = 8
+_NEIGHBORS = 8
 _SAMPLED = 2000  # texts sampled for the release's quality
 
 
@@ -274,12 +274,12 @@ class _Views:
             "codes": "-".join(map(str, codes)) if codes else "",
             "cohorts": [(c, k.text if k else "") for c, k in zip(cohorts, store.get("cohort", cohorts), strict=True)],
             "history": self._tables.history(id_) if kind == "user" else [],
-            "neighbours": self._neighbours(release, kind, id_),
+            "neighbors": self._neighbors(release, kind, id_),
         }
 
-    def _neighbours(self, release: Release, kind: Kind, id_: int) -> list[tuple[int, str, float]]:
+    def _neighbors(self, release: Release, kind: Kind, id_: int) -> list[tuple[int, str, float]]:
         try:
-            near = self._similar.find(release, Similar(kind=kind, id=id_, limit=_NEIGHBOURS))
+            near = self._similar.find(release, Similar(kind=kind, id=id_, limit=_NEIGHBORS))
         except Problem:  # no vector, no faiss, or an unfinished index: the page works without it
             return []
         return [(n.id, self._name(kind, n.id), n.score) for n in near]

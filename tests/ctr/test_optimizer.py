@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 
 from owlrec.ctr.experiment import CTRConfig
-from owlrec.ctr.trainer import Optimisers, RowwiseAdagrad, large_tables, mean_over_ranks
+from owlrec.ctr.trainer import Optimizers, RowwiseAdagrad, large_tables, mean_over_ranks
 
 
 class TwoTables(nn.Module):
@@ -27,16 +27,16 @@ class TwoTables(nn.Module):
 CONFIG = CTRConfig(learning_rate=0.1)
 
 
-def optimisers_of(model: nn.Module) -> Optimisers:
-    return Optimisers(model, CONFIG, sparse_above_rows=10, table_learning_rate=0.5)
+def optimizers_of(model: nn.Module) -> Optimizers:
+    return Optimizers(model, CONFIG, sparse_above_rows=10, table_learning_rate=0.5)
 
 
 def test_two_steps_by_hand() -> None:
     table = nn.Parameter(torch.zeros(3, 2))
-    optimiser = RowwiseAdagrad([table], lr=0.5)
+    optimizer = RowwiseAdagrad([table], lr=0.5)
     for rows, values in (([1, 1], [[1.0, 0.0], [2.0, 4.0]]), ([2, 1], [[1.0, 1.0], [0.0, 2.0]])):
         table.grad = torch.sparse_coo_tensor([rows], values, (3, 2), check_invariants=False)
-        optimiser.step()
+        optimizer.step()
     # Row 1: gradients (3, 4) of mean square 12.5, then (0, 2) of 2, on top of which 14.5.
     by_hand = [[0, 0], [-0.5 * 3 / 12.5**0.5, -0.5 * 4 / 12.5**0.5 - 0.5 * 2 / 14.5**0.5], [-0.5, -0.5]]
     torch.testing.assert_close(table.detach(), torch.tensor(by_hand))
@@ -59,28 +59,28 @@ def test_a_row_alone_moves_as_torch_adagrad_moves_it() -> None:
 
 def test_a_step_touches_only_the_rows_that_it_uses() -> None:
     model = TwoTables(1000)
-    optimisers = optimisers_of(model)
-    assert list(optimisers.tables) == ["large.weight"]
+    optimizers = optimizers_of(model)
+    assert list(optimizers.tables) == ["large.weight"]
     before, small = model.large.weight.detach().clone(), model.small.weight.detach().clone()
     used = [0, 3, 7, 7, 999]  # 0 is padding
     for _ in range(2):
-        optimisers.zero_grad()
+        optimizers.zero_grad()
         model(torch.tensor(used)).square().sum().backward()
         assert model.large.weight.grad is not None
         assert model.large.weight.grad.is_sparse
         assert model.large.weight.grad._nnz() <= len(used)
-        optimisers.step()
+        optimizers.step()
     moved = (model.large.weight.detach() != before).any(1).nonzero().flatten().tolist()
     assert moved == [3, 7, 999]
     assert not torch.equal(model.small.weight, small)
-    sums = next(v for k, v in optimisers.state().items() if k.endswith("sum"))
+    sums = next(v for k, v in optimizers.state().items() if k.endswith("sum"))
     assert sums.nonzero().flatten().tolist() == [3, 7, 999]
 
 
 def test_small_tables_stay_dense() -> None:
     model = TwoTables(10)
     assert large_tables(model, 10) == {}
-    optimisers_of(model)
+    optimizers_of(model)
     model(torch.tensor([1, 2])).sum().backward()
     assert model.large.weight.grad is not None
     assert not model.large.weight.grad.is_sparse
@@ -89,16 +89,16 @@ def test_small_tables_stay_dense() -> None:
 def test_state_goes_on_where_it_stood() -> None:
     rows = torch.tensor([1, 4, 6, 19])
 
-    def steps(optimisers: Optimisers, model: TwoTables, n: int) -> None:
+    def steps(optimizers: Optimizers, model: TwoTables, n: int) -> None:
         for _ in range(n):
-            optimisers.zero_grad()
+            optimizers.zero_grad()
             model(rows).square().sum().backward()
-            optimisers.step()
+            optimizers.step()
 
     whole = TwoTables(20)
-    steps(optimisers_of(whole), whole, 7)
+    steps(optimizers_of(whole), whole, 7)
     first, second = TwoTables(20), TwoTables(20)
-    before, after = optimisers_of(first), optimisers_of(second)
+    before, after = optimizers_of(first), optimizers_of(second)
     steps(before, first, 3)
     second.load_state_dict(first.state_dict())
     after.restore({name: value.clone() for name, value in before.state().items()}, before.steps)
@@ -133,14 +133,14 @@ def test_ranks_agree_on_the_mean_of_their_rows(tmp_path: Path) -> None:
 
 def test_the_loss_falls_on_a_sparse_table() -> None:
     model = TwoTables(50)
-    optimisers = optimisers_of(model)
+    optimizers = optimizers_of(model)
     rows, labels = torch.arange(1, 50), (torch.arange(1, 50) % 3 == 0).float()
     losses = []
     for _ in range(60):
-        optimisers.zero_grad()
+        optimizers.zero_grad()
         loss = F.binary_cross_entropy_with_logits(model(rows), labels)
         loss.backward()
-        optimisers.step()
+        optimizers.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
 
