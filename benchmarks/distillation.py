@@ -25,14 +25,13 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.dataset import encode_tables, open_features
 from owlrec.ctr.experiment import CTRConfig, DistillationConfig, SoftLabels, Trial
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.vectors import EncoderConfig
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import Completion, Engine, EngineConfig, SamplingConfig
+from owlrec.generation.engines import Completion, Engine, EngineConfig, SamplingConfig
 from owlrec.ids import shard_of
 from owlrec.ops.console import note
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.questions import ScorePairs, Teacher, pair_inputs
-from owlrec.ranking.samples import TuningDataConfig
+from owlrec.ranking.question_sets import ScorePairs, Teacher, pair_inputs
+from owlrec.ranking.samples import RankingConfig, TuningDataConfig
 from owlrec.runner import run_stage
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS, SAMPLE_ROWS

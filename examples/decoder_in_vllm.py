@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import owlrec
-from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.generation.engines import PACKAGED, resolve_model
 from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
 from owlrec_decoding import request_arguments
 from owlrec_decoding.options import is_cpu_build

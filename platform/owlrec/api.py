@@ -21,10 +21,9 @@ import pyarrow as pa
 import owlrec_decoding
 from owlrec.errors import EngineError, RecipeError, SchemaError, WorkspaceError
 from owlrec.generation import EngineConfig
-from owlrec.generation.job import build_job, dead_file, iterate_knowledge, table_inputs
-from owlrec.generation.models import model_identity
+from owlrec.generation.engines import model_identity
+from owlrec.generation.job import GenerateStage, build_job, dead_file, iterate_knowledge, table_inputs
 from owlrec.generation.release_pools import FOLDER
-from owlrec.generation.worker import GenerateStage
 from owlrec.ids import TABLES, stable_id
 from owlrec.lookup import workspace_of
 from owlrec.ops.console import ShardWatch, progress, silent
@@ -32,8 +31,8 @@ from owlrec.recipe import Recipe, load_recipe, make_recipe
 from owlrec.releases.release import current_release
 from owlrec.runner import pending_shards
 from owlrec.runs import STAGES
-from owlrec.runs.batch import write_texts as write_shards
-from owlrec.runs.stage import chosen_stages, run_stages
+from owlrec.runs.stages import chosen_stages, run_stages
+from owlrec.runs.stages import write_texts as write_shards
 from owlrec.scenario import Scenario
 from owlrec.schema import INTERACTIONS, missing_column
 from owlrec.shards import Card, finish_stage, finished_stage

@@ -35,7 +35,7 @@ from owlrec.errors import (
 from owlrec.ids import KINDS, Kind, as_ids
 from owlrec.lookup import is_recipe, workspace_of
 from owlrec.ops.console import note, progress, stage_header, table, warn
-from owlrec.releases.manifest import list_releases
+from owlrec.releases.format import list_releases
 from owlrec.releases.release import current_release, open_release, pointer, roll_back
 from owlrec.runs import STAGES
 from owlrec.shards import Card, finished_stage
@@ -113,7 +113,7 @@ def init(
     yes: Annotated[bool, typer.Option("--yes", help="take the most likely answers without asking")] = False,
 ) -> None:
     """Write a commented recipe for the tables in a folder: Parquet, CSV or JSON lines. Never overwrites a file."""
-    from owlrec.init import write_recipe
+    from owlrec.recipe import write_recipe
 
     file = write_recipe(folder, output, _first_answer if yes or not sys.stdin.isatty() else _asked)
     settings = _recipe(file)
@@ -152,10 +152,10 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run the stages of a recipe, skipping finished work."""
-    from owlrec.runs.stage import run_stages
+    from owlrec.runs.stages import run_stages
 
     if recipe is None:
-        from owlrec.init import next_step
+        from owlrec.recipe import next_step
 
         raise RecipeError(next_step(Path.cwd()))
     stages = _chosen(first, last, only)
@@ -178,7 +178,7 @@ def run(
 
 
 def _chosen(first: str | None, last: str | None, only: str | None) -> tuple[str, ...]:
-    from owlrec.runs.stage import chosen_stages
+    from owlrec.runs.stages import chosen_stages
 
     if only is not None and (first or last):
         raise RecipeError("--only runs a single stage: leave out --from and --to.")
@@ -194,9 +194,9 @@ def refresh(
     max_replicas: MaxReplicas = None,
 ) -> None:
     """Read new interactions from the log and publish refreshed texts as a delta release."""
-    from owlrec.ops.watching import repeat
-    from owlrec.runs.refresh import run as run_refresh
-    from owlrec.runs.stage import open_workspace
+    from owlrec.runs.stages import open_workspace
+    from owlrec.runs.upkeep import repeat
+    from owlrec.runs.upkeep import run as run_refresh
 
     settings = _recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     repeat(lambda signals: run_refresh(settings, open_workspace(settings), signals=signals), watch)
@@ -404,10 +404,9 @@ def serve(
     """Serve knowledge over HTTP, with pages to explore it, until interrupted. On clusters, use `serve deploy`."""
     from owlrec.apps.laptop import LaptopArgs, serve_until, set_environment
     from owlrec.ctr.artifact import read_card
-    from owlrec.process import api_keys
-    from owlrec.runs.stage import ray_session
-    from owlrec.serving.guard import check_binding
-    from owlrec.serving.keys import KeyRing
+    from owlrec.machine import api_keys
+    from owlrec.runs.stages import ray_session
+    from owlrec.serving.guard import KeyRing, check_binding
 
     keys_file = os.path.abspath(keys_file) if keys_file else None
     if problem := check_binding(host, KeyRing(keys_file, api_keys())):
@@ -443,7 +442,7 @@ def keys(
     name: Annotated[str, typer.Argument(help="owner of the key: letters, digits, dots, dashes, underscores")],
 ) -> None:
     """Create an API key: `owlrec keys shop >> keys.txt` shows the key once and appends its hash to the file."""
-    from owlrec.serving.keys import new_key
+    from owlrec.serving.guard import new_key
 
     key, line = new_key(name)
     print(f"key of {name}, shown only once: {key}", file=sys.stderr)
@@ -586,7 +585,7 @@ def import_(
     """Import texts from another source. Continue with `owlrec run --from encode`."""
     from owlrec.generation.import_export import ImportSource
     from owlrec.runs.exchange import import_knowledge
-    from owlrec.runs.stage import open_workspace
+    from owlrec.runs.stages import open_workspace
 
     settings = _recipe(recipe, workspace=workspace)
     columns = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in column or [])}
@@ -613,7 +612,7 @@ def import_vectors_(
 ) -> None:
     """Import vectors from another encoder. `owlrec run --from encode` prefers them to its own."""
     from owlrec.runs.exchange import import_vectors
-    from owlrec.runs.stage import open_workspace
+    from owlrec.runs.stages import open_workspace
 
     known = _known(kind)
     if known == "cohort":
@@ -648,7 +647,7 @@ def export_vectors_(
 ) -> None:
     """Write a release's vectors as Parquet by raw id, for your own trainer."""
     from owlrec.runs.exchange import export_vectors
-    from owlrec.runs.stage import open_workspace
+    from owlrec.runs.stages import open_workspace
 
     settings = _recipe(recipe, workspace=workspace)
     export_vectors(settings, open_workspace(settings), release=release, artifact=artifact)
@@ -720,7 +719,7 @@ def score_pairs(
 def _run_stage(
     stage: str, recipe: Path, workspace: str | None, max_replicas: int | None = None, **switches: Any
 ) -> Card:
-    from owlrec.runs.stage import open_workspace, stage_function
+    from owlrec.runs.stages import open_workspace, stage_function
 
     settings = _recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     return stage_function(stage)(settings, open_workspace(settings), **switches)
@@ -736,7 +735,7 @@ def reshard(
     kind: Annotated[list[str] | None, typer.Option("--kind", help="user, item or cohort; default: all")] = None,
 ) -> None:
     """Double the number of shards of a workspace, keeping its texts. Run it while no stage is running."""
-    from owlrec.runs.stage import open_workspace
+    from owlrec.runs.stages import open_workspace
     from owlrec.runs.upkeep import reshard as run_reshard
 
     settings = _recipe(recipe, workspace=workspace)

@@ -164,7 +164,7 @@ class WeightedAUC:
     """AUC of fixed rows under any weights of their groups (users)."""
 
     def __init__(self, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> None:
-        """labels, scores: [n] as in `metrics.auc`; groups: int [n], the position of each row's weight."""
+        """labels, scores: [n] as in `auc`; groups: int [n], the position of each row's weight."""
         labels, scores = binary_rows(labels, scores)
         order = np.argsort(scores, kind="stable")
         positives, negatives = order[labels[order] == 1], order[labels[order] == 0]

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
-from owlrec.ids import stable_id
-from owlrec.ordered import last_rows
+from owlrec.ids import last_rows, stable_id
 
 USERS = pa.schema([("user_id", pa.int64()), ("raw_id", pa.string())])  # then one string column a profile field
 ITEMS = pa.schema([("item_id", pa.int64()), ("raw_id", pa.string()), ("title", pa.string())])  # then attributes
@@ -81,7 +80,7 @@ COHORTS = pa.schema(
     ]
 )
 # Cohorts whose texts replace a missing text of an id, in a release: the most informative first; one
-# by dislikes as the complement of its id (releases.rows.by_facet).
+# by dislikes as the complement of its id (releases.format.by_facet).
 MEMBERSHIPS = pa.schema([("kind", pa.string()), ("id", pa.int64()), ("cohorts", pa.list_(pa.int64()))])
 # A user's latest behaviors in a release, for scores: aligned lists, oldest first.
 BEHAVIORS = pa.schema(

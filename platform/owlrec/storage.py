@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 from pydantic import BaseModel
 
 from owlrec.errors import DiskFullError, WorkspaceError, naming_extras
-from owlrec.node_cache import CachedFile, NodeCache
-from owlrec.process import cache_folder
+from owlrec.machine import CachedFile, NodeCache, cache_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa  # imported where a table is read or written: a lookup needs no Arrow

@@ -3,7 +3,7 @@
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from owlrec_decoding.worker import RetrievalWorker
+from owlrec_decoding.drafter import RetrievalWorker
 
 
 class RetrievalCpuWorker(RetrievalWorker, CPUWorker):

@@ -2,7 +2,7 @@
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from owlrec_decoding.worker import RetrievalWorker
+from owlrec_decoding.drafter import RetrievalWorker
 
 
 class RetrievalGpuWorker(RetrievalWorker, Worker):

@@ -109,7 +109,7 @@ def test_a_wheel_can_be_built_from_what_the_build_sees(tmp_path: Path) -> None:
         subprocess.run([*build, project], capture_output=True, text=True, check=True)
     decoder, owlrec = (zipfile.ZipFile(wheel).namelist() for wheel in sorted((tmp_path / "dist").glob("*.whl"))[::-1])
     assert {"owlrec/recipe.py", "owlrec/apps/knowledge.py"} <= set(owlrec)
-    assert "owlrec_decoding/worker.py" in decoder
+    assert "owlrec_decoding/drafter.py" in decoder
 
 
 @images

@@ -4,9 +4,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from owlrec.cohorts.model import memberships
+from owlrec.cohorts.cohort_model import memberships
 from owlrec.ids import stable_id
-from owlrec.releases.rows import by_facet
+from owlrec.releases.format import by_facet
 from owlrec.schema import COHORTS
 
 

@@ -7,7 +7,7 @@ from test_training import FINGERPRINT, GRID, KINDS, prepare
 
 from owlrec.ctr.experiment import CTRConfig, SweepGrid
 from owlrec.ctr.training import GridSpec, encode_once
-from owlrec.runs.ctr import tried
+from owlrec.runs.models import tried
 from owlrec.workspace import Workspace
 
 

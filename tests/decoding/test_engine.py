@@ -10,8 +10,7 @@ import pytest
 from tiny_engine import VOCAB, Decoder, half_right, prompts, tiny_model, token_lists  # type: ignore[import-not-found]
 
 from owlrec_decoding import DecodingConfig, DraftLimits, VllmError, request_arguments
-from owlrec_decoding.pools import write_pool
-from owlrec_decoding.retrieval import AcceptanceRates
+from owlrec_decoding.pools import AcceptanceRates, write_pool
 
 pytestmark = pytest.mark.vllm
 
@@ -189,7 +188,7 @@ def test_strict_is_lossless_for(architecture: str, changes: dict[str, Any], tmp_
 
 
 def test_another_version_of_vllm_is_refused() -> None:
-    from owlrec_decoding.worker import check_version
+    from owlrec_decoding.drafter import check_version
 
     check_version("0.32.0+cpu")
     with pytest.raises(VllmError, match=r"needs vLLM 0\.32\.0, but 0\.33\.0 is installed"):

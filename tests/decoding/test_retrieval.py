@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec_decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
-from owlrec_decoding.retrieval import CELLS, VOTES, AcceptanceRates, Drafts, draft_rows
+from owlrec_decoding.pools import CELLS, VOTES, AcceptanceRates, Drafts, draft_rows
 
 HALF = np.full((4, CELLS), 0.5)
 

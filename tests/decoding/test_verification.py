@@ -189,7 +189,7 @@ def test_values_are_repeated_for_each_draft_of_a_row() -> None:
     """vLLM 0.32's own kernel leaves float32 and int32 results uninitialized on a CPU."""
     import torch
 
-    from owlrec_decoding.worker import expand_batch_to_tokens
+    from owlrec_decoding.drafter import expand_batch_to_tokens
 
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     temperature = torch.tensor([0.0, 0.5, 1.3])

@@ -61,8 +61,8 @@ streaming: {{freeze_behaviors: 4}}
 
 # Every stage on Ray, however few rows there are.
 EVERYWHERE = dict.fromkeys(
-    ("owlrec.runs.batch.PREPARED_HERE", "owlrec.runs.batch.PARTS_ON_RAY",
-     "owlrec.runs.refresh.HERE_ROWS", "owlrec.runs.refresh.PARTS_ON_RAY"), 0,
+    ("owlrec.runs.stages.PREPARED_HERE", "owlrec.runs.stages.PARTS_ON_RAY",
+     "owlrec.runs.upkeep.HERE_ROWS", "owlrec.runs.upkeep.PARTS_ON_RAY"), 0,
 )  # fmt: skip
 
 

@@ -19,10 +19,9 @@ from tiny_engine import tiny_model, write_tokenizer  # type: ignore[import-not-f
 
 from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_schema
-from owlrec.serving.keys import KeyRing
+from owlrec.serving.guard import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
-from owlrec.serving.served import ServedReleases, WorkspaceReleases
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.e2e

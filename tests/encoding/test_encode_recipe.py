@@ -11,8 +11,8 @@ from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SourceError
 from owlrec.ids import TABLE_KINDS, TABLES, shard_of
 from owlrec.recipe import Recipe
-from owlrec.runs.batch import encode as run
 from owlrec.runs.exchange import import_vectors
+from owlrec.runs.stages import encode as run
 from owlrec.schema import KNOWLEDGE
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace, shard_file

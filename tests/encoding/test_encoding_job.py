@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.encoder import EncoderConfig, HashingEncoder
+from owlrec.encoding.compression import code_vectors
 from owlrec.encoding.inputs import ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported, import_vectors
-from owlrec.encoding.semantic_ids import code_vectors
 from owlrec.encoding.stage import EncodingJob
-from owlrec.encoding.vectors import VectorShards, read_quantizers, read_reports
+from owlrec.encoding.vectors import EncoderConfig, HashingEncoder, VectorShards, read_quantizers, read_reports
 from owlrec.errors import SchemaError
 from owlrec.ids import shard_of, stable_id
 from owlrec.runner import Pool
@@ -37,7 +36,7 @@ class Counting(HashingEncoder):
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("owlrec.encoding.encoder.HashingEncoder", Counting)
+    monkeypatch.setattr("owlrec.encoding.vectors.HashingEncoder", Counting)
     Counting.asked = []
     return Counting.asked
 

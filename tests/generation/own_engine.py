@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
-from owlrec.generation.engine import Completion, Engine, EngineConfig, SamplingConfig
+from owlrec.generation.engines import Completion, Engine, EngineConfig, SamplingConfig
 from owlrec_decoding import DecodingConfig
 
 

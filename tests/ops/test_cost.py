@@ -25,7 +25,7 @@ from owlrec.ops.cost import (
     savings,
 )
 from owlrec.refresh.state import State, write_state
-from owlrec.releases.manifest import ReleaseManifest
+from owlrec.releases.format import ReleaseManifest
 from owlrec.shards import Artifact, Card
 from owlrec.workspace import Workspace
 from owlrec_decoding.controller import DecoderCounters, StepSums

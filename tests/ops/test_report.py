@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from owlrec.ctr.experiment import Metrics, PairedDifference, SliceMetrics, TrialResult
-from owlrec.encoding.semantic_ids import QuantizationReport
+from owlrec.encoding.compression import QuantizationReport
 from owlrec.evaluation import GridScores, Interval
 from owlrec.ops.report import (
     ArmFigures,

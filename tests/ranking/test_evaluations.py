@@ -9,7 +9,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from owlrec.errors import SchemaError
 from owlrec.evaluation import load_calibration
-from owlrec.ranking.judging import EVALUATION_COLUMNS, evaluate_model, evaluate_models, evaluation_row
+from owlrec.ranking.question_sets import EVALUATION_COLUMNS, evaluate_model, evaluate_models, evaluation_row
 from owlrec.ranking.samples import TUNING_ROWS
 from owlrec.workspace import Workspace
 

@@ -13,10 +13,9 @@ from toy_taste import toy_examples, toy_rows, toy_texts  # type: ignore[import-n
 
 from owlrec.ctr.experiment import WorkersConfig
 from owlrec.errors import RecipeError
-from owlrec.generation.models import model_identity
-from owlrec.ranking.experiment import TuningSettings
-from owlrec.ranking.lora import TuningSpec, tune_adapter
-from owlrec.ranking.tuning import load_model, tune
+from owlrec.generation.engines import model_identity
+from owlrec.ranking.lora import TuningSpec, load_model, tune, tune_adapter
+from owlrec.ranking.samples import TuningSettings
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.ray

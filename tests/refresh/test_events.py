@@ -15,7 +15,6 @@ from refresh_world import DAY, START, interactions, log_events  # type: ignore[i
 
 from owlrec.errors import SchemaError, SourceError
 from owlrec.ids import shard_of
-from owlrec.ops.watching import is_transient
 from owlrec.refresh.events import (
     Buckets,
     Events,
@@ -28,6 +27,7 @@ from owlrec.refresh.events import (
     event_groups,
 )
 from owlrec.runner import run_stage
+from owlrec.runs.upkeep import is_transient
 from owlrec.sources.outcomes import Labels
 from owlrec.workspace import Workspace
 

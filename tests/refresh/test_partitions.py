@@ -6,17 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.refresh.events import RefreshConfig
-from owlrec.refresh.partitions import (
-    Behavior,
-    UserState,
-    bootstrap,
-    due_at,
-    due_reason,
-    freeze,
-    hold,
-    next_as_of,
-    take_in,
-)
+from owlrec.refresh.state import Behavior, UserState, bootstrap, due_at, due_reason, freeze, hold, next_as_of, take_in
 
 DAY = 86_400_000
 NOTHING = np.zeros((0, 0), dtype=np.float32)

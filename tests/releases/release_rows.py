@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.semantic_ids import Quantizer, SemanticIdConfig
+from owlrec.encoding.compression import Quantizer, SemanticIdConfig
 from owlrec.releases import KnowledgeStore, ReleaseManifest
 from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, vectors_schema

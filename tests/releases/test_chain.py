@@ -15,7 +15,7 @@ from owlrec.errors import ReleaseError, SchemaError
 from owlrec.releases import build, current_release, list_releases, open_release, retention, roll_back
 from owlrec.releases import release as release_module
 from owlrec.releases.build import ReleaseInfo, publish
-from owlrec.releases.manifest import chain, read_manifest
+from owlrec.releases.format import chain, read_manifest
 from owlrec.releases.retention import compact, prune
 from owlrec.schema import MEMBERSHIPS
 from owlrec.storage import fingerprint

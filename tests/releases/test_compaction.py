@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from owlrec.cli import app
 from owlrec.errors import ReleaseError
 from owlrec.releases import current_release, list_releases, open_release, retention
-from owlrec.releases.manifest import read_manifest
+from owlrec.releases.format import read_manifest
 from owlrec.releases.parts import PartWriter
 from owlrec.releases.retention import compact, prune
 from owlrec.workspace import Workspace

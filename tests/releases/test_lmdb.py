@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from owlrec.errors import ReleaseError, SchemaError
 from owlrec.releases import parts
+from owlrec.releases.format import KEY_ORDER, decode_keys, encode_key, encode_keys
 from owlrec.releases.lmdb import LmdbFile, LmdbStore
 from owlrec.releases.parts import PartWriter
-from owlrec.releases.rows import KEY_ORDER, decode_keys, encode_key, encode_keys
 from owlrec.schema import KNOWLEDGE, vectors_schema
 
 LARGEST = 2**63 - 1

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
-from owlrec.node_cache import NodeCache
+from owlrec.machine import NodeCache
 from owlrec.releases import build, current_release, list_releases, measure_lookup, open_release, roll_back
 from owlrec.releases.build import BUILDS, ReleaseInfo, publish
+from owlrec.releases.format import read_manifest
 from owlrec.releases.lmdb import part_of
-from owlrec.releases.manifest import read_manifest
 from owlrec.releases.release import make_current, pointer
 from owlrec.schema import KNOWLEDGE, vectors_schema
 from owlrec.storage import PointerHeld, fingerprint

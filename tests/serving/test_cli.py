@@ -13,7 +13,7 @@ import owlrec
 import pipelines
 from owlrec.cli import app
 from owlrec.runs import STAGES
-from owlrec.runs.stage import stage_function
+from owlrec.runs.stages import stage_function
 from owlrec.workspace import Workspace
 
 ENTRIES = sorted(p.stem for p in Path(pipelines.__file__).parent.glob("[a-z]*.py"))

@@ -6,8 +6,8 @@ import socket
 import httpx
 import uvicorn
 
-from owlrec.apps import gate as process_gate
 from owlrec.apps import laptop
+from owlrec.serving import guard as process_gate
 from owlrec.serving.guard import Gate, GateMiddleware
 
 
@@ -86,7 +86,7 @@ def test_serve_is_given_the_gate_of_its_process():
     [middleware] = process_gate.middlewares()
     assert middleware.cls is GateMiddleware
     assert middleware.kwargs == {"gate": process_gate.GATE}
-    assert laptop._ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "owlrec.apps.gate:middlewares"
+    assert laptop._ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "owlrec.serving.guard:middlewares"
 
 
 def test_an_answer_does_not_wait_for_its_head_to_be_acknowledged():

@@ -18,7 +18,7 @@ from served_world import publish_world
 
 from owlrec.releases import current_release, roll_back
 from owlrec.releases.redis import RedisReleases, push, roll_back_redis
-from owlrec.serving.keys import new_key
+from owlrec.serving.guard import new_key
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -247,15 +247,15 @@ def test_requests_are_logged_by_route_and_name_nobody(deploy):
 
 
 def test_off_loopback_without_keys_no_replica_starts(ray_local, monkeypatch):
-    from owlrec.apps import binding
+    from owlrec.apps import knowledge
     from owlrec.errors import ServingError
-    from owlrec.serving.keys import KeyRing
+    from owlrec.serving.guard import KeyRing
 
     class Client:
         class http_config:
             host = "0.0.0.0"
 
-    monkeypatch.setattr(binding.context, "_get_global_client", Client)
+    monkeypatch.setattr(knowledge.context, "_get_global_client", Client)
     with pytest.raises(ServingError, match="no API key"):
-        binding.refuse_open_binding(KeyRing())
-    binding.refuse_open_binding(KeyRing(text=new_key("a")[1]))
+        knowledge.refuse_open_binding(KeyRing())
+    knowledge.refuse_open_binding(KeyRing(text=new_key("a")[1]))

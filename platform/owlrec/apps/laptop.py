@@ -19,7 +19,7 @@ _ENVIRONMENT = {
     # and requests that should be refused at once would wait seconds for their connection. The gate then sets
     # TCP_NODELAY, like uvloop.
     "RAY_USE_UVLOOP": "0",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "owlrec.apps.gate:middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "owlrec.serving.guard:middlewares",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy laptop a proxy needs longer than Serve's 5 s
     # A full replica answers HAProxy's checks late, and after two HAProxy would send its requests to Serve's own proxy,
     # where they get stuck. HAProxy detects a dead one at once by failing connections.
@@ -60,7 +60,8 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
     """Serves in the open Ray session; calls on_ready once all applications respond."""
     from ray import serve
 
-    from owlrec.apps import explorer, knowledge
+    from owlrec.apps import knowledge
+    from owlrec.apps import knowledge as explorer
 
     # Without the proxy's access log, which contains paths and so ids; replicas write one without them.
     serve.start(
@@ -77,7 +78,7 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
 
         ranking = rank.RankArgs(**common, artifact=args.artifact, recipe=args.recipe, llm_cpus=args.llm_cpus)
         applications["rank"] = ("/rank", rank.app(ranking))
-    applications["explorer"] = ("/explorer", explorer.app(explorer.ExplorerArgs(**common)))
+    applications["explorer"] = ("/explorer", explorer.explorer_app(explorer.ExplorerArgs(**common)))
     for name, (route, application) in applications.items():
         serve.run(application, name=name, route_prefix=route)
     on_ready()

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, field_validator
 from owlrec.config import Config
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.features import RESERVED
-from owlrec.ctr.knowledge import Arm, bases
+from owlrec.ctr.knowledge_tables import Arm, bases
 from owlrec.errors import RecipeError, SchemaError, WorkspaceError
 from owlrec.evaluation import GridScores, Interval, auc, compare_arms, log_loss, relative_improvement
 from owlrec.schema import SOFT_LABELS
@@ -359,7 +359,9 @@ class PairedDifference(BaseModel):
 
     seeds: int
     auc: float  # mean over seeds
-    rela_imp: float | None  # of the mean AUCs (metrics.relative_improvement); None if the base is no better than chance
+    rela_imp: (
+        float | None
+    )  # of the mean AUCs (evaluation.relative_improvement); None if the base is no better than chance
     interval: Interval | None  # 95 %; None if test scores are missing or cover one user
 
 
@@ -382,7 +384,7 @@ class ArmSummary(BaseModel):
 def summarize(results: Sequence[TrialResult], scores: GridScores | None = None) -> list[ArmSummary]:
     """One row per (backbone, arm), in order of first occurrence.
 
-    scores: the trials' test scores (`scores.read_grid_scores`), which give differences their intervals.
+    scores: the trials' test scores (`read_grid_scores`), which give differences their intervals.
     """
     groups: dict[tuple[str, Arm], list[TrialResult]] = {}
     for result in results:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from owlrec.erasure.rows import (
+from owlrec.erasure.erased_rows import (
     Rewritten,
     Users,
     erase,
@@ -39,8 +39,7 @@ from owlrec.erasure.rows import (
 )
 from owlrec.errors import WorkspaceError
 from owlrec.ids import shard_of, stable_id
-from owlrec.node_cache import NodeCache
-from owlrec.process import cache_folder
+from owlrec.machine import NodeCache, cache_folder
 from owlrec.refresh.state import CLAIM
 from owlrec.refresh.state import REFRESH_FOLDER as REFRESH
 from owlrec.releases.redis import RedisReleases, forget_in_redis, push_tombstones

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 from owlrec.config import Registry
-from owlrec.generation.engine import Engine, EngineConfig
-from owlrec.generation.engines import EchoEngine, EchoEngineConfig, HttpEngine, HttpEngineConfig
+from owlrec.generation.engines import EchoEngine, EchoEngineConfig, Engine, EngineConfig, HttpEngine, HttpEngineConfig
 from owlrec.generation.vllm_engine import VllmEngine, VllmEngineConfig
 from owlrec.storage import fingerprint
 from owlrec_decoding import DecodingConfig

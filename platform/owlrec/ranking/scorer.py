@@ -19,8 +19,7 @@ import numpy as np
 
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, VllmEngineConfig, build_engine
-from owlrec.generation.engine import BadRow, EmptyPrompt, RowError
-from owlrec.generation.models import load_tokenizer, render_chat
+from owlrec.generation.engines import BadRow, EmptyPrompt, RowError, load_tokenizer, render_chat
 from owlrec.generation.vllm_engine import VllmEngine
 from owlrec_decoding import DecodingConfig
 
@@ -146,7 +145,7 @@ def _name(tokenizer: Any) -> str:
 # --------------------------------------------------------------------------------------------------------------- scorer
 
 
-Question = tuple[str, str]  # system turn and user turn, as prompting.rella.rank_prompt writes them
+Question = tuple[str, str]  # system turn and user turn, as prompting.frameworks.rank_prompt writes them
 _ASKED_AT_ONCE = 256  # prompts in flight for an engine that batches by itself
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM 0.32 supports
 
@@ -207,7 +206,7 @@ class PairScorer(ABC):
         """Stops the engine."""
 
 
-class Scorer(PairScorer):
+class LlmScorer(PairScorer):
     """A vLLM engine in this process, untuned or with an adapter."""
 
     def __init__(self, config: VllmEngineConfig, *, lora_rank: int | None = None) -> None:
@@ -266,7 +265,7 @@ class TokenScorer(PairScorer):
 def open_scorer(config: EngineConfig, *, lora_rank: int | None = None) -> PairScorer:
     """Scorer for a recipe's engine. Arguments and errors: see Scorer; only vLLM uses them."""
     if isinstance(config, VllmEngineConfig):
-        return Scorer(config, lora_rank=lora_rank)
+        return LlmScorer(config, lora_rank=lora_rank)
     return TokenScorer(config)
 
 

@@ -30,8 +30,11 @@ from owlrec.refresh.events import (
     split_future,
 )
 from owlrec.refresh.items import with_new_items
-from owlrec.refresh.partitions import (
+from owlrec.refresh.state import (
     Behavior,
+    RefreshPlan,
+    RefreshPrompts,
+    State,
     UserState,
     behaviors,
     bootstrap,
@@ -42,13 +45,12 @@ from owlrec.refresh.partitions import (
     take_in,
     to_table,
 )
-from owlrec.refresh.state import RefreshPlan, RefreshPrompts, State
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import HISTORIES, INTERACTIONS, USERS
 from owlrec.shards import Card, Shard
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import taken
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 # --------------------------------------------------------------------------------------------------------------- budget
@@ -218,14 +220,14 @@ def priorities(drift: np.ndarray, n_unread: np.ndarray) -> np.ndarray:
 _SCHEMAS = {"users": USERS, "interactions": INTERACTIONS, "histories": HISTORIES}
 
 
-class Resources:
+class RefreshResources:
     """Resources shared by all shards of a process, loaded on first use. Pickling drops loaded ones."""
 
     def __init__(self, workspace: Workspace, plan: RefreshPlan) -> None:
         self.workspace, self.plan = workspace, plan
 
-    def __reduce__(self) -> tuple[type["Resources"], tuple[Workspace, RefreshPlan]]:
-        return Resources, (self.workspace, self.plan)
+    def __reduce__(self) -> tuple[type["RefreshResources"], tuple[Workspace, RefreshPlan]]:
+        return RefreshResources, (self.workspace, self.plan)
 
     @cached_property
     def catalog(self) -> ItemCatalog:
@@ -260,7 +262,7 @@ class InterestsStage(Stage):
         buckets: Buckets,
         config: RefreshConfig,
         prompts: RefreshPrompts,
-        resources: Resources,
+        resources: RefreshResources,
     ) -> None:
         self.folder = plan.part("interests")
         self.plan, self.base, self.buckets, self.config = plan, base, buckets, config
@@ -376,7 +378,7 @@ def advance(
     """All users of a shard with new events, by id, ascending.
 
     users: those seen by an earlier refresh. events: new ones of this shard, in canonical order. horizon: see
-    partitions.take_in. liked_above: see drift.sum_vectors.
+    state.take_in. liked_above: see drift.sum_vectors.
     """
     ids, starts = np.unique(events.user, return_index=True)
     moved = dict(users) | _bootstrap(tables, np.setdiff1d(ids, list(users)), horizon, gather, liked_above)

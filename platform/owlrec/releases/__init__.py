@@ -3,9 +3,8 @@
 `build` makes releases and `retention` removes old ones; both need Arrow, which reading does not.
 """
 
-from owlrec.releases.manifest import ReleaseManifest, list_releases
+from owlrec.releases.format import Knowledge, KnowledgeStore, ReleaseManifest, list_releases, measure_lookup
 from owlrec.releases.release import Release, current_release, open_release, roll_back
-from owlrec.releases.rows import Knowledge, KnowledgeStore, measure_lookup
 
 __all__ = [
     "Knowledge",

@@ -18,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.cohorts.model import memberships
+from owlrec.cohorts.cohort_model import memberships
 from owlrec.config import Config
-from owlrec.encoding.semantic_ids import Quantizer
+from owlrec.encoding.compression import Quantizer
 from owlrec.errors import OwlRecError, ReleaseError, SchemaError
 from owlrec.ids import Kind, shard_of
-from owlrec.releases.manifest import (
+from owlrec.releases.format import (
+    DATABASES,
+    KEY_ORDER,
     MANIFEST,
     PartEntry,
     ReleaseManifest,
@@ -36,7 +38,6 @@ from owlrec.releases.manifest import (
 )
 from owlrec.releases.parts import PartWriter
 from owlrec.releases.release import ANY, check_files, make_current, read_part_ids
-from owlrec.releases.rows import DATABASES, KEY_ORDER
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import newest
 from owlrec.shards import Card, Shard
@@ -69,7 +70,7 @@ class ReleaseRows(Protocol):
 
 
 @dataclass(frozen=True)
-class TableRows:
+class RowsInMemory:
     """Rows in memory: a delta's, or those of a small data set."""
 
     knowledge: pa.Table | None  # schema.KNOWLEDGE
@@ -78,7 +79,7 @@ class TableRows:
     behaviors: pa.Table | None = None  # schema.BEHAVIORS
 
     @classmethod
-    def of(cls, *tables: Iterable[pa.Table]) -> "TableRows":
+    def of(cls, *tables: Iterable[pa.Table]) -> "RowsInMemory":
         """Concatenates several tables each, in the order of the fields."""
         listed = map(list, tables)
         return cls(*(pa.concat_tables(t, promote_options="default") if t else None for t in listed))
@@ -194,7 +195,7 @@ def publish(
     """
     existing = whole_release(workspace, info)
     if existing is None:
-        rows = TableRows.of(knowledge, vectors, memberships, behaviors)
+        rows = RowsInMemory.of(knowledge, vectors, memberships, behaviors)
         existing = build_release(workspace, info, rows, shards_for(rows.most_ids, PART_IDS), quantizers=quantizers)
     make_current(workspace, existing.name, expected=info.parent or ANY)
     return existing

@@ -19,14 +19,8 @@ import numpy as np
 
 from owlrec.errors import ReleaseError
 from owlrec.ids import shard_of
-from owlrec.node_cache import CachedFile
-from owlrec.releases.rows import (
-    DATABASES,
-    RowStore,
-    decode_keys,
-    encode_key,
-    encode_keys,
-)
+from owlrec.machine import CachedFile
+from owlrec.releases.format import DATABASES, RowStore, decode_keys, encode_key, encode_keys
 
 _IDS_AT_ONCE = 20_000
 _READ_ROWS = 1000  # about 1 MB of texts

@@ -12,17 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.encoding.semantic_ids import pack_codes
+from owlrec.encoding.compression import pack_codes
 from owlrec.encoding.vectors import codes_of
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
 from owlrec.ids import BEHAVIOR
-from owlrec.releases.lmdb import LmdbFile
-from owlrec.releases.manifest import SemanticIdEntry
-from owlrec.releases.rows import (
+from owlrec.releases.format import (
     DATABASES,
     KEY_BYTES,
     KEY_ORDER,
     LAST_PARTITION,
+    SemanticIdEntry,
     byte_rows,
     decode_keys,
     encode_key,
@@ -30,6 +29,7 @@ from owlrec.releases.rows import (
     kind_of,
     speaking,
 )
+from owlrec.releases.lmdb import LmdbFile
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, conform
 from owlrec.workspace import Tombstones
 

@@ -21,8 +21,17 @@ from owlrec.errors import ReleaseError
 from owlrec.generation.release_pools import FOLDER as POOLS
 from owlrec.ids import Kind, shard_of
 from owlrec.releases.build import BUILDS, PART_IDS, ReleaseInfo, build_release, whole_release
+from owlrec.releases.format import (
+    DATABASES,
+    KEY_BYTES,
+    MANIFEST,
+    ReleaseManifest,
+    chain,
+    decode_keys,
+    encode_keys,
+    list_releases,
+)
 from owlrec.releases.lmdb import LmdbFile
-from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain, list_releases
 from owlrec.releases.parts import PartWriter
 from owlrec.releases.release import (
     check_files,
@@ -33,7 +42,6 @@ from owlrec.releases.release import (
     pointer_history,
     read_codebooks,
 )
-from owlrec.releases.rows import DATABASES, KEY_BYTES, decode_keys, encode_keys
 from owlrec.runner import Pool
 from owlrec.shards import Artifact, Card
 from owlrec.storage import fingerprint

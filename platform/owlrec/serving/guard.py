@@ -1,27 +1,314 @@
-"""Middleware of every application: request ids, API keys, limits, load shedding, time-outs, one log line per request.
-
-It is an ASGI middleware without Ray, so it works behind any server: Serve's proxy, HAProxy, a test. Each
-replica counts for itself; Serve's own queue limit refuses requests before they reach a replica.
-"""
+"""What guards every application: API keys, request ids, limits, load shedding, time-outs, bodies of errors."""
 
 import asyncio
 import base64
+import hashlib
+import hmac
 import json
 import logging
+import os
 import re
+import secrets
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Protocol
 
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from pydantic import Field
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from owlrec.config import Config
-from owlrec.serving.keys import KeyRing
-from owlrec.serving.problems import MEDIA_TYPE, Problem, problem_bytes
-from owlrec.serving.schemas import REQUEST_ID_HEADER
+from owlrec.errors import OwlRecError, ServingError, StoreUnavailableError
+from owlrec.serving.schemas import BYTES_TYPE, REQUEST_ID_HEADER, FieldError, Health, ProblemDocument
+
+# ----------------------------------------------------------------------------------------------------------------- keys
+# API keys: several with names, stored as salted hashes, compared in constant time, changed without a restart.
+#
+# A key file has one line per key, `name salt hash`, as `owlrec keys NAME` prints it; lines that start with # are
+# comments. Keys are 256 random bits, so one round of SHA-256 is enough: there is no password to guess. To rotate a
+# key, add the new line, switch the clients, remove the old line; servers notice within a second.
+
+
+_LINE = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,63})\s+(?P<salt>[0-9a-f]{32})\s+(?P<digest>[0-9a-f]{64})")
+_LOOK_AGAIN_S = 1.0
+_LONGEST_KEY = 200  # limit for clients, since hashing is not free
+
+_log = logging.getLogger("owlrec.serving")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """A key as the server stores it: enough to recognize it, too little to use it."""
+
+    name: str
+    salt: bytes
+    digest: bytes
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """A new key: (the key itself, for the client; the line for the key file).
+
+    Raises ServingError for a name that is not allowed in a key file.
+    """
+    key, salt = f"owl_{secrets.token_urlsafe(32)}", secrets.token_bytes(16)
+    line = f"{name} {salt.hex()} {_digest(salt, key).hex()}"
+    if not _LINE.fullmatch(line):
+        raise ServingError(
+            f"'{name}' is not a valid key name. Use up to 64 letters, digits, dots, dashes and underscores."
+        )
+    return key, line
+
+
+def parse_keys(text: str, source: str) -> list[StoredKey]:
+    """Keys from the lines of a key file. source: its name in errors.
+
+    Raises ServingError for an invalid line (without quoting it, since it may be a secret), and for a duplicate
+    name.
+    """
+    keys: list[StoredKey] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not (line := line.strip()) or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise ServingError(
+                f"{source}, line {number}: invalid line. A line must be `name salt hash`, as `owlrec keys "
+                "NAME` prints it."
+            )
+        if any(key.name == match["name"] for key in keys):
+            raise ServingError(f"{source}, line {number}: the name '{match['name']}' occurs twice. Rename one key.")
+        keys.append(StoredKey(match["name"], bytes.fromhex(match["salt"]), bytes.fromhex(match["digest"])))
+    return keys
+
+
+class KeyRing:
+    """The currently valid keys. An empty one without a source admits everybody; see `required`."""
+
+    def __init__(self, file: str | os.PathLike[str] | None = None, text: str | None = None) -> None:
+        """file: a key file, reloaded when it changes. text: the lines themselves, if there is no file.
+
+        Raises ServingError if the file cannot be read or has no keys, and the errors of parse_keys.
+        """
+        self._file = Path(file) if file is not None else None
+        self._stamp: tuple[int, int, int] | None = None
+        self._next_look = 0.0
+        self._keys: list[StoredKey] = []
+        self.required = self._file is not None or text is not None
+        if self._file is not None:
+            self._keys = self._read()
+        elif text is not None:
+            self._keys = parse_keys(text, "OWLREC_API_KEYS")
+        if self.required and not self._keys:
+            raise ServingError(f"{self._file or 'OWLREC_API_KEYS'}: has no keys. Create one with `owlrec keys NAME`.")
+
+    def name_of(self, key: str) -> str | None:
+        """Name of `key`, None if it is not or no longer valid.
+
+        Takes the same time for a wrong key as for a right one.
+        """
+        self._look_again()
+        name = None
+        if len(key) > _LONGEST_KEY:
+            return None
+        for stored in self._keys:  # compares all of them for constant time
+            if hmac.compare_digest(_digest(stored.salt, key), stored.digest):
+                name = stored.name
+        return name
+
+    def _look_again(self) -> None:
+        now = time.monotonic()
+        if self._file is None or now < self._next_look:
+            return
+        self._next_look = now + _LOOK_AGAIN_S
+        try:
+            status = os.stat(self._file)
+            if (status.st_mtime_ns, status.st_size, status.st_ino) != self._stamp:
+                self._keys = self._read()
+                _log.info("reloaded key file %s: %d keys", self._file, len(self._keys))
+        except (OSError, ServingError) as error:
+            # A typo must not lock out all clients. An empty file does: it revokes every key.
+            _log.error("key file %s cannot be used, the previous keys stay valid: %s", self._file, error)
+
+    def _read(self) -> list[StoredKey]:
+        assert self._file is not None
+        try:
+            status = os.stat(self._file)
+            keys = parse_keys(self._file.read_text(encoding="utf-8"), str(self._file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServingError(
+                f"key file {self._file} cannot be read ({error}). Create one with `owlrec keys`."
+            ) from None
+        self._stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        return keys
+
+
+def _digest(salt: bytes, key: str) -> bytes:
+    return hashlib.sha256(salt + key.encode("utf-8", "surrogatepass")).digest()
+
+
+# ------------------------------------------------------------------------------------------------------------- problems
+# Error bodies: RFC 9457 problem documents, which name the invalid field and never repeat its value.
+#
+# Responses contain neither client data nor internal errors: a message has only what the schema itself says.
+
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(OwlRecError):
+    """Ends a request with an error status."""
+
+    def __init__(
+        self, status: int, detail: str, *, field: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """field: the invalid field of the request, if any."""
+        super().__init__(detail)
+        self.status = status
+        self.errors = [FieldError(field=field, message=detail)] if field else []
+        self.headers = dict(headers or {})
+
+
+def problem_bytes(status: int, detail: str, errors: list[FieldError] | None = None) -> bytes:
+    """A problem document as JSON."""
+    document = ProblemDocument(title=HTTPStatus(status).phrase, status=status, detail=detail, errors=errors or [])
+    return json.dumps(document.model_dump(), ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def problem_response(
+    status: int, detail: str, errors: list[FieldError] | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A problem document as a response."""
+    return Response(problem_bytes(status, detail, errors), status, dict(headers or {}), MEDIA_TYPE)
+
+
+def install_problem_handlers(app: FastAPI) -> None:
+    """Makes `app` answer errors with problem documents. The guard handles other errors."""
+
+    @app.exception_handler(Problem)
+    async def _problem(_: Request, error: Problem) -> Response:
+        return problem_response(error.status, str(error), error.errors, error.headers)
+
+    @app.exception_handler(StoreUnavailableError)
+    async def _unavailable(_: Request, error: StoreUnavailableError) -> Response:
+        _log.error("%s", error)
+        return problem_response(503, "the store does not respond; try again", headers={"Retry-After": "1"})
+
+    @app.exception_handler(Exception)
+    async def _failed(_: Request, error: Exception) -> Response:
+        return problem_response(500, "a server error; find it in the server's log by this request id")
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> Response:
+        errors = [_field_error(e) for e in error.errors()]
+        return problem_response(422, f"{errors[0].field}: {errors[0].message}", errors)
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> Response:
+        return problem_response(error.status_code, str(error.detail), headers=error.headers)
+
+
+def _field_error(error: Any) -> FieldError:
+    # A location reads ("body", "ids", 3); for JSON that does not parse, ("body", <offset>).
+    where, *parts = error["loc"]
+    if error["type"] == "json_invalid":
+        return FieldError(field="body", message=f"is not valid JSON, at character {parts[0] if parts else 0}")
+    field = ""
+    for part in parts:
+        field += f"[{part}]" if isinstance(part, int) else f".{str(part)[:60]}" if field else str(part)[:60]
+    return FieldError(field=field or str(where), message=error["msg"].removeprefix("Value error, "))
+
+
+# -------------------------------------------------------------------------------------------------------------- openapi
+# Shared parts of all applications' OpenAPI documents: the errors and the authentication.
+
+
+_PROBLEM = "#/components/schemas/ProblemDocument"
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ProblemDocument, "description": about}
+    for status, about in {
+        400: "the request cannot be read",
+        401: "no valid API key",
+        403: "not a request from this machine, which needs no key",
+        413: "the body is too large",
+        422: "a field is invalid; the message names it",
+        503: "overloaded, or a dependency is unavailable; try again",
+        504: "no answer in time",
+    }.items()
+}
+PROBLEMS_OF_ONE: dict[int | str, dict[str, Any]] = {
+    **PROBLEMS,
+    404: {"model": ProblemDocument, "description": "this id has no knowledge"},
+}
+
+
+BYTES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {BYTES_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+}
+
+
+def complete_document(app: FastAPI, *, keys: bool) -> None:
+    """Adds the type of errors to the document of `app` and, with `keys`, that requests need one."""
+
+    def document() -> dict[str, Any]:
+        if not app.openapi_schema:
+            made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            for operation in (o for path in made["paths"].values() for o in path.values()):
+                for response in operation["responses"].values():
+                    content = response.get("content", {})
+                    if _PROBLEM in str(content.get("application/json")):  # FastAPI has one type for all models
+                        content[MEDIA_TYPE] = content.pop("application/json")
+            if keys:
+                made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                made["security"] = [{"key": []}]
+            app.openapi_schema = made
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+# ------------------------------------------------------------------------------------------------------------ readiness
+# Response of /readyz, for load balancers.
+
+
+Stopping = Callable[[], bool]  # whether a stop was requested
+
+
+def never_stopping() -> bool:
+    """For a process without stop requests."""
+    return False
+
+
+def readiness(
+    problem: str | None, stopping: Stopping, *, release: str | None = None, note: str | None = None
+) -> Response:
+    """200, or 503 with the problem. After a stop request a process finishes its requests and is no longer
+    ready, so it gets no new ones. note: a problem that does not prevent answers.
+    """
+    problem = "stopping" if stopping() else problem
+    health = Health(status="not ready" if problem else "ready", release=release, problem=problem or note)
+    return Response(health.model_dump_json(), 503 if problem else 200, media_type="application/json")
+
+
+# ---------------------------------------------------------------------------------------------------------------- guard
+# Middleware of every application: request ids, API keys, limits, load shedding, time-outs, one log line per request.
+#
+# It is an ASGI middleware without Ray, so it works behind any server: Serve's proxy, HAProxy, a test. Each
+# replica counts for itself; Serve's own queue limit refuses requests before they reach a replica.
+
 
 # ------------------------------------------------------------------------------------------------------------ telemetry
 # Telemetry of an application: one log line per request, and numbers for Prometheus.
@@ -29,7 +316,7 @@ from owlrec.serving.schemas import REQUEST_ID_HEADER
 # Neither contains requests' or responses' contents: a request is logged by its route, never by its path or body.
 
 
-_log = logging.getLogger("owlrec.serving.access")
+_access_log = logging.getLogger("owlrec.serving.access")
 
 
 class Telemetry(Protocol):
@@ -68,7 +355,7 @@ def log_request(*, request_id: str, key: str, method: str, route: str, status: i
         "status": status,
         "ms": round(seconds * 1e3, 2),
     }
-    _log.info(json.dumps(line))
+    _access_log.info(json.dumps(line))
 
 
 # ---------------------------------------------------------------------------------------------------------------- guard
@@ -173,7 +460,7 @@ class _Exchange:
         except _ClientGoneError:
             self._status = 499
         except Exception:
-            _log.exception("request %s failed", self._id)
+            _access_log.exception("request %s failed", self._id)
             await self._refuse(Problem(500, "a server error; find it in the server's log by this request id"))
         finally:
             guard._active -= 1
@@ -330,3 +617,37 @@ class GateMiddleware:
             await self._app(scope, receive, send)
         finally:
             gate.inside -= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- gate
+# The gate of this process, installed before Serve's own HTTP handling.
+#
+# Serve calls `middlewares` in every listening process if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it
+# (`owlrec serve` sets it; on a cluster it is a variable of the Ray processes). Behind HAProxy these are the replicas
+# themselves; otherwise it is Serve's proxy, whose gate is never narrowed.
+
+
+GATE = Gate()
+
+
+def middlewares() -> list[Middleware]:
+    """Middlewares that Serve installs before each request."""
+    _send_at_once()
+    return [Middleware(GateMiddleware, gate=GATE)]
+
+
+@cache  # once per process, however often Serve calls it
+def _send_at_once() -> None:
+    """Sets TCP_NODELAY on the socket on which Serve will listen; connections inherit it.
+
+    asyncio sets it only for a socket created with IPPROTO_TCP, and Serve's is not: the body of a response would wait
+    40 ms for its head to be acknowledged.
+    """
+    startup = uvicorn.Server.startup
+
+    async def startup_without_delay(server: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+        for one in sockets or ():
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await startup(server, sockets)
+
+    uvicorn.Server.startup = startup_without_delay  # type: ignore[method-assign, assignment]

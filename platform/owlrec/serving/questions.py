@@ -15,15 +15,14 @@ import numpy as np
 
 from owlrec.errors import OwlRecError
 from owlrec.ids import shard_of
-from owlrec.prompting.ranking import rank_prompt
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import BehaviorRetriever
-from owlrec.ranking.samples import Shown, behaviors_shown
+from owlrec.prompting.frameworks import rank_prompt
+from owlrec.ranking.behavior_retrieval import BehaviorRetriever
+from owlrec.ranking.samples import RankingConfig, Shown, behaviors_shown
 from owlrec.scenario import Scenario
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import ServedReleases
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import taken
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace, read_tombstones
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -117,7 +116,7 @@ def recent_of(served: ServedReleases) -> Recent:
 
 
 class QuestionWriter:
-    """Writes prompts for `ranking.scorer.Scorer`."""
+    """Writes prompts for `ranking.scorer.LlmScorer`."""
 
     def __init__(
         self,

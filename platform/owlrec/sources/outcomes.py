@@ -22,8 +22,7 @@ from pydantic import BaseModel, PositiveInt, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, did_you_mean
-from owlrec.ids import hash_of
-from owlrec.ordered import rows_of
+from owlrec.ids import hash_of, rows_of
 from owlrec.shards import Card
 
 OUTCOME_COLUMNS = ("rating", "label", "event")  # in a source's interactions; all optional

@@ -19,8 +19,7 @@ import pyarrow.compute as pc
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
-from owlrec.ids import shard_of
-from owlrec.ordered import rows_of
+from owlrec.ids import rows_of, shard_of
 from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, stable_ids
 from owlrec.sources.outcomes import outcome_columns
 from owlrec.storage import file_digest, fingerprint
