@@ -314,7 +314,7 @@ class Metrics(BaseModel):
     auc: float
     gauc: float | None
     log_loss: float
-    calibration_error: float | None = None  # metrics.calibration_error; older results lack it
+    calibration_error: float
 
 
 class TrialResult(BaseModel):
@@ -331,7 +331,7 @@ class TrialResult(BaseModel):
     samples_per_s: float  # training rows of all workers together, without evaluation
     parameters: int
     resumed: int = 0  # number of resumes from a checkpoint
-    slices: dict[str, SliceMetrics] = {}  # of the test split
+    slices: dict[str, SliceMetrics]  # of the test split
 
     @property
     def trial(self) -> Trial:
@@ -375,7 +375,7 @@ class ArmSummary(BaseModel):
     auc_std: float | None
     gauc: float | None
     log_loss: float
-    calibration_error: float | None = None
+    calibration_error: float
     # Compared with each of `bases` over common seeds: pairing seeds cancels effects shared by both arms.
     differences: dict[Arm, PairedDifference] = {}
     slices: dict[str, SliceMetrics] = {}  # means over seeds
@@ -403,7 +403,7 @@ def summarize(results: Sequence[TrialResult], scores: GridScores | None = None) 
                 auc_std=_std(aucs),
                 gauc=_mean(gaucs),
                 log_loss=float(np.mean([r.test.log_loss for r in group])),
-                calibration_error=_mean([e for r in group if (e := r.test.calibration_error) is not None]),
+                calibration_error=float(np.mean([r.test.calibration_error for r in group])),
                 differences={b: d for b in bases(arm) if (d := differences.get((backbone, arm, b)))},
                 slices=mean_slices([r.slices for r in group]),
             )
