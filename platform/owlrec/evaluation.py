@@ -368,7 +368,7 @@ class PlattScaling(Config):
 def fit_calibration(scores: np.ndarray, labels: np.ndarray) -> PlattScaling:
     """Fits the map from `scores` to `labels`.
 
-    scores: float [n] in [0, 1], as from answers.yes_probability; labels: [n], 0 or 1. If scores rank backwards,
+    scores: float [n] in [0, 1], as from yes_probability; labels: [n], 0 or 1. If scores rank backwards,
     all get the same probability. Raises SchemaError if a value is out of range or one class is absent, since any
     probability would then fit.
     """
