@@ -143,7 +143,7 @@ def test_another_python_is_refused():
 
 def test_a_workspace_that_one_node_cannot_reach_is_refused_with_the_node():
     lonely = {**NODE, "address": "10.0.0.2", "problem": "WorkspaceError: /w/.probe-1 does not exist."}
-    with pytest.raises(ClusterError, match=r"/w is not usable from 1 of its machines; on 10\.0\.0\.2: WorkspaceError"):
+    with pytest.raises(ClusterError, match=r"/w cannot be used from 1 of its machines; on 10\.0\.0\.2: WorkspaceError"):
         refuse(check_report({**REPORT, "nodes": [NODE, lonely]}, "/w", None))
     with pytest.raises(ClusterError, match="on the head: WorkspaceError: no bucket"):
         refuse(check_report({**REPORT, "problem": "WorkspaceError: no bucket"}, "s3://b", None))
