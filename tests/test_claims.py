@@ -157,7 +157,7 @@ def test_of_two_that_hold_a_claim_for_a_block_the_second_is_told_who_is_first(wo
     second = claimed(workspace, SHARD, "prepare")
     with (
         claimed(workspace, SHARD, "prepare"),
-        pytest.raises(WorkspaceError, match=f"prepare is running already, in process {os.getpid()}"),
+        pytest.raises(WorkspaceError, match=f"prepare is already running in process {os.getpid()}"),
     ):
         second.__enter__()
     with claimed(workspace, SHARD, "prepare"):

@@ -52,7 +52,7 @@ def test_the_longest_unused_goes_first_and_what_is_open_never(tmp_path: Path) ->
     time.sleep(0.01)
     cache.open("new", 4, writing(b"3333")).close()
     assert names(cache) == {"held", "new"}
-    with pytest.raises(WorkspaceError, match="do not fit beside 4 that are open"):
+    with pytest.raises(WorkspaceError, match="do not fit in addition to 4"):
         cache.open("large", 8, writing(b"4" * 8))
     assert "held" in names(cache)
     held.close()
@@ -62,7 +62,7 @@ def test_the_longest_unused_goes_first_and_what_is_open_never(tmp_path: Path) ->
 
 def test_what_arrives_damaged_is_not_kept(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 100)
-    with pytest.raises(WorkspaceError, match="3 bytes arrived, not 5"):
+    with pytest.raises(WorkspaceError, match="3 of 5 bytes arrived"):
         cache.open("short", 5, writing(b"123"))
     with pytest.raises(WorkspaceError, match="stored file is damaged"):
         cache.open("wrong", 5, writing(b"12345"), hashlib.sha256(b"54321").hexdigest())

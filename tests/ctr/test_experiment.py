@@ -54,7 +54,7 @@ def test_grid_finishes_a_seed_before_it_starts_the_next() -> None:
             {"arms": ["none", "magic"]},
             "'none', 'knowledge', 'knowledge-codes', 'knowledge.codes', 'collective', 'both', 'streaming', ",
         ),
-        ({"seeds": [1, 2, 1]}, "1 stands there more than once"),
+        ({"seeds": [1, 2, 1]}, "1 is listed more than once"),
         ({"seeds": []}, "at least 1"),
         ({"embed_size": 8}, "Extra inputs"),
     ],

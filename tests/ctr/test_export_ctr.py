@@ -86,7 +86,7 @@ def test_a_trial_may_be_named(trained: Workspace) -> None:
     manifest = run(recipe(trained), trained, trial="din/none/seed-0")
     assert manifest.outputs["model"].endswith("din-none-seed-0")
     assert read_card(trained, manifest.outputs["model"]).reads is None
-    with pytest.raises(RecipeError, match=r"no trained trial 'din/nono/seed-0'.*Did you mean 'din/none/seed-0'"):
+    with pytest.raises(RecipeError, match=r"trial 'din/nono/seed-0' .*Did you mean 'din/none/seed-0'"):
         run(recipe(trained), trained, trial="din/nono/seed-0")
     with pytest.raises(RecipeError, match=r"trial '.*' cannot be exported"):
         run(recipe(trained), trained, trial="din/shuffled/seed-0")

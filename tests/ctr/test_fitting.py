@@ -148,7 +148,7 @@ def test_a_vector_that_is_no_number_is_refused_with_its_id(data: TrainingData) -
     vectors = sides["user"].vectors.copy()
     vectors[7, 3] = np.nan
     broken = {"knowledge": {**sides, "user": KnowledgeTable(sides["user"].ids, vectors)}}
-    with pytest.raises(SchemaError, match="vector of id 7 has a component that is not a finite number"):
+    with pytest.raises(SchemaError, match="vector of id 7 has a component that is not finite"):
         train_one(trial("knowledge"), TrainingData(data.features, broken), CONFIG)
 
 

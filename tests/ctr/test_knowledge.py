@@ -60,7 +60,7 @@ def test_codes_are_left_out_or_refused(workspace: Workspace) -> None:
     for held in (True, False):
         with pytest.raises(SchemaError, match="no semantic ids"):
             open_vectors(shards, held=held).gather_codes(np.array([1]))
-    with pytest.raises(SchemaError, match="rows have 3 codes; 3 and a duplicate digit are meant"):
+    with pytest.raises(SchemaError, match="rows have 3 codes; expected 3 and a duplicate digit"):
         open_vectors(shards, (4, 300, 4))
 
 

@@ -111,5 +111,5 @@ def test_two_sizes_and_vectors_that_are_not_finite_are_refused() -> None:
         reduced({"user": table(5, 1), "item": table(5, 1, dim=8)}, 4)
     broken = table(5, 1)
     broken.vectors[3, 2] = np.nan
-    with pytest.raises(SchemaError, match="vector of id 21 has a component that is not a finite number"):
+    with pytest.raises(SchemaError, match="vector of id 21 has a component that is not finite"):
         reduced({"user": broken}, 4)

@@ -381,7 +381,7 @@ def test_the_walk_publishes_looks_up_and_goes_back(walk: Walk) -> None:
     (rows,) = re.findall(r"writing knowledge: (\d+)/\1 rows", first)
     assert int(rows) == 140  # 40 users as of half and now, 60 items
     assert "is current" in first
-    assert "all 6 shards done already" in again
+    assert "all 6 shards are already done" in again
     (looked_up,) = walk.output("owlrec lookup")
     assert looked_up.count("echo-") == 2
     assert (walk.folder / "knowledge.jsonl").read_text("utf-8").count("\n") == 80

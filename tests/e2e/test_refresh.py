@@ -252,7 +252,7 @@ def test_mistakes_end_with_one_line_and_no_traceback(published: Path, copies: Ca
     command = refresh_command(published, workspace)
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, "Traceback" in ran.stderr) == (1, False)
-    assert f"{workspace.root}/events: no events are there. Put Parquet files" in ran.stderr
+    assert f"{workspace.root}/events: there are no events. Add Parquet files" in ran.stderr
 
 
 def test_watch_goes_on_until_it_is_told_to_stop(published: Path, copies: Callable, tmp_path: Path) -> None:

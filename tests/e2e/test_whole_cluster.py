@@ -92,7 +92,7 @@ def test_what_cannot_run_is_refused_before_it_starts(echo_recipe: Path, head: He
     with ThreadPoolExecutor() as pool:  # at once: each starts a command and a job
         nowhere, no_gpu = pool.map(lambda words: owlrec(head, "submit", *words, "--address", head.address), commands)
     assert (nowhere.returncode, no_gpu.returncode) == (1, 1)
-    assert "error: /proc/nowhere is not usable from" in nowhere.stderr
+    assert "error: /proc/nowhere cannot be used from" in nowhere.stderr
     assert "generate.engine_gpus asks for 1 x 1 GPU; the cluster has 0" in no_gpu.stderr
     assert len([j for j in head.jobs() if "pipelines." in j["entrypoint"]]) == before
 

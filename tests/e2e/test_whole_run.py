@@ -50,7 +50,7 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     before = {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()}
     second = owlrec("run", str(echo_recipe))
     assert second.returncode == 0
-    assert "all 12 shards done already" in second.stdout
+    assert "all 12 shards are already done" in second.stdout
     assert {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()} == before
     monkeypatch.chdir(tmp_path)
     looked_up = CliRunner().invoke(app, ["lookup", str(echo_recipe), "user", str(rows[-1][1]), "999999"])

@@ -101,5 +101,5 @@ def test_imported_vectors_are_preferred_and_of_the_encoders_dimension(generated:
     assert vectors[0].tolist() == np.eye(256)[2].tolist() != vectors[1].tolist()
     np.save(tmp_path / "v.npy", np.zeros((3, 8), np.float32))
     import_vectors(generated, "item", str(tmp_path / "v.npy"), str(tmp_path / "ids.txt"))
-    with pytest.raises(SourceError, match="vectors of 8 components, but the recipe's encoder gives 256"):
+    with pytest.raises(SourceError, match="vectors of 8 components, but the recipe's encoder has 256"):
         run(recipe_for(generated), generated)

@@ -121,7 +121,7 @@ def test_array_of_another_shape_or_type_is_refused(tmp_path: Path, prepared: Wor
     ("ids", "message"),
     [
         (np.arange(2), "has 3 vectors, but .*ids.npy has 2 ids"),
-        (np.array([5, 6, 5]), r"ids.npy, row 2: id 5 occurs in row 0 too"),
+        (np.array([5, 6, 5]), r"ids.npy, row 2: id 5 is also in row 0"),
         (np.array([1.0, 2.0, 3.0]), r"must be int64 \[n\]"),
         (np.arange(3, dtype=np.uint64), r"must be int64 \[n\]"),
         (np.arange(3)[:, None], r"must be int64 \[n\]"),

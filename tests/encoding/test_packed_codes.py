@@ -33,7 +33,7 @@ def test_three_levels_of_256_take_three_bytes_and_a_fourth_where_codes_are_share
 
 
 def test_codes_of_another_quantiser_are_refused() -> None:
-    with pytest.raises(SchemaError, match="row 1: code 4 of level 1, which has 4 codes"):
+    with pytest.raises(SchemaError, match="row 1: code 4 is out of range: level 1 has 4 codes"):
         pack_codes(np.array([[0, 3, 9], [0, 4, 9]], np.uint16), (4, 4))
-    with pytest.raises(SchemaError, match=r"\[1, 2\], but \[n, 3\] is meant"):
+    with pytest.raises(SchemaError, match=r"\[1, 2\], but must be \[n, 3\]"):
         pack_codes(np.array([[0, 3]], np.uint16), (4, 4))

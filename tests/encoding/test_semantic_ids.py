@@ -184,10 +184,10 @@ def test_vector_that_is_not_finite_is_named(value: float) -> None:
 
 
 def test_vectors_of_several_sizes_are_refused() -> None:
-    with pytest.raises(SchemaError, match=r"row 2: the vector's shape is \(6,\), but \(8,\) is meant"):
+    with pytest.raises(SchemaError, match=r"row 2: the vector's shape is \(6,\), but must be \(8,\)"):
         train_quantiser([*gaussian(2, 8), *gaussian(1, 6)], SemanticIdConfig())
     quantiser = train_quantiser(gaussian(20), small())
-    with pytest.raises(SchemaError, match=r"row 0: the vector's shape is \(6,\), but \(12,\) is meant"):
+    with pytest.raises(SchemaError, match=r"row 0: the vector's shape is \(6,\), but must be \(12,\)"):
         quantiser.encode(gaussian(3, 6))
 
 
@@ -200,10 +200,10 @@ def test_arrays_that_are_no_table_are_refused(vectors: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (np.zeros((4, 4), np.uint16), r"codes are \[4, 4\], but this quantiser's are \[n, 3\]"),
+        (np.zeros((4, 4), np.uint16), r"codes have shape \[4, 4\], but this quantiser's have \[n, 3\]"),
         (np.zeros(3, np.uint16), r"codes are \[3\]"),
-        (np.array([[0, 0, 0], [0, 16, 0]]), "row 1: code 16 of level 1, which has 16 codes"),
-        (np.array([[-1, 0, 0]]), "row 0: code -1 of level 0"),
+        (np.array([[0, 0, 0], [0, 16, 0]]), "row 1: code 16 is out of range: level 1 has 16 codes"),
+        (np.array([[-1, 0, 0]]), "row 0: code -1 is out of range: level 0"),
     ],
 )
 def test_codes_of_another_quantiser_are_refused(codes: np.ndarray, message: str) -> None:

@@ -94,7 +94,7 @@ def test_kar_entry_without_a_usable_answer_is_a_bad_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{'1': 2}", r"a.klg, line 1, column 2: no JSON"),
+        ("{'1': 2}", r"a.klg, line 1, column 2: not valid JSON"),
         ('{"1": {"answer": "a"}}\n{"2": {"answer": "b"}}', r"line 2, column 1.*set format: openai or jsonl"),
         ("[1]", "the JSON is a list"),
         ("[" * 100_000, "a.klg"),
@@ -251,7 +251,7 @@ def test_bad_csv_rows_stop_nobody(tmp_path: Path) -> None:
     ]
     assert [row for row in rows if isinstance(row, ImportedRow)] == [item(1, "a"), item(6, "g\nh")]
     assert isinstance(rows[-1], RefusedRow)
-    assert rows[-1].message.startswith("lines 12 to 13 are no CSV")
+    assert rows[-1].message.startswith("lines 12 to 13 are not valid CSV")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_bad_csv_rows_stop_nobody(tmp_path: Path) -> None:
         ("id,text", {"columns": {"id": "sku"}}, "column 'sku' is missing"),
         ("id,text", {"columns": {"prompt": "asked"}}, "column 'asked' is missing"),
         ("id,text", {"kind": "user"}, "column 'as_of' is missing.*set as_of_ms"),
-        ("id,text,text", {}, "two columns are called 'text'"),
+        ("id,text,text", {}, "two columns are named 'text'"),
         ('"id"x,text', {}, "not valid CSV"),
         ("", {}, "first line is empty"),
     ],
@@ -375,8 +375,8 @@ def test_file_without_any_json_object_is_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"format": "csv", "id_field": "x"}, "id_field is only for openai"),
-        ({"format": "openai", "columns": {"id": "x"}}, r"columns.id has no meaning .* Use id_field"),
-        ({"format": "kar", "columns": {"text": "x"}}, r"columns.text has no meaning"),
+        ({"format": "openai", "columns": {"id": "x"}}, r"columns.id is not a field .* Use id_field"),
+        ({"format": "kar", "columns": {"text": "x"}}, r"columns.text is not a field"),
     ],
 )
 def test_option_that_the_format_lacks_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

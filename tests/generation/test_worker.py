@@ -197,7 +197,7 @@ def test_poisonous_rows_die_with_their_reason_or_are_cleaned_and_all_others_are_
         300: "WrongType",
     }
     assert dead[201]["message"].startswith("item 201: title has 1,000,000 characters")
-    assert dead[300]["message"].startswith("item 300: title holds 300 (int), but text is meant")
+    assert dead[300]["message"].startswith("item 300: title holds 300 (int), not text")
     assert sum(m.rows_in for m in cards) == 9
     asked = [prompt for prompt, _ in engine.asked]
     assert {p.split('"')[1] for p in asked} == {"Alien (1979)", "Aliensystem obey", "Amélie (2001)"}

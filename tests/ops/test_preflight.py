@@ -57,7 +57,7 @@ def test_a_head_that_will_not_do_is_named(status, body, name, found):
         last = check_head(url, {})[-1]
     assert (last.name, last.ok) == (name, "fail")
     assert found in last.found
-    with pytest.raises(ClusterError, match="To mend it, "):
+    with pytest.raises(ClusterError, match="To fix it, "):
         refuse([last])
 
 
@@ -146,7 +146,7 @@ def test_another_python_is_refused():
 
 def test_a_workspace_that_one_node_cannot_reach_is_refused_with_the_node():
     lonely = {**NODE, "address": "10.0.0.2", "problem": "WorkspaceError: /w/.probe-1 does not exist."}
-    with pytest.raises(ClusterError, match=r"/w is not usable from 1 of its machines; on 10\.0\.0\.2: WorkspaceError"):
+    with pytest.raises(ClusterError, match=r"/w cannot be used from 1 of its machines; on 10\.0\.0\.2: WorkspaceError"):
         refuse(judge({**REPORT, "nodes": [NODE, lonely]}, "/w", None))
     with pytest.raises(ClusterError, match="on the head: WorkspaceError: no bucket"):
         refuse(judge({**REPORT, "problem": "WorkspaceError: no bucket"}, "s3://b", None))

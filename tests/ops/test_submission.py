@@ -148,7 +148,7 @@ def test_of_two_at_the_same_moment_one_starts_the_job():
 def test_a_head_that_is_not_ready_is_waited_for_and_a_refusal_is_told():
     jobs = FakeJobs(refusals=[RuntimeError("No available agent to submit job, please try again later.")] * 3)
     assert start(jobs, JOB).state == "started"
-    with pytest.raises(ClusterError, match="did not take the job: the package is too large"):
+    with pytest.raises(ClusterError, match="did not accept the job: the package is too large"):
         start(FakeJobs(refusals=[RuntimeError("Traceback\nthe package is too large")]), JOB)
 
 
@@ -223,7 +223,7 @@ def test_paths_that_only_hold_here_are_refused(tmp_path, monkeypatch):
     (tmp_path / "clicks" / "1.parquet").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     here = {"type": "table", "items": "/mnt/items.csv", "interactions": "clicks/*.parquet"}
-    with pytest.raises(RecipeError, match=r"source\.interactions: clicks/\*\.parquet is a file or folder here"):
+    with pytest.raises(RecipeError, match=r"source\.interactions: clicks/\*\.parquet is a local file or folder"):
         refuse_local_paths(recipe(tmp_path, source=here))
     there = recipe(tmp_path, source={**here, "interactions": str(tmp_path / "clicks")})
     refuse_local_paths(there)

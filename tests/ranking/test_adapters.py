@@ -46,7 +46,7 @@ def test_peft_loads_what_was_tuned(workspace: Workspace, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"model": "large:2"}, "adapter of tiny:1, but the ranker's model is large:2"),
+        ({"model": "large:2"}, "adapter for tiny:1, but the ranker's model is large:2"),
         ({"wording": "v" * 64}, "different wording"),
     ],
 )

@@ -303,7 +303,7 @@ def test_an_engine_that_tells_no_probabilities_is_named(
     shop: Recipe, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(Oracle, "first_tokens")
-    with pytest.raises(EngineError, match="Oracle does not tell"):
+    with pytest.raises(EngineError, match="Oracle does not return"):
         score_pairs(shop, workspace)
 
 

@@ -121,7 +121,7 @@ def test_what_the_stage_lacks_is_named(workspace: Workspace) -> None:
     with pytest.raises(RecipeError, match=r"Add `ranking: \{\}`"):
         run(recipe_for(workspace).model_copy(update={"ranking": None}), workspace)
     echo = Recipe.model_validate({**recipe_for(workspace).model_dump(exclude={"engine"}), "engine": {"type": "echo"}})
-    with pytest.raises(RecipeError, match="engine is echo, but vLLM must rank"):
+    with pytest.raises(RecipeError, match="engine is echo, but ranking needs vLLM"):
         run(echo, workspace)
 
 

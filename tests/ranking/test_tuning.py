@@ -160,7 +160,7 @@ def test_what_cannot_be_tuned_is_refused(model: str, tmp_path: Any) -> None:
     with pytest.raises(RecipeError, match=r"ranking\.engine: .*nowhere"):
         tuned(model, train, valid, TuningSettings(**FAST, target_modules=("nowhere",)))
     yes_only = Examples(valid.prompts, np.ones(len(valid), dtype=bool), valid.answers)
-    with pytest.raises(RecipeError, match="20 of 20 valid rows are answered Yes"):
+    with pytest.raises(RecipeError, match="20 of 20 valid rows have the label Yes"):
         tuned(model, train, yes_only, config)
     with pytest.raises(RecipeError, match="tuning: no rows"):
         tuned(model, Examples([], np.zeros(0, dtype=bool), train.answers), valid, config)

@@ -194,7 +194,7 @@ def test_shards_are_drawn_from_as_the_whole_table_is(workspace: Workspace, n_sha
         expected = samples.take(pa.array(draw_shots(samples, None, seed, split)[:limit]))
         expected = with_candidates(expected, samples, CATALOG.ids)
         assert draw_samples(workspace, split, limit, seed, CATALOG.ids).to_pylist() == expected.to_pylist()
-    with pytest.raises(RecipeError, match="201 are asked for"):
+    with pytest.raises(RecipeError, match="asks for 201 shots"):
         draw_samples(workspace, "train", 201, 0, CATALOG.ids, exactly=True)
 
 
@@ -227,7 +227,7 @@ def test_only_the_train_split_is_drawn_from() -> None:
     data = built(samples)
     assert data.counts["samples"] == len(train)
     assert {row["timestamp"] for row in data.rows.to_pylist()} <= {row["timestamp"] for row in train}
-    with pytest.raises(RecipeError, match=f"{len(train) + 1} are asked for, but the train split has {len(train)}"):
+    with pytest.raises(RecipeError, match=f"asks for {len(train) + 1} shots, but the train split has {len(train)}"):
         built(samples, shots=len(train) + 1)
 
 
@@ -268,7 +268,7 @@ def test_a_label_that_is_neither_yes_nor_no_is_refused(label: float | None) -> N
 
 
 def test_ratings_of_another_history_are_refused() -> None:
-    with pytest.raises(SchemaError, match="6 behaviours in history, but 1 in history_ratings"):
+    with pytest.raises(SchemaError, match="6 values in history, but 1 in history_ratings"):
         built(table(sample(history_ratings=[1.0])))
 
 

@@ -301,7 +301,7 @@ def test_second_refresh_does_not_move_what_the_first_has_moved(
 
 def test_two_refreshes_at_once_are_told(world: Workspace) -> None:
     log_events(world, watched(1, AWAY))
-    with claimed(world, CLAIM, "refresh"), pytest.raises(WorkspaceError, match="refresh is running already"):
+    with claimed(world, CLAIM, "refresh"), pytest.raises(WorkspaceError, match="refresh is already running"):
         refresh.run(recipe_for(world), world)
 
 
@@ -430,4 +430,4 @@ def test_what_cannot_be_tidied_is_said_and_stops_nothing(world: Workspace, monke
         raise ReleaseError("release x became current while y was being compacted.")
 
     monkeypatch.setattr(apply, "compact", overtaken)
-    assert tidy(world, compact_after=1).startswith("not tidied: release x became current")
+    assert tidy(world, compact_after=1).startswith("cleanup failed: release x became current")

@@ -226,13 +226,13 @@ def test_value_of_another_type_is_named_by_file_and_row(workspace: Workspace) ->
 def test_empty_log_at_first_says_what_to_put_there(workspace: Workspace) -> None:
     log = Log.events(workspace, RefreshConfig(), {})
     assert log.fragments() == ([], {})
-    with pytest.raises(SourceError, match=r"events: no events are there\. Put Parquet files with the columns user_id"):
+    with pytest.raises(SourceError, match=r"events: there are no events\. Add Parquet files with the columns user_id"):
         log.check_watermark(None, None, "refresh")
 
 
 @pytest.mark.parametrize(("newest", "ends"), [(None, "is empty"), (START, "ends at 2001-09-09 01:46:40 UTC")])
 def test_log_behind_the_watermark_is_refused(workspace: Workspace, newest: int | None, ends: str) -> None:
     log = Log.events(workspace, RefreshConfig(), {})
-    with pytest.raises(SourceError, match=f"the log {ends}.*to begin again, delete refresh"):
+    with pytest.raises(SourceError, match=f"the log {ends}.*to start over, delete refresh"):
         log.check_watermark(newest, START + 1, "refresh")
     log.check_watermark(START + 1, START + 1, "refresh")

@@ -345,6 +345,6 @@ def test_compaction_and_a_new_full_release_are_built_upon(world: Workspace) -> N
 def test_release_of_another_encoder_is_refused(world: Workspace) -> None:
     log_events(world, watched(1, AWAY))
     planner = AnsweredRefresh(recipe_for(world), world, StopSignals()).planner
-    with pytest.raises(ReleaseError, match=r"encoder 'minilm', but the recipe's is 'other@256'"):
+    with pytest.raises(ReleaseError, match=r"encoder 'minilm', but the recipe uses 'other@256'"):
         replace(planner, encoder=EncoderConfig(model="other")).read_log(read_state(world), START + DAY)
     assert not world.exists("refresh")

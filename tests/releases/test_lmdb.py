@@ -127,7 +127,7 @@ def test_null_text_and_mixed_vector_lengths_are_refused(tmp_path):
     with pytest.raises(SchemaError, match="row 1: text is null"):
         writer.add_knowledge("user", broken, name="given")
     writer.add_vectors("item", vectors("item", [1], [[1.0, 2.0]]), name="given")
-    with pytest.raises(SchemaError, match="3 components, earlier ones 2"):
+    with pytest.raises(SchemaError, match="3 components, but earlier ones have 2"):
         writer.add_vectors("user", vectors("user", [2], [[1.0, 2.0, 3.0]]), name="given")
     writer.abort()
 

@@ -249,7 +249,7 @@ def failing(error):
 @pytest.mark.parametrize(
     ("rank", "words"),
     [
-        (None, "No ranking: no ranking application is deployed beside this page."),
+        (None, "No ranking: no ranking application is deployed with this page."),
         (failing(ServingError("the CTR model is not available")), "No ranking: the CTR model is not available."),
         (failing(RuntimeError("secret")), "No ranking: the ranking application does not answer."),
     ],
@@ -270,7 +270,7 @@ def test_without_the_llm_the_ctr_order_stands_alone(tmp_path):
     with TestClient(explorer(workspace, tmp_path / "i", rank=by_ctr_alone), base_url="http://localhost") as web:
         page = web.get("/rank?user=1&candidates=9,7").text
     assert sides(page) == [[7, 9], [], []]
-    assert "The LLM did not have its say: the LLM is not available." in page
+    assert "The LLM did not rank: the LLM is not available." in page
     assert "It ranked nothing." in page
 
 

@@ -201,7 +201,7 @@ def test_a_repeated_id_is_named(tmp_path: Path, table: str) -> None:
     folder = write_source(tmp_path / "source")
     rows = pq.read_table(folder / f"{table}.parquet")
     pq.write_table(pa.concat_tables([rows, rows.slice(17, 1)]), folder / f"{table}.parquet", row_group_size=15)
-    with pytest.raises(SchemaError, match=rf"{table}\.parquet, row {len(rows)}: {table[:-1]}_id '.17' occurs a second"):
+    with pytest.raises(SchemaError, match=rf"{table}\.parquet, row {len(rows)}: {table[:-1]}_id '.17' is a duplicate"):
         prepared(recipe(folder, tmp_path / "ws"))
 
 
@@ -308,7 +308,7 @@ def test_two_preparations_at_once_are_refused(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "ws")
     other = Claims(workspace, "other")
     assert other.claim("claims/prepare")
-    with pytest.raises(WorkspaceError, match="prepare is running already"):
+    with pytest.raises(WorkspaceError, match="prepare is already running"):
         prepared(recipe(folder, tmp_path / "ws"))
     assert workspace.names() == ["claims"]
     other.close()

@@ -127,7 +127,7 @@ def test_dropping_every_interaction_is_an_error() -> None:
     [
         (
             {"users": pa.table({"user_id": ["ann", "bob", "ann"]})},
-            r"u\.csv, row 2: user_id 'ann' occurs a second time",
+            r"u\.csv, row 2: user_id 'ann' is a duplicate",
         ),
         (
             {"items": pa.table({"item_id": [1, 1, 2], "title": ["a", "b", "c"]})},
@@ -173,5 +173,5 @@ def test_digest_follows_the_bytes_read_and_the_config(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"nowhere\.csv: there is no such file"):
+    with pytest.raises(Exception, match=r"nowhere\.csv: file not found"):
         input_file(tmp_path / "nowhere.csv")

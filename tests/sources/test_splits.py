@@ -162,7 +162,7 @@ def test_single_missing_ratings_are_refused(missing: float | None) -> None:
     [
         ([], kar(), r"0 samples of 0 users leave the train and valid and test split empty"),
         (crowd([(1, 5, 10), (2, 5, 20)], 5), kar(), r"leave the valid split empty.*8:1:1.*use more users"),
-        (crowd([(1, 5, 10), (2, 5, 10)]), kar(), r"0 samples of 0 users.*\(30 samples had the timestamp"),
+        (crowd([(1, 5, 10), (2, 5, 10)]), kar(), r"0 samples of 0 users.*\(30 samples have the timestamp"),
         (crowd([(1, 5, 10), (2, 5, 20)]), kar(method="time"), r"train and valid split empty.*longer period"),
     ],
 )
