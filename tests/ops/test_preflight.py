@@ -45,9 +45,9 @@ def server(status: int, body: str) -> Iterator[str]:
     [
         (200, '{"ray_version": "2.59.1"}', "Ray", "runs Ray 2.59.1"),
         (200, '{"ray_version": "2.60.1"}', "Ray", "runs Ray 2.60.1"),
-        (200, "<html>", "head", "is no Ray head"),
-        (200, "[]", "head", "is no Ray head"),
-        (404, "{}", "head", "is no Ray head"),
+        (200, "<html>", "head", "is not a Ray head"),
+        (200, "[]", "head", "is not a Ray head"),
+        (404, "{}", "head", "is not a Ray head"),
         (401, "Unauthorized", "token", "requires a token"),
         (403, "Forbidden", "token", "rejects this token"),
     ],

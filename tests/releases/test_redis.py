@@ -171,7 +171,7 @@ def test_rolling_back_is_one_command(workspace, releases):
         roll_back_redis(releases)
     assert roll_back_redis(releases, to=c) == c
     assert releases.history() == [a, c]
-    with pytest.raises(ReleaseError, match="holds no release 'nope'"):
+    with pytest.raises(ReleaseError, match="has no release 'nope'"):
         roll_back_redis(releases, to="nope")
     assert releases.current() == c
 
@@ -279,7 +279,7 @@ def test_a_server_that_stops_is_found_out_at_once_and_found_again(workspace, tmp
         releases = RedisReleases(url, timeout_s=0.5)
         release = releases.open(push(workspace, releases))
         assert release.store.get("user", [1])[0].text == "a"
-    with pytest.raises(StoreUnavailableError, match="does not answer"):
+    with pytest.raises(StoreUnavailableError, match="does not respond"):
         release.store.get("user", [1])
     with pytest.raises(StoreUnavailableError):
         releases.current()

@@ -196,7 +196,7 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
     (tmp_path / "items.parquet").write_text("x")
     (tmp_path / "empty").mkdir()
     for path, message in (
-        ("items.xlsx", "not that of a Parquet, CSV or JSON lines file"),
+        ("items.xlsx", "is not Parquet, CSV or JSON lines"),
         ("items.parquet", "cannot be read as parquet"),
         ("empty", "no Parquet, CSV or JSON lines files"),
         ("nothing-*.csv", "no Parquet, CSV or JSON lines files"),
