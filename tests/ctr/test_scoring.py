@@ -209,7 +209,7 @@ def test_unfinished_and_damaged_artifacts_are_refused(workspace: Workspace, toy_
     with pytest.raises(WorkspaceError, match=r"profiles/00000000.arrow cannot be read"):
         Artifact.open(workspace, folder)
     workspace.delete_file(path)
-    with pytest.raises(WorkspaceError, match=r"holds 3 shards of users.*export"):
+    with pytest.raises(WorkspaceError, match=r"has 3 user shards.*export"):
         Artifact.open(workspace, folder)
     workspace.write_bytes(f"{folder}/items.safetensors", b"no tensors")
     with pytest.raises(WorkspaceError, match=r"items.safetensors is damaged"):
