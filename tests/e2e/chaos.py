@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -32,7 +33,6 @@ from owlrec.schema import shard_of
 from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 USERS, ITEMS, SHARDS = 240, 120, 16
 REPLICAS, CONCURRENCY = 2, 5
 ANSWER_S = 0.08
@@ -143,16 +143,12 @@ ray: {{address: "{address}"}}
     )
 
 
-def submit(recipe: Path, log: Path) -> subprocess.Popen[bytes]:
+def submit(recipe: Path, log: Path) -> forked.Forked:
     """The command that a user would type, again and again."""
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.generate", str(recipe)],
-            cwd=ROOT, stdout=file, stderr=file, start_new_session=True,
-        )  # fmt: skip
+    return forked.owlrec("run", str(recipe), "--only", "generate", log=log)
 
 
-def kill_driver(process: subprocess.Popen[bytes]) -> None:
+def kill_driver(process: forked.Forked) -> None:
     """kill -9 for a driver. Its workers belong to the cluster, which notices."""
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -177,7 +173,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def wait_for_shards(workspace: Path, number: int, process: subprocess.Popen[bytes], timeout_s: float = 60) -> bool:
+def wait_for_shards(workspace: Path, number: int, process: forked.Forked, timeout_s: float = 60) -> bool:
     """Waits until so many shards are done; False where the command ended before."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
