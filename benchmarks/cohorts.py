@@ -28,14 +28,13 @@ import pyarrow as pa
 import pipelines
 from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
-from owlrec.cohorts.assignment import vector_array
-from owlrec.cohorts.building import AssignCohorts, build_cohorts
+from owlrec.cohorts.building import AssignCohorts, build_cohorts, vector_array
 from owlrec.cohorts.clustering import ClusterConfig, Codebook, FactorSettings, train_cells, unit
-from owlrec.cohorts.model import CohortModel, CohortsConfig, CohortSettings
+from owlrec.cohorts.cohort_model import CohortModel, CohortsConfig, CohortSettings
 from owlrec.ctr.experiment import finished_trials, summarise, trials
 from owlrec.recipe import RayConfig, Recipe, load_recipe
 from owlrec.runner import Pool, run_stage
-from owlrec.runs.stage import ray_session, stage_function
+from owlrec.runs.stages import ray_session, stage_function
 from owlrec.scenario import get_scenario
 from owlrec.schema import PROMPTS
 from owlrec.shards import Artifact, Shard, finished_stage
@@ -264,10 +263,10 @@ def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
     from owlrec.decoding.pools import write_pool
     from owlrec.decoding.release_pools import answer_tokens
     from owlrec.generation import VllmEngine, VllmEngineConfig, token_counter
+    from owlrec.generation.engines import load_tokenizer, model_identity
     from owlrec.generation.job import read_knowledge
-    from owlrec.generation.models import load_tokenizer, model_identity
-    from owlrec.prompting.rows import Prompt, user_prompts
-    from owlrec.sources.catalog import ItemCatalog
+    from owlrec.prompting.prompts import Prompt, user_prompts
+    from owlrec.sources.splits import ItemCatalog
 
     generated, built = finished_stage(workspace, "generate"), finished_stage(workspace, "cohorts")
     assert generated is not None

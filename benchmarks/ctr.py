@@ -25,6 +25,7 @@ from benchmarks.arms import arm_figure
 from benchmarks.planted import PlantedWorld, plant, sentence_vectors, trait_vectors
 from benchmarks.samples import all_samples
 from benchmarks.table import Figure, options_parser, show
+from owlrec.ctr.artifact import CtrScorer, LiveState, TableKnowledge, User, export_program, load_program
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitTensors
 from owlrec.ctr.experiment import (
@@ -38,15 +39,14 @@ from owlrec.ctr.experiment import (
     trials,
 )
 from owlrec.ctr.features import build_features
-from owlrec.ctr.knowledge import Arm, KnowledgeTable
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
-from owlrec.ctr.scoring import LiveState, Scorer, TableKnowledge, User, export_program, load_program
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding.vectors import Encoder, EncoderConfig
 from owlrec.evaluation import GridScores, Interval, auc, compare_arms, gauc
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.releases.rows import encode_behaviors
+from owlrec.releases.format import encode_behaviors
 from owlrec.schema import BEHAVIOR
 from owlrec.shards import finished_stage
 from owlrec.sources.splits import last_behaviors
@@ -150,7 +150,7 @@ def _gauc_by_definition(labels: np.ndarray, scores: np.ndarray, groups: np.ndarr
 
 def _export(options: argparse.Namespace) -> Iterator[Figure]:
     """Random weights: a score costs the same whatever the weights are."""
-    from owlrec.runs.batch import prepare
+    from owlrec.runs.stages import prepare
 
     with tempfile.TemporaryDirectory() as folder:
         recipe, workspace = load_recipe(RECIPE, workspace=folder), Workspace(folder)
@@ -173,10 +173,10 @@ def _export(options: argparse.Namespace) -> Iterator[Figure]:
             torch.manual_seed(0)
             model = CTRModel(ModelSpec.of(features.spec, backbone, 384, recipe.ctr), features.items).eval()
             live = LiveState(model, TableKnowledge(tables), store)
-            scorer = Scorer(model, features.items, features.vocabularies)
+            scorer = CtrScorer(model, features.items, features.vocabularies)
             example = scorer.batch(int(users["user_id"][0].as_py()), features.items.ids[:3], live)
             program = load_program(export_program(model, example))
-            by_program = Scorer(model, features.items, features.vocabularies, program=program)
+            by_program = CtrScorer(model, features.items, features.vocabularies, program=program)
             trainer = SplitTensors(features.splits["test"].whole(), tables, "cpu")
             for method, path in (("model", scorer), ("program", by_program)):
                 off = _off_the_trainer(path, live, trainer, samples)
@@ -202,7 +202,7 @@ class _Behaviors:
 
 
 def _latency(
-    scorer: Scorer, live: LiveState, users: np.ndarray, method: str, threads: int, off: float, requests: int
+    scorer: CtrScorer, live: LiveState, users: np.ndarray, method: str, threads: int, off: float, requests: int
 ) -> Figure:
     rng, took = np.random.default_rng(1), []
     for number in range(requests + 20):
@@ -221,7 +221,7 @@ def _latency(
 
 
 def _off_the_trainer(
-    scorer: Scorer, live: LiveState, trainer: SplitTensors, samples: pa.Table, rows: int = 50
+    scorer: CtrScorer, live: LiveState, trainer: SplitTensors, samples: pa.Table, rows: int = 50
 ) -> float:
     """The largest difference over the first test samples, each asked for as a request of its own."""
     test = samples.filter(pc.equal(samples["split"], "test")).slice(0, rows).to_pylist()
@@ -233,7 +233,7 @@ def _off_the_trainer(
 
 def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
     """Trains through the stage itself, so that what a run has trained already is not trained again."""
-    from owlrec.runs.ctr import train_ctr as train
+    from owlrec.runs.models import train_ctr as train
 
     recipe = load_recipe(options.recipe, workspace=options.workspace)
     workspace = Workspace(recipe.workspace)
@@ -254,8 +254,8 @@ def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 def _workers(options: argparse.Namespace) -> Iterator[Figure]:
-    from owlrec.runs.batch import prepare
-    from owlrec.runs.ctr import train_ctr as train
+    from owlrec.runs.models import train_ctr as train
+    from owlrec.runs.stages import prepare
 
     one: dict[str, float] = {}
     for workers in (1, 2):

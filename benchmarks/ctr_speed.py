@@ -159,7 +159,7 @@ def _prepare(folder: Path) -> None:
 def _movielens() -> Any:
     from benchmarks.samples import RATED
     from owlrec.ctr.features import build_features
-    from owlrec.sources.movielens import MovieLens100KSource
+    from owlrec.sources.datasets import MovieLens100KSource
     from owlrec.sources.splits import SplitConfig, build_samples
 
     raw = MovieLens100KSource(type="movielens-100k").load()
@@ -177,10 +177,10 @@ def _repeated(n_train: int, rows: int) -> np.ndarray:
 def _ours(task: dict[str, Any]) -> float:
     from dataclasses import replace
 
+    from owlrec.ctr.dataset import reduced
     from owlrec.ctr.experiment import CTRConfig, Trial
     from owlrec.ctr.features import Split
-    from owlrec.ctr.knowledge import KnowledgeTable
-    from owlrec.ctr.pca import reduced
+    from owlrec.ctr.knowledge_tables import KnowledgeTable
     from owlrec.ctr.trainer import TrainingData, train_one
 
     features = _movielens()

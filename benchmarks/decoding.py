@@ -27,15 +27,14 @@ from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
 from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
 from owlrec.decoding.options import LEAD_TOKENS
-from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, resolve_model
+from owlrec.generation.engines import PACKAGED, load_tokenizer, model_identity, resolve_model
 from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
-from owlrec.process import cache_folder
-from owlrec.prompting.framework import FrameworkName
-from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, item_prompts, user_prompts
+from owlrec.machine import cache_folder
+from owlrec.prompting.frameworks import FrameworkName
+from owlrec.prompting.prompts import FRAMEWORKS, PromptConfig, item_prompts, user_prompts
 from owlrec.recipe import load_recipe
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.movielens import MovieLens100KSource
-from owlrec.sources.splits import build_samples
+from owlrec.sources.datasets import MovieLens100KSource
+from owlrec.sources.splits import ItemCatalog, build_samples
 from owlrec.storage import fingerprint
 
 NEW_TOKENS = 200

@@ -12,8 +12,8 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, summarise, trials
 from owlrec.ops.report import REPORTED_STAGES
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.releases.format import measure_lookup
 from owlrec.releases.release import open_release
-from owlrec.releases.rows import measure_lookup
 from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
 

@@ -26,13 +26,12 @@ from owlrec.ctr.dataset import encode_tables, open_features
 from owlrec.ctr.experiment import CTRConfig, DistillationConfig, SoftLabels, Trial
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.decoding import DecodingConfig
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.vectors import EncoderConfig
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import Completion, Engine, EngineConfig, SamplingConfig
+from owlrec.generation.engines import Completion, Engine, EngineConfig, SamplingConfig
 from owlrec.ops.console import note
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.questions import ScorePairs, Teacher, pair_inputs
-from owlrec.ranking.samples import TuningDataConfig
+from owlrec.ranking.question_sets import ScorePairs, Teacher, pair_inputs
+from owlrec.ranking.samples import RankingConfig, TuningDataConfig
 from owlrec.runner import run_stage
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS, SAMPLE_ROWS, shard_of

@@ -20,22 +20,25 @@ import pyarrow as pa
 from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation import VllmEngineConfig
-from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.job import SHARDS_IN_FLIGHT, GenerateConfig, GenerationJob, build_job, table_inputs
-from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.generation.engines import PACKAGED, SamplingConfig, resolve_model
+from owlrec.generation.job import (
+    SHARDS_IN_FLIGHT,
+    GenerateConfig,
+    GenerateStage,
+    GenerationJob,
+    build_job,
+    table_inputs,
+)
 from owlrec.generation.quality import QualityConfig
 from owlrec.generation.vllm_engine import prepare_environment
-from owlrec.generation.worker import GenerateStage
-from owlrec.prompting.rows import PromptConfig, user_prompts
+from owlrec.prompting.prompts import PromptConfig, user_prompts
 from owlrec.recipe import RayConfig
 from owlrec.runner import Pool, run_stage
-from owlrec.runs.batch import engine_cpus
-from owlrec.runs.stage import ray_session
+from owlrec.runs.stages import engine_cpus, ray_session
 from owlrec.scenario import get_scenario
 from owlrec.shards import finish_stage
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.movielens import MovieLens100KSource
-from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.sources.datasets import MovieLens100KSource
+from owlrec.sources.splits import ItemCatalog, SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
 PROMPTS, NEW_TOKENS, ROWS_AT_ONCE = 1000, 64, 128
@@ -126,7 +129,7 @@ def _job(engine: VllmEngineConfig, quality: QualityConfig) -> GenerationJob:
 
 def _prompts(workspace: Workspace) -> list[list[dict[str, str]]]:
     """The conversations that OwlRec would ask about."""
-    from owlrec.generation.models import load_tokenizer
+    from owlrec.generation.engines import load_tokenizer
 
     tokenizer, job = load_tokenizer(PACKAGED), _job(_engine(), QualityConfig())
     rows = user_prompts(

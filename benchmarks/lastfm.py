@@ -26,10 +26,10 @@ from benchmarks.serving_processes import free_port, owlrec, process, wait_for_an
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, trials
 from owlrec.ops.console import note, table
-from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
+from owlrec.prompting.prompts import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.shards import needed_stage
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 READ_UNTIL = 1_300_000_000_000  # ms: where CoLaKG's train split ends

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, trials
 from owlrec.recipe import Recipe
-from owlrec.runs.batch import prepare
-from owlrec.runs.ctr import train_ctr
+from owlrec.runs.models import train_ctr
+from owlrec.runs.stages import prepare
 from owlrec.shards import needed_stage
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 from owlrec.workspace import Workspace
 
 BACKBONES = ("din", "dcnv2")

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from benchmarks.samples import RATED, labelled
 from benchmarks.table import Figure, options_parser, show
-from owlrec.generation.models import PACKAGED
+from owlrec.generation.engines import PACKAGED
 from owlrec.ops.cost import (
     Demand,
     FleetConfig,
@@ -34,11 +34,11 @@ from owlrec.ops.cost import (
 )
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import pointer
-from owlrec.runs.refresh import run as run_refresh
-from owlrec.runs.stage import stage_function
+from owlrec.runs.stages import stage_function
+from owlrec.runs.upkeep import run as run_refresh
 from owlrec.schema import HISTORIES
 from owlrec.shards import finish_stage, finished_stage
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 from owlrec.workspace import Workspace, shards_for
 
 READ, NEWS = 0.6, 0.2  # shares of a user's behaviours: in the tables, and then as events

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table import Figure, options_parser, show
-from owlrec.encoding.projection import unit_rows
+from owlrec.encoding.compression import unit_rows
 from owlrec.generation import VllmEngineConfig, token_counter
-from owlrec.generation.models import PACKAGED, load_tokenizer, resolve_model
-from owlrec.prompting.ranking import NO, YES, RankPromptConfig, rank_prompt
+from owlrec.generation.engines import PACKAGED, load_tokenizer, resolve_model
+from owlrec.prompting.frameworks import NO, YES, RankPromptConfig, rank_prompt
 from owlrec.scenario import get_scenario
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 
 PARTS = ("prefix", "parity", "tuning", "retrieval")
 CANDIDATES, HISTORY = 50, 30
@@ -155,7 +155,7 @@ def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
     """
     import faiss
 
-    from owlrec.ranking.retrieval import BehaviourRetriever
+    from owlrec.ranking.behavior_retrieval import BehaviourRetriever
 
     rng, n_items, dim, k = np.random.default_rng(0), 10**6, 128, 15
     vectors = rng.standard_normal((n_items, dim), dtype=np.float32)
@@ -235,11 +235,11 @@ def in_process(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 def _work_score(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each list after the first, which warms up, and the scores of the last."""
-    from owlrec.ranking.scorer import Scorer
+    from owlrec.ranking.scorer import LlmScorer
 
     config = {**ENGINE, "engine_args": job["args"], "dtype": job.get("dtype", "auto")}
     adapter = job.get("adapter")
-    scorer = Scorer(VllmEngineConfig(**config), lora_rank=8 if adapter else None)
+    scorer = LlmScorer(VllmEngineConfig(**config), lora_rank=8 if adapter else None)
     seconds, found = [], None
     for asked in job["lists"]:
         start = time.perf_counter()
@@ -289,8 +289,8 @@ def _work_peft(job: dict[str, Any]) -> dict[str, Any]:
 def _work_tune(job: dict[str, Any]) -> dict[str, Any]:
     import pyarrow as pa
 
-    from owlrec.ranking.experiment import TuningSettings
-    from owlrec.ranking.tuning import Progress, load_model, tokenise, tune
+    from owlrec.ranking.lora import TuningProgress, load_model, tokenise, tune
+    from owlrec.ranking.samples import TuningSettings
 
     rows = [
         {"user_id": 0, "item_id": i, "system": q[0], "text": q[1], "answer": answer}
@@ -304,7 +304,7 @@ def _work_tune(job: dict[str, Any]) -> dict[str, Any]:
     few = tokenise(pa.Table.from_pylist(rows[:2]), load_tokenizer(PACKAGED), max_tokens=4096)
     ticks: list[float] = []
 
-    def on_step(progress: Progress) -> None:
+    def on_step(progress: TuningProgress) -> None:
         ticks.append(time.perf_counter())
 
     tune(load_model(resolve_model(PACKAGED), None, config), examples, few, config, on_step=on_step)
@@ -371,7 +371,7 @@ def _transformers(dtype: str) -> tuple[Any, Callable[[Question], list[int]], Any
     import torch
     from transformers import AutoModelForCausalLM
 
-    from owlrec.generation.models import render_chat
+    from owlrec.generation.engines import render_chat
 
     torch.set_num_threads(os.cpu_count() or 1)
     tokenizer = load_tokenizer(PACKAGED)

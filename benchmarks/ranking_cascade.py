@@ -22,12 +22,11 @@ from owlrec import evaluation as metrics
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.errors import EngineError, RecipeError
 from owlrec.evaluation import load_calibration
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import with_candidates
-from owlrec.ranking.samples import in_hash_order
+from owlrec.ranking.behavior_retrieval import with_candidates
+from owlrec.ranking.samples import RankingConfig, in_hash_order
 from owlrec.recipe import Recipe
 from owlrec.schema import SAMPLES, conform
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 

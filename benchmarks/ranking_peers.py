@@ -7,9 +7,8 @@ from benchmarks.samples import all_samples
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Features, build_features
 from owlrec.ctr.trainer import Trained, TrainingData, train_one
-from owlrec.ranking.experiment import RankerRun, RankingConfig
-from owlrec.ranking.judging import RankerResult, write_results
-from owlrec.ranking.samples import draw_shots
+from owlrec.ranking.question_sets import RankerResult, write_results
+from owlrec.ranking.samples import RankerRun, RankingConfig, draw_shots
 from owlrec.scenario import Scenario
 from owlrec.workspace import Workspace
 

@@ -27,16 +27,15 @@ from benchmarks.ranking_cascade import cascade_figures
 from benchmarks.ranking_peers import ctr_results
 from benchmarks.ranking_scores import Scored, ask_ranker, auc_figure, scored
 from benchmarks.table import Figure, options_parser, show
-from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.generation.engines import PACKAGED, resolve_model
 from owlrec.ops.console import note
-from owlrec.ranking.experiment import RankerRun, RankingConfig, TuningSettings
-from owlrec.ranking.judging import Judgement
-from owlrec.ranking.samples import Shown, draw_samples
+from owlrec.ranking.question_sets import Judgement
+from owlrec.ranking.samples import RankerRun, RankingConfig, Shown, TuningSettings, draw_samples
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.runs.batch import prepare
-from owlrec.runs.ranker import tune_ranker
+from owlrec.runs.models import tune_ranker
+from owlrec.runs.stages import prepare
 from owlrec.shards import finished_stage
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
@@ -228,7 +227,7 @@ def tokens_per_s(config: RankingConfig) -> tuple[float, float]:
     """Of a gradient and of a forward pass of the packaged model, as fast as it is right now."""
     import torch
 
-    from owlrec.ranking.tuning import answer_logits, load_model
+    from owlrec.ranking.lora import answer_logits, load_model
 
     model = load_model(resolve_model(PACKAGED), None, config.tuning.settings)
     for name, weight in model.named_parameters():

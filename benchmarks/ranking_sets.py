@@ -19,14 +19,14 @@ from sklearn.preprocessing import StandardScaler
 from benchmarks.ranking_quality import RECIPE
 from benchmarks.ranking_scores import Scored, auc_figure
 from benchmarks.table import Figure, options_parser, show
-from owlrec.encoding.projection import unit_rows
-from owlrec.ordered import rows_of
-from owlrec.ranking.retrieval import ItemVectors
+from owlrec.encoding.compression import unit_rows
+from owlrec.ranking.behavior_retrieval import ItemVectors
 from owlrec.ranking.samples import draw_samples
 from owlrec.recipe import load_recipe
-from owlrec.runs.batch import prepare
+from owlrec.runs.stages import prepare
+from owlrec.schema import rows_of
 from owlrec.shards import finished_stage
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 Rule = Callable[[np.ndarray, int, int], np.ndarray]  # cosines [candidates, behaviors], own row, K: the positions shown

@@ -28,9 +28,8 @@ from pandas.util import hash_array
 from benchmarks.table import Figure, options_parser, show
 from benchmarks.worlds import World, grow, write_world
 from owlrec.ops.console import note
-from owlrec.ordered import rows_of
 from owlrec.releases import open_release
-from owlrec.schema import KINDS
+from owlrec.schema import KINDS, rows_of
 from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.workspace import Workspace
 

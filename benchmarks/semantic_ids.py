@@ -15,8 +15,7 @@ import numpy as np
 
 from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.semantic_ids import (
+from owlrec.encoding.compression import (
     QuantisationReport,
     Quantiser,
     SemanticIdConfig,
@@ -24,11 +23,10 @@ from owlrec.encoding.semantic_ids import (
     measure_codes,
     train_quantiser,
 )
-from owlrec.encoding.vectors import CODED_KINDS, VectorShards, item_metadata, user_metadata
+from owlrec.encoding.vectors import CODED_KINDS, EncoderConfig, VectorShards, item_metadata, user_metadata
 from owlrec.errors import SourceError
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.movielens import MovieLens100KSource
-from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.sources.datasets import MovieLens100KSource
+from owlrec.sources.splits import ItemCatalog, SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
 OURS = "owlrec (beam search)"

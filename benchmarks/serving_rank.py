@@ -31,15 +31,15 @@ import yaml
 from benchmarks.load import LoadJob, LoadResult
 from benchmarks.serving_processes import free_port, load, owlrec, process, wait_for_answer
 from benchmarks.table import Figure
+from owlrec.ctr.artifact import CtrArtifact, LiveState
 from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.features import Histories, SampleFeatures
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.scoring import Artifact, LiveState
-from owlrec.encoding.encoder import HashingEncoder
+from owlrec.ctr.knowledge_tables import KnowledgeTable
+from owlrec.encoding.vectors import HashingEncoder
 from owlrec.refresh.events import EVENTS
 from owlrec.releases import ReleaseInfo, current_release, open_release, publish
 from owlrec.schema import KNOWLEDGE, vectors_table
-from owlrec.serving.live import live_state
+from owlrec.serving.rank_api import live_state
 from owlrec.shards import finished_stage
 from owlrec.sources.splits import last_behaviors
 from owlrec.storage import fingerprint
@@ -209,7 +209,7 @@ def compare_frozen(workspace: Workspace, artifact: str, requests: int) -> list[t
     nothing is held of the user.
     """
     torch.set_num_threads(1)
-    opened, draw = Artifact.open(workspace, artifact), np.random.default_rng(0)
+    opened, draw = CtrArtifact.open(workspace, artifact), np.random.default_rng(0)
     with open_release(workspace) as release:
         live = live_state(opened, release)
         users = np.sort(workspace.read_table("users", ["user_id"])["user_id"].to_numpy())
@@ -272,7 +272,7 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
     """What the trained model itself says of each user's candidates, on the vectors and behaviors of the current
     release, in the way of training.
     """
-    opened = Artifact.open(workspace, artifact)
+    opened = CtrArtifact.open(workspace, artifact)
     model, length = opened.scorer.model, opened.scorer.model.spec.features.history_length
     items, grades = opened.scorer.items, opened.scorer.vocabularies.grades
     found = []

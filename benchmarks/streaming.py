@@ -21,25 +21,24 @@ import pyarrow as pa
 
 from benchmarks.samples import RATED, labelled
 from benchmarks.table import Figure, options_parser, show
+from owlrec.ctr.dataset import reduced
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import build_features
-from owlrec.ctr.knowledge import STREAMING, KnowledgeTable, VectorTable, open_vectors
-from owlrec.ctr.pca import reduced
+from owlrec.ctr.knowledge_tables import STREAMING, KnowledgeTable, VectorTable, open_vectors
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
 from owlrec.evaluation import GridScores, compare_arms
 from owlrec.generation import EchoEngineConfig, EngineConfig, VllmEngineConfig, token_counter
-from owlrec.generation.models import PACKAGED
-from owlrec.ordered import run_starts
-from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
+from owlrec.generation.engines import PACKAGED
+from owlrec.prompting.prompts import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import State
 from owlrec.releases.release import open_release
-from owlrec.schema import HISTORIES, SAMPLES
+from owlrec.schema import HISTORIES, SAMPLES, run_starts
 from owlrec.shards import finish_stage
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 from owlrec.sources.raw import RawTables
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace, shards_for
 
 DAY_MS = 86_400_000
@@ -94,7 +93,7 @@ def _between(raw: RawTables, after: int, until: int) -> pa.Table:
 
 def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     """Tables that end at `until`, whose histories hold all there is, and all stages up to a release."""
-    from owlrec.runs.stage import stage_function
+    from owlrec.runs.stages import stage_function
 
     workspace = Workspace(recipe.workspace)
     interactions = labelled(_between(raw, -1, until))
@@ -129,7 +128,7 @@ def _refreshes(
     raw: RawTables, recipe: Recipe, workspace: Workspace, start: int, days: int, step: int
 ) -> Iterator[tuple[int, pa.Table, State | None]]:
     """Adds the events of `step` days to the log and refreshes, again and again; the moment, the events, the state."""
-    from owlrec.runs.refresh import run
+    from owlrec.runs.upkeep import run
 
     for day in range(0, days, step):
         low, high = start + day * DAY_MS, start + min(day + step, days) * DAY_MS
@@ -154,7 +153,7 @@ def _cost(raw: RawTables, days: int) -> list[Figure]:
             calls.append((state.calls if state else 0) / users)
             worst = max(worst, calls[-1] - acting[-1])
             over += calls[-1] > acting[-1] + 0.01
-        from owlrec.runs.refresh import run
+        from owlrec.runs.upkeep import run
 
         again = run(recipe, workspace, now=start + days * DAY_MS)
     measure = f"{len(calls)} days, a refresh a day"

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 
 import owlrec
-from owlrec.prompting.framework import item_prompt, item_system
-from owlrec.prompting.frameworks import KAR
+from owlrec.prompting.frameworks import KAR, item_prompt, item_system
 from owlrec.recipe import make_recipe
 
 WINES = {

@@ -17,7 +17,7 @@ from owlrec.decoding import request_arguments
 from owlrec.decoding.options import is_cpu_build
 from owlrec.decoding.pools import write_pool
 from owlrec.decoding.release_pools import answer_tokens
-from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.generation.engines import PACKAGED, resolve_model
 from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
 
 FILMS = ("Alien", "Casablanca", "Fargo", "Heat")

@@ -11,12 +11,12 @@ import asyncio
 
 import pandas as pd
 
-from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding.vectors import Encoder, EncoderConfig
 from owlrec.generation import VllmEngineConfig, token_counter
-from owlrec.generation.models import PACKAGED
-from owlrec.prompting.ranking import RankPromptConfig, rank_prompt
-from owlrec.ranking.retrieval import BehaviourRetriever
-from owlrec.ranking.scorer import Scorer
+from owlrec.generation.engines import PACKAGED
+from owlrec.prompting.frameworks import RankPromptConfig, rank_prompt
+from owlrec.ranking.behavior_retrieval import BehaviourRetriever
+from owlrec.ranking.scorer import LlmScorer
 from owlrec.scenario import get_scenario
 
 FILMS = {
@@ -45,7 +45,7 @@ def main() -> None:
     movies, prompt, count = get_scenario("movies"), RankPromptConfig(), token_counter(engine)
     quoted = list(zip(shown.title, shown.rating.astype(float), strict=True))
     questions = [rank_prompt(movies, {"age": "35"}, t, prompt, count, retrieved=quoted) for t in candidates.title]
-    scorer = Scorer(engine)
+    scorer = LlmScorer(engine)
     candidates["p_yes"] = asyncio.run(scorer.score(questions)).probabilities
     scorer.close()
     print(candidates.sort_values("p_yes", ascending=False).to_string(index=False))

@@ -4,8 +4,7 @@ from ray._private import worker
 from ray.serve import context
 
 from owlrec.errors import ServingError
-from owlrec.serving.guard import check_binding
-from owlrec.serving.keys import KeyRing
+from owlrec.serving.guard import KeyRing, check_binding
 
 
 def refuse_open_binding(keys: KeyRing) -> None:

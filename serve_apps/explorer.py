@@ -13,15 +13,13 @@ from ray.serve.exceptions import RayServeException
 
 from owlrec.config import Config
 from owlrec.errors import ServingError
-from owlrec.process import api_keys
+from owlrec.machine import api_keys
 from owlrec.serving.explorer.pages import build_explorer
-from owlrec.serving.guard import Limits
-from owlrec.serving.keys import KeyRing
+from owlrec.serving.guard import KeyRing, Limits
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import Rank, RankAnswer
-from owlrec.serving.served import ServedReleases, WorkspaceReleases
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
 from owlrec.workspace import Workspace
 from serve_apps.binding import asked_to_stop, refuse_open_binding
 from serve_apps.telemetry import RayTelemetry, log_with_serve

@@ -13,13 +13,11 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 
 from owlrec.config import Config
-from owlrec.process import api_keys
+from owlrec.machine import api_keys
 from owlrec.releases.release import ReleaseSource, open_store
-from owlrec.serving.guard import Limits
-from owlrec.serving.keys import KeyRing
+from owlrec.serving.guard import KeyRing, Limits
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
-from owlrec.serving.served import ServedReleases, WorkspaceReleases
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
 from owlrec.workspace import Workspace
 from serve_apps.binding import asked_to_stop, refuse_open_binding
 from serve_apps.telemetry import RayTelemetry, log_with_serve

@@ -21,17 +21,14 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
 from owlrec.config import Config
-from owlrec.ctr.scoring import Artifact, User
+from owlrec.ctr.artifact import CtrArtifact, User
 from owlrec.errors import ServingError
-from owlrec.process import api_keys
-from owlrec.ranking.experiment import RankingConfig
+from owlrec.machine import api_keys
+from owlrec.ranking.samples import RankingConfig
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.serving.guard import Limits, NoTelemetry, Telemetry
-from owlrec.serving.keys import KeyRing
-from owlrec.serving.live import LiveScorer
-from owlrec.serving.problems import Problem
+from owlrec.serving.guard import KeyRing, Limits, NoTelemetry, Problem, Telemetry
 from owlrec.serving.questions import WorkspaceTables
-from owlrec.serving.rank_api import Cascade, RankerChoice, RankerInForce, build_rank_api, open_ranker
+from owlrec.serving.rank_api import Cascade, LiveScorer, RankerChoice, RankerInForce, build_rank_api, open_ranker
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import REFRESH_S, ServedReleases, WorkspaceReleases, following
 from owlrec.workspace import Workspace
@@ -52,10 +49,10 @@ class LlmReplica:
     def __init__(self, workspace: str, recipe: dict[str, Any]) -> None:
         """workspace: prepared; recipe: of Recipe. Starts the engine, which takes from seconds to minutes."""
         from owlrec.generation import token_counter
-        from owlrec.generation.models import model_identity
-        from owlrec.prompting.ranking import rank_fingerprint
-        from owlrec.ranking.retrieval import item_retriever
-        from owlrec.ranking.scorer import Scorer
+        from owlrec.generation.engines import model_identity
+        from owlrec.prompting.frameworks import rank_fingerprint
+        from owlrec.ranking.behavior_retrieval import item_retriever
+        from owlrec.ranking.scorer import LlmScorer
         from owlrec.serving.questions import QuestionWriter, recent_of
 
         settings = Recipe.model_validate(recipe)
@@ -72,7 +69,7 @@ class LlmReplica:
             recent_of(self._served),
             token_counter(engine),
         )
-        self._scorer = Scorer(engine, lora_rank=_ADAPTER_RANK)
+        self._scorer = LlmScorer(engine, lora_rank=_ADAPTER_RANK)
         self._made_for = {
             "model": model_identity(engine.model, engine.revision),
             "wording": rank_fingerprint(config.prompt, settings.domain),
@@ -171,7 +168,7 @@ class CtrModel:
 
     async def open(self, artifact: str) -> None:
         """Opens an artifact and the current release; requests at work keep the model that they began with."""
-        opened = await asyncio.to_thread(Artifact.open, self._workspace, artifact)
+        opened = await asyncio.to_thread(CtrArtifact.open, self._workspace, artifact)
         scorer, stack = LiveScorer(opened, WorkspaceReleases(self._workspace)), AsyncExitStack()
         await stack.enter_async_context(following(scorer.served, REFRESH_S, self._telemetry))
         before, self._scorer = self._scorer, scorer

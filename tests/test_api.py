@@ -18,14 +18,14 @@ import torch
 
 import owlrec
 from owlrec import api
-from owlrec.ctr import adaptor
+from owlrec.ctr import model as adaptor
 from owlrec.decoding.pools import write_pool
 from owlrec.decoding.release_pools import FOLDER
 from owlrec.errors import RecipeError, ReleaseError, SchemaError, WorkspaceError
 from owlrec.generation import EchoEngineConfig
 from owlrec.recipe import Recipe, load_recipe, make_recipe
 from owlrec.releases import Release
-from owlrec.releases.rows import Knowledge
+from owlrec.releases.format import Knowledge
 from owlrec.schema import as_ids, stable_id
 from owlrec.workspace import Workspace
 
@@ -382,8 +382,8 @@ def test_an_adaptor_of_rows_is_that_of_distinct_ids() -> None:
     users[2] = 0
     rows, known = torch.arange(4), torch.tensor([True, True, False, True])
     there = torch.ones(4, dtype=torch.bool)
-    of_users = adaptor.Knowledge(users.unsqueeze(1), known.unsqueeze(1), rows)
-    of_items = adaptor.Knowledge(items.unsqueeze(1), there.unsqueeze(1), rows)
+    of_users = adaptor.BatchVectors(users.unsqueeze(1), known.unsqueeze(1), rows)
+    of_items = adaptor.BatchVectors(items.unsqueeze(1), there.unsqueeze(1), rows)
     expected = model.fields(of_users, of_items)
     assert expected.shape == (4, 2, 3)
     torch.testing.assert_close(model(users, items), expected)  # zeros say that nothing is known

@@ -1,7 +1,9 @@
 """`platform/` is a source root: the standard library's module of that name must win everywhere."""
 
+import ast
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +18,21 @@ def test_standard_library_platform_wins_from_the_root() -> None:
     code = "import platform; print(platform.system()); import owlrec, pipelines, serve_apps"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "Linux"
+
+
+def test_a_file_name_and_a_class_name_mean_one_thing() -> None:
+    """Entry points are named after what they start."""
+    library = [path for path in (ROOT / "platform").rglob("*.py") if path.name != "__init__.py"]
+    entries = [*(ROOT / "pipelines").glob("*.py"), *(ROOT / "serve_apps").glob("*.py")]
+    files, classes = defaultdict(list), defaultdict(list)
+    for path in library:
+        files[path.name].append(path)
+    for path in [*library, *entries]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                classes[node.name].append(path)
+    assert library
+    assert {name: places for name, places in {**files, **classes}.items() if len(places) > 1} == {}
 
 
 def test_loading_a_recipe_imports_nothing_heavy() -> None:

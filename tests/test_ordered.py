@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.ordered import rows_of, run_starts
+from owlrec.schema import rows_of, run_starts
 
 SMALL = st.lists(st.integers(-3, 3), max_size=12)
 

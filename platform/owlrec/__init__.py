@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from owlrec.api import drafting, open, run, write_texts
     from owlrec.client import AsyncClient, Client
-    from owlrec.ctr.adaptor import Adaptor
+    from owlrec.ctr.model import Adaptor
 
 __version__ = "0.1.0"
 __all__ = ["Adaptor", "AsyncClient", "Client", "__version__", "drafting", "open", "run", "write_texts"]
 
 _MODULES = {
-    "Adaptor": "owlrec.ctr.adaptor",
+    "Adaptor": "owlrec.ctr.model",
     "AsyncClient": "owlrec.client",
     "Client": "owlrec.client",
     **dict.fromkeys(("drafting", "open", "run", "write_texts"), "owlrec.api"),

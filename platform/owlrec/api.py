@@ -21,15 +21,14 @@ from owlrec.decoding import engine_arguments
 from owlrec.decoding.release_pools import FOLDER, pools_identity
 from owlrec.errors import RecipeError, SchemaError, WorkspaceError
 from owlrec.generation import EngineConfig
-from owlrec.generation.job import build_job, dead_file, iterate_knowledge, table_inputs
-from owlrec.generation.models import model_identity
-from owlrec.generation.worker import GenerateStage
+from owlrec.generation.engines import model_identity
+from owlrec.generation.job import GenerateStage, build_job, dead_file, iterate_knowledge, table_inputs
 from owlrec.ops.console import ShardWatch, progress, silent
 from owlrec.recipe import Recipe, load_recipe, make_recipe
 from owlrec.releases.release import Release, current_release, open_release
 from owlrec.runner import pending_shards
-from owlrec.runs.batch import write_texts as write_shards
-from owlrec.runs.stage import STAGES, chosen_stages, run_stages
+from owlrec.runs.stages import STAGES, chosen_stages, run_stages
+from owlrec.runs.stages import write_texts as write_shards
 from owlrec.scenario import Scenario
 from owlrec.schema import INTERACTIONS, TABLES, missing_column, stable_id
 from owlrec.shards import Card, finish_stage, finished_stage

@@ -34,9 +34,9 @@ from owlrec.errors import (
 from owlrec.ops.console import note, progress, stage_header, table, warn
 from owlrec.ops.cost import POLICIES
 from owlrec.recipe import RayConfig, load_recipe
-from owlrec.releases.manifest import list_releases
+from owlrec.releases.format import list_releases
 from owlrec.releases.release import current_release, open_release, pointer, roll_back
-from owlrec.runs.stage import STAGES, chosen_stages, open_workspace, ray_session, run_stages, stage_function
+from owlrec.runs.stages import STAGES, chosen_stages, open_workspace, ray_session, run_stages, stage_function
 from owlrec.schema import KINDS, Kind, as_ids
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
@@ -102,7 +102,7 @@ def init(
     yes: Annotated[bool, typer.Option("--yes", help="ask nothing: take the likeliest answers")] = False,
 ) -> None:
     """Write a commented recipe for the tables in a folder: Parquet, CSV or JSON lines. Existing files are kept."""
-    from owlrec.init import write_recipe
+    from owlrec.recipe import write_recipe
 
     file = write_recipe(folder, output, _first_answer if yes or not sys.stdin.isatty() else _asked)
     settings = load_recipe(file)
@@ -140,7 +140,7 @@ def run(
 ) -> None:
     """Run the stages of a recipe. Finished work is skipped."""
     if recipe is None:
-        from owlrec.init import next_step
+        from owlrec.recipe import next_step
 
         raise RecipeError(next_step(Path.cwd()))
     stages = _chosen(first, last, only)
@@ -177,8 +177,8 @@ def refresh(
     max_replicas: MaxReplicas = None,
 ) -> None:
     """Read new interactions from the log and publish renewed texts as a delta release."""
-    from owlrec.ops.watching import repeat
-    from owlrec.runs.refresh import run as run_refresh
+    from owlrec.runs.upkeep import repeat
+    from owlrec.runs.upkeep import run as run_refresh
 
     settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     repeat(lambda signals: run_refresh(settings, open_workspace(settings), signals=signals), watch)
@@ -373,9 +373,8 @@ def serve(
 ) -> None:
     """Serve knowledge over HTTP, with pages to explore it, until interrupted; clusters use `serve deploy`."""
     from owlrec.ctr.artifact import read_card
-    from owlrec.process import api_keys
-    from owlrec.serving.guard import check_binding
-    from owlrec.serving.keys import KeyRing
+    from owlrec.machine import api_keys
+    from owlrec.serving.guard import KeyRing, check_binding
     from serve_apps.laptop import LaptopArgs, serve_until, set_environment
 
     keys_file = os.path.abspath(keys_file) if keys_file else None
@@ -412,7 +411,7 @@ def keys(
     name: Annotated[str, typer.Argument(help="owner of the key: letters, digits, dots, dashes, underscores")],
 ) -> None:
     """Make an API key: `owlrec keys shop >> keys.txt` shows the key once and appends its hash to the file."""
-    from owlrec.serving.keys import new_key
+    from owlrec.serving.guard import new_key
 
     key, line = new_key(name)
     print(f"key of {name}, shown this once: {key}", file=sys.stderr)

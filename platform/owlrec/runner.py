@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from owlrec.errors import DiskFullError, EngineError, OwlRecError, WorkspaceError
-from owlrec.process import dataset_rows, redirect_output
+from owlrec.machine import dataset_rows, redirect_output
 from owlrec.shards import BLOCK, LEASE_S, Artifact, Card, Claim, Claims, Shard, clear_claims, in_threads, unclaimed
 from owlrec.storage import FileEntry
 from owlrec.workspace import Workspace

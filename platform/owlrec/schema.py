@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
-from owlrec.ordered import last_rows
 
 Kind = Literal["user", "item", "cohort"]  # what a text or a vector is about
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -340,3 +339,47 @@ def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str, first_row: int
             f"{name}: timestamp {largest} looks like micro- or nanoseconds, but milliseconds since 1970 (UTC) are "
             "meant. Set source.timestamp_unit: us or ns in the recipe."
         )
+
+
+# -------------------------------------------------------------------------------------------------------------- ordered
+# Columns in ascending order: where an id stands in one, and where a run of equal keys begins.
+
+
+def rows_of(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The row of each of `wanted` among `ids`, which ascend: int64 of its shape, -1 for what is not there."""
+    if len(ids) == 0:
+        return np.full(np.shape(wanted), -1, dtype=np.int64)
+    rows = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    return np.where(ids[rows] == wanted, rows, -1)
+
+
+def run_starts(*columns: np.ndarray) -> np.ndarray:
+    """For each row the first of the rows around it that are equal in all `columns`: int64 [n]."""
+    new = np.zeros(len(columns[0]), dtype=bool)
+    new[:1] = True
+    for column in columns:
+        new[1:] |= column[1:] != column[:-1]
+    return np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))
+
+
+def last_rows(ids: np.ndarray) -> np.ndarray:
+    """The last row of each run of equal `ids`, which ascend: int64."""
+    return np.flatnonzero(np.diff(ids, append=ids[-1:] + 1))
+
+
+def newest_rows(ids: np.ndarray, as_of: np.ndarray, wanted: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+    """Where what is known of each of `wanted` stands: int64 of its shape, -1 for nothing.
+
+    ids, as_of: int64 [n], in ascending order of both, the moments of an id apart. before: int64 aligned with wanted;
+    then the newest row whose as_of is strictly earlier, else the newest of all.
+    """
+    if len(ids) == 0:
+        return np.full(np.shape(wanted), -1, dtype=np.int64)
+    rows = np.searchsorted(ids, wanted, side="right") - 1
+    if before is not None:
+        while True:  # as often as an id has rows that are too new
+            late = (rows >= 0) & (ids[rows] == wanted) & (as_of[rows] >= before)
+            if not late.any():
+                break
+            rows = rows - late
+    return np.where((rows >= 0) & (ids[rows] == wanted), rows, -1)

@@ -28,8 +28,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from owlrec.errors import DiskFullError, WorkspaceError
-from owlrec.node_cache import CachedFile, NodeCache
-from owlrec.process import cache_folder
+from owlrec.machine import CachedFile, NodeCache, cache_folder
 
 COMPRESSION = "zstd"
 SCHEMES = ("s3://", "s3a://", "gs://", "az://", "azure://", "abfs://", "abfss://", "adl://", "memory://")

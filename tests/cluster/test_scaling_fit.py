@@ -16,7 +16,7 @@ from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
 from serving_apps import built, replicas
 
 from owlrec.recipe import load_recipe
-from owlrec.runs.batch import engine_cpus
+from owlrec.runs.stages import engine_cpus
 
 Demand = list[tuple[dict[str, float], int]]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.assignment import route, vector_array, vector_rows
+from owlrec.cohorts.building import route, vector_array, vector_rows
 from owlrec.cohorts.clustering import Codebook
-from owlrec.cohorts.model import CohortModel
+from owlrec.cohorts.cohort_model import CohortModel
 from owlrec.errors import WorkspaceError
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace

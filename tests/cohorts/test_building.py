@@ -11,7 +11,7 @@ import pytest
 from owlrec.cohorts import building, clustering
 from owlrec.cohorts.building import AssignCohorts, _batches, build_cohorts, cohort_shards
 from owlrec.cohorts.clustering import ClusterConfig, FactorSettings
-from owlrec.cohorts.model import POINTER, CohortsConfig, CohortSettings, previous_folder, read_profiles
+from owlrec.cohorts.cohort_model import POINTER, CohortsConfig, CohortSettings, previous_folder, read_profiles
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario

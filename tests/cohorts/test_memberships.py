@@ -4,7 +4,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from owlrec.cohorts.model import by_facet, memberships
+from owlrec.cohorts.cohort_model import by_facet, memberships
 from owlrec.schema import COHORTS, stable_id
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.profiles import (
+from owlrec.cohorts.cohort_model import (
     LATEST,
     PROFILES,
     ProfileSettings,
@@ -21,8 +21,7 @@ from owlrec.cohorts.profiles import (
 )
 from owlrec.scenario import get_scenario
 from owlrec.schema import COHORTS, HISTORIES
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.splits import Every
+from owlrec.sources.splits import Every, ItemCatalog
 
 MOVIES = get_scenario("movies")
 SETTINGS = ProfileSettings(representatives=2, titles=3, opposite=2)

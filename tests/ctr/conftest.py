@@ -9,7 +9,7 @@ import pytest
 
 from owlrec import schema
 from owlrec.ctr.features import build_features
-from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.ctr.trainer import TrainingData
 
 N_USERS, N_ITEMS, DIM = 150, 20, 8

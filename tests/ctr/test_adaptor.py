@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlrec.ctr.adaptor import FUSION_DIM, Adaptor, Knowledge, Tower
 from owlrec.ctr.experiment import AdaptorConfig
+from owlrec.ctr.model import FUSION_DIM, Adaptor, BatchVectors, Tower
 
 D, OUT = 6, 3
 CONFIG = AdaptorConfig(shared_experts=2, dedicated_experts=3, hidden_dim=4)
@@ -20,7 +20,7 @@ def adaptor(user_sources: int = 1, item_sources: int = 1) -> Adaptor:
     return Adaptor(D, OUT, CONFIG, user_sources, item_sources)
 
 
-def side(n: int, seed: int, sources: int = 1) -> Knowledge:
+def side(n: int, seed: int, sources: int = 1) -> BatchVectors:
     """Seven rows; the first id, which the first row is of, has no knowledge of any source."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, n, (7,), generator=generator)
@@ -28,7 +28,7 @@ def side(n: int, seed: int, sources: int = 1) -> Knowledge:
     vectors = torch.randn(n, sources, D, generator=generator)
     mask = torch.rand(n, sources, generator=generator) > 0.4
     mask[0] = False
-    return Knowledge(vectors, mask, rows)
+    return BatchVectors(vectors, mask, rows)
 
 
 def fused_by_hand(tower: Tower, vectors: Tensor, mask: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def fused_by_hand(tower: Tower, vectors: Tensor, mask: Tensor) -> Tensor:
     return sum((w / sum(weights.values()) * units[i] for i, w in weights.items()), torch.zeros(D))
 
 
-def by_hand(model: Adaptor, tower: Tower, knowledge: Knowledge, row: int) -> Tensor:
+def by_hand(model: Adaptor, tower: Tower, knowledge: BatchVectors, row: int) -> Tensor:
     u = knowledge.rows[row]
     z = fused_by_hand(tower, knowledge.vectors[u], knowledge.mask[u])
     scores = [float(tower.gate.weight[i] @ z + tower.gate.bias[i]) for i in range(5)]
@@ -107,7 +107,7 @@ def test_a_missing_source_contributes_nothing_whatever_its_vector_holds(
     sources: tuple[int, int], garbage: float
 ) -> None:
     model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
-    others = [Knowledge(k.vectors.masked_fill(~k.mask.unsqueeze(2), garbage), k.mask, k.rows) for k in (user, item)]
+    others = [BatchVectors(k.vectors.masked_fill(~k.mask.unsqueeze(2), garbage), k.mask, k.rows) for k in (user, item)]
     assert torch.equal(model.fields(*others), model.fields(user, item))
     model.fields(*others).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -135,7 +135,7 @@ def test_an_id_with_one_source_reads_just_that_vector(present: int) -> None:
 
 def test_nothing_known_of_a_whole_batch_trains_without_nan() -> None:
     model, user, item = adaptor(3, 2), side(5, 1, 3), side(4, 2, 2)
-    user, item = (Knowledge(k.vectors, torch.zeros_like(k.mask), k.rows) for k in (user, item))
+    user, item = (BatchVectors(k.vectors, torch.zeros_like(k.mask), k.rows) for k in (user, item))
     out = model.fields(user, item)
     out.sum().backward()
     assert model.user.fusion is not None
@@ -148,7 +148,7 @@ def test_nothing_known_of_a_whole_batch_trains_without_nan() -> None:
 def test_ids_permuted_with_their_vectors_leave_the_outputs(sources: tuple[int, int]) -> None:
     model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
     order = torch.tensor([3, 0, 4, 2, 1])
-    moved = Knowledge(user.vectors[order], user.mask[order], torch.argsort(order)[user.rows])
+    moved = BatchVectors(user.vectors[order], user.mask[order], torch.argsort(order)[user.rows])
     torch.testing.assert_close(model.fields(moved, item), model.fields(user, item))
 
 

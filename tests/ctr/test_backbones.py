@@ -10,19 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from owlrec.ctr.backbones import BACKBONES
-from owlrec.ctr.backbones.attention import (
+from owlrec.ctr.backbones.networks import (
+    DIEN,
+    DIN,
     FIGNN_STATE_DIM,
+    AttentionalGRU,
     AutoInt,
+    Backbone,
+    BackboneInputs,
     BilinearPairs,
+    CompressedInteraction,
+    CrossNetwork,
+    DCNv1,
+    DCNv2,
+    DeepFM,
     FiBiNET,
     FieldAttention,
     FieldGraph,
     FieldWeights,
     FiGNN,
+    InputShape,
+    XDeepFM,
+    pair_sum,
 )
-from owlrec.ctr.backbones.crosses import CompressedInteraction, CrossNetwork, DCNv1, DCNv2, DeepFM, XDeepFM, pair_sum
-from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape
-from owlrec.ctr.backbones.sequences import DIEN, DIN, AttentionalGRU
 from owlrec.errors import RecipeError
 
 B, L, E = 6, 4, 5

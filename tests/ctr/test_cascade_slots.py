@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from owlrec.ctr.batches import SplitTensors, Tables
+from owlrec.ctr.dataset import open_tables
 from owlrec.ctr.experiment import Trial
 from owlrec.ctr.features import Histories, SampleFeatures
-from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable, cascade_slots
-from owlrec.ctr.pca import open_tables
+from owlrec.ctr.knowledge_tables import KnowledgeTable, MappedTable, VectorTable, cascade_slots
 from owlrec.ctr.trainer import tables_of
 from owlrec.encoding.vectors import PARTITIONS, VectorShard, VectorShards, partitions_folder
 from owlrec.schema import shard_of

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from owlrec.ctr.adaptor import CodeTower, code_sizes
 from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.knowledge import Arm, KnowledgeTable
-from owlrec.ctr.model import CTRModel, ModelSpec
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable
+from owlrec.ctr.model import CodeTower, CTRModel, ModelSpec, code_sizes
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.encoding.compression import SemanticIdConfig, code_vectors, train_quantiser
 from owlrec.errors import SchemaError
 
 torch.set_num_threads(1)

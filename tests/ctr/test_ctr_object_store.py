@@ -5,11 +5,9 @@ from typing import Any
 import numpy as np
 from worlds import write_vectors, write_world
 
-from owlrec.ctr.artifact import write_artifact
-from owlrec.ctr.dataset import encode_tables, open_features
+from owlrec.ctr.artifact import CtrScorer, LiveState, TableKnowledge, write_artifact
+from owlrec.ctr.dataset import encode_tables, open_features, open_tables, reduce_once
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder, read_grid_scores
-from owlrec.ctr.pca import open_tables, reduce_once
-from owlrec.ctr.scoring import LiveState, Scorer, TableKnowledge
 from owlrec.ctr.trainer import TrainingData, export_trial, train_one
 from owlrec.workspace import Workspace
 
@@ -35,7 +33,7 @@ def figures(workspace: Workspace, world: Any) -> tuple[Any, np.ndarray, np.ndarr
     folder = write_artifact(workspace, GRID, TRIAL, data.features.items, projection=folders["knowledge"]["user"])
     assert workspace.exists(folder, "projection.json")
     assert len(workspace.names(folder, "profiles")) == 4
-    scorer = Scorer.open(workspace, folder)
+    scorer = CtrScorer.open(workspace, folder)
     scores = scorer.score(3, range(20), LiveState(scorer.model, TableKnowledge(tables)))
     return trained.result.test, stored.scores[TRIAL.path], scores
 

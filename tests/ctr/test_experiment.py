@@ -17,7 +17,7 @@ from owlrec.ctr.experiment import (
     summarise,
     trials,
 )
-from owlrec.ctr.knowledge import Arm, ArmSources, arm_parts, arm_sources, bases, stored_sources
+from owlrec.ctr.knowledge_tables import Arm, ArmSources, arm_parts, arm_sources, bases, stored_sources
 from owlrec.errors import RecipeError
 from owlrec.evaluation import GridScores, auc
 

@@ -14,8 +14,8 @@ from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.trainer import export_trial, train_one, write_vocabularies
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.recipe import Recipe
-from owlrec.runs.ctr import export_ctr as run
-from owlrec.runs.ctr import going_on_from, vector_folders
+from owlrec.runs.models import export_ctr as run
+from owlrec.runs.models import going_on_from, vector_folders
 from owlrec.shards import finish_stage
 from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace

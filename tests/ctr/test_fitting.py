@@ -16,7 +16,7 @@ from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches, SplitTensors
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial
 from owlrec.ctr.features import Split
-from owlrec.ctr.knowledge import Arm, KnowledgeTable
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.trainer import Epochs, TrainingData, Worker, score, train_one
 from owlrec.errors import RecipeError, SchemaError

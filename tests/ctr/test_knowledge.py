@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import write_vectors
 
-from owlrec.ctr import knowledge
-from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable, open_vectors
+from owlrec.ctr import knowledge_tables
+from owlrec.ctr.knowledge_tables import KnowledgeTable, MappedTable, VectorTable, open_vectors
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.schema import shard_of
@@ -35,7 +35,7 @@ def forms(workspace: Workspace) -> list[VectorTable]:
 def test_small_tables_are_held_and_large_ones_mapped(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = on_disk(workspace)
     assert isinstance(open_vectors(shards), KnowledgeTable)
-    monkeypatch.setattr(knowledge, "_HELD_BYTES", {"user": 100})
+    monkeypatch.setattr(knowledge_tables, "_HELD_BYTES", {"user": 100})
     assert isinstance(open_vectors(shards), MappedTable)
 
 

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Grades, Vocabularies, encode_items, encode_samples
-from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Members, Resources
-from owlrec.encoding.vectors import VectorShard
+from owlrec.encoding.vectors import EncoderConfig, VectorShard
 from owlrec.errors import SchemaError
 from owlrec.schema import COHORTS, INTERACTIONS, stable_id
 from owlrec.sources.outcomes import Labels

@@ -24,7 +24,7 @@ from benchmarks.planted import (
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding.vectors import Encoder, EncoderConfig
 from owlrec.evaluation import auc
 
 torch.set_num_threads(1)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from worlds import write_vectors
 
-from owlrec.ctr import pca as reduction
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.pca import open_tables, reduce_once, reduced, reduced_folders
-from owlrec.encoding.projection import Projection, unit_rows
+from owlrec.ctr import dataset as reduction
+from owlrec.ctr.dataset import open_tables, reduce_once, reduced, reduced_folders
+from owlrec.ctr.knowledge_tables import KnowledgeTable
+from owlrec.encoding.compression import Projection, unit_rows
 from owlrec.errors import SchemaError
 from owlrec.workspace import Workspace
 

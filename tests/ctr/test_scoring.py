@@ -11,16 +11,27 @@ import pytest
 import torch
 
 from owlrec import schema
-from owlrec.ctr.artifact import ModelCard, artifact_folder, finish_artifact, read_card, write_artifact
+from owlrec.ctr.artifact import (
+    CtrArtifact,
+    CtrScorer,
+    LiveState,
+    ModelCard,
+    TableKnowledge,
+    User,
+    artifact_folder,
+    export_program,
+    finish_artifact,
+    read_card,
+    write_artifact,
+)
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import Split
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.scoring import Artifact, LiveState, Scorer, TableKnowledge, User, export_program
+from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, score, train_one, write_vocabularies
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.releases.rows import encode_behaviors
+from owlrec.releases.format import encode_behaviors
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 
@@ -39,9 +50,9 @@ class Exported:
     trained: Trained
     data: TrainingData
 
-    def scorer(self, *, program: bool = False) -> Scorer:
+    def scorer(self, *, program: bool = False) -> CtrScorer:
         """The artifact, opened."""
-        return Scorer.open(self.workspace, self.folder, program=program)
+        return CtrScorer.open(self.workspace, self.folder, program=program)
 
     @cached_property
     def live(self) -> LiveState:
@@ -207,13 +218,13 @@ def test_unfinished_and_damaged_artifacts_are_refused(workspace: Workspace, toy_
     path = f"{folder}/profiles/00000000.arrow"
     workspace.write_bytes(path, workspace.read_bytes(path)[:-5])
     with pytest.raises(WorkspaceError, match=r"profiles/00000000.arrow cannot be read"):
-        Artifact.open(workspace, folder)
+        CtrArtifact.open(workspace, folder)
     workspace.delete_file(path)
     with pytest.raises(WorkspaceError, match=r"holds 3 shards of users.*export"):
-        Artifact.open(workspace, folder)
+        CtrArtifact.open(workspace, folder)
     workspace.write_bytes(f"{folder}/items.safetensors", b"no tensors")
     with pytest.raises(WorkspaceError, match=r"items.safetensors is damaged"):
-        Artifact.open(workspace, folder)
+        CtrArtifact.open(workspace, folder)
     workspace.delete_file(f"{folder}/model.json")
     with pytest.raises(WorkspaceError, match=r"no finished artifact is there"):
-        Artifact.open(workspace, folder)
+        CtrArtifact.open(workspace, folder)

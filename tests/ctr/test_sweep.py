@@ -7,7 +7,7 @@ from test_training import FINGERPRINT, GRID, SIDES, prepare
 
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, SweepGrid
 from owlrec.ctr.training import GridJob, encode_once
-from owlrec.runs.ctr import tried
+from owlrec.runs.models import tried
 from owlrec.workspace import Workspace
 
 

@@ -14,7 +14,7 @@ from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, grid_folder
 from owlrec.ctr.trainer import read_vocabularies, train_one
 from owlrec.ctr.training import train_trials
 from owlrec.errors import RecipeError, WorkspaceError
-from owlrec.runs.ctr import vector_folders
+from owlrec.runs.models import vector_folders
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.ray

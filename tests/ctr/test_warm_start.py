@@ -10,12 +10,11 @@ import torch
 from worlds import write_vectors, write_world
 
 from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
-from owlrec.ctr.dataset import WarmStart, carried_over, encode_tables, grown, open_features
+from owlrec.ctr.dataset import WarmStart, carried_over, encode_tables, grown, open_features, open_tables, reduce_once
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import RESERVED, UNKNOWN, Grades, Vocabularies
-from owlrec.ctr.pca import open_tables, reduce_once
 from owlrec.ctr.trainer import TrainingData, export_trial, read_vocabularies, train_one
-from owlrec.encoding.projection import Projection
+from owlrec.encoding.compression import Projection
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.workspace import Workspace
 

@@ -347,7 +347,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterator[
     (done.folder / "cluster").symlink_to(ROOT / "cluster")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(done.folder)
-        patched.setattr("owlrec.encoding.encoder.Encoder", QuickEncoder)
+        patched.setattr("owlrec.encoding.vectors.Encoder", QuickEncoder)
         for block in blocks(WALK):
             if block.section != WALK_SECTION:
                 continue
@@ -406,12 +406,10 @@ def test_python_on_the_serving_page_gets_its_answers(walk: Walk, monkeypatch: py
     """Its Clients ask the applications themselves, over the walk's release, in place of a server."""
     from fastapi.testclient import TestClient
 
-    from owlrec.serving.guard import Limits, NoTelemetry
-    from owlrec.serving.keys import KeyRing
+    from owlrec.serving.guard import KeyRing, Limits, NoTelemetry
     from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
     from owlrec.serving.rank_api import Cascade, build_rank_api
-    from owlrec.serving.served import ServedReleases, WorkspaceReleases
-    from owlrec.serving.similar import SimilarEntities
+    from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
     from owlrec.workspace import Workspace
 
     class Descending:

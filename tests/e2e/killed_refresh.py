@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from owlrec.recipe import load_recipe
-from owlrec.runs import refresh
+from owlrec.runs import upkeep
 from owlrec.workspace import Workspace
 
 # Where the function stands that is called at the step, and whether it is done or not even begun.
@@ -17,15 +17,15 @@ STEPS = {
     "planned": ("owlrec.refresh.plan", "write_plan", "after"),
     "items taken in": ("owlrec.refresh.plan", "InterestsStage", "before"),
     "moved": ("owlrec.refresh.plan", "budget_cut", "before"),
-    "asking": ("owlrec.runs.refresh", "ShardWatch", "on call"),
+    "asking": ("owlrec.runs.upkeep", "ShardWatch", "on call"),
     "encoded": ("owlrec.refresh.apply", "build_release", "before"),
     "built": ("owlrec.refresh.apply", "make_current", "before"),
     "published": ("owlrec.refresh.apply", "make_current", "after"),
     "items settled": ("owlrec.refresh.apply", "StorePartitions", "before"),
     "partitions stored": ("owlrec.refresh.apply", "SettleStage", "before"),
-    "settled": ("owlrec.runs.refresh", "write_state", "before"),
-    "committed": ("owlrec.runs.refresh", "write_state", "after"),
-    "sweeping": ("owlrec.runs.refresh", "sweep", "before"),
+    "settled": ("owlrec.runs.upkeep", "write_state", "before"),
+    "committed": ("owlrec.runs.upkeep", "write_state", "after"),
+    "sweeping": ("owlrec.runs.upkeep", "sweep", "before"),
 }
 
 
@@ -49,5 +49,5 @@ if __name__ == "__main__":
     where, attribute, moment = STEPS[name]
     owner = importlib.import_module(where)
     setattr(owner, attribute, dying(getattr(owner, attribute), moment))
-    refresh.run(load_recipe(recipe, workspace=place), Workspace(place))
+    upkeep.run(load_recipe(recipe, workspace=place), Workspace(place))
     sys.exit(f"the step '{name}' did not come")

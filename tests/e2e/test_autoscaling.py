@@ -16,7 +16,7 @@ from heads import ROOT, Head, end_head, free_port, knowledge_rows, local_head, o
 from processes import command_lines
 
 from owlrec.recipe import load_recipe
-from owlrec.runs.batch import prepare
+from owlrec.runs.stages import prepare
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.e2e

@@ -6,10 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from owlrec.cli import app
-from owlrec.cohorts.model import POINTER, read_profiles
+from owlrec.cohorts.cohort_model import POINTER, read_profiles
 from owlrec.recipe import load_recipe
 from owlrec.releases.release import open_release
-from owlrec.runs.stage import STAGES, stage_function
+from owlrec.runs.stages import STAGES, stage_function
 from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.storage import Pointer
 from owlrec.workspace import Workspace

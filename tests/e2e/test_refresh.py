@@ -22,9 +22,9 @@ from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import dead_files, pointer, read_state
 from owlrec.releases import current_release, list_releases, open_release
-from owlrec.releases.manifest import read_manifest
-from owlrec.runs.refresh import run
-from owlrec.runs.stage import STAGES, stage_function
+from owlrec.releases.format import read_manifest
+from owlrec.runs.stages import STAGES, stage_function
+from owlrec.runs.upkeep import run
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
@@ -219,7 +219,7 @@ def test_stages_on_ray_leave_what_they_leave_in_this_process(copies: Callable, m
     found = []
     for name, here in (("here", 1000), ("ray", -1)):
         recipe, workspace = copies(name)
-        monkeypatch.setattr("owlrec.runs.refresh.HERE_ROWS", here)
+        monkeypatch.setattr("owlrec.runs.upkeep.HERE_ROWS", here)
         write_log(workspace, "one", [*moved(workspace, 1), (10**9, 1, 4.0, 10**12)])
         (state,) = run(recipe, workspace)
         users = [u for n in state.shards for u in state.read_users(workspace, n, recipe.encoder.model)]

@@ -14,7 +14,7 @@ import pytest
 from heads import Head, kill_head, knowledge_rows, local_head, owlrec, owlrec_command, wait_until
 
 from owlrec.recipe import load_recipe
-from owlrec.runs.batch import prepare
+from owlrec.runs.stages import prepare
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.e2e

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors
+from owlrec.encoding.compression import SemanticIdConfig, code_vectors
 from owlrec.encoding.vectors import codes_of, fit_codebooks, read_quantisers, read_reports, with_codes
 from owlrec.errors import SchemaError
 from owlrec.schema import vectors_table

@@ -10,8 +10,8 @@ import pytest
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SourceError
 from owlrec.recipe import Recipe
-from owlrec.runs.batch import encode as run
 from owlrec.runs.exchange import import_vectors
+from owlrec.runs.stages import encode as run
 from owlrec.schema import KNOWLEDGE, TABLE_KINDS, TABLES, shard_of
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace, shard_file

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from owlrec.encoding import encoder as module
-from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding import vectors as module
+from owlrec.encoding.vectors import Encoder, EncoderConfig
 from owlrec.errors import EngineError
 
 
@@ -88,5 +88,5 @@ def test_mistyped_options_are_refused():
 
 
 def test_importing_the_module_imports_no_torch():
-    code = "import sys, owlrec.encoding.encoder, owlrec.encoding.vectors; sys.exit('torch' in sys.modules)"
+    code = "import sys, owlrec.encoding.vectors, owlrec.encoding.vectors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.encoder import EncoderConfig, HashingEncoder
+from owlrec.encoding.compression import SemanticIdConfig, code_vectors
 from owlrec.encoding.inputs import ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported, import_vectors
-from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors
 from owlrec.encoding.stage import EncodingJob
-from owlrec.encoding.vectors import VectorShards, read_quantisers, read_reports
+from owlrec.encoding.vectors import EncoderConfig, HashingEncoder, VectorShards, read_quantisers, read_reports
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool
 from owlrec.schema import COHORTS, HISTORIES, KNOWLEDGE, shard_of, stable_id
@@ -36,7 +35,7 @@ class Counting(HashingEncoder):
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("owlrec.encoding.encoder.HashingEncoder", Counting)
+    monkeypatch.setattr("owlrec.encoding.vectors.HashingEncoder", Counting)
     Counting.asked = []
     return Counting.asked
 

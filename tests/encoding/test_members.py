@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Members, Resources, Rows
-from owlrec.encoding.vectors import VectorShard
+from owlrec.encoding.vectors import EncoderConfig, VectorShard
 from owlrec.schema import COHORTS, stable_id
 from owlrec.workspace import Workspace
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.encoding.semantic_ids import pack_codes, packed_bytes, unpack_codes
+from owlrec.encoding.compression import pack_codes, packed_bytes, unpack_codes
 from owlrec.errors import SchemaError
 
 SIZES = st.lists(st.sampled_from([2, 255, 256, 257, 65_536]), min_size=1, max_size=4)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from owlrec.encoding.projection import Projection, ProjectionSettings, fit_projection, unit_rows
+from owlrec.encoding.compression import Projection, ProjectionSettings, fit_projection, unit_rows
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.workspace import Workspace
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from owlrec.encoding import semantic_ids
-from owlrec.encoding.semantic_ids import (
+from owlrec.encoding import compression
+from owlrec.encoding.compression import (
     QuantisationReport,
     Quantiser,
     SemanticIdConfig,
@@ -135,7 +135,7 @@ def test_beam_search_codes_at_least_as_well_as_the_nearest_code(monkeypatch: pyt
     vectors, ids = gaussian(1000), np.arange(1000)
     errors = {}
     for beam in (1, 8):
-        monkeypatch.setattr(semantic_ids, "_BEAM", beam)
+        monkeypatch.setattr(compression, "_BEAM", beam)
         errors[beam] = measured(train_quantiser(vectors, small()), vectors, ids).relative_error
     assert errors[8] < errors[1]
 

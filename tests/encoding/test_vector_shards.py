@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.encoding import vectors as vector_shards
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
+from owlrec.encoding.compression import Quantiser, SemanticIdConfig
 from owlrec.encoding.vectors import VectorShard, VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.schema import shard_of

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from owlrec.erasure.rows import Users
+from owlrec.erasure.erased_rows import Users
 from owlrec.schema import stable_id
-from owlrec.sources.ingest import read_batches
+from owlrec.sources.preparation import read_batches
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 

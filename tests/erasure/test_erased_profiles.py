@@ -5,7 +5,7 @@ from scanned import user
 
 from owlrec.ctr.features import Grades, Vocabularies
 from owlrec.ctr.trainer import VOCABULARIES, read_vocabularies, write_vocabularies
-from owlrec.erasure.rows import hide_values
+from owlrec.erasure.erased_rows import hide_values
 from owlrec.workspace import Workspace
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.erasure import rows as rows_module
-from owlrec.erasure.rows import Users, erase
+from owlrec.erasure import erased_rows as rows_module
+from owlrec.erasure.erased_rows import Users, erase
 from owlrec.schema import INTERACTIONS, SAMPLE_ROWS
-from owlrec.sources.ingest import read_batches, write_buckets
+from owlrec.sources.preparation import read_batches, write_buckets
 from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace, table_file
 

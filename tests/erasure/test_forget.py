@@ -21,27 +21,26 @@ from typer.testing import CliRunner
 from owlrec import cli
 from owlrec.cohorts.building import build_cohorts
 from owlrec.cohorts.clustering import FactorSettings
-from owlrec.cohorts.model import CohortSettings, read_profiles
-from owlrec.cohorts.profiles import ProfileSettings
+from owlrec.cohorts.cohort_model import CohortSettings, ProfileSettings, read_profiles
+from owlrec.ctr.dataset import reduce_once
 from owlrec.ctr.experiment import trials
-from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.trainer import export_trial, train_one
 from owlrec.ctr.training import GridJob, encode_once, load_data
 from owlrec.erasure.forgetting import forget
 from owlrec.generation.engines import EchoEngine, count_words
 from owlrec.generation.import_export import ImportSource
-from owlrec.node_cache import NodeCache
-from owlrec.ranking.experiment import RankerRun
-from owlrec.ranking.questions import write_questions
-from owlrec.ranking.retrieval import ItemVectors
+from owlrec.machine import NodeCache
+from owlrec.ranking.behavior_retrieval import ItemVectors
+from owlrec.ranking.question_sets import write_questions
+from owlrec.ranking.samples import RankerRun
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import read_state
 from owlrec.releases import current_release, list_releases, open_release
-from owlrec.runs.ctr import export_ctr, vector_folders
 from owlrec.runs.exchange import export_vectors, import_knowledge
-from owlrec.runs.refresh import run as refresh
-from owlrec.runs.stage import STAGES, stage_function
+from owlrec.runs.models import export_ctr, vector_folders
+from owlrec.runs.stages import STAGES, stage_function
+from owlrec.runs.upkeep import run as refresh
 from owlrec.schema import stable_id
 from owlrec.shards import finish_stage, needed_stage
 from owlrec.storage import Storage
@@ -314,7 +313,7 @@ def test_cohorts_go_on_without_a_representative(
     tmp_path: Path, cache: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quoting_all = CohortSettings(factors=FactorSettings(factors=8), profiles=ProfileSettings(common_share=0.05))
-    monkeypatch.setattr("owlrec.runs.batch.build_cohorts", partial(build_cohorts, settings=quoting_all))
+    monkeypatch.setattr("owlrec.runs.stages.build_cohorts", partial(build_cohorts, settings=quoting_all))
     write_source(tmp_path / "source")
     extra = """
         cohorts:

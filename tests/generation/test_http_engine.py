@@ -10,8 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from owlrec.errors import EngineError
-from owlrec.generation.engine import PromptTooLong, RequestFailed, RequestRefused, RequestTimedOut, SamplingConfig
-from owlrec.generation.engines import HttpEngine, HttpEngineConfig
+from owlrec.generation.engines import (
+    HttpEngine,
+    HttpEngineConfig,
+    PromptTooLong,
+    RequestFailed,
+    RequestRefused,
+    RequestTimedOut,
+    SamplingConfig,
+)
 
 NO_ANSWER = 202  # the server falls asleep first
 

@@ -18,9 +18,9 @@ from owlrec.generation import (
     engine_fingerprint,
     token_counter,
 )
-from owlrec.generation.engine import Completion, Engine, SamplingConfig
+from owlrec.generation.engines import Completion, Engine, SamplingConfig
 from owlrec.generation.job import GenerationJob, build_job, table_inputs
-from owlrec.prompting.rows import PromptConfig
+from owlrec.prompting.prompts import PromptConfig
 from owlrec.recipe import Recipe
 from owlrec.runner import pending_shards
 from owlrec.scenario import get_scenario

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from owlrec.errors import EngineError
-from owlrec.generation.models import model_identity, resolve_model
+from owlrec.generation.engines import model_identity, resolve_model
 
 
 def folder(tmp_path: Path, *names: str) -> str:

@@ -12,11 +12,10 @@ from shard_runs import counted, dead_letters_file, run_shard, texts_file
 
 from owlrec.errors import DiskFullError, WorkspaceError
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import Completion, Engine, RequestFailed, SamplingConfig
-from owlrec.generation.job import GenerationJob, build_job, prompt_inputs, table_inputs
+from owlrec.generation.engines import Completion, Engine, RequestFailed, SamplingConfig
+from owlrec.generation.job import GenerateStage, GenerationJob, build_job, prompt_inputs, table_inputs
 from owlrec.generation.quality import RULES, QualityConfig
-from owlrec.generation.worker import GenerateStage
-from owlrec.prompting.rows import EARLIER, Prompt, PromptConfig, prompts_table
+from owlrec.prompting.prompts import EARLIER, Prompt, PromptConfig, prompts_table
 from owlrec.runner import ShardTaken, Work, pending_shards
 from owlrec.scenario import get_scenario
 from owlrec.shards import Shard
@@ -287,7 +286,7 @@ def test_a_write_that_fails_pays_for_no_answer_twice(
     async def at_once(seconds: float) -> None:
         pass
 
-    monkeypatch.setattr("owlrec.generation.worker.write_shard", failing)
+    monkeypatch.setattr("owlrec.generation.job.write_shard", failing)
     monkeypatch.setattr("owlrec.runner.asyncio.sleep", at_once)
     engine = Scripted(lambda prompt, _: GOOD)
     with pytest.raises(type(error)):

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from owlrec.ops.charts import bar_chart, histogram, points_chart, short_number, standalone
+from owlrec.ops.report import bar_chart, histogram, points_chart, short_number, standalone
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -26,7 +26,7 @@ from owlrec.ops.cost import (
     savings,
 )
 from owlrec.refresh.state import State, write_state
-from owlrec.releases.manifest import ReleaseManifest
+from owlrec.releases.format import ReleaseManifest
 from owlrec.shards import Artifact, Card
 from owlrec.workspace import Workspace
 

@@ -12,7 +12,7 @@ import ray.util.metrics
 import yaml
 from dashboards import ALERTS, BOARDS, FOLDER, expressions, parse
 
-from owlrec.generation.worker import DecoderMetrics
+from owlrec.generation.job import DecoderMetrics
 from owlrec.runner import StageMetrics
 
 ROOT = Path(__file__).resolve().parents[2]

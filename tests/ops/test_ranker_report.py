@@ -4,8 +4,8 @@ import pytest
 
 from owlrec.evaluation import Interval
 from owlrec.ops.report import ReportData, ranker_rows, render_report
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.judging import Judgement, RankerResult, read_results, results_of, write_results
+from owlrec.ranking.question_sets import Judgement, RankerResult, read_results, results_of, write_results
+from owlrec.ranking.samples import RankingConfig
 from owlrec.workspace import Workspace
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from owlrec.ctr.experiment import Metrics, PairedDifference, SliceMetrics, TrialResult
 from owlrec.decoding.controller import DecoderCounters, StepSums
-from owlrec.encoding.semantic_ids import QuantisationReport
+from owlrec.encoding.compression import QuantisationReport
 from owlrec.evaluation import GridScores, Interval
 from owlrec.ops.report import (
     ArmFigures,

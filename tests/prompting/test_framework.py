@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from owlrec.prompting.framework import Framework, item_prompt, item_system, user_prompt, user_system
-from owlrec.prompting.rows import FRAMEWORKS
+from owlrec.prompting.frameworks import Framework, item_prompt, item_system, user_prompt, user_system
+from owlrec.prompting.prompts import FRAMEWORKS
 from owlrec.scenario import SCENARIOS, Scenario, get_scenario
 
 MOVIES = get_scenario("movies")

@@ -2,8 +2,7 @@
 
 import pytest
 
-from owlrec.prompting.framework import item_prompt, item_system, user_prompt, user_system
-from owlrec.prompting.frameworks import KAR
+from owlrec.prompting.frameworks import KAR, item_prompt, item_system, user_prompt, user_system
 from owlrec.scenario import SCENARIOS, get_scenario
 
 MOVIES = get_scenario("movies")

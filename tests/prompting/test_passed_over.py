@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.cohorts.profiles import ProfileSettings, best_candidates, build_profiles, user_candidates
+from owlrec.cohorts.cohort_model import ProfileSettings, best_candidates, build_profiles, user_candidates
 from owlrec.generation import EchoEngineConfig
-from owlrec.prompting.ranking import RankPromptConfig, rank_prompt
-from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, cohort_prompts, user_prompts
-from owlrec.ranking.retrieval import BehaviourRetriever
+from owlrec.prompting.frameworks import RankPromptConfig, rank_prompt
+from owlrec.prompting.prompts import FRAMEWORKS, PromptConfig, cohort_prompts, user_prompts
+from owlrec.ranking.behavior_retrieval import BehaviourRetriever
 from owlrec.ranking.samples import behaviours_shown
 from owlrec.refresh.events import EVENTS, taken_in
 from owlrec.refresh.state import RefreshPrompts
 from owlrec.scenario import SCENARIOS
 from owlrec.schema import COHORTS, SAMPLES
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import Labels, taken, with_outcomes
 from owlrec.sources.splits import (
     Behaviors,
+    ItemCatalog,
     Samples,
     SplitConfig,
     SplitValues,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.prompting.ranking import RankPromptConfig, is_quotable, rank_fingerprint, rank_prompt, rank_system
+from owlrec.prompting.frameworks import RankPromptConfig, is_quotable, rank_fingerprint, rank_prompt, rank_system
 from owlrec.scenario import SCENARIOS, Scenario, get_scenario
 
 MOVIES, NEWS = get_scenario("movies"), get_scenario("news")

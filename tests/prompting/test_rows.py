@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from owlrec.errors import RecipeError
-from owlrec.prompting.framework import Framework, FrameworkName, item_prompt, item_system, user_system
-from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, item_prompts, template_fingerprint, user_prompts
+from owlrec.prompting.frameworks import Framework, FrameworkName, item_prompt, item_system, user_system
+from owlrec.prompting.prompts import FRAMEWORKS, PromptConfig, item_prompts, template_fingerprint, user_prompts
 from owlrec.recipe import load_recipe
 from owlrec.scenario import get_scenario
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 MOVIES = get_scenario("movies")

@@ -12,8 +12,8 @@ from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ctr.trainer import ALONE
 from owlrec.errors import EngineError, WorkspaceError
-from owlrec.ranking.experiment import TuningSettings
-from owlrec.ranking.tuning import Progress, load_model, open_adapter, save_adapter, score, tune
+from owlrec.ranking.lora import TuningProgress, load_model, open_adapter, save_adapter, score, tune
+from owlrec.ranking.samples import TuningSettings
 from owlrec.workspace import Workspace
 
 MADE_FOR = {"model": "tiny:1", "wording": "w" * 64}
@@ -21,7 +21,7 @@ MADE_FOR = {"model": "tiny:1", "wording": "w" * 64}
 
 def save_zeros(workspace: Workspace) -> None:
     weights = save({"a": torch.zeros(2)})
-    save_adapter(workspace, "r/adapter", weights, {"r": 8}, **MADE_FOR, progress=Progress())
+    save_adapter(workspace, "r/adapter", weights, {"r": 8}, **MADE_FOR, progress=TuningProgress())
 
 
 def test_peft_loads_what_was_tuned(workspace: Workspace, tmp_path: Path) -> None:

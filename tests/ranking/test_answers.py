@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from owlrec.errors import EngineError
-from owlrec.generation.models import load_tokenizer
+from owlrec.generation.engines import load_tokenizer
 from owlrec.ranking.scorer import Answers, find_answers, likely_answers, yes_probability
 
 WORDS = ("Yes", "No", "yes", "no", "YES", "NO", "Not", "yesterday")

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.encoding.projection import ProjectionSettings, fit_projection, unit_rows
+from owlrec.encoding.compression import ProjectionSettings, fit_projection, unit_rows
 from owlrec.errors import SchemaError
-from owlrec.ranking.retrieval import BehaviourRetriever
+from owlrec.ranking.behavior_retrieval import BehaviourRetriever
 from owlrec.schema import vectors_schema
 
 NEITHER = 99  # an id without a vector
@@ -150,7 +150,7 @@ def test_more_candidates_than_scores_are_held_at_once(monkeypatch: pytest.Monkey
     retriever = BehaviourRetriever(np.arange(50), rng.normal(size=(50, 4)))
     history, candidates = rng.integers(0, 50, 200), rng.choice(50, 20, replace=False)
     whole = retriever.retrieve(history, candidates, 5)
-    monkeypatch.setattr("owlrec.ranking.retrieval._SCORES_AT_ONCE", 150)
+    monkeypatch.setattr("owlrec.ranking.behavior_retrieval._SCORES_AT_ONCE", 150)
     np.testing.assert_array_equal(retriever.retrieve(history, candidates, 5), whole)
 
 
@@ -160,7 +160,7 @@ def test_threads_that_share_a_history_find_what_one_finds(monkeypatch: pytest.Mo
     vectors = rng.standard_normal((1001, 16), dtype=np.float32)
     history, candidates = rng.integers(0, 1001, 900), rng.integers(0, 1001, 5)
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-    monkeypatch.setattr("owlrec.ranking.retrieval._BLOCK_BYTES", 16 * 4 * 7)  # blocks of seven rows
+    monkeypatch.setattr("owlrec.ranking.behavior_retrieval._BLOCK_BYTES", 16 * 4 * 7)  # blocks of seven rows
     retriever = BehaviourRetriever(np.arange(1001), vectors)
     for asked in (candidates, candidates[:1]):
         expected = reference(np.arange(1001), vectors, history, asked, 9)

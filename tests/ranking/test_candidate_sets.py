@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.ranking.retrieval import SET_SIZE, with_candidates
+from owlrec.ranking.behavior_retrieval import SET_SIZE, with_candidates
 from owlrec.schema import SAMPLES
 
 CATALOG = np.arange(100, 400)

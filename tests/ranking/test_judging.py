@@ -9,7 +9,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from owlrec.errors import SchemaError
 from owlrec.evaluation import load_calibration
-from owlrec.ranking.judging import JUDGEMENT_COLUMNS, judge, judge_models, judgement_row
+from owlrec.ranking.question_sets import JUDGEMENT_COLUMNS, judge, judge_models, judgement_row
 from owlrec.ranking.samples import TUNING_ROWS
 from owlrec.workspace import Workspace
 

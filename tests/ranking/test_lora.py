@@ -12,10 +12,9 @@ from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_examples, toy_rows, toy_texts  # type: ignore[import-not-found]
 
 from owlrec.errors import RecipeError
-from owlrec.generation.models import model_identity
-from owlrec.ranking.experiment import TuningSettings
-from owlrec.ranking.lora import TuningJob, tune_adapter
-from owlrec.ranking.tuning import load_model, tune
+from owlrec.generation.engines import model_identity
+from owlrec.ranking.lora import TuningJob, load_model, tune, tune_adapter
+from owlrec.ranking.samples import TuningSettings
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.ray

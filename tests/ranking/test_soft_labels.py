@@ -14,15 +14,14 @@ from owlrec.ctr.experiment import SoftLabels, read_grid_scores, trials
 from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.generation import ENGINES
-from owlrec.generation.engine import Completion, Engine, EngineConfig, EngineStopped, RequestRefused, SamplingConfig
-from owlrec.ranking.experiment import JudgingConfig
-from owlrec.ranking.questions import Teacher
+from owlrec.generation.engines import Completion, Engine, EngineConfig, EngineStopped, RequestRefused, SamplingConfig
+from owlrec.ranking.question_sets import Teacher
+from owlrec.ranking.samples import JudgingConfig
 from owlrec.recipe import Recipe
-from owlrec.reshard import reshard
 from owlrec.runner import WorkerLost
-from owlrec.runs.batch import prepare
-from owlrec.runs.ctr import soft_labels, train_ctr
-from owlrec.runs.ranker import score_pairs
+from owlrec.runs.models import score_pairs, soft_labels, train_ctr
+from owlrec.runs.stages import prepare
+from owlrec.runs.upkeep import double_shards
 from owlrec.schema import DEAD_LETTERS, SOFT_LABELS
 from owlrec.shards import finished_stage, needed_stage
 from owlrec.workspace import Workspace
@@ -277,7 +276,7 @@ def test_reshard_splits_soft_labels_and_asks_nothing(shop: Recipe, workspace: Wo
     score_pairs(shop, workspace)
     before = sorted((r["user_id"], r["item_id"], r["timestamp"], r["p"]) for r in rows_of(workspace))
     n = len(asked)
-    reshard(workspace, ["user"])
+    double_shards(workspace, ["user"])
     assert sorted((r["user_id"], r["item_id"], r["timestamp"], r["p"]) for r in rows_of(workspace)) == before
     score_pairs(shop, workspace)
     assert len(asked) == n

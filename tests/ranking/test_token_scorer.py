@@ -8,7 +8,7 @@ import pytest
 
 from owlrec.errors import EngineError
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import RequestFailed
+from owlrec.generation.engines import RequestFailed
 from owlrec.ranking.scorer import Scores, TokenScorer, open_scorer
 
 ECHO = EchoEngineConfig(type="echo")

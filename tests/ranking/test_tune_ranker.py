@@ -14,11 +14,11 @@ from owlrec import schema
 from owlrec.ctr.experiment import SoftLabels
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.evaluation import auc, load_calibration
-from owlrec.ranking.experiment import RankerRun, TuningConfig, TuningSettings
-from owlrec.ranking.judging import read_results
+from owlrec.ranking.question_sets import read_results
+from owlrec.ranking.samples import RankerRun, TuningConfig, TuningSettings
 from owlrec.recipe import Recipe
-from owlrec.runs.ranker import score_pairs
-from owlrec.runs.ranker import tune_ranker as run
+from owlrec.runs.models import score_pairs
+from owlrec.runs.models import tune_ranker as run
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace
 

@@ -15,13 +15,12 @@ from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 from owlrec.ctr.trainer import ALONE
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.evaluation import auc
-from owlrec.ranking.experiment import TuningSettings
-from owlrec.ranking.tuning import (
+from owlrec.ranking.lora import (
     Checkpoint,
     Examples,
-    Progress,
     Schedule,
     Tuned,
+    TuningProgress,
     answer_logits,
     load_model,
     micro_batches,
@@ -29,6 +28,7 @@ from owlrec.ranking.tuning import (
     tokenise,
     tune,
 )
+from owlrec.ranking.samples import TuningSettings
 
 FAST: dict[str, Any] = {"dtype": "float32", "learning_rate": 0.02, "batch_rows": 16, "micro_tokens": 1024, "epochs": 3}
 
@@ -176,7 +176,7 @@ def test_what_cannot_be_tuned_is_refused(model: str, tmp_path: Any) -> None:
 def test_a_prompt_too_long_is_named(model: str) -> None:
     from toy_taste import toy_rows  # type: ignore[import-not-found]
 
-    from owlrec.generation.models import load_tokenizer
+    from owlrec.generation.engines import load_tokenizer
 
     with pytest.raises(RecipeError, match=r"prompt of user 0 and item 0 has \d+ tokens, but 20 are allowed"):
         tokenise(toy_rows(3), load_tokenizer(model), max_tokens=20)
@@ -225,7 +225,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(model: str) -> None:
 
 
 def test_progress_counts_stale_evaluations() -> None:
-    progress = Progress().after_step(1.0).after_evaluation(0.6).after_step(0.9).after_evaluation(0.6)
+    progress = TuningProgress().after_step(1.0).after_evaluation(0.6).after_step(0.9).after_evaluation(0.6)
     assert (progress.step, progress.losses, progress.stale) == (2, (1.0, 0.9), 1)  # as good is no better
     assert (progress.best_auc, progress.best_step) == (0.6, 1)
     assert progress.after_evaluation(0.7).stale == 0

@@ -11,23 +11,14 @@ from hypothesis import strategies as st
 from worlds import write_samples
 
 from owlrec.errors import RecipeError, SchemaError
-from owlrec.prompting.ranking import RankPromptConfig
+from owlrec.prompting.frameworks import RankPromptConfig
 from owlrec.ranking import samples as samples_module
-from owlrec.ranking.retrieval import BehaviourRetriever, with_candidates
-from owlrec.ranking.samples import (
-    TUNING_ROWS,
-    Shown,
-    TuningData,
-    ask_about,
-    draw_samples,
-    draw_shots,
-    read_users,
-)
+from owlrec.ranking.behavior_retrieval import BehaviourRetriever, with_candidates
+from owlrec.ranking.samples import TUNING_ROWS, Shown, TuningData, ask_about, draw_samples, draw_shots, read_users
 from owlrec.scenario import get_scenario
 from owlrec.schema import SAMPLES, shard_of
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import Labels
-from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.sources.splits import ItemCatalog, SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
 N_ITEMS = 12

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from owlrec.generation.models import load_tokenizer
-from owlrec.prompting.ranking import NO, YES, RankPromptConfig, rank_prompt
+from owlrec.generation.engines import load_tokenizer
+from owlrec.prompting.frameworks import NO, YES, RankPromptConfig, rank_prompt
+from owlrec.ranking.lora import Examples, tokenise
 from owlrec.ranking.samples import TUNING_ROWS
-from owlrec.ranking.tuning import Examples, tokenise
 from owlrec.scenario import get_scenario
 
 NOUNS = ("River", "Star", "House", "Song", "Garden", "Train", "Letter", "Winter")

@@ -44,7 +44,7 @@ def exposed(what: str, expected: dict[str, float], *updates: Any) -> dict[str, f
     @ray.remote(num_cpus=0)
     class Runner:
         def count(self, *parts: Any) -> None:
-            from owlrec.generation.worker import DecoderMetrics
+            from owlrec.generation.job import DecoderMetrics
             from owlrec.runner import StageMetrics
 
             if what == "decoder":

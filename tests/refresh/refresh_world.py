@@ -12,19 +12,17 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
-from owlrec.encoding.vectors import with_codes
-from owlrec.generation.worker import GenerateStage
-from owlrec.ops.watching import StopSignals
+from owlrec.encoding.compression import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.encoding.vectors import EncoderConfig, with_codes
+from owlrec.generation.job import GenerateStage
 from owlrec.recipe import Recipe
-from owlrec.refresh import partitions
+from owlrec.refresh import state
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.plan import Moved
 from owlrec.refresh.state import RefreshPlan, State, read_state
 from owlrec.releases import ReleaseInfo, publish
 from owlrec.runner import Result, Stage, Work, run_stage
-from owlrec.runs.refresh import Refresh
+from owlrec.runs.upkeep import Refresh, StopSignals
 from owlrec.schema import KNOWLEDGE, vector_matrix, vectors_schema
 from owlrec.shards import Card
 from owlrec.sources.outcomes import Labels, with_outcomes
@@ -187,12 +185,12 @@ def recipe_for(workspace: Workspace, history_tokens: int = 256, **config: object
 
 
 def plan_refresh(
-    workspace: Workspace, *, now: int = START + 100 * DAY, drift: float = partitions.FREEZE_DRIFT, **config: Any
+    workspace: Workspace, *, now: int = START + 100 * DAY, drift: float = state.FREEZE_DRIFT, **config: Any
 ) -> Planned | None:
     """Plans the next refresh; None where there is nothing to do. drift: from which on a short term is frozen."""
     refresh = AnsweredRefresh(recipe_for(workspace, **config), workspace, StopSignals())
     base = read_state(workspace)
-    with mock.patch.object(partitions, "FREEZE_DRIFT", drift):
+    with mock.patch.object(state, "FREEZE_DRIFT", drift):
         plan = refresh.planner.read_log(base, now)
         return plan and Planned(refresh, base, refresh.planner.move_on(plan, base))
 

@@ -27,9 +27,8 @@ from refresh_world import (  # type: ignore[import-not-found]
 )
 
 from owlrec.decoding import DecodingConfig
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.semantic_ids import SemanticIdConfig
-from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
+from owlrec.encoding.compression import SemanticIdConfig
+from owlrec.encoding.vectors import PARTITIONS, EncoderConfig, VectorShards, partitions_folder
 from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.generation import EchoEngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig
@@ -37,9 +36,9 @@ from owlrec.refresh import apply
 from owlrec.refresh.apply import interrupted_plan, stack_partitions, tidy, too_many_dead, with_latest_pools
 from owlrec.refresh.state import CLAIM, dead_files, read_state, write_state
 from owlrec.releases import current_release, list_releases, open_release, roll_back
-from owlrec.releases.manifest import chain, read_manifest
-from owlrec.reshard import reshard
-from owlrec.runs import refresh
+from owlrec.releases.format import chain, read_manifest
+from owlrec.runs import upkeep
+from owlrec.runs.upkeep import double_shards
 from owlrec.shards import Card, claimed
 from owlrec.storage import PointerMoved
 from owlrec.workspace import Workspace
@@ -178,7 +177,7 @@ def test_vectors_of_all_partitions_are_kept_where_arms_read_them(world: Workspac
         for as_of in of_user
     }
     assert len(partitions_of(world, 1)) == 1  # the release keeps what it was told to
-    assert reshard(world, ["user"]) == {"user": 8}
+    assert double_shards(world, ["user"]) == {"user": 8}
     assert len(stored(world)) == 4
 
 
@@ -236,7 +235,7 @@ def killed(world: Workspace, plan: object, monkeypatch: pytest.MonkeyPatch, step
 def test_a_delta_that_was_published_is_only_settled(world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     log_events(world, watched(1, AWAY))
     plan = plan_refresh(world)
-    killed(world, plan, monkeypatch, "owlrec.runs.refresh.settle")
+    killed(world, plan, monkeypatch, "owlrec.runs.upkeep.settle")
     delta = current_release(world)
     later = publish_world(world, "second")  # somebody publishes in between
     assert interrupted_plan(world, "", "settings that changed since") == plan.plan
@@ -284,7 +283,7 @@ def test_vectors_are_encoded_once(world: Workspace, monkeypatch: pytest.MonkeyPa
     log_events(world, watched(1, AWAY))
     plan = plan_refresh(world)
     killed(world, plan, monkeypatch, "owlrec.refresh.apply.build_release")
-    monkeypatch.setattr("owlrec.encoding.encoder.Encoder", None)
+    monkeypatch.setattr("owlrec.encoding.vectors.Encoder", None)
     assert carry_out(world, plan).release == current_release(world)
 
 
@@ -302,7 +301,7 @@ def test_second_refresh_does_not_move_what_the_first_has_moved(
 def test_two_refreshes_at_once_are_told(world: Workspace) -> None:
     log_events(world, watched(1, AWAY))
     with claimed(world, CLAIM, "refresh"), pytest.raises(WorkspaceError, match="refresh is running already"):
-        refresh.run(recipe_for(world), world)
+        upkeep.run(recipe_for(world), world)
 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from refresh_world import DAY, START, interactions, log_events  # type: ignore[import-not-found]
 
 from owlrec.errors import SchemaError, SourceError
-from owlrec.ops.watching import is_transient
 from owlrec.refresh.events import (
     Buckets,
     Events,
@@ -27,6 +26,7 @@ from owlrec.refresh.events import (
     event_groups,
 )
 from owlrec.runner import run_stage
+from owlrec.runs.upkeep import is_transient
 from owlrec.schema import shard_of
 from owlrec.sources.outcomes import Labels
 from owlrec.workspace import Workspace

@@ -21,20 +21,20 @@ from refresh_world import (  # type: ignore[import-not-found]
     watched,
 )
 
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.compression import SemanticIdConfig
 from owlrec.encoding.inputs import ItemMetadata
 from owlrec.encoding.inputs import Resources as EncoderResources
-from owlrec.encoding.semantic_ids import SemanticIdConfig
+from owlrec.encoding.vectors import EncoderConfig
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation.job import table_inputs
 from owlrec.refresh.items import unwritten_shards
 from owlrec.refresh.state import State, dead_files, read_state
 from owlrec.releases import current_release, open_release
-from owlrec.releases.manifest import read_manifest
-from owlrec.reshard import reshard
+from owlrec.releases.format import read_manifest
+from owlrec.runs.upkeep import double_shards
 from owlrec.schema import shard_of, stable_id
 from owlrec.shards import Shard
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 NOW = START + 100 * DAY
@@ -273,7 +273,7 @@ def test_items_outlive_a_split_of_their_shards(world: Workspace) -> None:
     log_items(world, [(id_, START, f"New {id_}") for id_ in range(500, 520)])
     refresh(world)
     before = rows_of(world)
-    reshard(world, ["item"])
+    double_shards(world, ["item"])
     world.write_table("items", prepared, key="item_id")  # the tables of this small world have no cards to split
     assert world.n_shards("item") == 8
     assert rows_of(world) == before

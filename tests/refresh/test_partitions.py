@@ -6,17 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.refresh.events import RefreshConfig
-from owlrec.refresh.partitions import (
-    Behavior,
-    UserState,
-    bootstrap,
-    due_at,
-    freeze,
-    hold,
-    next_as_of,
-    take_in,
-    why_due,
-)
+from owlrec.refresh.state import Behavior, UserState, bootstrap, due_at, freeze, hold, next_as_of, take_in, why_due
 
 DAY = 86_400_000
 NOTHING = np.zeros((0, 0), dtype=np.float32)

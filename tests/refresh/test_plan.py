@@ -23,13 +23,13 @@ from refresh_world import (  # type: ignore[import-not-found]
     write_interactions,
 )
 
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.vectors import EncoderConfig
 from owlrec.errors import ReleaseError, SourceError
-from owlrec.ops.watching import StopSignals
-from owlrec.prompting.rows import EARLIER
+from owlrec.prompting.prompts import EARLIER
 from owlrec.refresh.state import State, dead_files, read_state
 from owlrec.releases import current_release, roll_back
 from owlrec.releases.retention import compact
+from owlrec.runs.upkeep import StopSignals
 from owlrec.schema import shard_of
 from owlrec.workspace import Workspace
 

@@ -3,7 +3,7 @@
 import pytest
 
 from owlrec.generation import EchoEngineConfig
-from owlrec.prompting.rows import EARLIER, Prompt
+from owlrec.prompting.prompts import EARLIER, Prompt
 from owlrec.refresh.state import RefreshPrompts
 from owlrec.scenario import SCENARIOS, Scenario, get_scenario
 

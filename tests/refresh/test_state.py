@@ -9,8 +9,17 @@ from refresh_world import START  # type: ignore[import-not-found]
 
 from owlrec.errors import WorkspaceError
 from owlrec.refresh.events import REFUSED
-from owlrec.refresh.partitions import Behavior, UserState, from_table, known_keys, to_table
-from owlrec.refresh.state import ShardState, State, read_state, write_state
+from owlrec.refresh.state import (
+    Behavior,
+    ShardState,
+    State,
+    UserState,
+    from_table,
+    known_keys,
+    read_state,
+    to_table,
+    write_state,
+)
 from owlrec.schema import shard_of
 from owlrec.workspace import Workspace
 

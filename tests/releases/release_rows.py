@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
+from owlrec.encoding.compression import Quantiser, SemanticIdConfig
 from owlrec.releases import KnowledgeStore, ReleaseInfo, ReleaseManifest, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, vectors_schema
 from owlrec.storage import fingerprint

@@ -25,7 +25,7 @@ from owlrec.releases import (
     roll_back,
 )
 from owlrec.releases import release as release_module
-from owlrec.releases.manifest import chain, read_manifest
+from owlrec.releases.format import chain, read_manifest
 from owlrec.schema import MEMBERSHIPS
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from owlrec.cli import app
 from owlrec.errors import ReleaseError
 from owlrec.releases import compact, current_release, list_releases, open_release, prune, retention
+from owlrec.releases.format import read_manifest
 from owlrec.releases.lmdb import PartWriter
-from owlrec.releases.manifest import read_manifest
 from owlrec.workspace import Workspace
 
 

@@ -4,7 +4,7 @@ import pytest
 from release_rows import FULL, Rows, answers, check, publish_chain, publish_rows
 
 from owlrec.releases import compact, current_release, open_release
-from owlrec.releases.manifest import read_manifest
+from owlrec.releases.format import read_manifest
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
@@ -20,7 +20,7 @@ def killed(*args, **kwargs):
 
 PUBLISH_STEPS = [
     "owlrec.releases.build.whole_release",
-    "owlrec.releases.build.TableRows.of",
+    "owlrec.releases.build.RowsInMemory.of",
     "owlrec.releases.build._begin",
     "owlrec.releases.build.PartStage.run",
     "owlrec.releases.lmdb.PartWriter.add_knowledge",

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from owlrec.errors import ReleaseError, SchemaError
 from owlrec.releases import lmdb
+from owlrec.releases.format import KEY_ORDER, decode_keys, encode_key, encode_keys
 from owlrec.releases.lmdb import LmdbFile, LmdbStore, PartWriter
-from owlrec.releases.rows import KEY_ORDER, decode_keys, encode_key, encode_keys
 from owlrec.schema import KNOWLEDGE, vectors_schema
 
 LARGEST = 2**63 - 1

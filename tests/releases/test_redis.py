@@ -15,9 +15,8 @@ from release_rows import DELTAS, FULL, KINDS, Rows, answers, check, publish_chai
 
 from owlrec.errors import ReleaseError, StoreUnavailableError
 from owlrec.releases import build, open_release, redis, roll_back
-from owlrec.releases.manifest import read_manifest
+from owlrec.releases.format import encode_key, read_manifest
 from owlrec.releases.redis import RedisReleases, prune_redis, push, roll_back_redis
-from owlrec.releases.rows import encode_key
 from owlrec.workspace import Workspace
 
 pytestmark = needs_redis
@@ -106,8 +105,8 @@ def test_any_chain_answers_alike_in_any_pieces(full, delta, part_ids, at_once, r
 
 
 def test_semantic_ids_are_copied(workspace, releases):
-    from owlrec.encoding.semantic_ids import pack_codes
-    from owlrec.releases.manifest import SemanticIdEntry
+    from owlrec.encoding.compression import pack_codes
+    from owlrec.releases.format import SemanticIdEntry
 
     publish_rows(workspace, "full", FULL)
     with releases.open(push(workspace, releases)) as release:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
-from owlrec.node_cache import NodeCache
+from owlrec.machine import NodeCache
 from owlrec.releases import (
     ReleaseInfo,
     build,
@@ -21,8 +21,8 @@ from owlrec.releases import (
     roll_back,
 )
 from owlrec.releases.build import BUILDS
+from owlrec.releases.format import read_manifest
 from owlrec.releases.lmdb import part_of
-from owlrec.releases.manifest import read_manifest
 from owlrec.releases.release import make_current, pointer
 from owlrec.schema import KNOWLEDGE, vectors_schema
 from owlrec.storage import PointerHeld, fingerprint

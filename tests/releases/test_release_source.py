@@ -5,7 +5,7 @@ from own_store import MemoryReleases
 from release_rows import answers, check, publish_chain
 
 from owlrec.errors import ReleaseError
-from owlrec.releases.manifest import chain
+from owlrec.releases.format import chain
 from owlrec.releases.release import STORES, open_store
 from owlrec.workspace import Workspace
 

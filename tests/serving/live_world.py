@@ -11,14 +11,12 @@ from worlds import write_world  # type: ignore[import-not-found]
 
 from owlrec.ctr.artifact import ModelCard, finish_artifact, read_by, write_artifact
 from owlrec.ctr.batches import SplitTensors
-from owlrec.ctr.dataset import encode_tables, open_features
+from owlrec.ctr.dataset import encode_tables, open_features, open_tables, reduce_once, reduced_folders
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import Histories, SampleFeatures
-from owlrec.ctr.knowledge import Arm, KnowledgeTable, arm_parts
-from owlrec.ctr.pca import open_tables, reduce_once, reduced_folders
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable, arm_parts
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, tables_of, train_one
-from owlrec.encoding.projection import Projection
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.encoding.compression import Projection, Quantiser, SemanticIdConfig, code_vectors, train_quantiser
 from owlrec.encoding.vectors import VectorShard, quantiser_folder
 from owlrec.releases import ReleaseInfo, ReleaseManifest, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, SAMPLES, vectors_schema

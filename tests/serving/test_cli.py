@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import owlrec
 import pipelines
 from owlrec.cli import app
-from owlrec.runs.stage import STAGES, stage_function
+from owlrec.runs.stages import STAGES, stage_function
 from owlrec.workspace import Workspace
 
 ENTRIES = sorted(p.stem for p in Path(pipelines.__file__).parent.glob("[a-z]*.py"))

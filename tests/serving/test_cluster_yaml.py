@@ -16,7 +16,7 @@ from served_world import publish_world
 from test_rank_serve import ITEMS, own_scores, write_artifacts
 
 from owlrec import Client
-from owlrec.serving.keys import new_key
+from owlrec.serving.guard import new_key
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # of Ray Serve 2.60

@@ -16,10 +16,9 @@ from served_world import publish_world
 
 from owlrec.decoding.controller import DecoderCounters
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.job import build_job, table_inputs
-from owlrec.generation.worker import GenerateStage
-from owlrec.prompting.rows import PromptConfig
+from owlrec.generation.engines import SamplingConfig
+from owlrec.generation.job import GenerateStage, build_job, table_inputs
+from owlrec.prompting.prompts import PromptConfig
 from owlrec.releases import roll_back
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
@@ -104,7 +103,7 @@ def count_elsewhere():
     @ray.remote(num_cpus=0)
     class Engine:
         def count(self):
-            from owlrec.generation.worker import _COUNTS, DecoderMetrics
+            from owlrec.generation.job import _COUNTS, DecoderMetrics
 
             counters = DecoderCounters(counts={**dict.fromkeys(_COUNTS, 1.0), "hits_own": 1.0})
             DecoderMetrics("engine").update(counters)

@@ -12,12 +12,11 @@ from starlette.testclient import TestClient
 from owlrec import schema
 from owlrec.errors import ServingError
 from owlrec.serving.explorer.pages import Paragraph, build_explorer, paragraphs
-from owlrec.serving.keys import KeyRing, new_key
+from owlrec.serving.guard import KeyRing, new_key
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import RankAnswer
-from owlrec.serving.served import ServedReleases, WorkspaceReleases
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
 from owlrec.workspace import Workspace
 
 

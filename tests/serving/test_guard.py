@@ -8,9 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from owlrec.serving.guard import Guard, Limits
-from owlrec.serving.keys import KeyRing, new_key
-from owlrec.serving.problems import Problem, install_problem_handlers
+from owlrec.serving.guard import Guard, KeyRing, Limits, Problem, install_problem_handlers, new_key
 
 KEY, LINE = new_key("shop")
 

@@ -5,9 +5,8 @@ import os
 import pytest
 
 from owlrec.errors import ServingError
-from owlrec.serving import keys as keys_module
-from owlrec.serving.guard import check_binding
-from owlrec.serving.keys import KeyRing, new_key, parse_keys
+from owlrec.serving import guard as keys_module
+from owlrec.serving.guard import KeyRing, check_binding, new_key, parse_keys
 
 
 @pytest.fixture(autouse=True)

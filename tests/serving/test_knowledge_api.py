@@ -10,8 +10,8 @@ from starlette.testclient import TestClient
 
 from owlrec.errors import StoreUnavailableError
 from owlrec.releases import current_release, roll_back
-from owlrec.serving.keys import KeyRing, new_key
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.guard import KeyRing, new_key
+from owlrec.serving.served import SimilarEntities
 from owlrec.workspace import Workspace
 
 BATCH, SIMILAR = "/v1/knowledge:batchGet", "/v1/knowledge:similar"

@@ -17,13 +17,12 @@ from live_world import (  # type: ignore[import-not-found]
     write_live_world,
 )
 
-from owlrec.ctr.artifact import read_card
-from owlrec.ctr.knowledge import Arm
-from owlrec.ctr.scoring import Artifact, FieldCache, User
+from owlrec.ctr.artifact import CtrArtifact, FieldCache, User, read_card
+from owlrec.ctr.knowledge_tables import Arm
 from owlrec.errors import ReleaseError
 from owlrec.releases import Release, open_release, roll_back
-from owlrec.serving.live import LiveScorer, ScoredRelease, live_state
-from owlrec.serving.problems import Problem
+from owlrec.serving.guard import Problem
+from owlrec.serving.rank_api import LiveScorer, ScoredRelease, live_state
 from owlrec.serving.served import WorkspaceReleases
 from owlrec.workspace import Workspace, write_tombstones
 
@@ -38,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> LiveWorld:
 
 def scorer_of(world: LiveWorld) -> LiveScorer:
     """Not yet looking at any release."""
-    return LiveScorer(Artifact.open(world.workspace, world.folder), WorkspaceReleases(world.workspace))
+    return LiveScorer(CtrArtifact.open(world.workspace, world.folder), WorkspaceReleases(world.workspace))
 
 
 def change() -> Contents:
@@ -145,7 +144,7 @@ def test_a_release_of_another_encoder_is_refused_and_the_one_before_stays(worksp
 
 def test_a_release_of_other_codebooks_is_refused_by_a_model_that_reads_codes(workspace: Workspace) -> None:
     made = write_live_world(workspace, "knowledge+codes")
-    artifact = Artifact.open(workspace, made.folder)
+    artifact = CtrArtifact.open(workspace, made.folder)
     assert artifact.card.reads is not None
     assert artifact.card.reads.codebooks == {k: q.fingerprint for k, q in made.quantisers.items()}
     made.quantisers["item"], made.quantisers["user"] = made.quantisers["user"], made.quantisers["item"]  # type: ignore[index]
@@ -197,7 +196,7 @@ def test_an_object_store_gives_the_scores_of_a_local_disk(world: LiveWorld, s3_r
     for path in world.workspace.entries():
         remote.write_bytes(path, world.workspace.read_bytes(path))
     local = scorer_of(world)
-    live = LiveScorer(Artifact.open(remote, world.folder), WorkspaceReleases(remote))
+    live = LiveScorer(CtrArtifact.open(remote, world.folder), WorkspaceReleases(remote))
     for scorer in (local, live):
         assert scorer.served.refresh()
     for user in (1, 6):
@@ -224,7 +223,7 @@ def test_a_cache_makes_each_id_once_and_forgets_the_first_that_came() -> None:
 def test_a_release_is_closed_where_it_is_refused(world: LiveWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = []
     monkeypatch.setattr(Release, "close", lambda self: closed.append(self.name))
-    monkeypatch.setattr("owlrec.serving.live.live_state", lambda *_: 1 / 0)
+    monkeypatch.setattr("owlrec.serving.rank_api.live_state", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         scorer_of(world).served.refresh()
     assert len(closed) == 1

@@ -8,16 +8,14 @@ import pyarrow as pa
 import pytest
 from served_world import served_behaviors
 
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import SET_SIZE, BehaviourRetriever, with_candidates
-from owlrec.ranking.samples import Shown, ask_about
+from owlrec.ranking.behavior_retrieval import SET_SIZE, BehaviourRetriever, with_candidates
+from owlrec.ranking.samples import RankingConfig, Shown, ask_about
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS
 from owlrec.serving.questions import QuestionWriter, WorkspaceTables, recent_of
 from owlrec.serving.schemas import Rank
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import Labels, with_outcomes
-from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.sources.splits import ItemCatalog, SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
 N_USERS, N_ITEMS, NOW = 8, 60, 1000

@@ -13,15 +13,13 @@ from processes import free_port
 from release_rows import Rows, tables
 
 from owlrec import schema
-from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
+from owlrec.ctr.artifact import CtrArtifact, ModelCard, finish_artifact, write_artifact
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import build_features
-from owlrec.ctr.scoring import Artifact
 from owlrec.ctr.trainer import TrainingData, export_trial, train_one, write_vocabularies
 from owlrec.releases import ReleaseInfo, current_release, publish
-from owlrec.serving.guard import NoTelemetry
-from owlrec.serving.live import LiveScorer
-from owlrec.serving.problems import Problem
+from owlrec.serving.guard import NoTelemetry, Problem
+from owlrec.serving.rank_api import LiveScorer
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import WorkspaceReleases
 from owlrec.sources.splits import last_behaviors
@@ -110,7 +108,7 @@ def served(ray_local, tmp_path_factory):
 
 def own_scores(workspace, folder):
     """What the scorer of an artifact says of user 55 over the current release."""
-    scorer = LiveScorer(Artifact.open(workspace, folder), WorkspaceReleases(workspace))
+    scorer = LiveScorer(CtrArtifact.open(workspace, folder), WorkspaceReleases(workspace))
     assert scorer.served.refresh()
     try:
         return scorer.score(55, range(ITEMS))

@@ -6,7 +6,7 @@ import pytest
 from served_world import served_behaviors
 
 from owlrec.schema import INTERACTIONS
-from owlrec.serving.problems import Problem
+from owlrec.serving.guard import Problem
 from owlrec.serving.questions import Recent, recent_of
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.sources.outcomes import Labels, with_outcomes

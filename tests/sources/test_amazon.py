@@ -9,7 +9,7 @@ import pytest
 
 from owlrec.errors import SchemaError, SourceError
 from owlrec.schema import stable_id
-from owlrec.sources.amazon import AmazonSource
+from owlrec.sources.datasets import AmazonSource
 
 T = 1_400_000_000
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pytest
 
 from owlrec.errors import SchemaError, SourceError
-from owlrec.sources.movielens import MovieLens100KSource, MovieLensSource
+from owlrec.sources.datasets import MovieLens100KSource, MovieLensSource
 
 RATINGS_1M = "1::1193::5::978300760\n1::661::3::978302109\n2::1193::4::978298413\n"
 MOVIES_1M = "661::James and the Giant Peach (1996)::Animation|Children's\n1193::Misérables, Les (1995)::Drama\n"

@@ -12,10 +12,11 @@ import pytest
 
 from owlrec.errors import OwlRecError, SchemaError, WorkspaceError
 from owlrec.recipe import Recipe
-from owlrec.runs import batch
+from owlrec.runs import stages
 from owlrec.schema import INTERACTIONS, SAMPLES, shard_of, stable_id
 from owlrec.shards import Artifact, Card, Claims, finished_stage
-from owlrec.sources import files, ingest, tabular
+from owlrec.sources import preparation, tabular
+from owlrec.sources import tabular as files
 from owlrec.sources.outcomes import LabelConfig, Labels, with_outcomes
 from owlrec.sources.preparation import table_files
 from owlrec.sources.raw import RawTables
@@ -32,9 +33,9 @@ N_USERS, N_ITEMS, N_FILES, ROWS = 120, 40, 6, 700
 def many_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fragments of 200 rows, groups of 500, buckets of 1,000 (8 of them): what 10^8 rows have in thousands."""
     monkeypatch.setattr(tabular, "FRAGMENT_ROWS", 200)
-    monkeypatch.setattr(ingest, "GROUP_ROWS", 500)
-    monkeypatch.setattr(ingest, "BUCKET_INTERACTIONS", 1000)
-    monkeypatch.setattr(ingest, "BUCKET_ITEMS", 20)
+    monkeypatch.setattr(preparation, "GROUP_ROWS", 500)
+    monkeypatch.setattr(preparation, "BUCKET_INTERACTIONS", 1000)
+    monkeypatch.setattr(preparation, "BUCKET_ITEMS", 20)
 
 
 def interactions(seed: int, ids: str) -> pa.Table:
@@ -71,7 +72,7 @@ def recipe(folder: Path, workspace: str | Path, split: dict[str, Any] | None = N
 
 def prepared(recipe: Recipe) -> tuple[Card, Workspace]:
     workspace = Workspace(recipe.workspace)
-    return batch.prepare(recipe, workspace), Workspace(recipe.workspace)
+    return stages.prepare(recipe, workspace), Workspace(recipe.workspace)
 
 
 def by_id(table: pa.Table, *keys: str) -> list[dict[str, Any]]:
@@ -123,7 +124,7 @@ def test_fewer_shards_than_buckets(tmp_path: Path) -> None:
     few = recipe(folder, tmp_path / "few").model_copy(update={"shard_rows": 60})
     _, workspace = prepared(few)
     assert workspace.n_shards("user") == 2
-    assert ingest.read_grouping(workspace, f"ingest/{workspace.names('ingest')[0]}").user_buckets == 8  # type: ignore[union-attr]
+    assert preparation.read_grouping(workspace, f"ingest/{workspace.names('ingest')[0]}").user_buckets == 8  # type: ignore[union-attr]
     whole = raw(folder)
     assert by_id(workspace.read_table("users"), "user_id") == by_id(whole.users, "user_id")
     assert workspace.read_table("interactions").num_rows == N_FILES * ROWS
@@ -458,7 +459,7 @@ def test_a_delta_table_is_read_by_version(tmp_path: Path) -> None:
 def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_source(tmp_path / "source")
     here, _ = prepared(recipe(folder, tmp_path / "here"))
-    monkeypatch.setattr(batch, "PREPARED_HERE", 0)
+    monkeypatch.setattr(stages, "PREPARED_HERE", 0)
     assert prepared(recipe(folder, tmp_path / "ray"))[0].fingerprint == here.fingerprint
     table = interactions(4, "u")
     write_log(folder, 4, pa.concat_tables([table, table.slice(9, 1)]))
@@ -467,7 +468,7 @@ def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatc
 
 
 def test_movielens_does_not_need_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "ray_session", None)
+    monkeypatch.setattr(stages, "ray_session", None)
     values = {"name": "t", "scenario": "movies", "engine": {"type": "echo"}, "source": {"type": "movielens-100k"}}
     values["split"] = {"cuts": "half", "kar_protocol": True}
     card, workspace = prepared(Recipe.model_validate({**values, "workspace": str(tmp_path)}))

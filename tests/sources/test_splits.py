@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from owlrec.errors import SchemaError
 from owlrec.schema import INTERACTIONS, newest
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.splits import SPLITS, Every, SplitConfig, SplitTables, build_samples, last_behaviors
 

@@ -11,8 +11,7 @@ from owlrec.decoding import DecodingConfig, request_arguments
 from owlrec.decoding.release_pools import write_release_pools
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig, build_engine
-from owlrec.generation.engine import Completion, PromptTooLong, SamplingConfig
-from owlrec.generation.models import load_tokenizer, model_identity
+from owlrec.generation.engines import Completion, PromptTooLong, SamplingConfig, load_tokenizer, model_identity
 from owlrec.generation.vllm_engine import VllmEngine
 from owlrec.schema import KNOWLEDGE
 

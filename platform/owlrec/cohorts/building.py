@@ -1,38 +1,46 @@
-"""From prepared tables to cohorts: factors, vectors, codebooks, memberships, profiles and the prompts about them.
+"""Builds the cohorts of a workspace: which cohorts a row belongs to, and the seven stages from tables to prompts."""
 
-Seven stages for the runner, in this order. Those that must see many users at once (factors, codebooks, profiles) see a
-sample: shards go by a hash of the id, so that the first ones are a fair sample of all. Those that see everybody
-(vectors, memberships) do so shard by shard. Between the two levels of a codebook, and between members and their cohort,
-rows are shuffled: each batch of shards writes one Arrow file with a record batch for each receiver, and each receiver
-reads its own out of every file.
-"""
-
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from owlrec.cohorts.assignment import groups_without_vectors, item_vectors, route, user_vectors, vector_rows
 from owlrec.cohorts.clustering import (
     CELL_SAMPLE,
     Codebook,
+    FactorSettings,
     ItemFactors,
     Sizes,
+    fold_in,
+    judged,
     name_centroids,
     nearest_rows,
     train_cells,
     train_centroids,
     train_item_factors,
+    unit,
 )
-from owlrec.cohorts.model import FACETS, FACTORS, Book, CohortModel, CohortsConfig, CohortSettings
-from owlrec.cohorts.profiles import (
+from owlrec.cohorts.cohort_model import (
+    FACETS,
+    FACTORS,
     PROFILES,
+    Book,
+    CohortModel,
+    CohortsConfig,
+    CohortSettings,
+    Group,
     Moments,
     add_members,
+    attribute_cohort_name,
     best_candidates,
     build_profiles,
+    choose_group,
+    cohort_name,
+    count_groups,
     count_members,
     cut_moments,
     distinct_texts,
@@ -40,16 +48,154 @@ from owlrec.cohorts.profiles import (
     keep_settled,
     large_groups,
     user_candidates,
+    values_of,
 )
 from owlrec.errors import WorkspaceError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.scenario import Scenario
-from owlrec.schema import TABLES, Kind, newest, shard_of, stable_id
+from owlrec.schema import COHORTS, TABLES, Kind, newest, shard_of, stable_id
 from owlrec.shards import Card, Shard
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.splits import Cut
+from owlrec.sources.splits import Cut, ItemCatalog
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, shards_for
+
+# ----------------------------------------------------------------------------------------------------------- assignment
+# Which cohorts every user and item belongs to: the router between collaborative cohorts and attribute groups.
+#
+# With enough history: the nearest collaborative cohort, and a second one by what the user disliked. Else the attribute
+# group, else everybody. All of it works on one shard of a table.
+
+
+def user_vectors(
+    ids: np.ndarray, histories: pa.Table, factors: ItemFactors, settings: FactorSettings, positive_above: float
+) -> pa.Table:
+    """The columns id, as_of, liked and disliked (see vector_array) of a shard's users, in order of id and as_of: a row
+    for each of their histories, and one as of 0 where they have none.
+
+    ids: int64 [n], ascending; histories: schema.HISTORIES of some of them.
+    """
+    items, liked = judged(histories, positive_above)
+    silent = np.setdiff1d(ids, histories["user_id"].to_numpy())
+    owner = np.concatenate([histories["user_id"].to_numpy(), silent])
+    as_of = np.concatenate([histories["as_of"].to_numpy(), np.zeros(len(silent), dtype=np.int64)])
+    order = np.lexsort((as_of, owner))
+    columns = {"id": pa.array(owner[order], pa.int64()), "as_of": pa.array(as_of[order], pa.int64())}
+    for name, chosen in (("liked", liked), ("disliked", ~liked)):
+        vectors, known = np.zeros((len(owner), factors.vectors.shape[1]), np.float32), np.zeros(len(owner), bool)
+        vectors[: len(histories)], known[: len(histories)] = fold_in(factors, settings, items, chosen)
+        columns[name] = vector_array(vectors[order], known[order])
+    return pa.table(columns)
+
+
+def item_vectors(ids: np.ndarray, factors: ItemFactors) -> pa.Table:
+    """The columns id, as_of (0: nobody's behavior is told) and vector of a shard's items."""
+    vectors, known = factors.gather(ids)
+    columns = {"id": ids, "as_of": np.zeros(len(ids), dtype=np.int64), "vector": vector_array(unit(vectors), known)}
+    return pa.table(columns)
+
+
+def groups_without_vectors(kind: Kind, vectors: pa.Table, rows: pa.Table, scenario: Scenario) -> Counter[Group]:
+    """How many of a shard's rows without a first vector each attribute group holds.
+
+    vectors: of each row the newest; rows: of the kind's own table, aligned.
+    """
+    lonely = rows.filter(vectors["liked" if kind == "user" else "vector"].is_null())
+    fields = _fields(kind, scenario)
+    return count_groups(values_of(row, fields) for row in lonely.to_pylist())
+
+
+def route(
+    model: CohortModel, kind: Kind, vectors: pa.Table, attributes: Callable[[], pa.Table], scenario: Scenario
+) -> pa.Table:
+    """The cohorts of some users or items, new ones too (schema.COHORTS), in order of id and as_of.
+
+    vectors: columns id, as_of and, made by vector_array, `liked` and `disliked` of users or `vector` of items.
+    attributes: gives the rows of the users or items table; asked only where somebody has no vector. What follows from
+    them alone is as of 0.
+    """
+    ids, as_of = vectors["id"].to_numpy(), vectors["as_of"].to_numpy()
+    tables, alone = [], np.ones(len(ids), dtype=bool)
+    for book, (of, column, facet) in FACETS.items():
+        if of != kind or book not in model.books:
+            continue
+        rows, matrix = vector_rows(vectors[column])
+        if facet != "disliked":
+            alone[rows] = False
+        names, distance = _collaborative(model, book, matrix)
+        tables.append(_table(kind, ids[rows], as_of[rows], names, facet, "collaborative", distance))
+    if alone.any():
+        fields, groups = _fields(kind, scenario), model.groups.get(kind, ())
+        lonely = np.unique(ids[alone])
+        rows_of_id: Mapping[int, Mapping[str, Any]] = {row[f"{kind}_id"]: row for row in attributes().to_pylist()}
+        chosen = [choose_group(values_of(rows_of_id.get(i, {}), fields), groups) for i in lonely.tolist()]
+        names = pa.array([attribute_cohort_name(kind, g) for g in chosen], pa.string())
+        source = pa.array(["attribute" if g else "global" for g in chosen], pa.string())
+        nothing = np.zeros(len(lonely), dtype=np.int64)
+        tables.append(_table(kind, lonely, nothing, names, "liked" if kind == "user" else "", source, None))
+    table = pa.concat_tables([COHORTS.empty_table(), *tables])
+    order = np.lexsort((table["as_of"].to_numpy(), table["id"].to_numpy()))
+    return table.take(pa.array(order))
+
+
+def vector_array(vectors: np.ndarray, known: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """float [n, d] as float16 bytes, null where not `known`."""
+    data = pa.py_buffer(np.ascontiguousarray(vectors, dtype=np.float16))
+    validity = pa.py_buffer(np.packbits(known, bitorder="little"))
+    return pa.Array.from_buffers(pa.binary(2 * vectors.shape[1]), len(vectors), [validity, data])
+
+
+def vector_rows(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that have a vector, int64 [m], and these, float32 [m, d]; of a column that vector_array made."""
+    array = column.combine_chunks()
+    rows = np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))
+    dim = array.type.byte_width // 2
+    matrix = np.frombuffer(array.buffers()[1], np.float16, len(array) * dim, 2 * dim * array.offset)
+    return rows, matrix.reshape(-1, dim)[rows].astype(np.float32)
+
+
+def _collaborative(model: CohortModel, book: Book, vectors: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+    codebook = model.books[book]
+    nearest, distance = codebook.assign(vectors)
+    used, codes = np.unique(nearest, return_inverse=True)
+    names = pa.array([cohort_name(book, n) for n in codebook.numbers[used].tolist()], pa.string())
+    return names.take(pa.array(codes)), distance
+
+
+def _fields(kind: Kind, scenario: Scenario) -> tuple[str, ...]:
+    return scenario.profile_fields if kind == "user" else scenario.text_fields
+
+
+def _table(
+    kind: str,
+    ids: np.ndarray,
+    as_of: np.ndarray,
+    names: pa.Array,
+    facet: str,
+    source: str | pa.Array,
+    distance: np.ndarray | None,
+) -> pa.Table:
+    n = len(ids)
+    columns = [
+        pa.repeat(pa.scalar(kind), n),
+        pa.array(ids, pa.int64()),
+        pa.array(as_of, pa.int64()),
+        names,
+        pa.repeat(pa.scalar(facet), n),
+        pa.repeat(pa.scalar(source), n) if isinstance(source, str) else source,
+        pa.array(distance, pa.float32()) if distance is not None else pa.nulls(n, pa.float32()),
+    ]
+    return pa.table(columns, schema=COHORTS)
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+# From prepared tables to cohorts: factors, vectors, codebooks, memberships, profiles and the prompts about them.
+#
+# Seven stages for the runner, in this order. Those that must see many users at once (factors, codebooks, profiles) see
+# a sample: shards go by a hash of the id, so that the first ones are a fair sample of all. Those that see everybody
+# (vectors, memberships) do so shard by shard. Between the two levels of a codebook, and between members and their
+# cohort, rows are shuffled: each batch of shards writes one Arrow file with a record batch for each receiver, and each
+# receiver reads its own out of every file.
+
 
 _BATCH_ROWS = 1 << 17  # of a shuffle: 40 MB of candidates
 _MOMENTS = "factors/moments.json"

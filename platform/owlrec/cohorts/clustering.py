@@ -20,7 +20,7 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError
-from owlrec.ordered import rows_of
+from owlrec.schema import rows_of
 from owlrec.storage import FileEntry
 from owlrec.workspace import Workspace
 

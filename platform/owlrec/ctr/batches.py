@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from owlrec.ctr.adaptor import Codes, Knowledge
 from owlrec.ctr.features import SampleFeatures, Segment, Split
-from owlrec.ctr.knowledge import Form, VectorTable, refuse_non_finite
-from owlrec.ctr.model import Batch, DistinctItems
+from owlrec.ctr.knowledge_tables import Form, VectorTable, refuse_non_finite
+from owlrec.ctr.model import Batch, BatchVectors, Codes, DistinctItems
 
 # ---------------------------------------------------------------------------------------------------------------- order
 # The order in which an epoch reads its rows: a function of seed and epoch, so that any position can be entered again.
@@ -269,7 +268,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _known(
     tables: Sequence[VectorTable], ids: np.ndarray, times: np.ndarray | None, form: Form
-) -> tuple[Knowledge | None, Codes | None]:
+) -> tuple[BatchVectors | None, Codes | None]:
     """Vectors and semantic ids of one side, as far as the form asks for them, each distinct row once.
 
     times: int64 [b], ms; an id's newest knowledge that is strictly earlier is read, or the newest of all without them.
@@ -288,7 +287,7 @@ def _known(
         vectors = np.stack([t.vectors_at(rows) for t, rows in zip(tables, distinct_rows, strict=True)], axis=1)
         refuse_non_finite(vectors, ids[first])
         mask = np.stack([rows >= 0 for rows in distinct_rows], axis=1)
-        knowledge = Knowledge(torch.from_numpy(vectors), torch.from_numpy(mask), at)
+        knowledge = BatchVectors(torch.from_numpy(vectors), torch.from_numpy(mask), at)
     if form != "vectors":
         codes = Codes(torch.from_numpy(tables[0].codes_at(distinct_rows[0])), at)
     return knowledge, codes

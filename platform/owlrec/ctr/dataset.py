@@ -1,15 +1,9 @@
-"""Samples encoded by shard on disk, memory-mapped: data sets larger than memory, and one encoding for all workers.
-
-A shard is encoded once, from its users' samples and interactions alone: rows of samples, which refer to the behaviors
-beside them, and what the shard adds to the counts of items. Vocabularies are sums over shards, so no pass looks at two
-of them at once. Ray Data could stream the tables instead, but neither its iterator nor its local shuffle can be entered
-again at a position, so a restarted worker would see other batches than the one that died. Here a position is a number.
-"""
+"""What training reads, made once on disk for all workers: encoded samples and reduced knowledge vectors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from owlrec.ctr.artifact import read_card
-from owlrec.ctr.experiment import ENCODED, SoftLabels, Trial, blended
+from owlrec.ctr.experiment import ENCODED, SoftLabels, Trial, blended, grid_folder
 from owlrec.ctr.features import (
     RESERVED,
     SPLITS,
@@ -40,8 +34,11 @@ from owlrec.ctr.features import (
     refuse_labels,
     value_codes,
 )
+from owlrec.ctr.knowledge_tables import KnowledgeTable, VectorTable, open_vectors, refuse_non_finite, refuse_two_sizes
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.trainer import read_items, read_vocabularies, write_items, write_vocabularies
+from owlrec.encoding.compression import Projection, ProjectionSettings, fit_projection
+from owlrec.encoding.vectors import VectorShards, quantiser_folder
 from owlrec.errors import RecipeError, SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import SAMPLE_ROWS
@@ -49,6 +46,140 @@ from owlrec.shards import Card, Shard
 from owlrec.sources.outcomes import POSITIVE
 from owlrec.sources.splits import in_histories, sample_places
 from owlrec.workspace import Workspace, shard_file, table_file
+
+# ------------------------------------------------------------------------------------------------------------------ pca
+# Knowledge vectors of fewer components, for training: all of them seen from their first principal directions.
+#
+# The vectors of 10^8 users take 77 GB with the 384 components of MiniLM and 13 GB with 64, and the adaptor's first
+# layer shrinks as they do. One projection serves all sources and both sides, since the shared experts read users and
+# items, and the fusion adds sources up. It has no center: what all vectors share stays in them, as the lengths and
+# angles that the adaptor reads. It is fitted on a bounded sample, kept with the grid, and applied by shard.
+
+
+Name = TypeVar("Name")
+Folders = Mapping[str, Mapping[str, str]]  # source -> side -> folder that holds the vectors <source>-<side>
+
+_FIT_ROWS = 16_384  # of each table: with 384 components the SVD then takes seconds
+_DONE = "done.json"  # written last
+
+
+class ReduceVectors(Stage):
+    """Projects a shard of vectors; ids, codes and digests stay."""
+
+    name = "train_ctr"
+
+    def __init__(self, folder: str, fingerprint: str, sources: Mapping[str, str]) -> None:
+        """fingerprint: that the projection in `folder` was saved under. sources: <source>-<side> -> its folder."""
+        self.folder, self.fingerprint, self.sources = folder, fingerprint, dict(sources)
+
+    def open(self, workspace: Workspace, worker: str) -> None:
+        """Loads the projection."""
+        self._projection = Projection.load(workspace, self.folder, self.fingerprint)
+        self._shards = {name: VectorShards(workspace, folder, name) for name, folder in self.sources.items()}
+
+    def run(self, work: Work) -> Result:
+        """Raises SchemaError for a vector that is not finite."""
+        shard = self._shards[work.shard.kind].shard(work.shard.number)
+        assert shard is not None, f"{work.shard.name} was listed, but is gone"
+        refuse_non_finite(shard.vectors, shard.ids)
+        table = replace(shard, vectors=self._projection.apply(shard.vectors).astype(np.float16)).table()
+        path = work.shard.file(".arrow")
+        work.check()
+        file = work.workspace.write_arrow(work.artifact.path(path), table, table.schema)
+        return Result({path: file}, rows_in=len(table), rows_out=len(table))
+
+
+def reduce_once(
+    workspace: Workspace,
+    folders: Folders,
+    components: int | None,
+    fingerprint: str,
+    pool: Pool | None = None,
+    projection: Projection | None = None,
+) -> Folders:
+    """The folders that the trials of a grid read in place of `folders` (`reduced_folders`), written where they are not
+    there yet: vectors of at most `components`, of length 1, and the projection. None, or vectors that have no more,
+    leave all where it is. projection: is applied in place of one that is fitted on these vectors.
+
+    Raises SchemaError where two tables differ in size, or for a vector that is not finite.
+    """
+    kept = _kept(fingerprint)
+    shards = {
+        f"{source}-{side}": VectorShards(workspace, folder, f"{source}-{side}")
+        for source, sides in folders.items()
+        for side, folder in sides.items()
+    }
+    if components is None or workspace.exists(kept, _DONE) or all(s.dim <= components for s in shards.values()):
+        return reduced_folders(workspace, folders, fingerprint)
+    refuse_two_sizes({f"vectors {name}": open_vectors(of_name, held=False) for name, of_name in shards.items()})
+    fitted = projection or _fit([s.sample(_FIT_ROWS, seed=0)[1] for s in shards.values()], components)
+    fitted.save(workspace, kept, fingerprint)
+    stage = ReduceVectors(kept, fingerprint, {name: of_name.folder for name, of_name in shards.items()})
+    inputs = {Shard(name, number): fingerprint for name, of_name in shards.items() for number in of_name.numbers}
+    run_stage(workspace, stage, inputs, pool)
+    for name, of_name in shards.items():
+        if quantiser := of_name.quantiser():
+            quantiser.save(workspace, quantiser_folder(kept, name))
+    workspace.write_json(f"{kept}/{_DONE}", {"components": components})
+    return reduced_folders(workspace, folders, fingerprint)
+
+
+def reduced_folders(workspace: Workspace, folders: Folders, fingerprint: str) -> Folders:
+    """Where the vectors lie that a grid's trials read: in its own folder where they were reduced."""
+    kept = _kept(fingerprint)
+    if not workspace.exists(kept, _DONE):
+        return folders
+    return {source: dict.fromkeys(sides, kept) for source, sides in folders.items()}
+
+
+def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) -> dict[str, dict[str, VectorTable]]:
+    """Source -> side -> vectors and semantic ids. held: whether small tables are read into memory.
+
+    Raises as `open_vectors` does.
+    """
+
+    def opened(folder: str, name: str) -> VectorTable:
+        shards = VectorShards(workspace, folder, name)
+        quantiser = shards.quantiser()
+        return open_vectors(shards, tuple(quantiser.sizes) if quantiser else (), held=held)
+
+    return {
+        source: {side: opened(folder, f"{source}-{side}") for side, folder in sides.items()}
+        for source, sides in folders.items()
+    }
+
+
+def reduced(tables: Mapping[Name, KnowledgeTable], components: int | None) -> dict[Name, KnowledgeTable]:
+    """Tables in memory as `reduce_once` reduces those on disk."""
+    if components is None or all(table.dim <= components for table in tables.values()):
+        return dict(tables)
+    refuse_two_sizes({f"vectors {name}": table for name, table in tables.items()})
+    projection = _fit([t.vectors[:: -(-max(1, len(t)) // _FIT_ROWS)] for t in tables.values()], components)
+    smaller = {}
+    for name, table in tables.items():
+        refuse_non_finite(table.vectors, table.ids)
+        smaller[name] = replace(table, vectors=projection.apply(table.vectors).astype(np.float16))
+    return smaller
+
+
+def _fit(samples: Sequence[np.ndarray], components: int) -> Projection:
+    sample = np.concatenate(samples)
+    return fit_projection(sample, ProjectionSettings(components=components, fit_items=len(sample)), centred=False)
+
+
+def _kept(fingerprint: str) -> str:
+    return f"{grid_folder(fingerprint)}/vectors"
+
+
+# -------------------------------------------------------------------------------------------------------------- dataset
+# Samples encoded by shard on disk, memory-mapped: data sets larger than memory, and one encoding for all workers.
+#
+# A shard is encoded once, from its users' samples and interactions alone: rows of samples, which refer to the behaviors
+# beside them, and what the shard adds to the counts of items. Vocabularies are sums over shards, so no pass looks at
+# two of them at once. Ray Data could stream the tables instead, but neither its iterator nor its local shuffle can be
+# entered again at a position, so a restarted worker would see other batches than the one that died. Here a position is
+# a number.
+
 
 # ----------------------------------------------------------------------------------------------------------- warm start
 # Training that goes on from an artifact on newer samples: weights carry over, by the values that they embed.
@@ -145,7 +276,6 @@ def grown(new: Vocabularies, before: Vocabularies, items: np.ndarray) -> Vocabul
 # Rows of valid and of test that are scored at most: those of the first shards, whose users are a random draw, since a
 # shard is a hash of the id. The standard error of an AUC is then below .0002, and arrays of all rows fit one process.
 EVALUATED_ROWS = 1 << 23
-_DONE = "done.json"  # written last
 _SHARDS_OPEN = 64
 
 

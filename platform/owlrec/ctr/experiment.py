@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, field_validator
 from owlrec.config import Config
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.features import RESERVED
-from owlrec.ctr.knowledge import Arm, bases
+from owlrec.ctr.knowledge_tables import Arm, bases
 from owlrec.errors import RecipeError, SchemaError, WorkspaceError
 from owlrec.evaluation import GridScores, Interval, auc, compare_arms, log_loss, relative_improvement
 from owlrec.schema import SOFT_LABELS

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError
-from owlrec.ordered import rows_of
+from owlrec.schema import rows_of
 from owlrec.sources.outcomes import POSITIVE, taken
 
 PADDING, UNKNOWN = 0, 1

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from owlrec import evaluation as metrics
-from owlrec.ctr.adaptor import code_sizes
 from owlrec.ctr.batches import SplitBatches, Tables, epoch_steps, scan_steps, segments
 from owlrec.ctr.experiment import (
     SCORES_FILE,
@@ -42,8 +41,8 @@ from owlrec.ctr.experiment import (
     slices_of,
 )
 from owlrec.ctr.features import Features, Grades, ItemFeatures, Split, Vocabularies
-from owlrec.ctr.knowledge import STREAMING, VectorTable, arm_parts, arm_sources, cascade_slots, refuse_two_sizes
-from owlrec.ctr.model import CTRModel, ModelSpec
+from owlrec.ctr.knowledge_tables import STREAMING, VectorTable, arm_parts, arm_sources, cascade_slots, refuse_two_sizes
+from owlrec.ctr.model import CTRModel, ModelSpec, code_sizes
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace

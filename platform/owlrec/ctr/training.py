@@ -17,10 +17,10 @@ from typing import Any
 
 from owlrec.config import Config
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, finished_trials, grid_folder
-from owlrec.ctr.knowledge import arm_sources, stored_sources
+from owlrec.ctr.knowledge_tables import arm_sources, stored_sources
 from owlrec.ctr.trainer import Worker
 from owlrec.errors import root_mistake
-from owlrec.process import redirect_output
+from owlrec.machine import redirect_output
 from owlrec.runner import Pool
 from owlrec.workspace import Workspace
 
@@ -215,8 +215,7 @@ def encode_once(workspace: Workspace, job: GridJob, pool: Pool | None = None) ->
 
 def load_data(workspace: Workspace, job: GridJob) -> Any:
     """fitting.TrainingData of a job whose samples are encoded: mapped, not read."""
-    from owlrec.ctr.dataset import open_features
-    from owlrec.ctr.pca import open_tables
+    from owlrec.ctr.dataset import open_features, open_tables
     from owlrec.ctr.trainer import TrainingData
 
     features = open_features(workspace, grid_folder(job.fingerprint))

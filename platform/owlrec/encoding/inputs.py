@@ -26,14 +26,22 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from owlrec.cohorts.clustering import unit
-from owlrec.cohorts.model import memberships
-from owlrec.encoding.encoder import Encoder, EncoderConfig, HashingEncoder
-from owlrec.encoding.vectors import DIGEST_BYTES, VectorShard, VectorShards, item_metadata, user_metadata
+from owlrec.cohorts.cohort_model import memberships
+from owlrec.encoding.vectors import (
+    DIGEST_BYTES,
+    Encoder,
+    EncoderConfig,
+    HashingEncoder,
+    VectorShard,
+    VectorShards,
+    item_metadata,
+    user_metadata,
+)
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
 from owlrec.schema import Kind, shard_of, stable_id
 from owlrec.shards import Stopwatch
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file
 

@@ -10,13 +10,13 @@ from typing import cast
 
 import numpy as np
 
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.compression import SEED, TRAIN_SAMPLE, Quantiser, code_vectors
 from owlrec.encoding.inputs import Input, Members, Resources, Rows
-from owlrec.encoding.semantic_ids import SEED, TRAIN_SAMPLE, Quantiser, code_vectors
 from owlrec.encoding.vectors import (
     CODED_KINDS,
     CODED_SOURCES,
     DIGEST_BYTES,
+    EncoderConfig,
     VectorShard,
     VectorShards,
     fit_codebooks,

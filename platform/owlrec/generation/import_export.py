@@ -20,12 +20,11 @@ from owlrec.config import Config
 from owlrec.decoding import DecodingConfig
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation import knowledge_files as files
-from owlrec.generation.engine import BadRow, Completion, FailedQuality, SamplingConfig
-from owlrec.generation.job import GenerationJob
+from owlrec.generation.engines import BadRow, Completion, FailedQuality, SamplingConfig
+from owlrec.generation.job import GenerationJob, Outcome, to_tables, write_shard
 from owlrec.generation.knowledge_files import Field, Format, NoText, Record, Undecodable, Unusable
 from owlrec.generation.quality import RULES, QualityConfig, QualityGate
-from owlrec.generation.worker import Outcome, to_tables, write_shard
-from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
+from owlrec.prompting.prompts import Prompt, PromptConfig, UnusableRow
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, KNOWLEDGE, MILLISECONDS, Kind, conform, shard_of, stable_id

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from pydantic import Field, field_validator
 
 from owlrec.config import Config
-from owlrec.prompting.framework import TEMPLATE_TOKEN
+from owlrec.prompting.frameworks import TEMPLATE_TOKEN
 from owlrec.scenario import SCENARIOS, Scenario
 
 # ---------------------------------------------------------------------------------------------------------------- words

@@ -21,7 +21,8 @@ from owlrec.decoding import DecodingConfig, DraftLimits, engine_arguments
 from owlrec.decoding.controller import DecoderCounters
 from owlrec.decoding.options import is_cpu_build
 from owlrec.errors import EngineError
-from owlrec.generation.engine import (
+from owlrec.generation.engines import (
+    PACKAGED,
     Completion,
     Engine,
     EngineConfig,
@@ -29,8 +30,11 @@ from owlrec.generation.engine import (
     RequestRefused,
     SamplingConfig,
     check_length,
+    load_tokenizer,
+    model_identity,
+    render_chat,
+    resolve_model,
 )
-from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, render_chat, resolve_model
 
 # -------------------------------------------------------------------------------------------------------- vllm stepping
 # One thread steps a vllm.LLMEngine, any number of callers await their rows.
@@ -42,7 +46,7 @@ _COUNT_EVERY_S = 1.0  # in a full batch some row ends at most steps; asking each
 
 
 @dataclass
-class Answer:
+class EngineAnswer:
     """Of one request."""
 
     output: Any  # vLLM's CompletionOutput
@@ -55,7 +59,7 @@ class _Pending:
     prompt_token_ids: list[int]
     params: Any
     adapter: str | None
-    future: asyncio.Future[Answer]
+    future: asyncio.Future[EngineAnswer]
     loop: asyncio.AbstractEventLoop
 
 
@@ -80,7 +84,7 @@ class Stepping:
         if self._fatal is not None:
             raise self._fatal
 
-    async def ask(self, token_ids: Sequence[int], params: Any, adapter: str | None = None) -> Answer:
+    async def ask(self, token_ids: Sequence[int], params: Any, adapter: str | None = None) -> EngineAnswer:
         """The answer to a prompt. params: vLLM's SamplingParams. adapter: a LoRA folder.
 
         Raises RequestRefused where vLLM will not take the request, EngineStopped where vLLM itself has failed.
@@ -88,7 +92,7 @@ class Stepping:
         if self._fatal is not None:
             raise EngineStopped(f"vLLM has stopped: {self._fatal}")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
+        future: asyncio.Future[EngineAnswer] = loop.create_future()
         self._inbox.put(_Pending(list(token_ids), params, adapter, future, loop))
         return await future
 
@@ -152,7 +156,7 @@ class Stepping:
                     counted = time.monotonic()
             for output in finished:
                 counted_tokens = counts.get(output.request_id, (0, 0, 0))
-                answer = Answer(output.outputs[0], counted_tokens, output.num_cached_tokens or 0)
+                answer = EngineAnswer(output.outputs[0], counted_tokens, output.num_cached_tokens or 0)
                 _resolve(waiting.pop(output.request_id), answer)
 
 

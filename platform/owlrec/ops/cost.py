@@ -24,7 +24,7 @@ from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.generation.job import decoder_counters
 from owlrec.ops.console import note, table, warn
 from owlrec.refresh.state import pointer, read_state
-from owlrec.releases.manifest import read_manifest
+from owlrec.releases.format import read_manifest
 from owlrec.schema import BEHAVIOR, KINDS
 from owlrec.shards import Artifact, Card, Shard, finished_stage
 from owlrec.workspace import Workspace

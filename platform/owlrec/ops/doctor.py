@@ -19,7 +19,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from owlrec.errors import OwlRecError
-from owlrec.process import package_folder
+from owlrec.machine import package_folder
 from owlrec.workspace import Workspace
 
 GIB = 1 << 30

@@ -1,20 +1,21 @@
 """The report of a run: one HTML file that needs nothing beside it, to be kept, mailed and opened years later.
 
-Sections whose figures `ReportData` lacks are left out. All texts are escaped: titles come from users' data and answers
-from an LLM. Only cards, results and a few rows are read, so a report of 10^8 users costs no more than one of a hundred.
+Sections whose figures `ReportData` lacks are left out. All texts are escaped.
 """
 
+import math
 import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from statistics import fmean, median, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,11 +23,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from pydantic import BaseModel
 
 from owlrec import __version__
-from owlrec.cohorts.model import read_profiles
+from owlrec.cohorts.cohort_model import read_profiles
 from owlrec.ctr.experiment import (
     COLD_ITEM_BELOW,
     COLD_USER_BELOW,
@@ -36,19 +37,136 @@ from owlrec.ctr.experiment import (
     summarise,
 )
 from owlrec.decoding.controller import DecoderCounters
-from owlrec.encoding.semantic_ids import QuantisationReport
+from owlrec.encoding.compression import QuantisationReport
 from owlrec.encoding.vectors import read_reports
 from owlrec.evaluation import GridScores, Interval
+from owlrec.generation.engines import PACKAGED
 from owlrec.generation.job import decoder_counters, iterate_knowledge
-from owlrec.generation.models import PACKAGED
-from owlrec.ops.charts import bar_chart, histogram, points_chart
-from owlrec.ranking.judging import RankerResult, read_results
+from owlrec.ranking.question_sets import RankerResult, read_results
+from owlrec.releases.format import measure_lookup
 from owlrec.releases.release import Release
-from owlrec.releases.rows import measure_lookup
 from owlrec.schema import KINDS, KNOWLEDGE, Kind, shard_of
 from owlrec.shards import Artifact, Card, finished_stage
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+# --------------------------------------------------------------------------------------------------------------- charts
+# Charts as SVG, drawn by matplotlib, that read well on light and on dark pages: points, bars, histograms.
+#
+# Ink is drawn in black and written as `currentColor`, on a transparent figure, so a chart takes the page's text color.
+# Text stays text, and the same values give the same bytes. matplotlib loads when the first chart is drawn: it takes
+# half a second, and most commands draw none.
+
+
+COLORS = ("#2f7fdc", "#d08a24", "#2a9d6b", "#8a94a3")  # of middling lightness: they stand out on white and on black
+_WIDTH = 8.2  # inches, as all lengths
+_ROW, _AXIS = 0.3, 0.7  # height of a row, and of the axis below all rows
+_BINS = 24
+_STYLE: Any = {  # matplotlib's settings
+    "font.sans-serif": ["DejaVu Sans", "Segoe UI", "Arial"],
+    "svg.fonttype": "none",
+    "svg.hashsalt": "owlrec",  # names inside the file: random without one
+    "text.parse_math": False,  # labels may hold a $
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "ytick.left": False,
+}
+_PAGE = """<style>svg { background: #ffffff; color: #1b2430; }
+@media (prefers-color-scheme: dark) { svg { background: #12161c; color: #e6eaf0; } }</style>"""
+
+
+def points_chart(values: Mapping[tuple[str, str], Sequence[float]], axis: str) -> Markup:
+    """One row per group and series: values as small dots, their mean as a large one.
+
+    values: (group, series), such as a backbone and an arm, -> values, one per seed. Whiskers show one standard
+    deviation. The axis does not start at zero, which dots allow and bars would not. Values that are not finite are
+    left out; "" where none is left.
+    """
+    rows = {names: finite for names, vs in values.items() if (finite := [v for v in vs if math.isfinite(v)])}
+    series = list(dict.fromkeys(name for _, name in rows))
+
+    def plot(axes: "Axes") -> None:
+        for y, ((_, name), vs) in enumerate(rows.items()):
+            color = COLORS[series.index(name) % len(COLORS)]
+            spread = stdev(vs) if len(vs) > 1 else 0.0
+            axes.plot(vs, [y] * len(vs), "o", color=color, alpha=0.5, markersize=4)
+            axes.errorbar(fmean(vs), y, xerr=spread, fmt="o", color=color, markersize=8)
+            value = f"{fmean(vs):.4f}" + (f" ± {spread:.4f}" if len(vs) > 1 else "")
+            axes.text(1.01, y, value, transform=axes.get_yaxis_transform(), va="center")
+        axes.set(xlabel=axis, ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticks(range(len(rows)), [": ".join(filter(None, names)) for names in rows])
+        axes.grid(axis="x", alpha=0.3)
+
+    return draw(plot, _ROW * len(rows) + _AXIS, axis) if rows else Markup("")
+
+
+def bar_chart(values: Mapping[str, float], unit: str) -> Markup:
+    """One horizontal bar per label, from zero, its value at its end; "" where there are no values."""
+
+    def plot(axes: "Axes") -> None:
+        bars = axes.barh(range(len(values)), list(values.values()), color=COLORS[0])
+        axes.bar_label(bars, [f"{short_number(value)} {unit}" for value in values.values()], padding=4)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set(
+            ylim=(len(values) - 0.5, -0.5), xlim=(0, max(*values.values(), 0) or 1)
+        )  # labels may stand beyond the end
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+
+    return draw(plot, _ROW * (len(values) + 0.5), f"bars in {unit}") if values else Markup("")
+
+
+def histogram(values: Sequence[float], axis: str) -> Markup:
+    """How often values fall into equal bins; a dashed line marks the median. "" where there are no values."""
+
+    def plot(axes: "Axes") -> None:
+        axes.hist(values, bins=_BINS, color=COLORS[0])
+        axes.axvline(median(values), color="black", linestyle="--")
+        axes.set(xlabel=axis, title=f"median {short_number(median(values))}")
+
+    return draw(plot, 2.6, f"histogram of {axis}") if values else Markup("")
+
+
+def draw(plot: Callable[["Axes"], None], height: float, label: str) -> Markup:
+    """What `plot` draws, as an `<svg>` element for a page. height: inches. label: for those who do not see it."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    written = StringIO()
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        plot(figure.subplots())
+        no_dates = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=no_dates)
+    svg = written.getvalue().partition("<svg")[2].replace("#000000", "currentColor")
+    return Markup(f'<svg role="img" aria-label="{escape(label)}" fill="currentColor"{svg}')  # matplotlib escapes texts
+
+
+def standalone(chart: Markup) -> str:
+    """A chart as a file of its own: with the colors that a page would give it, light and dark."""
+    head, rest = chart.split(">", 1)
+    return f"{head}>{_PAGE}{rest}"
+
+
+def short_number(value: float) -> str:
+    """Three significant digits, whole numbers from 100 in full, millions from ten of them."""
+    if value >= 10_000_000:
+        return f"{value / 1e6:,.0f} M"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+# The report of a run: one HTML file that needs nothing beside it, to be kept, mailed and opened years later.
+#
+# Sections whose figures `ReportData` lacks are left out. All texts are escaped: titles come from users' data and
+# answers from an LLM. Only cards, results and a few rows are read, so a report of 10^8 users costs no more than one of
+# a hundred.
+
 
 REPORTED_STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")
 _SLICES = 12  # of a job's time

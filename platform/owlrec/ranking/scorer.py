@@ -20,8 +20,7 @@ import numpy as np
 from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, VllmEngineConfig, build_engine
-from owlrec.generation.engine import BadRow, EmptyPrompt, RowError
-from owlrec.generation.models import load_tokenizer, render_chat
+from owlrec.generation.engines import BadRow, EmptyPrompt, RowError, load_tokenizer, render_chat
 from owlrec.generation.vllm_engine import VllmEngine
 
 # -------------------------------------------------------------------------------------------------------------- answers
@@ -206,7 +205,7 @@ class PairScorer(ABC):
         """Ends the engine."""
 
 
-class Scorer(PairScorer):
+class LlmScorer(PairScorer):
     """A vLLM engine in this process, as the model is or with an adapter."""
 
     def __init__(self, config: VllmEngineConfig, *, lora_rank: int | None = None) -> None:
@@ -265,7 +264,7 @@ class TokenScorer(PairScorer):
 def open_scorer(config: EngineConfig, *, lora_rank: int | None = None) -> PairScorer:
     """What answers Yes or No behind a recipe's engine. Arguments and errors: as of Scorer; vLLM alone reads them."""
     if isinstance(config, VllmEngineConfig):
-        return Scorer(config, lora_rank=lora_rank)
+        return LlmScorer(config, lora_rank=lora_rank)
     return TokenScorer(config)
 
 

@@ -19,21 +19,29 @@ import pyarrow as pa
 
 from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import find_pools
-from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Input, KnowledgeTexts
 from owlrec.encoding.stage import EncodingJob
-from owlrec.encoding.vectors import PARTITIONS, VectorShard, partitions_folder, quantiser_folder
+from owlrec.encoding.vectors import PARTITIONS, EncoderConfig, VectorShard, partitions_folder, quantiser_folder
 from owlrec.errors import OwlRecError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig, GenerationJob
-from owlrec.ordered import run_starts
 from owlrec.refresh.items import UpsertItems
-from owlrec.refresh.partitions import UserState, as_interest, freeze, hold, to_table
 from owlrec.refresh.plan import Moved, RunStage
-from owlrec.refresh.state import DELTA, RefreshPlan, State, delta_card, unfinished_plans
+from owlrec.refresh.state import (
+    DELTA,
+    RefreshPlan,
+    State,
+    UserState,
+    as_interest,
+    delta_card,
+    freeze,
+    hold,
+    to_table,
+    unfinished_plans,
+)
 from owlrec.releases.build import ReleaseInfo, build_release, whole_release
+from owlrec.releases.format import KnowledgeStore, chain
 from owlrec.releases.lmdb import PartWriter
-from owlrec.releases.manifest import chain
 from owlrec.releases.release import (
     current_release,
     make_current,
@@ -42,9 +50,8 @@ from owlrec.releases.release import (
     read_codebooks,
 )
 from owlrec.releases.retention import compact, prune
-from owlrec.releases.rows import KnowledgeStore
 from owlrec.runner import Pool, Result, Stage, Work
-from owlrec.schema import Kind, newest, shard_of, vector_matrix, vectors_table
+from owlrec.schema import Kind, newest, run_starts, shard_of, vector_matrix, vectors_table
 from owlrec.shards import Artifact, Card, Shard, in_threads
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file

@@ -24,16 +24,14 @@ from pydantic import BaseModel, Field
 
 from owlrec.config import Config
 from owlrec.errors import SourceError
-from owlrec.ordered import rows_of, run_starts
 from owlrec.runner import Result, Stage, Work
-from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform, shard_of
+from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform, rows_of, run_starts, shard_of
 from owlrec.shards import Card, Shard, in_threads
-from owlrec.sources.files import SourceFile, input_files
-from owlrec.sources.ingest import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
 from owlrec.sources.outcomes import EVENTS as EVENT_NAMES
 from owlrec.sources.outcomes import PASSED_OVER, Labels, taken
+from owlrec.sources.preparation import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
 from owlrec.sources.raw import Fragment, TableName
-from owlrec.sources.tabular import fragments_of, to_milliseconds
+from owlrec.sources.tabular import SourceFile, fragments_of, input_files, to_milliseconds
 from owlrec.workspace import Workspace, read_tombstones
 
 # --------------------------------------------------------------------------------------------------------------- config

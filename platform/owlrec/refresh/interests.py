@@ -30,8 +30,11 @@ from owlrec.refresh.events import (
     part_future,
 )
 from owlrec.refresh.items import with_new_items
-from owlrec.refresh.partitions import (
+from owlrec.refresh.state import (
     Behavior,
+    RefreshPlan,
+    RefreshPrompts,
+    State,
     UserState,
     behaviors,
     bootstrap,
@@ -42,13 +45,12 @@ from owlrec.refresh.partitions import (
     to_table,
     why_due,
 )
-from owlrec.refresh.state import RefreshPlan, RefreshPrompts, State
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import HISTORIES, INTERACTIONS, USERS
 from owlrec.shards import Card, Shard
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import taken
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 # --------------------------------------------------------------------------------------------------------------- budget
@@ -218,14 +220,14 @@ def priorities(drift: np.ndarray, n_unread: np.ndarray) -> np.ndarray:
 _SCHEMAS = {"users": USERS, "interactions": INTERACTIONS, "histories": HISTORIES}
 
 
-class Resources:
+class RefreshResources:
     """What all shards of a process share, loaded when it is first needed. Pickling leaves what was loaded behind."""
 
     def __init__(self, workspace: Workspace, plan: RefreshPlan) -> None:
         self.workspace, self.plan = workspace, plan
 
-    def __reduce__(self) -> tuple[type["Resources"], tuple[Workspace, RefreshPlan]]:
-        return Resources, (self.workspace, self.plan)
+    def __reduce__(self) -> tuple[type["RefreshResources"], tuple[Workspace, RefreshPlan]]:
+        return RefreshResources, (self.workspace, self.plan)
 
     @cached_property
     def catalog(self) -> ItemCatalog:
@@ -260,7 +262,7 @@ class InterestsStage(Stage):
         buckets: Buckets,
         config: RefreshConfig,
         prompts: RefreshPrompts,
-        resources: Resources,
+        resources: RefreshResources,
     ) -> None:
         self.folder = plan.part("interests")
         self.plan, self.base, self.buckets, self.config = plan, base, buckets, config

@@ -17,19 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.prompting.framework import FrameworkName
-from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_table
+from owlrec.prompting.frameworks import FrameworkName
+from owlrec.prompting.prompts import Prompt, UnusableRow, item_prompts, prompts_table
 from owlrec.refresh.events import open_parquet
 from owlrec.refresh.state import RefreshPlan
 from owlrec.runner import Result, Stage, Work
 from owlrec.scenario import Scenario
 from owlrec.schema import DEAD_LETTERS, MILLISECONDS, missing_column, shard_of
 from owlrec.shards import Artifact, Card, Shard
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.files import SourceFile
-from owlrec.sources.ingest import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
+from owlrec.sources.preparation import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
 from owlrec.sources.raw import Fragment, entities_piece
-from owlrec.sources.tabular import to_milliseconds
+from owlrec.sources.splits import ItemCatalog
+from owlrec.sources.tabular import SourceFile, to_milliseconds
 from owlrec.workspace import ITEM_UPDATES, Workspace, as_texts, shard_file, table_file
 
 _NEEDED = ("item_id", "timestamp", "title")

@@ -12,17 +12,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.vectors import EncoderConfig
 from owlrec.errors import ReleaseError
-from owlrec.prompting.framework import FrameworkName
-from owlrec.prompting.rows import Prompt, prompts_table
-from owlrec.refresh import partitions
+from owlrec.prompting.frameworks import FrameworkName
+from owlrec.prompting.prompts import Prompt, prompts_table
+from owlrec.refresh import state as partitions
 from owlrec.refresh.events import FUTURE_MS, Buckets, Log, ReadEvents, RefreshConfig, event_groups
-from owlrec.refresh.interests import Cut, InterestsStage, Resources, budget_cut, short_columns, sum_vectors
+from owlrec.refresh.interests import Cut, InterestsStage, RefreshResources, budget_cut, short_columns, sum_vectors
 from owlrec.refresh.items import ItemBuckets, ItemsStage, ReadItems, item_groups, unwritten_shards
-from owlrec.refresh.partitions import UserState, next_as_of
-from owlrec.refresh.state import REFRESH_FOLDER, RefreshPlan, RefreshPrompts, ShardState, State, write_plan
-from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain
+from owlrec.refresh.state import (
+    REFRESH_FOLDER,
+    RefreshPlan,
+    RefreshPrompts,
+    ShardState,
+    State,
+    UserState,
+    next_as_of,
+    write_plan,
+)
+from owlrec.releases.format import MANIFEST, ReleaseManifest, chain
 from owlrec.releases.release import pointer_history
 from owlrec.runner import Result, Stage, Work
 from owlrec.shards import Artifact, Card, Shard, needed_stage
@@ -144,7 +152,7 @@ class Planner:
 
     def move_on(self, plan: RefreshPlan, base: State) -> "Moved":
         """Takes items and events in, and writes the questions about those whom the budget chooses."""
-        workspace, resources = self.workspace, Resources(self.workspace, plan)
+        workspace, resources = self.workspace, RefreshResources(self.workspace, plan)
         of_log = list(Artifact(workspace, plan.part("item-log")).cards().values())
         log = ItemBuckets.of(workspace, plan.part("item-log"), workspace.n_shards("item"))
         items = ItemsStage(plan, log, self.prompts.scenario, self.framework, plan.now + FUTURE_MS)
@@ -234,7 +242,7 @@ class PromptsStage(Stage):
     name = "prompts"
 
     def __init__(
-        self, plan: RefreshPlan, state: State, cut: Cut, prompts: RefreshPrompts, resources: Resources
+        self, plan: RefreshPlan, state: State, cut: Cut, prompts: RefreshPrompts, resources: RefreshResources
     ) -> None:
         """state: with all new events."""
         self.folder, self.candidates = plan.part("prompts"), plan.part("interests")

@@ -3,10 +3,9 @@ before, `compact` a chain of deltas, `prune` what is old.
 """
 
 from owlrec.releases.build import ReleaseInfo, ShardRows, publish, publish_rows
-from owlrec.releases.manifest import ReleaseManifest, list_releases
+from owlrec.releases.format import Knowledge, KnowledgeStore, ReleaseManifest, list_releases, measure_lookup
 from owlrec.releases.release import Release, current_release, open_release, roll_back
 from owlrec.releases.retention import compact, prune
-from owlrec.releases.rows import Knowledge, KnowledgeStore, measure_lookup
 
 __all__ = [
     "Knowledge",

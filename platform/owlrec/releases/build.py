@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.cohorts.model import memberships
+from owlrec.cohorts.cohort_model import memberships
 from owlrec.config import Config
-from owlrec.encoding.semantic_ids import Quantiser
+from owlrec.encoding.compression import Quantiser
 from owlrec.errors import OwlRecError, ReleaseError, SchemaError
-from owlrec.releases.lmdb import PartWriter
-from owlrec.releases.manifest import (
+from owlrec.releases.format import (
+    DATABASES,
+    KEY_ORDER,
     MANIFEST,
     PartEntry,
     ReleaseManifest,
@@ -34,8 +35,8 @@ from owlrec.releases.manifest import (
     quantiser_folder,
     read_manifest,
 )
+from owlrec.releases.lmdb import PartWriter
 from owlrec.releases.release import ANY, check_files, make_current, read_part_ids
-from owlrec.releases.rows import DATABASES, KEY_ORDER
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import Kind, newest, shard_of
 from owlrec.shards import Card, Shard
@@ -68,7 +69,7 @@ class ReleaseRows(Protocol):
 
 
 @dataclass(frozen=True)
-class TableRows:
+class RowsInMemory:
     """Rows in memory: a delta's, or those of a small world."""
 
     knowledge: pa.Table | None  # schema.KNOWLEDGE
@@ -77,7 +78,7 @@ class TableRows:
     behaviors: pa.Table | None = None  # schema.BEHAVIORS
 
     @classmethod
-    def of(cls, *tables: Iterable[pa.Table]) -> "TableRows":
+    def of(cls, *tables: Iterable[pa.Table]) -> "RowsInMemory":
         """Those of several tables each, in the order of the fields."""
         listed = map(list, tables)
         return cls(*(pa.concat_tables(t, promote_options="default") if t else None for t in listed))
@@ -193,7 +194,7 @@ def publish(
     """
     existing = whole_release(workspace, info)
     if existing is None:
-        rows = TableRows.of(knowledge, vectors, memberships, behaviors)
+        rows = RowsInMemory.of(knowledge, vectors, memberships, behaviors)
         existing = build_release(workspace, info, rows, shards_for(rows.most_ids, PART_IDS), quantisers=quantisers)
     make_current(workspace, existing.name, expected=info.parent or ANY)
     return existing

@@ -19,17 +19,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.encoding.semantic_ids import pack_codes
+from owlrec.encoding.compression import pack_codes
 from owlrec.encoding.vectors import codes_of
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
-from owlrec.node_cache import CachedFile
-from owlrec.releases.manifest import SemanticIdEntry
-from owlrec.releases.rows import (
+from owlrec.machine import CachedFile
+from owlrec.releases.format import (
     DATABASES,
     KEY_BYTES,
     KEY_ORDER,
     LAST_PARTITION,
     RowStore,
+    SemanticIdEntry,
     byte_rows,
     decode_keys,
     encode_behaviors,

@@ -4,7 +4,7 @@ It is a copy of a workspace's releases, each under a prefix of its own:
 
     {namespace}:r:{release}:manifest            the release's manifest, written after all its parts
     {namespace}:r:{release}:part:{p}            written after all rows of a part; a later push goes on from there
-    {namespace}:r:{release}:{database}:{key}    one row; key and value as in owlrec.releases.rows
+    {namespace}:r:{release}:{database}:{key}    one row; key and value as in owlrec.releases.format
     {namespace}:r:{release}:ids:{kind}:{p}      the ids with knowledge of a part, ascending, as little-endian int64
     {namespace}:pushing:{release}               while a push writes it: no prune takes its rows
     {namespace}:forgotten, …:mark               the workspace's tombstones (Tombstones.to_bytes, .mark)
@@ -24,9 +24,17 @@ import numpy as np
 from pydantic import ValidationError
 
 from owlrec.errors import ReleaseError, StoreUnavailableError
-from owlrec.releases.manifest import ReleaseManifest, chain
+from owlrec.releases.format import (
+    DATABASES,
+    LAST_PARTITION,
+    ChainedStore,
+    ReleaseManifest,
+    RowStore,
+    chain,
+    encode_keys,
+    speaking,
+)
 from owlrec.releases.release import Release, current_release, open_part, read_part_ids
-from owlrec.releases.rows import DATABASES, LAST_PARTITION, ChainedStore, RowStore, encode_keys, speaking
 from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
 NAMESPACE = "owlrec"

@@ -20,20 +20,25 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from owlrec.config import Registry
-from owlrec.encoding.semantic_ids import Quantiser
+from owlrec.encoding.compression import Quantiser
 from owlrec.errors import OwlRecError, ReleaseError, did_you_mean
-from owlrec.node_cache import NodeCache
-from owlrec.releases.lmdb import LmdbFile, LmdbStore, warm
-from owlrec.releases.manifest import (
+from owlrec.machine import NodeCache
+from owlrec.releases.format import (
+    DATABASES,
+    KEY_ORDER,
     MANIFEST,
     WAY_BACK,
+    ChainedStore,
+    Knowledge,
+    KnowledgeStore,
     ReleaseManifest,
+    TombstonedStore,
     chain,
     ids_file,
     part_file,
     quantiser_folder,
 )
-from owlrec.releases.rows import DATABASES, KEY_ORDER, ChainedStore, Knowledge, KnowledgeStore, TombstonedStore
+from owlrec.releases.lmdb import LmdbFile, LmdbStore, warm
 from owlrec.schema import KINDS, TABLES, Kind, as_ids
 from owlrec.storage import FileEntry, Pointer, PointerMoved
 from owlrec.workspace import Tombstones, Workspace, read_tombstones

@@ -20,8 +20,17 @@ import numpy as np
 from owlrec.decoding.release_pools import FOLDER as POOLS
 from owlrec.errors import ReleaseError
 from owlrec.releases.build import BUILDS, PART_IDS, ReleaseInfo, build_release, whole_release
+from owlrec.releases.format import (
+    DATABASES,
+    KEY_BYTES,
+    MANIFEST,
+    ReleaseManifest,
+    chain,
+    decode_keys,
+    encode_keys,
+    list_releases,
+)
 from owlrec.releases.lmdb import LmdbFile, PartWriter
-from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain, list_releases
 from owlrec.releases.release import (
     check_files,
     current_release,
@@ -31,7 +40,6 @@ from owlrec.releases.release import (
     pointer_history,
     read_codebooks,
 )
-from owlrec.releases.rows import DATABASES, KEY_BYTES, decode_keys, encode_keys
 from owlrec.runner import Pool
 from owlrec.schema import Kind, shard_of
 from owlrec.shards import Artifact, Card

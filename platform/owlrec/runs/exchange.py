@@ -15,14 +15,14 @@ from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.runs.stage import from_stage, ray_session
+from owlrec.runs.stages import from_stage, ray_session
 from owlrec.schema import KINDS, TABLES, Kind
 from owlrec.shards import Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 if TYPE_CHECKING:
-    from owlrec.ctr.scoring import LiveState
+    from owlrec.ctr.artifact import LiveState
 
 FOLDER = "exports"
 _HERE_IDS = 300_000  # that this process looks up in some ten seconds
@@ -84,10 +84,10 @@ class ExportVectors(Stage):
         """Opens the release; its parts are fetched as they are asked for."""
         self._opened = open_release(workspace, self.release, verify=False, lazily=True)
         if self.artifact is not None:
-            from owlrec.ctr.scoring import Artifact  # torch, which importing knowledge does without
-            from owlrec.serving.live import live_state
+            from owlrec.ctr.artifact import CtrArtifact  # torch, which importing knowledge does without
+            from owlrec.serving.rank_api import live_state
 
-            self._live = live_state(Artifact.open(workspace, self.artifact), self._opened)
+            self._live = live_state(CtrArtifact.open(workspace, self.artifact), self._opened)
 
     def run(self, work: Work) -> Result:
         """Writes the ids of a shard that have a vector."""

@@ -16,16 +16,19 @@ from pydantic import Field
 from starlette.responses import Response
 
 from owlrec.config import Config
+from owlrec.releases.format import Knowledge
 from owlrec.releases.release import Release
-from owlrec.releases.rows import Knowledge
-from owlrec.serving.guard import Guard, Limits, NoTelemetry, Telemetry
-from owlrec.serving.keys import KeyRing
-from owlrec.serving.problems import (
+from owlrec.serving.guard import (
     BYTES,
     PROBLEMS,
     PROBLEMS_OF_ONE,
+    Guard,
+    KeyRing,
+    Limits,
+    NoTelemetry,
     Problem,
     Stopping,
+    Telemetry,
     complete_document,
     never_stopping,
 )
@@ -46,8 +49,7 @@ from owlrec.serving.schemas import (
     SingleAnswer,
     What,
 )
-from owlrec.serving.served import ServedReleases, following_app
-from owlrec.serving.similar import SimilarEntities, vectors_as_bytes, vectors_as_json
+from owlrec.serving.served import ServedReleases, SimilarEntities, following_app, vectors_as_bytes, vectors_as_json
 
 _T = TypeVar("_T")
 

@@ -14,16 +14,15 @@ from typing import Any
 import numpy as np
 
 from owlrec.errors import OwlRecError
-from owlrec.prompting.ranking import rank_prompt
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import BehaviourRetriever
-from owlrec.ranking.samples import Shown, behaviours_shown
+from owlrec.prompting.frameworks import rank_prompt
+from owlrec.ranking.behavior_retrieval import BehaviourRetriever
+from owlrec.ranking.samples import RankingConfig, Shown, behaviours_shown
 from owlrec.scenario import Scenario
 from owlrec.schema import shard_of
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import ServedReleases
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import taken
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace, read_tombstones
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -117,7 +116,7 @@ def recent_of(served: ServedReleases) -> Recent:
 
 
 class QuestionWriter:
-    """Writes the questions of `ranking.scorer.Scorer`."""
+    """Writes the questions of `ranking.scorer.LlmScorer`."""
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""Ranking over HTTP: an ASGI application around a cascade."""
+"""Ranking over HTTP: a trained model over the current release, and an ASGI application around a cascade."""
 
 import asyncio
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,21 +15,128 @@ from starlette.responses import Response
 
 from owlrec import __version__
 from owlrec.config import Config
+from owlrec.ctr.artifact import CtrArtifact, FieldCache, LiveState, User
 from owlrec.evaluation import PlattScaling, load_calibration
-from owlrec.ranking.tuning import open_adapter
-from owlrec.serving.guard import Guard, Limits, NoTelemetry, Telemetry
-from owlrec.serving.keys import KeyRing
-from owlrec.serving.problems import (
+from owlrec.ranking.lora import open_adapter
+from owlrec.releases.format import ChainedStore
+from owlrec.releases.lmdb import LmdbStore
+from owlrec.releases.release import Release, ReleaseSource
+from owlrec.serving.guard import (
     PROBLEMS,
+    Guard,
+    KeyRing,
+    Limits,
+    NoTelemetry,
     Problem,
     Stopping,
+    Telemetry,
     complete_document,
     install_problem_handlers,
     never_stopping,
     readiness,
 )
 from owlrec.serving.schemas import Health, Rank, RankAnswer, Ranked, Why
+from owlrec.serving.served import ServedReleases
 from owlrec.workspace import Workspace
+
+# ----------------------------------------------------------------------------------------------------------------- live
+# A trained model over the current release: what `/v1/rank` scores with, so that a refresh reaches scores at once.
+#
+# A release whose vectors come from another encoder or codebooks than the model was trained on is refused like one that
+# cannot be opened: the one before stays, and without one the application is not ready.
+
+
+def live_state(artifact: CtrArtifact, release: Release, held: Mapping[str, FieldCache] | None = None) -> LiveState:
+    """What an artifact's model reads of a release. held: by kind, fields that are known to be the same there.
+
+    Raises ReleaseError for a release of another encoder or codebooks, SchemaError for vectors of another length.
+    """
+    manifest = release.manifest
+    if artifact.card.reads is not None:
+        codebooks = {kind: entry.codebooks for kind, entry in manifest.semantic_ids.items()}
+        artifact.card.reads.refuse_other(manifest.name, manifest.encoder_identity, codebooks)
+    return artifact.over(release.store, dim=manifest.dim, held=held)
+
+
+class ScoredRelease(Release):
+    """An open release with what a model reads of it."""
+
+    def __init__(self, release: Release, live: LiveState) -> None:
+        super().__init__(release.store, release.chain)
+        self.tombstones = release.tombstones  # which its store honors already
+        self.live = live
+
+
+class ScoredReleases:
+    """A ReleaseSource of releases that an artifact may read. Fields are kept from a release to its deltas."""
+
+    def __init__(self, artifact: CtrArtifact, source: ReleaseSource) -> None:
+        self._artifact, self._source = artifact, source
+        self._before: ScoredRelease | None = None
+
+    def current(self) -> str | None:
+        """See ReleaseSource.current."""
+        return self._source.current()
+
+    def forgotten(self) -> str:
+        """See ReleaseSource.forgotten."""
+        return self._source.forgotten()
+
+    def open(self, name: str) -> ScoredRelease:
+        """See ReleaseSource.open. Raises as `live_state` does."""
+        release = self._source.open(name)
+        try:
+            held = unchanged_fields(self._before, release) if self._before else None
+            self._before = ScoredRelease(release, live_state(self._artifact, release, held))
+        except BaseException:
+            release.close()
+            raise
+        return self._before
+
+
+def unchanged_fields(before: ScoredRelease, release: Release) -> dict[str, FieldCache]:
+    """By kind, the fields that are the same in a release as in the one before; none where nobody can tell.
+
+    A delta on top of the release before changes those ids whose vectors it has, if it leaves cohorts alone.
+    """
+    names = [manifest.name for manifest in release.chain]
+    delta, store = release.manifest, release.store
+    if names[1:] != [manifest.name for manifest in before.chain] or not isinstance(store, ChainedStore):
+        return {}
+    newest, same = store.layers[0], {}
+    for kind, held in before.live.held.items() if isinstance(newest, LmdbStore) else ():
+        if not delta.vectors.get("cohort") and not delta.memberships.get(kind):
+            changed = newest.vector_ids(kind)
+            same[kind] = held.without(changed) if len(changed) else held
+    return same
+
+
+class LiveScorer:
+    """Scores by an artifact over the current release of a source, which `served` follows. Threads may share it."""
+
+    def __init__(self, artifact: CtrArtifact, source: ReleaseSource) -> None:
+        self.served = ServedReleases(ScoredReleases(artifact, source))
+        self._scorer = artifact.scorer
+
+    def score(self, user: int | User, candidates: Sequence[int]) -> np.ndarray:
+        """See Scorer.score; all of it over one release, for who is forgotten as for somebody unknown. Raises Problem
+        (503) where there is none.
+        """
+        asking = user if isinstance(user, User) else User(user)
+        with self.served.lease() as release:
+            assert isinstance(release, ScoredRelease)
+            if asking.user_id is not None and asking.user_id in release.tombstones:
+                asking = replace(asking, user_id=None)
+            return self._scorer.score(asking, candidates, release.live)
+
+    def problem(self) -> str | None:
+        """What keeps it from scoring; None where nothing does."""
+        return None if self.served.name else self.served.error or "no release is loaded yet"
+
+
+# ------------------------------------------------------------------------------------------------------------- rank api
+# Ranking over HTTP: an ASGI application around a cascade.
+
 
 # -------------------------------------------------------------------------------------------------------------- rankers
 # Which ranker is current: an adapter or the model as it is, and the map that makes its scores probabilities.

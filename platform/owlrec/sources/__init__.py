@@ -8,9 +8,9 @@ from owlrec.sources.raw import Source
 SOURCES: Registry[Source] = Registry(
     "source",
     {
-        "movielens-100k": "owlrec.sources.movielens.MovieLens100KSource",
-        "movielens": "owlrec.sources.movielens.MovieLensSource",
-        "amazon": "owlrec.sources.amazon.AmazonSource",
+        "movielens-100k": "owlrec.sources.datasets.MovieLens100KSource",
+        "movielens": "owlrec.sources.datasets.MovieLensSource",
+        "amazon": "owlrec.sources.datasets.AmazonSource",
         "table": "owlrec.sources.tabular.TableSource",
     },
 )

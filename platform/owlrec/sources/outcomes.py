@@ -22,8 +22,7 @@ from pydantic import BaseModel, Field
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, did_you_mean
-from owlrec.ordered import rows_of
-from owlrec.schema import hash_of
+from owlrec.schema import hash_of, rows_of
 from owlrec.shards import Card
 
 OUTCOME_COLUMNS = ("rating", "label", "event")  # of a source's interactions; any may be absent

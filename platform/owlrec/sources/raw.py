@@ -19,8 +19,17 @@ import pyarrow.compute as pc
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
-from owlrec.ordered import rows_of
-from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, shard_of, stable_ids
+from owlrec.schema import (
+    INTERACTIONS,
+    ITEMS,
+    USERS,
+    check_milliseconds,
+    conform,
+    missing_column,
+    rows_of,
+    shard_of,
+    stable_ids,
+)
 from owlrec.sources.outcomes import outcome_columns
 from owlrec.storage import file_digest, fingerprint
 

@@ -20,14 +20,11 @@ from starlette.responses import Response
 
 from owlrec.errors import root_mistake
 from owlrec.releases.release import Release
-from owlrec.serving.guard import Guard, NoTelemetry, Telemetry
-from owlrec.serving.keys import KeyRing
+from owlrec.serving.guard import Guard, KeyRing, NoTelemetry, Problem, Stopping, Telemetry, never_stopping
 from owlrec.serving.knowledge_api import KnowledgeConfig
-from owlrec.serving.problems import Problem, Stopping, never_stopping
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import ID_PATTERN, LARGEST_ID, MAX_LLM_CANDIDATES, Kind, PathId, Rank, RankAnswer, Similar
-from owlrec.serving.served import ServedReleases, following_app
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.served import ServedReleases, SimilarEntities, following_app
 
 # ----------------------------------------------------------------------------------------------------------------- text
 # A knowledge text as paragraphs, the factor that each is about set apart where the text names it.

@@ -9,7 +9,11 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec.config import Config
-from owlrec.prompting.framework import (
+from owlrec.prompting.frameworks import (
+    KAR,
+    ONCE,
+    RLMREC,
+    TRAWL,
     Framework,
     FrameworkName,
     clean_text,
@@ -21,10 +25,9 @@ from owlrec.prompting.framework import (
     user_prompt,
     user_system,
 )
-from owlrec.prompting.frameworks import KAR, ONCE, RLMREC, TRAWL
 from owlrec.scenario import Scenario
 from owlrec.schema import PROMPTS
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.storage import fingerprint
 
 # A prompt quotes a few hundred characters of a field; a field of this length is a mistake.

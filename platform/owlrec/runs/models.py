@@ -1,12 +1,27 @@
-"""The stages of CTR models: the grid of trials on Ray Train, its report, the export for serving, the sweep."""
+"""The stages of models: the CTR grid and its export, the LLM ranker and its probabilities."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from owlrec.ctr import scoring
-from owlrec.ctr.artifact import PROGRAM, RELEASED, ModelCard, finish_artifact, read_by, read_card, write_artifact
-from owlrec.ctr.dataset import item_shards
+from owlrec.ctr import artifact as artifacts
+from owlrec.ctr.artifact import (
+    PROGRAM,
+    RELEASED,
+    TOLERANCE,
+    CtrScorer,
+    LiveState,
+    ModelCard,
+    TableKnowledge,
+    User,
+    export_program,
+    finish_artifact,
+    largest_difference,
+    read_by,
+    read_card,
+    write_artifact,
+)
+from owlrec.ctr.dataset import item_shards, open_tables, reduce_once, reduced_folders
 from owlrec.ctr.experiment import (
     ENCODED,
     SPARSE_ABOVE_ROWS,
@@ -21,24 +36,45 @@ from owlrec.ctr.experiment import (
     trials,
 )
 from owlrec.ctr.features import encode_items
-from owlrec.ctr.knowledge import arm_parts, arm_sources, stored_sources
-from owlrec.ctr.pca import open_tables, reduce_once, reduced_folders
-from owlrec.ctr.scoring import TOLERANCE, LiveState, Scorer, TableKnowledge, User, export_program, largest_difference
+from owlrec.ctr.knowledge_tables import arm_parts, arm_sources, stored_sources
 from owlrec.ctr.trainer import read_vocabularies, tables_of
 from owlrec.ctr.training import GridJob, encode_once, load_data, needs_ray, stage_pool, train_trials
-from owlrec.encoding.projection import Projection
+from owlrec.encoding.compression import Projection
 from owlrec.encoding.vectors import partitions_folder
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
-from owlrec.ops.console import note, progress, table
+from owlrec.evaluation import load_calibration
+from owlrec.generation import VllmEngineConfig, token_counter
+from owlrec.generation.job import check_dead_share
+from owlrec.ops.console import ShardWatch, note, progress, stage_header, table, warn
 from owlrec.ops.report import arm_rows, collect, comparison_rows, render_report
+from owlrec.prompting.frameworks import rank_fingerprint
+from owlrec.ranking.behavior_retrieval import ItemVectors
+from owlrec.ranking.lora import Adapter, TuningJob, open_adapter, score_questions, tune_adapter
+from owlrec.ranking.question_sets import (
+    JUDGEMENT_COLUMNS,
+    ScorePairs,
+    Teacher,
+    judge_models,
+    judgement_row,
+    pair_inputs,
+    results_of,
+    write_questions,
+    write_results,
+)
+from owlrec.ranking.samples import RankerRun, RankingConfig
+from owlrec.ranking.scorer import TEMPLATE_OPTIONS
 from owlrec.recipe import Recipe
 from owlrec.releases.release import open_release
-from owlrec.runner import Pool
-from owlrec.runs.stage import Counts, Outputs, execute, ray_session
-from owlrec.shards import Artifact, Card, finished_stage, needed_stage
+from owlrec.runner import Pool, pending_shards
+from owlrec.runs.stages import Counts, Outputs, execute, ray_session, write_texts
+from owlrec.shards import Artifact, Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage
 from owlrec.sources.outcomes import Labels
 from owlrec.storage import fingerprint
-from owlrec.workspace import Workspace
+from owlrec.workspace import Workspace, table_file
+
+# ------------------------------------------------------------------------------------------------------------------ ctr
+# The stages of CTR models: the grid of trials on Ray Train, its report, the export for serving, the sweep.
+
 
 # What the grid holds: growing the grid must not retrain what it has.
 _NOT_IN_FINGERPRINT = {"backbones", "arms", "seeds"}
@@ -136,7 +172,7 @@ def going_on_from(
                 f"ctr: trial {trial.path} cannot go on from {artifact}: it reads {reads}, but that model was trained "
                 f"on {card.reads}. Put encoder and semantic ids back, or train without --warm-start."
             )
-    return scoring.Artifact.open(workspace, artifact).projection
+    return artifacts.CtrArtifact.open(workspace, artifact).projection
 
 
 def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, str]]:
@@ -262,12 +298,12 @@ def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None
         projection = next((path for name in read if folders is not written for path in folders[name].values()), None)
         with shard_pool(recipe, workspace) as pool:
             folder = write_artifact(workspace, grid, best.trial, items, projection=projection, pool=pool)
-        scorer = Scorer.open(workspace, folder)
+        scorer = CtrScorer.open(workspace, folder)
         live = LiveState(scorer.model, TableKnowledge(tables) if tables else None)
         example = scorer.batch(User(history=items.ids[:1].tolist()), items.ids[:3].tolist() or [0, 0, 0], live)
         workspace.write_bytes(f"{folder}/{PROGRAM}", export_program(scorer.model, example))
         differences = {}
-        for name, path in (("model", scorer), ("program", Scorer.open(workspace, folder, program=True))):
+        for name, path in (("model", scorer), ("program", CtrScorer.open(workspace, folder, program=True))):
             differences[name] = largest_difference(path, tables, workspace, grid, best.trial)
             if not differences[name] <= TOLERANCE:
                 raise WorkspaceError(
@@ -385,3 +421,151 @@ def _try(candidate: dict[str, Any], workspace: Workspace, job: dict[str, Any]) -
     trial = next(t for t in parsed.trials if t.backbone == tried_["backbone"])
     result = train_one(trial, load_data(workspace, parsed), settings).result
     tune.report({"valid_auc": result.valid.auc, "epochs": result.epochs})
+
+
+# --------------------------------------------------------------------------------------------------------------- ranker
+# The stages of the LLM ranker: tuning it, and its probabilities of Yes that CTR models learn from.
+
+
+def tune_ranker(recipe: Recipe, workspace: Workspace, settings: RankerRun | None = None) -> Card:
+    """Goes on where an earlier run was interrupted: an adapter that is tuned stays, one half tuned is tuned on.
+
+    settings: None = the recipe's, and else the defaults.
+    """
+    prepared, config = needed_stage(workspace, "prepare", "no tables yet"), recipe.ranking
+    if config is None:
+        raise RecipeError("ranking: the recipe has no such section. Add `ranking: {}` for the defaults.")
+    engine, wording = config.ranking_engine(recipe.engine), rank_fingerprint(config.prompt, recipe.domain)
+    settings = settings or RankerRun(tuning=config.tuning.settings)
+    decides = (config.decides_adapter(settings), TEMPLATE_OPTIONS, recipe.encoder.identity)
+    tuned_key = fingerprint(prepared.fingerprint, engine.model_identity, wording, decides)
+    job = TuningJob(
+        folder=f"ranking/{tuned_key[:16]}",
+        model=engine.model,
+        revision=engine.revision,
+        wording=wording,
+        settings=settings.tuning,
+    )
+
+    named = fingerprint(tuned_key, config, settings, engine)
+
+    def body() -> tuple[Counts, Outputs]:
+        if recipe.split.history_length <= config.data.behaviours:
+            warn(
+                f"split.history_length is {recipe.split.history_length}, and a prompt shows {config.data.behaviours} "
+                "behaviours: retrieved ones are the recent ones. Raise split.history_length and prepare again."
+            )
+        with shard_pool(recipe, workspace) as pool:
+            vectors = ItemVectors.encoded(workspace, recipe.encoder, pool=pool)
+        counts: Counts = {}
+        count = token_counter(engine)
+        counts |= write_questions(workspace, job.folder, config, recipe.domain, vectors, count, settings)
+        note(f"{counts['train_rows']:,} rows to tune on, from {counts['train_samples']:,} samples")
+        with ray_session(recipe.ray, workspace.log_path("ray")):
+            with progress("tuning", None, "steps") as advance:
+                adapter = tune_adapter(workspace, job, advance)
+            best = adapter.manifest.progress
+            note(f"best valid AUC {best.best_auc:.4f}, after {best.best_step} of {best.step} steps")
+            valid, test = (workspace.read_parquet(f"{job.folder}/{split}.parquet") for split in ("valid", "test"))
+            questions = [(row["system"], row["text"]) for rows in (valid, test) for row in rows.to_pylist()]
+            models: dict[str, Adapter | None] = {"zero-shot": None} if settings.zero_shot else {}
+            models["tuned"] = adapter
+            with progress("scoring", len(models) * len(questions), "questions") as advance:
+                scores = score_questions(
+                    engine,
+                    questions,
+                    models,
+                    log_path=str(workspace.log_path("score")),
+                    use_gpu=settings.tuning.use_gpu,
+                    on_scored=advance,
+                )
+        judgements = judge_models(workspace, job.folder, valid, test, scores)
+        write_results(workspace, named[:16], results_of(config, judgements, settings.seed))
+        table("test split", JUDGEMENT_COLUMNS, [judgement_row(j) for j in judgements])
+        counts |= {"steps": best.step, "best_step": best.best_step, "valid_auc": round(best.best_auc, 4)}
+        return counts, {"adapter": job.adapter, "judgements": f"{job.folder}/judgements.json"}
+
+    return execute(workspace, "tune_ranker", named, f"{engine.model}, {config.data.shots or 'all'} shots", body)
+
+
+def score_pairs(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Card:
+    """Does every shard that is not done by this very teacher; starts no engine where all are.
+
+    retry_dead: asks again about the pairs of finished shards that ended as dead letters. Raises RecipeError where the
+    recipe has no `ctr.distillation`.
+    """
+    pairs = recipe.ctr.distillation
+    if pairs is None:
+        raise RecipeError("ctr.distillation: the recipe has no such section. Add `distillation: {}` for the defaults.")
+    prepared = needed_stage(workspace, "prepare", "no tables yet")
+    teacher = teacher_of(recipe, workspace)
+    stage_header("score_pairs", f"{teacher.engine.model_identity}, {'tuned' if teacher.adapter else 'as it is'}")
+    if teacher.calibration is None:
+        warn("the LLM's probabilities are not calibrated: CTR models learn them as they are. `ranker tune` calibrates.")
+    inputs = pair_inputs(workspace, pairs)
+    pending, done = pending_shards(workspace, teacher.folder, inputs)
+    dead = [shard for shard in inputs if retry_dead and shard.name in done and done[shard.name].rows_dead]
+    watch, cards = Stopwatch(), done
+    if pending or dead:
+        forget_stages(workspace, ["score_pairs"])
+        cards = _ask(recipe, workspace, teacher, inputs, pending, dead, done)
+    else:
+        note(f"all {len(inputs)} shards done already, nothing to do")
+    check_dead_share(Artifact(workspace, teacher.folder), cards.values(), recipe.generate)
+    content = [(shard.name, cards[shard.name].files[shard.file()].sha256) for shard in inputs]
+    counts: Counts = {
+        "pairs": sum(card.rows_out for card in cards.values()),
+        "dead": sum(card.rows_dead for card in cards.values()),
+        "asked": sum(int(card.counts["asked"]) for card in cards.values()),
+        "made_for": pairs.made_for(prepared.fingerprint),
+    }
+    named, outputs = fingerprint(teacher.folder, content), {"soft_labels": teacher.folder}
+    before = finished_stage(workspace, "score_pairs", named)
+    if before is not None and before.counts == counts and not pending and not dead:
+        return before
+    return finish_stage(workspace, "score_pairs", named, counts=counts, outputs=outputs, seconds=watch.seconds)
+
+
+def teacher_of(recipe: Recipe, workspace: Workspace) -> Teacher:
+    """The recipe's ranker: its own engine, else the recipe's, with the adapter and the calibration of `ranker tune`
+    where that has run.
+
+    Raises what open_adapter does.
+    """
+    config = recipe.ranking or RankingConfig()
+    engine = config.engine or recipe.engine
+    plain = Teacher(engine, config, recipe.domain, recipe.encoder)
+    tuned = finished_stage(workspace, "tune_ranker")
+    if tuned is None or not isinstance(engine, VllmEngineConfig):
+        return plain
+    folder = tuned.outputs["adapter"]
+    adapter = open_adapter(workspace, folder, model=engine.model_identity, wording=plain.wording)
+    beside = f"{folder.rpartition('/')[0]}/calibration-tuned-{plain.shown}.json"
+    calibration = load_calibration(workspace, beside) if workspace.exists(beside) else None
+    return Teacher(engine, config, recipe.domain, recipe.encoder, folder, adapter.manifest.sha256, calibration)
+
+
+def _ask(
+    recipe: Recipe,
+    workspace: Workspace,
+    teacher: Teacher,
+    inputs: Mapping[Shard, str],
+    pending: list[Shard],
+    dead: list[Shard],
+    done: Mapping[str, Card],
+) -> dict[str, Card]:
+    pairs = recipe.ctr.distillation
+    assert pairs is not None
+    vectors = None
+    if teacher.shown != "recent":
+        with shard_pool(recipe, workspace) as pool:
+            vectors = ItemVectors.encoded(workspace, teacher.encoder, pool=pool)
+    rows = {s.name: workspace.count_rows(table_file("samples", s.number)) for s in pending}
+    rows |= {s.name: done[s.name].rows_dead for s in dead}
+    note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
+    stage = ScorePairs(teacher, pairs, recipe.split, vectors)
+    with progress("asking about pairs", None, "pairs", hourly_cost=recipe.generate.hourly_cost) as advance:
+        on_card = ShardWatch(advance, workspace.log_path("shards"))
+        return write_texts(
+            recipe, workspace, stage, inputs, rows, on_card, done=done, again=dead, engine=teacher.engine
+        )

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from owlrec.errors import EngineError, OwlRecError, ReleaseError, SourceError
-from owlrec.ops.watching import Stopped, StopSignals, is_transient, repeat
+from owlrec.runs.upkeep import Stopped, StopSignals, is_transient, repeat
 
 
 def caused_by(error: OwlRecError, cause: Exception) -> OwlRecError:

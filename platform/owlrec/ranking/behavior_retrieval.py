@@ -26,15 +26,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.compression import PROJECTION, Projection, ProjectionSettings, fit_projection, unit_rows
 from owlrec.encoding.inputs import ItemMetadata, Resources
-from owlrec.encoding.projection import PROJECTION, Projection, ProjectionSettings, fit_projection, unit_rows
 from owlrec.encoding.stage import EncodeStage
-from owlrec.encoding.vectors import VectorShards
+from owlrec.encoding.vectors import EncoderConfig, VectorShards
 from owlrec.errors import SchemaError
-from owlrec.ordered import rows_of, run_starts
 from owlrec.runner import Pool, run_stage
-from owlrec.schema import hash_of, vector_matrix
+from owlrec.schema import hash_of, rows_of, run_starts, vector_matrix
 from owlrec.shards import Shard, finished_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace

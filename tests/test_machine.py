@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from owlrec.errors import WorkspaceError
-from owlrec.node_cache import NodeCache
+from owlrec.machine import NodeCache
 
 
 def writing(data: bytes, calls: list[int] | None = None) -> object:

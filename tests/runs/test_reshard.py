@@ -9,9 +9,9 @@ import pytest
 
 from owlrec.errors import WorkspaceError
 from owlrec.recipe import Recipe
-from owlrec.reshard import reshard
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.runs.batch import prepare
+from owlrec.runs.stages import prepare
+from owlrec.runs.upkeep import double_shards
 from owlrec.schema import shard_of, vectors_table
 from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.sources.splits import read_samples
@@ -59,7 +59,7 @@ def test_every_row_is_at_its_new_home_and_nothing_is_lost(tmp_path: Path) -> Non
     workspace = workspace_of(tmp_path)
     with_texts(workspace)
     before, stage = content(workspace), finished_stage(workspace, "prepare")
-    assert reshard(workspace) == {"user": 8, "item": 16}  # of 943 users and 1,682 items by 256: 4 and 8
+    assert double_shards(workspace) == {"user": 8, "item": 16}  # of 943 users and 1,682 items by 256: 4 and 8
     workspace = Workspace(tmp_path)
     assert content(workspace) == before
     for name, key in (("users", "user_id"), ("items", "item_id"), ("samples", "user_id")):
@@ -85,7 +85,7 @@ def test_every_row_is_at_its_new_home_and_nothing_is_lost(tmp_path: Path) -> Non
 
 
 def test_prepare_has_nothing_to_do_afterwards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    reshard(workspace_of(tmp_path))
+    double_shards(workspace_of(tmp_path))
     workspace_of(tmp_path)
     assert "done already" in capsys.readouterr().out
 
@@ -93,15 +93,15 @@ def test_prepare_has_nothing_to_do_afterwards(tmp_path: Path, capsys: pytest.Cap
 def test_one_kind_alone(tmp_path: Path) -> None:
     workspace = workspace_of(tmp_path)
     items = Storage(tmp_path).entries("tables", "items")
-    assert reshard(workspace, ["user"]) == {"user": 8}
+    assert double_shards(workspace, ["user"]) == {"user": 8}
     assert Workspace(tmp_path).n_shards("item") == 8
     assert Storage(tmp_path).entries("tables", "items") == items
-    assert reshard(Workspace(tmp_path), ["user"]) == {"user": 16}
+    assert double_shards(Workspace(tmp_path), ["user"]) == {"user": 16}
 
 
 def test_an_empty_workspace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="Run `prepare` first"):
-        reshard(Workspace(tmp_path))
+        double_shards(Workspace(tmp_path))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -124,7 +124,7 @@ def test_killed_at_any_write_it_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     while True:
         left = int(random.integers(1, 35))
         try:
-            reshard(Workspace(tmp_path), ["user"], Pool())
+            double_shards(Workspace(tmp_path), ["user"], Pool())
             break
         except KeyboardInterrupt:
             kills += 1

@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from owlrec.cohorts.profiles import banded
+from owlrec.cohorts.cohort_model import banded
 from owlrec.errors import WorkspaceError
 from owlrec.schema import Kind, by_shard, shard_of
 from owlrec.shards import Artifact, Card, Shard
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.ingest import read_batches, write_batches
-from owlrec.sources.splits import in_histories
+from owlrec.sources.preparation import read_batches, write_batches
+from owlrec.sources.splits import ItemCatalog, in_histories
 from owlrec.storage import FileEntry, Storage
 from owlrec.workspace import Workspace, table_file
 

@@ -1,19 +1,24 @@
-"""The stages of a batch, from raw data to a release: prepare, cohorts, generate, encode, publish."""
+"""The stages of a batch (prepare, cohorts, generate, encode, publish), and what all stages share."""
 
+import importlib
 import os
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+import owlrec
 from owlrec.cohorts.building import build_cohorts
 from owlrec.cohorts.clustering import ITERATIONS
-from owlrec.cohorts.model import POINTER, CohortNames, CohortSettings, previous_folder
-from owlrec.ctr.knowledge import DISLIKED, arm_parts
+from owlrec.cohorts.cohort_model import POINTER, CohortNames, CohortSettings, previous_folder
+from owlrec.ctr.knowledge_tables import DISLIKED, arm_parts
 from owlrec.decoding import DecodingConfig
 from owlrec.decoding.release_pools import FOLDER, find_pools, write_release_pools
+from owlrec.encoding.compression import CODING
 from owlrec.encoding.inputs import (
     Input,
     ItemMetadata,
@@ -23,14 +28,15 @@ from owlrec.encoding.inputs import (
     WithImported,
     imported_vectors,
 )
-from owlrec.encoding.semantic_ids import CODING
 from owlrec.encoding.stage import EncodingJob
 from owlrec.encoding.vectors import read_quantisers
-from owlrec.errors import SourceError, WorkspaceError
+from owlrec.errors import RecipeError, SourceError, WorkspaceError, did_you_mean
 from owlrec.generation import EngineConfig, VllmEngineConfig
+from owlrec.generation.engines import load_tokenizer
 from owlrec.generation.job import (
     SHARDS_IN_FLIGHT,
     GenerateConfig,
+    GenerateStage,
     add_cards,
     build_job,
     check_dead_share,
@@ -39,15 +45,13 @@ from owlrec.generation.job import (
     prompt_inputs,
     table_inputs,
 )
-from owlrec.generation.models import load_tokenizer
-from owlrec.generation.worker import GenerateStage
+from owlrec.machine import native_errors_to
 from owlrec.ops.console import ShardWatch, note, progress, stage_header
-from owlrec.prompting.rows import cohort_prompts, collective_fingerprint, prompts_table
-from owlrec.recipe import Recipe
+from owlrec.prompting.prompts import cohort_prompts, collective_fingerprint, prompts_table
+from owlrec.recipe import RayConfig, Recipe
 from owlrec.releases.build import PART_IDS, ReleaseInfo, ShardRows, publish_rows
 from owlrec.releases.release import current_release
 from owlrec.runner import Pool, Stage, pending_shards, run_stage
-from owlrec.runs.stage import Counts, Outputs, execute, from_stage, ray_session
 from owlrec.scenario import Scenario
 from owlrec.schema import KINDS, TABLES
 from owlrec.shards import Card, Shard, Stopwatch, claimed, finish_stage, finished_stage, forget_stages, needed_stage
@@ -57,6 +61,157 @@ from owlrec.sources.preparation import USER_TABLES, Preparation
 from owlrec.sources.splits import SPLITS
 from owlrec.storage import Pointer, fingerprint
 from owlrec.workspace import Workspace, shards_for
+
+# ---------------------------------------------------------------------------------------------------------------- stage
+# What all stages share: their order, the skip of what is done, the card of what was made, and the Ray session.
+
+
+STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr", "evaluate")
+_MODULES = dict.fromkeys(STAGES, "stages") | {
+    **dict.fromkeys(("train_ctr", "evaluate", "export_ctr", "sweep_ctr"), "models"),
+    **dict.fromkeys(("tune_ranker", "score_pairs"), "models"),
+}
+
+Counts = dict[str, float | int | str]
+Outputs = dict[str, str]
+StageFunction = Callable[..., Card]  # of a recipe, its workspace and the stage's own switches
+
+# Ray reads these at import. Its own bars and per-worker logs would drown the run's.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TQDM": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # any `uv run` ancestor would otherwise start workers through uv
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_worker_niceness": "0",  # of a local cluster: its workers are the run, not a guest beside it
+}
+_OBJECT_STORE_BYTES = 256 << 20  # of a local cluster: blocks carry cards, not data
+_SOURCE_ROOT = Path(owlrec.__file__).resolve().parent.parent
+
+
+def stage_function(name: str) -> StageFunction:
+    """The function of a stage. Its module is imported now: those of CTR models bring torch."""
+    stage: StageFunction = getattr(importlib.import_module(f"owlrec.runs.{_MODULES[name]}"), name)
+    return stage
+
+
+def from_stage(stage: str) -> tuple[str, ...]:
+    """`stage` and all that come after it; one that `owlrec run` leaves out stands alone."""
+    return STAGES[STAGES.index(stage) :] if stage in STAGES else (stage,)
+
+
+def chosen_stages(first: str = STAGES[0], last: str = STAGES[-1]) -> tuple[str, ...]:
+    """The stages from `first` to `last`. Raises RecipeError for an unknown name, or where they are the wrong way
+    round.
+    """
+    for name in (first, last):
+        if name not in STAGES:
+            raise RecipeError(f"there is no stage '{name}'.{did_you_mean(name, STAGES)}")
+    chosen = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
+    if not chosen:
+        raise RecipeError(f"stage {first} comes after {last}. The order is {', '.join(STAGES)}.")
+    return chosen
+
+
+def run_stages(recipe: Recipe, stages: Sequence[str], *, retry_dead: bool = False) -> dict[str, Card]:
+    """Runs stages one after the other, each of which skips what is done; their cards. retry_dead: of `generate`."""
+    workspace = open_workspace(recipe)
+    switches = {"generate": {"retry_dead": retry_dead}}
+    return {name: stage_function(name)(recipe, workspace, **switches.get(name, {})) for name in stages}
+
+
+def open_workspace(recipe: Recipe) -> Workspace:
+    """The recipe's workspace, known to be writable."""
+    workspace = Workspace(recipe.workspace)
+    workspace.check_writable()
+    return workspace
+
+
+def execute(
+    workspace: Workspace,
+    stage: str,
+    fingerprint: str,
+    about: str,
+    body: Callable[[], tuple[Counts, Outputs]],
+    *,
+    always: bool = False,
+) -> Card:
+    """Runs `body` and records what it returns; unless `always`, skips a stage that has finished under this
+    fingerprint.
+    """
+    stage_header(stage, about)
+    done = None if always else finished_stage(workspace, stage, fingerprint)
+    if done is not None:
+        note("done already, nothing to do")
+        return done
+    forget_stages(workspace, from_stage(stage))
+    watch = Stopwatch()
+    counts, outputs = body()
+    return finish_stage(workspace, stage, fingerprint, counts=counts, outputs=outputs, seconds=watch.seconds)
+
+
+@contextmanager
+def ray_session(config: RayConfig, log_path: Path) -> Iterator[None]:
+    """Connects to Ray for the block: to the job's own cluster inside `ray job submit`, else to the one that the recipe
+    names. Ends a local cluster after the block. Joins a session that is open already.
+
+    log_path: a file for what Ray's own native code has to say.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    options: dict[str, Any] = {"address": "auto" if in_job else config.address}
+    if options["address"] == "local":
+        os.environ.pop("RAY_ADDRESS", None)  # "local" must never join a cluster that the shell happens to name
+        # Token authentication would write ~/.ray/auth_token for a cluster that nobody else can reach.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        options |= {
+            "num_cpus": config.num_cpus or os.cpu_count(),
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    with native_errors_to(log_path):
+        ray.init(**options, log_to_driver=False, logging_level="ERROR", runtime_env=_runtime_env(in_job))
+        _quiet_ray_data()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _runtime_env(in_job: bool) -> dict[str, Any]:
+    """Workers unpickle owlrec's classes by name, so they need it on their path before any of our code runs there."""
+    if _SOURCE_ROOT.name != "platform":  # an installed wheel
+        return {}
+    if in_job and _SOURCE_ROOT.name in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        return {}  # the job brings it, as `owlrec submit` has it; Ray refuses the same variable twice
+    # In a job the working directory lies elsewhere on each node; a relative entry resolves to it, since workers start
+    # there.
+    root = _SOURCE_ROOT.name if in_job else str(_SOURCE_ROOT)
+    roots = [root] if in_job else [root, str(_SOURCE_ROOT.parent)]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(roots)}}
+
+
+def _quiet_ray_data() -> None:
+    import logging
+
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# ---------------------------------------------------------------------------------------------------------------- batch
+# The stages of a batch, from raw data to a release: prepare, cohorts, generate, encode, publish.
+
 
 PREPARED_HERE = 3_000_000  # interactions of a source that is prepared in this process, in some ten seconds
 

@@ -1,4 +1,4 @@
-"""Writes what a run of the ranker asks: the shots that it is tuned on, and the valid and test rows that judge it."""
+"""The questions of a ranker's run, for tuning, valid and test, and the metrics of its answers."""
 
 import asyncio
 import hashlib
@@ -9,30 +9,203 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import BaseModel
 
+from owlrec import evaluation as metrics
 from owlrec.ctr.experiment import DistillationConfig
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.projection import PROJECTION
+from owlrec.encoding.compression import PROJECTION
+from owlrec.encoding.vectors import EncoderConfig
 from owlrec.errors import OwlRecError, WorkspaceError
-from owlrec.evaluation import PlattScaling
+from owlrec.evaluation import (
+    Interval,
+    PlattScaling,
+    bootstrap_aucs,
+    expected_calibration_error,
+    fit_calibration,
+    percentile_interval,
+    save_calibration,
+)
 from owlrec.generation import EngineConfig, engine_fingerprint, token_counter
-from owlrec.generation.engine import EmptyPrompt, EngineStopped, RowError
+from owlrec.generation.engines import EmptyPrompt, EngineStopped, RowError
 from owlrec.generation.job import dead_file
-from owlrec.prompting.ranking import rank_fingerprint
-from owlrec.ranking.experiment import RankerRun, RankingConfig
-from owlrec.ranking.retrieval import BehaviourRetriever, ItemVectors, with_candidates
-from owlrec.ranking.samples import Shown, ask_about, asked_pairs, draw_samples, read_users
+from owlrec.prompting.frameworks import YES, rank_fingerprint
+from owlrec.ranking.behavior_retrieval import BehaviourRetriever, ItemVectors, with_candidates
+from owlrec.ranking.lora import Adapter, open_adapter
+from owlrec.ranking.samples import RankerRun, RankingConfig, Shown, ask_about, asked_pairs, draw_samples, read_users
 from owlrec.ranking.scorer import TEMPLATE_OPTIONS, PairScorer, open_scorer
-from owlrec.ranking.tuning import Adapter, open_adapter
 from owlrec.runner import Result, Stage, Work, WorkerLost
 from owlrec.scenario import Scenario
 from owlrec.schema import DEAD_LETTERS, SOFT_LABELS
 from owlrec.shards import Shard
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.preparation import table_files
-from owlrec.sources.splits import SplitConfig, read_samples
+from owlrec.sources.splits import ItemCatalog, SplitConfig, read_samples
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
+
+# -------------------------------------------------------------------------------------------------------------- judging
+# What a ranker's scores are worth: AUC, gAUC, log loss, accuracy and calibration error on test, before and after a
+# calibration that was fitted on valid.
+
+
+_RESAMPLES = 500
+JUDGEMENT_COLUMNS = ("model", "shown", "AUC", "95 % interval", "gAUC", "accuracy", "log-loss", "calibration error")
+
+
+class Judgement(BaseModel):
+    """Of one model, asked in one way."""
+
+    model: str  # "zero-shot" or "tuned"
+    shown: str  # samples.Shown
+    rows: int
+    unscored: int  # rows whose question could not be asked; they count nowhere
+    auc: float
+    interval: Interval | None  # 95 %, users resampled; None with fewer than two users
+    gauc: float | None  # None where no user has both classes
+    accuracy: float  # calibrated, at one half
+    log_loss: float  # calibrated
+    raw_log_loss: float
+    calibration_error: float  # calibrated
+    raw_calibration_error: float
+
+
+def judge_models(
+    workspace: Workspace,
+    folder: str,
+    valid: pa.Table,
+    test: pa.Table,
+    scores: Mapping[str, np.ndarray],
+) -> list[Judgement]:
+    """The judgements of all models; writes them, the calibrations and the test rows with their scores into `folder`.
+
+    scores: of each model, those of the valid rows and then those of the test rows.
+    """
+    judgements = []
+    for model, found in scores.items():
+        on_valid, on_test = found[: valid.num_rows], found[valid.num_rows :]
+        judged, calibrations = judge(model, valid, on_valid, test, on_test)
+        workspace.write_parquet(f"{folder}/scores-{model}.parquet", test.append_column("score", pa.array(on_test)))
+        for shown, calibration in calibrations.items():
+            save_calibration(workspace, f"{folder}/calibration-{model}-{shown}.json", calibration)
+        judgements += judged
+    workspace.write_json(f"{folder}/judgements.json", [j.model_dump() for j in judgements])
+    return judgements
+
+
+def judge(
+    model: str,
+    valid: pa.Table,
+    valid_scores: np.ndarray,
+    test: pa.Table,
+    test_scores: np.ndarray,
+) -> tuple[list[Judgement], dict[str, PlattScaling]]:
+    """A judgement and a calibration for each way of asking that both tables hold, in the order of `test`.
+
+    valid, test: samples.TUNING_ROWS; scores: float64, aligned, nan for none. Raises SchemaError where the valid rows of
+    a way hold one class only.
+    """
+    judgements, calibrations = [], {}
+    for shown in dict.fromkeys(test["shown"].to_pylist()):
+        _, valid_labels, on_valid, _ = _rows(valid, valid_scores, shown)
+        users, labels, raw, unscored = _rows(test, test_scores, shown)
+        calibration = fit_calibration(on_valid, valid_labels)
+        probabilities = calibration.apply(raw)
+        gauc = metrics.gauc(labels, raw, users)
+        judgements.append(
+            Judgement(
+                model=model,
+                shown=shown,
+                rows=len(labels),
+                unscored=unscored,
+                auc=metrics.auc(labels, raw),
+                interval=_interval(labels, raw, users),
+                gauc=None if np.isnan(gauc) else gauc,
+                accuracy=float(((probabilities > 0.5) == (labels == 1)).mean()),
+                log_loss=metrics.log_loss(labels, probabilities),
+                raw_log_loss=metrics.log_loss(labels, raw),
+                calibration_error=expected_calibration_error(labels, probabilities),
+                raw_calibration_error=expected_calibration_error(labels, raw),
+            )
+        )
+        calibrations[shown] = calibration
+    return judgements, calibrations
+
+
+def judgement_row(j: Judgement) -> tuple[object, ...]:
+    """The cells under JUDGEMENT_COLUMNS."""
+    interval = f"[{j.interval.low:.4f}, {j.interval.high:.4f}]" if j.interval else ""
+    gauc = f"{j.gauc:.4f}" if j.gauc is not None else ""
+    error = f"{j.calibration_error:.3f} (raw {j.raw_calibration_error:.3f})"
+    loss = f"{j.log_loss:.4f} (raw {j.raw_log_loss:.4f})"
+    return j.model, j.shown, f"{j.auc:.4f}", interval, gauc, f"{j.accuracy:.4f}", loss, error
+
+
+def _rows(table: pa.Table, scores: np.ndarray, shown: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Users, labels and scores of the rows that were asked in one way and scored; how many were not."""
+    asked = np.array(table["shown"].to_pylist(), dtype=object) == shown
+    kept = asked & ~np.isnan(scores)
+    labels = np.array([answer == YES for answer in table["answer"].to_pylist()], dtype=np.float64)
+    return table["user_id"].to_numpy()[kept], labels[kept], scores[kept], int((asked & ~kept).sum())
+
+
+def _interval(labels: np.ndarray, scores: np.ndarray, users: np.ndarray) -> Interval | None:
+    if len(np.unique(users)) < 2 or labels.min() == labels.max():
+        return None
+    return percentile_interval(bootstrap_aucs(labels, [scores], users, resamples=_RESAMPLES)[:, 0])
+
+
+# -------------------------------------------------------------------------------------------------------------- results
+# What runs of the ranker, and CTR models on the same samples, came to: small files that a report gathers.
+
+
+_FOLDER = "ranking/results"
+
+
+class RankerResult(BaseModel):
+    """Test AUC of one model asked in one way, or of a CTR model on the same samples."""
+
+    model: str  # "zero-shot", "tuned", or a backbone
+    shots: int | None  # samples that it was trained on: None for the whole train split, 0 for zero-shot
+    behaviours: int | None  # that a prompt shows at most; None for a CTR model
+    shown: str  # samples.Shown; "" for a CTR model
+    seed: int
+    auc: float
+    interval: Interval | None = None  # 95 %, users resampled
+
+
+def results_of(config: RankingConfig, judgements: list[Judgement], seed: int = 0) -> list[RankerResult]:
+    """Of one run of the ranker. seed: of its shots."""
+    return [
+        RankerResult(
+            model=j.model,
+            shots=0 if j.model == "zero-shot" else config.data.shots,
+            behaviours=config.data.behaviours,
+            shown=j.shown,
+            seed=seed,
+            auc=j.auc,
+            interval=j.interval,
+        )
+        for j in judgements
+    ]
+
+
+def write_results(workspace: Workspace, name: str, results: list[RankerResult]) -> None:
+    """Keeps the results of a run. name: other for every run, the same when one is done again."""
+    workspace.write_json(f"{_FOLDER}/{name}.json", [result.model_dump() for result in results])
+
+
+def read_results(workspace: Workspace) -> list[RankerResult]:
+    """Those of all runs, without those that were found twice: few behaviours and few shots first."""
+    found = {}
+    for file in workspace.names(_FOLDER):
+        for row in workspace.read_json(f"{_FOLDER}/{file}"):
+            result = RankerResult.model_validate(row)
+            key = (result.behaviours or 0, result.shown, result.shots if result.shots is not None else 1 << 62)
+            found[(*key, result.model, result.seed)] = result
+    return [found[key] for key in sorted(found)]
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+# Writes what a run of the ranker asks: the shots that it is tuned on, and the valid and test rows that judge it.
 
 
 def write_questions(
@@ -171,7 +344,7 @@ class ScorePairs(Stage):
         pairs = await asyncio.to_thread(asked_pairs, workspace, number, self.pairs, self.split, catalog)
         logged = await asyncio.to_thread(read_samples, workspace, number, _MOMENTS)
         pairs = await asyncio.to_thread(with_candidates, pairs, logged, catalog)
-        answers = _Answers(await asyncio.to_thread(_earlier, work))
+        answers = _KnownAnswers(await asyncio.to_thread(_earlier, work))
         for start in range(0, len(pairs), _ASKED_AT_ONCE):
             rows = pairs.slice(start, _ASKED_AT_ONCE)
             await self._ask(rows, await asyncio.to_thread(self._questions, workspace, rows), answers)
@@ -203,7 +376,7 @@ class ScorePairs(Stage):
             ways=(teacher.shown,),
         ).rows
 
-    async def _ask(self, pairs: pa.Table, questions: pa.Table, answers: "_Answers") -> None:
+    async def _ask(self, pairs: pa.Table, questions: pa.Table, answers: "_KnownAnswers") -> None:
         assert self._scorer is not None
         asked = {_key(row): (row["system"], row["text"]) for row in questions.to_pylist()}
         for row in pairs.select(["user_id", "item_id", "timestamp"]).to_pylist():
@@ -228,7 +401,7 @@ class ScorePairs(Stage):
             else:
                 answers.add(key, digests[key], float(p[place]))
 
-    def _write(self, work: Work, answers: "_Answers") -> Result:
+    def _write(self, work: Work, answers: "_KnownAnswers") -> Result:
         work.check()
         workspace, artifact, shard = work.workspace, work.artifact, work.shard
         files = {shard.file(): workspace.write_parquet(artifact.path(shard.file()), answers.table())}
@@ -246,7 +419,7 @@ class ScorePairs(Stage):
         )
 
 
-class _Answers:
+class _KnownAnswers:
     """What is known of a shard's pairs so far, by key: user_id, item_id, timestamp."""
 
     def __init__(self, earlier: Mapping[bytes, float]) -> None:

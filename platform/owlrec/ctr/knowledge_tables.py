@@ -18,7 +18,7 @@ import numpy as np
 
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import RecipeError, SchemaError, WorkspaceError
-from owlrec.ordered import newest_rows, rows_of, run_starts
+from owlrec.schema import newest_rows, rows_of, run_starts
 
 # ----------------------------------------------------------------------------------------------------------------- arms
 # The arms of an experiment: what each reads of users and items, in which form, and what it is compared with.
