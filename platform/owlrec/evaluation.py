@@ -1,4 +1,4 @@
-"""Evaluation that CTR models and rankers share: AUC, gAUC, log-loss, calibration errors, intervals by the cluster
+"""Evaluation that CTR models and rankers share: AUC, gAUC, log-loss, calibration error, intervals by the cluster
 bootstrap, comparisons of arms, Platt scaling.
 """
 
@@ -72,7 +72,7 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray, *, clip: float = 1e-
     return float(-np.mean(labels * np.log(p) + (1 - labels) * np.log1p(-p))) if len(p) else float("nan")
 
 
-def equal_mass_calibration_error(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> float:
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> float:
     """The mean distance between what was predicted and what happened, over `bins` of equally many rows, weighted by
     rows (Nguyen and O'Connor, EMNLP 2015).
 
@@ -400,22 +400,6 @@ def load_calibration(workspace: Workspace, path: str) -> PlattScaling:
         raise WorkspaceError(
             f"{workspace.path(path)} is not a calibration ({error.errors()[0]['msg']}). Delete it and calibrate again."
         ) from None
-
-
-def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> float:
-    """The mean distance between what was predicted and what happened, over `bins` of equal width, weighted by rows
-    (ECE; Guo et al., ICML 2017).
-
-    labels: [n], 0 or 1; probabilities: [n] in [0, 1]. Returns nan for no rows. Raises ValueError where lengths differ.
-    """
-    labels, probabilities = np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
-    if labels.shape != probabilities.shape:
-        raise ValueError(f"labels are {labels.shape} and probabilities {probabilities.shape}: give one a label.")
-    if len(labels) == 0:
-        return float("nan")
-    of_bin = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(of_bin, weights=labels - probabilities, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
 
 
 def _fit_platt(scores: np.ndarray, labels: np.ndarray) -> PlattScaling:

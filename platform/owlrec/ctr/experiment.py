@@ -318,7 +318,7 @@ class Metrics(BaseModel):
     auc: float
     gauc: float | None
     log_loss: float
-    calibration_error: float | None = None  # metrics.equal_mass_calibration_error; older results lack it
+    calibration_error: float | None = None  # metrics.calibration_error; older results lack it
 
 
 class TrialResult(BaseModel):

@@ -582,7 +582,7 @@ def _evaluate(rows: ScoredRows) -> Metrics:
         auc=metrics.auc(rows.labels, rows.scores),
         gauc=None if np.isnan(gauc) else gauc,
         log_loss=metrics.log_loss(rows.labels, rows.scores),
-        calibration_error=metrics.equal_mass_calibration_error(rows.labels, rows.scores),
+        calibration_error=metrics.calibration_error(rows.labels, rows.scores),
     )
 
 

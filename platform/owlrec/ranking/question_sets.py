@@ -20,7 +20,6 @@ from owlrec.evaluation import (
     Interval,
     PlattScaling,
     bootstrap_aucs,
-    expected_calibration_error,
     fit_calibration,
     percentile_interval,
     save_calibration,
@@ -122,8 +121,8 @@ def judge(
                 accuracy=float(((probabilities > 0.5) == (labels == 1)).mean()),
                 log_loss=metrics.log_loss(labels, probabilities),
                 raw_log_loss=metrics.log_loss(labels, raw),
-                calibration_error=expected_calibration_error(labels, probabilities),
-                raw_calibration_error=expected_calibration_error(labels, raw),
+                calibration_error=metrics.calibration_error(labels, probabilities),
+                raw_calibration_error=metrics.calibration_error(labels, raw),
             )
         )
         calibrations[shown] = calibration
