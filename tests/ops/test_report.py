@@ -230,7 +230,7 @@ def test_results_and_test_scores_become_the_figures_of_the_arms():
     labels, noise = rng.integers(0, 2, 200), rng.normal(size=200)
     numbers = {"epochs": 3, "best_epoch": 1, "seconds": 1.0, "samples_per_s": 10.0, "parameters": 5}
     results = [
-        TrialResult(backbone="din", arm=arm, seed=0, valid=metrics, test=metrics, **numbers)
+        TrialResult(backbone="din", arm=arm, seed=0, valid=metrics, test=metrics, slices={}, **numbers)
         for arm, auc in (("none", 0.6), ("knowledge", 0.7))
         for metrics in [Metrics(auc=auc, gauc=None, log_loss=0.5, calibration_error=0.1)]
     ]

@@ -318,7 +318,7 @@ class Metrics(BaseModel):
     auc: float
     gauc: float | None
     log_loss: float
-    calibration_error: float | None = None  # metrics.calibration_error; older results lack it
+    calibration_error: float
 
 
 class TrialResult(BaseModel):
@@ -335,7 +335,7 @@ class TrialResult(BaseModel):
     samples_per_s: float  # training rows of all workers together, evaluation left out
     parameters: int
     resumed: int = 0  # times that it went on from a checkpoint
-    slices: dict[str, SliceMetrics] = {}  # of the test split; older results lack them
+    slices: dict[str, SliceMetrics]  # of the test split
 
     @property
     def trial(self) -> Trial:
@@ -377,7 +377,7 @@ class ArmSummary(BaseModel):
     auc_std: float | None
     gauc: float | None
     log_loss: float
-    calibration_error: float | None = None
+    calibration_error: float
     # To each of `bases`, where a seed has both: seeds are paired, so what a seed shifts in both arms cancels.
     differences: dict[Arm, PairedDifference] = {}
     slices: dict[str, SliceMetrics] = {}  # means over seeds
@@ -405,7 +405,7 @@ def summarise(results: Sequence[TrialResult], scores: GridScores | None = None) 
                 auc_std=_std(aucs),
                 gauc=_mean(gaucs),
                 log_loss=float(np.mean([r.test.log_loss for r in group])),
-                calibration_error=_mean([e for r in group if (e := r.test.calibration_error) is not None]),
+                calibration_error=float(np.mean([r.test.calibration_error for r in group])),
                 differences={b: d for b in bases(arm) if (d := differences.get((backbone, arm, b)))},
                 slices=mean_slices([r.slices for r in group]),
             )
