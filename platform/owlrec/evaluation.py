@@ -164,7 +164,7 @@ class WeightedAUC:
     """The AUC of fixed rows under any weights of the groups (users) that they belong to."""
 
     def __init__(self, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> None:
-        """labels, scores: [n] as in `metrics.auc`; groups: int [n], the position of each row's weight."""
+        """labels, scores: [n] as in `auc`; groups: int [n], the position of each row's weight."""
         labels, scores = binary_rows(labels, scores)
         order = np.argsort(scores, kind="stable")
         positives, negatives = order[labels[order] == 1], order[labels[order] == 0]
@@ -368,7 +368,7 @@ class PlattScaling(Config):
 def fit_calibration(scores: np.ndarray, labels: np.ndarray) -> PlattScaling:
     """The map that brings `scores` nearest to `labels`.
 
-    scores: float [n] in [0, 1], as answers.yes_probability gives them; labels: [n], 0 or 1. Scores that rank backwards
+    scores: float [n] in [0, 1], as yes_probability gives them; labels: [n], 0 or 1. Scores that rank backwards
     get one probability for all. Raises SchemaError where a value is out of range, or one class is absent: then any
     probability would do.
     """

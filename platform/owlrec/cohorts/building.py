@@ -521,7 +521,7 @@ def build_cohorts(
     """Builds the cohorts of a prepared workspace in `folder`; returns what there is to count.
 
     ask: makes prompts of profiles; shard_rows: cohorts in one of their shards, if nothing has fixed it yet. cuts: of
-    the recipe (see profiles.cut_moments). previous: the folder of an earlier run, whose names and settled profiles go
+    the recipe (see cut_moments). previous: the folder of an earlier run, whose names and settled profiles go
     on. Raises SchemaError where the data cannot be clustered: no item that enough users chose.
     """
     inputs = fingerprint(folder, previous)

@@ -554,7 +554,7 @@ def previous_folder(workspace: Workspace, folder: str) -> str | None:
 
 
 def read_profiles(workspace: Workspace, folder: str, shards: Collection[int] | None = None) -> pa.Table:
-    """Profiles (cohorts.profiles.PROFILES) of the cohorts in some of their shards; of all by default."""
+    """Profiles (PROFILES) of the cohorts in some of their shards; of all by default."""
     numbers = range(workspace.n_shards("cohort")) if shards is None else sorted(shards)
     return pa.concat_tables([workspace.read_parquet(f"{folder}/profiles/{n:08d}.parquet") for n in numbers])
 

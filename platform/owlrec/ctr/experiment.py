@@ -363,7 +363,7 @@ class PairedDifference(BaseModel):
 
     seeds: int
     auc: float  # mean of the seeds' differences
-    rela_imp: float | None  # of the mean AUCs (metrics.relative_improvement); None over a base no better than chance
+    rela_imp: float | None  # of the mean AUCs (evaluation.relative_improvement); None over a base no better than chance
     interval: Interval | None  # 95 %; None where not all of these trials left test scores, or of one user
 
 
@@ -386,7 +386,7 @@ class ArmSummary(BaseModel):
 def summarise(results: Sequence[TrialResult], scores: GridScores | None = None) -> list[ArmSummary]:
     """One row a (backbone, arm), in the order in which they first occur.
 
-    scores: the test scores that the trials left (`scores.read_grid_scores`); with them differences get intervals.
+    scores: the test scores that the trials left (`read_grid_scores`); with them differences get intervals.
     """
     groups: dict[tuple[str, Arm], list[TrialResult]] = {}
     for result in results:

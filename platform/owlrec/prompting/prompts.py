@@ -216,7 +216,7 @@ def collective_fingerprint(scenario: Scenario) -> str:
 
 
 def cohort_prompts(profiles: pa.Table, scenario: Scenario) -> Iterator[Prompt]:
-    """The prompts of cohorts (cohorts.profiles.PROFILES), in their order; "" where there is nothing to ask about."""
+    """The prompts of cohorts (cohort_model.PROFILES), in their order; "" where there is nothing to ask about."""
     systems = {
         "user": _USER_SYSTEM.format(items=scenario.items, factors=enumerate_words(scenario.user_factors)),
         "item": _ITEM_SYSTEM.format(items=scenario.items, factors=enumerate_words(scenario.item_factors)),

@@ -252,8 +252,8 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors")
 class RankerManifest(BaseModel):
     """What an adapter was tuned for, and how that went."""
 
-    model: str  # its identity (generation.models.model_identity)
-    wording: str  # prompting.rella.rank_fingerprint
+    model: str  # its identity (generation.engines.model_identity)
+    wording: str  # prompting.frameworks.rank_fingerprint
     rank: int
     progress: TuningProgress
     sha256: str  # of the weights
@@ -576,7 +576,7 @@ class TuningJob(WorkersJob):
     folder: str  # of the run, in the workspace: it holds train.parquet and valid.parquet (samples.TUNING_ROWS)
     model: str
     revision: str | None
-    wording: str  # prompting.rella.rank_fingerprint
+    wording: str  # prompting.frameworks.rank_fingerprint
     settings: TuningSettings
 
     @property

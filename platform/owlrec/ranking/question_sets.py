@@ -287,7 +287,7 @@ class Teacher:
 
     @property
     def wording(self) -> str:
-        """See prompting.rella.rank_fingerprint."""
+        """See prompting.frameworks.rank_fingerprint."""
         return rank_fingerprint(self.config.prompt, self.scenario)
 
     @property

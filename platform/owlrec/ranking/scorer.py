@@ -144,7 +144,7 @@ def _name(tokenizer: Any) -> str:
 # --------------------------------------------------------------------------------------------------------------- scorer
 
 
-Question = tuple[str, str]  # system turn and user turn, as prompting.rella.rank_prompt writes them
+Question = tuple[str, str]  # system turn and user turn, as prompting.frameworks.rank_prompt writes them
 _ASKED_AT_ONCE = 256  # of an engine that batches by itself
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 has room for
 

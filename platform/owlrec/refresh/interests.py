@@ -378,7 +378,7 @@ def advance(
     """All users of a shard with their new events, by id, ascending.
 
     users: those whom an earlier refresh has met. events: new ones of this shard, in canonical order. horizon: see
-    partitions.take_in. liked_above: see drift.sum_vectors.
+    state.take_in. liked_above: see drift.sum_vectors.
     """
     ids, starts = np.unique(events.user, return_index=True)
     moved = dict(users) | _bootstrap(tables, np.setdiff1d(ids, list(users)), horizon, gather, liked_above)
