@@ -9,7 +9,14 @@ import pytest
 
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig, build_engine
-from owlrec.generation.engines import Completion, PromptTooLong, SamplingConfig, load_tokenizer, model_identity
+from owlrec.generation.engines import (
+    Completion,
+    PromptTooLong,
+    RequestRefused,
+    SamplingConfig,
+    load_tokenizer,
+    model_identity,
+)
 from owlrec.generation.release_pools import write_release_pools
 from owlrec.generation.vllm_engine import VllmEngine
 from owlrec.schema import KNOWLEDGE
@@ -50,6 +57,14 @@ def test_greedy_answers_repeat(engine: VllmEngine) -> None:
 def test_prompt_beyond_the_context_is_refused_and_the_engine_lives_on(engine: VllmEngine) -> None:
     with pytest.raises(PromptTooLong, match="context of 256"):
         asyncio.run(engine.complete("", "word " * 300, SamplingConfig(max_tokens=16)))
+    assert asyncio.run(engine.complete("", "Say hi.", SamplingConfig(max_tokens=4))).output_tokens > 0
+
+
+def test_a_request_that_vllm_refuses_leaves_the_engine_running(engine: VllmEngine) -> None:
+    from vllm import SamplingParams
+
+    with pytest.raises(RequestRefused, match="logprobs"):
+        asyncio.run(engine._stepping.ask([1, 2, 3], SamplingParams(max_tokens=4, logprobs=1000)))
     assert asyncio.run(engine.complete("", "Say hi.", SamplingConfig(max_tokens=4))).output_tokens > 0
 
 

@@ -123,6 +123,8 @@ class Stepping:
                     _resolve(late, EngineStopped(f"vLLM has stopped: {error}"))
 
     def _step_until_closed(self, engine: Any, waiting: dict[str, _Pending]) -> None:
+        from vllm.exceptions import VLLMClientError
+
         counter, counted = 0, 0.0
         adapters: dict[str, Any] = {}
         while True:
@@ -138,7 +140,10 @@ class Stepping:
                     lora = _lora_request(pending.adapter, adapters)
                     engine.add_request(name := str(counter), prompt, pending.params, lora_request=lora)
                     waiting[name] = pending
-                except ValueError as error:  # only this request: a length or option that vLLM refuses
+                except (
+                    ValueError,
+                    VLLMClientError,
+                ) as error:  # only this request: a length or option that vLLM refuses
                     _resolve(pending, RequestRefused(f"vLLM refused the request: {error}"))
             if given_up := [name for name, pending in waiting.items() if pending.future.cancelled()]:
                 engine.abort_request(given_up)
