@@ -216,7 +216,7 @@ class Pools:
 # A chain is drafted token by token: the earlier occurrences vote for their next token, each shared token doubling a
 # vote, and those that disagree with the winner drop out. The reliability of such a vote depends on the kind of source,
 # the length of the match and the share of the vote. These three select a cell in a table of acceptance rates (see
-# acceptance.py), which the caller keeps up to date. In a replay of 128 greedy texts of SmolLM2-135M, 16 candidates and
+# controller.py), which the caller keeps up to date. In a replay of 128 greedy texts of SmolLM2-135M, 16 candidates and
 # doubling votes gave as many tokens per step as any setting tried.
 
 

@@ -53,7 +53,7 @@ class SweepGrid:
 # For a pair with label y and probability p, the loss is (1 - a) BCE(y) + a BCE(p), which is the BCE of the blended
 # label (1 - a) y + a p; for a pair without a label it is a BCE(p). So training needs no second loss: labels are between
 # 0 and 1, and samples have weights. `owlrec ranker score-pairs` prompts the LLM and writes the probabilities
-# (ranking.soft_labels).
+# (ranking.question_sets).
 #
 # Leaks: training uses only pairs at the moment of a train sample of the same user. So a pair without a label is in
 # that sample's split, earlier than the threshold of a split by time, and reads that sample's history. Valid and test

@@ -4,7 +4,7 @@ uses `fit_workers` and `this_worker`.
 One worker group trains all pending trials one after another, since starting a group takes about ten seconds, more
 than a small trial. Each trial is exported right after training, its result.json last, and a trial with a
 result is never trained again, so a grid is resumable. Within a trial, a restarted group resumes from the
-trial's own checkpoint (checkpoint.py); Ray's are not used, because they are pickled and belong to a run, not to a grid.
+trial's own checkpoint (trainer.py); Ray's are not used, because they are pickled and belong to a run, not to a grid.
 """
 
 import os

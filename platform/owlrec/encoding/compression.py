@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # ----------------------------------------------------------------------------------------------------------- projection
 # PCA of vectors: the space in which ReLLa (WWW 2024) compares items, fitted once per set of vectors; without a center,
-# it reduces knowledge for the CTR models (ctr.reduction).
+# it reduces knowledge for the CTR models (ctr.dataset).
 #
 # ReLLa reduces 5,120 components to 512. Its few-shot AUC changes by at most .003 from 512 to 64, so the default
 # is a cheaper 128. Centering matters, too: vectors of similar texts share a large common direction, which makes all

