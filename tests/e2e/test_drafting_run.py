@@ -36,7 +36,7 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
             """
         )
         # Not forked: vLLM sets up its threads and kernels for the whole process.
-        command = [sys.executable, "-m", "owlrec.cli", "run", str(recipe), "--to", last]
+        command = [sys.executable, "-m", "owlrec", "run", str(recipe), "--to", last]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
