@@ -23,7 +23,6 @@ def test_standard_library_platform_wins_from_the_root() -> None:
     assert ran.stdout.strip() == "Linux"
 
 
-@pytest.mark.process
 def test_a_file_name_and_a_class_name_mean_one_thing() -> None:
     """Entry points are named after what they start."""
     library = [path for path in (ROOT / "platform").rglob("*.py") if path.name != "__init__.py"]
@@ -39,6 +38,7 @@ def test_a_file_name_and_a_class_name_mean_one_thing() -> None:
     assert {name: places for name, places in {**files, **classes}.items() if len(places) > 1} == {}
 
 
+@pytest.mark.process
 def test_loading_a_recipe_imports_nothing_heavy() -> None:
     code = (
         "import sys; import owlrec.recipe; heavy = ('torch','ray','vllm','transformers','sentence_transformers',"
@@ -48,15 +48,17 @@ def test_loading_a_recipe_imports_nothing_heavy() -> None:
     assert ran.stdout.strip() == "[]"
 
 
+@pytest.mark.process
 def test_a_lookup_imports_nothing_that_only_an_extra_brings() -> None:
     code = (
         "import sys; import owlrec.cli, owlrec.client, owlrec.lookup, owlrec.ops.doctor, owlrec.releases.redis, "
-        "owlrec.serving.guard; from owlrec.errors import _EXTRA_OF; print([m for m in _EXTRA_OF if m in sys.modules])"
+        "owlrec.serving.keys; from owlrec.errors import _EXTRA_OF; print([m for m in _EXTRA_OF if m in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
 
 
+@pytest.mark.process
 def test_the_decoder_imports_neither_ray_nor_owlrec_nor_numba_until_it_drafts() -> None:
     code = "import sys; import owlrec_decoding; print([m for m in ('ray','owlrec','numba','vllm') if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

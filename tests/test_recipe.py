@@ -105,14 +105,14 @@ def test_unknown_scenario_and_engine_key_are_explained_together(tmp_path: Path) 
         load(tmp_path, GOOD.replace("movies", "moovies").replace("type: echo", "type: vllm, modell: x"))
     assert "Did you mean 'movies'?" in str(error.value)
     assert "engine.modell: unknown key. Did you mean 'model'?" in str(error.value)
-    assert "engine.model: is missing" in str(error.value)
+    assert "engine.model: missing" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
         ("{type: vlm, model: x}", "engine: there is no engine 'vlm'. Did you mean 'vllm'?"),
-        ("{model: x}", "engine: its type is missing. Valid names: echo, http, vllm."),
+        ("{model: x}", "engine: the type is missing. Valid names: echo, http, vllm."),
         ("[echo]", "engine: Input should be a valid dictionary"),
     ],
 )
@@ -150,7 +150,7 @@ def test_a_scenario_may_be_written_out(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         load(tmp_path, GOOD.replace(" movies", WINES.replace("history:", "histry:")))
     assert "scenario.histry: unknown key. Did you mean 'history'?" in str(error.value)
-    assert "scenario.history: is missing" in str(error.value)
+    assert "scenario.history: missing" in str(error.value)
 
 
 def test_missing_file_and_bad_yaml(tmp_path: Path) -> None:

@@ -406,7 +406,8 @@ def serve(
     from owlrec.ctr.artifact import read_card
     from owlrec.machine import api_keys
     from owlrec.runs.stages import ray_session
-    from owlrec.serving.guard import KeyRing, check_binding
+    from owlrec.serving.guard import check_binding
+    from owlrec.serving.keys import KeyRing
 
     keys_file = os.path.abspath(keys_file) if keys_file else None
     if problem := check_binding(host, KeyRing(keys_file, api_keys())):
@@ -442,7 +443,7 @@ def keys(
     name: Annotated[str, typer.Argument(help="owner of the key: letters, digits, dots, dashes, underscores")],
 ) -> None:
     """Create an API key: `owlrec keys shop >> keys.txt` shows the key once and appends its hash to the file."""
-    from owlrec.serving.guard import new_key
+    from owlrec.serving.keys import new_key
 
     key, line = new_key(name)
     print(f"key of {name}, shown only once: {key}", file=sys.stderr)

@@ -32,9 +32,9 @@ from owlrec.serving.schemas import (
     REQUEST_ID_HEADER,
     BatchAnswer,
     BatchGet,
-    Behavior,
     FieldError,
     Health,
+    HistoryEntry,
     Kind,
     Mode,
     ProblemDocument,
@@ -252,7 +252,7 @@ class RankOptions(TypedDict, total=False):
     """Options of a ranking besides its candidates; see schemas.Rank for limits and defaults."""
 
     user_id: int | None
-    history: Sequence[Behavior | dict[str, Any]] | None  # latest last; replaces the stored history
+    history: Sequence[HistoryEntry | dict[str, Any]] | None  # latest last; replaces the stored history
     profile: dict[str, str]
     mode: Mode
     top_k: int

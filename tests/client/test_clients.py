@@ -21,7 +21,8 @@ import owlrec
 from owlrec import AsyncClient, Client
 from owlrec.client import ClientError, RetryPolicy
 from owlrec.releases import current_release
-from owlrec.serving.guard import KeyRing, Limits, NoTelemetry, new_key
+from owlrec.serving.guard import Limits, NoTelemetry
+from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.rank_api import Cascade, build_rank_api
 from owlrec.workspace import Workspace
 

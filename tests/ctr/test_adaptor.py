@@ -178,7 +178,7 @@ def test_default_query_keys_and_slots_are_learned() -> None:
 
 
 def test_another_number_of_sources_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"2 vectors an id.*built for 3"):
+    with pytest.raises(ValueError, match=r"2 vectors per id.*built for 3"):
         adaptor(3, 1).fields(knowledge_of(5, 1, 2), knowledge_of(4, 2))
 
 

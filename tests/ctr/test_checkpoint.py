@@ -149,7 +149,7 @@ def test_damage_is_told(workspace: Workspace) -> None:
     data = workspace.read_bytes("c")
     for damaged in (data[:-4], data[:20], b"", safetensors.torch.save({"a": torch.zeros(2)})):
         workspace.write_bytes("c", damaged)
-        with pytest.raises(WorkspaceError, match=r"no readable checkpoint.*Delete it"):
+        with pytest.raises(WorkspaceError, match=r"not a readable checkpoint.*Delete it"):
             checkpoint.load()
     checkpoint.delete()
     assert checkpoint.load() is None

@@ -115,12 +115,12 @@ def test_soft_labels_are_learned_from_and_evaluated_as_classes() -> None:
 @pytest.mark.parametrize("label", [2.0, -1.0, float("nan"), None])
 def test_a_label_outside_zero_to_one_is_refused(label: float | None) -> None:
     table = pa.concat_tables([TABLE, samples((1, 10, label, [], [], "train"))])  # type: ignore[arg-type]
-    with pytest.raises(SchemaError, match=f"split 'train' has the label {label}; .* lie in"):
+    with pytest.raises(SchemaError, match=f"split 'train' has the label {label}; .* be in"):
         build_features(USERS, ITEMS, table, attributes=[], profile=[], min_item_count=1)
 
 
 def test_misaligned_ratings_are_refused() -> None:
     features = build()
     bad = samples((1, 10, 1, [10, 20], [1], "train"))
-    with pytest.raises(SchemaError, match="differ in length"):
+    with pytest.raises(SchemaError, match="differs in length"):
         encode_samples(bad, USERS, features.items, features.vocabularies, 3)

@@ -408,7 +408,8 @@ def test_python_on_the_serving_page_gets_its_answers(walk: Walk, monkeypatch: py
     """Its Clients ask the applications themselves, over the walk's release, in place of a server."""
     from fastapi.testclient import TestClient
 
-    from owlrec.serving.guard import KeyRing, Limits, NoTelemetry
+    from owlrec.serving.guard import Limits, NoTelemetry
+    from owlrec.serving.keys import KeyRing
     from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
     from owlrec.serving.rank_api import Cascade, build_rank_api
     from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases

@@ -19,7 +19,7 @@ from tiny_engine import tiny_model, write_tokenizer  # type: ignore[import-not-f
 
 from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_schema
-from owlrec.serving.guard import KeyRing
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
 from owlrec.workspace import Workspace

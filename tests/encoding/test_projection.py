@@ -57,9 +57,9 @@ def test_sample_is_the_seeds() -> None:
 
 
 def test_nothing_to_fit_and_other_dimensions_are_refused() -> None:
-    with pytest.raises(SchemaError, match="none of 3"):
+    with pytest.raises(SchemaError, match="all 3"):
         fit_projection(np.zeros((3, 5)))
-    with pytest.raises(SchemaError, match="none of 0"):
+    with pytest.raises(SchemaError, match="all 0"):
         fit_projection(np.zeros((0, 5)))
     with pytest.raises(SchemaError, match=r"\(2, 4\).*\[n, 5\]"):
         fit_projection(plane()).apply(np.ones((2, 4)))

@@ -201,7 +201,7 @@ def test_arrays_that_are_no_table_are_refused(vectors: np.ndarray) -> None:
     ("codes", "message"),
     [
         (np.zeros((4, 4), np.uint16), r"codes have shape \[4, 4\], but this quantizer's have \[n, 3\]"),
-        (np.zeros(3, np.uint16), r"codes are \[3\]"),
+        (np.zeros(3, np.uint16), r"\[3\]"),
         (np.array([[0, 0, 0], [0, 16, 0]]), "row 1: code 16 is out of range: level 1 has 16 codes"),
         (np.array([[-1, 0, 0]]), "row 0: code -1 is out of range: level 0"),
     ],

@@ -302,9 +302,9 @@ def test_bad_parquet_rows_stop_nobody(tmp_path: Path) -> None:
 
 
 def test_wrong_parquet_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"column of 'id' is of type double. Write it as int64 or string"):
+    with pytest.raises(SourceError, match=r"column of 'id' .*double.*int64 or string"):
         read(parquet(tmp_path, {"id": [1.0], "text": ["x"]}))
-    with pytest.raises(SourceError, match=r"column of 'text' is of type int64. Write it as string"):
+    with pytest.raises(SourceError, match=r"column of 'text' .*int64.* as string"):
         read(parquet(tmp_path, {"id": [1], "text": [2]}))
     with pytest.raises(SourceError, match="column 'text' is missing"):
         read(parquet(tmp_path, {"id": [1]}))

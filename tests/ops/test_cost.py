@@ -479,7 +479,7 @@ groups:
         ("gpus:", "gpu:", r"groups\.0\.gpu: .*'gpus'"),
         ("groups:", "group:", r"group: .*'groups'"),
         ("gpus: 2", "gpus: none", r"groups\.0\.gpus: "),
-        ("gpus: 2", "gpus: 2, gpus_per_engine: 4", r"groups\.0: 2 gpus"),
+        ("gpus: 2", "gpus: 2, gpus_per_engine: 4", r"groups\.0: 2 GPUs"),
         ("tokens_per_s: 100", "prefill_tokens_per_s: 1", r"groups\.0: prefill_tokens_per_s"),
         ("groups:", "assume: {output_token: {}}\ngroups:", r"assume\.output_token: .*'output_tokens'"),
         ("groups:", "encode: {worker: 1, price_per_worker_hour: 1}\ngroups:", r"encode\.worker: .*'workers'"),
@@ -535,7 +535,7 @@ def test_the_command_says_what_it_extrapolates_from_and_what_is_missing(command,
     assert command() == 0
     out = capsys.readouterr().out
     first = out.splitlines()[0]
-    assert "estimates, extrapolated from 40 users (finished " in first
+    assert "extrapolated from 40 users (finished " in first
     assert first.endswith("ws/knowledge/f")
     for part in (
         "3,600 users, 0 items, individual, 0 refreshes",

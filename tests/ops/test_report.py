@@ -268,7 +268,7 @@ def test_the_decoder_is_shown_by_its_counts_and_its_speed_up_by_batch_size(data)
     sums = {1: StepSums(steps=9, tokens=20, seconds=2.0, plain_s=6.2), 16: StepSums(steps=3, seconds=1.0, plain_s=1.4)}
     page = render_report(data.model_copy(update={"decoder": DecoderCounters(counts=counts, by_rows=sums)}))
     for text in (
-        "2.50 (steps without",
+        "2.50 (including steps without",
         "400, 38% accepted",
         "own 7",
         "retrieval 3.3%",

@@ -178,7 +178,7 @@ def test_a_prompt_too_long_is_named(model: str) -> None:
 
     from owlrec.generation.engines import load_tokenizer
 
-    with pytest.raises(RecipeError, match=r"prompt of user 0 and item 0 has \d+ tokens, but 20 are allowed"):
+    with pytest.raises(RecipeError, match=r"prompt of user 0 and item 0 has \d+ tokens.* 20 are allowed"):
         tokenize(toy_rows(3), load_tokenizer(model), max_tokens=20)
 
 

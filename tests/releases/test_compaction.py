@@ -191,7 +191,7 @@ def test_the_commands_say_what_they_did(workspace):
     assert (refused.exit_code, "odd texts" in refused.output) == (1, True)
     assert "no hold" in run(app, ["release", "unhold", root]).output
     compacted = run(app, ["release", "compact", root])
-    assert f"release {current_release(workspace)} is current, in place of {names[-1]}" in compacted.output
+    assert f"release {current_release(workspace)} is current, replacing {names[-1]}" in compacted.output
     assert "already full" in run(app, ["release", "compact", root]).output
     assert "nothing to remove" in run(app, ["release", "prune", root]).output
     pruned = run(app, ["release", "prune", root, "--keep", "1", "--min-age-hours", "0"])

@@ -115,7 +115,7 @@ def test_rolling_back_goes_back_step_by_step_and_forward_by_name(workspace):
     assert current_text(workspace) == "a 1"
     assert roll_back(workspace, to=c) == c
     assert roll_back(workspace) == a
-    with pytest.raises(ReleaseError, match="holds no release 'nope'"):
+    with pytest.raises(ReleaseError, match="no release 'nope'"):
         roll_back(workspace, to="nope")
     assert current_release(workspace) == a
 

@@ -7,7 +7,8 @@ import pyarrow as pa
 from release_rows import Rows, publish_rows, tables
 
 from owlrec.releases.build import ReleaseInfo, publish
-from owlrec.serving.guard import KeyRing, Stopping, never_stopping
+from owlrec.serving.guard import Stopping, never_stopping
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
 from owlrec.sources.splits import SplitConfig, for_histories, last_behaviors

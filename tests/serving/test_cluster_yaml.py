@@ -16,7 +16,7 @@ from served_world import publish_world
 from test_rank_serve import ITEMS, own_scores, write_artifacts
 
 from owlrec import Client
-from owlrec.serving.guard import new_key
+from owlrec.serving.keys import new_key
 from owlrec.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]

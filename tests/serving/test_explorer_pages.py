@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 from owlrec import schema
 from owlrec.errors import ServingError
 from owlrec.serving.explorer.pages import Paragraph, build_explorer, paragraphs
-from owlrec.serving.guard import KeyRing, new_key
+from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import RankAnswer
@@ -250,7 +250,7 @@ def failing(error):
     [
         (None, "No ranking: no ranking application is deployed with this page."),
         (failing(ServingError("the CTR model is not available")), "No ranking: the CTR model is not available."),
-        (failing(RuntimeError("secret")), "No ranking: the ranking application does not answer."),
+        (failing(RuntimeError("secret")), "No ranking: the ranking application does not respond."),
     ],
 )
 def test_without_a_ranking_the_page_says_so(tmp_path, rank, words):

@@ -18,7 +18,8 @@ from processes import free_port
 from served_world import knowledge_app, publish_world
 from test_ranking import CTR, LLM, Table
 
-from owlrec.serving.guard import KeyRing, Limits, NoTelemetry
+from owlrec.serving.guard import Limits, NoTelemetry
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.rank_api import Cascade, build_rank_api
 from owlrec.workspace import Workspace
 

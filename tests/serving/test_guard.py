@@ -8,7 +8,8 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from owlrec.serving.guard import Guard, KeyRing, Limits, Problem, install_problem_handlers, new_key
+from owlrec.serving.guard import Guard, Limits, Problem, install_problem_handlers
+from owlrec.serving.keys import KeyRing, new_key
 
 KEY, LINE = new_key("shop")
 

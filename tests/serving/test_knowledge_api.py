@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from owlrec.errors import StoreUnavailableError
 from owlrec.releases import current_release, roll_back
-from owlrec.serving.guard import KeyRing, new_key
+from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.served import SimilarEntities
 from owlrec.workspace import Workspace
 

@@ -7,7 +7,8 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
-from owlrec.serving.guard import KeyRing, Limits, NoTelemetry, Problem
+from owlrec.serving.guard import Limits, NoTelemetry, Problem
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.rank_api import Cascade, build_rank_api
 from owlrec.serving.schemas import Rank
 

@@ -18,7 +18,7 @@ from served_world import publish_world
 from typer.testing import CliRunner
 
 from owlrec.cli import app
-from owlrec.serving.guard import KeyRing
+from owlrec.serving.keys import KeyRing
 from owlrec.workspace import Workspace
 
 OWLREC = Path(sys.executable).parent / "owlrec"

@@ -170,7 +170,7 @@ def test_bad_metadata_lines_are_named(tmp_path: Path, metadata: list[Any], messa
 
 
 def test_swapped_files_are_recognized(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"line 1: the fields asin, title are neither.*Swap source.reviews"):
+    with pytest.raises(SourceError, match=r"line 1: the fields asin, title match neither.*source.reviews"):
         source(tmp_path, [{"asin": "B1", "title": "One"}]).load()
 
 

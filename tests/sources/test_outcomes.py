@@ -73,7 +73,7 @@ def test_positives_alone_count_how_often_where_they_say_so() -> None:
     [
         ({"label": [1, 0, 2]}, {}, r"log\.csv, row 102: the label is 2, but it must lie in \[0, 1\]"),
         ({"label": [1, None, 1]}, {}, r"row 101: the label is None, but it must lie in"),
-        ({"weight": [1, 0, -0.5]}, {}, r"log\.csv, row 102: the weight is -0\.5, but it must be a number"),
+        ({"weight": [1, 0, -0.5]}, {}, r"log\.csv, row 102: the weight is -0\.5, but it must be a non-negative number"),
         ({"weight": [1, None, 1]}, {}, r"row 101: the weight is None"),
         ({"weight": [float("inf"), 1, 1]}, {}, r"row 100: the weight is inf"),
         ({"event": ["click", "clik", "play"]}, {}, r"row 101: the event is 'clik'.*Did you mean 'click'"),

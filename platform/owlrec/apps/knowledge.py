@@ -18,7 +18,8 @@ from owlrec.errors import ServingError
 from owlrec.machine import api_keys
 from owlrec.releases.release import ReleaseSource, open_store
 from owlrec.serving.explorer.pages import build_explorer
-from owlrec.serving.guard import KeyRing, Limits, check_binding
+from owlrec.serving.guard import Limits, check_binding
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import Rank, RankAnswer

@@ -27,7 +27,8 @@ from owlrec.errors import ServingError
 from owlrec.machine import api_keys
 from owlrec.ranking.samples import RankingConfig
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.serving.guard import KeyRing, Limits, NoTelemetry, Problem, Telemetry
+from owlrec.serving.guard import Limits, NoTelemetry, Problem, Telemetry
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.rank_api import Cascade, CurrentRanker, LiveScorer, RankerChoice, build_rank_api, open_ranker
 from owlrec.serving.schemas import Rank

@@ -23,7 +23,6 @@ from owlrec.serving.guard import (
     PROBLEMS,
     PROBLEMS_OF_ONE,
     Guard,
-    KeyRing,
     Limits,
     NoTelemetry,
     Problem,
@@ -32,6 +31,7 @@ from owlrec.serving.guard import (
     complete_document,
     never_stopping,
 )
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.schemas import (
     BYTES_TYPE,
     DEFAULT_FIELDS,

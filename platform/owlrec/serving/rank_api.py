@@ -24,7 +24,6 @@ from owlrec.releases.release import Release, ReleaseSource
 from owlrec.serving.guard import (
     PROBLEMS,
     Guard,
-    KeyRing,
     Limits,
     NoTelemetry,
     Problem,
@@ -35,6 +34,7 @@ from owlrec.serving.guard import (
     never_stopping,
     readiness,
 )
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.schemas import Explanation, Health, Rank, RankAnswer, Ranked
 from owlrec.serving.served import ServedReleases
 from owlrec.workspace import Workspace

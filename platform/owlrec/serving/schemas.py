@@ -162,7 +162,7 @@ Score = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 MAX_LLM_CANDIDATES = 100
 
 
-class Behavior(Request):
+class HistoryEntry(Request):
     """One behavior of a user."""
 
     item_id: Id
@@ -174,7 +174,7 @@ class Rank(Request):
     """Candidates to rank for a user, given by id, by a history, or by both."""
 
     user_id: Id | None = None
-    history: list[Behavior] | None = Field(None, max_length=500)  # latest last; replaces the stored history
+    history: list[HistoryEntry] | None = Field(None, max_length=500)  # latest last; replaces the stored history
     profile: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=200)]] = Field(
         default_factory=dict, max_length=32
     )

@@ -20,7 +20,8 @@ from starlette.responses import Response
 
 from owlrec.errors import root_mistake
 from owlrec.releases.release import Release
-from owlrec.serving.guard import Guard, KeyRing, NoTelemetry, Problem, Stopping, Telemetry, never_stopping
+from owlrec.serving.guard import Guard, NoTelemetry, Problem, Stopping, Telemetry, never_stopping
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import ID_PATTERN, LARGEST_ID, MAX_LLM_CANDIDATES, Kind, PathId, Rank, RankAnswer, Similar
