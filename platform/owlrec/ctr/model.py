@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -347,6 +346,8 @@ class DistinctItems:
     @classmethod
     def of(cls, items: np.ndarray, history: np.ndarray) -> "DistinctItems":
         """items: int [b], history: int [b, L]. Computed on the CPU: on a GPU the step would wait for the count."""
+        import pandas as pd  # here, so that the base install misses torch first and names the extra that has both
+
         where, rows = pd.factorize(np.concatenate([items, history.reshape(-1)]), sort=True)
         target_rows, history_rows = np.split(where.astype(np.int64), [len(items)])
         arrays = (rows, target_rows, history_rows.reshape(history.shape))
