@@ -38,28 +38,25 @@ def test_a_file_name_and_a_class_name_mean_one_thing() -> None:
     assert {name: places for name, places in {**files, **classes}.items() if len(places) > 1} == {}
 
 
+def loaded(imports: str, names: str) -> str:
+    """Those of some modules (an expression) that a new Python has loaded after `imports`, as a printed list."""
+    code = f"import sys; {imports}; print([m for m in {names} if m in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.process
 def test_loading_a_recipe_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; import owlrec.recipe; heavy = ('torch','ray','vllm','transformers','sentence_transformers',"
-        "'matplotlib'); print([m for m in heavy if m in sys.modules])"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    heavy = ("torch", "ray", "vllm", "transformers", "sentence_transformers", "matplotlib")
+    assert loaded("import owlrec.recipe", repr(heavy)) == "[]\n"
+    assert loaded("import owlrec.recipe", "('pydantic',)") == "['pydantic']\n"
 
 
 @pytest.mark.process
 def test_a_lookup_imports_nothing_that_only_an_extra_brings() -> None:
-    code = (
-        "import sys; import owlrec.cli, owlrec.client, owlrec.lookup, owlrec.ops.doctor, owlrec.releases.redis, "
-        "owlrec.serving.keys; from owlrec.errors import _EXTRA_OF; print([m for m in _EXTRA_OF if m in sys.modules])"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    modules = "cli, owlrec.client, owlrec.lookup, owlrec.ops.doctor, owlrec.releases.redis, owlrec.serving.keys"
+    assert loaded(f"import owlrec.{modules}; from owlrec.errors import _EXTRA_OF", "_EXTRA_OF") == "[]\n"
 
 
 @pytest.mark.process
 def test_the_decoder_imports_neither_ray_nor_owlrec_nor_numba_until_it_drafts() -> None:
-    code = "import sys; import owlrec_decoding; print([m for m in ('ray','owlrec','numba','vllm') if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    assert loaded("import owlrec_decoding", repr(("ray", "owlrec", "numba", "vllm"))) == "[]\n"

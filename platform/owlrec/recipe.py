@@ -188,7 +188,7 @@ _FORM = re.compile(r"int|float|str|bool|tuple|list|dict|Every|constrained-\w+|\w
 
 def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     """One line per mistake in a recipe with these values."""
-    messages: dict[str, list[str]] = {}  # by key: a value of several forms is told what each of them takes
+    messages: dict[str, list[str]] = {}  # by key: for a value of several forms, what each form takes
     for detail in error.errors():
         location = [part for part in detail["loc"] if not _FORM.fullmatch(str(part))]
         if detail["type"] == "extra_forbidden":
@@ -201,7 +201,7 @@ def _explain(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
             shown = f" (found {value!r})" if not isinstance(value, dict | list) else ""
             message = f"{detail['msg'].removeprefix('Value error, ')}{shown}"
         messages.setdefault(".".join(map(str, location)), []).append(message)
-    return [f"{key}: {'; or: '.join(dict.fromkeys(told))}" for key, told in messages.items()]
+    return [f"{key}: {'; or: '.join(dict.fromkeys(forms))}" for key, forms in messages.items()]
 
 
 def _names_at(location: Sequence[Any], values: Any) -> list[str]:

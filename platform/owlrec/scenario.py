@@ -79,6 +79,7 @@ _OF_BOOKS = (
     "literary quality",
     "critical acclaim",
 )
+_OF_NEWS = ("topic", "region", "people and organizations", "depth", "tone", "timeliness")
 _OF_ADS = (
     "target audience",
     "product features",
@@ -161,8 +162,8 @@ SCENARIOS: dict[str, Scenario] = {
         consumed="read",
         history="reading history",
         rating_unit="",
-        user_factors=("topic", "region", "people and organizations", "depth", "tone", "timeliness"),
-        item_factors=("topic", "region", "people and organizations", "depth", "tone", "timeliness"),
+        user_factors=_OF_NEWS,
+        item_factors=_OF_NEWS,
         positive_above=0,
         text_fields=("category", "subcategory", "abstract"),
     ),

@@ -54,7 +54,7 @@ class Oracle(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is no news here."""
+        """A killed client may break its connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,6 +1,6 @@
 """Shops whose logs hold no ratings: clicks alone, impressions with what became of them, plays counted.
 
-Each goes from its files to the report by one call; what was passed over is never told as taken.
+Each goes from its files to the report by one call; prompts never quote passed-over items as taken.
 """
 
 import json

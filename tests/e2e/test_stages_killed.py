@@ -218,7 +218,7 @@ def test_what_is_killed_and_damaged_ends_as_if_nothing_had_happened(
         pytest.skip(str(error))
     place = "Ray" if on_ray else "one process"
     print(
-        f"seed {seed}, {place}: {runs.kills} kills with {runs.in_flight} shards at hand; "
+        f"seed {seed}, {place}: {runs.kills} kills with {runs.in_flight} shards in flight; "
         f"{runs.again} finished shards made again, {runs.damaged} files damaged"
     )
     assert runs.again <= runs.damaged

@@ -30,7 +30,7 @@ class _Server(ThreadingHTTPServer):
     bodies: list[dict]
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that did not wait is no news, and its traceback would stand among the dots of a green run."""
+        """A client may stop waiting; its traceback would only clutter a green run."""
 
 
 class _Handler(BaseHTTPRequestHandler):

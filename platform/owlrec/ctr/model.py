@@ -295,7 +295,7 @@ class ModelSpec(Config):
     embed_dim: int
     hidden_dims: tuple[int, ...]
     expert_dim: int  # of the adaptor
-    # Vectors per id; a spec.json from before there were several does not have it.
+    # Vectors per id.
     user_sources: int = 1
     item_sources: int = 1
     # Number of codes per level of the semantic ids; empty if they are not read.
