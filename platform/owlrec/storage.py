@@ -767,6 +767,20 @@ _TRIES = 20
 _ANY: Any = object()
 
 
+def pack_history(history: list[str]) -> bytes:
+    """Contents of a pointer, in a file or a Redis key. history: values, oldest first, the current one last."""
+    return json.dumps({"current": history[-1], "history": history[-_HISTORY:]}).encode()
+
+
+def unpack_history(data: bytes | str) -> list[str]:
+    """The history that `pack_history` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+    content = json.loads(data)
+    history = [str(name) for name in content["history"]]
+    if not history or history[-1] != content["current"]:
+        raise ValueError("'history' does not end with 'current'")
+    return history
+
+
 @dataclass(frozen=True)
 class Pointer:
     """A small file with a current value and its history, replaced only by compare-and-swap."""
@@ -833,10 +847,7 @@ class Pointer:
             return [], None
         data, e_tag = self.storage.read_tagged(self.path)
         try:
-            content = json.loads(data)
-            history = [str(name) for name in content["history"]]
-            if not history or history[-1] != content["current"]:
-                raise ValueError("'history' does not end with 'current'")
+            history = unpack_history(data)
         except (ValueError, KeyError, TypeError) as error:
             raise WorkspaceError(
                 f"{self.storage.path(self.path)} is not a pointer ({error!r}). Delete it and set the current "
@@ -855,7 +866,6 @@ class Pointer:
             if wanted == history:
                 return
             self.refuse_hold()
-            content = {"current": wanted[-1], "history": wanted[-_HISTORY:]}
-            if self.storage.swap_bytes(self.path, json.dumps(content).encode(), e_tag) is not None:
+            if self.storage.swap_bytes(self.path, pack_history(wanted), e_tag) is not None:
                 return
         raise PointerMoved(f"{where} was changed by other processes {_TRIES} times in a row. Try again.")

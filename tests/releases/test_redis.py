@@ -263,7 +263,7 @@ def test_damage_is_an_error_that_names_it(workspace, releases):
     assert push(workspace, releases, replace=True) == name
     with releases.open(name) as release:
         assert release.store.get("user", [1])[0].text == "a"
-    releases.client.set("owlrec:current", json.dumps({"release": "x", "history": []}))
+    releases.client.set("owlrec:current", json.dumps({"current": "x", "history": []}))
     with pytest.raises(ReleaseError, match="not a pointer"):
         releases.current()
     releases.client.set(f"owlrec:r:{name}:manifest", "{}")

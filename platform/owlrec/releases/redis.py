@@ -8,13 +8,12 @@ It is a copy of a workspace's releases, each under its own prefix:
     {namespace}:r:{release}:ids:{kind}:{p}      the ids with knowledge of a part, ascending, as little-endian int64
     {namespace}:pushing:{release}               during a push: no prune removes its rows
     {namespace}:forgotten, …:mark               the workspace's tombstones (Tombstones.to_bytes, .mark)
-    {namespace}:current                         JSON {"release", "history"}, switched last
+    {namespace}:current                         the pointer (storage.pack_history), switched last
 
 A delta has its own rows under its own prefix and is read on top of its parent, as on disk. If a release loses its
 manifest because Redis lost its data, it is unavailable, rather than reporting ids as unknown.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -35,10 +34,10 @@ from owlrec.releases.format import (
     speaking,
 )
 from owlrec.releases.release import Release, current_release, open_part, read_part_ids
+from owlrec.storage import pack_history, unpack_history
 from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
 NAMESPACE = "owlrec"
-_HISTORY = 100  # swaps in the history
 _KEYS_PER_GET = 256  # a longer MGET would block a single-threaded server
 _ROWS_PER_PIPELINE = 2_000  # about 2 MB of texts
 _KEYS_PER_UNLINK = 1_000
@@ -146,16 +145,12 @@ class RedisReleases:
         if raw is None:
             return []
         try:
-            content = json.loads(raw)
-            history = [str(name) for name in content["history"]]
-            if not history or history[-1] != content["release"]:
-                raise ValueError("'history' does not end with 'release'")
+            return unpack_history(raw)
         except (ValueError, KeyError, TypeError) as error:
             raise ReleaseError(
                 f"the key {self.namespace}:current is not a pointer ({error}). Delete it and run `owlrec release push` "
                 "again."
             ) from None
-        return history
 
     def current(self) -> str | None:
         """Name of the current release; None if nothing has been pushed."""
@@ -401,6 +396,5 @@ def _lease(releases: RedisReleases, name: str) -> str:
 
 
 def _write_pointer(releases: RedisReleases, history: list[str]) -> None:
-    content = {"release": history[-1], "history": history[-_HISTORY:]}
     with explained():
-        releases.client.set(f"{releases.namespace}:current", json.dumps(content))
+        releases.client.set(f"{releases.namespace}:current", pack_history(history))
