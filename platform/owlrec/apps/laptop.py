@@ -61,7 +61,6 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
     from ray import serve
 
     from owlrec.apps import knowledge
-    from owlrec.apps import knowledge as explorer
 
     # Without the proxy's access log, which contains paths and so ids; replicas write one without them.
     serve.start(
@@ -78,7 +77,7 @@ def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[
 
         ranking = rank.RankArgs(**common, artifact=args.artifact, recipe=args.recipe, llm_cpus=args.llm_cpus)
         applications["rank"] = ("/rank", rank.app(ranking))
-    applications["explorer"] = ("/explorer", explorer.explorer_app(explorer.ExplorerArgs(**common)))
+    applications["explorer"] = ("/explorer", knowledge.explorer_app(knowledge.ExplorerArgs(**common)))
     for name, (route, application) in applications.items():
         serve.run(application, name=name, route_prefix=route)
     on_ready()
